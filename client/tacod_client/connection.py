@@ -1,0 +1,314 @@
+"""One client's conversation with the daemon: a session, requests with their replies, and coming back after a loss.
+
+A daemon that was restarted knows neither the session nor what was sent to it. So every request that got no answer is
+sent again under a new session; that is safe, because a forward is a pure function and a load is idempotent.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket as sockets
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from tacod_client import wire
+from tacod_client.errors import (
+    ConnectionFailed,
+    ConnectionLost,
+    MessageTooLarge,
+    ProtocolError,
+    TacodError,
+)
+from tacod_client.version import __version__
+from tacod_client.wire import Message
+
+__all__ = ["Connection", "Request", "find_endpoint"]
+
+DEFAULT_ENDPOINT = "ipc:///run/tacod/tacod.sock"
+PING_S = 0.5
+"""After this long without a word from the daemon, ask whether it is there."""
+SILENCE_S = 3.0
+"""After this long the connection counts as dead and is made anew."""
+SLICE_S = 0.02
+"""How long one wait lasts before `on_wait` is called: a click on Cancel is seen within it."""
+
+
+def find_endpoint(endpoint: str | None = None) -> str:
+    """The argument, else ``TACOD_ENDPOINT``, else the user's own daemon if its socket exists, else the system's."""
+    if endpoint or (endpoint := os.environ.get("TACOD_ENDPOINT")):
+        return endpoint
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime and (own := Path(runtime, "tacod", "tacod.sock")).exists():
+        return f"ipc://{own}"
+    return DEFAULT_ENDPOINT
+
+
+class Request:
+    """A request under way: its messages as they come, and what it takes to ask again."""
+
+    def __init__(self, kind: str, build: Callable[[], dict[str, Any]]) -> None:
+        self.kind = kind
+        self.build = build
+        """Makes the body; called for each time that the request is sent."""
+        self.id = 0
+        self.replies: deque[Message] = deque()
+        self.lost = False
+        """Whether the daemon that had it is gone."""
+
+
+class Connection:
+    """A DEALER socket, a session on it, and the requests that wait for replies.
+
+    Usable from several threads: each wait holds the socket for `SLICE_S` at a time.
+    """
+
+    def __init__(
+        self, endpoint: str | None, timeout_s: float, reconnect_s: float, on_wait: Callable[[], None] | None
+    ) -> None:
+        self.endpoint = find_endpoint(endpoint)
+        self.timeout_s = timeout_s
+        self.reconnect_s = reconnect_s
+        self.on_wait = on_wait
+        self.boot_id = ""
+        """Which run of the daemon this session is with; changes when it was restarted."""
+        self.limits: dict[str, int] = {}
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._socket: zmq.Socket[bytes] | None = None
+        self._session = b""
+        self._ids = 0
+        self._waiting: dict[int, Request] = {}
+        self._heard_s = 0.0
+        self._pinged_s = 0.0
+        self._lock = threading.RLock()
+        self._closed = False
+
+    def close(self) -> None:
+        """Say goodbye and close the socket; the daemon cancels what this client still has queued."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            if self._socket is not None:
+                with suppress(zmq.ZMQError):
+                    self._socket.send_multipart(wire.encode(Message("bye", {}, 0, self._session)), zmq.DONTWAIT)
+                self._socket.close(linger=200)
+                self._socket = None
+            self._context.term()
+
+    # --- requests -------------------------------------------------------------------------------------------------
+
+    def ask(self, kind: str, build: Callable[[], dict[str, Any]] = dict) -> Message:
+        """Send a request and wait for its one reply; asked again if the daemon is restarted in between.
+
+        Raises the `TacodError` that the daemon answers, `ConnectionFailed` or `ConnectionLost`.
+        """
+        request = self.start(kind, build)
+        try:
+            return next(self.replies(request))
+        finally:
+            self.forget(request)
+
+    def start(self, kind: str, build: Callable[[], dict[str, Any]]) -> Request:
+        """Send a request; its replies come through `replies`."""
+        request = Request(kind, build)
+        with self._lock:
+            met_before = bool(self.boot_id)
+            try:
+                self._send(request)
+            except ConnectionFailed:
+                if self._closed or not met_before:
+                    raise
+                # The daemon was there and may be restarting: `replies` keeps asking for `reconnect_s`.
+                request.lost = True
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Have the daemon cancel a request, without waiting for what it says to that."""
+        with self._lock, suppress(zmq.ZMQError):
+            if self._socket is not None and not request.lost:
+                body = {"job": None, "request": request.id}
+                self._socket.send_multipart(wire.encode(Message("cancel", body, 0, self._session)), zmq.DONTWAIT)
+
+    def forget(self, request: Request) -> None:
+        """Stop listening for a request's replies."""
+        with self._lock:
+            self._waiting.pop(request.id, None)
+
+    def replies(self, request: Request) -> Iterator[Message]:
+        """The replies to a request as they come, without end.
+
+        Raises the error that the daemon answers.
+        """
+        deadline = time.monotonic() + self.reconnect_s
+        while True:
+            with self._lock:
+                if not request.replies:
+                    self._listen()
+                if request.lost:
+                    self._resend(request, deadline)
+                else:
+                    deadline = time.monotonic() + self.reconnect_s
+                reply = request.replies.popleft() if request.replies else None
+            if reply is None:
+                if self.on_wait is not None:
+                    self.on_wait()
+            elif reply.type == "error":
+                raise TacodError.from_wire(reply.body)
+            else:
+                yield reply
+
+    # --- the socket -----------------------------------------------------------------------------------------------
+
+    def _send(self, request: Request) -> None:
+        self._ensure_session()
+        self._waiting.pop(request.id, None)
+        self._ids += 1
+        request.id = self._ids
+        request.lost = False
+        frames = wire.encode(Message(request.kind, request.build(), request.id, self._session))
+        size = sum(len(memoryview(frame)) for frame in frames[2:])
+        limit = self.limits.get("message_bytes", size)
+        if size > limit:
+            raise MessageTooLarge(
+                f"{request.kind}: {size} bytes of tensors; the daemon takes {limit} (limits.message_bytes); "
+                "send a smaller batch, or raise the limit",
+                limit=limit,
+            )
+        self._waiting[request.id] = request
+        try:
+            self._socket_now().send_multipart(frames, copy=False)
+        except zmq.Again:
+            self._drop_session()
+            raise ConnectionFailed(f"tacod at {self.endpoint} takes no messages") from None
+
+    def _resend(self, request: Request, deadline: float) -> None:
+        try:
+            self._send(request)
+        except ConnectionFailed as error:
+            if time.monotonic() > deadline:
+                raise ConnectionLost(
+                    f"tacod at {self.endpoint} went away and did not come back within {self.reconnect_s:g} s; "
+                    "see `systemctl status tacod` and `journalctl -u tacod`"
+                ) from error
+            request.lost = True
+            time.sleep(SLICE_S)
+
+    def _socket_now(self) -> zmq.Socket[bytes]:
+        if self._closed:
+            raise ConnectionFailed("this client is closed; make a new one")
+        if self._socket is None:
+            _check_reachable(self.endpoint)
+            self._socket = self._context.socket(zmq.DEALER)
+            self._socket.setsockopt(zmq.LINGER, 0)
+            self._socket.setsockopt(zmq.IMMEDIATE, 1)
+            self._socket.setsockopt(zmq.SNDTIMEO, int(SILENCE_S * 1000))
+            self._socket.connect(self.endpoint)
+            self._heard_s = self._pinged_s = time.monotonic()
+        return self._socket
+
+    def _ensure_session(self) -> None:
+        if self._session and self._socket is not None:
+            return
+        self._drop_session()
+        self._socket_now()
+        self._ids += 1
+        hello = Request("hello", dict)
+        hello.id = self._ids
+        self._waiting[hello.id] = hello
+        body = {"client": os.path.basename(sys.argv[0] or "python"), "pid": os.getpid(), "version": __version__}
+        deadline = time.monotonic() + self.timeout_s
+        try:
+            self._socket_now().send_multipart(wire.encode(Message("hello", body, hello.id)))
+            while not hello.replies:
+                self._read(SLICE_S)
+                if self.on_wait is not None:
+                    self.on_wait()
+                if time.monotonic() > deadline:
+                    raise zmq.Again
+        except zmq.Again:
+            self._drop_session()
+            raise ConnectionFailed(
+                f"tacod at {self.endpoint} does not answer within {self.timeout_s:g} s; see `systemctl status tacod`"
+            ) from None
+        finally:
+            self._waiting.pop(hello.id, None)
+        reply = hello.replies.popleft()
+        if reply.type == "error":
+            self._drop_session()
+            raise TacodError.from_wire(reply.body)
+        self._session = reply.body["session"]
+        self.boot_id = reply.body["boot_id"]
+        self.limits = reply.body["limits"]
+
+    def _drop_session(self) -> None:
+        """Give up the socket and the session; every open request is lost and will be asked again."""
+        self._session = b""
+        if self._socket is not None:
+            self._socket.close(linger=0)
+            self._socket = None
+        for request in self._waiting.values():
+            request.lost = True
+
+    def _listen(self) -> None:
+        """Wait one slice for messages; find out whether the daemon is still there."""
+        if self._socket is None:
+            return
+        self._read(SLICE_S)
+        now = time.monotonic()
+        if now - self._heard_s > SILENCE_S:
+            self._drop_session()
+        elif now - max(self._heard_s, self._pinged_s) > PING_S:
+            self._pinged_s = now
+            with suppress(zmq.Again):
+                ping = wire.encode(Message("ping", {}, 0, self._session))
+                self._socket_now().send_multipart(ping, zmq.DONTWAIT)
+
+    def _read(self, wait_s: float) -> None:
+        socket = self._socket_now()
+        if not socket.poll(int(wait_s * 1000)):
+            return
+        # What a message says may end the session, and the socket with it.
+        while self._socket is socket:
+            try:
+                frames = socket.recv_multipart(zmq.DONTWAIT, copy=False)
+            except zmq.Again:
+                return
+            self._heard_s = time.monotonic()
+            self._take(wire.decode([frame.buffer for frame in frames]))
+
+    def _take(self, message: Message) -> None:
+        if message.type == "unknown_session":
+            self._drop_session()
+        elif message.id in self._waiting:
+            self._waiting[message.id].replies.append(message)
+
+
+def _check_reachable(endpoint: str) -> None:
+    """Say at once, and why, if nobody can be listening; ZeroMQ itself would wait in silence."""
+    if not endpoint.startswith("ipc://"):
+        raise ProtocolError(f"endpoint {endpoint!r}: expected ipc:///path/to/socket")
+    path = endpoint.removeprefix("ipc://")
+    probe = sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM)
+    try:
+        probe.connect(path)
+    except OSError as error:
+        if error.errno == errno.EACCES:
+            raise ConnectionFailed(
+                f"{path}: permission denied; add yourself to the group that owns it "
+                "(`sudo usermod -aG tacod $USER`, then log in again)"
+            ) from None
+        raise ConnectionFailed(
+            f"no tacod listens at {endpoint} ({error.strerror}); start it with `systemctl start tacod`, "
+            "or set TACOD_ENDPOINT if it listens elsewhere"
+        ) from None
+    finally:
+        probe.close()

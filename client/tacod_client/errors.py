@@ -1,0 +1,162 @@
+"""Everything that can go wrong, as one tree.
+
+TacodError
+├── ConnectionFailed            the daemon can't be reached
+│   └── ConnectionLost          it was reached, and stayed away longer than ``reconnect_s``
+├── ProtocolError               bytes on the wire that break docs/protocol.md
+│   └── MessageTooLarge         a message over the daemon's ``limits.message_bytes``
+├── ModelError                  the daemon can't serve this model
+│   ├── ModelUnsupported        a file whose family or weights it doesn't know
+│   ├── ModelNotFound           no such file, or no such model id
+│   ├── ModelNotAllowed         a file outside ``models.roots``
+│   └── ModelCorrupt            a file that is truncated, altered or no safetensors
+├── RequestError                a request that names the wrong thing
+│   ├── ArgumentError           an argument with a bad dtype, shape or value; ``argument`` names it
+│   └── JobNotFound             no such job
+├── NotAllowed                  a verb that this peer may not use
+├── EngineError                 the ranks could not finish the work
+│   ├── OutOfMemory             a device ran out of memory
+│   └── RankFailed              a rank died, hung or raised, and so did every retry
+├── Cancelled                   the job was cancelled
+├── QueueFull                   more work or bytes than the daemon's limits take
+└── Unavailable                 the daemon is starting, draining or has given up on its ranks
+
+Every message names what was at fault and says what to do next. An error crosses the wire as
+``{"code": class name, "message": str, "details": {...}}`` and is raised by the client as the same class.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = [
+    "ArgumentError",
+    "Cancelled",
+    "ConnectionFailed",
+    "ConnectionLost",
+    "EngineError",
+    "JobNotFound",
+    "MessageTooLarge",
+    "ModelCorrupt",
+    "ModelError",
+    "ModelNotAllowed",
+    "ModelNotFound",
+    "ModelUnsupported",
+    "NotAllowed",
+    "OutOfMemory",
+    "ProtocolError",
+    "QueueFull",
+    "RankFailed",
+    "RequestError",
+    "TacodError",
+    "Unavailable",
+]
+
+
+class TacodError(Exception):
+    """Base of every error of this package; ``details`` holds what a program may want to read."""
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.details: dict[str, Any] = details
+
+    def to_wire(self) -> dict[str, Any]:
+        """The error as a message body: ``code``, ``message``, ``details``."""
+        return {"code": type(self).__name__, "message": self.message, "details": self.details}
+
+    @staticmethod
+    def from_wire(body: Any) -> TacodError:
+        """The error that a message body stands for; an unknown code becomes a plain `TacodError`."""
+        if not isinstance(body, dict):
+            return ProtocolError("the daemon sent an error without a body; are client and daemon of one version?")
+        kind = _BY_CODE.get(str(body.get("code")), TacodError)
+        details = body.get("details")
+        clean = {str(k): v for k, v in details.items()} if isinstance(details, dict) else {}
+        clean.pop("message", None)
+        return kind(str(body.get("message", "no message")), **clean)
+
+
+class ConnectionFailed(TacodError):
+    """No daemon answers at the endpoint."""
+
+
+class ConnectionLost(ConnectionFailed):
+    """The daemon went away and did not come back in time."""
+
+
+class ProtocolError(TacodError):
+    """A message breaks the protocol; the message names the field."""
+
+
+class MessageTooLarge(ProtocolError):
+    """A message is over the daemon's ``limits.message_bytes``."""
+
+
+class ModelError(TacodError):
+    """The daemon can't serve the model."""
+
+
+class ModelUnsupported(ModelError):
+    """The file is readable, but its family or its kind of weights isn't one the daemon runs."""
+
+
+class ModelNotFound(ModelError):
+    """There is no such file, or no model with such an id is loaded."""
+
+
+class ModelNotAllowed(ModelError):
+    """The file lies outside the daemon's ``models.roots``."""
+
+
+class ModelCorrupt(ModelError):
+    """The file is truncated, altered, or not what its name says."""
+
+
+class RequestError(TacodError):
+    """The request is well-formed and asks for something that can't be done."""
+
+
+class ArgumentError(RequestError):
+    """One argument has a bad dtype, shape or value; ``argument`` is its name."""
+
+    def __init__(self, message: str, *, argument: str = "", **details: Any) -> None:
+        super().__init__(message, argument=argument, **details)
+        self.argument = argument
+
+
+class JobNotFound(RequestError):
+    """No job with this id is queued or running."""
+
+
+class NotAllowed(TacodError):
+    """The peer may not use this verb."""
+
+
+class EngineError(TacodError):
+    """The ranks could not finish the work."""
+
+
+class OutOfMemory(EngineError):
+    """A device ran out of memory; the details say what was asked for and what was free."""
+
+
+class RankFailed(EngineError):
+    """A rank died, hung or raised, and so did every retry; carries the first rank's signal or traceback."""
+
+
+class Cancelled(TacodError):
+    """The job was cancelled, by its client or by an operator."""
+
+
+class QueueFull(TacodError):
+    """The daemon holds as much work or as many bytes as its limits allow; try again later."""
+
+
+class Unavailable(TacodError):
+    """The daemon is up and takes no work now."""
+
+
+_BY_CODE: dict[str, type[TacodError]] = {
+    cls.__name__: cls for cls in list(globals().values()) if isinstance(cls, type) and issubclass(cls, TacodError)
+}

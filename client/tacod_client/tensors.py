@@ -1,0 +1,131 @@
+"""Between the wire's tensors and the caller's: torch or numpy in, the same kind out.
+
+torch is used only where the caller already does; importing this module doesn't import it.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from tacod_client.errors import ArgumentError
+from tacod_client.wire import Tensor, split
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Kind", "from_wire", "kind_of", "to_wire"]
+
+Kind = Literal["torch", "numpy"]
+
+_TORCH_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+_NUMPY_NAMES = {
+    wire: name for wire, name in _TORCH_NAMES.items() if name not in ("bfloat16", "float8_e4m3fn", "float8_e5m2")
+}
+_FROM_TORCH = {f"torch.{name}": wire for wire, name in _TORCH_NAMES.items()}
+_FROM_NUMPY = {name: wire for wire, name in _NUMPY_NAMES.items()}
+
+
+def kind_of(value: Any) -> Kind | None:
+    """Whether a value is a torch tensor or a numpy array; None if it is neither."""
+    if isinstance(value, np.ndarray):
+        return "numpy"
+    torch = sys.modules.get("torch")
+    return "torch" if torch is not None and isinstance(value, torch.Tensor) else None
+
+
+def to_wire(value: Any, argument: str) -> Tensor:
+    """A torch tensor (any device) or numpy array as a wire tensor; its bytes are copied only where they must be.
+
+    Raises `ArgumentError`, naming ``argument``, for a dtype that doesn't travel.
+    """
+    if isinstance(value, np.ndarray):
+        return _from_numpy(value, argument)
+    return _from_torch(value, argument)
+
+
+def _from_numpy(array: np.ndarray[Any, Any], argument: str) -> Tensor:
+    dtype = _FROM_NUMPY.get(array.dtype.name)
+    if dtype is None:
+        raise ArgumentError(
+            f"{argument}: numpy dtype {array.dtype} doesn't travel; use one of {', '.join(_FROM_NUMPY)}",
+            argument=argument,
+        )
+    little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+    return Tensor(dtype, array.shape, split(little.reshape(-1).view(np.uint8).data))
+
+
+def _from_torch(tensor: torch.Tensor, argument: str) -> Tensor:
+    import torch
+
+    dtype = _FROM_TORCH.get(str(tensor.dtype))
+    if dtype is None or tensor.layout is not torch.strided:
+        raise ArgumentError(
+            f"{argument}: {tensor.dtype} ({tensor.layout}) doesn't travel; use one of {', '.join(_FROM_TORCH)}",
+            argument=argument,
+        )
+    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return Tensor(dtype, tuple(tensor.shape), split(flat.numpy().data))
+
+
+def from_wire(tensor: Tensor, kind: Kind) -> Any:
+    """A writable torch tensor (on the CPU) or numpy array that holds a wire tensor's contents.
+
+    bf16 and 8-bit floats have no numpy dtype: as numpy they come as float32, which holds each of their values exactly.
+    """
+    if tensor.frames is None:
+        raise ValueError("a tensor that travelled by digest has no bytes to read")
+    raw = np.empty(tensor.nbytes, dtype=np.uint8)
+    position = 0
+    for frame in tensor.frames:
+        size = len(memoryview(frame))
+        raw[position : position + size] = np.frombuffer(frame, dtype=np.uint8)
+        position += size
+    if kind == "numpy":
+        return _as_numpy(raw, tensor)
+    import torch
+
+    dtype: torch.dtype = getattr(torch, _TORCH_NAMES[tensor.dtype])
+    if not math.prod(tensor.shape):
+        return torch.empty(tensor.shape, dtype=dtype)
+    return torch.from_numpy(raw).view(dtype).reshape(tensor.shape)
+
+
+def _as_numpy(raw: np.ndarray[Any, Any], tensor: Tensor) -> np.ndarray[Any, Any]:
+    name = _NUMPY_NAMES.get(tensor.dtype)
+    if name is not None:
+        return raw.view(np.dtype(name)).reshape(tensor.shape)
+    if tensor.dtype == "BF16":
+        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(tensor.shape)
+    return _float8(tensor.dtype)[raw].reshape(tensor.shape)
+
+
+def _float8(dtype: str) -> np.ndarray[Any, Any]:
+    """The float32 value of each of the 256 codes of an 8-bit float (OCP FP8 formats, arXiv:2209.05433)."""
+    codes = np.arange(256)
+    exponent_bits, bias = (4, 7) if dtype == "F8_E4M3" else (5, 15)
+    mantissa_bits = 7 - exponent_bits
+    exponent = (codes >> mantissa_bits) & ((1 << exponent_bits) - 1)
+    mantissa = (codes & ((1 << mantissa_bits) - 1)) / (1 << mantissa_bits)
+    values = np.where(exponent == 0, mantissa * 2.0 ** (1 - bias), (1 + mantissa) * 2.0 ** (exponent.astype(float) - bias))
+    if dtype == "F8_E4M3":
+        values[(codes & 0x7F) == 0x7F] = np.nan
+    else:
+        values[exponent == 31] = np.where(mantissa[exponent == 31] == 0, np.inf, np.nan)
+    return np.where(codes & 0x80, -values, values).astype(np.float32)

@@ -1,0 +1,284 @@
+"""The codec: messages and tensors as ZeroMQ frames (docs/protocol.md is normative).
+
+A message is a list of frames::
+
+    0   b"TACO" and one byte: the protocol version
+    1   a msgpack map: type, id, session, body, tensors
+    2…  the bytes of the tensors, in order, each in frames of at most 8 MiB
+
+In the body a tensor stands as msgpack extension 1 holding its index in ``tensors``. A tensor may travel without its
+bytes, by digest, when the receiver is known or hoped to hold it already. Nothing here imports torch, and nothing
+here touches a tensor's bytes before its dtype, shape and frames agree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+
+from tacod_client.errors import ProtocolError
+
+__all__ = ["DTYPES", "FRAME_BYTES", "PROTOCOL", "Message", "Tensor", "decode", "encode"]
+
+PROTOCOL = 1
+"""Version of the wire, apart from the package's: a daemon refuses any other."""
+
+MAGIC = b"TACO"
+FRAME_BYTES = 8 << 20
+"""Tensor bytes are split into frames of this size (one 64 MiB frame takes four times as long as eight of 8)."""
+
+HEADER_BYTES = 4 << 20
+MAX_TENSORS = 4096
+MAX_DIMS = 8
+MAX_DEPTH = 16
+MAX_TENSOR_BYTES = 1 << 40
+TENSOR_EXT = 1
+DIGEST_BYTES = 32
+
+DTYPES: dict[str, int] = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+"""Element types by their safetensors names, with their sizes in bytes."""
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor as the wire sees it: a description, and its little-endian, contiguous bytes or their digest.
+
+    ``frames`` is None for a tensor that travels by ``digest`` alone.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    frames: tuple[Buffer, ...] | None
+    digest: bytes | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the contents in bytes."""
+        return DTYPES[self.dtype] * math.prod(self.shape)
+
+    def with_digest(self) -> Tensor:
+        """The same tensor with its digest: SHA-256 over dtype, shape and bytes."""
+        if self.digest is not None:
+            return self
+        if self.frames is None:
+            raise ValueError("a tensor without bytes has no digest to compute")
+        return Tensor(self.dtype, self.shape, self.frames, digest_of(self.dtype, self.shape, self.frames))
+
+    def without_bytes(self) -> Tensor:
+        """The tensor by digest alone."""
+        if self.digest is None:
+            raise ValueError("a tensor without a digest can't travel without its bytes")
+        return Tensor(self.dtype, self.shape, None, self.digest)
+
+
+def digest_of(dtype: str, shape: Sequence[int], frames: Iterable[Buffer]) -> bytes:
+    """Content address of a tensor: 32 bytes, SHA-256 of ``"DTYPE:d0,d1,…:"`` and the contents."""
+    state = hashlib.sha256(f"{dtype}:{','.join(map(str, shape))}:".encode())
+    for frame in frames:
+        state.update(frame)
+    return state.digest()
+
+
+def split(buffer: Buffer) -> tuple[Buffer, ...]:
+    """Cut contiguous bytes into frames of at most `FRAME_BYTES`; no bytes give no frames."""
+    view = memoryview(buffer).cast("B")
+    return tuple(view[start : start + FRAME_BYTES] for start in range(0, len(view), FRAME_BYTES))
+
+
+def frame_sizes(nbytes: int) -> list[int]:
+    """The sizes of the frames that ``nbytes`` of contents travel in."""
+    whole, rest = divmod(nbytes, FRAME_BYTES)
+    return [FRAME_BYTES] * whole + ([rest] if rest else [])
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message: what it asks or answers, and the body, in which `Tensor` objects may stand anywhere.
+
+    ``id`` is chosen by the side that asks and comes back in every answer; ``session`` is the token of `welcome`.
+    """
+
+    type: str
+    body: dict[str, Any] = field(default_factory=dict)
+    id: int = 0
+    session: bytes = b""
+
+
+def encode(message: Message) -> list[Buffer]:
+    """The frames of a message, its tensors' bytes not copied."""
+    tensors: list[Tensor] = []
+
+    def pack(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+            return msgpack.ExtType(TENSOR_EXT, (len(tensors) - 1).to_bytes(4, "big"))
+        raise TypeError(f"{type(value).__name__} can't travel: use numbers, strings, bytes, lists, maps or tensors")
+
+    body = msgpack.packb(message.body, default=pack)
+    header = {
+        "type": message.type,
+        "id": message.id,
+        "session": message.session,
+        "tensors": [_describe(tensor) for tensor in tensors],
+    }
+    packer = msgpack.Packer()
+    # The body is packed first, to find the tensors; it is spliced in as the map's last entry.
+    parts = [packer.pack_map_header(5)]
+    for key, value in header.items():
+        parts += [packer.pack(key), packer.pack(value)]
+    parts += [packer.pack("body"), body]
+    frames: list[Buffer] = [MAGIC + bytes([PROTOCOL]), b"".join(parts)]
+    for tensor in tensors:
+        frames.extend(tensor.frames or ())
+    return frames
+
+
+def _describe(tensor: Tensor) -> dict[str, Any]:
+    described: dict[str, Any] = {"dtype": tensor.dtype, "shape": list(tensor.shape)}
+    if tensor.digest is not None:
+        described["digest"] = tensor.digest
+    if tensor.frames is None:
+        described["bytes"] = False
+    return described
+
+
+def decode(frames: Sequence[Buffer]) -> Message:
+    """The message that frames hold.
+
+    Raises `ProtocolError`, naming the field, for anything that docs/protocol.md does not allow.
+    """
+    if len(frames) < 2:
+        raise ProtocolError(f"a message has at least 2 frames, this one has {len(frames)}")
+    _check_preamble(bytes(memoryview(frames[0])[:64]))
+    header = _unpack_header(frames[1])
+    tensors = _read_tensors(header["tensors"], frames[2:])
+    used = [0] * len(tensors)
+    body = _resolve(header["body"], tensors, used)
+    if not all(count == 1 for count in used):
+        raise ProtocolError("tensors: every tensor must stand in the body exactly once")
+    return Message(header["type"], body, header["id"], header["session"])
+
+
+def _check_preamble(preamble: bytes) -> None:
+    if preamble[:4] != MAGIC or len(preamble) != 5:
+        raise ProtocolError(f"frame 0: expected b'TACO' and a version byte, got {preamble[:16]!r}")
+    if preamble[4] != PROTOCOL:
+        raise ProtocolError(
+            f"frame 0: protocol version {preamble[4]}, but this side speaks {PROTOCOL}; "
+            "install the same TACO-DiT release for client and daemon",
+            version=PROTOCOL,
+        )
+
+
+class _TensorRef(int):
+    """A tensor's index, as it stood in the body."""
+
+
+def _ext_hook(code: int, data: bytes) -> _TensorRef:
+    if code != TENSOR_EXT or len(data) != 4:
+        raise ProtocolError(f"body: extension {code} of {len(data)} bytes; only tensors (extension 1) are known")
+    return _TensorRef.from_bytes(data, "big")
+
+
+_FIELDS: dict[str, type] = {"type": str, "id": int, "session": bytes, "tensors": list, "body": dict}
+
+
+def _unpack_header(frame: Buffer) -> dict[str, Any]:
+    if len(memoryview(frame)) > HEADER_BYTES:
+        raise ProtocolError(f"frame 1: a header of {len(memoryview(frame))} bytes; at most {HEADER_BYTES} are allowed")
+    try:
+        header = msgpack.unpackb(frame, ext_hook=_ext_hook, strict_map_key=True, raw=False)
+    except ProtocolError:
+        raise
+    except Exception as error:  # msgpack raises half a dozen unrelated classes for malformed bytes
+        raise ProtocolError(f"frame 1: not a msgpack map ({type(error).__name__}: {error})") from None
+    if not isinstance(header, dict):
+        raise ProtocolError(f"frame 1: expected a msgpack map, got {type(header).__name__}")
+    if set(header) != set(_FIELDS):
+        odd = sorted(set(map(str, header)) ^ set(_FIELDS))
+        raise ProtocolError(f"frame 1: unknown or missing field {odd[0]!r}; the fields are {', '.join(_FIELDS)}")
+    for name, kind in _FIELDS.items():
+        if type(header[name]) is not kind:
+            raise ProtocolError(f"{name}: expected {kind.__name__}, got {type(header[name]).__name__}")
+    if not 0 <= header["id"] < 1 << 63:
+        raise ProtocolError("id: out of range")
+    return header
+
+
+def _read_tensors(described: list[Any], frames: Sequence[Buffer]) -> list[Tensor]:
+    if len(described) > MAX_TENSORS:
+        raise ProtocolError(f"tensors: {len(described)} of them; at most {MAX_TENSORS} travel in one message")
+    tensors = []
+    position = 0
+    for index, item in enumerate(described):
+        tensor = _check_description(item, f"tensors[{index}]")
+        if item.get("bytes", True):
+            sizes = frame_sizes(tensor.nbytes)
+            taken = frames[position : position + len(sizes)]
+            if [len(memoryview(frame)) for frame in taken] != sizes:
+                raise ProtocolError(
+                    f"tensors[{index}]: {tensor.dtype} {list(tensor.shape)} takes {tensor.nbytes} bytes in "
+                    f"{len(sizes)} frame(s); the frames that came don't add up to that"
+                )
+            position += len(sizes)
+            tensor = Tensor(tensor.dtype, tensor.shape, tuple(taken), tensor.digest)
+        tensors.append(tensor)
+    if position != len(frames):
+        raise ProtocolError(f"frames: {len(frames) - position} left over after the last tensor")
+    return tensors
+
+
+def _check_description(item: Any, where: str) -> Tensor:
+    if not isinstance(item, dict) or not set(item) <= {"dtype", "shape", "digest", "bytes"}:
+        raise ProtocolError(f"{where}: expected a map of dtype, shape and perhaps digest and bytes")
+    dtype, shape, digest = item.get("dtype"), item.get("shape"), item.get("digest")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ProtocolError(f"{where}.dtype: unknown dtype {dtype!r:.40}; known are {', '.join(DTYPES)}")
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS:
+        raise ProtocolError(f"{where}.shape: expected a list of at most {MAX_DIMS} sizes")
+    if not all(type(size) is int and 0 <= size <= MAX_TENSOR_BYTES for size in shape):
+        raise ProtocolError(f"{where}.shape: sizes must be integers from 0 up, got {str(shape)[:80]}")
+    if DTYPES[dtype] * math.prod(shape) > MAX_TENSOR_BYTES:
+        raise ProtocolError(f"{where}.shape: {shape} is more than {MAX_TENSOR_BYTES} bytes")
+    if digest is not None and (type(digest) is not bytes or len(digest) != DIGEST_BYTES):
+        raise ProtocolError(f"{where}.digest: expected {DIGEST_BYTES} bytes")
+    if type(item.get("bytes", True)) is not bool or (digest is None and not item.get("bytes", True)):
+        raise ProtocolError(f"{where}.bytes: only a tensor with a digest may travel without its bytes")
+    return Tensor(dtype, tuple(shape), None, digest)
+
+
+def _resolve(value: Any, tensors: list[Tensor], used: list[int], depth: int = 0) -> Any:
+    if depth > MAX_DEPTH:
+        raise ProtocolError(f"body: nested deeper than {MAX_DEPTH}")
+    if isinstance(value, _TensorRef):
+        if value >= len(tensors):
+            raise ProtocolError(f"body: refers to tensor {int(value)}, but there are {len(tensors)}")
+        used[value] += 1
+        return tensors[value]
+    if isinstance(value, dict):
+        return {key: _resolve(item, tensors, used, depth + 1) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_resolve(item, tensors, used, depth + 1) for item in value]
+    if isinstance(value, (str, bytes, int, float, bool, type(None))):
+        return value
+    raise ProtocolError(f"body: {type(value).__name__} values are not allowed")

@@ -1,0 +1,161 @@
+"""The configuration: one TOML file, checked whole, frozen.
+
+Unknown keys are errors, and every error reads ``file:key: reason``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["Config", "ConfigError", "load_config", "to_toml"]
+
+
+class ConfigError(Exception):
+    """The configuration can't be used; one line a fault, each ``file:key: reason``."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+def _check_endpoint(endpoint: str) -> str:
+    if endpoint.startswith("tcp://"):
+        raise ValueError("TCP needs CURVE keys and an allow-list, which this version lacks; use ipc:///path/to/socket")
+    path = endpoint.removeprefix("ipc://")
+    if path == endpoint or not path.startswith("/"):
+        raise ValueError(f"expected ipc:///absolute/path, got {endpoint!r}")
+    if len(path.encode()) > 100:
+        raise ValueError("the socket's path is longer than the 100 bytes that a unix socket takes")
+    return endpoint
+
+
+def _check_root(root: str) -> str:
+    if not os.path.isabs(root):
+        raise ValueError(f"expected an absolute path, got {root!r}")
+    return root
+
+
+class Group(_Section):
+    """The ranks: which devices, and how long to wait for them."""
+
+    device: Literal["cuda", "cpu"] = "cuda"
+    gpus: list[NonNegativeInt | str] | None = None
+    """For ``cuda``: indexes as nvidia-smi shows them, or UUIDs; all GPUs if absent."""
+    ranks: PositiveInt = Field(1, le=64)
+    """For ``cpu``: how many processes."""
+    step_timeout_s: PositiveFloat = 120.0
+    """Longest time that one step may take before the ranks count as stuck."""
+    load_timeout_s: PositiveFloat = 900.0
+    start_timeout_s: PositiveFloat = 180.0
+    retries: NonNegativeInt = 2
+    """How often a step is run again on new ranks before its job fails."""
+    max_restarts: NonNegativeInt = 5
+    """More restarts of the group than this within `restart_window_s`, and tacod gives up."""
+    restart_window_s: PositiveFloat = 600.0
+    cache_bytes: PositiveInt = 1 << 30
+    """Client tensors that each rank keeps, so that a prompt's embeddings travel once."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_device(self) -> Group:
+        if self.device == "cpu" and self.gpus is not None:
+            raise ValueError('gpus is for device = "cuda"; on "cpu" set ranks')
+        if self.gpus is not None and (not self.gpus or len(set(self.gpus)) != len(self.gpus)):
+            raise ValueError("gpus must name each device once, and at least one")
+        if self.device == "cuda" and "ranks" in self.model_fields_set:
+            raise ValueError('ranks is for device = "cpu"; on "cuda" there is one rank for each of gpus')
+        return self
+
+
+class Models(_Section):
+    """Which files clients may have loaded."""
+
+    roots: list[Annotated[str, AfterValidator(_check_root)]] = []
+    preload: list[str] = []
+
+
+class Limits(_Section):
+    """Bounds on what clients can make tacod hold."""
+
+    queue: PositiveInt = 64
+    """Jobs that wait or run, over all clients."""
+    clients: PositiveInt = 64
+    store_bytes: PositiveInt = 2 << 30
+    """Client tensors kept by content in host memory."""
+    message_bytes: PositiveInt = 512 << 20
+    """Largest message, and largest tensor, from a client."""
+
+
+class Config(_Section):
+    """Everything that tacod can be told."""
+
+    endpoint: Annotated[str, AfterValidator(_check_endpoint)] = "ipc:///run/tacod/tacod.sock"
+    heartbeat_s: PositiveFloat = 5.0
+    """A client that is silent for longer loses its queued work."""
+    drain_timeout_s: PositiveFloat = 30.0
+    """How long SIGTERM lets running work finish."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    group: Group = Group()
+    models: Models = Models()
+    limits: Limits = Limits()
+
+    @property
+    def socket_path(self) -> Path:
+        """The unix socket's path."""
+        return Path(self.endpoint.removeprefix("ipc://"))
+
+
+def load_config(path: str | os.PathLike[str]) -> Config:
+    """Read and check a configuration file.
+
+    Raises `ConfigError` with a line for each fault.
+    """
+    try:
+        with open(path, "rb") as file:
+            values: dict[str, Any] = tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; pass --config FILE") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_line(path, fault) for fault in error.errors())) from None
+
+
+def _line(path: str | os.PathLike[str], fault: Any) -> str:
+    key = ".".join(str(part) for part in fault["loc"] if part not in ("int", "str", "constrained-int"))
+    reason = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden":
+        reason = "unknown key; `tacod --print-config` shows the known ones"
+    return f"{path}:{key}: {reason}"
+
+
+def to_toml(config: Config) -> str:
+    """The configuration with all its defaults, as TOML that `load_config` reads back."""
+    values = config.model_dump(exclude_none=True)
+    if config.group.device == "cuda":
+        del values["group"]["ranks"]
+    tables = {key: value for key, value in values.items() if isinstance(value, dict)}
+    lines = [f"{key} = {_toml(value)}" for key, value in values.items() if key not in tables]
+    for name, table in tables.items():
+        lines += ["", f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in table.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'"{escaped}"'
+    return str(value)

@@ -1,0 +1,174 @@
+"""The command ``tacod``: read the configuration, take the endpoint, serve until told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tacod import __version__, logs
+from tacod.config import Config, ConfigError, load_config, to_toml
+from tacod.group import devices
+from tacod.manifest import Manifest
+from tacod.notify import notify, watchdog_s
+from tacod.server import Server
+from tacod_client.errors import TacodError, Unavailable
+
+__all__ = ["main"]
+
+log = logging.getLogger("tacod")
+
+EX_CONFIG = 78
+DEFAULT_CONFIG = "/etc/tacod/config.toml"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``tacod``; returns the exit code: 0 after a drain, 1 if the ranks were given up, 78 for a bad config."""
+    args = _parser().parse_args(argv)
+    try:
+        config = load_config(args.config)
+        level = args.log_level or config.log_level
+        if args.print_config:
+            print(to_toml(config), end="")
+            return 0
+        if args.check_config:
+            print(f"{args.config}: ok")
+            return 0
+        os.environ["TACOD_LOG_LEVEL"] = level
+        logs.configure(level)
+        with _endpoint(config.socket_path) as folder:
+            return _serve(config, args.config, folder)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return EX_CONFIG
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tacod", description="Runs diffusion transformers on all of your GPUs at once.")
+    parser.add_argument(
+        "--config", default=DEFAULT_CONFIG, metavar="FILE", help=f"the configuration (default {DEFAULT_CONFIG})"
+    )
+    parser.add_argument("--check-config", action="store_true", help="check the configuration and exit")
+    parser.add_argument("--print-config", action="store_true", help="print the configuration with its defaults and exit")
+    parser.add_argument("--version", action="version", version=f"tacod {__version__}")
+    parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], help="more or fewer log lines")
+    return parser
+
+
+@contextlib.contextmanager
+def _endpoint(path: Path) -> Iterator[Path]:
+    """Hold the endpoint alone, and a private folder beside it; what a killed predecessor left there is removed.
+
+    A bind on a live ipc path would succeed and steal it, hence the lock.
+    """
+    folder = path.with_name(path.name + ".d")
+    lock_path = path.with_name(path.name + ".lock")
+    try:
+        path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+        lock = _take_lock(lock_path)
+    except OSError as error:
+        raise ConfigError(f"endpoint: {lock_path}: {error.strerror}; tacod must own the socket's folder") from None
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(mode=0o700)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        path.unlink(missing_ok=True)
+        lock_path.unlink(missing_ok=True)
+        os.close(lock)
+
+
+def _take_lock(path: Path) -> int:
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(lock, 32).decode(errors="replace").strip()
+            os.close(lock)
+            raise ConfigError(
+                f"endpoint: tacod with pid {holder} already serves {path.with_suffix('')}; "
+                "stop it first, or set another endpoint"
+            ) from None
+        # The holder before may have unlinked the file between our open and our lock.
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(path).st_ino == os.fstat(lock).st_ino:
+                os.ftruncate(lock, 0)
+                os.write(lock, f"{os.getpid()}\n".encode())
+                return lock
+        os.close(lock)
+
+
+def _serve(config: Config, config_path: str, folder: Path) -> int:
+    names = devices(config.group)
+    manifest = Manifest(config.models.roots)
+    try:
+        preload = [manifest.describe(path, None, None, "auto", len(names)) for path in config.models.preload]
+    except TacodError as error:
+        raise ConfigError(f"{config_path}:models.preload: {error.message}") from None
+    signals, wakeup = socket.socketpair()
+    for end in (signals, wakeup):
+        end.setblocking(False)
+    signal.set_wakeup_fd(wakeup.fileno())
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: None)
+    server = Server(config, names, preload, folder)
+    log.info("tacod %s, pid %d, listening on %s", __version__, os.getpid(), config.endpoint)
+    try:
+        return _loop(server, config, signals)
+    finally:
+        server.close()
+        signal.set_wakeup_fd(-1)
+        signals.close()
+        wakeup.close()
+
+
+def _loop(server: Server, config: Config, signals: socket.socket) -> int:
+    drain_until: float | None = None
+    pat_every_s = watchdog_s()
+    next_pat_s = 0.0
+    while True:
+        server.turn(signals.fileno())
+        now = time.monotonic()
+        if pat_every_s is not None and now >= next_pat_s:
+            next_pat_s = now + pat_every_s / 2
+            notify("WATCHDOG=1")
+        for number in _caught(signals):
+            if number == signal.SIGHUP:
+                log.warning("SIGHUP: this version reads its configuration at start only; use systemctl restart tacod")
+            elif drain_until is None:
+                drain_until = now + config.drain_timeout_s
+                server.scheduler.draining = True
+                log.info("draining: %d jobs to finish, %g s at most", len(server.scheduler.jobs), config.drain_timeout_s)
+                notify("STOPPING=1", "STATUS=draining")
+            else:
+                drain_until = now
+        if server.given_up is not None and not server.sessions.pending:
+            return 1
+        if drain_until is not None:
+            if now >= drain_until and server.scheduler.jobs:
+                server.abort(Unavailable("tacod was stopped before this job was done; it is safe to ask again"))
+            if not server.scheduler.jobs and (not server.sessions.pending or now >= drain_until + 1):
+                log.info("stopped")
+                return 0
+
+
+def _caught(signals: socket.socket) -> bytes:
+    try:
+        return signals.recv(64)
+    except BlockingIOError:
+        return b""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""The models that are to be resident: what is loaded now, and what a new group of ranks must load again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tacod.checkpoint import locate, read_checkpoint
+from tacod.plan import check_request, make_plan
+from tacod_client.errors import ModelNotFound, ModelUnsupported
+
+__all__ = ["Manifest", "Model"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model by its file and how it is loaded; the rest is known once the ranks hold it."""
+
+    id: str
+    path: str
+    identity: str
+    dtype: str | None
+    family: str = ""
+    parameters: int = 0
+    heads: int = 0
+    loaded_s: float = 0.0
+    plan: str = ""
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return os.path.basename(self.path)
+
+    def work(self) -> dict[str, Any]:
+        """The work item that loads it."""
+        return {"model": self.id, "path": self.path, "identity": self.identity, "dtype": self.dtype}
+
+    def loaded(self, told: dict[str, Any], elapsed_s: float, world_size: int) -> Model:
+        """The same model with what the ranks tell about it."""
+        return replace(
+            self,
+            family=told["family"],
+            parameters=told["parameters"],
+            heads=told["heads"],
+            dtype=told["dtype"],
+            loaded_s=elapsed_s,
+            plan=str(make_plan("auto", world_size, told["heads"], ())),
+        )
+
+    def to_wire(self) -> dict[str, Any]:
+        """The model as ``status --json`` shows it."""
+        return {
+            "id": self.id,
+            "name": self.name,
+            "family": self.family,
+            "path": self.path,
+            "parameters": self.parameters,
+            "dtype": self.dtype,
+            "plan": self.plan,
+            "loaded_s": round(self.loaded_s, 3),
+        }
+
+
+class Manifest:
+    """Loaded models by id."""
+
+    def __init__(self, roots: Sequence[str]) -> None:
+        self.roots = roots
+        self._models: dict[str, Model] = {}
+
+    def __iter__(self) -> Iterator[Model]:
+        return iter(list(self._models.values()))
+
+    def __contains__(self, model_id: str) -> bool:
+        return model_id in self._models
+
+    def find(self, model_id: str) -> Model:
+        """A loaded model.
+
+        Raises `ModelNotFound`.
+        """
+        if model_id not in self._models:
+            raise ModelNotFound(f"no model {model_id!r} is loaded; `tacoctl models` lists them", model=model_id)
+        return self._models[model_id]
+
+    def describe(self, path: str, dtype: str | None, patches: Any, plan: Any, world_size: int) -> Model:
+        """The model that a load request means; its id is a function of the file's state, the dtype and the patches.
+
+        Raises a `ModelError` if the file may not or can't be loaded, `ArgumentError` for a plan that can't be.
+        """
+        check_request(plan, world_size)
+        if patches:
+            raise ModelUnsupported("patches: this version loads models as they are in their file, without patches")
+        real = locate(path, self.roots)
+        identity = read_checkpoint(real).identity
+        model_id = hashlib.sha256(json.dumps([identity, dtype, patches or []]).encode()).hexdigest()[:16]
+        return Model(model_id, real, identity, dtype)
+
+    def add(self, model: Model) -> None:
+        """A model is resident."""
+        self._models[model.id] = model
+
+    def remove(self, model_id: str) -> None:
+        """A model is resident no more."""
+        self._models.pop(model_id, None)
+
+    def note_plan(self, model_id: str, plan: str) -> None:
+        """Remember how a model's last forward was spread."""
+        if model_id in self._models:
+            self._models[model_id] = replace(self._models[model_id], plan=plan)

@@ -1,0 +1,117 @@
+"""What clients may ask: one frozen model a request (docs/protocol.md)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError
+
+from tacod_client.errors import ArgumentError
+from tacod_client import wire
+
+__all__ = ["REQUESTS", "Cancel", "Empty", "Forward", "Hello", "Load", "Put", "Request", "Sample", "Unload", "parse"]
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+Tensor = InstanceOf[wire.Tensor]
+Name = Annotated[str, Field(max_length=4096)]
+
+
+class Request(BaseModel):
+    """A request's body: no field may lack, none may be left over."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Empty(Request):
+    """Nothing to say beyond the message's type."""
+
+
+class Hello(Request):
+    """Open a session."""
+
+    client: Name
+    pid: int
+    version: Name
+
+
+class Put(Request):
+    """Keep these tensors by content."""
+
+    tensors: Annotated[list[Tensor], Field(max_length=256)]
+
+
+class Load(Request):
+    """Make a model resident."""
+
+    path: Name
+    dtype: Dtype | None
+    patches: list[Any] | None
+    plan: Any
+
+
+class Unload(Request):
+    """Give a model's memory back."""
+
+    model: Name
+
+
+class Forward(Request):
+    """One DiT forward."""
+
+    model: Name
+    plan: Any
+    arguments: dict[str, Any]
+
+
+class Sample(Request):
+    """A whole sampling run."""
+
+    model: Name
+    plan: Any
+    sampler: Name
+    seed: Annotated[int, Field(ge=0, lt=2**64)]
+    cfg: Annotated[float, Field(allow_inf_nan=False)]
+    noise: Tensor
+    latent: Tensor
+    sigmas: Tensor
+    positive: dict[str, Any]
+    negative: dict[str, Any] | None
+
+
+class Cancel(Request):
+    """Cancel a job by its id, or one of this session's requests by the message id."""
+
+    job: Name | None
+    request: int | None
+
+
+REQUESTS: dict[str, type[Request]] = {
+    "hello": Hello,
+    "bye": Empty,
+    "ping": Empty,
+    "put": Put,
+    "load": Load,
+    "unload": Unload,
+    "forward": Forward,
+    "sample": Sample,
+    "cancel": Cancel,
+    "status": Empty,
+    "stats": Empty,
+    "models": Empty,
+    "ps": Empty,
+}
+
+Kind = TypeVar("Kind", bound=Request)
+
+
+def parse(kind: type[Kind], body: dict[str, Any]) -> Kind:
+    """A checked request.
+
+    Raises `ArgumentError`, naming the first field at fault.
+    """
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        name = ".".join(map(str, fault["loc"])) or kind.__name__.lower()
+        raise ArgumentError(f"{name}: {fault['msg'][:1].lower()}{fault['msg'][1:]}", argument=name) from None

@@ -1,0 +1,30 @@
+"""sd_notify(3): tell systemd what the daemon is doing."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+__all__ = ["notify", "watchdog_s"]
+
+
+def notify(*fields: str) -> None:
+    """Send fields such as ``READY=1`` or ``STATUS=loading``; without systemd this does nothing."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        try:
+            sock.sendto("\n".join(fields).encode(), address)
+        except OSError:
+            # A manager that went away is no reason to stop serving.
+            pass
+
+
+def watchdog_s() -> float | None:
+    """How often systemd wants a ``WATCHDOG=1``, in seconds: half of what it allows. None if it wants none."""
+    usec = os.environ.get("WATCHDOG_USEC", "")
+    ours = os.environ.get("WATCHDOG_PID") in (None, str(os.getpid()))
+    return int(usec) / 2e6 if usec.isdigit() and int(usec) > 0 and ours else None

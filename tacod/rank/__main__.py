@@ -1,0 +1,93 @@
+"""A rank: join the group, prove that it computes, then do what the supervisor says until its end."""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from typing import Any
+
+import torch
+import zmq
+
+from tacod import logs
+from tacod.rank import xdit
+from tacod.rank.engine import Engine
+from tacod.rank.selftest import selftest
+from tacod_client import wire
+from tacod_client.errors import TacodError
+from tacod_client.wire import Message
+
+log = logging.getLogger("tacod.rank")
+
+
+def main() -> None:
+    """The process's life."""
+    args = _parse()
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_die_with_the_supervisor, args=(args.death_fd,), daemon=True).start()
+    logs.configure(os.environ.get("TACOD_LOG_LEVEL", "info"), prefix=f"rank {args.rank}: ")
+    device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // args.world_size))
+    else:
+        torch.cuda.set_device(device)
+    group = xdit.join(device, args.rank, args.world_size, args.rendezvous)
+    engine = Engine(device, group if args.world_size > 1 else None)
+    selftest(engine)
+    serve(engine, args.rank, args.epoch, args.address)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tacod.rank", description="One rank of tacod; tacod starts it.")
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--world-size", type=int, required=True)
+    parser.add_argument("--device", choices=["cuda", "cpu"], required=True)
+    parser.add_argument("--address", required=True)
+    parser.add_argument("--epoch", required=True)
+    parser.add_argument("--rendezvous", required=True)
+    parser.add_argument("--death-fd", type=int, required=True)
+    return parser.parse_args()
+
+
+def _die_with_the_supervisor(death_fd: int) -> None:
+    """The supervisor holds the pipe's other end open as long as it lives, however it ends."""
+    os.read(death_fd, 1)
+    os._exit(0)
+
+
+def serve(engine: Engine, rank: int, epoch: str, address: str) -> None:
+    """Answer work items, one after the other, for ever. Between two the rank waits here, never in a collective."""
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+    socket.setsockopt(zmq.LINGER, 1000)
+    socket.connect(address)
+    ready = {"rank": rank, "epoch": epoch, "memory_used_bytes": engine.memory_used_bytes}
+    socket.send_multipart(wire.encode(Message("ready", ready)))
+    while True:
+        frames = socket.recv_multipart(copy=False)
+        message = wire.decode([frame.buffer for frame in frames])
+        kind, body = _answer(engine, message)
+        socket.send_multipart(wire.encode(Message(kind, body, message.id)), copy=False)
+        if kind == "broken":
+            sys.exit(1)
+
+
+def _answer(engine: Engine, message: Message) -> tuple[str, dict[str, Any]]:
+    try:
+        return "done", engine.work(message.type, message.body)
+    except TacodError as error:
+        return "failed", {"error": error.to_wire(), "memory_used_bytes": engine.memory_used_bytes}
+    except Exception:
+        log.exception("%s failed", message.type)
+        return "broken", {"traceback": traceback.format_exc(limit=-8)}
+
+
+if __name__ == "__main__":
+    main()

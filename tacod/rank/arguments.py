@@ -1,0 +1,98 @@
+"""A request's arguments, checked against what a family takes and put on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from tacod.rank.families.base import Argument
+from tacod_client import wire
+from tacod_client.errors import ArgumentError
+from tacod_client.tensors import from_wire
+
+__all__ = ["check_arguments", "load_arguments"]
+
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+def check_arguments(given: Mapping[str, Any], specs: Mapping[str, Argument], family: str) -> None:
+    """Check names, dtypes and shapes before a byte is touched.
+
+    Raises `ArgumentError`, naming the argument.
+    """
+    for name in given:
+        if name not in specs:
+            raise ArgumentError(
+                f"{name}: {family} takes no such argument; it takes {', '.join(specs)}", argument=str(name)
+            )
+    sizes: dict[str, tuple[int, str]] = {}
+    for name, spec in specs.items():
+        value = given.get(name)
+        if value is None:
+            if spec.required:
+                raise ArgumentError(f"{name}: missing; {family} needs it, as {_wanted(spec)}", argument=name)
+        elif spec.shape is None:
+            if value not in spec.choices:
+                raise ArgumentError(
+                    f"{name}: {value!r:.60} is none of {', '.join(map(repr, spec.choices))}", argument=name
+                )
+        elif spec.many:
+            if not isinstance(value, list):
+                raise ArgumentError(f"{name}: expected a list of tensors, got {_kind(value)}", argument=name)
+            for item in value:
+                _check_tensor(name, item, spec, {"B": sizes["B"]} if "B" in sizes else {})
+        else:
+            _check_tensor(name, value, spec, sizes)
+
+
+def _check_tensor(name: str, value: Any, spec: Argument, sizes: dict[str, tuple[int, str]]) -> None:
+    assert spec.shape is not None
+    if not isinstance(value, wire.Tensor):
+        raise ArgumentError(f"{name}: expected a tensor, {_wanted(spec)}; got {_kind(value)}", argument=name)
+    if value.dtype not in _FLOATS:
+        raise ArgumentError(f"{name}: expected a floating-point tensor, got {value.dtype}", argument=name)
+    fits = len(value.shape) == len(spec.shape)
+    for size, wanted in zip(value.shape, spec.shape, strict=False):
+        fits = fits and size > 0 and (isinstance(wanted, str) or size == wanted)
+    if not fits:
+        raise ArgumentError(f"{name}: expected {_wanted(spec)}, got shape {list(value.shape)}", argument=name)
+    for size, symbol in zip(value.shape, spec.shape, strict=True):
+        if isinstance(symbol, str):
+            known, other = sizes.setdefault(symbol, (size, name))
+            if size != known:
+                raise ArgumentError(
+                    f"{name}: its {symbol} is {size}, but that of {other} is {known}; they must agree", argument=name
+                )
+
+
+def _wanted(spec: Argument) -> str:
+    if spec.shape is None:
+        return "one of " + ", ".join(map(repr, spec.choices))
+    shape = f"shape [{', '.join(map(str, spec.shape))}]"
+    return f"a list of tensors of {shape}" if spec.many else shape
+
+
+def _kind(value: Any) -> str:
+    return "a tensor" if isinstance(value, wire.Tensor) else type(value).__name__
+
+
+def load_arguments(
+    given: Mapping[str, Any], specs: Mapping[str, Argument], dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """The arguments as torch values on ``device``.
+
+    Tensors come in the compute dtype, but what is one number per image (timestep, guidance) stays fp32: its embedding
+    is computed there.
+    """
+
+    def put(value: Any, spec: Argument) -> Any:
+        if isinstance(value, list):
+            return [put(item, spec) for item in value]
+        if not isinstance(value, wire.Tensor):
+            return value
+        exact = spec.shape == ("B",)
+        return from_wire(value, "torch").to(device=device, dtype=torch.float32 if exact else dtype)
+
+    return {name: put(value, specs[name]) for name, value in given.items() if value is not None}

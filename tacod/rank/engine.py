@@ -1,0 +1,186 @@
+"""What a rank can do: hold models, run forwards, walk samplers. The same on every rank, in the same order."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tacod.checkpoint import read_checkpoint
+from tacod.plan import Plan, make_plan
+from tacod.rank.arguments import check_arguments, load_arguments
+from tacod.rank.families.base import DiT
+from tacod.rank.sampling import Run, SampleRequest, begin
+from tacod.rank.ulysses import Ulysses
+from tacod.rank.weights import DTYPES, choose_dtype, load_model
+from tacod_client import wire
+from tacod_client.errors import ModelCorrupt, ModelNotFound, OutOfMemory
+from tacod_client.tensors import to_wire
+
+__all__ = ["Engine"]
+
+
+@dataclass
+class Resident:
+    """A model that is loaded, and what the daemon tells about it."""
+
+    model: DiT
+    dtype: str
+    description: dict[str, Any]
+
+
+class Engine:
+    """The models and runs of one rank. No method leaves another rank waiting: what can fail, fails on all alike."""
+
+    def __init__(self, device: torch.device, group: dist.ProcessGroup | None) -> None:
+        self.device = device
+        self.alone = Ulysses()
+        self.together = Ulysses(group)
+        self.models: dict[str, Resident] = {}
+        self.runs: dict[str, Run] = {}
+        self._tensors: dict[bytes, wire.Tensor] = {}
+
+    @property
+    def memory_used_bytes(self) -> int:
+        """Device memory that this rank's tensors take; on a CPU, the process's resident memory."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.memory_allocated(self.device))
+        import psutil
+
+        return int(psutil.Process().memory_info().rss)
+
+    def work(self, verb: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Do one work item and return its answer.
+
+        Raises a `TacodError` that every rank raises alike, or whatever else, which means that this rank is broken.
+        """
+        for tensor in body.pop("store"):
+            assert tensor.digest is not None
+            self._tensors[tensor.digest] = tensor
+        for job in body.pop("forget"):
+            self.runs.pop(job, None)
+        evict = body.pop("evict")
+        try:
+            with self._memory_errors():
+                answer = self._timed(verb, self._resolve(body))
+        finally:
+            for digest in evict:
+                self._tensors.pop(digest, None)
+        return {**answer, "memory_used_bytes": self.memory_used_bytes}
+
+    def _resolve(self, value: Any) -> Any:
+        """Put the kept tensors where a body names them by digest."""
+        if isinstance(value, wire.Tensor) and value.frames is None:
+            assert value.digest is not None
+            return self._tensors[value.digest]
+        if isinstance(value, dict):
+            return {key: self._resolve(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._resolve(item) for item in value]
+        return value
+
+    def _timed(self, verb: str, body: dict[str, Any]) -> dict[str, Any]:
+        started = time.perf_counter()
+        verbs = {"load": self.load, "unload": self.unload, "forward": self.forward, "sample": self.sample}
+        with torch.inference_mode():
+            answer = verbs[verb](**body)
+        collective = self.together.take_collective_s()
+        busy = time.perf_counter() - started
+        return {**answer, "compute_s": max(busy - collective, 0.0), "collective_s": min(collective, busy)}
+
+    @contextmanager
+    def _memory_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            first = str(error).split(". ")[0]
+            gc.collect()
+            torch.cuda.empty_cache()
+            raise OutOfMemory(f"{first}; use a smaller image or batch, or unload a model (`tacoctl unload`)") from None
+
+    def load(self, model: str, path: str, identity: str, dtype: str | None) -> dict[str, Any]:
+        """Make a model resident under the id ``model``; nothing to do if it is already."""
+        if model not in self.models:
+            checkpoint = read_checkpoint(path)
+            if checkpoint.identity != identity:
+                raise ModelCorrupt(f"{path} changed while it was being loaded; load it again")
+            chosen = choose_dtype(checkpoint, dtype, self.device)
+            loaded = load_model(checkpoint, DTYPES[chosen], self.device)
+            description = {
+                "family": loaded.family,
+                "parameters": sum(tensor.numel() for tensor in loaded.state_dict().values()),
+                "dtype": chosen,
+                "heads": loaded.heads,
+            }
+            self.models[model] = Resident(loaded, chosen, description)
+        return {"model": self.models[model].description}
+
+    def unload(self, model: str) -> dict[str, Any]:
+        """Give a model's memory back."""
+        self._resident(model)
+        del self.models[model]
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return {}
+
+    def _resident(self, model: str) -> Resident:
+        if model not in self.models:
+            raise ModelNotFound(f"no model {model!r} is loaded; `tacoctl models` lists them", model=model)
+        return self.models[model]
+
+    def _ulysses(self, plan: Plan) -> Ulysses:
+        return self.together if plan.sequence > 1 else self.alone
+
+    def _plan(self, request: Any, model: DiT, given: Mapping[str, Any]) -> Plan:
+        return make_plan(request, self.together.size, model.heads, model.lengths(given))
+
+    def forward(self, model: str, plan: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+        """One forward with the meaning of ComfyUI's ``diffusion_model(x, timestep, …)``."""
+        dit = self._resident(model).model
+        specs = dit.arguments()
+        check_arguments(arguments, specs, dit.family)
+        chosen = self._plan(plan, dit, arguments)
+        values = load_arguments(arguments, specs, dit.dtype, self.device)
+        x, timestep = values.pop("x"), values.pop("timestep")
+        out = dit(self._ulysses(chosen), x, timestep, **values)
+        return {"out": self._result(out), "plan": str(chosen), "ranks": chosen.sequence, "forwards": 1}
+
+    def _result(self, out: Tensor) -> wire.Tensor | None:
+        """What goes back to the client; rank 0's answer carries it."""
+        host = out.cpu() if self.together.rank == 0 or self.device.type == "cuda" else out
+        return to_wire(host, "out") if self.together.rank == 0 else None
+
+    def sample(self, job: str, step: int, **inputs: Any) -> dict[str, Any]:
+        """One step of the run ``job``; step 0 begins it, the last one carries the latent."""
+        if step == 0:
+            self.runs[job] = self._begin(**inputs)
+        run = self.runs[job]
+        before = run.denoise.forwards
+        x = next(run.steps)
+        answer: dict[str, Any] = {
+            "sigma": run.sigmas[step + 1],
+            "plan": str(run.plan),
+            "ranks": run.plan.sequence,
+            "forwards": run.denoise.forwards - before,
+        }
+        if step + 2 == len(run.sigmas):
+            answer["out"] = self._result(run.finish(x))
+            del self.runs[job]
+        elif self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return answer
+
+    def _begin(self, model: str, plan: Any, **inputs: Any) -> Run:
+        dit = self._resident(model).model
+        request = SampleRequest(**inputs)
+        request.check(dit)
+        chosen = self._plan(plan, dit, {"x": request.noise, **request.positive})
+        return begin(request, dit, self._ulysses(chosen), chosen, self.device)

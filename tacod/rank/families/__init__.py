@@ -1,0 +1,85 @@
+"""The model families that this version runs: every module of this package that defines a `DiT`.
+
+Adding a family adds a file here, and edits nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from tacod.checkpoint import TensorInfo
+from tacod.rank.families.base import DiT
+from tacod_client.errors import ModelUnsupported
+
+__all__ = ["detect", "families"]
+
+_UNETS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL", 1280: "the SDXL refiner"}
+_ELSEWHERE = {
+    "double_stream_modulation_img.lin.weight": "Flux.2",
+    "distilled_guidance_layer.norms.0.scale": "Chroma",
+    "txt_in.individual_token_refiner.blocks.0.norm1.weight": "HunyuanVideo",
+    "double_layers.0.attn.w1q.weight": "AuraFlow",
+    "head.modulation": "Wan",
+    "cap_embedder.1.weight": "Lumina 2 or Z-Image",
+}
+"""A tensor that tells, and whose it is: to refuse by name what no family here has claimed."""
+
+
+@cache
+def families() -> tuple[type[DiT], ...]:
+    """Every family, by name."""
+    found = []
+    for info in pkgutil.iter_modules(__path__, f"{__name__}."):
+        module = importlib.import_module(info.name)
+        for _, kind in inspect.getmembers(module, inspect.isclass):
+            if issubclass(kind, DiT) and kind.__module__ == module.__name__ and not inspect.isabstract(kind):
+                found.append(kind)
+    return tuple(sorted(found, key=lambda kind: kind.family))
+
+
+def detect(
+    tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None = None
+) -> tuple[type[DiT], dict[str, Any]]:
+    """A file's family and its configuration in ComfyUI's ``unet_config`` vocabulary, from keys (bare) and shapes.
+
+    ``config`` is what the file itself says (``tacod.config``); it overrides what is detected.
+    Raises `ModelUnsupported`, which says what the file is as far as that can be told.
+    """
+    override = dict(config or {})
+    if "image_model" in override:
+        named = override["image_model"]
+        for family in families():
+            if named in family.image_models:
+                return family, {**(family.detect(tensors) or {}), **override}
+        raise ModelUnsupported(f"config key 'image_model' is {named!r:.80}; {_we_run()}")
+    for family in families():
+        detected = family.detect(tensors)
+        if detected is not None:
+            return family, {**detected, **override}
+    raise ModelUnsupported(_refusal(tensors))
+
+
+def _refusal(tensors: Mapping[str, TensorInfo]) -> str:
+    if any(key.startswith(("input_blocks.", "down_blocks.")) for key in tensors):
+        widths = {info.shape[-1] for key, info in tensors.items() if key.endswith("attn2.to_k.weight") and info.shape}
+        name = next((f" ({_UNETS[width]})" for width in sorted(widths) if width in _UNETS), "")
+        return (
+            f"the file is a UNet{name}; TACO-DiT runs diffusion transformers, whose tokens it splits over devices, and "
+            f"a UNet has no such sequence: load it with ComfyUI's own loader, on one GPU. {_we_run().capitalize()}"
+        )
+    for key, name in _ELSEWHERE.items():
+        if key in tensors:
+            return f"the file looks like {name}; {_we_run()}"
+    if any(".lora_" in key or key.endswith(".alpha") for key in tensors):
+        return "the file is a LoRA, not a model: load the model, and put the LoRA on it with a LoRA loader"
+    sample = ", ".join(sorted(tensors)[:3]) or "none"
+    return f"no family knows this file by its {len(tensors)} tensors ({sample}, …); {_we_run()}"
+
+
+def _we_run() -> str:
+    return f"this version runs {', '.join(family.family for family in families())}"

@@ -1,0 +1,167 @@
+"""What a model family is: a module whose parameters carry the names of the published single files.
+
+A family keeps the key layout of its authors' single-file checkpoints, which is ComfyUI's too. So weights are
+copied by name, weight patches (LoRA) apply by name, and the arithmetic is in the order that ComfyUI has.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tacod.checkpoint import TensorInfo
+from tacod.rank.ulysses import Ulysses
+from tacod_client.errors import ModelUnsupported
+
+
+@dataclass(frozen=True)
+class Argument:
+    """What a forward's argument must look like.
+
+    ``shape`` holds an int for a fixed size and a name for a free one; the same name means the same size in every
+    argument of one forward (``"B"`` is the batch). ``None`` stands for a value that is no tensor.
+    """
+
+    shape: tuple[int | str, ...] | None
+    required: bool = True
+    many: bool = False
+    """A list of such tensors; free sizes other than ``"B"`` may differ between its members."""
+    choices: tuple[str, ...] = ()
+    """For ``shape=None``: the strings it may be."""
+
+
+@dataclass(frozen=True)
+class LatentFormat:
+    """The affine map between the latents that users hold (a VAE's) and those that the model sees."""
+
+    scale: float
+    shift: float
+
+    def into_model(self, latent: Tensor) -> Tensor:
+        """The model's view of a latent; one of zeros is an empty canvas and stays zeros."""
+        return (latent - self.shift) * self.scale if latent.any() else latent
+
+    def out_of_model(self, x: Tensor) -> Tensor:
+        """The user's view of what a sampler made."""
+        return x / self.scale + self.shift
+
+
+class DiT(nn.Module, abc.ABC):
+    """A diffusion transformer that predicts a flow's velocity; one subclass per model family."""
+
+    family: ClassVar[str]
+    """The name that users see: ``flux``, ``sd3``."""
+    image_models: ClassVar[tuple[str, ...]]
+    """The values of ``image_model`` in ComfyUI's ``unet_config`` that this family runs."""
+    latent_format: ClassVar[LatentFormat]
+    heads: int
+    """Attention heads: what Ulysses hands out to ranks."""
+
+    @classmethod
+    @abc.abstractmethod
+    def detect(cls, tensors: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
+        """The model's configuration in ComfyUI's ``unet_config`` vocabulary, read from a file's keys and shapes.
+
+        ``None`` if the keys are not of this family.
+        """
+
+    @abc.abstractmethod
+    def arguments(self) -> dict[str, Argument]:
+        """The arguments that `forward` takes besides ``ulysses``, ``x`` and ``timestep`` among them."""
+
+    @abc.abstractmethod
+    def lengths(self, arguments: Mapping[str, Any]) -> tuple[int, ...]:
+        """The token count of each stream (text, image, …) that these arguments make; it sums to the joint sequence."""
+
+    @abc.abstractmethod
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """What ComfyUI passes as ``timestep`` at noise level ``sigma`` (fp32, any shape)."""
+
+    @abc.abstractmethod
+    def forward(self, ulysses: Ulysses, x: Tensor, timestep: Tensor, **arguments: Any) -> Tensor:
+        """One forward with the meaning of ComfyUI's ``diffusion_model(x, timestep, …)``.
+
+        ``x`` is [B, C, H, W] in the compute dtype, ``timestep`` [B] in fp32. Every rank passes the same arguments
+        and gets the whole output, of ``x``'s dtype and shape, less the channels that an inpainting model takes besides.
+        """
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype, which is that of the weights."""
+        return next(self.parameters()).dtype
+
+
+def sinusoid(t: Tensor, width: int = 256) -> Tensor:
+    """The sinusoidal embedding of ``t`` [B], computed and returned in fp32 [B, width]: cosines, then sines.
+
+    Vaswani et al., 2017, as in guided-diffusion. Rounding ``t`` to bf16 before it costs tens of percent of accuracy.
+    """
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t.float()[:, None] * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Adaptive layer norm's affine part (Peebles and Xie, 2022, arXiv:2212.09748): x * (1 + scale) + shift."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+def pad_to_patches(x: Tensor, patch: int) -> Tensor:
+    """Pad [B, C, H, W] below and on the right to whole patches, circularly."""
+    height, width = x.shape[-2:]
+    below, right = -height % patch, -width % patch
+    return functional.pad(x, (0, right, 0, below), mode="circular") if below or right else x
+
+
+def grid(x: Any, patch: int) -> tuple[int, int]:
+    """Rows and columns of patches that the last two sizes of ``x`` make, the last ones padded."""
+    height, width = x.shape[-2:]
+    return -(-height // patch), -(-width // patch)
+
+
+def unpatchify(tokens: Tensor, rows: int, columns: int, patch: int) -> Tensor:
+    """Tokens [B, rows * columns, patch, patch, C] as an image [B, C, rows * patch, columns * patch]."""
+    image = torch.unflatten(tokens, 1, (rows, columns)).permute(0, 5, 1, 3, 2, 4)
+    return image.flatten(4, 5).flatten(2, 3)
+
+
+def whole(
+    config: Mapping[str, Any], key: str, default: int | None = None, *, least: int = 1, most: int = 1 << 20
+) -> int:
+    """A whole number from a model's configuration; raises `ModelUnsupported`, naming the key, for anything else."""
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ModelUnsupported(f"config key {key!r} is {value!r:.80}; expected a whole number from {least} to {most}")
+    return value
+
+
+def settle(config: Mapping[str, Any], key: str, *allowed: Any) -> Any:
+    """A choice from a model's configuration, by default the first; raises `ModelUnsupported`, naming the key."""
+    value = config.get(key, allowed[0])
+    if not any(type(value) is type(choice) and value == choice for choice in allowed):
+        choices = " or ".join(map(repr, allowed))
+        raise ModelUnsupported(f"config key {key!r} is {value!r:.80}; this version runs {choices}")
+    return value
+
+
+def shape_of(tensors: Mapping[str, TensorInfo], key: str, dims: int) -> tuple[int, ...]:
+    """The shape of a tensor that a family can't be without; raises `ModelUnsupported`, naming it."""
+    info = tensors.get(key)
+    if info is None or len(info.shape) != dims:
+        found = "it is missing" if info is None else f"its shape is {list(info.shape)}"
+        raise ModelUnsupported(f"{key}: expected a tensor of {dims} dimensions, but {found}; is the file complete?")
+    return info.shape
+
+
+def count_blocks(tensors: Mapping[str, TensorInfo], name: str) -> int:
+    """How many blocks ``name.0``, ``name.1``, … a file holds, up to the first gap."""
+    found = {key.removeprefix(f"{name}.").split(".")[0] for key in tensors if key.startswith(f"{name}.")}
+    return next(n for n in range(len(found) + 1) if str(n) not in found)

@@ -1,0 +1,415 @@
+"""Flux.1 (Black Forest Labs): dev, schnell, Kontext, and those that take more channels (Fill, Canny, Depth).
+
+Double blocks after the MMDiT of Esser et al., 2024 (arXiv:2403.03206), single blocks after Dehghani et al., 2023
+(arXiv:2302.05442), rotary positions after Su et al., 2021 (arXiv:2104.09864). Parameters are named as in the authors'
+files (black-forest-labs/flux, Apache-2.0).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tacod.checkpoint import TensorInfo
+from tacod.rank.families.base import (
+    LatentFormat,
+    Argument,
+    DiT,
+    count_blocks,
+    grid,
+    modulate,
+    pad_to_patches,
+    settle,
+    shape_of,
+    sinusoid,
+    unpatchify,
+    whole,
+)
+from tacod.rank.ulysses import Ulysses
+from tacod_client.errors import ModelUnsupported
+
+__all__ = ["Flux"]
+
+_EPSILON = 1e-6
+_METHODS = ("offset", "index", "uxo")
+
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines in fp32, each [S, 1, D / 2]: how far each pair of a head's channels turns at each token."""
+
+
+class Embedder(nn.Module):
+    """A vector into the space of the conditioning."""
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        self.in_layer = nn.Linear(inputs, width)
+        self.out_layer = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        embedded: Tensor = self.out_layer(functional.silu(self.in_layer(x)))
+        return embedded
+
+
+class Norm(nn.Module):
+    """Root mean square norm over a head's channels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x, self.scale.shape, self.scale, _EPSILON)
+
+
+class Heads(nn.Module):
+    """Norms of queries and keys."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query_norm = Norm(width)
+        self.key_norm = Norm(width)
+        self.width = width
+
+    def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, S, H, D] from their fused projection [B, S, 3 * H * D]."""
+        q, k, v = torch.unflatten(qkv, -1, (3, -1, self.width)).unbind(2)
+        return self.query_norm(q), self.key_norm(k), v
+
+
+class Attention(nn.Module):
+    """The projections of one stream around the attention that the streams share."""
+
+    def __init__(self, width: int, head_width: int, bias: bool) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.norm = Heads(head_width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, S, H, D] of ``x`` [B, S, width]."""
+        heads: tuple[Tensor, Tensor, Tensor] = self.norm(self.qkv(x))
+        return heads
+
+
+class Modulation(nn.Module):
+    """Shift, scale and gate, once or twice, from the conditioning: each [B, 1, width]."""
+
+    def __init__(self, width: int, parts: int) -> None:
+        super().__init__()
+        self.lin = nn.Linear(width, parts * width)
+        self.parts = parts
+
+    def forward(self, c: Tensor) -> tuple[Tensor, ...]:
+        modulation: Tensor = self.lin(functional.silu(c))
+        return modulation.unsqueeze(1).chunk(self.parts, dim=-1)
+
+
+class DoubleBlock(nn.Module):
+    """Text and image, each with its own weights, in one attention."""
+
+    def __init__(self, width: int, head_width: int, hidden: int, bias: bool) -> None:
+        super().__init__()
+        self.img_mod = Modulation(width, 6)
+        self.img_attn = Attention(width, head_width, bias)
+        self.img_mlp = _mlp(width, hidden)
+        self.txt_mod = Modulation(width, 6)
+        self.txt_attn = Attention(width, head_width, bias)
+        self.txt_mlp = _mlp(width, hidden)
+
+    def forward(
+        self, ulysses: Ulysses, lengths: tuple[int, int], rotation: Rotation, text: Tensor, image: Tensor, c: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """This rank's text and image tokens, one block further."""
+        text_mod, image_mod = self.txt_mod(c), self.img_mod(c)
+        joint = zip(
+            self.txt_attn(modulate(_norm(text), *text_mod[:2])),
+            self.img_attn(modulate(_norm(image), *image_mod[:2])),
+            strict=True,
+        )
+        q, k, v = (torch.cat(both, dim=1) for both in joint)
+        attended = ulysses.attention(_rotate(q, rotation), _rotate(k, rotation), v, lengths)
+        to_text, to_image = torch.split(attended, [text.shape[1], image.shape[1]], dim=1)
+
+        image = image + image_mod[2] * self.img_attn.proj(to_image)
+        image = image + image_mod[5] * self.img_mlp(modulate(_norm(image), *image_mod[3:5]))
+        text = text + text_mod[2] * self.txt_attn.proj(to_text)
+        text = text + text_mod[5] * self.txt_mlp(modulate(_norm(text), *text_mod[3:5]))
+        return _finite(text), image
+
+
+class SingleBlock(nn.Module):
+    """Attention and feed-forward side by side, on text and image as one sequence."""
+
+    def __init__(self, width: int, head_width: int, hidden: int) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(width, 3 * width + hidden)
+        self.linear2 = nn.Linear(width + hidden, width)
+        self.norm = Heads(head_width)
+        self.modulation = Modulation(width, 3)
+        self.split = [3 * width, hidden]
+
+    def forward(self, ulysses: Ulysses, lengths: tuple[int, int], rotation: Rotation, x: Tensor, c: Tensor) -> Tensor:
+        """This rank's tokens, one block further."""
+        shift, scale, gate = self.modulation(c)
+        qkv, hidden = torch.split(self.linear1(modulate(_norm(x), shift, scale)), self.split, dim=-1)
+        q, k, v = self.norm(qkv)
+        attended = ulysses.attention(_rotate(q, rotation), _rotate(k, rotation), v, lengths)
+        out = self.linear2(torch.cat((attended, functional.gelu(hidden, approximate="tanh")), dim=-1))
+        return _finite(x + gate * out)
+
+
+class Final(nn.Module):
+    """Tokens to the pixels of their patches."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, outputs)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)
+        pixels: Tensor = self.linear(modulate(_norm(x), shift, scale))
+        return pixels
+
+
+class Flux(DiT):
+    """Flux.1 dev, schnell and Kontext.
+
+    ``config`` is ComfyUI's ``unet_config``. Raises `ModelUnsupported`, naming the key, for a configuration that can't
+    be.
+    """
+
+    family: ClassVar[str] = "flux"
+    image_models: ClassVar[tuple[str, ...]] = ("flux",)
+    latent_format = LatentFormat(0.3611, 0.1159)
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        _check_config(config)
+        self.heads = whole(config, "num_heads")
+        width = whole(config, "hidden_size")
+        self.patch = whole(config, "patch_size", 2)
+        self.channels = whole(config, "in_channels")
+        self.out_channels = whole(config, "out_channels", 16)
+        self.context_width = whole(config, "context_in_dim")
+        self.pooled_width = whole(config, "vec_in_dim")
+        self.axes = _axes(config, width, self.heads)
+        self.theta = _number(config, "theta", 10000)
+        self.guided: bool = settle(config, "guidance_embed", False, True)
+        self.reference_method: str = settle(config, "default_ref_method", *_METHODS)
+        self.reference_index = _number(config, "ref_index_scale", 1.0)
+        bias: bool = settle(config, "qkv_bias", True, False)
+        hidden = int(width * _number(config, "mlp_ratio", 4.0))
+        head_width = width // self.heads
+
+        self.img_in = nn.Linear(self.channels * self.patch**2, width)
+        self.txt_in = nn.Linear(self.context_width, width)
+        self.time_in = Embedder(256, width)
+        self.vector_in = Embedder(self.pooled_width, width)
+        if self.guided:
+            self.guidance_in = Embedder(256, width)
+        self.double_blocks = nn.ModuleList(
+            DoubleBlock(width, head_width, hidden, bias) for _ in range(whole(config, "depth", most=1024))
+        )
+        self.single_blocks = nn.ModuleList(
+            SingleBlock(width, head_width, hidden)
+            for _ in range(whole(config, "depth_single_blocks", least=0, most=1024))
+        )
+        self.final_layer = Final(width, self.out_channels * self.patch**2)
+
+    @classmethod
+    def detect(cls, tensors: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
+        """See `DiT.detect`."""
+        key_norm = "double_blocks.0.img_attn.norm.key_norm.scale"
+        others = ("double_stream_modulation_img.lin.weight", "distilled_guidance_layer.norms.0.scale", "txt_norm.scale")
+        if key_norm not in tensors or "img_in.weight" not in tensors or any(key in tensors for key in others):
+            return None
+        width, inputs = shape_of(tensors, "img_in.weight", 2)
+        outputs, _ = shape_of(tensors, "final_layer.linear.weight", 2)
+        (head_width,) = shape_of(tensors, key_norm, 1)
+        patch = 2
+        return {
+            "image_model": "flux",
+            "in_channels": inputs // patch**2,
+            "out_channels": outputs // patch**2,
+            "vec_in_dim": shape_of(tensors, "vector_in.in_layer.weight", 2)[1],
+            "context_in_dim": shape_of(tensors, "txt_in.weight", 2)[1],
+            "hidden_size": width,
+            "mlp_ratio": 4.0,
+            "num_heads": width // max(head_width, 1),
+            "depth": count_blocks(tensors, "double_blocks"),
+            "depth_single_blocks": count_blocks(tensors, "single_blocks"),
+            "axes_dim": [16, 56, 56],
+            "theta": 10000,
+            "patch_size": patch,
+            "qkv_bias": "double_blocks.0.img_attn.qkv.bias" in tensors,
+            "guidance_embed": "guidance_in.in_layer.weight" in tensors,
+            "txt_ids_dims": [],
+        }
+
+    def arguments(self) -> dict[str, Argument]:
+        """See `DiT.arguments`."""
+        return {
+            "x": Argument(("B", self.channels, "H", "W")),
+            "timestep": Argument(("B",)),
+            "context": Argument(("B", "L", self.context_width)),
+            "y": Argument(("B", self.pooled_width), required=False),
+            "guidance": Argument(("B",), required=self.guided),
+            "ref_latents": Argument(("B", self.channels, "h", "w"), required=False, many=True),
+            "ref_latents_method": Argument(None, required=False, choices=_METHODS),
+        }
+
+    def lengths(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
+        """Tokens of the text, and of the image with its references."""
+        images = (arguments["x"], *(arguments.get("ref_latents") or ()))
+        return arguments["context"].shape[1], sum(math.prod(grid(image, self.patch)) for image in images)
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """See `DiT.timestep`."""
+        return sigma
+
+    def forward(  # type: ignore[override]
+        self,
+        ulysses: Ulysses,
+        x: Tensor,
+        timestep: Tensor,
+        *,
+        context: Tensor,
+        y: Tensor | None = None,
+        guidance: Tensor | None = None,
+        ref_latents: Sequence[Tensor] | None = None,
+        ref_latents_method: str | None = None,
+    ) -> Tensor:
+        """See `DiT.forward`. ``guidance`` is [B] in fp32, and not used by models that are not distilled for it."""
+        images = (x, *(ref_latents or ()))
+        lengths = self.lengths({"x": x, "context": context, "ref_latents": ref_latents})
+        c = self._condition(x, timestep, y, guidance)
+        image = self.img_in(ulysses.shard(torch.cat([self._patchify(each) for each in images], dim=1)))
+        text = self.txt_in(ulysses.shard(context))
+
+        image_at = self._image_positions(images, ref_latents_method or self.reference_method)
+        text_at = image_at.new_zeros(lengths[0], len(self.axes))
+        mine = torch.cat([ulysses.shard(positions, dim=0) for positions in (text_at, image_at)])
+        rotation = self._rotation(mine)
+
+        for block in self.double_blocks:
+            text, image = block(ulysses, lengths, rotation, text, image, c)
+        tokens = torch.cat((text, _finite(image)), dim=1)
+        for block in self.single_blocks:
+            tokens = block(ulysses, lengths, rotation, tokens, c)
+        image = tokens[:, text.shape[1] :]
+
+        rows, columns = grid(x, self.patch)
+        pixels = ulysses.gather(self.final_layer(image, c), lengths[1])[:, : rows * columns]
+        pixels = torch.unflatten(pixels, -1, (self.out_channels, self.patch, self.patch)).movedim(2, -1)
+        return unpatchify(pixels, rows, columns, self.patch)[:, :, : x.shape[-2], : x.shape[-1]]
+
+    def _condition(self, x: Tensor, timestep: Tensor, y: Tensor | None, guidance: Tensor | None) -> Tensor:
+        c: Tensor = self.time_in(sinusoid(1000 * timestep.float()).to(x.dtype))
+        if self.guided and guidance is not None:
+            c = c + self.guidance_in(sinusoid(1000 * guidance.float()).to(x.dtype))
+        pooled: Tensor = self.vector_in(x.new_zeros(len(x), self.pooled_width) if y is None else y)
+        return c + pooled
+
+    def _patchify(self, x: Tensor) -> Tensor:
+        """A latent [B, C, H, W] as tokens [B, N, C * patch * patch]."""
+        return functional.pixel_unshuffle(pad_to_patches(x, self.patch), self.patch).flatten(2).transpose(1, 2)
+
+    def _image_positions(self, images: Sequence[Tensor], method: str) -> Tensor:
+        """The (index, row, column) of each patch of the image and of its references: [N, 3] in fp32."""
+        origins = [(0.0, 0, 0), *_reference_origins(images, method, self.patch, self.reference_index)]
+        positions = []
+        for image, (index, top, left) in zip(images, origins, strict=True):
+            rows, columns = grid(image, self.patch)
+            down = torch.arange(rows, device=image.device, dtype=torch.float32) + top
+            across = torch.arange(columns, device=image.device, dtype=torch.float32) + left
+            place = torch.stack(torch.meshgrid(down, across, indexing="ij"), dim=-1).flatten(0, 1)
+            positions.append(functional.pad(place, (1, 0), value=index))
+        return torch.cat(positions)
+
+    def _rotation(self, positions: Tensor) -> Rotation:
+        """The rotation of tokens at ``positions`` [S, axes]."""
+        angles = []
+        for axis, width in enumerate(self.axes):
+            exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.float64) / width
+            angles.append(positions[:, axis, None].double() * self.theta**-exponents)
+        angle = torch.cat(angles, dim=-1).unsqueeze(1)
+        return angle.cos().float(), angle.sin().float()
+
+
+def _reference_origins(images: Sequence[Tensor], method: str, patch: int, scale: float) -> list[tuple[float, int, int]]:
+    """Where each reference lies beside the image: its index, and the row and column of its first patch.
+
+    ``offset`` lays them out beside each other on a plane of their own, as Kontext was trained; ``index`` gives each
+    its own plane; ``uxo`` goes on diagonally from the image's corner, in its plane.
+    """
+    rows, columns = grid(images[0], patch)
+    origins: list[tuple[float, int, int]] = []
+    tall, wide = (rows * patch, columns * patch) if method == "uxo" else (0, 0)
+    for number, reference in enumerate(images[1:], start=1):
+        height, width = reference.shape[-2:]
+        if method == "index":
+            origins.append((scale * number, 0, 0))
+            continue
+        top, left = tall, wide
+        if method == "uxo":
+            tall, wide = tall + height, wide + width
+        else:
+            below = height + tall <= width + wide
+            top, left = (tall, 0) if below else (0, wide)
+            tall, wide = max(tall, top + height), max(wide, left + width)
+        origins.append((0.0 if method == "uxo" else 1.0, (top + patch // 2) // patch, (left + patch // 2) // patch))
+    return origins
+
+
+def _mlp(width: int, hidden: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+
+
+def _norm(x: Tensor) -> Tensor:
+    return functional.layer_norm(x, x.shape[-1:], eps=_EPSILON)
+
+
+def _rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turn neighbouring channels of ``x`` [B, S, H, D] as pairs, in fp32."""
+    cos, sin = rotation
+    even, odd = torch.unflatten(x.float(), -1, (-1, 2)).unbind(-1)
+    return torch.stack((cos * even - sin * odd, sin * even + cos * odd), dim=-1).flatten(-2).to(x.dtype)
+
+
+def _finite(x: Tensor) -> Tensor:
+    """In fp16 Flux's residual stream overflows; the other dtypes have room."""
+    return torch.nan_to_num(x, nan=0.0, posinf=65504, neginf=-65504) if x.dtype == torch.float16 else x
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    for key in ("global_modulation", "mlp_silu_act", "yak_mlp", "txt_norm"):
+        settle(config, key, False)
+    settle(config, "ops_bias", True)
+    settle(config, "txt_ids_dims", [])
+
+
+def _number(config: Mapping[str, Any], key: str, default: float) -> float:
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
+        raise ModelUnsupported(f"config key {key!r} is {value!r:.80}; expected a number above 0")
+    return float(value)
+
+
+def _axes(config: Mapping[str, Any], width: int, heads: int) -> list[int]:
+    if width % heads:
+        raise ModelUnsupported(f"config key 'num_heads' is {heads}; it must divide 'hidden_size', which is {width}")
+    axes = config.get("axes_dim")
+    if not isinstance(axes, list) or len(axes) != 3 or any(type(n) is not int or n < 0 or n % 2 for n in axes):
+        raise ModelUnsupported(f"config key 'axes_dim' is {axes!r:.80}; expected three even numbers")
+    if sum(axes) != width // heads:
+        raise ModelUnsupported(
+            f"config key 'axes_dim' is {axes}, which sums to {sum(axes)}; it must sum to the width of a head, "
+            f"which is {width // heads} ('hidden_size' {width} over 'num_heads' {heads})"
+        )
+    return axes

@@ -1,0 +1,340 @@
+"""Stable Diffusion 3 and 3.5: the MMDiT of Esser et al., 2024 (arXiv:2403.03206), and its MMDiT-X with dual attention.
+
+Parameters are named as in Stability's files (sd3-ref, MIT).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tacod.checkpoint import TensorInfo
+from tacod.rank.families.base import (
+    LatentFormat,
+    Argument,
+    DiT,
+    count_blocks,
+    grid,
+    modulate,
+    pad_to_patches,
+    settle,
+    shape_of,
+    sinusoid,
+    unpatchify,
+    whole,
+)
+from tacod.rank.ulysses import Ulysses
+from tacod_client.errors import ArgumentError, ModelUnsupported
+
+__all__ = ["SD3"]
+
+_HEAD_WIDTH = 64
+_EPSILON = 1e-6
+
+
+class Attention(nn.Module):
+    """The projections of one stream around the attention that the streams share."""
+
+    def __init__(self, width: int, qk_norm: str | None, project: bool = True) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+        if project:
+            self.proj = nn.Linear(width, width)
+        if qk_norm == "rms":
+            self.ln_q: nn.Module = nn.RMSNorm(_HEAD_WIDTH, eps=_EPSILON)
+            self.ln_k: nn.Module = nn.RMSNorm(_HEAD_WIDTH, eps=_EPSILON)
+        elif qk_norm == "ln":
+            self.ln_q = nn.LayerNorm(_HEAD_WIDTH, eps=_EPSILON)
+            self.ln_k = nn.LayerNorm(_HEAD_WIDTH, eps=_EPSILON)
+        else:
+            self.ln_q, self.ln_k = nn.Identity(), nn.Identity()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, S, H, 64] of ``x`` [B, S, width]."""
+        q, k, v = torch.unflatten(self.qkv(x), -1, (3, -1, _HEAD_WIDTH)).unbind(2)
+        return self.ln_q(q), self.ln_k(k), v
+
+
+class Mlp(nn.Module):
+    """The feed-forward part of a block."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.fc2(functional.gelu(self.fc1(x), approximate="tanh"))
+        return hidden
+
+
+class Stream(nn.Module):
+    """What a joint block does to one stream, before and after the shared attention.
+
+    ``last`` is the text stream of the last block, which only feeds the attention; ``dual`` is an image stream that
+    also attends to itself alone.
+    """
+
+    def __init__(self, width: int, qk_norm: str | None, *, last: bool = False, dual: bool = False) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=_EPSILON)
+        self.attn = Attention(width, qk_norm, project=not last)
+        if dual:
+            self.attn2 = Attention(width, qk_norm)
+        if not last:
+            self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=_EPSILON)
+            self.mlp = Mlp(width)
+        self.parts = 2 if last else 9 if dual else 6
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.parts * width))
+
+    def modulation(self, c: Tensor) -> tuple[Tensor, ...]:
+        """Shift, scale and gate of the attention, of the MLP, and of the second attention: each [B, 1, width]."""
+        modulation: Tensor = self.adaLN_modulation(c)
+        return modulation.unsqueeze(1).chunk(self.parts, dim=-1)
+
+    def feed_forward(self, x: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
+        shift, scale, gate = modulation[3:6]
+        out: Tensor = x + gate * self.mlp(modulate(self.norm2(x), shift, scale))
+        return out
+
+
+class JointBlock(nn.Module):
+    """Text and image, each with its own weights, in one attention."""
+
+    def __init__(self, width: int, qk_norm: str | None, *, last: bool, dual: bool) -> None:
+        super().__init__()
+        self.context_block = Stream(width, qk_norm, last=last)
+        self.x_block = Stream(width, qk_norm, dual=dual)
+        self.last, self.dual = last, dual
+
+    def forward(
+        self, ulysses: Ulysses, lengths: tuple[int, int], context: Tensor, x: Tensor, c: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """This rank's text and image tokens, one block further; the last block leaves the text as it is."""
+        text, image = self.context_block, self.x_block
+        text_mod, image_mod = text.modulation(c), image.modulation(c)
+        normed = image.norm1(x)
+        joint = zip(
+            text.attn(modulate(text.norm1(context), *text_mod[:2])),
+            image.attn(modulate(normed, *image_mod[:2])),
+            strict=True,
+        )
+        q, k, v = (torch.cat(both, dim=1) for both in joint)
+        attended = ulysses.attention(q, k, v, lengths)
+        to_text, to_image = torch.split(attended, [context.shape[1], x.shape[1]], dim=1)
+
+        x = x + image_mod[2] * image.attn.proj(to_image)
+        if self.dual:
+            q, k, v = image.attn2(modulate(normed, *image_mod[6:8]))
+            own = ulysses.attention(q, k, v, lengths[1:])
+            x = x + image_mod[8] * image.attn2.proj(own)
+        x = image.feed_forward(x, image_mod)
+        if not self.last:
+            context = context + text_mod[2] * text.attn.proj(to_text)
+            context = text.feed_forward(context, text_mod)
+        return context, x
+
+
+class Embedder(nn.Module):
+    """A vector into the space of the conditioning."""
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        embedded: Tensor = self.mlp(x)
+        return embedded
+
+
+class Patches(nn.Module):
+    """A latent [B, C, H, W], cut into patches, as tokens [B, N, width]."""
+
+    def __init__(self, channels: int, patch: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens: Tensor = self.proj(x)
+        return tokens.flatten(2).transpose(1, 2)
+
+
+class Final(nn.Module):
+    """Tokens to the pixels of their patches."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=_EPSILON)
+        self.linear = nn.Linear(width, outputs)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)
+        pixels: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
+        return pixels
+
+
+class SD3(DiT):
+    """Stable Diffusion 3 medium, 3.5 large and 3.5 medium.
+
+    ``config`` is ComfyUI's ``unet_config``. The width is 64 times ``depth``, which is also the number of heads and of
+    blocks. Raises `ModelUnsupported`, naming the key, for a configuration that can't be.
+    """
+
+    family: ClassVar[str] = "sd3"
+    image_models: ClassVar[tuple[str, ...]] = ("sd3",)
+    latent_format = LatentFormat(1.5305, 0.0609)
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        _check_config(config)
+        self.heads = whole(config, "depth", most=1024)
+        width = _HEAD_WIDTH * self.heads
+        self.patch = whole(config, "patch_size", 2)
+        self.channels = whole(config, "in_channels")
+        self.out_channels = whole(config, "out_channels", self.channels)
+        self.pooled_width = whole(config, "adm_in_channels")
+        self.context_width = _context_width(config, width)
+        self.grid_size = whole(config, "pos_embed_max_size")
+        qk_norm = settle(config, "qk_norm", None, "rms", "ln")
+        dual = _dual_layers(config, self.heads)
+
+        self.x_embedder = Patches(self.channels, self.patch, width)
+        self.t_embedder = Embedder(256, width)
+        self.y_embedder = Embedder(self.pooled_width, width)
+        self.context_embedder = nn.Linear(self.context_width, width)
+        self.pos_embed = nn.Parameter(_positions(self.grid_size, width), requires_grad=False)
+        self.joint_blocks = nn.ModuleList(
+            JointBlock(width, qk_norm, last=i == self.heads - 1, dual=i in dual) for i in range(self.heads)
+        )
+        self.final_layer = Final(width, self.patch**2 * self.out_channels)
+
+    @classmethod
+    def detect(cls, tensors: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
+        """See `DiT.detect`."""
+        first = "joint_blocks.0.context_block.attn"
+        if f"{first}.qkv.weight" not in tensors:
+            return None
+        width, channels, patch, _ = shape_of(tensors, "x_embedder.proj.weight", 4)
+        outputs, _ = shape_of(tensors, "final_layer.linear.weight", 2)
+        _, context_width = shape_of(tensors, "context_embedder.weight", 2)
+        _, positions, _ = shape_of(tensors, "pos_embed", 3)
+        normed = f"{first}.ln_q.weight" in tensors
+        return {
+            "image_model": "sd3",
+            "in_channels": channels,
+            "patch_size": patch,
+            "out_channels": outputs // max(patch**2, 1),
+            "depth": width // _HEAD_WIDTH,
+            "input_size": None,
+            "adm_in_channels": shape_of(tensors, "y_embedder.mlp.0.weight", 2)[1],
+            "context_size": context_width,
+            "context_embedder_config": {
+                "target": "torch.nn.Linear",
+                "params": {"in_features": context_width, "out_features": width},
+            },
+            "num_patches": positions,
+            "pos_embed_max_size": math.isqrt(positions),
+            "pos_embed_scaling_factor": None,
+            "context_processor_layers": count_blocks(tensors, "context_processor.layers") or None,
+            "qk_norm": ("ln" if f"{first}.ln_q.bias" in tensors else "rms") if normed else None,
+            "x_block_self_attn_layers": [
+                i
+                for i in range(count_blocks(tensors, "joint_blocks"))
+                if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in tensors
+            ],
+        }
+
+    def arguments(self) -> dict[str, Argument]:
+        """See `DiT.arguments`."""
+        return {
+            "x": Argument(("B", self.channels, "H", "W")),
+            "timestep": Argument(("B",)),
+            "context": Argument(("B", "L", self.context_width)),
+            "y": Argument(("B", self.pooled_width)),
+        }
+
+    def lengths(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
+        """Tokens of the text and of the image."""
+        return arguments["context"].shape[1], math.prod(grid(arguments["x"], self.patch))
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """See `DiT.timestep`."""
+        return sigma * 1000
+
+    def forward(  # type: ignore[override]
+        self, ulysses: Ulysses, x: Tensor, timestep: Tensor, *, context: Tensor, y: Tensor
+    ) -> Tensor:
+        """See `DiT.forward`. Raises `ArgumentError` if ``x`` is larger than the model's position table."""
+        height, width = x.shape[-2:]
+        rows, columns = grid(x, self.patch)
+        lengths = self.lengths({"x": x, "context": context})
+        image = self.x_embedder(pad_to_patches(x, self.patch)) + self._crop_positions(rows, columns).to(x.dtype)
+        c = self.t_embedder(sinusoid(timestep).to(x.dtype)) + self.y_embedder(y)
+
+        image = ulysses.shard(image)
+        text = self.context_embedder(ulysses.shard(context))
+        for block in self.joint_blocks:
+            text, image = block(ulysses, lengths, text, image, c)
+        pixels = ulysses.gather(self.final_layer(image, c), lengths[1])
+        pixels = torch.unflatten(pixels, -1, (self.patch, self.patch, self.out_channels))
+        return unpatchify(pixels, rows, columns, self.patch)[:, :, :height, :width]
+
+    def _crop_positions(self, rows: int, columns: int) -> Tensor:
+        """The middle ``rows`` by ``columns`` of the position table: [1, rows * columns, width]."""
+        if max(rows, columns) > self.grid_size:
+            most = self.grid_size * self.patch
+            raise ArgumentError(f"x: this model takes latents of at most {most} by {most}", argument="x")
+        top, left = (self.grid_size - rows) // 2, (self.grid_size - columns) // 2
+        table = torch.unflatten(self.pos_embed, 1, (self.grid_size, self.grid_size))
+        return table[:, top : top + rows, left : left + columns].flatten(1, 2)
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    for key in ("learn_sigma", "rmsnorm", "scale_mod_only", "swiglu", "x_block_self_attn"):
+        settle(config, key, False)
+    settle(config, "qkv_bias", True)
+    settle(config, "context_processor_layers", None)
+    settle(config, "register_length", 0)
+    for key, expected in (
+        ("num_blocks", whole(config, "depth")),
+        ("num_patches", whole(config, "pos_embed_max_size") ** 2),
+    ):
+        if config.get(key) is not None:
+            settle(config, key, expected)
+    if config.get("mlp_ratio", 4.0) != 4.0:
+        raise ModelUnsupported(f"config key 'mlp_ratio' is {config['mlp_ratio']!r:.80}; this version runs 4.0")
+
+
+def _context_width(config: Mapping[str, Any], width: int) -> int:
+    embedder = config.get("context_embedder_config")
+    params = embedder.get("params") if isinstance(embedder, Mapping) else None
+    if not isinstance(params, Mapping) or params.get("out_features") != width:
+        raise ModelUnsupported(
+            f"config key 'context_embedder_config' is {embedder!r:.120}; expected a torch.nn.Linear "
+            f"whose out_features are {width}, 64 times the depth"
+        )
+    return whole(params, "in_features")
+
+
+def _dual_layers(config: Mapping[str, Any], depth: int) -> set[int]:
+    layers = config.get("x_block_self_attn_layers", [])
+    if not isinstance(layers, list) or any(type(i) is not int or not 0 <= i < depth for i in layers):
+        raise ModelUnsupported(
+            f"config key 'x_block_self_attn_layers' is {layers!r:.80}; expected a list of blocks from 0 to {depth - 1}"
+        )
+    return set(layers)
+
+
+def _positions(size: int, width: int) -> Tensor:
+    """Sines and cosines of columns and rows, [1, size * size, width]: what training starts from; files replace it."""
+    frequencies = 10000 ** -(torch.arange(width // 4) / (width // 4))
+    angles = torch.arange(size)[:, None] * frequencies
+    line = torch.cat((angles.sin(), angles.cos()), dim=-1)
+    columns, rows = line[None].expand(size, -1, -1), line[:, None].expand(-1, size, -1)
+    return torch.cat((columns, rows), dim=-1).flatten(0, 1)[None]

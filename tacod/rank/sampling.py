@@ -1,0 +1,153 @@
+"""A sampling run: what was asked for, the guided denoiser, and the run between two of its steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tacod.plan import Plan
+from tacod.rank import samplers
+from tacod.rank.arguments import check_arguments, load_arguments
+from tacod.rank.families.base import Argument, DiT
+from tacod.rank.ulysses import Ulysses
+from tacod_client import wire
+from tacod_client.errors import ArgumentError
+from tacod_client.tensors import from_wire
+
+__all__ = ["Run", "SampleRequest", "begin"]
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """The inputs of `Model.sample`, as they came over the wire."""
+
+    sampler: str
+    seed: int
+    cfg: float
+    noise: wire.Tensor
+    latent: wire.Tensor
+    sigmas: wire.Tensor
+    positive: dict[str, Any]
+    negative: dict[str, Any] | None
+
+    @property
+    def guided(self) -> dict[str, dict[str, Any]]:
+        """The conditions that a step looks at, the negative first, as ComfyUI stacks them."""
+        if not samplers.needs_negative(self.cfg):
+            return {"positive": self.positive}
+        if self.negative is None:
+            raise ArgumentError(
+                f"negative: missing; cfg = {self.cfg:g} needs it (cfg = 1 does not)", argument="negative"
+            )
+        return {"negative": self.negative, "positive": self.positive}
+
+    def check(self, dit: DiT) -> None:
+        """Check every input before the first step.
+
+        Raises `ArgumentError`, naming the argument.
+        """
+        samplers.find(self.sampler)
+        specs = dit.arguments()
+        canvas = {"noise": specs["x"], "latent": specs["x"], "sigmas": Argument(("steps + 1",))}
+        check_arguments({"noise": self.noise, "latent": self.latent, "sigmas": self.sigmas}, canvas, dit.family)
+        timestep = wire.Tensor("F32", (self.noise.shape[0],), None)
+        for name, given in self.guided.items():
+            try:
+                check_arguments({"x": self.noise, "timestep": timestep, **given}, specs, dit.family)
+            except ArgumentError as error:
+                raise ArgumentError(f"{name}.{error.message}", argument=f"{name}.{error.argument}") from None
+
+
+@dataclass
+class Run:
+    """A run between two of its steps."""
+
+    denoise: Denoiser
+    steps: Iterator[Tensor]
+    sigmas: list[float]
+    plan: Plan
+    finish: Callable[[Tensor], Tensor]
+    """From the sampler's last x to the latent that the client gets."""
+
+
+def begin(request: SampleRequest, dit: DiT, ulysses: Ulysses, plan: Plan, device: torch.device) -> Run:
+    """Start a checked run; nothing is computed before its first step."""
+    levels = _levels(request.sigmas, device)
+    specs = dit.arguments()
+    conditions = [load_arguments(given, specs, dit.dtype, device) for given in request.guided.values()]
+    noise, latent = (from_wire(value, "torch").to(device, torch.float32) for value in (request.noise, request.latent))
+    x = samplers.start(noise, dit.latent_format.into_model(latent), levels[0])
+    denoise = Denoiser(dit, ulysses, conditions, request.cfg)
+    steps = samplers.find(request.sampler)(denoise, x, levels, samplers.noise_source(request.seed, x))
+
+    def finish(x: Tensor) -> Tensor:
+        return dit.latent_format.out_of_model(samplers.finish(x, levels[-1]))
+
+    return Run(denoise, steps, levels.tolist(), plan, finish)
+
+
+class Denoiser:
+    """A velocity model as the samplers want it: predicted clean latent, guidance included."""
+
+    def __init__(self, dit: DiT, ulysses: Ulysses, conditions: list[dict[str, Any]], cfg: float) -> None:
+        self.dit = dit
+        self.ulysses = ulysses
+        self.cfg = cfg
+        self.conditions = conditions
+        self.joint = _stack(conditions)
+        self.forwards = 0
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """``x`` [B, C, H, W] in fp32 at the scalar noise level ``sigma`` → the clean latent, in fp32."""
+        if self.joint is not None:
+            many = len(self.conditions)
+            velocities = self._velocity(torch.cat([x] * many), sigma, self.joint).chunk(many)
+        else:
+            velocities = tuple(self._velocity(x, sigma, condition) for condition in self.conditions)
+        clean = [x - sigma * velocity for velocity in velocities]
+        return samplers.guide(clean[-1], clean[0] if len(clean) > 1 else None, self.cfg)
+
+    def _velocity(self, x: Tensor, sigma: Tensor, condition: dict[str, Any]) -> Tensor:
+        self.forwards += 1
+        timestep = self.dit.timestep(sigma).float().expand(x.shape[0]).contiguous()
+        return self.dit(self.ulysses, x.to(self.dit.dtype), timestep, **condition).float()
+
+
+def _stack(conditions: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Several conditions as one batch; None if their names or shapes differ."""
+    first = conditions[0]
+    for other in conditions[1:]:
+        if set(other) != set(first) or any(_shape(other[name]) != _shape(first[name]) for name in first):
+            return None
+
+    def join(values: list[Any]) -> Any:
+        if isinstance(values[0], Tensor):
+            return torch.cat(values)
+        if isinstance(values[0], list):
+            return [torch.cat(items) for items in zip(*values, strict=True)]
+        return values[0]
+
+    return {name: join([condition[name] for condition in conditions]) for name in first}
+
+
+def _shape(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_shape(item) for item in value]
+    return tuple(value.shape) if isinstance(value, Tensor) else value
+
+
+def _levels(sigmas: wire.Tensor, device: torch.device) -> Tensor:
+    """The noise levels, fp32: at least two, falling, from at most 1 to at least 0."""
+    levels = from_wire(sigmas, "torch").float()
+    values = levels.tolist()
+    falling = all(high > low for high, low in zip(values, values[1:], strict=False))
+    if len(values) < 2 or not falling or not all(map(math.isfinite, values)) or values[0] > 1 or values[-1] < 0:
+        raise ArgumentError(
+            f"sigmas: expected at least 2 falling noise levels within 1 and 0, got {str(values)[:80]}", argument="sigmas"
+        )
+    return levels.to(device)

@@ -1,0 +1,51 @@
+"""Before a group counts as ready, a forward has gone through all its ranks and come out right."""
+
+from __future__ import annotations
+
+import torch
+
+from tacod.rank.engine import Engine
+from tacod.rank.families.sd3 import SD3
+
+__all__ = ["selftest"]
+
+_CONFIG = {
+    "image_model": "sd3",
+    "in_channels": 4,
+    "patch_size": 2,
+    "depth": 2,
+    "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 8, "out_features": 128}},
+    "adm_in_channels": 8,
+    "pos_embed_max_size": 16,
+    "qk_norm": "rms",
+    "x_block_self_attn_layers": [],
+}
+_TOLERANCE = 1e-3
+"""Coarse on purpose: a GPU's TF32 passes, a token in the wrong place doesn't."""
+
+
+def selftest(engine: Engine) -> None:
+    """Run a tiny model with random weights on all ranks together and on each alone.
+
+    Raises `RuntimeError` if the outputs differ, which means that the collectives here can't be relied on.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(engine.device)
+
+    with torch.inference_mode():
+        model = SD3(_CONFIG).to(engine.device)
+        for tensor in model.state_dict().values():
+            tensor.copy_(randn(*tensor.shape) * 0.2)
+        x, context, y = randn(1, 4, 14, 10), randn(1, 5, 8), randn(1, 8)
+        timestep = torch.full((1,), 500.0, device=engine.device)
+        alone = model(engine.alone, x, timestep, context=context, y=y)
+        together = model(engine.together, x, timestep, context=context, y=y)
+        error = ((together - alone).norm() / alone.norm()).item()
+        engine.together.take_collective_s()
+    if not error <= _TOLERANCE:
+        raise RuntimeError(
+            f"self-test: {engine.together.size} ranks together are off by {error:.1e} from one rank alone; "
+            "the links between these devices can't be relied on (on GPUs try NCCL_P2P_DISABLE=1)"
+        )

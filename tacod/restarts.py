@@ -1,0 +1,29 @@
+"""When to start the ranks again, and when to give up: three numbers and a clock."""
+
+from __future__ import annotations
+
+from collections import deque
+
+__all__ = ["RestartPolicy"]
+
+
+class RestartPolicy:
+    """At most ``limit`` restarts within ``window_s``; each waits twice as long as the one before, up to ``longest_s``."""
+
+    def __init__(self, limit: int, window_s: float, first_s: float = 0.1, longest_s: float = 10.0) -> None:
+        self.limit = limit
+        self.window_s = window_s
+        self.first_s = first_s
+        self.longest_s = longest_s
+        self._starts: deque[float] = deque()
+
+    def next_start(self, now: float) -> float | None:
+        """When the ranks may start again, given that they were lost at ``now``; None to give up."""
+        while self._starts and now - self._starts[0] > self.window_s:
+            self._starts.popleft()
+        if len(self._starts) >= self.limit:
+            return None
+        # The first restart is immediate: a rank that died once is no reason to keep its user waiting.
+        delay = 0.0 if not self._starts else min(self.first_s * 2 ** (len(self._starts) - 1), self.longest_s)
+        self._starts.append(now)
+        return now + delay

@@ -1,0 +1,205 @@
+"""Who runs next: a state machine without I/O.
+
+A job is a list of steps; a step is what all ranks do together, and one runs at a time. Sessions take turns step by
+step, so a long sampling run delays another client's forward by one step, not by itself. A job ends in exactly one
+of result, failed and cancelled, and every method that can end jobs returns those that it ended.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from tacod_client.errors import Cancelled, JobNotFound, QueueFull, RankFailed, TacodError, Unavailable
+
+__all__ = ["Job", "Outcome", "Scheduler", "Verb"]
+
+
+class Verb(enum.Enum):
+    """What a job asks of the ranks."""
+
+    LOAD = "load"
+    UNLOAD = "unload"
+    FORWARD = "forward"
+    SAMPLE = "sample"
+
+
+class Outcome(enum.Enum):
+    """How a job ended."""
+
+    RESULT = "result"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+@dataclass
+class Job:
+    """One request that the ranks work on, and what became of it."""
+
+    id: str
+    session: bytes
+    request: int
+    verb: Verb
+    body: Any
+    steps: int
+    model: str | None = None
+    submitted_s: float = 0.0
+    step: int = 0
+    attempts: int = 1
+    started_s: float | None = None
+    cancelling: bool = False
+    outcome: Outcome | None = None
+    error: TacodError | None = None
+    times: dict[str, float] = field(default_factory=dict)
+    """Seconds of all its steps so far, by what they went into."""
+
+    def end(self, outcome: Outcome, error: TacodError | None = None) -> Job:
+        """Mark the one end of this job."""
+        assert self.outcome is None, f"job {self.id} ended twice"
+        self.outcome, self.error = outcome, error
+        return self
+
+
+class Scheduler:
+    """Queues by session, and the one running job."""
+
+    def __init__(self, limit: int, retries: int) -> None:
+        self.limit = limit
+        self.retries = retries
+        self.draining = False
+        self.running: Job | None = None
+        self._queues: OrderedDict[bytes, deque[Job]] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Jobs that wait, the running one not among them."""
+        return sum(len(queue) for queue in self._queues.values())
+
+    @property
+    def jobs(self) -> list[Job]:
+        """The running job, then those that wait, in the order in which they would start."""
+        running = [self.running] if self.running else []
+        queues = [list(queue) for queue in self._queues.values()]
+        longest = max(map(len, queues), default=0)
+        return running + [queue[turn] for turn in range(longest) for queue in queues if turn < len(queue)]
+
+    def submit(self, job: Job) -> None:
+        """Queue a job behind its session's others.
+
+        Raises `Unavailable` while draining and `QueueFull` at the limit.
+        """
+        if self.draining:
+            raise Unavailable("tacod is draining: it finishes what it has and takes no new work; try again after restart")
+        if len(self.jobs) >= self.limit:
+            raise QueueFull(
+                f"{len(self.jobs)} jobs are queued, which is the limit (limits.queue); wait for one to end",
+                limit=self.limit,
+            )
+        self._queues.setdefault(job.session, deque()).append(job)
+
+    def next(self, now: float) -> Job | None:
+        """Start a step of the next session's first job; None if one runs already or nothing waits."""
+        if self.running is not None or not self._queues:
+            return None
+        session, queue = next(iter(self._queues.items()))
+        job = queue.popleft()
+        if queue:
+            self._queues.move_to_end(session)
+        else:
+            del self._queues[session]
+        if job.started_s is None:
+            job.started_s = now
+        self.running = job
+        return job
+
+    def finish_step(self) -> Job | None:
+        """The running step is done. Ends the job if that was its last or it is to be cancelled, and returns it then.
+
+        Otherwise the job goes back to the head of its session's queue, and its session to the end of the round.
+        """
+        job = self._take_running()
+        job.step += 1
+        if job.cancelling:
+            return job.end(Outcome.CANCELLED, _cancelled(job))
+        if job.step == job.steps:
+            return job.end(Outcome.RESULT)
+        self._put_back(job)
+        return None
+
+    def fail_step(self, error: TacodError) -> Job:
+        """The running step can't be done, and the ranks agree on why: the job ends."""
+        job = self._take_running()
+        if job.cancelling:
+            return job.end(Outcome.CANCELLED, _cancelled(job))
+        return job.end(Outcome.FAILED, error)
+
+    def lose_group(self, reason: str) -> list[Job]:
+        """The ranks are gone, and with them what jobs had reached: all started jobs begin again.
+
+        The running one counts the attempt; after ``retries`` more it fails with `RankFailed`. Returns the ended jobs.
+        """
+        for queue in self._queues.values():
+            for job in queue:
+                job.step = 0
+        if self.running is None:
+            return []
+        job = self._take_running()
+        if job.cancelling:
+            return [job.end(Outcome.CANCELLED, _cancelled(job))]
+        if job.attempts > self.retries:
+            what = f"{job.verb.value} failed {job.attempts} times, each time with new ranks; last: {reason}"
+            return [job.end(Outcome.FAILED, RankFailed(what, attempts=job.attempts))]
+        job.attempts += 1
+        job.step = 0
+        self._put_back(job, first=True)
+        return []
+
+    def cancel(self, job_id: str) -> list[Job]:
+        """Cancel a job: at once if it waits, at the end of its step if it runs.
+
+        Raises `JobNotFound`. Returns the ended jobs.
+        """
+        if self.running is not None and self.running.id == job_id:
+            self.running.cancelling = True
+            return []
+        for job in self.jobs:
+            if job.id == job_id:
+                self._remove(job)
+                return [job.end(Outcome.CANCELLED, _cancelled(job))]
+        raise JobNotFound(f"no job {job_id!r} is queued or running; `tacoctl ps` lists them", job=job_id)
+
+    def drop(self, session: bytes) -> list[Job]:
+        """Forget a session: its waiting jobs end now, its running one at the end of its step."""
+        if self.running is not None and self.running.session == session:
+            self.running.cancelling = True
+        return [job.end(Outcome.CANCELLED, _cancelled(job)) for job in self._queues.pop(session, deque())]
+
+    def fail_all(self, error: TacodError) -> list[Job]:
+        """Every job ends with ``error``: the group is given up, or draining took too long."""
+        jobs = self.jobs
+        self.running = None
+        self._queues.clear()
+        return [
+            job.end(Outcome.CANCELLED, _cancelled(job)) if job.cancelling else job.end(Outcome.FAILED, error)
+            for job in jobs
+        ]
+
+    def _take_running(self) -> Job:
+        assert self.running is not None, "no step is running"
+        job, self.running = self.running, None
+        return job
+
+    def _put_back(self, job: Job, first: bool = False) -> None:
+        self._queues.setdefault(job.session, deque()).appendleft(job)
+        self._queues.move_to_end(job.session, last=not first)
+
+    def _remove(self, job: Job) -> None:
+        queue = self._queues[job.session]
+        queue.remove(job)
+        if not queue:
+            del self._queues[job.session]
+
+
+def _cancelled(job: Job) -> Cancelled:
+    return Cancelled(f"{job.verb.value} {job.id} was cancelled at step {job.step} of {job.steps}", job=job.id)

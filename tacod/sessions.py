@@ -1,0 +1,104 @@
+"""Clients as the daemon knows them: a token, an address, and an outbox that holds what they have not taken yet."""
+
+from __future__ import annotations
+
+import secrets
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import zmq
+
+from tacod_client.errors import QueueFull
+from tacod_client.wire import Buffer
+
+__all__ = ["Session", "Sessions"]
+
+
+@dataclass
+class Session:
+    """One client, from its hello to its bye."""
+
+    token: bytes
+    peer: bytes
+    """Its address on the ROUTER socket, which ends with its connection."""
+    name: str
+    pid: int
+    outbox: OrderedDict[object, Sequence[Buffer]] = field(default_factory=OrderedDict)
+    """Messages by key, in order. Progress of a job has the job's key, so the latest replaces what was not sent."""
+
+    def post(self, frames: Sequence[Buffer], key: object | None = None) -> None:
+        """Put a message in the outbox; with a ``key``, in the place of an unsent one with the same key."""
+        self.outbox[key if key is not None else object()] = frames
+
+
+class Sessions:
+    """All sessions, and the socket on which they are reached."""
+
+    def __init__(self, socket: zmq.Socket[bytes], limit: int) -> None:
+        self.socket = socket
+        self.limit = limit
+        self._sessions: dict[bytes, Session] = {}
+        self.tx_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(list(self._sessions.values()))
+
+    def open(self, peer: bytes, name: str, pid: int) -> Session:
+        """A new session for the client at ``peer``.
+
+        Raises `QueueFull` at the limit.
+        """
+        if len(self) >= self.limit:
+            raise QueueFull(
+                f"{len(self)} clients are connected, which is the limit (limits.clients); close one, or raise it",
+                limit=self.limit,
+            )
+        session = Session(secrets.token_bytes(16), peer, name, pid)
+        self._sessions[session.token] = session
+        return session
+
+    def find(self, token: bytes, peer: bytes) -> Session | None:
+        """The session with this token, if it belongs to this connection."""
+        session = self._sessions.get(token)
+        return session if session is not None and session.peer == peer else None
+
+    def get(self, token: bytes) -> Session | None:
+        """The session with this token, if it lives."""
+        return self._sessions.get(token)
+
+    def close(self, session: Session) -> None:
+        """Forget a session."""
+        self._sessions.pop(session.token, None)
+
+    @property
+    def pending(self) -> bool:
+        """Whether an outbox holds something that could not be sent yet."""
+        return any(session.outbox for session in self._sessions.values())
+
+    def flush(self) -> list[Session]:
+        """Send what can be sent without waiting. Returns the sessions whose clients are gone."""
+        gone = []
+        for session in self:
+            while session.outbox:
+                key, frames = next(iter(session.outbox.items()))
+                try:
+                    self.send(session.peer, frames)
+                except zmq.Again:
+                    break
+                except zmq.ZMQError as error:
+                    if error.errno != zmq.EHOSTUNREACH:
+                        raise
+                    gone.append(session)
+                    break
+                del session.outbox[key]
+        return gone
+
+    def send(self, peer: bytes, frames: Sequence[Any]) -> None:
+        """Send to one connection without waiting; raises `zmq.Again` or EHOSTUNREACH."""
+        self.socket.send_multipart([peer, *frames], zmq.DONTWAIT, copy=False)
+        self.tx_bytes += sum(len(memoryview(frame)) for frame in frames)

@@ -1,0 +1,82 @@
+"""Client tensors by content: bytes that travelled once and are used many times."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
+
+from tacod_client.errors import QueueFull
+from tacod_client.wire import Tensor
+
+__all__ = ["Store"]
+
+
+class Store:
+    """A content-addressed store, least recently used out first, bounded by bytes.
+
+    Tensors that a queued or running job refers to are pinned and stay.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.nbytes = 0
+        self.hits = 0
+        self.misses = 0
+        self._tensors: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._pins: Counter[bytes] = Counter()
+
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self._tensors
+
+    def missing(self, digests: Iterable[bytes]) -> list[bytes]:
+        """Those of ``digests`` that the store lacks; counts hits and misses."""
+        absent = []
+        for digest in digests:
+            if digest in self._tensors:
+                self.hits += 1
+                self._tensors.move_to_end(digest)
+            else:
+                self.misses += 1
+                absent.append(digest)
+        return absent
+
+    def get(self, digest: bytes) -> Tensor:
+        """A tensor that is there."""
+        return self._tensors[digest]
+
+    def put(self, tensor: Tensor) -> bytes:
+        """Keep a tensor, making room if need be; returns its digest, computed here and not taken on trust.
+
+        Raises `QueueFull` if what is pinned leaves no room.
+        """
+        tensor = Tensor(tensor.dtype, tensor.shape, tensor.frames).with_digest()
+        digest = tensor.digest
+        assert digest is not None
+        if digest not in self._tensors:
+            self._make_room(tensor.nbytes)
+            self._tensors[digest] = tensor
+            self.nbytes += tensor.nbytes
+        self._tensors.move_to_end(digest)
+        return digest
+
+    def pin(self, digests: Iterable[bytes]) -> None:
+        """Keep these until they are unpinned as often."""
+        self._pins.update(digests)
+
+    def unpin(self, digests: Iterable[bytes]) -> None:
+        """Undo one `pin`."""
+        self._pins.subtract(digests)
+        self._pins += Counter()
+
+    def _make_room(self, nbytes: int) -> None:
+        pinned = sum(self._tensors[digest].nbytes for digest in self._pins)
+        if pinned + nbytes > self.limit:
+            raise QueueFull(
+                f"the tensor store holds {pinned} bytes that queued jobs need, and {nbytes} more don't fit in "
+                f"limits.store_bytes = {self.limit}; wait for a job to end, or raise the limit",
+                limit=self.limit,
+            )
+        for digest in [digest for digest in self._tensors if digest not in self._pins]:
+            if self.nbytes + nbytes <= self.limit:
+                break
+            self.nbytes -= self._tensors.pop(digest).nbytes
