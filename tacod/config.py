@@ -10,7 +10,17 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -104,9 +114,9 @@ class Config(_Section):
     drain_timeout_s: PositiveFloat = 30.0
     """How long SIGTERM lets running work finish."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    group: Group = Group()
-    models: Models = Models()
-    limits: Limits = Limits()
+    group: Group = Field(default_factory=lambda: Group.model_validate({}))
+    models: Models = Field(default_factory=Models)
+    limits: Limits = Field(default_factory=Limits)
 
     @property
     def socket_path(self) -> Path:

@@ -53,12 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tacod", description="Runs diffusion transformers on all of your GPUs at once.")
+    parser = argparse.ArgumentParser(
+        prog="tacod", description="Runs diffusion transformers on all of your GPUs at once."
+    )
     parser.add_argument(
         "--config", default=DEFAULT_CONFIG, metavar="FILE", help=f"the configuration (default {DEFAULT_CONFIG})"
     )
     parser.add_argument("--check-config", action="store_true", help="check the configuration and exit")
-    parser.add_argument("--print-config", action="store_true", help="print the configuration with its defaults and exit")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the configuration with its defaults and exit"
+    )
     parser.add_argument("--version", action="version", version=f"tacod {__version__}")
     parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], help="more or fewer log lines")
     return parser
@@ -134,6 +138,7 @@ def _serve(config: Config, config_path: str, folder: Path) -> int:
 
 
 def _loop(server: Server, config: Config, signals: socket.socket) -> int:
+    executor = server.executor
     drain_until: float | None = None
     pat_every_s = watchdog_s()
     next_pat_s = 0.0
@@ -148,17 +153,19 @@ def _loop(server: Server, config: Config, signals: socket.socket) -> int:
                 log.warning("SIGHUP: this version reads its configuration at start only; use systemctl restart tacod")
             elif drain_until is None:
                 drain_until = now + config.drain_timeout_s
-                server.scheduler.draining = True
-                log.info("draining: %d jobs to finish, %g s at most", len(server.scheduler.jobs), config.drain_timeout_s)
+                executor.scheduler.draining = True
+                log.info(
+                    "draining: %d jobs to finish, %g s at most", len(executor.scheduler.jobs), config.drain_timeout_s
+                )
                 notify("STOPPING=1", "STATUS=draining")
             else:
                 drain_until = now
-        if server.given_up is not None and not server.sessions.pending:
+        if executor.given_up is not None and not server.sessions.pending:
             return 1
         if drain_until is not None:
-            if now >= drain_until and server.scheduler.jobs:
-                server.abort(Unavailable("tacod was stopped before this job was done; it is safe to ask again"))
-            if not server.scheduler.jobs and (not server.sessions.pending or now >= drain_until + 1):
+            if now >= drain_until and executor.scheduler.jobs:
+                executor.abort(Unavailable("tacod was stopped before this job was done; it is safe to ask again"))
+            if not executor.scheduler.jobs and (not server.sessions.pending or now >= drain_until + 1):
                 log.info("stopped")
                 return 0
 

@@ -35,6 +35,11 @@ class Model:
         """The file's name."""
         return os.path.basename(self.path)
 
+    @classmethod
+    def from_work(cls, body: dict[str, Any]) -> Model:
+        """The model that a work item loads."""
+        return cls(body["model"], body["path"], body["identity"], body["dtype"])
+
     def work(self) -> dict[str, Any]:
         """The work item that loads it."""
         return {"model": self.id, "path": self.path, "identity": self.identity, "dtype": self.dtype}

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError
 
-from tacod_client.errors import ArgumentError
 from tacod_client import wire
+from tacod_client.errors import ArgumentError
 
 __all__ = ["REQUESTS", "Cancel", "Empty", "Forward", "Hello", "Load", "Put", "Request", "Sample", "Unload", "parse"]
 

@@ -40,7 +40,6 @@ class Metrics:
         self.retried_forwards = 0
         self.jobs_total: Counter[str] = Counter(result=0, failed=0, cancelled=0)
         self.rx_bytes = 0
-        self.tx_bytes = 0
         self._steps: deque[StepTimes] = deque(maxlen=self.WINDOW)
         self._steps_total = 0
 
@@ -70,7 +69,6 @@ class Metrics:
             "compute_s": _mean([step.compute_s for step in self._steps]),
             "collective_s": _mean([step.collective_s for step in self._steps]),
             "rx_bytes": self.rx_bytes,
-            "tx_bytes": self.tx_bytes,
             "retried_forwards": self.retried_forwards,
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 
@@ -15,12 +16,10 @@ def notify(*fields: str) -> None:
         return
     if address.startswith("@"):
         address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-        try:
-            sock.sendto("\n".join(fields).encode(), address)
-        except OSError:
-            # A manager that went away is no reason to stop serving.
-            pass
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    # A manager that went away is no reason to stop serving.
+    with sock, contextlib.suppress(OSError):
+        sock.sendto("\n".join(fields).encode(), address)
 
 
 def watchdog_s() -> float | None:

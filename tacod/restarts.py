@@ -8,7 +8,7 @@ __all__ = ["RestartPolicy"]
 
 
 class RestartPolicy:
-    """At most ``limit`` restarts within ``window_s``; each waits twice as long as the one before, up to ``longest_s``."""
+    """At most ``limit`` restarts within ``window_s``, each after twice the wait of the last, up to ``longest_s``."""
 
     def __init__(self, limit: int, window_s: float, first_s: float = 0.1, longest_s: float = 10.0) -> None:
         self.limit = limit

@@ -42,9 +42,9 @@ class Job:
     session: bytes
     request: int
     verb: Verb
+    model: str
     body: Any
     steps: int
-    model: str | None = None
     submitted_s: float = 0.0
     step: int = 0
     attempts: int = 1
@@ -90,7 +90,9 @@ class Scheduler:
         Raises `Unavailable` while draining and `QueueFull` at the limit.
         """
         if self.draining:
-            raise Unavailable("tacod is draining: it finishes what it has and takes no new work; try again after restart")
+            raise Unavailable(
+                "tacod is draining: it ends what it has and takes no new work; ask again after its restart"
+            )
         if len(self.jobs) >= self.limit:
             raise QueueFull(
                 f"{len(self.jobs)} jobs are queued, which is the limit (limits.queue); wait for one to end",

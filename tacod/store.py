@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from tacod_client.errors import QueueFull
 from tacod_client.wire import Tensor
 
-__all__ = ["Store"]
+__all__ = ["Store", "digests_of", "tensors_of"]
 
 
 class Store:
@@ -80,3 +81,21 @@ class Store:
             if self.nbytes + nbytes <= self.limit:
                 break
             self.nbytes -= self._tensors.pop(digest).nbytes
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """All tensors of a message's body."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_of(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from tensors_of(item)
+
+
+def digests_of(body: Any) -> list[bytes]:
+    """The digests, each once, of those tensors that a body names without their bytes."""
+    found = (tensor.digest for tensor in tensors_of(body) if tensor.frames is None and tensor.digest is not None)
+    return list(dict.fromkeys(found))

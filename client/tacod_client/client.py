@@ -263,9 +263,7 @@ class Model:
         """
         lacks = 0
         while True:
-            request = self._connection.start(
-                kind, lambda: {"model": self.id, "plan": self._load()["plan"], **body}
-            )
+            request = self._connection.start(kind, lambda: {"model": self.id, "plan": self._load()["plan"], **body})
             ended = False
             try:
                 for reply in self._replies(request):
@@ -342,7 +340,7 @@ class Job:
     def __iter__(self) -> Iterator[Progress]:
         """One `Progress` for each step that is done, as it is done.
 
-        If steps are faster than they are read, only the latest unread one is kept. Raises `Cancelled`, or why it failed.
+        If steps are faster than they travel, the latest one counts. Raises `Cancelled`, or why it failed.
         """
         while self._result is None:
             progress = self._advance()

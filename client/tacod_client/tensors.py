@@ -112,8 +112,9 @@ def _as_numpy(raw: np.ndarray[Any, Any], tensor: Tensor) -> np.ndarray[Any, Any]
     if name is not None:
         return raw.view(np.dtype(name)).reshape(tensor.shape)
     if tensor.dtype == "BF16":
-        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(tensor.shape)
-    return _float8(tensor.dtype)[raw].reshape(tensor.shape)
+        wide = raw.view(np.uint16).astype(np.uint32) << 16
+        return np.asarray(wide.view(np.float32)).reshape(tensor.shape)
+    return np.asarray(_float8(tensor.dtype)[raw]).reshape(tensor.shape)
 
 
 def _float8(dtype: str) -> np.ndarray[Any, Any]:
@@ -123,7 +124,9 @@ def _float8(dtype: str) -> np.ndarray[Any, Any]:
     mantissa_bits = 7 - exponent_bits
     exponent = (codes >> mantissa_bits) & ((1 << exponent_bits) - 1)
     mantissa = (codes & ((1 << mantissa_bits) - 1)) / (1 << mantissa_bits)
-    values = np.where(exponent == 0, mantissa * 2.0 ** (1 - bias), (1 + mantissa) * 2.0 ** (exponent.astype(float) - bias))
+    values = np.where(
+        exponent == 0, mantissa * 2.0 ** (1 - bias), (1 + mantissa) * 2.0 ** (exponent.astype(float) - bias)
+    )
     if dtype == "F8_E4M3":
         values[(codes & 0x7F) == 0x7F] = np.nan
     else:

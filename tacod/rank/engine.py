@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -88,7 +88,12 @@ class Engine:
 
     def _timed(self, verb: str, body: dict[str, Any]) -> dict[str, Any]:
         started = time.perf_counter()
-        verbs = {"load": self.load, "unload": self.unload, "forward": self.forward, "sample": self.sample}
+        verbs: dict[str, Callable[..., dict[str, Any]]] = {
+            "load": self.load,
+            "unload": self.unload,
+            "forward": self.forward,
+            "sample": self.sample,
+        }
         with torch.inference_mode():
             answer = verbs[verb](**body)
         collective = self.together.take_collective_s()

@@ -193,7 +193,7 @@ def lms(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise) -> Iterator[T
 
 
 def ipndm(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise) -> Iterator[Tensor]:
-    """iPNDM of order 4 (Zhang & Chen, arXiv:2204.13902, appendix): Adams-Bashforth as if all steps were equal."""
+    """IPNDM of order 4 (Zhang & Chen, arXiv:2204.13902, appendix): Adams-Bashforth as if all steps were equal."""
     rows = (1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24)
 
     def weights(levels: Sequence[float], t: float) -> list[float]:

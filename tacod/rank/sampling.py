@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -115,7 +116,8 @@ class Denoiser:
     def _velocity(self, x: Tensor, sigma: Tensor, condition: dict[str, Any]) -> Tensor:
         self.forwards += 1
         timestep = self.dit.timestep(sigma).float().expand(x.shape[0]).contiguous()
-        return self.dit(self.ulysses, x.to(self.dit.dtype), timestep, **condition).float()
+        velocity: Tensor = self.dit(self.ulysses, x.to(self.dit.dtype), timestep, **condition)
+        return velocity.float()
 
 
 def _stack(conditions: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -143,11 +145,12 @@ def _shape(value: Any) -> Any:
 
 def _levels(sigmas: wire.Tensor, device: torch.device) -> Tensor:
     """The noise levels, fp32: at least two, falling, from at most 1 to at least 0."""
-    levels = from_wire(sigmas, "torch").float()
+    levels: Tensor = from_wire(sigmas, "torch").float()
     values = levels.tolist()
-    falling = all(high > low for high, low in zip(values, values[1:], strict=False))
+    falling = all(high > low for high, low in pairwise(values))
     if len(values) < 2 or not falling or not all(map(math.isfinite, values)) or values[0] > 1 or values[-1] < 0:
         raise ArgumentError(
-            f"sigmas: expected at least 2 falling noise levels within 1 and 0, got {str(values)[:80]}", argument="sigmas"
+            f"sigmas: expected at least 2 levels that fall from at most 1 to at least 0, got {str(values)[:80]}",
+            argument="sigmas",
         )
     return levels.to(device)

@@ -104,7 +104,6 @@ class Ulysses:
         taken, self.collective_s = self.collective_s, 0.0
         return taken
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _all_to_all(self, sent: Tensor, send: list[int], receive: list[int]) -> tuple[Tensor, ...]:
         """Exchange flat buffers: ``send[r]`` elements of ``sent`` go to rank r, ``receive[r]`` come from it."""
         received = sent.new_empty(sum(receive))

@@ -63,7 +63,9 @@ def _check_shapes(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) ->
     for name, shape in wanted.items():
         info = checkpoint.tensors[name]
         if info.shape != shape:
-            raise ModelCorrupt(f"{checkpoint.path}: {name} is {list(info.shape)}, but its config asks for {list(shape)}")
+            raise ModelCorrupt(
+                f"{checkpoint.path}: {name} is {list(info.shape)}, but its configuration asks for {list(shape)}"
+            )
         if info.dtype not in _OF_FILE:
             raise ModelUnsupported(f"{checkpoint.path}: {name} is {info.dtype}; this version reads bf16, fp16 and fp32")
 

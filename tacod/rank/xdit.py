@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-import logging
 import os
 import sys
 import types
@@ -54,7 +53,9 @@ def leave() -> None:
 
 def _parallel_state(on_gpu: bool) -> Any:
     with _bare("xfuser", "xfuser.core", "xfuser.core.distributed"), _named_only("diffusers"):
-        envs = importlib.import_module("xfuser.envs")
+        # xfuser's loggers read this at import; by default they print at debug level.
+        os.environ.setdefault("LOG_LEVEL", "warning")
+        envs: Any = importlib.import_module("xfuser.envs")
         if not on_gpu:
             envs.get_device = lambda local_rank: torch.device("cpu")
             envs.get_device_name = lambda: "cpu"
@@ -63,9 +64,7 @@ def _parallel_state(on_gpu: bool) -> Any:
             envs._is_cuda = lambda: False
         # The Ulysses and ring groups come from yunchang, which is installed with xfuser but only looked for on GPUs.
         envs.PACKAGES_CHECKER.packages_info["has_long_ctx_attn"] = True
-        state = importlib.import_module("xfuser.core.distributed.parallel_state")
-    logging.getLogger("xfuser").setLevel(logging.WARNING)
-    return state
+        return importlib.import_module("xfuser.core.distributed.parallel_state")
 
 
 @contextmanager

@@ -15,9 +15,9 @@ from torch.nn import functional
 
 from tacod.checkpoint import TensorInfo
 from tacod.rank.families.base import (
-    LatentFormat,
     Argument,
     DiT,
+    LatentFormat,
     count_blocks,
     grid,
     modulate,

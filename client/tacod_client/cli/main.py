@@ -1,0 +1,135 @@
+"""Parse the command line, run the verb, turn errors into exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from tacod_client import errors
+from tacod_client.cli import verbs
+
+__all__ = ["main", "parser"]
+
+EXIT_CODES: tuple[tuple[type[errors.TacodError], int], ...] = (
+    (errors.ConnectionFailed, 3),
+    (errors.JobNotFound, 4),
+    (errors.ModelNotFound, 4),
+    (errors.Unavailable, 69),
+    (errors.QueueFull, 75),
+    (errors.NotAllowed, 77),
+    (errors.ModelNotAllowed, 77),
+    (errors.TacodError, 1),
+)
+EPILOG = """\
+exit codes: 0 ok, 1 failed, 2 usage, 3 daemon not reachable, 4 no such job or model,
+69 unavailable, 75 queue full, 77 not allowed, 78 configuration"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``tacoctl``; returns the exit code."""
+    args = parser().parse_args(argv)
+    try:
+        return verbs.run(args)
+    except errors.TacodError as error:
+        print(f"tacoctl: {error.message}", file=sys.stderr)
+        return next(code for kind, code in EXIT_CODES if isinstance(error, kind))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away, as `head` does; nothing is left to say to it.
+        sys.stderr.close()
+        return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of ``tacoctl``."""
+    anywhere = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    anywhere.add_argument(
+        "--endpoint", metavar="E", help="where tacod listens (default $TACOD_ENDPOINT, then the usual places)"
+    )
+    anywhere.add_argument("--json", action="store_true", help="print one JSON document")
+    top = argparse.ArgumentParser(
+        prog="tacoctl",
+        description="Looks at tacod and tells it what to do.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[anywhere],
+    )
+    top.set_defaults(watch=None)
+    sub = top.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(name: str, help_text: str) -> argparse.ArgumentParser:
+        return sub.add_parser(name, help=help_text, description=help_text, parents=[anywhere])
+
+    for name, help_text in (
+        ("status", "what tacod is doing: ranks, models, queue"),
+        ("stats", "what it has done: forwards, times of a step and where they went"),
+    ):
+        verb(name, help_text).add_argument(
+            "--watch", nargs="?", type=_seconds, const=2.0, metavar="S", help="again every S seconds (default 2)"
+        )
+    verb("models", "the loaded models")
+    load = verb("load", "load a model file on all ranks")
+    load.add_argument("path", help="a .safetensors file, absolute or relative to one of models.roots")
+    load.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="compute dtype (default: as the device suits)")
+    verb("unload", "give a model's memory back").add_argument("model", help="a model id, or a unique start of one")
+    _add_sample(verb("sample", "run a sampler with conditioning from a file, and write the latent"))
+    verb("ps", "the running and the queued jobs")
+    verb("cancel", "cancel a job").add_argument("job", help="a job id, as ps shows it")
+    verb("ping", "the round trip to the daemon")
+    _add_plan(verb("plan", "how a model file would be spread over ranks; needs no daemon"))
+    demo = verb("demo", "a throw-away tacod draws a picture with the embedded model")
+    demo.add_argument("prompt", nargs="?", help="what to draw")
+    demo.add_argument("--ranks", type=_positive, metavar="N", help="how many ranks (default 3)")
+    demo.add_argument("--output", metavar="FILE", help="where the picture goes (default demo.png)")
+    verb("version", "the version of tacoctl, and of the daemon if it runs")
+    completion = verb("completion", "print a completion script for your shell")
+    completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
+    return top
+
+
+def _add_sample(sample: argparse.ArgumentParser) -> None:
+    sample.add_argument("model", help="a model id, or a file as for load")
+    sample.add_argument(
+        "inputs",
+        help="a .safetensors file with positive.context, positive.y, … and, where cfg is not 1, negative.context, …; "
+        "it may hold noise, latent and sigmas too",
+    )
+    sample.add_argument("--output", default="latent.safetensors", metavar="FILE", help="default latent.safetensors")
+    sample.add_argument("--sampler", default="euler", help="default euler; an unknown one is refused with the list")
+    sample.add_argument("--steps", type=_positive, default=28, help="default 28; not used if the inputs hold sigmas")
+    sample.add_argument("--shift", type=float, default=3.0, help="the flow's timestep shift, default 3 (SD3's)")
+    sample.add_argument("--cfg", type=float, default=1.0, help="guidance scale, default 1 (no negative)")
+    sample.add_argument("--seed", type=int, default=0, help="of the noise, default 0")
+    sample.add_argument("--size", type=_size, default=(1024, 1024), metavar="WxH", help="in pixels, default 1024x1024")
+    sample.add_argument("--channels", type=_positive, default=16, help="of the latent, default 16")
+
+
+def _add_plan(plan: argparse.ArgumentParser) -> None:
+    plan.add_argument("file", help="a .safetensors file")
+    plan.add_argument("--ranks", type=_positive, required=True, metavar="N")
+    plan.add_argument("--size", type=_size, default=(1024, 1024), metavar="WxH", help="in pixels, default 1024x1024")
+    plan.add_argument("--batch", type=_positive, default=1, metavar="B", help="default 1")
+    plan.add_argument("--text", type=_positive, default=512, metavar="L", help="text tokens, default 512")
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0.1 <= value <= 3600:
+        raise argparse.ArgumentTypeError("expected 0.1 to 3600 seconds")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("expected a whole number from 1 up")
+    return value
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, cross, height = text.partition("x")
+    if not (cross and width.isdigit() and height.isdigit() and int(width) >= 16 and int(height) >= 16):
+        raise argparse.ArgumentTypeError("expected WIDTHxHEIGHT in pixels, such as 1024x768")
+    return int(width), int(height)

@@ -1,0 +1,178 @@
+"""How ``tacoctl`` shows things: tables on a terminal, plain columns in a pipe."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from tacod_client.client import Job
+
+__all__ = ["jobs", "live", "models", "out", "progress", "stats", "status"]
+
+_PIPE_WIDTH = 400
+
+
+def out(text: Any) -> None:
+    """Print a string or something of rich's to stdout."""
+    if isinstance(text, str):
+        print(text)
+        return
+    width = None if sys.stdout.isatty() else _PIPE_WIDTH
+    Console(width=width, highlight=False).print(text)
+
+
+def live(make: Callable[[], Any], every_s: float) -> None:
+    """Show something and refresh it until ctrl-C."""
+    with Live(make(), console=Console(highlight=False), auto_refresh=False) as display:
+        while True:
+            time.sleep(every_s)
+            display.update(make(), refresh=True)
+
+
+def progress(job: Job, quiet: bool = False) -> None:
+    """Follow a sampling run to its end with a bar on stderr."""
+    console = Console(stderr=True, quiet=quiet)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("sigma {task.fields[sigma]:.3f}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("sampling", total=job.total, sigma=1.0)
+        for event in job:
+            bar.update(task, completed=event.step, sigma=event.sigma)
+
+
+def status(told: dict[str, Any]) -> Any:
+    """``tacoctl status``."""
+    group, queue = told["group"], told["queue"]
+    facts = [
+        ("tacod", f"{told['state']}, version {told['version']}, pid {told['pid']}, up {_duration(told['uptime_s'])}"),
+        ("endpoint", told["endpoint"]),
+        ("group", f"{group['world_size']} ranks on {group['device']}, {group['restarts']} restarts"),
+        ("queue", f"{queue['running']} running, {queue['queued']} queued"),
+        ("clients", str(told["clients"])),
+    ]
+    ranks = _table(
+        ("rank", "pid", "device", "memory"),
+        ((rank["rank"], rank["pid"], rank["device"], _size(rank["memory_used_bytes"])) for rank in group["ranks"]),
+    )
+    return Group(_facts(facts), ranks, models(told["models"]))
+
+
+def models(told: list[dict[str, Any]]) -> Any:
+    """``tacoctl models``."""
+    if not told:
+        return "no model is loaded"
+    return _table(
+        ("model", "name", "family", "parameters", "dtype", "loaded in", "plan"),
+        (
+            (
+                model["id"],
+                model["name"],
+                model["family"],
+                _count(model["parameters"]),
+                model["dtype"],
+                f"{model['loaded_s']:.1f} s",
+                model["plan"],
+            )
+            for model in told
+        ),
+    )
+
+
+def jobs(told: list[dict[str, Any]]) -> Any:
+    """``tacoctl ps``."""
+    if not told:
+        return "nothing is running or queued"
+    return _table(
+        ("job", "verb", "state", "step", "model", "client", "age"),
+        (
+            (
+                job["job"],
+                job["verb"],
+                job["state"],
+                f"{job['step']}/{job['total']}",
+                job["model"] or "",
+                job["client"] or "gone",
+                _duration(job["age_s"]),
+            )
+            for job in told
+        ),
+    )
+
+
+def stats(told: dict[str, Any]) -> Any:
+    """``tacoctl stats``."""
+    step, outcomes = told["step_s"], told["jobs_total"]
+    facts = [
+        ("forwards", f"{told['forwards_total']}, {told['parallel_forwards_total']} of them on several ranks"),
+        ("jobs", ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())),
+        ("retried", f"{told['retried_forwards']} forwards, {told['group_restarts']} group restarts"),
+        ("traffic", f"{_size(told['rx_bytes'])} in, {_size(told['tx_bytes'])} out"),
+        ("store", f"{_size(told['store']['bytes'])}, {told['store']['hits']} hits, {told['store']['misses']} misses"),
+        ("step", f"mean {_ms(step['mean'])}, p50 {_ms(step['p50'])}, p95 {_ms(step['p95'])} over {step['count']}"),
+    ]
+    parts = [(name.removesuffix("_s"), told[name]) for name in ("queue_s", "wire_s", "compute_s", "collective_s")]
+    whole = sum(seconds for _, seconds in parts) or 1.0
+    split = _table(
+        ("of a step", "mean", "share"),
+        ((name, _ms(seconds), f"{100 * seconds / whole:.1f} %") for name, seconds in parts),
+    )
+    return Group(_facts(facts), split)
+
+
+def _facts(facts: Iterable[tuple[str, str]]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in facts:
+        table.add_row(name, value)
+    return table
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
+    table = Table(box=SIMPLE_HEAD if sys.stdout.isatty() else None, pad_edge=False)
+    for head in heads:
+        table.add_column(head, overflow="fold")
+    for row in rows:
+        table.add_row(*map(str, row))
+    return table
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1000:.1f} ms"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def _count(count: float) -> str:
+    for unit in ("", " k", " M", " B"):
+        if count < 1000 or unit == " B":
+            return f"{count:.0f}" if not unit else f"{count:.1f}{unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    parts = [f"{value} {unit}" for value, unit in ((days, "d"), (hours, "h"), (minutes, "min")) if value]
+    return " ".join([*parts[:2], *([f"{seconds} s"] if not days and not hours else [])])

@@ -1,0 +1,239 @@
+"""Keeps the ranks at work: starts them, feeds them step by step, and replaces them when they are lost."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from tacod.config import Config
+from tacod.group import Answer, GroupLost, RankGroup, State
+from tacod.manifest import Manifest, Model
+from tacod.metrics import Metrics, StepTimes
+from tacod.notify import notify
+from tacod.restarts import RestartPolicy
+from tacod.scheduler import Job, Outcome, Scheduler, Verb
+from tacod.store import Store, digests_of
+from tacod_client.errors import ModelNotFound, TacodError, Unavailable
+
+__all__ = ["Executor"]
+
+log = logging.getLogger(__name__)
+
+
+class Executor:
+    """Scheduler and ranks, and what each needs of the other.
+
+    ``on_step`` hears of every step of a sampling job, ``on_end`` once of every job's end; both get the ranks' answer.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        devices: list[str],
+        preload: Iterable[Model],
+        context: zmq.Context[Any],
+        folder: Path,
+        on_step: Callable[[Job, dict[str, Any]], None],
+        on_end: Callable[[Job, dict[str, Any]], None],
+    ) -> None:
+        self.config = config
+        self.manifest = Manifest(config.models.roots)
+        self.store = Store(config.limits.store_bytes)
+        self.metrics = Metrics()
+        self.scheduler = Scheduler(config.limits.queue, config.group.retries)
+        self.group = RankGroup(config.group, devices, context, folder)
+        self.ready = False
+        """Whether a forward has gone through all ranks and all preloaded models are there, since the daemon began."""
+        self.given_up: str | None = None
+        """Why the ranks are not started again, once that is so."""
+        self._restarts = RestartPolicy(config.group.max_restarts, config.group.restart_window_s)
+        self._on_step = on_step
+        self._on_end = on_end
+        self._spawn_at: float | None = time.monotonic()
+        self._restore = list(preload)
+        self._restoring: Model | None = None
+        self._step_ready_s: dict[str, float] = {}
+        """When each started job's next step could have begun."""
+        self._queue_s = 0.0
+
+    @property
+    def state(self) -> str:
+        """``starting``, ``ready``, ``degraded`` (the ranks are being replaced or were given up) or ``draining``."""
+        if self.scheduler.draining:
+            return "draining"
+        if self.given_up is not None or (self.ready and self.group.state in (State.DOWN, State.STARTING)):
+            return "degraded"
+        return "ready" if self.ready else "starting"
+
+    @property
+    def wakes_at(self) -> list[float]:
+        """The moments on the monotonic clock at which `attend` has something to do, whatever else happens."""
+        return [moment for moment in (self.group.deadline, self._spawn_at) if moment is not None]
+
+    def close(self) -> None:
+        """End the ranks."""
+        self.group.close()
+
+    # --- jobs -----------------------------------------------------------------------------------------------------
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; the tensors that it names by digest stay in the store until its end.
+
+        Raises `Unavailable` and `QueueFull`.
+        """
+        if self.given_up is not None:
+            raise Unavailable(self.given_up)
+        self.scheduler.submit(job)
+        self.store.pin(digests_of(job.body))
+
+    def cancel(self, job_id: str) -> bool:
+        """Cancel a job; returns whether that is done already. Raises `JobNotFound`."""
+        ended = self.scheduler.cancel(job_id)
+        self._end(ended)
+        return bool(ended)
+
+    def drop(self, session: bytes) -> None:
+        """End what a session has queued."""
+        self._end(self.scheduler.drop(session))
+
+    def abort(self, error: TacodError) -> None:
+        """End all jobs with ``error``, and the ranks with them."""
+        self.group.kill()
+        self._end(self.scheduler.fail_all(error))
+
+    # --- ranks ----------------------------------------------------------------------------------------------------
+
+    def attend(self) -> None:
+        """Take in what the ranks have said, look after those that are gone or stuck, and hand out the next step."""
+        now = time.monotonic()
+        try:
+            answer = self.group.receive()
+            if answer is not None:
+                self._take(answer)
+            self.group.check(now)
+        except GroupLost as lost:
+            self._lose_group(str(lost), now)
+        if self._spawn_at is not None and now >= self._spawn_at:
+            self._spawn_at = None
+            self.group.spawn()
+            notify(f"STATUS=starting {self.group.world_size} ranks")
+        if self.group.state is State.IDLE:
+            self._dispatch()
+
+    def _lose_group(self, reason: str, now: float) -> None:
+        log.error("%s; ending all ranks", reason)
+        running = self.scheduler.running
+        if running is not None and running.verb in (Verb.FORWARD, Verb.SAMPLE):
+            self.metrics.retried_forwards += 1
+        self.group.kill()
+        self._end(self.scheduler.lose_group(reason))
+        known = list(self.manifest)
+        waiting = [*([self._restoring] if self._restoring else []), *self._restore]
+        self._restore = known + [model for model in waiting if model.id not in self.manifest]
+        self._restoring = None
+        self._spawn_at = self._restarts.next_start(now)
+        if self._spawn_at is not None:
+            self.group.restarts += 1
+            notify("STATUS=restarting the ranks")
+            return
+        limits = self.config.group
+        self.given_up = (
+            f"the ranks failed more than {limits.max_restarts} times in {limits.restart_window_s:g} s "
+            f"(group.max_restarts); last: {reason}"
+        )
+        log.critical("%s", self.given_up)
+        self._end(self.scheduler.fail_all(Unavailable(self.given_up)))
+
+    def _dispatch(self) -> None:
+        if self._restore:
+            self._restoring = self._restore.pop(0)
+            log.info("loading %s", self._restoring.path)
+            notify(f"STATUS=loading {self._restoring.name}")
+            self.group.run("load", self._restoring.work(), (), self.config.group.load_timeout_s)
+            return
+        if not self.ready:
+            self.ready = True
+            log.info("ready with %d ranks", self.group.world_size)
+            notify("READY=1")
+        job = self.scheduler.next(time.monotonic())
+        if job is None:
+            return
+        if job.verb is not Verb.LOAD and job.model not in self.manifest:
+            gone = ModelNotFound(f"model {job.model!r} was unloaded before its turn came; load it again")
+            self._end([self.scheduler.fail_step(gone)])
+            return
+        self._start_step(job)
+
+    def _start_step(self, job: Job) -> None:
+        self._queue_s = time.monotonic() - self._step_ready_s.pop(job.id, job.submitted_s)
+        group = self.config.group
+        body, timeout_s = job.body, group.step_timeout_s
+        if job.verb is Verb.SAMPLE:
+            body = {"job": job.id, "step": job.step, **(job.body if job.step == 0 else {})}
+        elif job.verb is Verb.LOAD:
+            timeout_s = group.load_timeout_s
+        stored = [self.store.get(digest) for digest in digests_of(body)]
+        self.group.run(job.verb.value, body, stored, timeout_s)
+
+    def _take(self, answer: Answer) -> None:
+        if self._restoring is not None:
+            self._take_restored(self._restoring, answer)
+            self._restoring = None
+            return
+        job = self.scheduler.running
+        assert job is not None
+        if answer.error is not None:
+            self._end([self.scheduler.fail_step(answer.error)])
+            return
+        if job.verb in (Verb.FORWARD, Verb.SAMPLE):
+            self._note_step(job, answer)
+        elif job.verb is Verb.LOAD:
+            self._note_loaded(Model.from_work(job.body), answer)
+        else:
+            self.manifest.remove(job.body["model"])
+        ended = self.scheduler.finish_step()
+        if job.verb is Verb.SAMPLE and job.outcome in (None, Outcome.RESULT):
+            self._on_step(job, answer.body)
+        if ended is None:
+            self._step_ready_s[job.id] = time.monotonic()
+        else:
+            self._end([ended], answer.body)
+
+    def _take_restored(self, model: Model, answer: Answer) -> None:
+        if answer.error is None:
+            self._note_loaded(model, answer)
+        else:
+            log.error("%s can't be loaded: %s", model.path, answer.error.message)
+            self.manifest.remove(model.id)
+
+    def _note_loaded(self, model: Model, answer: Answer) -> None:
+        self.manifest.add(model.loaded(answer.body["model"], answer.elapsed_s, self.group.world_size))
+
+    def _note_step(self, job: Job, answer: Answer) -> None:
+        busy = answer.body["compute_s"] + answer.body["collective_s"]
+        times = StepTimes(
+            queue_s=self._queue_s,
+            wire_s=max(answer.elapsed_s - busy, 0.0),
+            compute_s=answer.body["compute_s"],
+            collective_s=answer.body["collective_s"],
+        )
+        for name, seconds in vars(times).items():
+            job.times[name] = job.times.get(name, 0.0) + seconds
+        self.metrics.add_step(times, answer.body["forwards"], answer.body["ranks"])
+        self.manifest.note_plan(job.model, answer.body["plan"])
+
+    def _end(self, jobs: Iterable[Job], answer: dict[str, Any] | None = None) -> None:
+        """Every job passes here at its end, once."""
+        for job in jobs:
+            assert job.outcome is not None
+            self.metrics.jobs_total[job.outcome.value] += 1
+            self.store.unpin(digests_of(job.body))
+            self._step_ready_s.pop(job.id, None)
+            if job.verb is Verb.SAMPLE and job.outcome is not Outcome.RESULT:
+                self.group.forget(job.id)
+            self._on_end(job, answer or {})
