@@ -1,5 +1,5 @@
 """The daemon: it owns the devices, and runs diffusion-transformer forwards on all of them for its clients."""
 
-from importlib.metadata import version
+from tacod_client.version import __version__
 
-__version__ = version("taco-dit")
+__all__ = ["__version__"]

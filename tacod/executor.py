@@ -116,14 +116,14 @@ class Executor:
             if answer is not None:
                 self._take(answer)
             self.group.check(now)
+            if self.group.state is State.IDLE:
+                self._dispatch()
         except GroupLost as lost:
             self._lose_group(str(lost), now)
         if self._spawn_at is not None and now >= self._spawn_at:
             self._spawn_at = None
             self.group.spawn()
             notify(f"STATUS=starting {self.group.world_size} ranks")
-        if self.group.state is State.IDLE:
-            self._dispatch()
 
     def _lose_group(self, reason: str, now: float) -> None:
         log.error("%s; ending all ranks", reason)

@@ -206,7 +206,10 @@ class RankGroup:
         return rank.peer is not None if self.state is State.STARTING else rank.index in self._answers
 
     def run(self, verb: str, body: dict[str, Any], tensors: Iterable[Tensor], timeout_s: float) -> None:
-        """Hand one work item to every rank. ``tensors`` are the stored ones that ``body`` may name by digest."""
+        """Hand one work item to every rank. ``tensors`` are the stored ones that ``body`` may name by digest.
+
+        Raises `GroupLost` if a rank is gone.
+        """
         assert self.state is State.IDLE
         self._work += 1
         self._verb = verb
@@ -216,7 +219,10 @@ class RankGroup:
         frames = wire.encode(Message(verb, body, self._work))
         for rank in self.ranks:
             assert rank.peer is not None
-            self.socket.send_multipart([rank.peer, *frames], copy=False)
+            try:
+                self.socket.send_multipart([rank.peer, *frames], copy=False)
+            except zmq.ZMQError as error:
+                raise GroupLost(f"rank {rank.index} (pid {rank.process.pid}) is not reachable: {error}") from None
         self.state = State.BUSY
         self._started_s = time.monotonic()
         self.deadline = self._started_s + timeout_s

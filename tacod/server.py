@@ -21,7 +21,7 @@ from tacod.scheduler import Job, Verb
 from tacod.sessions import Session, Sessions
 from tacod.store import digests_of, tensors_of
 from tacod_client import wire
-from tacod_client.errors import ArgumentError, JobNotFound, MessageTooLarge, ProtocolError, TacodError
+from tacod_client.errors import ArgumentError, JobNotFound, MessageTooLarge, ProtocolError, QueueFull, TacodError
 from tacod_client.wire import Message
 
 __all__ = ["Server"]
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 MESSAGES_A_TURN = 64
 """So that a flood from one client can't keep the ranks waiting."""
+OUTBOX_MESSAGES = 256
+"""What waits for a client that doesn't read; nothing more is done for it until it does."""
 
 
 class Server:
@@ -143,6 +145,8 @@ class Server:
             if session is None:
                 self._answer(peer, Message("unknown_session", {"boot_id": self.boot_id}, request))
                 return
+            if len(session.outbox) >= OUTBOX_MESSAGES:
+                raise QueueFull(f"{len(session.outbox)} answers wait for this client to read them; read them first")
             reply = self._verbs[message.type](session, request, body)
             if reply is not None:
                 session.post(wire.encode(Message("done", reply, request)))

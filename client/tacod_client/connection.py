@@ -112,9 +112,17 @@ class Connection:
         Raises the `TacodError` that the daemon answers, `ConnectionFailed` or `ConnectionLost`.
         """
         request = self.start(kind, build)
+        answered = False
         try:
-            return next(self.replies(request))
+            reply = next(self.replies(request))
+            answered = True
+            return reply
+        except TacodError:
+            answered = True
+            raise
         finally:
+            if not answered:
+                self.cancel(request)
             self.forget(request)
 
     def start(self, kind: str, build: Callable[[], dict[str, Any]]) -> Request:
@@ -159,6 +167,8 @@ class Connection:
                     deadline = time.monotonic() + self.reconnect_s
                 reply = request.replies.popleft() if request.replies else None
             if reply is None:
+                # Another thread that waits for the lock gets it now.
+                time.sleep(1e-4)
                 if self.on_wait is not None:
                     self.on_wait()
             elif reply.type == "error":
