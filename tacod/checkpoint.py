@@ -21,6 +21,7 @@ from tacod_client.errors import ModelCorrupt, ModelNotAllowed, ModelNotFound, Mo
 __all__ = ["Checkpoint", "TensorInfo", "locate", "read_checkpoint"]
 
 MAX_HEADER_BYTES = 100 << 20
+MAX_DIMS = 64
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "net.")
 """Where a diffusion model's keys may lie inside a checkpoint; bare keys otherwise."""
 
@@ -88,6 +89,8 @@ def locate(name: str, roots: Sequence[str]) -> str:
         raise ModelNotFound(f"{name}: no such file under models.roots ({', '.join(roots)})")
     if os.path.isdir(path):
         raise ModelUnsupported(f"{name} is a folder; this version reads single .safetensors files")
+    if not os.path.isfile(path):
+        raise ModelUnsupported(f"{name} is no regular file; to open it could block for ever")
     for suffix, reason in _REFUSED_SUFFIXES.items():
         if path.lower().endswith(suffix):
             raise ModelUnsupported(f"{name} {reason}")
@@ -131,32 +134,38 @@ def _read_header(path: str, length: bytes, file: Any, size: int) -> bytes:
 
 def _parse_header(path: str, raw: bytes, contents: int) -> dict[str, Any]:
     try:
-        header = json.loads(raw)
-    except ValueError as error:
+        header = json.loads(raw.decode())
+    except (ValueError, RecursionError) as error:
         raise ModelCorrupt(f"{path}: the header is not JSON ({error}); download the file again") from None
     if not isinstance(header, dict):
         raise ModelCorrupt(f"{path}: the header is not a JSON object; download the file again")
     end = 0
-    for key, item in header.items():
-        if key != "__metadata__":
-            end = max(end, _check_entry(path, key, item))
+    spans = sorted(_check_entry(path, key, item) for key, item in header.items() if key != "__metadata__")
+    for start, stop in spans:
+        if start != end:
+            raise ModelCorrupt(f"{path}: the header leaves a hole or an overlap at byte {end}; download the file again")
+        end = stop
     if end != contents:
         state = "truncated" if end > contents else "longer than its header says"
         raise ModelCorrupt(f"{path} is {state} ({contents} bytes of tensors instead of {end}); download it again")
     return header
 
 
-def _check_entry(path: str, key: str, item: Any) -> int:
-    """The offset at which a header entry's tensor ends."""
+def _check_entry(path: str, key: str, item: Any) -> tuple[int, int]:
+    """The offsets at which a header entry's tensor begins and ends."""
     try:
         dtype, shape, (start, end) = item["dtype"], item["shape"], item["data_offsets"]
-        sizes_fit = all(type(size) is int and size >= 0 for size in [*shape, start, end])
-        bits = _ITEM_BITS[dtype] * math.prod(shape)
+        bits = _ITEM_BITS[dtype]
+        # Types and sizes first: a product over what is no size can take any amount of memory.
+        fits = type(shape) is list and len(shape) <= MAX_DIMS
+        fits = fits and all(type(size) is int and 0 <= size < 1 << 63 for size in [*shape, start, end])
     except (TypeError, KeyError, ValueError):
-        raise ModelCorrupt(f"{path}: the header's entry for {key!r} is malformed; download the file again") from None
-    if not sizes_fit or (end - start) * 8 != bits:
+        fits = False
+    if not fits:
+        raise ModelCorrupt(f"{path}: the header's entry for {key!r} is malformed; download the file again")
+    if (end - start) * 8 != bits * math.prod(shape):
         raise ModelCorrupt(f"{path}: {key!r} is {dtype} {shape}, which its {end - start} bytes don't hold")
-    return int(end)
+    return start, end
 
 
 def _read_config(path: str, metadata: Any) -> Mapping[str, Any] | None:
@@ -165,7 +174,7 @@ def _read_config(path: str, metadata: Any) -> Mapping[str, Any] | None:
         return None
     try:
         config = json.loads(text)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ModelCorrupt(f"{path}: the metadata's tacod.config is not JSON ({error})") from None
     if not isinstance(config, dict) or not isinstance(config.get("image_model"), str):
         raise ModelCorrupt(f"{path}: the metadata's tacod.config must be an object with image_model")

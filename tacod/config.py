@@ -5,6 +5,7 @@ Unknown keys are errors, and every error reads ``file:key: reason``.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -35,14 +36,14 @@ class ConfigError(Exception):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def _check_endpoint(endpoint: str) -> str:
     if endpoint.startswith("tcp://"):
         raise ValueError("TCP needs CURVE keys and an allow-list, which this version lacks; use ipc:///path/to/socket")
     path = endpoint.removeprefix("ipc://")
-    if path == endpoint or not path.startswith("/"):
+    if path == endpoint or not path.startswith("/") or path.endswith("/") or "\0" in path:
         raise ValueError(f"expected ipc:///absolute/path, got {endpoint!r}")
     if len(path.encode()) > 100:
         raise ValueError("the socket's path is longer than the 100 bytes that a unix socket takes")
@@ -53,6 +54,10 @@ def _check_root(root: str) -> str:
     if not os.path.isabs(root):
         raise ValueError(f"expected an absolute path, got {root!r}")
     return root
+
+
+Count = Annotated[int, Field(gt=0, lt=1 << 63)]
+"""A bound that goes on the wire and to ZeroMQ."""
 
 
 class Group(_Section):
@@ -96,12 +101,12 @@ class Models(_Section):
 class Limits(_Section):
     """Bounds on what clients can make tacod hold."""
 
-    queue: PositiveInt = 64
+    queue: Count = 64
     """Jobs that wait or run, over all clients."""
-    clients: PositiveInt = 64
-    store_bytes: PositiveInt = 2 << 30
+    clients: Count = 64
+    store_bytes: Count = 2 << 30
     """Client tensors kept by content in host memory."""
-    message_bytes: PositiveInt = 512 << 20
+    message_bytes: Count = 512 << 20
     """Largest message, and largest tensor, from a client."""
 
 
@@ -109,7 +114,7 @@ class Config(_Section):
     """Everything that tacod can be told."""
 
     endpoint: Annotated[str, AfterValidator(_check_endpoint)] = "ipc:///run/tacod/tacod.sock"
-    heartbeat_s: PositiveFloat = 5.0
+    heartbeat_s: float = Field(5.0, ge=0.01, le=3600)
     """A client that is silent for longer loses its queued work."""
     drain_timeout_s: PositiveFloat = 30.0
     """How long SIGTERM lets running work finish."""
@@ -166,6 +171,6 @@ def _toml(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(_toml, value)) + "]"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
+        # JSON's escapes are TOML's too, but TOML wants one for DEL as well.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return str(value)

@@ -58,7 +58,7 @@ class Executor:
         self._restore = list(preload)
         self._restoring: Model | None = None
         self._step_ready_s: dict[str, float] = {}
-        """When each started job's next step could have begun."""
+        """When each started job's current or next step could have begun; a retry waits since then too."""
         self._queue_s = 0.0
 
     @property
@@ -170,7 +170,7 @@ class Executor:
         self._start_step(job)
 
     def _start_step(self, job: Job) -> None:
-        self._queue_s = time.monotonic() - self._step_ready_s.pop(job.id, job.submitted_s)
+        self._queue_s = time.monotonic() - self._step_ready_s.get(job.id, job.submitted_s)
         group = self.config.group
         body, timeout_s = job.body, group.step_timeout_s
         if job.verb is Verb.SAMPLE:

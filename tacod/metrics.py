@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter, deque
 from dataclasses import dataclass
@@ -79,4 +80,4 @@ def _mean(values: list[float]) -> float:
 
 def _percentile(ordered: list[float], share: float) -> float:
     """The nearest-rank percentile of sorted values; 0 of none."""
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else 0.0

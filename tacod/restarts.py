@@ -24,6 +24,6 @@ class RestartPolicy:
         if len(self._starts) >= self.limit:
             return None
         # The first restart is immediate: a rank that died once is no reason to keep its user waiting.
-        delay = 0.0 if not self._starts else min(self.first_s * 2 ** (len(self._starts) - 1), self.longest_s)
+        delay = 0.0 if not self._starts else min(self.first_s * 2.0 ** min(len(self._starts) - 1, 64), self.longest_s)
         self._starts.append(now)
         return now + delay

@@ -16,6 +16,11 @@ from tacod_client.wire import Buffer
 __all__ = ["Session", "Sessions"]
 
 
+UNSENT = 1024
+UNSENT_BYTES = 1 << 30
+"""A client that leaves more than this unread counts as gone. Behind a well-behaved one there is never that much."""
+
+
 @dataclass
 class Session:
     """One client, from its hello to its bye."""
@@ -31,6 +36,14 @@ class Session:
     def post(self, frames: Sequence[Buffer], key: object | None = None) -> None:
         """Put a message in the outbox; with a ``key``, in the place of an unsent one with the same key."""
         self.outbox[key if key is not None else object()] = frames
+
+    @property
+    def overfull(self) -> bool:
+        """Whether the client has left unread more than the daemon keeps for it: more than one message, of too many."""
+        if len(self.outbox) < 2:
+            return False
+        size = sum(len(memoryview(frame)) for frames in self.outbox.values() for frame in frames)
+        return len(self.outbox) > UNSENT or size > UNSENT_BYTES
 
 
 class Sessions:
@@ -81,7 +94,7 @@ class Sessions:
         return any(session.outbox for session in self._sessions.values())
 
     def flush(self) -> list[Session]:
-        """Send what can be sent without waiting. Returns the sessions whose clients are gone."""
+        """Send what can be sent without waiting. Returns the sessions whose clients are gone or listen no more."""
         gone = []
         for session in self:
             while session.outbox:
@@ -89,6 +102,8 @@ class Sessions:
                 try:
                     self.send(session.peer, frames)
                 except zmq.Again:
+                    if session.overfull:
+                        gone.append(session)
                     break
                 except zmq.ZMQError as error:
                     if error.errno != zmq.EHOSTUNREACH:

@@ -12,8 +12,12 @@ from tacod_client.wire import Tensor
 __all__ = ["Store", "digests_of", "tensors_of"]
 
 
+COUNT = 1 << 14
+"""Most tensors that a store keeps: small ones cost more than their bytes."""
+
+
 class Store:
-    """A content-addressed store, least recently used out first, bounded by bytes.
+    """A content-addressed store, least recently used out first, bounded by bytes and by count.
 
     Tensors that a queued or running job refers to are pinned and stay.
     """
@@ -71,6 +75,8 @@ class Store:
 
     def _make_room(self, nbytes: int) -> None:
         pinned = sum(self._tensors[digest].nbytes for digest in self._pins)
+        if len(self._pins) >= COUNT:
+            raise QueueFull(f"queued jobs need all of the {COUNT} tensors that the store keeps; wait for one to end")
         if pinned + nbytes > self.limit:
             raise QueueFull(
                 f"the tensor store holds {pinned} bytes that queued jobs need, and {nbytes} more don't fit in "
@@ -78,7 +84,7 @@ class Store:
                 limit=self.limit,
             )
         for digest in [digest for digest in self._tensors if digest not in self._pins]:
-            if self.nbytes + nbytes <= self.limit:
+            if self.nbytes + nbytes <= self.limit and len(self._tensors) < COUNT:
                 break
             self.nbytes -= self._tensors.pop(digest).nbytes
 

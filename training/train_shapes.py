@@ -65,12 +65,12 @@ class Plan:
     out: Path
     device: str = "cuda"
     seed: int = 0
-    autoencoder_steps: int = 6000
-    autoencoder_seconds: float = 80
+    autoencoder_steps: int = 4500
+    autoencoder_seconds: float = 1200
     autoencoder_batch: int = 48
     autoencoder_rate: float = 1.5e-3
-    flow_steps: int = 30000
-    flow_seconds: float = 310
+    flow_steps: int = 24000
+    flow_seconds: float = 7200
     flow_batch: int = 512
     flow_rate: float = 1.2e-3
     pool: int = 16384
@@ -81,7 +81,7 @@ class Plan:
     average: float = 0.999
     compile: bool = True
     prompts: int = 400
-    deadline: float = 520
+    deadline: float = 7800
     """Seconds from the start after which no stage goes on."""
     began: float = field(default_factory=time.monotonic)
     log: list[str] = field(default_factory=list)

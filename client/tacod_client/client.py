@@ -315,8 +315,8 @@ class Job:
         self._messages = messages
         self._like = like
         self._started = time.perf_counter()
-        self._cancelled = False
         self._result: Any = None
+        self._error: BaseException | None = None
         self.id: str = ""
         """The daemon's name for it; empty until the daemon has accepted it."""
         self.total = 0
@@ -324,17 +324,24 @@ class Job:
         self._advance()
 
     def _advance(self) -> Progress | None:
-        """Take in messages up to the next step; None at the end."""
-        for message in self._messages:
-            body = message.body
-            if message.type == "accepted":
-                self.id, self.total = body["job"], body["total"]
-                return None
-            if message.type == "progress":
-                return Progress(body["step"], body["total"], body["sigma"], body["elapsed_s"])
-            self._result = _like(body["out"], self._like)
-            self._model.stats.samples += 1
-            self._model.stats.add(body, time.perf_counter() - self._started)
+        """Take in the next message; a `Progress` if it was one."""
+        if self._error is not None:
+            raise self._error
+        try:
+            message = next(self._messages)
+        except BaseException as error:
+            self._error = error
+            raise
+        body = message.body
+        if message.type == "accepted":
+            self.id, self.total = body["job"], body["total"]
+            return None
+        if message.type == "progress":
+            return Progress(body["step"], body["total"], body["sigma"], body["elapsed_s"])
+        self._result = _like(body["out"], self._like)
+        self._model.stats.samples += 1
+        self._model.stats.add(body, time.perf_counter() - self._started)
+        next(self._messages, None)
         return None
 
     def __iter__(self) -> Iterator[Progress]:

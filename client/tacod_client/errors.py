@@ -56,7 +56,7 @@ __all__ = [
 class TacodError(Exception):
     """Base of every error of this package; ``details`` holds what a program may want to read."""
 
-    def __init__(self, message: str, **details: Any) -> None:
+    def __init__(self, message: str, /, **details: Any) -> None:
         super().__init__(message)
         self.message = message
         self.details: dict[str, Any] = details
@@ -73,7 +73,6 @@ class TacodError(Exception):
         kind = _BY_CODE.get(str(body.get("code")), TacodError)
         details = body.get("details")
         clean = {str(k): v for k, v in details.items()} if isinstance(details, dict) else {}
-        clean.pop("message", None)
         return kind(str(body.get("message", "no message")), **clean)
 
 
@@ -120,7 +119,7 @@ class RequestError(TacodError):
 class ArgumentError(RequestError):
     """One argument has a bad dtype, shape or value; ``argument`` is its name."""
 
-    def __init__(self, message: str, *, argument: str = "", **details: Any) -> None:
+    def __init__(self, message: str, /, *, argument: str = "", **details: Any) -> None:
         super().__init__(message, argument=argument, **details)
         self.argument = argument
 

@@ -258,7 +258,8 @@ def _check_description(item: Any, where: str) -> Tensor:
         raise ProtocolError(f"{where}.shape: expected a list of at most {MAX_DIMS} sizes")
     if not all(type(size) is int and 0 <= size <= MAX_TENSOR_BYTES for size in shape):
         raise ProtocolError(f"{where}.shape: sizes must be integers from 0 up, got {str(shape)[:80]}")
-    if DTYPES[dtype] * math.prod(shape) > MAX_TENSOR_BYTES:
+    # A size of 0 hides no others: numpy and torch overflow on them all the same.
+    if DTYPES[dtype] * math.prod(size or 1 for size in shape) > MAX_TENSOR_BYTES:
         raise ProtocolError(f"{where}.shape: {shape} is more than {MAX_TENSOR_BYTES} bytes")
     if digest is not None and (type(digest) is not bytes or len(digest) != DIGEST_BYTES):
         raise ProtocolError(f"{where}.digest: expected {DIGEST_BYTES} bytes")
@@ -276,6 +277,8 @@ def _resolve(value: Any, tensors: list[Tensor], used: list[int], depth: int = 0)
         used[value] += 1
         return tensors[value]
     if isinstance(value, dict):
+        if not all(type(key) is str for key in value):
+            raise ProtocolError("body: the keys of a map must be strings")
         return {key: _resolve(item, tensors, used, depth + 1) for key, item in value.items()}
     if isinstance(value, list):
         return [_resolve(item, tensors, used, depth + 1) for item in value]

@@ -39,6 +39,8 @@ def main() -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // args.world_size))
     else:
         torch.cuda.set_device(device)
+        # fp32 means fp32, in the one convolution too.
+        torch.backends.cudnn.allow_tf32 = False
     group = xdit.join(device, args.rank, args.world_size, args.rendezvous)
     engine = Engine(device, group if args.world_size > 1 else None)
     selftest(engine)

@@ -87,8 +87,9 @@ def test_draws_its_own_prompts(model: DiT) -> None:
 
 @torch.no_grad()
 def test_same_seed_same_picture(model: DiT) -> None:
-    one, two = (draw(model, [embedded.PROMPTS[0]], seed=5) for _ in range(2))
+    one, two, other = (draw(model, [embedded.PROMPTS[0]], seed) for seed in (5, 5, 6))
     assert torch.equal(one, two)
+    assert not torch.equal(one, other)
 
 
 def test_encode_forgives_case_punctuation_and_spelling() -> None:

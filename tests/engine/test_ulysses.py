@@ -205,7 +205,7 @@ class Rank:
         self.ulysses = {size: Ulysses(group) for size, group in groups.items() if rank < size}
 
     def golden(self, ulysses: Ulysses, name: str, dtype: str = "float32") -> float:
-        from conftest import read_golden
+        from helpers import read_golden
 
         golden = read_golden(name)
         assert golden is not None

@@ -1,0 +1,65 @@
+"""Daemons and models that tests share; each daemon starts when the first test asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from helpers import FLUX, GOLDEN, SD3, Daemon, Golden, read_golden
+
+from tacod_client import Client
+
+Daemons = Callable[[int], Daemon]
+
+
+@pytest.fixture(scope="session")
+def load_golden() -> Callable[[str], Golden]:
+    """A golden forward by its name; without it the test is skipped."""
+
+    def load(name: str) -> Golden:
+        golden = read_golden(name)
+        if golden is None:
+            pytest.skip(
+                f"no golden data at {GOLDEN}/{name}.safetensors; point TACOD_GOLDEN at the folder that holds it"
+            )
+        return golden
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models' root: two tiny models with random weights. Tests that need more put it there."""
+    folder = tmp_path_factory.mktemp("models")
+    for tiny in (FLUX, SD3):
+        tiny.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def daemons(models: Path) -> Iterator[Daemons]:
+    """The shared daemon with so many CPU ranks."""
+    started: dict[int, Daemon] = {}
+    with ExitStack() as stack:
+
+        def get(ranks: int) -> Daemon:
+            if ranks not in started:
+                started[ranks] = stack.enter_context(Daemon(ranks, [models]))
+            return started[ranks]
+
+        yield get
+
+
+@pytest.fixture
+def daemon(daemons: Daemons) -> Daemon:
+    """The shared daemon with two ranks."""
+    return daemons(2)
+
+
+@pytest.fixture
+def client(daemon: Daemon) -> Iterator[Client]:
+    """A client of the shared daemon with two ranks."""
+    with daemon.client() as client:
+        yield client

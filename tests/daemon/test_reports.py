@@ -1,0 +1,100 @@
+"""What the daemon tells about itself."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from helpers import SD3, Daemon, eventually
+
+from tacod_client import Client, __version__
+
+
+def test_status_has_what_others_read(daemon: Daemon, client: Client) -> None:
+    model = client.load(SD3.file)
+    told = eventually(lambda: (told := client.status())["queue"]["running"] == 0 and told, 5, "nothing runs")
+    assert told["state"] == "ready"
+    assert told["version"] == __version__
+    assert (told["pid"], told["endpoint"], told["boot_id"]) == (daemon.pid, daemon.endpoint, client.boot_id)
+    assert told["uptime_s"] > 0
+    group = told["group"]
+    assert (group["device"], group["world_size"], group["restarts"]) == ("cpu", 2, 0)
+    assert [set(rank) for rank in group["ranks"]] == [{"rank", "pid", "device", "memory_used_bytes"}] * 2
+    assert [(rank["rank"], rank["device"]) for rank in group["ranks"]] == [(0, "cpu:0"), (1, "cpu:1")]
+    for rank in group["ranks"]:
+        assert psutil.Process(rank["pid"]).ppid() == daemon.pid
+        assert rank["memory_used_bytes"] > 0
+    one = next(one for one in told["models"] if one["id"] == model.id)
+    assert {"id", "name", "family", "path", "parameters", "plan", "loaded_s"} <= set(one)
+    assert (one["name"], one["family"], one["parameters"]) == (SD3.file, "sd3", model.parameters)
+    assert told["queue"] == {"running": 0, "queued": 0}
+    assert told["clients"] == 1
+
+
+def test_stats_have_what_others_read(client: Client) -> None:
+    model = client.load(SD3.file)
+    before = client.stats()
+    SD3.check(model)
+    SD3.sample(model, 4).result()
+    after = client.stats()
+    assert {"mean", "p50", "p95", "count"} == set(after["step_s"])
+    assert {"queue_s", "wire_s", "compute_s", "collective_s", "retried_forwards", "group_restarts"} <= set(after)
+    assert set(after["jobs_total"]) == {"result", "failed", "cancelled"}
+    assert after["jobs_total"]["result"] - before["jobs_total"]["result"] == 2
+    for key in ("forwards_total", "parallel_forwards_total"):
+        assert after[key] - before[key] == 5
+    assert after["step_s"]["count"] - before["step_s"]["count"] == 5
+    assert after["rx_bytes"] > before["rx_bytes"]
+    assert after["tx_bytes"] > before["tx_bytes"]
+    assert set(after["store"]) == {"bytes", "hits", "misses"}
+
+
+def test_the_split_of_a_step_adds_up(client: Client) -> None:
+    model = client.load(SD3.file)
+    started = time.perf_counter()
+    for seed in range(5):
+        model.forward(**SD3.inputs(seed))
+    SD3.sample(model, 20).result()
+    elapsed_s = time.perf_counter() - started
+
+    stats = model.stats
+    parts = (stats.queue_s, stats.wire_s, stats.compute_s, stats.collective_s)
+    assert all(part > 0 for part in parts)
+    assert sum(parts) == pytest.approx(stats.seconds)
+    assert stats.seconds <= elapsed_s
+    assert (stats.forwards, stats.samples, stats.steps, stats.parallel_steps, stats.retries) == (5, 1, 25, 25, 0)
+
+    told = client.stats()
+    parts_told = (told["queue_s"], told["wire_s"], told["compute_s"], told["collective_s"])
+    assert sum(parts_told) == pytest.approx(told["step_s"]["mean"])
+    assert told["step_s"]["p50"] <= told["step_s"]["p95"]
+
+
+def test_jobs_are_told_while_they_last(client: Client) -> None:
+    model = client.load(SD3.file)
+    running, queued = SD3.sample(model, 20000), SD3.sample(model, 20000)
+    next(iter(running))
+    told = client.jobs()
+    assert [(one["job"], one["verb"], one["state"]) for one in told] == [
+        (running.id, "sample", told[0]["state"]),
+        (queued.id, "sample", "queued"),
+    ]
+    assert 0 < told[0]["step"] < told[0]["total"] == 20000
+    assert (told[0]["model"], f"pid {os.getpid()}" in told[0]["client"]) == (model.id, True)
+    assert sum(client.status()["queue"].values()) == 2
+    queued.cancel()
+    running.cancel()
+
+
+def test_ping_is_quick(client: Client) -> None:
+    assert min(client.ping() for _ in range(5)) < 0.1
+
+
+@pytest.mark.parametrize("module", ["tacod_client", "tacod_client.cli", "tacod.daemon"])
+def test_the_supervisor_and_the_client_import_no_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,103 @@
+"""The same promises on real GPUs, over NCCL."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import FLUX, FP32, SD3, Daemon, Golden, Tiny, relative_error, stopped
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is available"),
+]
+
+GOLDENS = ["flux_dev", "flux_dev_odd", "flux_kontext", "flux_schnell", "sd35_large", "sd35_medium"]
+WORLDS = [count for count in (1, 2, 3, 4) if count <= torch.cuda.device_count()]
+
+
+@pytest.fixture(scope="module", params=WORLDS, ids=lambda count: f"{count}gpu")
+def gpu_daemon(request: pytest.FixtureRequest, models: Path) -> Iterator[Daemon]:
+    with Daemon(roots=[models], gpus=range(request.param), settings={"group.step_timeout_s": 20.0}) as daemon:
+        yield daemon
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_goldens_in_fp32(gpu_daemon: Daemon, models: Path, load_golden: Callable[[str], Golden], name: str) -> None:
+    golden = load_golden(name)
+    golden.save(models / f"{name}.safetensors")
+    with gpu_daemon.client() as client:
+        out = client.load(f"{name}.safetensors", dtype="fp32").forward(**golden.inputs)
+    assert relative_error(out, golden.out) <= FP32
+
+
+@pytest.mark.parametrize("name", [name for name in GOLDENS if name.startswith("flux")])
+def test_goldens_in_bf16(gpu_daemon: Daemon, models: Path, load_golden: Callable[[str], Golden], name: str) -> None:
+    golden = load_golden(name)
+    golden.save(models / f"{name}.safetensors")
+    with gpu_daemon.client() as client:
+        model = client.load(f"{name}.safetensors")
+        out = model.forward(**golden.inputs)
+    assert model.dtype == "bf16", "on a GPU the file's own dtype is the default"
+    assert relative_error(out, golden.out) <= 1e-2
+
+
+@pytest.mark.parametrize("tiny", [FLUX, SD3], ids=lambda tiny: tiny.name)
+def test_inputs_and_outputs_on_the_gpu(gpu_daemon: Daemon, tiny: Tiny) -> None:
+    inputs = {name: value.cuda() for name, value in tiny.inputs(batch=2).items()}
+    with gpu_daemon.client() as client:
+        out = client.load(tiny.file, dtype="fp32").forward(**inputs)
+    assert out.device == inputs["x"].device
+    assert relative_error(out.cpu(), tiny.forward(**tiny.inputs(batch=2))) <= FP32
+
+
+def test_a_step_adds_up_and_times_its_collectives(gpu_daemon: Daemon) -> None:
+    with gpu_daemon.client() as client:
+        model = client.load(FLUX.file, dtype="fp32")
+        FLUX.check(model)
+        stats = client.stats()
+    parts = sum(stats[key] for key in ("queue_s", "wire_s", "compute_s", "collective_s"))
+    assert parts == pytest.approx(stats["step_s"]["mean"], rel=1e-6)
+    assert (stats["collective_s"] > 0) == (len(gpu_daemon.rank_pids()) > 1)
+
+
+def test_unload_gives_device_memory_back(gpu_daemon: Daemon) -> None:
+    with gpu_daemon.client() as client:
+        before = [rank["memory_used_bytes"] for rank in client.status()["group"]["ranks"]]
+        model = client.load(SD3.file, dtype="fp16")
+        loaded = [rank["memory_used_bytes"] for rank in client.status()["group"]["ranks"]]
+        client.unload(model.id)
+        after = [rank["memory_used_bytes"] for rank in client.status()["group"]["ranks"]]
+    assert all(now > then for now, then in zip(loaded, before, strict=True))
+    assert after == before
+
+
+def test_a_sampling_run_is_the_same_at_any_number_of_gpus(gpu_daemon: Daemon) -> None:
+    with gpu_daemon.client() as client:
+        together = SD3.sample(client.load(SD3.file, dtype="fp32"), 8).result()
+        alone = SD3.sample(client.load(SD3.file, dtype="fp32", plan={"sequence": 1}), 8).result()
+    assert relative_error(together, alone) <= 1e-5
+
+
+@pytest.mark.parametrize("fault", ["killed", "stopped"])
+def test_a_lost_rank_costs_time_and_nothing_else(gpu_daemon: Daemon, fault: str) -> None:
+    """SIGSTOP is what a rank stuck in NCCL looks like: nobody else notices until the deadline."""
+    with gpu_daemon.client() as client:
+        model = client.load(SD3.file, dtype="fp32")
+        undisturbed = SD3.sample(model, 60).result()
+        job = SD3.sample(model, 60)
+        next(iter(job))
+        victim = gpu_daemon.rank_pids()[-1]
+        restarts = client.status()["group"]["restarts"]
+        if fault == "killed":
+            os.kill(victim, signal.SIGKILL)
+            latent = job.result()
+        else:
+            with stopped(victim):
+                latent = job.result()
+        assert client.status()["group"]["restarts"] == restarts + 1
+    assert relative_error(latent, undisturbed) <= 1e-5

@@ -1,0 +1,360 @@
+"""What the tests share: a tacod of one's own, tiny models, and ComfyUI's golden forwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tacod.rank.families import detect
+from tacod.rank.families.base import DiT
+from tacod.rank.ulysses import Ulysses
+from tacod_client import Client, Job, Model
+from tacod_client.errors import ConnectionFailed
+
+GOLDEN = Path(os.environ.get("TACOD_GOLDEN") or Path(__file__).parents[2] / "shared" / "golden")
+FP32 = 2e-6
+"""How far a fp32 forward may be from the exact one, at any number of ranks."""
+START_S = 90.0
+"""Ranks start in about 5 s; a busy machine may take longer."""
+
+
+def eventually(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
+    """Poll until the condition holds, and return what it came to."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
+        time.sleep(0.02)
+    return value
+
+
+# --- the daemon -------------------------------------------------------------------------------------------------------
+
+
+class Daemon:
+    """A tacod of one's own, in a folder of its own; at its end it must have left nothing behind.
+
+    Settings are configuration keys such as ``{"limits.queue": 2}``.
+    """
+
+    def __init__(
+        self,
+        ranks: int = 1,
+        roots: Sequence[Path] = (),
+        settings: Mapping[str, Any] | None = None,
+        environment: Mapping[str, str] | None = None,
+        gpus: Sequence[int] = (),
+    ) -> None:
+        # A unix socket's path may have about 100 bytes: pytest's own folders are too deep.
+        self.folder = Path(tempfile.mkdtemp(prefix="tacod-"))
+        self.socket = self.folder / "tacod.sock"
+        self.endpoint = f"ipc://{self.socket}"
+        self.log_path = self.folder / "log"
+        self.config = self.folder / "config.toml"
+        values = {
+            "endpoint": self.endpoint,
+            **({"group.device": "cuda", "group.gpus": list(gpus)} if gpus else _on_cpu(ranks)),
+            "models.roots": [str(root) for root in roots],
+            **(settings or {}),
+        }
+        self.config.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
+        self.environment = {**os.environ, **(environment or {})}
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Daemon:
+        try:
+            return self.start()
+        except BaseException:
+            self._clean_up()
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            if kind is None and self.running:
+                self.stop()
+        finally:
+            self._clean_up()
+
+    def start(self, wait: bool = True) -> Daemon:
+        """Start it, again if need be, and wait until it is ready."""
+        assert not self.running
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tacod.daemon", "--config", str(self.config)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self.environment,
+            )
+        if wait:
+            eventually(self._is_ready, START_S, "tacod is ready")
+        return self
+
+    def _is_ready(self) -> bool:
+        assert self.running, f"tacod ended with {self.code}:\n{self.log}"
+        with suppress(ConnectionFailed), self.client(timeout_s=1.0) as client:
+            return bool(client.status()["state"] == "ready")
+        return False
+
+    def client(self, **options: Any) -> Client:
+        """A client of it."""
+        return Client(self.endpoint, **options)
+
+    @property
+    def pid(self) -> int:
+        """The supervisor's."""
+        assert self.process is not None
+        return self.process.pid
+
+    @property
+    def log(self) -> str:
+        """What it and its ranks have printed so far."""
+        return self.log_path.read_text(errors="replace")
+
+    @property
+    def running(self) -> bool:
+        """Whether the supervisor lives."""
+        return self.process is not None and self.process.poll() is None
+
+    @property
+    def code(self) -> int | None:
+        """The supervisor's exit code, once it has ended."""
+        return self.process.returncode if self.process is not None else None
+
+    def rank_pids(self) -> list[int]:
+        """The ranks' processes, in the order of ranks."""
+        with self.client() as client:
+            return [rank["pid"] for rank in client.status()["group"]["ranks"]]
+
+    def processes(self) -> list[psutil.Process]:
+        """Everything that runs and has this folder on its command line: supervisor and ranks, of any generation."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                mine = any(str(self.folder) in argument for argument in process.cmdline())
+                if mine and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def signal(self, number: int) -> None:
+        """Send the supervisor a signal."""
+        os.kill(self.pid, number)
+
+    def wait(self, timeout_s: float = 30.0) -> int:
+        """Wait for its end; returns the exit code."""
+        assert self.process is not None
+        return self.process.wait(timeout_s)
+
+    def stop(self) -> None:
+        """End it as systemd would, and see what it leaves."""
+        self.signal(signal.SIGTERM)
+        assert self.wait() == 0, self.log
+        self.check_leavings()
+
+    def check_leavings(self) -> None:
+        """After its end: no process, no socket, no lock, no folder."""
+        assert not self.running
+        left = [f"{process.pid}: {' '.join(process.cmdline())}" for process in self.processes()]
+        assert not left, f"processes left: {left}"
+        files = sorted(path.name for path in self.folder.iterdir() if path not in (self.config, self.log_path))
+        assert not files, f"files left: {files}"
+
+    def _clean_up(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+        for process in self.processes():
+            with suppress(psutil.Error):
+                process.kill()
+        shutil.rmtree(self.folder)
+
+
+def _on_cpu(ranks: int) -> dict[str, Any]:
+    return {"group.device": "cpu", "group.ranks": ranks}
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Within, a process stands still."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def relative_error(out: Tensor, expected: Tensor) -> float:
+    """||out - expected|| / ||expected||."""
+    assert out.shape == expected.shape
+    return float((out.float() - expected.float()).norm() / expected.float().norm())
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A small model with random weights, whose one-process output is what the daemon must give."""
+
+    name: str
+    config: dict[str, Any]
+    seed: int = 0
+
+    @property
+    def file(self) -> str:
+        """Its name under the models' root."""
+        return f"{self.name}.safetensors"
+
+    @cached_property
+    def model(self) -> DiT:
+        """The module, always with the same weights."""
+        family, config = detect({}, self.config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return family(config).eval().requires_grad_(False)
+
+    def save(self, folder: Path) -> Path:
+        """Write it as a file that describes itself."""
+        path = folder / self.file
+        save_file(self.model.state_dict(), path, metadata={"tacod.config": json.dumps(self.config)})
+        return path
+
+    def inputs(self, seed: int = 0, batch: int = 1, text: int = 129, size: tuple[int, int] = (9, 14)) -> dict[str, Any]:
+        """A forward's arguments; the text is long enough to travel by content."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        flux = self.config["image_model"] == "flux"
+        inputs = {
+            "x": randn(batch, 4, *size),
+            "timestep": torch.full((batch,), 0.7373 if flux else 737.3),
+            "context": randn(batch, text, 8),
+            "y": randn(batch, 6),
+        }
+        return {**inputs, "guidance": torch.full((batch,), 3.5)} if flux else inputs
+
+    def forward(self, **inputs: Any) -> Tensor:
+        """One forward in this process."""
+        with torch.inference_mode():
+            out: Tensor = self.model(Ulysses(), **inputs)
+        return out
+
+    def check(self, model: Model, seed: int = 0) -> None:
+        """The daemon's forward is right."""
+        inputs = self.inputs(seed)
+        assert relative_error(model.forward(**inputs), self.forward(**inputs)) <= FP32
+
+    def sample(self, model: Model, steps: int, seed: int = 0, **options: Any) -> Job:
+        """Start a run of so many steps."""
+        inputs = self.inputs(seed)
+        noise = inputs.pop("x")
+        del inputs["timestep"]
+        sigmas = torch.linspace(1, 0, steps + 1)
+        return model.sample(noise=noise, latent=torch.zeros_like(noise), sigmas=sigmas, positive=inputs, **options)
+
+
+FLUX = Tiny(
+    "tiny_flux",
+    {
+        "image_model": "flux",
+        "in_channels": 4,
+        "out_channels": 4,
+        "vec_in_dim": 6,
+        "context_in_dim": 8,
+        "hidden_size": 80,
+        "num_heads": 5,
+        "depth": 2,
+        "depth_single_blocks": 2,
+        "axes_dim": [4, 6, 6],
+        "guidance_embed": True,
+    },
+)
+SD3 = Tiny(
+    "tiny_sd3",
+    {
+        "image_model": "sd3",
+        "in_channels": 4,
+        "depth": 3,
+        "adm_in_channels": 6,
+        "context_embedder_config": {"params": {"in_features": 8, "out_features": 192}},
+        "pos_embed_max_size": 12,
+        "qk_norm": "rms",
+        "x_block_self_attn_layers": [0, 2],
+    },
+)
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One forward that ComfyUI computed in fp32."""
+
+    config: dict[str, Any]
+    weights: dict[str, Tensor]
+    inputs: dict[str, Any]
+    out: Tensor
+
+    def model(self, dtype: torch.dtype = torch.float32) -> DiT:
+        """The model, built without memory and filled by name, as the daemon does it."""
+        family, config = detect({}, self.config)
+        with torch.device("meta"):
+            model = family(config)
+        model.load_state_dict({name: tensor.to(dtype) for name, tensor in self.weights.items()}, assign=True)
+        return model.eval().requires_grad_(False)
+
+    def arguments(self, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+        """The forward's arguments: one number per image in fp32, the others in ``dtype``."""
+
+        def cast(value: Any) -> Any:
+            return [cast(each) for each in value] if isinstance(value, list) else value.to(dtype)
+
+        return {key: value if key in ("timestep", "guidance") else cast(value) for key, value in self.inputs.items()}
+
+    def error(self, ulysses: Ulysses, dtype: torch.dtype = torch.float32) -> float:
+        """How far one forward of ours is from ComfyUI's."""
+        with torch.inference_mode():
+            out = self.model(dtype)(ulysses, **self.arguments(dtype))
+        assert out.dtype == dtype
+        return relative_error(out, self.out)
+
+    def save(self, path: Path) -> None:
+        """Write the model as a file that describes itself."""
+        save_file(self.weights, path, metadata={"tacod.config": json.dumps(self.config)})
+
+
+def read_golden(name: str) -> Golden | None:
+    """A golden forward, or None if it isn't at hand."""
+    path = GOLDEN / f"{name}.safetensors"
+    if not path.is_file():
+        return None
+    with safe_open(path, "pt") as file:
+        config = json.loads(file.metadata()["config"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    weights = {key.removeprefix("weights."): value for key, value in tensors.items() if key.startswith("weights.")}
+    inputs: dict[str, Any] = {}
+    for key, value in sorted(tensors.items()):
+        if key.startswith("in.ref_latents."):
+            inputs.setdefault("ref_latents", []).append(value)
+        elif key.startswith("in."):
+            inputs[key.removeprefix("in.")] = value
+    return Golden(config, weights, inputs, tensors["out"])
