@@ -27,11 +27,9 @@ __all__ = [
     "Noise",
     "Sampler",
     "find",
-    "finish",
     "guide",
     "needs_negative",
     "noise_source",
-    "start",
 ]
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -39,16 +37,6 @@ Denoise = Callable[[Tensor, Tensor], Tensor]
 Noise = Callable[[], Tensor]
 """Fresh standard normal noise of x's shape, dtype and device."""
 Sampler = Callable[[Denoise, Tensor, Tensor, Noise], Iterator[Tensor]]
-
-
-def start(noise: Tensor, latent: Tensor, sigma: Tensor) -> Tensor:
-    """Where a run begins: the flow's mix of latent and noise at ``sigma`` (Liu et al., arXiv:2209.03003)."""
-    return sigma * noise + (1 - sigma) * latent
-
-
-def finish(x: Tensor, sigma: Tensor) -> Tensor:
-    """The latent of a run that ended at ``sigma``: `start` with zero noise, undone; at sigma = 0, x itself."""
-    return x / (1 - sigma)
 
 
 def guide(positive: Tensor, negative: Tensor | None, cfg: float) -> Tensor:

@@ -78,22 +78,22 @@ class Run:
 
 def begin(request: SampleRequest, dit: DiT, ulysses: Ulysses, plan: Plan, device: torch.device) -> Run:
     """Start a checked run; nothing is computed before its first step."""
-    levels = _levels(request.sigmas, device)
+    levels = _levels(request.sigmas, dit.process.sigma_max).to(device)
     specs = dit.arguments()
     conditions = [load_arguments(given, specs, dit.dtype, device) for given in request.guided.values()]
     noise, latent = (from_wire(value, "torch").to(device, torch.float32) for value in (request.noise, request.latent))
-    x = samplers.start(noise, dit.latent_format.into_model(latent), levels[0])
+    x = dit.process.start(noise, dit.latent_format.into_model(latent), levels[0])
     denoise = Denoiser(dit, ulysses, conditions, request.cfg)
     steps = samplers.find(request.sampler)(denoise, x, levels, samplers.noise_source(request.seed, x))
 
     def finish(x: Tensor) -> Tensor:
-        return dit.latent_format.out_of_model(samplers.finish(x, levels[-1]))
+        return dit.latent_format.out_of_model(dit.process.finish(x, levels[-1]))
 
     return Run(denoise, steps, levels.tolist(), plan, finish)
 
 
 class Denoiser:
-    """A velocity model as the samplers want it: predicted clean latent, guidance included."""
+    """A model as the samplers want it: predicted clean latent, guidance included."""
 
     def __init__(self, dit: DiT, ulysses: Ulysses, conditions: list[dict[str, Any]], cfg: float) -> None:
         self.dit = dit
@@ -107,17 +107,18 @@ class Denoiser:
         """``x`` [B, C, H, W] in fp32 at the scalar noise level ``sigma`` → the clean latent, in fp32."""
         if self.joint is not None:
             many = len(self.conditions)
-            velocities = self._velocity(torch.cat([x] * many), sigma, self.joint).chunk(many)
+            outs = self._forward(torch.cat([x] * many), sigma, self.joint).chunk(many)
         else:
-            velocities = tuple(self._velocity(x, sigma, condition) for condition in self.conditions)
-        clean = [x - sigma * velocity for velocity in velocities]
+            outs = tuple(self._forward(x, sigma, condition) for condition in self.conditions)
+        clean = [self.dit.process.clean(x, sigma, out) for out in outs]
         return samplers.guide(clean[-1], clean[0] if len(clean) > 1 else None, self.cfg)
 
-    def _velocity(self, x: Tensor, sigma: Tensor, condition: dict[str, Any]) -> Tensor:
+    def _forward(self, x: Tensor, sigma: Tensor, condition: dict[str, Any]) -> Tensor:
         self.forwards += 1
         timestep = self.dit.timestep(sigma).float().expand(x.shape[0]).contiguous()
-        velocity: Tensor = self.dit(self.ulysses, x.to(self.dit.dtype), timestep, **condition)
-        return velocity.float()
+        noisy = self.dit.process.scale(x, sigma).to(self.dit.dtype)
+        out: Tensor = self.dit(self.ulysses, noisy, timestep, **condition)
+        return out.float()
 
 
 def _stack(conditions: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -143,14 +144,15 @@ def _shape(value: Any) -> Any:
     return tuple(value.shape) if isinstance(value, Tensor) else value
 
 
-def _levels(sigmas: wire.Tensor, device: torch.device) -> Tensor:
-    """The noise levels, fp32: at least two, falling, from at most 1 to at least 0."""
+def _levels(sigmas: wire.Tensor, highest: float) -> Tensor:
+    """The noise levels, fp32: at least two, falling, from at most ``highest`` to at least 0."""
     levels: Tensor = from_wire(sigmas, "torch").float()
     values = levels.tolist()
     falling = all(high > low for high, low in pairwise(values))
-    if len(values) < 2 or not falling or not all(map(math.isfinite, values)) or values[0] > 1 or values[-1] < 0:
+    if len(values) < 2 or not falling or not all(map(math.isfinite, values)) or values[0] > highest or values[-1] < 0:
         raise ArgumentError(
-            f"sigmas: expected at least 2 levels that fall from at most 1 to at least 0, got {str(values)[:80]}",
+            f"sigmas: expected at least 2 levels that fall from at most {highest:g} to at least 0, "
+            f"got {str(values)[:80]}",
             argument="sigmas",
         )
-    return levels.to(device)
+    return levels

@@ -32,7 +32,7 @@ def test_status_has_what_others_read(daemon: Daemon, client: Client) -> None:
     assert {"id", "name", "family", "path", "parameters", "plan", "loaded_s"} <= set(one)
     assert (one["name"], one["family"], one["parameters"]) == (SD3.file, "sd3", model.parameters)
     assert told["queue"] == {"running": 0, "queued": 0}
-    assert told["clients"] == 1
+    assert told["clients"] >= 1
 
 
 def test_stats_have_what_others_read(client: Client) -> None:

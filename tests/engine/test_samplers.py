@@ -17,15 +17,14 @@ from torch import Tensor
 from tacod.rank.families import families
 from tacod.rank.families.base import DiT
 from tacod.rank.families.sd3 import SD3
+from tacod.rank.process import Flow
 from tacod.rank.samplers import (
     SAMPLERS,
     Denoise,
     find,
-    finish,
     guide,
     needs_negative,
     noise_source,
-    start,
 )
 from tacod_client.errors import ArgumentError
 
@@ -116,9 +115,9 @@ def test_equals_comfyui(run: str, runs: tuple[dict[str, Tensor], dict[str, str]]
         assert torch.equal(normal_levels(8), sigmas)
         sigmas = torch.cat([normal_levels(9)[:-2], torch.zeros(1)])
     latents = SD3.latent_format
-    x = start(tensors["noise"], latents.into_model(tensors["latent"]), sigmas[0])
+    x = SD3.process.start(tensors["noise"], latents.into_model(tensors["latent"]), sigmas[0])
     *_, x = find(name)(denoise, x, sigmas, noise_source(int(metadata["seed"]), x))
-    out, expected = latents.out_of_model(finish(x, sigmas[-1])), tensors[f"{run}.out"]
+    out, expected = latents.out_of_model(SD3.process.finish(x, sigmas[-1])), tensors[f"{run}.out"]
     error = float((out - expected).norm() / expected.norm())
     assert error <= 1e-5, f"{run}: {error:.2e}"
 
@@ -257,10 +256,11 @@ def test_unknown_sampler_is_refused_with_the_list() -> None:
 
 def test_start_and_finish() -> None:
     noise, latent, sigma = torch.randn(3), torch.randn(3), torch.tensor(0.25)
-    assert torch.allclose(start(noise, latent, sigma), 0.25 * noise + 0.75 * latent)
-    assert torch.equal(start(noise, latent, torch.tensor(1.0)), noise)
-    assert torch.allclose(finish(start(torch.zeros(3), latent, sigma), sigma), latent)
-    assert torch.equal(finish(latent, torch.tensor(0.0)), latent)
+    flow = Flow()
+    assert torch.allclose(flow.start(noise, latent, sigma), 0.25 * noise + 0.75 * latent)
+    assert torch.equal(flow.start(noise, latent, torch.tensor(1.0)), noise)
+    assert torch.allclose(flow.finish(flow.start(torch.zeros(3), latent, sigma), sigma), latent)
+    assert torch.equal(flow.finish(latent, torch.tensor(0.0)), latent)
 
 
 def test_guidance() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tacod.checkpoint import TensorInfo
+from tacod.rank.process import Process
 from tacod.rank.ulysses import Ulysses
 from tacod_client.errors import ModelUnsupported
 
@@ -54,14 +55,27 @@ class LatentFormat:
         return x / self.scale + self.shift
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of diffusers' layout lies in that of the single file: all of ``key``, or some of its rows."""
+
+    key: str
+    rows: tuple[int, int] | None = None
+    """First row and number of rows, where the single file fuses what diffusers keeps apart (q, k, v)."""
+    swap: bool = False
+    """Whether the two halves of the rows are exchanged (scale and shift of a final modulation)."""
+
+
 class DiT(nn.Module, abc.ABC):
-    """A diffusion transformer that predicts a flow's velocity; one subclass per model family."""
+    """A diffusion transformer; one subclass per model family."""
 
     family: ClassVar[str]
     """The name that users see: ``flux``, ``sd3``."""
     image_models: ClassVar[tuple[str, ...]]
     """The values of ``image_model`` in ComfyUI's ``unet_config`` that this family runs."""
     latent_format: ClassVar[LatentFormat]
+    process: ClassVar[Process]
+    """What the output means."""
     heads: int
     """Attention heads: what Ulysses hands out to ranks."""
 
@@ -72,6 +86,14 @@ class DiT(nn.Module, abc.ABC):
 
         ``None`` if the keys are not of this family.
         """
+
+    @classmethod
+    def diffusers_layout(cls, config: Mapping[str, Any]) -> dict[str, Place]:
+        """Every parameter's name in diffusers' class for this family, and where it lies in the single file.
+
+        ``config`` is as `detect` gives it. Empty for a family without such a class.
+        """
+        return {}
 
     @abc.abstractmethod
     def arguments(self) -> dict[str, Argument]:

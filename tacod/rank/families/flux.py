@@ -30,6 +30,7 @@ from tacod.rank.families.base import (
     unpatchify,
     whole,
 )
+from tacod.rank.process import Flow
 from tacod.rank.ulysses import Ulysses
 from tacod_client.errors import ModelUnsupported
 
@@ -186,6 +187,7 @@ class Flux(DiT):
 
     family: ClassVar[str] = "flux"
     image_models: ClassVar[tuple[str, ...]] = ("flux",)
+    process = Flow()
     latent_format = LatentFormat(0.3611, 0.1159)
 
     def __init__(self, config: Mapping[str, Any]) -> None:

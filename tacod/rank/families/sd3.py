@@ -28,6 +28,7 @@ from tacod.rank.families.base import (
     unpatchify,
     whole,
 )
+from tacod.rank.process import Flow
 from tacod.rank.ulysses import Ulysses
 from tacod_client.errors import ArgumentError, ModelUnsupported
 
@@ -188,6 +189,7 @@ class SD3(DiT):
 
     family: ClassVar[str] = "sd3"
     image_models: ClassVar[tuple[str, ...]] = ("sd3",)
+    process = Flow()
     latent_format = LatentFormat(1.5305, 0.0609)
 
     def __init__(self, config: Mapping[str, Any]) -> None:

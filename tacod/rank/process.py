@@ -1,0 +1,86 @@
+"""Noise processes: what a model's output means, and how noise and signal mix at a noise level."""
+
+from __future__ import annotations
+
+import abc
+import math
+from typing import ClassVar
+
+from torch import Tensor
+
+__all__ = ["Epsilon", "Flow", "Process"]
+
+
+class Process(abc.ABC):
+    """Latents are in the model's space, in fp32; ``sigma`` is a scalar."""
+
+    sigma_max: ClassVar[float]
+    """No noise level is above it."""
+
+    @abc.abstractmethod
+    def start(self, noise: Tensor, latent: Tensor, sigma: Tensor) -> Tensor:
+        """Where a run begins: ``latent`` with standard normal ``noise`` of level ``sigma``."""
+
+    @abc.abstractmethod
+    def finish(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """The latent of a run that ended at ``sigma``."""
+
+    @abc.abstractmethod
+    def scale(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """The model's input for the noisy latent ``x``."""
+
+    @abc.abstractmethod
+    def clean(self, x: Tensor, sigma: Tensor, out: Tensor) -> Tensor:
+        """The clean latent that the model's output ``out`` means."""
+
+
+class Flow(Process):
+    """Rectified flow (Liu et al., arXiv:2209.03003): x = (1 - sigma) * x0 + sigma * noise, the output is noise - x0."""
+
+    sigma_max = 1.0
+
+    def start(self, noise: Tensor, latent: Tensor, sigma: Tensor) -> Tensor:
+        """See `Process.start`."""
+        return sigma * noise + (1 - sigma) * latent
+
+    def finish(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """See `Process.finish`; it is `start` with zero noise, undone."""
+        return x / (1 - sigma)
+
+    def scale(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """See `Process.scale`; a flow's model takes x as it is."""
+        return x
+
+    def clean(self, x: Tensor, sigma: Tensor, out: Tensor) -> Tensor:
+        """See `Process.clean`."""
+        return x - sigma * out
+
+
+class Epsilon(Process):
+    """Noise prediction (Ho et al., arXiv:2006.11239) in Karras' terms: x = x0 + sigma * noise, the output is noise.
+
+    ``terminal_sigma`` is the training schedule's highest level: a run from there begins with noise alone.
+    """
+
+    sigma_max = math.inf
+
+    def __init__(self, terminal_sigma: float) -> None:
+        self.terminal_sigma = terminal_sigma
+
+    def start(self, noise: Tensor, latent: Tensor, sigma: Tensor) -> Tensor:
+        """See `Process.start`; from the terminal level noise alone, with the variance that the model knows there."""
+        if sigma.item() >= self.terminal_sigma * (1 - 1e-5):
+            return noise * (1 + sigma**2).sqrt() + latent
+        return latent + sigma * noise
+
+    def finish(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """See `Process.finish`."""
+        return x
+
+    def scale(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """See `Process.scale`: to unit variance."""
+        return x / (sigma**2 + 1).sqrt()
+
+    def clean(self, x: Tensor, sigma: Tensor, out: Tensor) -> Tensor:
+        """See `Process.clean`."""
+        return x - sigma * out

@@ -1,0 +1,72 @@
+"""A client that goes away loses its queue, and delays nobody."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from helpers import SD3, Daemon, eventually
+
+from tacod_client import Client
+
+SCRIPT = """
+import sys, time
+from helpers import SD3
+from tacod_client import Client
+client = Client(sys.argv[1])
+model = client.load(SD3.file)
+jobs = [SD3.sample(model, 20000) for _ in range(3)]
+print("queued", flush=True)
+time.sleep(600)
+"""
+
+
+@contextmanager
+def busy_client(daemon: Daemon) -> Iterator[subprocess.Popen[str]]:
+    """A process with one run under way and two in the queue."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, daemon.endpoint],
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "queued\n"
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_its_work_leaves_the_queue(sturdy: Daemon, client: Client, number: int) -> None:
+    with busy_client(sturdy) as process:
+        assert len(client.jobs()) == 3
+        process.send_signal(number)
+        eventually(lambda: client.jobs() == [], 6, "its jobs are gone")
+        eventually(lambda: client.status()["clients"] == 1, 6, "its session is gone")
+    SD3.check(client.load(SD3.file))
+
+
+def test_closing_is_enough(sturdy: Daemon, client: Client) -> None:
+    with sturdy.client() as other:
+        model = other.load(SD3.file)
+        jobs = [SD3.sample(model, 20000) for _ in range(2)]
+        assert {job.id for job in jobs} == {told["job"] for told in client.jobs()}
+    eventually(lambda: client.jobs() == [], 1, "its jobs are gone")
+    SD3.check(client.load(SD3.file))
+
+
+def test_one_that_does_not_read_delays_nobody(sturdy: Daemon, client: Client) -> None:
+    with sturdy.client() as deaf:
+        job = SD3.sample(deaf.load(SD3.file), 300)
+        model = client.load(SD3.file)
+        for seed in range(5):
+            SD3.check(model, seed)
+        assert job.result().isfinite().all()

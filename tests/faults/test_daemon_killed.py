@@ -1,0 +1,60 @@
+"""The daemon dies and comes back under a live client: same image, no rank left over."""
+
+from __future__ import annotations
+
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Event
+
+import pytest
+import torch
+from helpers import FLUX, SD3, START_S, Daemon, eventually
+from torch import Tensor
+
+from tacod_client import ConnectionLost
+
+
+def test_the_job_goes_on_with_the_next_daemon(models: Path) -> None:
+    steps = 40
+    with Daemon(2, [models]) as daemon, daemon.client() as client, ThreadPoolExecutor(1) as pool:
+        model = client.load(SD3.file)
+        undisturbed = SD3.sample(model, steps).result()
+        boot_id = client.boot_id
+        under_way = Event()
+        seen: list[int] = []
+
+        def run() -> Tensor:
+            job = SD3.sample(model, steps)
+            for event in job:
+                seen.append(event.step)
+                under_way.set()
+            out: Tensor = job.result()
+            return out
+
+        result = pool.submit(run)
+        assert under_way.wait(START_S)
+        daemon.signal(signal.SIGKILL)
+        assert daemon.wait() == -signal.SIGKILL
+        eventually(lambda: not daemon.processes(), 10, "no rank survives")
+        daemon.start()
+        assert torch.equal(result.result(START_S), undisturbed)
+        assert client.boot_id != boot_id
+        assert seen[-steps:] == list(range(1, steps + 1))
+        assert len(seen) > steps
+        FLUX.check(client.load(FLUX.file))
+
+
+def test_one_that_stays_away_is_an_error_that_says_so(models: Path) -> None:
+    with Daemon(1, [models]) as daemon, daemon.client(reconnect_s=1.0) as client:
+        model = client.load(SD3.file)
+        daemon.signal(signal.SIGKILL)
+        daemon.wait()
+        started = time.monotonic()
+        with pytest.raises(ConnectionLost, match="systemctl status tacod"):
+            SD3.check(model)
+        assert 1 <= time.monotonic() - started < 6
+        eventually(lambda: not daemon.processes(), 10, "no rank survives")
+        daemon.start()
+        SD3.check(model)

@@ -1,0 +1,92 @@
+"""SIGTERM drains: what runs is finished, new work is refused; a second one aborts."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import FLUX, SD3, Daemon, eventually
+
+from tacod_client import Unavailable
+
+
+def test_running_and_queued_work_is_finished(models: Path) -> None:
+    steps = 150
+    with Daemon(1, [models]) as daemon, daemon.client() as client, daemon.client() as other:
+        model = client.load(SD3.file)
+        undisturbed = SD3.sample(model, steps).result()
+        running, queued = SD3.sample(model, steps), SD3.sample(model, steps)
+        next(iter(running))
+        daemon.signal(signal.SIGTERM)
+        eventually(lambda: other.status()["state"] == "draining", 2, "it drains")
+        with pytest.raises(Unavailable, match="draining"):
+            other.load(FLUX.file)
+        with pytest.raises(Unavailable, match="draining"):
+            SD3.check(other.load(SD3.file))
+        command = [sys.executable, "-c", "import sys; from tacod_client.cli import main; sys.exit(main())"]
+        arguments = ["--endpoint", daemon.endpoint, "load", FLUX.file]
+        assert subprocess.run([*command, *arguments], capture_output=True, check=False).returncode == 69
+        assert torch.equal(running.result(), undisturbed)
+        assert torch.equal(queued.result(), undisturbed)
+        assert daemon.wait() == 0
+        daemon.check_leavings()
+
+
+def test_a_second_one_aborts(models: Path) -> None:
+    with Daemon(1, [models]) as daemon, daemon.client() as client:
+        job = SD3.sample(client.load(SD3.file), 20000)
+        next(iter(job))
+        daemon.signal(signal.SIGTERM)
+        eventually(lambda: client.status()["state"] == "draining", 2, "it drains")
+        daemon.signal(signal.SIGTERM)
+        with pytest.raises(Unavailable, match="safe to ask again"):
+            job.result()
+        assert daemon.wait(5) == 0
+        daemon.check_leavings()
+
+
+def test_draining_ends_in_time(models: Path) -> None:
+    with Daemon(1, [models], {"drain_timeout_s": 1.0}) as daemon, daemon.client() as client:
+        job = SD3.sample(client.load(SD3.file), 20000)
+        next(iter(job))
+        started = time.monotonic()
+        daemon.signal(signal.SIGTERM)
+        with pytest.raises(Unavailable):
+            job.result()
+        assert daemon.wait(5) == 0
+        assert 1 <= time.monotonic() - started < 4
+        daemon.check_leavings()
+
+
+def test_while_the_ranks_start(models: Path) -> None:
+    with Daemon(2, [models]) as daemon_never_started:
+        daemon_never_started.stop()
+        daemon = daemon_never_started.start(wait=False)
+        eventually(lambda: "starting 2 ranks" in daemon.log.split("stopped")[-1], 10, "its ranks start")
+        daemon.signal(signal.SIGTERM)
+        assert daemon.wait(5) == 0
+        daemon.check_leavings()
+
+
+def test_systemd_is_told() -> None:
+    with tempfile.TemporaryDirectory(prefix="tacod-") as folder, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
+        s.bind(f"{folder}/notify")
+        s.settimeout(1)
+        with Daemon(1, environment={"NOTIFY_SOCKET": f"{folder}/notify", "WATCHDOG_USEC": "400000"}) as daemon:
+            told = [s.recv(4096).decode()]
+            while "READY=1" not in told:
+                told.append(s.recv(4096).decode())
+            assert told[0] == "STATUS=starting 1 ranks"
+            patted = [s.recv(4096).decode() for _ in range(3)]
+            assert patted == ["WATCHDOG=1"] * 3
+            daemon.stop()
+            told = [s.recv(4096).decode()]
+            while not told[-1].startswith("STOPPING=1"):
+                told.append(s.recv(4096).decode())

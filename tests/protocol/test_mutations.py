@@ -1,0 +1,182 @@
+"""Valid messages, damaged at random: what is left is read as a message or refused with a `ProtocolError`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgpack
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+
+from tacod.messages import REQUESTS, parse
+from tacod.store import digests_of, tensors_of
+from tacod_client.errors import ArgumentError, ProtocolError
+from tacod_client.wire import Message, Tensor, decode, encode, frame_sizes
+
+X = Tensor("F32", (1, 2, 2), (bytes(16),))
+HALF = Tensor("BF16", (3,), (bytes(6),))
+STORED = Tensor("F16", (2, 2), (bytes(8),)).with_digest()
+NONE = Tensor("I64", (0, 5), ())
+TOKEN = bytes(range(16))
+
+VALID = [
+    [bytes(frame) for frame in encode(message)]
+    for message in (
+        Message("hello", {"client": "test", "pid": 7, "version": "0.1.0"}, 1),
+        Message("ping", {}, 2**63 - 1, TOKEN),
+        Message("put", {"tensors": [STORED, X]}, 3, TOKEN),
+        Message(
+            "load", {"path": "flux.safetensors", "dtype": None, "patches": None, "plan": {"sequence": 3}}, 4, TOKEN
+        ),
+        Message(
+            "forward",
+            {
+                "model": "0123456789abcdef",
+                "plan": "auto",
+                "arguments": {"x": X, "timestep": HALF, "context": STORED.without_bytes(), "ref_latents": [X, NONE]},
+            },
+            5,
+            TOKEN,
+        ),
+        Message(
+            "sample",
+            {
+                "model": "0123456789abcdef",
+                "plan": "auto",
+                "sampler": "euler",
+                "seed": 2**64 - 1,
+                "cfg": 4.5,
+                "noise": X,
+                "latent": X,
+                "sigmas": Tensor("F32", (3,), (bytes(12),)),
+                "positive": {"context": STORED.without_bytes()},
+                "negative": None,
+            },
+            6,
+            TOKEN,
+        ),
+        Message("cancel", {"job": None, "request": 6}, 7, TOKEN),
+    )
+]
+HEADER = 1
+PLACES = st.integers(0, 400)
+TAILS = st.binary(max_size=6) | st.sampled_from(
+    [
+        bytes([mark])
+        for mark in (0x80, 0x8F, 0x90, 0xC0, 0xC1, 0xC7, 0xCA, 0xCF, 0xD3, 0xD6, 0xD9, 0xDC, 0xDD, 0xDF, 0xFF)
+    ]
+)
+# The header is where the grammar is, so most damage goes there.
+FRAMES = st.just(HEADER) | st.integers(0, 7)
+DAMAGE = st.one_of(
+    st.tuples(st.just("flip"), FRAMES, PLACES, st.integers(1, 255)),
+    st.tuples(st.just("cut"), FRAMES, PLACES, st.integers(1, 40)),
+    st.tuples(st.just("cut off"), FRAMES, PLACES, st.just(0)),
+    st.tuples(st.just("insert"), FRAMES, PLACES, TAILS),
+    st.tuples(st.just("overwrite"), FRAMES, PLACES, TAILS),
+    st.tuples(st.just("repeat"), FRAMES, PLACES, st.integers(1, 40)),
+    st.tuples(st.sampled_from(["drop frame", "double frame", "last frame first"]), FRAMES, st.just(0), st.just(0)),
+)
+
+
+def damage(frames: list[bytes], kind: str, at: int, place: int, what: int | bytes) -> list[bytes]:
+    """The frames after one accident."""
+    if not frames:
+        return frames
+    at %= len(frames)
+    frame = frames[at]
+    place %= len(frame) + 1
+    before, after = frame[:place], frame[place:]
+    if kind == "drop frame":
+        return frames[:at] + frames[at + 1 :]
+    if kind == "double frame":
+        return [*frames[: at + 1], *frames[at:]]
+    if kind == "last frame first":
+        return [*frames[:at], frames[-1], *frames[at:-1]]
+    if isinstance(what, bytes):
+        changed = before + what + (after if kind == "insert" else after[len(what) :])
+    elif kind == "flip":
+        changed = before + bytes(byte ^ what for byte in after[:1]) + after[1:]
+    elif kind == "repeat":
+        changed = before + after[:what] + after
+    else:
+        changed = before + (after[what:] if kind == "cut" else b"")
+    return [*frames[:at], changed, *frames[at + 1 :]]
+
+
+def check(frames: list[bytes]) -> None:
+    """Read what frames hold as the daemon does; anything but a `TacodError` of the right kind goes through."""
+    try:
+        message = decode(frames)
+    except ProtocolError:
+        event("refused")
+        return
+    event("read")
+    # Tensors hold what they say.
+    for tensor in tensors_of(message.body):
+        if tensor.frames is not None:
+            assert [len(frame) for frame in tensor.frames] == frame_sizes(tensor.nbytes)
+    assert all(len(digest) == 32 for digest in digests_of(message.body))
+    # What was read can be written and read again, so that it can be handed on to the ranks. (It is compared as bytes:
+    # a NaN is not equal to itself.)
+    again = encode(message)
+    assert encode(decode(again)) == again
+    if message.type in REQUESTS:
+        check_request(message.type, message.body)
+
+
+def check_request(kind: str, body: dict[str, Any]) -> None:
+    """A request's body is taken, or refused by the name of a field."""
+    refusal = None
+    try:
+        parse(REQUESTS[kind], body)
+    except ArgumentError as error:
+        refusal = error
+    if refusal is not None:
+        assert refusal.argument
+        assert refusal.message.startswith(f"{refusal.argument}: ")
+
+
+@given(st.sampled_from(VALID), st.lists(DAMAGE, min_size=1, max_size=2))
+@settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
+def test_damaged_message_is_read_or_refused(frames: list[bytes], accidents: list[tuple[str, int, int, int]]) -> None:
+    for accident in accidents:
+        frames = damage(frames, *accident)
+    check(frames)
+
+
+@given(st.lists(st.binary(max_size=40), max_size=4))
+@settings(max_examples=500, deadline=None)
+def test_noise_is_refused(frames: list[bytes]) -> None:
+    check(frames)
+    check([b"TACO\x01", *frames])
+
+
+NOISE = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text(max_size=4)
+    | st.binary(max_size=4)
+    | st.builds(msgpack.ExtType, st.integers(0, 127), st.binary(max_size=5)),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4) | st.binary(max_size=2), inner),
+    max_leaves=6,
+)
+
+
+@given(
+    st.dictionaries(st.sampled_from(["type", "id", "session", "tensors", "body", "more"]), NOISE),
+    st.lists(st.binary(max_size=8), max_size=2),
+)
+@settings(max_examples=300, deadline=None)
+def test_well_formed_header_with_nonsense_in_it_is_refused(header: dict[str, Any], frames: list[bytes]) -> None:
+    sound = {"type": "put", "id": 1, "session": b"", "tensors": [], "body": {}}
+    check([b"TACO\x01", msgpack.packb({**sound, **header}), *frames])
+
+
+@given(st.dictionaries(st.sampled_from([*REQUESTS["sample"].model_fields, "job", "tensors", "path"]), NOISE))
+@settings(max_examples=300, deadline=None)
+def test_well_formed_request_with_nonsense_in_it_is_refused_by_name(body: dict[str, Any]) -> None:
+    for kind in REQUESTS:
+        check_request(kind, body)
