@@ -4,16 +4,41 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, InstanceOf, ValidationError
 
 from tacod_client import wire
 from tacod_client.errors import ArgumentError
 
 __all__ = ["REQUESTS", "Cancel", "Empty", "Forward", "Hello", "Load", "Put", "Request", "Sample", "Unload", "parse"]
 
+VALUES = 512
+"""Most values, keys among them, that `plan`, `arguments`, `positive` and `negative` may hold each."""
+TEXT = 256
+"""Most characters of a text in them."""
+
+
+def _check_extent(value: Any) -> Any:
+    """The supervisor adds to what it hands to the ranks, and they answer with names from it: all must fit the wire."""
+    waiting, seen = [value], 0
+    while waiting:
+        item = waiting.pop()
+        seen += 1
+        if seen > VALUES:
+            raise ValueError(f"holds more than {VALUES} values")
+        if isinstance(item, dict):
+            waiting += [*item, *item.values()]
+        elif isinstance(item, list):
+            waiting += item
+        elif isinstance(item, str | bytes) and len(item) > TEXT:
+            raise ValueError(f"holds a text of {len(item)} characters; at most {TEXT} are allowed")
+    return value
+
+
 Dtype = Literal["fp32", "bf16", "fp16"]
 Tensor = InstanceOf[wire.Tensor]
 Name = Annotated[str, Field(max_length=4096)]
+Plan = Annotated[Any, AfterValidator(_check_extent)]
+Arguments = Annotated[dict[str, Any], AfterValidator(_check_extent)]
 
 
 class Request(BaseModel):
@@ -46,7 +71,7 @@ class Load(Request):
     path: Name
     dtype: Dtype | None
     patches: list[Any] | None
-    plan: Any
+    plan: Plan
 
 
 class Unload(Request):
@@ -59,23 +84,23 @@ class Forward(Request):
     """One DiT forward."""
 
     model: Name
-    plan: Any
-    arguments: dict[str, Any]
+    plan: Plan
+    arguments: Arguments
 
 
 class Sample(Request):
     """A whole sampling run."""
 
     model: Name
-    plan: Any
+    plan: Plan
     sampler: Name
     seed: Annotated[int, Field(ge=0, lt=2**64)]
     cfg: Annotated[float, Field(allow_inf_nan=False)]
     noise: Tensor
     latent: Tensor
     sigmas: Tensor
-    positive: dict[str, Any]
-    negative: dict[str, Any] | None
+    positive: Arguments
+    negative: Arguments | None
 
 
 class Cancel(Request):
@@ -113,5 +138,6 @@ def parse(kind: type[Kind], body: dict[str, Any]) -> Kind:
         return kind.model_validate(body)
     except ValidationError as error:
         fault = error.errors()[0]
-        name = ".".join(map(str, fault["loc"])) or kind.__name__.lower()
-        raise ArgumentError(f"{name}: {fault['msg'][:1].lower()}{fault['msg'][1:]}", argument=name) from None
+        name = ".".join(map(str, fault["loc"]))[:TEXT] or kind.__name__.lower()
+        reason = fault["msg"].removeprefix("Value error, ")
+        raise ArgumentError(f"{name}: {reason[:1].lower()}{reason[1:]}", argument=name) from None

@@ -15,10 +15,8 @@ from tacod_client.wire import Buffer
 
 __all__ = ["Session", "Sessions"]
 
-
-UNSENT = 1024
 UNSENT_BYTES = 1 << 30
-"""A client that leaves more than this unread counts as gone. Behind a well-behaved one there is never that much."""
+"""A client that leaves more than this unread, in more than one message, counts as gone."""
 
 
 @dataclass
@@ -39,11 +37,9 @@ class Session:
 
     @property
     def overfull(self) -> bool:
-        """Whether the client has left unread more than the daemon keeps for it: more than one message, of too many."""
-        if len(self.outbox) < 2:
-            return False
+        """Whether the client has left more unread than the daemon keeps for it."""
         size = sum(len(memoryview(frame)) for frames in self.outbox.values() for frame in frames)
-        return len(self.outbox) > UNSENT or size > UNSENT_BYTES
+        return len(self.outbox) > 1 and size > UNSENT_BYTES
 
 
 class Sessions:

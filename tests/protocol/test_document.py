@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tacod import messages
 from tacod.manifest import Model
 from tacod.messages import REQUESTS
 from tacod.metrics import Metrics
@@ -120,6 +121,8 @@ def test_limits_are_those_of_the_table() -> None:
     limits = [wire.HEADER_BYTES, wire.MAX_TENSORS, wire.MAX_DIMS, wire.MAX_TENSOR_BYTES, wire.MAX_DEPTH]
     assert documented == limits
     assert f"{wire.FRAME_BYTES} bytes (8 MiB)" in TEXT
+    assert f"at most {messages.VALUES} values each" in TEXT
+    assert f"no text of more than {messages.TEXT} characters" in TEXT
 
 
 def test_header_fields_are_those_of_the_table() -> None:

@@ -1,0 +1,140 @@
+"""The server hears damaged messages from a client that has a session, without ranks: nothing but answers come of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tacod.config import Config
+from tacod.server import Server
+from tacod_client.wire import Message, Tensor, decode, encode
+
+from .test_mutations import VALID, damage
+
+PEER = b"peer"
+PING = 123456789
+
+
+class Peer:
+    """A client's bare socket, its session, and the server at the other end."""
+
+    def __init__(self, server: Server, socket: zmq.Socket[bytes]) -> None:
+        self.server = server
+        self.socket = socket
+        self.send(Message("hello", {"client": "test", "pid": 7, "version": "0"}, 1))
+        (welcome,) = self.answers()
+        self.session: bytes = welcome.body["session"]
+
+    def send(self, message: Message) -> None:
+        """Have the server hear a message, as from its socket."""
+        self.server._hear(PEER, [bytes(frame) for frame in encode(message)])
+
+    def ask(self, kind: str, body: dict[str, Any] | None = None, request: int = 9) -> Message:
+        """A request and its one answer."""
+        self.send(Message(kind, body or {}, request, self.session))
+        (answer,) = self.answers()
+        assert answer.id == request
+        return answer
+
+    def answers(self, count: int = 1) -> list[Message]:
+        """The next answers."""
+        deadline = time.monotonic() + 5
+        got: list[Message] = []
+        while len(got) < count:
+            assert time.monotonic() < deadline
+            self.server.sessions.flush()
+            if self.socket.poll(1):
+                got.append(decode(self.socket.recv_multipart()))
+        return got
+
+
+@pytest.fixture
+def peer(tmp_path: Path) -> Iterator[Peer]:
+    config = Config.model_validate(
+        {
+            "endpoint": f"ipc://{tmp_path}/s",
+            "group": {"device": "cpu"},
+            "limits": {"message_bytes": 1 << 20, "queue": 2, "clients": 1 << 20},
+        }
+    )
+    server = Server(config, ["cpu:0"], [], tmp_path)
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.IDENTITY, PEER)
+        socket.setsockopt(zmq.RCVHWM, 0)
+        socket.connect(config.endpoint)
+        socket.send(b"here")
+        server.socket.recv_multipart()
+        yield Peer(server, socket)
+    server.close()
+
+
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(VALID), st.binary(min_size=4, max_size=8), st.booleans())
+def test_damage_costs_its_sender_an_error_and_nothing_else(
+    peer: Peer, frames: list[bytes], accidents: bytes, known: bool
+) -> None:
+    if known:
+        frames = [frame.replace(bytes(range(16)), peer.session) for frame in frames]
+    for start in range(0, len(accidents) - 3, 4):
+        frames = damage(frames, accidents[start : start + 4])
+    peer.server._hear(PEER, frames)
+    peer.send(Message("ping", {}, PING, peer.session))
+    said: list[Message] = []
+    while not said or said[-1].id != PING:
+        said += peer.answers()
+    assert said[-1].type == "done"
+
+
+def test_each_fault_has_its_own_error(peer: Peer) -> None:
+    large = Tensor("U8", (2 << 20,), (bytes(2 << 20),))
+    for kind, body, code in (
+        ("dance", {}, "ProtocolError"),
+        ("ping", {"colour": 1}, "ArgumentError"),
+        ("put", {"tensors": [large]}, "MessageTooLarge"),
+        ("put", {"tensors": [Tensor("U8", (1,), None, bytes(32))]}, "ArgumentError"),
+        ("load", {"path": "/etc/passwd", "dtype": None, "patches": None, "plan": "auto"}, "ModelNotAllowed"),
+        ("unload", {"model": "none"}, "ModelNotFound"),
+        ("forward", {"model": "none", "plan": "auto", "arguments": {}}, "ModelNotFound"),
+        ("cancel", {"job": "none", "request": None}, "JobNotFound"),
+        ("cancel", {"job": None, "request": 5}, "JobNotFound"),
+        ("cancel", {"job": None, "request": None}, "JobNotFound"),
+    ):
+        answer = peer.ask(kind, body)
+        assert (answer.type, answer.body["code"]) == ("error", code), kind
+
+
+def test_unreadable_message_is_answered_with_id_0(peer: Peer) -> None:
+    peer.server._hear(PEER, [b"TACO\x01", b"\xc1"])
+    (answer,) = peer.answers()
+    assert (answer.type, answer.id, answer.body["code"]) == ("error", 0, "ProtocolError")
+
+
+def test_wrong_version_is_answered_in_the_right_one(peer: Peer) -> None:
+    peer.server._hear(PEER, [b"TACO\x09", b"whatever version 9 has here"])
+    (answer,) = peer.answers()
+    assert answer.body["details"] == {"version": 1}
+
+
+def test_unknown_session_is_told_the_boot_id(peer: Peer) -> None:
+    peer.session = b"of another boot"
+    answer = peer.ask("ping")
+    assert (answer.type, answer.body) == ("unknown_session", {"boot_id": peer.server.boot_id})
+
+
+def test_bye_ends_the_session_in_silence(peer: Peer) -> None:
+    peer.send(Message("bye", {}, 4, peer.session))
+    assert peer.ask("ping").type == "unknown_session"
+
+
+def test_stored_tensors_are_answered_by_their_digests(peer: Peer) -> None:
+    tensor = Tensor("U8", (2,), (b"ab",))
+    answer = peer.ask("put", {"tensors": [tensor, tensor]})
+    assert answer.body == {"digests": [tensor.with_digest().digest] * 2}

@@ -1,0 +1,417 @@
+"""Model files before any weight is read: where they may lie, and what a header must be."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tacod.checkpoint import TensorInfo, locate, read_checkpoint
+from tacod_client.errors import ModelCorrupt, ModelError, ModelNotAllowed, ModelNotFound, ModelUnsupported
+
+ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
+
+
+def write(path: Path, header: Any, contents: int | bytes = 0) -> Path:
+    """A safetensors file with this header, JSON or raw bytes, and so many bytes of tensors."""
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    data = bytes(contents) if isinstance(contents, int) else contents
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
+    return path
+
+
+def write_tensors(path: Path, *names: str, metadata: dict[str, str] | None = None) -> Path:
+    """A sound file with tensors of 24 bytes."""
+    header: dict[str, Any] = {name: {**ENTRY, "data_offsets": [24 * at, 24 * at + 24]} for at, name in enumerate(names)}
+    return write(path, header if metadata is None else {"__metadata__": metadata, **header}, 24 * len(names))
+
+
+# --- locate -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def roots(tmp_path: Path) -> list[str]:
+    """Two roots, each with a model, and one model outside."""
+    for folder in ("first", "second", "outside"):
+        (tmp_path / folder / "sub").mkdir(parents=True)
+        write_tensors(tmp_path / folder / "sub" / f"{folder}.safetensors", "a")
+    return [str(tmp_path / "first"), str(tmp_path / "second")]
+
+
+def test_relative_name_is_looked_up_in_each_root(roots: list[str]) -> None:
+    for root in roots:
+        name = f"sub/{os.path.basename(root)}.safetensors"
+        assert locate(name, roots) == os.path.join(root, name)
+
+
+def test_first_root_comes_first(roots: list[str]) -> None:
+    for root in roots:
+        write_tensors(Path(root, "same.safetensors"), "a")
+    assert locate("same.safetensors", roots) == f"{roots[0]}/same.safetensors"
+
+
+def test_absolute_name_under_a_root_is_taken(roots: list[str]) -> None:
+    path = f"{roots[1]}/sub/second.safetensors"
+    assert locate(path, roots) == path
+
+
+def test_dots_that_stay_inside_are_taken(roots: list[str]) -> None:
+    assert locate("sub/../sub/./first.safetensors", roots) == f"{roots[0]}/sub/first.safetensors"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../outside/sub/outside.safetensors", "sub/../../outside/sub/outside.safetensors", "/etc/passwd", "..", "/"],
+)
+def test_what_lies_outside_is_refused_whether_it_exists_or_not(roots: list[str], name: str) -> None:
+    with pytest.raises(ModelNotAllowed, match=r"outside models\.roots"):
+        locate(name, roots)
+
+
+def test_name_that_begins_like_a_root_is_outside(roots: list[str]) -> None:
+    neighbour = Path(roots[0] + "-private")
+    neighbour.mkdir()
+    write_tensors(neighbour / "a.safetensors", "a")
+    with pytest.raises(ModelNotAllowed):
+        locate(str(neighbour / "a.safetensors"), roots)
+
+
+def test_symlink_that_leads_outside_is_refused(roots: list[str], tmp_path: Path) -> None:
+    Path(roots[0], "link.safetensors").symlink_to(tmp_path / "outside" / "sub" / "outside.safetensors")
+    Path(roots[0], "folder").symlink_to(tmp_path / "outside")
+    for name in ("link.safetensors", "folder/sub/outside.safetensors", f"{roots[0]}/link.safetensors"):
+        with pytest.raises(ModelNotAllowed):
+            locate(name, roots)
+
+
+def test_symlink_inside_leads_to_the_real_file(roots: list[str]) -> None:
+    Path(roots[0], "link.safetensors").symlink_to(f"{roots[1]}/sub/second.safetensors")
+    assert locate("link.safetensors", roots) == f"{roots[1]}/sub/second.safetensors"
+
+
+def test_root_may_be_a_symlink_itself(roots: list[str], tmp_path: Path) -> None:
+    (tmp_path / "root").symlink_to(roots[0])
+    found = locate("sub/first.safetensors", [str(tmp_path / "root")])
+    assert found == f"{roots[0]}/sub/first.safetensors"
+
+
+def test_without_roots_nothing_is_allowed(roots: list[str]) -> None:
+    with pytest.raises(ModelNotAllowed, match="none are configured"):
+        locate(f"{roots[0]}/sub/first.safetensors", [])
+
+
+@pytest.mark.parametrize("name", ["none.safetensors", "sub/none", "", "a\0b", "x" * 5000, "first.safetensors/x"])
+def test_what_is_not_there_is_not_found(roots: list[str], name: str) -> None:
+    with pytest.raises(ModelNotFound):
+        locate(name, roots)
+
+
+def test_folder_is_refused_as_such(roots: list[str]) -> None:
+    with pytest.raises(ModelUnsupported, match="is a folder"):
+        locate("sub", roots)
+
+
+def test_pipe_is_refused_before_it_blocks(roots: list[str]) -> None:
+    os.mkfifo(f"{roots[0]}/pipe.safetensors")
+    with pytest.raises(ModelUnsupported, match="no regular file"):
+        locate("pipe.safetensors", roots)
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".pth", ".bin", ".pkl", ".sft.bin", ".CKPT"])
+def test_pickles_are_refused_unread(roots: list[str], suffix: str) -> None:
+    Path(roots[0], f"model{suffix}").touch()
+    with pytest.raises(ModelUnsupported, match=r"is a pickle.*convert it to \.safetensors"):
+        locate(f"model{suffix}", roots)
+
+
+def test_pickle_behind_another_name_is_refused(roots: list[str]) -> None:
+    Path(roots[0], "model.ckpt").touch()
+    Path(roots[0], "model.safetensors").symlink_to(f"{roots[0]}/model.ckpt")
+    with pytest.raises(ModelUnsupported, match="is a pickle"):
+        locate("model.safetensors", roots)
+
+
+# --- read_checkpoint --------------------------------------------------------------------------------------------------
+
+
+def test_bare_keys_are_read_as_they_are(tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(str(write_tensors(tmp_path / "m", "img_in.weight", "txt_in.weight")))
+    assert checkpoint.prefix == ""
+    assert checkpoint.tensors == {name: TensorInfo("F32", (2, 3)) for name in ("img_in.weight", "txt_in.weight")}
+    assert checkpoint.parameters == 12
+    assert checkpoint.config is None
+
+
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", "model.model.", "net."])
+def test_prefix_is_found_and_taken_off(tmp_path: Path, prefix: str) -> None:
+    path = write_tensors(tmp_path / "m", "first_stage_model.w", f"{prefix}a.w", f"{prefix}b.w", "text_encoders.w")
+    checkpoint = read_checkpoint(str(path))
+    assert checkpoint.prefix == prefix
+    assert list(checkpoint.tensors) == ["a.w", "b.w"]
+    assert checkpoint.parameters == 12
+
+
+def test_file_may_describe_itself(tmp_path: Path) -> None:
+    config = {"image_model": "flux", "num_heads": 5}
+    path = write_tensors(tmp_path / "m", "a", metadata={"tacod.config": json.dumps(config), "format": "pt"})
+    assert read_checkpoint(str(path)).config == config
+
+
+@pytest.mark.parametrize("text", ["", "{", "3", "[]", "{}", '{"image_model": 3}', "[" * 100_000])
+def test_self_description_must_be_sound(tmp_path: Path, text: str) -> None:
+    path = write_tensors(tmp_path / "m", "a", metadata={"tacod.config": text})
+    with pytest.raises(ModelCorrupt, match=r"tacod\.config"):
+        read_checkpoint(str(path))
+
+
+def test_empty_tensor_and_single_number_are_read(tmp_path: Path) -> None:
+    header = {
+        "none": {"dtype": "F32", "shape": [0, 3], "data_offsets": [4, 4]},
+        "one": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]},
+    }
+    checkpoint = read_checkpoint(str(write(tmp_path / "m", header, 4)))
+    assert {name: info.shape for name, info in checkpoint.tensors.items()} == {"none": (0, 3), "one": ()}
+
+
+CORRUPT = {
+    "empty file": b"",
+    "short length": b"\x08\0\0",
+    "length alone": struct.pack("<Q", 8),
+    "length beyond the file": struct.pack("<Q", 1000) + b"{}",
+    "length of 2^64 - 1": b"\xff" * 8 + b"{}",
+    "length 0": struct.pack("<Q", 0),
+    "a pickle by another name": b"\x80\x04\x95" + bytes(100),
+    "a zip by another name": b"PK\x03\x04" + bytes(100),
+    "text": b"<!DOCTYPE html><html>Not found</html>",
+}
+
+
+@pytest.mark.parametrize("name", CORRUPT)
+def test_what_is_no_safetensors_is_corrupt(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(CORRUPT[name])
+    with pytest.raises(ModelCorrupt, match="no whole safetensors file"):
+        read_checkpoint(str(path))
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (b"{not json}", "not JSON"),
+        (b'{"a": \xff}', "not JSON"),
+        ("{}".encode("utf-16"), "not JSON"),
+        (b"[" * 200_000, "not JSON"),
+        (b"[]", "not a JSON object"),
+        (b"12", "not a JSON object"),
+        (b'"text"', "not a JSON object"),
+        (b"null", "not a JSON object"),
+    ],
+)
+def test_header_must_be_a_json_object(tmp_path: Path, raw: bytes, reason: str) -> None:
+    with pytest.raises(ModelCorrupt, match=reason):
+        read_checkpoint(str(write(tmp_path / "m", raw)))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        None,
+        3,
+        [],
+        {},
+        {"dtype": "F32", "shape": [6]},
+        {**ENTRY, "dtype": "F33"},
+        {**ENTRY, "dtype": ["F32"]},
+        {**ENTRY, "dtype": None},
+        {**ENTRY, "shape": 6},
+        {**ENTRY, "shape": {}},
+        {**ENTRY, "shape": "6"},
+        {**ENTRY, "shape": [-2, -3]},
+        {**ENTRY, "shape": [2.0, 3]},
+        {**ENTRY, "shape": [True, 6]},
+        {**ENTRY, "shape": ["x", 10**12]},
+        {**ENTRY, "shape": [[0], 10**12]},
+        {**ENTRY, "shape": [2**64, 0]},
+        {**ENTRY, "shape": [1] * 10_000},
+        {**ENTRY, "data_offsets": [0]},
+        {**ENTRY, "data_offsets": [0, 24, 48]},
+        {**ENTRY, "data_offsets": 24},
+        {**ENTRY, "data_offsets": "ab"},
+        {**ENTRY, "data_offsets": [-24, 0]},
+        {**ENTRY, "data_offsets": [0.0, 24.0]},
+    ],
+    ids=lambda entry: str(entry)[:60],
+)
+def test_malformed_entry_is_named(tmp_path: Path, entry: Any) -> None:
+    with pytest.raises(ModelCorrupt, match=r"entry for 'the\.key' is malformed"):
+        read_checkpoint(str(write(tmp_path / "m", {"the.key": entry}, 24)))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"shape": [2, 2]}, {"shape": [2, 4]}, {"dtype": "F16"}, {"dtype": "F64"}, {"data_offsets": [24, 0]}]
+)
+def test_entry_must_fit_its_bytes(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(ModelCorrupt, match=r"'the\.key' is .*which its .* bytes don't hold"):
+        read_checkpoint(str(write(tmp_path / "m", {"the.key": {**ENTRY, **changes}}, 24)))
+
+
+@pytest.mark.parametrize("cut", [1, 24, 40])
+def test_truncated_file_is_corrupt(tmp_path: Path, cut: int) -> None:
+    path = write_tensors(tmp_path / "m", "a", "b")
+    os.truncate(path, path.stat().st_size - cut)
+    with pytest.raises(ModelCorrupt, match="is truncated"):
+        read_checkpoint(str(path))
+
+
+def test_longer_file_is_corrupt(tmp_path: Path) -> None:
+    path = write_tensors(tmp_path / "m", "a", "b")
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(ModelCorrupt, match="longer than its header says"):
+        read_checkpoint(str(path))
+
+
+@pytest.mark.parametrize("start", [0, 12, 48])
+def test_tensors_leave_no_hole_and_do_not_overlap(tmp_path: Path, start: int) -> None:
+    header = {"a": ENTRY, "b": {**ENTRY, "data_offsets": [start, start + 24]}}
+    with pytest.raises(ModelCorrupt, match="hole or an overlap at byte 24"):
+        read_checkpoint(str(write(tmp_path / "m", header, start + 24)))
+
+
+def test_missing_file_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match="No such file"):
+        read_checkpoint(str(tmp_path / "none"))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 200), st.binary(max_size=8), st.integers(0, 12))
+def test_damaged_file_is_read_as_safetensors_reads_it_or_refused(
+    tmp_path: Path, place: int, what: bytes, cut: int
+) -> None:
+    path = write_tensors(tmp_path / "m", "a", "b", metadata={"tacod.config": '{"image_model": "flux"}'})
+    data = path.read_bytes()
+    path.write_bytes(data[:place] + what + data[place + cut :])
+    try:
+        tensors = read_checkpoint(str(path)).tensors
+    except ModelError:
+        return
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            theirs = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError:
+        return
+    assert {key: info.shape for key, info in tensors.items()} == theirs
+
+
+# --- GGUF -------------------------------------------------------------------------------------------------------------
+
+
+def gguf_bytes(fields: bytes = b"", count: int = 0, tensors: bytes = b"", number: int = 0, version: int = 3) -> bytes:
+    """A GGUF file with these fields and descriptions of tensors, and as many of either as it says."""
+    return b"GGUF" + struct.pack("<IQQ", version, number, count) + fields + tensors
+
+
+def gguf_string(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+def gguf_tensor(name: str, dims: tuple[int, ...], kind: int, offset: int = 0) -> bytes:
+    return gguf_string(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
+
+
+def gguf_field(*numbers: int, code: str) -> bytes:
+    return gguf_string("general.alignment") + struct.pack(code, *numbers)
+
+
+MALFORMED_GGUF = {
+    "empty": b"",
+    "magic alone": b"GGUF",
+    "another magic": b"GGML" + bytes(100),
+    "a long array": gguf_bytes(gguf_field(9, 0, 1 << 60, code="<IIQ"), 1),
+    "a long array of strings": gguf_bytes(gguf_field(9, 8, 1 << 60, code="<IIQ"), 1),
+    "arrays in an array": gguf_bytes(gguf_field(9, 9, 1 << 60, code="<IIQ") + bytes(64), 1),
+    "a long string": gguf_bytes(struct.pack("<Q", 1 << 62), 1),
+    "a key that is not UTF-8": gguf_bytes(struct.pack("<Q", 1) + b"\xff" + bytes(64), 1),
+    "many fields": gguf_bytes(b"", 1 << 63),
+    "many tensors": gguf_bytes(b"", 0, b"", 1 << 63),
+    "an unknown value": gguf_bytes(gguf_field(77, 0, code="<IQ"), 1),
+    "too many dimensions": gguf_bytes(tensors=gguf_tensor("a", (1,) * 5, 0) + bytes(64), number=1),
+    "2^126 numbers": gguf_bytes(tensors=gguf_tensor("a", (1 << 63, 1 << 63), 0), number=1),
+    "2^124 numbers": gguf_bytes(tensors=gguf_tensor("a", (1 << 62, 1 << 62), 0), number=1),
+    "past the end": gguf_bytes(tensors=gguf_tensor("a", (64,), 0) + bytes(64), number=1),
+    "an offset of 2^64 - 1": gguf_bytes(tensors=gguf_tensor("a", (1,), 0, (1 << 64) - 1) + bytes(64), number=1),
+    "half a block": gguf_bytes(tensors=gguf_tensor("a", (16, 2), 8) + bytes(128), number=1),
+    "a block without dimensions": gguf_bytes(tensors=gguf_tensor("a", (), 8) + bytes(128), number=1),
+    "a name twice": gguf_bytes(tensors=2 * gguf_tensor("a", (1,), 0) + bytes(128), number=2),
+    "an overlap": gguf_bytes(tensors=gguf_tensor("a", (4,), 0) + gguf_tensor("b", (4,), 0, 8) + bytes(128), number=2),
+    "an alignment of 0": gguf_bytes(gguf_field(4, 0, code="<II"), 1),
+    "an alignment of 3": gguf_bytes(gguf_field(4, 3, code="<II"), 1),
+}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", MALFORMED_GGUF)
+def test_malformed_gguf_is_corrupt(tmp_path: Path, name: str) -> None:
+    (tmp_path / "m.gguf").write_bytes(MALFORMED_GGUF[name])
+    with pytest.raises(ModelCorrupt, match="no whole GGUF file"):
+        read_checkpoint(str(tmp_path / "m.gguf"))
+
+
+@pytest.mark.parametrize(("kind", "told"), [(2, "Q4_0"), (10, "Q2_K"), (24, "I8"), (999, "of the unknown type 999")])
+def test_gguf_of_another_kind_is_refused_by_tensor_and_kind(tmp_path: Path, kind: int, told: str) -> None:
+    data = gguf_bytes(tensors=gguf_tensor("img_in.weight", (256, 2), kind) + bytes(4096), number=1)
+    (tmp_path / "m.gguf").write_bytes(data)
+    with pytest.raises(ModelUnsupported, match=rf"img_in\.weight is {told}; this version reads Q8_0"):
+        read_checkpoint(str(tmp_path / "m.gguf"))
+
+
+@pytest.mark.parametrize("version", [1, 4, 3 << 24])
+def test_gguf_of_another_version_is_refused(tmp_path: Path, version: int) -> None:
+    (tmp_path / "m.gguf").write_bytes(gguf_bytes(version=version))
+    with pytest.raises(ModelUnsupported, match="version"):
+        read_checkpoint(str(tmp_path / "m.gguf"))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 200), st.binary(max_size=8), st.integers(0, 12))
+def test_damaged_gguf_is_read_or_refused(tmp_path: Path, place: int, what: bytes, cut: int) -> None:
+    fields = gguf_field(4, 32, code="<II") + gguf_string("a") + struct.pack("<IIQII", 9, 4, 2, 1, 2)
+    tensors = gguf_tensor("a.weight", (32, 2), 8) + gguf_tensor("a.bias", (4,), 0, 96)
+    data = gguf_bytes(fields, 2, tensors, 2) + bytes(160)
+    path = tmp_path / "m.gguf"
+    path.write_bytes(data)
+    assert list(read_checkpoint(str(path)).tensors) == ["a.weight", "a.bias"]
+    path.write_bytes(data[:place] + what + data[place + cut :])
+    with contextlib.suppress(ModelCorrupt, ModelUnsupported):
+        read_checkpoint(str(path))
+
+
+# --- identity ---------------------------------------------------------------------------------------------------------
+
+
+def test_identity_is_a_function_of_the_file_s_state(tmp_path: Path) -> None:
+    path = write_tensors(tmp_path / "m", "a")
+    assert read_checkpoint(str(path)).identity == read_checkpoint(str(path)).identity
+
+
+def test_identity_changes_with_time_size_header_and_place(tmp_path: Path) -> None:
+    path = write_tensors(tmp_path / "m", "a")
+    os.utime(path, ns=(10**18, 10**18))
+    seen = [read_checkpoint(str(path)).identity]
+
+    def look(path: Path, time_ns: int) -> None:
+        os.utime(path, ns=(time_ns, time_ns))
+        seen.append(read_checkpoint(str(path)).identity)
+
+    look(path, 10**18 + 1)
+    look(write_tensors(tmp_path / "m", "b"), 10**18)
+    look(write_tensors(tmp_path / "m", "a", "b"), 10**18)
+    look(write_tensors(tmp_path / "other", "a"), 10**18)
+    assert len(set(seen)) == len(seen)

@@ -1,0 +1,175 @@
+"""``tacoctl``: its verbs, its options before and behind them, its exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tacod_client import errors
+from tacod_client.cli import verbs
+from tacod_client.cli.main import EXIT_CODES, main, parser
+from tacod_client.version import __version__
+
+VERBS = {
+    "status": ["status"],
+    "stats": ["stats"],
+    "models": ["models"],
+    "load": ["load", "flux.safetensors"],
+    "unload": ["unload", "0123"],
+    "sample": ["sample", "0123", "inputs.safetensors"],
+    "ps": ["ps"],
+    "cancel": ["cancel", "ab-1"],
+    "ping": ["ping"],
+    "plan": ["plan", "flux.safetensors", "--ranks", "3"],
+    "demo": ["demo"],
+    "completion": ["completion", "bash"],
+    "version": ["version"],
+}
+ASKING = ["status", "stats", "models", "load", "ps", "cancel", "ping", "unload"]
+CODES = {
+    errors.TacodError: 1,
+    errors.ConnectionFailed: 3,
+    errors.ConnectionLost: 3,
+    errors.ProtocolError: 1,
+    errors.MessageTooLarge: 1,
+    errors.ModelError: 1,
+    errors.ModelUnsupported: 1,
+    errors.ModelNotFound: 4,
+    errors.ModelNotAllowed: 77,
+    errors.ModelCorrupt: 1,
+    errors.RequestError: 1,
+    errors.ArgumentError: 1,
+    errors.JobNotFound: 4,
+    errors.NotAllowed: 77,
+    errors.EngineError: 1,
+    errors.OutOfMemory: 1,
+    errors.RankFailed: 1,
+    errors.Cancelled: 1,
+    errors.QueueFull: 75,
+    errors.Unavailable: 69,
+}
+
+
+def test_every_verb_is_parsed_and_has_something_to_do() -> None:
+    assert set(VERBS) <= set(verbs._VERBS)
+    for name, arguments in VERBS.items():
+        assert parser().parse_args(arguments).verb == name
+
+
+def test_every_verb_is_known_to_the_parser() -> None:
+    shown = parser().format_help()
+    assert all(f"\n    {name} " in shown or f"\n    {name}\n" in shown for name in verbs._VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_json_and_endpoint_may_stand_before_and_behind_the_verb(verb: str) -> None:
+    arguments = VERBS[verb]
+    for given in (
+        ["--json", "--endpoint", "ipc:///e", *arguments],
+        [*arguments, "--json", "--endpoint", "ipc:///e"],
+        ["--json", *arguments, "--endpoint", "ipc:///e"],
+        ["--endpoint", "ipc:///e", *arguments, "--json"],
+    ):
+        args = parser().parse_args(given)
+        assert (args.json, args.endpoint) == (True, "ipc:///e")
+    assert "json" not in parser().parse_args(arguments)
+    assert "endpoint" not in parser().parse_args(arguments)
+
+
+def test_watch_takes_seconds_and_has_a_default() -> None:
+    for verb in ("status", "stats"):
+        assert parser().parse_args([verb]).watch is None
+        assert parser().parse_args([verb, "--watch"]).watch == 2.0
+        assert parser().parse_args([verb, "--watch", "0.5"]).watch == 0.5
+
+
+def test_plan_has_the_usual_picture_as_its_default() -> None:
+    args = parser().parse_args(VERBS["plan"])
+    assert (args.ranks, args.size, args.batch, args.text) == (3, (1024, 1024), 1, 512)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["unknown"],
+        ["status", "extra"],
+        ["status", "--watch", "0"],
+        ["status", "--watch", "nan"],
+        ["status", "--watch", "soon"],
+        ["load"],
+        ["load", "x", "--dtype", "fp8"],
+        ["unload"],
+        ["cancel"],
+        ["plan", "x"],
+        ["plan", "x", "--ranks", "0"],
+        ["plan", "x", "--ranks", "3", "--size", "1024"],
+        ["plan", "x", "--ranks", "3", "--size", "0x0"],
+        ["sample", "x", "y", "--steps", "-1"],
+        ["completion", "fish"],
+        ["--colour", "status"],
+    ],
+)
+def test_bad_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: tacoctl" in capsys.readouterr().err
+
+
+def test_every_error_has_its_exit_code_in_the_table() -> None:
+    assert {kind.__name__ for kind in CODES} == set(errors.__all__)
+
+
+@pytest.mark.parametrize("kind", CODES, ids=lambda kind: kind.__name__)
+def test_error_becomes_its_exit_code_and_its_message(
+    kind: type[errors.TacodError], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(args: Any) -> int:
+        raise kind("why; what to do")
+
+    monkeypatch.setattr(verbs, "run", fail)
+    assert main(["status"]) == CODES[kind]
+    told = capsys.readouterr()
+    assert (told.out, told.err) == ("", "tacoctl: why; what to do\n")
+
+
+def test_help_tells_the_exit_codes_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(f"{code} " in shown[shown.index("exit codes:") :] for _, code in EXIT_CODES)
+
+
+def test_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(args: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verbs, "run", interrupt)
+    assert main(["status"]) == 130
+
+
+@pytest.mark.parametrize("verb", ASKING)
+def test_no_daemon_exits_with_3(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*VERBS[verb], "--endpoint", f"ipc://{tmp_path}/none"]) == 3
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith(f"tacoctl: no tacod listens at ipc://{tmp_path}/none")
+
+
+def test_version_is_told_without_a_daemon(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["version", "--endpoint", f"ipc://{tmp_path}/none"]) == 0
+    assert capsys.readouterr().out == f"tacoctl {__version__}\ntacod not reachable\n"
+    assert main(["--json", "version", "--endpoint", f"ipc://{tmp_path}/none"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"tacoctl": __version__, "tacod": None}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_knows_the_verbs(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(verb in script for verb in VERBS)

@@ -1,0 +1,167 @@
+"""The configuration: checked whole, every error as ``file:key: reason``, and printed so that it can be read back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from tacod.config import Config, ConfigError, load_config, to_toml
+
+Load = Callable[[str], Config]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    """Read a configuration with this text."""
+    path = tmp_path / "config.toml"
+
+    def load(text: str) -> Config:
+        path.write_text(text)
+        return load_config(path)
+
+    return load
+
+
+def test_empty_file_gives_the_defaults(load: Load) -> None:
+    config = load("")
+    assert config == Config()
+    assert config.endpoint == "ipc:///run/tacod/tacod.sock"
+    assert config.socket_path == Path("/run/tacod/tacod.sock")
+    assert (config.group.device, config.group.gpus, config.group.retries) == ("cuda", None, 2)
+    assert (config.models.roots, config.models.preload) == ([], [])
+
+
+def test_values_are_taken(load: Load) -> None:
+    config = load(
+        """
+        endpoint = "ipc:///tmp/t.sock"
+        heartbeat_s = 2
+        [group]
+        gpus = [3, 4, "GPU-b5"]
+        step_timeout_s = 7.5
+        [models]
+        roots = ["/models"]
+        preload = ["flux.safetensors"]
+        [limits]
+        queue = 3
+        """
+    )
+    assert config.group.gpus == [3, 4, "GPU-b5"]
+    assert (config.heartbeat_s, config.group.step_timeout_s, config.limits.queue) == (2.0, 7.5, 3)
+    assert (config.models.roots, config.models.preload) == (["/models"], ["flux.safetensors"])
+
+
+def test_configuration_is_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Config().limits.queue = 1  # type: ignore[misc]
+
+
+FAULTS = {
+    'endpoint = "tcp://127.0.0.1:5555"': "endpoint: TCP needs CURVE keys and an allow-list",
+    'endpoint = "/run/tacod.sock"': "endpoint: expected ipc:///absolute/path",
+    'endpoint = "ipc://tacod.sock"': "endpoint: expected ipc:///absolute/path",
+    'endpoint = "ipc:///"': "endpoint: expected ipc:///absolute/path",
+    'endpoint = "ipc:///run/"': "endpoint: expected ipc:///absolute/path",
+    'endpoint = "ipc:///run/a\\u0000b"': "endpoint: expected ipc:///absolute/path",
+    'endpoint = "inproc://tacod"': "endpoint: expected ipc:///absolute/path",
+    f'endpoint = "ipc:///{"x" * 100}"': "endpoint: the socket's path is longer than the 100 bytes",
+    f'endpoint = "ipc:///{"ä" * 50}"': "endpoint: the socket's path is longer than the 100 bytes",
+    "endpoint = 3": "endpoint: Input should be a valid string",
+    'heartbeat_s = "5"': "heartbeat_s: Input should be a valid number",
+    "heartbeat_s = 0": "heartbeat_s: Input should be greater than or equal to 0.01",
+    "heartbeat_s = inf": "heartbeat_s: Input should be",
+    "heartbeat_s = 1e300": "heartbeat_s: Input should be less than or equal to 3600",
+    "drain_timeout_s = -1": "drain_timeout_s: Input should be greater than 0",
+    "drain_timeout_s = inf": "drain_timeout_s: Input should be a finite number",
+    "drain_timeout_s = nan": "drain_timeout_s: Input should be",
+    'log_level = "INFO"': "log_level: Input should be 'debug', 'info', 'warning' or 'error'",
+    "group = 3": "group: Input should be a valid dictionary",
+    '[group]\ndevice = "tpu"': "group.device: Input should be 'cuda' or 'cpu'",
+    "[group]\ngpus = []": "group: gpus must name each device once, and at least one",
+    "[group]\ngpus = [3, 3]": "group: gpus must name each device once, and at least one",
+    "[group]\ngpus = 3": "group.gpus: Input should be a valid list",
+    "[group]\ngpus = [-1]": "group.gpus.0: Input should be greater than or equal to 0",
+    "[group]\ngpus = [0, true]": "group.gpus.1: Input should be a valid integer",
+    '[group]\ndevice = "cpu"\ngpus = [0]': 'group: gpus is for device = "cuda"; on "cpu" set ranks',
+    "[group]\nranks = 3": 'group: ranks is for device = "cpu"',
+    '[group]\ndevice = "cpu"\nranks = 0': "group.ranks: Input should be greater than 0",
+    '[group]\ndevice = "cpu"\nranks = 65': "group.ranks: Input should be less than or equal to 64",
+    '[group]\ndevice = "cpu"\nranks = true': "group.ranks: Input should be a valid integer",
+    "[group]\nretries = -1": "group.retries: Input should be greater than or equal to 0",
+    "[group]\nstep_timeout_s = 0": "group.step_timeout_s: Input should be greater than 0",
+    '[models]\nroots = ["models"]': "models.roots.0: expected an absolute path, got 'models'",
+    '[models]\nroots = "/models"': "models.roots: Input should be a valid list",
+    "[limits]\nqueue = 0": "limits.queue: Input should be greater than 0",
+    "[limits]\nqueue = 1.5": "limits.queue: Input should be a valid integer",
+    "[limits]\nstore_bytes = 9223372036854775808": "limits.store_bytes: Input should be less than",
+    "[limits]\nmessage_bytes = 0": "limits.message_bytes: Input should be greater than 0",
+    "colour = 1": "colour: unknown key; `tacod --print-config` shows the known ones",
+    "[group]\ncolour = 1": "group.colour: unknown key",
+    "[colours]\nred = 1": "colours: unknown key",
+}
+
+
+@pytest.mark.parametrize("text", FAULTS)
+def test_every_fault_is_told_by_file_key_and_reason(load: Load, tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(text)
+    first = str(caught.value).splitlines()[0]
+    assert first.startswith(f"{tmp_path}/config.toml:{FAULTS[text]}")
+
+
+def test_all_faults_are_told_at_once(load: Load) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load("colour = 1\nheartbeat_s = 0\n[limits]\nqueue = 0\n")
+    keys = [line.split(": ")[0].split("config.toml:")[1] for line in str(caught.value).splitlines()]
+    assert sorted(keys) == ["colour", "heartbeat_s", "limits.queue"]
+
+
+@pytest.mark.parametrize("text", ["endpoint = ", "[group", "a = 1\na = 2", "endpoint = 'ipc:///x"])
+def test_what_is_no_toml_is_told_with_its_place(load: Load, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"config\.toml: not TOML: .*(line|end of document)"):
+        load(text)
+
+
+def test_binary_file_is_no_toml(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"config\.toml: not TOML"):
+        load_config(path)
+
+
+def test_missing_file_says_what_to_pass(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.toml: No such file or directory; pass --config FILE"):
+        load_config(tmp_path / "none.toml")
+    with pytest.raises(ConfigError, match="Is a directory"):
+        load_config(tmp_path)
+
+
+def test_defaults_come_back_from_their_toml(load: Load) -> None:
+    assert load(to_toml(Config())) == Config()
+
+
+def test_cpu_configuration_comes_back_from_its_toml(load: Load) -> None:
+    config = load('[group]\ndevice = "cpu"\nranks = 3\n')
+    assert load(to_toml(config)) == config
+
+
+def test_toml_shows_every_key() -> None:
+    text = to_toml(Config.model_validate({"group": {"device": "cpu"}}))
+    shown = {line.split(" = ")[0] for line in text.splitlines() if " = " in line}
+    sections = [Config, *(type(getattr(Config(), name)) for name in ("group", "models", "limits"))]
+    keys = {key for section in sections for key in section.model_fields}
+    assert keys - shown == {"group", "models", "limits", "gpus"}
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(roots=st.lists(st.text(max_size=20).map(lambda text: f"/{text}"), max_size=3), gpu=st.text(max_size=10))
+def test_any_text_comes_back_from_its_toml(tmp_path: Path, roots: list[str], gpu: str) -> None:
+    config = Config.model_validate({"models": {"roots": roots}, "group": {"gpus": [0, gpu]}})
+    path = tmp_path / "config.toml"
+    path.write_bytes(to_toml(config).encode())
+    assert load_config(path) == config

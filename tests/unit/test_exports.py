@@ -1,0 +1,83 @@
+"""What modules offer, and what importing them costs."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+
+import tacod
+import tacod_client
+from tacod_client import client, errors
+
+
+def modules() -> list[str]:
+    """All modules of both packages but those that run something when they are imported."""
+    found = [
+        module.name
+        for package in (tacod, tacod_client)
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    ]
+    return [name for name in found if not name.endswith(".__main__")]
+
+
+def offered(name: str) -> tuple[ModuleType, list[str]]:
+    module = importlib.import_module(name)
+    return module, getattr(module, "__all__", [])
+
+
+def defined(module: ModuleType) -> set[str]:
+    """The public classes and functions that a module defines."""
+    assert module.__file__ is not None
+    with open(module.__file__) as file:
+        tree = ast.parse(file.read())
+    kinds = (ast.ClassDef, ast.FunctionDef)
+    return {node.name for node in tree.body if isinstance(node, kinds) and not node.name.startswith("_")}
+
+
+@pytest.mark.parametrize("name", ["tacod_client", *modules()])
+def test_all_is_sorted_and_exists(name: str) -> None:
+    module, names = offered(name)
+    # As ruff sorts it: constants, classes, then the rest.
+    assert names == sorted(names, key=lambda name: (not name.isupper(), not re.match("[A-Z]", name), name))
+    assert len(set(names)) == len(names)
+    for each in names:
+        assert hasattr(module, each)
+
+
+def test_client_offers_every_error_and_all_of_the_client() -> None:
+    assert set(tacod_client.__all__) == {*errors.__all__, *client.__all__, "__version__"}
+
+
+def test_errors_offer_every_error() -> None:
+    assert set(errors.__all__) == defined(errors)
+
+
+def test_client_module_offers_all_it_defines() -> None:
+    assert set(client.__all__) == defined(client)
+
+
+def loaded_by(statement: str) -> set[str]:
+    """The top-level modules that are there after a statement, in a fresh interpreter."""
+    script = f"import sys\n{statement}\nprint(*sorted({{name.split('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize("statement", ["import tacod_client", "import tacod_client.cli"])
+def test_client_imports_no_torch_and_nothing_of_the_daemon(statement: str) -> None:
+    loaded = loaded_by(statement)
+    assert {"zmq", "msgpack", "numpy"} <= loaded
+    assert loaded.isdisjoint({"torch", "tacod", "pydantic", "xfuser", "diffusers", "safetensors", "psutil"})
+
+
+def test_supervisor_imports_no_torch() -> None:
+    loaded = loaded_by("import tacod.daemon")
+    assert "pydantic" in loaded
+    assert loaded.isdisjoint({"torch", "xfuser", "diffusers", "safetensors"})

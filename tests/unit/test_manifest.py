@@ -1,0 +1,146 @@
+"""The manifest: a model's id is a function of its file's state and dtype, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tacod.manifest import Manifest, Model
+from tacod_client.errors import (
+    ArgumentError,
+    ModelCorrupt,
+    ModelNotAllowed,
+    ModelNotFound,
+    ModelUnsupported,
+    TacodError,
+)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A sound model file."""
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    path = tmp_path / "flux.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    return path
+
+
+@pytest.fixture
+def manifest(path: Path) -> Manifest:
+    """Of the folder that holds the file."""
+    return Manifest([str(path.parent)])
+
+
+def describe(manifest: Manifest, name: str = "flux.safetensors", dtype: str | None = None, **options: Any) -> Model:
+    return manifest.describe(name, dtype, options.get("patches"), options.get("plan", "auto"), 3)
+
+
+def test_same_file_in_the_same_state_gives_the_same_id(manifest: Manifest, path: Path) -> None:
+    first = describe(manifest)
+    assert describe(manifest) == first
+    assert describe(Manifest([str(path.parent)])) == first, "and so it does after a restart"
+    assert describe(manifest, str(path)) == first
+    assert describe(manifest, "./flux.safetensors") == first
+    assert describe(manifest, patches=[]) == first
+    assert describe(manifest, plan={"sequence": 1}).id == first.id, "the plan is each forward's own"
+
+
+def test_dtype_gives_another_id(manifest: Manifest) -> None:
+    ids = {describe(manifest, dtype=dtype).id for dtype in (None, "fp32", "bf16", "fp16")}
+    assert len(ids) == 4
+
+
+def test_changed_file_gives_another_id(manifest: Manifest, path: Path) -> None:
+    before = describe(manifest).id
+    os.utime(path, ns=(1, 1))
+    assert describe(manifest).id != before
+
+
+def test_same_contents_elsewhere_give_another_id(manifest: Manifest, path: Path) -> None:
+    other = path.with_name("other.safetensors")
+    other.write_bytes(path.read_bytes())
+    os.utime(other, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+    assert describe(manifest, "other.safetensors").id != describe(manifest).id
+
+
+def test_path_is_the_real_one(manifest: Manifest, path: Path) -> None:
+    path.with_name("link.safetensors").symlink_to(path)
+    assert describe(manifest, "link.safetensors") == describe(manifest)
+    assert describe(manifest).path == str(path)
+    assert describe(manifest).name == "flux.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error"),
+    [
+        ("none.safetensors", {}, ModelNotFound),
+        ("/etc/passwd", {}, ModelNotAllowed),
+        ("broken.safetensors", {}, ModelCorrupt),
+        ("flux.safetensors", {"patches": [{"lora": 1}]}, ModelUnsupported),
+        ("flux.safetensors", {"plan": {"sequence": 2}}, ArgumentError),
+        ("flux.safetensors", {"plan": "fast"}, ArgumentError),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused_at_once(
+    manifest: Manifest, path: Path, name: str, options: dict[str, Any], error: type[TacodError]
+) -> None:
+    path.with_name("broken.safetensors").write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(error):
+        describe(manifest, name, **options)
+    assert list(manifest) == []
+
+
+def test_model_is_found_while_it_is_resident(manifest: Manifest) -> None:
+    model = describe(manifest)
+    assert model.id not in manifest
+    manifest.add(model)
+    assert model.id in manifest
+    assert manifest.find(model.id) is model
+    assert list(manifest) == [model]
+    manifest.remove(model.id)
+    manifest.remove(model.id)
+    with pytest.raises(ModelNotFound, match=model.id) as caught:
+        manifest.find(model.id)
+    assert caught.value.details == {"model": model.id}
+
+
+def test_manifest_may_change_while_it_is_read(manifest: Manifest) -> None:
+    for dtype in ("fp32", "bf16"):
+        manifest.add(describe(manifest, dtype=dtype))
+    for model in manifest:
+        manifest.remove(model.id)
+    assert list(manifest) == []
+
+
+def test_work_item_names_the_same_model(manifest: Manifest) -> None:
+    model = describe(manifest, dtype="bf16")
+    assert Model.from_work(model.work()) == model
+
+
+def test_loaded_model_tells_what_the_ranks_told(manifest: Manifest) -> None:
+    told = {"family": "flux", "parameters": 12, "heads": 24, "dtype": "bf16"}
+    model = describe(manifest).loaded(told, 1.23456, 3)
+    assert model.id == describe(manifest).id
+    assert model.to_wire() == {
+        "id": model.id,
+        "name": "flux.safetensors",
+        "family": "flux",
+        "path": model.path,
+        "parameters": 12,
+        "dtype": "bf16",
+        "plan": "sequence 3 (ulysses; 24 heads over 3 ranks: 8 each)",
+        "loaded_s": 1.235,
+    }
+
+
+def test_last_plan_is_noted_and_that_of_the_unknown_ignored(manifest: Manifest) -> None:
+    model = describe(manifest)
+    manifest.add(model)
+    manifest.note_plan(model.id, "sequence 1")
+    manifest.note_plan("unknown", "sequence 2")
+    assert [each.plan for each in manifest] == ["sequence 1"]
