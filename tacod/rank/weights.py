@@ -1,60 +1,92 @@
-"""Weights from safetensors files into a model, by name."""
+"""Weights from a checkpoint into a model, by name; and out of it, for those who change them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
-from tacod.checkpoint import Checkpoint
+from tacod.checkpoint import Checkpoint, TensorInfo
+from tacod.checkpoint.header import PLAIN
 from tacod.rank.families import detect
 from tacod.rank.families.base import DiT
+from tacod.rank.reader import Reader, arrange
+from tacod.rank.stored import STORED, StoredLinear, dequantise
 from tacod_client.errors import ModelCorrupt, ModelUnsupported
 
-__all__ = ["DTYPES", "choose_dtype", "load_model"]
+__all__ = ["DTYPES", "Progress", "choose_dtype", "get_weight", "load_model", "set_weight", "share", "weight_bytes"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _OF_FILE = {"F64": "fp32", "F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+_TORCH = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_SCALES = ("scale_weight", "weight_scale")
+_UNUSED = ("scale_input", "input_scale", "comfy_quant")
+"""What 8-bit files hold for arithmetic in 8 bits, or say of weights whose dtype says it too."""
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes that are loaded and the bytes that will be."""
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def choose_dtype(checkpoint: Checkpoint, asked: str | None, device: torch.device) -> str:
-    """The compute dtype: as asked; else fp32 on a CPU, as ComfyUI has it, and the file's own on CUDA."""
+    """The compute dtype: as asked; else fp32 on a CPU, as ComfyUI has it, and the file's own on CUDA.
+
+    A file with weights of 8 bits or fewer is computed in bf16 there.
+    """
     if asked is not None:
         return asked
     if device.type == "cpu":
         return "fp32"
-    kinds = [_OF_FILE.get(info.dtype) for info in checkpoint.tensors.values() if len(info.shape) > 1]
-    return next((kind for kind in kinds if kind is not None), "bf16")
+    kinds = [info.dtype for info in checkpoint.tensors.values() if len(info.shape) > 1]
+    if any(kind in STORED for kind in kinds):
+        return "bf16"
+    return next((_OF_FILE[kind] for kind in kinds if kind in _OF_FILE), "bf16")
 
 
-def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> DiT:
-    """Build the family that the file holds and fill it; weights are read through mmap, one tensor at a time.
+def load_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: Progress | None = None
+) -> DiT:
+    """Build the family that the checkpoint holds and fill it, one tensor at a time.
 
-    Raises `ModelUnsupported` if the family or its weights are unknown, `ModelCorrupt` if tensors lack or don't fit.
+    Linear layers of 8 bits or fewer are kept so, as `StoredLinear`; everything else is cast to ``dtype``.
+
+    Raises `ModelUnsupported` if the family or its weights are unknown, `ModelCorrupt` if tensors lack or don't fit, or
+    if a file changes meanwhile.
     """
     family, config = detect(checkpoint.tensors, checkpoint.config)
+    if checkpoint.diffusers:
+        checkpoint = arrange(checkpoint, family.diffusers_layout(config))
     with torch.device("meta"):
         model = family(config)
     wanted = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
-    _check_shapes(checkpoint, wanted)
-    try:
-        with safe_open(checkpoint.path, framework="pt", device="cpu") as file:
-            for name in wanted:
-                tensor = file.get_tensor(checkpoint.prefix + name).to(device=device, dtype=dtype)
-                _assign(model, name, tensor)
-    except SafetensorError as error:
-        raise ModelCorrupt(f"{checkpoint.path}: {error}; download the file again") from None
+    scales = _check(checkpoint, wanted)
+    sizes = {name: sum(part.stop - part.start for part in checkpoint.parts[name]) for name in wanted}
+    done, total = 0, sum(sizes.values())
+    with Reader(checkpoint) as reader:
+        for name, shape in wanted.items():
+            info = TensorInfo(checkpoint.tensors[name].dtype, shape)
+            data = reader.read(name).to(device)
+            scale = None
+            if name in scales:
+                scale = _decode(reader.read(scales[name]), checkpoint.tensors[scales[name]]).to(device, torch.float32)
+            _place(model, name, data, info, scale, dtype)
+            done += sizes[name]
+            if progress is not None:
+                progress(done, total)
+        reader.check()
     return model.eval().requires_grad_(False)
 
 
-def _check_shapes(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) -> None:
+def _check(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Compare a file's tensors with those that are wanted; returns the names of the weights' scales."""
     absent = [name for name in wanted if name not in checkpoint.tensors]
     if absent:
         raise ModelCorrupt(f"{checkpoint.path} lacks {_some(absent)}; download the file again")
-    unknown = [name for name in checkpoint.tensors if name not in wanted]
+    scales, unknown = _sort_out(checkpoint, wanted)
     if unknown:
         raise ModelUnsupported(
             f"{checkpoint.path} has tensors that this family doesn't use: {_some(unknown)}; "
@@ -62,17 +94,59 @@ def _check_shapes(checkpoint: Checkpoint, wanted: dict[str, tuple[int, ...]]) ->
         )
     for name, shape in wanted.items():
         info = checkpoint.tensors[name]
+        if info.dtype not in PLAIN and info.dtype not in STORED:
+            known = ", ".join([*PLAIN, *STORED])
+            raise ModelUnsupported(f"{checkpoint.path}: {name} is {info.dtype}; this version reads {known}")
         if info.shape != shape:
             raise ModelCorrupt(
                 f"{checkpoint.path}: {name} is {list(info.shape)}, but its configuration asks for {list(shape)}"
             )
-        if info.dtype not in _OF_FILE:
-            raise ModelUnsupported(f"{checkpoint.path}: {name} is {info.dtype}; this version reads bf16, fp16 and fp32")
+    for name in scales.values():
+        info = checkpoint.tensors[name]
+        if info.dtype not in PLAIN or info.size != 1:
+            found = f"{info.dtype} {list(info.shape)}"
+            raise ModelUnsupported(f"{checkpoint.path}: {name} is {found}; this version knows one scale for a layer")
+    return scales
 
 
-def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    *path, leaf = name.split(".")
-    owner: Any = model.get_submodule(".".join(path))
+def _sort_out(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, str], list[str]]:
+    """What a file holds besides: the scales by the weight that they belong to, and what nobody knows."""
+    scales: dict[str, str] = {}
+    unknown = []
+    for name in checkpoint.tensors:
+        layer, _, leaf = name.rpartition(".")
+        weight = f"{layer}.weight"
+        if leaf in _SCALES and weight in wanted and weight not in scales:
+            scales[weight] = name
+        elif name not in wanted and name != "scaled_fp8" and not (leaf in _UNUSED and weight in wanted):
+            unknown.append(name)
+    return scales, unknown
+
+
+def _decode(data: Tensor, info: TensorInfo) -> Tensor:
+    """The numbers of a tensor, in its own dtype, or in fp32 if that is stored."""
+    if info.dtype in _TORCH:
+        return data.view(_TORCH[info.dtype]).reshape(info.shape)
+    return dequantise(data, info.dtype).reshape(info.shape)
+
+
+def _place(
+    model: nn.Module, name: str, data: Tensor, info: TensorInfo, scale: Tensor | None, dtype: torch.dtype
+) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    if scale is not None:
+        scale = scale.reshape(())
+    if info.dtype in STORED and isinstance(owner, nn.Linear) and leaf == "weight":
+        rows = data.reshape(info.shape[0], -1)
+        bias: nn.Parameter | None = owner.bias
+        model.set_submodule(path, StoredLinear(rows, info.dtype, bias, dtype, scale))
+        return
+    tensor = _decode(data, info)
+    _assign(owner, leaf, (tensor if scale is None else tensor.float() * scale).to(dtype))
+
+
+def _assign(owner: Any, leaf: str, tensor: Tensor) -> None:
     if leaf in owner._parameters:
         owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:
@@ -81,3 +155,70 @@ def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def get_weight(model: DiT, key: str) -> Tensor:
+    """A weight by its name in the single file: the parameter itself, or a stored one's numbers in fp32.
+
+    Raises `KeyError` if the model has no such weight.
+    """
+    owner, leaf = _find(model, key)
+    if isinstance(owner, StoredLinear) and leaf == "weight":
+        return owner.dequantised(torch.float32)
+    tensor: Tensor = owner._parameters[leaf] if leaf in owner._parameters else owner._buffers[leaf]
+    return tensor
+
+
+def set_weight(model: DiT, key: str, tensor: Tensor) -> None:
+    """Replace a weight by a tensor of its shape, cast to the compute dtype and moved to the weight's device.
+
+    A stored layer becomes a plain one. What shares the old weight keeps it. Raises `KeyError` if the model has no such
+    weight, `ValueError` if the shape is another.
+    """
+    owner, leaf = _find(model, key)
+    stored = isinstance(owner, StoredLinear) and leaf == "weight"
+    old = owner.data if stored else owner._parameters.get(leaf, owner._buffers.get(leaf))
+    shape = (owner.out_features, owner.in_features) if stored else tuple(old.shape)
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{key}: a tensor of {list(tensor.shape)} can't replace one of {list(shape)}")
+    if stored:
+        path = key.rpartition(".")[0]
+        plain = nn.Linear(owner.in_features, owner.out_features, bias=False, device="meta").train(owner.training)
+        plain.register_parameter("bias", owner.bias)
+        model.set_submodule(path, plain)
+        owner = plain
+    _assign(owner, leaf, tensor.detach().to(old.device, model.dtype))
+
+
+def _find(model: nn.Module, key: str) -> tuple[Any, str]:
+    """The module that holds a weight, and what it calls it."""
+    path, _, leaf = key.rpartition(".")
+    try:
+        owner: Any = model.get_submodule(path)
+    except AttributeError:
+        raise KeyError(key) from None
+    held = owner._parameters.get(leaf) is not None or owner._buffers.get(leaf) is not None
+    if isinstance(owner, StoredLinear):
+        held = leaf == "weight" or (leaf == "bias" and held)
+    if not held:
+        raise KeyError(key)
+    return owner, leaf
+
+
+def share(model: Module) -> Module:
+    """Another instance of a model over the same tensors: nothing is copied, and to set a weight leaves the first alone.
+
+    A compiled module is shared as it was before it was compiled.
+    """
+    twin = copy.copy(model)
+    twin._parameters = dict(model._parameters)
+    twin._buffers = dict(model._buffers)
+    twin._modules = {name: module if module is None else share(module) for name, module in model._modules.items()}
+    return twin
+
+
+def weight_bytes(*models: nn.Module) -> int:
+    """The memory that the weights of models take, stored ones as they are; what models share counts once."""
+    tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type != "meta"]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -20,6 +20,7 @@ from tacod.rank.families.base import (
     Argument,
     DiT,
     LatentFormat,
+    Place,
     count_blocks,
     grid,
     modulate,
@@ -254,6 +255,59 @@ class Flux(DiT):
             "txt_ids_dims": [],
         }
 
+    @classmethod
+    def diffusers_layout(cls, config: Mapping[str, Any]) -> dict[str, Place]:
+        """See `DiT.diffusers_layout`."""
+        width, both = whole(config, "hidden_size"), ("weight", "bias")
+        hidden = int(width * _number(config, "mlp_ratio", 4.0))
+        fused_kinds = both if settle(config, "qkv_bias", True, False) else both[:1]
+        names = {
+            "x_embedder": "img_in",
+            "context_embedder": "txt_in",
+            "proj_out": "final_layer.linear",
+            **_embedder("timestep", "time_in"),
+            **_embedder("text", "vector_in"),
+        }
+        if settle(config, "guidance_embed", False, True):
+            names |= _embedder("guidance", "guidance_in")
+        layout = {
+            f"norm_out.linear.{kind}": Place(f"final_layer.adaLN_modulation.1.{kind}", swap=True) for kind in both
+        }
+        for i in range(whole(config, "depth", most=1024)):
+            theirs, ours = f"transformer_blocks.{i}", f"double_blocks.{i}"
+            for stream, suffix, out, norm, parts in (
+                ("img", "", "to_out.0", "norm", ("to_q", "to_k", "to_v")),
+                ("txt", "_context", "to_add_out", "norm_added", ("add_q_proj", "add_k_proj", "add_v_proj")),
+            ):
+                names |= {
+                    f"{theirs}.norm1{suffix}.linear": f"{ours}.{stream}_mod.lin",
+                    f"{theirs}.attn.{out}": f"{ours}.{stream}_attn.proj",
+                    f"{theirs}.ff{suffix}.net.0.proj": f"{ours}.{stream}_mlp.0",
+                    f"{theirs}.ff{suffix}.net.2": f"{ours}.{stream}_mlp.2",
+                }
+                layout |= {
+                    f"{theirs}.attn.{norm}_q.weight": Place(f"{ours}.{stream}_attn.norm.query_norm.scale"),
+                    f"{theirs}.attn.{norm}_k.weight": Place(f"{ours}.{stream}_attn.norm.key_norm.scale"),
+                }
+                for kind in fused_kinds:
+                    for part, name in enumerate(parts):
+                        fused = Place(f"{ours}.{stream}_attn.qkv.{kind}", (part * width, width))
+                        layout[f"{theirs}.attn.{name}.{kind}"] = fused
+        for i in range(whole(config, "depth_single_blocks", least=0, most=1024)):
+            theirs, ours = f"single_transformer_blocks.{i}", f"single_blocks.{i}"
+            names |= {f"{theirs}.norm.linear": f"{ours}.modulation.lin", f"{theirs}.proj_out": f"{ours}.linear2"}
+            layout |= {
+                f"{theirs}.attn.norm_q.weight": Place(f"{ours}.norm.query_norm.scale"),
+                f"{theirs}.attn.norm_k.weight": Place(f"{ours}.norm.key_norm.scale"),
+            }
+            for kind in both:
+                for part, name in enumerate(("to_q", "to_k", "to_v")):
+                    layout[f"{theirs}.attn.{name}.{kind}"] = Place(f"{ours}.linear1.{kind}", (part * width, width))
+                layout[f"{theirs}.proj_mlp.{kind}"] = Place(f"{ours}.linear1.{kind}", (3 * width, hidden))
+        for theirs, ours in names.items():
+            layout |= {f"{theirs}.{kind}": Place(f"{ours}.{kind}") for kind in both}
+        return layout
+
     def arguments(self) -> dict[str, Argument]:
         """See `DiT.arguments`."""
         return {
@@ -367,6 +421,12 @@ def _reference_origins(images: Sequence[Tensor], method: str, patch: int, scale:
             tall, wide = max(tall, top + height), max(wide, left + width)
         origins.append((0.0 if method == "uxo" else 1.0, (top + patch // 2) // patch, (left + patch // 2) // patch))
     return origins
+
+
+def _embedder(theirs: str, ours: str) -> dict[str, str]:
+    """The layers of an `Embedder`: their names in diffusers and here."""
+    prefix = f"time_text_embed.{theirs}_embedder.linear"
+    return {f"{prefix}_1": f"{ours}.in_layer", f"{prefix}_2": f"{ours}.out_layer"}
 
 
 def _mlp(width: int, hidden: int) -> nn.Sequential:

@@ -18,6 +18,7 @@ from tacod.rank.families.base import (
     Argument,
     DiT,
     LatentFormat,
+    Place,
     count_blocks,
     grid,
     modulate,
@@ -251,6 +252,65 @@ class SD3(DiT):
                 if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in tensors
             ],
         }
+
+    @classmethod
+    def diffusers_layout(cls, config: Mapping[str, Any]) -> dict[str, Place]:
+        """See `DiT.diffusers_layout`."""
+        depth = whole(config, "depth", most=1024)
+        width, both, dual = _HEAD_WIDTH * depth, ("weight", "bias"), _dual_layers(config, depth)
+        qk_norm = settle(config, "qk_norm", None, "rms", "ln")
+        norm_kinds: tuple[str, ...] = {None: (), "rms": both[:1], "ln": both}[qk_norm]
+        names = {
+            "context_embedder": "context_embedder",
+            "pos_embed.proj": "x_embedder.proj",
+            "proj_out": "final_layer.linear",
+            "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+            "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+            "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+            "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+        }
+        layout = {"pos_embed.pos_embed": Place("pos_embed")}
+        swapped = {"norm_out.linear": "final_layer.adaLN_modulation.1"}
+        for i in range(depth):
+            theirs, text, image = (
+                f"transformer_blocks.{i}",
+                f"joint_blocks.{i}.context_block",
+                f"joint_blocks.{i}.x_block",
+            )
+            names |= {
+                f"{theirs}.norm1.linear": f"{image}.adaLN_modulation.1",
+                f"{theirs}.attn.to_out.0": f"{image}.attn.proj",
+                f"{theirs}.ff.net.0.proj": f"{image}.mlp.fc1",
+                f"{theirs}.ff.net.2": f"{image}.mlp.fc2",
+            }
+            if i < depth - 1:
+                names |= {
+                    f"{theirs}.norm1_context.linear": f"{text}.adaLN_modulation.1",
+                    f"{theirs}.attn.to_add_out": f"{text}.attn.proj",
+                    f"{theirs}.ff_context.net.0.proj": f"{text}.mlp.fc1",
+                    f"{theirs}.ff_context.net.2": f"{text}.mlp.fc2",
+                }
+            else:
+                # Shift and scale only, which diffusers keeps the other way round, as in its last norm.
+                swapped[f"{theirs}.norm1_context.linear"] = f"{text}.adaLN_modulation.1"
+            attentions = [
+                (f"{theirs}.attn", f"{image}.attn", ("to_q", "to_k", "to_v"), "norm"),
+                (f"{theirs}.attn", f"{text}.attn", ("add_q_proj", "add_k_proj", "add_v_proj"), "norm_added"),
+            ]
+            if i in dual:
+                names[f"{theirs}.attn2.to_out.0"] = f"{image}.attn2.proj"
+                attentions.append((f"{theirs}.attn2", f"{image}.attn2", ("to_q", "to_k", "to_v"), "norm"))
+            for attn, to, parts, norm in attentions:
+                for kind in both:
+                    for part, name in enumerate(parts):
+                        layout[f"{attn}.{name}.{kind}"] = Place(f"{to}.qkv.{kind}", (part * width, width))
+                for kind in norm_kinds:
+                    layout |= {f"{attn}.{norm}_{letter}.{kind}": Place(f"{to}.ln_{letter}.{kind}") for letter in "qk"}
+        for theirs, ours in swapped.items():
+            layout |= {f"{theirs}.{kind}": Place(f"{ours}.{kind}", swap=True) for kind in both}
+        for theirs, ours in names.items():
+            layout |= {f"{theirs}.{kind}": Place(f"{ours}.{kind}") for kind in both}
+        return layout
 
     def arguments(self) -> dict[str, Argument]:
         """See `DiT.arguments`."""

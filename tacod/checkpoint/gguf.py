@@ -1,0 +1,148 @@
+"""The header of a GGUF file.
+
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The ``gguf`` package's own reader is for files that one
+trusts: 69 bytes that announce a long array keep it busy for ever. So the header is walked here, within bounds, and
+the package tells the kinds of tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from typing import IO, Any
+
+from tacod.checkpoint.header import BLOCKS, PLAIN, Entry, File, Header, Part, TensorInfo
+from tacod_client.errors import ModelCorrupt, ModelUnsupported
+
+__all__ = ["MAX_HEADER_BYTES", "read_gguf"]
+
+MAX_HEADER_BYTES = 16 << 20
+MAX_DIMS = 4
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+
+
+def read_gguf(path: str) -> Header:
+    """Read and check a GGUF file's header; its tensors' sizes are given in torch's order, rows first.
+
+    Raises `ModelCorrupt` if the file is truncated or no GGUF file, `ModelUnsupported` if a tensor is of a kind that
+    isn't read, `OSError` if the file can't be read.
+    """
+    with open(path, "rb") as file:
+        stat = os.fstat(file.fileno())
+        cursor = _Cursor(path, file, stat.st_size)
+        if cursor.take(4) != b"GGUF":
+            raise cursor.corrupt("it doesn't begin with GGUF")
+        version = cursor.scalar("I")
+        if version not in (2, 3):
+            raise ModelUnsupported(f"{path} is GGUF of version {version}; this version reads 2 and 3, little-endian")
+        count, fields = cursor.scalar("Q"), cursor.scalar("Q")
+        metadata = {}
+        for _ in range(fields):
+            key = cursor.string()
+            metadata[key] = cursor.value(cursor.scalar("I"))
+        found: dict[str, tuple[TensorInfo, int]] = {}
+        for _ in range(count):
+            name = cursor.string()
+            if name in found:
+                raise cursor.corrupt(f"it holds {name!r} twice")
+            found[name] = _read_tensor(cursor, name)
+    alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+        raise cursor.corrupt(f"general.alignment is {alignment!r}")
+    data = -(-cursor.position // alignment) * alignment
+    entries = {name: Entry(info, _place(path, info, data + offset)) for name, (info, offset) in found.items()}
+    _check_spans(cursor, entries)
+    texts = {key: value for key, value in metadata.items() if isinstance(value, str)}
+    return Header(File(path, stat.st_size, stat.st_mtime_ns), entries, texts, cursor.digest.digest())
+
+
+class _Cursor:
+    """Reads onwards, never past the file's end or the most that a header may take."""
+
+    def __init__(self, path: str, file: IO[bytes], size: int) -> None:
+        self.path, self.size, self.position = path, size, 0
+        self.digest = hashlib.sha256()
+        self._file = file
+
+    def corrupt(self, what: str) -> ModelCorrupt:
+        return ModelCorrupt(f"{self.path} is no whole GGUF file: {what}; download it again")
+
+    def take(self, count: int) -> bytes:
+        if self.position + count > min(self.size, MAX_HEADER_BYTES):
+            raise self.corrupt(f"its header doesn't fit its {self.size} bytes")
+        taken = self._file.read(count)
+        if len(taken) != count:
+            raise self.corrupt("it became shorter while it was read")
+        self.position += count
+        self.digest.update(taken)
+        return taken
+
+    def scalar(self, code: str) -> Any:
+        return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
+
+    def string(self) -> str:
+        try:
+            return self.take(self.scalar("Q")).decode()
+        except UnicodeDecodeError:
+            raise self.corrupt("a string in its header is not UTF-8") from None
+
+    def value(self, kind: int) -> Any:
+        """A field's value; None for an array, whose contents no model here needs."""
+        if kind == _STRING:
+            return self.string()
+        if kind in _SCALARS:
+            return self.scalar(_SCALARS[kind])
+        if kind != _ARRAY:
+            raise self.corrupt(f"its header has a value of type {kind}")
+        kind, count = self.scalar("I"), self.scalar("Q")
+        if kind in _SCALARS:
+            self.take(count * struct.calcsize(f"<{_SCALARS[kind]}"))
+        elif kind == _STRING:
+            for _ in range(count):
+                self.take(self.scalar("Q"))
+        else:
+            raise self.corrupt(f"its header has an array of type {kind}")
+        return None
+
+
+def _read_tensor(cursor: _Cursor, name: str) -> tuple[TensorInfo, int]:
+    """A tensor's description, and where it begins in the file's data."""
+    dims = cursor.scalar("I")
+    if dims > MAX_DIMS:
+        raise cursor.corrupt(f"{name!r} has {dims} dimensions")
+    shape = tuple(reversed([cursor.scalar("Q") for _ in range(dims)]))
+    kind = _kind(cursor.scalar("I"))
+    if kind not in BLOCKS and kind not in PLAIN:
+        known = ", ".join([*BLOCKS, *PLAIN])
+        raise ModelUnsupported(f"{cursor.path}: {name} is {kind}; this version reads {known}")
+    if any(size >= 1 << 63 for size in shape) or (kind in BLOCKS and (not shape or shape[-1] % BLOCKS[kind][0])):
+        raise cursor.corrupt(f"{name!r} can't be {kind} {list(shape)}")
+    if name.endswith("pos_embed") and len(shape) == 2:
+        shape = (1, *shape)  # llama.cpp's tools drop a leading size of one
+    return TensorInfo(kind, shape), cursor.scalar("Q")
+
+
+def _kind(number: int) -> str:
+    from gguf.constants import GGMLQuantizationType
+
+    try:
+        return GGMLQuantizationType(number).name
+    except ValueError:
+        return f"of the unknown type {number}"
+
+
+def _place(path: str, info: TensorInfo, start: int) -> Part:
+    numbers, size = BLOCKS[info.dtype] if info.dtype in BLOCKS else (1, PLAIN[info.dtype])
+    return Part(path, start, start + info.size // numbers * size)
+
+
+def _check_spans(cursor: _Cursor, entries: dict[str, Entry]) -> None:
+    end = 0
+    for start, stop, name in sorted((entry.part.start, entry.part.stop, name) for name, entry in entries.items()):
+        if start < end:
+            raise cursor.corrupt(f"{name!r} overlaps another tensor")
+        if stop > cursor.size:
+            raise cursor.corrupt(f"{name!r} ends at byte {stop}, and the file at {cursor.size}")
+        end = stop

@@ -1,0 +1,67 @@
+"""What a weight file's header says, whatever its format."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+__all__ = ["BLOCKS", "FLOAT8", "MAX_DIMS", "PLAIN", "Entry", "File", "Header", "Part", "TensorInfo"]
+
+MAX_DIMS = 64
+
+PLAIN = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Bytes of the dtypes that are computed with."""
+FLOAT8 = ("F8_E4M3", "F8_E5M2")
+"""Weights of one byte each, which are cast where they are used."""
+BLOCKS = {"Q8_0": (32, 34), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210)}
+"""GGUF's quantised kinds: numbers in a block, which lies within a row, and bytes of a block."""
+
+
+class TensorInfo(NamedTuple):
+    """One tensor of a header."""
+
+    dtype: str
+    """As safetensors names it (``BF16``, ``F8_E4M3``), or GGUF (``Q4_K``)."""
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+
+class Part(NamedTuple):
+    """Bytes of a file: all of a tensor, or some of its rows."""
+
+    file: str
+    start: int
+    stop: int
+
+
+class Entry(NamedTuple):
+    """A tensor in a file, and the bytes that hold it."""
+
+    info: TensorInfo
+    part: Part
+
+
+class File(NamedTuple):
+    """A file's state when its header was read."""
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """A file's tensors, under the names that the file has for them."""
+
+    file: File
+    entries: Mapping[str, Entry]
+    texts: Mapping[str, str]
+    """The metadata's strings."""
+    digest: bytes = field(repr=False)
+    """SHA-256 of the header's bytes."""
