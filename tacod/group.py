@@ -313,10 +313,11 @@ def _environment(kind: str, device: str) -> dict[str, str]:
     if kind == "cuda":
         env.update(CUDA_DEVICE_ORDER="PCI_BUS_ID", CUDA_VISIBLE_DEVICES=device)
         env.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-        env.setdefault("NCCL_SOCKET_IFNAME", "lo")
     else:
         env.update(CUDA_VISIBLE_DEVICES="")
-        env.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    # All ranks are on this machine; the name of its network interface, or a lack of one, is no concern of theirs.
+    for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+        env.setdefault(variable, "lo")
     return env
 
 

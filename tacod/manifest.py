@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tacod.checkpoint import locate, read_checkpoint
-from tacod.plan import check_request, make_plan
+from tacod.plan import AUTO, Shape, make_plan, parse_request
 from tacod_client.errors import ModelNotFound, ModelUnsupported
 
 __all__ = ["Manifest", "Model"]
@@ -26,7 +26,6 @@ class Model:
     dtype: str | None
     family: str = ""
     parameters: int = 0
-    heads: int = 0
     loaded_s: float = 0.0
     plan: str = ""
 
@@ -50,10 +49,9 @@ class Model:
             self,
             family=told["family"],
             parameters=told["parameters"],
-            heads=told["heads"],
             dtype=told["dtype"],
             loaded_s=elapsed_s,
-            plan=str(make_plan("auto", world_size, told["heads"], ())),
+            plan=str(make_plan(AUTO, world_size, Shape(told["heads"], told["width"]))),
         )
 
     def to_wire(self) -> dict[str, Any]:
@@ -97,7 +95,7 @@ class Manifest:
 
         Raises a `ModelError` if the file may not or can't be loaded, `ArgumentError` for a plan that can't be.
         """
-        check_request(plan, world_size)
+        parse_request(plan, world_size)
         if patches:
             raise ModelUnsupported("patches: this version loads models as they are in their file, without patches")
         real = locate(path, self.roots)

@@ -98,7 +98,8 @@ class Client:
         Args:
             path: The file, absolute or relative to one of the daemon's `models.roots`.
             patches: Weight patches; this version takes none.
-            plan: How forwards are spread: ``"auto"`` or ``{"sequence": n}``.
+            plan: How forwards are spread: ``"auto"``, or a map with any of ``sequence_parallel_degree``, ``ulysses``,
+                ``ring`` (numbers of ranks) and ``cfg_parallel`` (whether a batch is split over ranks too).
             dtype: The compute dtype, ``fp32``, ``bf16`` or ``fp16``; by default fp32 on CPUs, the file's own on GPUs.
 
         Idempotent: the same file in the same state, patches and dtype give the same model id, and load once.

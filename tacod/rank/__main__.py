@@ -19,6 +19,7 @@ from tacod import logs
 from tacod.rank import xdit
 from tacod.rank.engine import Engine
 from tacod.rank.selftest import selftest
+from tacod.rank.topology import Topology
 from tacod_client import wire
 from tacod_client.errors import TacodError
 from tacod_client.wire import Message
@@ -41,8 +42,8 @@ def main() -> None:
         torch.cuda.set_device(device)
         # fp32 means fp32, in the one convolution too.
         torch.backends.cudnn.allow_tf32 = False
-    group = xdit.join(device, args.rank, args.world_size, args.rendezvous)
-    engine = Engine(device, group if args.world_size > 1 else None)
+    make_group = xdit.join(device, args.rank, args.world_size, args.rendezvous)
+    engine = Engine(device, Topology(args.rank, args.world_size, make_group))
     selftest(engine)
     serve(engine, args.rank, args.epoch, args.address)
 

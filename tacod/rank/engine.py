@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tacod.checkpoint import read_checkpoint
-from tacod.plan import Plan, make_plan
+from tacod.plan import parse_request
 from tacod.rank.arguments import check_arguments, load_arguments
 from tacod.rank.families.base import DiT
 from tacod.rank.sampling import Run, SampleRequest, begin
-from tacod.rank.ulysses import Ulysses
+from tacod.rank.spread import plan_for, run
+from tacod.rank.topology import Topology
 from tacod.rank.weights import DTYPES, choose_dtype, load_model
 from tacod_client import wire
 from tacod_client.errors import ModelCorrupt, ModelNotFound, OutOfMemory
@@ -39,10 +39,9 @@ class Resident:
 class Engine:
     """The models and runs of one rank. No method leaves another rank waiting: what can fail, fails on all alike."""
 
-    def __init__(self, device: torch.device, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, device: torch.device, topology: Topology) -> None:
         self.device = device
-        self.alone = Ulysses()
-        self.together = Ulysses(group)
+        self.topology = topology
         self.models: dict[str, Resident] = {}
         self.runs: dict[str, Run] = {}
         self._tensors: dict[bytes, wire.Tensor] = {}
@@ -96,7 +95,7 @@ class Engine:
         }
         with torch.inference_mode():
             answer = verbs[verb](**body)
-        collective = self.together.take_collective_s()
+        collective = self.topology.clock.take_s()
         busy = time.perf_counter() - started
         return {**answer, "compute_s": max(busy - collective, 0.0), "collective_s": min(collective, busy)}
 
@@ -123,6 +122,7 @@ class Engine:
                 "parameters": sum(tensor.numel() for tensor in loaded.state_dict().values()),
                 "dtype": chosen,
                 "heads": loaded.heads,
+                "width": loaded.width,
             }
             self.models[model] = Resident(loaded, chosen, description)
         return {"model": self.models[model].description}
@@ -141,43 +141,38 @@ class Engine:
             raise ModelNotFound(f"no model {model!r} is loaded; `tacoctl models` lists them", model=model)
         return self.models[model]
 
-    def _ulysses(self, plan: Plan) -> Ulysses:
-        return self.together if plan.sequence > 1 else self.alone
-
-    def _plan(self, request: Any, model: DiT, given: Mapping[str, Any]) -> Plan:
-        return make_plan(request, self.together.size, model.heads, model.lengths(given))
-
     def forward(self, model: str, plan: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         """One forward with the meaning of ComfyUI's ``diffusion_model(x, timestep, …)``."""
         dit = self._resident(model).model
         specs = dit.arguments()
         check_arguments(arguments, specs, dit.family)
-        chosen = self._plan(plan, dit, arguments)
+        asked = parse_request(plan, self.topology.world_size)
+        chosen = plan_for(dit, asked, self.topology.world_size, arguments)
         values = load_arguments(arguments, specs, dit.dtype, self.device)
-        x, timestep = values.pop("x"), values.pop("timestep")
-        out = dit(self._ulysses(chosen), x, timestep, **values)
-        return {"out": self._result(out), "plan": str(chosen), "ranks": chosen.sequence, "forwards": 1}
+        out = run(dit, chosen, self.topology, values.pop("x"), values.pop("timestep"), values)
+        return {"out": self._result(out), "plan": str(chosen), "ranks": chosen.layout.ranks, "forwards": 1}
 
     def _result(self, out: Tensor) -> wire.Tensor | None:
         """What goes back to the client; rank 0's answer carries it."""
-        host = out.cpu() if self.together.rank == 0 or self.device.type == "cuda" else out
-        return to_wire(host, "out") if self.together.rank == 0 else None
+        # A GPU's rank waits here for its work to end, so that the next step's times are its own.
+        host = out.cpu()
+        return to_wire(host, "out") if self.topology.rank == 0 else None
 
     def sample(self, job: str, step: int, **inputs: Any) -> dict[str, Any]:
         """One step of the run ``job``; step 0 begins it, the last one carries the latent."""
         if step == 0:
             self.runs[job] = self._begin(**inputs)
-        run = self.runs[job]
-        before = run.denoise.forwards
-        x = next(run.steps)
+        walk = self.runs[job]
+        before = walk.denoise.forwards
+        x = next(walk.steps)
         answer: dict[str, Any] = {
-            "sigma": run.sigmas[step + 1],
-            "plan": str(run.plan),
-            "ranks": run.plan.sequence,
-            "forwards": run.denoise.forwards - before,
+            "sigma": walk.sigmas[step + 1],
+            "plan": str(walk.denoise.plan),
+            "ranks": walk.denoise.plan.layout.ranks,
+            "forwards": walk.denoise.forwards - before,
         }
-        if step + 2 == len(run.sigmas):
-            answer["out"] = self._result(run.finish(x))
+        if step + 2 == len(walk.sigmas):
+            answer["out"] = self._result(walk.finish(x))
             del self.runs[job]
         elif self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -187,5 +182,5 @@ class Engine:
         dit = self._resident(model).model
         request = SampleRequest(**inputs)
         request.check(dit)
-        chosen = self._plan(plan, dit, {"x": request.noise, **request.positive})
-        return begin(request, dit, self._ulysses(chosen), chosen, self.device)
+        asked = parse_request(plan, self.topology.world_size)
+        return begin(request, dit, asked, self.topology, self.device)
