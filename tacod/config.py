@@ -96,6 +96,8 @@ class Models(_Section):
 
     roots: list[Annotated[str, AfterValidator(_check_root)]] = []
     preload: list[str] = []
+    memory_bytes: PositiveInt | None = None
+    """Weights that each rank holds at the most; the least recently used models make room. By default, what fits."""
 
 
 class Limits(_Section):

@@ -26,6 +26,8 @@ class Model:
     dtype: str | None
     family: str = ""
     parameters: int = 0
+    weight_bytes: int = 0
+    """On each rank; before it is loaded, as far as its file tells."""
     loaded_s: float = 0.0
     plan: str = ""
 
@@ -34,14 +36,15 @@ class Model:
         """The file's name."""
         return os.path.basename(self.path)
 
-    @classmethod
-    def from_work(cls, body: dict[str, Any]) -> Model:
-        """The model that a work item loads."""
-        return cls(body["model"], body["path"], body["identity"], body["dtype"])
-
-    def work(self) -> dict[str, Any]:
-        """The work item that loads it."""
-        return {"model": self.id, "path": self.path, "identity": self.identity, "dtype": self.dtype}
+    def work(self, evict_models: Sequence[str] = ()) -> dict[str, Any]:
+        """The work item that loads it, in the place of those in ``evict_models``."""
+        return {
+            "model": self.id,
+            "path": self.path,
+            "identity": self.identity,
+            "dtype": self.dtype,
+            "evict_models": list(evict_models),
+        }
 
     def loaded(self, told: dict[str, Any], elapsed_s: float, world_size: int) -> Model:
         """The same model with what the ranks tell about it."""
@@ -49,6 +52,7 @@ class Model:
             self,
             family=told["family"],
             parameters=told["parameters"],
+            weight_bytes=told["weight_bytes"],
             dtype=told["dtype"],
             loaded_s=elapsed_s,
             plan=str(make_plan(AUTO, world_size, Shape(told["heads"], told["width"]))),
@@ -112,6 +116,18 @@ class Manifest:
         self._models.pop(model_id, None)
 
     def note_plan(self, model_id: str, plan: str) -> None:
-        """Remember how a model's last forward was spread."""
-        if model_id in self._models:
-            self._models[model_id] = replace(self._models[model_id], plan=plan)
+        """A model was used just now, and its forward spread by ``plan``."""
+        model = self._models.pop(model_id, None)
+        if model is not None:
+            self._models[model_id] = replace(model, plan=plan)
+
+    def to_evict(self, model: Model, budget: int | None) -> list[str]:
+        """The models, least recently used first, that must go for ``model`` to fit in a budget of bytes."""
+        evicted: list[str] = []
+        excess = sum(known.weight_bytes for known in self) + model.weight_bytes - (budget or 0)
+        for known in self:
+            if budget is None or excess <= 0:
+                break
+            evicted.append(known.id)
+            excess -= known.weight_bytes
+        return evicted

@@ -45,7 +45,7 @@ class Server:
         self.socket = self._bind()
         self.sessions = Sessions(self.socket, config.limits.clients)
         self.executor = Executor(
-            config, devices, preload, self._context, folder, on_step=self._tell_step, on_end=self._tell_end
+            config, devices, preload, self._context, folder, on_progress=self._tell_progress, on_end=self._tell_end
         )
         self._next_probe_s = self.started_s + config.heartbeat_s
         self._jobs_made = 0
@@ -175,16 +175,9 @@ class Server:
 
     # --- what jobs come to ----------------------------------------------------------------------------------------
 
-    def _tell_step(self, job: Job, answer: dict[str, Any]) -> None:
+    def _tell_progress(self, job: Job, body: dict[str, Any]) -> None:
         session = self.sessions.get(job.session)
-        if session is not None and job.started_s is not None:
-            body = {
-                "job": job.id,
-                "step": job.step,
-                "total": job.steps,
-                "sigma": answer["sigma"],
-                "elapsed_s": time.monotonic() - job.started_s,
-            }
+        if session is not None:
             session.post(wire.encode(Message("progress", body, job.request)), key=job.id)
 
     def _tell_end(self, job: Job, answer: dict[str, Any]) -> None:
@@ -241,7 +234,7 @@ class Server:
         model = manifest.describe(body.path, body.dtype, body.patches, body.plan, world_size)
         if model.id in manifest:
             return {"model": manifest.find(model.id).to_wire()}
-        self._submit(session, request, Verb.LOAD, model.id, model.work())
+        self._submit(session, request, Verb.LOAD, model.id, model)
         return None
 
     def _unload(self, session: Session, request: int, body: messages.Unload) -> None:
@@ -261,11 +254,10 @@ class Server:
             )
         self._submit(session, request, Verb.SAMPLE, body.model, dict(body), body.sigmas.shape[0] - 1)
 
-    def _submit(
-        self, session: Session, request: int, verb: Verb, model: str, body: dict[str, Any], steps: int = 1
-    ) -> None:
+    def _submit(self, session: Session, request: int, verb: Verb, model: str, body: Any, steps: int = 1) -> None:
         """Queue a job, or tell the client which tensors the store lacks for it."""
-        missing = self.executor.store.missing(digests_of(body))
+        digests = digests_of(body)
+        missing = self.executor.store.missing(digests)
         if missing:
             session.post(wire.encode(Message("missing", {"digests": missing}, request)))
             return
@@ -278,6 +270,7 @@ class Server:
             model=model,
             body=body,
             steps=steps,
+            digests=digests,
             submitted_s=time.monotonic(),
         )
         self.executor.submit(job)

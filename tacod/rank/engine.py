@@ -44,6 +44,8 @@ class Engine:
         self.topology = topology
         self.models: dict[str, Resident] = {}
         self.runs: dict[str, Run] = {}
+        self.report: Callable[[int, int], None] = lambda done, total: None
+        """Hears how many bytes of how many a load has done."""
         self._tensors: dict[bytes, wire.Tensor] = {}
 
     @property
@@ -109,8 +111,11 @@ class Engine:
             torch.cuda.empty_cache()
             raise OutOfMemory(f"{first}; use a smaller image or batch, or unload a model (`tacoctl unload`)") from None
 
-    def load(self, model: str, path: str, identity: str, dtype: str | None) -> dict[str, Any]:
+    def load(self, model: str, path: str, identity: str, dtype: str | None, evict_models: list[str]) -> dict[str, Any]:
         """Make a model resident under the id ``model``; nothing to do if it is already."""
+        for evicted in evict_models:
+            self.models.pop(evicted, None)
+        self._give_memory_back()
         if model not in self.models:
             checkpoint = read_checkpoint(path)
             if checkpoint.identity != identity:
@@ -120,6 +125,7 @@ class Engine:
             description = {
                 "family": loaded.family,
                 "parameters": sum(tensor.numel() for tensor in loaded.state_dict().values()),
+                "weight_bytes": sum(tensor.nbytes for tensor in loaded.state_dict().values()),
                 "dtype": chosen,
                 "heads": loaded.heads,
                 "width": loaded.width,
@@ -131,10 +137,13 @@ class Engine:
         """Give a model's memory back."""
         self._resident(model)
         del self.models[model]
+        self._give_memory_back()
+        return {}
+
+    def _give_memory_back(self) -> None:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        return {}
 
     def _resident(self, model: str) -> Resident:
         if model not in self.models:
