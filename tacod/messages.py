@@ -9,7 +9,21 @@ from pydantic import BaseModel, ConfigDict, Field, InstanceOf, ValidationError
 from tacod_client import wire
 from tacod_client.errors import ArgumentError
 
-__all__ = ["REQUESTS", "Cancel", "Empty", "Forward", "Hello", "Load", "Put", "Request", "Sample", "Unload", "parse"]
+__all__ = [
+    "REQUESTS",
+    "BeginUpload",
+    "Cancel",
+    "Empty",
+    "Forward",
+    "Hello",
+    "Load",
+    "Piece",
+    "Put",
+    "Request",
+    "Sample",
+    "Unload",
+    "parse",
+]
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 Tensor = InstanceOf[wire.Tensor]
@@ -38,6 +52,21 @@ class Put(Request):
     """Keep these tensors by content."""
 
     tensors: Annotated[list[Tensor], Field(max_length=256)]
+
+
+class BeginUpload(Request):
+    """Announce a model file, by its size and the digests of its pieces."""
+
+    nbytes: Annotated[int, Field(ge=1)]
+    digests: Annotated[list[bytes], Field(max_length=1 << 16)]
+
+
+class Piece(Request):
+    """A piece of an announced file."""
+
+    upload: Name
+    offset: Annotated[int, Field(ge=0)]
+    data: Tensor
 
 
 class Load(Request):
@@ -90,6 +119,8 @@ REQUESTS: dict[str, type[Request]] = {
     "bye": Empty,
     "ping": Empty,
     "put": Put,
+    "begin_upload": BeginUpload,
+    "piece": Piece,
     "load": Load,
     "unload": Unload,
     "forward": Forward,

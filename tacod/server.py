@@ -20,6 +20,7 @@ from tacod.messages import parse
 from tacod.scheduler import Job, Verb
 from tacod.sessions import Session, Sessions
 from tacod.store import digests_of, tensors_of
+from tacod.uploads import Uploads
 from tacod_client import wire
 from tacod_client.errors import ArgumentError, JobNotFound, MessageTooLarge, ProtocolError, QueueFull, TacodError
 from tacod_client.wire import Message
@@ -47,12 +48,15 @@ class Server:
         self.executor = Executor(
             config, devices, preload, self._context, folder, on_progress=self._tell_progress, on_end=self._tell_end
         )
+        self.uploads = Uploads(config.models.uploads, config.models.upload_bytes)
         self._next_probe_s = self.started_s + config.heartbeat_s
         self._jobs_made = 0
         self._verbs: dict[str, Callable[[Session, int, Any], dict[str, Any] | None]] = {
             "bye": self._bye,
             "ping": self._ping,
             "put": self._put,
+            "begin_upload": self._begin_upload,
+            "piece": self._piece,
             "load": self._load,
             "unload": self._unload,
             "forward": self._forward,
@@ -227,6 +231,15 @@ class Server:
             if tensor.frames is None:
                 raise ArgumentError("tensors: a tensor to keep must come with its bytes", argument="tensors")
         return {"digests": [self.executor.store.put(tensor) for tensor in body.tensors]}
+
+    def _begin_upload(self, session: Session, request: int, body: messages.BeginUpload) -> dict[str, Any]:
+        name, here = self.uploads.begin(body.nbytes, body.digests)
+        return {"upload": name, "here": here, "path": str(self.uploads.path(name))}
+
+    def _piece(self, session: Session, request: int, body: messages.Piece) -> dict[str, Any]:
+        if body.data.frames is None:
+            raise ArgumentError("data: a piece must come with its bytes", argument="data")
+        return {"here": self.uploads.add(body.upload, body.offset, b"".join(body.data.frames))}
 
     def _load(self, session: Session, request: int, body: messages.Load) -> dict[str, Any] | None:
         manifest = self.executor.manifest

@@ -14,7 +14,8 @@ from tacod_client.exchange import Uploads, converse, pack
 from tacod_client.job import Job
 from tacod_client.stats import ModelStats
 from tacod_client.tensors import kind_of, like
-from tacod_client.wire import Message
+from tacod_client.upload import PIECE_BYTES, digests_of_pieces, pieces
+from tacod_client.wire import Message, Tensor, split
 
 __all__ = ["Client", "Model"]
 
@@ -118,6 +119,47 @@ class Client:
         packed = pack(patches, "patches", uploads) if patches else None
         loading = Loading(str(path), dtype, packed, plan, uploads)
         return Model(self._connection, loading, loading.run(self._connection, progress))
+
+    def upload(
+        self,
+        tensors: Mapping[str, Any],
+        metadata: Mapping[str, str] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> str:
+        """Send a model's state dict to a daemon that can't read its file; returns the path to `load`.
+
+        Args:
+            tensors: Torch tensors or numpy arrays by their names in the single file.
+            metadata: What the file's ``__metadata__`` would hold, such as ``tacod.config``.
+            progress: Hears how many bytes of how many are there.
+
+        By content: what the daemon has already, whole or in part, isn't sent again.
+        """
+        notes = dict(metadata or {})
+        nbytes, digests = digests_of_pieces(tensors, notes)
+        for attempt in range(RELOADS):
+            try:
+                return self._send_pieces(nbytes, digests, pieces(tensors, notes), progress)
+            except ArgumentError as error:
+                # A daemon that was restarted has forgotten what was announced, but not what it had written.
+                if error.argument != "upload" or attempt == RELOADS - 1:
+                    raise
+        raise AssertionError
+
+    def _send_pieces(
+        self, nbytes: int, digests: list[bytes], pieces: Iterator[bytes], progress: Callable[[int, int], None] | None
+    ) -> str:
+        begun = self._connection.ask("begin_upload", lambda: {"nbytes": nbytes, "digests": digests}).body
+        for offset, piece in zip(range(0, nbytes, PIECE_BYTES), pieces, strict=True):
+            if offset < begun["here"]:
+                continue
+            data = Tensor("U8", (len(piece),), split(piece))
+            body = {"upload": begun["upload"], "offset": offset, "data": data}
+            self._connection.ask("piece", lambda body=body: body)  # type: ignore[misc]
+            if progress is not None:
+                progress(offset + len(piece), nbytes)
+        path: str = begun["path"]
+        return path
 
     def unload(self, model: str) -> None:
         """Give back the memory of a model, named by its id."""
