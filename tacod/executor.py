@@ -172,7 +172,8 @@ class Executor:
             self._restoring = self._restore.pop(0)
             log.info("loading %s", self._restoring.path)
             notify(f"STATUS=loading {self._restoring.name}")
-            self.group.run("load", self._restoring.work(), (), self.config.group.load_timeout_s)
+            stored = [self.store.get(digest) for digest in self._restoring.digests]
+            self.group.run("load", self._restoring.work(), stored, self.config.group.load_timeout_s)
             return
         if not self.ready:
             self.ready = True
@@ -210,7 +211,7 @@ class Executor:
         if job.verb is Verb.LOAD:
             for evicted in self._evicting:
                 log.info("unloaded %s to make room", evicted)
-                self.manifest.remove(evicted)
+                self._forget_model(evicted)
             self._evicting = []
         if answer.error is not None:
             self._take_error(job, answer.error)
@@ -220,7 +221,7 @@ class Executor:
         elif job.verb is Verb.LOAD:
             self._note_loaded(job.body, answer)
         else:
-            self.manifest.remove(job.body["model"])
+            self._forget_model(job.body["model"])
         ended = self.scheduler.finish_step()
         if job.verb is Verb.SAMPLE and job.outcome in (None, Outcome.RESULT):
             self._on_progress(job, self._progress(job, answer.body["sigma"]))
@@ -242,10 +243,21 @@ class Executor:
             self._note_loaded(model, answer)
         else:
             log.error("%s can't be loaded: %s", model.path, answer.error.message)
-            self.manifest.remove(model.id)
+            self._forget_model(model.id)
 
     def _note_loaded(self, model: Model, answer: Answer) -> None:
-        self.manifest.add(model.loaded(answer.body["model"], answer.elapsed_s, self.group.world_size))
+        told = [(model, answer.body["model"])]
+        if model.base is not None:
+            told.insert(0, (model.base, answer.body["base"]))
+        for each, facts in told:
+            if each.id not in self.manifest:
+                self.store.pin(each.digests)
+                self.manifest.add(each.loaded(facts, answer.elapsed_s, self.group.world_size))
+
+    def _forget_model(self, model_id: str) -> None:
+        if model_id in self.manifest:
+            self.store.unpin(self.manifest.find(model_id).digests)
+            self.manifest.remove(model_id)
 
     def _note_step(self, job: Job, answer: Answer) -> None:
         busy = answer.body["compute_s"] + answer.body["collective_s"]

@@ -11,7 +11,9 @@ from typing import Any
 
 from tacod.checkpoint import locate, read_checkpoint
 from tacod.plan import AUTO, Shape, make_plan, parse_request
-from tacod_client.errors import ModelNotFound, ModelUnsupported
+from tacod.store import digests_of
+from tacod_client.errors import ArgumentError, ModelNotFound
+from tacod_client.wire import Tensor
 
 __all__ = ["Manifest", "Model"]
 
@@ -24,10 +26,14 @@ class Model:
     path: str
     identity: str
     dtype: str | None
+    patches: Any = None
+    """Weight patches as they came, the paths in them resolved."""
+    base: Model | None = None
+    """The same model without patches, if it has any; the ranks hold that too, and share what isn't patched."""
     family: str = ""
     parameters: int = 0
     weight_bytes: int = 0
-    """On each rank; before it is loaded, as far as its file tells."""
+    """On each rank, besides what it shares with its base."""
     loaded_s: float = 0.0
     plan: str = ""
 
@@ -43,8 +49,15 @@ class Model:
             "path": self.path,
             "identity": self.identity,
             "dtype": self.dtype,
+            "patches": self.patches,
+            "base": self.base.id if self.base else None,
             "evict_models": list(evict_models),
         }
+
+    @property
+    def digests(self) -> list[bytes]:
+        """The stored tensors that its patches name; they are needed for as long as it is to be resident."""
+        return digests_of(self.patches)
 
     def loaded(self, told: dict[str, Any], elapsed_s: float, world_size: int) -> Model:
         """The same model with what the ranks tell about it."""
@@ -66,6 +79,7 @@ class Model:
             "family": self.family,
             "path": self.path,
             "parameters": self.parameters,
+            "patches": len(self.patches or ()),
             "dtype": self.dtype,
             "plan": self.plan,
             "loaded_s": round(self.loaded_s, 3),
@@ -100,12 +114,25 @@ class Manifest:
         Raises a `ModelError` if the file may not or can't be loaded, `ArgumentError` for a plan that can't be.
         """
         parse_request(plan, world_size)
-        if patches:
-            raise ModelUnsupported("patches: this version loads models as they are in their file, without patches")
         real = locate(path, self.roots)
         identity = read_checkpoint(real).identity
-        model_id = hashlib.sha256(json.dumps([identity, dtype, patches or []]).encode()).hexdigest()[:16]
-        return Model(model_id, real, identity, dtype)
+        base = Model(_name(identity, dtype), real, identity, dtype)
+        if not patches:
+            return base
+        resolved = [self._resolve(index, patch) for index, patch in enumerate(patches)]
+        said = [_contents(patch) for patch in resolved]
+        return replace(base, id=_name(identity, dtype, said), patches=[patch for patch, _ in resolved], base=base)
+
+    def _resolve(self, index: int, patch: Any) -> tuple[Any, str]:
+        """A patch with its file's real path, if it names one, and what tells that file's state."""
+        if not isinstance(patch, dict):
+            raise ArgumentError(f"patches[{index}]: expected a map, got {type(patch).__name__}", argument="patches")
+        if "path" not in patch:
+            return patch, ""
+        if not isinstance(patch["path"], str):
+            raise ArgumentError(f"patches[{index}].path: expected a string", argument="patches")
+        real = locate(patch["path"], self.roots)
+        return {**patch, "path": real}, read_checkpoint(real).identity
 
     def add(self, model: Model) -> None:
         """A model is resident."""
@@ -131,3 +158,20 @@ class Manifest:
             evicted.append(known.id)
             excess -= known.weight_bytes
         return evicted
+
+
+def _name(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _contents(value: Any) -> Any:
+    """A body as JSON takes it, tensors by their digests."""
+    if isinstance(value, Tensor):
+        digest = value.with_digest().digest
+        assert digest is not None
+        return digest.hex()
+    if isinstance(value, dict):
+        return {key: _contents(item) for key, item in sorted(value.items())}
+    if isinstance(value, (list, tuple)):
+        return [_contents(item) for item in value]
+    return value

@@ -269,7 +269,7 @@ class Server:
 
     def _submit(self, session: Session, request: int, verb: Verb, model: str, body: Any, steps: int = 1) -> None:
         """Queue a job, or tell the client which tensors the store lacks for it."""
-        digests = digests_of(body)
+        digests = body.digests if isinstance(body, Model) else digests_of(body)
         missing = self.executor.store.missing(digests)
         if missing:
             session.post(wire.encode(Message("missing", {"digests": missing}, request)))

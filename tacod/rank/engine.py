@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,14 +15,25 @@ from torch import Tensor
 from tacod.checkpoint import read_checkpoint
 from tacod.plan import parse_request
 from tacod.rank.arguments import check_arguments, load_arguments
-from tacod.rank.families.base import DiT
+from tacod.rank.families import detect
+from tacod.rank.families.base import DiT, Place
+from tacod.rank.lora import read_lora
+from tacod.rank.patches import Patch, apply, parse_patches
 from tacod.rank.sampling import Run, SampleRequest, begin
 from tacod.rank.spread import plan_for, run
 from tacod.rank.topology import Topology
-from tacod.rank.weights import DTYPES, choose_dtype, load_model
+from tacod.rank.weights import (
+    DTYPES,
+    choose_dtype,
+    get_weight,
+    load_model,
+    set_weight,
+    share,
+    weight_bytes,
+)
 from tacod_client import wire
-from tacod_client.errors import ModelCorrupt, ModelNotFound, OutOfMemory
-from tacod_client.tensors import to_wire
+from tacod_client.errors import ArgumentError, ModelCorrupt, ModelNotFound, OutOfMemory
+from tacod_client.tensors import from_wire, to_wire
 
 __all__ = ["Engine"]
 
@@ -32,7 +43,9 @@ class Resident:
     """A model that is loaded, and what the daemon tells about it."""
 
     model: DiT
-    dtype: str
+    layout: Mapping[str, Place]
+    shapes: Mapping[str, Sequence[int]]
+    """Of the weights, by their names in the single file."""
     description: dict[str, Any]
 
 
@@ -111,27 +124,66 @@ class Engine:
             torch.cuda.empty_cache()
             raise OutOfMemory(f"{first}; use a smaller image or batch, or unload a model (`tacoctl unload`)") from None
 
-    def load(self, model: str, path: str, identity: str, dtype: str | None, evict_models: list[str]) -> dict[str, Any]:
-        """Make a model resident under the id ``model``; nothing to do if it is already."""
+    def load(
+        self,
+        model: str,
+        path: str,
+        identity: str,
+        dtype: str | None,
+        patches: list[Any] | None,
+        base: str | None,
+        evict_models: list[str],
+    ) -> dict[str, Any]:
+        """Make a model resident under the id ``model``; nothing to do if it is already.
+
+        With ``patches`` it shares with the model ``base``, which is loaded too, all that they leave alone.
+        """
         for evicted in evict_models:
             self.models.pop(evicted, None)
         self._give_memory_back()
+        plain = base or model
+        if plain not in self.models:
+            self.models[plain] = self._load_file(path, identity, dtype)
         if model not in self.models:
-            checkpoint = read_checkpoint(path)
-            if checkpoint.identity != identity:
-                raise ModelCorrupt(f"{path} changed while it was being loaded; load it again")
-            chosen = choose_dtype(checkpoint, dtype, self.device)
-            loaded = load_model(checkpoint, DTYPES[chosen], self.device)
-            description = {
-                "family": loaded.family,
-                "parameters": sum(tensor.numel() for tensor in loaded.state_dict().values()),
-                "weight_bytes": sum(tensor.nbytes for tensor in loaded.state_dict().values()),
-                "dtype": chosen,
-                "heads": loaded.heads,
-                "width": loaded.width,
-            }
-            self.models[model] = Resident(loaded, chosen, description)
-        return {"model": self.models[model].description}
+            self.models[model] = self._patch(self.models[plain], patches)
+        return {"model": self.models[model].description, "base": self.models[plain].description}
+
+    def _load_file(self, path: str, identity: str, dtype: str | None) -> Resident:
+        checkpoint = read_checkpoint(path)
+        if checkpoint.identity != identity:
+            raise ModelCorrupt(f"{path} changed while it was being loaded; load it again")
+        chosen = choose_dtype(checkpoint, dtype, self.device)
+        family, config = detect(checkpoint.tensors, checkpoint.config)
+        loaded = load_model(checkpoint, DTYPES[chosen], self.device, self.report)
+        description = {
+            "family": loaded.family,
+            "parameters": checkpoint.parameters,
+            "weight_bytes": weight_bytes(loaded),
+            "dtype": chosen,
+            "heads": loaded.heads,
+            "width": loaded.width,
+        }
+        with torch.device("meta"):
+            shapes = {name: tuple(weight.shape) for name, weight in family(config).state_dict().items()}
+        return Resident(loaded, family.diffusers_layout(config), shapes, description)
+
+    def _patch(self, base: Resident, patches: Any) -> Resident:
+        """The base's weights with patches merged in; only those that are patched take memory of their own."""
+        model = base.model
+        patched = share(model)
+
+        def read(path: str, strength: float) -> dict[str, list[Patch]]:
+            return read_lora(path, base.layout, base.shapes, strength)
+
+        for key, each in parse_patches(_as_torch(patches), read, base.shapes).items():
+            weight = get_weight(model, key).to(model.dtype)
+            merged = apply(weight, each, key)
+            if merged.shape != weight.shape:
+                raise ArgumentError(f"patches: {key} would grow to {list(merged.shape)}", argument="patches")
+            if merged is not weight:
+                set_weight(patched, key, merged)
+        own = weight_bytes(model, patched) - weight_bytes(model)
+        return replace(base, model=patched, description={**base.description, "weight_bytes": own})
 
     def unload(self, model: str) -> dict[str, Any]:
         """Give a model's memory back."""
@@ -193,3 +245,12 @@ class Engine:
         request.check(dit)
         asked = parse_request(plan, self.topology.world_size)
         return begin(request, dit, asked, self.topology, self.device)
+
+
+def _as_torch(value: Any) -> Any:
+    """A body with torch tensors for the wire's."""
+    if isinstance(value, wire.Tensor):
+        return from_wire(value, "torch")
+    if isinstance(value, dict):
+        return {key: _as_torch(item) for key, item in value.items()}
+    return [_as_torch(item) for item in value] if isinstance(value, list) else value

@@ -73,7 +73,7 @@ class DiT(nn.Module, abc.ABC):
     """The name that users see: ``flux``, ``sd3``."""
     image_models: ClassVar[tuple[str, ...]]
     """The values of ``image_model`` in ComfyUI's ``unet_config`` that this family runs."""
-    latent_format: ClassVar[LatentFormat]
+    latent_format: LatentFormat
     process: ClassVar[Process]
     """What the output means."""
     heads: int
