@@ -96,6 +96,12 @@ class Models(_Section):
 
     roots: list[Annotated[str, AfterValidator(_check_root)]] = []
     preload: list[str] = []
+    uploads: Annotated[str, AfterValidator(_check_root)] | None = None
+    """A folder for model files that clients send, when tacod can't read theirs; by default none are taken."""
+    upload_bytes: PositiveInt = 64 << 30
+    """What the files in `uploads` may take; the least recently used make room."""
+    memory_bytes: PositiveInt | None = None
+    """Weights that each rank holds at the most; the least recently used models make room. By default, what fits."""
 
 
 class Limits(_Section):

@@ -80,7 +80,11 @@ def _draw(client: Client, prompt: str, inputs: dict[str, Any], output: Path) -> 
     Image.fromarray(embedded.decode(latent)[0].numpy()).save(output)
     print(f"wrote {output}\n")
     _print_stats(model)
-    alone = client.load(str(embedded.PATH), plan={"sequence": 1}).sample(**inputs).result()
+    alone = (
+        client.load(str(embedded.PATH), plan={"sequence_parallel_degree": 1, "cfg_parallel": False})
+        .sample(**inputs)
+        .result()
+    )
     error = ((latent - alone).norm() / alone.norm()).item()
     print(f"\n{group['world_size']} ranks against 1: the latents differ by {error:.1e} (relative)")
 

@@ -17,8 +17,8 @@ from tacod.metrics import Metrics, StepTimes
 from tacod.notify import notify
 from tacod.restarts import RestartPolicy
 from tacod.scheduler import Job, Outcome, Scheduler, Verb
-from tacod.store import Store, digests_of
-from tacod_client.errors import ModelNotFound, TacodError, Unavailable
+from tacod.store import Store
+from tacod_client.errors import ModelNotFound, OutOfMemory, TacodError, Unavailable
 
 __all__ = ["Executor"]
 
@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 class Executor:
     """Scheduler and ranks, and what each needs of the other.
 
-    ``on_step`` hears of every step of a sampling job, ``on_end`` once of every job's end; both get the ranks' answer.
+    ``on_progress`` hears of every step of a sampling job and of every stretch of a load, ``on_end`` once of every job's
+    end, with the ranks' answer.
     """
 
     def __init__(
@@ -38,11 +39,11 @@ class Executor:
         preload: Iterable[Model],
         context: zmq.Context[Any],
         folder: Path,
-        on_step: Callable[[Job, dict[str, Any]], None],
+        on_progress: Callable[[Job, dict[str, Any]], None],
         on_end: Callable[[Job, dict[str, Any]], None],
     ) -> None:
         self.config = config
-        self.manifest = Manifest(config.models.roots)
+        self.manifest = Manifest([*config.models.roots, *([config.models.uploads] if config.models.uploads else [])])
         self.store = Store(config.limits.store_bytes)
         self.metrics = Metrics()
         self.scheduler = Scheduler(config.limits.queue, config.group.retries)
@@ -52,11 +53,14 @@ class Executor:
         self.given_up: str | None = None
         """Why the ranks are not started again, once that is so."""
         self._restarts = RestartPolicy(config.group.max_restarts, config.group.restart_window_s)
-        self._on_step = on_step
+        self._on_progress = on_progress
+        self._told: tuple[int, int] | None = None
         self._on_end = on_end
         self._spawn_at: float | None = time.monotonic()
         self._restore = list(preload)
         self._restoring: Model | None = None
+        self._evicting: list[str] = []
+        """The models that the running load takes the place of."""
         self._step_ready_s: dict[str, float] = {}
         """When each started job's current or next step could have begun; a retry waits since then too."""
         self._queue_s = 0.0
@@ -89,7 +93,7 @@ class Executor:
         if self.given_up is not None:
             raise Unavailable(self.given_up)
         self.scheduler.submit(job)
-        self.store.pin(digests_of(job.body))
+        self.store.pin(job.digests)
 
     def cancel(self, job_id: str) -> bool:
         """Cancel a job; returns whether that is done already. Raises `JobNotFound`."""
@@ -113,6 +117,7 @@ class Executor:
         now = time.monotonic()
         try:
             answer = self.group.receive()
+            self._tell_load()
             if answer is not None:
                 self._take(answer)
             self.group.check(now)
@@ -124,6 +129,19 @@ class Executor:
             self._spawn_at = None
             self.group.spawn()
             notify(f"STATUS=starting {self.group.world_size} ranks")
+
+    def _tell_load(self) -> None:
+        """Pass on how far the running load is, if it got further."""
+        job, progress = self.scheduler.running, self.group.progress
+        if job is not None and job.verb is Verb.LOAD and progress is not None and progress != self._told:
+            self._told = progress
+            self._on_progress(job, {"done_bytes": progress[0], "total_bytes": progress[1]})
+
+    @staticmethod
+    def _progress(job: Job, sigma: float) -> dict[str, Any]:
+        assert job.started_s is not None
+        elapsed_s = time.monotonic() - job.started_s
+        return {"job": job.id, "step": job.step, "total": job.steps, "sigma": sigma, "elapsed_s": elapsed_s}
 
     def _lose_group(self, reason: str, now: float) -> None:
         log.error("%s; ending all ranks", reason)
@@ -154,7 +172,8 @@ class Executor:
             self._restoring = self._restore.pop(0)
             log.info("loading %s", self._restoring.path)
             notify(f"STATUS=loading {self._restoring.name}")
-            self.group.run("load", self._restoring.work(), (), self.config.group.load_timeout_s)
+            stored = [self.store.get(digest) for digest in self._restoring.digests]
+            self.group.run("load", self._restoring.work(), stored, self.config.group.load_timeout_s)
             return
         if not self.ready:
             self.ready = True
@@ -177,7 +196,9 @@ class Executor:
             body = {"job": job.id, "step": job.step, **(job.body if job.step == 0 else {})}
         elif job.verb is Verb.LOAD:
             timeout_s = group.load_timeout_s
-        stored = [self.store.get(digest) for digest in digests_of(body)]
+            self._evicting = self.manifest.to_evict(job.body, self.config.models.memory_bytes) or self._evicting
+            body = job.body.work(self._evicting)
+        stored = [self.store.get(digest) for digest in job.digests] if job.step == 0 else []
         self.group.run(job.verb.value, body, stored, timeout_s)
 
     def _take(self, answer: Answer) -> None:
@@ -187,32 +208,56 @@ class Executor:
             return
         job = self.scheduler.running
         assert job is not None
+        if job.verb is Verb.LOAD:
+            for evicted in self._evicting:
+                log.info("unloaded %s to make room", evicted)
+                self._forget_model(evicted)
+            self._evicting = []
         if answer.error is not None:
-            self._end([self.scheduler.fail_step(answer.error)])
+            self._take_error(job, answer.error)
             return
         if job.verb in (Verb.FORWARD, Verb.SAMPLE):
             self._note_step(job, answer)
         elif job.verb is Verb.LOAD:
-            self._note_loaded(Model.from_work(job.body), answer)
+            self._note_loaded(job.body, answer)
         else:
-            self.manifest.remove(job.body["model"])
+            self._forget_model(job.body["model"])
         ended = self.scheduler.finish_step()
         if job.verb is Verb.SAMPLE and job.outcome in (None, Outcome.RESULT):
-            self._on_step(job, answer.body)
+            self._on_progress(job, self._progress(job, answer.body["sigma"]))
         if ended is None:
             self._step_ready_s[job.id] = time.monotonic()
         else:
             self._end([ended], answer.body)
+
+    def _take_error(self, job: Job, error: TacodError) -> None:
+        others = [model.id for model in self.manifest]
+        if job.verb is Verb.LOAD and isinstance(error, OutOfMemory) and others and not job.cancelling:
+            self._evicting = others[:1]
+            self.scheduler.repeat_step()
+        else:
+            self._end([self.scheduler.fail_step(error)])
 
     def _take_restored(self, model: Model, answer: Answer) -> None:
         if answer.error is None:
             self._note_loaded(model, answer)
         else:
             log.error("%s can't be loaded: %s", model.path, answer.error.message)
-            self.manifest.remove(model.id)
+            self._forget_model(model.id)
 
     def _note_loaded(self, model: Model, answer: Answer) -> None:
-        self.manifest.add(model.loaded(answer.body["model"], answer.elapsed_s, self.group.world_size))
+        told = [(model, answer.body["model"])]
+        if model.base is not None:
+            told.insert(0, (model.base, answer.body["base"]))
+        for each, facts in told:
+            if each.id not in self.manifest:
+                self.store.pin(each.digests)
+                self.manifest.add(each.loaded(facts, answer.elapsed_s, self.group.world_size))
+
+    def _forget_model(self, model_id: str) -> None:
+        if model_id in self.manifest:
+            self.store.unpin(self.manifest.find(model_id).digests)
+            self.manifest.remove(model_id)
 
     def _note_step(self, job: Job, answer: Answer) -> None:
         busy = answer.body["compute_s"] + answer.body["collective_s"]
@@ -232,7 +277,7 @@ class Executor:
         for job in jobs:
             assert job.outcome is not None
             self.metrics.jobs_total[job.outcome.value] += 1
-            self.store.unpin(digests_of(job.body))
+            self.store.unpin(job.digests)
             self._step_ready_s.pop(job.id, None)
             if job.verb is Verb.SAMPLE and job.outcome is not Outcome.RESULT:
                 self.group.forget(job.id)

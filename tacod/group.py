@@ -55,6 +55,8 @@ class Rank:
     peer: bytes | None = None
     """Its address on the ranks' socket, once it is ready."""
     memory_used_bytes: int = 0
+    progress: tuple[int, int] | None = None
+    """Bytes done and bytes in all, of the load that it works on."""
 
 
 @dataclass
@@ -219,6 +221,7 @@ class RankGroup:
         frames = wire.encode(Message(verb, body, self._work))
         for rank in self.ranks:
             assert rank.peer is not None
+            rank.progress = None
             try:
                 self.socket.send_multipart([rank.peer, *frames], copy=False)
             except zmq.ZMQError as error:
@@ -262,7 +265,11 @@ class RankGroup:
             message = wire.decode([frame.buffer for frame in frames])
             if message.type == "ready":
                 self._greet(peer.bytes, message)
-            elif message.id == self._work and self.state is State.BUSY:
+            elif message.id != self._work or self.state is not State.BUSY:
+                continue
+            elif message.type == "progress":
+                self._note_progress(peer.bytes, message)
+            else:
                 answer = self._collect(peer.bytes, message)
                 if answer is not None:
                     return answer
@@ -276,6 +283,17 @@ class RankGroup:
         if all(rank.peer is not None for rank in self.ranks):
             self.state = State.IDLE
             self.deadline = None
+
+    @property
+    def progress(self) -> tuple[int, int] | None:
+        """How far the slowest rank's load is; None if not all have said."""
+        known = [rank.progress for rank in self.ranks if rank.progress is not None]
+        return min(known) if known and len(known) == len(self.ranks) else None
+
+    def _note_progress(self, peer: bytes, message: Message) -> None:
+        for rank in self.ranks:
+            if rank.peer == peer:
+                rank.progress = (message.body["done"], message.body["total"])
 
     def _collect(self, peer: bytes, message: Message) -> Answer | None:
         rank = next((rank for rank in self.ranks if rank.peer == peer), None)
@@ -313,10 +331,11 @@ def _environment(kind: str, device: str) -> dict[str, str]:
     if kind == "cuda":
         env.update(CUDA_DEVICE_ORDER="PCI_BUS_ID", CUDA_VISIBLE_DEVICES=device)
         env.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-        env.setdefault("NCCL_SOCKET_IFNAME", "lo")
     else:
         env.update(CUDA_VISIBLE_DEVICES="")
-        env.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    # All ranks are on this machine; the name of its network interface, or a lack of one, is no concern of theirs.
+    for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+        env.setdefault(variable, "lo")
     return env
 
 

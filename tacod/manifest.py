@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tacod.checkpoint import locate, read_checkpoint
-from tacod.plan import check_request, make_plan
-from tacod_client.errors import ModelNotFound, ModelUnsupported
+from tacod.plan import AUTO, Shape, make_plan, parse_request
+from tacod.store import digests_of
+from tacod_client.errors import ArgumentError, ModelNotFound
+from tacod_client.wire import Tensor
 
 __all__ = ["Manifest", "Model"]
 
@@ -24,9 +26,14 @@ class Model:
     path: str
     identity: str
     dtype: str | None
+    patches: Any = None
+    """Weight patches as they came, the paths in them resolved."""
+    base: Model | None = None
+    """The same model without patches, if it has any; the ranks hold that too, and share what isn't patched."""
     family: str = ""
     parameters: int = 0
-    heads: int = 0
+    weight_bytes: int = 0
+    """On each rank, besides what it shares with its base."""
     loaded_s: float = 0.0
     plan: str = ""
 
@@ -35,14 +42,22 @@ class Model:
         """The file's name."""
         return os.path.basename(self.path)
 
-    @classmethod
-    def from_work(cls, body: dict[str, Any]) -> Model:
-        """The model that a work item loads."""
-        return cls(body["model"], body["path"], body["identity"], body["dtype"])
+    def work(self, evict_models: Sequence[str] = ()) -> dict[str, Any]:
+        """The work item that loads it, in the place of those in ``evict_models``."""
+        return {
+            "model": self.id,
+            "path": self.path,
+            "identity": self.identity,
+            "dtype": self.dtype,
+            "patches": self.patches,
+            "base": self.base.id if self.base else None,
+            "evict_models": list(evict_models),
+        }
 
-    def work(self) -> dict[str, Any]:
-        """The work item that loads it."""
-        return {"model": self.id, "path": self.path, "identity": self.identity, "dtype": self.dtype}
+    @property
+    def digests(self) -> list[bytes]:
+        """The stored tensors that its patches name; they are needed for as long as it is to be resident."""
+        return digests_of(self.patches)
 
     def loaded(self, told: dict[str, Any], elapsed_s: float, world_size: int) -> Model:
         """The same model with what the ranks tell about it."""
@@ -50,10 +65,10 @@ class Model:
             self,
             family=told["family"],
             parameters=told["parameters"],
-            heads=told["heads"],
+            weight_bytes=told["weight_bytes"],
             dtype=told["dtype"],
             loaded_s=elapsed_s,
-            plan=str(make_plan("auto", world_size, told["heads"], ())),
+            plan=str(make_plan(AUTO, world_size, Shape(told["heads"], told["width"]))),
         )
 
     def to_wire(self) -> dict[str, Any]:
@@ -64,6 +79,7 @@ class Model:
             "family": self.family,
             "path": self.path,
             "parameters": self.parameters,
+            "patches": len(self.patches or ()),
             "dtype": self.dtype,
             "plan": self.plan,
             "loaded_s": round(self.loaded_s, 3),
@@ -97,13 +113,26 @@ class Manifest:
 
         Raises a `ModelError` if the file may not or can't be loaded, `ArgumentError` for a plan that can't be.
         """
-        check_request(plan, world_size)
-        if patches:
-            raise ModelUnsupported("patches: this version loads models as they are in their file, without patches")
+        parse_request(plan, world_size)
         real = locate(path, self.roots)
         identity = read_checkpoint(real).identity
-        model_id = hashlib.sha256(json.dumps([identity, dtype, patches or []]).encode()).hexdigest()[:16]
-        return Model(model_id, real, identity, dtype)
+        base = Model(_name(identity, dtype), real, identity, dtype)
+        if not patches:
+            return base
+        resolved = [self._resolve(index, patch) for index, patch in enumerate(patches)]
+        said = [_contents(patch) for patch in resolved]
+        return replace(base, id=_name(identity, dtype, said), patches=[patch for patch, _ in resolved], base=base)
+
+    def _resolve(self, index: int, patch: Any) -> tuple[Any, str]:
+        """A patch with its file's real path, if it names one, and what tells that file's state."""
+        if not isinstance(patch, dict):
+            raise ArgumentError(f"patches[{index}]: expected a map, got {type(patch).__name__}", argument="patches")
+        if "path" not in patch:
+            return patch, ""
+        if not isinstance(patch["path"], str):
+            raise ArgumentError(f"patches[{index}].path: expected a string", argument="patches")
+        real = locate(patch["path"], self.roots)
+        return {**patch, "path": real}, read_checkpoint(real).identity
 
     def add(self, model: Model) -> None:
         """A model is resident."""
@@ -114,6 +143,35 @@ class Manifest:
         self._models.pop(model_id, None)
 
     def note_plan(self, model_id: str, plan: str) -> None:
-        """Remember how a model's last forward was spread."""
-        if model_id in self._models:
-            self._models[model_id] = replace(self._models[model_id], plan=plan)
+        """A model was used just now, and its forward spread by ``plan``."""
+        model = self._models.pop(model_id, None)
+        if model is not None:
+            self._models[model_id] = replace(model, plan=plan)
+
+    def to_evict(self, model: Model, budget: int | None) -> list[str]:
+        """The models, least recently used first, that must go for ``model`` to fit in a budget of bytes."""
+        evicted: list[str] = []
+        excess = sum(known.weight_bytes for known in self) + model.weight_bytes - (budget or 0)
+        for known in self:
+            if budget is None or excess <= 0:
+                break
+            evicted.append(known.id)
+            excess -= known.weight_bytes
+        return evicted
+
+
+def _name(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _contents(value: Any) -> Any:
+    """A body as JSON takes it, tensors by their digests."""
+    if isinstance(value, Tensor):
+        digest = value.with_digest().digest
+        assert digest is not None
+        return digest.hex()
+    if isinstance(value, dict):
+        return {key: _contents(item) for key, item in sorted(value.items())}
+    if isinstance(value, (list, tuple)):
+        return [_contents(item) for item in value]
+    return value

@@ -9,7 +9,21 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, InstanceOf, V
 from tacod_client import wire
 from tacod_client.errors import ArgumentError
 
-__all__ = ["REQUESTS", "Cancel", "Empty", "Forward", "Hello", "Load", "Put", "Request", "Sample", "Unload", "parse"]
+__all__ = [
+    "REQUESTS",
+    "BeginUpload",
+    "Cancel",
+    "Empty",
+    "Forward",
+    "Hello",
+    "Load",
+    "Piece",
+    "Put",
+    "Request",
+    "Sample",
+    "Unload",
+    "parse",
+]
 
 VALUES = 512
 """Most values, keys among them, that `plan`, `arguments`, `positive` and `negative` may hold each."""
@@ -65,6 +79,21 @@ class Put(Request):
     tensors: Annotated[list[Tensor], Field(max_length=256)]
 
 
+class BeginUpload(Request):
+    """Announce a model file, by its size and the digests of its pieces."""
+
+    nbytes: Annotated[int, Field(ge=1)]
+    digests: Annotated[list[bytes], Field(max_length=1 << 16)]
+
+
+class Piece(Request):
+    """A piece of an announced file."""
+
+    upload: Name
+    offset: Annotated[int, Field(ge=0)]
+    data: Tensor
+
+
 class Load(Request):
     """Make a model resident."""
 
@@ -115,6 +144,8 @@ REQUESTS: dict[str, type[Request]] = {
     "bye": Empty,
     "ping": Empty,
     "put": Put,
+    "begin_upload": BeginUpload,
+    "piece": Piece,
     "load": Load,
     "unload": Unload,
     "forward": Forward,

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 
 from tacod.checkpoint import read_checkpoint
-from tacod.plan import make_plan
+from tacod.plan import AUTO
 from tacod.rank.families import detect
+from tacod.rank.spread import plan_for
 from tacod_client import wire
 from tacod_client.errors import TacodError
 
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name, spec in model.arguments().items()
             if spec.required and spec.shape is not None
         }
-        plan = make_plan("auto", args.ranks, model.heads, model.lengths(given))
+        plan = plan_for(model, AUTO, args.ranks, given)
     except TacodError as error:
         print(f"tacoctl: {error.message}", file=sys.stderr)
         return 1
@@ -50,10 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             "family": family.family,
             "parameters": checkpoint.parameters,
             "plan": str(plan),
-            "sequence": plan.sequence,
-            "heads": plan.heads,
+            "batch": plan.layout.batch,
+            "ulysses": plan.layout.ulysses,
+            "ring": plan.layout.ring,
             "tokens": plan.tokens,
-            "lengths": list(plan.lengths),
         }
         print(json.dumps(told, indent=2))
     else:

@@ -44,7 +44,10 @@ class Job:
     verb: Verb
     model: str
     body: Any
+    """What the ranks get; for a load, the `Model`."""
     steps: int
+    digests: list[bytes] = field(default_factory=list)
+    """Tensors of the store that it needs."""
     submitted_s: float = 0.0
     step: int = 0
     attempts: int = 1
@@ -135,6 +138,10 @@ class Scheduler:
         if job.cancelling:
             return job.end(Outcome.CANCELLED, _cancelled(job))
         return job.end(Outcome.FAILED, error)
+
+    def repeat_step(self) -> None:
+        """The running step is to be done again, next."""
+        self._put_back(self._take_running(), first=True)
 
     def lose_group(self, reason: str) -> list[Job]:
         """The ranks are gone, and with them what jobs had reached: all started jobs begin again.

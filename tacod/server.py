@@ -20,6 +20,7 @@ from tacod.messages import parse
 from tacod.scheduler import Job, Verb
 from tacod.sessions import Session, Sessions
 from tacod.store import digests_of, tensors_of
+from tacod.uploads import Uploads
 from tacod_client import wire
 from tacod_client.errors import ArgumentError, JobNotFound, MessageTooLarge, ProtocolError, QueueFull, TacodError
 from tacod_client.wire import Message
@@ -45,14 +46,17 @@ class Server:
         self.socket = self._bind()
         self.sessions = Sessions(self.socket, config.limits.clients)
         self.executor = Executor(
-            config, devices, preload, self._context, folder, on_step=self._tell_step, on_end=self._tell_end
+            config, devices, preload, self._context, folder, on_progress=self._tell_progress, on_end=self._tell_end
         )
+        self.uploads = Uploads(config.models.uploads, config.models.upload_bytes)
         self._next_probe_s = self.started_s + config.heartbeat_s
         self._jobs_made = 0
         self._verbs: dict[str, Callable[[Session, int, Any], dict[str, Any] | None]] = {
             "bye": self._bye,
             "ping": self._ping,
             "put": self._put,
+            "begin_upload": self._begin_upload,
+            "piece": self._piece,
             "load": self._load,
             "unload": self._unload,
             "forward": self._forward,
@@ -175,16 +179,9 @@ class Server:
 
     # --- what jobs come to ----------------------------------------------------------------------------------------
 
-    def _tell_step(self, job: Job, answer: dict[str, Any]) -> None:
+    def _tell_progress(self, job: Job, body: dict[str, Any]) -> None:
         session = self.sessions.get(job.session)
-        if session is not None and job.started_s is not None:
-            body = {
-                "job": job.id,
-                "step": job.step,
-                "total": job.steps,
-                "sigma": answer["sigma"],
-                "elapsed_s": time.monotonic() - job.started_s,
-            }
+        if session is not None:
             session.post(wire.encode(Message("progress", body, job.request)), key=job.id)
 
     def _tell_end(self, job: Job, answer: dict[str, Any]) -> None:
@@ -235,13 +232,22 @@ class Server:
                 raise ArgumentError("tensors: a tensor to keep must come with its bytes", argument="tensors")
         return {"digests": [self.executor.store.put(tensor) for tensor in body.tensors]}
 
+    def _begin_upload(self, session: Session, request: int, body: messages.BeginUpload) -> dict[str, Any]:
+        name, here = self.uploads.begin(body.nbytes, body.digests)
+        return {"upload": name, "here": here, "path": str(self.uploads.path(name))}
+
+    def _piece(self, session: Session, request: int, body: messages.Piece) -> dict[str, Any]:
+        if body.data.frames is None:
+            raise ArgumentError("data: a piece must come with its bytes", argument="data")
+        return {"here": self.uploads.add(body.upload, body.offset, b"".join(body.data.frames))}
+
     def _load(self, session: Session, request: int, body: messages.Load) -> dict[str, Any] | None:
         manifest = self.executor.manifest
         world_size = self.executor.group.world_size
         model = manifest.describe(body.path, body.dtype, body.patches, body.plan, world_size)
         if model.id in manifest:
             return {"model": manifest.find(model.id).to_wire()}
-        self._submit(session, request, Verb.LOAD, model.id, model.work())
+        self._submit(session, request, Verb.LOAD, model.id, model)
         return None
 
     def _unload(self, session: Session, request: int, body: messages.Unload) -> None:
@@ -261,11 +267,10 @@ class Server:
             )
         self._submit(session, request, Verb.SAMPLE, body.model, dict(body), body.sigmas.shape[0] - 1)
 
-    def _submit(
-        self, session: Session, request: int, verb: Verb, model: str, body: dict[str, Any], steps: int = 1
-    ) -> None:
+    def _submit(self, session: Session, request: int, verb: Verb, model: str, body: Any, steps: int = 1) -> None:
         """Queue a job, or tell the client which tensors the store lacks for it."""
-        missing = self.executor.store.missing(digests_of(body))
+        digests = body.digests if isinstance(body, Model) else digests_of(body)
+        missing = self.executor.store.missing(digests)
         if missing:
             session.post(wire.encode(Message("missing", {"digests": missing}, request)))
             return
@@ -278,6 +283,7 @@ class Server:
             model=model,
             body=body,
             steps=steps,
+            digests=digests,
             submitted_s=time.monotonic(),
         )
         self.executor.submit(job)

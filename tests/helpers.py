@@ -26,7 +26,7 @@ from torch import Tensor
 
 from tacod.rank.families import detect
 from tacod.rank.families.base import DiT
-from tacod.rank.ulysses import Ulysses
+from tacod.rank.sequence import SequenceParallel
 from tacod_client import Client, Job, Model
 from tacod_client.errors import ConnectionFailed
 
@@ -258,7 +258,7 @@ class Tiny:
     def forward(self, **inputs: Any) -> Tensor:
         """One forward in this process."""
         with torch.inference_mode():
-            out: Tensor = self.model(Ulysses(), **inputs)
+            out: Tensor = self.model(SequenceParallel(), **inputs)
         return out
 
     def check(self, model: Model, seed: int = 0) -> None:
@@ -331,10 +331,10 @@ class Golden:
 
         return {key: value if key in ("timestep", "guidance") else cast(value) for key, value in self.inputs.items()}
 
-    def error(self, ulysses: Ulysses, dtype: torch.dtype = torch.float32) -> float:
+    def error(self, sequence: SequenceParallel, dtype: torch.dtype = torch.float32) -> float:
         """How far one forward of ours is from ComfyUI's."""
         with torch.inference_mode():
-            out = self.model(dtype)(ulysses, **self.arguments(dtype))
+            out = self.model(dtype)(sequence, **self.arguments(dtype))
         assert out.dtype == dtype
         return relative_error(out, self.out)
 

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from tacod.embedded.modules import Decoder, Residual, Text
 from tacod.rank.families.sd3 import SD3
-from tacod.rank.ulysses import Ulysses
+from tacod.rank.sequence import SequenceParallel
 from training import shapes_data
 from training.measure import verdict
 from training.shapes_data import KINDS, LENGTH, VOCABULARY, Scenes, draw_scenes
@@ -121,7 +121,7 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, words: Tensor) -> Tensor:
         context, y = self.text(words)
-        velocity: Tensor = self.model(Ulysses(None), x, sigma * 1000, context=context, y=y)
+        velocity: Tensor = self.model(SequenceParallel(), x, sigma * 1000, context=context, y=y)
         return velocity
 
 
@@ -388,10 +388,10 @@ def sample(
     for here, there in pairwise(levels):
         if cfg == 1:
             t = torch.full((batch,), here * 1000, device=x.device)
-            velocity = model(Ulysses(None), x, t, context=positive[0], y=positive[1])
+            velocity = model(SequenceParallel(), x, t, context=positive[0], y=positive[1])
         else:
             t = torch.full((2 * batch,), here * 1000, device=x.device)
-            yes, no = model(Ulysses(None), torch.cat([x, x]), t, context=both[0], y=both[1]).chunk(2)
+            yes, no = model(SequenceParallel(), torch.cat([x, x]), t, context=both[0], y=both[1]).chunk(2)
             velocity = no + cfg * (yes - no)
         x = x + (there - here) * velocity
     return x

@@ -8,7 +8,7 @@
 Importing it imports neither torch nor anything of the daemon.
 """
 
-from tacod_client.client import Client, Job, Model, ModelStats, Progress
+from tacod_client.client import Client, Model
 from tacod_client.errors import (
     ArgumentError,
     Cancelled,
@@ -31,6 +31,8 @@ from tacod_client.errors import (
     TacodError,
     Unavailable,
 )
+from tacod_client.job import Job, Progress
+from tacod_client.stats import ModelStats
 from tacod_client.version import __version__
 
 __all__ = [

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from tacod_client.connection import Connection, Request
-from tacod_client.errors import ArgumentError, ModelNotFound, TacodError
-from tacod_client.tensors import from_wire, kind_of, to_wire
-from tacod_client.wire import Message, Tensor
+from tacod_client.connection import Connection
+from tacod_client.errors import ArgumentError, ModelNotFound
+from tacod_client.exchange import Uploads, converse, pack
+from tacod_client.job import Job
+from tacod_client.stats import ModelStats
+from tacod_client.tensors import kind_of, like
+from tacod_client.upload import PIECE_BYTES, digests_of_pieces, pieces
+from tacod_client.wire import Message, Tensor, split
 
-__all__ = ["Client", "Job", "Model", "ModelStats", "Progress"]
+__all__ = ["Client", "Model"]
 
-BY_CONTENT_BYTES = 4096
-"""Conditioning tensors from this size on are sent once and named by their digest after that."""
-UPLOADS = 8
-"""How often a request is sent again because the store lost a tensor meanwhile, before that counts as a failure."""
+RELOADS = 3
+"""How often a call loads its model again because the daemon has lost it, before it gives up."""
 
 
 class Client:
@@ -92,24 +94,72 @@ class Client:
         state: str = self._connection.ask("cancel", lambda: {"job": job, "request": None}).body["state"]
         return state
 
-    def load(self, path: str, patches: list[Any] | None = None, plan: Any = "auto", dtype: str | None = None) -> Model:
+    def load(
+        self,
+        path: str,
+        patches: Sequence[Mapping[str, Any]] | None = None,
+        plan: Any = "auto",
+        dtype: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Model:
         """Have a model resident on all ranks, and return it once it is.
 
         Args:
             path: The file, absolute or relative to one of the daemon's `models.roots`.
             patches: Weight patches; this version takes none.
-            plan: How forwards are spread: ``"auto"`` or ``{"sequence": n}``.
+            plan: How forwards are spread: ``"auto"``, or a map with any of ``sequence_parallel_degree``, ``ulysses``,
+                ``ring`` (numbers of ranks) and ``cfg_parallel`` (whether a batch is split over ranks too).
+            progress: Hears, now and then, how many bytes of how many the slowest rank has loaded.
             dtype: The compute dtype, ``fp32``, ``bf16`` or ``fp16``; by default fp32 on CPUs, the file's own on GPUs.
 
         Idempotent: the same file in the same state, patches and dtype give the same model id, and load once.
         Raises a `ModelError` if the file can't be served.
         """
+        uploads: Uploads = {}
+        packed = pack(patches, "patches", uploads) if patches else None
+        loading = Loading(str(path), dtype, packed, plan, uploads)
+        return Model(self._connection, loading, loading.run(self._connection, progress))
 
-        def build() -> dict[str, Any]:
-            return {"path": str(path), "dtype": dtype, "patches": patches, "plan": plan}
+    def upload(
+        self,
+        tensors: Mapping[str, Any],
+        metadata: Mapping[str, str] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> str:
+        """Send a model's state dict to a daemon that can't read its file; returns the path to `load`.
 
-        told = self._connection.ask("load", build).body["model"]
-        return Model(self._connection, build, told)
+        Args:
+            tensors: Torch tensors or numpy arrays by their names in the single file.
+            metadata: What the file's ``__metadata__`` would hold, such as ``tacod.config``.
+            progress: Hears how many bytes of how many are there.
+
+        By content: what the daemon has already, whole or in part, isn't sent again.
+        """
+        notes = dict(metadata or {})
+        nbytes, digests = digests_of_pieces(tensors, notes)
+        for attempt in range(RELOADS):
+            try:
+                return self._send_pieces(nbytes, digests, pieces(tensors, notes), progress)
+            except ArgumentError as error:
+                # A daemon that was restarted has forgotten what was announced, but not what it had written.
+                if error.argument != "upload" or attempt == RELOADS - 1:
+                    raise
+        raise AssertionError
+
+    def _send_pieces(
+        self, nbytes: int, digests: list[bytes], pieces: Iterator[bytes], progress: Callable[[int, int], None] | None
+    ) -> str:
+        begun = self._connection.ask("begin_upload", lambda: {"nbytes": nbytes, "digests": digests}).body
+        for offset, piece in zip(range(0, nbytes, PIECE_BYTES), pieces, strict=True):
+            if offset < begun["here"]:
+                continue
+            data = Tensor("U8", (len(piece),), split(piece))
+            body = {"upload": begun["upload"], "offset": offset, "data": data}
+            self._connection.ask("piece", lambda body=body: body)  # type: ignore[misc]
+            if progress is not None:
+                progress(offset + len(piece), nbytes)
+        path: str = begun["path"]
+        return path
 
     def unload(self, model: str) -> None:
         """Give back the memory of a model, named by its id."""
@@ -117,55 +167,31 @@ class Client:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """A step of a sampling run is done."""
+class Loading:
+    """What it takes to load a model, again if need be."""
 
-    step: int
-    """Counts from 1; begins again if the run had to (a rank died, or the daemon was restarted)."""
-    total: int
-    sigma: float
-    """The noise level that the latent now has."""
-    elapsed_s: float
-    """Since the run's first step began."""
+    path: str
+    dtype: str | None
+    patches: Any
+    plan: Any
+    uploads: Uploads
 
-
-@dataclass
-class ModelStats:
-    """What this client's calls of one model added up to; the parts of a step sum to `seconds`."""
-
-    forwards: int = 0
-    samples: int = 0
-    steps: int = 0
-    parallel_steps: int = 0
-    retries: int = 0
-    seconds: float = 0.0
-    """Wall time in this client's calls."""
-    queue_s: float = 0.0
-    wire_s: float = 0.0
-    """All that is neither waiting for a turn nor computing: both sockets, copies, the daemon."""
-    compute_s: float = 0.0
-    collective_s: float = 0.0
-    ranks: int = 0
-    plan: str = ""
-
-    def add(self, answer: Mapping[str, Any], elapsed_s: float) -> None:
-        """Count one answered call."""
-        timing = answer["timing"]
-        self.steps += answer["steps"]
-        self.parallel_steps += answer["steps"] if answer["ranks"] > 1 else 0
-        self.retries += answer["attempts"] - 1
-        self.seconds += elapsed_s
-        self.queue_s += timing["queue_s"]
-        self.compute_s += timing["compute_s"]
-        self.collective_s += timing["collective_s"]
-        self.wire_s += max(0.0, elapsed_s - timing["queue_s"] - timing["compute_s"] - timing["collective_s"])
-        self.ranks, self.plan = answer["ranks"], answer["plan"]
+    def run(self, connection: Connection, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+        """Load it, and return what the daemon tells about it."""
+        body = {"path": self.path, "dtype": self.dtype, "patches": self.patches, "plan": self.plan}
+        told: dict[str, Any] = {}
+        for reply in converse(connection, "load", lambda: body, self.uploads):
+            if reply.type == "done":
+                told = reply.body["model"]
+            elif progress is not None:
+                progress(reply.body["done_bytes"], reply.body["total_bytes"])
+        return told
 
 
 class Model:
     """A model that the daemon holds. It loads itself again if the daemon was restarted or has unloaded it."""
 
-    def __init__(self, connection: Connection, load: Callable[[], dict[str, Any]], told: dict[str, Any]) -> None:
+    def __init__(self, connection: Connection, load: Loading, told: dict[str, Any]) -> None:
         self._connection = connection
         self._load = load
         self._tell(told)
@@ -194,20 +220,18 @@ class Model:
         x = arguments.get("x")
         if kind_of(x) is None:
             raise ArgumentError("x: missing, or neither a torch tensor nor a numpy array", argument="x")
-        uploads: dict[bytes, Tensor] = {}
+        uploads: Uploads = {}
         packed = {
-            name: _pack(value, name, uploads, by_content=name not in ("x", "timestep"))
+            name: pack(value, name, uploads, by_content=name not in ("x", "timestep"))
             for name, value in arguments.items()
             if value is not None
         }
         started = time.perf_counter()
-        for reply in self._converse("forward", {"arguments": packed}, uploads):
-            if reply.type == "done":
-                out = _like(reply.body["out"], x)
-                self.stats.forwards += 1
-                self.stats.add(reply.body, time.perf_counter() - started)
-                return out
-        raise AssertionError("a conversation ends with an answer")
+        *_, reply = self._converse("forward", {"arguments": packed}, uploads)
+        out = like(reply.body["out"], x)
+        self.stats.forwards += 1
+        self.stats.add(reply.body, time.perf_counter() - started)
+        return out
 
     def sample(
         self,
@@ -235,158 +259,36 @@ class Model:
         """
         if kind_of(noise) is None:
             raise ArgumentError("noise: expected a torch tensor or a numpy array", argument="noise")
-        uploads: dict[bytes, Tensor] = {}
+        uploads: Uploads = {}
 
         def condition(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-            return {
-                key: _pack(value, f"{name}.{key}", uploads, by_content=True)
-                for key, value in given.items()
-                if value is not None
-            }
+            return {key: pack(value, f"{name}.{key}", uploads) for key, value in given.items() if value is not None}
 
         body = {
             "sampler": sampler,
             "seed": int(seed),
             "cfg": float(cfg),
-            "noise": _pack(noise, "noise", uploads),
-            "latent": _pack(latent, "latent", uploads),
-            "sigmas": _pack(sigmas, "sigmas", uploads),
+            "noise": pack(noise, "noise", uploads, by_content=False),
+            "latent": pack(latent, "latent", uploads, by_content=False),
+            "sigmas": pack(sigmas, "sigmas", uploads, by_content=False),
             "positive": condition("positive", positive),
             "negative": None if negative is None else condition("negative", negative),
         }
-        return Job(self, self._converse("sample", body, uploads), noise)
+        return Job(self._converse("sample", body, uploads), noise, self.stats, self._cancel)
 
-    def _converse(self, kind: str, body: dict[str, Any], uploads: dict[bytes, Tensor]) -> Iterator[Message]:
-        """Send a request, with uploads and loads as they prove needed, and yield its messages up to the last.
+    def _converse(self, kind: str, body: dict[str, Any], uploads: Uploads) -> Iterator[Message]:
+        """As `converse`, and loading the model again if the daemon doesn't have it any more."""
 
-        Whatever ends this early (an exception from `on_wait`, ctrl-C, a job that is dropped) cancels the request.
-        """
-        lacks = 0
-        while True:
-            request = self._connection.start(kind, lambda: {"model": self.id, "plan": self._load()["plan"], **body})
-            ended = False
+        def build() -> dict[str, Any]:
+            return {"model": self.id, "plan": self._load.plan, **body}
+
+        for _ in range(RELOADS):
             try:
-                for reply in self._replies(request):
-                    if reply.type == "missing":
-                        lacks += 1
-                        self._upload(reply.body["digests"], uploads, lacks)
-                        break
-                    ended = reply.type == "done"
-                    yield reply
-                    if ended:
-                        return
-                ended = True
+                yield from converse(self._connection, kind, build, uploads)
+                return
             except ModelNotFound:
-                ended = True
-                lacks += 1
-                if lacks > UPLOADS:
-                    raise
-                self._tell(self._connection.ask("load", self._load).body["model"])
-            except TacodError:
-                ended = True
-                raise
-            finally:
-                if not ended:
-                    self._connection.cancel(request)
-                self._connection.forget(request)
+                self._tell(self._load.run(self._connection))
+        yield from converse(self._connection, kind, build, uploads)
 
-    def _replies(self, request: Request) -> Iterator[Message]:
-        return self._connection.replies(request)
-
-    def _upload(self, digests: list[bytes], uploads: dict[bytes, Tensor], attempt: int) -> None:
-        if attempt > UPLOADS:
-            raise TacodError(
-                "the daemon's tensor store keeps losing this request's tensors; it is too small for the clients "
-                "that share it (limits.store_bytes)"
-            )
-        for digest in digests:
-            tensor = uploads[digest]
-            self._connection.ask("put", lambda tensor=tensor: {"tensors": [tensor]})  # type: ignore[misc]
-
-
-class Job:
-    """A sampling run under way: iterate over it for its steps, then take the result.
-
-    The run goes on in the daemon whether or not anyone iterates.
-    """
-
-    def __init__(self, model: Model, messages: Iterator[Message], like: Any) -> None:
-        self._model = model
-        self._messages = messages
-        self._like = like
-        self._started = time.perf_counter()
-        self._result: Any = None
-        self._error: BaseException | None = None
-        self.id: str = ""
-        """The daemon's name for it; empty until the daemon has accepted it."""
-        self.total = 0
-        """Steps in all; 0 until the daemon has accepted it."""
-        self._advance()
-
-    def _advance(self) -> Progress | None:
-        """Take in the next message; a `Progress` if it was one."""
-        if self._error is not None:
-            raise self._error
-        try:
-            message = next(self._messages)
-        except BaseException as error:
-            self._error = error
-            raise
-        body = message.body
-        if message.type == "accepted":
-            self.id, self.total = body["job"], body["total"]
-            return None
-        if message.type == "progress":
-            return Progress(body["step"], body["total"], body["sigma"], body["elapsed_s"])
-        self._result = _like(body["out"], self._like)
-        self._model.stats.samples += 1
-        self._model.stats.add(body, time.perf_counter() - self._started)
-        next(self._messages, None)
-        return None
-
-    def __iter__(self) -> Iterator[Progress]:
-        """One `Progress` for each step that is done, as it is done.
-
-        If steps are faster than they travel, the latest one counts. Raises `Cancelled`, or why it failed.
-        """
-        while self._result is None:
-            progress = self._advance()
-            if progress is not None:
-                yield progress
-
-    def result(self) -> Any:
-        """Wait for the end and return the latent, of ``noise``'s kind, dtype, shape and device.
-
-        Raises `Cancelled`, or why it failed.
-        """
-        for _ in self:
-            pass
-        return self._result
-
-    def cancel(self) -> None:
-        """Cancel the run: at its next step, on all ranks. `result` raises `Cancelled` then."""
-        self._model._connection.ask("cancel", lambda: {"job": self.id, "request": None})
-
-
-def _pack(value: Any, name: str, uploads: dict[bytes, Tensor], by_content: bool = False) -> Any:
-    """A value as the wire takes it; large tensors that are sent by content go to ``uploads``."""
-    if isinstance(value, (list, tuple)):
-        return [_pack(item, name, uploads, by_content) for item in value]
-    if kind_of(value) is None:
-        if value is None or isinstance(value, (str, int, float, bool)):
-            return value
-        raise ArgumentError(f"{name}: a {type(value).__name__} can't be sent to the daemon", argument=name)
-    tensor = to_wire(value, name)
-    if not by_content or tensor.nbytes < BY_CONTENT_BYTES:
-        return tensor
-    tensor = tensor.with_digest()
-    assert tensor.digest is not None
-    uploads[tensor.digest] = tensor
-    return tensor.without_bytes()
-
-
-def _like(tensor: Tensor, like: Any) -> Any:
-    """A result of the kind, dtype and device of an input."""
-    if kind_of(like) == "numpy":
-        return from_wire(tensor, "numpy").astype(like.dtype, copy=False)
-    return from_wire(tensor, "torch").to(device=like.device, dtype=like.dtype)
+    def _cancel(self, job: str) -> None:
+        self._connection.ask("cancel", lambda: {"job": job, "request": None})

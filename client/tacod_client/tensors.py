@@ -17,7 +17,7 @@ from tacod_client.wire import Tensor, split
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Kind", "from_wire", "kind_of", "to_wire"]
+__all__ = ["Kind", "from_wire", "kind_of", "like", "to_wire"]
 
 Kind = Literal["torch", "numpy"]
 
@@ -105,6 +105,13 @@ def from_wire(tensor: Tensor, kind: Kind) -> Any:
     if not math.prod(tensor.shape):
         return torch.empty(tensor.shape, dtype=dtype)
     return torch.from_numpy(raw).view(dtype).reshape(tensor.shape)
+
+
+def like(tensor: Tensor, example: Any) -> Any:
+    """A wire tensor's contents in the kind, dtype and device of ``example``."""
+    if kind_of(example) == "numpy":
+        return from_wire(tensor, "numpy").astype(example.dtype, copy=False)
+    return from_wire(tensor, "torch").to(device=example.device, dtype=example.dtype)
 
 
 def _as_numpy(raw: np.ndarray[Any, Any], tensor: Tensor) -> np.ndarray[Any, Any]:

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from typing import Any
 
@@ -19,6 +20,7 @@ from tacod import logs
 from tacod.rank import xdit
 from tacod.rank.engine import Engine
 from tacod.rank.selftest import selftest
+from tacod.rank.topology import Topology
 from tacod_client import wire
 from tacod_client.errors import TacodError
 from tacod_client.wire import Message
@@ -41,8 +43,8 @@ def main() -> None:
         torch.cuda.set_device(device)
         # fp32 means fp32, in the one convolution too.
         torch.backends.cudnn.allow_tf32 = False
-    group = xdit.join(device, args.rank, args.world_size, args.rendezvous)
-    engine = Engine(device, group if args.world_size > 1 else None)
+    make_group = xdit.join(device, args.rank, args.world_size, args.rendezvous)
+    engine = Engine(device, Topology(args.rank, args.world_size, make_group))
     selftest(engine)
     serve(engine, args.rank, args.epoch, args.address)
 
@@ -75,10 +77,29 @@ def serve(engine: Engine, rank: int, epoch: str, address: str) -> None:
     while True:
         frames = socket.recv_multipart(copy=False)
         message = wire.decode([frame.buffer for frame in frames])
+        engine.report = Reporter(socket, message.id)
         kind, body = _answer(engine, message)
         socket.send_multipart(wire.encode(Message(kind, body, message.id)), copy=False)
         if kind == "broken":
             sys.exit(1)
+
+
+class Reporter:
+    """Tells the supervisor how far a load is, ten times a second at most."""
+
+    EVERY_S = 0.1
+
+    def __init__(self, socket: zmq.Socket[bytes], work: int) -> None:
+        self.socket = socket
+        self.work = work
+        self._next_s = 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        """So many bytes of so many are loaded."""
+        now = time.monotonic()
+        if now >= self._next_s or done == total:
+            self._next_s = now + self.EVERY_S
+            self.socket.send_multipart(wire.encode(Message("progress", {"done": done, "total": total}, self.work)))
 
 
 def _answer(engine: Engine, message: Message) -> tuple[str, dict[str, Any]]:

@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from tacod.checkpoint import read_checkpoint
-from tacod.plan import Plan, make_plan
+from tacod.plan import parse_request
 from tacod.rank.arguments import check_arguments, load_arguments
-from tacod.rank.families.base import DiT
+from tacod.rank.families import detect
+from tacod.rank.families.base import DiT, Place
+from tacod.rank.lora import read_lora
+from tacod.rank.patches import Patch, apply, parse_patches
 from tacod.rank.sampling import Run, SampleRequest, begin
-from tacod.rank.ulysses import Ulysses
-from tacod.rank.weights import DTYPES, choose_dtype, load_model
+from tacod.rank.spread import plan_for, run
+from tacod.rank.topology import Topology
+from tacod.rank.weights import (
+    DTYPES,
+    choose_dtype,
+    get_weight,
+    load_model,
+    set_weight,
+    share,
+    weight_bytes,
+)
 from tacod_client import wire
-from tacod_client.errors import ModelCorrupt, ModelNotFound, OutOfMemory
-from tacod_client.tensors import to_wire
+from tacod_client.errors import ArgumentError, ModelCorrupt, ModelNotFound, OutOfMemory
+from tacod_client.tensors import from_wire, to_wire
 
 __all__ = ["Engine"]
 
@@ -32,19 +43,22 @@ class Resident:
     """A model that is loaded, and what the daemon tells about it."""
 
     model: DiT
-    dtype: str
+    layout: Mapping[str, Place]
+    shapes: Mapping[str, Sequence[int]]
+    """Of the weights, by their names in the single file."""
     description: dict[str, Any]
 
 
 class Engine:
     """The models and runs of one rank. No method leaves another rank waiting: what can fail, fails on all alike."""
 
-    def __init__(self, device: torch.device, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, device: torch.device, topology: Topology) -> None:
         self.device = device
-        self.alone = Ulysses()
-        self.together = Ulysses(group)
+        self.topology = topology
         self.models: dict[str, Resident] = {}
         self.runs: dict[str, Run] = {}
+        self.report: Callable[[int, int], None] = lambda done, total: None
+        """Hears how many bytes of how many a load has done."""
         self._tensors: dict[bytes, wire.Tensor] = {}
 
     @property
@@ -96,7 +110,7 @@ class Engine:
         }
         with torch.inference_mode():
             answer = verbs[verb](**body)
-        collective = self.together.take_collective_s()
+        collective = self.topology.clock.take_s()
         busy = time.perf_counter() - started
         return {**answer, "compute_s": max(busy - collective, 0.0), "collective_s": min(collective, busy)}
 
@@ -110,74 +124,116 @@ class Engine:
             torch.cuda.empty_cache()
             raise OutOfMemory(f"{first}; use a smaller image or batch, or unload a model (`tacoctl unload`)") from None
 
-    def load(self, model: str, path: str, identity: str, dtype: str | None) -> dict[str, Any]:
-        """Make a model resident under the id ``model``; nothing to do if it is already."""
+    def load(
+        self,
+        model: str,
+        path: str,
+        identity: str,
+        dtype: str | None,
+        patches: list[Any] | None,
+        base: str | None,
+        evict_models: list[str],
+    ) -> dict[str, Any]:
+        """Make a model resident under the id ``model``; nothing to do if it is already.
+
+        With ``patches`` it shares with the model ``base``, which is loaded too, all that they leave alone.
+        """
+        for evicted in evict_models:
+            self.models.pop(evicted, None)
+        self._give_memory_back()
+        plain = base or model
+        if plain not in self.models:
+            self.models[plain] = self._load_file(path, identity, dtype)
         if model not in self.models:
-            checkpoint = read_checkpoint(path)
-            if checkpoint.identity != identity:
-                raise ModelCorrupt(f"{path} changed while it was being loaded; load it again")
-            chosen = choose_dtype(checkpoint, dtype, self.device)
-            loaded = load_model(checkpoint, DTYPES[chosen], self.device)
-            description = {
-                "family": loaded.family,
-                "parameters": sum(tensor.numel() for tensor in loaded.state_dict().values()),
-                "dtype": chosen,
-                "heads": loaded.heads,
-            }
-            self.models[model] = Resident(loaded, chosen, description)
-        return {"model": self.models[model].description}
+            self.models[model] = self._patch(self.models[plain], patches)
+        return {"model": self.models[model].description, "base": self.models[plain].description}
+
+    def _load_file(self, path: str, identity: str, dtype: str | None) -> Resident:
+        checkpoint = read_checkpoint(path)
+        if checkpoint.identity != identity:
+            raise ModelCorrupt(f"{path} changed while it was being loaded; load it again")
+        chosen = choose_dtype(checkpoint, dtype, self.device)
+        family, config = detect(checkpoint.tensors, checkpoint.config)
+        loaded = load_model(checkpoint, DTYPES[chosen], self.device, self.report)
+        description = {
+            "family": loaded.family,
+            "parameters": checkpoint.parameters,
+            "weight_bytes": weight_bytes(loaded),
+            "dtype": chosen,
+            "heads": loaded.heads,
+            "width": loaded.width,
+        }
+        with torch.device("meta"):
+            shapes = {name: tuple(weight.shape) for name, weight in family(config).state_dict().items()}
+        return Resident(loaded, family.diffusers_layout(config), shapes, description)
+
+    def _patch(self, base: Resident, patches: Any) -> Resident:
+        """The base's weights with patches merged in; only those that are patched take memory of their own."""
+        model = base.model
+        patched = share(model)
+
+        def read(path: str, strength: float) -> dict[str, list[Patch]]:
+            return read_lora(path, base.layout, base.shapes, strength)
+
+        for key, each in parse_patches(_as_torch(patches), read, base.shapes).items():
+            weight = get_weight(model, key).to(model.dtype)
+            merged = apply(weight, each, key)
+            if merged.shape != weight.shape:
+                raise ArgumentError(f"patches: {key} would grow to {list(merged.shape)}", argument="patches")
+            if merged is not weight:
+                set_weight(patched, key, merged)
+        own = weight_bytes(model, patched) - weight_bytes(model)
+        return replace(base, model=patched, description={**base.description, "weight_bytes": own})
 
     def unload(self, model: str) -> dict[str, Any]:
         """Give a model's memory back."""
         self._resident(model)
         del self.models[model]
+        self._give_memory_back()
+        return {}
+
+    def _give_memory_back(self) -> None:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        return {}
 
     def _resident(self, model: str) -> Resident:
         if model not in self.models:
             raise ModelNotFound(f"no model {model!r} is loaded; `tacoctl models` lists them", model=model)
         return self.models[model]
 
-    def _ulysses(self, plan: Plan) -> Ulysses:
-        return self.together if plan.sequence > 1 else self.alone
-
-    def _plan(self, request: Any, model: DiT, given: Mapping[str, Any]) -> Plan:
-        return make_plan(request, self.together.size, model.heads, model.lengths(given))
-
     def forward(self, model: str, plan: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         """One forward with the meaning of ComfyUI's ``diffusion_model(x, timestep, …)``."""
         dit = self._resident(model).model
         specs = dit.arguments()
         check_arguments(arguments, specs, dit.family)
-        chosen = self._plan(plan, dit, arguments)
+        asked = parse_request(plan, self.topology.world_size)
+        chosen = plan_for(dit, asked, self.topology.world_size, arguments)
         values = load_arguments(arguments, specs, dit.dtype, self.device)
-        x, timestep = values.pop("x"), values.pop("timestep")
-        out = dit(self._ulysses(chosen), x, timestep, **values)
-        return {"out": self._result(out), "plan": str(chosen), "ranks": chosen.sequence, "forwards": 1}
+        out = run(dit, chosen, self.topology, values.pop("x"), values.pop("timestep"), values)
+        return {"out": self._result(out), "plan": str(chosen), "ranks": chosen.layout.ranks, "forwards": 1}
 
     def _result(self, out: Tensor) -> wire.Tensor | None:
         """What goes back to the client; rank 0's answer carries it."""
-        host = out.cpu() if self.together.rank == 0 or self.device.type == "cuda" else out
-        return to_wire(host, "out") if self.together.rank == 0 else None
+        # A GPU's rank waits here for its work to end, so that the next step's times are its own.
+        host = out.cpu()
+        return to_wire(host, "out") if self.topology.rank == 0 else None
 
     def sample(self, job: str, step: int, **inputs: Any) -> dict[str, Any]:
         """One step of the run ``job``; step 0 begins it, the last one carries the latent."""
         if step == 0:
             self.runs[job] = self._begin(**inputs)
-        run = self.runs[job]
-        before = run.denoise.forwards
-        x = next(run.steps)
+        walk = self.runs[job]
+        before = walk.denoise.forwards
+        x = next(walk.steps)
         answer: dict[str, Any] = {
-            "sigma": run.sigmas[step + 1],
-            "plan": str(run.plan),
-            "ranks": run.plan.sequence,
-            "forwards": run.denoise.forwards - before,
+            "sigma": walk.sigmas[step + 1],
+            "plan": str(walk.denoise.plan),
+            "ranks": walk.denoise.plan.layout.ranks,
+            "forwards": walk.denoise.forwards - before,
         }
-        if step + 2 == len(run.sigmas):
-            answer["out"] = self._result(run.finish(x))
+        if step + 2 == len(walk.sigmas):
+            answer["out"] = self._result(walk.finish(x))
             del self.runs[job]
         elif self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -187,5 +243,14 @@ class Engine:
         dit = self._resident(model).model
         request = SampleRequest(**inputs)
         request.check(dit)
-        chosen = self._plan(plan, dit, {"x": request.noise, **request.positive})
-        return begin(request, dit, self._ulysses(chosen), chosen, self.device)
+        asked = parse_request(plan, self.topology.world_size)
+        return begin(request, dit, asked, self.topology, self.device)
+
+
+def _as_torch(value: Any) -> Any:
+    """A body with torch tensors for the wire's."""
+    if isinstance(value, wire.Tensor):
+        return from_wire(value, "torch")
+    if isinstance(value, dict):
+        return {key: _as_torch(item) for key, item in value.items()}
+    return [_as_torch(item) for item in value] if isinstance(value, list) else value

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tacod.plan import Plan
+from tacod.plan import Plan, Request
 from tacod.rank import samplers
 from tacod.rank.arguments import check_arguments, load_arguments
 from tacod.rank.families.base import Argument, DiT
-from tacod.rank.ulysses import Ulysses
+from tacod.rank.spread import plan_for, run
+from tacod.rank.topology import Topology
 from tacod_client import wire
 from tacod_client.errors import ArgumentError
 from tacod_client.tensors import from_wire
@@ -71,37 +72,52 @@ class Run:
     denoise: Denoiser
     steps: Iterator[Tensor]
     sigmas: list[float]
-    plan: Plan
     finish: Callable[[Tensor], Tensor]
     """From the sampler's last x to the latent that the client gets."""
 
 
-def begin(request: SampleRequest, dit: DiT, ulysses: Ulysses, plan: Plan, device: torch.device) -> Run:
-    """Start a checked run; nothing is computed before its first step."""
+def begin(request: SampleRequest, dit: DiT, asked: Request, topology: Topology, device: torch.device) -> Run:
+    """Start a checked run; nothing is computed before its first step.
+
+    Raises `ArgumentError` if it can't be spread as ``asked``.
+    """
     levels = _levels(request.sigmas, dit.process.sigma_max).to(device)
     specs = dit.arguments()
     conditions = [load_arguments(given, specs, dit.dtype, device) for given in request.guided.values()]
     noise, latent = (from_wire(value, "torch").to(device, torch.float32) for value in (request.noise, request.latent))
     x = dit.process.start(noise, dit.latent_format.into_model(latent), levels[0])
-    denoise = Denoiser(dit, ulysses, conditions, request.cfg)
+    denoise = Denoiser(dit, asked, topology, conditions, request.cfg)
+    denoise.prepare(x)
     steps = samplers.find(request.sampler)(denoise, x, levels, samplers.noise_source(request.seed, x))
 
     def finish(x: Tensor) -> Tensor:
         return dit.latent_format.out_of_model(dit.process.finish(x, levels[-1]))
 
-    return Run(denoise, steps, levels.tolist(), plan, finish)
+    return Run(denoise, steps, levels.tolist(), finish)
 
 
 class Denoiser:
     """A model as the samplers want it: predicted clean latent, guidance included."""
 
-    def __init__(self, dit: DiT, ulysses: Ulysses, conditions: list[dict[str, Any]], cfg: float) -> None:
+    def __init__(
+        self, dit: DiT, asked: Request, topology: Topology, conditions: list[dict[str, Any]], cfg: float
+    ) -> None:
         self.dit = dit
-        self.ulysses = ulysses
+        self.asked = asked
+        self.topology = topology
         self.cfg = cfg
         self.conditions = conditions
         self.joint = _stack(conditions)
         self.forwards = 0
+        self.plan: Plan
+        """Of the last forward."""
+
+    def prepare(self, x: Tensor) -> None:
+        """Plan the forwards on ``x``, so that what can't be done is refused before the first of them."""
+        many = 1 if self.joint is None else len(self.conditions)
+        for condition in [self.joint] if self.joint is not None else self.conditions:
+            canvas = x.expand(many, *x.shape).flatten(0, 1)
+            self.plan = plan_for(self.dit, self.asked, self.topology.world_size, {"x": canvas, **condition})
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """``x`` [B, C, H, W] in fp32 at the scalar noise level ``sigma`` → the clean latent, in fp32."""
@@ -117,8 +133,8 @@ class Denoiser:
         self.forwards += 1
         timestep = self.dit.timestep(sigma).float().expand(x.shape[0]).contiguous()
         noisy = self.dit.process.scale(x, sigma).to(self.dit.dtype)
-        out: Tensor = self.dit(self.ulysses, noisy, timestep, **condition)
-        return out.float()
+        self.plan = plan_for(self.dit, self.asked, self.topology.world_size, {"x": noisy, **condition})
+        return run(self.dit, self.plan, self.topology, noisy, timestep, condition).float()
 
 
 def _stack(conditions: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from tacod.plan import Layout, Plan, Shape
 from tacod.rank.engine import Engine
 from tacod.rank.families.sd3 import SD3
+from tacod.rank.sequence import SequenceParallel
+from tacod.rank.spread import run
 
 __all__ = ["selftest"]
 
@@ -25,10 +28,11 @@ _TOLERANCE = 1e-3
 
 
 def selftest(engine: Engine) -> None:
-    """Run a tiny model with random weights on all ranks together and on each alone.
+    """Run a tiny model with random weights on each rank alone, and on all together by Ulysses and by a ring.
 
     Raises `RuntimeError` if the outputs differ, which means that the collectives here can't be relied on.
     """
+    topology = engine.topology
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> torch.Tensor:
@@ -40,12 +44,14 @@ def selftest(engine: Engine) -> None:
             tensor.copy_(randn(*tensor.shape) * 0.2)
         x, context, y = randn(1, 4, 14, 10), randn(1, 5, 8), randn(1, 8)
         timestep = torch.full((1,), 500.0, device=engine.device)
-        alone = model(engine.alone, x, timestep, context=context, y=y)
-        together = model(engine.together, x, timestep, context=context, y=y)
-        error = ((together - alone).norm() / alone.norm()).item()
-        engine.together.take_collective_s()
-    if not error <= _TOLERANCE:
-        raise RuntimeError(
-            f"self-test: {engine.together.size} ranks together are off by {error:.1e} from one rank alone; "
-            "the links between these devices can't be relied on (on GPUs try NCCL_P2P_DISABLE=1)"
-        )
+        alone = model(SequenceParallel(), x, timestep, context=context, y=y)
+        for layout in (Layout(1, topology.world_size, 1), Layout(1, 1, topology.world_size)):
+            plan = Plan(layout, topology.world_size, Shape(model.heads, model.width))
+            together = run(model, plan, topology, x, timestep, {"context": context, "y": y})
+            error = ((together - alone).norm() / alone.norm()).item()
+            if not error <= _TOLERANCE:
+                raise RuntimeError(
+                    f"self-test: {layout} is off by {error:.1e} from one rank alone; the links between these devices "
+                    "can't be relied on (on GPUs try NCCL_P2P_DISABLE=1)"
+                )
+    topology.clock.take_s()

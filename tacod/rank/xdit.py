@@ -20,11 +20,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tacod.rank.topology import MakeGroup
+
 __all__ = ["join", "leave"]
 
 
-def join(device: torch.device, rank: int, world_size: int, rendezvous: str) -> dist.ProcessGroup:
-    """Join the group as ``rank`` of ``world_size`` and return xfuser's Ulysses group over all of it.
+def join(device: torch.device, rank: int, world_size: int, rendezvous: str) -> MakeGroup:
+    """Join the group as ``rank`` of ``world_size``; returns what makes further groups of its ranks.
 
     ``rendezvous`` is a torch init method such as ``file:///path``. Blocks until all ranks have joined.
     """
@@ -41,8 +43,15 @@ def join(device: torch.device, rank: int, world_size: int, rendezvous: str) -> d
     state.initialize_model_parallel(
         sequence_parallel_degree=world_size, ulysses_degree=world_size, ring_degree=1, backend=backend
     )
-    group: dist.ProcessGroup = state.get_sp_group().ulysses_group
-    return group
+
+    def make_group(parts: list[list[int]]) -> dist.ProcessGroup:
+        if parts == [list(range(world_size))]:
+            whole: dist.ProcessGroup = state.get_sp_group().ulysses_group
+            return whole
+        group: dist.ProcessGroup = state.GroupCoordinator(parts, 0, backend).device_group
+        return group
+
+    return make_group
 
 
 def leave() -> None:

@@ -14,7 +14,7 @@ from tacod.rank.families import detect, families
 from tacod.rank.families.base import DiT, sinusoid
 from tacod.rank.families.flux import Flux
 from tacod.rank.families.sd3 import SD3
-from tacod.rank.ulysses import Ulysses
+from tacod.rank.sequence import SequenceParallel
 from tacod_client.errors import ArgumentError, ModelUnsupported
 
 FLUX = ["flux_dev", "flux_dev_odd", "flux_schnell", "flux_kontext"]
@@ -62,12 +62,12 @@ def _seeded() -> None:
 
 @pytest.mark.parametrize("name", GOLDENS)
 def test_equals_comfyui_in_fp32(name: str, load_golden: Callable[[str], Any]) -> None:
-    assert load_golden(name).error(Ulysses()) <= 2e-6
+    assert load_golden(name).error(SequenceParallel()) <= 2e-6
 
 
 @pytest.mark.parametrize("name", GOLDENS)
 def test_is_near_comfyui_in_bf16(name: str, load_golden: Callable[[str], Any]) -> None:
-    assert load_golden(name).error(Ulysses(), torch.bfloat16) <= 1e-2
+    assert load_golden(name).error(SequenceParallel(), torch.bfloat16) <= 1e-2
 
 
 @pytest.mark.parametrize("name", GOLDENS)
@@ -307,9 +307,9 @@ def test_odd_sizes_are_padded_circularly() -> None:
     padded = torch.cat([odd["x"], odd["x"][:, :, :1]], dim=2)
     even = {**odd, "x": torch.cat([padded, padded[..., :1]], dim=3)}
     with torch.inference_mode():
-        out = model(Ulysses(), **odd)
+        out = model(SequenceParallel(), **odd)
         assert out.shape == odd["x"].shape
-        assert torch.equal(out, model(Ulysses(), **even)[:, :, :5, :7])
+        assert torch.equal(out, model(SequenceParallel(), **even)[:, :, :5, :7])
 
 
 def test_lengths_count_the_tokens_of_each_stream() -> None:
@@ -324,9 +324,9 @@ def test_what_can_be_left_out_has_comfyuis_defaults() -> None:
     model = Flux(TINY_FLUX)
     inputs = {**flux_inputs(), "ref_latents": [torch.randn(2, 4, 4, 4)]}
     with torch.inference_mode():
-        zeros = model(Ulysses(), **{**inputs, "y": torch.zeros(2, 6)}, ref_latents_method="offset")
+        zeros = model(SequenceParallel(), **{**inputs, "y": torch.zeros(2, 6)}, ref_latents_method="offset")
         del inputs["y"]
-        assert torch.equal(model(Ulysses(), **inputs), zeros)
+        assert torch.equal(model(SequenceParallel(), **inputs), zeros)
 
 
 def test_each_way_to_place_references_differs() -> None:
@@ -334,7 +334,7 @@ def test_each_way_to_place_references_differs() -> None:
     inputs = {**flux_inputs(), "ref_latents": [torch.randn(2, 4, 4, 4), torch.randn(2, 4, 6, 4)]}
     methods = model.arguments()["ref_latents_method"].choices
     with torch.inference_mode():
-        outs = [model(Ulysses(), **inputs, ref_latents_method=method) for method in methods]
+        outs = [model(SequenceParallel(), **inputs, ref_latents_method=method) for method in methods]
     assert not any(torch.equal(outs[i], outs[j]) for i in range(len(outs)) for j in range(i))
 
 
@@ -344,9 +344,9 @@ def test_guidance_is_asked_for_where_the_model_was_distilled_for_it() -> None:
     assert not plain.arguments()["guidance"].required
     inputs = flux_inputs()
     with torch.inference_mode():
-        out = plain(Ulysses(), **inputs)
+        out = plain(SequenceParallel(), **inputs)
         del inputs["guidance"]
-        assert torch.equal(plain(Ulysses(), **inputs), out)
+        assert torch.equal(plain(SequenceParallel(), **inputs), out)
 
 
 def test_timesteps_are_embedded_in_fp32() -> None:
@@ -357,8 +357,8 @@ def test_timesteps_are_embedded_in_fp32() -> None:
     model = Flux(TINY_FLUX).bfloat16()
     inputs = {k: v if v.ndim == 1 else v.bfloat16() for k, v in flux_inputs().items()}
     with torch.inference_mode():
-        near = model(Ulysses(), **{**inputs, "timestep": torch.tensor([0.7373, 0.2])})
-        far = model(Ulysses(), **{**inputs, "timestep": torch.tensor([0.7373, 0.2]).bfloat16().float()})
+        near = model(SequenceParallel(), **{**inputs, "timestep": torch.tensor([0.7373, 0.2])})
+        far = model(SequenceParallel(), **{**inputs, "timestep": torch.tensor([0.7373, 0.2]).bfloat16().float()})
     assert not torch.equal(near, far)
 
 
@@ -380,12 +380,12 @@ def sd3_inputs(height: int = 6, width: int = 8) -> dict[str, Any]:
 def test_a_latent_over_the_position_table_is_refused() -> None:
     model = SD3(TINY_SD3)
     with torch.inference_mode(), pytest.raises(ArgumentError, match="at most 20 by 20") as caught:
-        model(Ulysses(), **sd3_inputs(6, 21))
+        model(SequenceParallel(), **sd3_inputs(6, 21))
     assert caught.value.argument == "x"
 
 
 def test_gradients_reach_every_parameter() -> None:
     for model, inputs in ((SD3(TINY_SD3), sd3_inputs()), (Flux(TINY_FLUX), flux_inputs())):
-        model(Ulysses(), **inputs).square().mean().backward()
+        model(SequenceParallel(), **inputs).square().mean().backward()
         lack = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
         assert not lack

@@ -77,7 +77,7 @@ def runs() -> tuple[dict[str, Tensor], dict[str, str]]:
 def denoise(runs: tuple[dict[str, Tensor], dict[str, str]]) -> Denoise:
     """The golden runs' SD3 with its conditioning and guidance."""
     from tacod.rank.families.sd3 import SD3
-    from tacod.rank.ulysses import Ulysses
+    from tacod.rank.sequence import SequenceParallel
 
     tensors, metadata = golden("sd35_large")
     model: Any = SD3(json.loads(metadata["config"]))
@@ -91,7 +91,7 @@ def denoise(runs: tuple[dict[str, Tensor], dict[str, str]]) -> Denoise:
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         x = torch.cat([x, x])
         with torch.inference_mode():
-            velocity = model(Ulysses(), x, timestep=(sigma * 1000).expand(len(x)), **conditioning)
+            velocity = model(SequenceParallel(), x, timestep=(sigma * 1000).expand(len(x)), **conditioning)
         negative, positive = (x - sigma * velocity).chunk(2)
         return guide(positive, negative, cfg)
 

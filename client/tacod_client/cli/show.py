@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tacod_client.client import Job
+from tacod_client.job import Job
 
 __all__ = ["jobs", "live", "models", "out", "progress", "stats", "status"]
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from tacod.checkpoint import TensorInfo
 from tacod.rank.process import Process
-from tacod.rank.ulysses import Ulysses
+from tacod.rank.sequence import SequenceParallel
 from tacod_client.errors import ModelUnsupported
 
 
@@ -73,11 +73,15 @@ class DiT(nn.Module, abc.ABC):
     """The name that users see: ``flux``, ``sd3``."""
     image_models: ClassVar[tuple[str, ...]]
     """The values of ``image_model`` in ComfyUI's ``unet_config`` that this family runs."""
-    latent_format: ClassVar[LatentFormat]
+    latent_format: LatentFormat
     process: ClassVar[Process]
     """What the output means."""
     heads: int
     """Attention heads: what Ulysses hands out to ranks."""
+    width: int
+    """Channels of a token, over all heads."""
+    out_channels: int
+    """Channels of the output."""
 
     @classmethod
     @abc.abstractmethod
@@ -97,7 +101,7 @@ class DiT(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def arguments(self) -> dict[str, Argument]:
-        """The arguments that `forward` takes besides ``ulysses``, ``x`` and ``timestep`` among them."""
+        """The arguments that `forward` takes besides ``sequence``, ``x`` and ``timestep`` among them."""
 
     @abc.abstractmethod
     def lengths(self, arguments: Mapping[str, Any]) -> tuple[int, ...]:
@@ -108,7 +112,7 @@ class DiT(nn.Module, abc.ABC):
         """What ComfyUI passes as ``timestep`` at noise level ``sigma`` (fp32, any shape)."""
 
     @abc.abstractmethod
-    def forward(self, ulysses: Ulysses, x: Tensor, timestep: Tensor, **arguments: Any) -> Tensor:
+    def forward(self, sequence: SequenceParallel, x: Tensor, timestep: Tensor, **arguments: Any) -> Tensor:
         """One forward with the meaning of ComfyUI's ``diffusion_model(x, timestep, …)``.
 
         ``x`` is [B, C, H, W] in the compute dtype, ``timestep`` [B] in fp32. Every rank passes the same arguments

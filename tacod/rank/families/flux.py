@@ -32,7 +32,7 @@ from tacod.rank.families.base import (
     whole,
 )
 from tacod.rank.process import Flow
-from tacod.rank.ulysses import Ulysses
+from tacod.rank.sequence import SequenceParallel
 from tacod_client.errors import ModelUnsupported
 
 __all__ = ["Flux"]
@@ -124,7 +124,13 @@ class DoubleBlock(nn.Module):
         self.txt_mlp = _mlp(width, hidden)
 
     def forward(
-        self, ulysses: Ulysses, lengths: tuple[int, int], rotation: Rotation, text: Tensor, image: Tensor, c: Tensor
+        self,
+        sequence: SequenceParallel,
+        lengths: tuple[int, int],
+        rotation: Rotation,
+        text: Tensor,
+        image: Tensor,
+        c: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """This rank's text and image tokens, one block further."""
         text_mod, image_mod = self.txt_mod(c), self.img_mod(c)
@@ -134,7 +140,7 @@ class DoubleBlock(nn.Module):
             strict=True,
         )
         q, k, v = (torch.cat(both, dim=1) for both in joint)
-        attended = ulysses.attention(_rotate(q, rotation), _rotate(k, rotation), v, lengths)
+        attended = sequence.attention(_rotate(q, rotation), _rotate(k, rotation), v, lengths)
         to_text, to_image = torch.split(attended, [text.shape[1], image.shape[1]], dim=1)
 
         image = image + image_mod[2] * self.img_attn.proj(to_image)
@@ -155,12 +161,14 @@ class SingleBlock(nn.Module):
         self.modulation = Modulation(width, 3)
         self.split = [3 * width, hidden]
 
-    def forward(self, ulysses: Ulysses, lengths: tuple[int, int], rotation: Rotation, x: Tensor, c: Tensor) -> Tensor:
+    def forward(
+        self, sequence: SequenceParallel, lengths: tuple[int, int], rotation: Rotation, x: Tensor, c: Tensor
+    ) -> Tensor:
         """This rank's tokens, one block further."""
         shift, scale, gate = self.modulation(c)
         qkv, hidden = torch.split(self.linear1(modulate(_norm(x), shift, scale)), self.split, dim=-1)
         q, k, v = self.norm(qkv)
-        attended = ulysses.attention(_rotate(q, rotation), _rotate(k, rotation), v, lengths)
+        attended = sequence.attention(_rotate(q, rotation), _rotate(k, rotation), v, lengths)
         out = self.linear2(torch.cat((attended, functional.gelu(hidden, approximate="tanh")), dim=-1))
         return _finite(x + gate * out)
 
@@ -195,7 +203,7 @@ class Flux(DiT):
         super().__init__()
         _check_config(config)
         self.heads = whole(config, "num_heads")
-        width = whole(config, "hidden_size")
+        self.width = width = whole(config, "hidden_size")
         self.patch = whole(config, "patch_size", 2)
         self.channels = whole(config, "in_channels")
         self.out_channels = whole(config, "out_channels", 16)
@@ -331,7 +339,7 @@ class Flux(DiT):
 
     def forward(  # type: ignore[override]
         self,
-        ulysses: Ulysses,
+        sequence: SequenceParallel,
         x: Tensor,
         timestep: Tensor,
         *,
@@ -345,23 +353,23 @@ class Flux(DiT):
         images = (x, *(ref_latents or ()))
         lengths = self.lengths({"x": x, "context": context, "ref_latents": ref_latents})
         c = self._condition(x, timestep, y, guidance)
-        image = self.img_in(ulysses.shard(torch.cat([self._patchify(each) for each in images], dim=1)))
-        text = self.txt_in(ulysses.shard(context))
+        image = self.img_in(sequence.shard(torch.cat([self._patchify(each) for each in images], dim=1)))
+        text = self.txt_in(sequence.shard(context))
 
         image_at = self._image_positions(images, ref_latents_method or self.reference_method)
         text_at = image_at.new_zeros(lengths[0], len(self.axes))
-        mine = torch.cat([ulysses.shard(positions, dim=0) for positions in (text_at, image_at)])
+        mine = torch.cat([sequence.shard(positions, dim=0) for positions in (text_at, image_at)])
         rotation = self._rotation(mine)
 
         for block in self.double_blocks:
-            text, image = block(ulysses, lengths, rotation, text, image, c)
+            text, image = block(sequence, lengths, rotation, text, image, c)
         tokens = torch.cat((text, _finite(image)), dim=1)
         for block in self.single_blocks:
-            tokens = block(ulysses, lengths, rotation, tokens, c)
+            tokens = block(sequence, lengths, rotation, tokens, c)
         image = tokens[:, text.shape[1] :]
 
         rows, columns = grid(x, self.patch)
-        pixels = ulysses.gather(self.final_layer(image, c), lengths[1])[:, : rows * columns]
+        pixels = sequence.gather(self.final_layer(image, c), lengths[1])[:, : rows * columns]
         pixels = torch.unflatten(pixels, -1, (self.out_channels, self.patch, self.patch)).movedim(2, -1)
         return unpatchify(pixels, rows, columns, self.patch)[:, :, : x.shape[-2], : x.shape[-1]]
 

@@ -30,7 +30,7 @@ from tacod.rank.families.base import (
     whole,
 )
 from tacod.rank.process import Flow
-from tacod.rank.ulysses import Ulysses
+from tacod.rank.sequence import SequenceParallel
 from tacod_client.errors import ArgumentError, ModelUnsupported
 
 __all__ = ["SD3"]
@@ -115,7 +115,7 @@ class JointBlock(nn.Module):
         self.last, self.dual = last, dual
 
     def forward(
-        self, ulysses: Ulysses, lengths: tuple[int, int], context: Tensor, x: Tensor, c: Tensor
+        self, sequence: SequenceParallel, lengths: tuple[int, int], context: Tensor, x: Tensor, c: Tensor
     ) -> tuple[Tensor, Tensor]:
         """This rank's text and image tokens, one block further; the last block leaves the text as it is."""
         text, image = self.context_block, self.x_block
@@ -127,13 +127,13 @@ class JointBlock(nn.Module):
             strict=True,
         )
         q, k, v = (torch.cat(both, dim=1) for both in joint)
-        attended = ulysses.attention(q, k, v, lengths)
+        attended = sequence.attention(q, k, v, lengths)
         to_text, to_image = torch.split(attended, [context.shape[1], x.shape[1]], dim=1)
 
         x = x + image_mod[2] * image.attn.proj(to_image)
         if self.dual:
             q, k, v = image.attn2(modulate(normed, *image_mod[6:8]))
-            own = ulysses.attention(q, k, v, lengths[1:])
+            own = sequence.attention(q, k, v, lengths[1:])
             x = x + image_mod[8] * image.attn2.proj(own)
         x = image.feed_forward(x, image_mod)
         if not self.last:
@@ -197,7 +197,7 @@ class SD3(DiT):
         super().__init__()
         _check_config(config)
         self.heads = whole(config, "depth", most=1024)
-        width = _HEAD_WIDTH * self.heads
+        self.width = width = _HEAD_WIDTH * self.heads
         self.patch = whole(config, "patch_size", 2)
         self.channels = whole(config, "in_channels")
         self.out_channels = whole(config, "out_channels", self.channels)
@@ -322,7 +322,10 @@ class SD3(DiT):
         }
 
     def lengths(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
-        """Tokens of the text and of the image."""
+        """Tokens of the text and of the image. Raises `ArgumentError` for one larger than the position table."""
+        if max(grid(arguments["x"], self.patch)) > self.grid_size:
+            most = self.grid_size * self.patch
+            raise ArgumentError(f"x: this model takes latents of at most {most} by {most}", argument="x")
         return arguments["context"].shape[1], math.prod(grid(arguments["x"], self.patch))
 
     def timestep(self, sigma: Tensor) -> Tensor:
@@ -330,7 +333,7 @@ class SD3(DiT):
         return sigma * 1000
 
     def forward(  # type: ignore[override]
-        self, ulysses: Ulysses, x: Tensor, timestep: Tensor, *, context: Tensor, y: Tensor
+        self, sequence: SequenceParallel, x: Tensor, timestep: Tensor, *, context: Tensor, y: Tensor
     ) -> Tensor:
         """See `DiT.forward`. Raises `ArgumentError` if ``x`` is larger than the model's position table."""
         height, width = x.shape[-2:]
@@ -339,19 +342,16 @@ class SD3(DiT):
         image = self.x_embedder(pad_to_patches(x, self.patch)) + self._crop_positions(rows, columns).to(x.dtype)
         c = self.t_embedder(sinusoid(timestep).to(x.dtype)) + self.y_embedder(y)
 
-        image = ulysses.shard(image)
-        text = self.context_embedder(ulysses.shard(context))
+        image = sequence.shard(image)
+        text = self.context_embedder(sequence.shard(context))
         for block in self.joint_blocks:
-            text, image = block(ulysses, lengths, text, image, c)
-        pixels = ulysses.gather(self.final_layer(image, c), lengths[1])
+            text, image = block(sequence, lengths, text, image, c)
+        pixels = sequence.gather(self.final_layer(image, c), lengths[1])
         pixels = torch.unflatten(pixels, -1, (self.patch, self.patch, self.out_channels))
         return unpatchify(pixels, rows, columns, self.patch)[:, :, :height, :width]
 
     def _crop_positions(self, rows: int, columns: int) -> Tensor:
         """The middle ``rows`` by ``columns`` of the position table: [1, rows * columns, width]."""
-        if max(rows, columns) > self.grid_size:
-            most = self.grid_size * self.patch
-            raise ArgumentError(f"x: this model takes latents of at most {most} by {most}", argument="x")
         top, left = (self.grid_size - rows) // 2, (self.grid_size - columns) // 2
         table = torch.unflatten(self.pos_embed, 1, (self.grid_size, self.grid_size))
         return table[:, top : top + rows, left : left + columns].flatten(1, 2)

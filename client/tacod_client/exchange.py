@@ -1,0 +1,81 @@
+"""Requests whose tensors travel by content: named by digest, uploaded when the daemon asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tacod_client.connection import Connection
+from tacod_client.errors import ArgumentError, TacodError
+from tacod_client.tensors import kind_of, to_wire
+from tacod_client.wire import Message, Tensor
+
+__all__ = ["Uploads", "converse", "pack"]
+
+BY_CONTENT_BYTES = 4096
+"""Tensors from this size on are sent once and named by their digest after that."""
+TRIES = 8
+"""How often a request is sent again because the store lost a tensor meanwhile, before that counts as a failure."""
+
+Uploads = dict[bytes, Tensor]
+"""A request's tensors by digest, to be sent if the daemon lacks them."""
+
+
+def pack(value: Any, name: str, uploads: Uploads, by_content: bool = True) -> Any:
+    """A value as the wire takes it; its large tensors go to ``uploads`` and leave their digests.
+
+    Raises `ArgumentError`, naming the value, for what doesn't travel.
+    """
+    if isinstance(value, dict):
+        return {key: pack(item, f"{name}.{key}", uploads, by_content) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [pack(item, name, uploads, by_content) for item in value]
+    if kind_of(value) is None:
+        if value is None or isinstance(value, (str, int, float, bool)):
+            return value
+        raise ArgumentError(f"{name}: a {type(value).__name__} can't be sent to the daemon", argument=name)
+    tensor = to_wire(value, name)
+    if not by_content or tensor.nbytes < BY_CONTENT_BYTES:
+        return tensor
+    tensor = tensor.with_digest()
+    assert tensor.digest is not None
+    uploads[tensor.digest] = tensor
+    return tensor.without_bytes()
+
+
+def converse(
+    connection: Connection, kind: str, build: Callable[[], dict[str, Any]], uploads: Uploads
+) -> Iterator[Message]:
+    """Send a request, with uploads as they prove needed, and yield its messages up to the last.
+
+    Whatever ends this early (an exception from ``on_wait``, ctrl-C, a generator that is dropped) cancels the request.
+    """
+    for _ in range(TRIES):
+        request = connection.start(kind, build)
+        ended = False
+        try:
+            for reply in connection.replies(request):
+                ended = reply.type in ("done", "missing")
+                if reply.type == "missing":
+                    _upload(connection, reply.body["digests"], uploads)
+                    break
+                yield reply
+                if ended:
+                    return
+        except TacodError:
+            ended = True
+            raise
+        finally:
+            if not ended:
+                connection.cancel(request)
+            connection.forget(request)
+    raise TacodError(
+        "the daemon's tensor store keeps losing this request's tensors; it is too small for the clients that share it "
+        "(limits.store_bytes)"
+    )
+
+
+def _upload(connection: Connection, digests: list[bytes], uploads: Uploads) -> None:
+    for digest in digests:
+        body = {"tensors": [uploads[digest]]}
+        connection.ask("put", lambda body=body: body)  # type: ignore[misc]

@@ -1,0 +1,48 @@
+"""Attention on one device: whole, or in parts that merge."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["attend", "attend_part", "merge"]
+
+Part = tuple[Tensor, Tensor]
+"""Attention over some of the keys: its output in fp32 [B, H, S, D], and the log-sum-exp of its scores [B, H, S]."""
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention without a mask on [B, H, S, D]."""
+    return functional.scaled_dot_product_attention(q, k, v) if q.numel() else torch.empty_like(q)
+
+
+def attend_part(q: Tensor, k: Tensor, v: Tensor) -> Part:
+    """Attention of ``q`` [B, H, S, D] over some of its keys ``k``, ``v`` [B, H, T, D]; T may be 0."""
+    if not q.numel() or not k.numel():
+        shape = q.shape[:-1]
+        return q.new_zeros(q.shape, dtype=torch.float32), q.new_full(shape, -math.inf, dtype=torch.float32)
+    scale = q.shape[-1] ** -0.5
+    if not q.is_cuda:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+        return out.float(), lse
+    width = q.shape[-1]
+    # The kernels want widths of multiples of 8; zeros change neither scores nor outputs.
+    q, k, v = (functional.pad(t, (0, -width % 8)) for t in (q, k, v))
+    if q.dtype == torch.float32:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)
+    else:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
+    return out[..., :width].float(), lse[..., : q.shape[2]]
+
+
+def merge(one: Part, other: Part) -> Part:
+    """Attention over the keys of both, in fp32 (online softmax: Milakov and Gimelshein, 2018, arXiv:1805.02867)."""
+    (out, lse), (other_out, other_lse) = one, other
+    both = torch.logaddexp(lse, other_lse)
+    # Where neither part had a key the weights would be inf - inf.
+    base = torch.where(both == -math.inf, 0.0, both)
+    weights = ((part - base).exp().unsqueeze(-1) for part in (lse, other_lse))
+    return out * next(weights) + other_out * next(weights), both

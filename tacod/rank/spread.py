@@ -1,0 +1,53 @@
+"""One forward on all ranks: plan it, take this rank's part, run it, put the parts together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tacod.plan import Plan, Request, Shape, chunks, make_plan
+from tacod.rank.families.base import DiT
+from tacod.rank.topology import Topology
+
+__all__ = ["plan_for", "run"]
+
+
+def plan_for(dit: DiT, asked: Request, world_size: int, arguments: Mapping[str, Any]) -> Plan:
+    """The plan of a forward with these arguments, of which only the shapes matter.
+
+    Raises `ArgumentError` if there is none, or if the model can't take this size.
+    """
+    shape = Shape(dit.heads, dit.width, arguments["x"].shape[0], dit.lengths(arguments))
+    return make_plan(asked, world_size, shape)
+
+
+def run(dit: DiT, plan: Plan, topology: Topology, x: Tensor, timestep: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """One forward; every rank passes the whole input and gets the whole output, one that the plan leaves idle too."""
+    layout = plan.layout
+    seat = topology.seat(layout)
+    out: Tensor | None = None
+    if seat is not None:
+        sizes = chunks(len(x), layout.batch)
+        start = sum(sizes[: seat.batch.rank])
+        mine = slice(start, start + sizes[seat.batch.rank])
+        out = dit(seat.sequence, x[mine], timestep[mine], **_images(arguments, mine))
+        out = seat.batch.gather(out, sizes, dim=0)
+    if layout.ranks < topology.world_size:
+        shape = (len(x), dit.out_channels, *x.shape[2:])
+        out = topology.everyone.broadcast(out if out is not None else x.new_empty(shape), source=0)
+    assert out is not None
+    return out
+
+
+def _images(arguments: Mapping[str, Any], mine: slice) -> dict[str, Any]:
+    """These images' share of every argument."""
+
+    def take(value: Any) -> Any:
+        if isinstance(value, list):
+            return [take(item) for item in value]
+        return value[mine] if isinstance(value, torch.Tensor) else value
+
+    return {name: take(value) for name, value in arguments.items()}

@@ -1,0 +1,315 @@
+"""Every layout over gloo: any number of ranks, heads, tokens and images equals one process.
+
+Run as a script, this file is one rank: it reads cases as JSON lines and answers each with what it measured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
+
+from tacod.plan import Layout, Plan, Shape, chunks
+from tacod.rank.sequence import SequenceParallel
+from tacod.rank.spread import run
+from tacod.rank.topology import Topology
+
+WORLD = 5
+LAYOUTS = [
+    (batch, ulysses, ring)
+    for batch in range(1, WORLD + 1)
+    for ulysses in range(1, WORLD // batch + 1)
+    for ring in range(1, WORLD // batch // ulysses + 1)
+]
+SEQUENCES = [layout for layout in LAYOUTS if layout[0] == 1 and layout != (1, 1, 1)]
+GOLDENS = ["flux_dev", "flux_dev_odd", "flux_schnell", "flux_kontext", "sd35_large", "sd35_medium"]
+FAMILIES: dict[str, dict[str, Any]] = {
+    "flux": {
+        "image_model": "flux",
+        "in_channels": 4,
+        "out_channels": 4,
+        "vec_in_dim": 6,
+        "context_in_dim": 8,
+        "hidden_size": 80,
+        "num_heads": 5,
+        "depth": 2,
+        "depth_single_blocks": 2,
+        "axes_dim": [4, 6, 6],
+        "guidance_embed": True,
+    },
+    "sd3": {
+        "image_model": "sd3",
+        "in_channels": 4,
+        "depth": 3,
+        "adm_in_channels": 6,
+        "context_embedder_config": {"params": {"in_features": 8, "out_features": 192}},
+        "pos_embed_max_size": 12,
+        "qk_norm": "rms",
+        "x_block_self_attn_layers": [0, 2],
+    },
+}
+
+
+class Ranks:
+    """The processes of one gloo world; every case runs on all of them, in a layout."""
+
+    def __init__(self, folder: Path) -> None:
+        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, __file__, str(rank), f"file://{folder / 'rendezvous'}"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
+                text=True,
+            )
+            for rank in range(WORLD)
+        ]
+
+    def run(self, layout: tuple[int, ...], verb: str, **case: Any) -> list[Any]:
+        """What each rank measured; of those that the layout leaves idle, what they have to say."""
+        for process in self.processes:
+            assert process.stdin is not None
+            process.stdin.write(json.dumps({"layout": layout, "verb": verb, **case}) + "\n")
+            process.stdin.flush()
+        answers = [process.stdout.readline() for process in self.processes if process.stdout is not None]
+        assert all(answers), "a rank died; its traceback is on stderr"
+        return [answer for answer in map(json.loads, answers) if answer is not None]
+
+    def close(self) -> None:
+        """End the processes by closing their input."""
+        for process in self.processes:
+            assert process.stdin is not None
+            process.stdin.close()
+        for process in self.processes:
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    started = Ranks(tmp_path_factory.mktemp("gloo"))
+    yield started
+    started.close()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("name", GOLDENS)
+def test_equals_comfyui_in_every_layout(
+    ranks: Ranks, load_golden: Callable[[str], Any], name: str, layout: tuple[int, ...]
+) -> None:
+    images = len(load_golden(name).inputs["x"])
+    if layout[0] > images:
+        layout = (images, *layout[1:])
+    errors = ranks.run(layout, "golden", name=name)
+    assert len(errors) == WORLD, "an idle rank gets the output too"
+    assert max(errors) <= 2e-6
+
+
+@pytest.mark.parametrize("layout", [(1, 3, 1), (1, 1, 3), (1, 2, 2), (2, 2, 1)], ids=str)
+@pytest.mark.parametrize("name", ["flux_dev_odd", "sd35_medium"])
+def test_bf16_loses_nothing_to_the_exchange(
+    ranks: Ranks, load_golden: Callable[[str], Any], name: str, layout: tuple[int, ...]
+) -> None:
+    alone = load_golden(name).error(SequenceParallel(), torch.bfloat16)
+    assert max(ranks.run(layout, "golden", name=name, dtype="bfloat16")) <= 1.1 * alone
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    layout=st.sampled_from(SEQUENCES),
+    heads=st.integers(1, 9),
+    batch=st.integers(1, 3),
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=3).filter(sum),
+    seed=st.integers(0, 99),
+)
+def test_attention_equals_one_process(ranks: Ranks, layout: tuple[int, ...], **case: Any) -> None:
+    assert max(ranks.run(layout, "attention", **case)) <= 2e-6
+
+
+@pytest.mark.parametrize("layout", SEQUENCES, ids=str)
+@pytest.mark.parametrize(("heads", "lengths"), [(3, [2]), (1, [1, 1]), (2, [0, 3]), (24, [512, 99])])
+def test_ranks_without_tokens_or_heads_take_part(
+    ranks: Ranks, layout: tuple[int, ...], heads: int, lengths: list[int]
+) -> None:
+    assert max(ranks.run(layout, "attention", heads=heads, batch=2, lengths=lengths, seed=1)) <= 2e-6
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    layout=st.sampled_from(LAYOUTS),
+    family=st.sampled_from(sorted(FAMILIES)),
+    more=st.integers(0, 2),
+    text=st.integers(1, 9),
+    height=st.integers(1, 13),
+    width=st.integers(1, 13),
+    references=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), max_size=2),
+    seed=st.integers(0, 99),
+)
+def test_a_forward_equals_one_process(ranks: Ranks, layout: tuple[int, ...], more: int, **case: Any) -> None:
+    errors = ranks.run(layout, "forward", batch=layout[0] + more, **case)
+    assert len(errors) == WORLD
+    assert max(errors) <= 2e-6
+
+
+@pytest.mark.parametrize("layout", [(1, 2, 1), (1, 1, 3), (1, 2, 2), (1, 5, 1)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int64"])
+@pytest.mark.parametrize(("shape", "dim"), [((2, 7, 5), 1), ((1, 2, 3), 1), ((9, 4), 0), ((2, 3, 11), -1)])
+def test_gather_undoes_shard(
+    ranks: Ranks, layout: tuple[int, ...], dtype: str, shape: tuple[int, ...], dim: int
+) -> None:
+    answers = ranks.run(layout, "gather", dtype=dtype, shape=shape, dim=dim)
+    assert answers == [True] * (layout[1] * layout[2])
+
+
+@pytest.mark.parametrize("layout", [(1, 3, 1), (1, 1, 3)], ids=str)
+def test_time_in_collectives_is_told_once(ranks: Ranks, layout: tuple[int, ...]) -> None:
+    for taken, wall, again in ranks.run(layout, "timing"):
+        assert 0 < taken < wall
+        assert again == 0
+
+
+@given(n=st.integers(0, 10_000), size=st.integers(1, 64))
+def test_chunks_differ_by_one_at_most(n: int, size: int) -> None:
+    sizes = chunks(n, size)
+    assert sum(sizes) == n
+    assert sizes == sorted(sizes, reverse=True)
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_one_process_needs_no_group() -> None:
+    alone = SequenceParallel()
+    assert (alone.size, alone.sizes(7)) == (1, [7])
+    q, k, v = torch.randn(3, 2, 7, 3, 8)
+    expected = scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    assert torch.equal(alone.attention(q, k, v, (3, 4)), expected.transpose(1, 2).reshape(2, 7, 24))
+    assert torch.equal(alone.gather(alone.shard(q), 7), q)
+
+
+class Rank:
+    """One rank's side of the cases; each verb returns what the test looks at."""
+
+    def __init__(self, rank: int, rendezvous: str) -> None:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", rendezvous, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
+
+        def make_group(parts: list[list[int]]) -> dist.ProcessGroup:
+            groups = [dist.new_group(part) for part in parts]
+            return next(group for group, part in zip(groups, parts, strict=True) if rank in part)
+
+        self.topology = Topology(rank, WORLD, make_group)
+
+    def golden(self, layout: Layout, name: str, dtype: str = "float32") -> float:
+        from helpers import read_golden, relative_error
+
+        golden = read_golden(name)
+        assert golden is not None
+        kind = getattr(torch, dtype)
+        return relative_error(self._run(layout, golden.model(kind), golden.arguments(kind)), golden.out)
+
+    def _run(self, layout: Layout, model: Any, inputs: dict[str, Any]) -> Any:
+        plan = Plan(layout, WORLD, Shape(model.heads, model.width))
+        rest = {name: value for name, value in inputs.items() if name not in ("x", "timestep")}
+        with torch.inference_mode():
+            return run(model, plan, self.topology, inputs["x"], inputs["timestep"], rest)
+
+    def _sequence(self, layout: Layout) -> SequenceParallel | None:
+        seat = self.topology.seat(layout)
+        return None if seat is None else seat.sequence
+
+    def attention(self, layout: Layout, heads: int, batch: int, lengths: list[int], seed: int) -> float | None:
+        sequence = self._sequence(layout)
+        if sequence is None:
+            return None
+        torch.manual_seed(seed)
+        q, k, v = torch.randn(3, batch, sum(lengths), heads, 16)
+        expected = torch.split(SequenceParallel().attention(q, k, v, lengths), lengths, dim=1)
+        local = [torch.cat([sequence.shard(part) for part in torch.split(t, lengths, dim=1)], dim=1) for t in (q, k, v)]
+        mine = sequence.attention(*local, lengths)
+        outs = torch.split(mine, [sequence.sizes(length)[sequence.whole.rank] for length in lengths], dim=1)
+        whole = [sequence.gather(out, length) for out, length in zip(outs, lengths, strict=True)]
+        return max(float((a - b).norm() / b.norm()) for a, b in zip(whole, expected, strict=True) if b.numel())
+
+    def forward(
+        self,
+        layout: Layout,
+        family: str,
+        batch: int,
+        text: int,
+        height: int,
+        width: int,
+        references: list[list[int]],
+        seed: int,
+    ) -> float:
+        from tacod.rank.families import detect
+
+        torch.manual_seed(seed)
+        kind, config = detect({}, FAMILIES[family])
+        model = kind(config).eval()
+        inputs: dict[str, Any] = {
+            "x": torch.randn(batch, 4, height, width),
+            "timestep": torch.rand(batch),
+            "context": torch.randn(batch, text, 8),
+            "y": torch.randn(batch, 6),
+        }
+        if family == "flux":
+            inputs["guidance"] = torch.full((batch,), 3.5)
+            inputs["ref_latents"] = [torch.randn(batch, 4, *size) for size in references]
+        with torch.inference_mode():
+            expected = model(SequenceParallel(), **inputs)
+        out = self._run(layout, model, inputs)
+        return float((out - expected).norm() / expected.norm())
+
+    def gather(self, layout: Layout, dtype: str, shape: list[int], dim: int) -> bool | None:
+        sequence = self._sequence(layout)
+        if sequence is None:
+            return None
+        tokens = torch.arange(torch.Size(shape).numel()).reshape(shape).to(getattr(torch, dtype))
+        return torch.equal(sequence.gather(sequence.shard(tokens, dim), shape[dim], dim), tokens)
+
+    def timing(self, layout: Layout) -> tuple[float, float, float] | None:
+        sequence = self._sequence(layout)
+        if sequence is None:
+            return None
+        clock = self.topology.clock
+        clock.take_s()
+        begin = time.perf_counter()
+        tokens = sequence.shard(torch.zeros(1, 10, 4, 8))
+        sequence.attention(tokens, tokens, tokens, [10])
+        wall = time.perf_counter() - begin
+        return clock.take_s(), wall, clock.take_s()
+
+
+def main(number: str, rendezvous: str) -> None:
+    # gloo reports its connections on stdout, which is for answers here.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    rank = Rank(int(number), rendezvous)
+    for line in sys.stdin:
+        case = json.loads(line)
+        layout, verb = Layout(*case.pop("layout")), case.pop("verb")
+        print(json.dumps(getattr(rank, verb)(layout, **case)), file=answers, flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
