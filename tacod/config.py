@@ -162,15 +162,18 @@ def _line(path: str | os.PathLike[str], fault: Any) -> str:
 
 
 def to_toml(config: Config) -> str:
-    """The configuration with all its defaults, as TOML that `load_config` reads back."""
-    values = config.model_dump(exclude_none=True)
-    if config.group.device == "cuda":
-        del values["group"]["ranks"]
+    """The configuration with all its defaults, as TOML that `load_config` reads back; what isn't set is a comment."""
+    values = config.model_dump()
+    del values["group"]["ranks" if config.group.device == "cuda" else "gpus"]
     tables = {key: value for key, value in values.items() if isinstance(value, dict)}
-    lines = [f"{key} = {_toml(value)}" for key, value in values.items() if key not in tables]
+    lines = [_line_of_toml(key, value) for key, value in values.items() if key not in tables]
     for name, table in tables.items():
-        lines += ["", f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in table.items())]
+        lines += ["", f"[{name}]", *(_line_of_toml(key, value) for key, value in table.items())]
     return "\n".join(lines) + "\n"
+
+
+def _line_of_toml(key: str, value: Any) -> str:
+    return f"# {key} is not set" if value is None else f"{key} = {_toml(value)}"
 
 
 def _toml(value: Any) -> str:

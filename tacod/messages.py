@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, InstanceOf, ValidationError
 
+from tacod.store import tensors_of
 from tacod_client import wire
 from tacod_client.errors import ArgumentError
 
@@ -29,6 +30,8 @@ VALUES = 512
 """Most values, keys among them, that `plan`, `arguments`, `positive` and `negative` may hold each."""
 TEXT = 256
 """Most characters of a text in them."""
+PATCH_TENSORS = 6000
+"""Most tensors that a load's patches may hold; the ranks get each twice in one message, by name and with its bytes."""
 
 
 def _check_extent(value: Any) -> Any:
@@ -46,6 +49,13 @@ def _check_extent(value: Any) -> Any:
         elif isinstance(item, str | bytes) and len(item) > TEXT:
             raise ValueError(f"holds a text of {len(item)} characters; at most {TEXT} are allowed")
     return value
+
+
+def _check_patches(patches: list[Any] | None) -> list[Any] | None:
+    count = sum(1 for _ in tensors_of(patches))
+    if count > PATCH_TENSORS:
+        raise ValueError(f"holds {count} tensors; at most {PATCH_TENSORS} are allowed: save the merged model instead")
+    return patches
 
 
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -99,7 +109,7 @@ class Load(Request):
 
     path: Name
     dtype: Dtype | None
-    patches: list[Any] | None
+    patches: Annotated[list[Any] | None, AfterValidator(_check_patches)]
     plan: Plan
 
 

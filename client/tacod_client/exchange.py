@@ -14,6 +14,9 @@ __all__ = ["Uploads", "converse", "pack"]
 
 BY_CONTENT_BYTES = 4096
 """Tensors from this size on are sent once and named by their digest after that."""
+PUT_BYTES = 32 << 20
+PUT_TENSORS = 256
+"""What one `put` carries at the most, if it is more than one tensor."""
 TRIES = 8
 """How often a request is sent again because the store lost a tensor meanwhile, before that counts as a failure."""
 
@@ -76,6 +79,17 @@ def converse(
 
 
 def _upload(connection: Connection, digests: list[bytes], uploads: Uploads) -> None:
+    batch: list[Tensor] = []
+    nbytes = 0
     for digest in digests:
-        body = {"tensors": [uploads[digest]]}
-        connection.ask("put", lambda body=body: body)  # type: ignore[misc]
+        tensor = uploads[digest]
+        if batch and (nbytes + tensor.nbytes > PUT_BYTES or len(batch) == PUT_TENSORS):
+            _put(connection, batch)
+            batch, nbytes = [], 0
+        batch.append(tensor)
+        nbytes += tensor.nbytes
+    _put(connection, batch)
+
+
+def _put(connection: Connection, tensors: list[Tensor]) -> None:
+    connection.ask("put", lambda: {"tensors": tensors})

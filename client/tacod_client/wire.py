@@ -33,7 +33,7 @@ FRAME_BYTES = 8 << 20
 """Tensor bytes are split into frames of this size (one 64 MiB frame takes four times as long as eight of 8)."""
 
 HEADER_BYTES = 4 << 20
-MAX_TENSORS = 4096
+MAX_TENSORS = 16384
 MAX_DIMS = 8
 MAX_DEPTH = 16
 MAX_TENSOR_BYTES = 1 << 40

@@ -37,7 +37,7 @@ from tacod.rank.patches import (
     fingerprint,
     parse_patches,
 )
-from tacod.rank.ulysses import Ulysses
+from tacod.rank.sequence import SequenceParallel
 from tacod_client.errors import ArgumentError, ModelCorrupt, ModelNotFound, ModelUnsupported, TacodError
 from tacod_client.wire import digest_of
 
@@ -985,6 +985,6 @@ def test_a_patched_model_equals_one_with_patched_weights() -> None:
             lambda _, given, out, up=up, down=down: out + 0.1 * 0.5 * (given[0] @ down.T @ up.T)
         )
     with torch.inference_mode():
-        out = merged(Ulysses(), **inputs)
-        assert relative_error(out, beside(Ulysses(), **inputs)) < FP32
+        out = merged(SequenceParallel(), **inputs)
+        assert relative_error(out, beside(SequenceParallel(), **inputs)) < FP32
     assert relative_error(out, FLUX.forward(**inputs)) > 1e-3

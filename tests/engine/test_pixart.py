@@ -1,34 +1,28 @@
-"""PixArt against ComfyUI's forwards, against itself on several ranks, and against diffusers' class."""
+"""PixArt against ComfyUI's forwards and against diffusers' class; test_spread.py has it on several ranks."""
 
 from __future__ import annotations
 
 import copy
-import multiprocessing
-import os
 import warnings
-from collections.abc import Callable, Iterator
-from datetime import timedelta
+from collections.abc import Callable
 from itertools import pairwise
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from helpers import FP32, read_golden, relative_error
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from helpers import FP32, relative_error
 from safetensors.torch import save_file
 from torch import Tensor
 
 from tacod.checkpoint import TensorInfo, read_checkpoint
-from tacod.plan import make_plan
+from tacod.plan import AUTO
 from tacod.rank.families import detect
 from tacod.rank.families.base import LatentFormat
 from tacod.rank.families.pixart import PixArt
 from tacod.rank.sampling import SampleRequest, begin
-from tacod.rank.ulysses import Ulysses
+from tacod.rank.sequence import SequenceParallel
+from tacod.rank.topology import Topology
 from tacod.rank.weights import load_model
 from tacod_client.errors import ArgumentError, ModelUnsupported
 from tacod_client.tensors import to_wire
@@ -69,7 +63,7 @@ def inputs(height: int = 34, width: int = 38, batch: int = 2, text: int = 5) -> 
 
 def forward(model: PixArt, **arguments: Any) -> Tensor:
     with torch.inference_mode():
-        out: Tensor = model(Ulysses(), **arguments)
+        out: Tensor = model(SequenceParallel(), **arguments)
     return out
 
 
@@ -78,12 +72,12 @@ def forward(model: PixArt, **arguments: Any) -> Tensor:
 
 @pytest.mark.parametrize("name", GOLDENS)
 def test_equals_comfyui_in_fp32(name: str, load_golden: Callable[[str], Any]) -> None:
-    assert load_golden(name).error(Ulysses()) <= FP32
+    assert load_golden(name).error(SequenceParallel()) <= FP32
 
 
 @pytest.mark.parametrize("name", GOLDENS)
 def test_is_near_comfyui_in_bf16(name: str, load_golden: Callable[[str], Any]) -> None:
-    assert load_golden(name).error(Ulysses(), torch.bfloat16) <= 1e-2
+    assert load_golden(name).error(SequenceParallel(), torch.bfloat16) <= 1e-2
 
 
 @pytest.mark.parametrize("name", GOLDENS)
@@ -95,126 +89,6 @@ def test_a_golden_fits_its_own_description(name: str, load_golden: Callable[[str
     for key, value in golden.inputs.items():
         shape = zip(specs[key].shape, value.shape, strict=True)
         assert all(isinstance(wanted, str) or wanted == size for wanted, size in shape)
-
-
-class Ranks:
-    """The processes of one gloo world; a case runs on the first ``size`` of them."""
-
-    def __init__(self, folder: Path) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.ends: list[Connection] = []
-        self.processes = []
-        for rank in range(WORLD):
-            here, there = context.Pipe()
-            process = context.Process(target=serve, args=(there, rank, f"file://{folder / 'rendezvous'}"), daemon=True)
-            process.start()
-            there.close()
-            self.ends.append(here)
-            self.processes.append(process)
-
-    def errors(self, size: int, what: str | dict[str, Any], *more: Any) -> list[float]:
-        """How far each of the first ``size`` ranks was off."""
-        for end in self.ends[:size]:
-            end.send((size, what, *more))
-        return [end.recv() for end in self.ends[:size]]
-
-    def close(self) -> None:
-        for end in self.ends:
-            end.close()
-        for process in self.processes:
-            process.join(10)
-            process.kill()
-            process.join()
-            process.close()
-
-
-def serve(end: Connection, rank: int, rendezvous: str) -> None:
-    """One rank's side: a golden by its name, or a model by its configuration and its latent's size."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rendezvous, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
-    groups = {size: dist.new_group(list(range(size))) for size in SIZES}
-    ulysses = {size: Ulysses(group) for size, group in groups.items() if rank < size}
-    while True:
-        try:
-            size, what, *more = end.recv()
-        except EOFError:
-            return dist.destroy_process_group()
-        end.send(
-            golden_error(ulysses[size], what, *more) if isinstance(what, str) else error(ulysses[size], what, *more)
-        )
-
-
-def golden_error(ulysses: Ulysses, name: str, dtype: torch.dtype = torch.float32) -> float:
-    golden = read_golden(name)
-    assert golden is not None
-    return golden.error(ulysses, dtype)
-
-
-def error(ulysses: Ulysses, config: dict[str, Any], seed: int, *size: int) -> float:
-    torch.manual_seed(seed)
-    model = PixArt(config).eval()
-    arguments = inputs(*size)
-    with torch.inference_mode():
-        return relative_error(model(ulysses, **arguments), model(Ulysses(), **arguments))
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    started = Ranks(tmp_path_factory.mktemp("gloo"))
-    yield started
-    started.close()
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", GOLDENS)
-def test_equals_comfyui_at_any_rank_count(
-    ranks: Ranks, load_golden: Callable[[str], Any], name: str, size: int
-) -> None:
-    load_golden(name)
-    assert max(ranks.errors(size, name)) <= FP32
-    assert max(ranks.errors(size, name, torch.bfloat16)) <= 1e-2
-
-
-@pytest.mark.parametrize("model", [ALPHA, SIGMA], ids=["alpha", "sigma"])
-def test_sixteen_heads_over_three_ranks(ranks: Ranks, model: dict[str, Any]) -> None:
-    config = {**model, "num_heads": 16, "hidden_size": 192}
-    assert max(ranks.errors(3, config, 1, 38, 42, 2, 7)) <= FP32
-
-
-def test_ranks_without_heads_take_part(ranks: Ranks) -> None:
-    assert max(ranks.errors(5, ALPHA, 2, 2, 64)) <= FP32
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    size=st.sampled_from(SIZES),
-    heads=st.sampled_from([1, 2, 3, 5, 7]),
-    base=st.sampled_from([ALPHA, SIGMA]),
-    positions=st.sampled_from([{}, {"pe_interpolation": 2}, {"pe_interpolation": 1, "pe_precision": 2}]),
-    pred_sigma=st.booleans(),
-    rows=st.integers(1, 24),
-    more=st.integers(0, 6),
-    batch=st.integers(1, 2),
-    text=st.integers(1, 9),
-    seed=st.integers(0, 99),
-)
-def test_a_forward_equals_one_process(
-    ranks: Ranks,
-    size: int,
-    heads: int,
-    base: dict[str, Any],
-    positions: dict[str, Any],
-    pred_sigma: bool,
-    rows: int,
-    more: int,
-    batch: int,
-    text: int,
-    seed: int,
-) -> None:
-    config = {**base, **positions, "num_heads": heads, "hidden_size": 12 * heads, "pred_sigma": pred_sigma}
-    latent = (2 * rows, 2 * (33 - rows + more))
-    assert max(ranks.errors(size, config, seed, *latent, batch, text)) <= FP32
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -449,7 +323,7 @@ def test_timesteps_are_embedded_in_fp32() -> None:
 def test_gradients_reach_every_parameter() -> None:
     model = PixArt({**ALPHA, "pred_sigma": False})
     forward(model, **inputs())
-    model(Ulysses(), **inputs()).square().mean().backward()
+    model(SequenceParallel(), **inputs()).square().mean().backward()
     assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
 
 
@@ -503,9 +377,8 @@ def test_a_run_equals_a_loop_by_hand(config: dict[str, Any], top: int) -> None:
         negative={"context": to_wire(negative, "context")},
     )
     request.check(model)
-    plan = make_plan("auto", 1, model.heads, model.lengths({"x": noise}))
     with torch.inference_mode():
-        run = begin(request, model, Ulysses(), plan, torch.device("cpu"))
+        run = begin(request, model, AUTO, Topology(), torch.device("cpu"))
         *_, last = run.steps
         out = run.finish(last)
 

@@ -35,7 +35,16 @@ LAYOUTS = [
     for ring in range(1, WORLD // batch // ulysses + 1)
 ]
 SEQUENCES = [layout for layout in LAYOUTS if layout[0] == 1 and layout != (1, 1, 1)]
-GOLDENS = ["flux_dev", "flux_dev_odd", "flux_schnell", "flux_kontext", "sd35_large", "sd35_medium"]
+GOLDENS = [
+    "flux_dev",
+    "flux_dev_odd",
+    "flux_schnell",
+    "flux_kontext",
+    "sd35_large",
+    "sd35_medium",
+    "pixart_alpha",
+    "pixart_sigma",
+]
 FAMILIES: dict[str, dict[str, Any]] = {
     "flux": {
         "image_model": "flux",

@@ -22,8 +22,8 @@ from tacod.checkpoint import TensorInfo, locate, read_checkpoint
 from tacod.checkpoint.diffusers import translate
 from tacod.rank.families import detect
 from tacod.rank.families.base import DiT
+from tacod.rank.sequence import SequenceParallel
 from tacod.rank.stored import STORED, StoredLinear, dequantise
-from tacod.rank.ulysses import Ulysses
 from tacod.rank.weights import choose_dtype, get_weight, load_model, set_weight, share, weight_bytes
 from tacod_client.errors import ModelCorrupt, ModelError, ModelNotAllowed, ModelNotFound, ModelUnsupported
 
@@ -144,7 +144,7 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 
 def run(model: DiT, inputs: dict[str, Any]) -> Tensor:
     with torch.inference_mode():
-        out: Tensor = model(Ulysses(), **inputs)
+        out: Tensor = model(SequenceParallel(), **inputs)
     return out
 
 
@@ -804,6 +804,16 @@ def test_shared_model_is_the_same_tensors(kinds: dict[str, Path], name: str) -> 
     assert all(one is other for one, other in zip(ours, others, strict=True))
     assert not set(map(id, model.modules())) & set(map(id, twin.modules()))
     assert torch.equal(run(model, wide_inputs()), run(twin, wide_inputs()))
+
+
+def test_compiled_blocks_are_shared_as_they_were_before(kinds: dict[str, Path]) -> None:
+    """A compiled module's call is bound to the module, and so to its weights."""
+    model = load(kinds["bf16"])
+    block = model.get_submodule("double_blocks.0")
+    block.compile()
+    twin = share(model)
+    assert block._compiled_call_impl is not None
+    assert twin.get_submodule("double_blocks.0")._compiled_call_impl is None
 
 
 @pytest.mark.parametrize("name", BITS)

@@ -51,12 +51,18 @@ GOOD = {
     "an empty tensor": one(shape=[0, 3]),
     "a single number": one(bytes(4), shape=[]),
     "the deepest body": [PREAMBLE, packed(body={"a": nested(15)})],
+    "the smallest id": [PREAMBLE, packed(id=0)],
     "the largest id": [PREAMBLE, packed(id=2**63 - 1)],
+    "the largest header": [
+        PREAMBLE,
+        packed(body={"a": "x" * (wire.HEADER_BYTES - len(packed(body={"a": "x" * 2**16})) + 2**16)}),
+    ],
+    "the largest tensor": one(dtype="U8", shape=[2**40], digest=DIGEST, bytes=False),
     "most dimensions": one(EIGHT, shape=[2] + [1] * 7),
     "most tensors": [
         PREAMBLE,
         packed(
-            tensors=[{**FLOAT, "digest": DIGEST, "bytes": False}] * 4096, body={"x": [ref(at) for at in range(4096)]}
+            tensors=[{**FLOAT, "digest": DIGEST, "bytes": False}] * 16384, body={"x": [ref(at) for at in range(16384)]}
         ),
     ],
 }
@@ -121,7 +127,7 @@ BAD: dict[str, tuple[str, list[bytes]]] = {
     "array as body": ("body: expected dict, got list", [PREAMBLE, packed(body=[])]),
     "tensor as body": ("body: expected dict", one(EIGHT, body=REF)),
     # the tensors' descriptions
-    "too many tensors": ("tensors: 4097", [PREAMBLE, packed(tensors=[FLOAT] * 4097)]),
+    "too many tensors": ("tensors: 16385", [PREAMBLE, packed(tensors=[FLOAT] * 16385)]),
     "number as tensor": ("tensors[0]: expected a map", [PREAMBLE, packed(tensors=[1])]),
     "nil as tensor": ("tensors[0]: expected a map", [PREAMBLE, packed(tensors=[None])]),
     "reference as tensor": ("tensors[0]: expected a map", [PREAMBLE, packed(tensors=[REF])]),
@@ -143,6 +149,8 @@ BAD: dict[str, tuple[str, list[bytes]]] = {
     "reference as dimension": ("tensors[0].shape: sizes must be", one(EIGHT, shape=[REF])),
     "nine dimensions": ("tensors[0].shape: expected a list of at most 8", one(EIGHT, shape=[2] + [1] * 8)),
     "dimension of 64 bits": ("tensors[0].shape", one(EIGHT, shape=[2**64 - 1])),
+    "dimension over the limit": ("tensors[0].shape", one(dtype="U8", shape=[2**40 + 1], digest=DIGEST, bytes=False)),
+    "bytes over the limit": ("tensors[0].shape", one(shape=[2**38 + 1], digest=DIGEST, bytes=False)),
     "product over the limit": ("tensors[0].shape", one(EIGHT, shape=[2**20, 2**20])),
     "product that wraps to 0": ("tensors[0].shape", one(shape=[2**32, 2**32])),
     "huge sizes behind a 0": ("tensors[0].shape", one(shape=[2**40, 2**40, 0])),
@@ -207,6 +215,10 @@ BAD: dict[str, tuple[str, list[bytes]]] = {
 @pytest.mark.parametrize("name", GOOD)
 def test_what_is_allowed_is_read(name: str) -> None:
     assert decode(GOOD[name]).type == "forward"
+
+
+def test_largest_header_is_as_large_as_it_may_be() -> None:
+    assert len(GOOD["the largest header"][1]) == wire.HEADER_BYTES
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from tacod.manifest import Manifest, Model
+from tacod_client import wire
 from tacod_client.errors import (
     ArgumentError,
     ModelCorrupt,
     ModelNotAllowed,
     ModelNotFound,
-    ModelUnsupported,
     TacodError,
 )
 
@@ -47,7 +47,7 @@ def test_same_file_in_the_same_state_gives_the_same_id(manifest: Manifest, path:
     assert describe(manifest, str(path)) == first
     assert describe(manifest, "./flux.safetensors") == first
     assert describe(manifest, patches=[]) == first
-    assert describe(manifest, plan={"sequence": 1}).id == first.id, "the plan is each forward's own"
+    assert describe(manifest, plan={"sequence_parallel_degree": 1}).id == first.id, "the plan is each forward's own"
 
 
 def test_dtype_gives_another_id(manifest: Manifest) -> None:
@@ -81,8 +81,10 @@ def test_path_is_the_real_one(manifest: Manifest, path: Path) -> None:
         ("none.safetensors", {}, ModelNotFound),
         ("/etc/passwd", {}, ModelNotAllowed),
         ("broken.safetensors", {}, ModelCorrupt),
-        ("flux.safetensors", {"patches": [{"lora": 1}]}, ModelUnsupported),
-        ("flux.safetensors", {"plan": {"sequence": 2}}, ArgumentError),
+        ("flux.safetensors", {"patches": ["lora"]}, ArgumentError),
+        ("flux.safetensors", {"patches": [{"path": "none.safetensors", "strength": 1.0}]}, ModelNotFound),
+        ("flux.safetensors", {"patches": [{"path": "/etc/passwd", "strength": 1.0}]}, ModelNotAllowed),
+        ("flux.safetensors", {"plan": {"sequence_parallel_degree": 7}}, ArgumentError),
         ("flux.safetensors", {"plan": "fast"}, ArgumentError),
     ],
 )
@@ -119,11 +121,57 @@ def test_manifest_may_change_while_it_is_read(manifest: Manifest) -> None:
 
 def test_work_item_names_the_same_model(manifest: Manifest) -> None:
     model = describe(manifest, dtype="bf16")
-    assert Model.from_work(model.work()) == model
+    assert model.work(["other"]) == {
+        "model": model.id,
+        "path": model.path,
+        "identity": model.identity,
+        "dtype": "bf16",
+        "patches": None,
+        "base": None,
+        "evict_models": ["other"],
+    }
+
+
+def lora(strength: float, fill: int = 0) -> list[dict[str, Any]]:
+    up = wire.Tensor("U8", (2,), (bytes([fill, 1]),)).with_digest().without_bytes()
+    return [{"key": "img_in.weight", "kind": "lora", "up": up, "strength": strength}]
+
+
+def test_a_patched_model_has_an_id_of_file_and_patches_and_a_base_without_them(manifest: Manifest) -> None:
+    plain = describe(manifest)
+    patched = describe(manifest, patches=lora(1.0))
+    assert describe(manifest, patches=[]) == plain
+    assert patched.base == plain
+    assert patched.work()["base"] == plain.id
+    assert describe(manifest, patches=lora(1.0)).id == patched.id
+    others = {describe(manifest, patches=each).id for each in (lora(0.5), lora(1.0, 9), lora(1.0) * 2)}
+    assert len({plain.id, patched.id} | others) == 5
+    assert len(patched.digests) == 1
+    assert plain.digests == []
+
+
+def test_a_patch_from_a_file_is_another_when_the_file_changes(manifest: Manifest, path: Path) -> None:
+    patches = [{"path": path.name, "strength": 1.0}]
+    before = describe(manifest, patches=patches)
+    assert before.patches[0]["path"] == before.path
+    os.utime(path, ns=(1, 1))
+    assert describe(manifest, patches=patches).id != before.id
+
+
+def test_the_least_recently_used_models_make_room(manifest: Manifest) -> None:
+    for name, size in (("a", 40), ("b", 30), ("c", 20)):
+        manifest.add(Model(name, f"/{name}", "", None, weight_bytes=size))
+    manifest.note_plan("a", "used just now")
+    new = Model("new", "/new", "", None, weight_bytes=25)
+    assert manifest.to_evict(new, None) == []
+    assert manifest.to_evict(new, 115) == []
+    assert manifest.to_evict(new, 100) == ["b"]
+    assert manifest.to_evict(new, 70) == ["b", "c"]
+    assert manifest.to_evict(new, 10) == ["b", "c", "a"]
 
 
 def test_loaded_model_tells_what_the_ranks_told(manifest: Manifest) -> None:
-    told = {"family": "flux", "parameters": 12, "heads": 24, "dtype": "bf16"}
+    told = {"family": "flux", "parameters": 12, "weight_bytes": 24, "heads": 24, "width": 3072, "dtype": "bf16"}
     model = describe(manifest).loaded(told, 1.23456, 3)
     assert model.id == describe(manifest).id
     assert model.to_wire() == {
@@ -132,6 +180,7 @@ def test_loaded_model_tells_what_the_ranks_told(manifest: Manifest) -> None:
         "family": "flux",
         "path": model.path,
         "parameters": 12,
+        "patches": 0,
         "dtype": "bf16",
         "plan": "sequence 3 (ulysses; 24 heads over 3 ranks: 8 each)",
         "loaded_s": 1.235,

@@ -7,7 +7,21 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tacod.messages import REQUESTS, VALUES, Cancel, Empty, Forward, Hello, Load, Put, Request, Sample, parse
+from tacod.messages import (
+    REQUESTS,
+    VALUES,
+    BeginUpload,
+    Cancel,
+    Empty,
+    Forward,
+    Hello,
+    Load,
+    Piece,
+    Put,
+    Request,
+    Sample,
+    parse,
+)
 from tacod.store import tensors_of
 from tacod_client.errors import ArgumentError
 from tacod_client.wire import HEADER_BYTES, Message, Tensor, decode, encode
@@ -33,6 +47,8 @@ GOOD: list[tuple[type[Request], dict[str, Any]]] = [
     (Empty, {}),
     (Put, {"tensors": []}),
     (Put, {"tensors": [X] * 256}),
+    (BeginUpload, {"nbytes": 1, "digests": [b"x"]}),
+    (Piece, {"upload": "x", "offset": 0, "data": X}),
     (Load, LOAD),
     (Load, {**LOAD, "dtype": "bf16", "patches": [1], "plan": {"sequence": 3}}),
     (Forward, FORWARD),
@@ -54,8 +70,13 @@ BAD: list[tuple[type[Request], dict[str, Any], str]] = [
     (Put, {"tensors": [X] * 257}, "tensors"),
     (Put, {"tensors": [X, 1]}, "tensors.1"),
     (Put, {"tensors": {"a": X}}, "tensors"),
+    (BeginUpload, {"nbytes": 0, "digests": []}, "nbytes"),
+    (BeginUpload, {"nbytes": 1, "digests": ["x"]}, "digests.0"),
+    (Piece, {"upload": "x", "offset": -1, "data": X}, "offset"),
+    (Piece, {"upload": "x", "offset": 0, "data": b"x"}, "data"),
     (Load, {**LOAD, "dtype": "fp64"}, "dtype"),
     (Load, {**LOAD, "patches": {}}, "patches"),
+    (Load, {**LOAD, "patches": [{"up": X}] * 6001}, "patches"),
     (Load, {**LOAD, "path": 3}, "path"),
     (Forward, {**FORWARD, "model": None}, "model"),
     (Forward, {**FORWARD, "arguments": [X]}, "arguments"),

@@ -1,4 +1,4 @@
-"""The parallel plan: uneven chunks that lose nothing, a text that explains itself, refusals by name."""
+"""The parallel plan: uneven chunks that lose nothing, layouts that fit, a text that explains itself, refusals."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tacod.plan import Plan, check_request, chunks, make_plan
+from tacod.plan import AUTO, Layout, Plan, Request, Shape, chunks, cost, make_plan, parse_request
 from tacod_client.errors import ArgumentError
+
+FLUX = Shape(24, 3072, 1, (512, 4096))
+FLUX_2K = Shape(24, 3072, 1, (512, 16384))
+FLUX_CFG = Shape(24, 3072, 2, (512, 4096))
+SD35_CFG = Shape(38, 2432, 2, (154, 4096))
+PIXART = Shape(16, 1152, 1, (4096,))
 
 
 @given(st.integers(0, 10**6), st.integers(1, 64))
@@ -23,62 +29,121 @@ def test_chunks_lose_nothing_and_differ_by_at_most_one(n: int, parts: int) -> No
 
 def test_first_chunks_take_the_rest() -> None:
     assert chunks(4096, 3) == [1366, 1365, 1365]
-    assert chunks(512, 3) == [171, 171, 170]
     assert chunks(2, 4) == [1, 1, 0, 0]
     assert chunks(0, 2) == [0, 0]
 
 
 @pytest.mark.parametrize(
-    ("plan", "text"),
+    ("layout", "world_size", "shape", "text"),
     [
-        (Plan(1, 1, 24, ()), "sequence 1 (one rank; 24 heads)"),
-        (Plan(3, 3, 24, (512, 4096)), "sequence 3 (ulysses; 24 heads over 3 ranks: 8 each; "
-                                      "4608 tokens: 1537 + 1536 + 1535)"),
-        (Plan(3, 3, 24, (513, 4095)), "sequence 3 (ulysses; 24 heads over 3 ranks: 8 each; 4608 tokens: 1536 each)"),
-        (Plan(3, 3, 5, ()), "sequence 3 (ulysses; 5 heads over 3 ranks: 2 + 2 + 1)"),
-        (Plan(4, 4, 3, (8,)), "sequence 4 (ulysses; 3 heads over 4 ranks: 1 + 1 + 1 + 0, 1 of them without a head to "
-                              "attend; 8 tokens: 2 each)"),
-        (Plan(3, 1, 24, (512, 4096)), "sequence 1 (as asked; the other 2 repeat the work; 24 heads)"),
+        ((1, 1, 1), 1, FLUX, "sequence 1 (24 heads on one rank)"),
+        ((1, 3, 1), 3, FLUX, "sequence 3 (ulysses; 24 heads over 3 ranks: 8 each; 4608 tokens: 1537 + 1536 + 1535)"),
+        ((1, 1, 3), 3, FLUX, "sequence 3 (ring; 4608 tokens: 1537 + 1536 + 1535)"),
+        ((1, 3, 1), 3, Shape(5, 80), "sequence 3 (ulysses; 5 heads over 3 ranks: 2 + 2 + 1)"),
+        (
+            (1, 4, 1),
+            4,
+            Shape(3, 96, 1, (8,)),
+            "sequence 4 (ulysses; 3 heads over 4 ranks: 1 + 1 + 1 + 0, 1 without a head to attend; 8 tokens: 2 each)",
+        ),
+        ((1, 1, 1), 3, FLUX, "sequence 1 (2 of 3 ranks idle)"),
+        ((2, 1, 1), 2, FLUX_CFG, "batch 2 × sequence 1 (2 images over 2 groups: 1 each)"),
+        (
+            (2, 2, 2),
+            8,
+            FLUX_CFG,
+            "batch 2 × sequence 4 (ulysses 2 × ring 2; 2 images over 2 groups: 1 each; "
+            "24 heads over 2 ranks: 12 each; 4608 tokens: 1152 each)",
+        ),
     ],
-)  # fmt: skip
-def test_plan_explains_itself(plan: Plan, text: str) -> None:
-    assert str(plan) == text
+)
+def test_plan_explains_itself(layout: tuple[int, int, int], world_size: int, shape: Shape, text: str) -> None:
+    assert str(Plan(Layout(*layout), world_size, shape)) == text
 
 
-@given(st.integers(1, 8), st.lists(st.integers(0, 5000), max_size=3))
-def test_tokens_of_all_ranks_are_all_tokens(sequence: int, lengths: list[int]) -> None:
-    tokens = Plan(sequence, sequence, 24, tuple(lengths)).tokens
-    assert sum(tokens) == sum(lengths)
-    assert len(tokens) == (sequence if lengths else 0)
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_auto_uses_all_ranks(world_size: int) -> None:
-    assert check_request("auto", world_size) == world_size
-
-
-def test_all_ranks_or_one_may_be_asked_for() -> None:
-    assert check_request({"sequence": 3}, 3) == 3
-    assert check_request({"sequence": 1}, 3) == 1
-
-
-def test_made_plan_is_what_was_asked() -> None:
-    assert make_plan({"sequence": 1}, 3, 24, [5, 7]) == Plan(3, 1, 24, (5, 7))
-    assert make_plan("auto", 3, 24, ()) == Plan(3, 3, 24, ())
-
-
-@pytest.mark.parametrize("sequence", [0, 2, 4, -1])
-def test_what_cannot_be_is_not_guessed_at(sequence: int) -> None:
-    with pytest.raises(ArgumentError, match=rf"^plan: sequence {sequence} on 3 ranks: .*all ranks or one") as caught:
-        check_request({"sequence": sequence}, 3)
-    assert caught.value.argument == "plan"
+@given(
+    world_size=st.integers(1, 8),
+    heads=st.integers(1, 64),
+    batch=st.integers(1, 9),
+    lengths=st.lists(st.integers(1, 5000), min_size=1, max_size=3),
+)
+def test_auto_leaves_no_rank_idle_and_no_group_without_an_image(
+    world_size: int, heads: int, batch: int, lengths: list[int]
+) -> None:
+    plan = make_plan(AUTO, world_size, Shape(heads, 64 * heads, batch, tuple(lengths)))
+    assert plan.layout.ranks == world_size
+    assert plan.layout.batch <= batch
+    assert sum(plan.tokens) == sum(lengths)
+    assert str(plan)
 
 
 @pytest.mark.parametrize(
-    "request_", [None, "", "AUTO", 3, True, [], {}, {"sequence": True}, {"sequence": 3.0}, {"sequence": "3"},
-                 {"ring": 3}, {"sequence": 3, "ring": 1}, "x" * 100_000]
-)  # fmt: skip
-def test_other_requests_are_refused_with_what_is_expected(request_: Any) -> None:
-    with pytest.raises(ArgumentError, match=r'^plan: expected "auto" or \{"sequence": n\}') as caught:
-        check_request(request_, 3)
-    assert len(caught.value.message) < 200
+    ("world_size", "shape", "batch", "sequence"),
+    [
+        (4, FLUX_CFG, 2, 2),
+        (4, FLUX, 1, 4),
+        (3, FLUX_CFG, 1, 3),
+        (3, FLUX, 1, 3),
+        (3, SD35_CFG, 1, 3),
+        (6, SD35_CFG, 2, 3),
+        (2, SD35_CFG, 2, 1),
+        (3, PIXART, 1, 3),
+        (8, FLUX_CFG, 2, 4),
+    ],
+)
+def test_auto_splits_a_batch_before_a_sequence(world_size: int, shape: Shape, batch: int, sequence: int) -> None:
+    layout = make_plan(AUTO, world_size, shape).layout
+    assert (layout.batch, layout.sequence) == (batch, sequence)
+
+
+def test_a_ring_costs_more_than_ulysses_where_heads_divide_and_less_where_they_do_not() -> None:
+    assert cost(Layout(1, 4, 1), FLUX) < cost(Layout(1, 1, 4), FLUX)
+    few = Shape(2, 3072, 1, (512, 16384))
+    assert cost(Layout(1, 1, 3), few) < cost(Layout(1, 3, 1), few)
+
+
+@pytest.mark.parametrize(
+    ("request_", "asked", "layout"),
+    [
+        ("auto", AUTO, None),
+        ({"sequence_parallel_degree": 6}, Request(sequence_parallel_degree=6), None),
+        ({"ulysses": 3, "ring": 2}, Request(ulysses=3, ring=2), Layout(1, 3, 2)),
+        ({"ring": 6}, Request(ring=6), Layout(1, 1, 6)),
+        ({"cfg_parallel": True}, Request(cfg_parallel=True), None),
+        ({"sequence_parallel_degree": 2, "cfg_parallel": False}, Request(2, False), None),
+        ({"sequence_parallel_degree": 3, "cfg_parallel": True}, Request(3, True), None),
+    ],
+)
+def test_what_is_asked_for_is_planned(request_: Any, asked: Request, layout: Layout | None) -> None:
+    assert parse_request(request_, 6) == asked
+    made = make_plan(asked, 6, FLUX_CFG).layout
+    assert asked.allows(made, 2)
+    assert layout is None or made == layout
+
+
+def test_a_batch_of_one_is_not_split_whatever_is_asked() -> None:
+    assert make_plan(Request(3, True), 6, FLUX).layout.batch == 1
+
+
+def test_four_times_two_on_six_is_explained_and_what_fits_is_proposed() -> None:
+    with pytest.raises(ArgumentError) as caught:
+        parse_request({"sequence_parallel_degree": 4, "cfg_parallel": True}, 6)
+    assert caught.value.argument == "plan"
+    assert "sequence 4 × batch 2 (cfg_parallel) takes 8 ranks, and there are 6" in caught.value.message
+    assert '{"sequence_parallel_degree": 3, "cfg_parallel": true}' in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        *(None, "", "AUTO", 3, True, [], {}, "x" * 100_000),
+        *({"sequence": 3}, {"sequence_parallel_degree": True}, {"ring": 3.0}, {"ulysses": "3"}, {"ring": 0}),
+        *({"cfg_parallel": 1}, {"sequence_parallel_degree": 4}, {"ulysses": 2, "ring": 2}),
+        *({"sequence_parallel_degree": 3, "cfg_parallel": True}, {"sequence_parallel_degree": 3, "ulysses": 2}),
+    ],
+)
+def test_what_cannot_be_is_not_guessed_at(request_: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"^plan: ") as caught:
+        parse_request(request_, 3)
+    assert caught.value.argument == "plan"
+    assert len(caught.value.message) < 400

@@ -31,7 +31,7 @@ from tacod.rank.families.base import (
     whole,
 )
 from tacod.rank.process import Epsilon
-from tacod.rank.ulysses import Ulysses
+from tacod.rank.sequence import SequenceParallel
 from tacod_client.errors import ArgumentError, ModelUnsupported
 
 __all__ = ["PixArt"]
@@ -111,11 +111,13 @@ class Block(nn.Module):
         self.mlp = Mlp(width, hidden, width)
         self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
 
-    def forward(self, ulysses: Ulysses, lengths: tuple[int], x: Tensor, text: Tensor, modulation: Tensor) -> Tensor:
+    def forward(
+        self, sequence: SequenceParallel, lengths: tuple[int], x: Tensor, text: Tensor, modulation: Tensor
+    ) -> Tensor:
         """This rank's image tokens, one block further; ``modulation`` is [B, 6, width]."""
         parts = (self.scale_shift_table + modulation).chunk(6, dim=1)
         q, k, v = self.attn(_modulate(self.norm1(x), *parts[:2]))
-        x = x + parts[2] * self.attn.proj(ulysses.attention(q, k, v, lengths))
+        x = x + parts[2] * self.attn.proj(sequence.attention(q, k, v, lengths))
         x = x + self.cross_attn(x, text)
         out: Tensor = x + parts[5] * self.mlp(_modulate(self.norm2(x), *parts[3:5]))
         return out
@@ -195,7 +197,7 @@ class PixArt(DiT):
         settle(config, "qk_norm", False)
         settle(config, "kv_compress_config", None)
         if _model(config) == _ALPHA:
-            self.latent_format = LatentFormat(0.18215, 0.0)  # type: ignore[misc]
+            self.latent_format = LatentFormat(0.18215, 0.0)
         self.heads = whole(config, "num_heads", 16)
         self.width = width = _width(config, self.heads)
         self.patch = whole(config, "patch_size", 2, most=_UNIT)
@@ -328,7 +330,7 @@ class PixArt(DiT):
 
     def forward(  # type: ignore[override]
         self,
-        ulysses: Ulysses,
+        sequence: SequenceParallel,
         x: Tensor,
         timestep: Tensor,
         *,
@@ -351,13 +353,13 @@ class PixArt(DiT):
         modulation = torch.unflatten(self.t_block(t), -1, (6, -1))
 
         text = self.y_embedder(context)
-        image = ulysses.shard(self.x_embedder(x) + self._positions(x).to(x.dtype))
+        image = sequence.shard(self.x_embedder(x) + self._positions(x).to(x.dtype))
         for block in self.blocks:
-            image = block(ulysses, lengths, image, text, modulation)
+            image = block(sequence, lengths, image, text, modulation)
 
         # The other half of the channels is the predicted variance, which samplers don't use.
         pixels = torch.unflatten(self.final_layer(image, t), -1, (self.patch, self.patch, self.outputs))
-        pixels = ulysses.gather(pixels[..., : self.channels], *lengths)
+        pixels = sequence.gather(pixels[..., : self.channels], *lengths)
         return unpatchify(pixels, *grid(x, self.patch), self.patch)
 
     def _positions(self, x: Tensor) -> Tensor:
