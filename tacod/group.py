@@ -24,7 +24,7 @@ import zmq
 
 from tacod import config
 from tacod_client import wire
-from tacod_client.errors import TacodError
+from tacod_client.errors import ProtocolError, TacodError
 from tacod_client.wire import Message, Tensor
 
 __all__ = ["Answer", "Rank", "RankGroup", "State", "devices"]
@@ -33,6 +33,10 @@ log = logging.getLogger(__name__)
 
 AGREE_S = 5.0
 """After one rank reports a failure, the others have this long to say the same; else they count as stuck."""
+
+
+CACHE_TENSORS = 8192
+"""Client tensors that each rank keeps, however small."""
 
 
 class State(enum.Enum):
@@ -248,7 +252,7 @@ class RankGroup:
     def _evict(self) -> list[bytes]:
         """Digests that the ranks are to drop after this work item, least recently used first."""
         evicted = []
-        while sum(self._resident.values()) > self.settings.cache_bytes:
+        while sum(self._resident.values()) > self.settings.cache_bytes or len(self._resident) > CACHE_TENSORS:
             evicted.append(self._resident.popitem(last=False)[0])
         return evicted
 
@@ -262,7 +266,10 @@ class RankGroup:
                 peer, *frames = self.socket.recv_multipart(zmq.DONTWAIT, copy=False)
             except zmq.Again:
                 return None
-            message = wire.decode([frame.buffer for frame in frames])
+            try:
+                message = wire.decode([frame.buffer for frame in frames])
+            except ProtocolError as error:
+                raise GroupLost(f"a rank sent what can't be read ({error.message})") from None
             if message.type == "ready":
                 self._greet(peer.bytes, message)
             elif message.id != self._work or self.state is not State.BUSY:

@@ -79,6 +79,7 @@ class Model:
             "family": self.family,
             "path": self.path,
             "parameters": self.parameters,
+            "weight_bytes": self.weight_bytes,
             "patches": len(self.patches or ()),
             "dtype": self.dtype,
             "plan": self.plan,

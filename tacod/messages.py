@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, InstanceOf, ValidationError
@@ -33,28 +34,43 @@ TEXT = 256
 PATCH_TENSORS = 6000
 """Most tensors that a load's patches may hold; the ranks get each twice in one message, by name and with its bytes."""
 
+PATCH_BYTES = 2 << 20
+"""Most bytes of names and numbers in them, each value counted with 9 beyond its text."""
+
 
 def _check_extent(value: Any) -> Any:
     """The supervisor adds to what it hands to the ranks, and they answer with names from it: all must fit the wire."""
-    waiting, seen = [value], 0
-    while waiting:
-        item = waiting.pop()
-        seen += 1
+    for seen, item in enumerate(_values_of(value), 1):
         if seen > VALUES:
             raise ValueError(f"holds more than {VALUES} values")
+        if isinstance(item, str | bytes) and len(item) > TEXT:
+            raise ValueError(f"holds a text of {len(item)} characters; at most {TEXT} are allowed")
+    return value
+
+
+def _values_of(value: Any) -> Iterator[Any]:
+    """A value and all that it holds, keys too."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        yield item
         if isinstance(item, dict):
             waiting += [*item, *item.values()]
         elif isinstance(item, list):
             waiting += item
-        elif isinstance(item, str | bytes) and len(item) > TEXT:
-            raise ValueError(f"holds a text of {len(item)} characters; at most {TEXT} are allowed")
-    return value
+
+
+def _text_bytes(value: Any) -> int:
+    return len(value.encode()) if isinstance(value, str) else len(value) if isinstance(value, bytes) else 0
 
 
 def _check_patches(patches: list[Any] | None) -> list[Any] | None:
     count = sum(1 for _ in tensors_of(patches))
     if count > PATCH_TENSORS:
         raise ValueError(f"holds {count} tensors; at most {PATCH_TENSORS} are allowed: save the merged model instead")
+    size = sum(9 + _text_bytes(item) for item in _values_of(patches))
+    if size > PATCH_BYTES:
+        raise ValueError(f"holds {size} bytes of names and numbers; at most {PATCH_BYTES} are allowed")
     return patches
 
 

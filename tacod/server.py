@@ -149,7 +149,7 @@ class Server:
             if session is None:
                 self._answer(peer, Message("unknown_session", {"boot_id": self.boot_id}, request))
                 return
-            if len(session.outbox) >= OUTBOX_MESSAGES:
+            if len(session.outbox) >= OUTBOX_MESSAGES and message.type not in ("bye", "cancel"):
                 raise QueueFull(f"{len(session.outbox)} answers wait for this client to read them; read them first")
             reply = self._verbs[message.type](session, request, body)
             if reply is not None:
@@ -210,6 +210,9 @@ class Server:
     # --- verbs ----------------------------------------------------------------------------------------------------
 
     def _hello(self, peer: bytes, request: int, body: messages.Hello) -> None:
+        for old in self.sessions:
+            if old.peer == peer:
+                self._end_session(old)
         session = self.sessions.open(peer, body.client, body.pid)
         limits = self.config.limits
         welcome = {

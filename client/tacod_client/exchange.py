@@ -34,9 +34,12 @@ def pack(value: Any, name: str, uploads: Uploads, by_content: bool = True) -> An
     if isinstance(value, (list, tuple)):
         return [pack(item, name, uploads, by_content) for item in value]
     if kind_of(value) is None:
-        if value is None or isinstance(value, (str, int, float, bool)):
+        if value is None or isinstance(value, (str, float, bool)):
             return value
-        raise ArgumentError(f"{name}: a {type(value).__name__} can't be sent to the daemon", argument=name)
+        if isinstance(value, int) and -(2**63) <= value < 2**64:
+            return value
+        what = "number of over 64 bits" if isinstance(value, int) else type(value).__name__
+        raise ArgumentError(f"{name}: a {what} can't be sent to the daemon", argument=name)
     tensor = to_wire(value, name)
     if not by_content or tensor.nbytes < BY_CONTENT_BYTES:
         return tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import faulthandler
 import logging
 import os
@@ -27,6 +28,8 @@ from tacod_client.wire import Message
 
 log = logging.getLogger("tacod.rank")
 
+PR_SET_PDEATHSIG = 1
+
 
 def main() -> None:
     """The process's life."""
@@ -34,7 +37,7 @@ def main() -> None:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_die_with_the_supervisor, args=(args.death_fd,), daemon=True).start()
+    _die_with_the_supervisor(args.death_fd)
     logs.configure(os.environ.get("TACOD_LOG_LEVEL", "info"), prefix=f"rank {args.rank}: ")
     device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
     if device.type == "cpu":
@@ -62,9 +65,18 @@ def _parse() -> argparse.Namespace:
 
 
 def _die_with_the_supervisor(death_fd: int) -> None:
-    """The supervisor holds the pipe's other end open as long as it lives, however it ends."""
-    os.read(death_fd, 1)
-    os._exit(0)
+    """However the supervisor ends: the kernel kills its children, a stopped one too.
+
+    It does so only for a supervisor that ends after this call. For the time before there is a pipe, whose other end
+    the supervisor holds open as long as it lives.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def wait() -> None:
+        os.read(death_fd, 1)
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def serve(engine: Engine, rank: int, epoch: str, address: str) -> None:
@@ -76,6 +88,7 @@ def serve(engine: Engine, rank: int, epoch: str, address: str) -> None:
     socket.send_multipart(wire.encode(Message("ready", ready)))
     while True:
         frames = socket.recv_multipart(copy=False)
+        # What the supervisor sends is readable; if it isn't, this rank ends, and a new one starts with a clean slate.
         message = wire.decode([frame.buffer for frame in frames])
         engine.report = Reporter(socket, message.id)
         kind, body = _answer(engine, message)

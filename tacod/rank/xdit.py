@@ -25,10 +25,11 @@ from tacod.rank.topology import MakeGroup
 __all__ = ["join", "leave"]
 
 
-def join(device: torch.device, rank: int, world_size: int, rendezvous: str) -> MakeGroup:
+def join(device: torch.device, rank: int, world_size: int, rendezvous: str, local_rank: int = 0) -> MakeGroup:
     """Join the group as ``rank`` of ``world_size``; returns what makes further groups of its ranks.
 
-    ``rendezvous`` is a torch init method such as ``file:///path``. Blocks until all ranks have joined.
+    ``rendezvous`` is a torch init method such as ``file:///path``. ``local_rank`` is the device's index among those
+    that the process sees; tacod's ranks see one each. Blocks until all ranks have joined.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     state = _parallel_state(on_gpu=device.type == "cuda")
@@ -36,8 +37,7 @@ def join(device: torch.device, rank: int, world_size: int, rendezvous: str) -> M
         world_size=world_size,
         rank=rank,
         distributed_init_method=rendezvous,
-        # Each rank sees one device only, so that it can't touch another's.
-        local_rank=0,
+        local_rank=local_rank,
         backend=backend,
     )
     state.initialize_model_parallel(
@@ -48,7 +48,7 @@ def join(device: torch.device, rank: int, world_size: int, rendezvous: str) -> M
         if parts == [list(range(world_size))]:
             whole: dist.ProcessGroup = state.get_sp_group().ulysses_group
             return whole
-        group: dist.ProcessGroup = state.GroupCoordinator(parts, 0, backend).device_group
+        group: dist.ProcessGroup = state.GroupCoordinator(parts, local_rank, backend).device_group
         return group
 
     return make_group

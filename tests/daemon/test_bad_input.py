@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -147,9 +148,26 @@ def test_dtype(client: Client, dtype: Any) -> None:
     assert caught.value.argument == "dtype"
 
 
-def test_patches(client: Client) -> None:
-    with unharmed(client), pytest.raises(ModelUnsupported, match="patches"):
-        client.load(FLUX.file, patches=[{"path": "lora.safetensors"}])
+KEY = "img_in.weight"
+
+
+@pytest.mark.parametrize(
+    ("patch", "error", "named"),
+    [
+        ("lora", ArgumentError, "patches[0]"),
+        ({}, ArgumentError, "patches[0].key"),
+        ({"key": "nowhere.weight", "kind": "diff", "diff": torch.zeros(1)}, ArgumentError, "nowhere.weight"),
+        ({"key": KEY, "kind": "diff", "diff": torch.zeros(3, 3)}, ArgumentError, KEY),
+        ({"key": KEY, "kind": "oft", "value": torch.zeros(3)}, ModelUnsupported, "oft"),
+        ({"key": KEY, "kind": "diff", "diff": torch.zeros(80, 16), "strength": "much"}, ArgumentError, "strength"),
+        ({"path": "nowhere.safetensors", "strength": 1.0}, ModelNotFound, "nowhere.safetensors"),
+        ({"path": "/etc/passwd", "strength": 1.0}, ModelNotAllowed, "/etc/passwd"),
+    ],
+)
+def test_patches(client: Client, patch: Any, error: type[TacodError], named: str) -> None:
+    client.load(FLUX.file)
+    with unharmed(client), pytest.raises(error, match=re.escape(named)):
+        client.load(FLUX.file, patches=[patch])
 
 
 def raw_safetensors(header: dict[str, Any], contents: bytes) -> bytes:
@@ -212,7 +230,7 @@ FILES: dict[str, tuple[type[TacodError], str, Callable[[Path], object]]] = {
         ),
     ),
     "model.ckpt": (ModelUnsupported, "pickle", lambda path: path.write_bytes(b"\x80\x04.")),
-    "model.gguf": (ModelUnsupported, "GGUF", lambda path: path.write_bytes(b"GGUF")),
+    "model.gguf": (ModelCorrupt, "GGUF", lambda path: path.write_bytes(b"GGUF")),
     "folder": (ModelUnsupported, "folder", lambda path: path.mkdir()),
     "link.safetensors": (ModelNotAllowed, r"models\.roots", lambda path: path.symlink_to("/etc/passwd")),
     "loop.safetensors": (ModelNotFound, "loop", lambda path: path.symlink_to(path.name)),

@@ -180,6 +180,7 @@ def test_loaded_model_tells_what_the_ranks_told(manifest: Manifest) -> None:
         "family": "flux",
         "path": model.path,
         "parameters": 12,
+        "weight_bytes": 24,
         "patches": 0,
         "dtype": "bf16",
         "plan": "sequence 3 (ulysses; 24 heads over 3 ranks: 8 each)",

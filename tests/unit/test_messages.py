@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from tacod.messages import (
+    PATCH_TENSORS,
     REQUESTS,
     VALUES,
     BeginUpload,
@@ -77,6 +78,9 @@ BAD: list[tuple[type[Request], dict[str, Any], str]] = [
     (Load, {**LOAD, "dtype": "fp64"}, "dtype"),
     (Load, {**LOAD, "patches": {}}, "patches"),
     (Load, {**LOAD, "patches": [{"up": X}] * 6001}, "patches"),
+    (Load, {**LOAD, "patches": [{"key": "k" * 2**21}]}, "patches"),
+    (Load, {**LOAD, "patches": [{"key": b"k" * 2**21}]}, "patches"),
+    (Load, {**LOAD, "patches": [[0] * 2**18]}, "patches"),
     (Load, {**LOAD, "path": 3}, "path"),
     (Forward, {**FORWARD, "model": None}, "model"),
     (Forward, {**FORWARD, "arguments": [X]}, "arguments"),
@@ -123,6 +127,17 @@ def test_no_field_may_lack(kind: type[Request]) -> None:
         with pytest.raises(ArgumentError, match="field required") as caught:
             parse(kind, {key: value for key, value in sound.items() if key != field})
         assert caught.value.argument == field
+
+
+def test_largest_load_still_fits_when_it_is_handed_to_the_ranks() -> None:
+    stored = [Tensor("F8_E4M3", (1,) * 6 + (n // 256 + 1, n % 256 + 1), ()).with_digest() for n in range(PATCH_TENSORS)]
+    stored = [Tensor(each.dtype, each.shape, None, each.digest) for each in stored]
+    patches: list[Any] = [{"key": "k" * 270, "kind": "set", "value": each} for each in stored]
+    load = parse(Load, {**LOAD, "patches": patches, "path": "\U0001f600" * 4096})
+    work = {**dict(load), "evict": [], "forget": [], "also": stored}
+    frames = encode(Message("load", work))
+    assert decode(frames).type == "load"
+    assert len(memoryview(frames[1])) < HEADER_BYTES * 0.9, "with room for what the supervisor adds"
 
 
 def test_tensors_are_handed_on_uncopied() -> None:

@@ -75,13 +75,15 @@ def models(told: list[dict[str, Any]]) -> Any:
     if not told:
         return "no model is loaded"
     return _table(
-        ("model", "name", "family", "parameters", "dtype", "loaded in", "plan"),
+        ("model", "name", "family", "parameters", "memory", "patches", "dtype", "loaded in", "plan"),
         (
             (
                 model["id"],
                 model["name"],
                 model["family"],
                 _count(model["parameters"]),
+                _size(model["weight_bytes"]),
+                model["patches"],
                 model["dtype"],
                 f"{model['loaded_s']:.1f} s",
                 model["plan"],

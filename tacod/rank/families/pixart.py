@@ -201,7 +201,7 @@ class PixArt(DiT):
         self.heads = whole(config, "num_heads", 16)
         self.width = width = _width(config, self.heads)
         self.patch = whole(config, "patch_size", 2, most=_UNIT)
-        self.channels = whole(config, "in_channels", 4)
+        self.channels = self.out_channels = whole(config, "in_channels", 4)
         self.context_width = whole(config, "caption_channels", 4096)
         self.outputs = self.channels * (2 if settle(config, "pred_sigma", True, False) else 1)
         self.sized = _is_sized(config)
