@@ -103,6 +103,11 @@ class Models(_Section):
     memory_bytes: PositiveInt | None = None
     """Weights that each rank holds at the most; the least recently used models make room. By default, what fits."""
 
+    @property
+    def readable(self) -> list[str]:
+        """The folders whose files may be loaded: the roots, and where uploads go."""
+        return [*self.roots, *([self.uploads] if self.uploads is not None else [])]
+
 
 class Limits(_Section):
     """Bounds on what clients can make tacod hold."""

@@ -28,6 +28,8 @@ __all__ = ["main"]
 log = logging.getLogger("tacod")
 
 EX_CONFIG = 78
+FAREWELL_S = 5.0
+"""After draining, how long clients that read slowly get for their last messages."""
 DEFAULT_CONFIG = "/etc/tacod/config.toml"
 
 
@@ -115,7 +117,7 @@ def _take_lock(path: Path) -> int:
 
 def _serve(config: Config, config_path: str, folder: Path) -> int:
     names = devices(config.group)
-    manifest = Manifest(config.models.roots)
+    manifest = Manifest(config.models.readable, config.group.device)
     try:
         preload = [manifest.describe(path, None, None, "auto", len(names)) for path in config.models.preload]
     except TacodError as error:
@@ -165,7 +167,7 @@ def _loop(server: Server, config: Config, signals: socket.socket) -> int:
         if drain_until is not None:
             if now >= drain_until and executor.scheduler.jobs:
                 executor.abort(Unavailable("tacod was stopped before this job was done; it is safe to ask again"))
-            if not executor.scheduler.jobs and (not server.sessions.pending or now >= drain_until + 1):
+            if not executor.scheduler.jobs and (not server.sessions.pending or now >= drain_until + FAREWELL_S):
                 log.info("stopped")
                 return 0
 

@@ -43,7 +43,7 @@ class Executor:
         on_end: Callable[[Job, dict[str, Any]], None],
     ) -> None:
         self.config = config
-        self.manifest = Manifest([*config.models.roots, *([config.models.uploads] if config.models.uploads else [])])
+        self.manifest = Manifest(config.models.readable, config.group.device)
         self.store = Store(config.limits.store_bytes)
         self.metrics = Metrics()
         self.scheduler = Scheduler(config.limits.queue, config.group.retries)

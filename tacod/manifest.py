@@ -17,6 +17,8 @@ from tacod_client.wire import Tensor
 
 __all__ = ["Manifest", "Model"]
 
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
 
 @dataclass(frozen=True)
 class Model:
@@ -90,8 +92,9 @@ class Model:
 class Manifest:
     """Loaded models by id."""
 
-    def __init__(self, roots: Sequence[str]) -> None:
+    def __init__(self, roots: Sequence[str], device: str = "cuda") -> None:
         self.roots = roots
+        self.device = device
         self._models: dict[str, Model] = {}
 
     def __iter__(self) -> Iterator[Model]:
@@ -116,13 +119,24 @@ class Manifest:
         """
         parse_request(plan, world_size)
         real = locate(path, self.roots)
-        identity = read_checkpoint(real).identity
-        base = Model(_name(identity, dtype), real, identity, dtype)
+        checkpoint = read_checkpoint(real)
+        identity = checkpoint.identity
+        # As the ranks choose it: fp32 on a CPU, the file's own on a GPU.
+        compute = dtype or ("fp32" if self.device == "cpu" else None)
+        expected = checkpoint.weight_bytes(_BYTES[compute] if compute else None)
+        base = Model(_name(identity, dtype), real, identity, dtype, weight_bytes=expected)
         if not patches:
             return base
         resolved = [self._resolve(index, patch) for index, patch in enumerate(patches)]
         said = [_contents(patch) for patch in resolved]
-        return replace(base, id=_name(identity, dtype, said), patches=[patch for patch, _ in resolved], base=base)
+        resident = base.id in self
+        return replace(
+            base,
+            id=_name(identity, dtype, said),
+            patches=[patch for patch, _ in resolved],
+            base=base,
+            weight_bytes=0 if resident else expected,
+        )
 
     def _resolve(self, index: int, patch: Any) -> tuple[Any, str]:
         """A patch with its file's real path, if it names one, and what tells that file's state."""

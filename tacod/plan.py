@@ -15,11 +15,13 @@ from tacod_client.errors import ArgumentError
 
 __all__ = ["AUTO", "Layout", "Plan", "Request", "Shape", "chunks", "make_plan", "parse_request"]
 
-FLOPS_PER_BYTE = 4000
-"""What a device computes while a byte crosses a link: about 600 TFLOP/s against 150 GB/s (NVLink, bf16)."""
-FLOPS_PER_COLLECTIVE = 20e9
-"""The same for one collective's latency, about 30 µs."""
-RING_SLOWDOWN = 1.15
+FLOPS_PER_BYTE = 2700
+"""What a device computes while a byte crosses a link: 400 TFLOP/s (bf16, measured over whole models) and 150 GB/s."""
+FLOPS_PER_COLLECTIVE = 80e9
+"""The same for what one collective takes whatever its size, with its packing: 0.2 ms."""
+RING_COLLECTIVES = 4
+"""What a turn of a ring, with its merge, counts for."""
+RING_SLOWDOWN = 1.6
 """Of attention in parts that are merged in fp32, against attention in one."""
 BYTES = 2
 """Of a number on the wire, in bf16."""
@@ -210,7 +212,7 @@ def cost(layout: Layout, shape: Shape) -> float:
     attention = 4 * run * tokens * shape.width * heads * (RING_SLOWDOWN if layout.ring > 1 else 1)
     exchanged = 4 * mine * shape.width * (layout.ulysses - 1) / layout.ulysses * BYTES
     passed = 2 * run * shape.width * heads * (layout.ring - 1) * BYTES
-    collectives = 2 * (layout.ulysses > 1) + (layout.ring - 1)
+    collectives = 2 * (layout.ulysses > 1) + RING_COLLECTIVES * (layout.ring - 1)
     exposed = max(0.0, images * passed * FLOPS_PER_BYTE - images * attention / 2)
     exchange = images * exchanged * FLOPS_PER_BYTE + exposed + collectives * FLOPS_PER_COLLECTIVE
     return images * (matrices + attention) + exchange

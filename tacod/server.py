@@ -70,7 +70,7 @@ class Server:
 
     def _bind(self) -> zmq.Socket[bytes]:
         socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
-        socket.setsockopt(zmq.LINGER, 500)
+        socket.setsockopt(zmq.LINGER, 2000)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         # Little is queued in the socket, so that an outbox can still replace stale progress.
         socket.setsockopt(zmq.SNDHWM, 16)

@@ -12,7 +12,7 @@ from typing import Any
 from tacod.checkpoint.diffusers import translate
 from tacod.checkpoint.folder import open_folder
 from tacod.checkpoint.gguf import read_gguf
-from tacod.checkpoint.header import File, Header, Part, TensorInfo
+from tacod.checkpoint.header import PLAIN, File, Header, Part, TensorInfo
 from tacod.checkpoint.safetensors import read_safetensors
 from tacod_client.errors import ModelCorrupt, ModelNotFound
 
@@ -45,6 +45,18 @@ class Checkpoint:
     def parameters(self) -> int:
         """How many numbers the diffusion model's tensors hold."""
         return sum(info.size for info in self.tensors.values())
+
+    def weight_bytes(self, plain_bytes: int | None) -> int:
+        """The memory that the weights will take, where those of 16 bits and more are kept in ``plain_bytes`` each.
+
+        None stands for what they take in the file.
+        """
+        return sum(
+            info.size * plain_bytes
+            if plain_bytes is not None and info.dtype in PLAIN
+            else sum(part.stop - part.start for part in self.parts[name])
+            for name, info in self.tensors.items()
+        )
 
 
 def read_checkpoint(path: str) -> Checkpoint:

@@ -33,9 +33,9 @@ def large() -> dict[str, torch.Tensor]:
 
 def test_an_uploaded_model_runs(taking: Daemon) -> None:
     with taking.client() as client:
-        path = client.upload(FLUX.model().state_dict(), METADATA)
+        path = client.upload(FLUX.model.state_dict(), METADATA)
         FLUX.check(client.load(path))
-        numpy = {name: tensor.numpy() for name, tensor in FLUX.model().state_dict().items()}
+        numpy = {name: tensor.numpy() for name, tensor in FLUX.model.state_dict().items()}
         assert client.upload(numpy, METADATA) == path, "the same content is the same file"
 
 
@@ -83,6 +83,6 @@ def test_what_is_too_large_or_not_wanted_is_refused(taking: Daemon, client: Clie
     with taking.client() as taker, pytest.raises(ModelNotAllowed, match="upload_bytes"):
         taker.upload({"a": torch.zeros(11 << 20)})
     with pytest.raises(ModelNotAllowed, match=r"models\.uploads"):
-        client.upload(FLUX.model().state_dict(), METADATA)
+        client.upload(FLUX.model.state_dict(), METADATA)
     with taking.client() as taker, pytest.raises(ArgumentError, match="complex"):
         taker.upload({"complex": torch.zeros(3, dtype=torch.complex64)})

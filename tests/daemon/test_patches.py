@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 from collections.abc import Callable
@@ -23,7 +24,7 @@ RANK = 4
 
 
 def factors(key: str, seed: int = 0) -> tuple[Tensor, Tensor]:
-    rows, columns = FLUX.model().state_dict()[key].shape
+    rows, columns = FLUX.model.state_dict()[key].shape
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, RANK, generator=generator), torch.randn(RANK, columns, generator=generator)
 
@@ -35,7 +36,7 @@ def lora(key: str, strength: float, seed: int = 0) -> dict[str, Any]:
 
 def expected(inputs: dict[str, Any], *changes: tuple[str, float, int]) -> Tensor:
     """One forward in this process, of a model whose weights were changed by hand."""
-    model = FLUX.model()
+    model = copy.deepcopy(FLUX.model)
     weights = model.state_dict()
     for key, strength, seed in changes:
         up, down = factors(key, seed)
@@ -71,7 +72,7 @@ def test_the_id_is_a_function_of_file_and_patches(client: Client) -> None:
 def test_another_strength_takes_memory_for_its_layers_only(client: Client) -> None:
     plain, patched = client.load(FLUX.file), client.load(FLUX.file, patches=[lora(QKV, 0.71)])
     held = {told["id"]: told["weight_bytes"] for told in client.models()}
-    weights = FLUX.model().state_dict()
+    weights = FLUX.model.state_dict()
     assert held[plain.id] == sum(weight.nbytes for weight in weights.values())
     assert held[patched.id] == weights[QKV].nbytes
 
@@ -116,7 +117,7 @@ def test_the_least_recently_used_model_makes_room(models: Path) -> None:
     others = [Tiny(f"room{seed}", FLUX.config, seed) for seed in range(3)]
     for other in others:
         other.save(models)
-    size = sum(t.nbytes for t in FLUX.model().state_dict().values())
+    size = sum(t.nbytes for t in FLUX.model.state_dict().values())
     with Daemon(1, [models], {"models.memory_bytes": int(2.5 * size)}) as daemon, daemon.client() as client:
         first, second, third = (client.load(other.file) for other in others)
         assert [told["id"] for told in client.models()] == [second.id, third.id]

@@ -168,7 +168,7 @@ def test_sample_with_noise_of_its_own(tacoctl: Run, tmp_path: Path) -> None:
 def test_plan_needs_no_daemon(tacoctl: Run, models: Path) -> None:
     arguments = ("plan", models / FLUX.file, "--ranks", 3, "--size", "72x112", "--text", 129)
     told = as_json(tacoctl(*arguments, "--json", "--endpoint", "ipc:///nowhere"))
-    assert (told["family"], told["sequence"], told["heads"], told["lengths"]) == ("flux", 3, 5, [129, 5 * 7])
+    assert (told["family"], told["batch"], told["ulysses"] * told["ring"]) == ("flux", 1, 3)
     assert told["tokens"] == [43 + 12, 43 + 12, 43 + 11]
     assert told["plan"] in tacoctl(*arguments).stdout
 
