@@ -73,6 +73,14 @@ def parser() -> argparse.ArgumentParser:
     load = verb("load", "load a model file on all ranks")
     load.add_argument("path", help="a .safetensors file, absolute or relative to one of models.roots")
     load.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="compute dtype (default: as the device suits)")
+    load.add_argument(
+        "--lora",
+        action="append",
+        type=_lora,
+        default=[],
+        metavar="FILE[=STRENGTH]",
+        help="a LoRA file to merge in, at a strength (default 1); may be given several times",
+    )
     verb("unload", "give a model's memory back").add_argument("model", help="a model id, or a unique start of one")
     _add_sample(verb("sample", "run a sampler with conditioning from a file, and write the latent"))
     verb("ps", "the running and the queued jobs")
@@ -126,6 +134,11 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError("expected a whole number from 1 up")
     return value
+
+
+def _lora(text: str) -> tuple[str, float]:
+    path, _, strength = text.partition("=")
+    return path, float(strength or 1)
 
 
 def _size(text: str) -> tuple[int, int]:

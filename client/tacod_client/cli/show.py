@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 from tacod_client.job import Job
 
-__all__ = ["jobs", "live", "models", "out", "progress", "stats", "status"]
+__all__ = ["jobs", "live", "loading", "models", "out", "progress", "stats", "status"]
 
 _PIPE_WIDTH = 400
 
@@ -51,6 +60,15 @@ def progress(job: Job, quiet: bool = False) -> None:
         task = bar.add_task("sampling", total=job.total, sigma=1.0)
         for event in job:
             bar.update(task, completed=event.step, sigma=event.sigma)
+
+
+@contextmanager
+def loading(quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, and what tells it how many bytes of how many are loaded."""
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True, quiet=quiet), transient=True) as bar:
+        task = bar.add_task("loading", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def status(told: dict[str, Any]) -> Any:

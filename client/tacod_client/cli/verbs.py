@@ -67,10 +67,15 @@ def _models(args: argparse.Namespace) -> None:
 def _load(args: argparse.Namespace) -> None:
     with _client(args) as client:
         started = time.perf_counter()
-        model = client.load(args.path, dtype=args.dtype)
+        with show.loading(quiet="json" in args) as progress:
+            model = client.load(args.path, patches=_loras(args), dtype=args.dtype, progress=progress)
         told = next(told for told in client.models() if told["id"] == model.id)
         elapsed_s = time.perf_counter() - started
         _print(args, told, lambda told: f"{told['id']}  {told['name']}: {told['family']}, ready in {elapsed_s:.1f} s")
+
+
+def _loras(args: argparse.Namespace) -> list[dict[str, Any]]:
+    return [{"path": path, "strength": strength} for path, strength in args.lora]
 
 
 def _unload(args: argparse.Namespace) -> None:
