@@ -18,7 +18,8 @@ from tacod.rank.arguments import check_arguments, load_arguments
 from tacod.rank.families import detect
 from tacod.rank.families.base import DiT, Place
 from tacod.rank.lora import read_lora
-from tacod.rank.patches import Patch, apply, parse_patches
+from tacod.rank.patch_request import parse_patches
+from tacod.rank.patches import Patch, apply
 from tacod.rank.sampling import Run, SampleRequest, begin
 from tacod.rank.spread import plan_for, run
 from tacod.rank.topology import Topology

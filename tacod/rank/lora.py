@@ -24,8 +24,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tacod.checkpoint import read_checkpoint
+from tacod.rank.changes import Change, Diff, LoHa, LoKr, LoRA, Set
 from tacod.rank.families.base import Place
-from tacod.rank.patches import SWAP, Change, Diff, LoHa, LoKr, LoRA, Patch, Set
+from tacod.rank.patches import SWAP, Patch
 from tacod_client.errors import ArgumentError, ModelCorrupt, ModelUnsupported
 
 __all__ = ["is_text_encoders", "read_lora"]
