@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import FLUX, SD3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
@@ -45,31 +46,7 @@ GOLDENS = [
     "pixart_alpha",
     "pixart_sigma",
 ]
-FAMILIES: dict[str, dict[str, Any]] = {
-    "flux": {
-        "image_model": "flux",
-        "in_channels": 4,
-        "out_channels": 4,
-        "vec_in_dim": 6,
-        "context_in_dim": 8,
-        "hidden_size": 80,
-        "num_heads": 5,
-        "depth": 2,
-        "depth_single_blocks": 2,
-        "axes_dim": [4, 6, 6],
-        "guidance_embed": True,
-    },
-    "sd3": {
-        "image_model": "sd3",
-        "in_channels": 4,
-        "depth": 3,
-        "adm_in_channels": 6,
-        "context_embedder_config": {"params": {"in_features": 8, "out_features": 192}},
-        "pos_embed_max_size": 12,
-        "qk_norm": "rms",
-        "x_block_self_attn_layers": [0, 2],
-    },
-}
+FAMILIES = {"flux": FLUX.config, "sd3": SD3.config}
 
 
 class Ranks:

@@ -125,6 +125,19 @@ class DiT(nn.Module, abc.ABC):
         return next(self.parameters()).dtype
 
 
+class Patches(nn.Module):
+    """A latent [B, C, H, W], cut into patches, as tokens [B, N, width]."""
+
+    def __init__(self, channels: int, patch: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Row by row."""
+        tokens: Tensor = self.proj(x)
+        return tokens.flatten(2).transpose(1, 2)
+
+
 def sinusoid(t: Tensor, width: int = 256) -> Tensor:
     """The sinusoidal embedding of ``t`` [B], computed and returned in fp32 [B, width]: cosines, then sines.
 

@@ -21,6 +21,7 @@ from tacod.rank.families.base import (
     Argument,
     DiT,
     LatentFormat,
+    Patches,
     Place,
     count_blocks,
     grid,
@@ -150,18 +151,6 @@ class Caption(nn.Module):
     def forward(self, context: Tensor) -> Tensor:
         text: Tensor = self.y_proj(context)
         return text
-
-
-class Patches(nn.Module):
-    """A latent [B, C, H, W], cut into patches, as tokens [B, N, width]."""
-
-    def __init__(self, channels: int, patch: int, width: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens: Tensor = self.proj(x)
-        return tokens.flatten(2).transpose(1, 2)
 
 
 class Final(nn.Module):

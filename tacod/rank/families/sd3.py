@@ -18,6 +18,7 @@ from tacod.rank.families.base import (
     Argument,
     DiT,
     LatentFormat,
+    Patches,
     Place,
     count_blocks,
     grid,
@@ -152,18 +153,6 @@ class Embedder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         embedded: Tensor = self.mlp(x)
         return embedded
-
-
-class Patches(nn.Module):
-    """A latent [B, C, H, W], cut into patches, as tokens [B, N, width]."""
-
-    def __init__(self, channels: int, patch: int, width: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens: Tensor = self.proj(x)
-        return tokens.flatten(2).transpose(1, 2)
 
 
 class Final(nn.Module):
