@@ -221,8 +221,8 @@ class Connection:
             _check_reachable(self.endpoint)
             self._socket = self._context.socket(zmq.DEALER)
             self._socket.setsockopt(zmq.LINGER, 0)
-            self._socket.setsockopt(zmq.IMMEDIATE, 1)
             self._socket.setsockopt(zmq.SNDTIMEO, int(SILENCE_S * 1000))
+            # Not IMMEDIATE: it would throw away what the daemon said last, if the daemon then went faster than we read.
             self._socket.connect(self.endpoint)
             self._heard_s = self._pinged_s = time.monotonic()
             self._unanswered_s = None
