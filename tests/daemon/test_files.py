@@ -46,7 +46,7 @@ def test_a_diffusers_folder(client: Client, models: Path) -> None:
         first, count = place.rows or (0, len(weights[place.key]))
         tensor = weights[place.key][first : first + count]
         tensors[name] = (torch.cat(tensor.chunk(2)[::-1]) if place.swap else tensor).contiguous()
-    folder = models / "folder"
+    folder = models / "in_diffusers_layout"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))
     half = len(tensors) // 2
@@ -55,7 +55,7 @@ def test_a_diffusers_folder(client: Client, models: Path) -> None:
         save_file({name: tensors[name] for name in names}, folder / file)
     index = {"metadata": {}, "weight_map": {name: file for file, names in shards.items() for name in names}}
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-    check(client, "folder", weights)
+    check(client, folder.name, weights)
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
