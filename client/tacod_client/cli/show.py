@@ -64,9 +64,10 @@ def progress(job: Job, quiet: bool = False) -> None:
 
 @contextmanager
 def loading(quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, and what tells it how many bytes of how many are loaded."""
+    """A bar on a terminal's stderr, and what tells it how many bytes of how many are loaded."""
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True, quiet=quiet), transient=True) as bar:
+    console = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("loading", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
