@@ -22,6 +22,7 @@ from torch import Tensor
 from tacod_client.errors import ArgumentError
 
 __all__ = [
+    "FLOW_ONLY",
     "SAMPLERS",
     "Denoise",
     "Noise",
@@ -281,6 +282,10 @@ SAMPLERS: dict[str, Sampler] = {
     "uni_pc": uni_pc,
 }
 """Every sampler by the name that ComfyUI gives it."""
+
+
+FLOW_ONLY = frozenset({"euler_ancestral", "uni_pc"})
+"""Those whose steps use the flow's 1 - sigma; the others see noise levels alone."""
 
 
 def find(name: str) -> Sampler:

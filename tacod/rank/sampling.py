@@ -15,6 +15,7 @@ from tacod.plan import Plan, Request
 from tacod.rank import samplers
 from tacod.rank.arguments import check_arguments, load_arguments
 from tacod.rank.families.base import Argument, DiT
+from tacod.rank.process import Flow
 from tacod.rank.spread import plan_for, run
 from tacod.rank.topology import Topology
 from tacod_client import wire
@@ -54,6 +55,11 @@ class SampleRequest:
         Raises `ArgumentError`, naming the argument.
         """
         samplers.find(self.sampler)
+        if self.sampler in samplers.FLOW_ONLY and not isinstance(dit.process, Flow):
+            raise ArgumentError(
+                f"sampler: {self.sampler!r} is for flows, and {dit.family} is none; use euler, heun or dpmpp_2m",
+                argument="sampler",
+            )
         specs = dit.arguments()
         canvas = {"noise": specs["x"], "latent": specs["x"], "sigmas": Argument(("steps + 1",))}
         check_arguments({"noise": self.noise, "latent": self.latent, "sigmas": self.sigmas}, canvas, dit.family)

@@ -394,6 +394,17 @@ def test_a_run_equals_a_loop_by_hand(config: dict[str, Any], top: int) -> None:
     assert out.isfinite().all()
 
 
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "uni_pc"])
+def test_a_sampler_for_flows_is_refused(sampler: str) -> None:
+    noise = to_wire(torch.randn(1, 4, 34, 36), "noise")
+    levels_given = to_wire(torch.tensor([9.0, 0.0]), "sigmas")
+    positive = {"context": to_wire(torch.randn(1, 6, 8), "context")}
+    request = SampleRequest(sampler, 0, 1.0, noise, noise, levels_given, positive, None)
+    with pytest.raises(ArgumentError, match=sampler) as caught:
+        request.check(PixArt(ALPHA))
+    assert caught.value.argument == "sampler"
+
+
 # --- diffusers --------------------------------------------------------------------------------------------------------
 
 
