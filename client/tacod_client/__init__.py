@@ -32,11 +32,12 @@ from tacod_client.errors import (
     Unavailable,
 )
 from tacod_client.job import Job, Progress
-from tacod_client.stats import ModelStats
+from tacod_client.stats import Call, ModelStats
 from tacod_client.version import __version__
 
 __all__ = [
     "ArgumentError",
+    "Call",
     "Cancelled",
     "Client",
     "ConnectionFailed",

@@ -6,7 +6,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["ModelStats"]
+__all__ = ["Call", "ModelStats"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One answered call; seconds of wall time, and the four parts that they are made of."""
+
+    seconds: float
+    queue_s: float
+    wire_s: float
+    compute_s: float
+    collective_s: float
+    steps: int
+    attempts: int
+    ranks: int
+    plan: str
+    single_rank_s: float | None
+    """What the same work took on one rank, if the daemon has seen that."""
 
 
 @dataclass
@@ -27,16 +44,29 @@ class ModelStats:
     collective_s: float = 0.0
     ranks: int = 0
     plan: str = ""
+    last: Call | None = None
 
     def add(self, answer: Mapping[str, Any], elapsed_s: float) -> None:
         """Count one answered call."""
         timing = answer["timing"]
-        self.steps += answer["steps"]
-        self.parallel_steps += answer["steps"] if answer["ranks"] > 1 else 0
-        self.retries += answer["attempts"] - 1
-        self.seconds += elapsed_s
-        self.queue_s += timing["queue_s"]
-        self.compute_s += timing["compute_s"]
-        self.collective_s += timing["collective_s"]
-        self.wire_s += max(0.0, elapsed_s - timing["queue_s"] - timing["compute_s"] - timing["collective_s"])
-        self.ranks, self.plan = answer["ranks"], answer["plan"]
+        call = Call(
+            seconds=elapsed_s,
+            queue_s=timing["queue_s"],
+            wire_s=max(0.0, elapsed_s - timing["queue_s"] - timing["compute_s"] - timing["collective_s"]),
+            compute_s=timing["compute_s"],
+            collective_s=timing["collective_s"],
+            steps=answer["steps"],
+            attempts=answer["attempts"],
+            ranks=answer["ranks"],
+            plan=answer["plan"],
+            single_rank_s=answer.get("single_rank_s"),
+        )
+        self.steps += call.steps
+        self.parallel_steps += call.steps if call.ranks > 1 else 0
+        self.retries += call.attempts - 1
+        self.seconds += call.seconds
+        self.queue_s += call.queue_s
+        self.wire_s += call.wire_s
+        self.compute_s += call.compute_s
+        self.collective_s += call.collective_s
+        self.ranks, self.plan, self.last = call.ranks, call.plan, call

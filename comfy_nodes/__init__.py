@@ -1,0 +1,21 @@
+"""TACO-DiT for ComfyUI: nodes that let `tacod` run the diffusion transformer on all of your GPUs.
+
+Clone or link this folder into ``custom_nodes`` and install the client into ComfyUI's environment.
+"""
+
+try:
+    import tacod_client  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "TACO-DiT not available: its client is not installed in ComfyUI's Python; "
+        "run `pip install taco-dit` there (or `pip install -e` on your clone), then start ComfyUI again"
+    ) from error
+
+from . import origin
+from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+
+__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]
+
+WEB_DIRECTORY = "./web"
+
+origin.watch_loaders()

@@ -1,0 +1,181 @@
+"""From a MODEL, or from a file, to a MODEL whose network is in the daemon."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_detection
+import comfy.model_management
+import comfy.ops
+import comfy.utils
+import torch
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
+from safetensors import safe_open
+
+from tacod_client import Client, Model
+
+from .clients import client_of
+from .dit import RemoteDiT
+from .errors import Refused, told
+from .network import Network
+from .origin import names_in_file, origin_of
+from .patches import to_request
+from .remote import DTYPES, Progress, Remote
+from .shell import RemotePatcher, carry_over, check_honourable, make_shell, release
+from .source import Source, state_of
+
+__all__ = ["Converted", "Settings", "convert", "open_file"]
+
+
+_NO_DIT = "it is no diffusion transformer such as Flux, SD3 or PixArt; UNets (SD 1.5, SDXL) run in ComfyUI itself"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a loader node was set to."""
+
+    auto_detect: bool
+    sequence_parallel_degree: int
+    cfg_parallel: bool
+    use_flash_attention: bool
+    endpoint: str
+
+    @property
+    def plan(self) -> Any:
+        """What is asked of the daemon's planner."""
+        asked: dict[str, Any] = {}
+        if not self.auto_detect:
+            asked |= {"sequence_parallel_degree": self.sequence_parallel_degree, "cfg_parallel": self.cfg_parallel}
+        return asked or "auto"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A MODEL in the daemon, and what there is to tell about it."""
+
+    patcher: ModelPatcher
+    network: RemoteDiT
+    model: Model
+    client: Client
+
+
+def convert(
+    model: ModelPatcher,
+    settings: Settings,
+    graph: Any = None,
+    node: str | None = None,
+    progress: Progress | None = None,
+) -> Converted:
+    """A MODEL like this one, with all that has been put on it, whose network is in the daemon.
+
+    Raises `Refused` for a model or a patch that the daemon can't honour, `NotAvailable` without a daemon, `Failed` with
+    the daemon's reason.
+    """
+    base = model.model
+    if isinstance(getattr(base, "diffusion_model", None), RemoteDiT):
+        raise Refused("a second TACO-DiT Model Loader", "the MODEL has gone through one; take this one off")
+    config = getattr(getattr(base, "model_config", None), "unet_config", None)
+    if not isinstance(config, dict) or _is_unet(config):
+        raise Refused(f"a {type(base).__name__}", _NO_DIT)
+    check_honourable(model)
+    patches = to_request(model.patches)
+    path = origin_of(model, state_of(model), graph, node)
+    source = Source(
+        name=os.path.basename(path) if path else f"a {type(base).__name__} without a file",
+        path=path,
+        names=_names(path) if path else {},
+        config=config,
+        model=weakref.ref(model),
+    )
+    settle = dict(config)
+    for unwanted in ("disable_unet_model_creation", "dtype", "device", "operations"):
+        settle.pop(unwanted, None)
+    skeleton = type(base.diffusion_model)(**settle, device="meta", operations=comfy.ops.disable_weight_init)
+    # On a GPU ComfyUI has chosen what this model computes in; on a CPU that says nothing of the daemon's devices.
+    stock = base.manual_cast_dtype or base.get_dtype()
+    dtype = DTYPES.get(stock) if comfy.model_management.get_torch_device().type != "cpu" else None
+    converted = _connect(base, skeleton, source, settings, patches, dtype, model.load_device, progress)
+    carry_over(model, converted.patcher)
+    release(model)
+    return converted
+
+
+def open_file(path: str, settings: Settings, progress: Progress | None = None) -> Converted:
+    """A MODEL from a file's header; its weights are never read here.
+
+    Raises as `convert` does.
+    """
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        described = {key: _meta(file.get_slice(key)) for key in file.keys()}  # noqa: SIM118
+    names = names_in_file(described)
+    state = {name: described[key] for name, key in names.items()}
+    config = comfy.model_detection.model_config_from_unet(state, "", metadata=metadata)
+    if config is None:
+        converted = comfy.model_detection.convert_diffusers_mmdit(state, "")
+        config = converted and comfy.model_detection.model_config_from_unet(converted, "")
+        state = converted
+    if not config or _is_unet(config.unet_config):
+        raise Refused(os.path.basename(path), _NO_DIT)
+    config.set_inference_dtype(torch.float32, None)
+    base = config.get_model(state, "", device="meta")
+    source = Source(os.path.basename(path), os.path.realpath(path), names, config.unet_config)
+    device = comfy.model_management.get_torch_device()
+    return _connect(base, base.diffusion_model, source, settings, [], None, device, progress)
+
+
+def _connect(
+    base: BaseModel,
+    skeleton: torch.nn.Module,
+    source: Source,
+    settings: Settings,
+    patches: list[dict[str, Any]],
+    dtype: str | None,
+    device: torch.device,
+    progress: Progress | None,
+) -> Converted:
+    client = client_of(settings.endpoint)
+    remote = Remote(client, source, settings.plan)
+    with told():
+        model = remote.load(patches, dtype, progress)
+    compute = next(ours for ours, name in DTYPES.items() if name == model.dtype)
+    network = RemoteDiT(Network(skeleton), remote, compute)
+    shell = make_shell(base, network)
+    offload = comfy.model_management.unet_offload_device()
+    # Size 1: ComfyUI would otherwise count the meta tensors of the state dict.
+    patcher = RemotePatcher(shell, load_device=device, offload_device=offload, size=1)
+    return Converted(patcher, network, model, client)
+
+
+def _is_unet(config: dict[str, Any]) -> bool:
+    return "model_channels" in config
+
+
+def _names(path: str) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return names_in_file(dict.fromkeys(file.keys()))
+
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def _meta(described: Any) -> torch.Tensor:
+    """A tensor without contents for one that a header describes; of a dtype that torch lacks, one of bytes."""
+    return torch.empty(described.get_shape(), dtype=_DTYPES.get(described.get_dtype(), torch.uint8), device="meta")

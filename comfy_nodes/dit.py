@@ -1,0 +1,187 @@
+"""The module that stands where ComfyUI expects a network, and has the daemon run it."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
+
+from tacod_client import Model
+
+from .errors import NotRemote, Refused, told
+from .network import Network
+from .patches import PREFIX, to_request
+from .record import Record
+from .remote import DTYPES, Remote
+
+__all__ = ["RemoteDiT", "remote_of"]
+
+VARIANTS = 4
+"""Sets of patches whose handle is kept: both sides of a comparison, and two more."""
+_COPIED_LAYERS = ("x_embedder", "y_embedder")
+"""Small layers that SD3.5's ControlNets copy from the model that they control."""
+_SHOWN_LAYERS = ("img_in", "patch_embedding", *_COPIED_LAYERS)
+"""Layers whose shapes ComfyUI looks at."""
+
+
+class RemoteDiT(torch.nn.Module):
+    """A network without weights: its forward is a call of the daemon, its state dict the real one's keys and shapes.
+
+    Args:
+        network: The stock network, by its class and shapes.
+        remote: The model in the daemon.
+        dtype: The compute dtype, to which ComfyUI casts the inputs.
+    """
+
+    def __init__(self, network: Network, remote: Remote, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.remote = remote
+        self.record = Record()
+        self.shell: weakref.ref[BaseModel] | None = None
+        """The model around this one, set by who makes it."""
+        self._variants: OrderedDict[Any, Model] = OrderedDict()
+        self.network = network
+
+    # --- what ComfyUI looks at ------------------------------------------------------------------------------------
+
+    def state_dict(self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """The real network's keys and shapes, as meta tensors: LoRA loaders match names against them."""
+        out = OrderedDict() if destination is None else destination
+        out.update({prefix + key: tensor for key, tensor in self.network.skeleton.state_dict().items()})
+        return out
+
+    def __getattr__(self, name: str) -> Any:
+        """The real network's sizes and settings, and the shapes of its first layers; nothing that computes."""
+        network = vars(self).get("network")
+        if network is None or name.startswith("_") or not hasattr(network.skeleton, name):
+            return super().__getattr__(name)
+        value = getattr(network.skeleton, name)
+        if name in _COPIED_LAYERS:
+            return self._layer_with_weights(name, value)
+        if name not in _SHOWN_LAYERS and (callable(value) or isinstance(value, torch.Tensor)):
+            raise NotRemote(
+                f"TACO-DiT can't honour a use of diffusion_model.{name}: the network is in the daemon; "
+                "do it before the TACO-DiT Model Loader, or without that"
+            )
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse what would replace a part of the real network: here it would do nothing, in silence."""
+        network = vars(self).get("network")
+        if (
+            network is not None
+            and name not in vars(self)
+            and (hasattr(type(self), name) or hasattr(network.skeleton, name))
+        ):
+            raise Refused(f"a replacement of diffusion_model.{name}", "the network is in the daemon; take it off")
+        # Past torch's registry, so that nobody moves or counts the skeleton's tensors.
+        vars(self)[name] = value
+
+    def _layer_with_weights(self, name: str, layer: torch.nn.Module) -> torch.nn.Module:
+        """A layer for others to copy; with the weights of the file, so not under patches of it."""
+        patcher = self.patcher
+        if patcher is not None and any(key.startswith(f"{PREFIX}{name}.") for key in self._patches(patcher)):
+            raise Refused(f"a patch of {name} beside a ControlNet that copies it", "take one of the two off")
+        copied = copy.deepcopy(layer).to_empty(device="cpu")
+        state, prefix = self.remote.source.state(), f"{name}."
+        copied.load_state_dict({key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)})
+        return copied
+
+    @property
+    def patcher(self) -> ModelPatcher | None:
+        """The patcher that samples now."""
+        model = self.shell() if self.shell is not None else None
+        return model.current_patcher if model is not None else None
+
+    # --- the forward ----------------------------------------------------------------------------------------------
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor, context: Any = None, **named: Any) -> torch.Tensor:
+        """One forward in the daemon, with the arguments and the result of the real network's.
+
+        Raises `Refused`, before anything is sent, for what the daemon can't honour.
+        """
+        named = {"context": context, **named}
+        if not self.network.runs_wrappers:
+            return self._run(x, timestep, named)
+        # Wrappers find some arguments by their position, so they stand where the real network has them.
+        defaults = self.network.parameters
+        positional = [named.pop(name, default) for name, default in defaults.items()]
+
+        def run(x: torch.Tensor, timestep: torch.Tensor, *values: Any, **rest: Any) -> torch.Tensor:
+            return self._run(x, timestep, {**dict(zip(defaults, values, strict=False)), **rest})
+
+        options = dict(zip(defaults, positional, strict=True)).get("transformer_options") or {}
+        wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, options)
+        out: torch.Tensor = WrapperExecutor.new_class_executor(run, self, wrappers).execute(
+            x, timestep, *positional, **named
+        )
+        return out
+
+    def _run(self, x: torch.Tensor, timestep: torch.Tensor, named: dict[str, Any]) -> torch.Tensor:
+        options = named.pop("transformer_options", None) or {}
+        self._check(options)
+        if options.get("rope_options"):
+            named["rope_options"] = options["rope_options"]
+        arguments = {name: value for name, value in named.items() if value is not None and self.network.reads(name)}
+        model = self._variant(x.dtype)
+        with told():
+            out: torch.Tensor = model.forward(x=x, timestep=timestep, **arguments)
+        self.record.add(model)
+        return out
+
+    def _check(self, options: Mapping[str, Any]) -> None:
+        """Raise `Refused` for options that the real network would have followed, and that are code."""
+        for kind in ("patches", "patches_replace"):
+            given = [name for name, patches in (options.get(kind) or {}).items() if patches]
+            if given and self.network.reads(kind):
+                raise Refused(
+                    f"{kind} of {', '.join(map(repr, given))} (set_model_…patch)",
+                    "it is code that reaches into the blocks, which run in the daemon; take that node off",
+                )
+        if options.get("optimized_attention_override") is not None and self.network.reads_attention_options:
+            raise Refused("optimized_attention_override", "attention runs in the daemon; take that node off")
+
+    def _variant(self, dtype: torch.dtype) -> Model:
+        """The model with the patches of the patcher that samples now."""
+        patcher = self.patcher
+        patches = self._patches(patcher) if patcher is not None else {}
+        key = (_state(patcher) if patches else None, dtype)
+        if key not in self._variants:
+            if dtype not in DTYPES:
+                raise Refused(f"a compute dtype of {dtype}", f"the daemon computes in {', '.join(DTYPES.values())}")
+            with told():
+                wanted = None if dtype == self.dtype else DTYPES[dtype]
+                self._variants[key] = self.remote.load(to_request(patches), wanted)
+        self._variants.move_to_end(key)
+        while len(self._variants) > VARIANTS:
+            self._variants.popitem(last=False)
+        return self._variants[key]
+
+    @staticmethod
+    def _patches(patcher: ModelPatcher) -> dict[str, list[Any]]:
+        """Those on the model, and after them those that hooks on the conditioning put on for this call."""
+        patches = {key: list(entries) for key, entries in patcher.patches.items()}
+        for key, entries in patcher.get_combined_hook_patches(patcher.current_hooks).items():
+            patches.setdefault(key, []).extend(entries)
+        return patches
+
+
+def _state(patcher: ModelPatcher) -> Any:
+    """What tells two sets of patches apart without looking at their tensors."""
+    hooks = patcher.current_hooks.hooks if patcher.current_hooks is not None else ()
+    return patcher.patches_uuid, tuple((hook.hook_ref, hook.strength) for hook in hooks)
+
+
+def remote_of(model: ModelPatcher) -> RemoteDiT | None:
+    """The daemon's end of a MODEL, if it has one."""
+    network = getattr(model.model, "diffusion_model", None)
+    network = getattr(network, "_orig_mod", network)  # under torch.compile
+    return network if isinstance(network, RemoteDiT) else None

@@ -1,0 +1,125 @@
+"""The file that a MODEL's weights came from, found and checked before it is trusted."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import comfy.model_detection
+import comfy.sd
+import folder_paths
+import torch
+from comfy.model_patcher import ModelPatcher
+from safetensors import safe_open
+
+__all__ = ["names_in_file", "origin_of", "watch_loaders"]
+
+_STAMP = "taco_dit_file"
+_LOADERS = ("load_diffusion_model", "load_checkpoint_guess_config")
+_WIDGETS = {"unet_name": "diffusion_models", "ckpt_name": "checkpoints"}
+SAMPLES = 8
+"""Weights whose first numbers are compared with the file's."""
+NUMBERS = 64
+DEPTH = 64
+"""How far up the graph to look for a loader."""
+
+
+def watch_loaders() -> None:
+    """Note on every model that ComfyUI loads from now on which file it came from; older versions forget that."""
+    for name in _LOADERS:
+        original = getattr(comfy.sd, name)
+        if not hasattr(original, _STAMP):
+            setattr(comfy.sd, name, _stamping(original))
+
+
+def _stamping(load: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(load)
+    def stamped(path: str, *args: Any, **kwargs: Any) -> Any:
+        loaded = load(path, *args, **kwargs)
+        for model in loaded if isinstance(loaded, tuple) else (loaded,):
+            if isinstance(model, ModelPatcher):
+                # On the inner model, which all clones of a MODEL share.
+                setattr(model.model, _STAMP, path)
+        return loaded
+
+    setattr(stamped, _STAMP, True)
+    return stamped
+
+
+def origin_of(model: ModelPatcher, state: Mapping[str, torch.Tensor], graph: Any, node: str | None) -> str | None:
+    """The file with just these weights, or None.
+
+    Args:
+        model: The MODEL.
+        state: Its network's weights as they were loaded, without patches.
+        graph: The graph that is being run, by node ids.
+        node: The id of the node whose input ``model`` leads to the loader.
+    """
+    for path in (getattr(model.model, _STAMP, None), _noted(model), _upstream(graph, node)):
+        if path is not None and os.path.isfile(path) and _holds(path, state):
+            return os.path.realpath(path)
+    return None
+
+
+def _noted(model: ModelPatcher) -> str | None:
+    """What newer versions of ComfyUI note themselves: the loader and its arguments."""
+    init = getattr(model, "cached_patcher_init", None)
+    try:
+        path = init[1][0] if init is not None and init[0].__name__ in _LOADERS else None
+    except (AttributeError, IndexError, TypeError):
+        return None
+    return path if isinstance(path, str) else None
+
+
+def _upstream(graph: Any, node: str | None) -> str | None:
+    """The file that a loader further up the graph names in its widget."""
+    for _ in range(DEPTH):
+        inputs = _inputs(graph, node)
+        for widget, folder in _WIDGETS.items():
+            if isinstance(inputs.get(widget), str):
+                return folder_paths.get_full_path(folder, inputs[widget])
+        link = inputs.get("model")
+        if not isinstance(link, list) or len(link) != 2:
+            return None
+        node = link[0]
+    return None
+
+
+def _inputs(graph: Any, node: str | None) -> Mapping[str, Any]:
+    try:
+        found: Mapping[str, Any] = graph.get_node(node)["inputs"]
+    except Exception:  # its own kind of error, which differs by version
+        return {}
+    return found
+
+
+def names_in_file(keys: Mapping[str, Any]) -> dict[str, str]:
+    """The diffusion model's weights by ComfyUI's names, and what they are called in a file with these keys."""
+    prefix = comfy.model_detection.unet_prefix_from_state_dict(keys)
+    names = {key.removeprefix(prefix): key for key in keys if key.startswith(prefix)}
+    return names or {key: key for key in keys}
+
+
+def _holds(path: str, state: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a file holds these weights: all names and shapes, and some of the numbers as ComfyUI rounds them."""
+    if not path.endswith((".safetensors", ".sft")):
+        return False
+    with safe_open(path, framework="pt") as file:
+        names = names_in_file(dict.fromkeys(file.keys()))
+        for key, weight in state.items():
+            if key not in names or file.get_slice(names[key]).get_shape() != list(weight.shape):
+                return False
+        step = max(1, len(state) // SAMPLES)
+        return all(_same_start(file.get_slice(names[key]), state[key]) for key in list(state)[::step])
+
+
+def _same_start(stored: Any, weight: torch.Tensor) -> bool:
+    """Whether the first numbers agree, and the model's dtype isn't one of those that lose more than a device's own."""
+    # The first row holds them, of a matrix as of a vector.
+    theirs = stored[:1].flatten()[:NUMBERS] if len(stored.get_shape()) > 1 else stored[:NUMBERS]
+    if weight.dtype.itemsize < theirs.dtype.itemsize and weight.dtype.itemsize == 1:
+        return False
+    ours = weight[:1].flatten()[:NUMBERS] if weight.ndim > 1 else weight[:NUMBERS]
+    return torch.equal(theirs.to(weight.dtype), ours.detach().cpu())

@@ -1,0 +1,116 @@
+"""What a sampling run came to: its forwards in the daemon, and when each of its steps ended."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+from tacod_client import Call, Model
+
+__all__ = ["Record", "Run", "Totals"]
+
+
+class Run:
+    """One run, from where its block begins to where it ends."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.steps_s: list[float] = []
+        """Wall time of each step."""
+        self.seconds = 0.0
+        self.model: Model | None = None
+        self._started_s = self._stepped_s = 0.0
+
+    def __enter__(self) -> Run:
+        self._started_s = time.perf_counter()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.seconds = time.perf_counter() - self._started_s
+
+    def watch(
+        self,
+        execute: Any,
+        noise: Any,
+        latent: Any,
+        sampler: Any,
+        sigmas: Any,
+        mask: Any,
+        callback: Any,
+        *rest: Any,
+        **named: Any,
+    ) -> Any:
+        """A wrapper around ComfyUI's sampling that notes each step's end."""
+        self._stepped_s = time.perf_counter()
+
+        def step(*args: Any, **kwargs: Any) -> Any:
+            result = callback(*args, **kwargs) if callback is not None else None
+            now = time.perf_counter()
+            self.steps_s.append(now - self._stepped_s)
+            self._stepped_s = now
+            return result
+
+        return execute(noise, latent, sampler, sigmas, mask, step, *rest, **named)
+
+    def to_stats(self) -> dict[str, Any]:
+        """The run in numbers; times in seconds, and those of the forwards as sums over them."""
+        calls, steps = self.calls, sorted(self.steps_s)
+        alone = [call.single_rank_s for call in calls]
+        return {
+            "steps": len(steps),
+            "seconds": self.seconds,
+            "step_mean_s": statistics.fmean(steps) if steps else 0.0,
+            "step_p95_s": steps[math.ceil(0.95 * len(steps)) - 1] if steps else 0.0,
+            "forwards": len(calls),
+            "parallel_forwards": sum(call.ranks > 1 for call in calls),
+            "forward_s": sum(call.seconds for call in calls),
+            "queue_s": sum(call.queue_s for call in calls),
+            "wire_s": sum(call.wire_s for call in calls),
+            "compute_s": sum(call.compute_s for call in calls),
+            "collective_s": sum(call.collective_s for call in calls),
+            "ranks": max((call.ranks for call in calls), default=0),
+            "plan": calls[-1].plan if calls else "",
+            "retries": sum(call.attempts - 1 for call in calls),
+            "single_rank_s": None if not alone or None in alone else sum(filter(None, alone)),
+        }
+
+
+class Record:
+    """The runs under way through one network."""
+
+    def __init__(self) -> None:
+        self._runs: list[Run] = []
+
+    def add(self, model: Model) -> None:
+        """Note the model's last call in every run that is under way."""
+        for run in self._runs:
+            assert model.stats.last is not None
+            run.calls.append(model.stats.last)
+            run.model = model
+
+    @contextmanager
+    def to(self, run: Run) -> Iterator[None]:
+        """Note calls in ``run`` for as long as the block lasts."""
+        self._runs.append(run)
+        try:
+            yield
+        finally:
+            self._runs.remove(run)
+
+
+class Totals:
+    """How often each model has run in this process, and for how long."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, list[float]] = {}
+
+    def add(self, name: str, run: Run) -> dict[str, Any]:
+        """Count a run, and tell the number of runs and their mean seconds."""
+        seconds = self._seconds.setdefault(name, [])
+        seconds.append(run.seconds)
+        return {"executions": len(seconds), "mean_s": statistics.fmean(seconds)}

@@ -1,0 +1,71 @@
+"""A model in the daemon: loaded by path where it may read the file, else sent once, by content."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tacod_client import Client, Model
+from tacod_client.errors import ArgumentError, ModelNotAllowed, ModelNotFound, TacodError
+
+from .source import Source
+
+__all__ = ["DTYPES", "Progress", "Remote"]
+
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+"""The compute dtypes, and their names on the wire."""
+Progress = Callable[[str, int, int], None]
+"""Hears what is going on, and how many bytes of how many are done."""
+
+
+class Remote:
+    """Which weights, in which daemon, spread how."""
+
+    def __init__(self, client: Client, source: Source, plan: Any) -> None:
+        self.client = client
+        self.source = source
+        self.plan = plan
+        self.note = ""
+        """What was asked of the plan and can't be, and why."""
+        self.uploaded: str | None = None
+        """Where the daemon keeps the weights, if they had to be sent."""
+
+    def load(self, patches: list[dict[str, Any]], dtype: str | None, progress: Progress | None = None) -> Model:
+        """Have it loaded with these patches; nothing to do if it is.
+
+        A plan that can't be becomes the daemon's own, and ``note`` says why. Raises a `TacodError`.
+        """
+        try:
+            return self._load(patches, dtype, progress)
+        except ArgumentError as error:
+            if error.argument != "plan" or self.plan == "auto":
+                raise
+            self.note, self.plan = error.message, "auto"
+            return self._load(patches, dtype, progress)
+
+    def _load(self, patches: list[dict[str, Any]], dtype: str | None, progress: Progress | None) -> Model:
+        report = None if progress is None else lambda done, total: progress("loading", done, total)
+
+        def load(path: str) -> Model:
+            return self.client.load(path, patches or None, self.plan, dtype, report)
+
+        refused: TacodError | None = None
+        for path in (self.source.path, self.uploaded):
+            if path is not None:
+                try:
+                    return load(path)
+                except (ModelNotFound, ModelNotAllowed) as error:
+                    refused = refused or error
+        self.uploaded = self._upload(refused, progress)
+        return load(self.uploaded)
+
+    def _upload(self, refused: TacodError | None, progress: Progress | None) -> str:
+        report = None if progress is None else lambda done, total: progress("sending", done, total)
+        try:
+            return self.client.upload(self.source.state(), self.source.metadata(), report)
+        except TacodError as error:
+            if refused is None:
+                raise
+            raise TacodError(f"{refused.message}. The weights can't be sent instead: {error.message}") from error

@@ -1,0 +1,144 @@
+"""A MODEL whose network is in the daemon: all of ComfyUI's own around it, and a few KB of memory."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import Any
+
+import comfy.model_management
+from comfy.model_base import BaseModel
+from comfy.model_patcher import ModelPatcher
+
+from .dit import RemoteDiT
+from .errors import Refused
+from .patches import PREFIX
+
+__all__ = ["RemotePatcher", "carry_over", "check_honourable", "make_shell", "release"]
+
+_LOADED_STATE = (
+    "model_loaded_weight_memory",
+    "lowvram_patch_counter",
+    "model_lowvram",
+    "current_weight_patches_uuid",
+    "model_offload_buffer_memory",
+    "dynamic_vbars",
+    "dynamic_pins",
+    "dynamic_patchers",
+)
+"""What ComfyUI's memory manager notes on a model; the names differ by version."""
+_CARRIED = (
+    "patches",
+    "object_patches",
+    "weight_wrapper_patches",
+    "wrappers",
+    "callbacks",
+    "attachments",
+    "additional_models",
+    "hook_patches",
+    "injections",
+)
+_BEFORE = "do that before the TACO-DiT Model Loader and save the result with ModelSave, then load that file"
+
+
+class RemotePatcher(ModelPatcher):
+    """A patcher whose weights are elsewhere: patches of them are noted and sent, what needs them here is refused."""
+
+    def add_object_patch(self, name: str, obj: Any) -> None:
+        """See ComfyUI's; a part of the network can't be replaced."""
+        _check_object_patch(name, obj)
+        super().add_object_patch(name, obj)
+
+    def add_weight_wrapper(self, name: str, function: Any) -> None:
+        """Refused."""
+        raise Refused(f"a weight wrapper on {name}", "it is code that needs the weights here; take that node off")
+
+    def get_key_patches(self, filter_prefix: str | None = None) -> Any:
+        """Refused: merging, saving and extracting read the weights."""
+        raise Refused("a read of the model's weights (ModelMerge, ModelSave, LoRA extraction)", _BEFORE)
+
+    def pre_run(self) -> None:
+        """See ComfyUI's; this is before the first step, so what can't be honoured is refused here."""
+        check_honourable(self)
+        super().pre_run()
+
+    def patch_hooks(self, hooks: Any) -> None:
+        """Note which hooks' patches apply; the network sends them with its next call."""
+        self.current_hooks = hooks
+
+
+def check_honourable(model: ModelPatcher) -> None:
+    """Raise `Refused` for what is on a MODEL and can't be honoured by the daemon, by its name."""
+    for name, obj in model.object_patches.items():
+        _check_object_patch(name, obj)
+    for name in getattr(model, "weight_wrapper_patches", {}):
+        raise Refused(f"a weight wrapper on {name}", "it is code that needs the weights here; take that node off")
+    for name in getattr(model, "injections", {}):
+        raise Refused(f"the injection {name!r}", "it changes the network here; take that node off")
+
+
+def _check_object_patch(name: str, obj: Any) -> None:
+    # torch.compile around the whole network changes nothing in its results.
+    compiled = name == "diffusion_model" and isinstance(getattr(obj, "_orig_mod", None), RemoteDiT)
+    if name.startswith(PREFIX.rstrip(".")) and not compiled:
+        raise Refused(f"a replacement of {name}", "the network is in the daemon; take that node off")
+
+
+def make_shell(base: BaseModel, network: RemoteDiT) -> BaseModel:
+    """``base`` with another network: its class, sampling, latent format and conditioning, and none of its weights.
+
+    A model of its own: an object patch would show on all clones of the MODEL that came in.
+    """
+    kind = type(base)
+    shell: BaseModel = object.__new__(_saveless(kind))
+    state = {name: value for name, value in vars(base).items() if name not in _LOADED_STATE}
+    for registry in ("_parameters", "_buffers", "_modules"):
+        state[registry] = copy.copy(state[registry])
+    vars(shell).update(state)
+    shell._modules["diffusion_model"] = network
+    shell.device = None
+    shell.current_patcher = None
+    shell.manual_cast_dtype = None
+    # The work is elsewhere: ComfyUI shall neither free memory for it here, nor split batches for want of it.
+    shell.memory_usage_factor = 0
+    network.shell = weakref.ref(shell)
+    return shell
+
+
+_saveless_kinds: dict[type[BaseModel], type[BaseModel]] = {}
+
+
+def _saveless(kind: type[BaseModel]) -> type[BaseModel]:
+    """The same class, but it refuses to be saved, for it has no weights to save."""
+
+    def state_dict_for_saving(self: BaseModel, *args: Any, **kwargs: Any) -> Any:
+        raise Refused(
+            "saving the model (ModelSave, CheckpointSave)", "its weights are in the daemon; save the original"
+        )
+
+    if kind not in _saveless_kinds:
+        _saveless_kinds[kind] = type(kind.__name__, (kind,), {"state_dict_for_saving": state_dict_for_saving})
+    return _saveless_kinds[kind]
+
+
+def carry_over(source: ModelPatcher, target: ModelPatcher) -> ModelPatcher:
+    """Put on ``target`` all that has been put on ``source``: patches, options, wrappers, hooks."""
+    clone = source.clone()
+    for name in _CARRIED:
+        if hasattr(clone, name):
+            setattr(target, name, getattr(clone, name))
+    # Copies of the network on other devices of this process: there are none of ours.
+    target.additional_models.pop("multigpu", None)
+    target.model_options = clone.model_options
+    target.patches_uuid = clone.patches_uuid
+    target.force_cast_weights = False
+    return target
+
+
+def release(model: ModelPatcher) -> None:
+    """Take a model's weights off the GPU, if ComfyUI put them there when it loaded the file."""
+    loaded = comfy.model_management.current_loaded_models
+    for each in [each for each in loaded if each.model is not None and model.is_clone(each.model)]:
+        if each.model_unload():
+            loaded.remove(each)
+    comfy.model_management.soft_empty_cache()
