@@ -138,7 +138,7 @@ class TACODiTModelLoader(_Loader):
     )
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+    def INPUT_TYPES(cls) -> dict[str, Any]:
         """See ComfyUI."""
         model = ("MODEL", {"tooltip": "From any loader, with or without LoRAs and other changes to it."})
         return {"required": {"model": model, **SETTINGS}, "optional": ENDPOINT, "hidden": HIDDEN}
@@ -170,7 +170,7 @@ class TACODiTUNETLoader(_Loader):
     )
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+    def INPUT_TYPES(cls) -> dict[str, Any]:
         """See ComfyUI."""
         names = [name for folder in cls.FOLDERS for name in folder_paths.get_filename_list(folder)]
         names = list(dict.fromkeys(name for name in names if name.endswith((".safetensors", ".sft"))))
@@ -178,7 +178,7 @@ class TACODiTUNETLoader(_Loader):
         return {"required": {"unet_name": unet, **SETTINGS}, "optional": ENDPOINT, "hidden": HIDDEN}
 
     @classmethod
-    def IS_CHANGED(cls, unet_name: str, **settings: Any) -> Any:  # noqa: N802
+    def IS_CHANGED(cls, unet_name: str, **settings: Any) -> Any:
         """The file's state: one that was replaced is opened again."""
         path = cls._path(unet_name)
         if path is None:
@@ -222,7 +222,7 @@ class TACODiTKSampler(stock.KSampler):  # type: ignore[misc]
     totals = Totals()
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+    def INPUT_TYPES(cls) -> dict[str, Any]:
         """KSampler's, of this version of ComfyUI, and a switch."""
         inputs: dict[str, Any] = super().INPUT_TYPES()
         switch = ("BOOLEAN", {"default": True, "tooltip": "Off: run the model here, on one device, for comparison."})
@@ -279,7 +279,7 @@ class TACODiTInfoDisplay(_Display):
     DESCRIPTION = "Shows which model the daemon holds, on which GPUs, and how it is spread over them."
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+    def INPUT_TYPES(cls) -> dict[str, Any]:
         """See ComfyUI."""
         return {"required": {"info": ("TACO_DIT_INFO", {"tooltip": "From a TACO-DiT loader."})}}
 
@@ -294,7 +294,7 @@ class TACODiTStatsDisplay(_Display):
     DESCRIPTION = "Shows a run's steps, times and where they went, and how often this model ran so far."
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+    def INPUT_TYPES(cls) -> dict[str, Any]:
         """See ComfyUI."""
         return {"required": {"stats": ("TACO_DIT_STATS", {"tooltip": "From TACO-DiT KSampler."})}}
 

@@ -1,4 +1,4 @@
-"""Nodes that only tests use: conditioning and images from nothing, and tiny models that ComfyUI can't tell by shapes."""
+"""Nodes that only tests use: conditioning and latents from nothing; and ComfyUI gets to know tiny models."""
 
 from __future__ import annotations
 
