@@ -102,6 +102,8 @@ class Models(_Section):
     """What the files in `uploads` may take; the least recently used make room."""
     memory_bytes: PositiveInt | None = None
     """Weights that each rank holds at the most; the least recently used models make room. By default, what fits."""
+    variants: PositiveInt = 2
+    """Patched models (LoRA) that are kept of each file; each holds the layers that its patches change."""
 
     @property
     def readable(self) -> list[str]:

@@ -196,7 +196,9 @@ class Executor:
             body = {"job": job.id, "step": job.step, **(job.body if job.step == 0 else {})}
         elif job.verb is Verb.LOAD:
             timeout_s = group.load_timeout_s
-            self._evicting = self.manifest.to_evict(job.body, self.config.models.memory_bytes) or self._evicting
+            models = self.config.models
+            to_evict = self.manifest.to_evict(job.body, models.memory_bytes, models.variants)
+            self._evicting = to_evict or self._evicting
             body = job.body.work(self._evicting)
         stored = [self.store.get(digest) for digest in job.digests] if job.step == 0 else []
         self.group.run(job.verb.value, body, stored, timeout_s)

@@ -163,15 +163,23 @@ class Manifest:
         if model is not None:
             self._models[model_id] = replace(model, plan=plan)
 
-    def to_evict(self, model: Model, budget: int | None) -> list[str]:
-        """The models, least recently used first, that must go for ``model`` to fit in a budget of bytes."""
+    def to_evict(self, model: Model, budget: int | None, variants: int) -> list[str]:
+        """The models, least recently used first, that must go for ``model``.
+
+        So that of one base no more than ``variants`` patched ones are there, and that all fit in a budget of bytes.
+        """
+        known = list(self)
         evicted: list[str] = []
-        excess = sum(known.weight_bytes for known in self) + model.weight_bytes - (budget or 0)
-        for known in self:
+        if model.base is not None:
+            siblings = [each.id for each in known if each.base is not None and each.base.id == model.base.id]
+            evicted = siblings[: max(0, len(siblings) + 1 - variants)]
+        staying = [each for each in known if each.id not in evicted]
+        excess = sum(each.weight_bytes for each in staying) + model.weight_bytes - (budget or 0)
+        for each in staying:
             if budget is None or excess <= 0:
                 break
-            evicted.append(known.id)
-            excess -= known.weight_bytes
+            evicted.append(each.id)
+            excess -= each.weight_bytes
         return evicted
 
 

@@ -163,11 +163,25 @@ def test_the_least_recently_used_models_make_room(manifest: Manifest) -> None:
         manifest.add(Model(name, f"/{name}", "", None, weight_bytes=size))
     manifest.note_plan("a", "used just now")
     new = Model("new", "/new", "", None, weight_bytes=25)
-    assert manifest.to_evict(new, None) == []
-    assert manifest.to_evict(new, 115) == []
-    assert manifest.to_evict(new, 100) == ["b"]
-    assert manifest.to_evict(new, 70) == ["b", "c"]
-    assert manifest.to_evict(new, 10) == ["b", "c", "a"]
+    assert manifest.to_evict(new, None, 2) == []
+    assert manifest.to_evict(new, 115, 2) == []
+    assert manifest.to_evict(new, 100, 2) == ["b"]
+    assert manifest.to_evict(new, 70, 2) == ["b", "c"]
+    assert manifest.to_evict(new, 10, 2) == ["b", "c", "a"]
+
+
+def test_a_further_set_of_patches_takes_the_place_of_the_oldest_of_the_same_base(manifest: Manifest) -> None:
+    base, other = (Model(name, f"/{name}", "", None, weight_bytes=40) for name in ("base", "other"))
+    manifest.add(base)
+    for name, under in (("a", base), ("x", other), ("b", base)):
+        manifest.add(Model(name, f"/{name}", "", None, base=under, weight_bytes=10))
+    manifest.note_plan("a", "used just now")
+    new = Model("new", "/new", "", None, base=base, weight_bytes=10)
+    assert manifest.to_evict(new, None, 3) == []
+    assert manifest.to_evict(new, None, 2) == ["b"]
+    assert manifest.to_evict(new, None, 1) == ["b", "a"]
+    assert manifest.to_evict(new, 70, 2) == ["b", "base"]
+    assert manifest.to_evict(Model("plain", "/plain", "", None), None, 1) == []
 
 
 def test_loaded_model_tells_what_the_ranks_told(manifest: Manifest) -> None:
