@@ -166,7 +166,8 @@ class Manifest:
     def to_evict(self, model: Model, budget: int | None, variants: int) -> list[str]:
         """The models, least recently used first, that must go for ``model``.
 
-        So that of one base no more than ``variants`` patched ones are there, and that all fit in a budget of bytes.
+        So that of one base no more than ``variants`` patched ones are there, and that all fit in a budget of bytes, as
+        far as its own base lets them.
         """
         known = list(self)
         evicted: list[str] = []
@@ -178,6 +179,8 @@ class Manifest:
         for each in staying:
             if budget is None or excess <= 0:
                 break
+            if model.base is not None and each.id == model.base.id:
+                continue
             evicted.append(each.id)
             excess -= each.weight_bytes
         return evicted
