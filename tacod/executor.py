@@ -10,6 +10,7 @@ from typing import Any
 
 import zmq
 
+from tacod.baselines import Baselines
 from tacod.config import Config
 from tacod.group import Answer, GroupLost, RankGroup, State
 from tacod.manifest import Manifest, Model
@@ -46,6 +47,7 @@ class Executor:
         self.manifest = Manifest(config.models.readable, config.group.device)
         self.store = Store(config.limits.store_bytes)
         self.metrics = Metrics()
+        self.baselines = Baselines()
         self.scheduler = Scheduler(config.limits.queue, config.group.retries)
         self.group = RankGroup(config.group, devices, context, folder)
         self.ready = False
@@ -272,7 +274,20 @@ class Executor:
         for name, seconds in vars(times).items():
             job.times[name] = job.times.get(name, 0.0) + seconds
         self.metrics.add_step(times, answer.body["forwards"], answer.body["ranks"])
+        if job.verb is Verb.FORWARD and answer.body["ranks"] == 1:
+            self.baselines.note(self._kind_of(job), job.body["arguments"], times.compute_s)
         self.manifest.note_plan(job.model, answer.body["plan"])
+
+    def single_rank_s(self, job: Job) -> float | None:
+        """What a forward like this job's took on one rank, as far as one was seen."""
+        return self.baselines.of(self._kind_of(job), job.body["arguments"]) if job.verb is Verb.FORWARD else None
+
+    def _kind_of(self, job: Job) -> str:
+        """The file and dtype: patches change no time."""
+        if job.model not in self.manifest:
+            return job.model
+        model = self.manifest.find(job.model)
+        return f"{model.path} {model.dtype}"
 
     def _end(self, jobs: Iterable[Job], answer: dict[str, Any] | None = None) -> None:
         """Every job passes here at its end, once."""

@@ -205,6 +205,7 @@ class Server:
             "steps": job.steps,
             "attempts": job.attempts,
             "timing": job.times,
+            "single_rank_s": self.executor.single_rank_s(job),
         }
 
     # --- verbs ----------------------------------------------------------------------------------------------------

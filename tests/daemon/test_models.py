@@ -126,3 +126,16 @@ def test_a_long_run_of_one_client_delays_another_by_a_step(daemon: Daemon) -> No
         SD3.check(short.load(SD3.file))
         assert [told["job"] for told in short.jobs()] == [job.id]
         job.cancel()
+
+
+def test_a_parallel_forward_is_compared_with_one_rank(daemons: Callable[[int], Daemon]) -> None:
+    inputs = FLUX.inputs(text=17)
+    with daemons(2).client() as client:
+        together = client.load(FLUX.file)
+        alone = client.load(FLUX.file, plan={"sequence_parallel_degree": 1, "cfg_parallel": False})
+        for model in (together, alone, together):
+            model.forward(**inputs)
+            assert model.stats.last is not None
+            if model is together:
+                seen = None if alone.stats.last is None else alone.stats.last.compute_s
+                assert model.stats.last.single_rank_s == seen

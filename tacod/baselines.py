@@ -1,0 +1,46 @@
+"""What forwards took on one rank, as far as that was seen: what a run on several is compared with."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+from tacod_client.wire import Tensor
+
+__all__ = ["Baselines"]
+
+KINDS = 256
+"""Kinds of forward that are remembered."""
+
+
+class Baselines:
+    """Seconds of compute by model and shapes; the last time counts, for the first one warms up."""
+
+    def __init__(self) -> None:
+        self._seconds: OrderedDict[Any, float] = OrderedDict()
+
+    def note(self, model: str, arguments: Mapping[str, Any], seconds: float) -> None:
+        """A forward with these arguments took so long on one rank."""
+        key = _kind(model, arguments)
+        self._seconds[key] = seconds
+        self._seconds.move_to_end(key)
+        while len(self._seconds) > KINDS:
+            self._seconds.popitem(last=False)
+
+    def of(self, model: str, arguments: Mapping[str, Any]) -> float | None:
+        """What a forward like this one took on one rank, in seconds; None if none was seen."""
+        return self._seconds.get(_kind(model, arguments))
+
+
+def _kind(model: str, arguments: Mapping[str, Any]) -> Any:
+    """What tells how much work a forward is: its model, and the shapes of what it gets."""
+    return model, tuple(sorted((name, _shapes(value)) for name, value in arguments.items()))
+
+
+def _shapes(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape
+    if isinstance(value, Mapping):
+        return tuple(sorted((name, _shapes(item)) for name, item in value.items()))
+    return tuple(map(_shapes, value)) if isinstance(value, list | tuple) else ()
