@@ -152,7 +152,7 @@ def _connect(
 
 
 def _is_unet(config: dict[str, Any]) -> bool:
-    return "model_channels" in config
+    return "model_channels" in config and "image_model" not in config
 
 
 def _names(path: str) -> dict[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tacod_client.errors import ArgumentError
@@ -88,6 +88,12 @@ class Request:
         if any(asked is not None and asked != got for asked, got in wanted):
             return False
         return self.cfg_parallel is None or (layout.batch > 1) == (self.cfg_parallel and batch > 1)
+
+    def without_ring(self) -> Request:
+        """The same without a ring. Raises `ArgumentError` if one was asked for."""
+        if self.ring is not None and self.ring > 1:
+            raise _refused(f"ring {self.ring} can't be with an attention_mask; ask for ulysses, or for auto")
+        return replace(self, ring=1)
 
 
 AUTO = Request()

@@ -13,6 +13,7 @@ import torch
 from tacod.checkpoint import read_checkpoint
 from tacod.plan import AUTO
 from tacod.rank.families import detect
+from tacod.rank.families.base import Argument
 from tacod.rank.spread import plan_for
 from tacod_client import wire
 from tacod_client.errors import TacodError
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = {
             name: wire.Tensor("F32", tuple(sizes.get(str(size), size) for size in spec.shape), None)
             for name, spec in model.arguments().items()
-            if spec.required and spec.shape is not None
+            if isinstance(spec, Argument) and spec.required and spec.shape is not None
         }
         plan = plan_for(model, AUTO, args.ranks, given)
     except TacodError as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tacod_client.connection import Connection
 from tacod_client.errors import ArgumentError, ModelNotFound
-from tacod_client.exchange import Uploads, converse, pack
+from tacod_client.exchange import Uploads, converse, each_once, pack
 from tacod_client.job import Job
 from tacod_client.stats import ModelStats
 from tacod_client.tensors import kind_of, like
@@ -19,6 +19,8 @@ from tacod_client.wire import Message, Tensor, split
 
 __all__ = ["Client", "Model"]
 
+CHANGING = ("x", "timestep", "control")
+"""Arguments that differ from call to call: they travel with it, and are not kept by content."""
 RELOADS = 3
 """How often a call loads its model again because the daemon has lost it, before it gives up."""
 
@@ -214,6 +216,7 @@ class Model:
         """One DiT forward, with the names and meaning of ComfyUI's ``diffusion_model(x, timestep, context, …)``.
 
         Tensors may be torch (on any device) or numpy; the output is of ``x``'s kind, dtype, shape and device.
+        ``control`` is ComfyUI's map of lists of residuals; one that stands in several places travels once.
 
         Raises `ArgumentError`, naming the argument, and `EngineError` if the ranks fail even after retries.
         """
@@ -221,8 +224,10 @@ class Model:
         if kind_of(x) is None:
             raise ArgumentError("x: missing, or neither a torch tensor nor a numpy array", argument="x")
         uploads: Uploads = {}
+        if arguments.get("control") is not None:
+            arguments["control"] = each_once(arguments["control"])
         packed = {
-            name: pack(value, name, uploads, by_content=name not in ("x", "timestep"))
+            name: pack(value, name, uploads, by_content=name not in CHANGING)
             for name, value in arguments.items()
             if value is not None
         }

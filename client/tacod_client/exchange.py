@@ -10,7 +10,7 @@ from tacod_client.errors import ArgumentError, TacodError
 from tacod_client.tensors import kind_of, to_wire
 from tacod_client.wire import Message, Tensor
 
-__all__ = ["Uploads", "converse", "pack"]
+__all__ = ["Uploads", "converse", "each_once", "pack"]
 
 BY_CONTENT_BYTES = 4096
 """Tensors from this size on are sent once and named by their digest after that."""
@@ -47,6 +47,27 @@ def pack(value: Any, name: str, uploads: Uploads, by_content: bool = True) -> An
     assert tensor.digest is not None
     uploads[tensor.digest] = tensor
     return tensor.without_bytes()
+
+
+def each_once(control: Any) -> dict[str, Any]:
+    """ComfyUI's residuals as the wire has them: ``tensors``, each once, and lists of their places.
+
+    Raises `ArgumentError` for anything but a map of lists of tensors and None.
+    """
+    tensors: list[Any] = []
+    places: dict[int, int] = {}
+    lists: dict[str, Any] = {}
+    if not isinstance(control, dict):
+        raise ArgumentError(f"control: expected a map of lists, got {type(control).__name__}", argument="control")
+    for name, residuals in control.items():
+        if not isinstance(residuals, list) or any(each is not None and kind_of(each) is None for each in residuals):
+            raise ArgumentError(f"control.{name}: expected a list of tensors or None", argument="control")
+        for each in residuals:
+            if each is not None and id(each) not in places:
+                places[id(each)] = len(tensors)
+                tensors.append(each)
+        lists[str(name)] = [None if each is None else places[id(each)] for each in residuals]
+    return {**lists, "tensors": tensors}
 
 
 def converse(

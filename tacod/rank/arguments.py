@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tacod.rank.families.base import Argument
+from tacod.rank.families.base import Argument, Control, Numbers, Residuals, Spec
 from tacod_client import wire
 from tacod_client.errors import ArgumentError
 from tacod_client.tensors import from_wire
@@ -17,7 +17,7 @@ __all__ = ["check_arguments", "load_arguments"]
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
-def check_arguments(given: Mapping[str, Any], specs: Mapping[str, Argument], family: str) -> None:
+def check_arguments(given: Mapping[str, Any], specs: Mapping[str, Spec], family: str) -> None:
     """Check names, dtypes and shapes before a byte is touched.
 
     Raises `ArgumentError`, naming the argument.
@@ -32,7 +32,12 @@ def check_arguments(given: Mapping[str, Any], specs: Mapping[str, Argument], fam
         value = given.get(name)
         if value is None:
             if spec.required:
+                assert isinstance(spec, Argument)
                 raise ArgumentError(f"{name}: missing; {family} needs it, as {_wanted(spec)}", argument=name)
+        elif isinstance(spec, Numbers):
+            _check_numbers(name, value, spec)
+        elif isinstance(spec, Residuals):
+            _check_residuals(name, value, spec, sizes["B"][0])
         elif spec.shape is None:
             if value not in spec.choices:
                 raise ArgumentError(
@@ -45,6 +50,39 @@ def check_arguments(given: Mapping[str, Any], specs: Mapping[str, Argument], fam
                 _check_tensor(name, item, spec, {"B": sizes["B"]} if "B" in sizes else {})
         else:
             _check_tensor(name, value, spec, sizes)
+
+
+def _check_numbers(name: str, value: Any, spec: Numbers) -> None:
+    wanted = f"a map of numbers, with any of {', '.join(spec.names)}"
+    if not isinstance(value, Mapping):
+        raise ArgumentError(f"{name}: expected {wanted}; got {_kind(value)}", argument=name)
+    for key, number in value.items():
+        if key not in spec.names:
+            raise ArgumentError(f"{name}.{key!s:.40}: no such number; expected {wanted}", argument=name)
+        if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) < 1e6:
+            raise ArgumentError(f"{name}.{key}: expected a number below a million, got {number!r:.40}", argument=name)
+
+
+def _check_residuals(name: str, value: Any, spec: Residuals, batch: int) -> None:
+    if not isinstance(value, Mapping) or not isinstance(value.get("tensors"), list):
+        raise ArgumentError(f"{name}: expected a map with a list of tensors, got {_kind(value)}", argument=name)
+    fitting = Argument(("B", "N", spec.width))
+    for index, tensor in enumerate(value["tensors"]):
+        where = f"{name}.tensors[{index}]"
+        _check_tensor(where, tensor, fitting, {})
+        if tensor.shape[0] not in (1, batch):
+            raise ArgumentError(f"{where}: for {tensor.shape[0]} images, but x has {batch}", argument=name)
+    for key, places in value.items():
+        if key == "tensors":
+            continue
+        if key not in spec.blocks and any(place is not None for place in places):
+            raise ArgumentError(
+                f"{name}.{key!s:.40}: this model takes residuals for {', '.join(spec.blocks)}", argument=name
+            )
+        if not isinstance(places, list) or any(
+            place is not None and (type(place) is not int or not 0 <= place < len(value["tensors"])) for place in places
+        ):
+            raise ArgumentError(f"{name}.{key!s:.40}: expected indexes of its tensors, or nil", argument=name)
 
 
 def _check_tensor(name: str, value: Any, spec: Argument, sizes: dict[str, tuple[int, str]]) -> None:
@@ -79,20 +117,30 @@ def _kind(value: Any) -> str:
 
 
 def load_arguments(
-    given: Mapping[str, Any], specs: Mapping[str, Argument], dtype: torch.dtype, device: torch.device
+    given: Mapping[str, Any], specs: Mapping[str, Spec], dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
     """The arguments as torch values on ``device``.
 
     Tensors come in the compute dtype, but what is one number per image (timestep, guidance) stays fp32: its embedding
-    is computed there.
+    is computed there. Residuals stay on the host: a rank needs some of their tokens only.
     """
 
-    def put(value: Any, spec: Argument) -> Any:
+    def put(value: Any, spec: Spec) -> Any:
+        if isinstance(spec, Residuals):
+            return _control(value)
         if isinstance(value, list):
             return [put(item, spec) for item in value]
         if not isinstance(value, wire.Tensor):
             return value
-        exact = spec.shape == ("B",)
+        exact = isinstance(spec, Argument) and spec.shape == ("B",)
         return from_wire(value, "torch").to(device=device, dtype=torch.float32 if exact else dtype)
 
     return {name: put(value, specs[name]) for name, value in given.items() if value is not None}
+
+
+def _control(value: Mapping[str, Any]) -> Control:
+    tensors = [from_wire(tensor, "torch") for tensor in value["tensors"]]
+    places = {name: each for name, each in value.items() if name != "tensors"}
+    return Control(
+        {name: [None if place is None else tensors[place] for place in each] for name, each in places.items()}
+    )

@@ -14,9 +14,11 @@ Part = tuple[Tensor, Tensor]
 """Attention over some of the keys: its output in fp32 [B, H, S, D], and the log-sum-exp of its scores [B, H, S]."""
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention without a mask on [B, H, S, D]."""
-    return functional.scaled_dot_product_attention(q, k, v) if q.numel() else torch.empty_like(q)
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention on [B, H, S, D]; ``mask`` [B or 1, 1, S, S] is added to the scores."""
+    if not q.numel():
+        return torch.empty_like(q)
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def attend_part(q: Tensor, k: Tensor, v: Tensor) -> Part:

@@ -65,6 +65,11 @@ class SampleRequest:
         check_arguments({"noise": self.noise, "latent": self.latent, "sigmas": self.sigmas}, canvas, dit.family)
         timestep = wire.Tensor("F32", (self.noise.shape[0],), None)
         for name, given in self.guided.items():
+            if given.get("control") is not None:
+                raise ArgumentError(
+                    f"{name}.control: a ControlNet's residuals change with every step; use forward with them",
+                    argument=f"{name}.control",
+                )
             try:
                 check_arguments({"x": self.noise, "timestep": timestep, **given}, specs, dit.family)
             except ArgumentError as error:

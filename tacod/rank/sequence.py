@@ -51,21 +51,35 @@ class SequenceParallel:
         """The whole stream of ``n`` tokens, on every rank, from the ranks' chunks: the inverse of `shard`."""
         return self.whole.gather(tokens, self.sizes(n), dim)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+    def in_order_of_ranks(self, mask: Tensor, lengths: Sequence[int]) -> Tensor:
+        """A mask [B or 1, S, S] over the whole joint sequence, from the order of streams to that of `attention`'s."""
+        if self.size == 1:
+            return mask
+        positions = torch.arange(sum(lengths), device=mask.device)
+        streams = [torch.split(stream, self.sizes(len(stream))) for stream in torch.split(positions, list(lengths))]
+        order = torch.cat([chunk for rank in zip(*streams, strict=True) for chunk in rank])
+        return mask[:, order][:, :, order]
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], mask: Tensor | None = None) -> Tensor:
         """Attention over the whole joint sequence, for this rank's tokens.
 
         ``q``, ``k``, ``v`` are [B, S, H, D], where S counts this rank's chunks of the streams, one after another,
         and ``lengths`` are the streams' whole token counts. Returns [B, S, H * D].
 
         The gathered sequence is in the order of ranks, not of streams. It needs no sorting, for attention is
-        equivariant under permutations of its tokens, and each rank gets its own tokens back.
+        equivariant under permutations of its tokens, and each rank gets its own tokens back. A ``mask`` is what
+        `in_order_of_ranks` gives, and excludes a ring.
         """
+        assert mask is None or self.ring.size == 1
         tokens = [sum(sizes) for sizes in zip(*map(self.sizes, lengths), strict=True)]
         runs = [tokens[i : i + self.ulysses.size] for i in range(0, self.size, self.ulysses.size)]
         run = runs[self.ring.rank]
         heads = chunks(q.shape[2], self.ulysses.size)
         q, k, v = _tokens_for_heads(self.ulysses, q, k, v, run, heads)
-        out = _around(self.ring, q, k, v, [sum(run) for run in runs]) if self.ring.size > 1 else attend(q, k, v)
+        if self.ring.size > 1:
+            out = _around(self.ring, q, k, v, [sum(run) for run in runs])
+        else:
+            out = attend(q, k, v, None if mask is None else mask.unsqueeze(1))
         return _heads_for_tokens(self.ulysses, out, run, heads)
 
 

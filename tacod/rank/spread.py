@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tacod.plan import Plan, Request, Shape, chunks, make_plan
-from tacod.rank.families.base import DiT
+from tacod.rank.families.base import Control, DiT
 from tacod.rank.topology import Topology
 
 __all__ = ["plan_for", "run"]
@@ -20,6 +20,9 @@ def plan_for(dit: DiT, asked: Request, world_size: int, arguments: Mapping[str, 
 
     Raises `ArgumentError` if there is none, or if the model can't take this size.
     """
+    if arguments.get("attention_mask") is not None:
+        # A mask's rows and columns would have to go around with the keys; Ulysses has all of them anyhow.
+        asked = asked.without_ring()
     shape = Shape(dit.heads, dit.width, arguments["x"].shape[0], dit.lengths(arguments))
     return make_plan(asked, world_size, shape)
 
@@ -48,6 +51,9 @@ def _images(arguments: Mapping[str, Any], mine: slice) -> dict[str, Any]:
     def take(value: Any) -> Any:
         if isinstance(value, list):
             return [take(item) for item in value]
-        return value[mine] if isinstance(value, torch.Tensor) else value
+        if isinstance(value, Control):
+            return Control({name: take(each) for name, each in value.residuals.items()})
+        # What is there once is for all images.
+        return value[mine] if isinstance(value, torch.Tensor) and len(value) > 1 else value
 
     return {name: take(value) for name, value in arguments.items()}

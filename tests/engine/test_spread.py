@@ -149,9 +149,12 @@ def test_ranks_without_tokens_or_heads_take_part(
     height=st.integers(1, 13),
     width=st.integers(1, 13),
     references=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), max_size=2),
+    residuals=st.integers(0, 60),
+    masked=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_a_forward_equals_one_process(ranks: Ranks, layout: tuple[int, ...], more: int, **case: Any) -> None:
+    case["masked"] = case["masked"] and layout[2] == 1
     errors = ranks.run(layout, "forward", batch=layout[0] + more, **case)
     assert len(errors) == WORLD
     assert max(errors) <= 2e-6
@@ -244,9 +247,12 @@ class Rank:
         height: int,
         width: int,
         references: list[list[int]],
+        residuals: int,
+        masked: bool,
         seed: int,
     ) -> float:
         from tacod.rank.families import detect
+        from tacod.rank.families.base import Control
 
         torch.manual_seed(seed)
         kind, config = detect({}, FAMILIES[family])
@@ -260,6 +266,13 @@ class Rank:
         if family == "flux":
             inputs["guidance"] = torch.full((batch,), 3.5)
             inputs["ref_latents"] = [torch.randn(batch, 4, *size) for size in references]
+            inputs["rope_options"] = {"scale_x": 0.5, "shift_y": 3.0, "shift_t": 1.0} if residuals else None
+        lengths = model.lengths(inputs)
+        if residuals:
+            each = torch.randn(batch if seed % 2 else 1, min(residuals, lengths[1]), model.width)
+            inputs["control"] = Control({"input": [None, each], "output": [each, None, each]})
+        if masked and family == "flux":
+            inputs["attention_mask"] = torch.randn(1 if seed % 3 else batch, sum(lengths), sum(lengths))
         with torch.inference_mode():
             expected = model(SequenceParallel(), **inputs)
         out = self._run(layout, model, inputs)

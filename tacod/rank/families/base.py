@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -37,6 +37,55 @@ class Argument:
     """A list of such tensors; free sizes other than ``"B"`` may differ between its members."""
     choices: tuple[str, ...] = ()
     """For ``shape=None``: the strings it may be."""
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """An argument that is a map of numbers by these names; none of them has to be there."""
+
+    names: tuple[str, ...]
+    required: bool = False
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """What a ControlNet adds to the image's tokens after each block, as ComfyUI's ``control`` has it.
+
+    A map of lists of [B or 1, N, width] tensors or None, one for each block; the first ones count if there are more.
+    """
+
+    width: int
+    blocks: Mapping[str, int]
+    """How many blocks each list is for."""
+    required: bool = False
+
+
+Spec = Argument | Numbers | Residuals
+"""What one argument of a forward must look like."""
+
+
+class Control:
+    """The residuals of one forward, on the host; a rank takes its own tokens' share of one when its block is done."""
+
+    def __init__(self, residuals: Mapping[str, Sequence[Tensor | None]]) -> None:
+        self.residuals = residuals
+
+    def add(self, name: str, block: int, sequence: SequenceParallel, tokens: Tensor, n: int, start: int = 0) -> Tensor:
+        """``tokens`` [B, S, width], in which from ``start`` on stand this rank's of a stream of ``n``, one block on.
+
+        A residual for fewer tokens than the stream has is for the first ones.
+        """
+        each = self.residuals.get(name, ())
+        residual = each[block] if block < len(each) else None
+        if residual is None:
+            return tokens
+        sizes = sequence.sizes(n)
+        first = sum(sizes[: sequence.whole.rank])
+        mine = residual[:, first : first + sizes[sequence.whole.rank]].to(tokens.device, tokens.dtype)
+        if mine.shape[1]:
+            # In place, as ComfyUI does it: the blocks' outputs are new tensors.
+            tokens[:, start : start + mine.shape[1]] += mine
+        return tokens
 
 
 @dataclass(frozen=True)
@@ -100,7 +149,7 @@ class DiT(nn.Module, abc.ABC):
         return {}
 
     @abc.abstractmethod
-    def arguments(self) -> dict[str, Argument]:
+    def arguments(self) -> dict[str, Spec]:
         """The arguments that `forward` takes besides ``sequence``, ``x`` and ``timestep`` among them."""
 
     @abc.abstractmethod

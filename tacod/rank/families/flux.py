@@ -18,9 +18,13 @@ from torch.nn import functional
 from tacod.checkpoint import TensorInfo
 from tacod.rank.families.base import (
     Argument,
+    Control,
     DiT,
     LatentFormat,
+    Numbers,
     Place,
+    Residuals,
+    Spec,
     count_blocks,
     grid,
     modulate,
@@ -33,12 +37,13 @@ from tacod.rank.families.base import (
 )
 from tacod.rank.process import Flow
 from tacod.rank.sequence import SequenceParallel
-from tacod_client.errors import ModelUnsupported
+from tacod_client.errors import ArgumentError, ModelUnsupported
 
 __all__ = ["Flux"]
 
 _EPSILON = 1e-6
 _METHODS = ("offset", "index", "uxo")
+_ROPE_OPTIONS = ("scale_x", "scale_y", "scale_t", "shift_x", "shift_y", "shift_t")
 
 Rotation = tuple[Tensor, Tensor]
 """Cosines and sines in fp32, each [S, 1, D / 2]: how far each pair of a head's channels turns at each token."""
@@ -131,6 +136,7 @@ class DoubleBlock(nn.Module):
         text: Tensor,
         image: Tensor,
         c: Tensor,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """This rank's text and image tokens, one block further."""
         text_mod, image_mod = self.txt_mod(c), self.img_mod(c)
@@ -140,7 +146,7 @@ class DoubleBlock(nn.Module):
             strict=True,
         )
         q, k, v = (torch.cat(both, dim=1) for both in joint)
-        attended = sequence.attention(_rotate(q, rotation), _rotate(k, rotation), v, lengths)
+        attended = sequence.attention(_rotate(q, rotation), _rotate(k, rotation), v, lengths, mask)
         to_text, to_image = torch.split(attended, [text.shape[1], image.shape[1]], dim=1)
 
         image = image + image_mod[2] * self.img_attn.proj(to_image)
@@ -162,13 +168,19 @@ class SingleBlock(nn.Module):
         self.split = [3 * width, hidden]
 
     def forward(
-        self, sequence: SequenceParallel, lengths: tuple[int, int], rotation: Rotation, x: Tensor, c: Tensor
+        self,
+        sequence: SequenceParallel,
+        lengths: tuple[int, int],
+        rotation: Rotation,
+        x: Tensor,
+        c: Tensor,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """This rank's tokens, one block further."""
         shift, scale, gate = self.modulation(c)
         qkv, hidden = torch.split(self.linear1(modulate(_norm(x), shift, scale)), self.split, dim=-1)
         q, k, v = self.norm(qkv)
-        attended = sequence.attention(_rotate(q, rotation), _rotate(k, rotation), v, lengths)
+        attended = sequence.attention(_rotate(q, rotation), _rotate(k, rotation), v, lengths, mask)
         out = self.linear2(torch.cat((attended, functional.gelu(hidden, approximate="tanh")), dim=-1))
         return _finite(x + gate * out)
 
@@ -316,7 +328,7 @@ class Flux(DiT):
             layout |= {f"{theirs}.{kind}": Place(f"{ours}.{kind}") for kind in both}
         return layout
 
-    def arguments(self) -> dict[str, Argument]:
+    def arguments(self) -> dict[str, Spec]:
         """See `DiT.arguments`."""
         return {
             "x": Argument(("B", self.channels, "H", "W")),
@@ -326,12 +338,25 @@ class Flux(DiT):
             "guidance": Argument(("B",), required=self.guided),
             "ref_latents": Argument(("B", self.channels, "h", "w"), required=False, many=True),
             "ref_latents_method": Argument(None, required=False, choices=_METHODS),
+            "attention_mask": Argument(("M", "S", "S"), required=False),
+            "rope_options": Numbers(_ROPE_OPTIONS),
+            "control": Residuals(
+                self.width, {"input": len(self.double_blocks), "output": len(self.single_blocks), "middle": 0}
+            ),
         }
 
     def lengths(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
-        """Tokens of the text, and of the image with its references."""
+        """Tokens of the text, and of the image with its references. Raises `ArgumentError` for a mask of others."""
         images = (arguments["x"], *(arguments.get("ref_latents") or ()))
-        return arguments["context"].shape[1], sum(math.prod(grid(image, self.patch)) for image in images)
+        text, image = arguments["context"].shape[1], sum(math.prod(grid(image, self.patch)) for image in images)
+        mask = arguments.get("attention_mask")
+        if mask is not None and not (mask.shape[0] in (1, images[0].shape[0]) and mask.shape[1] == text + image):
+            raise ArgumentError(
+                f"attention_mask: its shape is {list(mask.shape)}, for {images[0].shape[0]} images of {text + image} "
+                "tokens with their text",
+                argument="attention_mask",
+            )
+        return text, image
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """See `DiT.timestep`."""
@@ -348,24 +373,35 @@ class Flux(DiT):
         guidance: Tensor | None = None,
         ref_latents: Sequence[Tensor] | None = None,
         ref_latents_method: str | None = None,
+        attention_mask: Tensor | None = None,
+        rope_options: Mapping[str, float] | None = None,
+        control: Control | None = None,
     ) -> Tensor:
-        """See `DiT.forward`. ``guidance`` is [B] in fp32, and not used by models that are not distilled for it."""
+        """See `DiT.forward`. ``guidance`` is [B] in fp32, and not used by models that are not distilled for it.
+
+        ``attention_mask`` [B or 1, S, S] is added to the scores over text and image; ``rope_options`` stretch and
+        shift the image's positions.
+        """
         images = (x, *(ref_latents or ()))
         lengths = self.lengths({"x": x, "context": context, "ref_latents": ref_latents})
         c = self._condition(x, timestep, y, guidance)
         image = self.img_in(sequence.shard(torch.cat([self._patchify(each) for each in images], dim=1)))
         text = self.txt_in(sequence.shard(context))
 
-        image_at = self._image_positions(images, ref_latents_method or self.reference_method)
+        image_at = self._image_positions(images, ref_latents_method or self.reference_method, rope_options or {})
         text_at = image_at.new_zeros(lengths[0], len(self.axes))
         mine = torch.cat([sequence.shard(positions, dim=0) for positions in (text_at, image_at)])
         rotation = self._rotation(mine)
+        mask = None if attention_mask is None else sequence.in_order_of_ranks(attention_mask, lengths)
+        control = control or Control({})
 
-        for block in self.double_blocks:
-            text, image = block(sequence, lengths, rotation, text, image, c)
+        for i, block in enumerate(self.double_blocks):
+            text, image = block(sequence, lengths, rotation, text, image, c, mask)
+            image = control.add("input", i, sequence, image, lengths[1])
         tokens = torch.cat((text, _finite(image)), dim=1)
-        for block in self.single_blocks:
-            tokens = block(sequence, lengths, rotation, tokens, c)
+        for i, block in enumerate(self.single_blocks):
+            tokens = block(sequence, lengths, rotation, tokens, c, mask)
+            tokens = control.add("output", i, sequence, tokens, lengths[1], text.shape[1])
         image = tokens[:, text.shape[1] :]
 
         rows, columns = grid(x, self.patch)
@@ -384,14 +420,21 @@ class Flux(DiT):
         """A latent [B, C, H, W] as tokens [B, N, C * patch * patch]."""
         return functional.pixel_unshuffle(pad_to_patches(x, self.patch), self.patch).flatten(2).transpose(1, 2)
 
-    def _image_positions(self, images: Sequence[Tensor], method: str) -> Tensor:
-        """The (index, row, column) of each patch of the image and of its references: [N, 3] in fp32."""
+    def _image_positions(self, images: Sequence[Tensor], method: str, options: Mapping[str, float]) -> Tensor:
+        """The (index, row, column) of each patch of the image and of its references: [N, 3] in fp32.
+
+        The options are for the image alone.
+        """
         origins = [(0.0, 0, 0), *_reference_origins(images, method, self.patch, self.reference_index)]
         positions = []
         for image, (index, top, left) in zip(images, origins, strict=True):
             rows, columns = grid(image, self.patch)
             down = torch.arange(rows, device=image.device, dtype=torch.float32) + top
             across = torch.arange(columns, device=image.device, dtype=torch.float32) + left
+            if image is images[0] and options:
+                index += options.get("shift_t", 0.0)
+                down = _stretched(rows, options.get("scale_y", 1.0), options.get("shift_y", 0.0), image)
+                across = _stretched(columns, options.get("scale_x", 1.0), options.get("shift_x", 0.0), image)
             place = torch.stack(torch.meshgrid(down, across, indexing="ij"), dim=-1).flatten(0, 1)
             positions.append(functional.pad(place, (1, 0), value=index))
         return torch.cat(positions)
@@ -404,6 +447,11 @@ class Flux(DiT):
             angles.append(positions[:, axis, None].double() * self.theta**-exponents)
         angle = torch.cat(angles, dim=-1).unsqueeze(1)
         return angle.cos().float(), angle.sin().float()
+
+
+def _stretched(n: int, scale: float, shift: float, like: Tensor) -> Tensor:
+    """Positions from ``shift`` on, ``scale`` apart."""
+    return torch.linspace(shift, (n - 1.0) * scale + shift, n, device=like.device, dtype=torch.float32)
 
 
 def _reference_origins(images: Sequence[Tensor], method: str, patch: int, scale: float) -> list[tuple[float, int, int]]:

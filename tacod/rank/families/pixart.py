@@ -23,6 +23,7 @@ from tacod.rank.families.base import (
     LatentFormat,
     Patches,
     Place,
+    Spec,
     count_blocks,
     grid,
     settle,
@@ -280,7 +281,7 @@ class PixArt(DiT):
             layout |= {f"{theirs}.{kind}": Place(f"{ours}.{kind}") for kind in ("weight", "bias")}
         return layout
 
-    def arguments(self) -> dict[str, Argument]:
+    def arguments(self) -> dict[str, Spec]:
         """See `DiT.arguments`."""
         return {
             "x": Argument(("B", self.channels, "H", "W")),

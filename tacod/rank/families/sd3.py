@@ -16,10 +16,13 @@ from torch.nn import functional
 from tacod.checkpoint import TensorInfo
 from tacod.rank.families.base import (
     Argument,
+    Control,
     DiT,
     LatentFormat,
     Patches,
     Place,
+    Residuals,
+    Spec,
     count_blocks,
     grid,
     modulate,
@@ -301,13 +304,14 @@ class SD3(DiT):
             layout |= {f"{theirs}.{kind}": Place(f"{ours}.{kind}") for kind in both}
         return layout
 
-    def arguments(self) -> dict[str, Argument]:
+    def arguments(self) -> dict[str, Spec]:
         """See `DiT.arguments`."""
         return {
             "x": Argument(("B", self.channels, "H", "W")),
             "timestep": Argument(("B",)),
             "context": Argument(("B", "L", self.context_width)),
             "y": Argument(("B", self.pooled_width)),
+            "control": Residuals(self.width, {"input": 0, "output": self.heads, "middle": 0}),
         }
 
     def lengths(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
@@ -322,7 +326,14 @@ class SD3(DiT):
         return sigma * 1000
 
     def forward(  # type: ignore[override]
-        self, sequence: SequenceParallel, x: Tensor, timestep: Tensor, *, context: Tensor, y: Tensor
+        self,
+        sequence: SequenceParallel,
+        x: Tensor,
+        timestep: Tensor,
+        *,
+        context: Tensor,
+        y: Tensor,
+        control: Control | None = None,
     ) -> Tensor:
         """See `DiT.forward`. Raises `ArgumentError` if ``x`` is larger than the model's position table."""
         height, width = x.shape[-2:]
@@ -333,8 +344,10 @@ class SD3(DiT):
 
         image = sequence.shard(image)
         text = self.context_embedder(sequence.shard(context))
-        for block in self.joint_blocks:
+        control = control or Control({})
+        for i, block in enumerate(self.joint_blocks):
             text, image = block(sequence, lengths, text, image, c)
+            image = control.add("output", i, sequence, image, lengths[1])
         pixels = sequence.gather(self.final_layer(image, c), lengths[1])
         pixels = torch.unflatten(pixels, -1, (self.patch, self.patch, self.out_channels))
         return unpatchify(pixels, rows, columns, self.patch)[:, :, :height, :width]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import comfy.controlnet
 import comfy.model_detection
 import torch
 
@@ -79,4 +80,80 @@ class TestMask:
         return (mask,)
 
 
-NODE_CLASS_MAPPINGS = {kind.__name__: kind for kind in (TestConditioning, TestLatent, TestMask)}
+class TestConcat:
+    """What InpaintModelConditioning leaves on a conditioning, without a VAE."""
+
+    RETURN_TYPES = ("CONDITIONING",)
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"conditioning": ("CONDITIONING",), "latent": ("LATENT",), "mask": ("MASK",)}}
+
+    def make(self, conditioning: Any, latent: Any, mask: torch.Tensor) -> tuple[Any]:
+        extra = {"concat_latent_image": latent["samples"], "concat_mask": mask.unsqueeze(1)}
+        return ([[context, {**values, **extra}] for context, values in conditioning],)
+
+
+class Residuals(comfy.controlnet.ControlBase):
+    """A ControlNet whose residuals are random, differ by step, and stand in several places, as real ones' do."""
+
+    def __init__(self, width: int, tokens: int) -> None:
+        super().__init__()
+        self.width, self.tokens = width, tokens
+
+    def get_control(self, x: torch.Tensor, t: torch.Tensor, *rest: Any) -> dict[str, Any]:
+        random = torch.Generator().manual_seed(int(1000 * float(t[0])))
+        one, two = (0.3 * torch.randn(len(x), self.tokens, self.width, generator=random) for _ in range(2))
+        return {"input": [one, two], "middle": [], "output": [two, None, one]}
+
+    def copy(self) -> Residuals:
+        copied = Residuals(self.width, self.tokens)
+        self.copy_to(copied)
+        return copied
+
+    def get_models(self) -> list[Any]:
+        return []
+
+
+class TestControl:
+    """A ControlNet of random residuals."""
+
+    RETURN_TYPES = ("CONDITIONING",)
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        whole = ("INT", {"default": 1, "min": 1, "max": 2**31})
+        return {"required": {"conditioning": ("CONDITIONING",), "width": whole, "tokens": whole}}
+
+    def make(self, conditioning: Any, width: int, tokens: int) -> tuple[Any]:
+        control = Residuals(width, tokens)
+        return ([[context, {**values, "control": control}] for context, values in conditioning],)
+
+
+class TestAttentionMask:
+    """A bias on the attention, as StyleModelApply leaves it."""
+
+    RETURN_TYPES = ("CONDITIONING",)
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        whole = ("INT", {"default": 1, "min": 1, "max": 2**31})
+        return {"required": {"conditioning": ("CONDITIONING",), "rows": whole, "columns": whole}}
+
+    def make(self, conditioning: Any, rows: int, columns: int) -> tuple[Any]:
+        made = []
+        for context, values in conditioning:
+            tokens = context.shape[1] + rows * columns
+            mask = torch.randn(1, tokens, tokens, generator=torch.Generator().manual_seed(4))
+            made.append([context, {**values, "attention_mask": mask, "attention_mask_img_shape": (rows, columns)}])
+        return (made,)
+
+
+_NODES = (TestConditioning, TestLatent, TestMask, TestConcat, TestControl, TestAttentionMask)
+NODE_CLASS_MAPPINGS = {kind.__name__: kind for kind in _NODES}

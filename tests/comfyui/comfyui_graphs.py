@@ -1,0 +1,203 @@
+"""Graphs in ComfyUI's API form: the same run beside itself, once by ComfyUI and once through the daemon."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from helpers import Tiny
+from safetensors.torch import save_file
+
+__all__ = ["CANNY", "FILL", "FLUX", "MODELS", "PIXART", "SD3", "Pair", "TinyModel", "save"]
+
+_fresh = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A tiny model, and the sizes of what ComfyUI gives it."""
+
+    tiny: Tiny
+    width: int
+    """Channels of the text's tokens."""
+    pooled: int
+    channels: int = 16
+    """Of the latent."""
+    size: tuple[int, int] = (14, 16)
+    """Height and width of the latent."""
+
+
+def _flux(name: str, channels: int) -> TinyModel:
+    config = {
+        "image_model": "flux",
+        "in_channels": channels,
+        "out_channels": 16,
+        "vec_in_dim": 24,
+        "context_in_dim": 32,
+        "hidden_size": 80,
+        "num_heads": 5,
+        "depth": 2,
+        "depth_single_blocks": 2,
+        "axes_dim": [4, 6, 6],
+        "guidance_embed": True,
+    }
+    return TinyModel(Tiny(name, config), 32, 24)
+
+
+FLUX = _flux("flux", 16)
+CANNY = _flux("canny", 32)
+"""Takes a second image beside the latent."""
+FILL = _flux("fill", 96)
+"""Takes an image and a mask beside the latent."""
+SD3 = TinyModel(
+    Tiny(
+        "sd3",
+        {
+            "image_model": "sd3",
+            "in_channels": 16,
+            "depth": 3,
+            "adm_in_channels": 40,
+            "context_size": 48,
+            "context_embedder_config": {
+                "target": "torch.nn.Linear",
+                "params": {"in_features": 48, "out_features": 192},
+            },
+            "num_patches": 400,
+            "pos_embed_max_size": 20,
+            "qk_norm": "rms",
+            "x_block_self_attn_layers": [0, 2],
+        },
+    ),
+    48,
+    40,
+)
+PIXART = TinyModel(
+    Tiny(
+        "pixart",
+        {
+            "image_model": "pixart_sigma",
+            "input_size": 64,
+            "patch_size": 2,
+            "in_channels": 4,
+            "hidden_size": 128,
+            "depth": 2,
+            "num_heads": 16,
+            "caption_channels": 48,
+            "pred_sigma": True,
+            "learn_sigma": True,
+            "micro_condition": False,
+            "pe_interpolation": 2,
+            "model_max_length": 30,
+        },
+    ),
+    48,
+    0,
+    channels=4,
+    size=(36, 40),
+)
+WEAKER = 0.25
+"""The last layer's weights are this much smaller: a run of many steps then doesn't amplify the last bit of fp32."""
+
+
+def save(model: TinyModel, folder: Path) -> None:
+    """Write a model's file."""
+    weights = dict(model.tiny.model.state_dict())
+    weights["final_layer.linear.weight"] = WEAKER * weights["final_layer.linear.weight"]
+    save_file(weights, folder / model.tiny.file, metadata={"tacod.config": json.dumps(model.tiny.config)})
+
+
+MODELS = {model.tiny.name: model for model in (FLUX, CANNY, FILL, SD3, PIXART)}
+
+
+class Pair:
+    """A graph with two branches, ``stock`` and ``taco``, that differ in nothing but the loader node.
+
+    Nodes that `both` adds exist once in each branch; a link to one is given as its name.
+    """
+
+    def __init__(self, model: TinyModel, **loader: Any) -> None:
+        self.model = model
+        self.nodes: dict[str, dict[str, Any]] = {}
+        self.add("file", "UNETLoader", unet_name=model.tiny.file, weight_dtype="default")
+        self._head = {"stock": "file", "taco": "file"}
+        self._loader = loader
+        self.latent = "latent"
+        self.run = next(_fresh)
+        """In the names of what is saved; ComfyUI runs nothing again that it has run."""
+        for name, seed in (("positive", 1), ("negative", 2)):
+            self.add(name, "TestConditioning", seed=seed, tokens=11, width=model.width, pooled=model.pooled)
+        height, width = model.size
+        self.add(
+            "latent", "TestLatent", seed=0, batch=1, channels=model.channels, height=height, width=width, scale=0.0
+        )
+
+    def add(self, name: str, kind: str, **inputs: Any) -> str:
+        """A node that both branches share; a string with a leading ``@`` is a link to a node's first output."""
+        self.nodes[name] = {"class_type": kind, "inputs": {key: _link(value) for key, value in inputs.items()}}
+        return f"@{name}"
+
+    def on_model(self, kind: str, **inputs: Any) -> None:
+        """A node that takes a MODEL and gives one, in each branch; before the loader or after it."""
+        for branch, head in self._head.items():
+            name = f"{kind}_{len(self.nodes)}_{branch}"
+            self.add(name, kind, model=f"@{head}", **inputs)
+            self._head[branch] = name
+
+    def load(self) -> None:
+        """Put the loader node into the branch that goes through the daemon."""
+        settings = {
+            "enable_taco_dit": True,
+            "auto_detect": True,
+            "sequence_parallel_degree": 3,
+            "cfg_parallel": True,
+            "use_flash_attention": True,
+            **self._loader,
+        }
+        self.add("loader", "TACODiTModelLoader", model=f"@{self._head['taco']}", **settings)
+        self._head["taco"] = "loader"
+
+    def sample(self, kind: str = "KSampler", save: str = "", **inputs: Any) -> None:
+        """KSampler, or a node like it, in each branch, and its latent saved."""
+        defaults: dict[str, Any] = {"positive": "@positive", "negative": "@negative", "latent_image": f"@{self.latent}"}
+        if kind == "KSampler":
+            defaults |= {"seed": 1234, "steps": 4, "cfg": 4.5, "sampler_name": "euler", "scheduler": "normal"}
+            defaults |= {"denoise": 1.0}
+        for branch, head in self._head.items():
+            mine = {key: _of_branch(value, branch) for key, value in {**defaults, **inputs}.items()}
+            name = f"sampler{save}_{branch}"
+            self.add(name, kind, **({"model": f"@{head}"} if "guider" not in inputs else {}), **mine)
+            self.save(name, branch, save)
+
+    def save(self, name: str, branch: str, save: str = "") -> None:
+        """Keep a node's latent."""
+        self.add(f"save{save}_{branch}", "SaveLatent", samples=f"@{name}", filename_prefix=self.file(branch, save))
+
+    def file(self, branch: str, save: str = "") -> str:
+        """What a branch's latent is saved as."""
+        return f"run{self.run}_{branch}{save}"
+
+    def both(self, name: str, kind: str, **inputs: Any) -> str:
+        """A node once in each branch, with the branch's MODEL where ``model`` is ``@model``; links as ``@name*``."""
+        for branch in self._head:
+            mine = {key: _of_branch(value, branch) for key, value in inputs.items()}
+            mine = {key: f"@{self._head[branch]}" if value == "@model" else value for key, value in mine.items()}
+            self.add(f"{name}_{branch}", kind, **mine)
+        return f"@{name}_*"
+
+    def head(self, branch: str) -> str:
+        """The node whose output is the branch's MODEL."""
+        return self._head[branch]
+
+
+def _of_branch(value: Any, branch: str) -> Any:
+    return value.replace("*", branch) if isinstance(value, str) and value.startswith("@") else value
+
+
+def _link(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith("@"):
+        name, _, slot = value[1:].partition("#")
+        return [name, int(slot or 0)]
+    return value

@@ -1,0 +1,84 @@
+"""A real ComfyUI for the tests of the nodes, with daemons of 1, 2 and 3 ranks beside it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from comfyui_graphs import MODELS, Pair, save
+from comfyui_server import ComfyUI, Outcome
+from helpers import Daemon, relative_error
+
+PATH = os.environ.get("COMFYUI_PATH", "")
+PYTHON = os.environ.get("COMFYUI_PYTHON", sys.executable)
+
+Both = Callable[..., Outcome]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything here needs ComfyUI."""
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.comfyui)
+            item.add_marker(pytest.mark.timeout(900))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _comfyui_at_hand() -> None:
+    if not PATH:
+        pytest.skip("set COMFYUI_PATH to a ComfyUI checkout, and COMFYUI_PYTHON to an interpreter that can run it")
+
+
+@pytest.fixture(scope="session")
+def comfyui_models(tmp_path_factory: pytest.TempPathFactory, _comfyui_at_hand: None) -> Path:
+    """ComfyUI's models folder, which is a root of the daemons too."""
+    folder = tmp_path_factory.mktemp("comfyui")
+    (folder / "diffusion_models").mkdir()
+    for model in MODELS.values():
+        save(model, folder / "diffusion_models")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def endpoints(comfyui_models: Path) -> Iterator[Callable[[int], Daemon]]:
+    """The daemon with so many ranks."""
+    started: dict[int, Daemon] = {}
+    with ExitStack() as stack:
+
+        def get(ranks: int) -> Daemon:
+            if ranks not in started:
+                started[ranks] = stack.enter_context(Daemon(ranks, [comfyui_models]))
+            return started[ranks]
+
+        yield get
+
+
+@pytest.fixture(scope="session")
+def comfyui(endpoints: Callable[[int], Daemon], comfyui_models: Path) -> Iterator[ComfyUI]:
+    """ComfyUI, by default with the daemon of three ranks."""
+    with ComfyUI(PATH, PYTHON, endpoints(3).endpoint, comfyui_models) as comfyui:
+        yield comfyui
+
+
+@pytest.fixture
+def both(comfyui: ComfyUI) -> Callable[..., Outcome]:
+    """Run both branches of a graph; their latents agree."""
+
+    def run(pair: Pair, *saves: str, most: float = 1e-5) -> Outcome:
+        outcome = comfyui.run(pair.nodes)
+        assert outcome.kind == "success", outcome.error
+        errors = {}
+        for name in saves or ("",):
+            stock, taco = (comfyui.latent(pair.file(branch, name)) for branch in ("stock", "taco"))
+            assert stock.isfinite().all()
+            assert stock.std() > 0
+            errors[name] = relative_error(taco, stock)
+        assert {name: error for name, error in errors.items() if error > most} == {}
+        return outcome
+
+    return run
