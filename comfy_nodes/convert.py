@@ -50,6 +50,8 @@ class Settings:
         asked: dict[str, Any] = {}
         if not self.auto_detect:
             asked |= {"sequence_parallel_degree": self.sequence_parallel_degree, "cfg_parallel": self.cfg_parallel}
+        if not self.use_flash_attention:
+            asked["flash_attention"] = False
         return asked or "auto"
 
 

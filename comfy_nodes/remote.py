@@ -40,9 +40,10 @@ class Remote:
         try:
             return self._load(patches, dtype, progress)
         except ArgumentError as error:
-            if error.argument != "plan" or self.plan == "auto":
+            if error.argument != "plan" or self.plan == "auto" or set(self.plan) == {"flash_attention"}:
                 raise
-            self.note, self.plan = error.message, "auto"
+            kept = {"flash_attention": False} if "flash_attention" in self.plan else "auto"
+            self.note, self.plan = error.message, kept
             return self._load(patches, dtype, progress)
 
     def _load(self, patches: list[dict[str, Any]], dtype: str | None, progress: Progress | None) -> Model:

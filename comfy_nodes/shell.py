@@ -38,6 +38,7 @@ _CARRIED = (
     "hook_patches",
     "injections",
 )
+_INTO_BLOCKS = {"set_model_options_patch_replace", "set_model_patch_replace", "patches_replace"}
 _BEFORE = "do that before the TACO-DiT Model Loader and save the result with ModelSave, then load that file"
 
 
@@ -68,7 +69,19 @@ class RemotePatcher(ModelPatcher):
 
 
 def check_honourable(model: ModelPatcher) -> None:
-    """Raise `Refused` for what is on a MODEL and can't be honoured by the daemon, by its name."""
+    """Raise `Refused` for what is on a MODEL and can't be honoured by the daemon, by its name.
+
+    Some functions around the sampler put code into the blocks in the midst of a run (skip layer guidance does); they
+    are known by what they call.
+    """
+    for name, functions in model.model_options.items():
+        for function in functions if isinstance(functions, list) else [functions]:
+            code = getattr(function, "__code__", None)
+            if code is not None and not _INTO_BLOCKS.isdisjoint((*code.co_names, *code.co_consts)):
+                raise Refused(
+                    f"{function.__qualname__} ({name})",
+                    "it puts code into the blocks, which run in the daemon; take that node off",
+                )
     for name, obj in model.object_patches.items():
         _check_object_patch(name, obj)
     for name in getattr(model, "weight_wrapper_patches", {}):

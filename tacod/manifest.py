@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tacod.checkpoint import locate, read_checkpoint
-from tacod.plan import AUTO, Shape, make_plan, parse_request
+from tacod.plan import AUTO, Request, Shape, make_plan, parse_request
 from tacod.store import digests_of
 from tacod_client.errors import ArgumentError, ModelNotFound
 from tacod_client.wire import Tensor
@@ -37,6 +37,9 @@ class Model:
     weight_bytes: int = 0
     """On each rank, besides what it shares with its base."""
     loaded_s: float = 0.0
+    asked: Request = AUTO
+    """How its load request wants forwards to be spread."""
+    shape: Shape | None = None
     plan: str = ""
 
     @property
@@ -70,8 +73,12 @@ class Model:
             weight_bytes=told["weight_bytes"],
             dtype=told["dtype"],
             loaded_s=elapsed_s,
-            plan=str(make_plan(AUTO, world_size, Shape(told["heads"], told["width"]))),
-        )
+            shape=Shape(told["heads"], told["width"]),
+        ).planned(self.asked, world_size)
+
+    def planned(self, asked: Request, world_size: int) -> Model:
+        """The same model with the plan that a request for it comes to, as far as that is known before a forward."""
+        return self if self.shape is None else replace(self, plan=str(make_plan(asked, world_size, self.shape)))
 
     def to_wire(self) -> dict[str, Any]:
         """The model as ``status --json`` shows it."""
@@ -117,14 +124,14 @@ class Manifest:
 
         Raises a `ModelError` if the file may not or can't be loaded, `ArgumentError` for a plan that can't be.
         """
-        parse_request(plan, world_size)
+        asked = parse_request(plan, world_size)
         real = locate(path, self.roots)
         checkpoint = read_checkpoint(real)
         identity = checkpoint.identity
         # As the ranks choose it: fp32 on a CPU, the file's own on a GPU.
         compute = dtype or ("fp32" if self.device == "cpu" else None)
         expected = checkpoint.weight_bytes(_BYTES[compute] if compute else None)
-        base = Model(_name(identity, dtype), real, identity, dtype, weight_bytes=expected)
+        base = Model(_name(identity, dtype), real, identity, dtype, weight_bytes=expected, asked=asked)
         if not patches:
             return base
         resolved = [self._resolve(index, patch) for index, patch in enumerate(patches)]

@@ -77,6 +77,8 @@ class Request:
     cfg_parallel: bool | None = None
     ulysses: int | None = None
     ring: int | None = None
+    flash_attention: bool | None = None
+    """False keeps to the plain attention kernels."""
 
     def allows(self, layout: Layout, batch: int) -> bool:
         """Whether a layout is what was asked for. A batch of one can't be split, whatever was asked."""
@@ -92,7 +94,9 @@ class Request:
     def without_ring(self) -> Request:
         """The same without a ring. Raises `ArgumentError` if one was asked for."""
         if self.ring is not None and self.ring > 1:
-            raise _refused(f"ring {self.ring} can't be with an attention_mask; ask for ulysses, or for auto")
+            raise _refused(
+                f"ring {self.ring} can't be with an attention_mask or without flash attention; ask for ulysses, or auto"
+            )
         return replace(self, ring=1)
 
 
@@ -106,6 +110,8 @@ class Plan:
     layout: Layout
     world_size: int
     shape: Shape
+    flash_attention: bool = True
+    """Whether the fastest attention kernel may run, or only the plain ones."""
 
     @property
     def tokens(self) -> list[int]:
@@ -128,7 +134,10 @@ class Plan:
             said.append(f"{sum(shape.lengths)} tokens: {_each(self.tokens)}")
         if layout.ranks < self.world_size:
             said.append(f"{self.world_size - layout.ranks} of {self.world_size} ranks idle")
-        return "; ".join(said) or f"{shape.heads} heads on one rank"
+        said = said or [f"{shape.heads} heads on one rank"]
+        if not self.flash_attention:
+            said.append("no flash attention")
+        return "; ".join(said)
 
     def __str__(self) -> str:
         """For example ``sequence 3 (ulysses; 24 heads over 3 ranks: 8 each; 4608 tokens: 1537 + 1536 + 1535)``."""
@@ -138,6 +147,9 @@ class Plan:
 
 def _each(sizes: Sequence[int]) -> str:
     return f"{sizes[0]} each" if len(set(sizes)) == 1 else " + ".join(map(str, sizes))
+
+
+_SWITCHES = ("cfg_parallel", "flash_attention")
 
 
 def parse_request(request: Any, world_size: int) -> Request:
@@ -152,11 +164,14 @@ def parse_request(request: Any, world_size: int) -> Request:
     for key, value in request.items():
         if key not in vars(AUTO):
             raise _refused(f"unknown key {key!r:.40}; the keys are {', '.join(vars(AUTO))}")
-        if key == "cfg_parallel" and type(value) is not bool:
-            raise _refused(f"cfg_parallel: expected true or false, got {value!r:.40}")
-        if key != "cfg_parallel" and (type(value) is not int or value < 1):
+        if key in _SWITCHES and type(value) is not bool:
+            raise _refused(f"{key}: expected true or false, got {value!r:.40}")
+        if key not in _SWITCHES and (type(value) is not int or value < 1):
             raise _refused(f"{key}: expected a number of ranks from 1 up, got {value!r:.40}")
     asked = Request(**request)
+    if asked.flash_attention is False:
+        # A ring merges parts by their log-sum-exp, which the plain kernels don't tell.
+        asked = asked.without_ring()
     _check_fits(asked, world_size)
     return asked
 
@@ -192,7 +207,7 @@ def make_plan(asked: Request, world_size: int, shape: Shape) -> Plan:
     if not layouts:
         raise _refused(f"nothing on {world_size} ranks is like {asked}; ask for less, or for auto")
     best = min(layouts, key=lambda layout: (-layout.ranks, cost(layout, shape), layout.ring))
-    return Plan(best, world_size, shape)
+    return Plan(best, world_size, shape, asked.flash_attention is not False)
 
 
 def _layouts(world_size: int, batch: int) -> Iterator[Layout]:

@@ -195,7 +195,8 @@ class Server:
 
     def _result(self, job: Job, answer: dict[str, Any]) -> dict[str, Any]:
         if job.verb is Verb.LOAD:
-            return {"model": self.executor.manifest.find(job.model).to_wire()}
+            model = self.executor.manifest.find(job.model)
+            return {"model": model.planned(job.body.asked, self.executor.group.world_size).to_wire()}
         if job.verb is Verb.UNLOAD:
             return {"model": job.model}
         return {
@@ -250,7 +251,7 @@ class Server:
         world_size = self.executor.group.world_size
         model = manifest.describe(body.path, body.dtype, body.patches, body.plan, world_size)
         if model.id in manifest:
-            return {"model": manifest.find(model.id).to_wire()}
+            return {"model": manifest.find(model.id).planned(model.asked, world_size).to_wire()}
         self._submit(session, request, Verb.LOAD, model.id, model)
         return None
 

@@ -108,9 +108,11 @@ class Client:
 
         Args:
             path: The file, absolute or relative to one of the daemon's `models.roots`.
-            patches: Weight patches; this version takes none.
+            patches: Weight patches, in the order in which they are put on: each a map with a weight's ``key``, a
+                ``kind`` and its tensors, or with the ``path`` of a LoRA file and a ``strength``.
             plan: How forwards are spread: ``"auto"``, or a map with any of ``sequence_parallel_degree``, ``ulysses``,
-                ``ring`` (numbers of ranks) and ``cfg_parallel`` (whether a batch is split over ranks too).
+                ``ring`` (numbers of ranks), ``cfg_parallel`` (whether a batch is split over ranks too) and
+                ``flash_attention`` (False keeps to the plain attention kernels).
             progress: Hears, now and then, how many bytes of how many the slowest rank has loaded.
             dtype: The compute dtype, ``fp32``, ``bf16`` or ``fp16``; by default fp32 on CPUs, the file's own on GPUs.
 

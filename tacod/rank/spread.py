@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tacod.plan import Plan, Request, Shape, chunks, make_plan
 from tacod.rank.families.base import Control, DiT
 from tacod.rank.topology import Topology
 
 __all__ = ["plan_for", "run"]
+
+PLAIN = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""The attention kernels that run without flash attention."""
 
 
 def plan_for(dit: DiT, asked: Request, world_size: int, arguments: Mapping[str, Any]) -> Plan:
@@ -36,7 +41,8 @@ def run(dit: DiT, plan: Plan, topology: Topology, x: Tensor, timestep: Tensor, a
         sizes = chunks(len(x), layout.batch)
         start = sum(sizes[: seat.batch.rank])
         mine = slice(start, start + sizes[seat.batch.rank])
-        out = dit(seat.sequence, x[mine], timestep[mine], **_images(arguments, mine))
+        with nullcontext() if plan.flash_attention else sdpa_kernel(PLAIN):
+            out = dit(seat.sequence, x[mine], timestep[mine], **_images(arguments, mine))
         out = seat.batch.gather(out, sizes, dim=0)
     if layout.ranks < topology.world_size:
         shape = (len(x), dit.out_channels, *x.shape[2:])

@@ -110,6 +110,8 @@ def test_a_ring_costs_more_than_ulysses_where_heads_divide_and_less_where_they_d
         ({"ulysses": 3, "ring": 2}, Request(ulysses=3, ring=2), Layout(1, 3, 2)),
         ({"ring": 6}, Request(ring=6), Layout(1, 1, 6)),
         ({"cfg_parallel": True}, Request(cfg_parallel=True), None),
+        ({"flash_attention": True}, Request(flash_attention=True), None),
+        ({"flash_attention": False}, Request(ring=1, flash_attention=False), None),
         ({"sequence_parallel_degree": 2, "cfg_parallel": False}, Request(2, False), None),
         ({"sequence_parallel_degree": 3, "cfg_parallel": True}, Request(3, True), None),
     ],
@@ -138,6 +140,7 @@ def test_four_times_two_on_six_is_explained_and_what_fits_is_proposed() -> None:
     [
         *(None, "", "AUTO", 3, True, [], {}, "x" * 100_000),
         *({"sequence": 3}, {"sequence_parallel_degree": True}, {"ring": 3.0}, {"ulysses": "3"}, {"ring": 0}),
+        *({"flash_attention": 1}, {"flash_attention": False, "ring": 2}),
         *({"cfg_parallel": 1}, {"sequence_parallel_degree": 4}, {"ulysses": 2, "ring": 2}),
         *({"sequence_parallel_degree": 3, "cfg_parallel": True}, {"sequence_parallel_degree": 3, "ulysses": 2}),
     ],
