@@ -187,6 +187,10 @@ class Pair:
             self.add(f"{name}_{branch}", kind, **mine)
         return f"@{name}_*"
 
+    def on(self, branch: str, node: str) -> None:
+        """The branch's MODEL comes from this node now."""
+        self._head[branch] = node
+
     def head(self, branch: str) -> str:
         """The node whose output is the branch's MODEL."""
         return self._head[branch]

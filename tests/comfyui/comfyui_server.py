@@ -173,7 +173,9 @@ class ComfyUI:
                     outcome.kind = ending if ending in ("success", "error", "interrupted") else ""
             outcome.seconds = time.perf_counter() - started
             outcome.error = outcome.events[-1]["data"].get("exception_message", "").strip()
-        outputs = self.get(f"/history/{prompt}")[prompt]["outputs"]
+        # The history is written after the last message.
+        history = eventually(lambda: self.get(f"/history/{prompt}").get(prompt), 10, "the prompt is in the history")
+        outputs = history["outputs"]
         outcome.texts = {node: shown["text"][0] for node, shown in outputs.items() if "text" in shown}
         return outcome
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import comfy.controlnet
 import comfy.model_detection
+import comfy.weight_adapter
 import torch
 
 _detect = comfy.model_detection.detect_unet_config
@@ -155,5 +156,41 @@ class TestAttentionMask:
         return (made,)
 
 
-_NODES = (TestConditioning, TestLatent, TestMask, TestConcat, TestControl, TestAttentionMask)
+class TestReplace:
+    """Reaches into a model in one of the ways that nodes have."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"model": ("MODEL",), "what": ("STRING", {"default": ""})}}
+
+    def make(self, model: Any, what: str) -> tuple[Any]:
+        model = model.clone()
+        network = model.model.diffusion_model
+        key = "diffusion_model.img_in.weight"
+        if what == "patches_replace":
+            model.set_model_patch_replace(print, "dit", "double_block", 0)
+        elif what == "patches":
+            model.set_model_patch(print, "post_input")
+        elif what == "attention":
+            model.model_options["transformer_options"]["optimized_attention_override"] = print
+        elif what == "object":
+            model.add_object_patch("diffusion_model.double_blocks.0", torch.nn.Identity())
+        elif what == "method":
+            network.forward_orig = print
+        elif what == "look":
+            len(network.double_blocks)
+        elif what == "wrapper":
+            model.add_weight_wrapper(key, print)
+        elif what == "kind":
+            model.add_patches({key: comfy.weight_adapter.GLoRAAdapter(set(), ())}, 1.0)
+        else:
+            raise ValueError(what)
+        return (model,)
+
+
+_NODES = (TestReplace, TestConditioning, TestLatent, TestMask, TestConcat, TestControl, TestAttentionMask)
 NODE_CLASS_MAPPINGS = {kind.__name__: kind for kind in _NODES}

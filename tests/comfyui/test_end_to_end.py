@@ -1,0 +1,340 @@
+"""What a person sees who queues the guide's workflow, and what becomes of it when something is killed or stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comfyui_graphs import FLUX, SD3, Pair, TinyModel, save
+from comfyui_server import ComfyUI
+from conftest import PATH, PYTHON
+from helpers import Daemon, Tiny, relative_error
+from safetensors.torch import save_file
+
+MOST = 1e-5
+
+
+def guide(model: TinyModel = FLUX, **sampling: Any) -> Pair:
+    """The user's guide's basic workflow, with its five nodes of ours, beside the same without them."""
+    pair = Pair(model)
+    pair.load()
+    options = {"seed": 1234, "steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+    pair.sample(**{**options, **sampling})
+    pair.nodes["sampler_taco"]["class_type"] = "TACODiTKSampler"
+    pair.nodes["sampler_taco"]["inputs"]["enable_taco_dit"] = True
+    pair.add("info", "TACODiTInfoDisplay", info="@loader#1")
+    pair.add("stats", "TACODiTStatsDisplay", stats="@sampler_taco#1")
+    return pair
+
+
+def agrees(comfyui: ComfyUI, pair: Pair) -> bool:
+    stock, taco = (comfyui.latent(pair.file(branch)) for branch in ("stock", "taco"))
+    return relative_error(taco, stock) <= MOST
+
+
+def only(pair: Pair, branch: str) -> dict[str, Any]:
+    """The graph without the other branch's sampler."""
+    other = "stock" if branch == "taco" else "taco"
+    gone = {f"sampler_{other}", f"save_{other}", *(("info", "stats", "loader") if other == "taco" else ())}
+    return {name: node for name, node in pair.nodes.items() if name not in gone}
+
+
+def test_the_guides_workflow(comfyui: ComfyUI) -> None:
+    pair = guide(steps=5)
+    seen = len(comfyui.log)
+    outcome = comfyui.run(pair.nodes)
+    assert outcome.kind == "success", outcome.error
+    assert agrees(comfyui, pair)
+    steps = [event["value"] for event in outcome.of("progress") if event["node"] == "sampler_taco"]
+    assert steps == [1, 2, 3, 4, 5]
+    assert outcome.previews >= 5
+    console = comfyui.log[seen:]
+    lines = [
+        "TACO-DiT model loaded successfully:",
+        "  - Parallel enabled: True",
+        "  - Model type: flux",
+        "  - xDit wrapper: True",
+    ]
+    assert "\n".join(lines) in console
+    info, stats = outcome.texts["info"], outcome.texts["stats"]
+    assert info in console
+    assert stats in console
+    assert "Ranks: 3 (cpu:0, cpu:1, cpu:2)" in info
+    assert "sequence 3 (ulysses" in info
+    assert "Steps: 5 in " in stats
+    assert "Forwards: 5, 5 of them parallel, on 3 ranks" in stats
+    for part in ("compute", "collective", "wire", "queue"):
+        assert f"{part} " in stats
+
+
+def test_switched_off_it_runs_here(comfyui: ComfyUI) -> None:
+    for node in ("loader", "sampler_taco"):
+        pair = guide(seed=5, sampler_name="heun")
+        pair.nodes[node]["inputs"]["enable_taco_dit"] = False
+        outcome = comfyui.run(pair.nodes)
+        assert outcome.kind == "success", outcome.error
+        stock, taco = (comfyui.latent(pair.file(branch)) for branch in ("stock", "taco"))
+        assert torch.equal(stock, taco)
+        assert outcome.texts["stats"].startswith("TACO-DiT was off: 4 steps in ")
+
+
+def test_what_cannot_be_planned_is_told(comfyui: ComfyUI) -> None:
+    pair = guide(seed=6)
+    pair.nodes["loader"]["inputs"] |= {"auto_detect": False, "cfg_parallel": True}
+    outcome = comfyui.run(pair.nodes)
+    assert outcome.kind == "success", outcome.error
+    assert "sequence 3 × batch 2 (cfg_parallel) takes 6 ranks, and there are 3" in outcome.texts["info"]
+    assert "Planned instead" in outcome.texts["info"]
+    pair = guide(seed=7)
+    asked = {"auto_detect": False, "cfg_parallel": False, "sequence_parallel_degree": 2, "use_flash_attention": False}
+    pair.nodes["loader"]["inputs"] |= asked
+    outcome = comfyui.run(pair.nodes)
+    assert outcome.kind == "success", outcome.error
+    assert "Planned instead" not in outcome.texts["info"]
+    assert "sequence 2 (ulysses" in outcome.texts["stats"]
+    assert "no flash attention" in outcome.texts["stats"]
+    assert agrees(comfyui, pair)
+
+
+def test_cancel_in_mid_run(comfyui: ComfyUI) -> None:
+    pair = guide(steps=200)
+    pair.nodes["latent"]["inputs"] |= {"height": 96, "width": 96}
+    clicked: list[float] = []
+
+    def click(event: dict[str, Any]) -> None:
+        if event["type"] == "progress" and event["data"]["value"] == 2 and not clicked:
+            clicked.append(time.perf_counter())
+            comfyui.post("/interrupt", {})
+
+    outcome = comfyui.run(only(pair, "taco"), click)
+    assert outcome.kind == "interrupted"
+    took_s = time.perf_counter() - clicked[0]
+    print(f"from the click on Cancel to execution_interrupted: {1e3 * took_s:.0f} ms")
+    assert took_s < 1.0 + 1.0  # the promise, and a busy machine
+    after = guide(seed=8)
+    assert comfyui.run(after.nodes).kind == "success"
+    assert agrees(comfyui, after)
+
+
+@pytest.fixture
+def own(comfyui_models: Path) -> Iterator[Daemon]:
+    """A daemon that may be killed."""
+    with Daemon(2, [comfyui_models]) as daemon:
+        yield daemon
+
+
+def test_a_killed_rank_changes_nothing(comfyui: ComfyUI, own: Daemon) -> None:
+    pair = guide(steps=12, seed=9)
+    pair.nodes["loader"]["inputs"]["endpoint"] = own.endpoint
+    killed = threading.Event()
+
+    def kill(event: dict[str, Any]) -> None:
+        if _step(event) == 3 and not killed.is_set():
+            killed.set()
+            os.kill(own.rank_pids()[1], signal.SIGKILL)
+
+    outcome = comfyui.run(pair.nodes, kill)
+    assert killed.is_set()
+    assert outcome.kind == "success", outcome.error
+    assert agrees(comfyui, pair)
+    assert "Retries: 1" in outcome.texts["stats"]
+
+
+def test_a_restarted_daemon_changes_nothing(comfyui: ComfyUI, own: Daemon) -> None:
+    pair = guide(steps=12, seed=10)
+    pair.nodes["loader"]["inputs"]["endpoint"] = own.endpoint
+    killed = threading.Event()
+
+    def restart(event: dict[str, Any]) -> None:
+        if _step(event) == 3 and not killed.is_set():
+            killed.set()
+            os.kill(own.pid, signal.SIGKILL)
+            assert own.process is not None
+            own.process.wait()
+            own.start()
+
+    outcome = comfyui.run(pair.nodes, restart)
+    assert killed.is_set()
+    assert outcome.kind == "success", outcome.error
+    assert agrees(comfyui, pair)
+
+
+def _step(event: dict[str, Any]) -> int:
+    ours = event["type"] == "progress" and event["data"]["node"] == "sampler_taco"
+    return int(event["data"]["value"]) if ours else 0
+
+
+def test_queued_again_it_loads_nothing(comfyui: ComfyUI, own: Daemon) -> None:
+    """The same graph: nothing runs. Another seed: only the sampler. The daemon loads once."""
+    pair = guide(seed=11)
+    pair.nodes["loader"]["inputs"]["endpoint"] = own.endpoint
+    for seed, ran in ((11, True), (11, False), (12, True)):
+        for branch in ("stock", "taco"):
+            pair.nodes[f"sampler_{branch}"]["inputs"]["seed"] = seed
+        outcome = comfyui.run(pair.nodes)
+        assert outcome.kind == "success", outcome.error
+        cached = {node for event in outcome.of("execution_cached") for node in event["nodes"]}
+        assert ("sampler_taco" not in cached) == ran
+        if (seed, ran) != (11, True):
+            assert "loader" in cached
+    with own.client() as client:
+        assert client.stats()["jobs_total"]["result"] == 1 + 2 * 4
+
+
+def test_a_restarted_comfyui_finds_the_model_loaded(comfyui_models: Path, own: Daemon) -> None:
+    pair = guide(SD3, seed=13)
+    graph = only(pair, "taco")
+    with ComfyUI(PATH, PYTHON, own.endpoint, comfyui_models) as comfyui:
+        first = comfyui.run(graph)
+        comfyui.stop()
+        comfyui.start()
+        second = comfyui.run(graph)
+    assert (first.kind, second.kind) == ("success", "success")
+    print(f"first image {first.seconds:.2f} s; after a restart of ComfyUI {second.seconds:.2f} s")
+    with own.client() as client:
+        assert client.stats()["jobs_total"]["result"] == 1 + 2 * 4, "the model was loaded once"
+
+
+def test_two_comfyuis_and_a_script_share_a_daemon(
+    comfyui: ComfyUI, comfyui_models: Path, endpoints: Callable[[int], Daemon]
+) -> None:
+    pairs = [guide(seed=14, steps=20), guide(SD3, seed=15, steps=20)]
+    outcomes: list[Any] = []
+    inputs = Tiny.inputs(Tiny("flux", {**FLUX.tiny.config}), text=9)
+    with ComfyUI(PATH, PYTHON, endpoints(3).endpoint, comfyui_models) as other, endpoints(3).client() as client:
+        servers = (comfyui, other)
+        threads = [
+            threading.Thread(target=lambda server=server, pair=pair: outcomes.append(server.run(pair.nodes)))
+            for server, pair in zip(servers, pairs, strict=True)
+        ]
+        for thread in threads:
+            thread.start()
+        model = client.load(f"diffusion_models/{FLUX.tiny.file}")
+        inputs = {
+            "x": torch.ones(1, 16, 8, 8),
+            "timestep": torch.ones(1),
+            "context": torch.ones(1, 9, 32),
+            "y": torch.ones(1, 24),
+            "guidance": torch.ones(1),
+        }
+        outs = [model.forward(**inputs)]
+        while any(thread.is_alive() for thread in threads):
+            outs.append(model.forward(**inputs))
+        for thread in threads:
+            thread.join()
+        assert [outcome.kind for outcome in outcomes] == ["success", "success"]
+        for server, pair in zip(servers, pairs, strict=True):
+            assert agrees(server, pair)
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+def lora(folder: Path, name: str, keys: dict[str, tuple[int, int]]) -> str:
+    """A LoRA file; ``keys`` are layers by the trainer's names, with outputs and inputs."""
+    random = torch.Generator().manual_seed(len(name))
+    tensors = {}
+    for key, (outputs, inputs) in keys.items():
+        tensors[f"{key}.lora_up.weight"] = 0.1 * torch.randn(outputs, 4, generator=random)
+        tensors[f"{key}.lora_down.weight"] = 0.1 * torch.randn(4, inputs, generator=random)
+        tensors[f"{key}.alpha"] = torch.tensor(2.0)
+    save_file(tensors, folder / "loras" / name)
+    return name
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_loras(comfyui: ComfyUI, comfyui_models: Path, before: bool) -> None:
+    """Two of them, in the names of kohya and of ComfyUI, in both places, and another strength."""
+    kohya = lora(
+        comfyui_models,
+        "kohya.safetensors",
+        {"lora_unet_double_blocks_0_img_attn_qkv": (240, 80), "lora_unet_single_blocks_1_linear2": (80, 400)},
+    )
+    plain = lora(comfyui_models, "plain.safetensors", {"diffusion_model.double_blocks.1.txt_mlp.0": (320, 80)})
+    for strength in (0.8, -0.4):
+        pair = Pair(FLUX)
+        if not before:
+            pair.load()
+        pair.on_model("LoraLoaderModelOnly", lora_name=kohya, strength_model=strength)
+        pair.on_model("LoraLoaderModelOnly", lora_name=plain, strength_model=1.3)
+        if before:
+            pair.load()
+        pair.sample(steps=3)
+        outcome = comfyui.run(pair.nodes)
+        assert outcome.kind == "success", outcome.error
+        assert agrees(comfyui, pair)
+
+
+def test_a_lora_on_the_conditioning(comfyui: ComfyUI, comfyui_models: Path) -> None:
+    """A hook puts it on for the positive prompt alone, with a strength that changes on the way."""
+    name = lora(comfyui_models, "hooked.safetensors", {"diffusion_model.double_blocks.0.img_mlp.0": (320, 80)})
+    pair = Pair(FLUX)
+    pair.add("hook", "CreateHookLoraModelOnly", lora_name=name, strength_model=1.0)
+    pair.add("early", "CreateHookKeyframe", strength_mult=1.0, start_percent=0.0)
+    pair.add("late", "CreateHookKeyframe", strength_mult=0.2, start_percent=0.5, prev_hook_kf="@early")
+    pair.add("hooks", "SetHookKeyframes", hooks="@hook", hook_kf="@late")
+    pair.add("hooked", "ConditioningSetProperties", cond_NEW="@positive", hooks="@hooks", strength=1.0)
+    pair.nodes["hooked"]["inputs"]["set_cond_area"] = "default"
+    pair.load()
+    pair.sample(positive="@hooked", cfg=3.0, steps=6)
+    outcome = comfyui.run(pair.nodes)
+    assert outcome.kind == "success", outcome.error
+    assert agrees(comfyui, pair)
+
+
+WIDE = TinyModel(
+    Tiny(
+        "wide",
+        {
+            "image_model": "flux",
+            "in_channels": 16,
+            "out_channels": 16,
+            "vec_in_dim": 768,
+            "context_in_dim": 4096,
+            "hidden_size": 3072,
+            "num_heads": 24,
+            "depth": 1,
+            "depth_single_blocks": 1,
+            "axes_dim": [16, 56, 56],
+            "guidance_embed": True,
+        },
+    ),
+    4096,
+    768,
+)
+"""Flux at its full width, with one block of each kind: ComfyUI knows it by its shapes."""
+
+
+def test_full_width_and_the_memory_that_it_takes_here(comfyui_models: Path, own: Daemon) -> None:
+    """Equal through both loaders; and the weights, once the daemon has them, are ComfyUI's to free."""
+    save(WIDE, comfyui_models / "diffusion_models")
+    size = (comfyui_models / "diffusion_models" / WIDE.tiny.file).stat().st_size
+    pair = guide(WIDE, steps=2, seed=16)
+    opened = guide(WIDE, steps=2, seed=16)
+    loader = opened.nodes["loader"]
+    loader["class_type"] = "TACODiTUNETLoader"
+    del loader["inputs"]["model"]
+    loader["inputs"]["unet_name"] = WIDE.tiny.file
+    with ComfyUI(PATH, PYTHON, own.endpoint, comfyui_models) as comfyui:
+        idle = comfyui.memory_bytes
+        graph = {name: node for name, node in only(opened, "taco").items() if name != "file"}
+        assert comfyui.run(graph).kind == "success"
+        header_only = comfyui.memory_bytes - idle
+        assert comfyui.run(pair.nodes).kind == "success"
+        assert agrees(comfyui, pair)
+        ours, stock = comfyui.latent(opened.file("taco")), comfyui.latent(pair.file("stock"))
+        assert relative_error(ours, stock) <= MOST
+        with_stock = comfyui.memory_bytes - idle
+        comfyui.post("/free", {"unload_models": True, "free_memory": True})
+        time.sleep(1)
+        assert comfyui.run(graph).kind == "success"
+        freed = comfyui.memory_bytes - idle
+    print(f"{size >> 20} MiB file: {header_only >> 20} MiB here by header, {with_stock >> 20} with the stock model,")
+    print(f"{freed >> 20} after /free, with the daemon's model in use")
+    assert header_only < size / 4
+    assert freed < size / 2 < with_stock

@@ -1,0 +1,135 @@
+"""What the daemon can't honour is refused by its name, before anything is sampled, and leaves ComfyUI as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from comfyui_graphs import FLUX, SD3, Pair, TinyModel
+from comfyui_server import ComfyUI
+from helpers import Daemon, relative_error
+
+Outcomes = Callable[..., Any]
+
+AFTER: dict[str, tuple[TinyModel, str, dict[str, Any], str]] = {
+    "skip-layer guidance": (
+        SD3,
+        "SkipLayerGuidanceDiT",
+        {
+            "double_layers": "0",
+            "single_layers": "0",
+            "scale": 3.0,
+            "start_percent": 0.5,
+            "end_percent": 1.0,
+            "rescaling_scale": 0.0,
+        },
+        "SkipLayerGuidance",
+    ),
+    "a block replacement": (FLUX, "TestReplace", {"what": "patches_replace"}, "patches_replace of 'dit'"),
+    "a block patch": (FLUX, "TestReplace", {"what": "patches"}, "patches of 'post_input'"),
+    "another attention": (FLUX, "TestReplace", {"what": "attention"}, "optimized_attention_override"),
+    "a block's object": (FLUX, "TestReplace", {"what": "object"}, "diffusion_model.double_blocks.0"),
+    "a network's method": (FLUX, "TestReplace", {"what": "method"}, "diffusion_model.forward_orig"),
+    "a look into the blocks": (FLUX, "TestReplace", {"what": "look"}, "diffusion_model.double_blocks"),
+    "a weight wrapper": (FLUX, "TestReplace", {"what": "wrapper"}, "a weight wrapper on diffusion_model.img_in.weight"),
+    "a kind of patch": (FLUX, "TestReplace", {"what": "kind"}, "kind 'glora' on diffusion_model.img_in.weight"),
+    "a merge": (FLUX, "ModelMergeSimple", {"model2": "@file", "ratio": 0.5}, "ModelMerge"),
+    "a second loader": (FLUX, "loader", {}, "a second TACO-DiT Model Loader"),
+}
+
+
+def steps(outcome: Any) -> int:
+    """How far any sampler got."""
+    return max((event["value"] for event in outcome.of("progress") if event["max"] < 100), default=0)
+
+
+@pytest.mark.parametrize("case", AFTER)
+def test_refused_after_the_loader(comfyui: ComfyUI, case: str) -> None:
+    model, kind, inputs, name = AFTER[case]
+    pair = Pair(model)
+    pair.load()
+    head = pair.head("taco")
+    if kind == "loader":
+        pair.add("again", "TACODiTModelLoader", **{**pair.nodes["loader"]["inputs"], "model": "@loader"})
+    else:
+        own = "model1" if kind == "ModelMergeSimple" else "model"
+        pair.add("again", kind, **{own: f"@{head}"}, **inputs)
+    pair.on("taco", "again")
+    pair.sample()
+    for node in ("sampler_stock", "save_stock"):
+        del pair.nodes[node]
+    outcome = comfyui.run(pair.nodes)
+    assert outcome.kind == "error"
+    assert outcome.error.startswith("TACO-DiT can't honour ")
+    assert name in outcome.error
+    assert steps(outcome) == 0
+
+
+@pytest.mark.parametrize("what", ["patches_replace", "object", "wrapper", "kind", "merge"])
+def test_refused_before_the_loader_and_the_stock_branch_runs_on(comfyui: ComfyUI, what: str) -> None:
+    before = stock(comfyui)
+    pair = Pair(FLUX)
+    if what == "merge":
+        pair.add("again", "ModelMergeSimple", model1="@file", model2="@file", ratio=0.5)
+    else:
+        pair.add("again", "TestReplace", model="@file", what=what)
+    pair.on("taco", "again")
+    pair.load()
+    pair.sample()
+    for node in ("sampler_stock", "save_stock"):
+        del pair.nodes[node]
+    outcome = comfyui.run(pair.nodes)
+    assert outcome.kind == "error"
+    assert outcome.error.startswith("TACO-DiT can't honour ")
+    assert relative_error(stock(comfyui), before) == 0
+
+
+def stock(comfyui: ComfyUI) -> Any:
+    """A run of ComfyUI's own."""
+    pair = Pair(FLUX)
+    pair.sample(steps=1)
+    for node in ("sampler_taco", "save_taco"):
+        del pair.nodes[node]
+    assert comfyui.run(pair.nodes).kind == "success"
+    return comfyui.latent(pair.file("stock"))
+
+
+def test_a_plain_model_in_our_sampler(comfyui: ComfyUI) -> None:
+    pair = Pair(FLUX)
+    pair.sample("TACODiTKSampler", enable_taco_dit=True, **SAMPLING)
+    outcome = comfyui.run(pair.nodes)
+    assert outcome.error.startswith("TACO-DiT can't honour a model that went through no TACO-DiT loader")
+
+
+SAMPLING = {"seed": 1, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+
+
+def test_saving(comfyui: ComfyUI) -> None:
+    pair = Pair(FLUX)
+    pair.load()
+    pair.add("saved", "ModelSave", model="@loader", filename_prefix="saved")
+    outcome = comfyui.run({name: pair.nodes[name] for name in ("file", "loader", "saved")})
+    assert outcome.error.startswith("TACO-DiT can't honour saving the model")
+
+
+def test_no_daemon(comfyui: ComfyUI) -> None:
+    pair = Pair(FLUX, endpoint="ipc:///nowhere/tacod.sock")
+    pair.load()
+    pair.sample()
+    outcome = comfyui.run(pair.nodes)
+    assert outcome.error.startswith("TACO-DiT not available: ")
+    assert "systemctl start tacod" in outcome.error
+
+
+def test_a_file_that_the_daemon_may_not_read(comfyui: ComfyUI) -> None:
+    """It is sent, where that is allowed, and refused with both reasons where it isn't."""
+    pair = Pair(FLUX)
+    with Daemon(1) as closed:
+        pair.load()
+        pair.nodes["loader"]["inputs"]["endpoint"] = closed.endpoint
+        pair.sample()
+        outcome = comfyui.run(pair.nodes)
+        assert outcome.kind == "error"
+        assert "models.roots" in outcome.error
+        assert "models.uploads" in outcome.error
