@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# Starts ComfyUI on port 12215 with TACO-DiT on GPUs 3, 4 and 5: COMFYUI_PATH=… scripts/start_comfyui_gpu345.sh [ComfyUI options]
+#
+#   COMFYUI_PATH    the ComfyUI checkout (required)
+#   COMFYUI_PYTHON  its interpreter (default: its own venv or .venv, else python3)
+#   TACO_GPUS       the daemon's GPUs as nvidia-smi numbers them (default 3,4,5); ComfyUI gets the others, or the CPU
+#   PORT            ComfyUI's (default 12215)
+#   TACOD_ENDPOINT  a daemon that runs already; none is started then
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+gpus=${TACO_GPUS:-3,4,5}
+
+fail() {
+  echo "start_comfyui_gpu345: $*" >&2
+  exit 1
+}
+
+[ -n "${COMFYUI_PATH:-}" ] || fail "set COMFYUI_PATH to your ComfyUI folder, the one with main.py"
+[ -f "$COMFYUI_PATH/main.py" ] || fail "there is no main.py in COMFYUI_PATH=$COMFYUI_PATH"
+COMFYUI_PATH=$(cd "$COMFYUI_PATH" && pwd)
+python=${COMFYUI_PYTHON:-}
+for candidate in "$COMFYUI_PATH/venv/bin/python" "$COMFYUI_PATH/.venv/bin/python"; do
+  [ -n "$python" ] || { [ -x "$candidate" ] && python=$candidate; }
+done
+python=${python:-python3}
+"$python" -c "import tacod_client" 2>/dev/null ||
+  fail "ComfyUI's Python ($python) has no TACO-DiT client; run: $python -m pip install $here"
+
+nodes=$COMFYUI_PATH/custom_nodes/taco_dit
+if [ ! -e "$nodes" ]; then
+  ln -s "$here/comfy_nodes" "$nodes"
+  echo "linked $nodes"
+fi
+
+daemon=
+# shellcheck disable=SC2317  # the trap calls it
+stop_daemon() {
+  # Only a daemon that this script has started.
+  if [ -n "$daemon" ] && kill "$daemon" 2>/dev/null; then
+    wait "$daemon" || true
+  fi
+}
+trap stop_daemon EXIT
+
+if [ -n "${TACOD_ENDPOINT:-}" ]; then
+  echo "using the daemon at $TACOD_ENDPOINT"
+elif systemctl cat tacod.service >/dev/null 2>&1; then
+  systemctl is-active --quiet tacod || systemctl start tacod || fail "try: sudo systemctl start tacod"
+  echo "using the service tacod; its GPUs are those of /etc/tacod/config.toml"
+else
+  tacod=$(command -v tacod || true)
+  [ -n "$tacod" ] || tacod=$here/.venv/bin/tacod
+  [ -x "$tacod" ] || fail "no tacod is installed; run: pip install '${here}[daemon]'"
+  folder=${XDG_RUNTIME_DIR:-$HOME/.cache}/tacod
+  uploads=${XDG_CACHE_HOME:-$HOME/.cache}/tacod/uploads
+  mkdir -p "$folder" "$uploads"
+  chmod 700 "$folder"
+  export TACOD_ENDPOINT="ipc://$folder/tacod.sock"
+  cat > "$folder/config.toml" <<CONFIG
+endpoint = "$TACOD_ENDPOINT"
+[group]
+device = "cuda"
+gpus = [$gpus]
+[models]
+roots = ["$COMFYUI_PATH/models"]
+uploads = "$uploads"
+CONFIG
+  "$tacod" --config "$folder/config.toml" --check-config
+  "$tacod" --config "$folder/config.toml" &
+  daemon=$!
+  echo "started tacod (pid $daemon) on GPUs $gpus"
+fi
+
+# ComfyUI gets the GPUs that the daemon doesn't have.
+others=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | tr -d ' ' |
+  grep -vxF "$(tr ',' '\n' <<< "$gpus" | tr -d ' ')" | paste -sd, -) || true
+options=(--listen 0.0.0.0 --port "${PORT:-12215}")
+if [ -n "$others" ]; then
+  export CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES=$others
+  echo "ComfyUI runs on GPU $others"
+else
+  options+=(--cpu)
+  echo "ComfyUI runs on the CPU: no GPU is left beside $gpus"
+fi
+
+cd "$COMFYUI_PATH"
+code=0
+"$python" main.py "${options[@]}" "$@" || code=$?
+exit "$code"

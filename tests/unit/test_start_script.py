@@ -1,0 +1,114 @@
+"""scripts/start_comfyui_gpu345.sh, with stand-ins for ComfyUI, tacod, nvidia-smi and systemd."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "start_comfyui_gpu345.sh"
+REPORT = """
+import os, sys
+print("ARGS", *sys.argv[1:])
+for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "TACOD_ENDPOINT"):
+    print(name, os.environ.get(name))
+sys.exit(7)
+"""
+TACOD = """#!/bin/sh
+echo "tacod $*" >> "$TRACE"
+case "$*" in *--check-config*) cat "$2" >> "$TRACE"; exit 0 ;; esac
+trap 'echo stopped >> "$TRACE"; exit 0' TERM
+while :; do sleep 0.02; done
+"""
+
+
+class Machine:
+    """A folder with commands of its own before all others."""
+
+    def __init__(self, folder: Path) -> None:
+        self.bin, self.comfyui, self.trace = folder / "bin", folder / "ComfyUI", folder / "trace"
+        self.bin.mkdir()
+        (self.comfyui / "custom_nodes").mkdir(parents=True)
+        (self.comfyui / "main.py").write_text(REPORT)
+        self.command("systemctl", "#!/bin/sh\nexit 1\n")
+        self.command("nvidia-smi", "#!/bin/sh\nseq 0 5\n")
+        self.command("tacod", TACOD)
+        self.environment = {
+            "PATH": f"{self.bin}:{os.environ['PATH']}",
+            "HOME": str(folder),
+            "TRACE": str(self.trace),
+            "COMFYUI_PATH": str(self.comfyui),
+            "COMFYUI_PYTHON": sys.executable,
+        }
+
+    def command(self, name: str, text: str) -> None:
+        (self.bin / name).write_text(text)
+        (self.bin / name).chmod(0o755)
+
+    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        everything = {key: value for key, value in {**self.environment, **environment}.items() if value}
+        return subprocess.run(
+            [SCRIPT, *arguments], env=everything, capture_output=True, text=True, timeout=30, check=False
+        )
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+def test_daemon_on_345_and_comfyui_on_the_others(machine: Machine) -> None:
+    done = machine.run("--preview-method", "auto")
+    assert done.returncode == 7, done.stderr
+    assert "ARGS --listen 0.0.0.0 --port 12215 --preview-method auto" in done.stdout
+    assert "CUDA_VISIBLE_DEVICES 0,1,2" in done.stdout
+    assert "CUDA_DEVICE_ORDER PCI_BUS_ID" in done.stdout
+    assert f"TACOD_ENDPOINT ipc://{machine.comfyui.parent}/.cache/tacod/tacod.sock" in done.stdout
+    trace = machine.trace.read_text()
+    assert "gpus = [3,4,5]" in trace
+    assert f'roots = ["{machine.comfyui}/models"]' in trace
+    assert trace.endswith("stopped\n"), "the daemon ends with ComfyUI"
+    assert (machine.comfyui / "custom_nodes" / "taco_dit" / "nodes.py").is_file()
+
+
+def test_the_config_that_it_writes_is_one(machine: Machine) -> None:
+    machine.command("tacod", f"#!/bin/sh\nexec {sys.executable} -m tacod.daemon --config $2 --print-config\n")
+    done = machine.run()
+    assert "gpus = [3, 4, 5]" in done.stdout
+
+
+def test_other_gpus_and_none_left(machine: Machine) -> None:
+    done = machine.run(TACO_GPUS="0,1,2,3,4,5", PORT="8188")
+    assert "ARGS --listen 0.0.0.0 --port 8188 --cpu" in done.stdout
+    assert "gpus = [0,1,2,3,4,5]" in machine.trace.read_text()
+
+
+def test_the_service_is_started_where_there_is_one(machine: Machine) -> None:
+    machine.command("systemctl", '#!/bin/sh\necho "systemctl $*" >> "$TRACE"\n[ "$1" != is-active ]\n')
+    done = machine.run()
+    assert done.returncode == 7
+    assert machine.trace.read_text().splitlines()[-1] == "systemctl start tacod"
+    assert "TACOD_ENDPOINT None" in done.stdout
+
+
+def test_a_daemon_that_runs_is_used(machine: Machine) -> None:
+    done = machine.run(TACOD_ENDPOINT="ipc:///run/own.sock")
+    assert "TACOD_ENDPOINT ipc:///run/own.sock" in done.stdout
+    assert not machine.trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"COMFYUI_PATH": ""}, "set COMFYUI_PATH to your ComfyUI folder"),
+        ({"COMFYUI_PATH": "/nowhere"}, "there is no main.py in COMFYUI_PATH=/nowhere"),
+        ({"COMFYUI_PYTHON": "/bin/false"}, "has no TACO-DiT client; run: /bin/false -m pip install"),
+    ],
+)
+def test_what_is_missing_is_told(machine: Machine, environment: dict[str, str], said: str) -> None:
+    done = machine.run(**environment)
+    assert done.returncode == 1
+    assert said in done.stderr
