@@ -94,9 +94,7 @@ class Request:
     def without_ring(self) -> Request:
         """The same without a ring. Raises `ArgumentError` if one was asked for."""
         if self.ring is not None and self.ring > 1:
-            raise _refused(
-                f"ring {self.ring} can't be with an attention_mask or without flash attention; ask for ulysses, or auto"
-            )
+            raise _refused(f"ring {self.ring} can't be without flash attention; ask for ulysses, or auto")
         return replace(self, ring=1)
 
 

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from tacod_client.connection import Connection
+from tacod_client.digests import Digests
 from tacod_client.errors import ArgumentError, ModelNotFound
 from tacod_client.exchange import Uploads, converse, each_once, pack
 from tacod_client.job import Job
@@ -120,7 +121,7 @@ class Client:
         Raises a `ModelError` if the file can't be served.
         """
         uploads: Uploads = {}
-        packed = pack(patches, "patches", uploads) if patches else None
+        packed = pack(patches, "patches", uploads, Tensor.with_digest) if patches else None
         loading = Loading(str(path), dtype, packed, plan, uploads)
         return Model(self._connection, loading, loading.run(self._connection, progress))
 
@@ -198,6 +199,7 @@ class Model:
     def __init__(self, connection: Connection, load: Loading, told: dict[str, Any]) -> None:
         self._connection = connection
         self._load = load
+        self._digests = Digests()
         self._tell(told)
         self.stats = ModelStats()
         """Accumulated over this object's calls."""
@@ -229,7 +231,7 @@ class Model:
         if arguments.get("control") is not None:
             arguments["control"] = each_once(arguments["control"])
         packed = {
-            name: pack(value, name, uploads, by_content=name not in CHANGING)
+            name: pack(value, name, uploads, None if name in CHANGING else self._digests.of)
             for name, value in arguments.items()
             if value is not None
         }
@@ -269,15 +271,19 @@ class Model:
         uploads: Uploads = {}
 
         def condition(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-            return {key: pack(value, f"{name}.{key}", uploads) for key, value in given.items() if value is not None}
+            return {
+                key: pack(value, f"{name}.{key}", uploads, self._digests.of)
+                for key, value in given.items()
+                if value is not None
+            }
 
         body = {
             "sampler": sampler,
             "seed": int(seed),
             "cfg": float(cfg),
-            "noise": pack(noise, "noise", uploads, by_content=False),
-            "latent": pack(latent, "latent", uploads, by_content=False),
-            "sigmas": pack(sigmas, "sigmas", uploads, by_content=False),
+            "noise": pack(noise, "noise", uploads, None),
+            "latent": pack(latent, "latent", uploads, None),
+            "sigmas": pack(sigmas, "sigmas", uploads, None),
             "positive": condition("positive", positive),
             "negative": None if negative is None else condition("negative", negative),
         }

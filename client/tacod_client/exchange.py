@@ -24,15 +24,17 @@ Uploads = dict[bytes, Tensor]
 """A request's tensors by digest, to be sent if the daemon lacks them."""
 
 
-def pack(value: Any, name: str, uploads: Uploads, by_content: bool = True) -> Any:
+def pack(value: Any, name: str, uploads: Uploads, address: Callable[[Tensor], Tensor] | None) -> Any:
     """A value as the wire takes it; its large tensors go to ``uploads`` and leave their digests.
+
+    ``address`` gives a tensor its digest; without it all stay, with their bytes.
 
     Raises `ArgumentError`, naming the value, for what doesn't travel.
     """
     if isinstance(value, dict):
-        return {key: pack(item, f"{name}.{key}", uploads, by_content) for key, item in value.items()}
+        return {key: pack(item, f"{name}.{key}", uploads, address) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [pack(item, name, uploads, by_content) for item in value]
+        return [pack(item, name, uploads, address) for item in value]
     if kind_of(value) is None:
         if value is None or isinstance(value, (str, float, bool)):
             return value
@@ -41,9 +43,9 @@ def pack(value: Any, name: str, uploads: Uploads, by_content: bool = True) -> An
         what = "number of over 64 bits" if isinstance(value, int) else type(value).__name__
         raise ArgumentError(f"{name}: a {what} can't be sent to the daemon", argument=name)
     tensor = to_wire(value, name)
-    if not by_content or tensor.nbytes < BY_CONTENT_BYTES:
+    if address is None or tensor.nbytes < BY_CONTENT_BYTES:
         return tensor
-    tensor = tensor.with_digest()
+    tensor = address(tensor)
     assert tensor.digest is not None
     uploads[tensor.digest] = tensor
     return tensor.without_bytes()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from tacod_client import wire
 from tacod_client.errors import ArgumentError
 from tacod_client.tensors import from_wire
 
-__all__ = ["check_arguments", "load_arguments"]
+__all__ = ["check_arguments", "check_tokens", "load_arguments"]
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
@@ -66,30 +67,53 @@ def _check_numbers(name: str, value: Any, spec: Numbers) -> None:
 def _check_residuals(name: str, value: Any, spec: Residuals, batch: int) -> None:
     if not isinstance(value, Mapping) or not isinstance(value.get("tensors"), list):
         raise ArgumentError(f"{name}: expected a map with a list of tensors, got {_kind(value)}", argument=name)
-    fitting = Argument(("B", "N", spec.width))
-    for index, tensor in enumerate(value["tensors"]):
-        where = f"{name}.tensors[{index}]"
-        _check_tensor(where, tensor, fitting, {})
-        if tensor.shape[0] not in (1, batch):
-            raise ArgumentError(f"{where}: for {tensor.shape[0]} images, but x has {batch}", argument=name)
     for key, places in value.items():
+        if not isinstance(places, list):
+            raise ArgumentError(f"{name}.{key!s:.40}: expected a list, got {_kind(places)}", argument=name)
         if key == "tensors":
             continue
         if key not in spec.blocks and any(place is not None for place in places):
             raise ArgumentError(
                 f"{name}.{key!s:.40}: this model takes residuals for {', '.join(spec.blocks)}", argument=name
             )
-        if not isinstance(places, list) or any(
+        if any(
             place is not None and (type(place) is not int or not 0 <= place < len(value["tensors"])) for place in places
         ):
             raise ArgumentError(f"{name}.{key!s:.40}: expected indexes of its tensors, or nil", argument=name)
+    fitting = Argument(("B", "N", spec.width))
+    for where, tensor in _residuals(name, value):
+        _check_tensor(where, tensor, fitting, {})
+        if tensor.shape[0] not in (1, batch):
+            raise ArgumentError(f"{where}: for {tensor.shape[0]} images, but x has {batch}", argument=where)
+
+
+def _residuals(name: str, value: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Each tensor, by the first place that names it."""
+    for index, tensor in enumerate(value["tensors"]):
+        places = (
+            f"{name}.{key}[{each.index(index)}]" for key, each in value.items() if key != "tensors" and index in each
+        )
+        yield next(places, f"{name}.tensors[{index}]"), tensor
+
+
+def check_tokens(given: Mapping[str, Any], specs: Mapping[str, Spec], tokens: int) -> None:
+    """Check that residuals fit an image of so many tokens.
+
+    Raises `ArgumentError`, naming the residual.
+    """
+    for name, spec in specs.items():
+        if isinstance(spec, Residuals) and given.get(name) is not None:
+            for where, tensor in _residuals(name, given[name]):
+                n = tensor.shape[1]
+                if n > tokens or (spec.whole and n < tokens):
+                    raise ArgumentError(f"{where}: it is for {n} tokens, but the image has {tokens}", argument=where)
 
 
 def _check_tensor(name: str, value: Any, spec: Argument, sizes: dict[str, tuple[int, str]]) -> None:
     assert spec.shape is not None
     if not isinstance(value, wire.Tensor):
         raise ArgumentError(f"{name}: expected a tensor, {_wanted(spec)}; got {_kind(value)}", argument=name)
-    if value.dtype not in _FLOATS:
+    if value.dtype not in _FLOATS and not (spec.mask and value.dtype == "BOOL"):
         raise ArgumentError(f"{name}: expected a floating-point tensor, got {value.dtype}", argument=name)
     fits = len(value.shape) == len(spec.shape)
     for size, wanted in zip(value.shape, spec.shape, strict=False):
@@ -133,7 +157,10 @@ def load_arguments(
         if not isinstance(value, wire.Tensor):
             return value
         exact = isinstance(spec, Argument) and spec.shape == ("B",)
-        return from_wire(value, "torch").to(device=device, dtype=torch.float32 if exact else dtype)
+        tensor: torch.Tensor = from_wire(value, "torch")
+        if tensor.dtype == torch.bool:
+            tensor = torch.zeros(tensor.shape, dtype=dtype).masked_fill(~tensor, -math.inf)
+        return tensor.to(device=device, dtype=torch.float32 if exact else dtype)
 
     return {name: put(value, specs[name]) for name, value in given.items() if value is not None}
 

@@ -21,23 +21,37 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def attend_part(q: Tensor, k: Tensor, v: Tensor) -> Part:
-    """Attention of ``q`` [B, H, S, D] over some of its keys ``k``, ``v`` [B, H, T, D]; T may be 0."""
+def attend_part(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Part:
+    """Attention of ``q`` [B, H, S, D] over some of its keys ``k``, ``v`` [B, H, T, D]; T may be 0.
+
+    ``mask`` [B or 1, 1, S, T] is added to the scores.
+    """
     if not q.numel() or not k.numel():
         shape = q.shape[:-1]
         return q.new_zeros(q.shape, dtype=torch.float32), q.new_full(shape, -math.inf, dtype=torch.float32)
     scale = q.shape[-1] ** -0.5
     if not q.is_cuda:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
-        return out.float(), lse
-    width = q.shape[-1]
-    # The kernels want widths of multiples of 8; zeros change neither scores nor outputs.
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
+        return _hide(out.float(), lse, mask)
+    width, length = q.shape[-1], k.shape[2]
+    # The kernels want widths of multiples of 8, and rows of a mask of 16; zeros change neither scores nor outputs.
     q, k, v = (functional.pad(t, (0, -width % 8)) for t in (q, k, v))
-    if q.dtype == torch.float32:
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)
+    if q.dtype == torch.float32 or mask is not None:
+        bias = None
+        if mask is not None:
+            bias = functional.pad(mask, (0, -length % 16))[..., :length].expand(*q.shape[:-1], length)
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)
     else:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
-    return out[..., :width].float(), lse[..., : q.shape[2]]
+    return _hide(out[..., :width].float(), lse[..., : q.shape[2]], mask)
+
+
+def _hide(out: Tensor, lse: Tensor, mask: Tensor | None) -> Part:
+    """What a kernel makes of queries whose keys are all masked differs: here they see none of this part."""
+    if mask is None:
+        return out, lse
+    blind = (mask == -math.inf).all(dim=-1)
+    return out.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, -math.inf)
 
 
 def merge(one: Part, other: Part) -> Part:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tacod.checkpoint import read_checkpoint
 from tacod.plan import parse_request
-from tacod.rank.arguments import check_arguments, load_arguments
+from tacod.rank.arguments import check_arguments, check_tokens, load_arguments
 from tacod.rank.families import detect
 from tacod.rank.families.base import DiT, Place
 from tacod.rank.lora import read_lora
@@ -210,6 +210,7 @@ class Engine:
         check_arguments(arguments, specs, dit.family)
         asked = parse_request(plan, self.topology.world_size)
         chosen = plan_for(dit, asked, self.topology.world_size, arguments)
+        check_tokens(arguments, specs, chosen.shape.lengths[-1])
         values = load_arguments(arguments, specs, dit.dtype, self.device)
         out = run(dit, chosen, self.topology, values.pop("x"), values.pop("timestep"), values)
         return {"out": self._result(out), "plan": str(chosen), "ranks": chosen.layout.ranks, "forwards": 1}

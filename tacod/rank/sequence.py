@@ -52,13 +52,17 @@ class SequenceParallel:
         return self.whole.gather(tokens, self.sizes(n), dim)
 
     def in_order_of_ranks(self, mask: Tensor, lengths: Sequence[int]) -> Tensor:
-        """A mask [B or 1, S, S] over the whole joint sequence, from the order of streams to that of `attention`'s."""
+        """A mask [B or 1, S, S] over the whole joint sequence, from the order of streams to that of `attention`'s.
+
+        It comes as [B or 1, 1, S, S].
+        """
+        mask = mask.unsqueeze(1)
         if self.size == 1:
             return mask
         positions = torch.arange(sum(lengths), device=mask.device)
         streams = [torch.split(stream, self.sizes(len(stream))) for stream in torch.split(positions, list(lengths))]
         order = torch.cat([chunk for rank in zip(*streams, strict=True) for chunk in rank])
-        return mask[:, order][:, :, order]
+        return mask[:, :, order][..., order]
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], mask: Tensor | None = None) -> Tensor:
         """Attention over the whole joint sequence, for this rank's tokens.
@@ -68,18 +72,17 @@ class SequenceParallel:
 
         The gathered sequence is in the order of ranks, not of streams. It needs no sorting, for attention is
         equivariant under permutations of its tokens, and each rank gets its own tokens back. A ``mask`` is what
-        `in_order_of_ranks` gives, and excludes a ring.
+        `in_order_of_ranks` gives.
         """
-        assert mask is None or self.ring.size == 1
         tokens = [sum(sizes) for sizes in zip(*map(self.sizes, lengths), strict=True)]
         runs = [tokens[i : i + self.ulysses.size] for i in range(0, self.size, self.ulysses.size)]
         run = runs[self.ring.rank]
         heads = chunks(q.shape[2], self.ulysses.size)
         q, k, v = _tokens_for_heads(self.ulysses, q, k, v, run, heads)
         if self.ring.size > 1:
-            out = _around(self.ring, q, k, v, [sum(run) for run in runs])
+            out = _around(self.ring, q, k, v, [sum(run) for run in runs], mask)
         else:
-            out = attend(q, k, v, None if mask is None else mask.unsqueeze(1))
+            out = attend(q, k, v, mask)
         return _heads_for_tokens(self.ulysses, out, run, heads)
 
 
@@ -116,8 +119,10 @@ def _heads_for_tokens(group: Group, out: Tensor, tokens: list[int], heads: list[
     return whole.transpose(0, 1).flatten(2)
 
 
-def _around(group: Group, q: Tensor, k: Tensor, v: Tensor, tokens: list[int]) -> Tensor:
+def _around(group: Group, q: Tensor, k: Tensor, v: Tensor, tokens: list[int], mask: Tensor | None) -> Tensor:
     """Attention of this rank's queries over the keys of the whole ring [B, h, S, D]; ``tokens`` are each rank's."""
+    rows = None if mask is None else torch.split(mask, tokens, dim=2)[group.rank]
+    masks = [None] * group.size if rows is None else torch.split(rows, tokens, dim=3)
     batch, heads, _, width = k.shape
     block = torch.stack((k, v))
     part = None
@@ -126,7 +131,7 @@ def _around(group: Group, q: Tensor, k: Tensor, v: Tensor, tokens: list[int]) ->
         passing = None
         if turn < group.size - 1:
             passing = group.pass_on(block.reshape(-1), 2 * batch * heads * before * width)
-        mine = attend_part(q, block[0], block[1])
+        mine = attend_part(q, block[0], block[1], masks[(group.rank - turn) % group.size])
         part = mine if part is None else merge(part, mine)
         if passing is not None:
             block = passing.wait().view(2, batch, heads, before, width)

@@ -25,9 +25,6 @@ def plan_for(dit: DiT, asked: Request, world_size: int, arguments: Mapping[str, 
 
     Raises `ArgumentError` if there is none, or if the model can't take this size.
     """
-    if arguments.get("attention_mask") is not None:
-        # A mask's rows and columns would have to go around with the keys; Ulysses has all of them anyhow.
-        asked = asked.without_ring()
     shape = Shape(dit.heads, dit.width, arguments["x"].shape[0], dit.lengths(arguments))
     return make_plan(asked, world_size, shape)
 

@@ -37,6 +37,8 @@ class Argument:
     """A list of such tensors; free sizes other than ``"B"`` may differ between its members."""
     choices: tuple[str, ...] = ()
     """For ``shape=None``: the strings it may be."""
+    mask: bool = False
+    """Added to scores; it may be boolean too, where false hides what it stands for."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Residuals:
     width: int
     blocks: Mapping[str, int]
     """How many blocks each list is for."""
+    whole: bool = False
+    """Each must be for all of the image's tokens; else it may be for the first ones."""
     required: bool = False
 
 

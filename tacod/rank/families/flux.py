@@ -338,7 +338,7 @@ class Flux(DiT):
             "guidance": Argument(("B",), required=self.guided),
             "ref_latents": Argument(("B", self.channels, "h", "w"), required=False, many=True),
             "ref_latents_method": Argument(None, required=False, choices=_METHODS),
-            "attention_mask": Argument(("M", "S", "S"), required=False),
+            "attention_mask": Argument(("M", "S", "S"), required=False, mask=True),
             "rope_options": Numbers(_ROPE_OPTIONS),
             "control": Residuals(
                 self.width, {"input": len(self.double_blocks), "output": len(self.single_blocks), "middle": 0}

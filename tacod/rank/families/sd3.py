@@ -311,7 +311,7 @@ class SD3(DiT):
             "timestep": Argument(("B",)),
             "context": Argument(("B", "L", self.context_width)),
             "y": Argument(("B", self.pooled_width)),
-            "control": Residuals(self.width, {"input": 0, "output": self.heads, "middle": 0}),
+            "control": Residuals(self.width, {"input": 0, "output": self.heads, "middle": 0}, whole=True),
         }
 
     def lengths(self, arguments: Mapping[str, Any]) -> tuple[int, int]:

@@ -1,0 +1,116 @@
+"""What a forward takes besides plain tensors: residuals, masks and stretched positions, checked and read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import FLUX, SD3, Tiny, relative_error
+
+from tacod.rank.arguments import check_arguments, check_tokens, load_arguments
+from tacod_client import wire
+from tacod_client.errors import ArgumentError
+from tacod_client.exchange import each_once, pack
+
+BATCH, TOKENS = 2, 35
+
+
+def tensor(*shape: int, dtype: str = "F32") -> wire.Tensor:
+    return wire.Tensor(dtype, shape, None)
+
+
+def check(tiny: Tiny, **more: Any) -> None:
+    """As the ranks do, for two images of 35 tokens (9 by 14)."""
+    given = {**pack(tiny.inputs(batch=BATCH), "arguments", {}, None), **more}
+    specs = tiny.model.arguments()
+    check_arguments(given, specs, tiny.name)
+    check_tokens(given, specs, tiny.model.lengths(given)[-1])
+
+
+GOOD = tensor(BATCH, TOKENS, 80)
+
+
+@pytest.mark.parametrize(
+    ("control", "named", "told"),
+    [
+        (3, "control", "map"),
+        ({"input": [None]}, "control", "list of tensors"),
+        ({"tensors": [GOOD], "input": 3}, "control", "control.input: expected a list"),
+        ({"tensors": [GOOD], "nowhere": 3}, "control", "control.nowhere: expected a list"),
+        ({"tensors": [GOOD], "nowhere": [0]}, "control", "input, output, middle"),
+        ({"tensors": [GOOD], "input": [1]}, "control", "indexes"),
+        ({"tensors": [GOOD], "input": [-1]}, "control", "indexes"),
+        ({"tensors": [GOOD], "input": [True]}, "control", "indexes"),
+        ({"tensors": [GOOD], "input": ["0"]}, "control", "indexes"),
+        ({"tensors": ["GOOD"], "input": [0]}, "control.input[0]", "expected a tensor"),
+        ({"tensors": [tensor(2, 35, 81)], "input": [None, 0]}, "control.input[1]", "shape"),
+        ({"tensors": [GOOD, tensor(2, 35)], "output": [None, 0, None, 1]}, "control.output[3]", "shape"),
+        ({"tensors": [tensor(2, 35, 80, dtype="I32")], "output": [0]}, "control.output[0]", "floating"),
+        ({"tensors": [tensor(3, 35, 80)], "input": [None, None, None, 0]}, "control.input[3]", "x has 2"),
+        ({"tensors": [tensor(2, 36, 80)], "output": [None, 0]}, "control.output[1]", "36 tokens.* 35"),
+        ({"tensors": [tensor(2, 36, 80)]}, "control.tensors[0]", "36 tokens.* 35"),
+    ],
+)
+def test_residuals_are_refused_by_their_place(control: Any, named: str, told: str) -> None:
+    with pytest.raises(ArgumentError, match=told) as caught:
+        check(FLUX, control=control)
+    assert caught.value.argument == named
+
+
+def test_residuals_for_some_tokens_are_fluxs_alone() -> None:
+    check(FLUX, control={"tensors": [tensor(1, 7, 80)], "output": [None, 0, 0]})
+    check(SD3, control={"tensors": [tensor(1, TOKENS, 192)], "output": [0, 0]})
+    for n in (1, TOKENS - 1, TOKENS + 1):
+        with pytest.raises(ArgumentError, match=r"control\.output\[1\]: it is for"):
+            check(SD3, control={"tensors": [tensor(1, n, 192)], "output": [None, 0]})
+
+
+@pytest.mark.parametrize(
+    ("tiny", "argument", "value", "told"),
+    [
+        (SD3, "rope_options", {"scale_x": 2.0}, "takes no such argument"),
+        (SD3, "attention_mask", tensor(1, 3, 3), "takes no such argument"),
+        (FLUX, "rope_options", [1.0], "map of numbers"),
+        (FLUX, "rope_options", {"scale_z": 1.0}, "scale_z"),
+        (FLUX, "rope_options", {"scale_x": "2"}, "scale_x"),
+        (FLUX, "rope_options", {"scale_x": True}, "scale_x"),
+        (FLUX, "rope_options", {"scale_x": float("nan")}, "scale_x"),
+        (FLUX, "attention_mask", tensor(129 + 35, 129 + 35), "expected shape"),
+        (FLUX, "attention_mask", tensor(1, 164, 163), "must agree"),
+        (FLUX, "attention_mask", tensor(1, 163, 163), "164"),
+        (FLUX, "attention_mask", tensor(3, 164, 164), "2 images"),
+        (FLUX, "attention_mask", tensor(1, 164, 164, dtype="I64"), "floating"),
+        (FLUX, "context", tensor(2, 129, 8, dtype="BOOL"), "floating"),
+    ],
+)
+def test_masks_and_options_are_refused_by_name(tiny: Tiny, argument: str, value: Any, told: str) -> None:
+    with pytest.raises(ArgumentError, match=told) as caught:
+        check(tiny, **{argument: value})
+    assert caught.value.argument == argument
+
+
+def test_a_boolean_mask_hides_where_it_is_false() -> None:
+    inputs = FLUX.inputs(batch=BATCH)
+    seen = torch.rand(BATCH, 164, 164) < 0.5
+    seen.diagonal(dim1=1, dim2=2).fill_(True)
+    given = pack({**inputs, "attention_mask": seen}, "arguments", {}, None)
+    check(FLUX, attention_mask=given["attention_mask"])
+    values = load_arguments(given, FLUX.model.arguments(), torch.float32, torch.device("cpu"))
+    scores = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+    assert torch.equal(values["attention_mask"], scores)
+    assert relative_error(FLUX.forward(**inputs, attention_mask=scores), FLUX.forward(**inputs)) > 1e-4
+
+
+def test_what_repeats_travels_once() -> None:
+    one, two = torch.zeros(1, 2, 80), torch.ones(1, 2, 80)
+    sent = each_once({"input": [one, one, None, two], "output": [two], "middle": []})
+    assert sent["input"] == [0, 0, None, 1]
+    assert sent["output"] == [1]
+    assert [each is kept for each, kept in zip(sent["tensors"], (one, two), strict=True)] == [True, True]
+
+
+@pytest.mark.parametrize("control", [[], {"input": None}, {"input": ["a"]}])
+def test_what_is_no_control_is_refused_here(control: Any) -> None:
+    with pytest.raises(ArgumentError, match="control"):
+        each_once(control)

@@ -1,0 +1,68 @@
+"""Digests of conditioning that comes again are not computed again, and never wrong."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tacod_client import wire
+from tacod_client.digests import Digests
+from tacod_client.tensors import to_wire
+from tacod_client.wire import FRAME_BYTES
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 20), st.integers(0, 3)), max_size=20))
+def test_a_digest_is_always_that_of_the_contents(changes: list[tuple[int, int, int]]) -> None:
+    digests = Digests(limit=60)
+    arrays = [np.zeros(21, np.uint8) for _ in range(4)]
+    for which, place, value in changes:
+        arrays[which][place] = value
+        for array in arrays:
+            tensor = to_wire(array, "context")
+            known = digests.of(tensor)
+            assert known.digest == tensor.with_digest().digest
+            assert b"".join(known.frames or ()) == array.tobytes()
+
+
+def test_equal_contents_are_hashed_once() -> None:
+    digests = Digests()
+    first, second = torch.randn(2, 300, 41).bfloat16()
+    with mock.patch.object(wire, "digest_of", side_effect=wire.digest_of) as hashed:
+        for _ in range(3):
+            for each in (first, second.clone()):
+                digests.of(to_wire(each, "context"))
+    assert hashed.call_count == 2
+
+
+@pytest.mark.parametrize("size", [4096, 4099, FRAME_BYTES + 5])
+@pytest.mark.parametrize("place", [0, 4095, -1])
+def test_a_change_in_place_is_noticed(size: int, place: int) -> None:
+    digests = Digests()
+    array = np.zeros(size, np.uint8)
+    before = digests.of(to_wire(array, "context"))
+    array[place] = 1
+    after = digests.of(to_wire(array, "context"))
+    assert after.digest != before.digest
+    assert b"".join(before.frames or ()) == bytes(size), "what waits to be sent stays what was hashed"
+
+
+def test_the_same_bytes_in_another_form_are_another_tensor() -> None:
+    digests = Digests()
+    array = np.zeros((4, 6), np.float32)
+    forms = [array, array.reshape(6, 4), array.view(np.int32)]
+    assert len({digests.of(to_wire(form, "context")).digest for form in forms}) == len(forms)
+
+
+def test_memory_is_bounded() -> None:
+    digests = Digests(limit=100)
+    for value in range(200):
+        digests.of(to_wire(np.full(value % 30 + 1, value, np.uint8), "context"))
+    assert sum(tensor.nbytes for tensor in digests._kept) <= 100
+    large = np.ones(101, np.uint8)
+    assert digests.of(to_wire(large, "context")).digest == to_wire(large, "context").with_digest().digest
+    assert sum(tensor.nbytes for tensor in digests._kept) <= 100
