@@ -7,22 +7,38 @@ from typing import Any
 
 import comfy.controlnet
 import comfy.model_detection
+import comfy.utils
 import comfy.weight_adapter
 import torch
+from safetensors import safe_open
 
 _detect = comfy.model_detection.detect_unet_config
+_load = comfy.utils.load_torch_file
+_last: dict[str, str] = {}
+"""What the file that was read last says of itself: older versions don't pass that on."""
+
+
+def load(path: str, *args: Any, **kwargs: Any) -> Any:
+    """ComfyUI's, and a note of the metadata."""
+    _last.clear()
+    if path.endswith(".safetensors"):
+        with safe_open(path, framework="pt") as file:
+            _last.update(file.metadata() or {})
+    return _load(path, *args, **kwargs)
 
 
 def detect(state_dict: Any, key_prefix: str, metadata: Any = None) -> Any:
     """ComfyUI's, with what a tiny model's own metadata says of its sizes."""
     config = _detect(state_dict, key_prefix, metadata=metadata)
-    if config is not None and metadata and "tacod.config" in metadata:
+    metadata = metadata or _last
+    if config is not None and "tacod.config" in metadata:
         told = json.loads(metadata["tacod.config"])
         # ComfyUI knows SD3 by other means than by this key.
         config |= {key: value for key, value in told.items() if key != "image_model" or key in config}
     return config
 
 
+comfy.utils.load_torch_file = load
 comfy.model_detection.detect_unet_config = detect
 
 
