@@ -4,30 +4,46 @@ from __future__ import annotations
 
 import sys
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from tacod.plan import chunks
 from tacod.rank.__main__ import _die_with_the_supervisor, _parse, serve
+from tacod.rank.arguments import load_arguments
 from tacod.rank.engine import Engine
-from tacod_client.tensors import from_wire, to_wire
+from tacod.rank.families.base import Argument, Control, Residuals
+from tacod.rank.topology import Topology
+from tacod_client.tensors import to_wire
 
 
 class EchoEngine(Engine):
     """All of `Engine` but the models: the store, the checks on memory and the answers are the real ones."""
 
     def __init__(self, rank: int, world_size: int) -> None:
-        super().__init__(torch.device("cpu"), None)
+        super().__init__(torch.device("cpu"), Topology())
         self.rank = rank
         self.world_size = world_size
 
-    def load(self, model: str, path: str, identity: str, dtype: str | None) -> dict[str, Any]:
+    def load(self, **work: Any) -> dict[str, Any]:
         """Nothing to load."""
-        return {"model": {"family": "echo", "parameters": 0, "dtype": "fp32", "heads": 1}}
+        told = {"family": "echo", "parameters": 0, "weight_bytes": 0, "dtype": "fp32", "heads": 1, "width": 1}
+        return {"model": told, "base": told}
 
     def forward(self, model: str, plan: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-        """The arguments as torch tensors, and x back."""
-        values = {name: from_wire(value, "torch") for name, value in arguments.items()}
+        """The arguments as torch tensors, of residuals this rank's tokens, and x back."""
+        specs = {name: Residuals(0, {}) if name == "control" else Argument(()) for name in arguments}
+        values = load_arguments(arguments, specs, torch.bfloat16, self.device)
+        control = values.get("control", Control({}))
+        whole = SimpleNamespace(rank=self.rank)
+        sequence = SimpleNamespace(whole=whole, sizes=lambda n: chunks(n, self.world_size))
+        for name, each in control.residuals.items():
+            for block, residual in enumerate(each):
+                if residual is not None:
+                    _, n, width = residual.shape
+                    tokens = torch.zeros(1, sequence.sizes(n)[self.rank], width, dtype=torch.bfloat16)
+                    control.add(name, block, sequence, tokens, n)
         out = to_wire(values["x"], "out") if self.rank == 0 else None
         return {"out": out, "plan": "echo", "ranks": self.world_size, "forwards": 1}
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from tacod_client.errors import ArgumentError
-from tacod_client.wire import Tensor, split
+from tacod_client.wire import Buffer, Tensor, split
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Kind", "from_wire", "kind_of", "like", "to_wire"]
+__all__ = ["Kind", "from_wire", "kind_of", "like", "rows", "to_wire"]
 
 Kind = Literal["torch", "numpy"]
 
@@ -105,6 +105,25 @@ def from_wire(tensor: Tensor, kind: Kind) -> Any:
     if not math.prod(tensor.shape):
         return torch.empty(tensor.shape, dtype=dtype)
     return torch.from_numpy(raw).view(dtype).reshape(tensor.shape)
+
+
+def rows(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """A run of a wire tensor's rows, counted over all its dimensions but the last: [stop - start, width].
+
+    Nothing is copied.
+    """
+    width = tensor.shape[-1]
+    row = tensor.nbytes // max(math.prod(tensor.shape[:-1]), 1)
+    first, last = start * row, stop * row
+    frames: list[Buffer] = []
+    position = 0
+    for frame in tensor.frames or ():
+        view = memoryview(frame).cast("B")
+        part = view[max(first - position, 0) : max(last - position, 0)]
+        if len(part):
+            frames.append(part)
+        position += len(view)
+    return Tensor(tensor.dtype, (stop - start, width), tuple(frames))
 
 
 def like(tensor: Tensor, example: Any) -> Any:

@@ -146,7 +146,7 @@ def load_arguments(
     """The arguments as torch values on ``device``.
 
     Tensors come in the compute dtype, but what is one number per image (timestep, guidance) stays fp32: its embedding
-    is computed there. Residuals stay on the host: a rank needs some of their tokens only.
+    is computed there. Residuals stay as they came: a rank needs some of their tokens only.
     """
 
     def put(value: Any, spec: Spec) -> Any:
@@ -166,7 +166,7 @@ def load_arguments(
 
 
 def _control(value: Mapping[str, Any]) -> Control:
-    tensors = [from_wire(tensor, "torch") for tensor in value["tensors"]]
+    tensors = value["tensors"]
     places = {name: each for name, each in value.items() if name != "tensors"}
     return Control(
         {name: [None if place is None else tensors[place] for place in each] for name, each in places.items()}

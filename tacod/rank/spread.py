@@ -55,7 +55,7 @@ def _images(arguments: Mapping[str, Any], mine: slice) -> dict[str, Any]:
         if isinstance(value, list):
             return [take(item) for item in value]
         if isinstance(value, Control):
-            return Control({name: take(each) for name, each in value.residuals.items()})
+            return Control(value.residuals, mine)
         # What is there once is for all images.
         return value[mine] if isinstance(value, torch.Tensor) and len(value) > 1 else value
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import sys
 import types
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +24,6 @@ from tacod.rank.patch_request import parse_patches
 from tacod.rank.patches import SWAP, Patch, apply
 from tacod.rank.sequence import SequenceParallel
 from tacod_client.errors import ArgumentError, ModelCorrupt, ModelNotFound, ModelUnsupported, TacodError
-
-COMFYUI = os.environ.get("COMFYUI_PATH", "")
 
 
 @pytest.fixture(autouse=True)
@@ -338,37 +333,6 @@ def test_factors_that_do_not_go_together_are_refused() -> None:
 
 
 # --- ComfyUI's own ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def comfy() -> Iterator[Any]:
-    """ComfyUI's package, on the CPU, without its models."""
-    if not COMFYUI:
-        pytest.skip("COMFYUI_PATH names no ComfyUI checkout")
-    before = set(sys.modules)
-    models: Any = types.ModuleType("comfy.model_base")
-    models.__file__ = ""
-    models.__getattr__ = lambda name: models.__dict__.setdefault(name, type(name, (), {}))
-    sys.path.insert(0, COMFYUI)
-    sys.modules["comfy.model_base"] = models
-    level = logging.getLogger().level
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import comfy.cli_args
-
-            comfy.cli_args.args.cpu = True
-            comfy.model_base = models
-            import comfy.lora
-            import comfy.lora_convert
-            import comfy.weight_adapter
-        yield comfy
-    finally:
-        logging.getLogger().setLevel(level)
-        sys.path.remove(COMFYUI)
-        for name in set(sys.modules) - before:
-            if name.split(".")[0] == "comfy":
-                del sys.modules[name]
 
 
 def comfyuis(comfy: Any, patch: Patch) -> tuple[Any, ...]:

@@ -252,6 +252,7 @@ class Rank:
     ) -> float:
         from tacod.rank.families import detect
         from tacod.rank.families.base import Control
+        from tacod_client.tensors import to_wire
 
         torch.manual_seed(seed)
         kind, config = detect({}, FAMILIES[family])
@@ -268,7 +269,8 @@ class Rank:
             inputs["rope_options"] = {"scale_x": 0.5, "shift_y": 3.0, "shift_t": 1.0} if residuals else None
         lengths = model.lengths(inputs)
         if residuals:
-            each = torch.randn(batch if seed % 2 else 1, min(residuals, lengths[1]), model.width)
+            residual = torch.randn(batch if seed % 2 else 1, min(residuals, lengths[1]), model.width)
+            each = to_wire(residual, "control")
             inputs["control"] = Control({"input": [None, each], "output": [each, None, each]})
         if masked and family == "flux":
             mask = torch.randn(1 if seed % 3 else batch, sum(lengths), sum(lengths))

@@ -20,7 +20,9 @@ from torch.nn import functional
 from tacod.checkpoint import TensorInfo
 from tacod.rank.process import Process
 from tacod.rank.sequence import SequenceParallel
+from tacod_client import wire
 from tacod_client.errors import ModelUnsupported
+from tacod_client.tensors import from_wire, rows
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,15 @@ Spec = Argument | Numbers | Residuals
 
 
 class Control:
-    """The residuals of one forward, on the host; a rank takes its own tokens' share of one when its block is done."""
+    """The residuals of one forward, as they came; a rank reads its own tokens' share of one when its block is done.
 
-    def __init__(self, residuals: Mapping[str, Sequence[Tensor | None]]) -> None:
+    ``images`` are the rank's, of those that a residual [B, N, width] is for.
+    """
+
+    def __init__(self, residuals: Mapping[str, Sequence[wire.Tensor | None]], images: slice = slice(None)) -> None:
         self.residuals = residuals
+        self.images = images
+        self._last: tuple[wire.Tensor, Tensor] | None = None
 
     def add(self, name: str, block: int, sequence: SequenceParallel, tokens: Tensor, n: int, start: int = 0) -> Tensor:
         """``tokens`` [B, S, width], in which from ``start`` on stand this rank's of a stream of ``n``, one block on.
@@ -83,13 +90,26 @@ class Control:
         residual = each[block] if block < len(each) else None
         if residual is None:
             return tokens
-        sizes = sequence.sizes(n)
-        first = sum(sizes[: sequence.whole.rank])
-        mine = residual[:, first : first + sizes[sequence.whole.rank]].to(tokens.device, tokens.dtype)
+        if self._last is None or self._last[0] is not residual:
+            self._last = None
+            self._last = residual, self._read(residual, sequence, n).to(tokens.device, tokens.dtype)
+        mine = self._last[1]
         if mine.shape[1]:
             # In place, as ComfyUI does it: the blocks' outputs are new tensors.
             tokens[:, start : start + mine.shape[1]] += mine
         return tokens
+
+    def _read(self, residual: wire.Tensor, sequence: SequenceParallel, n: int) -> Tensor:
+        sizes = sequence.sizes(n)
+        batch, length, _ = residual.shape
+        first = min(sum(sizes[: sequence.whole.rank]), length)
+        last = min(first + sizes[sequence.whole.rank], length)
+        # What is there once is for all images.
+        images = range(batch)[self.images] if batch > 1 else range(1)
+        parts: list[Tensor] = [
+            from_wire(rows(residual, i * length + first, i * length + last), "torch") for i in images
+        ]
+        return torch.stack(parts)
 
 
 @dataclass(frozen=True)
