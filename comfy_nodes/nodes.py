@@ -92,18 +92,23 @@ class _Loader:
 
         def hear(what: str, done: int, total: int) -> None:
             bar.update_absolute(done, max(total, 1))
-            if node is not None:
-                text = f"{what} {done / 2**30:.1f} of {total / 2**30:.1f} GiB"
-                PromptServer.instance.send_progress_text(text, node)
+            _say(f"{what} {done >> 20} of {total >> 20} MiB", node)
 
         return hear
 
     @staticmethod
-    def outputs(made: Converted) -> tuple[ModelPatcher, dict[str, Any]]:
+    def outputs(made: Converted, node: str | None) -> tuple[ModelPatcher, dict[str, Any]]:
         """A node's outputs; the console gets to hear of the success."""
         info = _info(made)
         log.info("%s", success_text(info))
+        _say(f"in the daemon, on {info['world_size']} rank{'s' * (info['world_size'] > 1)}", node)
         return made.patcher, info
+
+
+def _say(text: str, node: str | None) -> None:
+    """A line in a node's body, for as long as the graph runs."""
+    if node is not None:
+        PromptServer.instance.send_progress_text(text, node)
 
 
 def _info(made: Converted) -> dict[str, Any]:
@@ -157,7 +162,8 @@ class TACODiTModelLoader(_Loader):
             local = model.clone()
             local.attachments[OFF] = True
             return local, {"enabled": False}
-        return self.outputs(convert(model, Settings(**settings, endpoint=endpoint), graph, node, self.report(node)))
+        wanted = Settings(**settings, endpoint=endpoint)
+        return self.outputs(convert(model, wanted, graph, node, self.report(node)), node)
 
 
 class TACODiTUNETLoader(_Loader):
@@ -208,7 +214,7 @@ class TACODiTUNETLoader(_Loader):
             local = comfy.sd.load_diffusion_model(path)
             local.attachments[OFF] = True
             return local, {"enabled": False}
-        return self.outputs(open_file(path, Settings(**settings, endpoint=endpoint), self.report(node)))
+        return self.outputs(open_file(path, Settings(**settings, endpoint=endpoint), self.report(node)), node)
 
 
 class TACODiTKSampler(stock.KSampler):  # type: ignore[misc]

@@ -68,10 +68,7 @@ def _split(stats: Mapping[str, Any]) -> str:
 def _speed(stats: Mapping[str, Any]) -> str:
     alone = stats["single_rank_s"]
     if alone is None:
-        return (
-            "not compared; run this size once with auto_detect off, sequence_parallel_degree 1 and cfg_parallel off, "
-            "and later runs are"
-        )
+        return "not compared yet (run once with auto_detect off, sequence_parallel_degree 1, cfg_parallel off)"
     return f"{alone / stats['forward_s']:.2f} times one rank, which takes {_seconds(alone)} for these forwards"
 
 

@@ -1,33 +1,41 @@
 // Shows the text of the display nodes in their bodies. Without it the text is on the console and in the history only.
 import { app } from "../../scripts/app.js";
-import { ComfyWidgets } from "../../scripts/widgets.js";
 
 const KINDS = new Set(["TACODiTInfoDisplay", "TACODiTStatsDisplay"]);
 const WIDGET = "text";
-const LINE = 14;
-const WIDTH = 420;
+const LINE = 12;
+const WIDTH = 440;
 
 function show(node, output) {
     const text = output?.text?.[0];
     if (text === undefined) return;
     let widget = node.widgets?.find((each) => each.name === WIDGET);
     if (!widget) {
-        widget = ComfyWidgets.STRING(node, WIDGET, ["STRING", { multiline: true }], app).widget;
-        // What is shown is no part of the graph: it is neither saved nor sent.
+        const box = document.createElement("textarea");
+        box.className = "comfy-multiline-input";
+        box.readOnly = true;
+        widget = node.addDOMWidget(WIDGET, "customtext", box, {
+            getValue: () => box.value,
+            setValue: (value) => (box.value = value),
+            // What is shown is no part of the graph: it is neither saved nor sent.
+            serialize: false,
+            // Nodes drawn by Vue have a box of their own, and go by this.
+            read_only: true,
+        });
         widget.serialize = false;
-        widget.options.serialize = false;
-        widget.options.read_only = true;
-        if (widget.element) widget.element.readOnly = true;
     }
     widget.value = text;
-    const height = 80 + LINE * (text.split("\n").length + 4);
+    const height = 80 + LINE * (text.split("\n").length + 3);
     node.setSize([Math.max(node.size[0], WIDTH), Math.max(node.size[1], height)]);
     node.setDirtyCanvas?.(true, true);
 }
 
+// Ids are "7", or "<subgraph>:7" for a node in a subgraph.
 function nodeOf(id) {
-    const graph = app.rootGraph ?? app.graph;
-    return graph?.getNodeById(id) ?? graph?.getNodeById(Number(id));
+    const root = app.rootGraph ?? app.graph;
+    const [local, subgraph] = id.split(":").reverse();
+    const graph = subgraph ? root?.subgraphs?.get(subgraph) : root;
+    return graph?.getNodeById(local) ?? graph?.getNodeById(Number(local));
 }
 
 app.registerExtension({

@@ -1,0 +1,105 @@
+"""Text encoders, VAEs and loaders of tiny models, in the place of those that one has to download."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import nodes
+import torch
+
+__all__ = ["NODES"]
+
+
+class Clip:
+    """What CLIPTextEncode uses of a text encoder: random conditioning by the text's length."""
+
+    def __init__(self, width: int, pooled: int) -> None:
+        self.width, self.pooled = width, pooled
+
+    def tokenize(self, text: str) -> str:
+        return text
+
+    def encode_from_tokens_scheduled(self, text: str) -> Any:
+        random = torch.Generator().manual_seed(len(text))
+        context = torch.randn(1, 11, self.width, generator=random)
+        return [[context, {"pooled_output": torch.randn(1, self.pooled, generator=random)} if self.pooled else {}]]
+
+
+class VAE:
+    """What VAEDecode and VAEEncode use of a VAE."""
+
+    def __init__(self, channels: int) -> None:
+        self.channels = channels
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        return latent[:, :3].movedim(1, -1).sigmoid()
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(pixels), self.channels, pixels.shape[1] // 8, pixels.shape[2] // 8)
+
+
+class TestClip:
+    """A text encoder of a tiny model."""
+
+    RETURN_TYPES = ("CLIP",)
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        whole = ("INT", {"default": 1, "min": 0, "max": 2**31})
+        return {"required": {"width": whole, "pooled": whole}}
+
+    def make(self, width: int, pooled: int) -> tuple[Any]:
+        return (Clip(width, pooled),)
+
+
+class TestImageVAE:
+    """A VAE of a tiny model."""
+
+    RETURN_TYPES = ("VAE",)
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"channels": ("INT", {"default": 16, "min": 1, "max": 64})}}
+
+    def make(self, channels: int) -> tuple[Any]:
+        return (VAE(channels),)
+
+
+class TestCheckpoint:
+    """A tiny Flux with its text encoder and VAE."""
+
+    RETURN_TYPES = ("MODEL", "CLIP", "VAE")
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"unet_name": ("STRING", {})}}
+
+    def make(self, unet_name: str) -> tuple[Any, ...]:
+        return *nodes.UNETLoader().load_unet(unet_name, "default"), Clip(32, 24), VAE(16)
+
+
+class TestLora:
+    """A patch of one layer, as a LoRA loader puts it on."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"model": ("MODEL",)}}
+
+    def make(self, model: Any) -> tuple[Any]:
+        model = model.clone()
+        patched = model.add_patches({"diffusion_model.img_in.bias": (0.1 * torch.ones(80),)}, 1.0)
+        assert patched
+        return (model,)
+
+
+NODES = (TestClip, TestImageVAE, TestCheckpoint, TestLora)
