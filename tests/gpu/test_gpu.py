@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import FLUX, FP32, SD3, Daemon, Golden, Tiny, relative_error, stopped
+
+from tacod.rank.attention import attend, attend_part, merge
+from tacod.rank.families.base import Control
 
 pytestmark = [
     pytest.mark.gpu,
@@ -103,3 +107,33 @@ def test_a_lost_rank_costs_time_and_nothing_else(gpu_daemon: Daemon, fault: str)
                 latent = job.result()
         assert client.status()["group"]["restarts"] == restarts + 1
     assert relative_error(latent, undisturbed) <= 1e-5
+
+
+def test_residuals_masks_and_plain_attention(gpu_daemon: Daemon) -> None:
+    inputs = FLUX.inputs(batch=2, text=5)
+    residual, mask = torch.randn(2, 35, 80), torch.randn(1, 40, 40)
+    more = {"attention_mask": mask, "rope_options": {"scale_x": 0.5, "shift_y": 2.0}}
+    control = {"input": [residual, None], "output": [residual]}
+    expected = FLUX.forward(**inputs, **more, control=Control(control))
+    with gpu_daemon.client() as client:
+        for plan in ("auto", {"flash_attention": False}):
+            model = client.load(FLUX.file, dtype="fp32", plan=plan)
+            assert relative_error(model.forward(**inputs, **more, control=control), expected) <= FP32
+            assert relative_error(model.forward(**inputs), FLUX.forward(**inputs)) <= FP32
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("width", [16, 20, 128])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 2e-6), (torch.bfloat16, 6e-3)], ids=["fp32", "bf16"])
+def test_attention_in_parts(dtype: torch.dtype, most: float, width: int, masked: bool) -> None:
+    """What a ring merges, of uneven parts, and with keys that nobody may see."""
+    q, k, v = torch.randn(3, 2, 3, 77, width, device="cuda")
+    mask = torch.randn(1, 1, 77, 77, device="cuda") if masked else None
+    if mask is not None:
+        mask[..., 5, 30:] = -torch.inf
+    expected = attend(q.double(), k.double(), v.double(), None if mask is None else mask.double())
+    q, k, v, mask = (None if each is None else each.to(dtype) for each in (q, k, v, mask))
+    pieces = [(0, 30), (30, 35), (35, 77)]
+    parts = [attend_part(q, k[:, :, a:b], v[:, :, a:b], None if mask is None else mask[..., a:b]) for a, b in pieces]
+    out = functools.reduce(merge, parts)[0]
+    assert relative_error(out, expected) <= most
