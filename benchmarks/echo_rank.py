@@ -40,7 +40,7 @@ class EchoEngine(Engine):
         sequence = SimpleNamespace(whole=whole, sizes=lambda n: chunks(n, self.world_size))
         for name, each in control.residuals.items():
             for block, residual in enumerate(each):
-                if residual is not None:
+                if residual is not None and residual is not each[block - 1]:
                     _, n, width = residual.shape
                     tokens = torch.zeros(1, sequence.sizes(n)[self.rank], width, dtype=torch.bfloat16)
                     control.add(name, block, sequence, tokens, n)
