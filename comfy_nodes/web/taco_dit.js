@@ -30,12 +30,17 @@ function show(node, output) {
     node.setDirtyCanvas?.(true, true);
 }
 
-// Ids are "7", or "<subgraph>:7" for a node in a subgraph.
+// Ids are "7", and in subgraphs "<subgraph>:7" or "<the subgraph's node>:7".
 function nodeOf(id) {
-    const root = app.rootGraph ?? app.graph;
-    const [local, subgraph] = id.split(":").reverse();
-    const graph = subgraph ? root?.subgraphs?.get(subgraph) : root;
-    return graph?.getNodeById(local) ?? graph?.getNodeById(Number(local));
+    let graph = app.rootGraph ?? app.graph;
+    const path = id.split(":");
+    const last = path.pop();
+    for (const part of path) graph = graph?.subgraphs?.get(part) ?? find(graph, part)?.subgraph;
+    return find(graph, last);
+}
+
+function find(graph, id) {
+    return graph?.getNodeById(id) ?? graph?.getNodeById(Number(id));
 }
 
 app.registerExtension({
