@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from helpers import Tiny
@@ -102,27 +104,35 @@ WEAKER = 0.25
 """The last layer's weights are this much smaller: a run of many steps then doesn't amplify the last bit of fp32."""
 
 
-def save(model: TinyModel, folder: Path) -> None:
-    """Write a model's file."""
-    weights = dict(model.tiny.model.state_dict())
-    weights["final_layer.linear.weight"] = WEAKER * weights["final_layer.linear.weight"]
-    save_file(weights, folder / model.tiny.file, metadata={"tacod.config": json.dumps(model.tiny.config)})
+def save(model: TinyModel, folder: Path, name: str = "", prefix: str = "") -> None:
+    """Write a model's file, by default as ``diffusion_models`` has them."""
+    weights = {prefix + key: weight for key, weight in model.tiny.model.state_dict().items()}
+    weights[f"{prefix}final_layer.linear.weight"] = WEAKER * weights[f"{prefix}final_layer.linear.weight"]
+    save_file(weights, folder / (name or model.tiny.file), metadata={"tacod.config": json.dumps(model.tiny.config)})
 
 
 MODELS = {model.tiny.name: model for model in (FLUX, CANNY, FILL, SD3, PIXART)}
 
 
 class Pair:
-    """A graph with two branches, ``stock`` and ``taco``, that differ in nothing but the loader node.
+    """A graph with a branch ``stock`` and branches through daemons, that differ in nothing but the loader node.
 
     Nodes that `both` adds exist once in each branch; a link to one is given as its name.
+
+    Args:
+        model: The model.
+        also: More branches through daemons: their names, ranks and endpoints. The first is ``taco``.
+        loader: Other settings of the loader nodes.
     """
 
-    def __init__(self, model: TinyModel, **loader: Any) -> None:
+    def __init__(self, model: TinyModel, also: Mapping[str, tuple[int, str]] = MappingProxyType({}), **loader: Any):
         self.model = model
         self.nodes: dict[str, dict[str, Any]] = {}
         self.add("file", "UNETLoader", unet_name=model.tiny.file, weight_dtype="default")
-        self._head = {"stock": "file", "taco": "file"}
+        self.ranks = {"taco": 3, **{branch: ranks for branch, (ranks, _) in also.items()}}
+        """The branches through daemons, and how many ranks those have."""
+        self._endpoints = {branch: endpoint for branch, (_, endpoint) in also.items()}
+        self._head = dict.fromkeys(("stock", *self.ranks), "file")
         self._loader = loader
         self.latent = "latent"
         self.run = next(_fresh)
@@ -135,9 +145,14 @@ class Pair:
         )
 
     def add(self, name: str, kind: str, **inputs: Any) -> str:
-        """A node that both branches share; a string with a leading ``@`` is a link to a node's first output."""
+        """A node that all branches share; a string with a leading ``@`` is a link to a node's first output."""
         self.nodes[name] = {"class_type": kind, "inputs": {key: _link(value) for key, value in inputs.items()}}
         return f"@{name}"
+
+    @property
+    def branches(self) -> list[str]:
+        """The names of all branches."""
+        return list(self._head)
 
     def on_model(self, kind: str, **inputs: Any) -> None:
         """A node that takes a MODEL and gives one, in each branch; before the loader or after it."""
@@ -146,8 +161,8 @@ class Pair:
             self.add(name, kind, model=f"@{head}", **inputs)
             self._head[branch] = name
 
-    def load(self) -> None:
-        """Put the loader node into the branch that goes through the daemon."""
+    def load(self, kind: str = "TACODiTModelLoader", **inputs: Any) -> None:
+        """Put a loader node into each branch that goes through a daemon."""
         settings = {
             "enable_taco_dit": True,
             "auto_detect": True,
@@ -155,9 +170,14 @@ class Pair:
             "cfg_parallel": True,
             "use_flash_attention": True,
             **self._loader,
+            **inputs,
         }
-        self.add("loader", "TACODiTModelLoader", model=f"@{self._head['taco']}", **settings)
-        self._head["taco"] = "loader"
+        for branch in self.ranks:
+            where = {"endpoint": self._endpoints[branch]} if branch in self._endpoints else {}
+            model = {"model": f"@{self._head[branch]}"} if kind == "TACODiTModelLoader" else {}
+            name = "loader" if branch == "taco" else f"loader_{branch}"
+            self.add(name, kind, **model, **settings, **where)
+            self._head[branch] = name
 
     def sample(self, kind: str = "KSampler", save: str = "", **inputs: Any) -> None:
         """KSampler, or a node like it, in each branch, and its latent saved."""

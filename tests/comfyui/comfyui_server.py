@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -64,7 +65,7 @@ class ComfyUI:
 
     def __enter__(self) -> ComfyUI:
         (self.base / "models").mkdir()
-        for folder in ("diffusion_models", "checkpoints", "loras"):
+        for folder in ("diffusion_models", "checkpoints", "loras", "controlnet"):
             (self.models / folder).mkdir(parents=True, exist_ok=True)
             (self.base / "models" / folder).symlink_to(self.models / folder)
         (self.base / "custom_nodes").mkdir()
@@ -133,6 +134,12 @@ class ComfyUI:
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
+    @cached_property
+    def nodes(self) -> dict[str, Any]:
+        """The nodes that it has, and what they take."""
+        nodes: dict[str, Any] = self.get("/object_info")
+        return nodes
+
     def get(self, path: str) -> Any:
         """A GET of its API."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as reply:
@@ -158,7 +165,10 @@ class ComfyUI:
         outcome = Outcome("")
         with connect(f"ws://127.0.0.1:{self.port}/ws?clientId={client}", max_size=None) as page:
             started = time.perf_counter()
-            prompt = self.post("/prompt", {"prompt": graph, "client_id": client})["prompt_id"]
+            queued = self.post("/prompt", {"prompt": graph, "client_id": client})
+            # It runs what it can, and leaves out the rest.
+            assert queued["node_errors"] == {}
+            prompt = queued["prompt_id"]
             while not outcome.kind:
                 message = page.recv(timeout=timeout_s)
                 if isinstance(message, bytes):
@@ -181,6 +191,6 @@ class ComfyUI:
 
     def latent(self, name: str) -> torch.Tensor:
         """What a SaveLatent node with this prefix wrote last."""
-        files = sorted((self.base / "output").glob(f"{name}_*.latent"))
+        files = sorted((self.base / "output").glob(f"{name}_[0-9][0-9][0-9][0-9][0-9]_.latent"))
         assert files, f"no latent {name!r} was saved"
         return load_file(files[-1])["latent_tensor"]

@@ -9,14 +9,20 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from comfyui_graphs import MODELS, Pair, save
+from comfyui_graphs import MODELS, Pair, TinyModel, save
 from comfyui_server import ComfyUI, Outcome
+from fidelity_table import Measured, write_section
 from helpers import Daemon, relative_error
 
 PATH = os.environ.get("COMFYUI_PATH", "")
 PYTHON = os.environ.get("COMFYUI_PYTHON", sys.executable)
 
 Both = Callable[..., Outcome]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Where the table of results goes."""
+    parser.addoption("--fidelity", metavar="FILE", help="write the table of the nodes' fidelity into this document")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -65,20 +71,45 @@ def comfyui(endpoints: Callable[[int], Daemon], comfyui_models: Path) -> Iterato
         yield comfyui
 
 
-@pytest.fixture
-def both(comfyui: ComfyUI) -> Callable[..., Outcome]:
-    """Run both branches of a graph; their latents agree."""
+@pytest.fixture(scope="session")
+def pair(endpoints: Callable[[int], Daemon]) -> Callable[[TinyModel], Pair]:
+    """A graph with branches through daemons of 1, 2 and 3 ranks."""
+    return lambda model: Pair(model, {f"taco{ranks}": (ranks, endpoints(ranks).endpoint) for ranks in (1, 2)})
 
-    def run(pair: Pair, *saves: str, most: float = 1e-5) -> Outcome:
-        outcome = comfyui.run(pair.nodes)
+
+MEASURED = pytest.StashKey[list[Measured]]()
+
+
+@pytest.fixture
+def both(comfyui: ComfyUI, request: pytest.FixtureRequest) -> Callable[..., Outcome]:
+    """Run all branches of a graph; their latents agree with stock's."""
+    measured = request.config.stash.setdefault(MEASURED, [])
+    test = request.node.originalname or request.node.name
+    case = request.node.callspec.id if hasattr(request.node, "callspec") else ""
+
+    def run(pair: Pair, *saves: str, most: float = 1e-5, server: ComfyUI = comfyui) -> Outcome:
+        outcome = server.run(pair.nodes)
         assert outcome.kind == "success", outcome.error
         errors = {}
         for name in saves or ("",):
-            stock, taco = (comfyui.latent(pair.file(branch, name)) for branch in ("stock", "taco"))
+            stock = server.latent(pair.file("stock", name))
             assert stock.isfinite().all()
             assert stock.std() > 0
-            errors[name] = relative_error(taco, stock)
-        assert {name: error for name, error in errors.items() if error > most} == {}
+            for branch, ranks in pair.ranks.items():
+                error = relative_error(server.latent(pair.file(branch, name)), stock)
+                errors[f"{name} at {ranks} ranks"] = error
+                measured.append(Measured(test, case, name.lstrip("_"), ranks, error))
+        assert {name: error for name, error in errors.items() if not error <= most} == {}
         return outcome
 
     return run
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _fidelity_table(request: pytest.FixtureRequest, comfyui: ComfyUI) -> Iterator[None]:
+    """With ``--fidelity FILE``, what was measured goes into that document once all tests are through."""
+    yield
+    path = request.config.getoption("--fidelity", default=None)
+    measured = request.config.stash.get(MEASURED, [])
+    if path is not None and measured and not request.session.testsfailed:
+        write_section(Path(path), comfyui.get("/system_stats")["system"], measured)

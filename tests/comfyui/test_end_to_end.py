@@ -16,7 +16,6 @@ from comfyui_graphs import FLUX, SD3, Pair, TinyModel, save
 from comfyui_server import ComfyUI
 from conftest import PATH, PYTHON
 from helpers import Daemon, Tiny, relative_error
-from safetensors.torch import save_file
 
 MOST = 1e-5
 
@@ -233,58 +232,6 @@ def test_two_comfyuis_and_a_script_share_a_daemon(
         for server, pair in zip(servers, pairs, strict=True):
             assert agrees(server, pair)
     assert all(torch.equal(out, outs[0]) for out in outs)
-
-
-def lora(folder: Path, name: str, keys: dict[str, tuple[int, int]]) -> str:
-    """A LoRA file; ``keys`` are layers by the trainer's names, with outputs and inputs."""
-    random = torch.Generator().manual_seed(len(name))
-    tensors = {}
-    for key, (outputs, inputs) in keys.items():
-        tensors[f"{key}.lora_up.weight"] = 0.1 * torch.randn(outputs, 4, generator=random)
-        tensors[f"{key}.lora_down.weight"] = 0.1 * torch.randn(4, inputs, generator=random)
-        tensors[f"{key}.alpha"] = torch.tensor(2.0)
-    save_file(tensors, folder / "loras" / name)
-    return name
-
-
-@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
-def test_loras(comfyui: ComfyUI, comfyui_models: Path, before: bool) -> None:
-    """Two of them, in the names of kohya and of ComfyUI, in both places, and another strength."""
-    kohya = lora(
-        comfyui_models,
-        "kohya.safetensors",
-        {"lora_unet_double_blocks_0_img_attn_qkv": (240, 80), "lora_unet_single_blocks_1_linear2": (80, 400)},
-    )
-    plain = lora(comfyui_models, "plain.safetensors", {"diffusion_model.double_blocks.1.txt_mlp.0": (320, 80)})
-    for strength in (0.8, -0.4):
-        pair = Pair(FLUX)
-        if not before:
-            pair.load()
-        pair.on_model("LoraLoaderModelOnly", lora_name=kohya, strength_model=strength)
-        pair.on_model("LoraLoaderModelOnly", lora_name=plain, strength_model=1.3)
-        if before:
-            pair.load()
-        pair.sample(steps=3)
-        outcome = comfyui.run(pair.nodes)
-        assert outcome.kind == "success", outcome.error
-        assert agrees(comfyui, pair)
-
-
-def test_a_lora_on_the_conditioning(comfyui: ComfyUI, comfyui_models: Path) -> None:
-    """A hook puts it on for the positive prompt alone, with a strength that changes on the way."""
-    name = lora(comfyui_models, "hooked.safetensors", {"diffusion_model.double_blocks.0.img_mlp.0": (320, 80)})
-    pair = Pair(FLUX)
-    pair.add("hook", "CreateHookLoraModelOnly", lora_name=name, strength_model=1.0)
-    pair.add("early", "CreateHookKeyframe", strength_mult=1.0, start_percent=0.0)
-    pair.add("late", "CreateHookKeyframe", strength_mult=0.2, start_percent=0.5, prev_hook_kf="@early")
-    pair.add("hooks", "SetHookKeyframes", hooks="@hook", hook_kf="@late")
-    pair.add("hooked", "ConditioningSetProperties", cond_NEW="@positive", hooks="@hooks", strength=1.0)
-    pair.nodes["hooked"]["inputs"]["set_cond_area"] = "default"
-    pair.load()
-    pair.sample(positive="@hooked", cfg=3.0, steps=6)
-    outcome = comfyui.run(pair.nodes)
-    assert outcome.kind == "success", outcome.error
-    assert agrees(comfyui, pair)
 
 
 WIDE = TinyModel(

@@ -12,6 +12,10 @@ import comfy.weight_adapter
 import torch
 from safetensors import safe_open
 
+from . import controlnets, shapes, standins
+
+__all__ = ["NODE_CLASS_MAPPINGS", "shapes"]
+
 _detect = comfy.model_detection.detect_unet_config
 _load = comfy.utils.load_torch_file
 _last: dict[str, str] = {}
@@ -208,5 +212,13 @@ class TestReplace:
         return (model,)
 
 
-_NODES = (TestReplace, TestConditioning, TestLatent, TestMask, TestConcat, TestControl, TestAttentionMask)
-NODE_CLASS_MAPPINGS = {kind.__name__: kind for kind in _NODES}
+_NODES = (
+    TestReplace,
+    TestConditioning,
+    TestLatent,
+    TestMask,
+    TestConcat,
+    TestControl,
+    TestAttentionMask,
+)
+NODE_CLASS_MAPPINGS = {kind.__name__: kind for kind in (*_NODES, *controlnets.NODES, *standins.NODES)}

@@ -1,0 +1,132 @@
+"""Tiny ControlNets of ComfyUI's own classes, with random weights, and what they are given."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import comfy.cldm.dit_embedder
+import comfy.cldm.mmdit
+import comfy.controlnet
+import comfy.latent_formats
+import comfy.ldm.flux.controlnet
+import comfy.ldm.flux.model
+import comfy.ops
+import torch
+
+__all__ = ["NODES"]
+
+_BUILD = {"dtype": torch.float32, "device": "cpu", "operations": comfy.ops.disable_weight_init}
+
+
+def _flux(config: dict[str, Any], latent: bool) -> comfy.controlnet.ControlNet:
+    """XLabs' with an image, or InstantX's with a latent."""
+    more = {"patch_size": 2, "mlp_ratio": 4.0, "theta": 10000, "qkv_bias": True, "txt_ids_dims": []}
+    # Versions differ in what they take.
+    known = {field.name for field in dataclasses.fields(comfy.ldm.flux.model.FluxParams)}
+    sizes = {key: value for key, value in {**more, **config}.items() if key in known}
+    hint = {"latent_input": True, "control_latent_channels": 16} if latent else {}
+    net = comfy.ldm.flux.controlnet.ControlNetFlux(**sizes, **hint, **_BUILD)
+    asked = {"compression_ratio": 1, "latent_format": comfy.latent_formats.Flux()} if latent else {}
+    return comfy.controlnet.ControlNet(net, **asked, **_ON_CPU, extra_conds=["y", "guidance"])
+
+
+def _sd3(config: dict[str, Any]) -> comfy.controlnet.ControlNet:
+    """InstantX's, of two blocks."""
+    sizes = {key: value for key, value in config.items() if key not in ("image_model", "x_block_self_attn_layers")}
+    net = comfy.cldm.mmdit.ControlNet(num_blocks=2, control_latent_channels=16, input_size=None, **sizes, **_BUILD)
+    asked = {"compression_ratio": 1, "latent_format": comfy.latent_formats.SD3()}
+    return comfy.controlnet.ControlNet(net, **asked, **_ON_CPU)
+
+
+def _sd35(config: dict[str, Any]) -> comfy.controlnet.ControlNet:
+    """Stability's for SD3.5-large, which copies a layer of the model."""
+    depth = config["depth"]
+    net = comfy.cldm.dit_embedder.ControlNetEmbedder(
+        img_size=None,
+        patch_size=2,
+        in_chans=16,
+        num_layers=2,
+        main_model_double=depth,
+        double_y_emb=True,
+        attention_head_dim=64,
+        num_attention_heads=depth,
+        adm_in_channels=config["adm_in_channels"],
+        **_BUILD,
+    )
+    asked = {"compression_ratio": 1, "latent_format": comfy.latent_formats.SD3(), "preprocess_image": lambda a: a}
+    return comfy.controlnet.ControlNetSD35(net, **asked, **_ON_CPU)
+
+
+_ON_CPU = {"load_device": torch.device("cpu"), "manual_cast_dtype": None}
+_KINDS = {
+    "flux": lambda config: _flux(config, latent=False),
+    "flux_latent": lambda config: _flux(config, latent=True),
+    "sd3": _sd3,
+    "sd35": _sd35,
+}
+
+
+class TestControlNet:
+    """A ControlNet with random weights for a model of this configuration."""
+
+    RETURN_TYPES = ("CONTROL_NET",)
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"sort": (list(_KINDS),), "config": ("STRING", {"default": "{}"})}}
+
+    def make(self, sort: str, config: str) -> tuple[Any]:
+        control = _KINDS[sort](json.loads(config))
+        random = torch.Generator().manual_seed(0)
+        for parameter in control.control_model.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=random) / max(1, parameter[0].numel()) ** 0.5
+        return (control,)
+
+
+class TestImage:
+    """A random image."""
+
+    RETURN_TYPES = ("IMAGE",)
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        whole = ("INT", {"default": 64, "min": 1, "max": 4096})
+        return {"required": {"height": whole, "width": whole}}
+
+    def make(self, height: int, width: int) -> tuple[Any]:
+        return (torch.rand(1, height, width, 3, generator=torch.Generator().manual_seed(1)),)
+
+
+class VAE:
+    """Folds an eighth of the image's sides into channels."""
+
+    def spacial_compression_encode(self) -> int:
+        return 8
+
+    def encode(self, image: torch.Tensor) -> torch.Tensor:
+        folded = torch.nn.functional.pixel_unshuffle(image.movedim(-1, 1), 8)
+        return folded[:, :16]
+
+
+class TestVAE:
+    """What a ControlNet asks of a VAE."""
+
+    RETURN_TYPES = ("VAE",)
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {}}
+
+    def make(self) -> tuple[Any]:
+        return (VAE(),)
+
+
+NODES = (TestControlNet, TestImage, TestVAE)
