@@ -5,6 +5,7 @@ Unknown keys are errors, and every error reads ``file:key: reason``.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import sys
@@ -123,6 +124,44 @@ class Limits(_Section):
     """Largest message, and largest tensor, from a client."""
 
 
+def _check_listen(listen: str) -> str:
+    path = listen.removeprefix("unix:")
+    if path != listen:
+        if not os.path.isabs(path) or path.endswith("/") or "\0" in path or len(path.encode()) > 100:
+            raise ValueError(f"expected unix:/absolute/path of 100 bytes at most, got {listen!r}")
+        return listen
+    host, _, port = listen.rpartition(":")
+    try:
+        address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        address = None
+    if address is None or (address.version == 6) != host.startswith("[") or not port.isascii() or not port.isdigit():
+        raise ValueError(f'expected "127.0.0.1:9464", "[::1]:9464" or "unix:/path", got {listen!r}')
+    if not 0 <= int(port) <= 65535:
+        raise ValueError(f"port {port} is none of 0 to 65535")
+    return listen
+
+
+class Metrics(_Section):
+    """Numbers for Prometheus, over HTTP without a password."""
+
+    listen: Annotated[str, AfterValidator(_check_listen)] | None = None
+    """``127.0.0.1:9464``, or ``unix:/run/tacod/metrics.sock``; by default nothing is exported."""
+    allow_remote: bool = False
+    """Whether `listen` may be an address that other machines reach: then whoever reaches it may read."""
+
+    @model_validator(mode="after")
+    def _on_loopback(self) -> Metrics:
+        if self.listen is not None and not self.listen.startswith("unix:") and not self.allow_remote:
+            host = self.listen.rpartition(":")[0].strip("[]")
+            if not ipaddress.ip_address(host).is_loopback:
+                raise ValueError(
+                    f"{self.listen} can be reached from other machines; listen on 127.0.0.1, "
+                    "or set allow_remote = true if a firewall decides who may read"
+                )
+        return self
+
+
 class Config(_Section):
     """Everything that tacod can be told."""
 
@@ -135,6 +174,7 @@ class Config(_Section):
     group: Group = Field(default_factory=lambda: Group.model_validate({}))
     models: Models = Field(default_factory=Models)
     limits: Limits = Field(default_factory=Limits)
+    metrics: Metrics = Field(default_factory=Metrics)
 
     @property
     def socket_path(self) -> Path:
@@ -189,4 +229,6 @@ def _toml(value: Any) -> str:
     if isinstance(value, str):
         # JSON's escapes are TOML's too, but TOML wants one for DEL as well.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, bool):
+        return str(value).lower()
     return str(value)

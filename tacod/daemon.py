@@ -15,8 +15,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tacod import __version__, logs
+from tacod import __version__, logs, report
 from tacod.config import Config, ConfigError, load_config, to_toml
+from tacod.exporter import Exporter, Reading
 from tacod.group import devices
 from tacod.manifest import Manifest
 from tacod.notify import notify, watchdog_s
@@ -128,18 +129,21 @@ def _serve(config: Config, config_path: str, folder: Path) -> int:
     signal.set_wakeup_fd(wakeup.fileno())
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, frame: None)
+    exporter = Exporter(config.metrics.listen) if config.metrics.listen is not None else None
     server = Server(config, names, preload, folder)
     log.info("tacod %s, pid %d, listening on %s", __version__, os.getpid(), config.endpoint)
     try:
-        return _loop(server, config, signals)
+        return _loop(server, config, signals, exporter)
     finally:
         server.close()
+        if exporter is not None:
+            exporter.close()
         signal.set_wakeup_fd(-1)
         signals.close()
         wakeup.close()
 
 
-def _loop(server: Server, config: Config, signals: socket.socket) -> int:
+def _loop(server: Server, config: Config, signals: socket.socket, exporter: Exporter | None) -> int:
     executor = server.executor
     drain_until: float | None = None
     pat_every_s = watchdog_s()
@@ -147,6 +151,8 @@ def _loop(server: Server, config: Config, signals: socket.socket) -> int:
     while True:
         server.turn(signals.fileno())
         now = time.monotonic()
+        if exporter is not None and exporter.due(now):
+            exporter.publish(Reading.take(report.status(server), report.stats(server), server.executor.metrics))
         if pat_every_s is not None and now >= next_pat_s:
             next_pat_s = now + pat_every_s / 2
             notify("WATCHDOG=1")

@@ -250,6 +250,7 @@ class Executor:
             self._forget_model(model.id)
 
     def _note_loaded(self, model: Model, answer: Answer) -> None:
+        self.metrics.loads.add(answer.elapsed_s)
         told = [(model, answer.body["model"])]
         if model.base is not None:
             told.insert(0, (model.base, answer.body["base"]))

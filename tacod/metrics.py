@@ -1,14 +1,16 @@
-"""Counts and times of what the daemon did, for ``tacoctl stats``."""
+"""Counts and times of what the daemon did: the one place that `tacoctl stats` and Prometheus both read."""
 
 from __future__ import annotations
 
+import bisect
 import math
 import statistics
 from collections import Counter, deque
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
-__all__ = ["Metrics", "StepTimes"]
+__all__ = ["Histogram", "Metrics", "StepTimes"]
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,38 @@ class StepTimes:
         return self.queue_s + self.wire_s + self.compute_s + self.collective_s
 
 
+PARTS = tuple(part.name for part in fields(StepTimes))
+
+
+class Histogram:
+    """How many values were at most as large as each bound, and their sum."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = tuple(bounds)
+        self.sum = 0.0
+        self._counts = [0] * (len(self.bounds) + 1)
+
+    def add(self, value: float) -> None:
+        """Count one value."""
+        self._counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    @property
+    def cumulative(self) -> list[int]:
+        """For each bound the values up to it, and at the end all of them."""
+        total, counts = 0, []
+        for count in self._counts:
+            total += count
+            counts.append(total)
+        return counts
+
+
 class Metrics:
     """Totals since the daemon's start, and the times of the last `WINDOW` steps."""
 
     WINDOW = 1024
+    STEP_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+    LOAD_BOUNDS = (0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0)
 
     def __init__(self) -> None:
         self.forwards_total = 0
@@ -41,20 +71,27 @@ class Metrics:
         self.retried_forwards = 0
         self.jobs_total: Counter[str] = Counter(result=0, failed=0, cancelled=0)
         self.rx_bytes = 0
-        self._steps: deque[StepTimes] = deque(maxlen=self.WINDOW)
-        self._steps_total = 0
+        self.steps = Histogram(self.STEP_BOUNDS)
+        """Seconds of every step."""
+        self.loads = Histogram(self.LOAD_BOUNDS)
+        """Seconds of every load that a rank group did, those after a restart too."""
+        self.part_seconds = dict.fromkeys(PARTS, 0.0)
+        """Seconds of all steps, by what they went into."""
+        self._recent: deque[StepTimes] = deque(maxlen=self.WINDOW)
 
     def add_step(self, times: StepTimes, forwards: int, ranks: int) -> None:
         """One step of a forward or sampling job is done, with so many forwards in it."""
-        self._steps.append(times)
-        self._steps_total += 1
+        self._recent.append(times)
+        self.steps.add(times.total_s)
+        for part in PARTS:
+            self.part_seconds[part] += getattr(times, part)
         self.forwards_total += forwards
         if ranks > 1:
             self.parallel_forwards_total += forwards
 
     def to_wire(self) -> dict[str, Any]:
         """The stats; seconds are means over the last `WINDOW` steps, percentiles likewise."""
-        totals = sorted(step.total_s for step in self._steps)
+        totals = sorted(step.total_s for step in self._recent)
         return {
             "forwards_total": self.forwards_total,
             "parallel_forwards_total": self.parallel_forwards_total,
@@ -63,12 +100,9 @@ class Metrics:
                 "mean": _mean(totals),
                 "p50": _percentile(totals, 0.50),
                 "p95": _percentile(totals, 0.95),
-                "count": self._steps_total,
+                "count": self.steps.cumulative[-1],
             },
-            "queue_s": _mean([step.queue_s for step in self._steps]),
-            "wire_s": _mean([step.wire_s for step in self._steps]),
-            "compute_s": _mean([step.compute_s for step in self._steps]),
-            "collective_s": _mean([step.collective_s for step in self._steps]),
+            **{part: _mean([getattr(step, part) for step in self._recent]) for part in PARTS},
             "rx_bytes": self.rx_bytes,
             "retried_forwards": self.retried_forwards,
         }

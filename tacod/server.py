@@ -12,11 +12,12 @@ from typing import Any
 
 import zmq
 
-from tacod import __version__, messages
+from tacod import __version__, messages, report
 from tacod.config import Config
 from tacod.executor import Executor
 from tacod.manifest import Model
 from tacod.messages import parse
+from tacod.monitor import Monitor
 from tacod.scheduler import Job, Verb
 from tacod.sessions import Session, Sessions
 from tacod.store import digests_of, tensors_of
@@ -47,6 +48,9 @@ class Server:
         self.sessions = Sessions(self.socket, config.limits.clients)
         self.executor = Executor(
             config, devices, preload, self._context, folder, on_progress=self._tell_progress, on_end=self._tell_end
+        )
+        self.monitor = Monitor(
+            config.group.device, lambda: [(rank.process.pid, rank.device) for rank in self.executor.group.ranks]
         )
         self.uploads = Uploads(config.models.uploads, config.models.upload_bytes)
         self._next_probe_s = self.started_s + config.heartbeat_s
@@ -87,6 +91,7 @@ class Server:
 
     def close(self) -> None:
         """End the ranks and close the sockets."""
+        self.monitor.close()
         self.executor.close()
         self.socket.close()
         self._context.term()
@@ -328,40 +333,7 @@ class Server:
         return {"jobs": jobs}
 
     def _status(self, session: Session, request: int, body: messages.Empty) -> dict[str, Any]:
-        executor = self.executor
-        ranks = [
-            {
-                "rank": rank.index,
-                "pid": rank.process.pid,
-                "device": rank.device,
-                "memory_used_bytes": rank.memory_used_bytes,
-            }
-            for rank in executor.group.ranks
-        ]
-        return {
-            "state": executor.state,
-            "version": __version__,
-            "pid": os.getpid(),
-            "uptime_s": round(time.monotonic() - self.started_s, 3),
-            "boot_id": self.boot_id,
-            "endpoint": self.config.endpoint,
-            "group": {
-                "device": self.config.group.device,
-                "world_size": executor.group.world_size,
-                "restarts": executor.group.restarts,
-                "ranks": ranks,
-            },
-            "models": [model.to_wire() for model in executor.manifest],
-            "queue": {"running": int(executor.scheduler.running is not None), "queued": len(executor.scheduler)},
-            "clients": len(self.sessions),
-        }
+        return report.status(self)
 
     def _stats(self, session: Session, request: int, body: messages.Empty) -> dict[str, Any]:
-        executor = self.executor
-        store = executor.store
-        return {
-            **executor.metrics.to_wire(),
-            "tx_bytes": self.sessions.tx_bytes,
-            "store": {"bytes": store.nbytes, "hits": store.hits, "misses": store.misses},
-            "group_restarts": executor.group.restarts,
-        }
+        return report.stats(self)

@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 import time
+from typing import Any
 
 import psutil
 import pytest
 from helpers import SD3, Daemon, eventually
 
-from tacod_client import Client, __version__
+from tacod_client import Cancelled, Client, __version__
 
 
 def test_status_has_what_others_read(daemon: Daemon, client: Client) -> None:
@@ -23,7 +24,9 @@ def test_status_has_what_others_read(daemon: Daemon, client: Client) -> None:
     assert told["uptime_s"] > 0
     group = told["group"]
     assert (group["device"], group["world_size"], group["restarts"]) == ("cpu", 2, 0)
-    assert [set(rank) for rank in group["ranks"]] == [{"rank", "pid", "device", "memory_used_bytes"}] * 2
+    required = {"rank", "pid", "device", "memory_used_bytes"}
+    added = {"device_name", "memory_total_bytes", "device_memory_used_bytes", "utilization"}
+    assert [set(rank) for rank in group["ranks"]] == [required | added] * 2
     assert [(rank["rank"], rank["device"]) for rank in group["ranks"]] == [(0, "cpu:0"), (1, "cpu:1")]
     for rank in group["ranks"]:
         assert psutil.Process(rank["pid"]).ppid() == daemon.pid
@@ -33,6 +36,24 @@ def test_status_has_what_others_read(daemon: Daemon, client: Client) -> None:
     assert (one["name"], one["family"], one["parameters"]) == (SD3.file, "sd3", model.parameters)
     assert told["queue"] == {"running": 0, "queued": 0}
     assert told["clients"] >= 1
+
+
+def test_devices_are_watched_while_ranks_work(client: Client) -> None:
+    model = client.load(SD3.file)
+    job = SD3.sample(model, 20000)
+
+    def busy_ranks() -> list[dict[str, Any]]:
+        return [rank for rank in client.status()["group"]["ranks"] if rank["utilization"]]
+
+    ranks = eventually(lambda: len(found := busy_ranks()) == 2 and found, 15, "both ranks are seen at work")
+    job.cancel()
+    with pytest.raises(Cancelled):
+        job.result()
+    for rank in ranks:
+        assert rank["device_name"] == "cpu"
+        assert 0 < rank["utilization"] <= 1
+        assert 0 < rank["memory_used_bytes"] < rank["memory_total_bytes"] == psutil.virtual_memory().total
+        assert 0 < rank["device_memory_used_bytes"] <= rank["memory_total_bytes"]
 
 
 def test_stats_have_what_others_read(client: Client) -> None:

@@ -100,6 +100,15 @@ FAULTS = {
     "[limits]\nqueue = 1.5": "limits.queue: Input should be a valid integer",
     "[limits]\nstore_bytes = 9223372036854775808": "limits.store_bytes: Input should be less than",
     "[limits]\nmessage_bytes = 0": "limits.message_bytes: Input should be greater than 0",
+    '[metrics]\nlisten = "0.0.0.0:9464"': "metrics: 0.0.0.0:9464 can be reached from other machines",
+    '[metrics]\nlisten = "[::]:9464"': "metrics: [::]:9464 can be reached from other machines",
+    '[metrics]\nlisten = "localhost:9464"': 'metrics.listen: expected "127.0.0.1:9464"',
+    '[metrics]\nlisten = "::1:9464"': 'metrics.listen: expected "127.0.0.1:9464"',
+    '[metrics]\nlisten = "9464"': 'metrics.listen: expected "127.0.0.1:9464"',
+    '[metrics]\nlisten = "127.0.0.1:"': 'metrics.listen: expected "127.0.0.1:9464"',
+    '[metrics]\nlisten = "127.0.0.1:65536"': "metrics.listen: port 65536 is none of 0 to 65535",
+    '[metrics]\nlisten = "unix:metrics.sock"': "metrics.listen: expected unix:/absolute/path",
+    f'[metrics]\nlisten = "unix:/{"x" * 100}"': "metrics.listen: expected unix:/absolute/path",
     "colour = 1": "colour: unknown key; `tacod --print-config` shows the known ones",
     "[group]\ncolour = 1": "group.colour: unknown key",
     "[colours]\nred = 1": "colours: unknown key",
@@ -112,6 +121,25 @@ def test_every_fault_is_told_by_file_key_and_reason(load: Load, tmp_path: Path, 
         load(text)
     first = str(caught.value).splitlines()[0]
     assert first.startswith(f"{tmp_path}/config.toml:{FAULTS[text]}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'listen = "127.0.0.1:9464"',
+        'listen = "127.9.9.9:0"',
+        'listen = "[::1]:9464"',
+        'listen = "unix:/run/tacod/metrics.sock"',
+        'listen = "0.0.0.0:9464"\nallow_remote = true',
+    ],
+)
+def test_metrics_listen_on_loopback_a_unix_socket_or_where_it_is_allowed(load: Load, text: str) -> None:
+    listen = load("[metrics]\n" + text).metrics.listen
+    assert f'listen = "{listen}"' in text
+
+
+def test_metrics_are_off_by_default(load: Load) -> None:
+    assert load("").metrics.listen is None
 
 
 def test_all_faults_are_told_at_once(load: Load) -> None:
@@ -153,9 +181,9 @@ def test_cpu_configuration_comes_back_from_its_toml(load: Load) -> None:
 def test_toml_shows_every_key() -> None:
     text = to_toml(Config.model_validate({"group": {"device": "cpu"}}))
     shown = {line.removeprefix("# ").split()[0] for line in text.splitlines() if line and line[0] != "["}
-    sections = [Config, *(type(getattr(Config(), name)) for name in ("group", "models", "limits"))]
+    sections = [Config, *(type(getattr(Config(), name)) for name in ("group", "models", "limits", "metrics"))]
     keys = {key for section in sections for key in section.model_fields}
-    assert keys - shown == {"group", "models", "limits", "gpus"}
+    assert keys - shown == {"group", "models", "limits", "metrics", "gpus"}
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

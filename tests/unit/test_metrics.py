@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tacod.metrics import Metrics, StepTimes
+from tacod.metrics import Histogram, Metrics, StepTimes
 
 SECONDS = st.floats(0, 1000)
 TIMES = st.builds(StepTimes, SECONDS, SECONDS, SECONDS, SECONDS)
@@ -77,3 +77,23 @@ def test_totals_are_told_as_they_were_counted() -> None:
     metrics.retried_forwards += 1
     told = metrics.to_wire()
     assert (told["jobs_total"]["failed"], told["rx_bytes"], told["retried_forwards"]) == (2, 5, 1)
+
+
+@given(st.lists(SECONDS, max_size=30), st.lists(SECONDS, min_size=1, max_size=5, unique=True).map(sorted))
+def test_a_histogram_counts_up_to_each_bound(values: list[float], bounds: list[float]) -> None:
+    histogram = Histogram(bounds)
+    for value in values:
+        histogram.add(value)
+    assert histogram.cumulative == [*(sum(value <= bound for value in values) for bound in bounds), len(values)]
+    assert math.isclose(histogram.sum, sum(values), abs_tol=1e-9)
+
+
+def test_totals_outlive_the_window() -> None:
+    metrics = of(*[1.0] * (Metrics.WINDOW + 10))
+    assert metrics.steps.cumulative[-1] == Metrics.WINDOW + 10
+    assert metrics.part_seconds == {
+        "queue_s": 0.0,
+        "wire_s": 0.0,
+        "compute_s": Metrics.WINDOW + 10,
+        "collective_s": 0.0,
+    }

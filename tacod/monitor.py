@@ -1,0 +1,119 @@
+"""How full and how busy the ranks' devices are, looked at once a second on a thread of its own.
+
+A driver may take long to answer, or never answer for a GPU that is lost; the daemon's loop only reads what was last
+seen.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+__all__ = ["Load", "Monitor"]
+
+log = logging.getLogger(__name__)
+
+EVERY_S = 1.0
+
+
+@dataclass(frozen=True)
+class Load:
+    """One rank's device. What could not be found out is None."""
+
+    name: str | None = None
+    memory_used_bytes: int | None = None
+    """By all processes."""
+    memory_total_bytes: int | None = None
+    utilization: float | None = None
+    """From 0 to 1: of a GPU the share of time in which it had work, of a CPU the rank's share of all cores."""
+
+
+Ranks = Iterable[tuple[int, str]]
+"""The pid and the device of each."""
+
+
+class Monitor:
+    """Knows the load of each rank; ``ranks`` gives their pids and devices, and is called on the monitor's thread."""
+
+    def __init__(self, kind: str, ranks: Callable[[], Ranks]) -> None:
+        self._ranks = ranks
+        self._open: Callable[[], Callable[[Ranks], dict[int, Load]]] = _Gpus if kind == "cuda" else _Cpus
+        self._loads: dict[int, Load] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="monitor", daemon=True)
+        self._thread.start()
+
+    def load(self, pid: int) -> Load:
+        """What was last seen of a rank."""
+        return self._loads.get(pid, Load())
+
+    def close(self) -> None:
+        """Stop looking; a look that hangs in the driver is left to itself."""
+        self._stop.set()
+        self._thread.join(timeout=1.0)
+
+    def _watch(self) -> None:
+        try:
+            look = self._open()
+            while not self._stop.wait(EVERY_S):
+                self._loads = look(self._ranks())
+        except Exception:
+            # The numbers are for looking at; no work depends on them.
+            log.exception("the devices are no longer watched")
+            self._loads = {}
+
+
+class _Cpus:
+    def __init__(self) -> None:
+        self._processes: dict[int, psutil.Process] = {}
+
+    def __call__(self, ranks: Ranks) -> dict[int, Load]:
+        memory = psutil.virtual_memory()
+        known, self._processes = self._processes, {}
+        loads = {}
+        for pid, _ in ranks:
+            busy = None
+            with suppress(psutil.Error):
+                # It tells the time used since it was last asked, so the object is kept.
+                process = known.get(pid) or psutil.Process(pid)
+                busy = min(process.cpu_percent() / 100 / (psutil.cpu_count() or 1), 1.0)
+                self._processes[pid] = process
+            loads[pid] = Load("cpu", memory.total - memory.available, memory.total, busy)
+        return loads
+
+
+class _Gpus:
+    def __init__(self) -> None:
+        import pynvml
+
+        self._nvml: Any = pynvml
+        pynvml.nvmlInit()
+        self._handles: dict[str, Any] = {}
+
+    def __call__(self, ranks: Ranks) -> dict[int, Load]:
+        return {pid: self._load(device) for pid, device in ranks}
+
+    def _load(self, device: str) -> Load:
+        nvml = self._nvml
+        name = memory = busy = None
+        # Each is told apart: some cards and partitions have the one but not the other.
+        with suppress(nvml.NVMLError):
+            handle = self._handle(device)
+            name = str(nvml.nvmlDeviceGetName(handle))
+            with suppress(nvml.NVMLError):
+                memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+            with suppress(nvml.NVMLError):
+                busy = nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
+        return Load(name, memory and int(memory.used), memory and int(memory.total), busy)
+
+    def _handle(self, device: str) -> Any:
+        if device not in self._handles:
+            find = self._nvml.nvmlDeviceGetHandleByIndex if device.isdigit() else self._nvml.nvmlDeviceGetHandleByUUID
+            self._handles[device] = find(int(device) if device.isdigit() else device)
+        return self._handles[device]
