@@ -25,10 +25,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tacod.rank.families import detect
-from tacod.rank.families.base import DiT
+from tacod.rank.families.base import Control, DiT
 from tacod.rank.sequence import SequenceParallel
 from tacod_client import Client, Job, Model
 from tacod_client.errors import ConnectionFailed
+from tacod_client.exchange import pack
 
 GOLDEN = Path(os.environ.get("TACOD_GOLDEN") or Path(__file__).parents[2] / "shared" / "golden")
 FP32 = 2e-6
@@ -256,7 +257,9 @@ class Tiny:
         return {**inputs, "guidance": torch.full((batch,), 3.5)} if flux else inputs
 
     def forward(self, **inputs: Any) -> Tensor:
-        """One forward in this process."""
+        """One forward in this process; a ``control`` may be ComfyUI's map."""
+        if isinstance(inputs.get("control"), dict):
+            inputs["control"] = Control(pack(inputs["control"], "control", {}, None))
         with torch.inference_mode():
             out: Tensor = self.model(SequenceParallel(), **inputs)
         return out

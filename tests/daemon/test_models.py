@@ -12,8 +12,7 @@ import pytest
 import torch
 from helpers import FLUX, FP32, SD3, Daemon, Tiny, relative_error
 
-from tacod.rank.families.base import Control
-from tacod_client import ArgumentError, Client, ModelNotFound
+from tacod_client import Client, ModelNotFound
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
@@ -150,37 +149,3 @@ def test_plain_attention_gives_the_same(daemons: Callable[[int], Daemon]) -> Non
         assert relative_error(plain.forward(**inputs), FLUX.forward(**inputs)) <= FP32
         assert plain.stats.plan.endswith("no flash attention)")
         assert not client.load(FLUX.file).plan.endswith("no flash attention)")
-
-
-def test_residuals_masks_and_stretched_positions(daemons: Callable[[int], Daemon]) -> None:
-    inputs = FLUX.inputs(batch=2, text=5)
-    tokens = 5 + 35
-    residual, mask = torch.randn(2, 35, 80), torch.randn(1, tokens, tokens)
-    more = {"attention_mask": mask, "rope_options": {"scale_x": 0.5, "shift_y": 2.0}}
-    control = {"input": [residual, None, residual], "output": [residual]}
-    expected = FLUX.forward(**inputs, **more, control=Control(control))
-    with daemons(3).client() as client:
-        model = client.load(FLUX.file)
-        before = client.stats()["store"]["bytes"]
-        assert relative_error(model.forward(**inputs, **more, control=control), expected) <= FP32
-        # What changes with every step isn't kept.
-        assert client.stats()["store"]["bytes"] - before < residual.nbytes + mask.nbytes
-        for bad, named in (
-            ({"control": {"input": [torch.randn(3, 35, 80)]}}, "control.tensors[0]"),
-            ({"control": {"input": [torch.randn(2, 35, 79)]}}, "control.tensors[0]"),
-            ({"control": {"sideways": [residual]}}, "control.sideways"),
-            ({"control": {"input": "all"}}, "control.input"),
-            ({"attention_mask": torch.randn(1, 9, 9)}, "attention_mask"),
-            ({"attention_mask": torch.randn(3, tokens, tokens)}, "attention_mask"),
-            ({"rope_options": {"scale_w": 1.0}}, "rope_options.scale_w"),
-            ({"rope_options": {"scale_x": "wide"}}, "rope_options.scale_x"),
-            ({"rope_options": 3.0}, "rope_options"),
-        ):
-            with pytest.raises(ArgumentError) as caught:
-                model.forward(**inputs, **bad)
-            assert caught.value.message.startswith(named)
-        condition = {name: value for name, value in inputs.items() if name not in ("x", "timestep")}
-        canvas = {"noise": inputs["x"], "latent": inputs["x"], "sigmas": torch.tensor([1.0, 0.0])}
-        job = model.sample(**canvas, positive={**condition, "control": control})
-        with pytest.raises(ArgumentError, match=r"positive\.control"):
-            job.result()

@@ -13,7 +13,6 @@ import torch
 from helpers import FLUX, FP32, SD3, Daemon, Golden, Tiny, relative_error, stopped
 
 from tacod.rank.attention import attend, attend_part, merge
-from tacod.rank.families.base import Control
 
 pytestmark = [
     pytest.mark.gpu,
@@ -114,7 +113,7 @@ def test_residuals_masks_and_plain_attention(gpu_daemon: Daemon) -> None:
     residual, mask = torch.randn(2, 35, 80), torch.randn(1, 40, 40)
     more = {"attention_mask": mask, "rope_options": {"scale_x": 0.5, "shift_y": 2.0}}
     control = {"input": [residual, None], "output": [residual]}
-    expected = FLUX.forward(**inputs, **more, control=Control(control))
+    expected = FLUX.forward(**inputs, **more, control=control)
     with gpu_daemon.client() as client:
         for plan in ("auto", {"flash_attention": False}):
             model = client.load(FLUX.file, dtype="fp32", plan=plan)
