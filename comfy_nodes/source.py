@@ -38,12 +38,15 @@ class Source:
             return state_of(model)
         if self.path is not None and os.path.isfile(self.path):
             return FileState(self.path, self.names)
-        raise Failed(
-            f"TACO-DiT: the weights of {self.name} are no longer here; change a setting of the loader and queue"
-        )
+        raise self._gone()
 
     def metadata(self) -> dict[str, str]:
-        """What an upload says of itself: the configuration, so far as it is plain data."""
+        """What an upload says of itself: the configuration, so far as it is plain data.
+
+        Nothing for the families that ComfyUI doesn't name there (SD3): the daemon knows those by their tensors.
+        """
+        if "image_model" not in self.config:
+            return {}
         return {"tacod.config": json.dumps({key: value for key, value in self.config.items() if _plain(value)})}
 
     def local(self) -> ModelPatcher:
@@ -53,9 +56,7 @@ class Source:
             return model.clone()
         if self.path is not None and os.path.isfile(self.path):
             return comfy.sd.load_diffusion_model(self.path)
-        raise Failed(
-            f"TACO-DiT: the weights of {self.name} are no longer here; change a setting of the loader and queue"
-        )
+        raise self._gone()
 
     def _gone(self) -> Failed:
         return Failed(

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from comfyui_graphs import FLUX, SD3, Pair, TinyModel, save
-from comfyui_server import ComfyUI
+from comfyui_server import ComfyUI, Outcome
 from conftest import PATH, PYTHON
 from helpers import Daemon, Tiny, relative_error
 
 MOST = 1e-5
+Both = Callable[..., Outcome]
 
 
 def guide(model: TinyModel = FLUX, **sampling: Any) -> Pair:
@@ -120,6 +121,56 @@ def test_cancel_in_mid_run(comfyui: ComfyUI) -> None:
     after = guide(seed=8)
     assert comfyui.run(after.nodes).kind == "success"
     assert agrees(comfyui, after)
+
+
+def test_cancel_in_mid_step(comfyui: ComfyUI, own: Daemon) -> None:
+    """However long the step takes: here it doesn't end at all, until Cancel has been heard."""
+    pair = guide(steps=30, seed=17)
+    pair.nodes["loader"]["inputs"]["endpoint"] = own.endpoint
+    victim = own.rank_pids()[1]
+    clicked: list[float] = []
+
+    def click(event: dict[str, Any]) -> None:
+        if _step(event) == 3 and not clicked:
+            os.kill(victim, signal.SIGSTOP)
+            time.sleep(0.2)
+            clicked.append(time.perf_counter())
+            comfyui.post("/interrupt", {})
+
+    try:
+        outcome = comfyui.run(only(pair, "taco"), click)
+        took_s = time.perf_counter() - clicked[0]
+    finally:
+        os.kill(victim, signal.SIGCONT)
+    assert outcome.kind == "interrupted"
+    print(f"from the click on Cancel in mid-step to execution_interrupted: {1e3 * took_s:.0f} ms")
+    assert took_s < 1.0 + 1.0  # the promise, and a busy machine
+    after = guide(seed=18)
+    after.nodes["loader"]["inputs"]["endpoint"] = own.endpoint
+    assert comfyui.run(after.nodes).kind == "success"
+    assert agrees(comfyui, after)
+
+
+def test_a_file_out_of_the_daemons_reach_is_sent(comfyui: ComfyUI, tmp_path: Path) -> None:
+    """Once: ComfyUI's weights as they were loaded, without the LoRAs that are on them."""
+    with Daemon(2, settings={"models.uploads": str(tmp_path)}) as far:
+        for seed in (19, 20):
+            pair = guide(SD3, seed=seed)
+            pair.nodes["loader"]["inputs"]["endpoint"] = far.endpoint
+            outcome = comfyui.run(pair.nodes)
+            assert outcome.kind == "success", outcome.error
+            assert agrees(comfyui, pair)
+        assert "Weights: sent to " in outcome.texts["info"]
+        assert len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
+def test_comfyui_counts_a_few_bytes(comfyui: ComfyUI) -> None:
+    pair = guide(SD3, seed=21)
+    pair.add("local", "TestSize", model="@file")
+    pair.add("remote", "TestSize", model="@loader")
+    outcome = comfyui.run(pair.nodes)
+    assert outcome.kind == "success", outcome.error
+    assert int(outcome.texts["remote"]) < 100 < 1e6 < int(outcome.texts["local"])
 
 
 @pytest.fixture
@@ -257,11 +308,12 @@ WIDE = TinyModel(
 """Flux at its full width, with one block of each kind: ComfyUI knows it by its shapes."""
 
 
-def test_full_width_and_the_memory_that_it_takes_here(comfyui_models: Path, own: Daemon) -> None:
+def test_full_width_and_the_memory_that_it_takes_here(both: Both, comfyui_models: Path, own: Daemon) -> None:
     """Equal through both loaders; and the weights, once the daemon has them, are ComfyUI's to free."""
     save(WIDE, comfyui_models / "diffusion_models")
     size = (comfyui_models / "diffusion_models" / WIDE.tiny.file).stat().st_size
     pair = guide(WIDE, steps=2, seed=16)
+    pair.ranks["taco"] = 2
     opened = guide(WIDE, steps=2, seed=16)
     loader = opened.nodes["loader"]
     loader["class_type"] = "TACODiTUNETLoader"
@@ -272,8 +324,7 @@ def test_full_width_and_the_memory_that_it_takes_here(comfyui_models: Path, own:
         graph = {name: node for name, node in only(opened, "taco").items() if name != "file"}
         assert comfyui.run(graph).kind == "success"
         header_only = comfyui.memory_bytes - idle
-        assert comfyui.run(pair.nodes).kind == "success"
-        assert agrees(comfyui, pair)
+        both(pair, server=comfyui)
         ours, stock = comfyui.latent(opened.file("taco")), comfyui.latent(pair.file("stock"))
         assert relative_error(ours, stock) <= MOST
         with_stock = comfyui.memory_bytes - idle

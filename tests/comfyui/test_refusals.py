@@ -95,6 +95,15 @@ def stock(comfyui: ComfyUI) -> Any:
     return comfyui.latent(pair.file("stock"))
 
 
+def test_a_unet(comfyui: ComfyUI) -> None:
+    pair = Pair(SD3)
+    pair.add("file", "TestUNet")
+    pair.load()
+    pair.add("size", "TestSize", model="@loader")
+    outcome = comfyui.run({name: pair.nodes[name] for name in ("file", "loader", "size")})
+    assert outcome.error.startswith("TACO-DiT can't honour a BaseModel: it is no diffusion transformer")
+
+
 def test_a_plain_model_in_our_sampler(comfyui: ComfyUI) -> None:
     pair = Pair(FLUX)
     pair.sample("TACODiTKSampler", enable_taco_dit=True, **SAMPLING)

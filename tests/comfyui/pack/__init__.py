@@ -7,6 +7,8 @@ from typing import Any
 
 import comfy.controlnet
 import comfy.model_detection
+import comfy.model_patcher
+import comfy.supported_models
 import comfy.utils
 import comfy.weight_adapter
 import torch
@@ -212,8 +214,48 @@ class TestReplace:
         return (model,)
 
 
+class TestUNet:
+    """A UNet of the kind of SD 1.5, as small as it gets."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {}}
+
+    def make(self) -> tuple[Any]:
+        sizes = {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "channel_mult": [1, 2]}
+        depths = {"num_res_blocks": [1, 1], "transformer_depth": [1, 1], "transformer_depth_output": [1] * 4}
+        heads = {"num_heads": 4, "context_dim": 16, "use_spatial_transformer": True, "transformer_depth_middle": 1}
+        config = comfy.supported_models.SD15({**sizes, **depths, **heads, "adm_in_channels": None})
+        config.set_inference_dtype(torch.float32, None)
+        device = torch.device("cpu")
+        base = config.get_model({}, "", device=device)
+        return (comfy.model_patcher.ModelPatcher(base, load_device=device, offload_device=device),)
+
+
+class TestSize:
+    """Shows how large ComfyUI's memory manager takes a model to be, in bytes."""
+
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "show"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"model": ("MODEL",)}}
+
+    def show(self, model: Any) -> dict[str, Any]:
+        return {"ui": {"text": (str(model.model_size()),)}}
+
+
 _NODES = (
     TestReplace,
+    TestUNet,
+    TestSize,
     TestConditioning,
     TestLatent,
     TestMask,
