@@ -70,7 +70,6 @@ def families(reading: Reading) -> Iterator[Metric]:
 
     build = {"version": status["version"], "python": platform.python_version()}
     yield InfoMetricFamily("tacod_build", "The daemon's version, and Python's.", build)
-    yield _gauge("uptime_seconds", "Seconds since the daemon's start.", status["uptime_s"])
     state = GaugeMetricFamily(
         "tacod_state", "1 for the state that the daemon is in, 0 for the others.", labels=["state"]
     )

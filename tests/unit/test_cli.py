@@ -25,6 +25,8 @@ VERBS = {
     "ping": ["ping"],
     "plan": ["plan", "flux.safetensors", "--ranks", "3"],
     "demo": ["demo"],
+    "top": ["top"],
+    "doctor": ["doctor"],
     "completion": ["completion", "bash"],
     "version": ["version"],
 }

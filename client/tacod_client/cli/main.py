@@ -91,6 +91,14 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("prompt", nargs="?", help="what to draw")
     demo.add_argument("--ranks", type=_positive, metavar="N", help="how many ranks (default 3)")
     demo.add_argument("--output", metavar="FILE", help="where the picture goes (default demo.png)")
+    top_verb = verb("top", "a live view: ranks, memory, queue, step times; ctrl-C ends it")
+    top_verb.add_argument(
+        "--interval", type=_seconds, default=1.0, metavar="S", help="seconds between looks, default 1"
+    )
+    top_verb.add_argument("--once", action="store_true", help="one look, then end")
+    doctor = verb("doctor", "look for what stands in the way, and say what to do")
+    doctor.add_argument("--config", metavar="FILE", help="the daemon's configuration (default /etc/tacod/config.toml)")
+    doctor.add_argument("--no-bandwidth", action="store_true", help="don't measure how fast GPUs reach each other")
     verb("version", "the version of tacoctl, and of the daemon if it runs")
     completion = verb("completion", "print a completion script for your shell")
     completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])

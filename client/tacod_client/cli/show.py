@@ -24,7 +24,20 @@ from rich.table import Table
 
 from tacod_client.job import Job
 
-__all__ = ["jobs", "live", "loading", "models", "out", "progress", "stats", "status"]
+__all__ = [
+    "duration",
+    "facts",
+    "jobs",
+    "live",
+    "loading",
+    "models",
+    "ms",
+    "out",
+    "progress",
+    "size",
+    "stats",
+    "status",
+]
 
 _PIPE_WIDTH = 400
 
@@ -75,8 +88,8 @@ def loading(quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
 def status(told: dict[str, Any]) -> Any:
     """``tacoctl status``."""
     group, queue = told["group"], told["queue"]
-    facts = [
-        ("tacod", f"{told['state']}, version {told['version']}, pid {told['pid']}, up {_duration(told['uptime_s'])}"),
+    lines = [
+        ("tacod", f"{told['state']}, version {told['version']}, pid {told['pid']}, up {duration(told['uptime_s'])}"),
         ("endpoint", told["endpoint"]),
         ("group", f"{group['world_size']} ranks on {group['device']}, {group['restarts']} restarts"),
         ("queue", f"{queue['running']} running, {queue['queued']} queued"),
@@ -84,9 +97,9 @@ def status(told: dict[str, Any]) -> Any:
     ]
     ranks = _table(
         ("rank", "pid", "device", "memory"),
-        ((rank["rank"], rank["pid"], rank["device"], _size(rank["memory_used_bytes"])) for rank in group["ranks"]),
+        ((rank["rank"], rank["pid"], rank["device"], size(rank["memory_used_bytes"])) for rank in group["ranks"]),
     )
-    return Group(_facts(facts), ranks, models(told["models"]))
+    return Group(facts(lines), ranks, models(told["models"]))
 
 
 def models(told: list[dict[str, Any]]) -> Any:
@@ -101,7 +114,7 @@ def models(told: list[dict[str, Any]]) -> Any:
                 model["name"],
                 model["family"],
                 _count(model["parameters"]),
-                _size(model["weight_bytes"]),
+                size(model["weight_bytes"]),
                 model["patches"],
                 model["dtype"],
                 f"{model['loaded_s']:.1f} s",
@@ -126,7 +139,7 @@ def jobs(told: list[dict[str, Any]]) -> Any:
                 f"{job['step']}/{job['total']}",
                 job["model"] or "",
                 job["client"] or "gone",
-                _duration(job["age_s"]),
+                duration(job["age_s"]),
             )
             for job in told
         ),
@@ -136,28 +149,29 @@ def jobs(told: list[dict[str, Any]]) -> Any:
 def stats(told: dict[str, Any]) -> Any:
     """``tacoctl stats``."""
     step, outcomes = told["step_s"], told["jobs_total"]
-    facts = [
+    lines = [
         ("forwards", f"{told['forwards_total']}, {told['parallel_forwards_total']} of them on several ranks"),
         ("jobs", ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())),
         ("retried", f"{told['retried_forwards']} forwards, {told['group_restarts']} group restarts"),
-        ("traffic", f"{_size(told['rx_bytes'])} in, {_size(told['tx_bytes'])} out"),
-        ("store", f"{_size(told['store']['bytes'])}, {told['store']['hits']} hits, {told['store']['misses']} misses"),
-        ("step", f"mean {_ms(step['mean'])}, p50 {_ms(step['p50'])}, p95 {_ms(step['p95'])} over {step['count']}"),
+        ("traffic", f"{size(told['rx_bytes'])} in, {size(told['tx_bytes'])} out"),
+        ("store", f"{size(told['store']['bytes'])}, {told['store']['hits']} hits, {told['store']['misses']} misses"),
+        ("step", f"mean {ms(step['mean'])}, p50 {ms(step['p50'])}, p95 {ms(step['p95'])} over {step['count']}"),
     ]
     parts = [(name.removesuffix("_s"), told[name]) for name in ("queue_s", "wire_s", "compute_s", "collective_s")]
     whole = sum(seconds for _, seconds in parts) or 1.0
     split = _table(
         ("of a step", "mean", "share"),
-        ((name, _ms(seconds), f"{100 * seconds / whole:.1f} %") for name, seconds in parts),
+        ((name, ms(seconds), f"{100 * seconds / whole:.1f} %") for name, seconds in parts),
     )
-    return Group(_facts(facts), split)
+    return Group(facts(lines), split)
 
 
-def _facts(facts: Iterable[tuple[str, str]]) -> Table:
+def facts(told: Iterable[tuple[str, str]]) -> Table:
+    """Names and values, one a line."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for name, value in facts:
+    for name, value in told:
         table.add_row(name, value)
     return table
 
@@ -171,11 +185,13 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
     return table
 
 
-def _ms(seconds: float) -> str:
+def ms(seconds: float) -> str:
+    """Milliseconds, as text."""
     return f"{seconds * 1000:.1f} ms"
 
 
-def _size(count: float) -> str:
+def size(count: float) -> str:
+    """Bytes, as text in binary units."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -191,7 +207,8 @@ def _count(count: float) -> str:
     raise AssertionError
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """The two largest units that matter."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from tacod_client.cli import show
+from tacod_client.cli import doctor, show, top
 from tacod_client.client import Client, Model
 from tacod_client.errors import ConnectionFailed, ModelNotFound, RequestError
 from tacod_client.version import __version__
@@ -223,6 +223,8 @@ _VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "ping": _ping,
     "plan": _plan,
     "demo": _demo,
+    "top": top.run,
+    "doctor": doctor.run,
     "version": _version,
     "completion": _completion,
 }

@@ -1,0 +1,207 @@
+"""``tacoctl top``: the daemon at a glance, again and again, over its restarts too."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from tacod_client.cli import show
+from tacod_client.client import Client
+from tacod_client.connection import find_endpoint
+from tacod_client.errors import ConnectionFailed, TacodError
+
+__all__ = ["frame", "run"]
+
+PATIENCE_S = 2.0
+"""How long one look may take before the daemon counts as not reachable."""
+PARTS = (("queue_s", "yellow"), ("wire_s", "magenta"), ("compute_s", "green"), ("collective_s", "blue"))
+STATES = {"ready": "bold green", "degraded": "bold red"}
+BAR = 12
+SPLIT = 64
+
+
+def run(args: argparse.Namespace) -> int:
+    """Show frames until ctrl-C, or one with ``--once``; returns the exit code, 3 if that one found no daemon."""
+    endpoint = find_endpoint(getattr(args, "endpoint", None))
+    looks = _looks(endpoint)
+    if args.once:
+        told = next(looks)
+        if told["error"] is not None:
+            raise ConnectionFailed(told["error"])
+        _print(args, told)
+        return 0
+    with suppress(KeyboardInterrupt):
+        if "json" in args or not sys.stdout.isatty():
+            for told in looks:
+                _print(args, told)
+                time.sleep(args.interval)
+        console = Console(highlight=False)
+        with Live(console=console, screen=True, auto_refresh=False, vertical_overflow="ellipsis") as display:
+            for told in looks:
+                display.update(frame(told), refresh=True)
+                time.sleep(args.interval)
+    return 0
+
+
+def _print(args: argparse.Namespace, told: dict[str, Any]) -> None:
+    if "json" in args:
+        print(json.dumps(told, indent=2 if args.once else None, ensure_ascii=False), flush=True)
+    else:
+        show.out(frame(told))
+        sys.stdout.flush()
+
+
+def _looks(endpoint: str) -> Iterator[dict[str, Any]]:
+    """What the daemon says each time; where it can't be reached, why, and a new try the next time."""
+    client: Client | None = None
+    before: dict[str, Any] | None = None
+    while True:
+        told: dict[str, Any] = {"time": time.time(), "endpoint": endpoint, "error": None, "rates": None}
+        try:
+            if client is None:
+                client = Client(endpoint, timeout_s=PATIENCE_S, reconnect_s=PATIENCE_S)
+            told.update(status=client.status(), stats=client.stats(), jobs=client.jobs())
+            told["rates"] = _rates(before, told)
+            before = told
+        except TacodError as error:
+            told = {"time": told["time"], "endpoint": endpoint, "error": error.message}
+            before = None
+            if client is not None:
+                client.close()
+                client = None
+        yield told
+
+
+def _rates(before: dict[str, Any] | None, now: dict[str, Any]) -> dict[str, float] | None:
+    """Forwards and bytes a second since the last look at the same run of the daemon."""
+    if before is None or before["status"]["boot_id"] != now["status"]["boot_id"]:
+        return None
+    elapsed_s = now["status"]["uptime_s"] - before["status"]["uptime_s"]
+    if elapsed_s <= 0:
+        return None
+    keys = {"forwards_per_s": "forwards_total", "rx_bytes_per_s": "rx_bytes", "tx_bytes_per_s": "tx_bytes"}
+    return {rate: (now["stats"][key] - before["stats"][key]) / elapsed_s for rate, key in keys.items()}
+
+
+def frame(told: dict[str, Any]) -> Any:
+    """One look as text."""
+    clock = time.strftime("%H:%M:%S", time.localtime(told["time"]))
+    if told["error"] is not None:
+        head = Text.assemble(("tacod", "bold"), "  ", ("not reachable, trying", "bold red"), f"  {clock}")
+        return Group(head, Text(told["error"]))
+    status, stats = told["status"], told["stats"]
+    parts = [_head(status, clock), Text(), _ranks(status["group"]), Text(), *_work(status, stats, told["rates"])]
+    if told["jobs"]:
+        parts += [Text(), _jobs(told["jobs"])]
+    if status["models"]:
+        parts += [Text(), _models(status["models"])]
+    return Group(*parts)
+
+
+def _head(status: dict[str, Any], clock: str) -> Text:
+    state, group = status["state"], status["group"]
+    return Text.assemble(
+        ("tacod", "bold"),
+        f" {status['version']}  ",
+        (state, STATES.get(state, "bold yellow")),
+        f"  pid {status['pid']}, up {show.duration(status['uptime_s'])}, {group['restarts']} group restarts  {clock}\n",
+        (status["endpoint"], "dim"),
+    )
+
+
+def _ranks(group: dict[str, Any]) -> Any:
+    if not group["ranks"]:
+        return Text(f"no rank lives; {group['world_size']} are to be", style="red")
+    table = _columns("rank", "pid", "device", "tensors", "device memory", "", "busy", "")
+    for rank in group["ranks"]:
+        used, total = rank.get("device_memory_used_bytes"), rank.get("memory_total_bytes")
+        busy = rank.get("utilization")
+        name = rank.get("device_name")
+        table.add_row(
+            str(rank["rank"]),
+            str(rank["pid"]),
+            rank["device"] if name in (None, "cpu") else f"{rank['device']} {name}",
+            show.size(rank["memory_used_bytes"]),
+            f"{show.size(used)} of {show.size(total)}" if used is not None and total else "not known",
+            _bar(used / total if used is not None and total else None),
+            f"{100 * busy:.0f} %" if busy is not None else "not known",
+            _bar(busy),
+        )
+    return table
+
+
+def _work(status: dict[str, Any], stats: dict[str, Any], rates: dict[str, float] | None) -> Iterator[Any]:
+    queue, step, ended = status["queue"], stats["step_s"], stats["jobs_total"]
+    outcomes = ", ".join(f"{count} {outcome}" for outcome, count in ended.items())
+    facts = [
+        ("queue", f"{queue['running']} running, {queue['queued']} queued, {status['clients']} clients"),
+        ("jobs", f"{outcomes}; {stats['retried_forwards']} forwards retried"),
+        ("forwards", f"{stats['forwards_total']}, {stats['parallel_forwards_total']} of them on several ranks"),
+    ]
+    if rates is not None:
+        now = f"{rates['forwards_per_s']:.1f} forwards/s"
+        traffic = f"{show.size(rates['rx_bytes_per_s'])}/s in, {show.size(rates['tx_bytes_per_s'])}/s out"
+        facts.append(("now", f"{now}, {traffic}"))
+    times = ", ".join(f"{name} {show.ms(step[name])}" for name in ("mean", "p50", "p95"))
+    facts.append(("step", f"{times}, {step['count']} in all"))
+    yield show.facts(facts)
+    if step["count"]:
+        yield _split(stats)
+
+
+def _split(stats: dict[str, Any]) -> Text:
+    """Where a step's time goes: a bar of four colours on a terminal, and what each stands for."""
+    whole = sum(stats[part] for part, _ in PARTS) or 1.0
+    bar, legend = Text(), Text()
+    end = 0.0
+    for part, colour in PARTS:
+        end += stats[part] / whole
+        bar.append("█" * (round(end * SPLIT) - len(bar)), style=colour)
+        legend.append(part.removesuffix("_s"), style=colour)
+        legend.append(f" {show.ms(stats[part])} ({100 * stats[part] / whole:.0f} %)  ")
+    return Text("\n").join((bar, legend)) if sys.stdout.isatty() else legend
+
+
+def _jobs(jobs: list[dict[str, Any]]) -> Table:
+    table = _columns("job", "verb", "state", "step", "", "client", "age")
+    for job in jobs:
+        progress = f"{job['step']}/{job['total']}"
+        share = job["step"] / job["total"] if job["total"] else None
+        client = job["client"] or "gone"
+        table.add_row(job["job"], job["verb"], job["state"], progress, _bar(share), client, show.duration(job["age_s"]))
+    return table
+
+
+def _models(models: list[dict[str, Any]]) -> Table:
+    table = _columns("model", "family", "memory", "dtype", "plan")
+    for model in models:
+        weights = show.size(model["weight_bytes"])
+        patched = f" + {model['patches']} patches" if model["patches"] else ""
+        table.add_row(model["name"] + patched, model["family"], weights, model["dtype"], model["plan"])
+    return table
+
+
+def _columns(*heads: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for head in heads:
+        # Where a line is too long, the last column gives way.
+        table.add_column(head, no_wrap=head != heads[-1])
+    return table
+
+
+def _bar(share: float | None) -> Any:
+    """A bar on a terminal; in a pipe the number beside it says as much."""
+    if share is None or not sys.stdout.isatty():
+        return ""
+    return ProgressBar(total=1.0, completed=share, width=BAR)
