@@ -99,6 +99,11 @@ def parser() -> argparse.ArgumentParser:
     doctor = verb("doctor", "look for what stands in the way, and say what to do")
     doctor.add_argument("--config", metavar="FILE", help="the daemon's configuration (default /etc/tacod/config.toml)")
     doctor.add_argument("--no-bandwidth", action="store_true", help="don't measure how fast GPUs reach each other")
+    service = verb("install-service", "put the systemd unit in place, and say what was done; needs sudo")
+    service.add_argument("--prefix", default="/", metavar="DIR", help="what to install under (default /)")
+    service.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    service.add_argument("--gpus", type=_names, metavar="3,4,5", help="the GPUs of a new configuration")
+    service.add_argument("--uninstall", action="store_true", help="take away what was installed")
     verb("version", "the version of tacoctl, and of the daemon if it runs")
     completion = verb("completion", "print a completion script for your shell")
     completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
@@ -135,6 +140,13 @@ def _seconds(text: str) -> float:
     if not 0.1 <= value <= 3600:
         raise argparse.ArgumentTypeError("expected 0.1 to 3600 seconds")
     return value
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError("expected indexes or UUIDs with commas between, such as 3,4,5")
+    return names
 
 
 def _positive(text: str) -> int:

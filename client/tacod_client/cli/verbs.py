@@ -9,9 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tacod_client.cli import doctor, show, top
+from tacod_client.cli import doctor, install, show, top
 from tacod_client.client import Client, Model
 from tacod_client.errors import ConnectionFailed, ModelNotFound, RequestError
 from tacod_client.version import __version__
@@ -109,6 +110,18 @@ def _ping(args: argparse.Namespace) -> None:
         seconds = client.ping()
         told = {"endpoint": client.endpoint, "round_trip_s": seconds}
         _print(args, told, lambda told: f"{told['endpoint']}: {seconds * 1000:.2f} ms")
+
+
+def _install_service(args: argparse.Namespace) -> None:
+    done: list[str] = []
+    say = done.append if "json" in args else print
+    service = install.Service(Path(args.prefix), args.dry_run, say)
+    if args.uninstall:
+        install.uninstall(service)
+    else:
+        install.install(service, args.gpus)
+    if "json" in args:
+        print(json.dumps({"done": done}, indent=2))
 
 
 def _version(args: argparse.Namespace) -> None:
@@ -225,6 +238,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "demo": _demo,
     "top": top.run,
     "doctor": doctor.run,
+    "install-service": _install_service,
     "version": _version,
     "completion": _completion,
 }
