@@ -100,7 +100,9 @@ class ComfyUI:
         real = subprocess.run(probe, capture_output=True, check=False).returncode == 0
         environment = {**os.environ, "TACOD_ENDPOINT": self.endpoint, "OMP_WAIT_POLICY": "passive"}
         if not real:
-            environment["PYTHONPATH"] = str(HERE / "stub")
+            environment["PYTHONPATH"] = os.pathsep.join(
+                [str(HERE / "stub"), *filter(None, [os.environ.get("PYTHONPATH")])]
+            )
         with (self.base / "log").open("ab") as log:
             self.process = subprocess.Popen(
                 [*command, *self.options], cwd=self.path, env=environment, stdout=log, stderr=log
