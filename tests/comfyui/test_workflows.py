@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comfyui_graphs import FLUX, PIXART
+import torch
+from comfyui_graphs import FLUX, PIXART, TinyModel
 from comfyui_server import NODES, ComfyUI, Graph
+from PIL import Image, ImageChops
+from safetensors.torch import save_file
 
 from tacod import embedded
 
 WORKFLOWS = sorted((NODES / "example_workflows").glob("*.json"))
-CONTROL = "control_after_generate"
+SMALL = {"upscale_method": "area", "width": 64, "height": 64, "crop": "disabled"}
 
 
 def to_api(workflow: dict[str, Any]) -> Graph:
@@ -57,15 +60,16 @@ def test_only_files_are_missing(comfyui: ComfyUI, graph: Graph) -> None:
             assert error["type"] in ("value_not_in_list", "custom_validation_failed"), error
 
 
-def test_each_runs_with_stand_ins(comfyui: ComfyUI, comfyui_models: Path, graph: Graph) -> None:
-    """Loaders, text encoders and the VAE are tiny ones; what is between them is as it was saved."""
-    shutil.copy(embedded.PATH, comfyui_models / "checkpoints")
+def with_stand_ins(graph: Graph, models: Path) -> Graph:
+    """The graph with tiny loaders, text encoders and VAEs, and small pictures; the rest is as it was saved."""
     tiny = PIXART if any("PixArt" in str(node["inputs"]) for node in graph.values()) else FLUX
-    shapes = False
+    shapes = any("sd3.5" in str(node["inputs"]) for node in graph.values())
+    size = 256 if shapes else 320 if tiny is PIXART else 64
     for node in graph.values():
         kind, inputs = node["class_type"], node["inputs"]
-        if kind == "CheckpointLoaderSimple" and "sd3.5" in inputs["ckpt_name"]:
-            inputs["ckpt_name"], shapes = embedded.PATH.name, True
+        if kind == "CheckpointLoaderSimple" and shapes:
+            shutil.copy(embedded.PATH, models / "checkpoints")
+            inputs["ckpt_name"] = embedded.PATH.name
         elif kind == "CheckpointLoaderSimple":
             node |= {"class_type": "TestCheckpoint", "inputs": {"unet_name": tiny.tiny.file}}
         elif kind == "TACODiTUNETLoader":
@@ -79,22 +83,43 @@ def test_each_runs_with_stand_ins(comfyui: ComfyUI, comfyui_models: Path, graph:
         elif kind == "FluxKontextImageScale":
             node |= {"class_type": "ImageScale", "inputs": {**inputs, **SMALL}}
         elif kind == "LoraLoaderModelOnly":
-            node |= {"class_type": "TestLora", "inputs": {"model": inputs["model"]}}
-    size = 256 if shapes else 320 if tiny is PIXART else 64
-    for node in graph.values():
-        if node["class_type"].startswith("Empty") and "Latent" in node["class_type"]:
-            node["inputs"] |= {"width": size, "height": size}
-        elif node["class_type"] == "CLIPTextEncode" and shapes and node["inputs"]["text"]:
-            node["inputs"]["text"] = embedded.PROMPTS[0]
-        elif node["class_type"] == "TACODiTKSampler":
-            node["inputs"]["steps"] = 3
-    outcome = comfyui.run(graph)
-    assert outcome.kind == "success", outcome.error
-    texts = list(outcome.texts.values())
-    assert any("Plan: sequence 3" in text for text in texts)
-    assert any("Steps: 3 in " in text for text in texts)
-    images = list((comfyui.base / "output").glob("TACO-DiT_*.png"))
-    assert images
+            save_lora(tiny, models / "loras" / inputs["lora_name"])
+        elif kind.startswith("Empty"):
+            inputs |= {"width": size, "height": size}
+        elif kind == "CLIPTextEncode" and shapes and inputs["text"]:
+            inputs["text"] = embedded.PROMPTS[0]
+        elif kind == "TACODiTKSampler":
+            inputs["steps"] = 3
+    return graph
 
 
-SMALL = {"upscale_method": "area", "width": 64, "height": 64, "crop": "disabled"}
+def save_lora(tiny: TinyModel, path: Path) -> None:
+    """A LoRA of one layer, strong enough to be seen."""
+    outputs, inputs = tiny.tiny.model.state_dict()["img_in.weight"].shape
+    random = torch.Generator().manual_seed(0)
+    tensors = {
+        "diffusion_model.img_in.lora_up.weight": torch.randn(outputs, 2, generator=random),
+        "diffusion_model.img_in.lora_down.weight": torch.randn(2, inputs, generator=random),
+    }
+    save_file(tensors, path)
+
+
+def test_each_runs_with_stand_ins(comfyui: ComfyUI, comfyui_models: Path, graph: Graph) -> None:
+    """In the daemon and, with the nodes switched off, in ComfyUI: the same picture."""
+    graph = with_stand_ins(graph, comfyui_models)
+    pictures = []
+    for enabled in (True, False):
+        for node in graph.values():
+            if "enable_taco_dit" in node["inputs"]:
+                node["inputs"]["enable_taco_dit"] = enabled
+        outcome = comfyui.run(graph)
+        assert outcome.kind == "success", outcome.error
+        texts = list(outcome.texts.values())
+        assert any(("Plan: sequence 3" if enabled else "TACO-DiT is off") in text for text in texts)
+        assert any(("Steps: 3 in " if enabled else "TACO-DiT was off: 3 steps") in text for text in texts)
+        saved = [data["output"]["images"] for data in outcome.of("executed") if "images" in (data["output"] or {})]
+        ((picture,),) = saved
+        pictures.append(Image.open(comfyui.base / "output" / picture["filename"]).convert("RGB"))
+    remote, local = pictures
+    assert any(low < high for low, high in remote.getextrema())
+    assert max(high for _, high in ImageChops.difference(remote, local).getextrema()) <= 1

@@ -84,22 +84,4 @@ class TestCheckpoint:
         return *nodes.UNETLoader().load_unet(unet_name, "default"), Clip(32, 24), VAE(16)
 
 
-class TestLora:
-    """A patch of one layer, as a LoRA loader puts it on."""
-
-    RETURN_TYPES = ("MODEL",)
-    FUNCTION = "make"
-    CATEGORY = "testing"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"model": ("MODEL",)}}
-
-    def make(self, model: Any) -> tuple[Any]:
-        model = model.clone()
-        patched = model.add_patches({"diffusion_model.img_in.bias": (0.1 * torch.ones(80),)}, 1.0)
-        assert patched
-        return (model,)
-
-
-NODES = (TestClip, TestImageVAE, TestCheckpoint, TestLora)
+NODES = (TestClip, TestImageVAE, TestCheckpoint)
