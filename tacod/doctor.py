@@ -56,25 +56,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--endpoint")
     parser.add_argument("--no-bandwidth", action="store_true")
     args = parser.parse_args(argv)
-    config, findings = _configuration(args.config, args.endpoint)
+    config, known, findings = _configuration(args.config, args.endpoint)
     findings += _packages()
     findings += _groups()
     if config.group.device == "cuda":
         findings += _gpus(config, args.endpoint or config.endpoint, not args.no_bandwidth)
-    findings += _models(config)
+    if known:
+        findings += _models(config)
     findings += _memory(config)
     findings += _caches(os.environ)
     print(json.dumps({"endpoint": config.endpoint, "findings": [found._asdict() for found in findings]}))
     return 0
 
 
-def _configuration(path: str | None, endpoint: str | None) -> tuple[Config, list[Finding]]:
-    """The configuration; where there is none, as much as a running daemon tells of its own."""
+def _configuration(path: str | None, endpoint: str | None) -> tuple[Config, bool, list[Finding]]:
+    """The configuration and whether it is the daemon's; if not, as much as a running daemon tells of its own."""
     if path is None and not os.path.exists(DEFAULT_CONFIG):
         told = _status(endpoint or find_endpoint())
         found = warn("config", f"no {DEFAULT_CONFIG}; looked with the defaults", "pass --config FILE")
         if told is None:
-            return Config.model_validate({}), [found]
+            return Config.model_validate({}), False, [found]
         group = told["group"]
         values: dict[str, Any] = {"device": group["device"]}
         if group["device"] == "cpu":
@@ -83,7 +84,8 @@ def _configuration(path: str | None, endpoint: str | None) -> tuple[Config, list
             names = [rank["device"] for rank in group["ranks"]]
             values["gpus"] = [int(name) if name.isdigit() else name for name in names] or None
         config = Config.model_validate({"endpoint": told["endpoint"], "group": values})
-        return config, [found._replace(message=f"no {DEFAULT_CONFIG}; looked with the running daemon's devices")]
+        message = f"no {DEFAULT_CONFIG}; looked with the running daemon's devices"
+        return config, False, [found._replace(message=message)]
     path = path or DEFAULT_CONFIG
     try:
         config = load_config(path)
@@ -92,10 +94,10 @@ def _configuration(path: str | None, endpoint: str | None) -> tuple[Config, list
         advice = (
             f"mend it; `tacod --config {path} --check-config` looks again. The rest was looked at with the defaults"
         )
-        return Config.model_validate({}), [fail("config", line, advice) for line in lines]
+        return Config.model_validate({}), False, [fail("config", line, advice) for line in lines]
     group = config.group
     what = f"gpus {group.gpus or 'all'}" if group.device == "cuda" else f"{group.ranks} ranks"
-    return config, [ok("config", f"{path}: {group.device}, {what}")]
+    return config, True, [ok("config", f"{path}: {group.device}, {what}")]
 
 
 def _status(endpoint: str) -> dict[str, Any] | None:
@@ -109,8 +111,14 @@ def _status(endpoint: str) -> dict[str, Any] | None:
 
 def _packages() -> Iterator[Finding]:
     """Whether what the daemon needs is there, in a version that it works with."""
+    try:
+        requirements = importlib.metadata.requires("taco-dit") or []
+    except importlib.metadata.PackageNotFoundError:
+        message = "taco-dit runs from a folder and isn't installed, so versions were not checked"
+        yield warn("packages", message, "`pip install 'taco-dit[daemon]'` in the daemon's environment")
+        return
     others = 0
-    for text in importlib.metadata.requires("taco-dit") or []:
+    for text in requirements:
         needed = Requirement(text)
         if needed.marker is not None and not needed.marker.evaluate({"extra": "daemon"}):
             continue

@@ -1,0 +1,284 @@
+"""``tacoctl doctor``: each check on what is well and on what is not, with and without the daemon's packages."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tacod import doctor as engine
+from tacod.config import Config
+from tacod_client.cli import doctor, main
+
+OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder whose path is short enough for a socket."""
+    with tempfile.TemporaryDirectory(prefix="tacod-") as name:
+        yield Path(name)
+
+
+def states(findings: Any) -> list[str]:
+    return [found.state for found in findings]
+
+
+def config(values: dict[str, Any]) -> Config:
+    return Config.model_validate({"group": {"device": "cpu"}, **values})
+
+
+def status(**changes: Any) -> dict[str, Any]:
+    group = {"device": "cpu", "world_size": 2, "restarts": 0, "ranks": [{}, {}]}
+    return {"state": "ready", "version": "1", "pid": 1, "uptime_s": 1.0, "group": group, **changes}
+
+
+# --- with the client alone --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "state", "words"),
+    [
+        (0o660, "ok", "may use it"),
+        (0o666, "warn", "every user"),
+        (None, "fail", "No such file"),
+        (-1, "fail", "no socket"),
+    ],
+)
+def test_socket(folder: Path, mode: int | None, state: str, words: str) -> None:
+    path = folder / "t.sock"
+    if mode == -1:
+        path.touch()
+    elif mode is not None:
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+        path.chmod(mode)
+    (found,) = doctor._socket(f"ipc://{path}")
+    assert (found.state, words in found.message) == (state, True), found
+
+
+def test_socket_of_others_names_the_group_to_join(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder / "t.sock"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+    monkeypatch.setattr(os, "access", lambda *args: False)
+    (found,) = doctor._socket(f"ipc://{path}")
+    assert found.state == "fail"
+    assert re.search(r"`sudo usermod -aG \S+ \S+`, then log in again", found.advice)
+
+
+@pytest.mark.parametrize(
+    ("told", "stats", "expected"),
+    [
+        (status(), (0, 0), ["ok", "ok"]),
+        (status(), (4, 4), ["ok", "ok", "ok"]),
+        (status(), (4, 0), ["ok", "ok", "warn"]),
+        (status(state="degraded"), (0, 0), ["warn", "ok"]),
+        (status(state="starting"), (0, 0), ["warn", "ok"]),
+        (status(group={"world_size": 2, "restarts": 3, "ranks": [{}, {}]}), (0, 0), ["ok", "warn"]),
+        (status(group={"world_size": 2, "restarts": 0, "ranks": []}), (0, 0), ["ok", "warn"]),
+    ],
+)
+def test_daemon(told: dict[str, Any], stats: tuple[int, int], expected: list[str]) -> None:
+    done, parallel = stats
+    findings = list(doctor._daemon(told, {"forwards_total": done, "parallel_forwards_total": parallel}))
+    assert states(findings) == expected
+    assert all(bool(found.advice) == (found.state != "ok") for found in findings)
+
+
+def test_limits_are_the_daemons_if_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = doctor._limits(os.getpid())
+    assert limits["Max open files"] > 0
+    assert doctor._limits(99999999) == {}
+    own = next(found for found in doctor._system(None) if found.check == "open files")
+    its = next(found for found in doctor._system(os.getpid()) if found.check == "open files")
+    assert ("this shell's" in own.message, "the daemon's" in its.message) == (True, True)
+    monkeypatch.setattr(doctor, "_limits", lambda pid=None: {"Max open files": 256.0})
+    few = next(found for found in doctor._system(None) if found.check == "open files")
+    assert (few.state, "LimitNOFILE" in few.advice) == ("warn", True)
+
+
+def test_clock_and_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert states(found for found in doctor._system(None) if found.check == "clock") == ["ok"]
+    monkeypatch.setattr("time.time", lambda: 0.0)
+    monkeypatch.setattr(doctor, "SHM_BYTES", 1 << 60)
+    found = {found.check: found for found in doctor._system(None)}
+    assert (found["clock"].state, found["/dev/shm"].state) == ("warn", "warn")
+
+
+def test_without_the_daemons_packages_it_says_what_it_cannot_check(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["doctor", "--json", "--endpoint", f"ipc://{folder}/none"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["state"] == "fail"
+    assert told["findings"][0]["state"] == "warn"
+    assert "GPUs, models and the configuration were not checked" in told["findings"][0]["message"]
+    assert {"check", "state", "message", "advice"} == set(told["findings"][0])
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [("raise SystemExit('why')", "ended with 1: why"), ("import time; time.sleep(60)", "did not end within")],
+)
+def test_an_engine_part_that_breaks_or_hangs_is_a_line(monkeypatch: pytest.MonkeyPatch, code: str, words: str) -> None:
+    monkeypatch.setattr(doctor, "PATIENCE_S", 0.5 if "sleep" in code else 30.0)
+    real = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: real([sys.executable, "-c", code], **options))
+    endpoint, (found,) = doctor._engine(argparse.Namespace(config=None, no_bandwidth=True))
+    assert (endpoint, found.state, words in found.message) == (None, "fail", True), found
+
+
+def test_whole_look_without_a_daemon_exits_with_1(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / "config.toml"
+    path.write_text(f'endpoint = "ipc://{folder}/none"\n[group]\ndevice = "cpu"\n[models]\nroots = ["{folder}"]\n')
+    assert main(["doctor", "--config", str(path)]) == 1
+    told = capsys.readouterr().out
+    lines = {line.split()[1]: line for line in told.splitlines()[:-1]}
+    for check in ("config", "torch", "xfuser", "diffusers", "packages", "groups", "models"):
+        assert lines[check].startswith("ok"), lines[check]
+    for check in ("socket", "daemon"):
+        assert lines[check].startswith("fail"), lines[check]
+    assert f"ipc://{folder}/none" in lines["daemon"], "the configured endpoint is the one that is tried"
+    assert re.fullmatch(r"\d+ ok, \d+ warn, 2 fail", told.splitlines()[-1])
+
+
+# --- with the daemon's packages ---------------------------------------------------------------------------------------
+
+
+def test_a_bad_configuration_is_a_line_a_fault(folder: Path) -> None:
+    path = folder / "config.toml"
+    path.write_text("colour = 1\nheartbeat_s = 0\n")
+    _, known, findings = engine._configuration(str(path), None)
+    assert (known, states(findings)) == (False, ["fail", "fail"])
+    assert {found.message.split(":")[1] for found in findings} == {"colour", "heartbeat_s"}
+
+
+def test_packages_that_are_missing_or_too_old_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(states(engine._packages())) == {"ok"}
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "xfuser":
+            raise importlib.metadata.PackageNotFoundError
+        return "1.0" if name == "torch" else real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    found = {found.check: found for found in engine._packages()}
+    assert (found["xfuser"].state, found["xfuser"].message) == ("fail", "not installed")
+    assert (found["torch"].state, found["torch"].message) == ("fail", "1.0, but >=2.9 is needed")
+
+
+def test_gpus_without_a_driver_fail_with_what_to_do() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has GPUs")
+    (found,) = engine._gpus(Config.model_validate({}), "ipc:///none", True)
+    assert (found.check, found.state) == ("gpus", "fail")
+    assert 'set group.device = "cpu"' in found.message
+
+
+GPUS = [engine._Gpu("3", "RTX", 20 << 30, 24 << 30), engine._Gpu("5", "RTX", 20 << 30, 24 << 30)]
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, doctor.Finding]]:
+    """Look at two GPUs of a machine with six, and at links that were measured so."""
+    monkeypatch.setattr(engine, "devices", lambda group: ["3", "5"])
+    monkeypatch.setattr(engine, "_driver", lambda: iter(()))
+    monkeypatch.setattr(engine, "_count", lambda: 6)
+
+    def look(
+        told: dict[str, Any] | None = None,
+        found: list[engine._Gpu] = GPUS,
+        measure: bool = True,
+        **link: Any,
+    ) -> dict[str, doctor.Finding]:
+        links = [{"from": 0, "to": 1, "peer": True, "bytes_per_s": 20e9, "intact": True, **link}]
+        code = f"print({json.dumps(links)!r})"
+        real = subprocess.run
+        monkeypatch.setattr(engine, "_status", lambda endpoint: told)
+        monkeypatch.setattr(engine, "_look", lambda wanted: found)
+        monkeypatch.setattr(subprocess, "run", lambda command, **options: real([sys.executable, "-c", code], **options))
+        findings = engine._gpus(Config.model_validate({}), "ipc:///none", measure)
+        return {finding.check: finding for finding in findings}
+
+    return look
+
+
+@pytest.mark.parametrize(
+    ("link", "state", "words"),
+    [
+        ({}, "ok", "20.0 GB/s, peer access"),
+        ({"peer": False}, "warn", "through host memory"),
+        ({"bytes_per_s": 2e9}, "warn", "2.0 GB/s"),
+        ({"intact": False}, "fail", "not what was sent"),
+    ],
+)
+def test_links(gpus: Callable[..., dict[str, doctor.Finding]], link: dict[str, Any], state: str, words: str) -> None:
+    found = gpus(**link)["link 3 to 5"]
+    assert (found.state, words in found.message) == (state, True), found
+
+
+def test_links_are_not_measured_where_that_would_disturb(gpus: Callable[..., dict[str, doctor.Finding]]) -> None:
+    full = [GPUS[0], engine._Gpu("5", "RTX", 1 << 30, 24 << 30)]
+    assert gpus(measure=False)["links"].message == "not measured"
+    assert "at work" in gpus({"queue": {"running": 1}})["links"].message
+    found = gpus(found=full)
+    assert "less than 2 GiB" in found["links"].message
+    assert (found["gpu 3"].state, found["gpu 5"].state) == ("ok", "warn")
+    assert found["gpus"].message == "6 seen, 2 wanted: 3, 5"
+
+
+def test_links_that_hang_are_given_up(gpus: Callable[..., dict[str, doctor.Finding]], monkeypatch: Any) -> None:
+    monkeypatch.setattr(engine, "LINKS_S", 0.0)
+    assert gpus()["links"].state == "fail"
+
+
+def test_variables_that_slow_down_are_named(gpus: Callable[..., dict[str, doctor.Finding]], monkeypatch: Any) -> None:
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    monkeypatch.setenv("NCCL_SHM_DISABLE", "0")
+    found = gpus()
+    assert found["NCCL_P2P_DISABLE"].state == "warn"
+    assert "NCCL_SHM_DISABLE" not in found
+
+
+def test_models_uploads_and_memory(folder: Path) -> None:
+    (folder / "notes.txt").touch()
+    bad = config(
+        {"models": {"roots": [str(folder), "/none"], "preload": ["notes.txt"], "uploads": str(folder / "new")}}
+    )
+    findings = list(engine._models(bad))
+    assert [(found.check, found.state) for found in findings] == [
+        ("models", "ok"),
+        ("models", "fail"),
+        ("preload", "fail"),
+        ("uploads", "ok"),
+    ]
+    assert states(engine._models(config({}))) == ["warn"]
+    assert states(engine._memory(config({}))) == ["ok"]
+    assert states(engine._memory(config({"limits": {"store_bytes": 1 << 60}}))) == ["warn"]
+    assert states(engine._disk("uploads", folder, 1 << 60)) == ["warn"]
+
+
+def test_the_operators_page_explains_every_line() -> None:
+    text = OPERATIONS.read_text()
+    table = text[text.index("## Doctor") : text.index("## Troubleshooting")]
+    explained = set(re.findall(r"`([^`]+)`", "".join(re.findall(r"^\|(.*?)\|", table, re.MULTILINE))))
+    for module in (doctor, engine):
+        source = Path(str(module.__file__)).read_text()
+        checks = set(re.findall(r"(?:ok|warn|fail|_disk)\(\"([^\"]+)\"", source)) - {"engine"}
+        assert checks - explained <= {"links"}, checks - explained
