@@ -84,6 +84,15 @@ else
 fi
 
 cd "$COMFYUI_PATH"
+set -m # ComfyUI in a process group of its own: a job without one is deaf to Ctrl-C
+"$python" main.py "${options[@]}" "$@" &
+comfyui=$!
+set +m
+trap 'kill -INT "$comfyui"' INT
+trap 'kill -TERM "$comfyui"' TERM HUP
+while kill -0 "$comfyui" 2>/dev/null; do
+  wait "$comfyui" || true # a signal ends the wait, but not yet ComfyUI
+done
 code=0
-"$python" main.py "${options[@]}" "$@" || code=$?
+wait "$comfyui" || code=$?
 exit "$code"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,14 @@ print("ARGS", *sys.argv[1:])
 for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "TACOD_ENDPOINT"):
     print(name, os.environ.get(name))
 sys.exit(7)
+"""
+STAYS = """
+import os, sys, time
+try:
+    print("up", os.getpid(), flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    sys.exit(5)
 """
 TACOD = """#!/bin/sh
 echo "tacod $*" >> "$TRACE"
@@ -98,6 +107,19 @@ def test_a_daemon_that_runs_is_used(machine: Machine) -> None:
     done = machine.run(TACOD_ENDPOINT="ipc:///run/own.sock")
     assert "TACOD_ENDPOINT ipc:///run/own.sock" in done.stdout
     assert not machine.trace.exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 5), (signal.SIGTERM, 128 + signal.SIGTERM)])
+def test_a_signal_ends_both(machine: Machine, number: signal.Signals, code: int) -> None:
+    (machine.comfyui / "main.py").write_text(STAYS)
+    with subprocess.Popen([SCRIPT], env=machine.environment, stdout=subprocess.PIPE, text=True) as script:
+        assert script.stdout is not None
+        up = next(line for line in script.stdout if line.startswith("up"))
+        script.send_signal(number)
+        assert script.wait(timeout=30) == code
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(up.split()[1]), 0)
+    assert machine.trace.read_text().endswith("stopped\n")
 
 
 @pytest.mark.parametrize(
