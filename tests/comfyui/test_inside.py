@@ -49,7 +49,7 @@ def test_stretched_positions(comfyui: ComfyUI, both: Both, pair: Pairs, before: 
     both(run)
 
 
-CONTROLNETS = {"flux": FLUX, "flux_latent": FLUX, "sd3": SD3, "sd35": SD3}
+CONTROLNETS = {"flux": FLUX, "flux_latent": FLUX, "sd3": SD3, "sd35": SD3, "sd35_single": SD3}
 
 
 @pytest.mark.parametrize("kind", CONTROLNETS)

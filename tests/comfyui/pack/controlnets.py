@@ -40,8 +40,8 @@ def _sd3(config: dict[str, Any]) -> comfy.controlnet.ControlNet:
     return comfy.controlnet.ControlNet(net, **asked, **_ON_CPU)
 
 
-def _sd35(config: dict[str, Any]) -> comfy.controlnet.ControlNet:
-    """Stability's for SD3.5-large, which copies a layer of the model."""
+def _sd35(config: dict[str, Any], double: bool) -> comfy.controlnet.ControlNet:
+    """Stability's for SD3.5-large, which copies the model's embedding of the pooled text, or of the latent."""
     depth = config["depth"]
     net = comfy.cldm.dit_embedder.ControlNetEmbedder(
         img_size=None,
@@ -49,7 +49,7 @@ def _sd35(config: dict[str, Any]) -> comfy.controlnet.ControlNet:
         in_chans=16,
         num_layers=2,
         main_model_double=depth,
-        double_y_emb=True,
+        double_y_emb=double,
         attention_head_dim=64,
         num_attention_heads=depth,
         adm_in_channels=config["adm_in_channels"],
@@ -64,7 +64,8 @@ _KINDS = {
     "flux": lambda config: _flux(config, latent=False),
     "flux_latent": lambda config: _flux(config, latent=True),
     "sd3": _sd3,
-    "sd35": _sd35,
+    "sd35": lambda config: _sd35(config, double=True),
+    "sd35_single": lambda config: _sd35(config, double=False),
 }
 
 
