@@ -10,20 +10,18 @@ import importlib.metadata
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 from packaging.requirements import Requirement
 
+from tacod import gpus
 from tacod.config import Config, ConfigError, load_config
-from tacod.group import devices
 from tacod.manifest import Manifest
 from tacod_client import Client
 from tacod_client.cli.doctor import Finding, fail, ok, warn
@@ -36,17 +34,7 @@ __all__ = ["main"]
 DEFAULT_CONFIG = "/etc/tacod/config.toml"
 ENGINE = ("torch", "xfuser", "diffusers")
 """Packages that get a line of their own."""
-LINKS_S = 60.0
-"""How long the measurement between GPUs may take."""
 SPARE_BYTES = 4 << 30
-SLOW_LINK = 8e9
-"""Bytes a second; PCIe 3.0 x16 gives about 12e9."""
-SLOWED_BY = {
-    "NCCL_P2P_DISABLE": "GPUs reach each other through host memory",
-    "NCCL_SHM_DISABLE": "ranks without peer access use the network",
-    "NCCL_DEBUG": "NCCL writes to the log",
-    "CUDA_LAUNCH_BLOCKING": "every kernel waits for the one before",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     findings += _packages()
     findings += _groups()
     if config.group.device == "cuda":
-        findings += _gpus(config, args.endpoint or config.endpoint, not args.no_bandwidth)
+        findings += gpus.look(config.group, _status(args.endpoint or config.endpoint), not args.no_bandwidth)
     if known:
         findings += _models(config)
     findings += _memory(config)
@@ -152,134 +140,6 @@ def _groups() -> Iterator[Finding]:
         yield fail("groups", f"xfuser's process groups don't start: {type(error).__name__}: {error}", advice)
     else:
         yield ok("groups", "xfuser's process groups work (a group of one, over gloo)")
-
-
-# --- GPUs -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Gpu:
-    device: str
-    name: str
-    free: int
-    total: int
-
-
-def _gpus(config: Config, endpoint: str, measure: bool) -> Iterator[Finding]:
-    """Driver and CUDA, the GPUs seen and wanted, their memory, and the links between them."""
-    try:
-        wanted = devices(config.group)
-    except ConfigError as error:
-        yield fail("gpus", str(error), "`nvidia-smi` shows the GPUs that there are; group.gpus names those to use")
-        return
-    yield from _driver()
-    status = _status(endpoint)
-    gpus = _look(wanted)
-    yield ok("gpus", f"{_count()} seen, {len(wanted)} wanted: {', '.join(wanted)}")
-    for gpu in gpus:
-        message = f"{gpu.name}, {size(gpu.free)} of {size(gpu.total)} free"
-        if gpu.total < 8 << 30:
-            yield warn(
-                f"gpu {gpu.device}", message, "Flux.1 wants 8 GiB and more on each: use 8-bit weights (fp8, GGUF)"
-            )
-        elif status is None and gpu.free < gpu.total / 2:
-            yield warn(f"gpu {gpu.device}", message, "something else holds it: `nvidia-smi` says what")
-        else:
-            yield ok(f"gpu {gpu.device}", message)
-    for name, effect in SLOWED_BY.items():
-        if os.environ.get(name, "0") not in ("", "0"):
-            yield warn(name, f"is set: {effect}", "unset it where tacod starts, unless it is meant")
-    if len(wanted) < 2:
-        return
-    if not measure:
-        yield ok("links", "not measured")
-    elif status is not None and status["queue"]["running"]:
-        yield warn("links", "not measured, because the daemon is at work", "run this again when it is idle")
-    elif any(gpu.free < 2 << 30 for gpu in gpus):
-        yield warn(
-            "links", "not measured: a GPU has less than 2 GiB free", "`tacoctl unload` a model, and run this again"
-        )
-    else:
-        yield from _links(wanted)
-
-
-def _driver() -> Iterator[Finding]:
-    import pynvml
-    import torch
-
-    pynvml.nvmlInit()
-    driver = pynvml.nvmlSystemGetDriverVersion()
-    code = pynvml.nvmlSystemGetCudaDriverVersion_v2()
-    pynvml.nvmlShutdown()
-    newest = (code // 1000, code % 1000 // 10)
-    built = torch.version.cuda
-    message = f"{driver}, for CUDA up to {newest[0]}.{newest[1]}; torch is built for {built or 'no CUDA'}"
-    if built is None:
-        yield fail("driver", message, "install a CUDA build of torch in the daemon's environment")
-    elif int(built.split(".")[0]) > newest[0]:
-        yield fail("driver", message, f"update the driver, or install torch for CUDA {newest[0]}")
-    else:
-        yield ok("driver", message)
-
-
-def _count() -> int:
-    import pynvml
-
-    pynvml.nvmlInit()
-    try:
-        return int(pynvml.nvmlDeviceGetCount())
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _look(wanted: list[str]) -> list[_Gpu]:
-    import pynvml
-
-    pynvml.nvmlInit()
-    try:
-        found = []
-        for device in wanted:
-            by_index = device.isdigit()
-            find = pynvml.nvmlDeviceGetHandleByIndex if by_index else pynvml.nvmlDeviceGetHandleByUUID
-            handle = find(int(device) if by_index else device)
-            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-            found.append(_Gpu(device, str(pynvml.nvmlDeviceGetName(handle)), int(memory.free), int(memory.total)))
-        return found
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _links(wanted: list[str]) -> Iterator[Finding]:
-    """What `tacod.links` measures, in a process that can be ended if the driver hangs."""
-    env = {**os.environ, "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(wanted)}
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "tacod.links"], env=env, capture_output=True, text=True, timeout=LINKS_S, check=True
-        )
-    except subprocess.TimeoutExpired:
-        advice = (
-            "copies between GPUs hang: see `dmesg`; NCCL_P2P_DISABLE=1 or the BIOS's ACS and IOMMU settings may help"
-        )
-        yield fail("links", f"the measurement did not end within {LINKS_S:g} s", advice)
-        return
-    except subprocess.CalledProcessError as error:
-        last = (error.stderr.strip().splitlines() or ["no word"])[-1]
-        yield fail("links", f"the measurement failed: {last}", "`nvidia-smi` and `dmesg` say more")
-        return
-    for link in json.loads(done.stdout):
-        name = f"link {wanted[link['from']]} to {wanted[link['to']]}"
-        message = f"{link['bytes_per_s'] / 1e9:.1f} GB/s, {'peer access' if link['peer'] else 'through host memory'}"
-        if not link["intact"]:
-            advice = (
-                "set NCCL_P2P_DISABLE=1 for tacod: this machine's peer access loses data (IOMMU or ACS in the BIOS)"
-            )
-            yield fail(name, f"{message}, and what arrives is not what was sent", advice)
-        elif not link["peer"]:
-            yield warn(name, message, "nothing is wrong, but more GPUs pay off less; see docs/performance.md")
-        elif link["bytes_per_s"] < SLOW_LINK:
-            yield warn(name, message, "slow: see `nvidia-smi topo -m`, and whether each card has all of its PCIe lanes")
-        else:
-            yield ok(name, message)
 
 
 # --- files and memory -------------------------------------------------------------------------------------------------

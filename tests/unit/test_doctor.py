@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from tacod import doctor as engine
+from tacod import gpus as devices
 from tacod.config import Config
 from tacod_client.cli import doctor, main
 
@@ -186,34 +187,33 @@ def test_gpus_without_a_driver_fail_with_what_to_do() -> None:
 
     if torch.cuda.is_available():
         pytest.skip("this machine has GPUs")
-    (found,) = engine._gpus(Config.model_validate({}), "ipc:///none", True)
+    (found,) = devices.look(Config.model_validate({}).group, None, True)
     assert (found.check, found.state) == ("gpus", "fail")
     assert 'set group.device = "cpu"' in found.message
 
 
-GPUS = [engine._Gpu("3", "RTX", 20 << 30, 24 << 30), engine._Gpu("5", "RTX", 20 << 30, 24 << 30)]
+GPUS = [devices.Gpu("3", "RTX", 20 << 30, 24 << 30), devices.Gpu("5", "RTX", 20 << 30, 24 << 30)]
 
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, doctor.Finding]]:
     """Look at two GPUs of a machine with six, and at links that were measured so."""
-    monkeypatch.setattr(engine, "devices", lambda group: ["3", "5"])
-    monkeypatch.setattr(engine, "_driver", lambda: iter(()))
-    monkeypatch.setattr(engine, "_count", lambda: 6)
+    monkeypatch.setattr(devices, "devices", lambda group: ["3", "5"])
+    monkeypatch.setattr(devices, "_driver", lambda: iter(()))
+    monkeypatch.setattr(devices, "_count", lambda: 6)
 
     def look(
         told: dict[str, Any] | None = None,
-        found: list[engine._Gpu] = GPUS,
+        found: list[devices.Gpu] = GPUS,
         measure: bool = True,
         **link: Any,
     ) -> dict[str, doctor.Finding]:
         links = [{"from": 0, "to": 1, "peer": True, "bytes_per_s": 20e9, "intact": True, **link}]
         code = f"print({json.dumps(links)!r})"
         real = subprocess.run
-        monkeypatch.setattr(engine, "_status", lambda endpoint: told)
-        monkeypatch.setattr(engine, "_look", lambda wanted: found)
+        monkeypatch.setattr(devices, "_find", lambda wanted: found)
         monkeypatch.setattr(subprocess, "run", lambda command, **options: real([sys.executable, "-c", code], **options))
-        findings = engine._gpus(Config.model_validate({}), "ipc:///none", measure)
+        findings = devices.look(Config.model_validate({}).group, told, measure)
         return {finding.check: finding for finding in findings}
 
     return look
@@ -234,7 +234,7 @@ def test_links(gpus: Callable[..., dict[str, doctor.Finding]], link: dict[str, A
 
 
 def test_links_are_not_measured_where_that_would_disturb(gpus: Callable[..., dict[str, doctor.Finding]]) -> None:
-    full = [GPUS[0], engine._Gpu("5", "RTX", 1 << 30, 24 << 30)]
+    full = [GPUS[0], devices.Gpu("5", "RTX", 1 << 30, 24 << 30)]
     assert gpus(measure=False)["links"].message == "not measured"
     assert "at work" in gpus({"queue": {"running": 1}})["links"].message
     found = gpus(found=full)
@@ -244,7 +244,7 @@ def test_links_are_not_measured_where_that_would_disturb(gpus: Callable[..., dic
 
 
 def test_links_that_hang_are_given_up(gpus: Callable[..., dict[str, doctor.Finding]], monkeypatch: Any) -> None:
-    monkeypatch.setattr(engine, "LINKS_S", 0.0)
+    monkeypatch.setattr(devices, "LINKS_S", 0.0)
     assert gpus()["links"].state == "fail"
 
 
@@ -278,7 +278,7 @@ def test_the_operators_page_explains_every_line() -> None:
     text = OPERATIONS.read_text()
     table = text[text.index("## Doctor") : text.index("## Troubleshooting")]
     explained = set(re.findall(r"`([^`]+)`", "".join(re.findall(r"^\|(.*?)\|", table, re.MULTILINE))))
-    for module in (doctor, engine):
+    for module in (doctor, engine, devices):
         source = Path(str(module.__file__)).read_text()
         checks = set(re.findall(r"(?:ok|warn|fail|_disk)\(\"([^\"]+)\"", source)) - {"engine"}
         assert checks - explained <= {"links"}, checks - explained
