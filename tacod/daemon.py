@@ -152,7 +152,7 @@ def _loop(server: Server, config: Config, signals: socket.socket, exporter: Expo
         server.turn(signals.fileno())
         now = time.monotonic()
         if exporter is not None and exporter.due(now):
-            exporter.publish(Reading.take(report.status(server), report.stats(server), server.executor.metrics))
+            exporter.publish(Reading.take(report.status(server), report.totals(server), server.executor.metrics))
         if pat_every_s is not None and now >= next_pat_s:
             next_pat_s = now + pat_every_s / 2
             notify("WATCHDOG=1")

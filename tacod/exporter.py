@@ -44,18 +44,18 @@ PATIENCE_S = 5.0
 
 @dataclass(frozen=True)
 class Reading:
-    """What one moment's `status` and `stats` say, and the two histograms behind them."""
+    """What one moment's `status` says, the totals of `stats`, and the two histograms behind them."""
 
     status: Mapping[str, Any]
-    stats: Mapping[str, Any]
+    totals: Mapping[str, Any]
     part_seconds: Mapping[str, float]
     steps: tuple[list[tuple[str, float]], float]
     loads: tuple[list[tuple[str, float]], float]
 
     @classmethod
-    def take(cls, status: Mapping[str, Any], stats: Mapping[str, Any], metrics: Metrics) -> Reading:
+    def take(cls, status: Mapping[str, Any], totals: Mapping[str, Any], metrics: Metrics) -> Reading:
         """Copy what still changes."""
-        return cls(status, stats, dict(metrics.part_seconds), _buckets(metrics.steps), _buckets(metrics.loads))
+        return cls(status, totals, dict(metrics.part_seconds), _buckets(metrics.steps), _buckets(metrics.loads))
 
 
 def _buckets(histogram: Histogram) -> tuple[list[tuple[str, float]], float]:
@@ -65,7 +65,7 @@ def _buckets(histogram: Histogram) -> tuple[list[tuple[str, float]], float]:
 
 def families(reading: Reading) -> Iterator[Metric]:
     """Everything that is exported, in base units; labels take only values of which there are few."""
-    status, stats = reading.status, reading.stats
+    status, stats = reading.status, reading.totals
     group, queue, store = status["group"], status["queue"], stats["store"]
 
     build = {"version": status["version"], "python": platform.python_version()}

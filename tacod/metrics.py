@@ -89,22 +89,28 @@ class Metrics:
         if ranks > 1:
             self.parallel_forwards_total += forwards
 
-    def to_wire(self) -> dict[str, Any]:
-        """The stats; seconds are means over the last `WINDOW` steps, percentiles likewise."""
-        totals = sorted(step.total_s for step in self._recent)
+    def totals(self) -> dict[str, Any]:
+        """Those of the stats that only grow."""
         return {
             "forwards_total": self.forwards_total,
             "parallel_forwards_total": self.parallel_forwards_total,
             "jobs_total": dict(self.jobs_total),
+            "rx_bytes": self.rx_bytes,
+            "retried_forwards": self.retried_forwards,
+        }
+
+    def to_wire(self) -> dict[str, Any]:
+        """The stats; seconds are means over the last `WINDOW` steps, percentiles likewise."""
+        seconds = sorted(step.total_s for step in self._recent)
+        return {
+            **self.totals(),
             "step_s": {
-                "mean": _mean(totals),
-                "p50": _percentile(totals, 0.50),
-                "p95": _percentile(totals, 0.95),
+                "mean": _mean(seconds),
+                "p50": _percentile(seconds, 0.50),
+                "p95": _percentile(seconds, 0.95),
                 "count": self.steps.cumulative[-1],
             },
             **{part: _mean([getattr(step, part) for step in self._recent]) for part in PARTS},
-            "rx_bytes": self.rx_bytes,
-            "retried_forwards": self.retried_forwards,
         }
 
 

@@ -57,7 +57,7 @@ def reading(models: int = 0, clients: int = 2) -> Reading:
         },
     }
     stats = {
-        **metrics.to_wire(),
+        **metrics.totals(),
         "tx_bytes": 2000,
         "store": {"bytes": 5, "hits": 6, "misses": 7},
         "group_restarts": 8,
