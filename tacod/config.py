@@ -117,7 +117,10 @@ class Limits(_Section):
 
     queue: Count = 64
     """Jobs that wait or run, over all clients."""
+    queue_per_user: Count = 48
+    """Of these, those of one user (uid)."""
     clients: Count = 64
+    clients_per_user: Count = 48
     store_bytes: Count = 2 << 30
     """Client tensors kept by content in host memory."""
     message_bytes: Count = 512 << 20

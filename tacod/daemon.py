@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import fcntl
 import logging
 import os
@@ -19,18 +20,16 @@ from tacod import __version__, logs, report
 from tacod.config import Config, ConfigError, load_config, to_toml
 from tacod.exporter import Exporter, Reading
 from tacod.group import devices
+from tacod.lifecycle import Lifecycle
 from tacod.manifest import Manifest
-from tacod.notify import notify, watchdog_s
 from tacod.server import Server
-from tacod_client.errors import TacodError, Unavailable
+from tacod_client.errors import TacodError
 
 __all__ = ["main"]
 
 log = logging.getLogger("tacod")
 
 EX_CONFIG = 78
-FAREWELL_S = 5.0
-"""After draining, how long clients that read slowly get for their last messages."""
 DEFAULT_CONFIG = "/etc/tacod/config.toml"
 
 
@@ -46,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.check_config:
             print(f"{args.config}: ok")
             return 0
+        # A SIGABRT, such as systemd's watchdog sends, prints all stacks.
+        faulthandler.enable(sys.__stderr__ or 2)
         os.environ["TACOD_LOG_LEVEL"] = level
         logs.configure(level)
         with _endpoint(config.socket_path) as folder:
@@ -131,9 +132,18 @@ def _serve(config: Config, config_path: str, folder: Path) -> int:
         signal.signal(number, lambda number, frame: None)
     exporter = Exporter(config.metrics.listen) if config.metrics.listen is not None else None
     server = Server(config, names, preload, folder)
+    server.lifecycle = lifecycle = Lifecycle(server, config, config_path)
     log.info("tacod %s, pid %d, listening on %s", __version__, os.getpid(), config.endpoint)
     try:
-        return _loop(server, config, signals, exporter)
+        code = None
+        while code is None:
+            server.turn(signals.fileno())
+            if exporter is not None and exporter.due(time.monotonic()):
+                exporter.publish(Reading.take(report.status(server), report.totals(server), server.executor.metrics))
+            for caught in _caught(signals):
+                lifecycle.hear(caught)
+            code = lifecycle.turn()
+        return code
     finally:
         server.close()
         if exporter is not None:
@@ -141,41 +151,6 @@ def _serve(config: Config, config_path: str, folder: Path) -> int:
         signal.set_wakeup_fd(-1)
         signals.close()
         wakeup.close()
-
-
-def _loop(server: Server, config: Config, signals: socket.socket, exporter: Exporter | None) -> int:
-    executor = server.executor
-    drain_until: float | None = None
-    pat_every_s = watchdog_s()
-    next_pat_s = 0.0
-    while True:
-        server.turn(signals.fileno())
-        now = time.monotonic()
-        if exporter is not None and exporter.due(now):
-            exporter.publish(Reading.take(report.status(server), report.totals(server), server.executor.metrics))
-        if pat_every_s is not None and now >= next_pat_s:
-            next_pat_s = now + pat_every_s / 2
-            notify("WATCHDOG=1")
-        for number in _caught(signals):
-            if number == signal.SIGHUP:
-                log.warning("SIGHUP: this version reads its configuration at start only; use systemctl restart tacod")
-            elif drain_until is None:
-                drain_until = now + config.drain_timeout_s
-                executor.scheduler.draining = True
-                log.info(
-                    "draining: %d jobs to finish, %g s at most", len(executor.scheduler.jobs), config.drain_timeout_s
-                )
-                notify("STOPPING=1", "STATUS=draining")
-            else:
-                drain_until = now
-        if executor.given_up is not None and not server.sessions.pending:
-            return 1
-        if drain_until is not None:
-            if now >= drain_until and executor.scheduler.jobs:
-                executor.abort(Unavailable("tacod was stopped before this job was done; it is safe to ask again"))
-            if not executor.scheduler.jobs and (not server.sessions.pending or now >= drain_until + FAREWELL_S):
-                log.info("stopped")
-                return 0
 
 
 def _caught(signals: socket.socket) -> bytes:

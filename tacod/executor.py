@@ -77,6 +77,26 @@ class Executor:
         return "ready" if self.ready else "starting"
 
     @property
+    def loading(self) -> Model | None:
+        """The model that the ranks load now, for a client or anew."""
+        running = self.scheduler.running
+        if running is not None and running.verb is Verb.LOAD:
+            model: Model = running.body
+            return model
+        return self._restoring
+
+    def go_by(self, config: Config, preload: Iterable[Model]) -> None:
+        """Go by another configuration of the same ranks; models that are to be there from now on are loaded next."""
+        self.config = config
+        self.group.settings = config.group
+        self.manifest.roots = config.models.readable
+        self.store.limit = config.limits.store_bytes
+        self.scheduler.limit, self.scheduler.retries = config.limits.queue, config.group.retries
+        self._restarts.limit, self._restarts.window_s = config.group.max_restarts, config.group.restart_window_s
+        waiting = {model.id for model in self._restore}
+        self._restore += [model for model in preload if model.id not in self.manifest and model.id not in waiting]
+
+    @property
     def wakes_at(self) -> list[float]:
         """The moments on the monotonic clock at which `attend` has something to do, whatever else happens."""
         return [moment for moment in (self.group.deadline, self._spawn_at) if moment is not None]
@@ -130,7 +150,6 @@ class Executor:
         if self._spawn_at is not None and now >= self._spawn_at:
             self._spawn_at = None
             self.group.spawn()
-            notify(f"STATUS=starting {self.group.world_size} ranks")
 
     def _tell_load(self) -> None:
         """Pass on how far the running load is, if it got further."""
@@ -159,7 +178,6 @@ class Executor:
         self._spawn_at = self._restarts.next_start(now)
         if self._spawn_at is not None:
             self.group.restarts += 1
-            notify("STATUS=restarting the ranks")
             return
         limits = self.config.group
         self.given_up = (
@@ -173,7 +191,6 @@ class Executor:
         if self._restore:
             self._restoring = self._restore.pop(0)
             log.info("loading %s", self._restoring.path)
-            notify(f"STATUS=loading {self._restoring.name}")
             stored = [self.store.get(digest) for digest in self._restoring.digests]
             self.group.run("load", self._restoring.work(), stored, self.config.group.load_timeout_s)
             return

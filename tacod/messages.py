@@ -181,6 +181,8 @@ REQUESTS: dict[str, type[Request]] = {
     "stats": Empty,
     "models": Empty,
     "ps": Empty,
+    "reload": Empty,
+    "drain": Empty,
 }
 
 Kind = TypeVar("Kind", bound=Request)

@@ -1,4 +1,4 @@
-"""What clients get to hear: sessions on a ROUTER socket, one method a verb, and the daemon's loop."""
+"""What clients get to hear: sessions on a ROUTER socket, and the daemon's loop."""
 
 from __future__ import annotations
 
@@ -8,23 +8,32 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zmq
 
-from tacod import __version__, messages, report
+from tacod import messages
 from tacod.config import Config
 from tacod.executor import Executor
 from tacod.manifest import Model
 from tacod.messages import parse
 from tacod.monitor import Monitor
 from tacod.scheduler import Job, Verb
-from tacod.sessions import Session, Sessions
-from tacod.store import digests_of, tensors_of
+from tacod.sessions import Session, Sessions, User
+from tacod.store import tensors_of
 from tacod.uploads import Uploads
+from tacod.verbs import Verbs
 from tacod_client import wire
-from tacod_client.errors import ArgumentError, JobNotFound, MessageTooLarge, ProtocolError, QueueFull, TacodError
+from tacod_client.errors import (
+    MessageTooLarge,
+    ProtocolError,
+    QueueFull,
+    TacodError,
+)
 from tacod_client.wire import Message
+
+if TYPE_CHECKING:
+    from tacod.lifecycle import Lifecycle
 
 __all__ = ["Server"]
 
@@ -45,7 +54,7 @@ class Server:
         self.started_s = time.monotonic()
         self._context: zmq.Context[Any] = zmq.Context()
         self.socket = self._bind()
-        self.sessions = Sessions(self.socket, config.limits.clients)
+        self.sessions = Sessions(self.socket, config.limits.clients, config.limits.clients_per_user)
         self.executor = Executor(
             config, devices, preload, self._context, folder, on_progress=self._tell_progress, on_end=self._tell_end
         )
@@ -53,24 +62,10 @@ class Server:
             config.group.device, lambda: [(rank.process.pid, rank.device) for rank in self.executor.group.ranks]
         )
         self.uploads = Uploads(config.models.uploads, config.models.upload_bytes)
+        self.lifecycle: Lifecycle | None = None
+        """Whom operators' verbs go to."""
         self._next_probe_s = self.started_s + config.heartbeat_s
-        self._jobs_made = 0
-        self._verbs: dict[str, Callable[[Session, int, Any], dict[str, Any] | None]] = {
-            "bye": self._bye,
-            "ping": self._ping,
-            "put": self._put,
-            "begin_upload": self._begin_upload,
-            "piece": self._piece,
-            "load": self._load,
-            "unload": self._unload,
-            "forward": self._forward,
-            "sample": self._sample,
-            "cancel": self._cancel,
-            "status": self._status,
-            "stats": self._stats,
-            "models": self._models,
-            "ps": self._ps,
-        }
+        self._verbs = Verbs(self)
 
     def _bind(self) -> zmq.Socket[bytes]:
         socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
@@ -88,6 +83,13 @@ class Server:
         finally:
             os.umask(mask)
         return socket
+
+    def go_by(self, config: Config, preload: Iterable[Model]) -> None:
+        """Go by another configuration, of which what can't change is the same."""
+        self.config = config
+        self.sessions.limit, self.sessions.limit_per_user = config.limits.clients, config.limits.clients_per_user
+        self.uploads = Uploads(config.models.uploads, config.models.upload_bytes)
+        self.executor.go_by(config, preload)
 
     def close(self) -> None:
         """End the ranks and close the sockets."""
@@ -109,8 +111,8 @@ class Server:
         self.executor.attend()
         self._probe()
         for session in self.sessions.flush():
-            log.info("client %s (pid %d) is gone", session.name, session.pid)
-            self._end_session(session)
+            log.info("client %s (pid %d, %s) is gone", session.name, session.pid, session.user)
+            self.end_session(session)
 
     def _patience_ms(self) -> int:
         wait_s = min(1.0, *(moment - time.monotonic() for moment in (self._next_probe_s, *self.executor.wakes_at)))
@@ -134,9 +136,9 @@ class Server:
                 return
             buffers = [frame.buffer for frame in frames]
             self.executor.metrics.rx_bytes += sum(len(buffer) for buffer in buffers)
-            self._hear(peer.bytes, buffers)
+            self._hear(peer.bytes, buffers, lambda first=peer: user_of(first))  # type: ignore[misc]
 
-    def _hear(self, peer: bytes, frames: Sequence[wire.Buffer]) -> None:
+    def _hear(self, peer: bytes, frames: Sequence[wire.Buffer], user: Callable[[], User]) -> None:
         request = 0
         try:
             message = wire.decode(frames)
@@ -148,7 +150,7 @@ class Server:
             self._check_size(message)
             body = parse(kind, message.body)
             if isinstance(body, messages.Hello):
-                self._hello(peer, request, body)
+                self._verbs.hello(peer, request, body, user())
                 return
             session = self.sessions.find(message.session, peer)
             if session is None:
@@ -156,7 +158,7 @@ class Server:
                 return
             if len(session.outbox) >= OUTBOX_MESSAGES and message.type not in ("bye", "cancel"):
                 raise QueueFull(f"{len(session.outbox)} answers wait for this client to read them; read them first")
-            reply = self._verbs[message.type](session, request, body)
+            reply = self._verbs.answer(message.type, session, request, body)
             if reply is not None:
                 session.post(wire.encode(Message("done", reply, request)))
         except TacodError as error:
@@ -178,7 +180,8 @@ class Server:
         except zmq.ZMQError:
             log.debug("an answer to a client that is gone or doesn't listen was dropped")
 
-    def _end_session(self, session: Session) -> None:
+    def end_session(self, session: Session) -> None:
+        """Forget a client, and end what it has queued."""
         self.sessions.close(session)
         self.executor.drop(session.token)
 
@@ -214,126 +217,11 @@ class Server:
             "single_rank_s": self.executor.single_rank_s(job),
         }
 
-    # --- verbs ----------------------------------------------------------------------------------------------------
 
-    def _hello(self, peer: bytes, request: int, body: messages.Hello) -> None:
-        for old in self.sessions:
-            if old.peer == peer:
-                self._end_session(old)
-        session = self.sessions.open(peer, body.client, body.pid)
-        limits = self.config.limits
-        welcome = {
-            "session": session.token,
-            "boot_id": self.boot_id,
-            "version": __version__,
-            "limits": {"message_bytes": limits.message_bytes, "store_bytes": limits.store_bytes, "queue": limits.queue},
-        }
-        session.post(wire.encode(Message("welcome", welcome, request)))
-
-    def _bye(self, session: Session, request: int, body: messages.Empty) -> None:
-        self._end_session(session)
-
-    def _ping(self, session: Session, request: int, body: messages.Empty) -> dict[str, Any]:
-        return {"boot_id": self.boot_id}
-
-    def _put(self, session: Session, request: int, body: messages.Put) -> dict[str, Any]:
-        for tensor in body.tensors:
-            if tensor.frames is None:
-                raise ArgumentError("tensors: a tensor to keep must come with its bytes", argument="tensors")
-        return {"digests": [self.executor.store.put(tensor) for tensor in body.tensors]}
-
-    def _begin_upload(self, session: Session, request: int, body: messages.BeginUpload) -> dict[str, Any]:
-        name, here = self.uploads.begin(body.nbytes, body.digests)
-        return {"upload": name, "here": here, "path": str(self.uploads.path(name))}
-
-    def _piece(self, session: Session, request: int, body: messages.Piece) -> dict[str, Any]:
-        if body.data.frames is None:
-            raise ArgumentError("data: a piece must come with its bytes", argument="data")
-        return {"here": self.uploads.add(body.upload, body.offset, b"".join(body.data.frames))}
-
-    def _load(self, session: Session, request: int, body: messages.Load) -> dict[str, Any] | None:
-        manifest = self.executor.manifest
-        world_size = self.executor.group.world_size
-        model = manifest.describe(body.path, body.dtype, body.patches, body.plan, world_size)
-        if model.id in manifest:
-            return {"model": manifest.find(model.id).planned(model.asked, world_size).to_wire()}
-        self._submit(session, request, Verb.LOAD, model.id, model)
-        return None
-
-    def _unload(self, session: Session, request: int, body: messages.Unload) -> None:
-        self.executor.manifest.find(body.model)
-        self._submit(session, request, Verb.UNLOAD, body.model, {"model": body.model})
-
-    def _forward(self, session: Session, request: int, body: messages.Forward) -> None:
-        self.executor.manifest.find(body.model)
-        self._submit(session, request, Verb.FORWARD, body.model, dict(body))
-
-    def _sample(self, session: Session, request: int, body: messages.Sample) -> None:
-        self.executor.manifest.find(body.model)
-        if len(body.sigmas.shape) != 1 or body.sigmas.shape[0] < 2:
-            raise ArgumentError(
-                f"sigmas: expected shape [steps + 1] with at least 1 step, got {list(body.sigmas.shape)}",
-                argument="sigmas",
-            )
-        self._submit(session, request, Verb.SAMPLE, body.model, dict(body), body.sigmas.shape[0] - 1)
-
-    def _submit(self, session: Session, request: int, verb: Verb, model: str, body: Any, steps: int = 1) -> None:
-        """Queue a job, or tell the client which tensors the store lacks for it."""
-        digests = body.digests if isinstance(body, Model) else digests_of(body)
-        missing = self.executor.store.missing(digests)
-        if missing:
-            session.post(wire.encode(Message("missing", {"digests": missing}, request)))
-            return
-        self._jobs_made += 1
-        job = Job(
-            id=f"{self.boot_id[:4]}-{self._jobs_made}",
-            session=session.token,
-            request=request,
-            verb=verb,
-            model=model,
-            body=body,
-            steps=steps,
-            digests=digests,
-            submitted_s=time.monotonic(),
-        )
-        self.executor.submit(job)
-        if verb is Verb.SAMPLE:
-            session.post(wire.encode(Message("accepted", {"job": job.id, "total": steps}, request)))
-
-    def _cancel(self, session: Session, request: int, body: messages.Cancel) -> dict[str, Any]:
-        job_id = body.job
-        if job_id is None:
-            mine = (session.token, body.request)
-            job_id = next((job.id for job in self.executor.scheduler.jobs if (job.session, job.request) == mine), None)
-        if job_id is None:
-            raise JobNotFound(f"request {body.request} is neither queued nor running", request=body.request)
-        done = self.executor.cancel(job_id)
-        return {"job": job_id, "state": "cancelled" if done else "cancelling"}
-
-    def _models(self, session: Session, request: int, body: messages.Empty) -> dict[str, Any]:
-        return {"models": [model.to_wire() for model in self.executor.manifest]}
-
-    def _ps(self, session: Session, request: int, body: messages.Empty) -> dict[str, Any]:
-        scheduler = self.executor.scheduler
-        jobs = []
-        for job in scheduler.jobs:
-            owner = self.sessions.get(job.session)
-            jobs.append(
-                {
-                    "job": job.id,
-                    "verb": job.verb.value,
-                    "state": "running" if job is scheduler.running else "queued",
-                    "model": job.model,
-                    "step": job.step,
-                    "total": job.steps,
-                    "client": f"{owner.name} (pid {owner.pid})" if owner else None,
-                    "age_s": round(time.monotonic() - job.submitted_s, 3),
-                }
-            )
-        return {"jobs": jobs}
-
-    def _status(self, session: Session, request: int, body: messages.Empty) -> dict[str, Any]:
-        return report.status(self)
-
-    def _stats(self, session: Session, request: int, body: messages.Empty) -> dict[str, Any]:
-        return report.stats(self)
+def user_of(frame: zmq.Frame) -> User:
+    """Whose process sent a frame, as the kernel told ZeroMQ when it connected."""
+    try:
+        host, uid, _, _ = str(frame.get("Peer-Address")).split(":")
+    except (zmq.ZMQError, ValueError):
+        return User()
+    return User(int(uid)) if host == "localhost" and uid.isdigit() else User()

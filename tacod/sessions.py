@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -13,10 +14,26 @@ import zmq
 from tacod_client.errors import QueueFull
 from tacod_client.wire import Buffer
 
-__all__ = ["Session", "Sessions"]
+__all__ = ["Session", "Sessions", "User"]
 
 UNSENT_BYTES = 1 << 30
 """A client that leaves more than this unread, in more than one message, counts as gone."""
+
+
+@dataclass(frozen=True)
+class User:
+    """Whose process a client is: what the kernel says of a unix socket's other end."""
+
+    uid: int | None = None
+    """None for one that isn't on this machine."""
+
+    def __str__(self) -> str:
+        return "remote" if self.uid is None else f"uid {self.uid}"
+
+    @property
+    def is_admin(self) -> bool:
+        """Whether it may do what concerns others: root, and the daemon's own user."""
+        return self.uid in (0, os.geteuid())
 
 
 @dataclass
@@ -28,6 +45,7 @@ class Session:
     """Its address on the ROUTER socket, which ends with its connection."""
     name: str
     pid: int
+    user: User
     outbox: OrderedDict[object, Sequence[Buffer]] = field(default_factory=OrderedDict)
     """Messages by key, in order. Progress of a job has the job's key, so the latest replaces what was not sent."""
 
@@ -45,9 +63,10 @@ class Session:
 class Sessions:
     """All sessions, and the socket on which they are reached."""
 
-    def __init__(self, socket: zmq.Socket[bytes], limit: int) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], limit: int, limit_per_user: int) -> None:
         self.socket = socket
         self.limit = limit
+        self.limit_per_user = limit_per_user
         self._sessions: dict[bytes, Session] = {}
         self.tx_bytes = 0
 
@@ -57,19 +76,29 @@ class Sessions:
     def __iter__(self) -> Iterator[Session]:
         return iter(list(self._sessions.values()))
 
-    def open(self, peer: bytes, name: str, pid: int) -> Session:
+    def open(self, peer: bytes, name: str, pid: int, user: User) -> Session:
         """A new session for the client at ``peer``.
 
-        Raises `QueueFull` at the limit.
+        Raises `QueueFull` at a limit.
         """
         if len(self) >= self.limit:
             raise QueueFull(
                 f"{len(self)} clients are connected, which is the limit (limits.clients); close one, or raise it",
                 limit=self.limit,
             )
-        session = Session(secrets.token_bytes(16), peer, name, pid)
+        if self.of(user) >= self.limit_per_user:
+            raise QueueFull(
+                f"{self.of(user)} clients of {user} are connected, which is the limit (limits.clients_per_user); "
+                "close one, or raise it",
+                limit=self.limit_per_user,
+            )
+        session = Session(secrets.token_bytes(16), peer, name, pid, user)
         self._sessions[session.token] = session
         return session
+
+    def of(self, user: User) -> int:
+        """How many sessions a user has."""
+        return sum(session.user == user for session in self._sessions.values())
 
     def find(self, token: bytes, peer: bytes) -> Session | None:
         """The session with this token, if it belongs to this connection."""

@@ -12,6 +12,7 @@ from tacod_client.client import Client, Model
 from tacod_client.errors import (
     ArgumentError,
     Cancelled,
+    ConfigInvalid,
     ConnectionFailed,
     ConnectionLost,
     EngineError,
@@ -40,6 +41,7 @@ __all__ = [
     "Call",
     "Cancelled",
     "Client",
+    "ConfigInvalid",
     "ConnectionFailed",
     "ConnectionLost",
     "EngineError",

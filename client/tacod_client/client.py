@@ -97,6 +97,22 @@ class Client:
         state: str = self._connection.ask("cancel", lambda: {"job": job, "request": None}).body["state"]
         return state
 
+    def reload(self) -> list[str]:
+        """Have the daemon read its configuration again; returns the keys that changed.
+
+        For root and the daemon's own user. Raises `ConfigInvalid`, and then nothing has changed.
+        """
+        changed: list[str] = self._connection.ask("reload").body["changed"]
+        return changed
+
+    def drain(self) -> int:
+        """Have the daemon end what it has, take no new work and stop; returns how many jobs it has to end.
+
+        For root and the daemon's own user.
+        """
+        jobs: int = self._connection.ask("drain").body["jobs"]
+        return jobs
+
     def load(
         self,
         path: str,

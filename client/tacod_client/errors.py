@@ -12,6 +12,7 @@ TacodError
 │   └── ModelCorrupt            a file that is truncated, altered or no safetensors
 ├── RequestError                a request that names the wrong thing
 │   ├── ArgumentError           an argument with a bad dtype, shape or value; ``argument`` names it
+│   ├── ConfigInvalid           a reload of a configuration that can't be used, or not without a restart
 │   └── JobNotFound             no such job
 ├── NotAllowed                  a verb that this peer may not use
 ├── EngineError                 the ranks could not finish the work
@@ -32,6 +33,7 @@ from typing import Any
 __all__ = [
     "ArgumentError",
     "Cancelled",
+    "ConfigInvalid",
     "ConnectionFailed",
     "ConnectionLost",
     "EngineError",
@@ -122,6 +124,10 @@ class ArgumentError(RequestError):
     def __init__(self, message: str, /, *, argument: str = "", **details: Any) -> None:
         super().__init__(message, argument=argument, **details)
         self.argument = argument
+
+
+class ConfigInvalid(RequestError):
+    """The configuration that was to be read again can't be used; the old one holds."""
 
 
 class JobNotFound(RequestError):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tacod.config import Config
 from tacod.server import Server
+from tacod.sessions import User
 from tacod_client.wire import Message, Tensor, decode, encode
 
 from .test_mutations import VALID, damage
@@ -34,7 +35,7 @@ class Peer:
 
     def send(self, message: Message) -> None:
         """Have the server hear a message, as from its socket."""
-        self.server._hear(PEER, [bytes(frame) for frame in encode(message)])
+        self.server._hear(PEER, [bytes(frame) for frame in encode(message)], lambda: User(0))
 
     def ask(self, kind: str, body: dict[str, Any] | None = None, request: int = 9) -> Message:
         """A request and its one answer."""
@@ -85,7 +86,7 @@ def test_damage_costs_its_sender_an_error_and_nothing_else(
         frames = [frame.replace(bytes(range(16)), peer.session) for frame in frames]
     for start in range(0, len(accidents) - 3, 4):
         frames = damage(frames, accidents[start : start + 4])
-    peer.server._hear(PEER, frames)
+    peer.server._hear(PEER, frames, lambda: User(0))
     peer.send(Message("ping", {}, PING, peer.session))
     said: list[Message] = []
     while not said or said[-1].id != PING:
@@ -115,13 +116,13 @@ def test_each_fault_has_its_own_error(peer: Peer) -> None:
 
 
 def test_unreadable_message_is_answered_with_id_0(peer: Peer) -> None:
-    peer.server._hear(PEER, [b"TACO\x01", b"\xc1"])
+    peer.server._hear(PEER, [b"TACO\x01", b"\xc1"], lambda: User(0))
     (answer,) = peer.answers()
     assert (answer.type, answer.id, answer.body["code"]) == ("error", 0, "ProtocolError")
 
 
 def test_wrong_version_is_answered_in_the_right_one(peer: Peer) -> None:
-    peer.server._hear(PEER, [b"TACO\x09", b"whatever version 9 has here"])
+    peer.server._hear(PEER, [b"TACO\x09", b"whatever version 9 has here"], lambda: User(0))
     (answer,) = peer.answers()
     assert answer.body["details"] == {"version": 1}
 

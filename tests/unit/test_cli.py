@@ -44,6 +44,7 @@ CODES = {
     errors.ModelCorrupt: 1,
     errors.RequestError: 1,
     errors.ArgumentError: 1,
+    errors.ConfigInvalid: 78,
     errors.JobNotFound: 4,
     errors.NotAllowed: 77,
     errors.EngineError: 1,

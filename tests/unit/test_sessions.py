@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,13 +12,14 @@ import pytest
 import zmq
 
 from tacod import sessions as module
-from tacod.sessions import Session, Sessions
+from tacod.sessions import Session, Sessions, User
 from tacod_client.errors import QueueFull
 
 HIGH_WATER = 4
 LARGE = b"x" * 200_000
 """More than a unix socket's buffers take, so that a client that doesn't read holds up its pipe."""
 
+ANYONE = User(1000)
 Connect = Callable[[str], "zmq.Socket[bytes]"]
 
 
@@ -36,7 +38,7 @@ def sessions(context: zmq.Context[Any], tmp_path: Path) -> Iterator[Sessions]:
     socket.setsockopt(zmq.SNDHWM, HIGH_WATER)
     socket.bind(f"ipc://{tmp_path}/s")
     with socket:
-        yield Sessions(socket, limit=3)
+        yield Sessions(socket, limit=3, limit_per_user=2)
 
 
 @pytest.fixture
@@ -87,8 +89,8 @@ def block(sessions: Sessions, session: Session) -> int:
 
 
 def test_token_opens_its_session_on_its_connection_only(sessions: Sessions) -> None:
-    one = sessions.open(b"peer1", "comfy", 7)
-    two = sessions.open(b"peer2", "comfy", 7)
+    one = sessions.open(b"peer1", "comfy", 7, ANYONE)
+    two = sessions.open(b"peer2", "comfy", 7, ANYONE)
     assert len(one.token) == 16
     assert one.token != two.token
     assert sessions.find(one.token, b"peer1") is one
@@ -99,7 +101,7 @@ def test_token_opens_its_session_on_its_connection_only(sessions: Sessions) -> N
 
 
 def test_closed_session_is_unknown(sessions: Sessions) -> None:
-    session = sessions.open(b"peer", "comfy", 7)
+    session = sessions.open(b"peer", "comfy", 7, ANYONE)
     sessions.close(session)
     sessions.close(session)
     assert sessions.find(session.token, b"peer") is None
@@ -108,17 +110,32 @@ def test_closed_session_is_unknown(sessions: Sessions) -> None:
 
 
 def test_clients_are_bounded_and_leave_room_when_they_go(sessions: Sessions) -> None:
-    opened = [sessions.open(b"%d" % n, "comfy", n) for n in range(3)]
+    opened = [sessions.open(b"%d" % n, "comfy", n, User(n)) for n in range(3)]
     with pytest.raises(QueueFull, match=r"limits\.clients") as caught:
-        sessions.open(b"3", "comfy", 3)
+        sessions.open(b"3", "comfy", 3, ANYONE)
     assert caught.value.details == {"limit": 3}
     sessions.close(opened[0])
-    sessions.open(b"3", "comfy", 3)
+    sessions.open(b"3", "comfy", 3, ANYONE)
+
+
+def test_one_user_leaves_room_for_others(sessions: Sessions) -> None:
+    for n in range(2):
+        sessions.open(b"%d" % n, "comfy", n, ANYONE)
+    with pytest.raises(QueueFull, match=r"uid 1000 .*limits\.clients_per_user"):
+        sessions.open(b"2", "comfy", 2, ANYONE)
+    sessions.open(b"2", "comfy", 2, User(1001))
+
+
+def test_root_and_the_daemons_own_user_are_admins() -> None:
+    assert User(0).is_admin
+    assert User(os.geteuid()).is_admin
+    assert not User(os.geteuid() + 1).is_admin
+    assert not User(None).is_admin
 
 
 def test_messages_arrive_in_order(sessions: Sessions, connect: Connect) -> None:
     socket = connect("a")
-    session = sessions.open(b"a", "comfy", 7)
+    session = sessions.open(b"a", "comfy", 7, ANYONE)
     for n in range(3):
         session.post([b"%d" % n])
     assert sessions.pending
@@ -128,7 +145,7 @@ def test_messages_arrive_in_order(sessions: Sessions, connect: Connect) -> None:
 
 
 def test_unsent_progress_is_replaced_by_the_latest() -> None:
-    session = Session(b"token", b"peer", "comfy", 7)
+    session = Session(b"token", b"peer", "comfy", 7, ANYONE)
     session.post([b"accepted"])
     for step in range(5):
         session.post([b"progress %d" % step], key="job-1")
@@ -138,7 +155,7 @@ def test_unsent_progress_is_replaced_by_the_latest() -> None:
 
 
 def test_results_are_never_replaced() -> None:
-    session = Session(b"token", b"peer", "comfy", 7)
+    session = Session(b"token", b"peer", "comfy", 7, ANYONE)
     for _ in range(5):
         session.post([b"done"])
     assert len(session.outbox) == 5
@@ -146,7 +163,7 @@ def test_results_are_never_replaced() -> None:
 
 def test_slow_client_gets_every_result_in_order_and_the_latest_progress(sessions: Sessions, connect: Connect) -> None:
     socket = connect("slow")
-    session = sessions.open(b"slow", "comfy", 7)
+    session = sessions.open(b"slow", "comfy", 7, ANYONE)
     sent = block(sessions, session)
     for step in range(100):
         session.post([b"progress %d" % step], key="job")
@@ -158,8 +175,8 @@ def test_slow_client_gets_every_result_in_order_and_the_latest_progress(sessions
 def test_slow_client_delays_nobody(sessions: Sessions, connect: Connect) -> None:
     connect("slow")
     quick = connect("quick")
-    block(sessions, sessions.open(b"slow", "comfy", 7))
-    sessions.open(b"quick", "comfy", 8).post([b"here"])
+    block(sessions, sessions.open(b"slow", "comfy", 7, ANYONE))
+    sessions.open(b"quick", "comfy", 8, ANYONE).post([b"here"])
     started = time.monotonic()
     assert drain(sessions, quick, 1) == [b"here"]
     assert time.monotonic() - started < 1
@@ -169,7 +186,7 @@ def test_client_that_never_reads_is_given_up(
     sessions: Sessions, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     connect("deaf")
-    session = sessions.open(b"deaf", "comfy", 7)
+    session = sessions.open(b"deaf", "comfy", 7, ANYONE)
     block(sessions, session)
     monkeypatch.setattr(module, "UNSENT_BYTES", 1 << 20)
     flushed = []
@@ -184,7 +201,7 @@ def test_one_message_of_any_size_waits_for_its_client(
     sessions: Sessions, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     connect("slow")
-    session = sessions.open(b"slow", "comfy", 7)
+    session = sessions.open(b"slow", "comfy", 7, ANYONE)
     block(sessions, session)
     session.outbox.clear()
     monkeypatch.setattr(module, "UNSENT_BYTES", 10)
@@ -195,8 +212,8 @@ def test_one_message_of_any_size_waits_for_its_client(
 def test_client_that_is_gone_is_told_by_the_next_message(sessions: Sessions, connect: Connect) -> None:
     socket = connect("gone")
     stays = connect("stays")
-    session = sessions.open(b"gone", "comfy", 7)
-    other = sessions.open(b"stays", "comfy", 8)
+    session = sessions.open(b"gone", "comfy", 7, ANYONE)
+    other = sessions.open(b"stays", "comfy", 8, ANYONE)
     socket.close(linger=0)
     deadline = time.monotonic() + 5
     gone: list[Session] = []
@@ -212,7 +229,7 @@ def test_client_that_is_gone_is_told_by_the_next_message(sessions: Sessions, con
 
 
 def test_peer_that_never_was_is_gone(sessions: Sessions) -> None:
-    session = sessions.open(b"nobody", "comfy", 7)
+    session = sessions.open(b"nobody", "comfy", 7, ANYONE)
     assert sessions.flush() == [], "nothing to say, nothing to learn"
     session.post([b"alive"])
     assert sessions.flush() == [session]

@@ -13,6 +13,7 @@ __all__ = ["main", "parser"]
 
 EXIT_CODES: tuple[tuple[type[errors.TacodError], int], ...] = (
     (errors.ConnectionFailed, 3),
+    (errors.ConfigInvalid, 78),
     (errors.JobNotFound, 4),
     (errors.ModelNotFound, 4),
     (errors.Unavailable, 69),
@@ -86,6 +87,9 @@ def parser() -> argparse.ArgumentParser:
     verb("ps", "the running and the queued jobs")
     verb("cancel", "cancel a job").add_argument("job", help="a job id, as ps shows it")
     verb("ping", "the round trip to the daemon")
+    verb("reload", "read the configuration again, as `systemctl reload tacod` does; needs sudo")
+    drain = verb("drain", "end what runs, take no new work, and stop; needs sudo")
+    drain.add_argument("--wait", action="store_true", help="until it has stopped")
     _add_plan(verb("plan", "how a model file would be spread over ranks; needs no daemon"))
     demo = verb("demo", "a throw-away tacod draws a picture with the embedded model")
     demo.add_argument("prompt", nargs="?", help="what to draw")

@@ -124,6 +124,29 @@ def _install_service(args: argparse.Namespace) -> None:
         print(json.dumps({"done": done}, indent=2))
 
 
+def _reload(args: argparse.Namespace) -> None:
+    with _client(args) as client:
+        changed = client.reload()
+    _print(args, {"changed": changed}, lambda told: "changed: " + (", ".join(told["changed"]) or "nothing"))
+
+
+def _drain(args: argparse.Namespace) -> None:
+    with _client(args) as client:
+        jobs = client.drain()
+        _print(args, {"jobs": jobs}, lambda told: f"draining: {told['jobs']} jobs to end")
+    while args.wait and _answers(args):
+        time.sleep(0.2)
+
+
+def _answers(args: argparse.Namespace) -> bool:
+    try:
+        with Client(getattr(args, "endpoint", None), timeout_s=1.0) as client:
+            client.status()
+    except ConnectionFailed:
+        return False
+    return True
+
+
 def _version(args: argparse.Namespace) -> None:
     told: dict[str, Any] = {"tacoctl": __version__, "tacod": None}
     try:
@@ -238,6 +261,8 @@ _VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "demo": _demo,
     "top": top.run,
     "doctor": doctor.run,
+    "reload": _reload,
+    "drain": _drain,
     "install-service": _install_service,
     "version": _version,
     "completion": _completion,

@@ -1,0 +1,142 @@
+"""From ready to stopped: reloading, draining, and telling systemd what is going on."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel
+
+from tacod.config import Config, ConfigError, load_config
+from tacod.manifest import Manifest
+from tacod.notify import notify, watchdog_s
+from tacod.server import Server
+from tacod_client.errors import TacodError, Unavailable
+
+__all__ = ["FIXED", "Lifecycle"]
+
+log = logging.getLogger("tacod")
+
+FAREWELL_S = 5.0
+"""After draining, how long clients that read slowly get for their last messages."""
+STATUS_S = 1.0
+"""How often systemd hears what is going on, at the most."""
+FIXED = ("endpoint", "group.device", "group.gpus", "group.ranks", "metrics.", "curve.")
+"""Keys, and beginnings of keys, that a reload can't change."""
+
+
+class Lifecycle:
+    """What signals and operators have the daemon do."""
+
+    def __init__(self, server: Server, config: Config, config_path: str) -> None:
+        self.server = server
+        self.config = config
+        self.config_path = config_path
+        self._drain_until: float | None = None
+        self._pat_every_s = watchdog_s()
+        self._next_pat_s = self._next_status_s = 0.0
+        self._status = ""
+
+    def hear(self, number: int) -> None:
+        """Act on a signal: SIGHUP reloads, SIGTERM and SIGINT drain, a second one of these aborts."""
+        if number == signal.SIGHUP:
+            try:
+                self.reload()
+            except ConfigError as error:
+                for line in str(error).splitlines():
+                    log.error("not reloaded: %s", line)
+        elif self._drain_until is None:
+            self.drain()
+        else:
+            self._drain_until = time.monotonic()
+
+    def drain(self) -> int:
+        """Refuse new work, end what runs, then stop; returns how many jobs there are to end."""
+        scheduler = self.server.executor.scheduler
+        if self._drain_until is None:
+            self._drain_until = time.monotonic() + self.config.drain_timeout_s
+            scheduler.draining = True
+            log.info("draining: %d jobs to finish, %g s at most", len(scheduler.jobs), self.config.drain_timeout_s)
+            notify("STOPPING=1", "STATUS=draining")
+        return len(scheduler.jobs)
+
+    def reload(self) -> list[str]:
+        """Read the configuration again and go by it; returns the keys that changed.
+
+        Raises `ConfigError`, and then nothing has changed.
+        """
+        new = load_config(self.config_path)
+        changed = [key for key, value in _flat(new) if value != dict(_flat(self.config)).get(key)]
+        for key in changed:
+            if key.startswith(FIXED):
+                raise ConfigError(f"{self.config_path}:{key}: can't change while tacod runs; restart it for that")
+        executor = self.server.executor
+        manifest = Manifest(new.models.readable, new.group.device)
+        try:
+            preload = [
+                manifest.describe(path, None, None, "auto", executor.group.world_size) for path in new.models.preload
+            ]
+        except TacodError as error:
+            raise ConfigError(f"{self.config_path}:models.preload: {error.message}") from None
+        if new.log_level != self.config.log_level:
+            logging.getLogger().setLevel(new.log_level.upper())
+        self.config = new
+        self.server.go_by(new, preload)
+        log.info("reloaded %s: %s", self.config_path, ", ".join(changed) or "nothing changed")
+        return changed
+
+    def turn(self) -> int | None:
+        """Say what is to be said; returns the exit code once there is nothing left to do."""
+        now = time.monotonic()
+        executor, sessions = self.server.executor, self.server.sessions
+        # Only from here: a loop that is stuck falls silent.
+        if self._pat_every_s is not None and now >= self._next_pat_s:
+            self._next_pat_s = now + self._pat_every_s / 2
+            notify("WATCHDOG=1")
+        if now >= self._next_status_s and (status := self._describe()) != self._status:
+            self._next_status_s, self._status = now + STATUS_S, status
+            notify(f"STATUS={status}")
+        if executor.given_up is not None and not sessions.pending:
+            return 1
+        if self._drain_until is None:
+            return None
+        if now >= self._drain_until and executor.scheduler.jobs:
+            executor.abort(Unavailable("tacod was stopped before this job was done; it is safe to ask again"))
+        if executor.scheduler.jobs or (sessions.pending and now < self._drain_until + FAREWELL_S):
+            return None
+        log.info("stopped")
+        return 0
+
+    def _describe(self) -> str:
+        """One line of what is going on, for ``systemctl status``."""
+        executor = self.server.executor
+        ranks = _counted(executor.group.world_size, "rank")
+        if executor.loading is not None:
+            return f"loading {executor.loading.name}"
+        if executor.state == "degraded":
+            return f"replacing {ranks}"
+        if executor.state == "starting":
+            return f"starting {ranks}"
+        scheduler = executor.scheduler
+        known = f"{_counted(len(list(executor.manifest)), 'model')} on {ranks}"
+        job = scheduler.running
+        doing = f"{job.verb.value}, step {job.step + 1} of {job.steps}" if job is not None else "idle"
+        line = f"{executor.state}: {known}; {doing}"
+        return f"{line}, {len(scheduler)} more queued" if len(scheduler) else line
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
+def _flat(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All keys of a configuration, dotted, and their values."""
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -1,0 +1,212 @@
+"""What clients may ask, one method a verb: checked requests in, answers or jobs out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+from tacod import __version__, messages, report
+from tacod.config import ConfigError
+from tacod.manifest import Model
+from tacod.scheduler import Job, Verb
+from tacod.sessions import Session, User
+from tacod.store import digests_of
+from tacod_client import wire
+from tacod_client.errors import ArgumentError, ConfigInvalid, JobNotFound, NotAllowed, QueueFull
+from tacod_client.wire import Message
+
+if TYPE_CHECKING:
+    from tacod.server import Server
+
+__all__ = ["Verbs"]
+
+log = logging.getLogger(__name__)
+
+
+class Verbs:
+    """The verbs of a server. One that returns None answers later, when its job ends."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self._jobs_made = 0
+
+    def answer(self, verb: str, session: Session, request: int, body: Any) -> dict[str, Any] | None:
+        """Do what a checked request asks; raises a `TacodError` if that can't be."""
+        answer: dict[str, Any] | None = getattr(self, verb)(session, request, body)
+        return answer
+
+    def hello(self, peer: bytes, request: int, body: messages.Hello, user: User) -> None:
+        """Open a session; this is the one verb that comes without one."""
+        for old in self.server.sessions:
+            if old.peer == peer:
+                self.server.end_session(old)
+        session = self.server.sessions.open(peer, body.client, body.pid, user)
+        log.info("client %s (pid %d, %s) is here", session.name, session.pid, user)
+        limits = self.server.config.limits
+        welcome = {
+            "session": session.token,
+            "boot_id": self.server.boot_id,
+            "version": __version__,
+            "limits": {"message_bytes": limits.message_bytes, "store_bytes": limits.store_bytes, "queue": limits.queue},
+        }
+        session.post(wire.encode(Message("welcome", welcome, request)))
+
+    def bye(self, session: Session, request: int, body: messages.Empty) -> None:
+        """End the session, and what it has queued."""
+        self.server.end_session(session)
+
+    def ping(self, session: Session, request: int, body: messages.Empty) -> dict[str, Any]:
+        """A sign of life."""
+        return {"boot_id": self.server.boot_id}
+
+    def put(self, session: Session, request: int, body: messages.Put) -> dict[str, Any]:
+        """Keep tensors by content."""
+        for tensor in body.tensors:
+            if tensor.frames is None:
+                raise ArgumentError("tensors: a tensor to keep must come with its bytes", argument="tensors")
+        return {"digests": [self.server.executor.store.put(tensor) for tensor in body.tensors]}
+
+    def begin_upload(self, session: Session, request: int, body: messages.BeginUpload) -> dict[str, Any]:
+        """Announce a model file."""
+        name, here = self.server.uploads.begin(body.nbytes, body.digests)
+        return {"upload": name, "here": here, "path": str(self.server.uploads.path(name))}
+
+    def piece(self, session: Session, request: int, body: messages.Piece) -> dict[str, Any]:
+        """Take a piece of an announced file."""
+        if body.data.frames is None:
+            raise ArgumentError("data: a piece must come with its bytes", argument="data")
+        return {"here": self.server.uploads.add(body.upload, body.offset, b"".join(body.data.frames))}
+
+    def load(self, session: Session, request: int, body: messages.Load) -> dict[str, Any] | None:
+        """Have a model resident."""
+        manifest = self.server.executor.manifest
+        world_size = self.server.executor.group.world_size
+        model = manifest.describe(body.path, body.dtype, body.patches, body.plan, world_size)
+        if model.id in manifest:
+            return {"model": manifest.find(model.id).planned(model.asked, world_size).to_wire()}
+        self._submit(session, request, Verb.LOAD, model.id, model)
+        return None
+
+    def unload(self, session: Session, request: int, body: messages.Unload) -> None:
+        """Give a model's memory back."""
+        self.server.executor.manifest.find(body.model)
+        self._submit(session, request, Verb.UNLOAD, body.model, {"model": body.model})
+
+    def forward(self, session: Session, request: int, body: messages.Forward) -> None:
+        """One DiT forward."""
+        self.server.executor.manifest.find(body.model)
+        self._submit(session, request, Verb.FORWARD, body.model, dict(body))
+
+    def sample(self, session: Session, request: int, body: messages.Sample) -> None:
+        """A whole sampling run."""
+        self.server.executor.manifest.find(body.model)
+        if len(body.sigmas.shape) != 1 or body.sigmas.shape[0] < 2:
+            raise ArgumentError(
+                f"sigmas: expected shape [steps + 1] with at least 1 step, got {list(body.sigmas.shape)}",
+                argument="sigmas",
+            )
+        self._submit(session, request, Verb.SAMPLE, body.model, dict(body), body.sigmas.shape[0] - 1)
+
+    def _submit(self, session: Session, request: int, verb: Verb, model: str, body: Any, steps: int = 1) -> None:
+        """Queue a job, or tell the client which tensors the store lacks for it."""
+        digests = body.digests if isinstance(body, Model) else digests_of(body)
+        missing = self.server.executor.store.missing(digests)
+        if missing:
+            session.post(wire.encode(Message("missing", {"digests": missing}, request)))
+            return
+        limit = self.server.config.limits.queue_per_user
+        if self._jobs_of(session.user) >= limit:
+            raise QueueFull(
+                f"{limit} jobs of {session.user} are queued, which is the limit (limits.queue_per_user); wait for one",
+                limit=limit,
+            )
+        self._jobs_made += 1
+        job = Job(
+            id=f"{self.server.boot_id[:4]}-{self._jobs_made}",
+            session=session.token,
+            request=request,
+            verb=verb,
+            model=model,
+            body=body,
+            steps=steps,
+            digests=digests,
+            submitted_s=time.monotonic(),
+        )
+        self.server.executor.submit(job)
+        if verb is Verb.SAMPLE:
+            session.post(wire.encode(Message("accepted", {"job": job.id, "total": steps}, request)))
+
+    def _jobs_of(self, user: User) -> int:
+        owners = (self.server.sessions.get(job.session) for job in self.server.executor.scheduler.jobs)
+        return sum(owner is not None and owner.user == user for owner in owners)
+
+    def cancel(self, session: Session, request: int, body: messages.Cancel) -> dict[str, Any]:
+        """Cancel a job; another user's only for an admin."""
+        job_id = body.job
+        for job in self.server.executor.scheduler.jobs:
+            owner = self.server.sessions.get(job.session)
+            if job.id == job_id and owner is not None and owner.user != session.user:
+                self._check_admin(session, f"cancel a job of {owner.user}")
+        if job_id is None:
+            mine = (session.token, body.request)
+            job_id = next(
+                (job.id for job in self.server.executor.scheduler.jobs if (job.session, job.request) == mine), None
+            )
+        if job_id is None:
+            raise JobNotFound(f"request {body.request} is neither queued nor running", request=body.request)
+        done = self.server.executor.cancel(job_id)
+        return {"job": job_id, "state": "cancelled" if done else "cancelling"}
+
+    @staticmethod
+    def _check_admin(session: Session, what: str) -> None:
+        if not session.user.is_admin:
+            raise NotAllowed(f"{session.user} may not {what}: that is for root and for tacod's own user; use sudo")
+
+    def reload(self, session: Session, request: int, body: messages.Empty) -> dict[str, Any]:
+        """Read the configuration again."""
+        self._check_admin(session, "reload")
+        assert self.server.lifecycle is not None
+        try:
+            return {"changed": self.server.lifecycle.reload()}
+        except ConfigError as error:
+            raise ConfigInvalid(f"not reloaded: {error}") from None
+
+    def drain(self, session: Session, request: int, body: messages.Empty) -> dict[str, Any]:
+        """End what runs, take no new work, and stop."""
+        self._check_admin(session, "drain")
+        assert self.server.lifecycle is not None
+        log.info("%s (pid %d, %s) asks to drain", session.name, session.pid, session.user)
+        return {"jobs": self.server.lifecycle.drain()}
+
+    def models(self, session: Session, request: int, body: messages.Empty) -> dict[str, Any]:
+        """The loaded models."""
+        return {"models": [model.to_wire() for model in self.server.executor.manifest]}
+
+    def ps(self, session: Session, request: int, body: messages.Empty) -> dict[str, Any]:
+        """The running job and the queued ones."""
+        scheduler = self.server.executor.scheduler
+        jobs = []
+        for job in scheduler.jobs:
+            owner = self.server.sessions.get(job.session)
+            jobs.append(
+                {
+                    "job": job.id,
+                    "verb": job.verb.value,
+                    "state": "running" if job is scheduler.running else "queued",
+                    "model": job.model,
+                    "step": job.step,
+                    "total": job.steps,
+                    "client": f"{owner.name} (pid {owner.pid}, {owner.user})" if owner else None,
+                    "age_s": round(time.monotonic() - job.submitted_s, 3),
+                }
+            )
+        return {"jobs": jobs}
+
+    def status(self, session: Session, request: int, body: messages.Empty) -> dict[str, Any]:
+        """What is, now."""
+        return report.status(self.server)
+
+    def stats(self, session: Session, request: int, body: messages.Empty) -> dict[str, Any]:
+        """What was, and how long it took."""
+        return report.stats(self.server)
