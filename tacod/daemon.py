@@ -45,8 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.check_config:
             print(f"{args.config}: ok")
             return 0
-        # A SIGABRT, such as systemd's watchdog sends, prints all stacks.
-        faulthandler.enable(sys.__stderr__ or 2)
+        # A SIGABRT, such as systemd's watchdog sends, prints the loop's stack. Not the other threads': they run on
+        # meanwhile, and reading a stack that changes can crash before this one is printed.
+        faulthandler.enable(sys.__stderr__ or 2, all_threads=False)
         os.environ["TACOD_LOG_LEVEL"] = level
         logs.configure(level)
         with _endpoint(config.socket_path) as folder:
