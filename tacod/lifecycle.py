@@ -24,7 +24,9 @@ FAREWELL_S = 5.0
 """After draining, how long clients that read slowly get for their last messages."""
 STATUS_S = 1.0
 """How often systemd hears what is going on, at the most."""
-FIXED = ("endpoint", "group.device", "group.gpus", "group.ranks", "metrics.", "curve.")
+PATIENCE_S = 60.0
+"""How much longer systemd is to wait for a start or a stop, as long as the loop turns; its own limits end the rest."""
+FIXED = ("endpoint", "heartbeat_s", "group.device", "group.gpus", "group.ranks", "metrics.", "curve.listen")
 """Keys, and beginnings of keys, that a reload can't change."""
 
 
@@ -36,7 +38,10 @@ class Lifecycle:
         self.config = config
         self.config_path = config_path
         self._drain_until: float | None = None
-        self._pat_every_s = watchdog_s()
+        asked_s = watchdog_s()
+        self._watched = asked_s is not None
+        # Twice as often as asked, because a turn may take its second.
+        self._pat_every_s = min(asked_s or PATIENCE_S, PATIENCE_S) / 2
         self._next_pat_s = self._next_status_s = 0.0
         self._status = ""
 
@@ -62,6 +67,7 @@ class Lifecycle:
             log.info("draining: %d jobs to finish, %g s at most", len(scheduler.jobs), self.config.drain_timeout_s)
             notify("STOPPING=1", "STATUS=draining")
         return len(scheduler.jobs)
+            self._next_pat_s = 0.0
 
     def reload(self) -> list[str]:
         """Read the configuration again and go by it; returns the keys that changed.
@@ -93,10 +99,14 @@ class Lifecycle:
         now = time.monotonic()
         executor, sessions = self.server.executor, self.server.sessions
         # Only from here: a loop that is stuck falls silent.
-        if self._pat_every_s is not None and now >= self._next_pat_s:
-            self._next_pat_s = now + self._pat_every_s / 2
-            notify("WATCHDOG=1")
-        if now >= self._next_status_s and (status := self._describe()) != self._status:
+        if now >= self._next_pat_s:
+            self._next_pat_s = now + self._pat_every_s
+            if self._watched:
+                notify("WATCHDOG=1")
+            if self._drain_until is not None or not executor.ready:
+                notify(f"EXTEND_TIMEOUT_USEC={int(PATIENCE_S * 1e6)}")
+        last = executor.given_up is not None
+        if (last or now >= self._next_status_s) and (status := self._describe()) != self._status:
             self._next_status_s, self._status = now + STATUS_S, status
             notify(f"STATUS={status}")
         if executor.given_up is not None and not sessions.pending:
@@ -119,6 +129,8 @@ class Lifecycle:
         if executor.state == "degraded":
             return f"replacing {ranks}"
         if executor.state == "starting":
+        if executor.given_up is not None:
+            return f"gave up: {executor.given_up}"
             return f"starting {ranks}"
         scheduler = executor.scheduler
         known = f"{_counted(len(list(executor.manifest)), 'model')} on {ranks}"
