@@ -66,8 +66,8 @@ class Lifecycle:
             scheduler.draining = True
             log.info("draining: %d jobs to finish, %g s at most", len(scheduler.jobs), self.config.drain_timeout_s)
             notify("STOPPING=1", "STATUS=draining")
-        return len(scheduler.jobs)
             self._next_pat_s = 0.0
+        return len(scheduler.jobs)
 
     def reload(self) -> list[str]:
         """Read the configuration again and go by it; returns the keys that changed.
@@ -124,13 +124,13 @@ class Lifecycle:
         """One line of what is going on, for ``systemctl status``."""
         executor = self.server.executor
         ranks = _counted(executor.group.world_size, "rank")
+        if executor.given_up is not None:
+            return f"gave up: {executor.given_up}"
         if executor.loading is not None:
             return f"loading {executor.loading.name}"
         if executor.state == "degraded":
             return f"replacing {ranks}"
         if executor.state == "starting":
-        if executor.given_up is not None:
-            return f"gave up: {executor.given_up}"
             return f"starting {ranks}"
         scheduler = executor.scheduler
         known = f"{_counted(len(list(executor.manifest)), 'model')} on {ranks}"
