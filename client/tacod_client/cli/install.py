@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib.util
 import json
 import os
+import re
+import shlex
 import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from tacod_client.errors import NotAllowed, TacodError
+from tacod_client.errors import NotAllowed, RequestError, TacodError
 
 __all__ = ["Service", "install", "uninstall"]
 
 UNIT = "etc/systemd/system/tacod.service"
 CONFIG = "etc/tacod/config.toml"
 RECORD = "etc/tacod/.installed"
-"""What was put where, by digest: only that is taken away again."""
+"""What was put where, by digest, and the folders made for it: only that is taken away again."""
 COMMAND = "/usr/bin/tacod"
 """What the shipped files call the daemon; the installed ones name the real one."""
+NEEDED = ("tacod", "tacod_client", "pydantic", "torch", "xfuser")
+"""Modules that tell whether this environment holds the daemon with all that it needs."""
+BOOTED = Path("/run/systemd/system")
+"""There if systemd runs this machine, as sd_booted(3) says."""
 
 Say = Callable[[str], None]
 
@@ -32,125 +40,167 @@ class Service:
         prefix: What the paths are under, such as an image that is being built.
         dry_run: Say what would be done, and do nothing.
         say: Hears a line for each thing that is done.
+
+    Raises `NotAllowed` for the running system without being root, and `TacodError` where systemd doesn't run.
     """
 
     def __init__(self, prefix: Path, dry_run: bool, say: Say) -> None:
         self.prefix, self.dry_run, self.say = prefix, dry_run, say
         self.live = prefix.resolve() == Path("/")
-        if self.live and os.geteuid() != 0 and not dry_run:
-            raise NotAllowed("install-service writes to /etc: run it with sudo, or with --prefix or --dry-run")
-        self.record: dict[str, str] = {}
-        if self._at(RECORD).is_file():
-            self.record = json.loads(self._at(RECORD).read_text())
+        if self.live and not dry_run:
+            if os.geteuid() != 0:
+                raise NotAllowed(
+                    f"install-service writes to /etc: run `sudo {_beside('tacoctl')} install-service`, "
+                    "or give --prefix or --dry-run"
+                )
+            if not BOOTED.is_dir():
+                raise TacodError("systemd doesn't run here; give --prefix to put the files under another folder")
+        self.files: dict[str, str] = {}
+        self.folders: list[str] = []
+        with _told():
+            if self._at(RECORD).is_file():
+                self._read_record()
 
     def _at(self, path: str) -> Path:
         return self.prefix / path
 
-    def put(self, path: str, text: str, mine_to_edit: bool = False) -> None:
-        """Write a file. One that a person edits is kept as it is, and the new one put beside it."""
-        at = self._at(path)
-        known = self.record.get(path)
-        if at.exists() and mine_to_edit and _digest(at.read_text()) not in (known, _digest(text)):
-            self.say(f"kept     {at} (edited)")
+    def _read_record(self) -> None:
+        try:
+            record = json.loads(self._at(RECORD).read_text())
+            self.files, self.folders = dict(record["files"]), list(record["folders"])
+        except (ValueError, KeyError, TypeError):
+            raise TacodError(f"{self._at(RECORD)} can't be read as a record; remove it and install again") from None
+
+    def keep_record(self) -> None:
+        """Note what was installed, for `uninstall`."""
+        if self.files and not self.dry_run:
+            self._make_folders(RECORD)
+            self._at(RECORD).write_text(json.dumps({"files": self.files, "folders": self.folders}, indent=1) + "\n")
+
+    def _make_folders(self, path: str) -> None:
+        self.prefix.mkdir(parents=True, exist_ok=True)
+        for folder in map(str, reversed(Path(path).parents)):
+            if not self._at(folder).exists():
+                self._at(folder).mkdir()
+                self.folders.append(folder)
+
+    def read(self, path: str) -> str:
+        """A file's text; nothing if it isn't there."""
+        return self._at(path).read_text(errors="replace") if self._at(path).exists() else ""
+
+    def put(self, path: str, text: str) -> None:
+        """Write a file. One that somebody else wrote or edited is kept as it is, and the new one put beside it."""
+        at, digest = self._at(path), _digest(text.encode())
+        if at.exists() and _digest(at.read_bytes()) not in (self.files.get(path), digest):
+            self.say(f"kept     {at} (edited); the new one goes beside it")
             path += ".new"
             at = self._at(path)
         self.say(f"{'would write' if self.dry_run else 'wrote   '} {at}")
         if self.dry_run:
             return
-        at.parent.mkdir(parents=True, exist_ok=True)
+        self._make_folders(path)
         at.write_text(text)
         at.chmod(0o644)
-        self.record[path] = _digest(text)
+        self.files[path] = digest
 
-    def take_away(self, path: str) -> None:
-        """Remove a file that `put` wrote, unless it was edited since."""
-        at = self._at(path)
-        if not at.exists():
+    def take_away(self) -> None:
+        """Remove what `put` wrote, unless it was edited since, and the folders that it made, if they are empty."""
+        for path, digest in sorted(self.files.items()):
+            at = self._at(path)
+            if not at.exists():
+                continue
+            if _digest(at.read_bytes()) != digest:
+                self.say(f"kept     {at} (edited)")
+                continue
+            self.say(f"{'would remove' if self.dry_run else 'removed '} {at}")
+            if not self.dry_run:
+                at.unlink()
+        if self.dry_run:
             return
-        if _digest(at.read_text()) != self.record[path]:
-            self.say(f"kept     {at} (edited)")
-            return
-        self.say(f"{'would remove' if self.dry_run else 'removed '} {at}")
-        if not self.dry_run:
-            at.unlink()
+        self._at(RECORD).unlink(missing_ok=True)
+        for folder in reversed(self.folders):
+            # What others have put there stays, and so does the folder.
+            with contextlib.suppress(OSError):
+                self._at(folder).rmdir()
 
     def run(self, *command: str) -> None:
         """Run a command of the system's, on a live system."""
         if not self.live:
             return
-        self.say(f"{'would run' if self.dry_run else 'run     '} {' '.join(command)}")
+        self.say(f"{'would run' if self.dry_run else 'run     '} {shlex.join(command)}")
         if self.dry_run:
             return
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            raise TacodError(f"{command[0]} is not here; install-service is for systems with systemd") from None
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise TacodError(f"`{' '.join(command)}` failed: {done.stderr.strip() or done.returncode}")
-
-    def keep_record(self) -> None:
-        """Note what was installed, for `uninstall`."""
-        if not self.dry_run:
-            self._at(RECORD).write_text(json.dumps(self.record, indent=1) + "\n")
+            raise TacodError(f"`{shlex.join(command)}` failed: {done.stderr.strip() or done.returncode}")
 
 
-def install(service: Service, gpus: Sequence[str] | None = None, tacod: str | None = None) -> None:
+def install(service: Service, gpus: Sequence[str] | None = None) -> None:
     """Put everything in place, and tell systemd of it.
 
     Args:
         service: Where.
-        gpus: The GPUs for a configuration that isn't there yet, by index or UUID.
-        tacod: The daemon's command; by default that of this environment.
+        gpus: The GPUs for the configuration, by index or UUID; by default those that it names already.
 
-    Raises `TacodError` if the daemon isn't installed in this environment, or if its user could not read it.
+    Raises `TacodError` if the daemon isn't whole in this environment or its user could not read it, `RequestError` for
+    what names no GPU.
     """
-    command = tacod or _command()
-    check_readable(Path(command))
-    for path, source in _files():
-        text = source.read_text().replace(COMMAND, command)
-        if path == CONFIG:
-            service.put(path, _with_gpus(text, gpus), mine_to_edit=True)
-        else:
-            service.put(path, text)
-    service.keep_record()
-    service.run("systemd-sysusers")
-    service.run("systemd-tmpfiles", "--create")
-    service.run("systemctl", "daemon-reload")
-    service.say("next: set models.roots in /etc/tacod/config.toml, add yourself to the group with")
-    service.say("      `sudo usermod -aG tacod $USER`, and run `sudo systemctl enable --now tacod`")
+    with _told():
+        command = _daemon()
+        again = (service.prefix / UNIT).exists()
+        try:
+            for path, source in _sources():
+                text = source.read_text().replace(COMMAND, _quoted(command))
+                service.put(path, _with_gpus(text, gpus, service.read(CONFIG)) if path == CONFIG else text)
+        finally:
+            service.keep_record()
+        service.run("systemd-sysusers", "tacod.conf")
+        service.run("systemd-tmpfiles", "--create", "tacod.conf")
+        service.run("systemctl", "daemon-reload")
+        # As the daemon's own user: now it shows whether he can read all that he has to.
+        service.run("runuser", "-u", "tacod", "--", str(command), "--config", f"/{CONFIG}", "--check-config")
+    if again:
+        service.say("next: `sudo systemctl restart tacod`")
+    else:
+        service.say(f"next: set models.roots in /{CONFIG}, add yourself to the group with")
+        service.say("      `sudo usermod -aG tacod $USER`, and run `sudo systemctl enable --now tacod`")
 
 
 def uninstall(service: Service) -> None:
-    """Take away what `install` put there; a configuration that was edited stays."""
-    if not service.record:
+    """Take away what `install` put there; what was edited stays.
+
+    Raises `TacodError` if nothing is recorded as installed.
+    """
+    if not service.files:
         raise TacodError(
             f"nothing of tacod's is recorded in {service.prefix / RECORD}; was it installed with this prefix?"
         )
-    service.run("systemctl", "disable", "--now", "tacod")
-    for path in sorted(service.record):
-        service.take_away(path)
-    if not service.dry_run:
-        (service.prefix / RECORD).unlink(missing_ok=True)
-        for folder in ("etc/tacod/examples", "etc/tacod"):
-            at = service.prefix / folder
-            if at.is_dir() and not any(at.iterdir()):
-                at.rmdir()
-    service.run("systemctl", "daemon-reload")
-    service.say("kept     the user tacod and /var/lib/tacod, which holds what was uploaded")
+    with _told():
+        if (service.prefix / UNIT).exists():
+            service.run("systemctl", "disable", "--now", "tacod")
+        service.take_away()
+        service.run("systemctl", "daemon-reload")
+    if service.live:
+        service.say("kept     the user tacod and /var/lib/tacod, which holds what was uploaded")
 
 
-def _files() -> Iterator[tuple[str, Path]]:
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Errors of the file system, told as ours."""
+    try:
+        yield
+    except PermissionError as error:
+        raise NotAllowed(f"{error.filename}: permission denied; run it with sudo") from None
+    except OSError as error:
+        raise TacodError(f"{error.filename}: {error.strerror or error}") from None
+
+
+def _sources() -> Iterator[tuple[str, Path]]:
     """Where each file goes, and where it comes from."""
     # In a wheel they lie in the package; in a checkout at its root.
     here = Path(__file__)
-    folder = next(
-        (
-            each
-            for each in (here.parents[1] / "systemd", here.parents[3] / "systemd")
-            if (each / "tacod.service").is_file()
-        ),
-        None,
-    )
+    places = (here.parents[1] / "systemd", here.parents[3] / "systemd")
+    folder = next((place for place in places if (place / "tacod.service").is_file()), None)
     if folder is None:
         raise TacodError("the service's files are not in this installation; install taco-dit again")
     yield UNIT, folder / "tacod.service"
@@ -161,36 +211,62 @@ def _files() -> Iterator[tuple[str, Path]]:
         yield f"etc/tacod/examples/{example.name}", example
 
 
-def _command() -> str:
-    command = Path(sys.executable).parent / "tacod"
-    if not os.access(command, os.X_OK):
+def _beside(name: str) -> Path:
+    """A command of this environment."""
+    return Path(sys.executable).parent / name
+
+
+def _daemon() -> Path:
+    """The daemon's command, if it would run as the service's user."""
+    command = _beside("tacod")
+    found = {module: importlib.util.find_spec(module) for module in NEEDED}
+    missing = [module for module, spec in found.items() if spec is None]
+    if missing or not os.access(command, os.X_OK):
         raise TacodError(
-            f"there is no {command}: install the daemon into this environment, `pip install 'taco-dit[daemon]'`"
+            f"the daemon is not in {sys.prefix} ({', '.join(missing) or command} is missing): install it there with "
+            "`pip install 'taco-dit[daemon]'`, or run the tacoctl of the environment that has it"
         )
-    return str(command)
+    check_readable(command)
+    check_readable(Path(sys.executable))
+    for spec in found.values():
+        if spec is not None and spec.origin is not None:
+            check_readable(Path(spec.origin))
+    return command
 
 
-def check_readable(command: Path) -> None:
-    """Raise `TacodError` if a user without rights of his own can't run a command or the interpreter that it names."""
-    for path in dict.fromkeys((command, command.resolve(), command.with_name(Path(sys.executable).name).resolve())):
-        for part in (*reversed(path.parents), path):
-            if not part.exists():
-                raise TacodError(f"{part} does not exist")
-            needed = stat.S_IXOTH if part.is_dir() else stat.S_IROTH | stat.S_IXOTH
-            if part.stat().st_mode & needed != needed:
+def check_readable(path: Path) -> None:
+    """Raise `TacodError` if a user without rights of his own can't read a file, by its name or where links lead."""
+    for way in dict.fromkeys((path, path.resolve())):
+        for part in (*reversed(way.parents), way):
+            mode = part.stat().st_mode
+            needed = stat.S_IXOTH if stat.S_ISDIR(mode) else stat.S_IROTH
+            if mode & needed != needed:
                 raise TacodError(
-                    f"{part} is not open to the user tacod (mode {part.stat().st_mode & 0o777:o}); install TACO-DiT "
-                    "where everyone may read it, for example into a virtual environment in /opt/tacod"
+                    f"{part} is not open to the user tacod (mode {mode & 0o777:o}), who has to read {path}; install "
+                    "TACO-DiT where everyone may read it, for example into a virtual environment in /opt/tacod"
                 )
 
 
-def _with_gpus(text: str, gpus: Sequence[str] | None) -> str:
+def _quoted(command: Path) -> str:
+    """A command as a unit names it, see systemd.service(5)."""
+    text = str(command)
+    if re.search(r"[\"'\\\x00-\x1f\x7f]", text):
+        raise TacodError(f"{text!r}: systemd runs no command whose path has quotes, backslashes or control characters")
+    return f'"{text}"'.replace("%", "%%") if re.search(r"[^\w+,./:=@-]", text) else text
+
+
+def _with_gpus(text: str, gpus: Sequence[str] | None, there: str) -> str:
+    """The configuration with these GPUs, or with those of the one that is there."""
     if gpus is None:
+        line = next((line for line in there.splitlines() if re.match(r"gpus = \[.*\]", line)), None)
+    else:
+        if odd := [gpu for gpu in gpus if not re.fullmatch(r"\d+|GPU-[0-9a-fA-F-]+", gpu, re.ASCII)]:
+            raise RequestError(f"{odd[0]!r} names no GPU; give indexes or UUIDs as `nvidia-smi -L` shows them")
+        line = f"gpus = [{', '.join(str(int(gpu)) if gpu.isdigit() else json.dumps(gpu) for gpu in gpus)}]"
+    if line is None:
         return text
-    listed = ", ".join(gpu if gpu.isdigit() else json.dumps(gpu) for gpu in gpus)
-    lines = text.splitlines(keepends=True)
-    return "".join(f"gpus = [{listed}]\n" if line.startswith("# gpus = ") else line for line in lines)
+    return "".join(f"{line}\n" if each.startswith("# gpus = ") else each for each in text.splitlines(keepends=True))
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
