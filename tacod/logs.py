@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
+from types import TracebackType
 
-__all__ = ["configure"]
+__all__ = ["complain", "configure"]
 
 _PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 
@@ -20,12 +22,32 @@ class _JournalFormatter(logging.Formatter):
 
 
 def configure(level: str, prefix: str = "") -> None:
-    """Send the log to stderr, at ``level`` and above, each record behind ``prefix``."""
+    """Send the log to stderr, at ``level`` and above, each record behind ``prefix``; and what ends the process too."""
     handler = logging.StreamHandler(sys.stderr)
-    if os.environ.get("JOURNAL_STREAM"):
+    if _to_journal():
         handler.setFormatter(_JournalFormatter(f"{prefix}%(message)s"))
     else:
         handler.setFormatter(
             logging.Formatter(f"%(asctime)s.%(msecs)03d %(levelname)-7s {prefix}%(message)s", datefmt="%H:%M:%S")
         )
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    sys.excepthook = _log_uncaught
+
+
+def complain(text: object) -> None:
+    """Print why there is no daemon, as it is; for journald each line is an error."""
+    mark = f"<{_PRIORITIES[logging.ERROR]}>" if _to_journal() else ""
+    for line in str(text).splitlines():
+        print(f"{mark}{line}", file=sys.stderr)
+
+
+def _to_journal() -> bool:
+    """Whether stderr is journald's. A terminal may have inherited the variable from the desktop, but not the stream."""
+    with contextlib.suppress(OSError):
+        stream = os.fstat(2)
+        return os.environ.get("JOURNAL_STREAM") == f"{stream.st_dev}:{stream.st_ino}"
+    return False
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:
+    logging.getLogger().critical("ended by an error of its own", exc_info=(kind, error, at))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -16,30 +18,33 @@ log = logging.getLogger("tacod.test")
 @pytest.fixture(autouse=True)
 def _root_logger_is_restored() -> Iterator[None]:
     root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    handlers, level, hook = root.handlers[:], root.level, sys.excepthook
     yield
+    sys.excepthook = hook
     root.handlers[:] = handlers
     root.setLevel(level)
 
 
 @pytest.fixture
-def journal(monkeypatch: pytest.MonkeyPatch) -> None:
+def journal(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """As systemd starts a service."""
-    monkeypatch.setenv("JOURNAL_STREAM", "8:12345")
+    stream = os.fstat(2)
+    monkeypatch.setenv("JOURNAL_STREAM", f"{stream.st_dev}:{stream.st_ino}")
 
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a shell starts a program."""
-    monkeypatch.delenv("JOURNAL_STREAM", raising=False)
+    # A terminal that a service of the desktop opened inherits the variable.
+    monkeypatch.setenv("JOURNAL_STREAM", "8:12345")
 
 
 @pytest.mark.usefixtures("journal")
-def test_journal_gets_each_level_with_its_priority(capsys: pytest.CaptureFixture[str]) -> None:
+def test_journal_gets_each_level_with_its_priority(capfd: pytest.CaptureFixture[str]) -> None:
     logs.configure("debug")
     for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, logging.CRITICAL):
         log.log(level, "said %d", level)
-    assert capsys.readouterr().err.splitlines() == [
+    assert capfd.readouterr().err.splitlines() == [
         "<7>said 10",
         "<6>said 20",
         "<4>said 30",
@@ -49,44 +54,62 @@ def test_journal_gets_each_level_with_its_priority(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.usefixtures("journal")
-def test_every_line_of_a_traceback_has_its_priority(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_line_of_a_traceback_has_its_priority(capfd: pytest.CaptureFixture[str]) -> None:
     logs.configure("info")
     try:
         raise ValueError("broken")
     except ValueError:
         log.exception("failed")
-    lines = capsys.readouterr().err.splitlines()
+    lines = capfd.readouterr().err.splitlines()
     assert lines[0] == "<3>failed"
     assert lines[-1] == "<3>ValueError: broken"
     assert all(line.startswith("<3>") for line in lines)
 
 
 @pytest.mark.usefixtures("journal")
-def test_prefix_tells_ranks_apart(capsys: pytest.CaptureFixture[str]) -> None:
+def test_prefix_tells_ranks_apart(capfd: pytest.CaptureFixture[str]) -> None:
     logs.configure("info", prefix="rank 2: ")
     log.info("ready")
-    assert capsys.readouterr().err == "<6>rank 2: ready\n"
+    assert capfd.readouterr().err == "<6>rank 2: ready\n"
 
 
 @pytest.mark.usefixtures("terminal")
-def test_terminal_gets_time_and_level(capsys: pytest.CaptureFixture[str]) -> None:
+def test_terminal_gets_time_and_level(capfd: pytest.CaptureFixture[str]) -> None:
     logs.configure("info", prefix="rank 2: ")
     log.warning("slow")
-    assert re.fullmatch(r"\d\d:\d\d:\d\d\.\d{3} WARNING rank 2: slow\n", capsys.readouterr().err)
+    assert re.fullmatch(r"\d\d:\d\d:\d\d\.\d{3} WARNING rank 2: slow\n", capfd.readouterr().err)
 
 
 @pytest.mark.usefixtures("terminal")
-def test_quieter_levels_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+def test_quieter_levels_are_left_out(capfd: pytest.CaptureFixture[str]) -> None:
     logs.configure("warning")
     log.info("unheard")
     log.error("heard")
-    assert "unheard" not in (said := capsys.readouterr().err)
+    assert "unheard" not in (said := capfd.readouterr().err)
     assert "heard" in said
 
 
 @pytest.mark.usefixtures("terminal")
-def test_configuring_twice_says_things_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_configuring_twice_says_things_once(capfd: pytest.CaptureFixture[str]) -> None:
     logs.configure("info")
     logs.configure("info")
     log.info("once")
-    assert capsys.readouterr().err.count("once") == 1
+    assert capfd.readouterr().err.count("once") == 1
+
+
+@pytest.mark.usefixtures("journal")
+def test_what_ends_it_is_critical(capfd: pytest.CaptureFixture[str]) -> None:
+    logs.configure("info")
+    error = ValueError("broken")
+    sys.excepthook(ValueError, error, None)
+    lines = capfd.readouterr().err.splitlines()
+    assert lines == ["<2>ended by an error of its own", "<2>ValueError: broken"]
+
+
+@pytest.mark.parametrize(("place", "mark"), [("journal", "<3>"), ("terminal", "")])
+def test_a_complaint_is_said_as_it_is(
+    place: str, mark: str, request: pytest.FixtureRequest, capfd: pytest.CaptureFixture[str]
+) -> None:
+    request.getfixturevalue(place)
+    logs.complain("config.toml:a: unknown\nconfig.toml:b: unknown")
+    assert capfd.readouterr().err == f"{mark}config.toml:a: unknown\n{mark}config.toml:b: unknown\n"
