@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _endpoint(config.socket_path) as folder:
             return _serve(config, args.config, folder)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        logs.complain(error)
         return EX_CONFIG
 
 
