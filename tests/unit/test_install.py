@@ -126,7 +126,8 @@ def test_an_unedited_configuration_is_brought_up_to_date(tmp_path: Path, service
 @pytest.mark.parametrize("gpu", ["x", "-1", "3]", "GPU-12 34", "³"])
 def test_what_names_no_gpu_is_refused(tmp_path: Path, gpu: str, service: Callable[..., Service]) -> None:
     with pytest.raises(RequestError, match="names no GPU"):
-        install(service(dry_run=True), ["0", gpu])
+        install(service(), ["0", gpu])
+    assert tree(tmp_path) == {}
 
 
 def test_nothing_to_take_away(service: Callable[..., Service]) -> None:
@@ -142,10 +143,11 @@ def test_a_record_that_is_none(tmp_path: Path, text: str, service: Callable[...,
         service()
 
 
-def test_a_folder_in_the_way_is_named(tmp_path: Path, service: Callable[..., Service]) -> None:
+def test_a_file_in_the_way_is_named(tmp_path: Path, said: list[str], service: Callable[..., Service]) -> None:
     (tmp_path / "etc").write_text("a file")
     with pytest.raises(TacodError, match=str(tmp_path / "etc")):
         install(service())
+    assert said == []
 
 
 def test_the_running_system_needs_root(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
@@ -166,7 +168,7 @@ def test_an_environment_without_the_daemon_is_refused(
     monkeypatch: pytest.MonkeyPatch, service: Callable[..., Service]
 ) -> None:
     monkeypatch.setattr("tacod_client.cli.install.NEEDED", ("tacod", "no_such_module"))
-    with pytest.raises(TacodError, match=r"no_such_module is missing.*pip install 'taco-dit\[daemon\]'"):
+    with pytest.raises(TacodError, match=r"missing: no_such_module.*pip install 'taco-dit\[daemon\]'"):
         install(service(dry_run=True))
 
 

@@ -95,13 +95,12 @@ class Service:
             self.say(f"kept     {at} (edited); the new one goes beside it")
             path += ".new"
             at = self._at(path)
+        if not self.dry_run:
+            self._make_folders(path)
+            at.write_text(text)
+            at.chmod(0o644)
+            self.files[path] = digest
         self.say(f"{'would write' if self.dry_run else 'wrote   '} {at}")
-        if self.dry_run:
-            return
-        self._make_folders(path)
-        at.write_text(text)
-        at.chmod(0o644)
-        self.files[path] = digest
 
     def take_away(self) -> None:
         """Remove what `put` wrote, unless it was edited since, and the folders that it made, if they are empty."""
@@ -112,9 +111,9 @@ class Service:
             if _digest(at.read_bytes()) != digest:
                 self.say(f"kept     {at} (edited)")
                 continue
-            self.say(f"{'would remove' if self.dry_run else 'removed '} {at}")
             if not self.dry_run:
                 at.unlink()
+            self.say(f"{'would remove' if self.dry_run else 'removed '} {at}")
         if self.dry_run:
             return
         self._at(RECORD).unlink(missing_ok=True)
@@ -147,11 +146,12 @@ def install(service: Service, gpus: Sequence[str] | None = None) -> None:
     """
     with _told():
         command = _daemon()
+        texts = {path: source.read_text().replace(COMMAND, _quoted(command)) for path, source in _sources()}
+        texts[CONFIG] = _with_gpus(texts[CONFIG], gpus, service.read(CONFIG))
         again = (service.prefix / UNIT).exists()
         try:
-            for path, source in _sources():
-                text = source.read_text().replace(COMMAND, _quoted(command))
-                service.put(path, _with_gpus(text, gpus, service.read(CONFIG)) if path == CONFIG else text)
+            for path, text in texts.items():
+                service.put(path, text)
         finally:
             service.keep_record()
         service.run("systemd-sysusers", "tacod.conf")
@@ -159,9 +159,9 @@ def install(service: Service, gpus: Sequence[str] | None = None) -> None:
         service.run("systemctl", "daemon-reload")
         # As the daemon's own user: now it shows whether he can read all that he has to.
         service.run("runuser", "-u", "tacod", "--", str(command), "--config", f"/{CONFIG}", "--check-config")
-    if again:
+    if service.live and again:
         service.say("next: `sudo systemctl restart tacod`")
-    else:
+    elif service.live:
         service.say(f"next: set models.roots in /{CONFIG}, add yourself to the group with")
         service.say("      `sudo usermod -aG tacod $USER`, and run `sudo systemctl enable --now tacod`")
 
@@ -189,6 +189,8 @@ def _told() -> Iterator[None]:
     """Errors of the file system, told as ours."""
     try:
         yield
+    except BrokenPipeError:
+        raise
     except PermissionError as error:
         raise NotAllowed(f"{error.filename}: permission denied; run it with sudo") from None
     except OSError as error:
@@ -223,7 +225,7 @@ def _daemon() -> Path:
     missing = [module for module, spec in found.items() if spec is None]
     if missing or not os.access(command, os.X_OK):
         raise TacodError(
-            f"the daemon is not in {sys.prefix} ({', '.join(missing) or command} is missing): install it there with "
+            f"the daemon is not in {sys.prefix} (missing: {', '.join(missing) or command}): install it there with "
             "`pip install 'taco-dit[daemon]'`, or run the tacoctl of the environment that has it"
         )
     check_readable(command)
