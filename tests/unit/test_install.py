@@ -208,7 +208,7 @@ def test_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_the_shipped_configuration_can_be_used(tmp_path: Path) -> None:
+def test_the_shipped_configuration_can_be_used() -> None:
     assert load_config(SOURCE / "config.toml").endpoint == "ipc:///run/tacod/tacod.sock"
 
 
@@ -218,6 +218,13 @@ def test_what_the_shipped_configuration_leaves_out_can_be_put_in(tmp_path: Path)
     config = load_config(tmp_path / "config.toml")
     assert config.group.gpus == [3, 4, 5]
     assert config.models.preload
+
+
+@pytest.mark.parametrize("example", sorted((SOURCE / "examples").glob("*.conf")), ids=lambda path: path.stem)
+def test_the_configuration_that_an_example_wants_can_be_used(tmp_path: Path, example: Path) -> None:
+    wanted = "".join(re.findall(r"^#     (?:# )?(.*\n)", example.read_text(), re.MULTILINE))
+    (tmp_path / "config.toml").write_text((SOURCE / "config.toml").read_text() + wanted)
+    assert (load_config(tmp_path / "config.toml").curve is not None) == (example.stem == "tcp")
 
 
 @pytest.fixture
