@@ -5,7 +5,7 @@ from __future__ import annotations
 import comfy.model_management
 
 from tacod_client import Client
-from tacod_client.connection import find_endpoint
+from tacod_client.endpoint import find_endpoint
 
 __all__ = ["client_of"]
 

@@ -42,7 +42,10 @@ class _Section(BaseModel):
 
 def _check_endpoint(endpoint: str) -> str:
     if endpoint.startswith("tcp://"):
-        raise ValueError("TCP needs CURVE keys and an allow-list, which this version lacks; use ipc:///path/to/socket")
+        raise ValueError(
+            "TCP needs CURVE keys and an allow-list: this is the unix socket, ipc:///path/to/socket; "
+            "set listen, secret_key and clients in [curve] for TCP"
+        )
     path = endpoint.removeprefix("ipc://")
     if path == endpoint or not path.startswith("/") or path.endswith("/") or "\0" in path:
         raise ValueError(f"expected ipc:///absolute/path, got {endpoint!r}")
@@ -59,6 +62,19 @@ def _check_root(root: str) -> str:
 
 Count = Annotated[int, Field(gt=0, lt=1 << 63)]
 """A bound that goes on the wire and to ZeroMQ."""
+
+
+def _check_address(address: str, example: str) -> str:
+    host, _, port = address.rpartition(":")
+    try:
+        ip = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        ip = None
+    if ip is None or (ip.version == 6) != host.startswith("[") or not port.isascii() or not port.isdigit():
+        raise ValueError(f"expected {example}, got {address!r}")
+    if not 0 <= int(port) <= 65535:
+        raise ValueError(f"port {port} is none of 0 to 65535")
+    return address
 
 
 class Group(_Section):
@@ -133,16 +149,30 @@ def _check_listen(listen: str) -> str:
         if not os.path.isabs(path) or path.endswith("/") or "\0" in path or len(path.encode()) > 100:
             raise ValueError(f"expected unix:/absolute/path of 100 bytes at most, got {listen!r}")
         return listen
-    host, _, port = listen.rpartition(":")
-    try:
-        address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
-    except ValueError:
-        address = None
-    if address is None or (address.version == 6) != host.startswith("[") or not port.isascii() or not port.isdigit():
-        raise ValueError(f'expected "127.0.0.1:9464", "[::1]:9464" or "unix:/path", got {listen!r}')
-    if not 0 <= int(port) <= 65535:
-        raise ValueError(f"port {port} is none of 0 to 65535")
+    return _check_address(listen, '"127.0.0.1:9464", "[::1]:9464" or "unix:/path"')
+
+
+def _check_tcp(listen: str) -> str:
+    address = listen.removeprefix("tcp://")
+    if address == listen:
+        raise ValueError(f'expected "tcp://0.0.0.0:5555", got {listen!r}')
+    _check_address(address, '"tcp://0.0.0.0:5555" or "tcp://[::]:5555", by number')
+    if address.endswith(":0"):
+        raise ValueError("port 0 is none that a client could know")
     return listen
+
+
+class Curve(_Section):
+    """TCP, for clients on other machines: for those alone whose keys are known."""
+
+    listen: Annotated[str, AfterValidator(_check_tcp)]
+    """Such as ``tcp://0.0.0.0:5555``, beside the unix socket."""
+    secret_key: Annotated[str, AfterValidator(_check_root)]
+    """The daemon's own key, a file that ``tacoctl keygen`` made."""
+    clients: Annotated[str, AfterValidator(_check_root)]
+    """Who may come in: a folder of public keys, ``NAME.key`` each, or a single one."""
+    admins: list[str] = []
+    """Those of them, by name, that may do what else root and tacod's own user may."""
 
 
 class Metrics(_Section):
@@ -165,6 +195,46 @@ class Metrics(_Section):
         return self
 
 
+I_KNOW = "this daemon fails on purpose"
+
+
+class Fault(_Section):
+    """One thing that goes wrong in a rank, on purpose."""
+
+    kind: Literal["raise", "out_of_memory", "exit", "segfault", "sleep", "collective"]
+    """``collective`` waits for an exchange that no other rank takes part in, for ever, as ``sleep`` does in Python."""
+    at: Literal["start", "load", "unload", "forward", "sample"] = "forward"
+    """In which work; each step of a sampling run is one."""
+    when: Literal["before", "after"] = "before"
+    """Before the rank's part of the work, so that the others wait for it, or once it has done it."""
+    rank: NonNegativeInt | None = None
+    """Which rank; all of them if absent."""
+    skip: NonNegativeInt = 0
+    """How often such work goes well first."""
+    always: bool = False
+    """From then on every time, not once."""
+
+    @model_validator(mode="after")
+    def _can_be(self) -> Fault:
+        if self.at == "start" and (self.when == "after" or self.kind in ("collective", "out_of_memory")):
+            raise ValueError(f'at = "start" is before all work: no {self.kind} there, and nothing after it')
+        return self
+
+
+class Testing(_Section):
+    """Faults to be had on purpose, so that tests can watch how tacod takes them."""
+
+    i_know: Literal["this daemon fails on purpose"]
+    faults: list[Fault] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_meant(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("i_know") != I_KNOW:
+            raise ValueError(f'is for tests alone; remove it, or set i_know = "{I_KNOW}" in it')
+        return values
+
+
 class Config(_Section):
     """Everything that tacod can be told."""
 
@@ -178,6 +248,8 @@ class Config(_Section):
     models: Models = Field(default_factory=Models)
     limits: Limits = Field(default_factory=Limits)
     metrics: Metrics = Field(default_factory=Metrics)
+    curve: Curve | None = None
+    testing: Testing | None = None
 
     @property
     def socket_path(self) -> Path:
@@ -208,6 +280,8 @@ def _line(path: str | os.PathLike[str], fault: Any) -> str:
     reason = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
         reason = "unknown key; `tacod --print-config` shows the known ones"
+    elif fault["type"] == "missing" and key.startswith("curve."):
+        reason = "required: TCP is for clients with CURVE keys on an allow-list; `tacoctl keygen` makes keys"
     return f"{path}:{key}: {reason}"
 
 
@@ -229,6 +303,8 @@ def _line_of_toml(key: str, value: Any) -> str:
 def _toml(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items() if item is not None) + " }"
     if isinstance(value, str):
         # JSON's escapes are TOML's too, but TOML wants one for DEL as well.
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tacod import __version__, logs, report
+from tacod.access import Keys
 from tacod.config import Config, ConfigError, load_config, to_toml
 from tacod.exporter import Exporter, Reading
 from tacod.group import devices
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(to_toml(config), end="")
             return 0
         if args.check_config:
+            Keys.read(args.config, config.curve)
             print(f"{args.config}: ok")
             return 0
         # A SIGABRT, such as systemd's watchdog sends, prints the loop's stack. Not the other threads': they run on
@@ -119,6 +121,7 @@ def _take_lock(path: Path) -> int:
 
 
 def _serve(config: Config, config_path: str, folder: Path) -> int:
+    keys = Keys.read(config_path, config.curve)
     names = devices(config.group)
     manifest = Manifest(config.models.readable, config.group.device)
     try:
@@ -132,9 +135,11 @@ def _serve(config: Config, config_path: str, folder: Path) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, frame: None)
     exporter = Exporter(config.metrics.listen) if config.metrics.listen is not None else None
-    server = Server(config, names, preload, folder)
+    server = Server(config, names, preload, folder, keys)
     server.lifecycle = lifecycle = Lifecycle(server, config, config_path)
     log.info("tacod %s, pid %d, listening on %s", __version__, os.getpid(), config.endpoint)
+    if config.curve is not None and keys is not None:
+        log.info("and on %s, for %d clients by their CURVE keys", config.curve.listen, len(keys.clients))
     try:
         code = None
         while code is None:

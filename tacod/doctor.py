@@ -26,7 +26,7 @@ from tacod.manifest import Manifest
 from tacod_client import Client
 from tacod_client.cli.doctor import Finding, fail, ok, warn
 from tacod_client.cli.show import size
-from tacod_client.connection import find_endpoint
+from tacod_client.endpoint import find_endpoint
 from tacod_client.errors import TacodError
 
 __all__ = ["main"]

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from tacod.access import Keys
 from tacod.config import Config, ConfigError, load_config
 from tacod.manifest import Manifest
 from tacod.notify import notify, watchdog_s
@@ -75,10 +76,14 @@ class Lifecycle:
         Raises `ConfigError`, and then nothing has changed.
         """
         new = load_config(self.config_path)
-        changed = [key for key, value in _flat(new) if value != dict(_flat(self.config)).get(key)]
+        before, after = dict(_flat(self.config)), dict(_flat(new))
+        # Of a section that comes or goes, all keys change.
+        changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
         for key in changed:
             if key.startswith(FIXED):
                 raise ConfigError(f"{self.config_path}:{key}: can't change while tacod runs; restart it for that")
+        keys = Keys.read(self.config_path, new.curve)
+        changed += [key for key in self.server.access.changes(keys) if key not in changed]
         executor = self.server.executor
         manifest = Manifest(new.models.readable, new.group.device)
         try:
@@ -90,7 +95,7 @@ class Lifecycle:
         if new.log_level != self.config.log_level:
             logging.getLogger().setLevel(new.log_level.upper())
         self.config = new
-        self.server.go_by(new, preload)
+        self.server.go_by(new, preload, keys)
         log.info("reloaded %s: %s", self.config_path, ", ".join(changed) or "nothing changed")
         return changed
 

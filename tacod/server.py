@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import zmq
 
 from tacod import messages
-from tacod.config import Config
+from tacod.access import ZAP_DOMAIN, Access, Keys, User
+from tacod.config import Config, ConfigError
 from tacod.executor import Executor
 from tacod.manifest import Model
 from tacod.messages import parse
 from tacod.monitor import Monitor
 from tacod.scheduler import Job, Verb
-from tacod.sessions import Session, Sessions, User
+from tacod.sessions import Session, Sessions
 from tacod.store import tensors_of
 from tacod.uploads import Uploads
 from tacod.verbs import Verbs
@@ -39,6 +40,10 @@ __all__ = ["Server"]
 
 log = logging.getLogger(__name__)
 
+MAX_FRAME_BYTES = 8 * wire.FRAME_BYTES
+"""Largest frame that is read at all, so that a client which doesn't split tensors is told so; then its connection ends."""
+REBIND_S = 2.0
+"""How long a port that was given up may take to be free."""
 MESSAGES_A_TURN = 64
 """So that a flood from one client can't keep the ranks waiting."""
 OUTBOX_MESSAGES = 256
@@ -48,11 +53,15 @@ OUTBOX_MESSAGES = 256
 class Server:
     """Everything that the supervisor holds, moved on by `turn`."""
 
-    def __init__(self, config: Config, devices: list[str], preload: Iterable[Model], folder: Path) -> None:
+    def __init__(
+        self, config: Config, devices: list[str], preload: Iterable[Model], folder: Path, keys: Keys | None = None
+    ) -> None:
         self.config = config
         self.boot_id = secrets.token_hex(8)
         self.started_s = time.monotonic()
         self._context: zmq.Context[Any] = zmq.Context()
+        # Before the first client can come.
+        self.access = Access(self._context, keys)
         self.socket = self._bind()
         self.sessions = Sessions(self.socket, config.limits.clients, config.limits.clients_per_user)
         self.executor = Executor(
@@ -73,29 +82,48 @@ class Server:
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         # Little is queued in the socket, so that an outbox can still replace stale progress.
         socket.setsockopt(zmq.SNDHWM, 16)
-        socket.setsockopt(zmq.MAXMSGSIZE, self.config.limits.message_bytes)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         # A peer that hangs is disconnected, and then the next message to it fails.
         socket.setsockopt(zmq.HEARTBEAT_IVL, int(self.config.heartbeat_s * 500))
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(self.config.heartbeat_s * 1000))
+        # So is one that connects and doesn't say who it is.
+        socket.setsockopt(zmq.HANDSHAKE_IVL, int(max(1.0, self.config.heartbeat_s) * 1000))
         mask = os.umask(0o117)
         try:
             socket.bind(self.config.endpoint)
         finally:
             os.umask(mask)
+        if self.config.curve is not None and self.access.keys is not None:
+            try:
+                _bind_tcp(socket, self.config.curve.listen, self.access.keys)
+            except zmq.ZMQError as error:
+                socket.close(linger=0)
+                self.access.close()
+                raise ConfigError(f"curve.listen: {self.config.curve.listen}: {error.strerror}") from None
         return socket
 
-    def go_by(self, config: Config, preload: Iterable[Model]) -> None:
+    def go_by(self, config: Config, preload: Iterable[Model], keys: Keys | None) -> None:
         """Go by another configuration, of which what can't change is the same."""
         self.config = config
         self.sessions.limit, self.sessions.limit_per_user = config.limits.clients, config.limits.clients_per_user
         self.uploads = Uploads(config.models.uploads, config.models.upload_bytes)
         self.executor.go_by(config, preload)
+        old, self.access.keys = self.access.keys, keys
+        for session in self.sessions:
+            if not self.access.knows(session.user):
+                log.info("client %s (pid %d, %s) is allowed no more", session.name, session.pid, session.user)
+                self.end_session(session)
+        if config.curve is not None and keys is not None and old is not None and keys.secret != old.secret:
+            # Connections under the old key end with it.
+            self.socket.unbind(config.curve.listen)
+            _bind_tcp(self.socket, config.curve.listen, keys)
 
     def close(self) -> None:
         """End the ranks and close the sockets."""
         self.monitor.close()
         self.executor.close()
         self.socket.close()
+        self.access.close()
         self._context.term()
 
     # --- the loop -------------------------------------------------------------------------------------------------
@@ -104,9 +132,10 @@ class Server:
         """Wait for something to happen, on the sockets, to a rank or at the file descriptor ``wakeup``; act on it."""
         poller = zmq.Poller()
         group = self.executor.group
-        for source in (self.socket, group.socket, wakeup, *group.pidfds):
+        for source in (self.socket, self.access.socket, group.socket, wakeup, *group.pidfds):
             poller.register(source, zmq.POLLIN)
         poller.poll(self._patience_ms())
+        self.access.attend()
         self._receive()
         self.executor.attend()
         self._probe()
@@ -136,13 +165,13 @@ class Server:
                 return
             buffers = [frame.buffer for frame in frames]
             self.executor.metrics.rx_bytes += sum(len(buffer) for buffer in buffers)
-            self._hear(peer.bytes, buffers, lambda first=peer: user_of(first))  # type: ignore[misc]
+            self._hear(peer.bytes, buffers, lambda first=peer: self.access.user_of(first))  # type: ignore[misc]
 
-    def _hear(self, peer: bytes, frames: Sequence[wire.Buffer], user: Callable[[], User]) -> None:
-        request = 0
+    def _hear(self, peer: bytes, frames: Sequence[wire.Buffer], user: Callable[[], User | None]) -> None:
+        request, token = 0, b""
         try:
             message = wire.decode(frames)
-            request = message.id
+            request, token = message.id, message.session
             kind = messages.REQUESTS.get(message.type)
             if kind is None:
                 known = ", ".join(messages.REQUESTS)
@@ -162,7 +191,12 @@ class Server:
             if reply is not None:
                 session.post(wire.encode(Message("done", reply, request)))
         except TacodError as error:
-            self._answer(peer, Message("error", error.to_wire(), request))
+            refusal = Message("error", error.to_wire(), request)
+            session = self.sessions.find(token, peer)
+            if session is not None:
+                session.post(wire.encode(refusal))
+            else:
+                self._answer(peer, refusal)
 
     def _check_size(self, message: Message) -> None:
         limit = self.config.limits.message_bytes
@@ -218,10 +252,22 @@ class Server:
         }
 
 
-def user_of(frame: zmq.Frame) -> User:
-    """Whose process sent a frame, as the kernel told ZeroMQ when it connected."""
-    try:
-        host, uid, _, _ = str(frame.get("Peer-Address")).split(":")
-    except (zmq.ZMQError, ValueError):
-        return User()
-    return User(int(uid)) if host == "localhost" and uid.isdigit() else User()
+def _bind_tcp(socket: zmq.Socket[bytes], listen: str, keys: Keys) -> None:
+    """Serve TCP too. What is set here is for what is bound from here on: the unix socket asks for no keys."""
+    socket.curve_server = True
+    socket.curve_secretkey = keys.secret
+    socket.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
+    # Were nobody there to be asked, nobody would come in.
+    socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+    socket.setsockopt(zmq.IPV6, "[" in listen)
+    deadline = time.monotonic() + REBIND_S
+    while True:
+        try:
+            socket.bind(listen)
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EADDRINUSE or time.monotonic() > deadline:
+                raise
+            # An unbind takes a moment.
+            time.sleep(0.01)
+        else:
+            return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -11,29 +10,16 @@ from typing import Any
 
 import zmq
 
+from tacod.access import User
 from tacod_client.errors import QueueFull
 from tacod_client.wire import Buffer
 
-__all__ = ["Session", "Sessions", "User"]
+__all__ = ["Session", "Sessions"]
 
 UNSENT_BYTES = 1 << 30
 """A client that leaves more than this unread, in more than one message, counts as gone."""
-
-
-@dataclass(frozen=True)
-class User:
-    """Whose process a client is: what the kernel says of a unix socket's other end."""
-
-    uid: int | None = None
-    """None for one that isn't on this machine."""
-
-    def __str__(self) -> str:
-        return "remote" if self.uid is None else f"uid {self.uid}"
-
-    @property
-    def is_admin(self) -> bool:
-        """Whether it may do what concerns others: root, and the daemon's own user."""
-        return self.uid in (0, os.geteuid())
+UNSENT_MESSAGES = 1024
+"""So does one that leaves more messages than this."""
 
 
 @dataclass
@@ -57,7 +43,7 @@ class Session:
     def overfull(self) -> bool:
         """Whether the client has left more unread than the daemon keeps for it."""
         size = sum(len(memoryview(frame)) for frames in self.outbox.values() for frame in frames)
-        return len(self.outbox) > 1 and size > UNSENT_BYTES
+        return (len(self.outbox) > 1 and size > UNSENT_BYTES) or len(self.outbox) > UNSENT_MESSAGES
 
 
 class Sessions:

@@ -7,10 +7,11 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from tacod import __version__, messages, report
+from tacod.access import User
 from tacod.config import ConfigError
 from tacod.manifest import Model
 from tacod.scheduler import Job, Verb
-from tacod.sessions import Session, User
+from tacod.sessions import Session
 from tacod.store import digests_of
 from tacod_client import wire
 from tacod_client.errors import ArgumentError, ConfigInvalid, JobNotFound, NotAllowed, QueueFull
@@ -36,11 +37,13 @@ class Verbs:
         answer: dict[str, Any] | None = getattr(self, verb)(session, request, body)
         return answer
 
-    def hello(self, peer: bytes, request: int, body: messages.Hello, user: User) -> None:
+    def hello(self, peer: bytes, request: int, body: messages.Hello, user: User | None) -> None:
         """Open a session; this is the one verb that comes without one."""
         for old in self.server.sessions:
             if old.peer == peer:
                 self.server.end_session(old)
+        if user is None:
+            raise NotAllowed("this client's key was taken off the allow-list; ask the operator for another")
         session = self.server.sessions.open(peer, body.client, body.pid, user)
         log.info("client %s (pid %d, %s) is here", session.name, session.pid, user)
         limits = self.server.config.limits
@@ -158,10 +161,10 @@ class Verbs:
         done = self.server.executor.cancel(job_id)
         return {"job": job_id, "state": "cancelled" if done else "cancelling"}
 
-    @staticmethod
-    def _check_admin(session: Session, what: str) -> None:
-        if not session.user.is_admin:
-            raise NotAllowed(f"{session.user} may not {what}: that is for root and for tacod's own user; use sudo")
+    def _check_admin(self, session: Session, what: str) -> None:
+        if not self.server.access.is_admin(session.user):
+            how = "use sudo" if session.user.uid is not None else "curve.admins lacks this key"
+            raise NotAllowed(f"{session.user} may not {what}: that is for root and for tacod's own user; {how}")
 
     def reload(self, session: Session, request: int, body: messages.Empty) -> dict[str, Any]:
         """Read the configuration again."""

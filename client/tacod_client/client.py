@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,10 @@ class Client:
         timeout_s: How long to wait for the daemon to say hello.
         reconnect_s: How long a call outlasts the daemon's absence, for example its restart.
         on_wait: Called about every 20 ms while a call waits; what it raises cancels the call and goes through.
+        key: For ``tcp://``, the file with this client's secret CURVE key; by default `TACOD_CURVE_KEY`, or
+            ``~/.config/tacod/client.key_secret``.
+        server_key: The file with the daemon's public key; by default `TACOD_CURVE_SERVER_KEY`, or
+            ``~/.config/tacod/server.key``.
 
     Every method may raise a `TacodError`; `ConnectionFailed` means that no daemon answers.
     """
@@ -44,8 +49,10 @@ class Client:
         timeout_s: float = 5.0,
         reconnect_s: float = 60.0,
         on_wait: Callable[[], None] | None = None,
+        key: str | os.PathLike[str] | None = None,
+        server_key: str | os.PathLike[str] | None = None,
     ) -> None:
-        self._connection = Connection(endpoint, timeout_s, reconnect_s, on_wait)
+        self._connection = Connection(endpoint, timeout_s, reconnect_s, on_wait, key, server_key)
 
     def __enter__(self) -> Client:
         return self

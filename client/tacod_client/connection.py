@@ -6,50 +6,31 @@ sent again under a new session; that is safe, because a forward is a pure functi
 
 from __future__ import annotations
 
-import errno
 import os
-import socket as sockets
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import zmq
 
 from tacod_client import wire
-from tacod_client.errors import (
-    ConnectionFailed,
-    ConnectionLost,
-    MessageTooLarge,
-    ProtocolError,
-    TacodError,
-)
+from tacod_client.endpoint import Door, close, find_endpoint
+from tacod_client.errors import ConnectionFailed, ConnectionLost, MessageTooLarge, NotAllowed, TacodError
 from tacod_client.version import __version__
 from tacod_client.wire import Message
 
-__all__ = ["Connection", "Request", "find_endpoint"]
+__all__ = ["Connection", "Request"]
 
-DEFAULT_ENDPOINT = "ipc:///run/tacod/tacod.sock"
 PING_S = 0.5
 """After this long without a word from the daemon, ask whether it is there."""
 SILENCE_S = 3.0
 """After this long without an answer the connection counts as dead and is made anew."""
 SLICE_S = 0.02
 """How long one wait lasts before `on_wait` is called: a click on Cancel is seen within it."""
-
-
-def find_endpoint(endpoint: str | None = None) -> str:
-    """The argument, else ``TACOD_ENDPOINT``, else the user's own daemon if its socket exists, else the system's."""
-    if endpoint or (endpoint := os.environ.get("TACOD_ENDPOINT")):
-        return endpoint
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    if runtime and (own := Path(runtime, "tacod", "tacod.sock")).exists():
-        return f"ipc://{own}"
-    return DEFAULT_ENDPOINT
 
 
 class Request:
@@ -72,9 +53,16 @@ class Connection:
     """
 
     def __init__(
-        self, endpoint: str | None, timeout_s: float, reconnect_s: float, on_wait: Callable[[], None] | None
+        self,
+        endpoint: str | None,
+        timeout_s: float,
+        reconnect_s: float,
+        on_wait: Callable[[], None] | None,
+        key: str | os.PathLike[str] | None = None,
+        server_key: str | os.PathLike[str] | None = None,
     ) -> None:
         self.endpoint = find_endpoint(endpoint)
+        self._door = Door(self.endpoint, key, server_key)
         self.timeout_s = timeout_s
         self.reconnect_s = reconnect_s
         self.on_wait = on_wait
@@ -102,7 +90,7 @@ class Connection:
             if self._socket is not None:
                 with suppress(zmq.ZMQError):
                     self._socket.send_multipart(wire.encode(Message("bye", {}, 0, self._session)), zmq.DONTWAIT)
-                self._socket.close(linger=200)
+                close(self._socket, linger_ms=200)
                 self._socket = None
             self._context.term()
 
@@ -218,12 +206,8 @@ class Connection:
         if self._closed:
             raise ConnectionFailed("this client is closed; make a new one")
         if self._socket is None:
-            _check_reachable(self.endpoint)
-            self._socket = self._context.socket(zmq.DEALER)
-            self._socket.setsockopt(zmq.LINGER, 0)
+            self._socket = self._door.open(self._context, self.timeout_s)
             self._socket.setsockopt(zmq.SNDTIMEO, int(SILENCE_S * 1000))
-            # Not IMMEDIATE: it would throw away what the daemon said last, if the daemon then went faster than we read.
-            self._socket.connect(self.endpoint)
             self._heard_s = self._pinged_s = time.monotonic()
             self._unanswered_s = None
         return self._socket
@@ -243,10 +227,14 @@ class Connection:
             self._socket_now().send_multipart(wire.encode(Message("hello", body, hello.id)))
             while not hello.replies:
                 self._read(SLICE_S)
+                self._door.check(self._socket_now())
                 if self.on_wait is not None:
                     self.on_wait()
                 if time.monotonic() > deadline:
                     raise zmq.Again
+        except (ConnectionFailed, NotAllowed):
+            self._drop_session()
+            raise
         except zmq.Again:
             self._drop_session()
             raise ConnectionFailed(
@@ -266,7 +254,7 @@ class Connection:
         """Give up the socket and the session; every open request is lost and will be asked again."""
         self._session = b""
         if self._socket is not None:
-            self._socket.close(linger=0)
+            close(self._socket, linger_ms=0)
             self._socket = None
         for request in self._waiting.values():
             request.lost = True
@@ -306,25 +294,3 @@ class Connection:
             self._drop_session()
         elif message.id in self._waiting:
             self._waiting[message.id].replies.append(message)
-
-
-def _check_reachable(endpoint: str) -> None:
-    """Say at once, and why, if nobody can be listening; ZeroMQ itself would wait in silence."""
-    if not endpoint.startswith("ipc://"):
-        raise ProtocolError(f"endpoint {endpoint!r}: expected ipc:///path/to/socket")
-    path = endpoint.removeprefix("ipc://")
-    probe = sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM)
-    try:
-        probe.connect(path)
-    except OSError as error:
-        if error.errno == errno.EACCES:
-            raise ConnectionFailed(
-                f"{path}: permission denied; add yourself to the group that owns it "
-                "(`sudo usermod -aG tacod $USER`, then log in again)"
-            ) from None
-        raise ConnectionFailed(
-            f"no tacod listens at {endpoint} ({error.strerror}); start it with `systemctl start tacod`, "
-            "or set TACOD_ENDPOINT if it listens elsewhere"
-        ) from None
-    finally:
-        probe.close()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tacod.config import Config
 from tacod.server import Server
-from tacod.sessions import User
+from tacod.access import User
 from tacod_client.wire import Message, Tensor, decode, encode
 
 from .test_mutations import VALID, damage

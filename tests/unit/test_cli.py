@@ -26,11 +26,14 @@ VERBS = {
     "plan": ["plan", "flux.safetensors", "--ranks", "3"],
     "demo": ["demo"],
     "top": ["top"],
+    "reload": ["reload"],
+    "drain": ["drain", "--wait"],
+    "keygen": ["keygen", "alice", "--folder", "/etc/tacod/curve"],
     "doctor": ["doctor"],
     "completion": ["completion", "bash"],
     "version": ["version"],
 }
-ASKING = ["status", "stats", "models", "load", "ps", "cancel", "ping", "unload"]
+ASKING = ["status", "stats", "models", "load", "ps", "cancel", "ping", "unload", "reload", "drain"]
 CODES = {
     errors.TacodError: 1,
     errors.ConnectionFailed: 3,

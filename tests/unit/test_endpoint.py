@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tacod_client import Client, ConnectionFailed, ProtocolError
-from tacod_client.connection import DEFAULT_ENDPOINT, find_endpoint
+from tacod_client.endpoint import DEFAULT_ENDPOINT, find_endpoint
 
 
 @pytest.fixture(autouse=True)
@@ -66,8 +66,9 @@ def test_socket_that_nobody_listens_at_is_told_at_once(tmp_path: Path) -> None:
 
 
 def test_other_transports_are_refused_by_name() -> None:
-    with Client("tcp://127.0.0.1:5555") as client, pytest.raises(ProtocolError, match=r"tcp://.*expected ipc://"):
-        client.status()
+    for endpoint in ("udp://127.0.0.1:5555", "/run/tacod/tacod.sock", "tcp://127.0.0.1", "tcp://:5555", "tcp://host:x"):
+        with Client(endpoint) as client, pytest.raises(ProtocolError, match=r"expected ipc://.* or tcp://host:port"):
+            client.status()
 
 
 def test_closed_client_says_so(tmp_path: Path) -> None:

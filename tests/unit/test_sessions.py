@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +11,8 @@ import pytest
 import zmq
 
 from tacod import sessions as module
-from tacod.sessions import Session, Sessions, User
+from tacod.access import User
+from tacod.sessions import Session, Sessions
 from tacod_client.errors import QueueFull
 
 HIGH_WATER = 4
@@ -124,13 +124,6 @@ def test_one_user_leaves_room_for_others(sessions: Sessions) -> None:
     with pytest.raises(QueueFull, match=r"uid 1000 .*limits\.clients_per_user"):
         sessions.open(b"2", "comfy", 2, ANYONE)
     sessions.open(b"2", "comfy", 2, User(1001))
-
-
-def test_root_and_the_daemons_own_user_are_admins() -> None:
-    assert User(0).is_admin
-    assert User(os.geteuid()).is_admin
-    assert not User(os.geteuid() + 1).is_admin
-    assert not User(None).is_admin
 
 
 def test_messages_arrive_in_order(sessions: Sessions, connect: Connect) -> None:

@@ -27,7 +27,7 @@ from rich.text import Text
 
 from tacod_client.cli import show
 from tacod_client.client import Client
-from tacod_client.connection import find_endpoint
+from tacod_client.endpoint import find_endpoint
 from tacod_client.errors import TacodError
 
 __all__ = ["Finding", "fail", "ok", "run", "warn"]

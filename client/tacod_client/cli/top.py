@@ -18,7 +18,7 @@ from rich.text import Text
 
 from tacod_client.cli import show
 from tacod_client.client import Client
-from tacod_client.connection import find_endpoint
+from tacod_client.endpoint import find_endpoint
 from tacod_client.errors import ConnectionFailed, TacodError
 
 __all__ = ["frame", "run"]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tacod_client.cli import doctor, install, show, top
+from tacod_client.cli import doctor, install, keygen, show, top
 from tacod_client.client import Client, Model
 from tacod_client.errors import ConnectionFailed, ModelNotFound, RequestError
 from tacod_client.version import __version__
@@ -263,6 +263,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "doctor": doctor.run,
     "reload": _reload,
     "drain": _drain,
+    "keygen": keygen.run,
     "install-service": _install_service,
     "version": _version,
     "completion": _completion,

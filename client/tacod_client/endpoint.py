@@ -1,0 +1,129 @@
+"""Where the daemon listens, and a socket that is connected to it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket as sockets
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from tacod_client.curve import ClientKeys, find_keys
+from tacod_client.errors import ConnectionFailed, NotAllowed, ProtocolError
+
+__all__ = ["Door", "close", "find_endpoint"]
+
+DEFAULT_ENDPOINT = "ipc:///run/tacod/tacod.sock"
+
+
+def find_endpoint(endpoint: str | None = None) -> str:
+    """The argument, else ``TACOD_ENDPOINT``, else the user's own daemon if its socket exists, else the system's."""
+    if endpoint or (endpoint := os.environ.get("TACOD_ENDPOINT")):
+        return endpoint
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime and (own := Path(runtime, "tacod", "tacod.sock")).exists():
+        return f"ipc://{own}"
+    return DEFAULT_ENDPOINT
+
+
+class Door:
+    """An endpoint, and what opens it: nothing on a unix socket, CURVE keys over TCP."""
+
+    def __init__(
+        self, endpoint: str, key: str | os.PathLike[str] | None, server_key: str | os.PathLike[str] | None
+    ) -> None:
+        self.endpoint = endpoint
+        self._named_keys = (key, server_key)
+        self._keys: ClientKeys | None = None
+
+    def open(self, context: zmq.Context[Any], timeout_s: float) -> zmq.Socket[bytes]:
+        """A DEALER socket that connects there.
+
+        Raises `ConnectionFailed`, at once and with the reason, if nobody can be listening; ZeroMQ itself would wait in
+        silence.
+        """
+        if self.endpoint.startswith("ipc://"):
+            _knock_at_unix(self.endpoint)
+            socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+        else:
+            host, port = _parse_tcp(self.endpoint)
+            # Read each time: keys may be replaced while a client lives.
+            self._keys = find_keys(*self._named_keys)
+            family = _knock_at_tcp(self.endpoint, host, port, timeout_s)
+            socket = context.socket(zmq.DEALER)
+            socket.setsockopt(zmq.IPV6, family == sockets.AF_INET6)
+            socket.curve_serverkey = self._keys.server
+            socket.curve_publickey, socket.curve_secretkey = self._keys.public, self._keys.secret
+            socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
+        socket.setsockopt(zmq.LINGER, 0)
+        # Not IMMEDIATE: it would throw away what the daemon said last, if the daemon then went faster than we read.
+        socket.connect(self.endpoint)
+        return socket
+
+    def check(self, socket: zmq.Socket[bytes]) -> None:
+        """See whether the daemon has turned the keys down; ZeroMQ would try again for ever.
+
+        Raises `NotAllowed` for a key that it doesn't know, `ConnectionFailed` if it isn't the one with that public key.
+        """
+        if self._keys is None:
+            return
+        from zmq.utils.monitor import recv_monitor_message
+
+        monitor = socket.get_monitor_socket()
+        if not monitor.poll(0):
+            return
+        keys = self._keys
+        if recv_monitor_message(monitor)["event"] == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            raise NotAllowed(
+                f"tacod at {self.endpoint} doesn't know the key in {keys.path}; have its public key, "
+                f"{keys.public.decode()}, put into the folder that curve.clients names, and run `tacoctl reload` there"
+            )
+        raise ConnectionFailed(
+            f"no tacod with the key in {keys.server_path} answers at {self.endpoint}; "
+            "copy the daemon's public key there anew, and see that the port is that of curve.listen"
+        )
+
+
+def close(socket: zmq.Socket[bytes], linger_ms: int) -> None:
+    """Close a socket, and what watches it."""
+    socket.disable_monitor()
+    socket.close(linger=linger_ms)
+
+
+def _knock_at_unix(endpoint: str) -> None:
+    path = endpoint.removeprefix("ipc://")
+    with closing(sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM)) as probe:
+        try:
+            probe.connect(path)
+        except OSError as error:
+            if error.errno == errno.EACCES:
+                raise ConnectionFailed(
+                    f"{path}: permission denied; add yourself to the group that owns it "
+                    "(`sudo usermod -aG tacod $USER`, then log in again)"
+                ) from None
+            raise ConnectionFailed(
+                f"no tacod listens at {endpoint} ({error.strerror}); start it with `systemctl start tacod`, "
+                "or set TACOD_ENDPOINT if it listens elsewhere"
+            ) from None
+
+
+def _parse_tcp(endpoint: str) -> tuple[str, int]:
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not endpoint.startswith("tcp://") or not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
+        raise ProtocolError(f"endpoint {endpoint!r}: expected ipc:///path/to/socket or tcp://host:port")
+    return host, int(port)
+
+
+def _knock_at_tcp(endpoint: str, host: str, port: int, timeout_s: float) -> sockets.AddressFamily:
+    try:
+        with closing(sockets.create_connection((host, port), timeout_s)) as probe:
+            return sockets.AddressFamily(probe.family)
+    except OSError as error:
+        raise ConnectionFailed(
+            f"no tacod listens at {endpoint} ({error.strerror or error}); see there that curve.listen is set "
+            "and that no firewall stands between"
+        ) from None

@@ -1,0 +1,160 @@
+"""Who a client is, and what it may do: users of this machine by their uid, all others by their CURVE key."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import zmq
+from zmq.utils import z85
+
+from tacod.config import ConfigError, Curve
+from tacod_client.curve import PUBLIC, read_public_key, read_secret_key
+
+__all__ = ["Access", "Keys", "User"]
+
+log = logging.getLogger(__name__)
+
+ZAP = "inproc://zeromq.zap.01"
+ZAP_DOMAIN = b"tacod"
+REFUSALS_LOGGED_S = 1.0
+"""One line in this time: who is refused would else decide how much is logged."""
+
+
+@dataclass(frozen=True)
+class User:
+    """Whose process a client is: the kernel says so of a unix socket's other end, CURVE of a key's owner."""
+
+    uid: int | None = None
+    key: bytes = field(default=b"", repr=False)
+    name: str = ""
+    """The key's, which is the name of its file."""
+
+    def __str__(self) -> str:
+        return f"uid {self.uid}" if self.uid is not None else f"key {self.name}"
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The daemon's own pair of keys, and those that may come in: public keys, as Z85 text, to names."""
+
+    public: bytes
+    secret: bytes = field(repr=False)
+    clients: Mapping[bytes, str]
+    admins: frozenset[str]
+
+    @staticmethod
+    def read(path: str, curve: Curve | None) -> Keys | None:
+        """The keys that a configuration, whose file is ``path``, names.
+
+        Raises `ConfigError`.
+        """
+        if curve is None:
+            return None
+        try:
+            key = "secret_key"
+            public, secret = read_secret_key(curve.secret_key)
+            key = "clients"
+            clients = _read_clients(Path(curve.clients))
+            key = "admins"
+            stranger = next((name for name in curve.admins if name not in clients.values()), None)
+            if stranger is not None:
+                raise ValueError(f"no {stranger}{PUBLIC} is among curve.clients")
+        except OSError as error:
+            raise ConfigError(f"{path}:curve.{key}: {error.filename}: {error.strerror}") from None
+        except ValueError as error:
+            raise ConfigError(f"{path}:curve.{key}: {error}") from None
+        return Keys(public, secret, clients, frozenset(curve.admins))
+
+
+def _read_clients(path: Path) -> dict[bytes, str]:
+    files = sorted(path.glob(f"*{PUBLIC}")) if path.is_dir() else [path]
+    clients: dict[bytes, str] = {}
+    for file in files:
+        key = read_public_key(file)
+        if key in clients:
+            raise ValueError(f"{file} holds the same key as {clients[key]}{PUBLIC}; each client needs its own")
+        clients[key] = file.name.removesuffix(PUBLIC)
+    return clients
+
+
+class Access:
+    """Decides who comes in.
+
+    ZeroMQ asks about each key on a socket of its own (ZAP, https://rfc.zeromq.org/spec/27/). pyzmq's authenticator
+    would want a thread or asyncio for that; here it is one more socket of the daemon's loop.
+    """
+
+    def __init__(self, context: zmq.Context[Any], keys: Keys | None) -> None:
+        self.keys = keys
+        self.socket: zmq.Socket[bytes] = context.socket(zmq.REP)
+        self.socket.bind(ZAP)
+        self._refused = 0
+        self._next_line_s = 0.0
+
+    def close(self) -> None:
+        """Close the socket; from then on nobody comes in over TCP."""
+        self.socket.close(linger=0)
+
+    def changes(self, keys: Keys | None) -> list[str]:
+        """The configuration's keys whose files hold something else than what is in force."""
+        old, new = self.keys, keys
+        if old is None or new is None:
+            return []
+        pairs = {"curve.secret_key": (old.secret, new.secret), "curve.clients": (old.clients, new.clients)}
+        return [name for name, (was, comes) in pairs.items() if was != comes]
+
+    def attend(self) -> None:
+        """Answer what ZeroMQ asks."""
+        while True:
+            try:
+                _, request, domain, address, _, mechanism, *credentials = self.socket.recv_multipart(zmq.DONTWAIT)
+            except zmq.Again:
+                return
+            key = z85.encode(credentials[0]) if mechanism == b"CURVE" else b""
+            known = domain == ZAP_DOMAIN and self.keys is not None and key in self.keys.clients
+            if not known:
+                self._log_refusal(address, key)
+            verdict = (b"200", b"OK", key) if known else (b"400", b"unknown key", b"")
+            self.socket.send_multipart([b"1.0", request, *verdict, b""])
+
+    def _log_refusal(self, address: bytes, key: bytes) -> None:
+        self._refused += 1
+        now = time.monotonic()
+        if now >= self._next_line_s:
+            more = f" ({self._refused - 1} more since the last such line)" if self._refused > 1 else ""
+            log.warning("refused %s: curve.clients lacks its key %s%s", _text(address), _text(key), more)
+            self._refused, self._next_line_s = 0, now + REFUSALS_LOGGED_S
+
+    def user_of(self, frame: zmq.Frame) -> User | None:
+        """Whose process sent a frame; None if its key is allowed no more."""
+        # "localhost:uid:gid:pid" on a unix socket, as the kernel told when it was connected; over TCP an address in
+        # numbers. On a unix socket nobody checks a User-Id: the peer itself may send one.
+        try:
+            host, _, peer = str(frame.get("Peer-Address")).partition(":")
+            if host == "localhost":
+                return User(int(peer.split(":")[0]))
+            key = str(frame.get("User-Id")).encode()
+        except zmq.ZMQError:
+            return None
+        name = self.keys.clients.get(key) if self.keys is not None else None
+        return User(key=key, name=name) if name is not None else None
+
+    def knows(self, user: User) -> bool:
+        """Whether a user who came in may stay."""
+        return user.uid is not None or (self.keys is not None and self.keys.clients.get(user.key) == user.name)
+
+    def is_admin(self, user: User) -> bool:
+        """Whether a user may do what concerns others: root, the daemon's own user, and ``curve.admins``."""
+        if user.uid is not None:
+            return user.uid in (0, os.geteuid())
+        return self.knows(user) and self.keys is not None and user.name in self.keys.admins
+
+
+def _text(value: bytes) -> str:
+    return value.decode("ascii", "replace")
