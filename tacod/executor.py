@@ -12,6 +12,7 @@ import zmq
 
 from tacod.baselines import Baselines
 from tacod.config import Config
+from tacod.faults import Faults
 from tacod.group import Answer, GroupLost, RankGroup, State
 from tacod.manifest import Manifest, Model
 from tacod.metrics import Metrics, StepTimes
@@ -50,6 +51,7 @@ class Executor:
         self.baselines = Baselines()
         self.scheduler = Scheduler(config.limits.queue, config.group.retries)
         self.group = RankGroup(config.group, devices, context, folder)
+        self._plan_faults(config)
         self.ready = False
         """Whether a forward has gone through all ranks and all preloaded models are there, since the daemon began."""
         self.given_up: str | None = None
@@ -87,6 +89,8 @@ class Executor:
 
     def go_by(self, config: Config, preload: Iterable[Model]) -> None:
         """Go by another configuration of the same ranks; models that are to be there from now on are loaded next."""
+        if config.testing != self.config.testing:
+            self._plan_faults(config)
         self.config = config
         self.group.settings = config.group
         self.manifest.roots = config.models.readable
@@ -95,6 +99,11 @@ class Executor:
         self._restarts.limit, self._restarts.window_s = config.group.max_restarts, config.group.restart_window_s
         waiting = {model.id for model in self._restore}
         self._restore += [model for model in preload if model.id not in self.manifest and model.id not in waiting]
+
+    def _plan_faults(self, config: Config) -> None:
+        self.group.faults = Faults(config.testing) if config.testing is not None else None
+        if config.testing is not None:
+            log.warning("for tests alone: %d faults on purpose (testing.faults)", len(config.testing.faults))
 
     @property
     def wakes_at(self) -> list[float]:
@@ -146,7 +155,7 @@ class Executor:
             if self.group.state is State.IDLE:
                 self._dispatch()
         except GroupLost as lost:
-            self._lose_group(str(lost), now)
+            self._lose_group(lost, now)
         if self._spawn_at is not None and now >= self._spawn_at:
             self._spawn_at = None
             self.group.spawn()
@@ -164,13 +173,14 @@ class Executor:
         elapsed_s = time.monotonic() - job.started_s
         return {"job": job.id, "step": job.step, "total": job.steps, "sigma": sigma, "elapsed_s": elapsed_s}
 
-    def _lose_group(self, reason: str, now: float) -> None:
+    def _lose_group(self, lost: GroupLost, now: float) -> None:
+        reason = str(lost)
         log.error("%s; ending all ranks", reason)
         running = self.scheduler.running
         if running is not None and running.verb in (Verb.FORWARD, Verb.SAMPLE):
             self.metrics.retried_forwards += 1
         self.group.kill()
-        self._end(self.scheduler.lose_group(reason))
+        self._end(self.scheduler.lose_group(reason, lost.error))
         known = list(self.manifest)
         waiting = [*([self._restoring] if self._restoring else []), *self._restore]
         self._restore = known + [model for model in waiting if model.id not in self.manifest]

@@ -7,6 +7,7 @@ spawn anew. Each generation of ranks is an epoch, and what an earlier epoch says
 from __future__ import annotations
 
 import enum
+import json
 import logging
 import os
 import secrets
@@ -23,6 +24,7 @@ from typing import Any
 import zmq
 
 from tacod import config
+from tacod.faults import Faults
 from tacod_client import wire
 from tacod_client.errors import ProtocolError, TacodError
 from tacod_client.wire import Message, Tensor
@@ -31,6 +33,8 @@ __all__ = ["Answer", "Rank", "RankGroup", "State", "devices"]
 
 log = logging.getLogger(__name__)
 
+STACKS_S = 0.3
+"""How long a rank gets to write its stacks; one that is stopped never does."""
 AGREE_S = 5.0
 """After one rank reports a failure, the others have this long to say the same; else they count as stuck."""
 
@@ -75,6 +79,11 @@ class Answer:
 class GroupLost(Exception):
     """The ranks can't be trusted any more; says why."""
 
+    def __init__(self, reason: str, error: TacodError | None = None) -> None:
+        super().__init__(reason)
+        self.error = error
+        """What one of them gave as the reason, if the others didn't agree."""
+
 
 def devices(group: config.Group) -> list[str]:
     """The ranks' devices: ``cpu:0`` …, or GPUs by the index or UUID that nvidia-smi shows.
@@ -116,6 +125,8 @@ class RankGroup:
         self.state = State.DOWN
         self.ranks: list[Rank] = []
         self.restarts = 0
+        self.faults: Faults | None = None
+        """What goes wrong on purpose."""
         self.deadline: float | None = None
         """When the ranks count as stuck, on the monotonic clock."""
         self._epoch = ""
@@ -149,6 +160,7 @@ class RankGroup:
         self._epoch = secrets.token_hex(8)
         self._resident.clear()
         self._forgotten.clear()
+        fault = self.faults.due("start") if self.faults is not None else None
         read, write = os.pipe()
         self._death_pipe = (read, write)
         for index, device in enumerate(self.devices):
@@ -158,6 +170,8 @@ class RankGroup:
                     *("--rank", str(index), "--world-size", str(self.world_size), "--device", self.settings.device),
                     *("--address", self.address, "--epoch", self._epoch, "--death-fd", str(read)),
                     *("--rendezvous", f"file://{self.folder}/rendezvous-{self._epoch}"),
+                    *("--stacks", str(self._stacks(index))),
+                    *(("--fault", json.dumps(fault)) if fault is not None else ()),
                 ],
                 env=_environment(self.settings.device, device),
                 pass_fds=(read,),
@@ -176,6 +190,7 @@ class RankGroup:
         for rank in self.ranks:
             rank.process.wait()
             os.close(rank.pidfd)
+            self._stacks(rank.index).unlink(missing_ok=True)
         self.ranks.clear()
         if self._death_pipe is not None:
             for fd in self._death_pipe:
@@ -193,20 +208,42 @@ class RankGroup:
 
     def check(self, now: float) -> None:
         """Raise `GroupLost` if a rank ended or is over its deadline."""
-        for rank in self.ranks:
-            code = rank.process.poll()
-            if code is not None:
-                raise GroupLost(f"rank {rank.index} ({rank.device}, pid {rank.process.pid}) {_ending(code)}")
+        self._check_ended(self.ranks)
         if self.deadline is not None and now > self.deadline:
             missing = [rank for rank in self.ranks if not self._has_answered(rank)]
             names = ", ".join(f"rank {rank.index} (pid {rank.process.pid})" for rank in missing)
-            for rank in missing:
-                # faulthandler in the rank writes its stacks to the log, if it can still run at all.
-                rank.process.send_signal(signal.SIGUSR1)
-            time.sleep(0.2)
+            self._log_stacks(missing)
             if self.state is State.STARTING:
                 raise GroupLost(f"{names} not ready after {self.settings.start_timeout_s:g} s (group.start_timeout_s)")
-            raise GroupLost(f"{names} stuck: no answer to {self._verb} within {now - self._started_s:.1f} s")
+            error = self._error()
+            said = f"; another rank said: {error.message}" if error is not None else ""
+            waited_s = now - self._started_s
+            raise GroupLost(f"{names} stuck: no answer to {self._verb} within {waited_s:.1f} s{said}", error)
+
+    def _log_stacks(self, ranks: Iterable[Rank]) -> None:
+        """Where the ranks hang. Each has a file for that: in one log their lines would be mixed."""
+        for rank in ranks:
+            rank.process.send_signal(signal.SIGUSR1)
+        time.sleep(STACKS_S)
+        for rank in ranks:
+            stacks = self._stacks(rank.index).read_text(errors="replace") if self._stacks(rank.index).exists() else ""
+            log.error("rank %d: %s", rank.index, stacks.rstrip() or "no stacks: it is stopped, or has not begun")
+
+    def _stacks(self, index: int) -> Path:
+        return self.folder / f"stacks-{self._epoch}-{index}"
+
+    @staticmethod
+    def _check_ended(ranks: Iterable[Rank]) -> None:
+        ended = [(rank, code) for rank in ranks if (code := rank.process.poll()) is not None]
+        if ended:
+            # Those that exit may have fallen over one that a signal ended.
+            rank, code = min(ended, key=lambda each: each[1] >= 0)
+            raise GroupLost(f"rank {rank.index} ({rank.device}, pid {rank.process.pid}) {_ending(code)}")
+
+    def _error(self) -> TacodError | None:
+        """The error that a rank has answered with, if one has."""
+        failed = (answer for _, answer in sorted(self._answers.items()) if answer.type == "failed")
+        return next((TacodError.from_wire(answer.body["error"]) for answer in failed), None)
 
     def _has_answered(self, rank: Rank) -> bool:
         return rank.peer is not None if self.state is State.STARTING else rank.index in self._answers
@@ -222,6 +259,8 @@ class RankGroup:
         self._answers.clear()
         body = {**body, "store": self._admit(tensors), "evict": self._evict(), "forget": self._forgotten}
         self._forgotten = []
+        if self.faults is not None and (fault := self.faults.due(verb)) is not None:
+            body["fault"] = fault
         frames = wire.encode(Message(verb, body, self._work))
         for rank in self.ranks:
             assert rank.peer is not None
@@ -308,6 +347,8 @@ class RankGroup:
             return None
         self._answers[rank.index] = message
         if message.type == "broken":
+            # A rank raises too when another one dies under it, and that is then the reason.
+            self._check_ended(rank for rank in self.ranks if rank.index not in self._answers)
             raise GroupLost(f"rank {rank.index} ({rank.device}) raised:\n{message.body['traceback']}")
         rank.memory_used_bytes = message.body["memory_used_bytes"]
         if len(self._answers) < len(self.ranks):
@@ -326,9 +367,9 @@ class RankGroup:
         }
         if len(codes) > 1:
             told = "; ".join(f"rank {index}: {answer.type}" for index, answer in sorted(self._answers.items()))
-            raise GroupLost(f"the ranks disagree about one work item ({told})")
+            raise GroupLost(f"the ranks disagree about one work item ({told})", self._error())
         if first.type == "failed":
-            return Answer(error=TacodError.from_wire(first.body["error"]), elapsed_s=elapsed_s)
+            return Answer(error=self._error(), elapsed_s=elapsed_s)
         return Answer(body=first.body, elapsed_s=elapsed_s)
 
 

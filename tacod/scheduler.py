@@ -12,7 +12,7 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from tacod_client.errors import Cancelled, JobNotFound, QueueFull, RankFailed, TacodError, Unavailable
+from tacod_client.errors import Cancelled, JobNotFound, OutOfMemory, QueueFull, RankFailed, TacodError, Unavailable
 
 __all__ = ["Job", "Outcome", "Scheduler", "Verb"]
 
@@ -143,10 +143,12 @@ class Scheduler:
         """The running step is to be done again, next."""
         self._put_back(self._take_running(), first=True)
 
-    def lose_group(self, reason: str) -> list[Job]:
+    def lose_group(self, reason: str, error: TacodError | None = None) -> list[Job]:
         """The ranks are gone, and with them what jobs had reached: all started jobs begin again.
 
-        The running one counts the attempt; after ``retries`` more it fails with `RankFailed`. Returns the ended jobs.
+        The running one counts the attempt; after ``retries`` more it fails, with `RankFailed` or with the ``error``
+        that one of the ranks gave. A lack of memory is no fault of the ranks, so that fails it at once. Returns the
+        ended jobs.
         """
         for queue in self._queues.values():
             for job in queue:
@@ -156,6 +158,8 @@ class Scheduler:
         job = self._take_running()
         if job.cancelling:
             return [job.end(Outcome.CANCELLED, _cancelled(job))]
+        if isinstance(error, OutOfMemory) or (error is not None and job.attempts > self.retries):
+            return [job.end(Outcome.FAILED, error)]
         if job.attempts > self.retries:
             what = f"{job.verb.value} failed {job.attempts} times, each time with new ranks; last: {reason}"
             return [job.end(Outcome.FAILED, RankFailed(what, attempts=job.attempts))]

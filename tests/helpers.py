@@ -53,7 +53,7 @@ def eventually(condition: Callable[[], Any], timeout_s: float, what: str) -> Any
 class Daemon:
     """A tacod of one's own, in a folder of its own; at its end it must have left nothing behind.
 
-    Settings are configuration keys such as ``{"limits.queue": 2}``.
+    Settings are configuration keys such as ``{"limits.queue": 2}``; ``sections`` is TOML that comes after them.
     """
 
     def __init__(
@@ -63,6 +63,8 @@ class Daemon:
         settings: Mapping[str, Any] | None = None,
         environment: Mapping[str, str] | None = None,
         gpus: Sequence[int] = (),
+        sections: str = "",
+        wait: bool = True,
     ) -> None:
         # A unix socket's path may have about 100 bytes: pytest's own folders are too deep.
         self.folder = Path(tempfile.mkdtemp(prefix="tacod-"))
@@ -76,14 +78,17 @@ class Daemon:
             "models.roots": [str(root) for root in roots],
             **(settings or {}),
         }
-        self.config.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()))
+        lines = [f"{key} = {json.dumps(value)}\n" for key, value in values.items()]
+        self.config.write_text("".join(lines) + sections)
+        self.waits = wait
         # Threads that spin while they wait are slow where the machine has other work too.
         self.environment = {**os.environ, "OMP_WAIT_POLICY": "passive", **(environment or {})}
         self.process: subprocess.Popen[bytes] | None = None
+        self._shared_memory = shared_memory()
 
     def __enter__(self) -> Daemon:
         try:
-            return self.start()
+            return self.start(self.waits)
         except BaseException:
             self._clean_up()
             raise
@@ -172,12 +177,13 @@ class Daemon:
         self.check_leavings()
 
     def check_leavings(self) -> None:
-        """After its end: no process, no socket, no lock, no folder."""
+        """After its end: no process, no socket, no lock, no folder, no shared memory."""
         assert not self.running
         left = [f"{process.pid}: {' '.join(process.cmdline())}" for process in self.processes()]
         assert not left, f"processes left: {left}"
         files = sorted(path.name for path in self.folder.iterdir() if path not in (self.config, self.log_path))
         assert not files, f"files left: {files}"
+        assert shared_memory() <= self._shared_memory, "shared memory left"
 
     def _clean_up(self) -> None:
         if self.process is not None:
@@ -191,6 +197,12 @@ class Daemon:
 
 def _on_cpu(ranks: int) -> dict[str, Any]:
     return {"group.device": "cpu", "group.ranks": ranks}
+
+
+def shared_memory() -> set[str]:
+    """Names under /dev/shm of what PyTorch, NCCL and Python make there; other programs have theirs beside it."""
+    made = ("torch_", "nccl-", "psm_", "sem.")
+    return {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith(made)}
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import faulthandler
+import json
 import logging
 import os
 import signal
@@ -20,6 +21,7 @@ import zmq
 from tacod import logs
 from tacod.rank import xdit
 from tacod.rank.engine import Engine
+from tacod.rank.fault import strike
 from tacod.rank.selftest import selftest
 from tacod.rank.topology import Topology
 from tacod_client import wire
@@ -35,10 +37,12 @@ def main() -> None:
     """The process's life."""
     args = _parse()
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    faulthandler.register(signal.SIGUSR1, file=args.stacks, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _die_with_the_supervisor(args.death_fd)
     logs.configure(os.environ.get("TACOD_LOG_LEVEL", "info"), prefix=f"rank {args.rank}: ")
+    if args.fault is not None:
+        strike(args.fault, "before", args.rank)
     device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
     if device.type == "cpu":
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // args.world_size))
@@ -61,6 +65,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--epoch", required=True)
     parser.add_argument("--rendezvous", required=True)
     parser.add_argument("--death-fd", type=int, required=True)
+    parser.add_argument("--stacks", type=argparse.FileType("w"), required=True, help="where SIGUSR1 writes them")
+    parser.add_argument("--fault", type=json.loads, help="what goes wrong on purpose, as JSON")
     return parser.parse_args()
 
 
@@ -116,8 +122,15 @@ class Reporter:
 
 
 def _answer(engine: Engine, message: Message) -> tuple[str, dict[str, Any]]:
+    fault = message.body.pop("fault", None)
+    rank = engine.topology.rank
     try:
-        return "done", engine.work(message.type, message.body)
+        if fault is not None:
+            strike(fault, "before", rank, engine)
+        body = engine.work(message.type, message.body)
+        if fault is not None:
+            strike(fault, "after", rank, engine)
+        return "done", body
     except TacodError as error:
         return "failed", {"error": error.to_wire(), "memory_used_bytes": engine.memory_used_bytes}
     except Exception:

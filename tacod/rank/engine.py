@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -83,7 +84,7 @@ class Engine:
             self.runs.pop(job, None)
         evict = body.pop("evict")
         try:
-            with self._memory_errors():
+            with self.memory_errors():
                 answer = self._timed(verb, self._resolve(body))
         finally:
             for digest in evict:
@@ -116,14 +117,16 @@ class Engine:
         return {**answer, "compute_s": max(busy - collective, 0.0), "collective_s": min(collective, busy)}
 
     @contextmanager
-    def _memory_errors(self) -> Iterator[None]:
+    def memory_errors(self) -> Iterator[None]:
+        """Within, a lack of memory is `OutOfMemory`, which says what was asked for and what is free."""
         try:
             yield
-        except torch.OutOfMemoryError as error:
-            first = str(error).split(". ")[0]
-            gc.collect()
-            torch.cuda.empty_cache()
-            raise OutOfMemory(f"{first}; use a smaller image or batch, or unload a model (`tacoctl unload`)") from None
+        except (RuntimeError, MemoryError) as error:
+            told = _lack_of_memory(error)
+            if told is None:
+                raise
+            self._give_memory_back()
+            raise OutOfMemory(f"{told}; use a smaller image or batch, or unload a model (`tacoctl unload`)") from None
 
     def load(
         self,
@@ -247,6 +250,23 @@ class Engine:
         request.check(dit)
         asked = parse_request(plan, self.topology.world_size)
         return begin(request, dit, asked, self.topology, self.device)
+
+
+def _lack_of_memory(error: Exception) -> str | None:
+    """What an allocator says, in short; None if this error is of another kind."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        # The sentences on what was tried, and on what is free. A rank sees one GPU, which it numbers 0.
+        return ". ".join(text.split(". ")[:3]).replace("GPU 0 has", "the GPU has")
+    # PyTorch has no type of its own for the host's memory.
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
+        import psutil
+
+        asked = re.search(r"tried to allocate (\d+) bytes", text)
+        wanted = f"tried to allocate {int(asked[1]) / 2**30:.2f} GiB" if asked else "an allocation failed"
+        free = psutil.virtual_memory().available
+        return f"host out of memory: {wanted}, and {free / 2**30:.2f} GiB are free"
+    return None
 
 
 def _as_torch(value: Any) -> Any:

@@ -1,0 +1,42 @@
+"""A fault on purpose, as the ``[testing]`` section of the configuration asks for it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from typing import Any
+
+import torch
+
+from tacod.rank.engine import Engine
+
+__all__ = ["strike"]
+
+EXIT_CODE = 3
+
+
+def strike(fault: dict[str, Any], when: str, rank: int, engine: Engine | None = None) -> None:
+    """Go wrong, if this fault is for this rank and moment. At the start there is no engine yet."""
+    if fault["when"] != when or fault["rank"] not in (None, rank):
+        return
+    kind = fault["kind"]
+    if kind == "raise":
+        raise RuntimeError(f"a fault on purpose in rank {rank}")
+    if kind == "out_of_memory":
+        assert engine is not None
+        # More than any machine has, so that what is raised is what a device raises.
+        with engine.memory_errors():
+            torch.empty(1 << 60, dtype=torch.uint8, device=engine.device)
+    elif kind == "exit":
+        os._exit(EXIT_CODE)
+    elif kind == "segfault":
+        ctypes.string_at(0)
+    elif kind == "sleep":
+        while True:
+            time.sleep(3600)
+    elif kind == "collective":
+        assert engine is not None
+        # From another rank, which sends nothing.
+        topology = engine.topology
+        topology.everyone.broadcast(torch.zeros(1, device=engine.device), (rank + 1) % topology.world_size)

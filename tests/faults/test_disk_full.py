@@ -1,0 +1,73 @@
+"""The disk is full, for the log and for uploads: work goes on, and what can't be written says so."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import FLUX, SD3, Daemon
+
+from tacod_client import Unavailable
+
+SIZE = 1 << 20
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A disk of one MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount a tmpfs")
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(tmp_path)], capture_output=True, text=True
+    )
+    if mount.returncode != 0:
+        pytest.skip(f"no tmpfs can be mounted here: {mount.stderr.strip()}")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def fill(folder: Path) -> Path:
+    """Leave no byte free."""
+    path = folder / "filler"
+    with path.open("wb", buffering=0) as file:
+        for size in (4096, 1):
+            try:
+                while True:
+                    file.write(bytes(size))
+            except OSError:
+                continue
+    assert os.statvfs(folder).f_bavail == 0
+    return path
+
+
+def test_work_goes_on(models: Path, small: Path) -> None:
+    daemon = Daemon(1, [models], {"models.uploads": str(small / "uploads"), "log_level": "debug"})
+    daemon.log_path = small / "log"
+    with daemon, daemon.client() as client:
+        model = client.load(SD3.file)
+        filler = fill(small)
+        logged = len(daemon.log)
+        SD3.check(model)
+        with pytest.raises(Unavailable, match="No space left on device; make room there"):
+            client.upload(FLUX.model.state_dict(), {"tacod.config": json.dumps(FLUX.config)})
+        os.kill(daemon.rank_pids()[0], signal.SIGKILL)
+        SD3.check(model, seed=1)
+        assert client.stats()["group_restarts"] == 1
+        assert len(daemon.log) < logged + 4096, "the disk was full"
+        filler.unlink()
+        FLUX.check(client.load(client.upload(FLUX.model.state_dict(), {"tacod.config": json.dumps(FLUX.config)})))
+
+
+def test_it_ends_as_ever(models: Path, small: Path) -> None:
+    daemon = Daemon(1, [models])
+    daemon.log_path = small / "log"
+    with daemon:
+        fill(small)
+        with daemon.client() as client:
+            SD3.check(client.load(SD3.file))
+        daemon.stop()

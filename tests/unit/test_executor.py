@@ -1,0 +1,290 @@
+"""Ranks and queue together, in any order of events: what becomes of jobs, and of the ranks.
+
+The ranks are fakes. Everything between a submitted job and its end is the real thing.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tacod.config import Config
+from tacod.executor import Executor
+from tacod.group import State
+from tacod.manifest import Model
+from tacod.scheduler import Job, Outcome, Verb
+from tacod_client.errors import JobNotFound, ModelUnsupported, OutOfMemory, QueueFull, RankFailed, Unavailable
+from tacod_client.wire import Message
+
+from .fake_ranks import Context, FakeRank, descriptors, fakes
+
+RANKS = 3
+LIMIT = 4
+RETRIES = 1
+RESTARTS = 6
+SESSIONS = st.sampled_from([b"a", b"b"])
+RANK = st.integers(0, RANKS - 1)
+FACTS = {"family": "sd3", "parameters": 1, "weight_bytes": 1, "dtype": "fp32", "heads": 3, "width": 48}
+ANSWERS: dict[str, dict[str, Any]] = {
+    "load": {"model": FACTS, "base": FACTS, "compute_s": 0.0, "collective_s": 0.0},
+    "unload": {"compute_s": 0.0, "collective_s": 0.0},
+    "forward": {"plan": "p", "ranks": RANKS, "forwards": 1, "compute_s": 0.1, "collective_s": 0.1},
+    "sample": {"plan": "p", "ranks": RANKS, "forwards": 1, "compute_s": 0.1, "collective_s": 0.1, "sigma": 0.5},
+}
+CONFIG = Config.model_validate(
+    {
+        "group": {
+            "device": "cpu",
+            "ranks": RANKS,
+            "retries": RETRIES,
+            "max_restarts": RESTARTS,
+            "step_timeout_s": 10.0,
+            "load_timeout_s": 20.0,
+            "start_timeout_s": 30.0,
+        },
+        "limits": {"queue": LIMIT},
+    }
+)
+
+
+class Events(RuleBasedStateMachine):
+    """Clients, ranks and the clock do what they like."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = ExitStack()
+        self.clock = self.stack.enter_context(fakes())
+        logging.disable(logging.CRITICAL)
+        self.stack.callback(logging.disable, logging.NOTSET)
+        self.descriptors = descriptors()
+        self.folder = Path(tempfile.mkdtemp(prefix="tacod-"))
+        self.stack.callback(shutil.rmtree, self.folder)
+        self.submitted: list[Job] = []
+        self.ended: list[Job] = []
+        self.said: dict[int, set[str]] = {}
+        """How ranks have answered each work item."""
+
+    @initialize(loaded=st.booleans())
+    def begin(self, loaded: bool) -> None:
+        context: Any = Context()
+        self.socket = context.made
+        model = Model("m", "/models/m", "i", None)
+        devices = [f"cpu:{index}" for index in range(RANKS)]
+        self.executor = Executor(
+            CONFIG, devices, [model] if loaded else [], context, self.folder, self.on_progress, self.on_end
+        )
+        self.executor.attend()
+
+    def on_progress(self, job: Job, body: dict[str, Any]) -> None:
+        assert all(job is not each for each in self.ended), "progress after the end"
+
+    def on_end(self, job: Job, answer: dict[str, Any]) -> None:
+        assert all(job is not each for each in self.ended), "a job ended twice"
+        assert (job.error is None) == (job.outcome is Outcome.RESULT)
+        assert not (job.outcome is Outcome.RESULT and job.verb is not Verb.UNLOAD and not answer)
+        if job.outcome is Outcome.RESULT:
+            assert self.said[self.executor.group._work] == {"done"}, "the ranks don't agree on a result"
+        self.ended.append(job)
+
+    @property
+    def alive(self) -> list[FakeRank]:
+        return [rank for rank in FakeRank.all if not rank.reaped]
+
+    def work(self, rank: FakeRank) -> Message | None:
+        """The work item that a rank was sent last and has not answered."""
+        sent = self.socket.sent.get(rank.peer, [])
+        return sent[-1] if sent and rank.answered < sent[-1].id else None
+
+    # --- clients --------------------------------------------------------------------------------------------------
+
+    @rule(session=SESSIONS, verb=st.sampled_from(Verb), steps=st.integers(1, 3))
+    def submit(self, session: bytes, verb: Verb, steps: int) -> None:
+        body: Any = {"model": "m", "arguments": {}}
+        if verb is Verb.LOAD:
+            body = Model("m", "/models/m", "i", None)
+        job = Job(str(len(self.submitted)), session, 0, verb, "m", body, steps if verb is Verb.SAMPLE else 1)
+        refused = Unavailable if self.executor.given_up else QueueFull
+        if self.executor.given_up or len(self.executor.scheduler.jobs) == LIMIT:
+            with pytest.raises(refused):
+                self.executor.submit(job)
+        else:
+            self.executor.submit(job)
+            self.submitted.append(job)
+        self.executor.attend()
+
+    @precondition(lambda self: self.submitted)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        job = data.draw(st.sampled_from(self.submitted))
+        if job.outcome is not None:
+            with pytest.raises(JobNotFound):
+                self.executor.cancel(job.id)
+        else:
+            assert self.executor.cancel(job.id) is (job.outcome is not None)
+
+    @rule(session=SESSIONS)
+    def drop(self, session: bytes) -> None:
+        self.executor.drop(session)
+
+    # --- ranks ----------------------------------------------------------------------------------------------------
+
+    @rule(index=RANK)
+    def report_ready(self, index: int) -> None:
+        for rank in self.alive:
+            if rank.index == index and rank.code is None and not rank.greeted:
+                rank.greeted = True
+                hello = {"rank": index, "epoch": rank.epoch, "memory_used_bytes": 1}
+                self.socket.inbox.append((rank.peer, Message("ready", hello)))
+        self.executor.attend()
+
+    @rule()
+    def all_report_ready(self) -> None:
+        for index in range(RANKS):
+            self.report_ready(index)
+
+    def answer(self, index: int, kind: str, body: dict[str, Any] | None = None) -> None:
+        for rank in self.alive:
+            if rank.index == index and rank.code is None and (work := self.work(rank)) is not None:
+                rank.answered = work.id
+                self.said.setdefault(work.id, set()).add(kind)
+                told = {**ANSWERS[work.type], "memory_used_bytes": 1} if body is None else body
+                self.socket.inbox.append((rank.peer, Message(kind, told, work.id)))
+
+    @rule(index=RANK)
+    def finish(self, index: int) -> None:
+        self.answer(index, "done")
+        self.executor.attend()
+
+    @rule()
+    def all_finish(self) -> None:
+        for index in range(RANKS):
+            self.answer(index, "done")
+        self.executor.attend()
+
+    @rule(index=RANK, error=st.sampled_from([OutOfMemory("no memory"), ModelUnsupported("a UNet")]))
+    def fail(self, index: int, error: Any) -> None:
+        self.answer(index, "failed", {"error": error.to_wire(), "memory_used_bytes": 1})
+        self.executor.attend()
+
+    @rule(error=st.sampled_from([OutOfMemory("no memory"), ModelUnsupported("a UNet")]))
+    def all_fail(self, error: Any) -> None:
+        pids = [rank.pid for rank in self.alive]
+        busy = self.executor.group.state is State.BUSY and all(self.work(rank) for rank in self.alive)
+        for index in range(RANKS):
+            self.answer(index, "failed", {"error": error.to_wire(), "memory_used_bytes": 1})
+        self.executor.attend()
+        if busy and all(rank.code is None for rank in self.alive):
+            assert [rank.pid for rank in self.alive] == pids, "ranks that agree stay"
+
+    @rule(index=RANK)
+    def break_down(self, index: int) -> None:
+        self.answer(index, "broken", {"traceback": "Traceback"})
+        self.executor.attend()
+
+    @rule(index=RANK, code=st.sampled_from([-9, -11, 3]))
+    def die(self, index: int, code: int) -> None:
+        for rank in self.alive:
+            if rank.index == index and rank.code is None:
+                rank.code = code
+                self.socket.gone.add(rank.peer)
+        self.executor.attend()
+        assert all(rank.code is None for rank in self.alive), "a dead rank takes all others with it"
+
+    @rule(kind=st.sampled_from(["ready", "done", "failed", "broken", "progress"]))
+    def hear_the_dead(self, kind: str) -> None:
+        """What ranks of earlier generations, or of an earlier work item, have said comes late."""
+        self.executor.attend()
+        late = [rank for rank in FakeRank.all if rank.reaped]
+        if late:
+            rank = late[-1]
+            body = {"rank": rank.index, "epoch": rank.epoch, "memory_used_bytes": 7, "done": 1, "total": 2}
+            group = self.executor.group
+            before = group.state, list(group.ranks)
+            self.socket.inbox.append((rank.peer, Message(kind, {**body, "traceback": ""}, group._work)))
+            self.executor.attend()
+            assert group.ranks == before[1]
+            if before[0] is State.BUSY:
+                assert group.state is State.BUSY
+
+    # --- the clock ------------------------------------------------------------------------------------------------
+
+    @rule(seconds=st.sampled_from([0.01, 1.0, 6.0, 31.0]))
+    def wait(self, seconds: float) -> None:
+        self.clock.now += seconds
+        self.executor.attend()
+
+    # --- what always holds ----------------------------------------------------------------------------------------
+
+    @invariant()
+    def every_job_is_somewhere_once(self) -> None:
+        if hasattr(self, "executor"):
+            here = self.executor.scheduler.jobs
+            assert sorted(job.id for job in here + self.ended) == sorted(job.id for job in self.submitted)
+            assert len(here) <= LIMIT
+            assert all(job.attempts <= RETRIES + 1 for job in self.submitted)
+            assert sum(self.executor.metrics.jobs_total.values()) == len(self.ended)
+
+    @invariant()
+    def one_work_item_is_with_the_ranks(self) -> None:
+        if hasattr(self, "executor"):
+            executor = self.executor
+            busy = executor.group.state is State.BUSY
+            assert busy == (executor.scheduler.running is not None or executor._restoring is not None)
+            assert not (executor.scheduler.running is not None and executor._restoring is not None)
+            latest = {self.socket.sent[rank.peer][-1].id for rank in self.alive if rank.peer in self.socket.sent}
+            assert len(latest) <= 1, "all ranks have the same work"
+            for rank in self.alive:
+                sent = [work.id for work in self.socket.sent.get(rank.peer, []) if work.id > rank.answered]
+                assert len(sent) <= (1 if busy else 0), "a rank gets work only when all have answered"
+
+    @invariant()
+    def all_ranks_are_of_one_generation(self) -> None:
+        assert len({rank.epoch for rank in self.alive}) <= 1
+        if hasattr(self, "executor"):
+            peers = [(rank.peer, rank.process.peer) for rank in self.executor.group.ranks]
+            assert all(known in (None, own) for known, own in peers), "a rank is known by its own address"
+        assert len(self.alive) in (0, RANKS)
+        # Each living rank has a pidfd, and all of them one pipe.
+        expected = self.descriptors + len(self.alive) + (2 if self.alive else 0)
+        assert descriptors() == expected
+
+    @invariant()
+    def failures_say_why(self) -> None:
+        for job in self.ended:
+            if isinstance(job.error, RankFailed):
+                assert job.attempts == RETRIES + 1
+
+    def teardown(self) -> None:
+        """However it went, ranks that behave bring what is left to its end."""
+        try:
+            for _ in range(200):
+                if not self.executor.scheduler.jobs:
+                    break
+                self.clock.now += 40 if not self.alive else 0
+                self.executor.attend()
+                for rank in self.alive:
+                    if self.work(rank) is None and rank.greeted and self.executor.group.state is State.BUSY:
+                        # It has answered already, in a way that holds the others up: their deadline ends that.
+                        self.clock.now += 31
+                self.all_report_ready()
+                self.all_finish()
+            assert self.executor.scheduler.jobs == []
+            self.executor.close()
+            assert self.alive == []
+            assert descriptors() == self.descriptors
+            assert [path.name for path in self.folder.iterdir()] == []
+        finally:
+            self.stack.close()
+
+
+TestEvents = Events.TestCase
+TestEvents.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

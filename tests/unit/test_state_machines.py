@@ -1,0 +1,418 @@
+"""The whole supervisor between clients and ranks, in any order of events: who is told what and how often.
+
+Clients, ranks, sockets and the clock are fakes; everything between them is the real thing. The queue alone is in
+`test_scheduler`, queue and ranks without clients in `test_executor`.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import zmq
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tacod import server as server_module
+from tacod import sessions as sessions_module
+from tacod.config import Config
+from tacod.group import State
+from tacod.manifest import Model
+from tacod.server import Server
+from tacod.sessions import User
+from tacod_client import wire
+from tacod_client.errors import OutOfMemory
+from tacod_client.wire import Message, Tensor
+
+from .fake_ranks import FakeRank, Socket, fakes
+
+RANKS = 2
+QUEUE, QUEUE_PER_USER = 4, 3
+CLIENTS, CLIENTS_PER_USER = 3, 2
+RETRIES = 1
+REFUSES_WORK, COUNTS_AS_GONE = 5, 9
+"""Unread messages of a client, instead of hundreds."""
+FINAL = ("done", "error", "missing", "unknown_session", "welcome")
+X = Tensor("F32", (1, 1, 1, 1), (b"\0\0\0\0",))
+SIGMAS = Tensor("F32", (4,), (bytes(16),))
+TEXT = Tensor("F32", (1,), (b"\1\0\0\0",)).with_digest()
+FACTS = {"family": "sd3", "parameters": 1, "weight_bytes": 1, "dtype": "fp32", "heads": 3, "width": 48}
+STEP = {"plan": "p", "ranks": RANKS, "forwards": 1, "compute_s": 0.1, "collective_s": 0.1, "sigma": 0.5, "out": X}
+ANSWERS: dict[str, dict[str, Any]] = {"load": {"model": FACTS}, "forward": STEP, "sample": STEP}
+CONFIG = Config.model_validate(
+    {
+        "endpoint": "ipc:///tmp/never-bound",
+        "heartbeat_s": 5.0,
+        "group": {
+            "device": "cpu",
+            "ranks": RANKS,
+            "retries": RETRIES,
+            "max_restarts": 8,
+            "step_timeout_s": 10.0,
+            "load_timeout_s": 20.0,
+            "start_timeout_s": 30.0,
+        },
+        "limits": {
+            "queue": QUEUE,
+            "queue_per_user": QUEUE_PER_USER,
+            "clients": CLIENTS,
+            "clients_per_user": CLIENTS_PER_USER,
+        },
+    }
+)
+
+
+@dataclass
+class Peer:
+    """A client: one connection, what it asked and what it was told."""
+
+    address: bytes
+    user: User
+    token: bytes = b""
+    stalled: bool = False
+    """Reads nothing, and the socket's own queue is full."""
+    gone: bool = False
+    cut: bool = False
+    """Its session was ended, by its bye or because it left too much unread; until it says hello again."""
+    asked: list[int] = field(default_factory=list)
+    told: dict[int, list[Message]] = field(default_factory=dict)
+    jobs: set[int] = field(default_factory=set)
+    """Requests that are jobs."""
+
+
+class ClientSocket(Socket):
+    """The ROUTER socket on which clients are: nothing to a stalled one, an error for one that is gone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peers: dict[bytes, Peer] = {}
+
+    def send_multipart(self, frames: Sequence[Any], flags: int = 0, copy: bool = True) -> None:
+        peer = self.peers[bytes(frames[0])]
+        if peer.gone:
+            raise zmq.ZMQError(zmq.EHOSTUNREACH)
+        if peer.stalled:
+            raise zmq.Again
+        message = wire.decode([memoryview(bytes(frame)) for frame in frames[1:]])
+        told = peer.told.setdefault(message.id, [])
+        if message.type != "alive":
+            assert message.id in peer.asked, "an answer to nothing"
+            assert not any(each.type in FINAL for each in told), f"{message.type} after the last: {told}"
+        if message.type == "progress":
+            assert [each.type for each in told[:1]] == ["accepted"]
+        if message.type == "welcome":
+            peer.token, peer.cut = message.body["session"], False
+        told.append(message)
+
+
+class Context:
+    """Makes two sockets: the clients', then the ranks'."""
+
+    def __init__(self) -> None:
+        self.clients, self.ranks = ClientSocket(), Socket()
+        self._waiting = [self.clients, self.ranks]
+
+    def socket(self, kind: int) -> Socket:
+        return self._waiting.pop(0)
+
+    def term(self) -> None:
+        pass
+
+
+class Poller:
+    """Everything that can be read is looked at anyway."""
+
+    def register(self, source: Any, flags: int) -> None:
+        pass
+
+    def poll(self, timeout_ms: int) -> None:
+        assert timeout_ms >= 0
+
+
+class Events(RuleBasedStateMachine):
+    """Clients, ranks and the clock do what they like."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = ExitStack()
+        self.clock = self.stack.enter_context(fakes())
+        logging.disable(logging.CRITICAL)
+        self.stack.callback(logging.disable, logging.NOTSET)
+        self.context = Context()
+        for patch in (
+            mock.patch("tacod.server.zmq.Context", return_value=self.context),
+            mock.patch("tacod.server.zmq.Poller", Poller),
+            mock.patch("tacod.server.Monitor", mock.Mock()),
+            mock.patch("tacod.server.time", self.clock),
+            mock.patch("tacod.verbs.time", self.clock),
+            mock.patch("tacod.server.user_of", lambda frame: self.context.clients.peers[frame.bytes].user),
+            mock.patch.object(server_module, "OUTBOX_MESSAGES", REFUSES_WORK),
+            mock.patch.object(sessions_module, "UNSENT_MESSAGES", COUNTS_AS_GONE),
+        ):
+            self.stack.enter_context(patch)
+        self.folder = Path(tempfile.mkdtemp(prefix="tacod-"))
+        self.stack.callback(shutil.rmtree, self.folder)
+        self.peers: list[Peer] = []
+        self.requests = 0
+
+    @initialize()
+    def begin(self) -> None:
+        devices = [f"cpu:{index}" for index in range(RANKS)]
+        self.server = Server(CONFIG, devices, [Model("m", "/models/m", "i", None)], self.folder)
+        self.turn()
+        self.all_report_ready()
+        self.all_finish()
+
+    def turn(self) -> None:
+        self.server.turn(0)
+        for peer in self.peers:
+            if peer.token and self.server.sessions.get(peer.token) is None:
+                peer.cut = True
+
+    # --- clients --------------------------------------------------------------------------------------------------
+
+    def ask(self, peer: Peer, kind: str, body: dict[str, Any] | None = None, is_job: bool = False) -> int:
+        self.requests += 1
+        peer.asked.append(self.requests)
+        if is_job:
+            peer.jobs.add(self.requests)
+        token = b"" if kind == "hello" else peer.token
+        self.context.clients.inbox.append((peer.address, Message(kind, body or {}, self.requests, token)))
+        return self.requests
+
+    @property
+    def connected(self) -> list[Peer]:
+        return [peer for peer in self.peers if not peer.gone]
+
+    def a_peer(self, data: st.DataObject) -> Peer:
+        return data.draw(st.sampled_from(self.connected))
+
+    @precondition(lambda self: len(self.connected) < CLIENTS + 2)
+    @rule(uid=st.integers(1, 2))
+    def connect(self, uid: int) -> None:
+        peer = Peer(f"peer {len(self.peers)}".encode(), User(uid))
+        self.peers.append(peer)
+        self.context.clients.peers[peer.address] = peer
+        before = list(self.server.sessions)
+        request = self.ask(peer, "hello", {"client": "test", "pid": 1, "version": "1"})
+        self.turn()
+        (told,) = peer.told[request]
+        full = len(before) >= CLIENTS or sum(each.user == peer.user for each in before) >= CLIENTS_PER_USER
+        assert told.type == ("error" if full else "welcome")
+
+    @precondition(lambda self: self.connected)
+    @rule(data=st.data(), count=st.integers(1, 3), text=st.booleans())
+    def forward(self, data: st.DataObject, count: int, text: bool) -> None:
+        peer = self.a_peer(data)
+        arguments = {"x": X, **({"context": TEXT.without_bytes()} if text else {})}
+        for _ in range(count):
+            self.ask(peer, "forward", {"model": "m", "plan": "auto", "arguments": arguments}, is_job=True)
+        self.turn()
+
+    @precondition(lambda self: self.connected)
+    @rule(data=st.data())
+    def sample(self, data: st.DataObject) -> None:
+        body = {"model": "m", "plan": "auto", "sampler": "euler", "seed": 0, "cfg": 1.0, "noise": X, "latent": X}
+        body |= {"sigmas": SIGMAS, "positive": {}, "negative": None}
+        self.ask(self.a_peer(data), "sample", body, is_job=True)
+        self.turn()
+
+    @precondition(lambda self: self.connected)
+    @rule(data=st.data())
+    def put(self, data: st.DataObject) -> None:
+        self.ask(self.a_peer(data), "put", {"tensors": [TEXT]})
+        self.turn()
+
+    @precondition(lambda self: self.connected)
+    @rule(data=st.data(), kind=st.sampled_from(["ping", "ps", "bad field", "unknown"]), count=st.integers(1, 6))
+    def say(self, data: st.DataObject, kind: str, count: int) -> None:
+        peer = self.a_peer(data)
+        for _ in range(count):
+            self.ask(peer, "ping" if kind == "bad field" else kind, {"field": 1} if kind == "bad field" else {})
+        self.turn()
+
+    @precondition(lambda self: any(peer.jobs for peer in self.connected))
+    @rule(data=st.data(), count=st.integers(1, 3))
+    def cancel(self, data: st.DataObject, count: int) -> None:
+        peer = data.draw(st.sampled_from([peer for peer in self.connected if peer.jobs]))
+        request = data.draw(st.sampled_from(sorted(peer.jobs)))
+        for _ in range(count):
+            self.ask(peer, "cancel", {"job": None, "request": request})
+        self.turn()
+
+    @precondition(lambda self: self.connected)
+    @rule(data=st.data())
+    def say_bye(self, data: st.DataObject) -> None:
+        peer = self.a_peer(data)
+        self.ask(peer, "bye")
+        self.turn()
+        assert self.server.sessions.get(peer.token) is None
+
+    @precondition(lambda self: self.connected)
+    @rule(data=st.data())
+    def vanish(self, data: st.DataObject) -> None:
+        self.a_peer(data).gone = True
+        self.turn()
+
+    @precondition(lambda self: self.connected)
+    @rule(data=st.data())
+    def stall(self, data: st.DataObject) -> None:
+        self.a_peer(data).stalled = True
+
+    @precondition(lambda self: any(peer.stalled for peer in self.connected))
+    @rule()
+    def read_again(self) -> None:
+        for peer in self.peers:
+            peer.stalled = False
+        self.turn()
+
+    # --- ranks and the clock --------------------------------------------------------------------------------------
+
+    @property
+    def alive(self) -> list[FakeRank]:
+        return [rank for rank in FakeRank.all if not rank.reaped]
+
+    def unanswered(self, rank: FakeRank) -> list[Message]:
+        answered = getattr(rank, "answered", 0)
+        return [work for work in self.context.ranks.sent.get(rank.peer, []) if work.id > answered]
+
+    @rule()
+    def all_report_ready(self) -> None:
+        for rank in self.alive:
+            if not hasattr(rank, "greeted"):
+                rank.greeted = True  # type: ignore[attr-defined]
+                hello = {"rank": rank.index, "epoch": rank.epoch, "memory_used_bytes": 1}
+                self.context.ranks.inbox.append((rank.peer, Message("ready", hello)))
+        self.turn()
+
+    def answer(self, rank: FakeRank, kind: str = "done", body: dict[str, Any] | None = None) -> None:
+        for work in self.unanswered(rank):
+            rank.answered = work.id  # type: ignore[attr-defined]
+            told = {**(ANSWERS[work.type] if body is None else body), "memory_used_bytes": 1}
+            self.context.ranks.inbox.append((rank.peer, Message(kind, told, work.id)))
+
+    @rule(times=st.integers(1, 4))
+    def all_finish_often(self, times: int) -> None:
+        for _ in range(times):
+            self.all_finish()
+
+    def all_finish(self) -> None:
+        for rank in self.alive:
+            self.answer(rank)
+        self.turn()
+
+    @rule()
+    def all_fail(self) -> None:
+        for rank in self.alive:
+            if not any(work.type == "load" for work in self.unanswered(rank)):
+                self.answer(rank, "failed", {"error": OutOfMemory("no memory").to_wire()})
+        self.turn()
+
+    @rule(index=st.integers(0, RANKS - 1))
+    def die(self, index: int) -> None:
+        for rank in self.alive:
+            if rank.index == index:
+                rank.code = -9
+                self.context.ranks.gone.add(rank.peer)
+        self.turn()
+        assert all(rank.code is None for rank in self.alive), "a dead rank takes all others with it"
+
+    @rule(seconds=st.sampled_from([0.01, 1.0, 6.0, 31.0]))
+    def wait(self, seconds: float) -> None:
+        self.clock.now += seconds
+        self.turn()
+
+    # --- what always holds ----------------------------------------------------------------------------------------
+
+    @invariant()
+    def one_work_item_is_with_the_ranks(self) -> None:
+        waiting = {work.id for rank in self.alive for work in self.unanswered(rank)}
+        assert len(waiting) <= 1
+        if waiting:
+            assert self.server.executor.group.state is State.BUSY
+
+    @invariant()
+    def bounds_are_kept(self) -> None:
+        if not hasattr(self, "server"):
+            return
+        sessions, jobs = list(self.server.sessions), self.server.executor.scheduler.jobs
+        assert len(jobs) <= QUEUE
+        assert len(sessions) <= CLIENTS
+        for user in {session.user for session in sessions}:
+            mine = [session.token for session in sessions if session.user == user]
+            assert len(mine) <= CLIENTS_PER_USER
+            assert sum(job.session in mine for job in jobs) <= QUEUE_PER_USER
+        assert all(len(session.outbox) <= COUNTS_AS_GONE for session in sessions)
+
+    @invariant()
+    def nobody_else_has_jobs(self) -> None:
+        if hasattr(self, "server"):
+            executor = self.server.executor
+            tokens = {session.token for session in self.server.sessions}
+            assert all(job.session in tokens or job.cancelling for job in executor.scheduler.jobs)
+            started = {job.id for job in executor.scheduler.jobs}
+            assert set(executor._step_ready_s) <= started
+
+    @invariant()
+    def what_was_asked_is_answered_or_still_to_be(self) -> None:
+        """A request of a live session was answered once, waits in its outbox, or is a job on its way."""
+        if not hasattr(self, "server"):
+            return
+        jobs = {(job.session, job.request) for job in self.server.executor.scheduler.jobs}
+        for peer in self.connected:
+            session = self.server.sessions.get(peer.token) if peer.token else None
+            if session is None or peer.cut:
+                continue
+            kept = [wire.decode([memoryview(bytes(frame)) for frame in each]) for each in session.outbox.values()]
+            for request in peer.asked:
+                final = [each for each in [*peer.told.get(request, []), *kept] if each.id == request]
+                ends = sum(each.type in FINAL for each in final) + ((peer.token, request) in jobs)
+                assert ends == 1, f"request {request} has {ends} ends"
+
+    def teardown(self) -> None:
+        """However it went, all jobs come to their end, and with the sessions everything goes."""
+        try:
+            if hasattr(self, "server"):
+                self.read_again()
+                self.settle()
+                self.what_was_asked_is_answered_or_still_to_be()
+                for peer in self.connected:
+                    self.ask(peer, "bye")
+                for peer in self.peers:
+                    peer.gone = True
+                self.clock.now += 6  # the next sign of life finds that they are gone
+                self.turn()
+                self.turn()
+                executor = self.server.executor
+                assert len(self.server.sessions) == 0
+                assert executor.scheduler.jobs == []
+                assert not executor.store._pins
+                assert not executor._step_ready_s
+                self.server.close()
+                assert self.alive == []
+                assert list(self.folder.iterdir()) == []
+        finally:
+            self.stack.close()
+
+    def settle(self) -> None:
+        """Ranks that behave do what is left."""
+        for _ in range(100):
+            if not self.server.executor.scheduler.jobs:
+                return
+            self.clock.now += 0 if self.alive else 40
+            self.turn()
+            self.all_report_ready()
+            self.all_finish()
+        raise AssertionError("jobs that never end")
+
+
+TestEvents = Events.TestCase
+TestEvents.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
