@@ -13,7 +13,10 @@ from tacod_client import wire
 from tacod_client.errors import ArgumentError
 from tacod_client.tensors import from_wire
 
-__all__ = ["check_arguments", "check_tokens", "load_arguments"]
+__all__ = ["Kept", "check_arguments", "check_tokens", "load_arguments"]
+
+Kept = dict[tuple[bytes | None, torch.dtype], torch.Tensor]
+"""Tensors on the device by digest and dtype."""
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
@@ -141,12 +144,17 @@ def _kind(value: Any) -> str:
 
 
 def load_arguments(
-    given: Mapping[str, Any], specs: Mapping[str, Spec], dtype: torch.dtype, device: torch.device
+    given: Mapping[str, Any],
+    specs: Mapping[str, Spec],
+    dtype: torch.dtype,
+    device: torch.device,
+    kept: Kept | None = None,
 ) -> dict[str, Any]:
     """The arguments as torch values on ``device``.
 
     Tensors come in the compute dtype, but what is one number per image (timestep, guidance) stays fp32: its embedding
-    is computed there. Residuals stay as they came: a rank needs some of their tokens only.
+    is computed there. Residuals stay as they came: a rank needs some of their tokens only. What comes by digest is put
+    on the device once and stays in ``kept``.
     """
 
     def put(value: Any, spec: Spec) -> Any:
@@ -157,12 +165,21 @@ def load_arguments(
         if not isinstance(value, wire.Tensor):
             return value
         exact = isinstance(spec, Argument) and spec.shape == ("B",)
-        tensor: torch.Tensor = from_wire(value, "torch")
-        if tensor.dtype == torch.bool:
-            tensor = torch.zeros(tensor.shape, dtype=dtype).masked_fill(~tensor, -math.inf)
-        return tensor.to(device=device, dtype=torch.float32 if exact else dtype)
+        key = value.digest, torch.float32 if exact else dtype
+        if kept is None or value.digest is None:
+            return _on_device(value, key[1], device)
+        if key not in kept:
+            kept[key] = _on_device(value, key[1], device)
+        return kept[key]
 
     return {name: put(value, specs[name]) for name, value in given.items() if value is not None}
+
+
+def _on_device(value: wire.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    tensor: torch.Tensor = from_wire(value, "torch")
+    if tensor.dtype == torch.bool:
+        tensor = torch.zeros(tensor.shape, dtype=dtype).masked_fill(~tensor, -math.inf)
+    return tensor.to(device=device, dtype=dtype)
 
 
 def _control(value: Mapping[str, Any]) -> Control:

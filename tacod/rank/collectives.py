@@ -10,41 +10,64 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Clock", "Group"]
+__all__ = ["Clock", "Exchange", "Group"]
+
+
+Span = tuple[torch.cuda.Event, torch.cuda.Event]
+"""Begin and end of a collective, or of waiting for one."""
 
 
 class Clock:
-    """How long this rank was in collectives: wall time on a CPU, CUDA events on a GPU, read without a wait per call."""
+    """How long this rank was in collectives: wall time on a CPU, CUDA events on a GPU, read without a wait per call.
+
+    Of a transfer that goes on while the rank computes, only what it still waits for counts.
+    """
 
     def __init__(self) -> None:
         self._seconds = 0.0
         self._started = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._spans: list[Span] = []
+        self._captured: list[Span] = []
 
     def begin(self, on_gpu: bool) -> None:
         """A collective starts."""
-        if on_gpu:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            begin.record()
-            self._events.append((begin, end))
-        else:
+        if not on_gpu:
             self._started = time.perf_counter()
+            return
+        capturing = torch.cuda.is_current_stream_capturing()
+        # External ones become a part of the graph, and tell of each of its replays.
+        begin, end = (_event(capturing) for _ in range(2))
+        begin.record()
+        (self._captured if capturing else self._spans).append((begin, end))
 
     def end(self, on_gpu: bool) -> None:
         """The collective that started last is over."""
         if on_gpu:
-            self._events[-1][1].record()
+            (self._captured if torch.cuda.is_current_stream_capturing() else self._spans)[-1][1].record()
         else:
             self._seconds += time.perf_counter() - self._started
 
+    def take_captured(self) -> list[Span]:
+        """The collectives of a graph that was captured since the last call."""
+        taken, self._captured = self._captured, []
+        return taken
+
+    def add(self, spans: Sequence[Span]) -> None:
+        """A graph with these collectives is replayed."""
+        self._spans += spans
+
     def take_s(self) -> float:
         """Seconds since the last call; on a GPU this waits for the last collective to end."""
-        if self._events:
-            self._events[-1][1].synchronize()
-            self._seconds += sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
-            self._events.clear()
+        if self._spans:
+            self._spans[-1][1].synchronize()
+            self._seconds += sum(begin.elapsed_time(end) for begin, end in self._spans) / 1000
+            self._spans.clear()
         taken, self._seconds = self._seconds, 0.0
         return taken
+
+
+def _event(external: bool) -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True, external=external)  # type: ignore[no-untyped-call]
 
 
 class Group:
@@ -59,7 +82,7 @@ class Group:
         self.rank = dist.get_rank(group) if group is not None else 0
         self.size = dist.get_world_size(group) if group is not None else 1
 
-    def all_to_all(self, sent: Tensor, send: Sequence[int], receive: Sequence[int]) -> tuple[Tensor, ...]:
+    def all_to_all(self, sent: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         """Exchange flat buffers: ``send[r]`` elements of ``sent`` go to rank r, ``receive[r]`` come from it."""
         received = sent.new_empty(sum(receive))
         width = sent.element_size()
@@ -73,7 +96,11 @@ class Group:
             group=self.group,
         )
         self.clock.end(sent.is_cuda)
-        return torch.split(received, list(receive))
+        return received
+
+    def exchange(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> Exchange:
+        """Begin to send ``sent[r]`` to each other rank r, and to receive ``received[r]`` from it."""
+        return Exchange(self, sent, received)
 
     def gather(self, part: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
         """The ranks' parts, of ``sizes`` along ``dim``, joined on every rank."""
@@ -82,8 +109,10 @@ class Group:
         dim %= part.ndim
         shapes = [(*part.shape[:dim], size, *part.shape[dim + 1 :]) for size in sizes]
         sent = part.reshape(-1)
-        parts = self.all_to_all(sent.repeat(self.size), [len(sent)] * self.size, [math.prod(shape) for shape in shapes])
-        return torch.cat([part.view(shape) for part, shape in zip(parts, shapes, strict=True)], dim)
+        counts = [math.prod(shape) for shape in shapes]
+        received = self.all_to_all(sent.repeat(self.size), [len(sent)] * self.size, counts)
+        parts = zip(torch.split(received, counts), shapes, strict=True)
+        return torch.cat([part.view(shape) for part, shape in parts], dim)
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
         """``tensor`` as the rank ``source`` has it, on every rank; elsewhere it says shape and dtype."""
@@ -93,9 +122,56 @@ class Group:
         self.clock.end(flat.is_cuda)
         return flat
 
+    def agree(self, verdict: bool) -> bool:
+        """Whether all ranks say so."""
+        if self.size == 1:
+            return verdict
+        said = torch.tensor([verdict], dtype=torch.uint8, device=self._device)
+        dist.all_reduce(said, dist.ReduceOp.MIN, group=self.group)
+        return bool(said.item())
+
+    @property
+    def _device(self) -> torch.device:
+        """Where its collectives' tensors are."""
+        gpu = self.group is not None and dist.get_backend(self.group) == "nccl"
+        return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+
     def pass_on(self, sent: Tensor, count: int) -> Passing:
         """Begin to send a flat buffer to the next rank, and to receive ``count`` elements from the one before."""
         return Passing(self, sent, sent.new_empty(count))
+
+
+class Exchange:
+    """An all-to-all of contiguous buffers that, on GPUs, goes on while its rank computes.
+
+    What a rank has for itself stays where it is: it puts it there.
+    """
+
+    def __init__(self, group: Group, sent: Sequence[Tensor], received: Sequence[Tensor]) -> None:
+        self.group = group
+        self._on_gpu = sent[0].is_cuda
+        self._work: dist.Work | None = None
+        # As bytes, because gloo doesn't know every dtype in every version of torch, and nothing is added up here.
+        away = [each.reshape(-1).view(torch.uint8) for each in sent]
+        coming = [each.view(-1).view(torch.uint8) for each in received]
+        away[group.rank] = coming[group.rank] = away[0].new_empty(0)
+        if self._on_gpu:
+            # Kept from being freed, or written to, while it travels.
+            self._kept = away, coming
+            self._work = dist.all_to_all(coming, away, group=group.group, async_op=True)
+            return
+        # gloo knows no lists.
+        sizes = [len(each) for each in coming]
+        arrived = torch.split(group.all_to_all(torch.cat(away), [len(each) for each in away], sizes), sizes)
+        for each, part in zip(coming, arrived, strict=True):
+            each.copy_(part)
+
+    def wait(self) -> None:
+        """What is computed from here on finds what was received; the clock counts what was not hidden."""
+        if self._work is not None:
+            self.group.clock.begin(self._on_gpu)
+            self._work.wait()
+            self.group.clock.end(self._on_gpu)
 
 
 class Passing:

@@ -15,14 +15,15 @@ from torch import Tensor
 
 from tacod.checkpoint import read_checkpoint
 from tacod.plan import parse_request
-from tacod.rank.arguments import check_arguments, check_tokens, load_arguments
+from tacod.rank.arguments import Kept, check_arguments, check_tokens, load_arguments
 from tacod.rank.families import detect
 from tacod.rank.families.base import DiT, Place
+from tacod.rank.forwards import Forwards
 from tacod.rank.lora import read_lora
 from tacod.rank.patch_request import parse_patches
 from tacod.rank.patches import Patch, apply
 from tacod.rank.sampling import Run, SampleRequest, begin
-from tacod.rank.spread import plan_for, run
+from tacod.rank.spread import plan_for
 from tacod.rank.topology import Topology
 from tacod.rank.weights import (
     DTYPES,
@@ -54,14 +55,16 @@ class Resident:
 class Engine:
     """The models and runs of one rank. No method leaves another rank waiting: what can fail, fails on all alike."""
 
-    def __init__(self, device: torch.device, topology: Topology) -> None:
+    def __init__(self, device: torch.device, topology: Topology, graphs: bool = True) -> None:
         self.device = device
         self.topology = topology
+        self.forwards = Forwards(topology, graphs)
         self.models: dict[str, Resident] = {}
         self.runs: dict[str, Run] = {}
         self.report: Callable[[int, int], None] = lambda done, total: None
         """Hears how many bytes of how many a load has done."""
         self._tensors: dict[bytes, wire.Tensor] = {}
+        self._on_device: Kept = {}
 
     @property
     def memory_used_bytes(self) -> int:
@@ -89,6 +92,8 @@ class Engine:
         finally:
             for digest in evict:
                 self._tensors.pop(digest, None)
+                for key in [key for key in self._on_device if key[0] == digest]:
+                    del self._on_device[key]
         return {**answer, "memory_used_bytes": self.memory_used_bytes}
 
     def _resolve(self, value: Any) -> Any:
@@ -125,6 +130,8 @@ class Engine:
             told = _lack_of_memory(error)
             if told is None:
                 raise
+            self.forwards.clear()
+            self._on_device.clear()
             self._give_memory_back()
             raise OutOfMemory(f"{told}; use a smaller image or batch, or unload a model (`tacoctl unload`)") from None
 
@@ -214,8 +221,9 @@ class Engine:
         asked = parse_request(plan, self.topology.world_size)
         chosen = plan_for(dit, asked, self.topology.world_size, arguments)
         check_tokens(arguments, specs, chosen.shape.lengths[-1])
-        values = load_arguments(arguments, specs, dit.dtype, self.device)
-        out = run(dit, chosen, self.topology, values.pop("x"), values.pop("timestep"), values)
+        kept = self._on_device if self.device.type == "cuda" else None
+        values = load_arguments(arguments, specs, dit.dtype, self.device, kept)
+        out = self.forwards(dit, chosen, values.pop("x"), values.pop("timestep"), values)
         return {"out": self._result(out), "plan": str(chosen), "ranks": chosen.layout.ranks, "forwards": 1}
 
     def _result(self, out: Tensor) -> wire.Tensor | None:
@@ -249,7 +257,7 @@ class Engine:
         request = SampleRequest(**inputs)
         request.check(dit)
         asked = parse_request(plan, self.topology.world_size)
-        return begin(request, dit, asked, self.topology, self.device)
+        return begin(request, dit, asked, self.forwards, self.device)
 
 
 def _lack_of_memory(error: Exception) -> str | None:

@@ -15,9 +15,9 @@ from tacod.plan import Plan, Request
 from tacod.rank import samplers
 from tacod.rank.arguments import check_arguments, load_arguments
 from tacod.rank.families.base import Argument, DiT
+from tacod.rank.forwards import Forwards
 from tacod.rank.process import Flow
-from tacod.rank.spread import plan_for, run
-from tacod.rank.topology import Topology
+from tacod.rank.spread import plan_for
 from tacod_client import wire
 from tacod_client.errors import ArgumentError
 from tacod_client.tensors import from_wire
@@ -87,7 +87,7 @@ class Run:
     """From the sampler's last x to the latent that the client gets."""
 
 
-def begin(request: SampleRequest, dit: DiT, asked: Request, topology: Topology, device: torch.device) -> Run:
+def begin(request: SampleRequest, dit: DiT, asked: Request, forwards: Forwards, device: torch.device) -> Run:
     """Start a checked run; nothing is computed before its first step.
 
     Raises `ArgumentError` if it can't be spread as ``asked``.
@@ -97,7 +97,7 @@ def begin(request: SampleRequest, dit: DiT, asked: Request, topology: Topology, 
     conditions = [load_arguments(given, specs, dit.dtype, device) for given in request.guided.values()]
     noise, latent = (from_wire(value, "torch").to(device, torch.float32) for value in (request.noise, request.latent))
     x = dit.process.start(noise, dit.latent_format.into_model(latent), levels[0])
-    denoise = Denoiser(dit, asked, topology, conditions, request.cfg)
+    denoise = Denoiser(dit, asked, forwards, conditions, request.cfg)
     denoise.prepare(x)
     steps = samplers.find(request.sampler)(denoise, x, levels, samplers.noise_source(request.seed, x))
 
@@ -111,11 +111,12 @@ class Denoiser:
     """A model as the samplers want it: predicted clean latent, guidance included."""
 
     def __init__(
-        self, dit: DiT, asked: Request, topology: Topology, conditions: list[dict[str, Any]], cfg: float
+        self, dit: DiT, asked: Request, forwards: Forwards, conditions: list[dict[str, Any]], cfg: float
     ) -> None:
         self.dit = dit
         self.asked = asked
-        self.topology = topology
+        self.run = forwards
+        self.world_size = forwards.topology.world_size
         self.cfg = cfg
         self.conditions = conditions
         self.joint = _stack(conditions)
@@ -128,7 +129,7 @@ class Denoiser:
         many = 1 if self.joint is None else len(self.conditions)
         for condition in [self.joint] if self.joint is not None else self.conditions:
             canvas = x.expand(many, *x.shape).flatten(0, 1)
-            self.plan = plan_for(self.dit, self.asked, self.topology.world_size, {"x": canvas, **condition})
+            self.plan = plan_for(self.dit, self.asked, self.world_size, {"x": canvas, **condition})
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """``x`` [B, C, H, W] in fp32 at the scalar noise level ``sigma`` → the clean latent, in fp32."""
@@ -144,8 +145,8 @@ class Denoiser:
         self.forwards += 1
         timestep = self.dit.timestep(sigma).float().expand(x.shape[0]).contiguous()
         noisy = self.dit.process.scale(x, sigma).to(self.dit.dtype)
-        self.plan = plan_for(self.dit, self.asked, self.topology.world_size, {"x": noisy, **condition})
-        return run(self.dit, self.plan, self.topology, noisy, timestep, condition).float()
+        self.plan = plan_for(self.dit, self.asked, self.world_size, {"x": noisy, **condition})
+        return self.run(self.dit, self.plan, noisy, timestep, condition).float()
 
 
 def _stack(conditions: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from tacod.plan import chunks
 from tacod.rank.attention import attend, attend_part, merge
-from tacod.rank.collectives import Group
+from tacod.rank.collectives import Exchange, Group
+from tacod.rank.fused import Projected, has_kernels
 
-__all__ = ["SequenceParallel"]
+__all__ = ["Attending", "SequenceParallel"]
 
 
 class SequenceParallel:
@@ -52,7 +53,7 @@ class SequenceParallel:
         return self.whole.gather(tokens, self.sizes(n), dim)
 
     def in_order_of_ranks(self, mask: Tensor, lengths: Sequence[int]) -> Tensor:
-        """A mask [B or 1, S, S] over the whole joint sequence, from the order of streams to that of `attention`'s.
+        """A mask [B or 1, S, S] over the whole joint sequence, from the order of streams to that of `attend`'s.
 
         It comes as [B or 1, 1, S, S].
         """
@@ -64,59 +65,85 @@ class SequenceParallel:
         order = torch.cat([chunk for rank in zip(*streams, strict=True) for chunk in rank])
         return mask[:, :, order][..., order]
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], mask: Tensor | None = None) -> Tensor:
-        """Attention over the whole joint sequence, for this rank's tokens.
+    def attend(self, streams: Sequence[Projected], lengths: Sequence[int], mask: Tensor | None = None) -> Attending:
+        """Begin attention over the whole joint sequence, for this rank's tokens.
 
-        ``q``, ``k``, ``v`` are [B, S, H, D], where S counts this rank's chunks of the streams, one after another,
-        and ``lengths`` are the streams' whole token counts. Returns [B, S, H * D].
-
-        The gathered sequence is in the order of ranks, not of streams. It needs no sorting, for attention is
-        equivariant under permutations of its tokens, and each rank gets its own tokens back. A ``mask`` is what
-        `in_order_of_ranks` gives.
+        ``streams`` are this rank's chunks, and ``lengths`` the streams' whole token counts. The gathered sequence is in
+        the order of ranks, not of streams. It needs no sorting, for attention is equivariant under permutations of its
+        tokens, and each rank gets its own tokens back. A ``mask`` is what `in_order_of_ranks` gives.
         """
-        tokens = [sum(sizes) for sizes in zip(*map(self.sizes, lengths), strict=True)]
-        runs = [tokens[i : i + self.ulysses.size] for i in range(0, self.size, self.ulysses.size)]
-        run = runs[self.ring.rank]
-        heads = chunks(q.shape[2], self.ulysses.size)
-        q, k, v = _tokens_for_heads(self.ulysses, q, k, v, run, heads)
-        if self.ring.size > 1:
-            out = _around(self.ring, q, k, v, [sum(run) for run in runs], mask)
-        else:
-            out = attend(q, k, v, mask)
-        return _heads_for_tokens(self.ulysses, out, run, heads)
+        return Attending(self, streams, lengths, mask)
 
 
-def _tokens_for_heads(
-    group: Group, q: Tensor, k: Tensor, v: Tensor, tokens: list[int], heads: list[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's tokens with all heads [B, S, H, D] become all tokens with this rank's heads [B, h, T, D].
+class Attending:
+    """Attention under way. What its caller computes before `run`, and before `result`, hides an exchange.
 
-    One exchange for all three; ``tokens`` and ``heads`` are what each rank has.
+    Tokens come first in everything that is exchanged, so that what arrives from the ranks makes one tensor as it lies.
     """
-    if group.size == 1:
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    batch, mine, _, width = q.shape
-    own = heads[group.rank]
-    # Heads come first, so that what goes to one rank lies together: [H, 3, B, S, D].
-    sent = torch.stack([t.permute(2, 0, 1, 3) for t in (q, k, v)], dim=1).view(-1)
-    each = 3 * batch * width
-    parts = group.all_to_all(sent, [h * mine * each for h in heads], [own * s * each for s in tokens])
-    whole = torch.cat([part.view(own, 3, batch, s, width) for part, s in zip(parts, tokens, strict=True)], dim=3)
-    q, k, v = whole.permute(1, 2, 0, 3, 4)
-    return q, k, v
 
+    def __init__(
+        self, sequence: SequenceParallel, streams: Sequence[Projected], lengths: Sequence[int], mask: Tensor | None
+    ) -> None:
+        """Queries, keys and values set out: tokens for heads."""
+        group, size = sequence.ulysses, sequence.ulysses.size
+        tokens = [sum(sizes) for sizes in zip(*map(sequence.sizes, lengths), strict=True)]
+        self._runs = [tokens[i : i + size] for i in range(0, sequence.size, size)]
+        self._run = self._runs[sequence.ring.rank]
+        self._sequence = sequence
+        self._mask = mask
+        self._heads = chunks(streams[0].heads, size)
+        self._out: Tensor | None = None
+        self._back: Exchange | None = None
+        qkv = streams[0].qkv
+        if sequence.size == 1 and not has_kernels(qkv):
+            # What can be differentiated: nothing is written in place.
+            joint = zip(*(stream.heads_now() for stream in streams), strict=True)
+            self._qkv = torch.stack([torch.cat(parts, dim=1) for parts in joint]).transpose(2, 3)
+            self._coming = None
+            return
+        batch = len(qkv)
+        width = streams[0].parts.shape[-1]
+        received = qkv.new_empty(sum(self._run), batch, 3, self._heads[group.rank], width)
+        arriving = list(torch.split(received, self._run))
+        kept = arriving[group.rank]
+        sizes = [len(kept) * batch * 3 * count * width for count in self._heads]
+        sent = qkv.new_empty(sum(sizes) if size > 1 else 0)
+        first = 0
+        for stream in streams:
+            stream.pack(sent, kept, first, group.rank, self._heads)
+            first += stream.qkv.shape[1]
+        self._qkv = received.permute(2, 1, 3, 0, 4)
+        self._coming = group.exchange(list(torch.split(sent, sizes)), arriving) if size > 1 else None
 
-def _heads_for_tokens(group: Group, out: Tensor, tokens: list[int], heads: list[int]) -> Tensor:
-    """The way back: all tokens with this rank's heads [B, h, T, D] become its tokens with all heads [B, S, H * D]."""
-    if group.size == 1:
-        return out.transpose(1, 2).flatten(2)
-    batch, own, _, width = out.shape
-    mine = tokens[group.rank]
-    sent = out.permute(2, 0, 1, 3).reshape(-1)  # tokens first: [T, B, h, D]
-    each = batch * width
-    parts = group.all_to_all(sent, [s * own * each for s in tokens], [mine * h * each for h in heads])
-    whole = torch.cat([part.view(mine, batch, h, width) for part, h in zip(parts, heads, strict=True)], dim=2)
-    return whole.transpose(0, 1).flatten(2)
+    def run(self) -> None:
+        """Attend, and send back: heads for tokens."""
+        if self._coming is not None:
+            self._coming.wait()
+        q, k, v = self._qkv
+        ring, group = self._sequence.ring, self._sequence.ulysses
+        if ring.size > 1:
+            out = _around(ring, q, k, v, [sum(run) for run in self._runs], self._mask)
+        else:
+            out = attend(q, k, v, self._mask)
+        if group.size == 1:
+            self._out = out.transpose(1, 2).flatten(2)
+            return
+        leaving = list(torch.split(out.permute(2, 0, 1, 3).contiguous(), self._run))
+        kept = leaving[group.rank]
+        tokens, batch, _, width = kept.shape
+        self._parts = [out.new_empty(tokens, batch, count, width) for count in self._heads]
+        self._parts[group.rank] = kept
+        self._back = group.exchange(leaving, self._parts)
+
+    def result(self) -> Tensor:
+        """For this rank's tokens, [B, S, H * D]."""
+        if self._out is None and self._back is None:
+            self.run()
+        if self._back is not None:
+            self._back.wait()
+            self._out = torch.cat(self._parts, dim=2).transpose(0, 1).flatten(2)
+        assert self._out is not None
+        return self._out
 
 
 def _around(group: Group, q: Tensor, k: Tensor, v: Tensor, tokens: list[int], mask: Tensor | None) -> Tensor:

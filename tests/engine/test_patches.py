@@ -16,6 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from tacod.rank.changes import Change, Diff, LoHa, LoKr, LoRA, Set
 from tacod.rank.families.base import Place
@@ -892,8 +893,19 @@ def test_files_are_read_from_disk(tmp_path: Path) -> None:
 # --- a model ----------------------------------------------------------------------------------------------------------
 
 
+class Beside(torch.nn.Module):
+    """A weight and its low-rank path."""
+
+    def __init__(self, up: torch.Tensor, down: torch.Tensor) -> None:
+        super().__init__()
+        self.up, self.down = up, down
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + 0.1 * 0.5 * (self.up @ self.down)
+
+
 def test_a_patched_model_equals_one_with_patched_weights() -> None:
-    """A forward with low-rank paths beside the weights, as LoRA's paper has it, and one with weights merged."""
+    """A forward with low-rank paths added where a weight is used, and one with weights merged."""
     fused, split = factors(FLUX)
     inputs = FLUX.inputs()
     merged = type(FLUX.model)(FLUX.config)
@@ -901,9 +913,7 @@ def test_a_patched_model_equals_one_with_patched_weights() -> None:
     beside = type(FLUX.model)(FLUX.config)
     beside.load_state_dict(FLUX.model.state_dict())
     for module, (up, down) in fused.items():
-        beside.get_submodule(module).register_forward_hook(
-            lambda _, given, out, up=up, down=down: out + 0.1 * 0.5 * (given[0] @ down.T @ up.T)
-        )
+        parametrize.register_parametrization(beside.get_submodule(module), "weight", Beside(up, down))
     with torch.inference_mode():
         out = merged(SequenceParallel(), **inputs)
         assert relative_error(out, beside(SequenceParallel(), **inputs)) < FP32

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 from tacod.plan import Layout, Plan, Shape, chunks
+from tacod.rank.fused import Projected
 from tacod.rank.sequence import SequenceParallel
 from tacod.rank.spread import run
 from tacod.rank.topology import Topology
@@ -189,8 +190,13 @@ def test_one_process_needs_no_group() -> None:
     assert (alone.size, alone.sizes(7)) == (1, [7])
     q, k, v = torch.randn(3, 2, 7, 3, 8)
     expected = scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    assert torch.equal(alone.attention(q, k, v, (3, 4)), expected.transpose(1, 2).reshape(2, 7, 24))
+    assert torch.equal(alone.attend([projected(q, k, v)], (3, 4)).result(), expected.transpose(1, 2).reshape(2, 7, 24))
     assert torch.equal(alone.gather(alone.shard(q), 7), q)
+
+
+def projected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Projected:
+    """As a fused projection would give them."""
+    return Projected(torch.stack((q, k, v), dim=2).flatten(2), q.shape[2])
 
 
 class Rank:
@@ -230,9 +236,9 @@ class Rank:
             return None
         torch.manual_seed(seed)
         q, k, v = torch.randn(3, batch, sum(lengths), heads, 16)
-        expected = torch.split(SequenceParallel().attention(q, k, v, lengths), lengths, dim=1)
+        expected = torch.split(SequenceParallel().attend([projected(q, k, v)], lengths).result(), lengths, dim=1)
         local = [torch.cat([sequence.shard(part) for part in torch.split(t, lengths, dim=1)], dim=1) for t in (q, k, v)]
-        mine = sequence.attention(*local, lengths)
+        mine = sequence.attend([projected(*local)], lengths).result()
         outs = torch.split(mine, [sequence.sizes(length)[sequence.whole.rank] for length in lengths], dim=1)
         whole = [sequence.gather(out, length) for out, length in zip(outs, lengths, strict=True)]
         return max(float((a - b).norm() / b.norm()) for a, b in zip(whole, expected, strict=True) if b.numel())

@@ -230,11 +230,6 @@ def _frequencies(count: int, device: torch.device) -> Tensor:
     return torch.exp(-math.log(10000) * torch.arange(count, dtype=torch.float32, device="cpu") / count).to(device)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Adaptive layer norm's affine part (Peebles and Xie, 2022, arXiv:2212.09748): x * (1 + scale) + shift."""
-    return torch.addcmul(shift, x, 1 + scale)
-
-
 def pad_to_patches(x: Tensor, patch: int) -> Tensor:
     """Pad [B, C, H, W] below and on the right to whole patches, circularly."""
     height, width = x.shape[-2:]

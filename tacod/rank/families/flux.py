@@ -27,7 +27,6 @@ from tacod.rank.families.base import (
     Spec,
     count_blocks,
     grid,
-    modulate,
     pad_to_patches,
     settle,
     shape_of,
@@ -35,18 +34,17 @@ from tacod.rank.families.base import (
     unpatchify,
     whole,
 )
+from tacod.rank.fused import Projected, Rotation, add_gated, add_gated_norm, norm_modulate
+from tacod.rank.linear import linear_gelu, split_inputs, split_outputs
+from tacod.rank.modulation import modulations
 from tacod.rank.process import Flow
 from tacod.rank.sequence import SequenceParallel
 from tacod_client.errors import ArgumentError, ModelUnsupported
 
 __all__ = ["Flux"]
 
-_EPSILON = 1e-6
 _METHODS = ("offset", "index", "uxo")
 _ROPE_OPTIONS = ("scale_x", "scale_y", "scale_t", "shift_x", "shift_y", "shift_t")
-
-Rotation = tuple[Tensor, Tensor]
-"""Cosines and sines in fp32, each [S, 1, D / 2]: how far each pair of a head's channels turns at each token."""
 
 
 class Embedder(nn.Module):
@@ -63,14 +61,11 @@ class Embedder(nn.Module):
 
 
 class Norm(nn.Module):
-    """Root mean square norm over a head's channels."""
+    """The scale of a root mean square norm over a head's channels."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(x, self.scale.shape, self.scale, _EPSILON)
 
 
 class Heads(nn.Module):
@@ -80,92 +75,85 @@ class Heads(nn.Module):
         super().__init__()
         self.query_norm = Norm(width)
         self.key_norm = Norm(width)
-        self.width = width
 
-    def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [B, S, H, D] from their fused projection [B, S, 3 * H * D]."""
-        q, k, v = torch.unflatten(qkv, -1, (3, -1, self.width)).unbind(2)
-        return self.query_norm(q), self.key_norm(k), v
+    @property
+    def scales(self) -> tuple[Tensor, Tensor]:
+        """Of queries and keys."""
+        return self.query_norm.scale, self.key_norm.scale
 
 
 class Attention(nn.Module):
     """The projections of one stream around the attention that the streams share."""
 
-    def __init__(self, width: int, head_width: int, bias: bool) -> None:
+    def __init__(self, width: int, heads: int, bias: bool) -> None:
         super().__init__()
         self.qkv = nn.Linear(width, 3 * width, bias=bias)
-        self.norm = Heads(head_width)
+        self.norm = Heads(width // heads)
         self.proj = nn.Linear(width, width)
+        self.heads = heads
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [B, S, H, D] of ``x`` [B, S, width]."""
-        heads: tuple[Tensor, Tensor, Tensor] = self.norm(self.qkv(x))
-        return heads
+    def forward(self, x: Tensor, rotation: Rotation) -> Projected:
+        """Queries, keys and values of ``x`` [B, S, width]."""
+        return Projected(self.qkv(x), self.heads, self.norm.scales, rotation)
 
 
 class Modulation(nn.Module):
-    """Shift, scale and gate, once or twice, from the conditioning: each [B, 1, width]."""
+    """Shift, scale and gate, once or twice, from the conditioning."""
 
     def __init__(self, width: int, parts: int) -> None:
         super().__init__()
         self.lin = nn.Linear(width, parts * width)
-        self.parts = parts
-
-    def forward(self, c: Tensor) -> tuple[Tensor, ...]:
-        modulation: Tensor = self.lin(functional.silu(c))
-        return modulation.unsqueeze(1).chunk(self.parts, dim=-1)
 
 
 class DoubleBlock(nn.Module):
     """Text and image, each with its own weights, in one attention."""
 
-    def __init__(self, width: int, head_width: int, hidden: int, bias: bool) -> None:
+    def __init__(self, width: int, heads: int, hidden: int, bias: bool) -> None:
         super().__init__()
         self.img_mod = Modulation(width, 6)
-        self.img_attn = Attention(width, head_width, bias)
+        self.img_attn = Attention(width, heads, bias)
         self.img_mlp = _mlp(width, hidden)
         self.txt_mod = Modulation(width, 6)
-        self.txt_attn = Attention(width, head_width, bias)
+        self.txt_attn = Attention(width, heads, bias)
         self.txt_mlp = _mlp(width, hidden)
 
     def forward(
         self,
         sequence: SequenceParallel,
         lengths: tuple[int, int],
-        rotation: Rotation,
+        rotations: tuple[Rotation, Rotation],
         text: Tensor,
         image: Tensor,
-        c: Tensor,
+        modulation: tuple[Tensor, Tensor],
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """This rank's text and image tokens, one block further."""
-        text_mod, image_mod = self.txt_mod(c), self.img_mod(c)
-        joint = zip(
-            self.txt_attn(modulate(_norm(text), *text_mod[:2])),
-            self.img_attn(modulate(_norm(image), *image_mod[:2])),
-            strict=True,
+        """This rank's text and image tokens, one block further; ``modulation`` is of both, [B, 1, 6 * width] each."""
+        text_mod, image_mod = (each.chunk(6, dim=-1) for each in modulation)
+        streams = (
+            self.txt_attn(norm_modulate(text, *text_mod[:2]), rotations[0]),
+            self.img_attn(norm_modulate(image, *image_mod[:2]), rotations[1]),
         )
-        q, k, v = (torch.cat(both, dim=1) for both in joint)
-        attended = sequence.attention(_rotate(q, rotation), _rotate(k, rotation), v, lengths, mask)
+        attended = sequence.attend(streams, lengths, mask).result()
         to_text, to_image = torch.split(attended, [text.shape[1], image.shape[1]], dim=1)
 
-        image = image + image_mod[2] * self.img_attn.proj(to_image)
-        image = image + image_mod[5] * self.img_mlp(modulate(_norm(image), *image_mod[3:5]))
-        text = text + text_mod[2] * self.txt_attn.proj(to_text)
-        text = text + text_mod[5] * self.txt_mlp(modulate(_norm(text), *text_mod[3:5]))
+        image, normed = add_gated_norm(image, image_mod[2], self.img_attn.proj(to_image), *image_mod[3:5])
+        image = add_gated(image, image_mod[5], _feed_forward(self.img_mlp, normed))
+        text, normed = add_gated_norm(text, text_mod[2], self.txt_attn.proj(to_text), *text_mod[3:5])
+        text = add_gated(text, text_mod[5], _feed_forward(self.txt_mlp, normed))
         return _finite(text), image
 
 
 class SingleBlock(nn.Module):
     """Attention and feed-forward side by side, on text and image as one sequence."""
 
-    def __init__(self, width: int, head_width: int, hidden: int) -> None:
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
         self.linear1 = nn.Linear(width, 3 * width + hidden)
         self.linear2 = nn.Linear(width + hidden, width)
-        self.norm = Heads(head_width)
+        self.norm = Heads(width // heads)
         self.modulation = Modulation(width, 3)
-        self.split = [3 * width, hidden]
+        self.heads = heads
+        self.width = width
 
     def forward(
         self,
@@ -173,16 +161,24 @@ class SingleBlock(nn.Module):
         lengths: tuple[int, int],
         rotation: Rotation,
         x: Tensor,
-        c: Tensor,
+        modulation: Tensor,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """This rank's tokens, one block further."""
-        shift, scale, gate = self.modulation(c)
-        qkv, hidden = torch.split(self.linear1(modulate(_norm(x), shift, scale)), self.split, dim=-1)
-        q, k, v = self.norm(qkv)
-        attended = sequence.attention(_rotate(q, rotation), _rotate(k, rotation), v, lengths, mask)
-        out = self.linear2(torch.cat((attended, functional.gelu(hidden, approximate="tanh")), dim=-1))
-        return _finite(x + gate * out)
+        """This rank's tokens, one block further; ``modulation`` is [B, 1, 3 * width].
+
+        Both matrices are used in two parts, so that the feed-forward is computed while queries, keys and values travel,
+        and the larger part of the second matrix while what was attended to comes back.
+        """
+        shift, scale, gate = modulation.chunk(3, dim=-1)
+        normed = norm_modulate(x, shift, scale)
+        to_heads, to_hidden = split_outputs(self.linear1, 3 * self.width)
+        from_hidden, from_heads = split_inputs(self.linear2, self.width)
+        projected = Projected(to_heads(normed), self.heads, self.norm.scales, rotation)
+        attending = sequence.attend((projected,), lengths, mask)
+        hidden = linear_gelu(to_hidden, normed)
+        attending.run()
+        out = from_hidden(hidden)
+        return _finite(add_gated(x, gate, from_heads(attending.result(), out)))
 
 
 class Final(nn.Module):
@@ -193,9 +189,8 @@ class Final(nn.Module):
         self.linear = nn.Linear(width, outputs)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)
-        pixels: Tensor = self.linear(modulate(_norm(x), shift, scale))
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        pixels: Tensor = self.linear(norm_modulate(x, *modulation.chunk(2, dim=-1)))
         return pixels
 
 
@@ -228,7 +223,6 @@ class Flux(DiT):
         self.reference_index = _number(config, "ref_index_scale", 1.0)
         bias: bool = settle(config, "qkv_bias", True, False)
         hidden = int(width * _number(config, "mlp_ratio", 4.0))
-        head_width = width // self.heads
 
         self.img_in = nn.Linear(self.channels * self.patch**2, width)
         self.txt_in = nn.Linear(self.context_width, width)
@@ -237,10 +231,10 @@ class Flux(DiT):
         if self.guided:
             self.guidance_in = Embedder(256, width)
         self.double_blocks = nn.ModuleList(
-            DoubleBlock(width, head_width, hidden, bias) for _ in range(whole(config, "depth", most=1024))
+            DoubleBlock(width, self.heads, hidden, bias) for _ in range(whole(config, "depth", most=1024))
         )
         self.single_blocks = nn.ModuleList(
-            SingleBlock(width, head_width, hidden)
+            SingleBlock(width, self.heads, hidden)
             for _ in range(whole(config, "depth_single_blocks", least=0, most=1024))
         )
         self.final_layer = Final(width, self.out_channels * self.patch**2)
@@ -390,24 +384,34 @@ class Flux(DiT):
 
         image_at = self._image_positions(images, ref_latents_method or self.reference_method, rope_options or {})
         text_at = image_at.new_zeros(lengths[0], len(self.axes))
-        mine = torch.cat([sequence.shard(positions, dim=0) for positions in (text_at, image_at)])
-        rotation = self._rotation(mine)
+        mine = [sequence.shard(positions, dim=0) for positions in (text_at, image_at)]
+        rotation = self._rotation(torch.cat(mine))
+        rotations = tuple(zip(*(torch.split(each, [len(at) for at in mine]) for each in rotation), strict=True))
         mask = None if attention_mask is None else sequence.in_order_of_ranks(attention_mask, lengths)
         control = control or Control({})
 
+        modulation = iter(modulations(self._modulating, functional.silu(c), sequence))
         for i, block in enumerate(self.double_blocks):
-            text, image = block(sequence, lengths, rotation, text, image, c, mask)
+            text, image = block(sequence, lengths, rotations, text, image, (next(modulation), next(modulation)), mask)
             image = control.add("input", i, sequence, image, lengths[1])
         tokens = torch.cat((text, _finite(image)), dim=1)
         for i, block in enumerate(self.single_blocks):
-            tokens = block(sequence, lengths, rotation, tokens, c, mask)
+            tokens = block(sequence, lengths, rotation, tokens, next(modulation), mask)
             tokens = control.add("output", i, sequence, tokens, lengths[1], text.shape[1])
         image = tokens[:, text.shape[1] :]
 
         rows, columns = grid(x, self.patch)
-        pixels = sequence.gather(self.final_layer(image, c), lengths[1])[:, : rows * columns]
+        pixels = sequence.gather(self.final_layer(image, next(modulation)), lengths[1])[:, : rows * columns]
         pixels = torch.unflatten(pixels, -1, (self.out_channels, self.patch, self.patch)).movedim(2, -1)
         return unpatchify(pixels, rows, columns, self.patch)[:, :, : x.shape[-2], : x.shape[-1]]
+
+    @property
+    def _modulating(self) -> list[Any]:
+        """The layers of all modulations, in the order of their use."""
+        blocks: tuple[Any, Any] = self.double_blocks, self.single_blocks
+        double = [each.lin for block in blocks[0] for each in (block.txt_mod, block.img_mod)]
+        single = [block.modulation.lin for block in blocks[1]]
+        return [*double, *single, self.final_layer.adaLN_modulation[1]]
 
     def _condition(self, x: Tensor, timestep: Tensor, y: Tensor | None, guidance: Tensor | None) -> Tensor:
         c: Tensor = self.time_in(sinusoid(1000 * timestep.float()).to(x.dtype))
@@ -445,7 +449,7 @@ class Flux(DiT):
         for axis, width in enumerate(self.axes):
             exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.float64) / width
             angles.append(positions[:, axis, None].double() * self.theta**-exponents)
-        angle = torch.cat(angles, dim=-1).unsqueeze(1)
+        angle = torch.cat(angles, dim=-1)
         return angle.cos().float(), angle.sin().float()
 
 
@@ -489,15 +493,9 @@ def _mlp(width: int, hidden: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
 
 
-def _norm(x: Tensor) -> Tensor:
-    return functional.layer_norm(x, x.shape[-1:], eps=_EPSILON)
-
-
-def _rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn neighbouring channels of ``x`` [B, S, H, D] as pairs, in fp32."""
-    cos, sin = rotation
-    even, odd = torch.unflatten(x.float(), -1, (-1, 2)).unbind(-1)
-    return torch.stack((cos * even - sin * odd, sin * even + cos * odd), dim=-1).flatten(-2).to(x.dtype)
+def _feed_forward(mlp: nn.Sequential, x: Tensor) -> Tensor:
+    out: Tensor = mlp[2](linear_gelu(mlp[0], x))
+    return out
 
 
 def _finite(x: Tensor) -> Tensor:

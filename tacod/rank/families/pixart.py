@@ -32,6 +32,8 @@ from tacod.rank.families.base import (
     unpatchify,
     whole,
 )
+from tacod.rank.fused import Projected, add_gated, norm_modulate
+from tacod.rank.linear import linear_gelu
 from tacod.rank.process import Epsilon
 from tacod.rank.sequence import SequenceParallel
 from tacod_client.errors import ArgumentError, ModelUnsupported
@@ -39,7 +41,6 @@ from tacod_client.errors import ArgumentError, ModelUnsupported
 __all__ = ["PixArt"]
 
 _ALPHA, _SIGMA = "pixart_alpha", "pixart_sigma"
-_EPSILON = 1e-6
 _UNIT = 64
 """The side in latents (512 pixels) that positions are counted in."""
 
@@ -64,10 +65,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
         self.heads = heads
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [B, S, H, D] of ``x`` [B, S, width]."""
-        q, k, v = torch.unflatten(self.qkv(x), -1, (3, self.heads, -1)).unbind(2)
-        return q, k, v
+    def forward(self, x: Tensor) -> Projected:
+        """Queries, keys and values of ``x`` [B, S, width]."""
+        return Projected(self.qkv(x), self.heads)
 
 
 class CrossAttention(nn.Module):
@@ -97,8 +97,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden: Tensor = self.fc2(functional.gelu(self.fc1(x), approximate="tanh"))
-        return hidden
+        out: Tensor = self.fc2(linear_gelu(self.fc1, x))
+        return out
 
 
 class Block(nn.Module):
@@ -106,10 +106,8 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=_EPSILON)
         self.attn = Attention(width, heads)
         self.cross_attn = CrossAttention(width, heads)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=_EPSILON)
         self.mlp = Mlp(width, hidden, width)
         self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
 
@@ -118,11 +116,10 @@ class Block(nn.Module):
     ) -> Tensor:
         """This rank's image tokens, one block further; ``modulation`` is [B, 6, width]."""
         parts = (self.scale_shift_table + modulation).chunk(6, dim=1)
-        q, k, v = self.attn(_modulate(self.norm1(x), *parts[:2]))
-        x = x + parts[2] * self.attn.proj(sequence.attention(q, k, v, lengths))
+        attended = sequence.attend((self.attn(norm_modulate(x, *parts[:2])),), lengths).result()
+        x = add_gated(x, parts[2], self.attn.proj(attended))
         x = x + self.cross_attn(x, text)
-        out: Tensor = x + parts[5] * self.mlp(_modulate(self.norm2(x), *parts[3:5]))
-        return out
+        return add_gated(x, parts[5], self.mlp(norm_modulate(x, *parts[3:5])))
 
 
 class Embedder(nn.Module):
@@ -159,13 +156,12 @@ class Final(nn.Module):
 
     def __init__(self, width: int, outputs: int) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=_EPSILON)
         self.linear = nn.Linear(width, outputs)
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         shift, scale = (self.scale_shift_table + t[:, None]).chunk(2, dim=1)
-        pixels: Tensor = self.linear(_modulate(self.norm_final(x), shift, scale))
+        pixels: Tensor = self.linear(norm_modulate(x, shift, scale))
         return pixels
 
 
@@ -388,11 +384,6 @@ def _line(count: int, base: int, interpolation: float, width: int, device: torch
     places = torch.arange(count, dtype=torch.float32, device="cpu") / (count / base) / interpolation
     angles = places[:, None] * (1 / 10000**exponents)
     return torch.cat((angles.sin(), angles.cos()), dim=-1).to(device)
-
-
-def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Like `base.modulate`, but in two steps, the rounding of which ComfyUI's PixArt has."""
-    return x * (1 + scale) + shift
 
 
 def _model(config: Mapping[str, Any]) -> str:

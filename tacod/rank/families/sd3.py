@@ -6,7 +6,7 @@ Parameters are named as in Stability's files (sd3-ref, MIT).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +25,6 @@ from tacod.rank.families.base import (
     Spec,
     count_blocks,
     grid,
-    modulate,
     pad_to_patches,
     settle,
     shape_of,
@@ -33,6 +32,9 @@ from tacod.rank.families.base import (
     unpatchify,
     whole,
 )
+from tacod.rank.fused import Projected, add_gated, add_gated_norm, norm_modulate
+from tacod.rank.linear import linear_gelu
+from tacod.rank.modulation import modulations
 from tacod.rank.process import Flow
 from tacod.rank.sequence import SequenceParallel
 from tacod_client.errors import ArgumentError, ModelUnsupported
@@ -60,10 +62,16 @@ class Attention(nn.Module):
         else:
             self.ln_q, self.ln_k = nn.Identity(), nn.Identity()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [B, S, H, 64] of ``x`` [B, S, width]."""
-        q, k, v = torch.unflatten(self.qkv(x), -1, (3, -1, _HEAD_WIDTH)).unbind(2)
-        return self.ln_q(q), self.ln_k(k), v
+    def forward(self, x: Tensor) -> Projected:
+        """Queries, keys and values of ``x`` [B, S, width]."""
+        qkv = self.qkv(x)
+        heads = x.shape[-1] // _HEAD_WIDTH
+        if isinstance(self.ln_q, nn.RMSNorm) and isinstance(self.ln_k, nn.RMSNorm):
+            return Projected(qkv, heads, (self.ln_q.weight, self.ln_k.weight))
+        if isinstance(self.ln_q, nn.LayerNorm):
+            q, k, v = torch.unflatten(qkv, -1, (3, heads, -1)).unbind(2)
+            qkv = torch.stack((self.ln_q(q), self.ln_k(k), v), dim=2).flatten(2)
+        return Projected(qkv, heads)
 
 
 class Mlp(nn.Module):
@@ -75,8 +83,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden: Tensor = self.fc2(functional.gelu(self.fc1(x), approximate="tanh"))
-        return hidden
+        out: Tensor = self.fc2(linear_gelu(self.fc1, x))
+        return out
 
 
 class Stream(nn.Module):
@@ -88,25 +96,18 @@ class Stream(nn.Module):
 
     def __init__(self, width: int, qk_norm: str | None, *, last: bool = False, dual: bool = False) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=_EPSILON)
         self.attn = Attention(width, qk_norm, project=not last)
         if dual:
             self.attn2 = Attention(width, qk_norm)
         if not last:
-            self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=_EPSILON)
             self.mlp = Mlp(width)
         self.parts = 2 if last else 9 if dual else 6
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.parts * width))
 
-    def modulation(self, c: Tensor) -> tuple[Tensor, ...]:
-        """Shift, scale and gate of the attention, of the MLP, and of the second attention: each [B, 1, width]."""
-        modulation: Tensor = self.adaLN_modulation(c)
-        return modulation.unsqueeze(1).chunk(self.parts, dim=-1)
-
-    def feed_forward(self, x: Tensor, modulation: tuple[Tensor, ...]) -> Tensor:
-        shift, scale, gate = modulation[3:6]
-        out: Tensor = x + gate * self.mlp(modulate(self.norm2(x), shift, scale))
-        return out
+    def feed_forward(self, x: Tensor, to: Tensor, modulation: Sequence[Tensor]) -> Tensor:
+        """The stream ``x`` after its attention, whose output is ``to``, and its MLP."""
+        x, normed = add_gated_norm(x, modulation[2], self.attn.proj(to), *modulation[3:5])
+        return add_gated(x, modulation[5], self.mlp(normed))
 
 
 class JointBlock(nn.Module):
@@ -119,30 +120,34 @@ class JointBlock(nn.Module):
         self.last, self.dual = last, dual
 
     def forward(
-        self, sequence: SequenceParallel, lengths: tuple[int, int], context: Tensor, x: Tensor, c: Tensor
+        self,
+        sequence: SequenceParallel,
+        lengths: tuple[int, int],
+        context: Tensor,
+        x: Tensor,
+        modulation: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
-        """This rank's text and image tokens, one block further; the last block leaves the text as it is."""
-        text, image = self.context_block, self.x_block
-        text_mod, image_mod = text.modulation(c), image.modulation(c)
-        normed = image.norm1(x)
-        joint = zip(
-            text.attn(modulate(text.norm1(context), *text_mod[:2])),
-            image.attn(modulate(normed, *image_mod[:2])),
-            strict=True,
-        )
-        q, k, v = (torch.cat(both, dim=1) for both in joint)
-        attended = sequence.attention(q, k, v, lengths)
-        to_text, to_image = torch.split(attended, [context.shape[1], x.shape[1]], dim=1)
+        """This rank's text and image tokens, one block further; the last block leaves the text as it is.
 
-        x = x + image_mod[2] * image.attn.proj(to_image)
+        ``modulation`` is of both streams: shift, scale and gate of the attention, of the MLP, and of the second
+        attention, as far as there are any, each [B, 1, parts * width].
+        """
+        text, image = self.context_block, self.x_block
+        text_mod, image_mod = modulation[0].chunk(text.parts, dim=-1), modulation[1].chunk(image.parts, dim=-1)
+        streams = (
+            text.attn(norm_modulate(context, *text_mod[:2])),
+            image.attn(norm_modulate(x, *image_mod[:2])),
+        )
+        attending = sequence.attend(streams, lengths)
+        own = None
         if self.dual:
-            q, k, v = image.attn2(modulate(normed, *image_mod[6:8]))
-            own = sequence.attention(q, k, v, lengths[1:])
-            x = x + image_mod[8] * image.attn2.proj(own)
-        x = image.feed_forward(x, image_mod)
+            own = sequence.attend((image.attn2(norm_modulate(x, *image_mod[6:8])),), lengths[1:])
+        to_text, to_image = torch.split(attending.result(), [context.shape[1], x.shape[1]], dim=1)
+        if own is not None:
+            x = add_gated(x, image_mod[8], image.attn2.proj(own.result()))
+        x = image.feed_forward(x, to_image, image_mod)
         if not self.last:
-            context = context + text_mod[2] * text.attn.proj(to_text)
-            context = text.feed_forward(context, text_mod)
+            context = text.feed_forward(context, to_text, text_mod)
         return context, x
 
 
@@ -163,13 +168,11 @@ class Final(nn.Module):
 
     def __init__(self, width: int, outputs: int) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=_EPSILON)
         self.linear = nn.Linear(width, outputs)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)
-        pixels: Tensor = self.linear(modulate(self.norm_final(x), shift, scale))
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        pixels: Tensor = self.linear(norm_modulate(x, *modulation.chunk(2, dim=-1)))
         return pixels
 
 
@@ -345,12 +348,20 @@ class SD3(DiT):
         image = sequence.shard(image)
         text = self.context_embedder(sequence.shard(context))
         control = control or Control({})
+        modulation = iter(modulations(self._modulating, functional.silu(c), sequence))
         for i, block in enumerate(self.joint_blocks):
-            text, image = block(sequence, lengths, text, image, c)
+            text, image = block(sequence, lengths, text, image, (next(modulation), next(modulation)))
             image = control.add("output", i, sequence, image, lengths[1])
-        pixels = sequence.gather(self.final_layer(image, c), lengths[1])
+        pixels = sequence.gather(self.final_layer(image, next(modulation)), lengths[1])
         pixels = torch.unflatten(pixels, -1, (self.patch, self.patch, self.out_channels))
         return unpatchify(pixels, rows, columns, self.patch)[:, :, :height, :width]
+
+    @property
+    def _modulating(self) -> list[Any]:
+        """The layers of all modulations, in the order of their use."""
+        blocks: Any = self.joint_blocks
+        streams = [stream for block in blocks for stream in (block.context_block, block.x_block)]
+        return [each.adaLN_modulation[1] for each in (*streams, self.final_layer)]
 
     def _crop_positions(self, rows: int, columns: int) -> Tensor:
         """The middle ``rows`` by ``columns`` of the position table: [1, rows * columns, width]."""

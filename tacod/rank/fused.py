@@ -1,0 +1,121 @@
+"""What a block does between its matrices: in one pass by `kernels` on a GPU, by PyTorch's operations elsewhere.
+
+On a GPU these compute in fp32 and round once, so they are nearer to exact arithmetic than the operations one by one.
+Under autograd, as in training, the operations are used everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = [
+    "Projected",
+    "Rotation",
+    "add_gated",
+    "add_gated_norm",
+    "has_kernels",
+    "norm_modulate",
+]
+
+_EPSILON = 1e-6
+"""Of every norm in these families."""
+
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines in fp32, each [S, D / 2]: how far each pair of a head's channels turns at each token."""
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether ``x`` is where the kernels run, and nothing is differentiated."""
+    return x.is_cuda and not torch.is_grad_enabled()
+
+
+def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Adaptive layer norm of ``x`` [B, S, W] (Peebles and Xie, 2022, arXiv:2212.09748): norm(x) * (1 + scale) + shift.
+
+    ``shift`` and ``scale`` are [B or 1, 1, W].
+    """
+    if has_kernels(x):
+        from tacod.rank import kernels
+
+        return kernels.rows(x, None, (shift, scale), _EPSILON)[1]
+    return torch.addcmul(shift, functional.layer_norm(x, x.shape[-1:], eps=_EPSILON), 1 + scale)
+
+
+def add_gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    """The residual stream one branch further: x + gate * y, with x, y [B, S, W] and gate [B or 1, 1, W]."""
+    if has_kernels(x):
+        from tacod.rank import kernels
+
+        return kernels.rows(x, (gate, y))[0]
+    return x + gate * y
+
+
+def add_gated_norm(x: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """`add_gated`, and `norm_modulate` of what it gives."""
+    if has_kernels(x):
+        from tacod.rank import kernels
+
+        return kernels.rows(x, (gate, y), (shift, scale), _EPSILON)
+    x = add_gated(x, gate, y)
+    return x, norm_modulate(x, shift, scale)
+
+
+@dataclass(frozen=True)
+class Projected:
+    """A stream's queries, keys and values as they come from its projection, and what is still to be done to them.
+
+    ``qkv`` is [B, S, 3 * H * D]. ``norms`` are the RMS scales of queries and keys, each [D]; ``rotation`` is of this
+    stream's tokens.
+    """
+
+    qkv: Tensor
+    heads: int
+    norms: tuple[Tensor, Tensor] | None = None
+    rotation: Rotation | None = None
+
+    @property
+    def parts(self) -> Tensor:
+        """As [B, S, 3, H, D]."""
+        return torch.unflatten(self.qkv, -1, (3, self.heads, -1))
+
+    def heads_now(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, normed and turned: each [B, S, H, D]."""
+        q, k, v = self.parts.unbind(2)
+        if self.norms is not None:
+            q, k = (functional.rms_norm(x, x.shape[-1:], s, _EPSILON) for x, s in zip((q, k), self.norms, strict=True))
+        if self.rotation is not None:
+            q, k = _turn(q, self.rotation), _turn(k, self.rotation)
+        return q, k, v
+
+    def pack(self, sent: Tensor, kept: Tensor, first: int, rank: int, counts: list[int]) -> None:
+        """Put them where they are sent from, or kept.
+
+        ``sent`` is flat: for one rank after the other [tokens, B, 3, its heads, D], of which rank r has ``counts[r]``;
+        ``kept`` [tokens, B, 3, its heads, D] takes the place of this rank's. This stream's tokens begin at ``first``.
+        """
+        qkv = self.parts
+        mine = kept.shape[0]
+        if has_kernels(qkv) and qkv.shape[-1] % 2 == 0:
+            from tacod.rank import kernels
+
+            kernels.pack(qkv, self.norms, self.rotation, _EPSILON, sent, kept, first, mine, rank, len(counts))
+            return
+        whole = torch.stack(self.heads_now(), dim=2).transpose(0, 1)
+        batch, width = whole.shape[1], whole.shape[-1]
+        start = 0
+        for peer, part in enumerate(torch.split(whole, counts, dim=3)):
+            size = mine * batch * 3 * counts[peer] * width
+            region = kept if peer == rank else sent[start : start + size].view(mine, batch, 3, counts[peer], width)
+            region[first : first + len(part)] = part
+            start += size
+
+
+def _turn(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turn neighbouring channels of ``x`` [B, S, H, D] as pairs, in fp32 (Su et al., 2021, arXiv:2104.09864)."""
+    cos, sin = (each.unsqueeze(1) for each in rotation)
+    even, odd = torch.unflatten(x.float(), -1, (-1, 2)).unbind(-1)
+    return torch.stack((cos * even - sin * odd, sin * even + cos * odd), dim=-1).flatten(-2).to(x.dtype)

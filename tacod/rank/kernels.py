@@ -1,0 +1,189 @@
+"""Triton kernels for what a block does between its matrices; each reads and writes every number once.
+
+They compute in fp32 and round once, where PyTorch's separate operations round after each. What they mean is what the
+functions of the same names in `fused` compute without them. This module is imported on GPUs only.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["pack", "quantise", "rows"]
+
+_HEADS = 8
+"""Heads that one program of `pack` handles."""
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _rows(
+    x, y, gate, shift, scale, total, normed,
+    tokens, width, epsilon,
+    x_image, x_token, y_image, y_token, gate_image, shift_image, scale_image,
+    ADD: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One token: x + gate * y, and its layer norm modulated by shift and scale."""
+    row = tl.program_id(0).to(tl.int64)
+    image, token = row // tokens, row % tokens
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    value = tl.load(x + image * x_image + token * x_token + column, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        more = tl.load(y + image * y_image + token * y_token + column, mask=inside, other=0.0).to(tl.float32)
+        value += more * tl.load(gate + image * gate_image + column, mask=inside, other=0.0).to(tl.float32)
+        rounded = value.to(total.dtype.element_ty)
+        tl.store(total + row * width + column, rounded, mask=inside)
+        value = rounded.to(tl.float32)
+    if NORM:
+        mean = tl.sum(value, axis=0) / width
+        centred = tl.where(inside, value - mean, 0.0)
+        spread = tl.rsqrt(tl.sum(centred * centred, axis=0) / width + epsilon)
+        up = tl.load(shift + image * shift_image + column, mask=inside, other=0.0).to(tl.float32)
+        by = tl.load(scale + image * scale_image + column, mask=inside, other=0.0).to(tl.float32)
+        out = centred * spread * (1.0 + by) + up
+        tl.store(normed + row * width + column, out.to(normed.dtype.element_ty), mask=inside)
+
+
+def rows(
+    x: Tensor,
+    added: tuple[Tensor, Tensor] | None = None,
+    modulation: tuple[Tensor, Tensor] | None = None,
+    epsilon: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """``x`` [B, S, W] plus gate * y for ``added`` = (gate, y), and that sum's layer norm * (1 + scale) + shift.
+
+    Gate, shift and scale are [B or 1, 1, W], and ``modulation`` is (shift, scale). Returns both; without ``added`` the
+    first is ``x`` itself, without ``modulation`` the second is the first.
+    """
+    batch, tokens, width = x.shape
+    x = _dense(x)
+    total = x if added is None else torch.empty((batch, tokens, width), dtype=x.dtype, device=x.device)
+    normed = total if modulation is None else torch.empty((batch, tokens, width), dtype=x.dtype, device=x.device)
+    gate, y = (x, x) if added is None else (_dense(added[0]), _dense(added[1]))
+    shift, scale = (x, x) if modulation is None else map(_dense, modulation)
+    if batch * tokens:
+        _rows[(batch * tokens,)](
+            x, y, gate, shift, scale, total, normed,
+            tokens, width, epsilon,
+            x.stride(0), x.stride(1), y.stride(0), y.stride(1), *(_image_stride(each) for each in (gate, shift, scale)),
+            ADD=added is not None, NORM=modulation is not None, BLOCK=triton.next_power_of_2(width),
+            num_warps=8 if width > 1024 else 4,
+        )  # fmt: skip
+    return total, normed
+
+
+def _dense(x: Tensor) -> Tensor:
+    """With neighbouring channels side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _image_stride(x: Tensor) -> int:
+    """From one image's to the next one's; what is there once is for all."""
+    return x.stride(0) if x.shape[0] > 1 else 0
+
+
+@triton.jit(do_not_specialize=["tokens", "mine", "first", "heads", "rank", "each", "extra", "batch"])
+def _pack(
+    qkv, q_scale, k_scale, cosine, sine, sent, kept,
+    tokens, mine, first, heads, rank, each, extra, batch, epsilon,
+    image_stride, token_stride, part_stride,
+    WIDTH: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Some heads of one token: norm and turn queries and keys, and put all three where they are sent from or kept."""
+    row = tl.program_id(0).to(tl.int64)
+    image, token = row // tokens, row % tokens
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    channel, pair = tl.arange(0, 2 * HALF), tl.arange(0, HALF)
+    inside = (head[:, None] < heads) & (channel[None, :] < WIDTH)
+    # Ranks have ``each`` heads, the first ``extra`` of them one more.
+    late = extra + (head - extra * (each + 1)) // tl.maximum(each, 1)
+    peer = tl.where(head < extra * (each + 1), head // (each + 1), late)
+    before = peer * each + tl.minimum(peer, extra)
+    count = each + (peer < extra).to(tl.int32)
+    # Tokens come first in what each rank gets: [S, B, 3, its heads, D].
+    line = ((first + token) * batch + image) * 3
+    away = before.to(tl.int64) * mine * batch * (3 * WIDTH)
+    if TURN:
+        cos = tl.load(cosine + token * (WIDTH // 2) + pair, mask=pair < WIDTH // 2, other=0.0)[None, :]
+        sin = tl.load(sine + token * (WIDTH // 2) + pair, mask=pair < WIDTH // 2, other=0.0)[None, :]
+    for part in tl.static_range(3):
+        source = qkv + image * image_stride + token * token_stride + part * part_stride
+        value = tl.load(source + head[:, None] * WIDTH + channel[None, :], mask=inside, other=0.0)
+        if part < 2 and (NORM or TURN):
+            turned = value.to(tl.float32)
+            if NORM:
+                spread = tl.rsqrt(tl.sum(turned * turned, axis=1) / WIDTH + epsilon)
+                scale = tl.load((q_scale if part == 0 else k_scale) + channel, mask=channel < WIDTH, other=0.0)
+                turned = turned * spread[:, None] * scale.to(tl.float32)[None, :]
+            if TURN:
+                even, odd = tl.split(tl.reshape(turned, (HEADS, HALF, 2)))
+                turned = tl.reshape(tl.join(cos * even - sin * odd, sin * even + cos * odd), (HEADS, 2 * HALF))
+            value = turned.to(value.dtype)
+        place = ((line + part) * count + head - before) * WIDTH
+        target = tl.where(peer == rank, kept + place, sent + away + place)
+        tl.store(target[:, None] + channel[None, :], value, mask=inside)
+
+
+def pack(
+    qkv: Tensor,
+    norms: tuple[Tensor, Tensor] | None,
+    rotation: tuple[Tensor, Tensor] | None,
+    epsilon: float,
+    sent: Tensor,
+    kept: Tensor,
+    first: int,
+    mine: int,
+    rank: int,
+    size: int,
+) -> None:
+    """Put a stream's queries, keys and values where each rank's heads are sent from, and this rank's where they stay.
+
+    ``qkv`` is [B, S, 3, H, D], any but the last two strides, D even. ``sent`` is flat, and holds for one rank after the
+    other [``mine``, B, 3, its heads, D]; ``kept`` is this rank's, [mine, B, 3, its heads, D]. The stream's tokens begin
+    at ``first`` of ``mine``. ``norms`` are the RMS scales of queries and keys, ``rotation`` cosines and sines of
+    [S, D / 2] in fp32.
+    """
+    batch, tokens, _, heads, width = qkv.shape
+    if not batch * tokens:
+        return
+    assert qkv.stride(-1) == 1
+    assert qkv.stride(-2) == width
+    q_scale, k_scale = norms or (qkv, qkv)
+    cosine, sine = rotation or (qkv, qkv)
+    _pack[(batch * tokens, triton.cdiv(heads, _HEADS))](
+        qkv, q_scale, k_scale, cosine, sine, sent, kept,
+        tokens, mine, first, heads, rank, heads // size, heads % size, batch, epsilon,
+        *qkv.stride()[:3],
+        WIDTH=width, NORM=norms is not None, TURN=rotation is not None,
+        HEADS=_HEADS, HALF=triton.next_power_of_2(width // 2), num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["stride"])
+def _quantise(x, narrow, scales, width, stride, LIMIT: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr):
+    """One row in 8 bits, and what it is to be multiplied by."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    value = tl.load(x + row * stride + column, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(value), axis=0), 1e-12) / LIMIT
+    value = value / scale
+    if ROUND:
+        value = tl.floor(value + 0.5)
+    tl.store(narrow + row * width + column, value.to(narrow.dtype.element_ty), mask=inside)
+    tl.store(scales + row, scale)
+
+
+def quantise(x: Tensor, narrow: Tensor, scales: Tensor) -> None:
+    """Each row of ``x`` [n, W] in 8 bits, into ``narrow`` [n, W] (int8 or e4m3) times ``scales`` [n] in fp32."""
+    rows, width = x.shape
+    x = _dense(x)
+    whole = narrow.dtype == torch.int8
+    if rows:
+        _quantise[(rows,)](
+            x, narrow, scales, width, x.stride(0),
+            LIMIT=127.0 if whole else 448.0, ROUND=whole, BLOCK=triton.next_power_of_2(width),
+            num_warps=1 if width <= 256 else 8,
+        )  # fmt: skip
