@@ -13,18 +13,42 @@ from typing import Any
 
 from tacod_client.errors import ArgumentError
 
-__all__ = ["AUTO", "Layout", "Plan", "Request", "Shape", "chunks", "make_plan", "parse_request"]
+__all__ = [
+    "AUTO",
+    "Layout",
+    "Pace",
+    "Plan",
+    "Request",
+    "Shape",
+    "chunks",
+    "cost",
+    "make_plan",
+    "measured_pace",
+    "parse_request",
+]
 
-FLOPS_PER_BYTE = 2700
-"""What a device computes while a byte crosses a link: 400 TFLOP/s (bf16, measured over whole models) and 150 GB/s."""
-FLOPS_PER_COLLECTIVE = 80e9
-"""The same for what one collective takes whatever its size, with its packing: 0.2 ms."""
 RING_COLLECTIVES = 4
 """What a turn of a ring, with its merge, counts for."""
 RING_SLOWDOWN = 1.6
 """Of attention in parts that are merged in fp32, against attention in one."""
 BYTES = 2
 """Of a number on the wire, in bf16."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What a model was measured to do on these devices, hidden transfers and all."""
+
+    flops: float = 400e12
+    """Arithmetic of a device in a second."""
+    bytes: float = 150e9
+    """What a device exchanges in a second for which it waits."""
+    collective_s: float = 2e-4
+    """What a collective takes whatever its size."""
+
+
+USUAL = Pace()
+"""Of GPUs with fast links, bf16: for plans before anything was measured."""
 
 
 def chunks(n: int, parts: int) -> list[int]:
@@ -79,6 +103,8 @@ class Request:
     ring: int | None = None
     flash_attention: bool | None = None
     """False keeps to the plain attention kernels."""
+    exchange: str | None = None
+    """``"int8"`` sends what Ulysses exchanges in 8 bits, which is for GPUs that don't reach each other's memory."""
 
     def allows(self, layout: Layout, batch: int) -> bool:
         """Whether a layout is what was asked for. A batch of one can't be split, whatever was asked."""
@@ -110,6 +136,10 @@ class Plan:
     shape: Shape
     flash_attention: bool = True
     """Whether the fastest attention kernel may run, or only the plain ones."""
+    narrow: bool = False
+    """Whether Ulysses exchanges in 8 bits."""
+    slower: float | None = None
+    """Where ranks are left idle because they would not help: how many times as long all of them would take."""
 
     @property
     def tokens(self) -> list[int]:
@@ -131,10 +161,15 @@ class Plan:
         if shape.lengths and layout.sequence > 1:
             said.append(f"{sum(shape.lengths)} tokens: {_each(self.tokens)}")
         if layout.ranks < self.world_size:
-            said.append(f"{self.world_size - layout.ranks} of {self.world_size} ranks idle")
+            idle = f"{self.world_size - layout.ranks} of {self.world_size} ranks idle"
+            said.append(
+                idle if self.slower is None else f"{idle}: with all it would take {self.slower:.2f} times as long"
+            )
         said = said or [f"{shape.heads} heads on one rank"]
         if not self.flash_attention:
             said.append("no flash attention")
+        if self.narrow and layout.ulysses > 1:
+            said.append("exchanged in 8 bits")
         return "; ".join(said)
 
     def __str__(self) -> str:
@@ -148,6 +183,7 @@ def _each(sizes: Sequence[int]) -> str:
 
 
 _SWITCHES = ("cfg_parallel", "flash_attention")
+_EXCHANGES = ("exact", "int8")
 
 
 def parse_request(request: Any, world_size: int) -> Request:
@@ -164,7 +200,9 @@ def parse_request(request: Any, world_size: int) -> Request:
             raise _refused(f"unknown key {key!r:.40}; the keys are {', '.join(vars(AUTO))}")
         if key in _SWITCHES and type(value) is not bool:
             raise _refused(f"{key}: expected true or false, got {value!r:.40}")
-        if key not in _SWITCHES and (type(value) is not int or value < 1):
+        if key == "exchange" and value not in _EXCHANGES:
+            raise _refused(f"exchange: expected {' or '.join(map(repr, _EXCHANGES))}, got {value!r:.40}")
+        if key not in (*_SWITCHES, "exchange") and (type(value) is not int or value < 1):
             raise _refused(f"{key}: expected a number of ranks from 1 up, got {value!r:.40}")
     asked = Request(**request)
     if asked.flash_attention is False:
@@ -196,16 +234,26 @@ def _refused(reason: str) -> ArgumentError:
     return ArgumentError(f"plan: {reason}", argument="plan")
 
 
-def make_plan(asked: Request, world_size: int, shape: Shape) -> Plan:
-    """Of the layouts that do what was asked and leave the fewest ranks idle, the cheapest.
+def make_plan(asked: Request, world_size: int, shape: Shape, pace: Pace | None = None) -> Plan:
+    """Of the layouts that do what was asked, the cheapest.
 
-    Raises `ArgumentError` if there is none.
+    Before a ``pace`` was measured, that is one of those which leave the fewest ranks idle; afterwards one that does so
+    is taken if it is faster. Raises `ArgumentError` if there is none.
     """
     layouts = [layout for layout in _layouts(world_size, shape.batch) if asked.allows(layout, shape.batch)]
     if not layouts:
         raise _refused(f"nothing on {world_size} ranks is like {asked}; ask for less, or for auto")
-    best = min(layouts, key=lambda layout: (-layout.ranks, cost(layout, shape), layout.ring))
-    return Plan(best, world_size, shape, asked.flash_attention is not False)
+    narrow = asked.exchange == "int8"
+
+    def price(layout: Layout) -> float:
+        return cost(layout, shape, pace or USUAL, narrow)
+
+    best = busiest = min(layouts, key=lambda layout: (-layout.ranks, price(layout), layout.ring))
+    slower = None
+    if pace is not None:
+        best = min(layouts, key=lambda layout: (price(layout), -layout.ranks, layout.ring))
+        slower = price(busiest) / price(best) if best.ranks < busiest.ranks else None
+    return Plan(best, world_size, shape, asked.flash_attention is not False, narrow, slower)
 
 
 def _layouts(world_size: int, batch: int) -> Iterator[Layout]:
@@ -215,13 +263,30 @@ def _layouts(world_size: int, batch: int) -> Iterator[Layout]:
                 yield Layout(groups, ulysses, ring)
 
 
-def cost(layout: Layout, shape: Shape) -> float:
-    """One block of one forward on the busiest rank, in floating-point operations.
+def cost(layout: Layout, shape: Shape, pace: Pace = USUAL, narrow: bool = False) -> float:
+    """Seconds of one block of one forward on the busiest rank.
 
-    The matrices see its tokens, the attention its heads and all keys; a byte or a collective costs what the device
-    could have computed meanwhile. A ring attends in parts, which takes longer, and hides its transfers behind that as
-    far as half of it lasts.
+    The matrices see its tokens, the attention its heads and all keys. A ring attends in parts, which takes longer, and
+    hides its transfers behind that as far as half of it lasts.
     """
+    work, exchanged, passed, collectives = _loads(layout, shape, narrow)
+    return work / pace.flops + (exchanged + passed) / pace.bytes + collectives * pace.collective_s
+
+
+def measured_pace(alone_s: float, layout: Layout, together_s: float, shape: Shape) -> Pace:
+    """The pace at which `cost` says of a forward what it took on one rank, and what it took in ``layout``."""
+    blocks_of_work, *_ = _loads(Layout(1, 1, 1), shape, False)
+    flops = blocks_of_work / alone_s
+    work, exchanged, passed, collectives = _loads(layout, shape, False)
+    waited = max(together_s - work / flops, 1e-3 * together_s)
+    # A collective counts as the bytes that would take as long on usual links.
+    usual_s = (exchanged + passed) / USUAL.bytes + collectives * USUAL.collective_s
+    slowness = waited / usual_s
+    return Pace(flops, USUAL.bytes / slowness, USUAL.collective_s * slowness)
+
+
+def _loads(layout: Layout, shape: Shape, narrow: bool) -> tuple[float, float, float, float]:
+    """Of one block on the busiest rank: floating-point operations, bytes to exchange and to pass, collectives."""
     tokens = sum(shape.lengths) or 4096
     images = math.ceil(shape.batch / layout.batch)
     mine = sum(math.ceil(length / layout.sequence) for length in shape.lengths) or math.ceil(tokens / layout.sequence)
@@ -229,9 +294,8 @@ def cost(layout: Layout, shape: Shape) -> float:
     heads = math.ceil(shape.heads / layout.ulysses) / shape.heads
     matrices = 24 * mine * shape.width**2
     attention = 4 * run * tokens * shape.width * heads * (RING_SLOWDOWN if layout.ring > 1 else 1)
-    exchanged = 4 * mine * shape.width * (layout.ulysses - 1) / layout.ulysses * BYTES
+    exchanged = 4 * mine * shape.width * (layout.ulysses - 1) / layout.ulysses * (1 if narrow else BYTES)
     passed = 2 * run * shape.width * heads * (layout.ring - 1) * BYTES
     collectives = 2 * (layout.ulysses > 1) + RING_COLLECTIVES * (layout.ring - 1)
-    exposed = max(0.0, images * passed * FLOPS_PER_BYTE - images * attention / 2)
-    exchange = images * exchanged * FLOPS_PER_BYTE + exposed + collectives * FLOPS_PER_COLLECTIVE
-    return images * (matrices + attention) + exchange
+    hidden = images * attention / 2 / USUAL.flops * USUAL.bytes
+    return images * (matrices + attention), images * exchanged, max(0.0, images * passed - hidden), collectives

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tacod.rank.narrow import from_bytes, narrow_bytes, to_bytes
+
 __all__ = ["Clock", "Exchange", "Group"]
 
 
@@ -98,9 +100,12 @@ class Group:
         self.clock.end(sent.is_cuda)
         return received
 
-    def exchange(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> Exchange:
-        """Begin to send ``sent[r]`` to each other rank r, and to receive ``received[r]`` from it."""
-        return Exchange(self, sent, received)
+    def exchange(self, sent: Sequence[Tensor], received: Sequence[Tensor], narrow: bool = False) -> Exchange:
+        """Begin to send ``sent[r]`` to each other rank r, and to receive ``received[r]`` from it.
+
+        All are contiguous. ``narrow`` sends their rows in 8 bits.
+        """
+        return Exchange(self, sent, received, narrow)
 
     def gather(self, part: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
         """The ranks' parts, of ``sizes`` along ``dim``, joined on every rank."""
@@ -142,36 +147,49 @@ class Group:
 
 
 class Exchange:
-    """An all-to-all of contiguous buffers that, on GPUs, goes on while its rank computes.
+    """An all-to-all that, on GPUs, goes on while its rank computes.
 
     What a rank has for itself stays where it is: it puts it there.
     """
 
-    def __init__(self, group: Group, sent: Sequence[Tensor], received: Sequence[Tensor]) -> None:
+    def __init__(self, group: Group, sent: Sequence[Tensor], received: Sequence[Tensor], narrow: bool) -> None:
         self.group = group
-        self._on_gpu = sent[0].is_cuda
+        self._received = received
+        self._narrow = narrow
         self._work: dist.Work | None = None
+        nothing = sent[0].new_empty(0, dtype=torch.uint8)
         # As bytes, because gloo doesn't know every dtype in every version of torch, and nothing is added up here.
-        away = [each.reshape(-1).view(torch.uint8) for each in sent]
-        coming = [each.view(-1).view(torch.uint8) for each in received]
-        away[group.rank] = coming[group.rank] = away[0].new_empty(0)
-        if self._on_gpu:
-            # Kept from being freed, or written to, while it travels.
-            self._kept = away, coming
-            self._work = dist.all_to_all(coming, away, group=group.group, async_op=True)
+        others = [rank != group.rank for rank in range(group.size)]
+        self._away = [self._bytes(each) if other else nothing for each, other in zip(sent, others, strict=True)]
+        self._coming = [self._place(each) if other else nothing for each, other in zip(received, others, strict=True)]
+        if sent[0].is_cuda:
+            self._work = dist.all_to_all(self._coming, self._away, group=group.group, async_op=True)
             return
         # gloo knows no lists.
-        sizes = [len(each) for each in coming]
-        arrived = torch.split(group.all_to_all(torch.cat(away), [len(each) for each in away], sizes), sizes)
-        for each, part in zip(coming, arrived, strict=True):
+        sizes = [len(each) for each in self._coming]
+        arrived = group.all_to_all(torch.cat(self._away), [len(each) for each in self._away], sizes)
+        for each, part in zip(self._coming, torch.split(arrived, sizes), strict=True):
             each.copy_(part)
+
+    def _bytes(self, sent: Tensor) -> Tensor:
+        return to_bytes(sent) if self._narrow else sent.view(-1).view(torch.uint8)
+
+    def _place(self, received: Tensor) -> Tensor:
+        if not self._narrow:
+            return received.view(-1).view(torch.uint8)
+        size = narrow_bytes(received.numel() // max(received.shape[-1], 1), received.shape[-1])
+        return received.new_empty(size, dtype=torch.uint8)
 
     def wait(self) -> None:
         """What is computed from here on finds what was received; the clock counts what was not hidden."""
         if self._work is not None:
-            self.group.clock.begin(self._on_gpu)
+            self.group.clock.begin(on_gpu=True)
             self._work.wait()
-            self.group.clock.end(self._on_gpu)
+            self.group.clock.end(on_gpu=True)
+        if self._narrow:
+            for coming, received in zip(self._coming, self._received, strict=True):
+                if len(coming):
+                    from_bytes(coming, received)
 
 
 class Passing:

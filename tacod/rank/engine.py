@@ -25,6 +25,7 @@ from tacod.rank.patches import Patch, apply
 from tacod.rank.sampling import Run, SampleRequest, begin
 from tacod.rank.spread import plan_for
 from tacod.rank.topology import Topology
+from tacod.rank.warmup import warm_up
 from tacod.rank.weights import (
     DTYPES,
     choose_dtype,
@@ -155,6 +156,9 @@ class Engine:
         plain = base or model
         if plain not in self.models:
             self.models[plain] = self._load_file(path, identity, dtype)
+            if self.device.type == "cuda":
+                dit = self.models[plain].model
+                dit.pace = warm_up(dit, self.forwards, self.device)
         if model not in self.models:
             self.models[model] = self._patch(self.models[plain], patches)
         return {"model": self.models[model].description, "base": self.models[plain].description}

@@ -45,7 +45,7 @@ class Forwards:
         if not self.graphs or not x.is_cuda or any(isinstance(value, Control) for value in given.values()):
             return run(dit, plan, self.topology, x, timestep, arguments)
         kinds = self._kinds.setdefault(dit, OrderedDict())
-        kind = (plan.layout, plan.flash_attention, _kind(given))
+        kind = (plan.layout, plan.flash_attention, plan.narrow, _kind(given))
         known = kinds.get(kind)
         if isinstance(known, Graph):
             kinds.move_to_end(kind)

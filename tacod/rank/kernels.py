@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["pack", "quantise", "rows"]
+__all__ = ["dequantise", "pack", "quantise", "rows"]
 
 _HEADS = 8
 """Heads that one program of `pack` handles."""
@@ -187,3 +187,20 @@ def quantise(x: Tensor, narrow: Tensor, scales: Tensor) -> None:
             LIMIT=127.0 if whole else 448.0, ROUND=whole, BLOCK=triton.next_power_of_2(width),
             num_warps=1 if width <= 256 else 8,
         )  # fmt: skip
+
+
+@triton.jit
+def _dequantise(narrow, scales, out, width, BLOCK: tl.constexpr):
+    """One row."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    value = tl.load(narrow + row * width + column, mask=inside, other=0).to(tl.float32) * tl.load(scales + row)
+    tl.store(out + row * width + column, value.to(out.dtype.element_ty), mask=inside)
+
+
+def dequantise(narrow: Tensor, scales: Tensor, out: Tensor) -> None:
+    """Rows ``narrow`` [n, W] times ``scales`` [n], into ``out`` [n, W]."""
+    rows, width = out.shape
+    if rows:
+        _dequantise[(rows,)](narrow, scales, out, width, BLOCK=triton.next_power_of_2(width), num_warps=1)

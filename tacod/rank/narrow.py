@@ -10,32 +10,60 @@ from torch.nn import functional
 
 from tacod.rank.fused import has_kernels
 
-__all__ = ["NarrowLinear", "dequantise_rows", "quantise_rows"]
+__all__ = ["NarrowLinear", "from_bytes", "narrow_bytes", "quantise_rows", "to_bytes"]
 
 _LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
-def quantise_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantise_rows(
+    x: Tensor, dtype: torch.dtype, narrow: Tensor | None = None, scales: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Rows [n, W] as ``dtype`` (int8 or float8_e4m3fn), and scales [n] in fp32: the largest number of each is exact.
 
     int8 errs by 0.4 % of a row's largest number at most, e4m3 (Micikevicius et al., 2022, arXiv:2209.05433) by 6 % of
-    each number.
+    each number. They are written into ``narrow`` and ``scales`` if these are given.
     """
+    if narrow is None or scales is None:
+        narrow = torch.empty(x.shape, dtype=dtype, device=x.device)
+        scales = torch.empty(len(x), dtype=torch.float32, device=x.device)
     if has_kernels(x):
         from tacod.rank import kernels
 
-        narrow = torch.empty(x.shape, dtype=dtype, device=x.device)
-        scales = torch.empty(len(x), dtype=torch.float32, device=x.device)
         kernels.quantise(x, narrow, scales)
         return narrow, scales
-    scales = x.abs().amax(dim=1).float().clamp_min(1e-12) / _LIMITS[dtype]
-    scaled = x.float() / scales[:, None]
-    return (scaled.add(0.5).floor() if dtype == torch.int8 else scaled).to(dtype), scales
+    if x.numel():
+        torch.div(x.abs().amax(dim=1).float().clamp_min(1e-12), _LIMITS[dtype], out=scales)
+        scaled = x.float() / scales[:, None]
+        narrow.copy_(scaled.add(0.5).floor() if dtype == torch.int8 else scaled)
+    return narrow, scales
 
 
-def dequantise_rows(narrow: Tensor, scales: Tensor, out: Tensor) -> None:
-    """The rows' numbers, into ``out`` [n, W]."""
-    torch.mul(narrow.to(out.dtype), scales[:, None].to(out.dtype), out=out)
+def narrow_bytes(rows: int, width: int) -> int:
+    """How many bytes `to_bytes` makes of so many rows."""
+    return rows * (4 + width)
+
+
+def to_bytes(x: Tensor) -> Tensor:
+    """Rows [..., W] in 8 bits with their scales, flat in uint8: what is sent in their stead."""
+    flat = x.reshape(-1, x.shape[-1])
+    rows = len(flat)
+    sent = torch.empty(narrow_bytes(*flat.shape), dtype=torch.uint8, device=x.device)
+    scales, narrow = sent[: 4 * rows].view(torch.float32), sent[4 * rows :].view(torch.int8).view(flat.shape)
+    quantise_rows(flat, torch.int8, narrow, scales)
+    return sent
+
+
+def from_bytes(received: Tensor, out: Tensor) -> None:
+    """The inverse of `to_bytes`, into ``out`` [..., W], which is contiguous."""
+    rows = out.view(-1, out.shape[-1])
+    scales = received[: 4 * len(rows)].view(torch.float32)
+    narrow = received[4 * len(rows) :].view(torch.int8).view(rows.shape)
+    if has_kernels(out):
+        from tacod.rank import kernels
+
+        kernels.dequantise(narrow, scales, rows)
+        return
+    rows.copy_(narrow.float() * scales[:, None])
 
 
 class NarrowLinear(nn.Module):

@@ -8,6 +8,7 @@ one at most, and every exchange carries explicit sizes. A rank without tokens or
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -28,11 +29,23 @@ class SequenceParallel:
     in each run. Without groups it is one process: no collectives, and everything here can be differentiated.
     """
 
-    def __init__(self, whole: Group | None = None, ulysses: Group | None = None, ring: Group | None = None) -> None:
+    def __init__(
+        self,
+        whole: Group | None = None,
+        ulysses: Group | None = None,
+        ring: Group | None = None,
+        narrow: bool = False,
+    ) -> None:
+        """``narrow`` sends queries, keys, values and what comes back in 8 bits; a ring's neighbours are sent all."""
+        self.narrow = narrow
         self.whole = whole or Group()
         self.ulysses = ulysses or Group()
         self.ring = ring or Group()
         assert self.ulysses.size * self.ring.size == self.whole.size
+
+    def narrowed(self, narrow: bool) -> SequenceParallel:
+        """The same ranks, with 8 bits or without."""
+        return SequenceParallel(self.whole, self.ulysses, self.ring, narrow)
 
     @property
     def size(self) -> int:
@@ -93,27 +106,28 @@ class Attending:
         self._mask = mask
         self._heads = chunks(streams[0].heads, size)
         self._out: Tensor | None = None
+        self._coming: Exchange | None = None
         self._back: Exchange | None = None
         qkv = streams[0].qkv
         if sequence.size == 1 and not has_kernels(qkv):
             # What can be differentiated: nothing is written in place.
             joint = zip(*(stream.heads_now() for stream in streams), strict=True)
             self._qkv = torch.stack([torch.cat(parts, dim=1) for parts in joint]).transpose(2, 3)
-            self._coming = None
             return
-        batch = len(qkv)
-        width = streams[0].parts.shape[-1]
+        batch, width = len(qkv), streams[0].parts.shape[-1]
         received = qkv.new_empty(sum(self._run), batch, 3, self._heads[group.rank], width)
-        arriving = list(torch.split(received, self._run))
+        arriving = torch.split(received, self._run)
         kept = arriving[group.rank]
-        sizes = [len(kept) * batch * 3 * count * width for count in self._heads]
-        sent = qkv.new_empty(sum(sizes) if size > 1 else 0)
+        shapes = [(len(kept), batch, 3, count, width) for count in self._heads]
+        sent = qkv.new_empty(sum(map(math.prod, shapes)) if size > 1 else 0)
         first = 0
         for stream in streams:
             stream.pack(sent, kept, first, group.rank, self._heads)
             first += stream.qkv.shape[1]
         self._qkv = received.permute(2, 1, 3, 0, 4)
-        self._coming = group.exchange(list(torch.split(sent, sizes)), arriving) if size > 1 else None
+        if size > 1:
+            parts = zip(torch.split(sent, [math.prod(shape) for shape in shapes]), shapes, strict=True)
+            self._coming = group.exchange([part.view(shape) for part, shape in parts], arriving, sequence.narrow)
 
     def run(self) -> None:
         """Attend, and send back: heads for tokens."""
@@ -133,7 +147,7 @@ class Attending:
         tokens, batch, _, width = kept.shape
         self._parts = [out.new_empty(tokens, batch, count, width) for count in self._heads]
         self._parts[group.rank] = kept
-        self._back = group.exchange(leaving, self._parts)
+        self._back = group.exchange(leaving, self._parts, self._sequence.narrow)
 
     def result(self) -> Tensor:
         """For this rank's tokens, [B, S, H * D]."""

@@ -27,7 +27,7 @@ def plan_for(dit: DiT, asked: Request, world_size: int, arguments: Mapping[str, 
     Raises `ArgumentError` if there is none, or if the model can't take this size.
     """
     shape = Shape(dit.heads, dit.width, arguments["x"].shape[0], dit.lengths(arguments))
-    return make_plan(asked, world_size, shape)
+    return make_plan(asked, world_size, shape, dit.pace)
 
 
 def run(dit: DiT, plan: Plan, topology: Topology, x: Tensor, timestep: Tensor, arguments: Mapping[str, Any]) -> Tensor:
@@ -40,7 +40,7 @@ def run(dit: DiT, plan: Plan, topology: Topology, x: Tensor, timestep: Tensor, a
         start = sum(sizes[: seat.batch.rank])
         mine = slice(start, start + sizes[seat.batch.rank])
         with sdpa_kernel(FAST, set_priority=True) if plan.flash_attention else sdpa_kernel(PLAIN):
-            out = dit(seat.sequence, x[mine], timestep[mine], **_images(arguments, mine))
+            out = dit(seat.sequence.narrowed(plan.narrow), x[mine], timestep[mine], **_images(arguments, mine))
         out = seat.batch.gather(out, sizes, dim=0)
     if layout.ranks < topology.world_size:
         shape = (len(x), dit.out_channels, *x.shape[2:])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tacod.checkpoint import TensorInfo
+from tacod.plan import Pace
 from tacod.rank.process import Process
 from tacod.rank.sequence import SequenceParallel
 from tacod_client import wire
@@ -155,6 +156,10 @@ class DiT(nn.Module, abc.ABC):
     """Channels of a token, over all heads."""
     out_channels: int
     """Channels of the output."""
+    usual: ClassVar[tuple[int, int]]
+    """Images and text tokens of a usual forward; its latents are those of 1024 × 1024 pixels."""
+    pace: Pace | None = None
+    """What it was measured to do on these devices."""
 
     @classmethod
     @abc.abstractmethod

@@ -202,6 +202,7 @@ class Flux(DiT):
     """
 
     family: ClassVar[str] = "flux"
+    usual = (1, 256)
     image_models: ClassVar[tuple[str, ...]] = ("flux",)
     process = Flow()
     latent_format = LatentFormat(0.3611, 0.1159)

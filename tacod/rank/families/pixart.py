@@ -173,6 +173,7 @@ class PixArt(DiT):
     """
 
     family: ClassVar[str] = "pixart"
+    usual = (2, 120)
     image_models: ClassVar[tuple[str, ...]] = (_ALPHA, _SIGMA)
     process = Epsilon(_training_levels()[-1].float().item())
     latent_format = LatentFormat(0.13025, 0.0)

@@ -184,6 +184,7 @@ class SD3(DiT):
     """
 
     family: ClassVar[str] = "sd3"
+    usual = (2, 154)
     image_models: ClassVar[tuple[str, ...]] = ("sd3",)
     process = Flow()
     latent_format = LatentFormat(1.5305, 0.0609)

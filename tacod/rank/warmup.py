@@ -1,0 +1,72 @@
+"""The first forwards of a model, at its load: so that no user's step pays for what is made once."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from tacod.plan import AUTO, Layout, Pace, Plan, Shape, make_plan, measured_pace
+from tacod.rank.families.base import Argument, DiT
+from tacod.rank.forwards import Forwards
+from tacod_client.errors import ArgumentError
+
+__all__ = ["usual_inputs", "warm_up"]
+
+SIDE = 128
+"""Of the latents of 1024 pixels."""
+
+
+def warm_up(dit: DiT, forwards: Forwards, device: torch.device) -> Pace | None:
+    """Run usual forwards on one rank and on all, and measure them: every rank comes to the same pace.
+
+    None if there is one rank only, or no size that the model takes.
+    """
+    inputs = usual_inputs(dit, device)
+    if inputs is None:
+        return None
+    world = forwards.topology.world_size
+    shape = Shape(dit.heads, dit.width, len(inputs["x"]), dit.lengths(inputs))
+    together = make_plan(AUTO, world, shape).layout
+    x, timestep = inputs.pop("x"), inputs.pop("timestep")
+    took = []
+    for layout in dict.fromkeys((Layout(1, 1, 1), together)):
+        best = float("inf")
+        # As they come, then captured, then as they will be.
+        for _ in range(4):
+            started = time.perf_counter()
+            forwards(dit, Plan(layout, world, shape), x, timestep, inputs)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best = min(best, time.perf_counter() - started)
+        took.append(best)
+    forwards.topology.clock.take_s()
+    if len(took) == 1:
+        return None
+    agreed = forwards.topology.everyone.broadcast(torch.tensor(took, dtype=torch.float64, device=device), source=0)
+    alone_s, together_s = agreed.tolist()
+    return measured_pace(alone_s, together, together_s, shape)
+
+
+def usual_inputs(dit: DiT, device: torch.device) -> dict[str, Any] | None:
+    """The arguments of a usual forward, random; with smaller latents if the model takes no others, None if it takes none."""
+    images, text = dit.usual
+    generator = torch.Generator().manual_seed(0)
+    side = SIDE
+    while side >= 8:
+        sizes = {"B": images, "H": side, "W": side, "L": text}
+        inputs: dict[str, Any] = {}
+        for name, spec in dit.arguments().items():
+            if spec.required and isinstance(spec, Argument) and spec.shape is not None:
+                shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
+                dtype = torch.float32 if spec.shape == ("B",) else dit.dtype
+                inputs[name] = torch.randn(shape, generator=generator).to(device, dtype)
+        inputs["timestep"] = dit.timestep(torch.full((images,), 0.7, device=device)).float()
+        try:
+            dit.lengths(inputs)
+        except ArgumentError:
+            side //= 2
+        else:
+            return inputs
+    return None
