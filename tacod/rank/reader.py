@@ -26,6 +26,7 @@ from tacod_client.errors import ModelCorrupt
 __all__ = ["Reader"]
 
 _THREADS = 4
+"""One alone copies out of the page cache more slowly than a GPU takes it in."""
 _PIECE = 16 << 20
 """The most bytes that a thread reads at once."""
 _AHEAD = 2 * _THREADS * _PIECE
