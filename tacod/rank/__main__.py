@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import faulthandler
+import gc
 import json
 import logging
 import os
@@ -51,6 +52,8 @@ def main() -> None:
         # fp32 means fp32, in the one convolution too.
         torch.backends.cudnn.allow_tf32 = False
     make_group = xdit.join(device, args.rank, args.world_size, args.rendezvous)
+    # What was imported stays; to look for garbage in it would take a tenth of a second at every load.
+    gc.freeze()
     engine = Engine(device, Topology(args.rank, args.world_size, make_group))
     selftest(engine)
     serve(engine, args.rank, args.epoch, args.address)

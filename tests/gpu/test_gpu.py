@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import FLUX, FP32, SD3, Daemon, Golden, Tiny, relative_error, stopped
+from safetensors.torch import save_file
 
+from tacod.checkpoint import read_checkpoint
 from tacod.rank.attention import attend, attend_part, merge
+from tacod.rank.reader import Reader
 
 pytestmark = [
     pytest.mark.gpu,
@@ -66,6 +69,23 @@ def test_a_step_adds_up_and_times_its_collectives(gpu_daemon: Daemon) -> None:
     parts = sum(stats[key] for key in ("queue_s", "wire_s", "compute_s", "collective_s"))
     assert parts == pytest.approx(stats["step_s"]["mean"], rel=1e-6)
     assert (stats["collective_s"] > 0) == (len(gpu_daemon.rank_pids()) > 1)
+
+
+def test_files_arrive_whole(tmp_path: Path) -> None:
+    """Though each tensor's memory goes back, and is used for the next, while the GPU still reads it."""
+    sizes = 3 * [0, 1, 1 << 20, (16 << 20) + 1, 100 << 20, 3, 40 << 20]
+    tensors = {f"{n:02}": torch.randint(256, (size,), dtype=torch.uint8) for n, size in enumerate(sizes)}
+    save_file(tensors, tmp_path / "m.safetensors")
+    found = []
+    with (
+        torch.inference_mode(),
+        Reader(read_checkpoint(str(tmp_path / "m.safetensors")), torch.device("cuda", 0)) as reader,
+    ):
+        for data in reader.read(tensors):
+            found.append(data ^ 255)
+            del data
+    for expected, each in zip(tensors.values(), found, strict=True):
+        assert torch.equal(each.cpu() ^ 255, expected)
 
 
 def test_unload_gives_device_memory_back(gpu_daemon: Daemon) -> None:
