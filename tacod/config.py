@@ -96,6 +96,8 @@ class Group(_Section):
     restart_window_s: PositiveFloat = 600.0
     cache_bytes: PositiveInt = 1 << 30
     """Client tensors that each rank keeps, so that a prompt's embeddings travel once."""
+    cuda_graphs: bool = True
+    """Whether forwards that come again are replayed as CUDA graphs; off to see whether something is their doing."""
 
     @model_validator(mode="after")
     def _one_kind_of_device(self) -> Group:

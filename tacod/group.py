@@ -171,6 +171,7 @@ class RankGroup:
                     *("--address", self.address, "--epoch", self._epoch, "--death-fd", str(read)),
                     *("--rendezvous", f"file://{self.folder}/rendezvous-{self._epoch}"),
                     *("--stacks", str(self._stacks(index))),
+                    *(() if self.settings.cuda_graphs else ("--no-cuda-graphs",)),
                     *(("--fault", json.dumps(fault)) if fault is not None else ()),
                 ],
                 env=_environment(self.settings.device, device),

@@ -27,7 +27,16 @@ STATUS_S = 1.0
 """How often systemd hears what is going on, at the most."""
 PATIENCE_S = 60.0
 """How much longer systemd is to wait for a start or a stop, as long as the loop turns; its own limits end the rest."""
-FIXED = ("endpoint", "heartbeat_s", "group.device", "group.gpus", "group.ranks", "metrics.", "curve.listen")
+FIXED = (
+    "endpoint",
+    "heartbeat_s",
+    "group.device",
+    "group.gpus",
+    "group.ranks",
+    "group.cuda_graphs",
+    "metrics.",
+    "curve.listen",
+)
 """Keys, and beginnings of keys, that a reload can't change."""
 
 

@@ -54,7 +54,8 @@ def main() -> None:
     make_group = xdit.join(device, args.rank, args.world_size, args.rendezvous)
     # What was imported stays; to look for garbage in it would take a tenth of a second at every load.
     gc.freeze()
-    engine = Engine(device, Topology(args.rank, args.world_size, make_group))
+    topology = Topology(args.rank, args.world_size, make_group)
+    engine = Engine(device, topology, graphs=not args.no_cuda_graphs)
     selftest(engine)
     serve(engine, args.rank, args.epoch, args.address)
 
@@ -69,6 +70,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--rendezvous", required=True)
     parser.add_argument("--death-fd", type=int, required=True)
     parser.add_argument("--stacks", type=argparse.FileType("w"), required=True, help="where SIGUSR1 writes them")
+    parser.add_argument("--no-cuda-graphs", action="store_true")
     parser.add_argument("--fault", type=json.loads, help="what goes wrong on purpose, as JSON")
     return parser.parse_args()
 

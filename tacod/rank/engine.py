@@ -31,6 +31,7 @@ from tacod.rank.weights import (
     choose_dtype,
     get_weight,
     load_model,
+    narrow_matrices,
     set_weight,
     share,
     weight_bytes,
@@ -169,7 +170,14 @@ class Engine:
             raise ModelCorrupt(f"{path} changed while it was being loaded; load it again")
         chosen = choose_dtype(checkpoint, dtype, self.device)
         family, config = detect(checkpoint.tensors, checkpoint.config)
+        if chosen == "fp8" and self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) < (8, 9):
+            name = torch.cuda.get_device_name(self.device)
+            raise ArgumentError(
+                f"dtype: {name} can't multiply in 8 bits (Ada and Hopper can); use bf16", argument="dtype"
+            )
         loaded = load_model(checkpoint, DTYPES[chosen], self.device, self.report)
+        if chosen == "fp8":
+            narrow_matrices(loaded)
         description = {
             "family": loaded.family,
             "parameters": checkpoint.parameters,

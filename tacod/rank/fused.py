@@ -91,27 +91,24 @@ class Projected:
             q, k = _turn(q, self.rotation), _turn(k, self.rotation)
         return q, k, v
 
-    def pack(self, sent: Tensor, kept: Tensor, first: int, rank: int, counts: list[int]) -> None:
+    def pack(self, sent: Tensor, kept: Tensor, rank: int, counts: list[int]) -> None:
         """Put them where they are sent from, or kept.
 
-        ``sent`` is flat: for one rank after the other [tokens, B, 3, its heads, D], of which rank r has ``counts[r]``;
-        ``kept`` [tokens, B, 3, its heads, D] takes the place of this rank's. This stream's tokens begin at ``first``.
+        ``sent`` is flat: for one rank after the other [S, B, 3, its heads, D], of which rank r has ``counts[r]``;
+        ``kept`` [S, B, 3, its heads, D] takes the place of this rank's.
         """
         qkv = self.parts
-        mine = kept.shape[0]
         if has_kernels(qkv) and qkv.shape[-1] % 2 == 0:
             from tacod.rank import kernels
 
-            kernels.pack(qkv, self.norms, self.rotation, _EPSILON, sent, kept, first, mine, rank, len(counts))
+            kernels.pack(qkv, self.norms, self.rotation, _EPSILON, sent, kept, rank, len(counts))
             return
         whole = torch.stack(self.heads_now(), dim=2).transpose(0, 1)
-        batch, width = whole.shape[1], whole.shape[-1]
         start = 0
         for peer, part in enumerate(torch.split(whole, counts, dim=3)):
-            size = mine * batch * 3 * counts[peer] * width
-            region = kept if peer == rank else sent[start : start + size].view(mine, batch, 3, counts[peer], width)
-            region[first : first + len(part)] = part
-            start += size
+            region = kept if peer == rank else sent[start : start + part.numel()].view(part.shape)
+            region.copy_(part)
+            start += part.numel()
 
 
 def _turn(x: Tensor, rotation: Rotation) -> Tensor:

@@ -15,6 +15,8 @@ __all__ = ["dequantise", "pack", "quantise", "rows"]
 
 _HEADS = 8
 """Heads that one program of `pack` handles."""
+_NUMBERS = 4096
+"""About how many numbers one program of `quantise` and `dequantise` handles."""
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -84,10 +86,10 @@ def _image_stride(x: Tensor) -> int:
     return x.stride(0) if x.shape[0] > 1 else 0
 
 
-@triton.jit(do_not_specialize=["tokens", "mine", "first", "heads", "rank", "each", "extra", "batch"])
+@triton.jit(do_not_specialize=["tokens", "heads", "rank", "each", "extra", "batch"])
 def _pack(
     qkv, q_scale, k_scale, cosine, sine, sent, kept,
-    tokens, mine, first, heads, rank, each, extra, batch, epsilon,
+    tokens, heads, rank, each, extra, batch, epsilon,
     image_stride, token_stride, part_stride,
     WIDTH: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
@@ -103,8 +105,8 @@ def _pack(
     before = peer * each + tl.minimum(peer, extra)
     count = each + (peer < extra).to(tl.int32)
     # Tokens come first in what each rank gets: [S, B, 3, its heads, D].
-    line = ((first + token) * batch + image) * 3
-    away = before.to(tl.int64) * mine * batch * (3 * WIDTH)
+    line = (token * batch + image) * 3
+    away = before.to(tl.int64) * tokens * batch * (3 * WIDTH)
     if TURN:
         cos = tl.load(cosine + token * (WIDTH // 2) + pair, mask=pair < WIDTH // 2, other=0.0)[None, :]
         sin = tl.load(sine + token * (WIDTH // 2) + pair, mask=pair < WIDTH // 2, other=0.0)[None, :]
@@ -133,17 +135,14 @@ def pack(
     epsilon: float,
     sent: Tensor,
     kept: Tensor,
-    first: int,
-    mine: int,
     rank: int,
     size: int,
 ) -> None:
     """Put a stream's queries, keys and values where each rank's heads are sent from, and this rank's where they stay.
 
     ``qkv`` is [B, S, 3, H, D], any but the last two strides, D even. ``sent`` is flat, and holds for one rank after the
-    other [``mine``, B, 3, its heads, D]; ``kept`` is this rank's, [mine, B, 3, its heads, D]. The stream's tokens begin
-    at ``first`` of ``mine``. ``norms`` are the RMS scales of queries and keys, ``rotation`` cosines and sines of
-    [S, D / 2] in fp32.
+    other [S, B, 3, its heads, D]; ``kept`` is this rank's. ``norms`` are the RMS scales of queries and keys,
+    ``rotation`` cosines and sines of [S, D / 2] in fp32.
     """
     batch, tokens, _, heads, width = qkv.shape
     if not batch * tokens:
@@ -154,26 +153,29 @@ def pack(
     cosine, sine = rotation or (qkv, qkv)
     _pack[(batch * tokens, triton.cdiv(heads, _HEADS))](
         qkv, q_scale, k_scale, cosine, sine, sent, kept,
-        tokens, mine, first, heads, rank, heads // size, heads % size, batch, epsilon,
+        tokens, heads, rank, heads // size, heads % size, batch, epsilon,
         *qkv.stride()[:3],
         WIDTH=width, NORM=norms is not None, TURN=rotation is not None,
         HEADS=_HEADS, HALF=triton.next_power_of_2(width // 2), num_warps=4,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["stride"])
-def _quantise(x, narrow, scales, width, stride, LIMIT: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr):
-    """One row in 8 bits, and what it is to be multiplied by."""
-    row = tl.program_id(0).to(tl.int64)
+@triton.jit(do_not_specialize=["rows"])
+def _quantise(
+    x, narrow, scales, rows, width, stride,
+    LIMIT: tl.constexpr, ROUND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Some rows in 8 bits, and what they are to be multiplied by."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
-    inside = column < width
-    value = tl.load(x + row * stride + column, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(value), axis=0), 1e-12) / LIMIT
-    value = value / scale
+    inside = (row[:, None] < rows) & (column[None, :] < width)
+    value = tl.load(x + row[:, None] * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(value), axis=1), 1e-12) / LIMIT
+    value = value / scale[:, None]
     if ROUND:
         value = tl.floor(value + 0.5)
-    tl.store(narrow + row * width + column, value.to(narrow.dtype.element_ty), mask=inside)
-    tl.store(scales + row, scale)
+    tl.store(narrow + row[:, None] * width + column[None, :], value.to(narrow.dtype.element_ty), mask=inside)
+    tl.store(scales + row, scale, mask=row < rows)
 
 
 def quantise(x: Tensor, narrow: Tensor, scales: Tensor) -> None:
@@ -181,26 +183,31 @@ def quantise(x: Tensor, narrow: Tensor, scales: Tensor) -> None:
     rows, width = x.shape
     x = _dense(x)
     whole = narrow.dtype == torch.int8
+    block = triton.next_power_of_2(width)
+    many = max(_NUMBERS // block, 1)
     if rows:
-        _quantise[(rows,)](
-            x, narrow, scales, width, x.stride(0),
-            LIMIT=127.0 if whole else 448.0, ROUND=whole, BLOCK=triton.next_power_of_2(width),
-            num_warps=1 if width <= 256 else 8,
+        _quantise[(triton.cdiv(rows, many),)](
+            x, narrow, scales, rows, width, x.stride(0),
+            LIMIT=127.0 if whole else 448.0, ROUND=whole, ROWS=many, BLOCK=block,
+            num_warps=4 if block <= _NUMBERS else 8,
         )  # fmt: skip
 
 
-@triton.jit
-def _dequantise(narrow, scales, out, width, BLOCK: tl.constexpr):
-    """One row."""
-    row = tl.program_id(0).to(tl.int64)
+@triton.jit(do_not_specialize=["rows"])
+def _dequantise(narrow, scales, out, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Some rows."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
-    inside = column < width
-    value = tl.load(narrow + row * width + column, mask=inside, other=0).to(tl.float32) * tl.load(scales + row)
-    tl.store(out + row * width + column, value.to(out.dtype.element_ty), mask=inside)
+    inside = (row[:, None] < rows) & (column[None, :] < width)
+    value = tl.load(narrow + row[:, None] * width + column[None, :], mask=inside, other=0).to(tl.float32)
+    value *= tl.load(scales + row, mask=row < rows, other=0.0)[:, None]
+    tl.store(out + row[:, None] * width + column[None, :], value.to(out.dtype.element_ty), mask=inside)
 
 
 def dequantise(narrow: Tensor, scales: Tensor, out: Tensor) -> None:
     """Rows ``narrow`` [n, W] times ``scales`` [n], into ``out`` [n, W]."""
     rows, width = out.shape
+    block = triton.next_power_of_2(width)
+    many = max(_NUMBERS // block, 1)
     if rows:
-        _dequantise[(rows,)](narrow, scales, out, width, BLOCK=triton.next_power_of_2(width), num_warps=1)
+        _dequantise[(triton.cdiv(rows, many),)](narrow, scales, out, rows, width, ROWS=many, BLOCK=block, num_warps=4)

@@ -9,7 +9,7 @@ one at most, and every exchange carries explicit sizes. A rank without tokens or
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -78,12 +78,15 @@ class SequenceParallel:
         order = torch.cat([chunk for rank in zip(*streams, strict=True) for chunk in rank])
         return mask[:, :, order][..., order]
 
-    def attend(self, streams: Sequence[Projected], lengths: Sequence[int], mask: Tensor | None = None) -> Attending:
+    def attend(
+        self, streams: Sequence[Callable[[], Projected]], lengths: Sequence[int], mask: Tensor | None = None
+    ) -> Attending:
         """Begin attention over the whole joint sequence, for this rank's tokens.
 
-        ``streams`` are this rank's chunks, and ``lengths`` the streams' whole token counts. The gathered sequence is in
-        the order of ranks, not of streams. It needs no sorting, for attention is equivariant under permutations of its
-        tokens, and each rank gets its own tokens back. A ``mask`` is what `in_order_of_ranks` gives.
+        ``streams`` give this rank's chunks, and ``lengths`` are the streams' whole token counts; a single one may be of
+        all streams together. The gathered sequence is in the order of ranks, not of streams. It needs no sorting, for
+        attention is equivariant under permutations of its tokens, and each rank gets its own tokens back. A ``mask`` is
+        what `in_order_of_ranks` gives.
         """
         return Attending(self, streams, lengths, mask)
 
@@ -95,54 +98,76 @@ class Attending:
     """
 
     def __init__(
-        self, sequence: SequenceParallel, streams: Sequence[Projected], lengths: Sequence[int], mask: Tensor | None
+        self,
+        sequence: SequenceParallel,
+        streams: Sequence[Callable[[], Projected]],
+        lengths: Sequence[int],
+        mask: Tensor | None,
     ) -> None:
-        """Queries, keys and values set out: tokens for heads."""
-        group, size = sequence.ulysses, sequence.ulysses.size
-        tokens = [sum(sizes) for sizes in zip(*map(sequence.sizes, lengths), strict=True)]
-        self._runs = [tokens[i : i + size] for i in range(0, sequence.size, size)]
-        self._run = self._runs[sequence.ring.rank]
+        """Queries, keys and values set out, tokens for heads; the longest stream's while the others' are computed."""
+        size = sequence.ulysses.size
+        counts = [sequence.sizes(length) for length in lengths]
+        if len(streams) < len(lengths):
+            counts = [[sum(each) for each in zip(*counts, strict=True)]]
+        self._streams = [[each[i : i + size] for each in counts] for i in range(0, sequence.size, size)]
+        """For each run of ranks, how many of each stream's tokens each of its ranks has."""
         self._sequence = sequence
         self._mask = mask
-        self._heads = chunks(streams[0].heads, size)
-        self._out: Tensor | None = None
-        self._coming: Exchange | None = None
+        self._coming: list[Exchange] = []
         self._back: Exchange | None = None
-        qkv = streams[0].qkv
-        if sequence.size == 1 and not has_kernels(qkv):
+        self._out: Tensor | None = None
+        self._received: Tensor | None = None
+        order = sorted(range(len(streams)), key=lambda index: -max(counts[index]))
+        projected = {}
+        for index in order:
+            projected[index] = streams[index]()
+            if sequence.size > 1 or has_kernels(projected[index].qkv):
+                self._send(projected.pop(index), index)
+        if projected:
             # What can be differentiated: nothing is written in place.
-            joint = zip(*(stream.heads_now() for stream in streams), strict=True)
+            joint = zip(*(projected[index].heads_now() for index in range(len(streams))), strict=True)
             self._qkv = torch.stack([torch.cat(parts, dim=1) for parts in joint]).transpose(2, 3)
-            return
-        batch, width = len(qkv), streams[0].parts.shape[-1]
-        received = qkv.new_empty(sum(self._run), batch, 3, self._heads[group.rank], width)
-        arriving = torch.split(received, self._run)
-        kept = arriving[group.rank]
-        shapes = [(len(kept), batch, 3, count, width) for count in self._heads]
-        sent = qkv.new_empty(sum(map(math.prod, shapes)) if size > 1 else 0)
-        first = 0
-        for stream in streams:
-            stream.pack(sent, kept, first, group.rank, self._heads)
-            first += stream.qkv.shape[1]
-        self._qkv = received.permute(2, 1, 3, 0, 4)
-        if size > 1:
+
+    @property
+    def _tokens(self) -> list[list[int]]:
+        """For each run, how many tokens each of its ranks has."""
+        return [[sum(each) for each in zip(*run, strict=True)] for run in self._streams]
+
+    def _send(self, stream: Projected, index: int) -> None:
+        group, ring = self._sequence.ulysses, self._sequence.ring
+        run, tokens = self._streams[ring.rank], self._tokens[ring.rank]
+        batch, width = len(stream.qkv), stream.parts.shape[-1]
+        self._heads = chunks(stream.heads, group.size)
+        if self._received is None:
+            self._received = stream.qkv.new_empty(sum(tokens), batch, 3, self._heads[group.rank], width)
+            self._qkv = self._received.permute(2, 1, 3, 0, 4)
+        first = [sum(each[rank] for each in run[:index]) for rank in range(group.size)]
+        arriving = [
+            rows.narrow(0, start, count)
+            for rows, start, count in zip(torch.split(self._received, tokens), first, run[index], strict=True)
+        ]
+        shapes = [(run[index][group.rank], batch, 3, count, width) for count in self._heads]
+        sent = stream.qkv.new_empty(sum(map(math.prod, shapes)) if group.size > 1 else 0)
+        stream.pack(sent, arriving[group.rank], group.rank, self._heads)
+        if group.size > 1:
             parts = zip(torch.split(sent, [math.prod(shape) for shape in shapes]), shapes, strict=True)
-            self._coming = group.exchange([part.view(shape) for part, shape in parts], arriving, sequence.narrow)
+            away = [part.view(shape) for part, shape in parts]
+            self._coming.append(group.exchange(away, arriving, self._sequence.narrow))
 
     def run(self) -> None:
         """Attend, and send back: heads for tokens."""
-        if self._coming is not None:
-            self._coming.wait()
+        for exchange in self._coming:
+            exchange.wait()
         q, k, v = self._qkv
         ring, group = self._sequence.ring, self._sequence.ulysses
         if ring.size > 1:
-            out = _around(ring, q, k, v, [sum(run) for run in self._runs], self._mask)
+            out = _around(ring, q, k, v, list(map(sum, self._tokens)), self._mask)
         else:
             out = attend(q, k, v, self._mask)
         if group.size == 1:
             self._out = out.transpose(1, 2).flatten(2)
             return
-        leaving = list(torch.split(out.permute(2, 0, 1, 3).contiguous(), self._run))
+        leaving = list(torch.split(out.permute(2, 0, 1, 3).contiguous(), self._tokens[ring.rank]))
         kept = leaving[group.rank]
         tokens, batch, _, width = kept.shape
         self._parts = [out.new_empty(tokens, batch, count, width) for count in self._heads]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tacod.plan import AUTO, Layout, Pace, Plan, Shape, make_plan, measured_pace
+from tacod.plan import AUTO, Layout, Pace, Plan, Request, Shape, make_plan, measured_pace
 from tacod.rank.families.base import Argument, DiT
 from tacod.rank.forwards import Forwards
 from tacod_client.errors import ArgumentError
@@ -28,29 +28,28 @@ def warm_up(dit: DiT, forwards: Forwards, device: torch.device) -> Pace | None:
         return None
     world = forwards.topology.world_size
     shape = Shape(dit.heads, dit.width, len(inputs["x"]), dit.lengths(inputs))
-    together = make_plan(AUTO, world, shape).layout
+    alone, shared = Layout(1, 1, 1), make_plan(Request(cfg_parallel=False), world, shape).layout
     x, timestep = inputs.pop("x"), inputs.pop("timestep")
-    took = []
-    for layout in dict.fromkeys((Layout(1, 1, 1), together)):
-        best = float("inf")
+    took = {}
+    for layout in dict.fromkeys((alone, shared, make_plan(AUTO, world, shape).layout)):
+        took[layout] = float("inf")
         # As they come, then captured, then as they will be.
         for _ in range(4):
             started = time.perf_counter()
             forwards(dit, Plan(layout, world, shape), x, timestep, inputs)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            best = min(best, time.perf_counter() - started)
-        took.append(best)
+            took[layout] = min(took[layout], time.perf_counter() - started)
     forwards.topology.clock.take_s()
-    if len(took) == 1:
+    if world == 1:
         return None
-    agreed = forwards.topology.everyone.broadcast(torch.tensor(took, dtype=torch.float64, device=device), source=0)
-    alone_s, together_s = agreed.tolist()
-    return measured_pace(alone_s, together, together_s, shape)
+    mine = torch.tensor([took[alone], took[shared]], dtype=torch.float64, device=device)
+    alone_s, shared_s = forwards.topology.everyone.broadcast(mine, source=0).tolist()
+    return measured_pace(alone_s, shared, shared_s, shape)
 
 
 def usual_inputs(dit: DiT, device: torch.device) -> dict[str, Any] | None:
-    """The arguments of a usual forward, random; with smaller latents if the model takes no others, None if it takes none."""
+    """The arguments of a usual forward, random: with smaller latents if the model wants them, None if it takes none."""
     images, text = dit.usual
     generator = torch.Generator().manual_seed(0)
     side = SIDE

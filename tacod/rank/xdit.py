@@ -32,6 +32,8 @@ def join(device: torch.device, rank: int, world_size: int, rendezvous: str, loca
     that the process sees; tacod's ranks see one each. Blocks until all ranks have joined.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
+    # A transfer that is to hide behind a matrix product must not wait for the product's last block.
+    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     state = _parallel_state(on_gpu=device.type == "cuda")
     state.init_distributed_environment(
         world_size=world_size,

@@ -43,10 +43,10 @@ def rows(shape: list[int]) -> list[float]:
 
 
 def pack(heads: int, width: int, ranks: int, batch: int, normed: bool, turned: bool) -> list[float]:
-    """Largest errors over the ranks' places; NaN where something was written that isn't this stream's, or wasn't."""
+    """Largest errors over the ranks' places; NaN where something was written that shouldn't be, or wasn't."""
     from tacod.rank import kernels
 
-    tokens, first, mine = 7, 2, 10
+    tokens = 7
     counts = chunks(heads, ranks)
     norms = (torch.randn(width), torch.randn(width)) if normed else None
     angle = torch.randn(tokens, width // 2)
@@ -56,12 +56,12 @@ def pack(heads: int, width: int, ranks: int, batch: int, normed: bool, turned: b
     for rank in range(ranks):
         places = []
         for by_kernel in (True, False):
-            sent = torch.full((mine * batch * 3 * heads * width,), torch.nan)
-            kept = torch.full((mine, batch, 3, counts[rank], width), torch.nan)
+            sent = torch.full((tokens * batch * 3 * heads * width,), torch.nan)
+            kept = torch.full((tokens, batch, 3, counts[rank], width), torch.nan)
             if by_kernel:
-                kernels.pack(projected.parts, norms, rotation, 1e-6, sent, kept, first, mine, rank, ranks)
+                kernels.pack(projected.parts, norms, rotation, 1e-6, sent, kept, rank, ranks)
             else:
-                projected.pack(sent, kept, first, rank, counts)
+                projected.pack(sent, kept, rank, counts)
             places.append(torch.cat((sent, kept.flatten())))
         got, wanted = places
         same = torch.equal(got.isnan(), wanted.isnan())

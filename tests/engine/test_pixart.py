@@ -20,6 +20,7 @@ from tacod.plan import AUTO
 from tacod.rank.families import detect
 from tacod.rank.families.base import LatentFormat
 from tacod.rank.families.pixart import PixArt
+from tacod.rank.forwards import Forwards
 from tacod.rank.sampling import SampleRequest, begin
 from tacod.rank.sequence import SequenceParallel
 from tacod.rank.topology import Topology
@@ -378,7 +379,7 @@ def test_a_run_equals_a_loop_by_hand(config: dict[str, Any], top: int) -> None:
     )
     request.check(model)
     with torch.inference_mode():
-        run = begin(request, model, AUTO, Topology(), torch.device("cpu"))
+        run = begin(request, model, AUTO, Forwards(Topology()), torch.device("cpu"))
         *_, last = run.steps
         out = run.finish(last)
 

@@ -194,9 +194,9 @@ def test_one_process_needs_no_group() -> None:
     assert torch.equal(alone.gather(alone.shard(q), 7), q)
 
 
-def projected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Projected:
+def projected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Callable[[], Projected]:
     """As a fused projection would give them."""
-    return Projected(torch.stack((q, k, v), dim=2).flatten(2), q.shape[2])
+    return lambda: Projected(torch.stack((q, k, v), dim=2).flatten(2), q.shape[2])
 
 
 class Rank:

@@ -198,6 +198,11 @@ class DiT(nn.Module, abc.ABC):
         """
 
     @property
+    def modulating(self) -> list[Any]:
+        """The layers of all modulations that see the conditioning alone, in the order of their use."""
+        return []
+
+    @property
     def dtype(self) -> torch.dtype:
         """The compute dtype, which is that of the weights."""
         return next(self.parameters()).dtype

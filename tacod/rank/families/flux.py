@@ -130,8 +130,8 @@ class DoubleBlock(nn.Module):
         """This rank's text and image tokens, one block further; ``modulation`` is of both, [B, 1, 6 * width] each."""
         text_mod, image_mod = (each.chunk(6, dim=-1) for each in modulation)
         streams = (
-            self.txt_attn(norm_modulate(text, *text_mod[:2]), rotations[0]),
-            self.img_attn(norm_modulate(image, *image_mod[:2]), rotations[1]),
+            lambda: self.txt_attn(norm_modulate(text, *text_mod[:2]), rotations[0]),
+            lambda: self.img_attn(norm_modulate(image, *image_mod[:2]), rotations[1]),
         )
         attended = sequence.attend(streams, lengths, mask).result()
         to_text, to_image = torch.split(attended, [text.shape[1], image.shape[1]], dim=1)
@@ -173,8 +173,9 @@ class SingleBlock(nn.Module):
         normed = norm_modulate(x, shift, scale)
         to_heads, to_hidden = split_outputs(self.linear1, 3 * self.width)
         from_hidden, from_heads = split_inputs(self.linear2, self.width)
-        projected = Projected(to_heads(normed), self.heads, self.norm.scales, rotation)
-        attending = sequence.attend((projected,), lengths, mask)
+        attending = sequence.attend(
+            (lambda: Projected(to_heads(normed), self.heads, self.norm.scales, rotation),), lengths, mask
+        )
         hidden = linear_gelu(to_hidden, normed)
         attending.run()
         out = from_hidden(hidden)
@@ -391,7 +392,7 @@ class Flux(DiT):
         mask = None if attention_mask is None else sequence.in_order_of_ranks(attention_mask, lengths)
         control = control or Control({})
 
-        modulation = iter(modulations(self._modulating, functional.silu(c), sequence))
+        modulation = iter(modulations(self.modulating, functional.silu(c), sequence))
         for i, block in enumerate(self.double_blocks):
             text, image = block(sequence, lengths, rotations, text, image, (next(modulation), next(modulation)), mask)
             image = control.add("input", i, sequence, image, lengths[1])
@@ -407,8 +408,8 @@ class Flux(DiT):
         return unpatchify(pixels, rows, columns, self.patch)[:, :, : x.shape[-2], : x.shape[-1]]
 
     @property
-    def _modulating(self) -> list[Any]:
-        """The layers of all modulations, in the order of their use."""
+    def modulating(self) -> list[Any]:
+        """See `DiT.modulating`."""
         blocks: tuple[Any, Any] = self.double_blocks, self.single_blocks
         double = [each.lin for block in blocks[0] for each in (block.txt_mod, block.img_mod)]
         single = [block.modulation.lin for block in blocks[1]]

@@ -116,7 +116,9 @@ class Block(nn.Module):
     ) -> Tensor:
         """This rank's image tokens, one block further; ``modulation`` is [B, 6, width]."""
         parts = (self.scale_shift_table + modulation).chunk(6, dim=1)
-        attended = sequence.attend((self.attn(norm_modulate(x, *parts[:2])),), lengths).result()
+        arrived = x
+        attending = sequence.attend((lambda: self.attn(norm_modulate(arrived, *parts[:2])),), lengths)
+        attended = attending.result()
         x = add_gated(x, parts[2], self.attn.proj(attended))
         x = x + self.cross_attn(x, text)
         return add_gated(x, parts[5], self.mlp(norm_modulate(x, *parts[3:5])))

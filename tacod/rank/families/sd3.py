@@ -134,17 +134,19 @@ class JointBlock(nn.Module):
         """
         text, image = self.context_block, self.x_block
         text_mod, image_mod = modulation[0].chunk(text.parts, dim=-1), modulation[1].chunk(image.parts, dim=-1)
-        streams = (
-            text.attn(norm_modulate(context, *text_mod[:2])),
-            image.attn(norm_modulate(x, *image_mod[:2])),
+        arrived = x
+        attending = sequence.attend(
+            (
+                lambda: text.attn(norm_modulate(context, *text_mod[:2])),
+                lambda: image.attn(norm_modulate(arrived, *image_mod[:2])),
+            ),
+            lengths,
         )
-        attending = sequence.attend(streams, lengths)
-        own = None
         if self.dual:
-            own = sequence.attend((image.attn2(norm_modulate(x, *image_mod[6:8])),), lengths[1:])
-        to_text, to_image = torch.split(attending.result(), [context.shape[1], x.shape[1]], dim=1)
-        if own is not None:
+            own = sequence.attend((lambda: image.attn2(norm_modulate(arrived, *image_mod[6:8])),), lengths[1:])
+            attending.run()
             x = add_gated(x, image_mod[8], image.attn2.proj(own.result()))
+        to_text, to_image = torch.split(attending.result(), [context.shape[1], x.shape[1]], dim=1)
         x = image.feed_forward(x, to_image, image_mod)
         if not self.last:
             context = text.feed_forward(context, to_text, text_mod)
@@ -349,7 +351,7 @@ class SD3(DiT):
         image = sequence.shard(image)
         text = self.context_embedder(sequence.shard(context))
         control = control or Control({})
-        modulation = iter(modulations(self._modulating, functional.silu(c), sequence))
+        modulation = iter(modulations(self.modulating, functional.silu(c), sequence))
         for i, block in enumerate(self.joint_blocks):
             text, image = block(sequence, lengths, text, image, (next(modulation), next(modulation)))
             image = control.add("output", i, sequence, image, lengths[1])
@@ -358,8 +360,8 @@ class SD3(DiT):
         return unpatchify(pixels, rows, columns, self.patch)[:, :, :height, :width]
 
     @property
-    def _modulating(self) -> list[Any]:
-        """The layers of all modulations, in the order of their use."""
+    def modulating(self) -> list[Any]:
+        """See `DiT.modulating`."""
         blocks: Any = self.joint_blocks
         streams = [stream for block in blocks for stream in (block.context_block, block.x_block)]
         return [each.adaLN_modulation[1] for each in (*streams, self.final_layer)]
