@@ -145,9 +145,9 @@ def _sd3(config: Config, side: int) -> dict[str, Any]:
 
 
 def _pixart(config: Config, side: int) -> dict[str, Any]:
-    """``sample_size`` is the picture's own, so that its positions are ComfyUI's at every size."""
+    """``sample_size`` goes with the picture, so that its positions are ComfyUI's at every size."""
     return {
-        "sample_size": side,
+        "sample_size": 64 * round(side / 64),
         "in_channels": config["in_channels"],
         "out_channels": 2 * config["in_channels"],
         "num_layers": config["depth"],
