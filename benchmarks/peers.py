@@ -389,7 +389,8 @@ def _ended(group: Any) -> str | None:
 def report(model: str, step: Step, result: Mapping[str, Any]) -> None:
     """A line on stderr, so that one sees it go on."""
     pixels, row = step
-    said = result.get("reason") or (f"{np.median(result['times_ms']):.1f} ms" if "times_ms" in result else "done")
+    times = result.get("times_ms")
+    said = result.get("reason") or (f"{np.median(times):.1f} ms" if times else "done, or as planned")
     print(f"  {time.strftime('%H:%M:%S')} {model} {pixels}² {row}: {said}", file=sys.stderr, flush=True)
 
 
