@@ -2,7 +2,8 @@
 
     python benchmarks/plans.py [--ranks N] [--models flux,sd35_large,pixart] [--sizes 1024,2048] [--rounds 5] [--json]
 
-Models have the shapes of the published ones and random weights, in bf16 on GPUs. On a CPU they are cut to two blocks.
+Models have the shapes of the published ones and random weights, in bf16 on GPUs. On a CPU they are cut to a
+few blocks.
 """
 
 from __future__ import annotations
@@ -61,37 +62,54 @@ PIXART = {
     "micro_condition": False,
     "pe_interpolation": 2,
 }
-MODELS: dict[str, tuple[type[DiT], dict[str, Any], int, int, dict[str, int] | None]] = {
-    "flux": (Flux, FLUX, 1, 512, {"depth": 1, "depth_single_blocks": 1}),
-    "sd35_large": (SD3, SD35_LARGE, 2, 154, None),
+MODELS: dict[str, tuple[type[DiT], dict[str, Any], int, int, dict[str, Any]]] = {
+    "flux": (Flux, FLUX, 1, 512, {"hidden_size": 768, "num_heads": 6, "depth": 1, "depth_single_blocks": 1}),
+    "sd35_large": (
+        SD3,
+        SD35_LARGE,
+        2,
+        154,
+        {"depth": 6, "context_embedder_config": {"params": {"in_features": 4096, "out_features": 384}}},
+    ),
     "pixart": (PixArt, PIXART, 2, 300, {"depth": 2}),
 }
-"""Family, configuration, batch, text tokens, and what a CPU's is cut to; None for what can't be cut."""
+"""Family, configuration, batch, text tokens, and what a CPU's is cut to."""
 
 
-def build(name: str, device: torch.device) -> DiT:
-    """A model with random, well-conditioned weights."""
-    family, config, _, _, cut = MODELS[name]
+def configuration(name: str, device: torch.device) -> dict[str, Any]:
+    """A model's configuration, cut down on a CPU."""
+    _, config, _, _, cut = MODELS[name]
+    return config if device.type == "cuda" else {**config, **cut}
+
+
+def build(name: str, device: torch.device, dtype: torch.dtype | None = None) -> DiT:
+    """A model with random, well-conditioned weights, the same on every rank; bf16 on GPUs if not told otherwise."""
+    family = MODELS[name][0]
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     with torch.device("meta"):
-        model = family(config if device.type == "cuda" else {**config, **(cut or {})})
-    model = model.to_empty(device=device).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
+        model = family(configuration(name, device)).to(dtype)
+    model = model.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
-    for parameter in (*model.parameters(), *model.buffers()):
+    for key, parameter in (*model.named_parameters(), *model.named_buffers()):
         scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.02
-        parameter.data.normal_(0, scale, generator=generator)
+        # The norms of queries and keys, without which all tokens would attend to all alike.
+        mean = 1.0 if ".norm." in key or ".ln_" in key else 0.0
+        parameter.data.normal_(mean, scale, generator=generator)
     return model.eval().requires_grad_(False)
 
 
-def make_inputs(name: str, model: DiT, pixels: int, device: torch.device) -> dict[str, Any]:
-    """A forward's arguments at this size."""
+def make_inputs(
+    name: str, model: DiT, pixels: int, device: torch.device, dtype: torch.dtype | None = None
+) -> dict[str, Any]:
+    """A forward's arguments at this size, in the model's dtype if not told otherwise."""
     _, _, batch, text, _ = MODELS[name]
     generator = torch.Generator(device).manual_seed(1)
     sizes = {"B": batch, "H": pixels // 8, "W": pixels // 8, "L": text}
     inputs: dict[str, Any] = {}
     for key, spec in model.arguments().items():
-        if spec.required and spec.shape is not None:
+        if (spec.required and spec.shape is not None) or key == "y":
             shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
-            inputs[key] = torch.randn(shape, generator=generator, device=device, dtype=model.dtype)
+            inputs[key] = torch.randn(shape, generator=generator, device=device, dtype=dtype or model.dtype)
     inputs["timestep"] = model.timestep(torch.full((batch,), 0.7, device=device)).float()
     if "guidance" in inputs:
         inputs["guidance"] = torch.full((batch,), 3.5, device=device)
@@ -133,8 +151,6 @@ def rank_main(rank: int, args: argparse.Namespace, rendezvous: str) -> None:
     rows = []
     with torch.inference_mode():
         for name in args.models.split(","):
-            if not cuda and MODELS[name][-1] is None:
-                continue
             model = build(name, device)
             for pixels in map(int, args.sizes.split(",")):
                 rows += rows_of(name, model, pixels, topology, make_inputs(name, model, pixels, device), args.rounds)

@@ -56,6 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             "ulysses": plan.layout.ulysses,
             "ring": plan.layout.ring,
             "tokens": plan.tokens,
+            "arguments": {
+                name: {"shape": spec.shape, "required": spec.required}
+                for name, spec in model.arguments().items()
+                if isinstance(spec, Argument) and spec.shape is not None and not (spec.many or spec.mask)
+            },
         }
         print(json.dumps(told, indent=2))
     else:

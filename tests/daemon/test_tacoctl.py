@@ -20,8 +20,8 @@ from tacod_client import Client
 
 TACOCTL = [sys.executable, "-c", "import sys; from tacod_client.cli import main; sys.exit(main())"]
 VERBS = (
-    *("status", "stats", "models", "load", "unload", "sample", "ps", "cancel", "ping", "plan", "demo"),
-    *("version", "completion"),
+    *("status", "stats", "models", "load", "unload", "sample", "ps", "cancel", "ping", "plan", "bench"),
+    *("demo", "version", "completion"),
 )
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -173,6 +173,46 @@ def test_plan_needs_no_daemon(tacoctl: Run, models: Path) -> None:
     assert told["plan"] in tacoctl(*arguments).stdout
 
 
+def test_plan_tells_what_a_forward_takes(tacoctl: Run, models: Path) -> None:
+    told = as_json(tacoctl("plan", models / FLUX.file, "--ranks", 3, "--json"))["arguments"]
+    assert told["x"] == {"shape": ["B", 4, "H", "W"], "required": True}
+    assert told["y"] == {"shape": ["B", 6], "required": False}
+    assert not {"ref_latents", "attention_mask", "control", "rope_options"} & set(told)
+
+
+def test_bench_compares_one_rank_with_all_and_the_daemon_remembers(tacoctl: Run, client: Client) -> None:
+    model = client.load(FLUX.file)
+    sizes = ("--size", "112x72", "--size", "64x64")
+    told = as_json(tacoctl("bench", model.id[:12], *sizes, "--text", 129, "--rounds", 3, "--json"))
+    assert told["model"] == {"id": model.id, "name": FLUX.file, "family": "flux", "dtype": "fp32"}
+    assert (told["ranks"], told["batch"], told["text"], told["rounds"]) == (2, 1, 129, 3)
+    assert [row["size"] for row in told["sizes"]] == ["112x72", "64x64"]
+    for row in told["sizes"]:
+        assert row["plan"].startswith("sequence 2 (ulysses; ")
+        assert (row["ranks"], row["error"] <= FP32) == (2, True)
+        assert 0 < row["all_s"]["p10"] <= row["all_s"]["p50"] <= row["all_s"]["p90"]
+        assert row["speedup"] == row["one_s"]["p50"] / row["all_s"]["p50"]
+        assert set(row["split"]) == {"queue_s", "wire_s", "compute_s", "collective_s"}
+        assert sum(row["split"].values()) == pytest.approx(row["all_s"]["p50"])
+        assert row["bound"]
+    FLUX.check(model)
+    assert model.stats.last is not None
+    assert model.stats.last.single_rank_s is not None
+    assert [one["id"] for one in client.models()].count(model.id) == 1
+
+
+def test_bench_takes_a_file_or_the_model_that_was_used_last(tacoctl: Run, client: Client) -> None:
+    options = ("--size", "96x64", "--batch", 2, "--rounds", 1)
+    plain = tacoctl("bench", SD3.file, *options).stdout
+    assert all(word in plain for word in (SD3.file, "96x64", "154 text tokens", "batch 2 × sequence 1", "2 ranks"))
+    SD3.check(client.load(SD3.file))
+    assert as_json(tacoctl("bench", *options, "--json"))["model"]["name"] == SD3.file
+
+
+def test_bench_says_what_a_model_can_not_take(tacoctl: Run) -> None:
+    assert "at most 24 by 24" in tacoctl("bench", SD3.file, "--size", "1024x1024", code=1).stderr
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
 def test_completion(tacoctl: Run, shell: str) -> None:
     script = tacoctl("completion", shell).stdout
@@ -201,6 +241,8 @@ def test_help_names_the_exit_codes(tacoctl: Run) -> None:
         (["status", "--endpoint", "ipc:///nowhere/tacod.sock"], 3, "no tacod listens at ipc:///nowhere"),
         (["--endpoint", "ipc:///nowhere/tacod.sock", "ping"], 3, "systemctl start tacod"),
         (["load", "missing.safetensors"], 4, "missing.safetensors"),
+        (["bench", "missing.safetensors"], 4, "missing.safetensors"),
+        (["bench", "--endpoint", "ipc:///nowhere/tacod.sock"], 3, "no tacod listens at ipc:///nowhere"),
         (["unload", "nope"], 4, "nope"),
         (["cancel", "nope"], 4, "nope"),
         (["load", "/etc/passwd"], 77, "models.roots"),

@@ -24,6 +24,7 @@ VERBS = {
     "cancel": ["cancel", "ab-1"],
     "ping": ["ping"],
     "plan": ["plan", "flux.safetensors", "--ranks", "3"],
+    "bench": ["bench", "flux.safetensors", "--size", "1024x768", "--size", "2048x2048"],
     "demo": ["demo"],
     "top": ["top"],
     "reload": ["reload"],
@@ -33,7 +34,7 @@ VERBS = {
     "completion": ["completion", "bash"],
     "version": ["version"],
 }
-ASKING = ["status", "stats", "models", "load", "ps", "cancel", "ping", "unload", "reload", "drain"]
+ASKING = ["status", "stats", "models", "load", "ps", "cancel", "ping", "unload", "reload", "drain", "bench"]
 CODES = {
     errors.TacodError: 1,
     errors.ConnectionFailed: 3,
@@ -97,6 +98,13 @@ def test_plan_has_the_usual_picture_as_its_default() -> None:
     assert (args.ranks, args.size, args.batch, args.text) == (3, (1024, 1024), 1, 512)
 
 
+def test_bench_takes_several_sizes_and_has_a_default_for_everything() -> None:
+    args = parser().parse_args(VERBS["bench"])
+    assert (args.model, args.size) == ("flux.safetensors", [(1024, 768), (2048, 2048)])
+    args = parser().parse_args(["bench"])
+    assert (args.model, args.size, args.batch, args.text, args.rounds) == (None, None, 1, None, 10)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -114,6 +122,8 @@ def test_plan_has_the_usual_picture_as_its_default() -> None:
         ["plan", "x", "--ranks", "0"],
         ["plan", "x", "--ranks", "3", "--size", "1024"],
         ["plan", "x", "--ranks", "3", "--size", "0x0"],
+        ["bench", "x", "--size", "1024"],
+        ["bench", "x", "--rounds", "0"],
         ["sample", "x", "y", "--steps", "-1"],
         ["completion", "fish"],
         ["--colour", "status"],

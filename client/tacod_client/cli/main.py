@@ -94,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     keygen.add_argument("name", nargs="?", default="client", help="of the files (default client)")
     keygen.add_argument("--folder", metavar="DIR", help="where they go (default ~/.config/tacod)")
     _add_plan(verb("plan", "how a model file would be spread over ranks; needs no daemon"))
+    _add_bench(verb("bench", "time a forward on one rank and on all, and say what bounds it"))
     demo = verb("demo", "a throw-away tacod draws a picture with the embedded model")
     demo.add_argument("prompt", nargs="?", help="what to draw")
     demo.add_argument("--ranks", type=_positive, metavar="N", help="how many ranks (default 3)")
@@ -140,6 +141,22 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--size", type=_size, default=(1024, 1024), metavar="WxH", help="in pixels, default 1024x1024")
     plan.add_argument("--batch", type=_positive, default=1, metavar="B", help="default 1")
     plan.add_argument("--text", type=_positive, default=512, metavar="L", help="text tokens, default 512")
+
+
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument(
+        "model", nargs="?", help="a model id or a start of one, or a file as for load (default: the one used last)"
+    )
+    bench.add_argument(
+        "--size",
+        action="append",
+        type=_size,
+        metavar="WxH",
+        help="in pixels, default 1024x1024; may be given several times",
+    )
+    bench.add_argument("--batch", type=_positive, default=1, metavar="B", help="default 1; 2 is an image with CFG")
+    bench.add_argument("--text", type=_positive, metavar="L", help="text tokens (default: as the family has them)")
+    bench.add_argument("--rounds", type=_positive, default=10, metavar="N", help="forwards that are timed, default 10")
 
 
 def _seconds(text: str) -> float:

@@ -25,6 +25,8 @@ from rich.table import Table
 from tacod_client.job import Job
 
 __all__ = [
+    "bench",
+    "counting",
     "duration",
     "facts",
     "jobs",
@@ -83,6 +85,16 @@ def loading(quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("loading", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def counting(total: int, quiet: bool = False) -> Iterator[Callable[[], None]]:
+    """A bar on a terminal's stderr, and what tells it that one more of so many is done."""
+    columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("measuring", total=total)
+        yield lambda: bar.advance(task)
 
 
 def status(told: dict[str, Any]) -> Any:
@@ -164,6 +176,32 @@ def stats(told: dict[str, Any]) -> Any:
         ((name, ms(seconds), f"{100 * seconds / whole:.1f} %") for name, seconds in parts),
     )
     return Group(facts(lines), split)
+
+
+def bench(told: dict[str, Any]) -> Any:
+    """``tacoctl bench``."""
+    model, parts = told["model"], ("queue", "wire", "compute", "collective")
+    lines = [
+        ("model", f"{model['name']}, {model['family']}, {model['dtype']}"),
+        ("forward", f"batch {told['batch']}, {told['text']} text tokens, median of {told['rounds']}"),
+        *((row["size"], row["plan"]) for row in told["sizes"]),
+    ]
+    table = _table(
+        ("size", "one rank", f"{told['ranks']} ranks", "speed-up", "error", *parts, "bound by"),
+        (
+            (
+                row["size"],
+                ms(row["one_s"]["p50"]),
+                ms(row["all_s"]["p50"]),
+                f"{row['speedup']:.2f}",
+                f"{row['error']:.1e}",
+                *(ms(row["split"][f"{part}_s"]) for part in parts),
+                row["bound"],
+            )
+            for row in told["sizes"]
+        ),
+    )
+    return Group(facts(lines), table)
 
 
 def facts(told: Iterable[tuple[str, str]]) -> Table:

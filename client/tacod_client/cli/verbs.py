@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tacod_client.cli import doctor, install, keygen, show, top
+from tacod_client.cli import bench, doctor, install, keygen, show, top
 from tacod_client.client import Client, Model
 from tacod_client.errors import ConnectionFailed, ModelNotFound, RequestError
 from tacod_client.version import __version__
@@ -227,6 +227,11 @@ def _demo(args: argparse.Namespace) -> int:
     return _daemon_program("tacod.demo", [*([args.prompt] if args.prompt else []), *options])
 
 
+def _bench(args: argparse.Namespace) -> int:
+    _needs("tacod", "pydantic", "torch")
+    return bench.run(args)
+
+
 def _daemon_program(module: str, arguments: list[Any]) -> int:
     """Run a program that comes with the daemon; the client itself depends on nothing of it."""
     _needs("tacod", "pydantic", "torch")
@@ -258,6 +263,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "cancel": _cancel,
     "ping": _ping,
     "plan": _plan,
+    "bench": _bench,
     "demo": _demo,
     "top": top.run,
     "doctor": doctor.run,

@@ -1,0 +1,695 @@
+"""Ours beside diffusers and xfuser: one forward, the same weights, side by side in one process group and one run.
+
+    python benchmarks/peers.py [--models flux,sd35_large,pixart] [--sizes 1024,2048] [--ranks N | --gpus 1,2,3]
+                               [--rows one,planned,…] [--without compiled] [--rounds 7] [--reference]
+                               [--json FILE] [--plot FILE]
+
+Models have the shapes of the published ones and random weights, in bf16 on GPUs; on a CPU they are cut to a few narrow
+blocks. First the ranks measure what runs in them, one model and one row at a time; when they have ended, a daemon of
+our own loads the same weights from a file, and a client measures it. A row that can't run says why, and the others go
+on. The errors are relative: against ours on one GPU, and with --reference against the same weights in fp32.
+NCCL_P2P_DISABLE=1 gives the table for cards without peer access.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import queue as queues
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plans
+import theirs
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, multiprocessing
+
+from tacod import __version__
+from tacod.plan import AUTO, Layout, Plan, Shape, make_plan
+from tacod.rank import xdit
+from tacod.rank.families.base import DiT
+from tacod.rank.spread import run
+from tacod.rank.topology import Topology
+from tacod_client import Client, ConnectionFailed
+from tacod_client.stats import ModelStats
+
+HERE = Path(__file__).parent
+WARM_UPS = 2
+PATIENCE_S = 300.0
+"""How long one row, with its compilation, may take before its ranks are ended."""
+GRACE_S = 20.0
+"""How long the others may go on with a row that a rank has failed in; they may wait for it in a collective."""
+START_S = 180.0
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+ONE_RANK = {"sequence_parallel_degree": 1, "cfg_parallel": False}
+
+LABELS = {
+    "one": "ours, one GPU",
+    "planned": "ours, as planned",
+    "sequence": "ours, all ranks share the sequence",
+    "batch": "ours, two groups share the batch",
+    "diffusers": "diffusers, one GPU",
+    "compiled": "diffusers, one GPU, blocks compiled",
+    "context": "diffusers, context parallel",
+    "xfuser": "xfuser, Ulysses",
+    "xfuser-batch": "xfuser, CFG parallel",
+    "daemon-one": "ours, daemon and client, one GPU",
+    "daemon": "ours, daemon and client, as planned",
+}
+OURS = ("one", "planned", "sequence", "batch")
+PEERS = ("diffusers", "compiled", "context", "xfuser", "xfuser-batch")
+SERVED = ("daemon-one", "daemon")
+ALONE = ("one", "diffusers", "compiled")
+"""Rows that rank 0 runs while the others wait."""
+HALVES = ("batch", "xfuser-batch")
+"""Rows for a batch of two on an even number of ranks."""
+
+Step = tuple[int, str]
+"""A size in pixels and a row, or ``reference`` or ``save``."""
+
+
+# --- in the ranks -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one group of ranks is to do."""
+
+    model: str
+    sizes: tuple[int, ...]
+    steps: tuple[Step, ...]
+    ranks: int
+    rounds: int
+    dtype: str | None
+    folder: str
+
+
+class Bench:
+    """One rank's model, inputs and groups."""
+
+    def __init__(self, job: Job, rank: int, device: torch.device, topology: Topology) -> None:
+        self.job, self.rank, self.device, self.topology = job, rank, device, topology
+        self.dtype = DTYPES[job.dtype] if job.dtype else None
+        self.config = plans.configuration(job.model, device)
+
+    @cached_property
+    def dit(self) -> DiT:
+        """The model whose weights all rows share."""
+        self.__dict__.pop("exact", None)
+        self.tidy()
+        return plans.build(self.job.model, self.device, self.dtype)
+
+    @cached_property
+    def exact(self) -> DiT:
+        """The same in fp32, for as long as `dit` isn't there."""
+        return plans.build(self.job.model, self.device, self.dtype).float()
+
+    def inputs(self, pixels: int) -> dict[str, Any]:
+        """A forward's arguments at this size."""
+        return plans.make_inputs(self.job.model, self.dit, pixels, self.device)
+
+    def tidy(self) -> None:
+        """Give back what the last row held."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def wait(self) -> None:
+        """Until the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of device memory in this row, the weights included; on a CPU, of the process so far."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    # --- rows -----------------------------------------------------------------------------------------------------
+
+    def forward(self, pixels: int, row: str) -> tuple[Callable[[], Tensor], str] | None:
+        """A row's forward and what it is like; None if it is the same as the planned one."""
+        inputs = self.inputs(pixels)
+        world = self.topology.world_size
+        if row in PEERS:
+            given = (self.dit, self.config, inputs)
+            make: dict[str, Callable[[], Callable[[], Tensor]]] = {
+                "diffusers": lambda: theirs.eager(*given),
+                "compiled": lambda: theirs.compiled(*given),
+                "context": lambda: theirs.context_parallel(*given, world),
+                "xfuser": lambda: theirs.xfuser(*given, world, False),
+                "xfuser-batch": lambda: theirs.xfuser(*given, world, True),
+            }
+            return make[row](), ""
+        shape = Shape(self.dit.heads, self.dit.width, len(inputs["x"]), self.dit.lengths(inputs))
+        planned = make_plan(AUTO, world, shape)
+        if row == "one":
+            return ours(self.dit, Plan(Layout(1, 1, 1), 1, shape), Topology(), inputs), ""
+        layout = {"planned": planned.layout, "sequence": Layout(1, world, 1), "batch": Layout(2, world // 2, 1)}[row]
+        if row != "planned" and layout == planned.layout:
+            return None
+        return ours(self.dit, Plan(layout, world, shape), self.topology, inputs), str(layout)
+
+    def measure(self, pixels: int, row: str) -> dict[str, Any] | None:
+        """The milliseconds of each round, and of the first call with all its compiling; None to leave it out."""
+        self.dit  # noqa: B018  before the peak is counted
+        self.tidy()
+        found = self.forward(pixels, row)
+        if found is None:
+            return None
+        forward, plan = found
+        times = []
+        for _ in range(WARM_UPS + self.job.rounds):
+            self.wait()
+            started = time.perf_counter()
+            out = forward()
+            self.wait()
+            times.append((time.perf_counter() - started) * 1000)
+        if self.rank == 0:
+            self.keep(f"{pixels}-{row}", {"out": out.float()})
+        return {"first_ms": times[0], "times_ms": times[WARM_UPS:], "plan": plan}
+
+    def refer(self, pixels: int) -> None:
+        """The forward that all others round: the same weights and inputs in fp32."""
+        low = self.dtype or (torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        inputs = plans.make_inputs(self.job.model, self.exact, pixels, self.device, low)
+        plan = Plan(Layout(1, 1, 1), 1, Shape(self.exact.heads, self.exact.width))
+        given = {key: value.float() for key, value in inputs.items()}
+        self.keep(f"{pixels}-reference", {"out": ours(self.exact, plan, Topology(), given)()})
+
+    def save(self) -> None:
+        """Weights as a file that describes itself, and the inputs of each size."""
+        for pixels in self.job.sizes:
+            self.keep(f"{pixels}-inputs", self.inputs(pixels))
+        weights = self.dit.state_dict()
+        header: dict[str, Any] = {"__metadata__": {"tacod.config": json.dumps(self.config)}}
+        end = 0
+        for key, weight in weights.items():
+            start, end = end, end + weight.nbytes
+            header[key] = {"dtype": NAMES[weight.dtype], "shape": list(weight.shape), "data_offsets": [start, end]}
+        head = json.dumps(header).encode()
+        head += b" " * (-len(head) % 8)
+        with Path(self.job.folder, "model.safetensors").open("wb") as file:
+            file.write(struct.pack("<Q", len(head)) + head)
+            for weight in weights.values():
+                file.write(memoryview(weight.contiguous().cpu().view(-1).view(torch.uint8).numpy()))
+
+    def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Tensors as a file, for the one that compares them."""
+        kept = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+        save_file(kept, Path(self.job.folder, f"{name}.safetensors"))
+
+
+def ours(dit: DiT, plan: Plan, topology: Topology, inputs: Mapping[str, Any]) -> Callable[[], Tensor]:
+    """Our forward by a plan."""
+    rest = {key: value for key, value in inputs.items() if key not in ("x", "timestep")}
+
+    def forward() -> Tensor:
+        out = run(dit, plan, topology, inputs["x"], inputs["timestep"], rest)
+        topology.clock.take_s()
+        return out
+
+    return forward
+
+
+def rank_main(rank: int, job: Job, tell: Any) -> None:
+    """One rank's life. It tells how each step went, and waits for the others before the next."""
+    warnings.filterwarnings("ignore")
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.ranks))
+    rendezvous, patience = f"file://{job.folder}/rendezvous", timedelta(seconds=PATIENCE_S)
+    dist.init_process_group(
+        "nccl" if cuda else "gloo", init_method=rendezvous, world_size=job.ranks, rank=rank, timeout=patience
+    )
+    topology = Topology(rank, job.ranks, xdit.join(device, rank, job.ranks, rendezvous, local_rank=rank if cuda else 0))
+    talk = dist.new_group(backend="gloo", timeout=patience)
+
+    def gather(value: Any) -> list[Any]:
+        each: list[Any] = [None] * job.ranks
+        dist.all_gather_object(each, value, group=talk)
+        return each
+
+    bench = Bench(job, rank, device, topology)
+    devices = gather(_device(device))
+    if rank == 0:
+        tell.put(("about", _about(devices)))
+    with torch.inference_mode():
+        for step in job.steps:
+            pixels, row = step
+            if rank == 0:
+                tell.put(("begin", step))
+            told, problem = None, None
+            try:
+                if rank == 0 and row == "reference":
+                    bench.refer(pixels)
+                elif rank == 0 and row == "save":
+                    bench.save()
+                elif row in LABELS and (rank == 0 or row not in ALONE):
+                    told = bench.measure(pixels, row)
+            except Exception as error:
+                problem = _words(error)
+                tell.put(("failed", step, f"{problem} (rank {rank})" if rank else problem))
+            problems = [each for each in gather(problem) if each is not None]
+            peaks = gather(bench.peak_bytes)
+            bench.tidy()
+            if rank == 0 and not problems:
+                peaks = peaks[:1] if row in ALONE else peaks
+                tell.put(("done", step, told and {**told, "peak_bytes": peaks}))
+            elif rank == 0:
+                tell.put(("done", step, {"reason": problems[0]}))
+    gather(None)
+    xdit.leave()
+
+
+def _words(error: Exception) -> str:
+    text = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {text[:120]}"
+
+
+def _device(device: torch.device) -> dict[str, Any]:
+    if device.type == "cpu":
+        return {"name": platform.processor() or platform.machine(), "gpu": None, "peers": []}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpu = visible.split(",")[device.index] if visible else str(device.index)
+    others = [index for index in range(torch.cuda.device_count()) if index != device.index]
+    peers = [index for index in others if torch.cuda.can_device_access_peer(device.index, index)]
+    return {"name": torch.cuda.get_device_name(device), "gpu": gpu, "peers": peers}
+
+
+def _about(devices: list[dict[str, Any]]) -> dict[str, Any]:
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "xfuser")}
+    about: dict[str, Any] = {"tacod": __version__, "python": platform.python_version(), **versions, "devices": devices}
+    if torch.cuda.is_available():
+        import pynvml
+
+        pynvml.nvmlInit()
+        about["driver"] = pynvml.nvmlSystemGetDriverVersion()
+        about["cuda"], about["nccl"] = torch.version.cuda, ".".join(map(str, torch.cuda.nccl.version()))
+        pynvml.nvmlShutdown()
+    else:
+        about["cores"] = os.cpu_count()
+    about["NCCL_P2P_DISABLE"] = os.environ.get("NCCL_P2P_DISABLE", "0")
+    return about
+
+
+# --- the ranks, from outside ------------------------------------------------------------------------------------------
+
+
+def run_ranks(job: Job, results: dict[Step, dict[str, Any]]) -> dict[str, Any]:
+    """Do all steps; a group that is lost is started again for those that are left. Returns what rank 0 is."""
+    about: dict[str, Any] = {}
+    steps = job.steps
+    while steps:
+        left = run_group(Job(**{**vars(job), "steps": steps}), results, about)
+        if len(left) == len(steps):
+            for step in left:
+                results[step] = {"reason": "the ranks did not start"}
+            break
+        steps = left
+    return about
+
+
+def run_group(job: Job, results: dict[Step, dict[str, Any]], about: dict[str, Any]) -> tuple[Step, ...]:
+    """One group's life; returns the steps that it left."""
+    Path(job.folder, "rendezvous").unlink(missing_ok=True)
+    tell: Any = multiprocessing.get_context("spawn").Queue()
+    group = multiprocessing.spawn(rank_main, (job, tell), job.ranks, join=False)  # type: ignore[no-untyped-call]
+    steps, deadline, ended = list(job.steps), time.monotonic() + PATIENCE_S, None
+    current: Step | None = None
+    failed: str | None = None
+    while steps and ended is None:
+        try:
+            kind, *rest = tell.get(timeout=0.5)
+        except queues.Empty:
+            ended = _ended(group) or (f"stuck after {PATIENCE_S:g} s" if time.monotonic() > deadline else None)
+            continue
+        if kind == "about":
+            about.update(rest[0])
+        elif kind == "begin":
+            current, failed, deadline = rest[0], None, time.monotonic() + PATIENCE_S
+        elif kind == "failed":
+            failed, deadline = rest[1], min(deadline, time.monotonic() + GRACE_S)
+        else:
+            step, result = rest
+            steps.remove(step)
+            current, deadline = None, time.monotonic() + PATIENCE_S
+            if result is not None:
+                results[step] = result
+            report(job.model, step, result or {})
+    if ended is not None and current is not None:
+        steps.remove(current)
+        results[current] = {"reason": failed or ended}
+        report(job.model, current, results[current])
+    elif ended is None:
+        deadline = time.monotonic() + GRACE_S
+        while any(process.is_alive() for process in group.processes) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    for process in group.processes:
+        process.kill()
+        process.join()
+    return tuple(steps)
+
+
+def _ended(group: Any) -> str | None:
+    """How a rank ended before its time."""
+    try:
+        return "the ranks ended" if group.join(timeout=0) else None
+    except Exception as error:
+        return f"a rank ended: {str(error).strip().splitlines()[-1][:120]}"
+
+
+def report(model: str, step: Step, result: Mapping[str, Any]) -> None:
+    """A line on stderr, so that one sees it go on."""
+    pixels, row = step
+    times = result.get("times_ms")
+    said = result.get("reason") or (f"{np.median(times):.1f} ms" if times else "done, or as planned")
+    print(f"  {time.strftime('%H:%M:%S')} {model} {pixels}² {row}: {said}", file=sys.stderr, flush=True)
+
+
+# --- through the daemon -----------------------------------------------------------------------------------------------
+
+
+class Split(ModelStats):
+    """The daemon's own times of the last call, in milliseconds, and what it took here."""
+
+    def add(self, answer: Mapping[str, Any], elapsed_s: float) -> None:
+        """Keep them."""
+        super().add(answer, elapsed_s)
+        self.parts = {name.removesuffix("_s"): 1000 * seconds for name, seconds in answer["timing"].items()}
+        self.parts["client"] = 1000 * elapsed_s - sum(self.parts.values())
+
+
+@contextmanager
+def daemon(gpus: Sequence[str], ranks: int, root: str) -> Iterator[str]:
+    """A tacod of our own on these devices."""
+    with tempfile.TemporaryDirectory(prefix="tacod-") as folder:
+        endpoint, config, log = f"ipc://{folder}/s", Path(folder, "c.toml"), Path(folder, "log")
+        named = json.dumps([int(gpu) if gpu.isdigit() else gpu for gpu in gpus])
+        group = f'device = "cuda"\ngpus = {named}' if gpus else f'device = "cpu"\nranks = {ranks}'
+        config.write_text(f'endpoint = "{endpoint}"\n[group]\n{group}\n[models]\nroots = ["{root}"]\n')
+        with log.open("wb") as output:
+            process = subprocess.Popen([sys.executable, "-m", "tacod.daemon", "--config", str(config)], stderr=output)
+        try:
+            deadline = time.monotonic() + START_S
+            while not _is_ready(endpoint):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    last = (log.read_text(errors="replace").strip().splitlines() or ["nothing"])[-1]
+                    raise ConnectionFailed(f"tacod did not become ready; its last word was: {last}")
+                time.sleep(0.1)
+            yield endpoint
+        finally:
+            process.send_signal(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(60)
+            process.kill()
+
+
+def _is_ready(endpoint: str) -> bool:
+    if not os.path.exists(endpoint.removeprefix("ipc://")):
+        return False
+    try:
+        with Client(endpoint, timeout_s=1.0) as client:
+            return bool(client.status()["state"] == "ready")
+    except ConnectionFailed:
+        return False
+
+
+def run_daemon(job: Job, gpus: Sequence[str], steps: Sequence[Step], results: dict[Step, dict[str, Any]]) -> None:
+    """The served rows, one call after another as a client has them."""
+    try:
+        with daemon(gpus, job.ranks, job.folder) as endpoint, Client(endpoint) as client:
+            for step in steps:
+                try:
+                    results[step] = serve(client, job, step)
+                except Exception as error:
+                    results[step] = {"reason": _words(error)}
+                report(job.model, step, results[step])
+    except Exception as error:
+        for step in steps:
+            results.setdefault(step, {"reason": _words(error)})
+            report(job.model, step, results[step])
+
+
+def serve(client: Client, job: Job, step: Step) -> dict[str, Any]:
+    """One served row."""
+    pixels, row = step
+    inputs = load_file(Path(job.folder, f"{pixels}-inputs.safetensors"))
+    plan = ONE_RANK if row == "daemon-one" else "auto"
+    model = client.load("model.safetensors", plan=plan, dtype=job.dtype)
+    model.stats = stats = Split()
+    calls = []
+    for _ in range(WARM_UPS + job.rounds):
+        started = time.perf_counter()
+        out = model.forward(**inputs)
+        calls.append(((time.perf_counter() - started) * 1000, stats.parts))
+    times = [ms for ms, _ in calls]
+    # The split of the call that took the median time adds up, as medians of parts need not.
+    middle = sorted(calls[WARM_UPS:], key=lambda call: call[0])[job.rounds // 2]
+    save_file({"out": out.float().contiguous()}, Path(job.folder, f"{pixels}-{row}.safetensors"))
+    told = next(told for told in client.models() if told["id"] == model.id)
+    ranks = client.status()["group"]["ranks"]
+    return {
+        "first_ms": times[0],
+        "times_ms": times[WARM_UPS:],
+        "plan": stats.plan,
+        "peak_bytes": [rank["memory_used_bytes"] for rank in ranks],
+        "load_s": told["loaded_s"],
+        "load_bytes_per_s": told["weight_bytes"] / max(told["loaded_s"], 1e-9),
+        "split_ms": middle[1],
+    }
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def run_model(name: str, options: argparse.Namespace, gpus: Sequence[str]) -> tuple[dict[str, Any], list[Any]]:
+    """All rows of a model; returns what the machine is, and a case for each size."""
+    sizes = [int(size) for size in options.sizes.split(",")]
+    batch = plans.MODELS[name][2]
+    rows = [row for row in options.rows if _fits(row, batch, options.ranks)]
+    served = [row for row in rows if row in SERVED]
+    steps = [(pixels, "reference") for pixels in sizes if options.reference]
+    # Ours at all sizes first: what we compile serves all of them, and a peer's compiling throws it away.
+    for some in (OURS, PEERS):
+        steps += [(pixels, row) for pixels in sizes for row in rows if row in some]
+    steps += [(sizes[0], "save")] if served else []
+    results: dict[Step, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory(prefix="peers-", dir=_room(name, options)) as folder:
+        job = Job(name, tuple(sizes), tuple(steps), options.ranks, options.rounds, options.dtype, folder)
+        about = run_ranks(job, results)
+        if served:
+            run_daemon(job, gpus, [(pixels, row) for pixels in sizes for row in served], results)
+        return about, [make_case(name, pixels, rows, results, Path(folder), options) for pixels in sizes]
+
+
+def _fits(row: str, batch: int, ranks: int) -> bool:
+    if row in HALVES:
+        return batch > 1 and ranks % 2 == 0
+    return ranks > 1 or row not in ("planned", "sequence", "context", "xfuser", "daemon")
+
+
+def _room(name: str, options: argparse.Namespace) -> str:
+    """A folder for the weights, in memory if there is room."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with torch.device("meta"):
+        model = plans.MODELS[name][0](plans.configuration(name, device))
+    width = 4 if options.dtype == "fp32" or device.type == "cpu" else 2
+    need = width * sum(weight.numel() for weight in model.state_dict().values()) + (1 << 28)
+    folders = [options.folder] if options.folder else ["/dev/shm", tempfile.gettempdir()]
+    for folder in folders:
+        if shutil.disk_usage(folder).free > need:
+            return str(folder)
+    raise SystemExit(f"peers: none of {', '.join(folders)} has {need / 2**30:.1f} GiB free; name one by --folder")
+
+
+def make_case(
+    name: str,
+    pixels: int,
+    rows: Sequence[str],
+    results: Mapping[Step, Mapping[str, Any]],
+    folder: Path,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """What was measured at one size, with speed-ups and errors."""
+    kept = {row: _out(folder / f"{pixels}-{row}.safetensors") for row in (*rows, "reference")}
+    told = []
+    one_ms = _median(results.get((pixels, "one"), {}))
+    for row in rows:
+        if (result := results.get((pixels, row))) is None:
+            continue
+        found = {"row": row, "label": LABELS[row], **result}
+        if (ms := _median(result)) is not None:
+            low, high = np.percentile(result["times_ms"], (10, 90))
+            found |= {
+                "ms": ms,
+                "p10_ms": float(low),
+                "p90_ms": float(high),
+                "speedup": one_ms and one_ms / ms,
+                "error": _error(kept[row], kept.get("one")) if row != "one" else None,
+                "error_fp32": _error(kept[row], kept["reference"]),
+            }
+        told.append(found)
+    _, _, batch, text, _ = plans.MODELS[name]
+    dtype = options.dtype or ("bf16" if torch.cuda.is_available() else "fp32")
+    return {"model": name, "pixels": pixels, "batch": batch, "text": text, "dtype": dtype, "rows": told}
+
+
+def _median(result: Mapping[str, Any]) -> float | None:
+    return float(np.median(result["times_ms"])) if "times_ms" in result else None
+
+
+def _out(path: Path) -> Tensor | None:
+    return load_file(path)["out"] if path.exists() else None
+
+
+def _error(out: Tensor | None, other: Tensor | None) -> float | None:
+    """||out - other|| / ||other||."""
+    return None if out is None or other is None else float((out - other).norm() / other.norm())
+
+
+def show_about(about: Mapping[str, Any]) -> None:
+    """The machine, and what ran on it."""
+    for rank, device in enumerate(about["devices"]):
+        where = f"GPU {device['gpu']}, " if device["gpu"] is not None else ""
+        reach = f", reaches ranks {device['peers']}" if device["peers"] else ""
+        print(f"rank {rank}: {where}{device['name']}{reach}")
+    rest = {key: value for key, value in about.items() if key != "devices"}
+    print(", ".join(f"{key} {value}" for key, value in rest.items()))
+
+
+def show_case(case: Mapping[str, Any]) -> None:
+    """One case as a table."""
+    print(f"\n{case['model']} {case['pixels']}², batch {case['batch']}, {case['text']} text tokens, {case['dtype']}")
+    heads = ("ms", "p10–p90", "× one", "error", "to fp32", "GiB a rank", "first s")
+    print(f"{'':38}" + "".join(f"{head:>{width}}" for head, width in zip(heads, WIDTHS, strict=True)))
+    for row in case["rows"]:
+        if "ms" not in row:
+            print(f"{row['label']:38}  {row['reason']}")
+            continue
+        cells = (
+            f"{row['ms']:.1f}",
+            f"{row['p10_ms']:.1f}–{row['p90_ms']:.1f}",
+            f"{row['speedup']:.2f}" if row["speedup"] else "",
+            f"{row['error']:.1e}" if row["error"] is not None else "",
+            f"{row['error_fp32']:.1e}" if row["error_fp32"] is not None else "",
+            f"{max(row['peak_bytes']) / 2**30:.1f}",
+            f"{row['first_ms'] / 1000:.1f}",
+        )
+        line = "".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True))
+        plan = row["plan"] if row["row"] in OURS else ""
+        print(f"{row['label']:38}{line}  {plan}".rstrip(), flush=True)
+    by_name = {row["row"]: row for row in case["rows"] if "ms" in row}
+    for served, alone in (("daemon-one", "one"), ("daemon", "planned")):
+        if served in by_name:
+            show_split(by_name[served], by_name.get(alone))
+
+
+WIDTHS = (9, 16, 8, 10, 10, 12, 9)
+
+
+def show_split(row: Mapping[str, Any], alone: Mapping[str, Any] | None) -> None:
+    """Where the time of a served forward went, and what it adds to the same in the rank."""
+    split = row["split_ms"]
+    whole = sum(split.values())
+    parts = " + ".join(f"{name} {ms:.2f}" for name, ms in split.items())
+    print(f"  {row['label']}: {parts} = {whole:.2f} of {row['ms']:.2f} ms", end="")
+    if alone is not None:
+        print(f"; {100 * (row['ms'] / alone['ms'] - 1):+.1f} % over the rank alone", end="")
+    print(f"; loaded in {row['load_s']:.1f} s, {row['load_bytes_per_s'] / 1e9:.1f} GB/s a rank")
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
+    with suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return "unknown"
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    devices = parser.add_mutually_exclusive_group()
+    devices.add_argument("--ranks", type=int, help="how many (default: every GPU, or 2 on a CPU)")
+    devices.add_argument("--gpus", metavar="1,2,3", help="one rank on each, as nvidia-smi numbers them")
+    parser.add_argument("--models", default=",".join(plans.MODELS))
+    parser.add_argument("--sizes", default="1024,2048", help="in pixels, square")
+    parser.add_argument("--rows", default=",".join(LABELS), help=f"of {', '.join(LABELS)}")
+    parser.add_argument("--without", default="", metavar="ROWS", help="leave these out")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--reference", action="store_true", help="errors against fp32 too; Flux takes 48 GB for it")
+    parser.add_argument("--dtype", choices=DTYPES, help="default bf16 on GPUs, fp32 on a CPU")
+    parser.add_argument("--folder", help="for the weights' file (default /dev/shm, or a temporary one)")
+    parser.add_argument("--commit", default=_commit(), help=argparse.SUPPRESS)
+    parser.add_argument("--json", metavar="FILE", help="write all of it there, too")
+    parser.add_argument("--plot", metavar="FILE", help="and a picture of it, as PNG; needs matplotlib")
+    options = parser.parse_args()
+    rows, without = options.rows.split(","), options.without.split(",") if options.without else []
+    for what, names, known in (("model", options.models.split(","), plans.MODELS), ("row", rows + without, LABELS)):
+        for name in names:
+            if name not in known:
+                parser.error(f"no {what} {name!r}; there are {', '.join(known)}")
+    options.rows = [row for row in LABELS if row in rows and row not in without]
+    return options
+
+
+def main() -> None:
+    """Measure each model, and tell."""
+    options = _parse()
+    if options.plot:
+        from peers_plot import plot
+    # Threads that spin while they wait are slow where ranks share cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    if options.gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = options.gpus
+    gpus: list[str] = []
+    if torch.cuda.is_available():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+    options.ranks = options.ranks or len(gpus) or 2
+    gpus = gpus[: options.ranks]
+    told: dict[str, Any] = {"about": {"commit": options.commit}, "cases": []}
+    for number, name in enumerate(options.models.split(",")):
+        about, cases = run_model(name, options, gpus)
+        told["about"] |= about
+        told["cases"] += cases
+        if number == 0 and about:
+            show_about(told["about"])
+        for case in cases:
+            show_case(case)
+        if options.json:
+            Path(options.json).write_text(json.dumps(told, indent=2))
+    if options.plot:
+        plot(Path(options.plot), told)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""``tacoctl bench`` without a daemon: its inputs, what it says of a split, its table."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from tacod_client.cli import bench, show
+
+SHAPES = {
+    "x": {"shape": ["B", 16, "H", "W"], "required": True},
+    "timestep": {"shape": ["B"], "required": True},
+    "context": {"shape": ["B", "L", 32], "required": True},
+    "y": {"shape": ["B", 8], "required": False},
+    "guidance": {"shape": ["B"], "required": True},
+    "c_size": {"shape": ["B", 2], "required": False},
+}
+SIZES = {"B": 2, "H": 12, "W": 20, "L": 7}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_inputs_have_the_shapes_and_the_bytes_of_comfyuis(dtype: str) -> None:
+    inputs = bench._inputs(SHAPES, {"family": "flux", "dtype": dtype}, SIZES)
+    assert {name: value.shape for name, value in inputs.items()} == {
+        "x": (2, 16, 12, 20),
+        "timestep": (2,),
+        "context": (2, 7, 32),
+        "y": (2, 8),
+        "guidance": (2,),
+    }
+    assert inputs["x"].dtype == inputs["context"].dtype == (np.float32 if dtype == "fp32" else np.float16)
+    assert inputs["timestep"].dtype == inputs["guidance"].dtype == np.float32
+    assert inputs["timestep"][0] == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("family", ["sd3", "pixart"])
+def test_other_families_count_timesteps_to_a_thousand(family: str) -> None:
+    inputs = bench._inputs({"timestep": SHAPES["timestep"]}, {"family": family, "dtype": "fp32"}, SIZES)
+    assert inputs["timestep"][0] == pytest.approx(700)
+
+
+@pytest.mark.parametrize(
+    ("parts", "speedup", "ranks", "said"),
+    [
+        ((0.0, 0.01, 0.9, 0.09), 1.8, 2, "computing"),
+        ((0.0, 0.01, 0.6, 0.39), 1.3, 2, "the links between the GPUs"),
+        ((0.0, 0.01, 0.3, 0.69), 0.8, 2, "the links between the GPUs; one rank is faster here"),
+        ((0.0, 0.4, 0.5, 0.1), 1.1, 2, "the way between client and ranks"),
+        ((0.6, 0.0, 0.3, 0.1), 1.0, 2, "other clients"),
+        ((0.0, 0.0, 1.0, 0.0), 0.99, 1, "computing"),
+        ((0.0, 0.0, 0.0, 0.0), 1.0, 1, "computing"),
+    ],
+)
+def test_what_bounds_a_forward(parts: tuple[float, ...], speedup: float, ranks: int, said: str) -> None:
+    split = {f"{part}_s": share for part, share in zip(bench.PARTS, parts, strict=True)}
+    assert bench.bound(split, speedup, ranks) == said
+
+
+def test_the_table_tells_a_line_for_each_size() -> None:
+    times = {"p10": 0.09, "p50": 0.1, "p90": 0.11}
+    row: dict[str, Any] = {
+        "plan": "sequence 3 (ulysses)",
+        "ranks": 3,
+        "one_s": {**times, "p50": 0.25},
+        "all_s": times,
+        "speedup": 2.5,
+        "error": 1.5e-7,
+        "split": {"queue_s": 0.001, "wire_s": 0.002, "compute_s": 0.09, "collective_s": 0.007},
+        "bound": "computing",
+    }
+    told = {
+        "model": {"id": "ab", "name": "flux.safetensors", "family": "flux", "dtype": "bf16"},
+        "batch": 1,
+        "text": 512,
+        "ranks": 3,
+        "rounds": 10,
+        "sizes": [{**row, "size": "1024x1024"}, {**row, "size": "2048x2048"}],
+    }
+    output = io.StringIO()
+    Console(file=output, width=200).print(show.bench(told))
+    lines = output.getvalue().splitlines()
+    for size in ("1024x1024", "2048x2048"):
+        (line,) = (line for line in lines if line.startswith(size) and "250.0 ms" in line)
+        assert all(word in line for word in ("100.0 ms", "2.50", "1.5e-07", "90.0 ms", "7.0 ms", "computing"))
+    assert any("flux.safetensors, flux, bf16" in line for line in lines)
+    assert any("3 ranks" in line for line in lines)
