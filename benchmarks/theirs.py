@@ -55,7 +55,7 @@ def compiled(dit: DiT, config: Config, inputs: Inputs) -> Forward:
     torch._dynamo.reset()
     model = _model(_class(dit), dit, config, inputs)
     model._repeated_blocks = model._repeated_blocks or [type(model.transformer_blocks[0]).__name__]
-    model.compile_repeated_blocks(fullgraph=True)
+    model.compile_repeated_blocks()
     return _caller(model, dit, inputs)
 
 
@@ -83,7 +83,7 @@ def xfuser(dit: DiT, config: Config, inputs: Inputs, world_size: int, split_batc
         run = make(dit, config, inputs, world_size // groups, split_batch)
 
     def forward() -> Tensor:
-        with state.within():
+        with state.within(), sdpa_kernel(FASTEST, set_priority=True):
             return run()
 
     return forward

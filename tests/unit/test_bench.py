@@ -47,8 +47,8 @@ def test_other_families_count_timesteps_to_a_thousand(family: str) -> None:
     ("parts", "speedup", "ranks", "said"),
     [
         ((0.0, 0.01, 0.9, 0.09), 1.8, 2, "computing"),
-        ((0.0, 0.01, 0.6, 0.39), 1.3, 2, "the links between the GPUs"),
-        ((0.0, 0.01, 0.3, 0.69), 0.8, 2, "the links between the GPUs; one rank is faster here"),
+        ((0.0, 0.01, 0.6, 0.39), 1.3, 2, "the exchange between ranks"),
+        ((0.0, 0.01, 0.3, 0.69), 0.8, 2, "the exchange between ranks; one rank is faster here"),
         ((0.0, 0.4, 0.5, 0.1), 1.1, 2, "the way between client and ranks"),
         ((0.6, 0.0, 0.3, 0.1), 1.0, 2, "other clients"),
         ((0.0, 0.0, 1.0, 0.0), 0.99, 1, "computing"),

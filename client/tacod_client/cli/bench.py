@@ -164,7 +164,7 @@ def bound(split: Mapping[str, float], speedup: float, ranks: int) -> str:
         "queue": "other clients",
         "wire": "the way between client and ranks",
         "compute": "computing",
-        "collective": "the links between the GPUs",
+        "collective": "the exchange between ranks",
     }[part]
     if ranks > 1 and speedup < 1:
         return f"{said}; one rank is faster here"
