@@ -49,13 +49,15 @@ from tacod import __version__
 from tacod.plan import AUTO, Layout, Plan, Shape, make_plan
 from tacod.rank import xdit
 from tacod.rank.families.base import DiT
-from tacod.rank.spread import run
+from tacod.rank.forwards import Forwards
 from tacod.rank.topology import Topology
+from tacod.rank.weights import narrow_matrices, share
 from tacod_client import Client, ConnectionFailed
 from tacod_client.stats import ModelStats
 
 HERE = Path(__file__).parent
-WARM_UPS = 2
+WARM_UPS = 3
+"""The first makes what is made once, the second a CUDA graph."""
 PATIENCE_S = 300.0
 """How long one row, with its compilation, may take before its ranks are ended."""
 GRACE_S = 20.0
@@ -70,6 +72,9 @@ LABELS = {
     "planned": "ours, as planned",
     "sequence": "ours, all ranks share the sequence",
     "batch": "ours, two groups share the batch",
+    "int8": "ours, as planned, exchange in int8",
+    "fp8-one": "ours, one GPU, matrices in fp8",
+    "fp8": "ours, as planned, matrices in fp8",
     "diffusers": "diffusers, one GPU",
     "compiled": "diffusers, one GPU, blocks compiled",
     "context": "diffusers, context parallel",
@@ -78,10 +83,10 @@ LABELS = {
     "daemon-one": "ours, daemon and client, one GPU",
     "daemon": "ours, daemon and client, as planned",
 }
-OURS = ("one", "planned", "sequence", "batch")
+OURS = ("one", "planned", "sequence", "batch", "int8", "fp8-one", "fp8")
 PEERS = ("diffusers", "compiled", "context", "xfuser", "xfuser-batch")
 SERVED = ("daemon-one", "daemon")
-ALONE = ("one", "diffusers", "compiled")
+ALONE = ("one", "fp8-one", "diffusers", "compiled")
 """Rows that rank 0 runs while the others wait."""
 HALVES = ("batch", "xfuser-batch")
 """Rows for a batch of two on an even number of ranks."""
@@ -113,6 +118,7 @@ class Bench:
         self.job, self.rank, self.device, self.topology = job, rank, device, topology
         self.dtype = DTYPES[job.dtype] if job.dtype else None
         self.config = plans.configuration(job.model, device)
+        self.forwards, self.alone = Forwards(topology), Forwards(Topology())
 
     @cached_property
     def dit(self) -> DiT:
@@ -126,12 +132,21 @@ class Bench:
         """The same in fp32, for as long as `dit` isn't there."""
         return plans.build(self.job.model, self.device, self.dtype).float()
 
+    @cached_property
+    def narrow(self) -> DiT:
+        """The same with its matrices in fp8."""
+        twin = share(self.dit)
+        narrow_matrices(twin)
+        return twin
+
     def inputs(self, pixels: int) -> dict[str, Any]:
         """A forward's arguments at this size."""
         return plans.make_inputs(self.job.model, self.dit, pixels, self.device)
 
     def tidy(self) -> None:
         """Give back what the last row held."""
+        self.forwards.clear()
+        self.alone.clear()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -167,12 +182,13 @@ class Bench:
             return make[row](), ""
         shape = Shape(self.dit.heads, self.dit.width, len(inputs["x"]), self.dit.lengths(inputs))
         planned = make_plan(AUTO, world, shape)
-        if row == "one":
-            return ours(self.dit, Plan(Layout(1, 1, 1), 1, shape), Topology(), inputs), ""
-        layout = {"planned": planned.layout, "sequence": Layout(1, world, 1), "batch": Layout(2, world // 2, 1)}[row]
-        if row != "planned" and layout == planned.layout:
+        dit = self.narrow if row.startswith("fp8") else self.dit
+        if row in ("one", "fp8-one"):
+            return ours(dit, Plan(Layout(1, 1, 1), 1, shape), self.alone, inputs), ""
+        layout = {"sequence": Layout(1, world, 1), "batch": Layout(2, world // 2, 1)}.get(row, planned.layout)
+        if (row in ("sequence", "batch") and layout == planned.layout) or (row == "int8" and layout.ulysses == 1):
             return None
-        return ours(self.dit, Plan(layout, world, shape), self.topology, inputs), str(layout)
+        return ours(dit, Plan(layout, world, shape, narrow=row == "int8"), self.forwards, inputs), str(layout)
 
     def measure(self, pixels: int, row: str) -> dict[str, Any] | None:
         """The milliseconds of each round, and of the first call with all its compiling; None to leave it out."""
@@ -199,7 +215,7 @@ class Bench:
         inputs = plans.make_inputs(self.job.model, self.exact, pixels, self.device, low)
         plan = Plan(Layout(1, 1, 1), 1, Shape(self.exact.heads, self.exact.width))
         given = {key: value.float() for key, value in inputs.items()}
-        self.keep(f"{pixels}-reference", {"out": ours(self.exact, plan, Topology(), given)()})
+        self.keep(f"{pixels}-reference", {"out": ours(self.exact, plan, self.alone, given)()})
 
     def save(self) -> None:
         """Weights as a file that describes itself, and the inputs of each size."""
@@ -224,13 +240,13 @@ class Bench:
         save_file(kept, Path(self.job.folder, f"{name}.safetensors"))
 
 
-def ours(dit: DiT, plan: Plan, topology: Topology, inputs: Mapping[str, Any]) -> Callable[[], Tensor]:
+def ours(dit: DiT, plan: Plan, forwards: Forwards, inputs: Mapping[str, Any]) -> Callable[[], Tensor]:
     """Our forward by a plan."""
     rest = {key: value for key, value in inputs.items() if key not in ("x", "timestep")}
 
     def forward() -> Tensor:
-        out = run(dit, plan, topology, inputs["x"], inputs["timestep"], rest)
-        topology.clock.take_s()
+        out = forwards(dit, plan, inputs["x"], inputs["timestep"], rest)
+        forwards.topology.clock.take_s()
         return out
 
     return forward
@@ -513,7 +529,7 @@ def run_model(name: str, options: argparse.Namespace, gpus: Sequence[str]) -> tu
 def _fits(row: str, batch: int, ranks: int) -> bool:
     if row in HALVES:
         return batch > 1 and ranks % 2 == 0
-    return ranks > 1 or row not in ("planned", "sequence", "context", "xfuser", "daemon")
+    return ranks > 1 or row not in ("planned", "sequence", "int8", "fp8", "context", "xfuser", "daemon")
 
 
 def _room(name: str, options: argparse.Namespace) -> str:
