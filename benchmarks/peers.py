@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import queue as queues
+import re
 import resource
 import shutil
 import signal
@@ -50,6 +51,7 @@ from tacod.plan import AUTO, Layout, Plan, Shape, make_plan
 from tacod.rank import xdit
 from tacod.rank.families.base import DiT
 from tacod.rank.forwards import Forwards
+from tacod.rank.peers import reach_peers
 from tacod.rank.topology import Topology
 from tacod.rank.weights import narrow_matrices, share
 from tacod_client import Client, ConnectionFailed
@@ -231,8 +233,12 @@ class Bench:
         head += b" " * (-len(head) % 8)
         with Path(self.job.folder, "model.safetensors").open("wb") as file:
             file.write(struct.pack("<Q", len(head)) + head)
+            # Through pinned memory, which a GPU fills many times as fast.
+            staging = torch.empty(1 << 26, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
             for weight in weights.values():
-                file.write(memoryview(weight.contiguous().cpu().view(-1).view(torch.uint8).numpy()))
+                for part in torch.split(weight.contiguous().view(-1).view(torch.uint8), len(staging)):
+                    staged = staging[: len(part)].copy_(part)
+                    file.write(memoryview(staged.numpy()))
 
     def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Tensors as a file, for the one that compares them."""
@@ -265,7 +271,12 @@ def rank_main(rank: int, job: Job, tell: Any) -> None:
     dist.init_process_group(
         "nccl" if cuda else "gloo", init_method=rendezvous, world_size=job.ranks, rank=rank, timeout=patience
     )
-    topology = Topology(rank, job.ranks, xdit.join(device, rank, job.ranks, rendezvous, local_rank=rank if cuda else 0))
+    topology = Topology(
+        rank,
+        job.ranks,
+        xdit.join(device, rank, job.ranks, rendezvous, local_rank=rank if cuda else 0),
+        reach_peers if cuda else None,
+    )
     talk = dist.new_group(backend="gloo", timeout=patience)
 
     def gather(value: Any) -> list[Any]:
@@ -446,6 +457,8 @@ def daemon(gpus: Sequence[str], ranks: int, root: str) -> Iterator[str]:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(60)
             process.kill()
+            # What it was unhappy with, such as GPUs that don't reach each other.
+            print(*re.findall(r".*(?:warning|error).*\n", log.read_text(errors="replace"), re.I), file=sys.stderr)
 
 
 def _is_ready(endpoint: str) -> bool:

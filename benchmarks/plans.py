@@ -25,6 +25,7 @@ from tacod.rank.families.base import DiT
 from tacod.rank.families.flux import Flux
 from tacod.rank.families.pixart import PixArt
 from tacod.rank.families.sd3 import SD3
+from tacod.rank.peers import reach_peers
 from tacod.rank.spread import run
 from tacod.rank.topology import Topology
 
@@ -146,7 +147,10 @@ def rank_main(rank: int, args: argparse.Namespace, rendezvous: str) -> None:
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.ranks))
     topology = Topology(
-        rank, args.ranks, xdit.join(device, rank, args.ranks, rendezvous, local_rank=rank if cuda else 0)
+        rank,
+        args.ranks,
+        xdit.join(device, rank, args.ranks, rendezvous, local_rank=rank if cuda else 0),
+        reach_peers if cuda else None,
     )
     rows = []
     with torch.inference_mode():

@@ -98,6 +98,8 @@ class Group(_Section):
     """Client tensors that each rank keeps, so that a prompt's embeddings travel once."""
     cuda_graphs: bool = True
     """Whether forwards that come again are replayed as CUDA graphs; off to see whether something is their doing."""
+    peer_memory: bool = True
+    """Whether GPUs that can write into each other's memory do so in Ulysses' exchange, instead of through NCCL."""
 
     @model_validator(mode="after")
     def _one_kind_of_device(self) -> Group:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,9 +172,10 @@ class RankGroup:
                     *("--rendezvous", f"file://{self.folder}/rendezvous-{self._epoch}"),
                     *("--stacks", str(self._stacks(index))),
                     *(() if self.settings.cuda_graphs else ("--no-cuda-graphs",)),
+                    *(() if self.settings.peer_memory else ("--no-peer-memory",)),
                     *(("--fault", json.dumps(fault)) if fault is not None else ()),
                 ],
-                env=_environment(self.settings.device, device),
+                env=_environment(self.settings.device, self.devices),
                 pass_fds=(read,),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
@@ -374,11 +375,14 @@ class RankGroup:
         return Answer(body=first.body, elapsed_s=elapsed_s)
 
 
-def _environment(kind: str, device: str) -> dict[str, str]:
-    """A rank's environment: its device alone, and no allocator settings meant for someone else's process."""
+def _environment(kind: str, devices: Sequence[str]) -> dict[str, str]:
+    """A rank's environment: the group's devices alone, and no allocator settings meant for someone else's process.
+
+    Each rank uses the one at its own index; it sees the others to write into their memory.
+    """
     env = {key: value for key, value in os.environ.items() if key not in _NOT_INHERITED}
     if kind == "cuda":
-        env.update(CUDA_DEVICE_ORDER="PCI_BUS_ID", CUDA_VISIBLE_DEVICES=device)
+        env.update(CUDA_DEVICE_ORDER="PCI_BUS_ID", CUDA_VISIBLE_DEVICES=",".join(devices))
         env.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     else:
         env.update(CUDA_VISIBLE_DEVICES="")

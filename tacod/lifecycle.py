@@ -34,6 +34,7 @@ FIXED = (
     "group.gpus",
     "group.ranks",
     "group.cuda_graphs",
+    "group.peer_memory",
     "metrics.",
     "curve.listen",
 )

@@ -23,6 +23,7 @@ from tacod import logs
 from tacod.rank import xdit
 from tacod.rank.engine import Engine
 from tacod.rank.fault import strike
+from tacod.rank.peers import reach_peers
 from tacod.rank.selftest import selftest
 from tacod.rank.topology import Topology
 from tacod_client import wire
@@ -44,17 +45,18 @@ def main() -> None:
     logs.configure(os.environ.get("TACOD_LOG_LEVEL", "info"), prefix=f"rank {args.rank}: ")
     if args.fault is not None:
         strike(args.fault, "before", args.rank)
-    device = torch.device("cuda", 0) if args.device == "cuda" else torch.device("cpu")
+    device = torch.device("cuda", args.rank) if args.device == "cuda" else torch.device("cpu")
     if device.type == "cpu":
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // args.world_size))
     else:
         torch.cuda.set_device(device)
         # fp32 means fp32, in the one convolution too.
         torch.backends.cudnn.allow_tf32 = False
-    make_group = xdit.join(device, args.rank, args.world_size, args.rendezvous)
+    make_group = xdit.join(device, args.rank, args.world_size, args.rendezvous, device.index or 0)
     # What was imported stays; to look for garbage in it would take a tenth of a second at every load.
     gc.freeze()
-    topology = Topology(args.rank, args.world_size, make_group)
+    reach = reach_peers if device.type == "cuda" and not args.no_peer_memory else None
+    topology = Topology(args.rank, args.world_size, make_group, reach)
     engine = Engine(device, topology, graphs=not args.no_cuda_graphs)
     selftest(engine)
     serve(engine, args.rank, args.epoch, args.address)
@@ -71,6 +73,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--death-fd", type=int, required=True)
     parser.add_argument("--stacks", type=argparse.FileType("w"), required=True, help="where SIGUSR1 writes them")
     parser.add_argument("--no-cuda-graphs", action="store_true")
+    parser.add_argument("--no-peer-memory", action="store_true")
     parser.add_argument("--fault", type=json.loads, help="what goes wrong on purpose, as JSON")
     return parser.parse_args()
 

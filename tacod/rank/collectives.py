@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from tacod.rank.narrow import from_bytes, narrow_bytes, to_bytes
+from tacod.rank.peers import Peers, Slot
 
 __all__ = ["Clock", "Exchange", "Group"]
 
@@ -83,6 +85,8 @@ class Group:
         self.clock = clock or Clock()
         self.rank = dist.get_rank(group) if group is not None else 0
         self.size = dist.get_world_size(group) if group is not None else 1
+        self.peers: Peers | None = None
+        """Memory of its ranks that all of them write into, where they can."""
 
     def all_to_all(self, sent: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         """Exchange flat buffers: ``send[r]`` elements of ``sent`` go to rank r, ``receive[r]`` come from it."""
@@ -106,6 +110,12 @@ class Group:
         All are contiguous. ``narrow`` sends their rows in 8 bits.
         """
         return Exchange(self, sent, received, narrow)
+
+    def settle(self, slot: Slot) -> None:
+        """Wait until all that the ranks have written there has arrived."""
+        self.clock.begin(self._on_gpu)
+        slot.barrier()
+        self.clock.end(self._on_gpu)
 
     def gather(self, part: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
         """The ranks' parts, of ``sizes`` along ``dim``, joined on every rank."""
@@ -131,15 +141,14 @@ class Group:
         """Whether all ranks say so."""
         if self.size == 1:
             return verdict
-        said = torch.tensor([verdict], dtype=torch.uint8, device=self._device)
+        said = torch.tensor([verdict], dtype=torch.uint8, device="cuda" if self._on_gpu else "cpu")
         dist.all_reduce(said, dist.ReduceOp.MIN, group=self.group)
         return bool(said.item())
 
-    @property
-    def _device(self) -> torch.device:
-        """Where its collectives' tensors are."""
-        gpu = self.group is not None and dist.get_backend(self.group) == "nccl"
-        return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+    @cached_property
+    def _on_gpu(self) -> bool:
+        """Whether its collectives' tensors are on a GPU."""
+        return self.group is not None and dist.get_backend(self.group) == "nccl"
 
     def pass_on(self, sent: Tensor, count: int) -> Passing:
         """Begin to send a flat buffer to the next rank, and to receive ``count`` elements from the one before."""

@@ -276,8 +276,8 @@ def _lack_of_memory(error: Exception) -> str | None:
     """What an allocator says, in short; None if this error is of another kind."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError):
-        # The sentences on what was tried, and on what is free. A rank sees one GPU, which it numbers 0.
-        return ". ".join(text.split(". ")[:3]).replace("GPU 0 has", "the GPU has")
+        # The sentences on what was tried, and on what is free; its numbers of GPUs are not those of nvidia-smi.
+        return re.sub(r"GPU \d+ has", "the GPU has", ". ".join(text.split(". ")[:3]))
     # PyTorch has no type of its own for the host's memory.
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
         import psutil

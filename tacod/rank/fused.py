@@ -6,6 +6,7 @@ Under autograd, as in training, the operations are used everywhere.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ __all__ = [
     "Rotation",
     "add_gated",
     "add_gated_norm",
+    "copy_heads",
     "has_kernels",
     "norm_modulate",
 ]
@@ -91,24 +93,32 @@ class Projected:
             q, k = _turn(q, self.rotation), _turn(k, self.rotation)
         return q, k, v
 
-    def pack(self, sent: Tensor, kept: Tensor, rank: int, counts: list[int]) -> None:
-        """Put them where they are sent from, or kept.
-
-        ``sent`` is flat: for one rank after the other [S, B, 3, its heads, D], of which rank r has ``counts[r]``;
-        ``kept`` [S, B, 3, its heads, D] takes the place of this rank's.
-        """
-        qkv = self.parts
-        if has_kernels(qkv) and qkv.shape[-1] % 2 == 0:
+    def pack(self, places: Sequence[Tensor]) -> None:
+        """Put some heads after the others into each of ``places``: [S, B, 3, its heads, D], contiguous."""
+        first = 0
+        if has_kernels(self.qkv) and places[0].shape[-1] % 2 == 0:
             from tacod.rank import kernels
 
-            kernels.pack(qkv, self.norms, self.rotation, _EPSILON, sent, kept, rank, len(counts))
+            parts = self.parts
+            for place in places:
+                heads = parts[:, :, :, first : first + place.shape[3]]
+                kernels.pack(heads, self.norms, self.rotation, _EPSILON, place)
+                first += place.shape[3]
             return
         whole = torch.stack(self.heads_now(), dim=2).transpose(0, 1)
-        start = 0
-        for peer, part in enumerate(torch.split(whole, counts, dim=3)):
-            region = kept if peer == rank else sent[start : start + part.numel()].view(part.shape)
-            region.copy_(part)
-            start += part.numel()
+        for place in places:
+            place.copy_(whole[:, :, :, first : first + place.shape[3]])
+            first += place.shape[3]
+
+
+def copy_heads(source: Tensor, target: Tensor) -> None:
+    """Copy [S, B, h, D] into as much of another tensor's heads."""
+    if has_kernels(source):
+        from tacod.rank import kernels
+
+        kernels.copy(source.flatten(2).flatten(0, 1), target.flatten(2).flatten(0, 1))
+        return
+    target.copy_(source)
 
 
 def _turn(x: Tensor, rotation: Rotation) -> Tensor:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["dequantise", "pack", "quantise", "rows"]
+__all__ = ["copy", "dequantise", "pack", "quantise", "rows"]
 
 _HEADS = 8
 """Heads that one program of `pack` handles."""
@@ -86,27 +86,19 @@ def _image_stride(x: Tensor) -> int:
     return x.stride(0) if x.shape[0] > 1 else 0
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "rank", "each", "extra", "batch"])
+@triton.jit(do_not_specialize=["tokens", "heads", "batch"])
 def _pack(
-    qkv, q_scale, k_scale, cosine, sine, sent, kept,
-    tokens, heads, rank, each, extra, batch, epsilon,
+    qkv, q_scale, k_scale, cosine, sine, target,
+    tokens, heads, batch, epsilon,
     image_stride, token_stride, part_stride,
     WIDTH: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Some heads of one token: norm and turn queries and keys, and put all three where they are sent from or kept."""
+    """Some heads of one token: norm and turn queries and keys, and put all three where they are wanted."""
     row = tl.program_id(0).to(tl.int64)
     image, token = row // tokens, row % tokens
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     channel, pair = tl.arange(0, 2 * HALF), tl.arange(0, HALF)
     inside = (head[:, None] < heads) & (channel[None, :] < WIDTH)
-    # Ranks have ``each`` heads, the first ``extra`` of them one more.
-    late = extra + (head - extra * (each + 1)) // tl.maximum(each, 1)
-    peer = tl.where(head < extra * (each + 1), head // (each + 1), late)
-    before = peer * each + tl.minimum(peer, extra)
-    count = each + (peer < extra).to(tl.int32)
-    # Tokens come first in what each rank gets: [S, B, 3, its heads, D].
-    line = (token * batch + image) * 3
-    away = before.to(tl.int64) * tokens * batch * (3 * WIDTH)
     if TURN:
         cos = tl.load(cosine + token * (WIDTH // 2) + pair, mask=pair < WIDTH // 2, other=0.0)[None, :]
         sin = tl.load(sine + token * (WIDTH // 2) + pair, mask=pair < WIDTH // 2, other=0.0)[None, :]
@@ -123,9 +115,9 @@ def _pack(
                 even, odd = tl.split(tl.reshape(turned, (HEADS, HALF, 2)))
                 turned = tl.reshape(tl.join(cos * even - sin * odd, sin * even + cos * odd), (HEADS, 2 * HALF))
             value = turned.to(value.dtype)
-        place = ((line + part) * count + head - before) * WIDTH
-        target = tl.where(peer == rank, kept + place, sent + away + place)
-        tl.store(target[:, None] + channel[None, :], value, mask=inside)
+        # Tokens come first: [S, B, 3, H, D].
+        place = (((token * batch + image) * 3 + part) * heads + head) * WIDTH
+        tl.store(target + place[:, None] + channel[None, :], value, mask=inside)
 
 
 def pack(
@@ -133,31 +125,44 @@ def pack(
     norms: tuple[Tensor, Tensor] | None,
     rotation: tuple[Tensor, Tensor] | None,
     epsilon: float,
-    sent: Tensor,
-    kept: Tensor,
-    rank: int,
-    size: int,
+    target: Tensor,
 ) -> None:
-    """Put a stream's queries, keys and values where each rank's heads are sent from, and this rank's where they stay.
+    """Queries, keys and values of some heads, normed and turned, into ``target`` [S, B, 3, H, D], which is contiguous.
 
-    ``qkv`` is [B, S, 3, H, D], any but the last two strides, D even. ``sent`` is flat, and holds for one rank after the
-    other [S, B, 3, its heads, D]; ``kept`` is this rank's. ``norms`` are the RMS scales of queries and keys,
-    ``rotation`` cosines and sines of [S, D / 2] in fp32.
+    ``qkv`` is [B, S, 3, H, D], with any but the last two strides, and D even. ``norms`` are the RMS scales of queries
+    and keys, ``rotation`` cosines and sines of [S, D / 2] in fp32.
     """
     batch, tokens, _, heads, width = qkv.shape
-    if not batch * tokens:
+    if not target.numel():
         return
     assert qkv.stride(-1) == 1
     assert qkv.stride(-2) == width
     q_scale, k_scale = norms or (qkv, qkv)
     cosine, sine = rotation or (qkv, qkv)
     _pack[(batch * tokens, triton.cdiv(heads, _HEADS))](
-        qkv, q_scale, k_scale, cosine, sine, sent, kept,
-        tokens, heads, rank, heads // size, heads % size, batch, epsilon,
+        qkv, q_scale, k_scale, cosine, sine, target,
+        tokens, heads, batch, epsilon,
         *qkv.stride()[:3],
         WIDTH=width, NORM=norms is not None, TURN=rotation is not None,
         HEADS=_HEADS, HALF=triton.next_power_of_2(width // 2), num_warps=4,
     )  # fmt: skip
+
+
+@triton.jit
+def _copy(source, target, width, source_row, target_row, BLOCK: tl.constexpr):
+    """One row."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    tl.store(target + row * target_row + column, tl.load(source + row * source_row + column, mask=inside), mask=inside)
+
+
+def copy(source: Tensor, target: Tensor) -> None:
+    """Copy rows [n, W], neighbouring in each row, far apart or not; wide stores make the most of a link."""
+    rows, width = source.shape
+    if source.numel():
+        block = triton.next_power_of_2(width)
+        _copy[(rows,)](source, target, width, source.stride(0), target.stride(0), BLOCK=block, num_warps=4)
 
 
 @triton.jit(do_not_specialize=["rows"])

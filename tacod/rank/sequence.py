@@ -8,7 +8,6 @@ one at most, and every exchange carries explicit sizes. A rank without tokens or
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,7 +16,8 @@ from torch import Tensor
 from tacod.plan import chunks
 from tacod.rank.attention import attend, attend_part, merge
 from tacod.rank.collectives import Exchange, Group
-from tacod.rank.fused import Projected, has_kernels
+from tacod.rank.fused import Projected, copy_heads, has_kernels
+from tacod.rank.peers import Peers, Slot
 
 __all__ = ["Attending", "SequenceParallel"]
 
@@ -46,6 +46,11 @@ class SequenceParallel:
     def narrowed(self, narrow: bool) -> SequenceParallel:
         """The same ranks, with 8 bits or without."""
         return SequenceParallel(self.whole, self.ulysses, self.ring, narrow)
+
+    @property
+    def peers(self) -> Peers | None:
+        """The memory of Ulysses' ranks that this one writes into, if it does."""
+        return None if self.narrow else self.ulysses.peers
 
     @property
     def size(self) -> int:
@@ -117,6 +122,8 @@ class Attending:
         self._back: Exchange | None = None
         self._out: Tensor | None = None
         self._received: Tensor | None = None
+        self._slot: Slot | None = None
+        self._has_run = False
         order = sorted(range(len(streams)), key=lambda index: -max(counts[index]))
         projected = {}
         for index in order:
@@ -134,32 +141,41 @@ class Attending:
         return [[sum(each) for each in zip(*run, strict=True)] for run in self._streams]
 
     def _send(self, stream: Projected, index: int) -> None:
+        """Set out this rank's heads of a stream for each rank of its run."""
         group, ring = self._sequence.ulysses, self._sequence.ring
         run, tokens = self._streams[ring.rank], self._tokens[ring.rank]
-        batch, width = len(stream.qkv), stream.parts.shape[-1]
-        self._heads = chunks(stream.heads, group.size)
+        batch, width, dtype = len(stream.qkv), stream.parts.shape[-1], stream.qkv.dtype
         if self._received is None:
-            self._received = stream.qkv.new_empty(sum(tokens), batch, 3, self._heads[group.rank], width)
+            self._heads = chunks(stream.heads, group.size)
+            if self._sequence.peers is not None:
+                self._slot = self._sequence.peers.open(tokens, batch, self._heads, width, dtype)
+                self._received = self._slot.received(group.rank)
+            else:
+                self._received = stream.qkv.new_empty(sum(tokens), batch, 3, self._heads[group.rank], width)
             self._qkv = self._received.permute(2, 1, 3, 0, 4)
-        first = [sum(each[rank] for each in run[:index]) for rank in range(group.size)]
-        arriving = [
-            rows.narrow(0, start, count)
-            for rows, start, count in zip(torch.split(self._received, tokens), first, run[index], strict=True)
-        ]
-        shapes = [(run[index][group.rank], batch, 3, count, width) for count in self._heads]
-        sent = stream.qkv.new_empty(sum(map(math.prod, shapes)) if group.size > 1 else 0)
-        stream.pack(sent, arriving[group.rank], group.rank, self._heads)
+        # Where, among all tokens, this stream's of each rank begin.
+        first = [sum(tokens[:rank]) + sum(each[rank] for each in run[:index]) for rank in range(group.size)]
+        counts = run[index]
+        if self._slot is not None:
+            mine = slice(first[group.rank], first[group.rank] + counts[group.rank])
+            stream.pack([self._slot.received(rank)[mine] for rank in range(group.size)])
+            return
+        arriving = [self._received.narrow(0, *each) for each in zip(first, counts, strict=True)]
+        places = [stream.qkv.new_empty(counts[group.rank], batch, 3, count, width) for count in self._heads]
+        places[group.rank] = arriving[group.rank]
+        stream.pack(places)
         if group.size > 1:
-            parts = zip(torch.split(sent, [math.prod(shape) for shape in shapes]), shapes, strict=True)
-            away = [part.view(shape) for part, shape in parts]
-            self._coming.append(group.exchange(away, arriving, self._sequence.narrow))
+            self._coming.append(group.exchange(places, arriving, self._sequence.narrow))
 
     def run(self) -> None:
         """Attend, and send back: heads for tokens."""
+        self._has_run = True
+        ring, group = self._sequence.ring, self._sequence.ulysses
         for exchange in self._coming:
             exchange.wait()
+        if self._slot is not None:
+            group.settle(self._slot)
         q, k, v = self._qkv
-        ring, group = self._sequence.ring, self._sequence.ulysses
         if ring.size > 1:
             out = _around(ring, q, k, v, list(map(sum, self._tokens)), self._mask)
         else:
@@ -168,6 +184,11 @@ class Attending:
             self._out = out.transpose(1, 2).flatten(2)
             return
         leaving = list(torch.split(out.permute(2, 0, 1, 3).contiguous(), self._tokens[ring.rank]))
+        if self._slot is not None:
+            first, count = sum(self._heads[: group.rank]), self._heads[group.rank]
+            for rank, part in enumerate(leaving):
+                copy_heads(part, self._slot.returned(rank)[:, :, first : first + count])
+            return
         kept = leaving[group.rank]
         tokens, batch, _, width = kept.shape
         self._parts = [out.new_empty(tokens, batch, count, width) for count in self._heads]
@@ -175,12 +196,17 @@ class Attending:
         self._back = group.exchange(leaving, self._parts, self._sequence.narrow)
 
     def result(self) -> Tensor:
-        """For this rank's tokens, [B, S, H * D]."""
-        if self._out is None and self._back is None:
+        """For this rank's tokens, [B, S, H * D]; where ranks write into each other's memory, until others attend."""
+        if not self._has_run:
             self.run()
         if self._back is not None:
             self._back.wait()
             self._out = torch.cat(self._parts, dim=2).transpose(0, 1).flatten(2)
+        if self._slot is not None:
+            group = self._sequence.ulysses
+            group.settle(self._slot)
+            self._out = self._slot.returned(group.rank).transpose(0, 1).flatten(2)
+            self._slot.close()
         assert self._out is not None
         return self._out
 

@@ -39,8 +39,14 @@ def run(dit: DiT, plan: Plan, topology: Topology, x: Tensor, timestep: Tensor, a
         sizes = chunks(len(x), layout.batch)
         start = sum(sizes[: seat.batch.rank])
         mine = slice(start, start + sizes[seat.batch.rank])
-        with sdpa_kernel(FAST, set_priority=True) if plan.flash_attention else sdpa_kernel(PLAIN):
-            out = dit(seat.sequence.narrowed(plan.narrow), x[mine], timestep[mine], **_images(arguments, mine))
+        sequence = seat.sequence.narrowed(plan.narrow)
+        try:
+            with sdpa_kernel(FAST, set_priority=True) if plan.flash_attention else sdpa_kernel(PLAIN):
+                out = dit(sequence, x[mine], timestep[mine], **_images(arguments, mine))
+        except BaseException:
+            if sequence.peers is not None:
+                sequence.peers.discard()
+            raise
         out = seat.batch.gather(out, sizes, dim=0)
     if layout.ranks < topology.world_size:
         shape = (len(x), dit.out_channels, *x.shape[2:])

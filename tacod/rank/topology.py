@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from tacod.plan import Layout
 from tacod.rank.collectives import Clock, Group
+from tacod.rank.peers import Peers
 from tacod.rank.sequence import SequenceParallel
 
 __all__ = ["MakeGroup", "Seat", "Topology"]
@@ -33,13 +34,22 @@ class Topology:
     for a batch of two and 4 for one image, live side by side.
     """
 
-    def __init__(self, rank: int = 0, world_size: int = 1, make_group: MakeGroup | None = None) -> None:
+    def __init__(
+        self,
+        rank: int = 0,
+        world_size: int = 1,
+        make_group: MakeGroup | None = None,
+        reach: Callable[[Group], Peers | None] | None = None,
+    ) -> None:
+        """``reach`` finds the memory of a group's ranks that all of them can write into."""
         self.rank = rank
         self.world_size = world_size
         self.clock = Clock()
         self._make_group = make_group
         self._groups: dict[tuple[tuple[int, ...], ...], Group] = {}
         self._seats: dict[Layout, Seat | None] = {}
+        self.reach = reach
+        self._reached: list[Group] = []
         self.everyone = self._group([range(world_size)])
 
     def seat(self, layout: Layout) -> Seat | None:
@@ -58,6 +68,9 @@ class Topology:
         whole, ulysses, ring, batch = (self._group(parts) for parts in (wholes, runs, rings, across))
         if self.rank >= layout.ranks:
             return None
+        if self.reach is not None and ulysses.size > 1 and ulysses.peers is None and ulysses not in self._reached:
+            self._reached.append(ulysses)
+            ulysses.peers = self.reach(ulysses)
         return Seat(batch, SequenceParallel(whole, ulysses, ring))
 
     def _group(self, parts: Sequence[Sequence[int]]) -> Group:

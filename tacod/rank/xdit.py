@@ -29,7 +29,7 @@ def join(device: torch.device, rank: int, world_size: int, rendezvous: str, loca
     """Join the group as ``rank`` of ``world_size``; returns what makes further groups of its ranks.
 
     ``rendezvous`` is a torch init method such as ``file:///path``. ``local_rank`` is the device's index among those
-    that the process sees; tacod's ranks see one each. Blocks until all ranks have joined.
+    that the process sees. Blocks until all ranks have joined.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     # A transfer that is to hide behind a matrix product must not wait for the product's last block.

@@ -43,30 +43,43 @@ def rows(shape: list[int]) -> list[float]:
 
 
 def pack(heads: int, width: int, ranks: int, batch: int, normed: bool, turned: bool) -> list[float]:
-    """Largest errors over the ranks' places; NaN where something was written that shouldn't be, or wasn't."""
+    """Largest errors by rank; NaN where something was not written."""
     from tacod.rank import kernels
 
     tokens = 7
-    counts = chunks(heads, ranks)
     norms = (torch.randn(width), torch.randn(width)) if normed else None
     angle = torch.randn(tokens, width // 2)
     rotation = (angle.cos(), angle.sin()) if turned else None
     projected = fused.Projected(torch.randn(batch, tokens, 3 * heads * width), heads, norms, rotation)
-    errors = []
-    for rank in range(ranks):
-        places = []
-        for by_kernel in (True, False):
-            sent = torch.full((tokens * batch * 3 * heads * width,), torch.nan)
-            kept = torch.full((tokens, batch, 3, counts[rank], width), torch.nan)
-            if by_kernel:
-                kernels.pack(projected.parts, norms, rotation, 1e-6, sent, kept, rank, ranks)
-            else:
-                projected.pack(sent, kept, rank, counts)
-            places.append(torch.cat((sent, kept.flatten())))
-        got, wanted = places
-        same = torch.equal(got.isnan(), wanted.isnan())
-        errors.append(relative_error(got.nan_to_num(), wanted.nan_to_num()) if same else float("nan"))
-    return errors
+    shapes = [(tokens, batch, 3, count, width) for count in chunks(heads, ranks)]
+    got, wanted = ([torch.full(shape, torch.nan) for shape in shapes] for _ in range(2))
+    projected.pack(wanted)
+    for part, place in zip(torch.split(projected.parts, chunks(heads, ranks), dim=3), got, strict=True):
+        kernels.pack(part, norms, rotation, 1e-6, place)
+    return [relative_error(*each) for each in zip(got, wanted, strict=True) if each[0].numel()]
+
+
+def copy() -> float:
+    """The largest difference after rows were copied into a part of wider ones."""
+    from tacod.rank import kernels
+
+    source, target = torch.randn(5, 2, 3, 20), torch.zeros(5, 2, 7, 20)
+    part = target[:, :, 2:5]
+    kernels.copy(source.flatten(2).flatten(0, 1), part.flatten(2).flatten(0, 1))
+    return max(float((part - source).abs().max()), float(target[:, :, :2].abs().max()))
+
+
+def narrow(rows: int, width: int) -> list[float]:
+    """What int8 loses, and how far the kernels are from PyTorch's operations."""
+    from tacod.rank import kernels
+    from tacod.rank.narrow import quantise_rows
+
+    x, out = torch.randn(rows, width), torch.empty(rows, width)
+    got, scales = torch.empty(rows, width, dtype=torch.int8), torch.empty(rows)
+    kernels.quantise(x, got, scales)
+    kernels.dequantise(got, scales, out)
+    wanted, theirs = quantise_rows(x, torch.int8)
+    return [relative_error(out, x), float((got - wanted).abs().max()), relative_error(scales, theirs)]
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +101,23 @@ def test_heads_are_packed_for_their_ranks(interpreted: dict[str, Any], case: int
     assert all(error <= FP32 for error in interpreted["pack"][case])
 
 
+def test_rows_are_copied_into_wider_ones(interpreted: dict[str, Any]) -> None:
+    assert interpreted["copy"] == 0
+
+
+def test_numbers_in_8_bits(interpreted: dict[str, Any]) -> None:
+    for lost, differing, scales in interpreted["narrow"]:
+        assert lost < 1e-2
+        assert differing == 0
+        assert scales <= FP32
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
-    print(json.dumps({"rows": [rows(list(shape)) for shape in ROWS], "pack": [pack(**case) for case in PACKS]}))
+    told = {
+        "rows": [rows(list(shape)) for shape in ROWS],
+        "pack": [pack(**case) for case in PACKS],
+        "copy": copy(),
+        "narrow": [narrow(5, 16), narrow(37, 128), narrow(3, 6000)],
+    }
+    print(json.dumps(told))

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from helpers import FLUX, SD3
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared_block import reach_shared
 from torch.nn.functional import scaled_dot_product_attention
 
 from tacod.plan import Layout, Plan, Shape, chunks
@@ -110,6 +111,25 @@ def test_equals_comfyui_in_every_layout(
     errors = ranks.run(layout, "golden", name=name)
     assert len(errors) == WORLD, "an idle rank gets the output too"
     assert max(errors) <= 2e-6
+
+
+@pytest.mark.parametrize("layout", [(1, 2, 1), (1, 3, 1), (1, 5, 1), (1, 2, 2), (2, 2, 1)], ids=str)
+@pytest.mark.parametrize("name", ["flux_dev_odd", "sd35_medium", "flux_kontext", "pixart_sigma"])
+def test_ranks_that_write_into_each_others_memory(
+    ranks: Ranks, load_golden: Callable[[str], Any], name: str, layout: tuple[int, ...]
+) -> None:
+    if layout[0] > len(load_golden(name).inputs["x"]):
+        layout = (1, *layout[1:])
+    assert max(ranks.run(layout, "golden", name=name, sharing=True)) <= 2e-6
+
+
+@pytest.mark.parametrize("layout", [(1, 3, 1), (1, 2, 2)], ids=str)
+@pytest.mark.parametrize("name", ["flux_dev_odd", "sd35_medium"])
+def test_what_is_exchanged_in_8_bits_loses_little(
+    ranks: Ranks, load_golden: Callable[[str], Any], name: str, layout: tuple[int, ...]
+) -> None:
+    errors = ranks.run(layout, "golden", name=name, narrow=True)
+    assert 2e-6 < max(errors) <= 1e-2
 
 
 @pytest.mark.parametrize("layout", [(1, 3, 1), (1, 1, 3), (1, 2, 2), (2, 2, 1)], ids=str)
@@ -211,20 +231,28 @@ class Rank:
             return next(group for group, part in zip(groups, parts, strict=True) if rank in part)
 
         self.topology = Topology(rank, WORLD, make_group)
+        self.sharing = Topology(rank, WORLD, make_group, reach_shared)
 
-    def golden(self, layout: Layout, name: str, dtype: str = "float32") -> float:
+    def golden(
+        self, layout: Layout, name: str, dtype: str = "float32", sharing: bool = False, narrow: bool = False
+    ) -> float:
         from helpers import read_golden, relative_error
 
         golden = read_golden(name)
         assert golden is not None
         kind = getattr(torch, dtype)
-        return relative_error(self._run(layout, golden.model(kind), golden.arguments(kind)), golden.out)
+        return relative_error(
+            self._run(layout, golden.model(kind), golden.arguments(kind), sharing, narrow), golden.out
+        )
 
-    def _run(self, layout: Layout, model: Any, inputs: dict[str, Any]) -> Any:
-        plan = Plan(layout, WORLD, Shape(model.heads, model.width))
+    def _run(
+        self, layout: Layout, model: Any, inputs: dict[str, Any], sharing: bool = False, narrow: bool = False
+    ) -> Any:
+        plan = Plan(layout, WORLD, Shape(model.heads, model.width), narrow=narrow)
         rest = {name: value for name, value in inputs.items() if name not in ("x", "timestep")}
+        topology = self.sharing if sharing else self.topology
         with torch.inference_mode():
-            return run(model, plan, self.topology, inputs["x"], inputs["timestep"], rest)
+            return run(model, plan, topology, inputs["x"], inputs["timestep"], rest)
 
     def _sequence(self, layout: Layout) -> SequenceParallel | None:
         seat = self.topology.seat(layout)

@@ -52,6 +52,28 @@ def test_goldens_in_bf16(gpu_daemon: Daemon, models: Path, load_golden: Callable
     assert relative_error(out, golden.out) <= 1e-2
 
 
+def test_replays_equal_what_they_replay(gpu_daemon: Daemon, models: Path, load_golden: Callable[[str], Golden]) -> None:
+    """The first forward comes as it is, the second is captured, later ones are graphs; ranks store into each other."""
+    golden = load_golden("flux_dev_odd")
+    golden.save(models / "flux_dev_odd.safetensors")
+    with gpu_daemon.client() as client:
+        model = client.load("flux_dev_odd.safetensors", dtype="fp32")
+        outs = [model.forward(**golden.inputs) for _ in range(5)]
+    assert all(torch.equal(out, outs[0]) for out in outs[1:])
+    assert "no CUDA graph" not in gpu_daemon.log
+    assert "don't write into each other's memory" not in gpu_daemon.log
+
+
+@pytest.mark.parametrize("key", ["cuda_graphs", "peer_memory"])
+def test_without_graphs_and_without_peer_memory(models: Path, load_golden: Callable[[str], Golden], key: str) -> None:
+    golden = load_golden("flux_dev_odd")
+    golden.save(models / "flux_dev_odd.safetensors")
+    with Daemon(roots=[models], gpus=range(WORLDS[-1]), settings={f"group.{key}": False}) as daemon:
+        with daemon.client() as client:
+            model = client.load("flux_dev_odd.safetensors", dtype="fp32")
+            assert all(relative_error(model.forward(**golden.inputs), golden.out) <= FP32 for _ in range(4))
+
+
 @pytest.mark.parametrize("tiny", [FLUX, SD3], ids=lambda tiny: tiny.name)
 def test_inputs_and_outputs_on_the_gpu(gpu_daemon: Daemon, tiny: Tiny) -> None:
     inputs = {name: value.cuda() for name, value in tiny.inputs(batch=2).items()}

@@ -1,0 +1,172 @@
+"""Memory that the ranks of a group write into directly: what they exchange is stored where it is read.
+
+A collective copies what was packed once more, in a kernel that has to wait for a free processor; a rank that reaches
+the others' memory (over NVLink, or PCIe where the cards allow it) packs it there. Based on PyTorch's symmetric memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Peers", "Slot", "reach_peers"]
+
+log = logging.getLogger(__name__)
+
+_ALIGNED = 256
+_TRY_BYTES = 1 << 16
+DISABLED = "NCCL_P2P_DISABLE"
+"""NCCL's own variable, which says that the GPUs are not to reach each other's memory."""
+
+
+class Block(Protocol):
+    """As much memory of each rank, seen from one of them."""
+
+    def view(self, rank: int, shape: Sequence[int], dtype: torch.dtype, start: int) -> Tensor:
+        """A tensor in the memory of ``rank``, from the byte ``start`` on."""
+
+    def barrier(self) -> None:
+        """What is computed from here on finds what every rank has written before its own call."""
+
+
+class SymmetricBlock:
+    """A block on GPUs."""
+
+    def __init__(self, group: dist.ProcessGroup, size: int) -> None:
+        import torch.distributed._symmetric_memory as symmetric
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # in some versions it is enabled by itself
+            symmetric.enable_symm_mem_for_group(group.group_name)
+        device = torch.device("cuda", torch.cuda.current_device())
+        self._memory = symmetric.empty([size], dtype=torch.uint8, device=device)
+        self._handle = symmetric.rendezvous(self._memory, group.group_name)
+
+    def view(self, rank: int, shape: Sequence[int], dtype: torch.dtype, start: int) -> Tensor:
+        """See `Block.view`."""
+        return self._handle.get_buffer(rank, list(shape), dtype, start // dtype.itemsize)
+
+    def barrier(self) -> None:
+        """See `Block.barrier`."""
+        self._handle.barrier(channel=0)
+
+
+class Peers:
+    """The blocks of one group's ranks; they grow, and each attention that is under way has one of its own."""
+
+    def __init__(self, rank: int, size: int, make_block: Any) -> None:
+        self.rank, self.size = rank, size
+        self._make_block = make_block
+        self._blocks: list[list[tuple[int, Block]]] = []
+        """For each slot its blocks, with their sizes; graphs hold on to those that were outgrown."""
+        self._busy: list[bool] = []
+        self._views: dict[Any, Tensor] = {}
+
+    def open(self, tokens: Sequence[int], batch: int, heads: Sequence[int], width: int, dtype: torch.dtype) -> Slot:
+        """Room for one attention; ``tokens`` and ``heads`` are what each rank has. Every rank calls it alike."""
+        slot = self._busy.index(False) if False in self._busy else len(self._busy)
+        if slot == len(self._busy):
+            self._busy.append(False)
+            self._blocks.append([])
+        each = batch * width * dtype.itemsize
+        arriving = -(-sum(tokens) * 3 * max(heads) * each // _ALIGNED) * _ALIGNED
+        size = arriving + max(tokens) * sum(heads) * each
+        blocks = self._blocks[slot]
+        if not blocks or blocks[-1][0] < size:
+            grown = max(size, 2 * blocks[-1][0] if blocks else 0)
+            blocks.append((grown, self._make_block(grown)))
+        self._busy[slot] = True
+        return Slot(self, slot, blocks[-1][1], tokens, batch, heads, width, dtype, arriving)
+
+    def discard(self) -> None:
+        """Begin anew: a forward that failed may have left one rank waiting where another one isn't."""
+        self._blocks.clear()
+        self._busy.clear()
+        self._views.clear()
+
+    def close(self, slot: int) -> None:
+        """That attention has what it needs; its memory is read until the next one in this slot begins."""
+        self._busy[slot] = False
+
+
+class Slot:
+    """Where one attention's queries, keys and values arrive at each rank, and what comes back."""
+
+    def __init__(
+        self,
+        peers: Peers,
+        number: int,
+        block: Block,
+        tokens: Sequence[int],
+        batch: int,
+        heads: Sequence[int],
+        width: int,
+        dtype: torch.dtype,
+        arriving: int,
+    ) -> None:
+        self._peers, self._number, self._block = peers, number, block
+        self._tokens, self._batch, self._heads, self._width = tokens, batch, heads, width
+        self._dtype, self._arriving = dtype, arriving
+
+    def received(self, rank: int) -> Tensor:
+        """In that rank's memory: [all tokens, B, 3, its heads, D]."""
+        return self._view(rank, (sum(self._tokens), self._batch, 3, self._heads[rank], self._width), 0)
+
+    def returned(self, rank: int) -> Tensor:
+        """In that rank's memory: [its tokens, B, all heads, D]."""
+        return self._view(rank, (self._tokens[rank], self._batch, sum(self._heads), self._width), self._arriving)
+
+    def _view(self, rank: int, shape: tuple[int, ...], start: int) -> Tensor:
+        key = id(self._block), rank, shape, self._dtype, start
+        known = self._peers._views
+        if key not in known:
+            known[key] = self._block.view(rank, shape, self._dtype, start)
+        return known[key]
+
+    def barrier(self) -> None:
+        """See `Block.barrier`."""
+        self._block.barrier()
+
+    def close(self) -> None:
+        """See `Peers.close`."""
+        self._peers.close(self._number)
+
+
+def reach_peers(group: Any) -> Peers | None:
+    """Memory that this group's ranks can all write into; None, and why in the log, if they can't.
+
+    ``group`` is a `tacod.rank.collectives.Group` on GPUs; all of its ranks call it.
+    """
+    if os.environ.get(DISABLED) == "1":
+        return None
+    # Nothing here is multicast.
+    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
+    block, reason = None, "another rank can't"
+    try:
+        block = SymmetricBlock(group.group, _TRY_BYTES)
+    except (RuntimeError, ImportError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+    if group.agree(block is not None):
+        assert block is not None
+        if group.agree(_arrives(block, group.rank, group.size)):
+            return Peers(group.rank, group.size, lambda size: SymmetricBlock(group.group, size))
+        reason = "what was written did not arrive"
+    log.warning("the GPUs don't write into each other's memory: %s; they exchange through NCCL", reason)
+    return None
+
+
+def _arrives(block: Block, rank: int, size: int) -> bool:
+    """Whether each rank finds in its memory what every other one has for it."""
+    shape = (size, _TRY_BYTES // 8 // size)
+    for peer in range(size):
+        block.view(peer, shape, torch.int64, 0)[rank] = rank * size + peer
+    block.barrier()
+    mine = block.view(rank, shape, torch.int64, 0)
+    return bool((mine == torch.arange(size, device=mine.device)[:, None] * size + rank).all())
