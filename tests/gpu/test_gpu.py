@@ -68,10 +68,10 @@ def test_replays_equal_what_they_replay(gpu_daemon: Daemon, models: Path, load_g
 def test_without_graphs_and_without_peer_memory(models: Path, load_golden: Callable[[str], Golden], key: str) -> None:
     golden = load_golden("flux_dev_odd")
     golden.save(models / "flux_dev_odd.safetensors")
-    with Daemon(roots=[models], gpus=range(WORLDS[-1]), settings={f"group.{key}": False}) as daemon:
-        with daemon.client() as client:
-            model = client.load("flux_dev_odd.safetensors", dtype="fp32")
-            assert all(relative_error(model.forward(**golden.inputs), golden.out) <= FP32 for _ in range(4))
+    settings = {f"group.{key}": False}
+    with Daemon(roots=[models], gpus=range(WORLDS[-1]), settings=settings) as daemon, daemon.client() as client:
+        model = client.load("flux_dev_odd.safetensors", dtype="fp32")
+        assert all(relative_error(model.forward(**golden.inputs), golden.out) <= FP32 for _ in range(4))
 
 
 @pytest.mark.parametrize("tiny", [FLUX, SD3], ids=lambda tiny: tiny.name)
