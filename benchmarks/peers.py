@@ -513,6 +513,7 @@ def serve(client: Client, job: Job, step: Step) -> dict[str, Any]:
         "load_s": told["loaded_s"],
         "load_bytes_per_s": told["weight_bytes"] / max(told["loaded_s"], 1e-9),
         "split_ms": middle[1],
+        "split_of_ms": middle[0],
     }
 
 
@@ -649,7 +650,7 @@ def show_split(row: Mapping[str, Any], alone: Mapping[str, Any] | None) -> None:
     split = row["split_ms"]
     whole = sum(split.values())
     parts = " + ".join(f"{name} {ms:.2f}" for name, ms in split.items())
-    print(f"  {row['label']}: {parts} = {whole:.2f} of {row['ms']:.2f} ms", end="")
+    print(f"  {row['label']}: {parts} = {whole:.2f} of {row['split_of_ms']:.2f} ms", end="")
     if alone is not None:
         print(f"; {100 * (row['ms'] / alone['ms'] - 1):+.1f} % over the rank alone", end="")
     print(f"; loaded in {row['load_s']:.1f} s, {row['load_bytes_per_s'] / 1e9:.1f} GB/s a rank")
