@@ -257,10 +257,11 @@ class TACODiTKSampler(stock.KSampler):  # type: ignore[misc]
 
     @classmethod
     def _stats(cls, run: Run, network: RemoteDiT | None) -> dict[str, Any]:
-        if network is None or run.model is None:
+        if network is None:
             return {"enabled": False, **run.to_stats()}
         name = network.remote.source.name
-        about = {"model": name, "family": run.model.family}
+        # With denoise 0 there is no forward to tell of.
+        about = {"model": name, "family": run.model.family if run.model is not None else "nothing to do"}
         return {"enabled": True, **about, **run.to_stats(), **cls.totals.add(name, run)}
 
 
