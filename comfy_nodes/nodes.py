@@ -260,8 +260,7 @@ class TACODiTKSampler(stock.KSampler):  # type: ignore[misc]
         if network is None:
             return {"enabled": False, **run.to_stats()}
         name = network.remote.source.name
-        # With denoise 0 there is no forward to tell of.
-        about = {"model": name, "family": run.model.family if run.model is not None else "nothing to do"}
+        about = {"model": name, "family": network.remote.family}
         return {"enabled": True, **about, **run.to_stats(), **cls.totals.add(name, run)}
 
 
