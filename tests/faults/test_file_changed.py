@@ -47,9 +47,7 @@ def test_one_that_looks_as_old_as_before(client: Client, path: Path) -> None:
     assert client.load(OLD.file).id != old.id
 
 
-def test_ranks_that_are_replaced_do_not_take_it_for_the_old_one(
-    sturdy: Daemon, client: Client, path: Path
-) -> None:
+def test_ranks_that_are_replaced_do_not_take_it_for_the_old_one(sturdy: Daemon, client: Client, path: Path) -> None:
     old = client.load(OLD.file)
     NEW.save(path.parent)
     os.kill(sturdy.rank_pids()[0], signal.SIGKILL)

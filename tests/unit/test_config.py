@@ -97,7 +97,7 @@ FAULTS = {
     '[models]\nroots = ["models"]': "models.roots.0: expected an absolute path, got 'models'",
     '[models]\nroots = "/models"': "models.roots: Input should be a valid list",
     '[curve]\nlisten = "tcp://0.0.0.0:5555"': "curve.secret_key: required: TCP is for clients with CURVE keys",
-    '[curve]\nlisten = "tcp://0.0.0.0:5555"\nsecret_key = "/k"': "curve.clients: required: TCP is for clients with CURVE",
+    '[curve]\nlisten = "tcp://0.0.0.0:5555"\nsecret_key = "/k"': "curve.clients: required: TCP is for clients",
     '[curve]\nlisten = "0.0.0.0:5555"': 'curve.listen: expected "tcp://0.0.0.0:5555"',
     '[curve]\nlisten = "tcp://*:5555"': 'curve.listen: expected "tcp://0.0.0.0:5555"',
     '[curve]\nlisten = "tcp://localhost:5555"': 'curve.listen: expected "tcp://0.0.0.0:5555"',
