@@ -102,7 +102,7 @@ FAULTS = {
     '[curve]\nlisten = "tcp://*:5555"': 'curve.listen: expected "tcp://0.0.0.0:5555"',
     '[curve]\nlisten = "tcp://localhost:5555"': 'curve.listen: expected "tcp://0.0.0.0:5555"',
     '[curve]\nlisten = "tcp://127.0.0.1:0"': "curve.listen: port 0",
-    '[curve]\nsecret_key = "tacod.key_secret"': "curve.secret_key: expected an absolute path",
+    '[curve]\nlisten = "tcp://[::1]:5555"\nsecret_key = "key"': "curve.secret_key: expected an absolute path",
     "[limits]\nqueue = 0": "limits.queue: Input should be greater than 0",
     "[limits]\nqueue = 1.5": "limits.queue: Input should be a valid integer",
     "[limits]\nstore_bytes = 9223372036854775808": "limits.store_bytes: Input should be less than",
