@@ -183,7 +183,7 @@ class Daemon:
         assert not left, f"processes left: {left}"
         files = sorted(path.name for path in self.folder.iterdir() if path not in (self.config, self.log_path))
         assert not files, f"files left: {files}"
-        assert shared_memory() <= self._shared_memory, "shared memory left"
+        eventually(lambda: shared_memory() <= self._shared_memory, 5, "no shared memory is left")
 
     def _clean_up(self) -> None:
         if self.process is not None:
@@ -199,10 +199,20 @@ def _on_cpu(ranks: int) -> dict[str, Any]:
     return {"group.device": "cpu", "group.ranks": ranks}
 
 
-def shared_memory() -> set[str]:
-    """Names under /dev/shm of what PyTorch, NCCL and Python make there; other programs have theirs beside it."""
+def shared_memory(users: Sequence[psutil.Process] = ()) -> set[str]:
+    """Names under /dev/shm of what PyTorch, NCCL and Python make there, and only these processes use, or none.
+
+    Other programs make and use such, too.
+    """
     made = ("torch_", "nccl-", "psm_", "sem.")
-    return {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith(made)}
+    names = {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith(made)}
+    mine = {user.pid for user in users}
+    for folder in Path("/proc").glob("[0-9]*") if names else ():
+        if int(folder.name) not in mine:
+            with suppress(OSError):
+                mapped = (folder / "maps").read_text()
+                names = {name for name in names if f"/dev/shm/{name}" not in mapped}
+    return names
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from typing import Any
 import zmq
 
 from tacod_client import wire
-from tacod_client.endpoint import Door, close, find_endpoint
+from tacod_client.endpoint import Door, find_endpoint
 from tacod_client.errors import ConnectionFailed, ConnectionLost, MessageTooLarge, NotAllowed, TacodError
 from tacod_client.version import __version__
 from tacod_client.wire import Message
@@ -90,7 +90,7 @@ class Connection:
             if self._socket is not None:
                 with suppress(zmq.ZMQError):
                     self._socket.send_multipart(wire.encode(Message("bye", {}, 0, self._session)), zmq.DONTWAIT)
-                close(self._socket, linger_ms=200)
+                self._door.close(self._socket, linger_ms=200)
                 self._socket = None
             self._context.term()
 
@@ -227,7 +227,7 @@ class Connection:
             self._socket_now().send_multipart(wire.encode(Message("hello", body, hello.id)))
             while not hello.replies:
                 self._read(SLICE_S)
-                self._door.check(self._socket_now())
+                self._door.check()
                 if self.on_wait is not None:
                     self.on_wait()
                 if time.monotonic() > deadline:
@@ -254,7 +254,7 @@ class Connection:
         """Give up the socket and the session; every open request is lost and will be asked again."""
         self._session = b""
         if self._socket is not None:
-            close(self._socket, linger_ms=0)
+            self._door.close(self._socket, linger_ms=0)
             self._socket = None
         for request in self._waiting.values():
             request.lost = True
