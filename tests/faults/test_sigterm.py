@@ -30,7 +30,7 @@ def test_idle(models: Path) -> None:
 
 def test_running_and_queued_work_is_finished(models: Path) -> None:
     steps = 20
-    with Daemon(1, [models]) as daemon, daemon.client() as client, daemon.client() as other:
+    with Daemon(1, [models]) as daemon, daemon.client() as client, daemon.client(reconnect_s=0) as other:
         model = client.load(SD3.file)
         undisturbed = SD3.sample(model, steps).result()
         running, queued = SD3.sample(model, steps), SD3.sample(model, steps)
@@ -54,7 +54,7 @@ def test_running_and_queued_work_is_finished(models: Path) -> None:
 
 
 def test_a_second_one_aborts(models: Path) -> None:
-    with Daemon(1, [models]) as daemon, daemon.client() as client:
+    with Daemon(1, [models]) as daemon, daemon.client(reconnect_s=0) as client:
         job = SD3.sample(client.load(SD3.file), 20000)
         next(iter(job))
         daemon.signal(signal.SIGTERM)
@@ -67,7 +67,7 @@ def test_a_second_one_aborts(models: Path) -> None:
 
 
 def test_draining_ends_in_time(models: Path) -> None:
-    with Daemon(1, [models], {"drain_timeout_s": 1.0}) as daemon, daemon.client() as client:
+    with Daemon(1, [models], {"drain_timeout_s": 1.0}) as daemon, daemon.client(reconnect_s=0) as client:
         job = SD3.sample(client.load(SD3.file), 20000)
         next(iter(job))
         started = time.monotonic()

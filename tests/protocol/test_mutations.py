@@ -141,16 +141,18 @@ def test_noise_is_refused(frames: list[bytes]) -> None:
     check([b"TACO\x01", *frames])
 
 
-NOISE = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**63), 2**64 - 1)
-    | st.floats()
-    | st.text(max_size=4)
-    | st.binary(max_size=4)
-    | st.builds(msgpack.ExtType, st.integers(0, 127), st.binary(max_size=5)),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4) | st.binary(max_size=2), inner),
-    max_leaves=6,
+NOISE: st.SearchStrategy[Any] = st.deferred(
+    lambda: (
+        st.none()
+        | st.booleans()
+        | st.integers(-(2**63), 2**64 - 1)
+        | st.floats()
+        | st.text(max_size=4)
+        | st.binary(max_size=4)
+        | st.builds(msgpack.ExtType, st.integers(0, 127), st.binary(max_size=5))
+        | st.lists(NOISE, max_size=3)
+        | st.dictionaries(st.text(max_size=4) | st.binary(max_size=2), NOISE, max_size=3)
+    )
 )
 
 
