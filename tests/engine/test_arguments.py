@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import FLUX, SD3, Tiny, relative_error
 
-from tacod.rank.arguments import check_arguments, check_tokens, load_arguments
+from tacod.rank.arguments import Kept, check_arguments, check_tokens, load_arguments
 from tacod_client import wire
 from tacod_client.errors import ArgumentError
 from tacod_client.exchange import each_once, pack
@@ -114,3 +114,16 @@ def test_what_repeats_travels_once() -> None:
 def test_what_is_no_control_is_refused_here(control: Any) -> None:
     with pytest.raises(ArgumentError, match="control"):
         each_once(control)
+
+
+def test_what_comes_by_digest_is_put_on_the_device_once() -> None:
+    given = {"x": tensor(1, 4, 8, 8), "context": tensor(1, 5, 8).with_digest(), "timestep": tensor(1)}
+    kept: Kept = {}
+    first, second = (
+        load_arguments(given, FLUX.model.arguments(), torch.bfloat16, torch.device("cpu"), kept) for _ in range(2)
+    )
+    assert first["context"] is second["context"]
+    assert first["x"] is not second["x"], "it changes with every step, and has no digest"
+    assert [(key[0], value.dtype) for key, value in kept.items()] == [(given["context"].digest, torch.bfloat16)]
+    other = load_arguments(given, FLUX.model.arguments(), torch.float32, torch.device("cpu"), kept)
+    assert other["context"].dtype == torch.float32
