@@ -12,6 +12,7 @@ from tacod.rank.arguments import Kept, check_arguments, check_tokens, load_argum
 from tacod_client import wire
 from tacod_client.errors import ArgumentError
 from tacod_client.exchange import each_once, pack
+from tacod_client.tensors import to_wire
 
 BATCH, TOKENS = 2, 35
 
@@ -117,7 +118,8 @@ def test_what_is_no_control_is_refused_here(control: Any) -> None:
 
 
 def test_what_comes_by_digest_is_put_on_the_device_once() -> None:
-    given = {"x": tensor(1, 4, 8, 8), "context": tensor(1, 5, 8).with_digest(), "timestep": tensor(1)}
+    inputs = {name: to_wire(value, name) for name, value in FLUX.inputs().items()}
+    given = {**inputs, "context": inputs["context"].with_digest()}
     kept: Kept = {}
     first, second = (
         load_arguments(given, FLUX.model.arguments(), torch.bfloat16, torch.device("cpu"), kept) for _ in range(2)
