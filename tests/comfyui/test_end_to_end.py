@@ -224,7 +224,8 @@ def test_a_killed_rank_changes_nothing(comfyui: ComfyUI, own: Daemon) -> None:
     assert "Retries: 1" in outcome.texts["stats"]
 
 
-def test_a_restarted_daemon_changes_nothing(comfyui: ComfyUI, own: Daemon) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "restarted"])
+def test_a_daemon_that_comes_again_changes_nothing(comfyui: ComfyUI, own: Daemon, number: int) -> None:
     pair = guide(steps=12, seed=10)
     pair.nodes["loader"]["inputs"]["endpoint"] = own.endpoint
     killed = threading.Event()
@@ -232,7 +233,7 @@ def test_a_restarted_daemon_changes_nothing(comfyui: ComfyUI, own: Daemon) -> No
     def restart(event: dict[str, Any]) -> None:
         if _step(event) == 3 and not killed.is_set():
             killed.set()
-            os.kill(own.pid, signal.SIGKILL)
+            os.kill(own.pid, number)
             assert own.process is not None
             own.process.wait()
             own.start()
