@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from comfyui_graphs import CANNY, FILL, FLUX, PIXART, SD3, Pair, TinyModel, save
 from comfyui_server import ComfyUI, Outcome
+from conftest import PATH
 
 Both = Callable[..., Outcome]
 Pairs = Callable[[TinyModel], Pair]
@@ -204,6 +205,8 @@ PATCHES_OF_SAMPLING: dict[str, tuple[TinyModel, str, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", PATCHES_OF_SAMPLING)
 def test_what_acts_around_the_network(both: Both, pair: Pairs, name: str, before: bool) -> None:
     model, kind, inputs = PATCHES_OF_SAMPLING[name]
+    if name == "ContextWindows" and 'sample_sigmas"], timestep,' in Path(PATH, "comfy/context_windows.py").read_text():
+        pytest.skip("context windows fail on a batch in this ComfyUI by itself: it looks for all timesteps at once")
     run = pair(model)
     run.nodes["latent"]["inputs"]["batch"] = 5 if name == "ContextWindows" else 1
     if not before:
