@@ -257,10 +257,10 @@ class TACODiTKSampler(stock.KSampler):  # type: ignore[misc]
 
     @classmethod
     def _stats(cls, run: Run, network: RemoteDiT | None) -> dict[str, Any]:
-        if network is None or run.model is None:
+        if network is None:
             return {"enabled": False, **run.to_stats()}
         name = network.remote.source.name
-        about = {"model": name, "family": run.model.family}
+        about = {"model": name, "family": network.remote.family}
         return {"enabled": True, **about, **run.to_stats(), **cls.totals.add(name, run)}
 
 

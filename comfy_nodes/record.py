@@ -23,7 +23,6 @@ class Run:
         self.steps_s: list[float] = []
         """Wall time of each step."""
         self.seconds = 0.0
-        self.model: Model | None = None
         self._started_s = self._stepped_s = 0.0
 
     def __enter__(self) -> Run:
@@ -91,7 +90,6 @@ class Record:
         for run in self._runs:
             assert model.stats.last is not None
             run.calls.append(model.stats.last)
-            run.model = model
 
     @contextmanager
     def to(self, run: Run) -> Iterator[None]:

@@ -29,6 +29,8 @@ class Remote:
         self.plan = plan
         self.note = ""
         """What was asked of the plan and can't be, and why."""
+        self.family = ""
+        """The model's, once it is loaded."""
         self.uploaded: str | None = None
         """Where the daemon keeps the weights, if they had to be sent."""
 
@@ -50,7 +52,9 @@ class Remote:
         report = None if progress is None else lambda done, total: progress("loading", done, total)
 
         def load(path: str) -> Model:
-            return self.client.load(path, patches or None, self.plan, dtype, report)
+            model = self.client.load(path, patches or None, self.plan, dtype, report)
+            self.family = model.family
+            return model
 
         refused: TacodError | None = None
         for path in (self.source.path, self.uploaded):

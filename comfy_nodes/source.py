@@ -73,13 +73,16 @@ def _plain(value: Any) -> bool:
 
 
 def state_of(model: ModelPatcher) -> dict[str, torch.Tensor]:
-    """A MODEL's weights as they were loaded: what patches have altered in place is in its backup."""
+    """A MODEL's weights as they were loaded: what patches have altered in place is in its backup.
+
+    Of scaled 8-bit weights the 8 bits; the scale is beside them.
+    """
     state = dict(model.model.diffusion_model.state_dict())
     for key, kept in model.backup.items():
         state[key.removeprefix(PREFIX)] = kept.weight
     for key, kept in model.hook_backup.items():
         state[key.removeprefix(PREFIX)] = kept[0]
-    return state
+    return {key: getattr(weight, "_qdata", weight) for key, weight in state.items()}
 
 
 class FileState(Mapping[str, torch.Tensor]):

@@ -129,7 +129,8 @@ class Lifecycle:
         if self._drain_until is None:
             return None
         if now >= self._drain_until and executor.scheduler.jobs:
-            executor.abort(Unavailable("tacod was stopped before this job was done; it is safe to ask again"))
+            told = "tacod was stopped before this job was done; it is safe to ask again"
+            executor.abort(Unavailable(told, stopping=True))
         if executor.scheduler.jobs or (sessions.pending and now < self._drain_until + FAREWELL_S):
             return None
         log.info("stopped")

@@ -269,33 +269,38 @@ def cost(layout: Layout, shape: Shape, pace: Pace = USUAL, narrow: bool = False)
     The matrices see its tokens, the attention its heads and all keys. A ring attends in parts, which takes longer, and
     hides its transfers behind that as far as half of it lasts.
     """
-    work, exchanged, passed, collectives = _loads(layout, shape, narrow)
-    return work / pace.flops + (exchanged + passed) / pace.bytes + collectives * pace.collective_s
-
-
-def measured_pace(alone_s: float, layout: Layout, together_s: float, shape: Shape) -> Pace:
-    """The pace at which `cost` says of a forward what it took on one rank, and what it took in ``layout``."""
-    blocks_of_work, *_ = _loads(Layout(1, 1, 1), shape, False)
-    flops = blocks_of_work / alone_s
-    work, exchanged, passed, collectives = _loads(layout, shape, False)
-    waited = max(together_s - work / flops, 1e-3 * together_s)
-    # A collective counts as the bytes that would take as long on usual links.
-    usual_s = (exchanged + passed) / USUAL.bytes + collectives * USUAL.collective_s
-    slowness = waited / usual_s
-    return Pace(flops, USUAL.bytes / slowness, USUAL.collective_s * slowness)
-
-
-def _loads(layout: Layout, shape: Shape, narrow: bool) -> tuple[float, float, float, float]:
-    """Of one block on the busiest rank: floating-point operations, bytes to exchange and to pass, collectives."""
     tokens = sum(shape.lengths) or 4096
     images = math.ceil(shape.batch / layout.batch)
     mine = sum(math.ceil(length / layout.sequence) for length in shape.lengths) or math.ceil(tokens / layout.sequence)
     run = mine * layout.ulysses
     heads = math.ceil(shape.heads / layout.ulysses) / shape.heads
-    matrices = 24 * mine * shape.width**2
-    attention = 4 * run * tokens * shape.width * heads * (RING_SLOWDOWN if layout.ring > 1 else 1)
-    exchanged = 4 * mine * shape.width * (layout.ulysses - 1) / layout.ulysses * (1 if narrow else BYTES)
-    passed = 2 * run * shape.width * heads * (layout.ring - 1) * BYTES
+    matrices_s = images * 24 * mine * shape.width**2 / pace.flops
+    attention_s = images * 4 * run * tokens * shape.width * heads / pace.flops
+    if layout.ring > 1:
+        attention_s *= RING_SLOWDOWN
+    exchanged = images * 4 * mine * shape.width * (layout.ulysses - 1) / layout.ulysses * (1 if narrow else BYTES)
+    passed = images * 2 * run * shape.width * heads * (layout.ring - 1) * BYTES
+    waiting_s = exchanged / pace.bytes + max(0.0, passed / pace.bytes - attention_s / 2)
     collectives = 2 * (layout.ulysses > 1) + RING_COLLECTIVES * (layout.ring - 1)
-    hidden = images * attention / 2 / USUAL.flops * USUAL.bytes
-    return images * (matrices + attention), images * exchanged, max(0.0, images * passed - hidden), collectives
+    return matrices_s + attention_s + waiting_s + collectives * pace.collective_s
+
+
+def measured_pace(alone_s: float, layout: Layout, together_s: float, shape: Shape) -> Pace:
+    """The pace at which `cost` says of a forward what it took on one rank, and, as nearly as can be, in ``layout``.
+
+    A collective counts as the bytes that take as long on usual links, so that links have one measure: how many times
+    as slow as usual they are.
+    """
+    flops = USUAL.flops * cost(Layout(1, 1, 1), shape) / alone_s
+
+    def pace(slowness: float) -> Pace:
+        return Pace(flops, USUAL.bytes / slowness, USUAL.collective_s * slowness)
+
+    fast, slow = 1e-6, 1e6
+    for _ in range(100):
+        between = math.sqrt(fast * slow)
+        if cost(layout, shape, pace(between)) < together_s:
+            fast = between
+        else:
+            slow = between
+    return pace(fast)

@@ -94,7 +94,8 @@ class Scheduler:
         """
         if self.draining:
             raise Unavailable(
-                "tacod is draining: it ends what it has and takes no new work; ask again after its restart"
+                "tacod is draining: it ends what it has and takes no new work; ask again after its restart",
+                stopping=True,
             )
         if len(self.jobs) >= self.limit:
             raise QueueFull(

@@ -42,7 +42,7 @@ __all__ = ["Server"]
 log = logging.getLogger(__name__)
 
 MAX_FRAME_BYTES = 8 * wire.FRAME_BYTES
-"""Largest frame that is read at all, so that a client which doesn't split tensors is told so; then its connection ends."""
+"""Largest frame that is read at all, so that a client which doesn't split tensors is told so before it is cut off."""
 REBIND_S = 2.0
 """How long a port that was given up may take to be free."""
 MESSAGES_A_TURN = 64

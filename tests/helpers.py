@@ -34,6 +34,8 @@ from tacod_client.exchange import pack
 GOLDEN = Path(os.environ.get("TACOD_GOLDEN") or Path(__file__).parents[2] / "shared" / "golden")
 FP32 = 2e-6
 """How far a fp32 forward may be from the exact one, at any number of ranks."""
+SOON_S = 2.0
+"""What is at once, on a busy machine too."""
 START_S = 90.0
 """Ranks start in about 5 s; a busy machine may take longer."""
 
@@ -183,7 +185,8 @@ class Daemon:
         assert not left, f"processes left: {left}"
         files = sorted(path.name for path in self.folder.iterdir() if path not in (self.config, self.log_path))
         assert not files, f"files left: {files}"
-        assert shared_memory() <= self._shared_memory, "shared memory left"
+        # What other programs make there while this runs goes away again; what this one leaves doesn't.
+        eventually(lambda: shared_memory() <= self._shared_memory, 10, "its shared memory is gone")
 
     def _clean_up(self) -> None:
         if self.process is not None:
@@ -199,10 +202,26 @@ def _on_cpu(ranks: int) -> dict[str, Any]:
     return {"group.device": "cpu", "group.ranks": ranks}
 
 
-def shared_memory() -> set[str]:
-    """Names under /dev/shm of what PyTorch, NCCL and Python make there; other programs have theirs beside it."""
+def shared_memory(users: Sequence[psutil.Process] = ()) -> set[str]:
+    """Names under /dev/shm of what PyTorch, NCCL and Python make there, and only these processes use, or none.
+
+    Other programs make and use such, too.
+    """
     made = ("torch_", "nccl-", "psm_", "sem.")
-    return {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith(made)}
+    names = {}
+    for path in Path("/dev/shm").iterdir():
+        with suppress(FileNotFoundError):
+            if path.name.startswith(made):
+                names[path.stat().st_ino] = path.name
+    mine = {user.pid for user in users}
+    for folder in Path("/proc").glob("[0-9]*") if names else ():
+        if int(folder.name) not in mine:
+            with suppress(OSError):
+                # By number: a semaphore is mapped before it gets its name.
+                for line in (folder / "maps").read_text().splitlines():
+                    if "/dev/shm/" in line:
+                        names.pop(int(line.split()[4]), None)
+    return set(names.values())
 
 
 @contextmanager
@@ -288,6 +307,18 @@ class Tiny:
         del inputs["timestep"]
         sigmas = torch.linspace(1, 0, steps + 1)
         return model.sample(noise=noise, latent=torch.zeros_like(noise), sigmas=sigmas, positive=inputs, **options)
+
+
+@contextmanager
+def unharmed(client: Client) -> Iterator[Model]:
+    """Within, something is refused at once; afterwards the next forward is right, and no model came or went."""
+    model = client.load(FLUX.file)
+    before = [told["id"] for told in client.models()]
+    started = time.monotonic()
+    yield model
+    assert time.monotonic() - started < SOON_S
+    assert [told["id"] for told in client.models()] == before
+    FLUX.check(model)
 
 
 FLUX = Tiny(

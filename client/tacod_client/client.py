@@ -219,7 +219,10 @@ class Loading:
 
 
 class Model:
-    """A model that the daemon holds. It loads itself again if the daemon was restarted or has unloaded it."""
+    """A model that the daemon holds. It loads itself again if the daemon was restarted or has unloaded it.
+
+    If its file has changed by then, calls raise `ModelNotFound`.
+    """
 
     def __init__(self, connection: Connection, load: Loading, told: dict[str, Any]) -> None:
         self._connection = connection
@@ -339,7 +342,15 @@ class Model:
                 yield from converse(self._connection, kind, build, uploads, holds)
                 return
             except ModelNotFound:
-                self._tell(self._load.run(self._connection))
+                told = self._load.run(self._connection)
+                if told["id"] != self.id:
+                    # What was asked of this model another one would answer.
+                    raise ModelNotFound(
+                        f"{self.path} has changed since it was loaded, and the daemon holds the old one no more; "
+                        "load it again",
+                        model=self.id,
+                    ) from None
+                self._tell(told)
         yield from converse(self._connection, kind, build, uploads, holds)
 
     def _cancel(self, job: str) -> None:

@@ -18,8 +18,15 @@ from typing import Any
 import zmq
 
 from tacod_client import frames, wire
-from tacod_client.endpoint import Door, close, find_endpoint
-from tacod_client.errors import ConnectionFailed, ConnectionLost, MessageTooLarge, NotAllowed, TacodError
+from tacod_client.endpoint import Door, find_endpoint
+from tacod_client.errors import (
+    ConnectionFailed,
+    ConnectionLost,
+    MessageTooLarge,
+    NotAllowed,
+    TacodError,
+    Unavailable,
+)
 from tacod_client.version import __version__
 from tacod_client.wire import Message
 
@@ -31,6 +38,9 @@ SILENCE_S = 3.0
 """After this long without an answer the connection counts as dead and is made anew."""
 SLICE_S = 0.02
 """How long one wait lasts before `on_wait` is called: a click on Cancel is seen within it."""
+STOPPING_S = 0.25
+"""How often a daemon that is about to stop is asked again."""
+WORK = ("load", "forward", "sample")
 
 
 class Request:
@@ -76,6 +86,8 @@ class Connection:
         self._waiting: dict[int, Request] = {}
         self._heard_s = 0.0
         self._pinged_s = 0.0
+        self._has_worked = False
+        """Whether work of this client was done: a daemon that stops then is one to wait for."""
         self._unanswered_s: float | None = None
         """When the first ping was sent after which no word came; None if there is no such ping."""
         self._lock = threading.RLock()
@@ -90,7 +102,7 @@ class Connection:
             if self._socket is not None:
                 with suppress(zmq.ZMQError):
                     self._socket.send_multipart(wire.encode(Message("bye", {}, 0, self._session)), zmq.DONTWAIT)
-                close(self._socket, linger_ms=200)
+                self._door.close(self._socket, linger_ms=200)
                 self._socket = None
             self._context.term()
 
@@ -144,16 +156,21 @@ class Connection:
     def replies(self, request: Request) -> Iterator[Message]:
         """The replies to a request as they come, without end.
 
+        A daemon that stops refuses work, and may be back soon; that is waited for as its absence is, once it has done
+        work for this client.
+
         Raises the error that the daemon answers.
         """
         deadline = time.monotonic() + self.reconnect_s
+        stopping = ""
+        """Which run of the daemon has refused it, because it ends."""
         while True:
             with self._lock:
                 if not request.replies:
                     self._listen()
                 if request.lost:
                     self._resend(request, deadline)
-                else:
+                elif self.boot_id != stopping:
                     deadline = time.monotonic() + self.reconnect_s
                 reply = request.replies.popleft() if request.replies else None
             if reply is None:
@@ -162,9 +179,25 @@ class Connection:
                 if self.on_wait is not None:
                     self.on_wait()
             elif reply.type == "error":
-                raise TacodError.from_wire(reply.body)
+                error = TacodError.from_wire(reply.body)
+                if not self._will_come_back(error) or time.monotonic() > deadline:
+                    raise error
+                stopping = self.boot_id
+                self._pause()
+                request.lost = True
             else:
+                self._has_worked |= reply.type == "done" and request.kind in WORK
                 yield reply
+
+    def _will_come_back(self, error: TacodError) -> bool:
+        return self._has_worked and isinstance(error, Unavailable) and bool(error.details.get("stopping"))
+
+    def _pause(self) -> None:
+        until = time.monotonic() + STOPPING_S
+        while time.monotonic() < until:
+            time.sleep(SLICE_S)
+            if self.on_wait is not None:
+                self.on_wait()
 
     # --- the socket -----------------------------------------------------------------------------------------------
 
@@ -227,7 +260,7 @@ class Connection:
             self._socket_now().send_multipart(wire.encode(Message("hello", body, hello.id)))
             while not hello.replies:
                 self._read(SLICE_S)
-                self._door.check(self._socket_now())
+                self._door.check()
                 if self.on_wait is not None:
                     self.on_wait()
                 if time.monotonic() > deadline:
@@ -254,7 +287,7 @@ class Connection:
         """Give up the socket and the session; every open request is lost and will be asked again."""
         self._session = b""
         if self._socket is not None:
-            close(self._socket, linger_ms=0)
+            self._door.close(self._socket, linger_ms=0)
             self._socket = None
         for request in self._waiting.values():
             request.lost = True

@@ -14,7 +14,7 @@ import zmq
 from tacod_client.curve import ClientKeys, find_keys
 from tacod_client.errors import ConnectionFailed, NotAllowed, ProtocolError
 
-__all__ = ["Door", "close", "find_endpoint"]
+__all__ = ["Door", "find_endpoint"]
 
 DEFAULT_ENDPOINT = "ipc:///run/tacod/tacod.sock"
 
@@ -38,6 +38,8 @@ class Door:
         self.endpoint = endpoint
         self._named_keys = (key, server_key)
         self._keys: ClientKeys | None = None
+        self._monitor: zmq.Socket[bytes] | None = None
+        """Tells what became of the handshake."""
 
     def open(self, context: zmq.Context[Any], timeout_s: float) -> zmq.Socket[bytes]:
         """A DEALER socket that connects there.
@@ -57,26 +59,32 @@ class Door:
             socket.setsockopt(zmq.IPV6, family == sockets.AF_INET6)
             socket.curve_serverkey = self._keys.server
             socket.curve_publickey, socket.curve_secretkey = self._keys.public, self._keys.secret
-            socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
+            events = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+            self._monitor = socket.get_monitor_socket(events)
         socket.setsockopt(zmq.LINGER, 0)
         # Not IMMEDIATE: it would throw away what the daemon said last, if the daemon then went faster than we read.
         socket.connect(self.endpoint)
         return socket
 
-    def check(self, socket: zmq.Socket[bytes]) -> None:
+    def close(self, socket: zmq.Socket[bytes], linger_ms: int) -> None:
+        """Close a socket that was opened here, and what watches it."""
+        if self._monitor is not None:
+            socket.disable_monitor()
+            self._monitor.close(linger=0)
+            self._monitor = None
+        socket.close(linger=linger_ms)
+
+    def check(self) -> None:
         """See whether the daemon has turned the keys down; ZeroMQ would try again for ever.
 
         Raises `NotAllowed` for a key that it doesn't know, `ConnectionFailed` if it isn't the one with that public key.
         """
-        if self._keys is None:
+        if self._keys is None or self._monitor is None or not self._monitor.poll(0):
             return
         from zmq.utils.monitor import recv_monitor_message
 
-        monitor = socket.get_monitor_socket()
-        if not monitor.poll(0):
-            return
         keys = self._keys
-        if recv_monitor_message(monitor)["event"] == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+        if recv_monitor_message(self._monitor)["event"] == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             raise NotAllowed(
                 f"tacod at {self.endpoint} doesn't know the key in {keys.path}; have its public key, "
                 f"{keys.public.decode()}, put into the folder that curve.clients names, and run `tacoctl reload` there"
@@ -85,12 +93,6 @@ class Door:
             f"no tacod with the key in {keys.server_path} answers at {self.endpoint}; "
             "copy the daemon's public key there anew, and see that the port is that of curve.listen"
         )
-
-
-def close(socket: zmq.Socket[bytes], linger_ms: int) -> None:
-    """Close a socket, and what watches it."""
-    socket.disable_monitor()
-    socket.close(linger=linger_ms)
 
 
 def _knock_at_unix(endpoint: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -85,6 +86,15 @@ def test_switched_off_it_runs_here(comfyui: ComfyUI) -> None:
         assert outcome.texts["stats"].startswith("TACO-DiT was off: 4 steps in ")
 
 
+def test_nothing_to_denoise(comfyui: ComfyUI) -> None:
+    pair = guide(seed=30, denoise=0.0)
+    pair.nodes["latent"]["inputs"] |= {"scale": 1.0, "seed": 9}
+    outcome = comfyui.run(pair.nodes)
+    assert outcome.kind == "success", outcome.error
+    assert agrees(comfyui, pair)
+    assert "Forwards: 0, 0 of them parallel" in outcome.texts["stats"]
+
+
 def test_what_cannot_be_planned_is_told(comfyui: ComfyUI) -> None:
     pair = guide(seed=6)
     pair.nodes["loader"]["inputs"] |= {"auto_detect": False, "cfg_parallel": True}
@@ -101,6 +111,23 @@ def test_what_cannot_be_planned_is_told(comfyui: ComfyUI) -> None:
     assert "sequence 2 (ulysses" in outcome.texts["stats"]
     assert "no flash attention" in outcome.texts["stats"]
     assert agrees(comfyui, pair)
+
+
+def test_the_speed_beside_one_rank_is_told(comfyui: ComfyUI) -> None:
+    """Once the daemon has seen the same forwards on one rank; and each run counts."""
+    alone = {"auto_detect": False, "sequence_parallel_degree": 1, "cfg_parallel": False}
+    for seed, asked in ((23, alone), (24, {}), (25, {})):
+        pair = guide(SD3, seed=seed)
+        pair.nodes["loader"]["inputs"] |= asked
+        outcome = comfyui.run(pair.nodes)
+        assert outcome.kind == "success", outcome.error
+        assert agrees(comfyui, pair)
+        stats = outcome.texts["stats"]
+        if asked:
+            assert "Forwards: 4, 0 of them parallel, on 1 ranks" in stats
+    assert re.search(r"Speed: \d+\.\d\d times one rank, which takes [\d.]+ m?s for these forwards", stats)
+    (executions,) = re.findall(r"Executions so far: (\d+), ", stats)
+    assert int(executions) >= 3
 
 
 def test_cancel_in_mid_run(comfyui: ComfyUI) -> None:
@@ -197,7 +224,8 @@ def test_a_killed_rank_changes_nothing(comfyui: ComfyUI, own: Daemon) -> None:
     assert "Retries: 1" in outcome.texts["stats"]
 
 
-def test_a_restarted_daemon_changes_nothing(comfyui: ComfyUI, own: Daemon) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "restarted"])
+def test_a_daemon_that_comes_again_changes_nothing(comfyui: ComfyUI, own: Daemon, number: int) -> None:
     pair = guide(steps=12, seed=10)
     pair.nodes["loader"]["inputs"]["endpoint"] = own.endpoint
     killed = threading.Event()
@@ -205,13 +233,45 @@ def test_a_restarted_daemon_changes_nothing(comfyui: ComfyUI, own: Daemon) -> No
     def restart(event: dict[str, Any]) -> None:
         if _step(event) == 3 and not killed.is_set():
             killed.set()
-            os.kill(own.pid, signal.SIGKILL)
+            os.kill(own.pid, number)
             assert own.process is not None
             own.process.wait()
             own.start()
 
     outcome = comfyui.run(pair.nodes, restart)
     assert killed.is_set()
+    assert outcome.kind == "success", outcome.error
+    assert agrees(comfyui, pair)
+
+
+def test_a_stopped_daemon(comfyui: ComfyUI, own: Daemon) -> None:
+    """While ComfyUI waits for it Cancel is heard; then the error box says what to do; and it may come back."""
+
+    def run(seed: int, *options: Any) -> tuple[Pair, Outcome]:
+        pair = guide(seed=seed)
+        pair.nodes["loader"]["inputs"]["endpoint"] = own.endpoint
+        return pair, comfyui.run(pair.nodes, *options)
+
+    assert run(26)[1].kind == "success"
+    own.stop()
+    clicked: list[float] = []
+
+    def click(event: dict[str, Any]) -> None:
+        if event["type"] == "executing" and event["data"]["node"] == "sampler_taco":
+            time.sleep(0.5)
+            clicked.append(time.perf_counter())
+            comfyui.post("/interrupt", {})
+
+    assert run(27, click)[1].kind == "interrupted"
+    took_s = time.perf_counter() - clicked[0]
+    print(f"from the click on Cancel without a daemon to execution_interrupted: {1e3 * took_s:.0f} ms")
+    assert took_s < 1.0 + 1.0  # the promise, and a busy machine
+    _, outcome = run(28)
+    assert outcome.kind == "error"
+    assert outcome.error.startswith("TACO-DiT not available: ")
+    assert "systemctl status tacod" in outcome.error
+    own.start()
+    pair, outcome = run(29)
     assert outcome.kind == "success", outcome.error
     assert agrees(comfyui, pair)
 

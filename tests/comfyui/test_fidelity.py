@@ -24,17 +24,25 @@ def test_plain(both: Both, pair: Pairs, model: TinyModel, cfg: float) -> None:
     both(run)
 
 
-@pytest.mark.parametrize("scheduler", ["normal", "simple", "beta", "karras"])
+WAYS: dict[str, dict[str, Any]] = {
+    **{scheduler: {"scheduler": scheduler} for scheduler in ("normal", "simple", "beta", "karras")},
+    "a part without guidance": {"scheduler": "simple", "cfg": 1.0, "denoise": 0.6},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @FAMILIES
-def test_every_sampler(comfyui: ComfyUI, both: Both, pair: Pairs, model: TinyModel, scheduler: str) -> None:
+def test_every_sampler(comfyui: ComfyUI, both: Both, pair: Pairs, model: TinyModel, way: str) -> None:
     samplers = comfyui.get("/object_info/KSampler")["KSampler"]["input"]["required"]["sampler_name"][0]
     run = pair(model)
+    if "denoise" in WAYS[way]:
+        run.nodes["latent"]["inputs"] |= {"scale": 1.0, "seed": 9}
     run.load()
     for sampler in samplers:
         # It divides by the smallest noise level, and multiplies by the step's length: with four steps the last bit of
         # fp32 would become 1e-5, in ComfyUI as here.
         steps = 8 if sampler == "heun" else 4
-        run.sample(save=f"_{sampler}", sampler_name=sampler, scheduler=scheduler, steps=steps)
+        run.sample(save=f"_{sampler}", sampler_name=sampler, steps=steps, **WAYS[way])
     # One prompt for all of them; a failure names the sampler by its file.
     both(run, *(f"_{sampler}" for sampler in samplers))
 

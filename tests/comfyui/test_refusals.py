@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-from comfyui_graphs import FLUX, SD3, Pair, TinyModel
+from comfyui_graphs import FLUX, SD3, Pair, TinyModel, save
 from comfyui_server import ComfyUI
 from helpers import Daemon, relative_error
 
@@ -83,6 +84,23 @@ def test_refused_before_the_loader_and_the_stock_branch_runs_on(comfyui: ComfyUI
     assert outcome.kind == "error"
     assert outcome.error.startswith("TACO-DiT can't honour ")
     assert relative_error(stock(comfyui), before) == 0
+
+
+def test_a_hook_that_needs_the_weights(comfyui: ComfyUI, comfyui_models: Path) -> None:
+    """It is a difference from the weights, of another checkpoint."""
+    save(FLUX, comfyui_models / "checkpoints", "hooked.safetensors", "model.diffusion_model.")
+    pair = Pair(FLUX)
+    pair.add("hook", "CreateHookModelAsLoraModelOnly", ckpt_name="hooked.safetensors", strength_model=1.0)
+    pair.add("hooked", "ConditioningSetProperties", cond_NEW="@positive", hooks="@hook", strength=1.0)
+    pair.nodes["hooked"]["inputs"]["set_cond_area"] = "default"
+    pair.load()
+    pair.sample(positive="@hooked")
+    for node in ("sampler_stock", "save_stock"):
+        del pair.nodes[node]
+    outcome = comfyui.run(pair.nodes)
+    assert outcome.kind == "error"
+    assert outcome.error.startswith("TACO-DiT can't honour a patch of kind 'model_as_lora' on diffusion_model.")
+    assert steps(outcome) == 0
 
 
 def stock(comfyui: ComfyUI) -> Any:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from helpers import FLUX, SD3, Tiny, relative_error
 
-from tacod.rank.arguments import check_arguments, check_tokens, load_arguments
+from tacod.rank.arguments import Kept, check_arguments, check_tokens, load_arguments
 from tacod_client import wire
 from tacod_client.errors import ArgumentError
 from tacod_client.exchange import each_once, pack
+from tacod_client.tensors import to_wire
 
 BATCH, TOKENS = 2, 35
 
@@ -114,3 +115,17 @@ def test_what_repeats_travels_once() -> None:
 def test_what_is_no_control_is_refused_here(control: Any) -> None:
     with pytest.raises(ArgumentError, match="control"):
         each_once(control)
+
+
+def test_what_comes_by_digest_is_put_on_the_device_once() -> None:
+    inputs = {name: to_wire(value, name) for name, value in FLUX.inputs().items()}
+    given = {**inputs, "context": inputs["context"].with_digest()}
+    kept: Kept = {}
+    first, second = (
+        load_arguments(given, FLUX.model.arguments(), torch.bfloat16, torch.device("cpu"), kept) for _ in range(2)
+    )
+    assert first["context"] is second["context"]
+    assert first["x"] is not second["x"], "it changes with every step, and has no digest"
+    assert [(key[0], value.dtype) for key, value in kept.items()] == [(given["context"].digest, torch.bfloat16)]
+    other = load_arguments(given, FLUX.model.arguments(), torch.float32, torch.device("cpu"), kept)
+    assert other["context"].dtype == torch.float32

@@ -25,10 +25,12 @@ from shared_block import reach_shared
 from torch.nn.functional import scaled_dot_product_attention
 
 from tacod.plan import Layout, Plan, Shape, chunks
+from tacod.rank.forwards import Forwards
 from tacod.rank.fused import Projected
 from tacod.rank.sequence import SequenceParallel
 from tacod.rank.spread import run
 from tacod.rank.topology import Topology
+from tacod.rank.warmup import warm_up
 
 WORLD = 5
 LAYOUTS = [
@@ -121,6 +123,14 @@ def test_ranks_that_write_into_each_others_memory(
     if layout[0] > len(load_golden(name).inputs["x"]):
         layout = (1, *layout[1:])
     assert max(ranks.run(layout, "golden", name=name, sharing=True)) <= 2e-6
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_ranks_come_to_the_same_pace(ranks: Ranks, family: str) -> None:
+    paces = ranks.run((1, 1, 1), "warm_up", family=family)
+    assert len(paces) == WORLD
+    assert all(pace == paces[0] for pace in paces)
+    assert all(number > 0 for number in paces[0])
 
 
 @pytest.mark.parametrize("layout", [(1, 3, 1), (1, 2, 2)], ids=str)
@@ -254,6 +264,11 @@ class Rank:
         with torch.inference_mode():
             return run(model, plan, topology, inputs["x"], inputs["timestep"], rest)
 
+    def warm_up(self, layout: Layout, family: str) -> list[float] | None:
+        tiny = {"flux": FLUX, "sd3": SD3}[family]
+        pace = warm_up(tiny.model, Forwards(self.topology), torch.device("cpu"))
+        return None if pace is None else [pace.flops, pace.bytes, pace.collective_s]
+
     def _sequence(self, layout: Layout) -> SequenceParallel | None:
         seat = self.topology.seat(layout)
         return None if seat is None else seat.sequence
@@ -332,7 +347,7 @@ class Rank:
         clock.take_s()
         begin = time.perf_counter()
         tokens = sequence.shard(torch.zeros(1, 10, 4, 8))
-        sequence.attention(tokens, tokens, tokens, [10])
+        sequence.attend([projected(tokens, tokens, tokens)], [10]).result()
         wall = time.perf_counter() - begin
         return clock.take_s(), wall, clock.take_s()
 

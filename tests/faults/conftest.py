@@ -13,7 +13,7 @@ import pytest
 from helpers import FLUX, SD3, START_S, Daemon, eventually, shared_memory
 
 from tacod.config import I_KNOW
-from tacod_client import Client
+from tacod_client import Cancelled, Client
 
 STEP_TIMEOUT_S = 4.0
 RANKS = 2
@@ -36,7 +36,10 @@ def two_ranks(models: Path) -> Iterator[Daemon]:
     with Daemon(RANKS, [models], settings) as daemon:
         with daemon.client() as client:
             # With the first large buffer that it needn't copy, pyzmq starts a thread that lasts.
-            SD3.sample(client.load(SD3.file), MANY_STEPS).cancel()
+            job = SD3.sample(client.load(SD3.file), MANY_STEPS)
+            job.cancel()
+            with pytest.raises(Cancelled):
+                job.result()
         yield daemon
 
 
@@ -64,7 +67,7 @@ def holdings(daemon: Daemon) -> dict[str, int]:
         "threads": supervisor.num_threads(),
         # The rendezvous of each generation of ranks has a name of its own.
         "files": len(list(daemon.folder.rglob("*"))),
-        "shared memory": len(shared_memory()),
+        "shared memory": len(shared_memory(daemon.processes())),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -54,6 +55,29 @@ def test_its_work_leaves_the_queue(sturdy: Daemon, client: Client, number: int) 
         eventually(lambda: client.jobs() == [], 6, "its jobs are gone")
         eventually(lambda: client.status()["clients"] == 1, 6, "its session is gone")
     SD3.check(client.load(SD3.file))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_others_wait_no_longer_for_it(sturdy: Daemon, client: Client, number: int) -> None:
+    """While its work is still there, one step of it for each of theirs, as if it lived; then none."""
+    model = client.load(SD3.file)
+    inputs = SD3.inputs()
+
+    def median_s() -> float:
+        times = []
+        for _ in range(30):
+            started = time.monotonic()
+            model.forward(**inputs)
+            times.append(time.monotonic() - started)
+        return statistics.median(times)
+
+    with busy_client(sturdy) as process:
+        while_it_lives = median_s()
+        process.send_signal(number)
+        # What is added is for a machine that has other work.
+        assert median_s() < 2 * while_it_lives + 0.02
+        eventually(lambda: client.jobs() == [], 6, "its jobs are gone")
+        assert median_s() < 2 * while_it_lives + 0.02
 
 
 def test_closing_is_enough(sturdy: Daemon, client: Client) -> None:

@@ -14,12 +14,12 @@ from helpers import FLUX, SD3, Daemon
 
 from tacod_client import Unavailable
 
-SIZE = 1 << 20
+SIZE = 8 << 20
 
 
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
-    """A disk of one MiB."""
+    """A small disk."""
     if os.geteuid() != 0:
         pytest.skip("only root may mount a tmpfs")
     mount = subprocess.run(

@@ -7,16 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgpack
 import pytest
 import zmq
-from helpers import SD3, Daemon, eventually
+from helpers import SD3, SOON_S, Daemon, eventually
 
-from tacod_client import Client, MessageTooLarge, QueueFull, wire
+from tacod.server import MAX_FRAME_BYTES
+from tacod_client import Cancelled, Client, MessageTooLarge, QueueFull, wire
 
 QUEUE = 3
 CLIENTS = 3
 MESSAGE_BYTES = 200_000
+STORE_BYTES = 6_000
+"""Holds one context of 129 tokens."""
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +28,7 @@ def narrow(models: Path) -> Iterator[Daemon]:
         "limits.queue": QUEUE,
         "limits.clients": CLIENTS,
         "limits.message_bytes": MESSAGE_BYTES,
+        "limits.store_bytes": STORE_BYTES,
         "heartbeat_s": 1.0,
     }
     with Daemon(1, [models], settings) as daemon:
@@ -47,11 +50,28 @@ def test_queue_full(narrow: Daemon, client: Client) -> None:
         SD3.sample(model, 4)
     with narrow.client() as other, pytest.raises(QueueFull):
         SD3.check(other.load(SD3.file))
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < SOON_S
     for job in queued:
         job.cancel()
     assert first.result().isfinite().all()
     SD3.check(model)
+
+
+def test_store_full(narrow: Daemon, client: Client) -> None:
+    """A run holds what it was given until it ends; what finds no room beside that is refused, and harms nothing."""
+    model = client.load(SD3.file)
+    first = SD3.sample(model, 20000, seed=1)
+    next(iter(first))
+    with narrow.client() as other:
+        started = time.monotonic()
+        with pytest.raises(QueueFull, match=r"limits\.store_bytes"):
+            SD3.sample(other.load(SD3.file), 4, seed=2).result()
+        assert time.monotonic() - started < SOON_S
+    assert next(iter(first)).total == 20000
+    first.cancel()
+    with pytest.raises(Cancelled):
+        first.result()
+    SD3.check(model, seed=2)
 
 
 def test_message_too_large(client: Client) -> None:
@@ -60,7 +80,7 @@ def test_message_too_large(client: Client) -> None:
     started = time.monotonic()
     with pytest.raises(MessageTooLarge, match=r"limits\.message_bytes") as caught:
         model.forward(**large)
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < SOON_S
     assert caught.value.details["limit"] == MESSAGE_BYTES
     SD3.check(model)
 
@@ -99,7 +119,7 @@ def test_a_frame_over_the_limit_ends_its_connection_alone(narrow: Daemon, client
     try:
         socket.setsockopt(zmq.LINGER, 0)
         socket.connect(narrow.endpoint)
-        socket.send_multipart([b"TACO\x01", msgpack.packb("x" * 2 * MESSAGE_BYTES)])
+        socket.send_multipart([b"TACO\x01", bytes(MAX_FRAME_BYTES + 1)])
         assert not socket.poll(300)
         SD3.check(model)
     finally:

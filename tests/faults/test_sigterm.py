@@ -14,10 +14,23 @@ from helpers import FLUX, SD3, Daemon, eventually, stopped
 
 from tacod_client import Unavailable
 
+from .manager import Manager
+
+
+def test_idle(models: Path) -> None:
+    with Manager() as manager:
+        with Daemon(1, [models], environment=manager.environment(watchdog_s=4)) as daemon:
+            with daemon.client() as client:
+                SD3.check(client.load(SD3.file))
+            started = time.monotonic()
+            daemon.stop()
+            assert time.monotonic() - started < 5
+        assert "STOPPING=1\nSTATUS=draining" in manager.texts
+
 
 def test_running_and_queued_work_is_finished(models: Path) -> None:
     steps = 20
-    with Daemon(1, [models]) as daemon, daemon.client() as client, daemon.client() as other:
+    with Daemon(1, [models]) as daemon, daemon.client() as client, daemon.client(reconnect_s=0) as other:
         model = client.load(SD3.file)
         undisturbed = SD3.sample(model, steps).result()
         running, queued = SD3.sample(model, steps), SD3.sample(model, steps)
@@ -41,7 +54,7 @@ def test_running_and_queued_work_is_finished(models: Path) -> None:
 
 
 def test_a_second_one_aborts(models: Path) -> None:
-    with Daemon(1, [models]) as daemon, daemon.client() as client:
+    with Daemon(1, [models]) as daemon, daemon.client(reconnect_s=0) as client:
         job = SD3.sample(client.load(SD3.file), 20000)
         next(iter(job))
         daemon.signal(signal.SIGTERM)
@@ -54,7 +67,7 @@ def test_a_second_one_aborts(models: Path) -> None:
 
 
 def test_draining_ends_in_time(models: Path) -> None:
-    with Daemon(1, [models], {"drain_timeout_s": 1.0}) as daemon, daemon.client() as client:
+    with Daemon(1, [models], {"drain_timeout_s": 1.0}) as daemon, daemon.client(reconnect_s=0) as client:
         job = SD3.sample(client.load(SD3.file), 20000)
         next(iter(job))
         started = time.monotonic()

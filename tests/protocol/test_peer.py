@@ -50,7 +50,8 @@ def test_what_a_peer_on_the_unix_socket_claims_counts_for_nothing(
         with closing(socket.socket(socket.AF_UNIX)) as peer:
             peer.connect(path)
             peer.sendall(GREETING)
-            assert peer.recv(len(GREETING))
+            # All of it: what comes before its last byte is lost on libzmq now and then.
+            assert len(peer.recv(len(GREETING), socket.MSG_WAITALL)) == len(GREETING)
             peer.sendall(ready(**claims))
             assert router.poll(5000)
             frame, _ = router.recv_multipart(copy=False)

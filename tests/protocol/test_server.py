@@ -12,9 +12,9 @@ import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tacod.access import User
 from tacod.config import Config
 from tacod.server import Server
-from tacod.access import User
 from tacod_client.wire import Message, Tensor, decode, encode
 
 from .test_mutations import VALID, damage

@@ -115,7 +115,7 @@ def test_bench_takes_several_sizes_and_has_a_default_for_everything() -> None:
         ["status", "--watch", "nan"],
         ["status", "--watch", "soon"],
         ["load"],
-        ["load", "x", "--dtype", "fp8"],
+        ["load", "x", "--dtype", "fp4"],
         ["unload"],
         ["cancel"],
         ["plan", "x"],

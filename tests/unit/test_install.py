@@ -230,7 +230,7 @@ def test_the_configuration_that_an_example_wants_can_be_used(tmp_path: Path, exa
 @pytest.fixture
 def unit(tmp_path: Path) -> Path:
     if shutil.which("systemd-analyze") is None:
-        pytest.skip("systemd-analyze is not installed")
+        pytest.skip("systemd-analyze is not installed; on Debian and Ubuntu: apt install systemd")
     path = tmp_path / "tacod.service"
     path.write_text((SOURCE / "tacod.service").read_text().replace("/usr/bin/tacod", "/bin/true"))
     return path

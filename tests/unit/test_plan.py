@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tacod.plan import AUTO, Layout, Plan, Request, Shape, chunks, cost, make_plan, parse_request
+from tacod.plan import (
+    AUTO,
+    Layout,
+    Pace,
+    Plan,
+    Request,
+    Shape,
+    chunks,
+    cost,
+    make_plan,
+    measured_pace,
+    parse_request,
+)
 from tacod_client.errors import ArgumentError
 
 FLUX = Shape(24, 3072, 1, (512, 4096))
@@ -150,3 +163,50 @@ def test_what_cannot_be_is_not_guessed_at(request_: Any) -> None:
         parse_request(request_, 3)
     assert caught.value.argument == "plan"
     assert len(caught.value.message) < 400
+
+
+@pytest.mark.parametrize("layout", [Layout(1, 2, 1), Layout(1, 1, 2), Layout(1, 3, 1)], ids=str)
+@pytest.mark.parametrize("share", [0.8, 1.0, 3.0])
+def test_a_measured_pace_says_what_was_measured(layout: Layout, share: float) -> None:
+    alone_s, together_s = 0.12, 0.12 * share
+    pace = measured_pace(alone_s, layout, together_s, FLUX)
+    assert cost(Layout(1, 1, 1), FLUX, pace) == pytest.approx(alone_s)
+    assert cost(layout, FLUX, pace) == pytest.approx(together_s)
+
+
+def test_ranks_faster_than_can_be_have_links_that_cost_nothing() -> None:
+    pace = measured_pace(0.12, Layout(1, 2, 1), 0.01, FLUX)
+    assert cost(Layout(1, 2, 1), FLUX, pace) == pytest.approx(0.06, rel=1e-3)
+
+
+def test_more_ranks_that_would_be_slower_are_left_idle_and_said() -> None:
+    slow = Pace(bytes=5e9)
+    plan = make_plan(AUTO, 2, FLUX, slow)
+    assert plan.layout == Layout(1, 1, 1)
+    assert plan.slower == pytest.approx(cost(Layout(1, 2, 1), FLUX, slow) / cost(Layout(1, 1, 1), FLUX, slow))
+    assert re.search(r"1 of 2 ranks idle: with all it would take \d\.\d\d times as long", str(plan))
+
+
+def test_what_was_asked_for_is_done_however_slow() -> None:
+    slow = Pace(bytes=5e9)
+    assert make_plan(Request(sequence_parallel_degree=2), 2, FLUX, slow).layout == Layout(1, 2, 1)
+    assert make_plan(AUTO, 2, FLUX_CFG, slow).layout == Layout(2, 1, 1), "images of their own exchange nothing"
+
+
+def test_fast_links_are_used() -> None:
+    assert make_plan(AUTO, 3, FLUX, Pace()).layout == Layout(1, 3, 1)
+
+
+def test_an_exchange_in_8_bits() -> None:
+    asked = parse_request({"exchange": "int8"}, 2)
+    plan = make_plan(asked, 2, FLUX)
+    assert plan.narrow
+    assert "exchanged in 8 bits" in str(plan)
+    assert "8 bits" not in str(make_plan(asked, 1, FLUX)), "alone, nothing is exchanged"
+    assert cost(plan.layout, FLUX, narrow=True) < cost(plan.layout, FLUX)
+    # Links on which only half the bytes are worth it.
+    between = next(speed for speed in range(40, 4, -1) if make_plan(AUTO, 2, FLUX, Pace(bytes=speed * 1e9)).slower)
+    assert make_plan(asked, 2, FLUX, Pace(bytes=between * 1e9)).layout == Layout(1, 2, 1)
+    assert not make_plan(parse_request({"exchange": "exact"}, 2), 2, FLUX).narrow
+    with pytest.raises(ArgumentError, match="plan: exchange: expected 'exact' or 'int8', got 'fp8'"):
+        parse_request({"exchange": "fp8"}, 2)

@@ -23,11 +23,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tacod import server as server_module
 from tacod import sessions as sessions_module
+from tacod.access import User
 from tacod.config import Config
 from tacod.group import State
 from tacod.manifest import Model
 from tacod.server import Server
-from tacod.sessions import User
 from tacod_client import wire
 from tacod_client.errors import OutOfMemory
 from tacod_client.wire import Message, Tensor
@@ -113,6 +113,27 @@ class ClientSocket(Socket):
         told.append(message)
 
 
+class FakeAccess:
+    """Knows whose a connection is, and lets all of them in."""
+
+    def __init__(self, peers: dict[bytes, Peer]) -> None:
+        self.peers = peers
+        self.keys = None
+        self.socket = Socket()
+
+    def attend(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def user_of(self, frame: zmq.Frame) -> User:
+        return self.peers[frame.bytes].user
+
+    def is_admin(self, user: User) -> bool:
+        return False
+
+
 class Context:
     """Makes two sockets: the clients', then the ranks'."""
 
@@ -153,7 +174,7 @@ class Events(RuleBasedStateMachine):
             mock.patch("tacod.server.Monitor", mock.Mock()),
             mock.patch("tacod.server.time", self.clock),
             mock.patch("tacod.verbs.time", self.clock),
-            mock.patch("tacod.server.user_of", lambda frame: self.context.clients.peers[frame.bytes].user),
+            mock.patch("tacod.server.Access", return_value=FakeAccess(self.context.clients.peers)),
             mock.patch.object(server_module, "OUTBOX_MESSAGES", REFUSES_WORK),
             mock.patch.object(sessions_module, "UNSENT_MESSAGES", COUNTS_AS_GONE),
         ):
@@ -170,6 +191,7 @@ class Events(RuleBasedStateMachine):
         self.turn()
         self.all_report_ready()
         self.all_finish()
+        assert self.server.executor.ready
 
     def turn(self) -> None:
         self.server.turn(0)
@@ -281,21 +303,20 @@ class Events(RuleBasedStateMachine):
         return [rank for rank in FakeRank.all if not rank.reaped]
 
     def unanswered(self, rank: FakeRank) -> list[Message]:
-        answered = getattr(rank, "answered", 0)
-        return [work for work in self.context.ranks.sent.get(rank.peer, []) if work.id > answered]
+        return [work for work in self.context.ranks.sent.get(rank.peer, []) if work.id > rank.answered]
 
     @rule()
     def all_report_ready(self) -> None:
         for rank in self.alive:
-            if not hasattr(rank, "greeted"):
-                rank.greeted = True  # type: ignore[attr-defined]
+            if not rank.greeted:
+                rank.greeted = True
                 hello = {"rank": rank.index, "epoch": rank.epoch, "memory_used_bytes": 1}
                 self.context.ranks.inbox.append((rank.peer, Message("ready", hello)))
         self.turn()
 
     def answer(self, rank: FakeRank, kind: str = "done", body: dict[str, Any] | None = None) -> None:
         for work in self.unanswered(rank):
-            rank.answered = work.id  # type: ignore[attr-defined]
+            rank.answered = work.id
             told = {**(ANSWERS[work.type] if body is None else body), "memory_used_bytes": 1}
             self.context.ranks.inbox.append((rank.peer, Message(kind, told, work.id)))
 

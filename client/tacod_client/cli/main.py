@@ -73,7 +73,9 @@ def parser() -> argparse.ArgumentParser:
     verb("models", "the loaded models")
     load = verb("load", "load a model file on all ranks")
     load.add_argument("path", help="a .safetensors file, absolute or relative to one of models.roots")
-    load.add_argument("--dtype", choices=["fp32", "bf16", "fp16", "fp8"], help="compute dtype (default: as the device suits)")
+    load.add_argument(
+        "--dtype", choices=["fp32", "bf16", "fp16", "fp8"], help="compute dtype (default: as the device suits)"
+    )
     load.add_argument(
         "--lora",
         action="append",

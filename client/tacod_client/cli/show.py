@@ -217,7 +217,8 @@ def facts(told: Iterable[tuple[str, str]]) -> Table:
 def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
     table = Table(box=SIMPLE_HEAD if sys.stdout.isatty() else None, pad_edge=False)
     for head in heads:
-        table.add_column(head, overflow="fold")
+        # The last one is the longest, and may take several lines.
+        table.add_column(head, overflow="fold", no_wrap=head != heads[-1])
     for row in rows:
         table.add_row(*map(str, row))
     return table

@@ -214,6 +214,23 @@ class TestReplace:
         return (model,)
 
 
+class TestForget:
+    """A MODEL on which nobody has noted its file, as a loader of one's own gives it."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"model": ("MODEL",)}}
+
+    def make(self, model: Any) -> tuple[Any]:
+        del model.model.taco_dit_file
+        model.cached_patcher_init = None
+        return (model,)
+
+
 class TestUNet:
     """A UNet of the kind of SD 1.5, as small as it gets."""
 
@@ -254,6 +271,7 @@ class TestSize:
 
 _NODES = (
     TestReplace,
+    TestForget,
     TestUNet,
     TestSize,
     TestConditioning,

@@ -1,0 +1,134 @@
+"""Where a MODEL's weights come from: a file that is found, and trusted only if it holds what the MODEL holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comfyui_graphs import FLUX, SD3, Pair, TinyModel, save
+from comfyui_server import ComfyUI, Outcome
+from helpers import Daemon, Tiny
+from safetensors.torch import save_file
+
+Both = Callable[..., Outcome]
+Pairs = Callable[[TinyModel], Pair]
+
+
+def shown(pair: Pair) -> Pair:
+    """With the loader's info shown."""
+    pair.add("info", "TACODiTInfoDisplay", info="@loader#1")
+    return pair
+
+
+def test_found_by_the_graph(both: Both, pair: Pairs, comfyui_models: Path) -> None:
+    """What was noted on the MODEL is gone: the loader further up says which file it was."""
+    run = pair(SD3)
+    run.on_model("TestForget")
+    run.load()
+    run.sample(steps=2)
+    outcome = both(shown(run))
+    path = comfyui_models / "diffusion_models" / SD3.tiny.file
+    assert f"Weights: read by the daemon from {path.resolve()}" in outcome.texts["info"]
+
+
+@pytest.fixture
+def taking(comfyui_models: Path, tmp_path: Path) -> Iterator[Daemon]:
+    """A daemon that takes what it can't read."""
+    with Daemon(1, [comfyui_models], settings={"models.uploads": str(tmp_path)}) as daemon:
+        yield daemon
+
+
+def sampled(model: TinyModel, endpoint: str, **loader: Any) -> Pair:
+    """A short run beside stock, its info shown."""
+    run = Pair(model, endpoint=endpoint)
+    run.nodes["file"]["inputs"] |= loader
+    run.load()
+    run.sample(steps=2)
+    return shown(run)
+
+
+def test_a_file_that_was_replaced(comfyui: ComfyUI, both: Both, comfyui_models: Path, taking: Daemon) -> None:
+    """ComfyUI still has the weights that were in it; so they are what is sent."""
+    models = comfyui_models / "diffusion_models"
+    first = TinyModel(Tiny("replaced", FLUX.tiny.config, seed=1), FLUX.width, FLUX.pooled)
+    second = TinyModel(Tiny("other", FLUX.tiny.config, seed=2), FLUX.width, FLUX.pooled)
+    save(first, models)
+    run = sampled(first, taking.endpoint)
+    run.ranks["taco"] = 1
+    stock = {
+        name: run.nodes[name] for name in ("file", "positive", "negative", "latent", "sampler_stock", "save_stock")
+    }
+    assert comfyui.run(stock).kind == "success"
+    save(second, models)
+    # Another file in its place: the old one stays readable to those who have it open.
+    (models / second.tiny.file).replace(models / first.tiny.file)
+    outcome = both(run)
+    assert "Weights: sent to " in outcome.texts["info"]
+
+
+def test_rounded_by_the_loader(both: Both, taking: Daemon) -> None:
+    """The file holds more than the MODEL does."""
+    run = sampled(FLUX, taking.endpoint, weight_dtype="fp8_e4m3fn")
+    run.ranks["taco"] = 1
+    outcome = both(run)
+    assert "Weights: sent to " in outcome.texts["info"]
+
+
+def save_eight_bits(model: TinyModel, path: Path, scaled: bool) -> None:
+    """Matrices in fp8, as published files have them: rounded, or scaled with the scales beside.
+
+    The rest are numbers that fp8 has, for ComfyUI 0.3.64 rounds the biases beside scaled matrices.
+    """
+    tensors = {}
+    for key, weight in model.tiny.model.state_dict().items():
+        if weight.ndim != 2:
+            tensors[key] = weight.to(torch.float8_e4m3fn).float()
+            continue
+        scale = weight.abs().max() / 448 if scaled else torch.tensor(1.0)
+        tensors[key] = (weight / scale).to(torch.float8_e4m3fn)
+        if scaled:
+            tensors[key.removesuffix("weight") + "scale_weight"] = scale
+    if scaled:
+        tensors["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    save_file(tensors, path, metadata={"tacod.config": json.dumps(model.tiny.config)})
+
+
+@pytest.fixture
+def _eight_bits(comfyui: ComfyUI) -> None:
+    if "fp8 and fp4 support will not be available" in comfyui.log:
+        pytest.skip("this ComfyUI needs the package comfy-kitchen for scaled weights")
+
+
+@pytest.mark.usefixtures("_eight_bits")
+@pytest.mark.parametrize("loader", ["TACODiTModelLoader", "TACODiTUNETLoader"])
+@pytest.mark.parametrize("kind", ["plain", "scaled"])
+@pytest.mark.parametrize("model", [FLUX, SD3], ids=lambda model: model.tiny.name)
+def test_eight_bits(both: Both, pair: Pairs, comfyui_models: Path, model: TinyModel, kind: str, loader: str) -> None:
+    """A file with 8-bit weights is read by the daemon, through either loader."""
+    path = comfyui_models / "diffusion_models" / f"{model.tiny.name}_fp8_{kind}.safetensors"
+    save_eight_bits(model, path, kind == "scaled")
+    run = pair(model)
+    run.add("file", "UNETLoader", unet_name=path.name, weight_dtype="default")
+    run.load(loader, **({"unet_name": path.name} if loader == "TACODiTUNETLoader" else {}))
+    run.sample()
+    outcome = both(shown(run))
+    assert f"Weights: read by the daemon from {path.resolve()}" in outcome.texts["info"]
+
+
+@pytest.mark.usefixtures("_eight_bits")
+@pytest.mark.parametrize("model", [FLUX, SD3], ids=lambda model: model.tiny.name)
+def test_eight_bits_are_sent(both: Both, comfyui_models: Path, tmp_path: Path, model: TinyModel) -> None:
+    """Scaled weights and their scales, to a daemon that can't read the file."""
+    path = comfyui_models / "diffusion_models" / f"{model.tiny.name}_fp8_sent.safetensors"
+    save_eight_bits(model, path, scaled=True)
+    with Daemon(1, settings={"models.uploads": str(tmp_path)}) as far:
+        run = sampled(model, far.endpoint, unet_name=path.name)
+        run.ranks["taco"] = 1
+        outcome = both(run)
+    assert "Weights: sent to " in outcome.texts["info"]
+    (sent,) = tmp_path.glob("*.safetensors")
+    assert sent.stat().st_size < 1.2 * path.stat().st_size

@@ -1,0 +1,134 @@
+"""When a forward is captured and replayed, and when it isn't: the policy, with stand-ins for forwards and graphs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from helpers import FLUX
+from torch import Tensor
+
+from tacod.plan import Layout, Plan, Shape
+from tacod.rank import forwards as module
+from tacod.rank.families.base import Control
+from tacod.rank.forwards import KINDS, Forwards
+from tacod.rank.topology import Topology
+
+PLAN = Plan(Layout(1, 1, 1), 1, Shape(1, 16))
+Replay = Callable[[Tensor], Tensor]
+
+
+class World:
+    """Counts what ran how."""
+
+    def __init__(self, replay: Replay) -> None:
+        self.replay = replay
+        self.ran: list[str] = []
+        self.fails = False
+
+    def run(self, dit: Any, plan: Plan, topology: Topology, x: Tensor, timestep: Tensor, rest: Any) -> Tensor:
+        self.ran.append("run")
+        return 2 * x
+
+
+class FakeGraph:
+    """What stands for a graph."""
+
+    world: World
+
+    def __init__(self, dit: Any, plan: Plan, given: Mapping[str, Any], topology: Topology, pool: Any) -> None:
+        self.world.ran.append("capture")
+        if self.world.fails:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def replay(self, given: Mapping[str, Any]) -> Tensor:
+        self.world.ran.append("replay")
+        return self.world.replay(given["x"])
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[World, Forwards]]:
+    def make(replay: Replay = lambda x: 2 * x, graphs: bool = True) -> tuple[World, Forwards]:
+        world = World(replay)
+        monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+        monkeypatch.setattr(module, "run", world.run)
+
+        monkeypatch.setattr(module, "Graph", FakeGraph)
+        monkeypatch.setattr(FakeGraph, "world", world, raising=False)
+        return world, Forwards(Topology(), graphs)
+
+    return make
+
+
+def forward(forwards: Forwards, size: int = 3, plan: Plan = PLAN, **rest: Any) -> Tensor:
+    x = torch.arange(size, dtype=torch.float32)
+    out = forwards(FLUX.model, plan, x, torch.zeros(1), rest)
+    assert torch.equal(out, 2 * x)
+    return out
+
+
+def test_the_second_is_captured_and_later_ones_are_replayed(make: Any) -> None:
+    world, forwards = make()
+    for _ in range(4):
+        forward(forwards)
+    assert world.ran == ["run", "run", "capture", "replay", "replay", "replay"]
+    forward(forwards, size=4)
+    assert world.ran[-1] == "run", "another shape is another kind"
+    forward(forwards, plan=Plan(Layout(1, 1, 1), 1, Shape(1, 16), narrow=True))
+    assert world.ran[-1] == "run", "so is another plan"
+
+
+def test_a_replay_that_differs_is_not_used(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    world, forwards = make(replay=lambda x: 2.001 * x)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(5):
+            forward(forwards)
+    assert world.ran == ["run", "run", "capture", "replay", "run", "run", "run"]
+    assert "its replay differs by 5.0e-04" in caplog.text
+
+
+def test_what_can_not_be_captured_runs_as_it_is(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    world, forwards = make()
+    world.fails = True
+    with caplog.at_level(logging.WARNING):
+        for _ in range(4):
+            forward(forwards)
+    assert world.ran == ["run", "run", "capture", "run", "run"]
+    assert "no CUDA graph for sequence 1" in caplog.text
+    assert "out of memory" in caplog.text
+
+
+def test_kinds_are_bounded(make: Any) -> None:
+    world, forwards = make()
+    for size in range(1, KINDS + 2):
+        for _ in range(3):
+            forward(forwards, size)
+    world.ran.clear()
+    forward(forwards, KINDS + 1)
+    assert world.ran == ["replay"]
+    forward(forwards, 1)
+    assert world.ran == ["replay", "run"], "the one that was used the longest ago made room"
+
+
+def test_cleared_they_begin_anew(make: Any) -> None:
+    world, forwards = make()
+    for _ in range(3):
+        forward(forwards)
+    forwards.clear()
+    world.ran.clear()
+    forward(forwards)
+    assert world.ran == ["run"]
+
+
+def test_never_without_being_asked_nor_with_residuals(make: Any) -> None:
+    world, forwards = make(graphs=False)
+    for _ in range(3):
+        forward(forwards)
+    world, forwards = make()
+    for _ in range(3):
+        forward(forwards, control=Control({}))
+    assert world.ran == ["run"] * 3
