@@ -34,7 +34,7 @@ class EchoEngine(Engine):
     def forward(self, model: str, plan: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments as torch tensors, of residuals this rank's tokens, and x back."""
         specs = {name: Residuals(0, {}) if name == "control" else Argument(()) for name in arguments}
-        values = load_arguments(arguments, specs, torch.bfloat16, self.device)
+        values = load_arguments(arguments, specs, torch.float32, self.device)
         control = values.get("control", Control({}))
         whole = SimpleNamespace(rank=self.rank)
         sequence = SimpleNamespace(whole=whole, sizes=lambda n: chunks(n, self.world_size))

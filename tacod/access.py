@@ -15,6 +15,7 @@ from zmq.utils import z85
 
 from tacod.config import ConfigError, Curve
 from tacod_client.curve import PUBLIC, read_public_key, read_secret_key
+from tacod_client.frames import receive
 
 __all__ = ["Access", "Keys", "User"]
 
@@ -111,11 +112,8 @@ class Access:
 
     def attend(self) -> None:
         """Answer what ZeroMQ asks."""
-        while True:
-            try:
-                _, request, domain, address, _, mechanism, *credentials = self.socket.recv_multipart(zmq.DONTWAIT)
-            except zmq.Again:
-                return
+        while (frames := receive(self.socket)) is not None:
+            _, request, domain, address, _, mechanism, *credentials = (frame.bytes for frame in frames)
             key = z85.encode(credentials[0]) if mechanism == b"CURVE" else b""
             known = domain == ZAP_DOMAIN and self.keys is not None and key in self.keys.clients
             if not known:

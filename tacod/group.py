@@ -27,6 +27,7 @@ from tacod import config
 from tacod.faults import Faults
 from tacod_client import wire
 from tacod_client.errors import ProtocolError, TacodError
+from tacod_client.frames import receive, send, widen
 from tacod_client.wire import Message, Tensor
 
 __all__ = ["Answer", "Rank", "RankGroup", "State", "devices"]
@@ -268,7 +269,7 @@ class RankGroup:
             assert rank.peer is not None
             rank.progress = None
             try:
-                self.socket.send_multipart([rank.peer, *frames], copy=False)
+                send(self.socket, [rank.peer, *frames])
             except zmq.ZMQError as error:
                 raise GroupLost(f"rank {rank.index} (pid {rank.process.pid}) is not reachable: {error}") from None
         self.state = State.BUSY
@@ -302,16 +303,14 @@ class RankGroup:
 
         Raises `GroupLost` if they disagree, or if one says that it is broken.
         """
-        while True:
-            try:
-                peer, *frames = self.socket.recv_multipart(zmq.DONTWAIT, copy=False)
-            except zmq.Again:
-                return None
+        while (received := receive(self.socket)) is not None:
+            peer, *frames = received
             try:
                 message = wire.decode([frame.buffer for frame in frames])
             except ProtocolError as error:
                 raise GroupLost(f"a rank sent what can't be read ({error.message})") from None
             if message.type == "ready":
+                widen(peer)
                 self._greet(peer.bytes, message)
             elif message.id != self._work or self.state is not State.BUSY:
                 continue
@@ -321,6 +320,7 @@ class RankGroup:
                 answer = self._collect(peer.bytes, message)
                 if answer is not None:
                     return answer
+        return None
 
     def _greet(self, peer: bytes, message: Message) -> None:
         if message.body["epoch"] != self._epoch:

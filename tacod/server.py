@@ -31,6 +31,7 @@ from tacod_client.errors import (
     QueueFull,
     TacodError,
 )
+from tacod_client.frames import receive, widen
 from tacod_client.wire import Message
 
 if TYPE_CHECKING:
@@ -159,13 +160,18 @@ class Server:
 
     def _receive(self) -> None:
         for _ in range(MESSAGES_A_TURN):
-            try:
-                peer, *frames = self.socket.recv_multipart(zmq.DONTWAIT, copy=False)
-            except zmq.Again:
+            received = receive(self.socket)
+            if received is None:
                 return
+            peer, *frames = received
             buffers = [frame.buffer for frame in frames]
             self.executor.metrics.rx_bytes += sum(len(buffer) for buffer in buffers)
-            self._hear(peer.bytes, buffers, lambda first=peer: self.access.user_of(first))  # type: ignore[misc]
+            self._hear(peer.bytes, buffers, lambda first=peer: self._meet(first))  # type: ignore[misc]
+
+    def _meet(self, first: zmq.Frame) -> User | None:
+        """Make room for what a newcomer, known by a frame that it sent, will be told; returns whose it is."""
+        widen(first)
+        return self.access.user_of(first)
 
     def _hear(self, peer: bytes, frames: Sequence[wire.Buffer], user: Callable[[], User | None]) -> None:
         request, token = 0, b""

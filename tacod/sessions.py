@@ -6,12 +6,12 @@ import secrets
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import zmq
 
 from tacod.access import User
 from tacod_client.errors import QueueFull
+from tacod_client.frames import send
 from tacod_client.wire import Buffer
 
 __all__ = ["Session", "Sessions"]
@@ -124,7 +124,7 @@ class Sessions:
                 del session.outbox[key]
         return gone
 
-    def send(self, peer: bytes, frames: Sequence[Any]) -> None:
+    def send(self, peer: bytes, frames: Sequence[Buffer]) -> None:
         """Send to one connection without waiting; raises `zmq.Again` or EHOSTUNREACH."""
-        self.socket.send_multipart([peer, *frames], zmq.DONTWAIT, copy=False)
+        send(self.socket, [peer, *frames], zmq.DONTWAIT)
         self.tx_bytes += sum(len(memoryview(frame)) for frame in frames)

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from tacod_client.connection import Connection
-from tacod_client.digests import Digests
+from tacod_client.digests import Digests, Glance
 from tacod_client.errors import ArgumentError, ModelNotFound
 from tacod_client.exchange import Uploads, converse, each_once, pack
 from tacod_client.job import Job
@@ -258,13 +258,25 @@ class Model:
         uploads: Uploads = {}
         if arguments.get("control") is not None:
             arguments["control"] = each_once(arguments["control"])
-        packed = {
-            name: pack(value, name, uploads, None if name in CHANGING else self._digests.of)
-            for name, value in arguments.items()
-            if value is not None
-        }
+        glance = Glance(self._digests)
+
+        def packed() -> dict[str, Any]:
+            return {
+                name: pack(value, name, uploads, None if name in CHANGING else glance.of)
+                for name, value in arguments.items()
+                if value is not None
+            }
+
+        body = {"arguments": packed()}
+
+        def holds() -> bool:
+            if not glance.holds():
+                body["arguments"] = packed()
+                return False
+            return True
+
         started = time.perf_counter()
-        *_, reply = self._converse("forward", {"arguments": packed}, uploads)
+        *_, reply = self._converse("forward", body, uploads, holds)
         out = like(reply.body["out"], x)
         self.stats.forwards += 1
         self.stats.add(reply.body, time.perf_counter() - started)
@@ -317,7 +329,9 @@ class Model:
         }
         return Job(self._converse("sample", body, uploads), noise, self.stats, self._cancel)
 
-    def _converse(self, kind: str, body: dict[str, Any], uploads: Uploads) -> Iterator[Message]:
+    def _converse(
+        self, kind: str, body: dict[str, Any], uploads: Uploads, holds: Callable[[], bool] = lambda: True
+    ) -> Iterator[Message]:
         """As `converse`, and loading the model again if the daemon doesn't have it any more."""
 
         def build() -> dict[str, Any]:
@@ -325,7 +339,7 @@ class Model:
 
         for _ in range(RELOADS):
             try:
-                yield from converse(self._connection, kind, build, uploads)
+                yield from converse(self._connection, kind, build, uploads, holds)
                 return
             except ModelNotFound:
                 told = self._load.run(self._connection)
@@ -337,7 +351,7 @@ class Model:
                         model=self.id,
                     ) from None
                 self._tell(told)
-        yield from converse(self._connection, kind, build, uploads)
+        yield from converse(self._connection, kind, build, uploads, holds)
 
     def _cancel(self, job: str) -> None:
         self._connection.ask("cancel", lambda: {"job": job, "request": None})

@@ -17,7 +17,7 @@ from typing import Any
 
 import zmq
 
-from tacod_client import wire
+from tacod_client import frames, wire
 from tacod_client.endpoint import Door, find_endpoint
 from tacod_client.errors import (
     ConnectionFailed,
@@ -207,8 +207,8 @@ class Connection:
         self._ids += 1
         request.id = self._ids
         request.lost = False
-        frames = wire.encode(Message(request.kind, request.build(), request.id, self._session))
-        size = sum(len(memoryview(frame)) for frame in frames[2:])
+        parts = wire.encode(Message(request.kind, request.build(), request.id, self._session))
+        size = sum(len(memoryview(part)) for part in parts[2:])
         limit = self.limits.get("message_bytes", size)
         if size > limit:
             raise MessageTooLarge(
@@ -218,7 +218,7 @@ class Connection:
             )
         self._waiting[request.id] = request
         try:
-            self._socket_now().send_multipart(frames, copy=False)
+            frames.send(self._socket_now(), parts)
         except zmq.Again:
             self._drop_session()
             raise ConnectionFailed(f"tacod at {self.endpoint} takes no messages") from None
@@ -314,13 +314,15 @@ class Connection:
             return
         # What a message says may end the session, and the socket with it.
         while self._socket is socket:
-            try:
-                frames = socket.recv_multipart(zmq.DONTWAIT, copy=False)
-            except zmq.Again:
+            parts = frames.receive(socket)
+            if parts is None:
                 return
             self._heard_s = time.monotonic()
             self._unanswered_s = None
-            self._take(wire.decode([frame.buffer for frame in frames]))
+            if not self._session:
+                # The first word on a connection.
+                frames.widen(parts[0])
+            self._take(wire.decode([part.buffer for part in parts]))
 
     def _take(self, message: Message) -> None:
         if message.type == "unknown_session":

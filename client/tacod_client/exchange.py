@@ -73,16 +73,23 @@ def each_once(control: Any) -> dict[str, Any]:
 
 
 def converse(
-    connection: Connection, kind: str, build: Callable[[], dict[str, Any]], uploads: Uploads
+    connection: Connection,
+    kind: str,
+    build: Callable[[], dict[str, Any]],
+    uploads: Uploads,
+    holds: Callable[[], bool] = lambda: True,
 ) -> Iterator[Message]:
     """Send a request, with uploads as they prove needed, and yield its messages up to the last.
 
+    ``holds`` says, when the request is under way, whether it may be; if not, it is cancelled and built and sent anew.
     Whatever ends this early (an exception from ``on_wait``, ctrl-C, a generator that is dropped) cancels the request.
     """
     for _ in range(TRIES):
         request = connection.start(kind, build)
         ended = False
         try:
+            if not holds():
+                continue
             for reply in connection.replies(request):
                 ended = reply.type in ("done", "missing")
                 if reply.type == "missing":

@@ -28,6 +28,7 @@ from tacod.rank.selftest import selftest
 from tacod.rank.topology import Topology
 from tacod_client import wire
 from tacod_client.errors import TacodError
+from tacod_client.frames import send, widen
 from tacod_client.wire import Message
 
 log = logging.getLogger("tacod.rank")
@@ -100,13 +101,17 @@ def serve(engine: Engine, rank: int, epoch: str, address: str) -> None:
     socket.connect(address)
     ready = {"rank": rank, "epoch": epoch, "memory_used_bytes": engine.memory_used_bytes}
     socket.send_multipart(wire.encode(Message("ready", ready)))
+    widened = False
     while True:
         frames = socket.recv_multipart(copy=False)
+        if not widened:
+            widen(frames[0])
+            widened = True
         # What the supervisor sends is readable; if it isn't, this rank ends, and a new one starts with a clean slate.
         message = wire.decode([frame.buffer for frame in frames])
         engine.report = Reporter(socket, message.id)
         kind, body = _answer(engine, message)
-        socket.send_multipart(wire.encode(Message(kind, body, message.id)), copy=False)
+        send(socket, wire.encode(Message(kind, body, message.id)))
         if kind == "broken":
             sys.exit(1)
 

@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -72,10 +74,14 @@ class Engine:
     def memory_used_bytes(self) -> int:
         """Device memory that this rank's tensors take; on a CPU, the process's resident memory."""
         if self.device.type == "cuda":
-            return int(torch.cuda.memory_allocated(self.device))
-        import psutil
+            # `memory_allocated` would sort all of the statistics first, at every step.
+            stats = torch.cuda.memory_stats_as_nested_dict(self.device)
+            return int(stats["allocated_bytes"]["all"]["current"]) if stats else 0
+        return int(self._process.memory_info().rss)
 
-        return int(psutil.Process().memory_info().rss)
+    @cached_property
+    def _process(self) -> psutil.Process:
+        return psutil.Process()
 
     def work(self, verb: str, body: dict[str, Any]) -> dict[str, Any]:
         """Do one work item and return its answer.
@@ -280,8 +286,6 @@ def _lack_of_memory(error: Exception) -> str | None:
         return re.sub(r"GPU \d+ has", "the GPU has", ". ".join(text.split(". ")[:3]))
     # PyTorch has no type of its own for the host's memory.
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
-        import psutil
-
         asked = re.search(r"tried to allocate (\d+) bytes", text)
         wanted = f"tried to allocate {int(asked[1]) / 2**30:.2f} GiB" if asked else "an allocation failed"
         free = psutil.virtual_memory().available

@@ -28,6 +28,16 @@ def test_the_second_forward_with_the_same_context_sends_less(client: Client) -> 
     assert (first_misses, second_hits, second_misses) == (1, 1, 0)
 
 
+def test_a_change_in_place_that_a_glance_overlooks_counts(client: Client) -> None:
+    model = client.load(SD3.file)
+    inputs = SD3.inputs()
+    before = model.forward(**inputs)
+    inputs["context"].view(-1)[3] += 1
+    after = model.forward(**inputs)
+    assert not after.equal(before)
+    assert after.equal(client.load(SD3.file).forward(**inputs)), "an object that knows no tensors yet"
+
+
 @pytest.fixture(scope="module")
 def cramped(models: Path) -> Iterator[Daemon]:
     """A daemon whose store holds two contexts, and whose ranks keep one."""

@@ -49,11 +49,14 @@ class Socket:
     def close(self) -> None:
         pass
 
-    def send_multipart(self, frames: Sequence[Any], copy: bool = True) -> None:
+    def send_multipart(self, frames: Sequence[Any], flags: int = 0, copy: bool = True) -> None:
         peer, *rest = frames
         if peer in self.gone:
             raise zmq.ZMQError(zmq.EHOSTUNREACH)
         self.sent.setdefault(peer, []).append(wire.decode([memoryview(frame) for frame in rest]))
+
+    def get(self, option: int) -> int:
+        return zmq.POLLIN if self.inbox else 0
 
     def recv_multipart(self, flags: int, copy: bool) -> list[zmq.Frame]:
         if not self.inbox:

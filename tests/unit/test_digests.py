@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tacod_client import wire
-from tacod_client.digests import Digests
+from tacod_client.digests import Digests, Glance
 from tacod_client.tensors import to_wire
 from tacod_client.wire import FRAME_BYTES
 
@@ -49,6 +49,33 @@ def test_a_change_in_place_is_noticed(size: int, place: int) -> None:
     after = digests.of(to_wire(array, "context"))
     assert after.digest != before.digest
     assert b"".join(before.frames or ()) == bytes(size), "what waits to be sent stays what was hashed"
+
+
+@pytest.mark.parametrize("place", [0, 100, -1])
+def test_what_a_glance_overlooks_does_not_hold(place: int) -> None:
+    digests = Digests()
+    array = np.zeros(1 << 16, np.uint8)
+    digests.of(to_wire(array, "context"))
+    array[place] = 1
+    glance = Glance(digests)
+    changed = glance.of(to_wire(array, "context"))
+    assert glance.holds() == (place == 0), "the first words are looked at, and then it is another tensor at once"
+    if place != 0:
+        changed = glance.of(to_wire(array, "context"))
+        assert glance.holds()
+    assert b"".join(changed.frames or ()) == array.tobytes()
+    assert changed.digest == to_wire(array, "context").with_digest().digest
+
+
+def test_what_comes_again_is_known_at_a_glance() -> None:
+    digests = Digests()
+    array = np.arange(1 << 16, dtype=np.uint8)
+    known = digests.of(to_wire(array, "context"))
+    glance = Glance(digests)
+    with mock.patch.object(wire, "digest_of") as hashed:
+        assert glance.of(to_wire(array.copy(), "context")) is known
+    assert glance.holds()
+    assert not hashed.called
 
 
 def test_the_same_bytes_in_another_form_are_another_tensor() -> None:

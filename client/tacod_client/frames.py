@@ -1,0 +1,54 @@
+"""Frames on a ZeroMQ socket: taken in, passed on and sent with as few copies, system calls and threads as they need."""
+
+from __future__ import annotations
+
+import os
+import socket as sockets
+from collections.abc import Sequence
+from contextlib import closing, suppress
+from typing import Any
+
+import zmq
+
+from tacod_client.wire import Buffer
+
+__all__ = ["COPIED_BYTES", "receive", "send", "widen"]
+
+COPIED_BYTES = 1 << 20
+"""Frames below this size are copied to be sent: for a larger one pyzmq has a thread that lets go of it, and to wake
+that costs more than the copy."""
+SEND_BUFFER_BYTES = 2 << 20
+"""What the kernel is to hold of a unix socket's unread bytes. By default it is less than half a latent, and for every
+piece of the rest both sides' threads have to wake."""
+
+
+def receive(socket: zmq.Socket[bytes]) -> list[zmq.Frame] | None:
+    """The next message, or None if there is none. To ask for it in vain would cost an exception at every turn."""
+    if not int(socket.get(zmq.EVENTS)) & zmq.POLLIN:
+        return None
+    try:
+        return socket.recv_multipart(zmq.DONTWAIT, copy=False)
+    except zmq.Again:
+        return None
+
+
+def send(socket: zmq.Socket[bytes], frames: Sequence[Buffer], flags: int = 0) -> None:
+    """Send a message. What came as a frame goes on as it is; other large frames must not change until they are gone."""
+    socket.copy_threshold = COPIED_BYTES
+    parts: list[Any] = [_received(frame) or frame for frame in frames]
+    socket.send_multipart(parts, flags, copy=False)
+
+
+def _received(frame: Buffer) -> zmq.Frame | None:
+    """The ZeroMQ frame of which this is the whole buffer."""
+    owner = frame.obj if isinstance(frame, memoryview) else None
+    # ZeroMQ counts who has a frame, so that it needs neither a copy nor Python to let go of it.
+    return owner if isinstance(owner, zmq.Frame) and len(owner) == len(frame) else None
+
+
+def widen(frame: zmq.Frame) -> None:
+    """Have room for a whole latent in what is sent over the unix socket that a frame came through."""
+    # The kernel gives what it may (net.core.wmem_max). Over TCP it finds the best size itself.
+    with suppress(OSError, zmq.ZMQError), closing(sockets.socket(fileno=os.dup(int(frame.get(zmq.SRCFD))))) as same:
+        if same.family == sockets.AF_UNIX:
+            same.setsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF, SEND_BUFFER_BYTES)
