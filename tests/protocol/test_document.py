@@ -100,7 +100,9 @@ def test_requests_and_their_fields_are_those_of_the_table() -> None:
     documented = {}
     for request, fields, _ in table("request"):
         listed = [re.match(r"`(\w+)`", part) for part in fields.split(", ")]
-        documented[names(request)[0]] = [match[1] for match in listed if match and match[1] not in ("fp32", "bf16", "fp16")]
+        documented[names(request)[0]] = [
+            match[1] for match in listed if match and match[1] not in ("fp32", "bf16", "fp16")
+        ]
     assert documented == {name: list(kind.model_fields) for name, kind in REQUESTS.items()}
 
 
