@@ -229,8 +229,8 @@ class Engine:
     def forward(self, model: str, plan: Any, arguments: dict[str, Any], session: bytes) -> dict[str, Any]:
         """One forward with the meaning of ComfyUI's ``diffusion_model(x, timestep, …)``.
 
-        Forwards of one ``session`` that have all but ``x`` and ``timestep`` in common are steps of one run to the step
-        cache.
+        To the step cache, forwards of one ``session`` are steps of one run if only ``x`` and ``timestep`` differ, and a
+        ControlNet's residuals.
         """
         dit = self._resident(model).model
         specs = dit.arguments()
