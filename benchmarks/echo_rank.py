@@ -31,7 +31,7 @@ class EchoEngine(Engine):
         told = {"family": "echo", "parameters": 0, "weight_bytes": 0, "dtype": "fp32", "heads": 1, "width": 1}
         return {"model": told, "base": told}
 
-    def forward(self, model: str, plan: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    def forward(self, model: str, plan: Any, arguments: dict[str, Any], session: bytes) -> dict[str, Any]:
         """The arguments as torch tensors, of residuals this rank's tokens, and x back."""
         specs = {name: Residuals(0, {}) if name == "control" else Argument(()) for name in arguments}
         values = load_arguments(arguments, specs, torch.float32, self.device)
@@ -45,7 +45,7 @@ class EchoEngine(Engine):
                     tokens = torch.zeros(1, sequence.sizes(n)[self.rank], width, dtype=torch.bfloat16)
                     control.add(name, block, sequence, tokens, n)
         out = to_wire(values["x"], "out") if self.rank == 0 else None
-        return {"out": out, "plan": "echo", "ranks": self.world_size, "forwards": 1}
+        return {"out": out, "plan": "echo", "ranks": self.world_size, "forwards": 1, "skipped": 0}
 
 
 if __name__ == "__main__":

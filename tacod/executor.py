@@ -221,7 +221,9 @@ class Executor:
         self._queue_s = time.monotonic() - self._step_ready_s.get(job.id, job.submitted_s)
         group = self.config.group
         body, timeout_s = job.body, group.step_timeout_s
-        if job.verb is Verb.SAMPLE:
+        if job.verb is Verb.FORWARD:
+            body = {**job.body, "session": job.session}
+        elif job.verb is Verb.SAMPLE:
             body = {"job": job.id, "step": job.step, **(job.body if job.step == 0 else {})}
         elif job.verb is Verb.LOAD:
             timeout_s = group.load_timeout_s
@@ -301,8 +303,10 @@ class Executor:
         )
         for name, seconds in vars(times).items():
             job.times[name] = job.times.get(name, 0.0) + seconds
-        self.metrics.add_step(times, answer.body["forwards"], answer.body["ranks"])
-        if job.verb is Verb.FORWARD and answer.body["ranks"] == 1:
+        # A run that lost its ranks counts anew.
+        job.skipped = answer.body["skipped"] + (job.skipped if job.step else 0)
+        self.metrics.add_step(times, answer.body["forwards"], answer.body["ranks"], answer.body["skipped"])
+        if job.verb is Verb.FORWARD and answer.body["ranks"] == 1 and not answer.body["skipped"]:
             self.baselines.note(self._kind_of(job), job.body["arguments"], times.compute_s)
         self.manifest.note_plan(job.model, answer.body["plan"])
 

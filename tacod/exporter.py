@@ -85,6 +85,7 @@ def families(reading: Reading) -> Iterator[Metric]:
 
     yield _counter("forwards", "Forwards done.", stats["forwards_total"])
     yield _counter("parallel_forwards", "Forwards done on several ranks.", stats["parallel_forwards_total"])
+    yield _counter("skipped_forwards", "Forwards that a step cache mostly skipped.", stats["skipped_forwards_total"])
     yield _counter("retried_forwards", "Steps begun again because the ranks were lost.", stats["retried_forwards"])
     ended = CounterMetricFamily("tacod_jobs", "Jobs ended, by outcome.", labels=["outcome"])
     for outcome, count in sorted(stats["jobs_total"].items()):

@@ -68,6 +68,7 @@ class Metrics:
     def __init__(self) -> None:
         self.forwards_total = 0
         self.parallel_forwards_total = 0
+        self.skipped_forwards_total = 0
         self.retried_forwards = 0
         self.jobs_total: Counter[str] = Counter(result=0, failed=0, cancelled=0)
         self.rx_bytes = 0
@@ -79,13 +80,14 @@ class Metrics:
         """Seconds of all steps, by what they went into."""
         self._recent: deque[StepTimes] = deque(maxlen=self.WINDOW)
 
-    def add_step(self, times: StepTimes, forwards: int, ranks: int) -> None:
-        """One step of a forward or sampling job is done, with so many forwards in it."""
+    def add_step(self, times: StepTimes, forwards: int, ranks: int, skipped: int = 0) -> None:
+        """One step of a forward or sampling job is done, with so many forwards in it, some of them mostly skipped."""
         self._recent.append(times)
         self.steps.add(times.total_s)
         for part in PARTS:
             self.part_seconds[part] += getattr(times, part)
         self.forwards_total += forwards
+        self.skipped_forwards_total += skipped
         if ranks > 1:
             self.parallel_forwards_total += forwards
 
@@ -94,6 +96,7 @@ class Metrics:
         return {
             "forwards_total": self.forwards_total,
             "parallel_forwards_total": self.parallel_forwards_total,
+            "skipped_forwards_total": self.skipped_forwards_total,
             "jobs_total": dict(self.jobs_total),
             "rx_bytes": self.rx_bytes,
             "retried_forwards": self.retried_forwards,

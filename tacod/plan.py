@@ -105,6 +105,8 @@ class Request:
     """False keeps to the plain attention kernels."""
     exchange: str | None = None
     """``"int8"`` sends what Ulysses exchanges in 8 bits, which is for GPUs that don't reach each other's memory."""
+    step_cache: float | None = None
+    """Relative change of the first block's residual below which a step skips the other blocks; 0 is exact."""
 
     def allows(self, layout: Layout, batch: int) -> bool:
         """Whether a layout is what was asked for. A batch of one can't be split, whatever was asked."""
@@ -140,6 +142,8 @@ class Plan:
     """Whether Ulysses exchanges in 8 bits."""
     slower: float | None = None
     """Where ranks are left idle because they would not help: how many times as long all of them would take."""
+    step_cache: float = 0.0
+    """The threshold of the step cache; 0 is none."""
 
     @property
     def tokens(self) -> list[int]:
@@ -170,6 +174,8 @@ class Plan:
             said.append("no flash attention")
         if self.narrow and layout.ulysses > 1:
             said.append("exchanged in 8 bits")
+        if self.step_cache:
+            said.append(f"step cache {self.step_cache:g}")
         return "; ".join(said)
 
     def __str__(self) -> str:
@@ -202,7 +208,9 @@ def parse_request(request: Any, world_size: int) -> Request:
             raise _refused(f"{key}: expected true or false, got {value!r:.40}")
         if key == "exchange" and value not in _EXCHANGES:
             raise _refused(f"exchange: expected {' or '.join(map(repr, _EXCHANGES))}, got {value!r:.40}")
-        if key not in (*_SWITCHES, "exchange") and (type(value) is not int or value < 1):
+        if key == "step_cache" and not (type(value) in (int, float) and 0 <= value < math.inf):
+            raise _refused(f"step_cache: expected a number from 0 (off) up, such as 0.1; got {value!r:.40}")
+        if key not in (*_SWITCHES, "exchange", "step_cache") and (type(value) is not int or value < 1):
             raise _refused(f"{key}: expected a number of ranks from 1 up, got {value!r:.40}")
     asked = Request(**request)
     if asked.flash_attention is False:
@@ -253,7 +261,7 @@ def make_plan(asked: Request, world_size: int, shape: Shape, pace: Pace | None =
     if pace is not None:
         best = min(layouts, key=lambda layout: (price(layout), -layout.ranks, layout.ring))
         slower = price(busiest) / price(best) if best.ranks < busiest.ranks else None
-    return Plan(best, world_size, shape, asked.flash_attention is not False, narrow, slower)
+    return Plan(best, world_size, shape, asked.flash_attention is not False, narrow, slower, asked.step_cache or 0.0)
 
 
 def _layouts(world_size: int, batch: int) -> Iterator[Layout]:

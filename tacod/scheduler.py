@@ -57,6 +57,8 @@ class Job:
     error: TacodError | None = None
     times: dict[str, float] = field(default_factory=dict)
     """Seconds of all its steps so far, by what they went into."""
+    skipped: int = 0
+    """Forwards of its steps so far that were mostly skipped."""
 
     def end(self, outcome: Outcome, error: TacodError | None = None) -> Job:
         """Mark the one end of this job."""

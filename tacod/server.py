@@ -252,6 +252,7 @@ class Server:
             "plan": answer["plan"],
             "ranks": answer["ranks"],
             "steps": job.steps,
+            "skipped": job.skipped,
             "attempts": job.attempts,
             "timing": job.times,
             "single_rank_s": self.executor.single_rank_s(job),

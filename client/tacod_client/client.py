@@ -137,7 +137,10 @@ class Client:
             plan: How forwards are spread: ``"auto"``, or a map with any of ``sequence_parallel_degree``, ``ulysses``,
                 ``ring`` (numbers of ranks), ``cfg_parallel`` (whether a batch is split over ranks too) and
                 ``flash_attention`` (False keeps to the plain attention kernels), ``exchange`` (``"int8"`` sends what
-                ranks exchange in 8 bits, for GPUs without fast links).
+                ranks exchange in 8 bits, for GPUs without fast links) and ``step_cache`` (a threshold such as 0.1: a
+                step whose first block does nearly what it did in the last computed one takes over what the other
+                blocks did then. Faster, and not exact; 0, the default, is off. If ranks are lost within a run of
+                forwards, the cache is too, and the run may come out other than undisturbed, by about its error).
             progress: Hears, now and then, how many bytes of how many the slowest rank has loaded.
             dtype: The compute dtype, ``fp32``, ``bf16`` or ``fp16``; by default fp32 on CPUs, the file's own on GPUs.
                 ``fp8`` is bf16 with the blocks' matrices multiplied in 8 bits: faster, and less exact.

@@ -24,6 +24,8 @@ class Call:
     plan: str
     single_rank_s: float | None
     """What the same work took on one rank, if the daemon has seen that."""
+    skipped: int = 0
+    """Forwards that the step cache mostly skipped."""
 
 
 @dataclass
@@ -34,6 +36,7 @@ class ModelStats:
     samples: int = 0
     steps: int = 0
     parallel_steps: int = 0
+    skipped: int = 0
     retries: int = 0
     seconds: float = 0.0
     """Wall time in this client's calls."""
@@ -60,9 +63,11 @@ class ModelStats:
             ranks=answer["ranks"],
             plan=answer["plan"],
             single_rank_s=answer.get("single_rank_s"),
+            skipped=answer.get("skipped", 0),
         )
         self.steps += call.steps
         self.parallel_steps += call.steps if call.ranks > 1 else 0
+        self.skipped += call.skipped
         self.retries += call.attempts - 1
         self.seconds += call.seconds
         self.queue_s += call.queue_s

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,6 +26,7 @@ from tacod.rank.patch_request import parse_patches
 from tacod.rank.patches import Patch, apply
 from tacod.rank.sampling import Run, SampleRequest, begin
 from tacod.rank.spread import plan_for
+from tacod.rank.step_cache import contents
 from tacod.rank.topology import Topology
 from tacod.rank.warmup import warm_up
 from tacod.rank.weights import (
@@ -92,7 +93,7 @@ class Engine:
             assert tensor.digest is not None
             self._tensors[tensor.digest] = tensor
         for job in body.pop("forget"):
-            self.runs.pop(job, None)
+            self._end(job)
         evict = body.pop("evict")
         try:
             with self.memory_errors():
@@ -231,8 +232,12 @@ class Engine:
             raise ModelNotFound(f"no model {model!r} is loaded; `tacoctl models` lists them", model=model)
         return self.models[model]
 
-    def forward(self, model: str, plan: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-        """One forward with the meaning of ComfyUI's ``diffusion_model(x, timestep, …)``."""
+    def forward(self, model: str, plan: Any, arguments: dict[str, Any], session: bytes) -> dict[str, Any]:
+        """One forward with the meaning of ComfyUI's ``diffusion_model(x, timestep, …)``.
+
+        To the step cache, forwards of one ``session`` are steps of one run if only ``x`` and ``timestep`` differ, and a
+        ControlNet's residuals.
+        """
         dit = self._resident(model).model
         specs = dit.arguments()
         check_arguments(arguments, specs, dit.family)
@@ -241,8 +246,19 @@ class Engine:
         check_tokens(arguments, specs, chosen.shape.lengths[-1])
         kept = self._on_device if self.device.type == "cuda" else None
         values = load_arguments(arguments, specs, dit.dtype, self.device, kept)
-        out = self.forwards(dit, chosen, values.pop("x"), values.pop("timestep"), values)
-        return {"out": self._result(out), "plan": str(chosen), "ranks": chosen.layout.ranks, "forwards": 1}
+        steps: tuple[Hashable, ...] = ()
+        if chosen.step_cache:
+            own = ("x", "timestep", "control")
+            steps = session, contents({name: each for name, each in arguments.items() if name not in own})
+        before = self.forwards.skipped
+        out = self.forwards(dit, chosen, values.pop("x"), values.pop("timestep"), values, steps)
+        return {
+            "out": self._result(out),
+            "plan": str(chosen),
+            "ranks": chosen.layout.ranks,
+            "forwards": 1,
+            "skipped": self.forwards.skipped - before,
+        }
 
     def _result(self, out: Tensor) -> wire.Tensor | None:
         """What goes back to the client; rank 0's answer carries it."""
@@ -253,29 +269,34 @@ class Engine:
     def sample(self, job: str, step: int, **inputs: Any) -> dict[str, Any]:
         """One step of the run ``job``; step 0 begins it, the last one carries the latent."""
         if step == 0:
-            self.runs[job] = self._begin(**inputs)
+            self.runs[job] = self._begin(job, **inputs)
         walk = self.runs[job]
-        before = walk.denoise.forwards
+        before, skipped = walk.denoise.forwards, self.forwards.skipped
         x = next(walk.steps)
         answer: dict[str, Any] = {
             "sigma": walk.sigmas[step + 1],
             "plan": str(walk.denoise.plan),
             "ranks": walk.denoise.plan.layout.ranks,
             "forwards": walk.denoise.forwards - before,
+            "skipped": self.forwards.skipped - skipped,
         }
         if step + 2 == len(walk.sigmas):
             answer["out"] = self._result(walk.finish(x))
-            del self.runs[job]
+            self._end(job)
         elif self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return answer
 
-    def _begin(self, model: str, plan: Any, **inputs: Any) -> Run:
+    def _end(self, job: str) -> None:
+        self.runs.pop(job, None)
+        self.forwards.step_caches.drop(job)
+
+    def _begin(self, job: str, model: str, plan: Any, **inputs: Any) -> Run:
         dit = self._resident(model).model
         request = SampleRequest(**inputs)
         request.check(dit)
         asked = parse_request(plan, self.topology.world_size)
-        return begin(request, dit, asked, self.forwards, self.device)
+        return begin(request, dit, asked, self.forwards, self.device, job)
 
 
 def _lack_of_memory(error: Exception) -> str | None:

@@ -3,6 +3,8 @@
 A graph replays a forward's kernels and collectives without the host, which at 1024² can't launch them as fast as two
 GPUs run them. Nothing else changes: a graph is used only if its first replay equals, to the bit and on every rank, what
 the same inputs gave without it.
+
+With a step cache there is none: whether a forward skips its blocks is decided in its midst.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import Tensor
 from tacod.plan import Plan
 from tacod.rank.families.base import Control, DiT
 from tacod.rank.spread import run
+from tacod.rank.step_cache import StepCaches
 from tacod.rank.topology import Topology
 
 __all__ = ["Forwards"]
@@ -36,11 +39,24 @@ class Forwards:
     def __init__(self, topology: Topology, graphs: bool = True) -> None:
         self.topology = topology
         self.graphs = graphs
+        self.skipped = 0
+        """Forwards of which all of this rank's batch groups skipped all but the first block."""
+        self.step_caches = StepCaches()
         self._kinds: WeakKeyDictionary[DiT, OrderedDict[Hashable, Graph | _Without]] = WeakKeyDictionary()
         self._pool: Any = None
 
-    def __call__(self, dit: DiT, plan: Plan, x: Tensor, timestep: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-        """One forward, as `run` does it."""
+    def __call__(
+        self,
+        dit: DiT,
+        plan: Plan,
+        x: Tensor,
+        timestep: Tensor,
+        arguments: Mapping[str, Any],
+        steps: tuple[Hashable, ...] = (),
+    ) -> Tensor:
+        """One forward, as `run` does it; for the step cache, ``steps`` names the run whose next step it is."""
+        if plan.step_cache:
+            return self._cached(dit, plan, x, timestep, arguments, (*steps, plan, x.shape))
         given = {"x": x, "timestep": timestep, **arguments}
         if not self.graphs or not x.is_cuda or any(isinstance(value, Control) for value in given.values()):
             return run(dit, plan, self.topology, x, timestep, arguments)
@@ -60,10 +76,30 @@ class Forwards:
             kinds[kind] = self._capture(dit, plan, given, out)
         return out
 
+    def _cached(
+        self,
+        dit: DiT,
+        plan: Plan,
+        x: Tensor,
+        timestep: Tensor,
+        arguments: Mapping[str, Any],
+        steps: tuple[Hashable, ...],
+    ) -> Tensor:
+        if any(isinstance(value, Control) for value in arguments.values()):
+            # A ControlNet's residuals are others at each step, and what the blocks gave without them is no guess.
+            self.step_caches.drop(*steps)
+            return run(dit, plan, self.topology, x, timestep, arguments)
+        cache = self.step_caches.find(dit, steps, plan.step_cache, float(timestep.max()))
+        out = run(dit, plan, self.topology, x, timestep, {**arguments, "step_cache": cache})
+        seat = self.topology.seat(plan.layout)
+        self.skipped += seat is not None and seat.batch.agree(cache.skipped)
+        return out
+
     def clear(self) -> None:
-        """Give back what graphs hold."""
+        """Give back what graphs and step caches hold."""
         self._kinds.clear()
         self._pool = None
+        self.step_caches.clear()
 
     def _capture(self, dit: DiT, plan: Plan, given: Mapping[str, Any], expected: Tensor) -> Graph | _Without:
         if self._pool is None:

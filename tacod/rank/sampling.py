@@ -87,8 +87,10 @@ class Run:
     """From the sampler's last x to the latent that the client gets."""
 
 
-def begin(request: SampleRequest, dit: DiT, asked: Request, forwards: Forwards, device: torch.device) -> Run:
-    """Start a checked run; nothing is computed before its first step.
+def begin(
+    request: SampleRequest, dit: DiT, asked: Request, forwards: Forwards, device: torch.device, job: str = ""
+) -> Run:
+    """Start a checked run; nothing is computed before its first step. To the step cache it is known as ``job``.
 
     Raises `ArgumentError` if it can't be spread as ``asked``.
     """
@@ -97,7 +99,7 @@ def begin(request: SampleRequest, dit: DiT, asked: Request, forwards: Forwards, 
     conditions = [load_arguments(given, specs, dit.dtype, device) for given in request.guided.values()]
     noise, latent = (from_wire(value, "torch").to(device, torch.float32) for value in (request.noise, request.latent))
     x = dit.process.start(noise, dit.latent_format.into_model(latent), levels[0])
-    denoise = Denoiser(dit, asked, forwards, conditions, request.cfg)
+    denoise = Denoiser(dit, asked, forwards, conditions, request.cfg, job)
     denoise.prepare(x)
     steps = samplers.find(request.sampler)(denoise, x, levels, samplers.noise_source(request.seed, x))
 
@@ -111,13 +113,14 @@ class Denoiser:
     """A model as the samplers want it: predicted clean latent, guidance included."""
 
     def __init__(
-        self, dit: DiT, asked: Request, forwards: Forwards, conditions: list[dict[str, Any]], cfg: float
+        self, dit: DiT, asked: Request, forwards: Forwards, conditions: list[dict[str, Any]], cfg: float, job: str
     ) -> None:
         self.dit = dit
         self.asked = asked
         self.run = forwards
         self.world_size = forwards.topology.world_size
         self.cfg = cfg
+        self.job = job
         self.conditions = conditions
         self.joint = _stack(conditions)
         self.forwards = 0
@@ -137,16 +140,16 @@ class Denoiser:
             many = len(self.conditions)
             outs = self._forward(torch.cat([x] * many), sigma, self.joint).chunk(many)
         else:
-            outs = tuple(self._forward(x, sigma, condition) for condition in self.conditions)
+            outs = tuple(self._forward(x, sigma, condition, index) for index, condition in enumerate(self.conditions))
         clean = [self.dit.process.clean(x, sigma, out) for out in outs]
         return samplers.guide(clean[-1], clean[0] if len(clean) > 1 else None, self.cfg)
 
-    def _forward(self, x: Tensor, sigma: Tensor, condition: dict[str, Any]) -> Tensor:
+    def _forward(self, x: Tensor, sigma: Tensor, condition: dict[str, Any], index: int = 0) -> Tensor:
         self.forwards += 1
         timestep = self.dit.timestep(sigma).float().expand(x.shape[0]).contiguous()
         noisy = self.dit.process.scale(x, sigma).to(self.dit.dtype)
         self.plan = plan_for(self.dit, self.asked, self.world_size, {"x": noisy, **condition})
-        return self.run(self.dit, self.plan, noisy, timestep, condition).float()
+        return self.run(self.dit, self.plan, noisy, timestep, condition, (self.job, index)).float()
 
 
 def _stack(conditions: list[dict[str, Any]]) -> dict[str, Any] | None:

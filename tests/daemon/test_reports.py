@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from helpers import SD3, Daemon, eventually
 
 from tacod_client import Cancelled, Client, __version__
@@ -93,6 +94,24 @@ def test_the_split_of_a_step_adds_up(client: Client) -> None:
     parts_told = (told["queue_s"], told["wire_s"], told["compute_s"], told["collective_s"])
     assert sum(parts_told) == pytest.approx(told["step_s"]["mean"])
     assert told["step_s"]["p50"] <= told["step_s"]["p95"]
+
+
+def test_forwards_that_were_skipped_are_told(client: Client, daemon: Daemon) -> None:
+    model = client.load(SD3.file, plan={"step_cache": 1e9})
+    before = client.stats()["skipped_forwards_total"]
+    SD3.sample(model, 6).result()
+    assert model.stats.skipped == 4, "the first is computed, and the one after four"
+    given = SD3.inputs()
+    for level in (900.0, 800.0, 700.0):
+        model.forward(**{**given, "timestep": torch.full((1,), level)})
+    assert model.stats.skipped == 6
+    with daemon.client() as other:
+        # The same conditioning at a lower noise level, but of another client.
+        theirs = other.load(SD3.file, plan={"step_cache": 1e9})
+        theirs.forward(**{**given, "timestep": torch.full((1,), 600.0)})
+        assert theirs.stats.skipped == 0
+    assert client.stats()["skipped_forwards_total"] - before == 6
+    assert "step cache 1e+09" in model.stats.plan
 
 
 def test_jobs_are_told_while_they_last(client: Client) -> None:

@@ -190,6 +190,20 @@ def test_a_forward_equals_one_process(ranks: Ranks, layout: tuple[int, ...], mor
     assert max(errors) <= 2e-6
 
 
+@pytest.mark.parametrize("layout", [(1, 2, 1), (1, 3, 1), (1, 1, 3), (1, 5, 1), (2, 1, 1), (2, 2, 1)], ids=str)
+@pytest.mark.parametrize(("family", "threshold"), [("flux", 0.45), ("sd3", 0.56)])
+def test_all_ranks_skip_the_same_steps(ranks: Ranks, family: str, threshold: float, layout: tuple[int, ...]) -> None:
+    """Each group of the batch as one process does with its images; what is left idle gets the result too."""
+    told = ranks.run(layout, "steps", family=family, threshold=threshold)
+    assert len(told) == WORLD
+    assert max(error for _, error, _ in told) <= 2e-6
+    skipped, _, alone = told[0]
+    # A group that skips waits for those that don't: what all skip is counted.
+    assert skipped == [all(each) for each in zip(*alone, strict=True)]
+    assert {True, False} == {each for group in alone for each in group}
+    assert all(each[0] == skipped for each in told[: layout[0] * layout[1] * layout[2]])
+
+
 @pytest.mark.parametrize("layout", [(1, 2, 1), (1, 1, 3), (1, 2, 2), (1, 5, 1)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int64"])
 @pytest.mark.parametrize(("shape", "dim"), [((2, 7, 5), 1), ((1, 2, 3), 1), ((9, 4), 0), ((2, 3, 11), -1)])
@@ -331,6 +345,36 @@ class Rank:
             expected = model(SequenceParallel(), **inputs)
         out = self._run(layout, model, inputs)
         return float((out - expected).norm() / expected.norm())
+
+    def steps(self, layout: Layout, family: str, threshold: float) -> tuple[list[bool], float, list[list[bool]]]:
+        """Of a walk of some steps: which were skipped, the largest error, and which each group's images skip alone."""
+        from tacod.rank.forwards import Forwards
+
+        tiny = {"flux": FLUX, "sd3": SD3}[family]
+        inputs = tiny.inputs(batch=2, text=7)
+        x = inputs.pop("x")
+        levels = tiny.model.timestep(torch.linspace(1, 0.1, 10))
+        shape = Shape(tiny.model.heads, tiny.model.width)
+
+        def walk(forwards: Forwards, layout: Layout, mine: slice) -> tuple[list[torch.Tensor], list[bool]]:
+            plan = Plan(layout, forwards.topology.world_size, shape, step_cache=threshold)
+            outs, skipped = [], []
+            generator = torch.Generator().manual_seed(1)
+            for n, level in enumerate(levels.tolist()):
+                noisy = x + 0.05 * n * torch.randn(x.shape, generator=generator)
+                rest = {name: value[mine] for name, value in inputs.items() if name != "timestep"}
+                before = forwards.skipped
+                outs.append(forwards(tiny.model, plan, noisy[mine], torch.full((2,), level)[mine], rest))
+                skipped.append(forwards.skipped > before)
+            return outs, skipped
+
+        with torch.inference_mode():
+            outs, skipped = walk(Forwards(self.topology), layout, slice(0, 2))
+            groups = [slice(i, i + 2 // layout.batch) for i in range(layout.batch)]
+            alone = [walk(Forwards(Topology()), Layout(1, 1, 1), mine) for mine in groups]
+        expected = [torch.cat(parts) for parts in zip(*(each[0] for each in alone), strict=True)]
+        error = max(float((a - b).norm() / b.norm()) for a, b in zip(outs, expected, strict=True))
+        return skipped, error, [each[1] for each in alone]
 
     def gather(self, layout: Layout, dtype: str, shape: list[int], dim: int) -> bool | None:
         sequence = self._sequence(layout)

@@ -37,8 +37,16 @@ FACTS = {"family": "sd3", "parameters": 1, "weight_bytes": 1, "dtype": "fp32", "
 ANSWERS: dict[str, dict[str, Any]] = {
     "load": {"model": FACTS, "base": FACTS, "compute_s": 0.0, "collective_s": 0.0},
     "unload": {"compute_s": 0.0, "collective_s": 0.0},
-    "forward": {"plan": "p", "ranks": RANKS, "forwards": 1, "compute_s": 0.1, "collective_s": 0.1},
-    "sample": {"plan": "p", "ranks": RANKS, "forwards": 1, "compute_s": 0.1, "collective_s": 0.1, "sigma": 0.5},
+    "forward": {"plan": "p", "ranks": RANKS, "forwards": 1, "skipped": 0, "compute_s": 0.1, "collective_s": 0.1},
+    "sample": {
+        "plan": "p",
+        "ranks": RANKS,
+        "forwards": 1,
+        "skipped": 0,
+        "compute_s": 0.1,
+        "collective_s": 0.1,
+        "sigma": 0.5,
+    },
 }
 CONFIG = Config.model_validate(
     {

@@ -74,6 +74,16 @@ def test_plan_explains_itself(layout: tuple[int, int, int], world_size: int, sha
     assert str(Plan(Layout(*layout), world_size, shape)) == text
 
 
+def test_a_step_cache_is_told_and_none_is_not() -> None:
+    def text(step_cache: float) -> str:
+        return str(make_plan(parse_request({"step_cache": step_cache}, 3), 3, FLUX))
+
+    assert text(0.1) == (
+        "sequence 3 (ulysses; 24 heads over 3 ranks: 8 each; 4608 tokens: 1537 + 1536 + 1535; step cache 0.1)"
+    )
+    assert text(0) == text(0.0) == str(make_plan(AUTO, 3, FLUX))
+
+
 @given(
     world_size=st.integers(1, 8),
     heads=st.integers(1, 64),
@@ -123,6 +133,8 @@ def test_a_ring_costs_more_than_ulysses_where_heads_divide_and_less_where_they_d
         ({"ulysses": 3, "ring": 2}, Request(ulysses=3, ring=2), Layout(1, 3, 2)),
         ({"ring": 6}, Request(ring=6), Layout(1, 1, 6)),
         ({"cfg_parallel": True}, Request(cfg_parallel=True), None),
+        ({"step_cache": 0.1}, Request(step_cache=0.1), None),
+        ({"step_cache": 1, "ring": 6}, Request(ring=6, step_cache=1), Layout(1, 1, 6)),
         ({"flash_attention": True}, Request(flash_attention=True), None),
         ({"flash_attention": False}, Request(ring=1, flash_attention=False), None),
         ({"sequence_parallel_degree": 2, "cfg_parallel": False}, Request(2, False), None),
@@ -153,6 +165,7 @@ def test_four_times_two_on_six_is_explained_and_what_fits_is_proposed() -> None:
     [
         *(None, "", "AUTO", 3, True, [], {}, "x" * 100_000),
         *({"sequence": 3}, {"sequence_parallel_degree": True}, {"ring": 3.0}, {"ulysses": "3"}, {"ring": 0}),
+        *({"step_cache": value} for value in (-0.1, True, "0.1", None, float("nan"), float("inf"), [0.1])),
         *({"flash_attention": 1}, {"flash_attention": False, "ring": 2}),
         *({"cfg_parallel": 1}, {"sequence_parallel_degree": 4}, {"ulysses": 2, "ring": 2}),
         *({"sequence_parallel_degree": 3, "cfg_parallel": True}, {"sequence_parallel_degree": 3, "ulysses": 2}),

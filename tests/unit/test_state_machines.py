@@ -45,7 +45,16 @@ X = Tensor("F32", (1, 1, 1, 1), (b"\0\0\0\0",))
 SIGMAS = Tensor("F32", (4,), (bytes(16),))
 TEXT = Tensor("F32", (1,), (b"\1\0\0\0",)).with_digest()
 FACTS = {"family": "sd3", "parameters": 1, "weight_bytes": 1, "dtype": "fp32", "heads": 3, "width": 48}
-STEP = {"plan": "p", "ranks": RANKS, "forwards": 1, "compute_s": 0.1, "collective_s": 0.1, "sigma": 0.5, "out": X}
+STEP = {
+    "plan": "p",
+    "ranks": RANKS,
+    "forwards": 1,
+    "skipped": 0,
+    "compute_s": 0.1,
+    "collective_s": 0.1,
+    "sigma": 0.5,
+    "out": X,
+}
 ANSWERS: dict[str, dict[str, Any]] = {"load": {"model": FACTS}, "forward": STEP, "sample": STEP}
 CONFIG = Config.model_validate(
     {

@@ -162,7 +162,11 @@ def stats(told: dict[str, Any]) -> Any:
     """``tacoctl stats``."""
     step, outcomes = told["step_s"], told["jobs_total"]
     lines = [
-        ("forwards", f"{told['forwards_total']}, {told['parallel_forwards_total']} of them on several ranks"),
+        (
+            "forwards",
+            f"{told['forwards_total']}, {told['parallel_forwards_total']} of them on several ranks"
+            + (f", {skipped} mostly skipped" if (skipped := told.get("skipped_forwards_total")) else ""),
+        ),
         ("jobs", ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())),
         ("retried", f"{told['retried_forwards']} forwards, {told['group_restarts']} group restarts"),
         ("traffic", f"{size(told['rx_bytes'])} in, {size(told['tx_bytes'])} out"),

@@ -195,6 +195,7 @@ class DiT(nn.Module, abc.ABC):
 
         ``x`` is [B, C, H, W] in the compute dtype, ``timestep`` [B] in fp32. Every rank passes the same arguments
         and gets the whole output, of ``x``'s dtype and shape, less the channels that an inpainting model takes besides.
+        With a step cache among them (``step_cache``) it goes through its blocks by `last_tokens`.
         """
 
     @property

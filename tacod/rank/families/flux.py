@@ -8,7 +8,7 @@ files (black-forest-labs/flux, Apache-2.0).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -39,6 +39,7 @@ from tacod.rank.linear import linear_gelu, split_inputs, split_outputs
 from tacod.rank.modulation import modulations
 from tacod.rank.process import Flow
 from tacod.rank.sequence import SequenceParallel
+from tacod.rank.step_cache import StepCache, last_tokens
 from tacod_client.errors import ArgumentError, ModelUnsupported
 
 __all__ = ["Flux"]
@@ -372,6 +373,7 @@ class Flux(DiT):
         attention_mask: Tensor | None = None,
         rope_options: Mapping[str, float] | None = None,
         control: Control | None = None,
+        step_cache: StepCache | None = None,
     ) -> Tensor:
         """See `DiT.forward`. ``guidance`` is [B] in fp32, and not used by models that are not distilled for it.
 
@@ -392,18 +394,26 @@ class Flux(DiT):
         mask = None if attention_mask is None else sequence.in_order_of_ranks(attention_mask, lengths)
         control = control or Control({})
 
-        modulation = iter(modulations(self.modulating, functional.silu(c), sequence))
-        for i, block in enumerate(self.double_blocks):
-            text, image = block(sequence, lengths, rotations, text, image, (next(modulation), next(modulation)), mask)
-            image = control.add("input", i, sequence, image, lengths[1])
-        tokens = torch.cat((text, _finite(image)), dim=1)
-        for i, block in enumerate(self.single_blocks):
-            tokens = block(sequence, lengths, rotation, tokens, next(modulation), mask)
-            tokens = control.add("output", i, sequence, tokens, lengths[1], text.shape[1])
-        image = tokens[:, text.shape[1] :]
+        *each, final = modulations(self.modulating, functional.silu(c), sequence)
+        modulation = iter(each)
 
+        def blocks() -> Iterator[Tensor]:
+            nonlocal text, image
+            yield image
+            for i, block in enumerate(self.double_blocks):
+                now = next(modulation), next(modulation)
+                text, image = block(sequence, lengths, rotations, text, image, now, mask)
+                image = control.add("input", i, sequence, image, lengths[1])
+                yield image
+            tokens = torch.cat((text, _finite(image)), dim=1)
+            for i, block in enumerate(self.single_blocks):
+                tokens = block(sequence, lengths, rotation, tokens, next(modulation), mask)
+                tokens = control.add("output", i, sequence, tokens, lengths[1], text.shape[1])
+            yield tokens[:, text.shape[1] :]
+
+        image = last_tokens(blocks(), sequence, step_cache)
         rows, columns = grid(x, self.patch)
-        pixels = sequence.gather(self.final_layer(image, next(modulation)), lengths[1])[:, : rows * columns]
+        pixels = sequence.gather(self.final_layer(image, final), lengths[1])[:, : rows * columns]
         pixels = torch.unflatten(pixels, -1, (self.out_channels, self.patch, self.patch)).movedim(2, -1)
         return unpatchify(pixels, rows, columns, self.patch)[:, :, : x.shape[-2], : x.shape[-1]]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -36,6 +36,7 @@ from tacod.rank.fused import Projected, add_gated, norm_modulate
 from tacod.rank.linear import linear_gelu
 from tacod.rank.process import Epsilon
 from tacod.rank.sequence import SequenceParallel
+from tacod.rank.step_cache import StepCache, last_tokens
 from tacod_client.errors import ArgumentError, ModelUnsupported
 
 __all__ = ["PixArt"]
@@ -326,6 +327,7 @@ class PixArt(DiT):
         context: Tensor,
         c_size: Tensor | None = None,
         c_ar: Tensor | None = None,
+        step_cache: StepCache | None = None,
     ) -> Tensor:
         """See `DiT.forward`.
 
@@ -343,8 +345,15 @@ class PixArt(DiT):
 
         text = self.y_embedder(context)
         image = sequence.shard(self.x_embedder(x) + self._positions(x).to(x.dtype))
-        for block in self.blocks:
-            image = block(sequence, lengths, image, text, modulation)
+
+        def blocks() -> Iterator[Tensor]:
+            nonlocal image
+            yield image
+            for block in self.blocks:
+                image = block(sequence, lengths, image, text, modulation)
+                yield image
+
+        image = last_tokens(blocks(), sequence, step_cache)
 
         # The other half of the channels is the predicted variance, which samplers don't use.
         pixels = torch.unflatten(self.final_layer(image, t), -1, (self.patch, self.patch, self.outputs))

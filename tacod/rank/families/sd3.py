@@ -6,7 +6,7 @@ Parameters are named as in Stability's files (sd3-ref, MIT).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -37,6 +37,7 @@ from tacod.rank.linear import linear_gelu
 from tacod.rank.modulation import modulations
 from tacod.rank.process import Flow
 from tacod.rank.sequence import SequenceParallel
+from tacod.rank.step_cache import StepCache, last_tokens
 from tacod_client.errors import ArgumentError, ModelUnsupported
 
 __all__ = ["SD3"]
@@ -340,6 +341,7 @@ class SD3(DiT):
         context: Tensor,
         y: Tensor,
         control: Control | None = None,
+        step_cache: StepCache | None = None,
     ) -> Tensor:
         """See `DiT.forward`. Raises `ArgumentError` if ``x`` is larger than the model's position table."""
         height, width = x.shape[-2:]
@@ -351,11 +353,19 @@ class SD3(DiT):
         image = sequence.shard(image)
         text = self.context_embedder(sequence.shard(context))
         control = control or Control({})
-        modulation = iter(modulations(self.modulating, functional.silu(c), sequence))
-        for i, block in enumerate(self.joint_blocks):
-            text, image = block(sequence, lengths, text, image, (next(modulation), next(modulation)))
-            image = control.add("output", i, sequence, image, lengths[1])
-        pixels = sequence.gather(self.final_layer(image, next(modulation)), lengths[1])
+        *each, final = modulations(self.modulating, functional.silu(c), sequence)
+        modulation = iter(each)
+
+        def blocks() -> Iterator[Tensor]:
+            nonlocal text, image
+            yield image
+            for i, block in enumerate(self.joint_blocks):
+                text, image = block(sequence, lengths, text, image, (next(modulation), next(modulation)))
+                image = control.add("output", i, sequence, image, lengths[1])
+                yield image
+
+        image = last_tokens(blocks(), sequence, step_cache)
+        pixels = sequence.gather(self.final_layer(image, final), lengths[1])
         pixels = torch.unflatten(pixels, -1, (self.patch, self.patch, self.out_channels))
         return unpatchify(pixels, rows, columns, self.patch)[:, :, :height, :width]
 
