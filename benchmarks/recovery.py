@@ -1,6 +1,6 @@
 """What a fault costs: from a rank's death to the retried result, from the daemon's to ready, from cancel to free.
 
-    python benchmarks/recovery.py [--rounds N] [--ranks N]
+    PYTHONPATH=tests python benchmarks/recovery.py [--rounds N] [--ranks N]
 
 The daemon is a real one on CPU ranks, with a tiny Flux.1 and a tiny SD3 loaded. Each round is one fault; the table has
 the median and the longest. What a rank's death costs is mostly the start of new ranks: Python, torch and the process
