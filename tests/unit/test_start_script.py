@@ -64,6 +64,11 @@ class Machine:
         )
 
 
+def _hear_interrupts() -> None:
+    """A shell that runs the tests in the background has them ignore Ctrl-C, and what they start, too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
@@ -112,7 +117,9 @@ def test_a_daemon_that_runs_is_used(machine: Machine) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 5), (signal.SIGTERM, 128 + signal.SIGTERM)])
 def test_a_signal_ends_both(machine: Machine, number: signal.Signals, code: int) -> None:
     (machine.comfyui / "main.py").write_text(STAYS)
-    with subprocess.Popen([SCRIPT], env=machine.environment, stdout=subprocess.PIPE, text=True) as script:
+    with subprocess.Popen(
+        [SCRIPT], env=machine.environment, stdout=subprocess.PIPE, text=True, preexec_fn=_hear_interrupts
+    ) as script:
         assert script.stdout is not None
         up = next(line for line in script.stdout if line.startswith("up"))
         script.send_signal(number)
