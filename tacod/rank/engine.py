@@ -164,9 +164,6 @@ class Engine:
         plain = base or model
         if plain not in self.models:
             self.models[plain] = self._load_file(path, identity, dtype)
-            if self.device.type == "cuda":
-                dit = self.models[plain].model
-                dit.pace = warm_up(dit, self.forwards, self.device)
         if model not in self.models:
             self.models[model] = self._patch(self.models[plain], patches)
         return {"model": self.models[model].description, "base": self.models[plain].description}
@@ -185,6 +182,9 @@ class Engine:
         loaded = load_model(checkpoint, DTYPES[chosen], self.device, self.report)
         if chosen == "fp8":
             narrow_matrices(loaded)
+        # Before it is resident: a load that fails here leaves nothing behind.
+        if self.device.type == "cuda":
+            loaded.pace = warm_up(loaded, self.forwards, self.device)
         description = {
             "family": loaded.family,
             "parameters": checkpoint.parameters,

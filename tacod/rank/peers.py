@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -61,8 +61,8 @@ class SymmetricBlock:
 class Peers:
     """The blocks of one group's ranks; they grow, and each attention that is under way has one of its own."""
 
-    def __init__(self, rank: int, size: int, make_block: Any) -> None:
-        self.rank, self.size = rank, size
+    def __init__(self, make_block: Callable[[int], Block]) -> None:
+        """``make_block`` makes one of so many bytes on each rank; all call it at once."""
         self._make_block = make_block
         self._blocks: list[list[tuple[int, Block]]] = []
         """For each slot its blocks, with their sizes; graphs hold on to those that were outgrown."""
@@ -156,7 +156,7 @@ def reach_peers(group: Any) -> Peers | None:
     if group.agree(block is not None):
         assert block is not None
         if group.agree(_arrives(block, group.rank, group.size)):
-            return Peers(group.rank, group.size, lambda size: SymmetricBlock(group.group, size))
+            return Peers(lambda size: SymmetricBlock(group.group, size))
         reason = "what was written did not arrive"
     log.warning("the GPUs don't write into each other's memory: %s; they exchange through NCCL", reason)
     return None

@@ -68,7 +68,7 @@ class Topology:
         whole, ulysses, ring, batch = (self._group(parts) for parts in (wholes, runs, rings, across))
         if self.rank >= layout.ranks:
             return None
-        if self.reach is not None and ulysses.size > 1 and ulysses.peers is None and ulysses not in self._reached:
+        if self.reach is not None and ulysses.size > 1 and ulysses not in self._reached:
             self._reached.append(ulysses)
             ulysses.peers = self.reach(ulysses)
         return Seat(batch, SequenceParallel(whole, ulysses, ring))

@@ -44,4 +44,4 @@ class SharedBlock:
 
 def reach_shared(group: Any) -> Peers:
     """As `tacod.rank.peers.reach_peers` on GPUs."""
-    return Peers(group.rank, group.size, lambda size: SharedBlock(group, size))
+    return Peers(lambda size: SharedBlock(group, size))
