@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 import torch
+import zmq
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,7 +28,7 @@ from torch import Tensor
 from tacod.rank.families import detect
 from tacod.rank.families.base import Control, DiT
 from tacod.rank.sequence import SequenceParallel
-from tacod_client import Client, Job, Model
+from tacod_client import Client, Job, Model, wire
 from tacod_client.errors import ConnectionFailed
 from tacod_client.exchange import pack
 
@@ -47,6 +48,15 @@ def eventually(condition: Callable[[], Any], timeout_s: float, what: str) -> Any
         assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
         time.sleep(0.02)
     return value
+
+
+def answered(socket: zmq.Socket[bytes], timeout_s: float) -> wire.Message:
+    """The next answer to a client that has no library, past the daemon's signs of life."""
+    while socket.poll(int(timeout_s * 1000)):
+        message = wire.decode(socket.recv_multipart())
+        if message.type != "alive":
+            return message
+    raise AssertionError(f"no answer within {timeout_s:g} s")
 
 
 # --- the daemon -------------------------------------------------------------------------------------------------------

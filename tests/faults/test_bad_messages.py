@@ -14,7 +14,7 @@ from typing import Any
 import msgpack
 import pytest
 import zmq
-from helpers import SOON_S, Daemon, unharmed
+from helpers import SOON_S, Daemon, answered, unharmed
 from protocol.test_mutations import VALID, damage
 
 from tacod_client import Client, TacodError, wire
@@ -72,8 +72,7 @@ def raw_socket(daemon: Daemon) -> Iterator[Callable[[list[bytes]], wire.Message]
 
     def ask(frames: list[bytes]) -> wire.Message:
         socket.send_multipart(frames)
-        assert socket.poll(int(SOON_S * 1000)), "no answer"
-        return wire.decode(socket.recv_multipart())
+        return answered(socket, SOON_S)
 
     try:
         yield ask

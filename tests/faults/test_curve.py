@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import zmq
-from helpers import FLUX, SD3, Daemon, eventually
+from helpers import FLUX, SD3, Daemon, answered, eventually
 
 from tacod_client import Client, ConfigInvalid, ConnectionFailed, NotAllowed
 from tacod_client.curve import make_keys, read_public_key
@@ -184,8 +184,7 @@ def test_who_is_taken_off_the_list_is_out(remote: Remote) -> None:
                 job.result()
             eventually(lambda: operator.jobs() == [], 10, "his job is gone")
             raw.send_multipart(encode(Message("hello", {"client": "raw", "pid": 1, "version": "0"}, 2)))
-            assert raw.poll(10_000)
-            assert b"NotAllowed" in raw.recv_multipart()[1]
+            assert answered(raw, 10).body["code"] == "NotAllowed"
         bob.ping()
         assert "dave) is allowed no more" in remote.daemon.log
 
@@ -201,8 +200,7 @@ def hello_of(remote: Remote, name: str) -> zmq.Socket[bytes]:
     socket.curve_serverkey = read_public_key(remote.keys / "tacod.key")
     socket.connect(remote.endpoint)
     socket.send_multipart(encode(Message("hello", {"client": "raw", "pid": 1, "version": "0"}, 1)))
-    assert socket.poll(10_000)
-    assert b"welcome" in socket.recv_multipart()[1]
+    assert answered(socket, 10).type == "welcome"
     return socket
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import zmq
-from helpers import SD3, SOON_S, Daemon, eventually
+from helpers import SD3, SOON_S, Daemon, answered, eventually
 
 from tacod.server import MAX_FRAME_BYTES
 from tacod_client import Cancelled, Client, MessageTooLarge, QueueFull, wire
@@ -100,11 +100,10 @@ def test_a_client_that_ignores_the_limit_hears_the_same(narrow: Daemon, client: 
         socket.setsockopt(zmq.LINGER, 0)
         socket.connect(narrow.endpoint)
         socket.send_multipart(wire.encode(wire.Message("hello", {"client": "t", "pid": 1, "version": "0"})))
-        session = wire.decode(socket.recv_multipart()).body["session"]
+        session = answered(socket, 1).body["session"]
         tensor = wire.Tensor("U8", (MESSAGE_BYTES // 2,), (bytes(MESSAGE_BYTES // 2),))
         socket.send_multipart(wire.encode(wire.Message("put", {"tensors": [tensor] * 3}, 5, session)))
-        assert socket.poll(1000)
-        answer = wire.decode(socket.recv_multipart())
+        answer = answered(socket, 1)
         assert (answer.id, answer.body["code"]) == (5, "MessageTooLarge")
     finally:
         socket.close()
