@@ -20,9 +20,9 @@ from tacod import __version__, logs, report
 from tacod.access import Keys
 from tacod.config import Config, ConfigError, load_config, to_toml
 from tacod.exporter import Exporter, Reading
-from tacod.group import devices
 from tacod.lifecycle import Lifecycle
 from tacod.manifest import Manifest
+from tacod.processes import devices
 from tacod.server import Server
 from tacod_client.errors import TacodError
 

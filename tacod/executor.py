@@ -13,10 +13,11 @@ import zmq
 from tacod.baselines import Baselines
 from tacod.config import Config
 from tacod.faults import Faults
-from tacod.group import Answer, GroupLost, RankGroup, State
+from tacod.group import Answer, RankGroup, State
 from tacod.manifest import Manifest, Model
 from tacod.metrics import Metrics, StepTimes
 from tacod.notify import notify
+from tacod.processes import GroupLost
 from tacod.restarts import RestartPolicy
 from tacod.scheduler import Job, Outcome, Scheduler, Verb
 from tacod.store import Store

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tacod.config import ConfigError, Group
-from tacod.group import devices
+from tacod.processes import devices
 from tacod_client.cli.doctor import Finding, fail, ok, warn
 from tacod_client.cli.show import size
 

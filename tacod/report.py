@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from tacod import __version__
 
 if TYPE_CHECKING:
-    from tacod.group import Rank
     from tacod.monitor import Monitor
+    from tacod.processes import Rank
     from tacod.server import Server
 
 __all__ = ["stats", "status", "totals"]

@@ -117,7 +117,7 @@ def descriptors() -> int:
 
 @contextmanager
 def fakes() -> Iterator[Clock]:
-    """Within, `tacod.group` starts such ranks and reads this clock."""
+    """Within, a group starts such ranks and reads this clock."""
     clock = Clock()
     FakeRank.all.clear()
 
@@ -125,8 +125,9 @@ def fakes() -> Iterator[Clock]:
         return os.open(os.devnull, os.O_RDONLY)
 
     with (
-        mock.patch("tacod.group.subprocess", SimpleNamespace(Popen=FakeRank, DEVNULL=None)),
-        mock.patch("tacod.group.os.pidfd_open", pidfd_open),
+        mock.patch("tacod.processes.subprocess", SimpleNamespace(Popen=FakeRank, DEVNULL=None)),
+        mock.patch("tacod.processes.os.pidfd_open", pidfd_open),
+        mock.patch("tacod.processes.time", clock),
         mock.patch("tacod.group.time", clock),
         mock.patch("tacod.executor.time", clock),
     ):
