@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from tacod.arena import Arena
+from tacod.heap import keep_freed_memory
 from tacod.plan import chunks
 from tacod.rank.__main__ import _die_with_the_supervisor, _parse, serve
 from tacod.rank.arguments import load_arguments
@@ -51,6 +53,7 @@ class EchoEngine(Engine):
 if __name__ == "__main__":
     args = _parse()
     threading.Thread(target=_die_with_the_supervisor, args=(args.death_fd,), daemon=True).start()
+    keep_freed_memory()
     torch.set_num_threads(1)
-    serve(EchoEngine(args.rank, args.world_size), args.rank, args.epoch, args.address)
+    serve(EchoEngine(args.rank, args.world_size), args.rank, args.epoch, args.address, Arena(args.arena))
     sys.exit(1)

@@ -31,13 +31,14 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import hops
 import numpy as np
 import plans
 import theirs
@@ -435,7 +436,7 @@ class Split(ModelStats):
 
 
 @contextmanager
-def daemon(gpus: Sequence[str], ranks: int, root: str) -> Iterator[str]:
+def daemon(gpus: Sequence[str], ranks: int, root: str, command: Sequence[str]) -> Iterator[str]:
     """A tacod of our own on these devices."""
     with tempfile.TemporaryDirectory(prefix="tacod-") as folder:
         endpoint, config, log = f"ipc://{folder}/s", Path(folder, "c.toml"), Path(folder, "log")
@@ -443,7 +444,7 @@ def daemon(gpus: Sequence[str], ranks: int, root: str) -> Iterator[str]:
         group = f'device = "cuda"\ngpus = {named}' if gpus else f'device = "cpu"\nranks = {ranks}'
         config.write_text(f'endpoint = "{endpoint}"\n[group]\n{group}\n[models]\nroots = ["{root}"]\n')
         with log.open("wb") as output:
-            process = subprocess.Popen([sys.executable, "-m", "tacod.daemon", "--config", str(config)], stderr=output)
+            process = subprocess.Popen([sys.executable, *command, str(config)], stderr=output)
         try:
             deadline = time.monotonic() + START_S
             while not _is_ready(endpoint):
@@ -471,13 +472,18 @@ def _is_ready(endpoint: str) -> bool:
         return False
 
 
-def run_daemon(job: Job, gpus: Sequence[str], steps: Sequence[Step], results: dict[Step, dict[str, Any]]) -> None:
+def run_daemon(
+    job: Job, gpus: Sequence[str], steps: Sequence[Step], results: dict[Step, dict[str, Any]], hop_by_hop: bool
+) -> None:
     """The served rows, one call after another as a client has them."""
     try:
-        with daemon(gpus, job.ranks, job.folder) as endpoint, Client(endpoint) as client:
+        with ExitStack() as stack:
+            notes = stack.enter_context(hops.noting()) if hop_by_hop else None
+            command = (hops.__file__, "--daemon") if hop_by_hop else ("-m", "tacod.daemon", "--config")
+            client = stack.enter_context(Client(stack.enter_context(daemon(gpus, job.ranks, job.folder, command))))
             for step in steps:
                 try:
-                    results[step] = serve(client, job, step)
+                    results[step] = serve(client, job, step, notes)
                 except Exception as error:
                     results[step] = {"reason": _words(error)}
                 report(job.model, step, results[step])
@@ -487,18 +493,22 @@ def run_daemon(job: Job, gpus: Sequence[str], steps: Sequence[Step], results: di
             report(job.model, step, results[step])
 
 
-def serve(client: Client, job: Job, step: Step) -> dict[str, Any]:
-    """One served row."""
+def serve(client: Client, job: Job, step: Step, notes: Path | None) -> dict[str, Any]:
+    """One served row; with ``notes`` of every hop, where a call is when."""
     pixels, row = step
     inputs = load_file(Path(job.folder, f"{pixels}-inputs.safetensors"))
     plan = ONE_RANK if row == "daemon-one" else "auto"
     model = client.load("model.safetensors", plan=plan, dtype=job.dtype)
     model.stats = stats = Split()
     calls = []
-    for _ in range(WARM_UPS + job.rounds):
+    since_ns = 0
+    for call in range(WARM_UPS + job.rounds):
+        if call == WARM_UPS:
+            since_ns = time.monotonic_ns()
         started = time.perf_counter()
         out = model.forward(**inputs)
         calls.append(((time.perf_counter() - started) * 1000, stats.parts))
+    ended_ns = time.monotonic_ns()
     times = [ms for ms, _ in calls]
     # The split of the call that took the median time adds up, as medians of parts need not.
     middle = sorted(calls[WARM_UPS:], key=lambda call: call[0])[job.rounds // 2]
@@ -514,6 +524,7 @@ def serve(client: Client, job: Job, step: Step) -> dict[str, Any]:
         "load_bytes_per_s": told["weight_bytes"] / max(told["loaded_s"], 1e-9),
         "split_ms": middle[1],
         "split_of_ms": middle[0],
+        "hops_ms": hops.read(notes, since_ns, ended_ns) if notes is not None else {},
     }
 
 
@@ -536,7 +547,7 @@ def run_model(name: str, options: argparse.Namespace, gpus: Sequence[str]) -> tu
         job = Job(name, tuple(sizes), tuple(steps), options.ranks, options.rounds, options.dtype, folder)
         about = run_ranks(job, results)
         if served:
-            run_daemon(job, gpus, [(pixels, row) for pixels in sizes for row in served], results)
+            run_daemon(job, gpus, [(pixels, row) for pixels in sizes for row in served], results, options.hops)
         return about, [make_case(name, pixels, rows, results, Path(folder), options) for pixels in sizes]
 
 
@@ -654,6 +665,7 @@ def show_split(row: Mapping[str, Any], alone: Mapping[str, Any] | None) -> None:
     if alone is not None:
         print(f"; {100 * (row['ms'] / alone['ms'] - 1):+.1f} % over the rank alone", end="")
     print(f"; loaded in {row['load_s']:.1f} s, {row['load_bytes_per_s'] / 1e9:.1f} GB/s a rank")
+    hops.show(row["hops_ms"])
 
 
 def _commit() -> str:
@@ -674,6 +686,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--without", default="", metavar="ROWS", help="leave these out")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--reference", action="store_true", help="errors against fp32 too; Flux takes 48 GB for it")
+    parser.add_argument("--hops", action="store_true", help="where a served call is when, process by process")
     parser.add_argument("--dtype", choices=DTYPES, help="default bf16 on GPUs, fp32 on a CPU")
     parser.add_argument("--folder", help="for the weights' file (default /dev/shm, or a temporary one)")
     parser.add_argument("--commit", default=_commit(), help=argparse.SUPPRESS)

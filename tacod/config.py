@@ -100,6 +100,8 @@ class Group(_Section):
     """Whether forwards that come again are replayed as CUDA graphs; off to see whether something is their doing."""
     peer_memory: bool = True
     """Whether GPUs that can write into each other's memory do so in Ulysses' exchange, instead of through NCCL."""
+    warm_up: bool = True
+    """Whether a load on GPUs runs forwards of 1024 pixels and measures them; off where only smaller ones fit."""
 
     @model_validator(mode="after")
     def _one_kind_of_device(self) -> Group:

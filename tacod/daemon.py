@@ -20,6 +20,7 @@ from tacod import __version__, logs, report
 from tacod.access import Keys
 from tacod.config import Config, ConfigError, load_config, to_toml
 from tacod.exporter import Exporter, Reading
+from tacod.heap import keep_freed_memory
 from tacod.lifecycle import Lifecycle
 from tacod.manifest import Manifest
 from tacod.processes import devices
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         faulthandler.enable(sys.__stderr__ or 2, all_threads=False)
         os.environ["TACOD_LOG_LEVEL"] = level
         logs.configure(level)
+        keep_freed_memory()
         with _endpoint(config.socket_path) as folder:
             return _serve(config, args.config, folder)
     except ConfigError as error:

@@ -19,9 +19,8 @@ import zmq
 from tacod import config
 from tacod.faults import Faults
 from tacod.processes import GroupLost, Processes, Rank
-from tacod_client import wire
 from tacod_client.errors import ProtocolError, TacodError
-from tacod_client.frames import receive, send, widen
+from tacod_client.frames import receive
 from tacod_client.wire import Message, Tensor
 
 __all__ = ["Answer", "RankGroup", "State"]
@@ -141,6 +140,7 @@ class RankGroup:
         Raises `GroupLost` if a rank is gone.
         """
         assert self.state is State.IDLE
+        self._started_s = time.monotonic()
         self._work += 1
         self._verb = verb
         self._answers.clear()
@@ -148,17 +148,17 @@ class RankGroup:
         self._forgotten = []
         if self.faults is not None and (fault := self.faults.due(verb)) is not None:
             body["fault"] = fault
-        frames = wire.encode(Message(verb, body, self._work))
+        assert self._processes.arena is not None
+        frames = self._processes.arena.pack(Message(verb, body, self._work))
         for rank in self.ranks:
             assert rank.peer is not None
             rank.progress = None
             try:
-                send(self.socket, [rank.peer, *frames])
+                self.socket.send_multipart([rank.peer, *frames])
             except zmq.ZMQError as error:
                 raise GroupLost(f"rank {rank.index} (pid {rank.process.pid}) is not reachable: {error}") from None
         self.state = State.BUSY
-        self._started_s = time.monotonic()
-        self.deadline = self._started_s + timeout_s
+        self.deadline = time.monotonic() + timeout_s
 
     def forget(self, job: str) -> None:
         """Have the ranks drop what they hold of a sampling run, with the next work item."""
@@ -187,14 +187,17 @@ class RankGroup:
 
         Raises `GroupLost` if they disagree, or if one says that it is broken.
         """
+        arena = self._processes.arena
         while (received := receive(self.socket)) is not None:
             peer, *frames = received
+            if arena is None or (len(frames) > 2 and self._rank_at(peer.bytes) is None):
+                # Last words of ranks that are gone, and with them the memory that holds the rest.
+                continue
             try:
-                message = wire.decode([frame.buffer for frame in frames])
+                message = arena.unpack([frame.buffer for frame in frames], copy=True)
             except ProtocolError as error:
                 raise GroupLost(f"a rank sent what can't be read ({error.message})") from None
             if message.type == "ready":
-                widen(peer)
                 self._greet(peer.bytes, message)
             elif message.id != self._work or self.state is not State.BUSY:
                 continue
@@ -223,12 +226,15 @@ class RankGroup:
         return min(known) if known and len(known) == len(self.ranks) else None
 
     def _note_progress(self, peer: bytes, message: Message) -> None:
-        for rank in self.ranks:
-            if rank.peer == peer:
-                rank.progress = (message.body["done"], message.body["total"])
+        rank = self._rank_at(peer)
+        if rank is not None:
+            rank.progress = (message.body["done"], message.body["total"])
+
+    def _rank_at(self, peer: bytes) -> Rank | None:
+        return next((rank for rank in self.ranks if rank.peer == peer), None)
 
     def _collect(self, peer: bytes, message: Message) -> Answer | None:
-        rank = next((rank for rank in self.ranks if rank.peer == peer), None)
+        rank = self._rank_at(peer)
         if rank is None:
             return None
         self._answers[rank.index] = message
@@ -243,6 +249,8 @@ class RankGroup:
             return None
         self.state = State.IDLE
         self.deadline = None
+        if self._processes.arena is not None:
+            self._processes.arena.shrink()
         return self._agree(time.monotonic() - self._started_s)
 
     def _agree(self, elapsed_s: float) -> Answer:

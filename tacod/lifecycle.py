@@ -35,6 +35,7 @@ FIXED = (
     "group.ranks",
     "group.cuda_graphs",
     "group.peer_memory",
+    "group.warm_up",
     "metrics.",
     "curve.listen",
 )

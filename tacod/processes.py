@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tacod import config
+from tacod.arena import Arena
 from tacod_client.errors import TacodError
 
 __all__ = ["GroupLost", "Processes", "Rank", "devices"]
@@ -88,6 +89,8 @@ class Processes:
         self.ranks: list[Rank] = []
         self.epoch = ""
         """Of those that run; empty if none do."""
+        self.arena: Arena | None = None
+        """What they have in common with the supervisor, as long as they run."""
         self._folder = folder
         self._address = address
         self._death_pipe: tuple[int, int] | None = None
@@ -98,6 +101,7 @@ class Processes:
         self.epoch = secrets.token_hex(8)
         read, write = os.pipe()
         self._death_pipe = (read, write)
+        self.arena = Arena()
         for index, device in enumerate(self.devices):
             process = subprocess.Popen(
                 [
@@ -105,13 +109,14 @@ class Processes:
                     *("--rank", str(index), "--world-size", str(len(self.devices)), "--device", settings.device),
                     *("--address", self._address, "--epoch", self.epoch, "--death-fd", str(read)),
                     *("--rendezvous", f"file://{self._rendezvous}"),
-                    *("--stacks", str(self._stacks(index))),
+                    *("--arena", str(self.arena.fd), "--stacks", str(self._stacks(index))),
                     *(() if settings.cuda_graphs else ("--no-cuda-graphs",)),
                     *(() if settings.peer_memory else ("--no-peer-memory",)),
+                    *(() if settings.warm_up else ("--no-warm-up",)),
                     *(("--fault", json.dumps(fault)) if fault is not None else ()),
                 ],
                 env=_environment(settings.device, self.devices),
-                pass_fds=(read,),
+                pass_fds=(read, self.arena.fd),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
@@ -131,6 +136,9 @@ class Processes:
             for fd in self._death_pipe:
                 os.close(fd)
             self._death_pipe = None
+        if self.arena is not None:
+            self.arena.close()
+            self.arena = None
         self._rendezvous.unlink(missing_ok=True)
         self.epoch = ""
 

@@ -1,4 +1,4 @@
-"""Frames on a ZeroMQ socket: taken in, passed on and sent with as few copies, system calls and threads as they need."""
+"""Frames on a ZeroMQ socket: taken in and sent with as few copies, system calls and threads as they need."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import socket as sockets
 from collections.abc import Sequence
 from contextlib import closing, suppress
-from typing import Any
 
 import zmq
 
@@ -33,17 +32,9 @@ def receive(socket: zmq.Socket[bytes]) -> list[zmq.Frame] | None:
 
 
 def send(socket: zmq.Socket[bytes], frames: Sequence[Buffer], flags: int = 0) -> None:
-    """Send a message. What came as a frame goes on as it is; other large frames must not change until they are gone."""
+    """Send a message. Large frames must not change until they are gone."""
     socket.copy_threshold = COPIED_BYTES
-    parts: list[Any] = [_received(frame) or frame for frame in frames]
-    socket.send_multipart(parts, flags, copy=False)
-
-
-def _received(frame: Buffer) -> zmq.Frame | None:
-    """The ZeroMQ frame of which this is the whole buffer."""
-    owner = frame.obj if isinstance(frame, memoryview) else None
-    # ZeroMQ counts who has a frame, so that it needs neither a copy nor Python to let go of it.
-    return owner if isinstance(owner, zmq.Frame) and len(owner) == len(frame) else None
+    socket.send_multipart(frames, flags, copy=False)
 
 
 def widen(frame: zmq.Frame) -> None:

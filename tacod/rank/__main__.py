@@ -20,6 +20,8 @@ import torch
 import zmq
 
 from tacod import logs
+from tacod.arena import Arena
+from tacod.heap import keep_freed_memory
 from tacod.rank import xdit
 from tacod.rank.engine import Engine
 from tacod.rank.fault import strike
@@ -28,7 +30,6 @@ from tacod.rank.selftest import selftest
 from tacod.rank.topology import Topology
 from tacod_client import wire
 from tacod_client.errors import TacodError
-from tacod_client.frames import send, widen
 from tacod_client.wire import Message
 
 log = logging.getLogger("tacod.rank")
@@ -43,6 +44,7 @@ def main() -> None:
     faulthandler.register(signal.SIGUSR1, file=args.stacks, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _die_with_the_supervisor(args.death_fd)
+    keep_freed_memory()
     logs.configure(os.environ.get("TACOD_LOG_LEVEL", "info"), prefix=f"rank {args.rank}: ")
     if args.fault is not None:
         strike(args.fault, "before", args.rank)
@@ -58,9 +60,9 @@ def main() -> None:
     gc.freeze()
     reach = reach_peers if device.type == "cuda" and not args.no_peer_memory else None
     topology = Topology(args.rank, args.world_size, make_group, reach)
-    engine = Engine(device, topology, graphs=not args.no_cuda_graphs)
+    engine = Engine(device, topology, graphs=not args.no_cuda_graphs, warm=not args.no_warm_up)
     selftest(engine)
-    serve(engine, args.rank, args.epoch, args.address)
+    serve(engine, args.rank, args.epoch, args.address, Arena(args.arena))
 
 
 def _parse() -> argparse.Namespace:
@@ -72,9 +74,11 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--epoch", required=True)
     parser.add_argument("--rendezvous", required=True)
     parser.add_argument("--death-fd", type=int, required=True)
+    parser.add_argument("--arena", type=int, required=True, help="file descriptor of the memory in common")
     parser.add_argument("--stacks", type=argparse.FileType("w"), required=True, help="where SIGUSR1 writes them")
     parser.add_argument("--no-cuda-graphs", action="store_true")
     parser.add_argument("--no-peer-memory", action="store_true")
+    parser.add_argument("--no-warm-up", action="store_true")
     parser.add_argument("--fault", type=json.loads, help="what goes wrong on purpose, as JSON")
     return parser.parse_args()
 
@@ -94,24 +98,20 @@ def _die_with_the_supervisor(death_fd: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def serve(engine: Engine, rank: int, epoch: str, address: str) -> None:
+def serve(engine: Engine, rank: int, epoch: str, address: str, arena: Arena) -> None:
     """Answer work items, one after the other, for ever. Between two the rank waits here, never in a collective."""
     socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
     socket.setsockopt(zmq.LINGER, 1000)
     socket.connect(address)
     ready = {"rank": rank, "epoch": epoch, "memory_used_bytes": engine.memory_used_bytes}
     socket.send_multipart(wire.encode(Message("ready", ready)))
-    widened = False
     while True:
         frames = socket.recv_multipart(copy=False)
-        if not widened:
-            widen(frames[0])
-            widened = True
         # What the supervisor sends is readable; if it isn't, this rank ends, and a new one starts with a clean slate.
-        message = wire.decode([frame.buffer for frame in frames])
+        message = arena.unpack([frame.buffer for frame in frames])
         engine.report = Reporter(socket, message.id)
         kind, body = _answer(engine, message)
-        send(socket, wire.encode(Message(kind, body, message.id)))
+        socket.send_multipart(arena.pack(Message(kind, body, message.id), start=arena.end))
         if kind == "broken":
             sys.exit(1)
 

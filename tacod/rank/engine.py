@@ -60,8 +60,10 @@ class Resident:
 class Engine:
     """The models and runs of one rank. No method leaves another rank waiting: what can fail, fails on all alike."""
 
-    def __init__(self, device: torch.device, topology: Topology, graphs: bool = True) -> None:
+    def __init__(self, device: torch.device, topology: Topology, graphs: bool = True, warm: bool = True) -> None:
         self.device = device
+        self.warm = warm
+        """Whether a load on a GPU warms up."""
         self.topology = topology
         self.forwards = Forwards(topology, graphs)
         self.models: dict[str, Resident] = {}
@@ -91,7 +93,8 @@ class Engine:
         """
         for tensor in body.pop("store"):
             assert tensor.digest is not None
-            self._tensors[tensor.digest] = tensor
+            # What comes with a work item is there as long as that.
+            self._tensors[tensor.digest] = replace(tensor, frames=tuple(map(bytes, tensor.frames)))
         for job in body.pop("forget"):
             self._end(job)
         evict = body.pop("evict")
@@ -131,8 +134,10 @@ class Engine:
         return {**answer, "compute_s": max(busy - collective, 0.0), "collective_s": min(collective, busy)}
 
     @contextmanager
-    def memory_errors(self) -> Iterator[None]:
-        """Within, a lack of memory is `OutOfMemory`, which says what was asked for and what is free."""
+    def memory_errors(
+        self, hint: str = "use a smaller image or batch, or unload a model (`tacoctl unload`)"
+    ) -> Iterator[None]:
+        """Within, a lack of memory is `OutOfMemory`, which says what was asked for, what is free and what to do."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:
@@ -142,7 +147,7 @@ class Engine:
             self.forwards.clear()
             self._on_device.clear()
             self._give_memory_back()
-            raise OutOfMemory(f"{told}; use a smaller image or batch, or unload a model (`tacoctl unload`)") from None
+            raise OutOfMemory(f"{told}; {hint}") from None
 
     def load(
         self,
@@ -183,8 +188,10 @@ class Engine:
         if chosen == "fp8":
             narrow_matrices(loaded)
         # Before it is resident: a load that fails here leaves nothing behind.
-        if self.device.type == "cuda":
-            loaded.pace = warm_up(loaded, self.forwards, self.device)
+        if self.device.type == "cuda" and self.warm:
+            hint = "that was a forward at 1024², to warm up; unload a model, or set group.warm_up = false"
+            with self.memory_errors(hint):
+                loaded.pace = warm_up(loaded, self.forwards, self.device)
         description = {
             "family": loaded.family,
             "parameters": checkpoint.parameters,

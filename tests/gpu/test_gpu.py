@@ -71,8 +71,8 @@ def test_replays_equal_what_they_replay(gpu_daemon: Daemon, models: Path, load_g
     assert "don't write into each other's memory" not in gpu_daemon.log
 
 
-@pytest.mark.parametrize("key", ["cuda_graphs", "peer_memory"])
-def test_without_graphs_and_without_peer_memory(models: Path, load_golden: Callable[[str], Golden], key: str) -> None:
+@pytest.mark.parametrize("key", ["cuda_graphs", "peer_memory", "warm_up"])
+def test_without_one_of_the_engines_ways(models: Path, load_golden: Callable[[str], Golden], key: str) -> None:
     golden = load_golden("flux_dev_odd")
     golden.save(models / "flux_dev_odd.safetensors")
     settings = {f"group.{key}": False}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -13,6 +13,7 @@ from unittest import mock
 
 import zmq
 
+from tacod.arena import Arena
 from tacod_client import wire
 from tacod_client.wire import Message
 
@@ -53,7 +54,9 @@ class Socket:
         peer, *rest = frames
         if peer in self.gone:
             raise zmq.ZMQError(zmq.EHOSTUNREACH)
-        self.sent.setdefault(peer, []).append(wire.decode([memoryview(frame) for frame in rest]))
+        arena = arena_of(peer)
+        assert arena is not None
+        self.sent.setdefault(peer, []).append(arena.unpack([memoryview(frame) for frame in rest], copy=True))
 
     def get(self, option: int) -> int:
         return zmq.POLLIN if self.inbox else 0
@@ -62,7 +65,9 @@ class Socket:
         if not self.inbox:
             raise zmq.Again
         peer, message = self.inbox.popleft()
-        return [zmq.Frame(peer), *(zmq.Frame(bytes(frame)) for frame in wire.encode(message))]
+        arena = arena_of(peer)
+        frames = wire.encode(message) if arena is None else arena.pack(message, arena.end)
+        return [zmq.Frame(peer), *(zmq.Frame(bytes(frame)) for frame in frames)]
 
 
 class Context:
@@ -84,6 +89,7 @@ class FakeRank:
         options = dict(zip(command[3::2], command[4::2], strict=True))
         self.index = int(options["--rank"])
         self.epoch = options["--epoch"]
+        self.arena: Arena | None = Arena(int(options["--arena"]))
         self.pid = 100 + len(self.all)
         self.peer = f"{self.epoch} {self.index}".encode()
         self.code: int | None = None
@@ -104,15 +110,28 @@ class FakeRank:
     def wait(self) -> int:
         assert self.code is not None, "waits for a process that lives"
         self.reaped = True
+        self.arena = None
         return self.code
 
     def send_signal(self, number: int) -> None:
         pass
 
 
-def descriptors() -> int:
-    """How many files this process has open."""
-    return len(list(Path("/proc/self/fd").iterdir()))
+def arena_of(peer: bytes) -> Arena | None:
+    """What the rank at this address shares with the supervisor, while it lives."""
+    return next((rank.arena for rank in FakeRank.all if rank.peer == peer), None)
+
+
+def descriptors() -> tuple[int, int]:
+    """How many files this process has open, and how many memories that others may share, which may be mapped too."""
+    files, memories = 0, set()
+    for each in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # that of this loop
+            if str(each.readlink()).startswith("/memfd:tacod"):
+                memories.add(each.stat().st_ino)
+            else:
+                files += 1
+    return files, len(memories)
 
 
 @contextmanager

@@ -261,8 +261,9 @@ class Events(RuleBasedStateMachine):
             peers = [(rank.peer, rank.process.peer) for rank in self.executor.group.ranks]
             assert all(known in (None, own) for known, own in peers), "a rank is known by its own address"
         assert len(self.alive) in (0, RANKS)
-        # Each living rank has a pidfd, and all of them one pipe.
-        expected = self.descriptors + len(self.alive) + (2 if self.alive else 0)
+        # Each living rank has a pidfd, and all of them have one pipe and one memory.
+        files, memories = self.descriptors
+        expected = files + len(self.alive) + (2 if self.alive else 0), memories + bool(self.alive)
         assert descriptors() == expected
 
     @invariant()

@@ -1,0 +1,179 @@
+"""Where a forward is, millisecond by millisecond, on its way from a client through the daemon to the ranks and back.
+
+    python benchmarks/hops.py [--ranks N] [--calls N]
+
+The embedded model on CPU ranks, which serves to see what the daemon does; ``peers.py --hops`` tells the same of its
+daemon rows, on GPUs. In the client, the supervisor and rank 0, the functions that a forward passes are wrapped so that
+each notes the time, on the one clock that all processes of a machine share. That costs some microseconds each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+NOTES = "TACOD_HOPS"
+"""The environment variable that names the folder in which each process notes its times."""
+
+HOPS: dict[str, tuple[str, str, str]] = {
+    "called": ("client", "before", "tacod_client.client:Model.forward"),
+    "sent": ("client", "after", "tacod_client.frames:send"),
+    "taken in": ("supervisor", "after", "tacod.server:receive"),
+    "checked and queued": ("supervisor", "after", "tacod.server:Server._hear"),
+    "with the ranks": ("supervisor", "after", "tacod.group:RankGroup.run"),
+    "read": ("rank 0", "after", "tacod.arena:Arena.unpack"),
+    "on the device": ("rank 0", "after", "tacod.rank.engine:load_arguments"),
+    "launched": ("rank 0", "after", "tacod.rank.forwards:Forwards.__call__"),
+    "computed, on the host": ("rank 0", "after", "tacod.rank.engine:Engine._result"),
+    "timed": ("rank 0", "after", "tacod.rank.engine:Engine._timed"),
+    "answered": ("rank 0", "after", "tacod.arena:Arena.pack"),
+    "answered by all ranks": ("supervisor", "before", "tacod.group:RankGroup._agree"),
+    "noted": ("supervisor", "before", "tacod.sessions:Sessions.send"),
+    "back": ("client", "after", "tacod_client.frames:receive"),
+    "returned": ("client", "after", "tacod_client.client:Model.forward"),
+}
+"""What has happened, in which process, and the function before or after which it has."""
+
+
+# --- in each process --------------------------------------------------------------------------------------------------
+
+
+def note(process: str) -> None:
+    """Wrap the functions that a forward passes in this process."""
+    path = Path(os.environ[NOTES], f"{os.getpid()}")
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    targets: dict[str, dict[str, int]] = {}
+    for number, (where, moment, target) in enumerate(HOPS.values()):
+        if where == process:
+            targets.setdefault(target, {})[moment] = number
+    for target, moments in targets.items():
+        module, _, path_in_it = target.partition(":")
+        owner: Any = importlib.import_module(module)
+        *outer, name = path_in_it.split(".")
+        for each in outer:
+            owner = getattr(owner, each)
+        setattr(owner, name, _noting(getattr(owner, name), file, moments))
+
+
+def _noting(function: Callable[..., Any], file: int, moments: Mapping[str, int]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if "before" in moments:
+            os.write(file, b"%d %d\n" % (time.monotonic_ns(), moments["before"]))
+        result = function(*args, **kwargs)
+        # To look for a message in vain is no hop.
+        if "after" in moments and (result is not None or function.__name__ != "receive"):
+            os.write(file, b"%d %d\n" % (time.monotonic_ns(), moments["after"]))
+        return result
+
+    return wrapper
+
+
+def serve_daemon(config: str) -> int:
+    """Run tacod itself, and its ranks by this file."""
+    note("supervisor")
+    from tacod import daemon
+
+    start = subprocess.Popen
+
+    def popen(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        assert command[1:3] == ["-m", "tacod.rank"]
+        return start([command[0], __file__, *command[3:]], **options)
+
+    with mock.patch("tacod.processes.subprocess.Popen", popen):
+        return daemon.main(["--config", config])
+
+
+def serve_rank(arguments: list[str]) -> None:
+    """Run a rank; the first one notes its times."""
+    from tacod.rank import __main__ as rank
+
+    if arguments[arguments.index("--rank") + 1] == "0":
+        note("rank 0")
+    sys.argv[1:] = arguments
+    rank.main()
+
+
+# --- the client's side ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def noting() -> Iterator[Path]:
+    """Within, daemons that this process starts by this file note their times, and so does it."""
+    with tempfile.TemporaryDirectory(prefix="tacod-hops-") as folder, mock.patch.dict(os.environ, {NOTES: folder}):
+        note("client")
+        yield Path(folder)
+
+
+def read(folder: Path, since_ns: int, until_ns: int) -> dict[str, float]:
+    """Milliseconds from each call's begin to each hop, medians over the calls that began in that time."""
+    lines = [line.split() for each in folder.iterdir() for line in each.read_text().splitlines()]
+    notes = sorted((int(at), int(number)) for at, number in lines)
+    begins = [at for at, number in notes if number == 0 and since_ns <= at < until_ns]
+    reached: dict[int, list[float]] = {}
+    ends = [*begins[1:], until_ns]
+    for begin, end in zip(begins, ends, strict=True):
+        # What happens more than once in a call counts when it has happened for the last time.
+        last = {number: at for at, number in notes if begin <= at < end}
+        for number, at in last.items():
+            reached.setdefault(number, []).append((at - begin) / 1e6)
+    return {name: statistics.median(reached[number]) for number, name in enumerate(HOPS) if number in reached}
+
+
+def show(hops: Mapping[str, float]) -> None:
+    """Print where a forward is when, and how long each hop took; nothing if none was noted."""
+    if not hops:
+        return
+    print(f"  {'':12}{'':24}{'at ms':>9}{'took ms':>9}")
+    before = 0.0
+    for name, at in hops.items():
+        print(f"  {HOPS[name][0]:12}{name:24}{at:9.3f}{at - before:9.3f}")
+        before = at
+
+
+def main() -> None:
+    """Measure the embedded model on CPU ranks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--calls", type=int, default=40)
+    options = parser.parse_args()
+    import torch
+    import wire
+
+    from tacod import embedded
+
+    context, y = embedded.encode(embedded.PROMPTS[0])
+    x = torch.randn(1, 16, 32, 32, generator=torch.Generator().manual_seed(0))
+    inputs = {"x": x, "timestep": torch.tensor([500.0]), "context": context, "y": y}
+    with noting() as notes, tempfile.TemporaryDirectory(prefix="tacod-") as folder:
+        command = (__file__, "--daemon")
+        with wire.tacod(Path(folder, "d"), options.ranks, embedded.PATH.parent, *command) as client:
+            model = client.load(str(embedded.PATH))
+            for _ in range(5):
+                model.forward(**inputs)
+            since_ns = time.monotonic_ns()
+            for _ in range(options.calls):
+                model.forward(**inputs)
+            ended_ns = time.monotonic_ns()
+            show(read(notes, since_ns, ended_ns))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--daemon"]:
+        sys.exit(serve_daemon(sys.argv[-1]))
+    elif sys.argv[1:2] == ["--rank"]:
+        serve_rank(sys.argv[1:])
+    else:
+        main()

@@ -1,0 +1,110 @@
+"""What the supervisor and its ranks share: what one puts there is what the others read, whatever its size."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tacod.arena import Arena
+from tacod_client.errors import ProtocolError
+from tacod_client.tensors import rows
+from tacod_client.wire import FRAME_BYTES, Message, Tensor, split
+
+MIB = 1 << 20
+
+
+@contextmanager
+def shared() -> Iterator[tuple[Arena, Arena]]:
+    """The supervisor's and a rank's."""
+    mine = Arena()
+    theirs = Arena(os.dup(mine.fd))
+    try:
+        yield mine, theirs
+    finally:
+        theirs.close()
+        mine.close()
+
+
+def message(*contents: bytes) -> Message:
+    return Message("forward", {"all": [Tensor("U8", (len(each),), split(each)) for each in contents]}, 7)
+
+
+def contents(told: Message) -> list[bytes]:
+    return [b"".join(tensor.frames) for tensor in told.body["all"]]
+
+
+@given(st.lists(st.binary(max_size=300), max_size=5), st.lists(st.binary(max_size=300), max_size=5))
+def test_there_and_back(there: list[bytes], back: list[bytes]) -> None:
+    """An answer lies behind what it answers: a rank that is still reading isn't disturbed."""
+    with shared() as (mine, theirs):
+        asked = theirs.unpack(mine.pack(message(*there)))
+        answer = mine.unpack(theirs.pack(message(*back), start=theirs.end), copy=True)
+        assert (asked.type, asked.id, contents(asked), contents(answer)) == ("forward", 7, there, back)
+
+
+def test_it_grows_while_something_of_it_is_still_read() -> None:
+    with shared() as (mine, theirs):
+        first = theirs.unpack(mine.pack(message(b"first")))
+        large = bytes([1, 2, 3, 4]) * (5 * MIB)
+        assert len(large) > 2 * FRAME_BYTES
+        second = theirs.unpack(mine.pack(message(b"", large), start=MIB))
+        assert contents(second) == [b"", large]
+        assert contents(first) == [b"first"]
+
+
+def test_a_part_is_read_where_it_lies() -> None:
+    """Of residuals a rank reads its own tokens."""
+    with shared() as (mine, theirs):
+        told = theirs.unpack(mine.pack(Message("forward", {"x": Tensor("U8", (4, 2), split(b"aabbccdd"))})))
+        part = rows(told.body["x"], 1, 3)
+        mine.pack(Message("forward", {"x": Tensor("U8", (4, 2), split(b"eeffgghh"))}))
+        assert b"".join(part.frames or ()) == b"ffgg"
+
+
+def test_what_is_kept_is_a_copy() -> None:
+    with shared() as (mine, theirs):
+        kept = theirs.unpack(mine.pack(message(b"one")), copy=True)
+        mine.pack(message(b"two"))
+        assert contents(kept) == [b"one"]
+
+
+def test_memory_of_a_large_item_goes_back() -> None:
+    with mock.patch("tacod.arena.KEPT_BYTES", MIB), shared() as (mine, theirs):
+        told = theirs.unpack(mine.pack(message(b"x" * (8 * MIB))), copy=True)
+        held = os.fstat(mine.fd).st_blocks * 512
+        mine.shrink()
+        assert held >= 8 * MIB
+        assert os.fstat(mine.fd).st_blocks * 512 <= MIB
+        assert contents(told) == [b"x" * (8 * MIB)]
+        assert contents(theirs.unpack(mine.pack(message(b"y" * (8 * MIB))))) == [b"y" * (8 * MIB)]
+
+
+def test_nothing_of_it_stays() -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with shared() as (mine, theirs):
+        contents(theirs.unpack(mine.pack(message(b"x"))))
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@pytest.mark.parametrize(
+    "told", [b"", b"\0" * 7, b"\0" * 15, b"\xff" * 16, (0).to_bytes(8, "little") + (1 << 40).to_bytes(8, "little")]
+)
+def test_frames_that_it_cannot_have_made(told: bytes) -> None:
+    with shared() as (mine, theirs):
+        preamble, header, _ = mine.pack(message(b"x"))
+        with pytest.raises(ProtocolError, match="frame 2: "):
+            theirs.unpack([preamble, header, told])
+
+
+def test_places_that_do_not_fit_the_header() -> None:
+    with shared() as (mine, theirs):
+        preamble, header, _ = mine.pack(message(b"x"))
+        with pytest.raises(ProtocolError, match=r"tensors\[0\]"):
+            theirs.unpack([preamble, header, bytes(16)])
