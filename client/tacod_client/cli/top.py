@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         console = Console(highlight=False)
         with Live(console=console, screen=True, auto_refresh=False, vertical_overflow="ellipsis") as display:
             for told in looks:
-                display.update(frame(told), refresh=True)
+                display.update(Group(frame(told), Text("\nCtrl-C ends this", "dim")), refresh=True)
                 time.sleep(args.interval)
     return 0
 
