@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # Starts ComfyUI on port 12215 with TACO-DiT on GPUs 3, 4 and 5: COMFYUI_PATH=… scripts/start_comfyui_gpu345.sh [ComfyUI options]
 #
-#   COMFYUI_PATH    the ComfyUI checkout (required)
+#   COMFYUI_PATH    the ComfyUI checkout (default: the current folder, if it is one)
 #   COMFYUI_PYTHON  its interpreter (default: its own venv or .venv, else python3)
-#   TACO_GPUS       the daemon's GPUs as nvidia-smi numbers them (default 3,4,5); ComfyUI gets the others, or the CPU
+#   TACO_GPUS       the GPUs, as nvidia-smi numbers them, of a daemon that is started here (default 3,4,5)
 #   PORT            ComfyUI's (default 12215)
 #   TACOD_ENDPOINT  a daemon that runs already; none is started then
+#
+# The daemon is the one that TACOD_ENDPOINT names, else the service tacod if it is installed, else one of this script's own.
+# ComfyUI gets the GPUs that the daemon doesn't have, or the CPU if none is left.
 set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+here=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 gpus=${TACO_GPUS:-3,4,5}
 
 fail() {
@@ -15,7 +18,8 @@ fail() {
   exit 1
 }
 
-[ -n "${COMFYUI_PATH:-}" ] || fail "set COMFYUI_PATH to your ComfyUI folder, the one with main.py"
+[ -n "${COMFYUI_PATH:-}" ] || { [ -f main.py ] && [ -d custom_nodes ] && COMFYUI_PATH=$PWD; } ||
+  fail "set COMFYUI_PATH to your ComfyUI folder, the one with main.py"
 [ -f "$COMFYUI_PATH/main.py" ] || fail "there is no main.py in COMFYUI_PATH=$COMFYUI_PATH"
 COMFYUI_PATH=$(cd "$COMFYUI_PATH" && pwd)
 python=${COMFYUI_PYTHON:-}
@@ -42,11 +46,24 @@ stop_daemon() {
 }
 trap stop_daemon EXIT
 
+gpus_of_daemon() {
+  "$python" -c '
+import sys
+from tacod_client import Client, TacodError
+try:
+    with Client() as client:
+        print(",".join(rank["device"] for rank in client.status()["group"]["ranks"]))
+except TacodError as error:
+    sys.exit(error.message)' || fail "ComfyUI can't be kept off the daemon's GPUs without asking it which they are"
+}
+
 if [ -n "${TACOD_ENDPOINT:-}" ]; then
-  echo "using the daemon at $TACOD_ENDPOINT"
+  gpus=$(gpus_of_daemon)
+  echo "using the daemon at $TACOD_ENDPOINT, on $gpus"
 elif systemctl cat tacod.service >/dev/null 2>&1; then
   systemctl is-active --quiet tacod || systemctl start tacod || fail "try: sudo systemctl start tacod"
-  echo "using the service tacod; its GPUs are those of /etc/tacod/config.toml"
+  gpus=$(gpus_of_daemon)
+  echo "using the service tacod, on $gpus"
 else
   tacod=$(command -v tacod || true)
   [ -n "$tacod" ] || tacod=$here/.venv/bin/tacod
@@ -71,9 +88,11 @@ CONFIG
   echo "started tacod (pid $daemon) on GPUs $gpus"
 fi
 
-# ComfyUI gets the GPUs that the daemon doesn't have.
-others=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null | tr -d ' ' |
-  grep -vxF "$(tr ',' '\n' <<< "$gpus" | tr -d ' ')" | paste -sd, -) || true
+# ComfyUI gets the GPUs that the daemon doesn't have; it may know them by index or by UUID.
+others=$(nvidia-smi --query-gpu=index,uuid --format=csv,noheader 2>/dev/null |
+  while IFS=', ' read -r index uuid; do
+    case ",${gpus// /}," in *",$index,"* | *",$uuid,"*) ;; *) echo "$index" ;; esac
+  done | paste -sd, -) || true
 options=(--listen 0.0.0.0 --port "${PORT:-12215}")
 if [ -n "$others" ]; then
   export CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES=$others

@@ -43,7 +43,7 @@ class Machine:
         (self.comfyui / "custom_nodes").mkdir(parents=True)
         (self.comfyui / "main.py").write_text(REPORT)
         self.command("systemctl", "#!/bin/sh\nexit 1\n")
-        self.command("nvidia-smi", "#!/bin/sh\nseq 0 5\n")
+        self.command("nvidia-smi", "#!/bin/sh\nfor i in 0 1 2 3 4 5; do echo $i, GPU-$i; done\n")
         self.command("tacod", TACOD)
         self.environment = {
             "PATH": f"{self.bin}:{os.environ['PATH']}",
@@ -56,6 +56,16 @@ class Machine:
     def command(self, name: str, text: str) -> None:
         (self.bin / name).write_text(text)
         (self.bin / name).chmod(0o755)
+
+    def daemon_says(self, devices: str) -> None:
+        """A Python for ComfyUI whose client knows such a daemon."""
+        self.command(
+            "python-of-comfyui",
+            f"""#!/bin/sh
+case "$*" in *status*) echo "{devices}" ;; *) exec {sys.executable} "$@" ;; esac
+""",
+        )
+        self.environment["COMFYUI_PYTHON"] = str(self.bin / "python-of-comfyui")
 
     def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         everything = {key: value for key, value in {**self.environment, **environment}.items() if value}
@@ -102,16 +112,40 @@ def test_other_gpus_and_none_left(machine: Machine) -> None:
 
 def test_the_service_is_started_where_there_is_one(machine: Machine) -> None:
     machine.command("systemctl", '#!/bin/sh\necho "systemctl $*" >> "$TRACE"\n[ "$1" != is-active ]\n')
+    machine.daemon_says("0,GPU-2")
     done = machine.run()
     assert done.returncode == 7
     assert machine.trace.read_text().splitlines()[-1] == "systemctl start tacod"
     assert "TACOD_ENDPOINT None" in done.stdout
+    assert "CUDA_VISIBLE_DEVICES 1,3,4,5" in done.stdout, "its GPUs are not for ComfyUI, whatever TACO_GPUS says"
 
 
 def test_a_daemon_that_runs_is_used(machine: Machine) -> None:
+    machine.daemon_says("0,1,2,10")
     done = machine.run(TACOD_ENDPOINT="ipc:///run/own.sock")
     assert "TACOD_ENDPOINT ipc:///run/own.sock" in done.stdout
+    assert "CUDA_VISIBLE_DEVICES 3,4,5" in done.stdout
     assert not machine.trace.exists()
+
+
+def test_a_daemon_that_does_not_answer_is_told(machine: Machine) -> None:
+    done = machine.run(TACOD_ENDPOINT=f"ipc://{machine.bin}/nobody.sock")
+    assert done.returncode == 1
+    assert "no tacod listens at" in done.stderr
+    assert "ComfyUI can't be kept off the daemon's GPUs" in done.stderr
+    assert "ARGS" not in done.stdout
+
+
+def test_as_the_guide_has_it(machine: Machine) -> None:
+    """From ComfyUI's folder, by a link there."""
+    link = machine.comfyui / "start_comfyui_gpu345.sh"
+    link.symlink_to(SCRIPT)
+    environment = {key: value for key, value in machine.environment.items() if key != "COMFYUI_PATH"}
+    done = subprocess.run(
+        ["./start_comfyui_gpu345.sh"], cwd=machine.comfyui, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 7, done.stderr
+    assert (machine.comfyui / "custom_nodes" / "taco_dit" / "nodes.py").is_file()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 5), (signal.SIGTERM, 128 + signal.SIGTERM)])
