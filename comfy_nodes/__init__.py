@@ -8,7 +8,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "TACO-DiT not available: its client is not installed in ComfyUI's Python; "
-        "run `pip install taco-dit` there (or `pip install -e` on your clone), then start ComfyUI again"
+        "run `python -m pip install` on your clone of TACO-DiT there, then start ComfyUI again"
     ) from error
 
 from . import origin

@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
         )
     verb("models", "the loaded models")
     load = verb("load", "load a model file on all ranks")
-    load.add_argument("path", help="a .safetensors file, absolute or relative to one of models.roots")
+    load.add_argument("path", help="a model file or diffusers folder, absolute or relative to one of models.roots")
     load.add_argument(
         "--dtype", choices=["fp32", "bf16", "fp16", "fp8"], help="compute dtype (default: as the device suits)"
     )
@@ -138,7 +138,7 @@ def _add_sample(sample: argparse.ArgumentParser) -> None:
 
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:
-    plan.add_argument("file", help="a .safetensors file")
+    plan.add_argument("file", help="a model file or diffusers folder")
     plan.add_argument("--ranks", type=_positive, required=True, metavar="N")
     plan.add_argument("--size", type=_size, default=(1024, 1024), metavar="WxH", help="in pixels, default 1024x1024")
     plan.add_argument("--batch", type=_positive, default=1, metavar="B", help="default 1")
