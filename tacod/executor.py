@@ -65,7 +65,9 @@ class Executor:
         self._restore = list(preload)
         self._restoring: Model | None = None
         self._evicting: list[str] = []
-        """The models that the running load takes the place of."""
+        """The models that go with the running step: a load takes their place, or what they were made of is unloaded."""
+        self._short: tuple[str, str] | None = None
+        """The load that found no memory, and the model that goes when it is tried again."""
         self._step_ready_s: dict[str, float] = {}
         """When each started job's current or next step could have begun; a retry waits since then too."""
         self._queue_s = 0.0
@@ -181,9 +183,16 @@ class Executor:
         if running is not None and running.verb in (Verb.FORWARD, Verb.SAMPLE):
             self.metrics.retried_forwards += 1
         self.group.kill()
+        self._evicting, self._short = [], None
         self._end(self.scheduler.lose_group(reason, lost.error))
+        restoring = self._restoring
+        if restoring is not None and isinstance(lost.error, OutOfMemory):
+            # New ranks would come to the same.
+            log.error("%s can't be loaded: %s", restoring.path, lost.error.message)
+            self._forget_model(restoring.id)
+            restoring = None
         known = list(self.manifest)
-        waiting = [*([self._restoring] if self._restoring else []), *self._restore]
+        waiting = [*([restoring] if restoring else []), *self._restore]
         self._restore = known + [model for model in waiting if model.id not in self.manifest]
         self._restoring = None
         self._spawn_at = self._restarts.next_start(now)
@@ -209,19 +218,18 @@ class Executor:
             self.ready = True
             log.info("ready with %d ranks", self.group.world_size)
             notify("READY=1")
-        job = self.scheduler.next(time.monotonic())
-        if job is None:
-            return
-        if job.verb is not Verb.LOAD and job.model not in self.manifest:
+        while (job := self.scheduler.next(time.monotonic())) is not None:
+            if job.verb is Verb.LOAD or job.model in self.manifest:
+                self._start_step(job)
+                return
             gone = ModelNotFound(f"model {job.model!r} was unloaded before its turn came; load it again")
             self._end([self.scheduler.fail_step(gone)])
-            return
-        self._start_step(job)
 
     def _start_step(self, job: Job) -> None:
         self._queue_s = time.monotonic() - self._step_ready_s.get(job.id, job.submitted_s)
         group = self.config.group
         body, timeout_s = job.body, group.step_timeout_s
+        short, self._short, self._evicting = self._short, None, []
         if job.verb is Verb.FORWARD:
             body = {**job.body, "session": job.session}
         elif job.verb is Verb.SAMPLE:
@@ -229,9 +237,13 @@ class Executor:
         elif job.verb is Verb.LOAD:
             timeout_s = group.load_timeout_s
             models = self.config.models
-            to_evict = self.manifest.to_evict(job.body, models.memory_bytes, models.variants)
-            self._evicting = to_evict or self._evicting
+            self._evicting = self.manifest.to_evict(job.body, models.memory_bytes, models.variants)
+            if not self._evicting and short is not None and short[0] == job.id and short[1] in self.manifest:
+                self._evicting = [short[1]]
             body = job.body.work(self._evicting)
+        elif job.verb is Verb.UNLOAD:
+            self._evicting = self.manifest.patched(job.model)
+            body = {**job.body, "evict_models": self._evicting}
         stored = [self.store.get(digest) for digest in job.digests] if job.step == 0 else []
         self.group.run(job.verb.value, body, stored, timeout_s)
 
@@ -242,11 +254,10 @@ class Executor:
             return
         job = self.scheduler.running
         assert job is not None
-        if job.verb is Verb.LOAD:
-            for evicted in self._evicting:
-                log.info("unloaded %s to make room", evicted)
-                self._forget_model(evicted)
-            self._evicting = []
+        for evicted in self._evicting:
+            log.info("unloaded %s too", evicted)
+            self._forget_model(evicted)
+        self._evicting = []
         if answer.error is not None:
             self._take_error(job, answer.error)
             return
@@ -265,9 +276,9 @@ class Executor:
             self._end([ended], answer.body)
 
     def _take_error(self, job: Job, error: TacodError) -> None:
-        others = [model.id for model in self.manifest]
-        if job.verb is Verb.LOAD and isinstance(error, OutOfMemory) and others and not job.cancelling:
-            self._evicting = others[:1]
+        other = self.manifest.next_to_go(job.body) if job.verb is Verb.LOAD else None
+        if other is not None and isinstance(error, OutOfMemory) and not job.cancelling:
+            self._short = job.id, other.id
             self.scheduler.repeat_step()
         else:
             self._end([self.scheduler.fail_step(error)])

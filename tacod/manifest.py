@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -171,27 +171,35 @@ class Manifest:
         if model is not None:
             self._models[model_id] = replace(model, plan=plan)
 
+    def patched(self, model_id: str) -> list[str]:
+        """The models that were made of this one by patches; what it takes is theirs too."""
+        return [each.id for each in self if each.base is not None and each.base.id == model_id]
+
     def to_evict(self, model: Model, budget: int | None, variants: int) -> list[str]:
         """The models, least recently used first, that must go for ``model``.
 
         So that of one base no more than ``variants`` patched ones are there, and that all fit in a budget of bytes, as
         far as its own base lets them.
         """
-        known = list(self)
         evicted: list[str] = []
         if model.base is not None:
-            siblings = [each.id for each in known if each.base is not None and each.base.id == model.base.id]
+            siblings = self.patched(model.base.id)
             evicted = siblings[: max(0, len(siblings) + 1 - variants)]
-        staying = [each for each in known if each.id not in evicted]
+        staying = [each for each in self if each.id not in evicted]
         excess = sum(each.weight_bytes for each in staying) + model.weight_bytes - (budget or 0)
-        for each in staying:
-            if budget is None or excess <= 0:
-                break
-            if model.base is not None and each.id == model.base.id:
-                continue
-            evicted.append(each.id)
-            excess -= each.weight_bytes
+        while budget is not None and excess > 0 and (gone := self.next_to_go(model, evicted)) is not None:
+            evicted.append(gone.id)
+            excess -= gone.weight_bytes
         return evicted
+
+    def next_to_go(self, model: Model, gone: Collection[str] = ()) -> Model | None:
+        """The least recently used model that may go for ``model`` after those that are ``gone``, if there is one.
+
+        Its own base stays, and so does that of any patched model that stays: what they share would not come free.
+        """
+        staying = [each for each in self if each.id not in gone]
+        bases = {each.base.id for each in (*staying, model) if each.base is not None}
+        return next((each for each in staying if each.id not in bases), None)
 
 
 def _name(*parts: Any) -> str:
@@ -204,6 +212,8 @@ def _contents(value: Any) -> Any:
         digest = value.with_digest().digest
         assert digest is not None
         return digest.hex()
+    if isinstance(value, bytes):
+        return {"bytes": value.hex()}
     if isinstance(value, dict):
         return {key: _contents(item) for key, item in sorted(value.items())}
     if isinstance(value, (list, tuple)):

@@ -21,7 +21,7 @@ from tacod.messages import parse
 from tacod.monitor import Monitor
 from tacod.scheduler import Job, Verb
 from tacod.sessions import Session, Sessions
-from tacod.store import tensors_of
+from tacod.store import tensors_of, without_claims
 from tacod.uploads import Uploads
 from tacod.verbs import Verbs
 from tacod_client import wire
@@ -183,7 +183,7 @@ class Server:
                 known = ", ".join(messages.REQUESTS)
                 raise ProtocolError(f"type: unknown message {message.type!r:.40}; known are {known}")
             self._check_size(message)
-            body = parse(kind, message.body)
+            body = parse(kind, without_claims(message.body))
             if isinstance(body, messages.Hello):
                 self._verbs.hello(peer, request, body, user())
                 return
@@ -197,12 +197,20 @@ class Server:
             if reply is not None:
                 session.post(wire.encode(Message("done", reply, request)))
         except TacodError as error:
-            refusal = Message("error", error.to_wire(), request)
-            session = self.sessions.find(token, peer)
-            if session is not None:
-                session.post(wire.encode(refusal))
-            else:
-                self._answer(peer, refusal)
+            self._refuse(peer, token, request, error)
+        except Exception as error:
+            # Nobody's message ends the others' daemon.
+            log.exception("a message could not be answered")
+            told = f"tacod failed over this message ({type(error).__name__}); its log says where; please report it"
+            self._refuse(peer, token, request, TacodError(told))
+
+    def _refuse(self, peer: bytes, token: bytes, request: int, error: TacodError) -> None:
+        refusal = Message("error", error.to_wire(), request)
+        session = self.sessions.find(token, peer)
+        if session is not None:
+            session.post(wire.encode(refusal))
+        else:
+            self._answer(peer, refusal)
 
     def _check_size(self, message: Message) -> None:
         limit = self.config.limits.message_bytes

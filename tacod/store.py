@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
-from tacod_client.errors import QueueFull
+from tacod_client.errors import ArgumentError, QueueFull
 from tacod_client.wire import Tensor
 
-__all__ = ["Store", "digests_of", "tensors_of"]
+__all__ = ["Store", "digests_of", "tensors_of", "without_claims"]
 
 
 COUNT = 1 << 14
@@ -48,6 +49,22 @@ class Store:
     def get(self, digest: bytes) -> Tensor:
         """A tensor that is there."""
         return self._tensors[digest]
+
+    def check(self, value: Any) -> None:
+        """Check that what a body says of the tensors that it names is true of those that are here.
+
+        Raises `ArgumentError`.
+        """
+        for said in tensors_of(value):
+            known = self._tensors.get(said.digest or b"")
+            if said.frames is not None or known is None:
+                continue
+            if (said.dtype, said.shape) != (known.dtype, known.shape):
+                raise ArgumentError(
+                    f"a tensor is said to be {said.dtype} {list(said.shape)}, but the one of its digest is "
+                    f"{known.dtype} {list(known.shape)}",
+                    argument="tensors",
+                )
 
     def put(self, tensor: Tensor) -> bytes:
         """Keep a tensor, making room if need be; returns its digest, computed here and not taken on trust.
@@ -99,6 +116,15 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list):
         for item in value:
             yield from tensors_of(item)
+
+
+def without_claims(value: Any) -> Any:
+    """A body whose tensors that came with their bytes have no digests: those would be believed untested."""
+    if isinstance(value, Tensor):
+        return value if value.frames is None else replace(value, digest=None)
+    if isinstance(value, dict):
+        return {key: without_claims(item) for key, item in value.items()}
+    return [without_claims(item) for item in value] if isinstance(value, list) else value
 
 
 def digests_of(body: Any) -> list[bytes]:

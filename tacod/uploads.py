@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,9 @@ from tacod_client.errors import ArgumentError, ModelNotAllowed, Unavailable
 from tacod_client.upload import PIECE_BYTES, upload_id
 
 __all__ = ["Uploads"]
+
+PENDING = 64
+"""Files that may be under way at once. Who began the one that gives way to another begins it again, and goes on."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,13 @@ class Uploads:
     def __init__(self, folder: str | None, limit: int) -> None:
         self.folder = Path(folder) if folder is not None else None
         self.limit = limit
-        self._pending: dict[str, Pending] = {}
+        self._pending: OrderedDict[str, Pending] = OrderedDict()
 
     def begin(self, nbytes: int, digests: Sequence[bytes]) -> tuple[str, int]:
         """Announce a file by its size and its pieces' SHA-256; returns its id and how many bytes of it are here.
 
-        Raises `ModelNotAllowed` if uploads are off or it is too large, `ArgumentError` if pieces and size disagree.
+        Raises `ModelNotAllowed` if uploads are off or it is too large, `ArgumentError` if pieces and size disagree,
+        `Unavailable` if the folder can't be used.
         """
         if self.folder is None:
             raise ModelNotAllowed(
@@ -50,13 +55,19 @@ class Uploads:
         if nbytes < 1 or len(digests) != -(-nbytes // PIECE_BYTES) or any(len(digest) != 32 for digest in digests):
             raise ArgumentError(f"digests: {nbytes} bytes take {-(-nbytes // PIECE_BYTES)} of 32", argument="digests")
         name = upload_id(nbytes, digests)
-        done = self.path(name)
-        if done.exists():
-            os.utime(done)
-            return name, nbytes
+        try:
+            done, part = self.path(name), self._part(name)
+            if done.exists():
+                os.utime(done)
+                return name, nbytes
+            here = _size(part) // PIECE_BYTES * PIECE_BYTES
+        except OSError as error:
+            raise Unavailable(f"{self.folder} (models.uploads) can't be used: {error.strerror}") from None
         self._pending[name] = Pending(nbytes, digests)
-        part = self._part(name)
-        return name, part.stat().st_size // PIECE_BYTES * PIECE_BYTES if part.exists() else 0
+        self._pending.move_to_end(name)
+        if len(self._pending) > PENDING:
+            self._pending.popitem(last=False)
+        return name, here
 
     def add(self, name: str, offset: int, piece: bytes) -> int:
         """Keep the piece at ``offset``; returns how many bytes are here now, the whole file's if that was the last.
@@ -95,6 +106,9 @@ class Uploads:
         part.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if offset == 0:
             self._make_room(pending.nbytes, part)
+        if offset > _size(part):
+            # What lay there went to make room, or another client has begun it anew.
+            raise ArgumentError(f"offset: {offset} is behind what is here; begin the upload again", argument="upload")
         with part.open("r+b" if part.exists() else "xb") as file:
             # Another client may have sent this piece meanwhile; the same bytes in the same place do no harm.
             file.seek(offset)
@@ -115,3 +129,8 @@ class Uploads:
             excess -= path.stat().st_size
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
+
+
+def _size(path: Path) -> int:
+    """How much of a file is here; nothing if it isn't."""
+    return path.stat().st_size if path.exists() else 0

@@ -44,7 +44,9 @@ class Verbs:
                 self.server.end_session(old)
         if user is None:
             raise NotAllowed("this client's key was taken off the allow-list; ask the operator for another")
-        session = self.server.sessions.open(peer, body.client, body.pid, user)
+        # It is shown in logs and terminals.
+        name = "".join(each if each.isprintable() else "?" for each in body.client)
+        session = self.server.sessions.open(peer, name, body.pid, user)
         log.info("client %s (pid %d, %s) is here", session.name, session.pid, user)
         limits = self.server.config.limits
         welcome = {
@@ -113,11 +115,13 @@ class Verbs:
 
     def _submit(self, session: Session, request: int, verb: Verb, model: str, body: Any, steps: int = 1) -> None:
         """Queue a job, or tell the client which tensors the store lacks for it."""
+        store = self.server.executor.store
         digests = body.digests if isinstance(body, Model) else digests_of(body)
-        missing = self.server.executor.store.missing(digests)
+        missing = store.missing(digests)
         if missing:
             session.post(wire.encode(Message("missing", {"digests": missing}, request)))
             return
+        store.check(body.patches if isinstance(body, Model) else body)
         limit = self.server.config.limits.queue_per_user
         if self._jobs_of(session.user) >= limit:
             raise QueueFull(

@@ -12,7 +12,7 @@ from typing import Any
 from tacod_client.connection import Connection
 from tacod_client.digests import Digests, Glance
 from tacod_client.errors import ArgumentError, ModelNotFound
-from tacod_client.exchange import Uploads, converse, each_once, pack
+from tacod_client.exchange import Uploads, converse, each_once, own, pack
 from tacod_client.job import Job
 from tacod_client.stats import ModelStats
 from tacod_client.tensors import kind_of, like
@@ -320,7 +320,7 @@ class Model:
                 if value is not None
             }
 
-        body = {
+        asked = {
             "sampler": sampler,
             "seed": int(seed),
             "cfg": float(cfg),
@@ -330,7 +330,8 @@ class Model:
             "positive": condition("positive", positive),
             "negative": None if negative is None else condition("negative", negative),
         }
-        return Job(self._converse("sample", body, uploads), noise, self.stats, self._cancel)
+        # The job may be asked for again after this has returned, whatever its caller does with these tensors by then.
+        return Job(self._converse("sample", own(asked), uploads), noise, self.stats, self._cancel)
 
     def _converse(
         self, kind: str, body: dict[str, Any], uploads: Uploads, holds: Callable[[], bool] = lambda: True

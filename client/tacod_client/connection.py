@@ -166,6 +166,8 @@ class Connection:
         """Which run of the daemon has refused it, because it ends."""
         while True:
             with self._lock:
+                if self._closed and not request.replies:
+                    raise ConnectionFailed("this client is closed; make a new one")
                 if not request.replies:
                     self._listen()
                 if request.lost:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -27,28 +28,35 @@ class Digests:
         self.limit = limit
         self._kept: list[Tensor] = []
         """With their digests; the most recently used last."""
+        self._lock = threading.Lock()
 
     def of(self, tensor: Tensor) -> Tensor:
         """The same tensor with its digest, and with bytes of its own if it is remembered."""
-        for place in reversed(range(len(self._kept))):
-            if _equal(self._kept[place], tensor):
-                self._kept.append(self._kept.pop(place))
-                return self._kept[-1]
-        if tensor.nbytes > self.limit:
-            return tensor.with_digest()
-        fresh = Tensor(tensor.dtype, tensor.shape, split(b"".join(tensor.frames or ()))).with_digest()
-        self._kept.append(fresh)
-        while sum(each.nbytes for each in self._kept) > self.limit or len(self._kept) > KEPT_TENSORS:
-            del self._kept[0]
-        return fresh
+        with self._lock:
+            found = next((place for place, each in enumerate(self._kept) if _equal(each, tensor)), None)
+            if found is not None:
+                return self._use(found)
+            if tensor.nbytes > self.limit:
+                return tensor.with_digest()
+            fresh = Tensor(tensor.dtype, tensor.shape, split(b"".join(tensor.frames or ()))).with_digest()
+            self._kept.append(fresh)
+            while sum(each.nbytes for each in self._kept) > self.limit or len(self._kept) > KEPT_TENSORS:
+                del self._kept[0]
+            return fresh
 
     def like(self, tensor: Tensor) -> Tensor | None:
-        """The remembered tensor that this one seems to be, at a glance; None if it seems to be new."""
-        for place in reversed(range(len(self._kept))):
-            if _equal(self._kept[place], tensor, at_a_glance=True):
-                self._kept.append(self._kept.pop(place))
-                return self._kept[-1]
-        return None
+        """The remembered tensor that this one seems to be, at a glance; None if it seems to be new, or one of several.
+
+        To guess among several would be wrong every other time, and each time cost a forward.
+        """
+        with self._lock:
+            found = [place for place, each in enumerate(self._kept) if _equal(each, tensor, at_a_glance=True)]
+            return self._use(found[0]) if len(found) == 1 else None
+
+    def _use(self, place: int) -> Tensor:
+        used = self._kept.pop(place)
+        self._kept.append(used)
+        return used
 
 
 class Glance:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from tacod_client.connection import Connection
 from tacod_client.errors import ArgumentError, TacodError
 from tacod_client.tensors import kind_of, to_wire
-from tacod_client.wire import Message, Tensor
+from tacod_client.wire import Message, Tensor, split
 
-__all__ = ["Uploads", "converse", "each_once", "pack"]
+__all__ = ["Uploads", "converse", "each_once", "own", "pack"]
 
 BY_CONTENT_BYTES = 4096
 """Tensors from this size on are sent once and named by their digest after that."""
@@ -49,6 +50,15 @@ def pack(value: Any, name: str, uploads: Uploads, address: Callable[[Tensor], Te
     assert tensor.digest is not None
     uploads[tensor.digest] = tensor
     return tensor.without_bytes()
+
+
+def own(value: Any) -> Any:
+    """A packed value whose bytes are its own, and not its caller's."""
+    if isinstance(value, Tensor):
+        return value if value.frames is None else replace(value, frames=split(b"".join(value.frames)))
+    if isinstance(value, dict):
+        return {key: own(item) for key, item in value.items()}
+    return [own(item) for item in value] if isinstance(value, list) else value
 
 
 def each_once(control: Any) -> dict[str, Any]:

@@ -164,14 +164,15 @@ class Engine:
         With ``patches`` it shares with the model ``base``, which is loaded too, all that they leave alone.
         """
         for evicted in evict_models:
-            self.models.pop(evicted, None)
+            self._drop(evicted)
         self._give_memory_back()
-        plain = base or model
-        if plain not in self.models:
-            self.models[plain] = self._load_file(path, identity, dtype)
+        plain = self.models.get(base or model) or self._load_file(path, identity, dtype)
+        loaded = {base or model: plain}
         if model not in self.models:
-            self.models[model] = self._patch(self.models[plain], patches)
-        return {"model": self.models[model].description, "base": self.models[plain].description}
+            loaded[model] = self._patch(plain, patches) if base is not None else plain
+        # All of it or nothing: what the daemon doesn't hear of it can't unload.
+        self.models |= loaded
+        return {"model": self.models[model].description, "base": plain.description}
 
     def _load_file(self, path: str, identity: str, dtype: str | None) -> Resident:
         checkpoint = read_checkpoint(path)
@@ -222,12 +223,19 @@ class Engine:
         own = weight_bytes(model, patched) - weight_bytes(model)
         return replace(base, model=patched, description={**base.description, "weight_bytes": own})
 
-    def unload(self, model: str) -> dict[str, Any]:
-        """Give a model's memory back."""
+    def unload(self, model: str, evict_models: list[str]) -> dict[str, Any]:
+        """Give a model's memory back, and that of those that share it."""
         self._resident(model)
-        del self.models[model]
+        for gone in (model, *evict_models):
+            self._drop(gone)
         self._give_memory_back()
         return {}
+
+    def _drop(self, model: str) -> None:
+        """Forget a model, and the runs that would keep it; their next step is not asked for."""
+        gone = self.models.pop(model, None)
+        for job in [job for job, run in self.runs.items() if gone is not None and run.denoise.dit is gone.model]:
+            self._end(job)
 
     def _give_memory_back(self) -> None:
         gc.collect()
@@ -318,6 +326,9 @@ def _lack_of_memory(error: Exception) -> str | None:
         wanted = f"tried to allocate {int(asked[1]) / 2**30:.2f} GiB" if asked else "an allocation failed"
         free = psutil.virtual_memory().available
         return f"host out of memory: {wanted}, and {free / 2**30:.2f} GiB are free"
+    # The driver's word, and cuBLAS's, to those that don't ask PyTorch for memory.
+    if "out of memory" in text or "ALLOC_FAILED" in text:
+        return f"the GPU is out of memory ({text.splitlines()[0]})"
     return None
 
 

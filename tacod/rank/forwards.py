@@ -23,7 +23,9 @@ from tacod.plan import Plan
 from tacod.rank.families.base import Control, DiT
 from tacod.rank.spread import run
 from tacod.rank.step_cache import StepCaches
+from tacod.rank.tables import holding
 from tacod.rank.topology import Topology
+from tacod_client.errors import TacodError
 
 __all__ = ["Forwards"]
 
@@ -59,14 +61,14 @@ class Forwards:
             return self._cached(dit, plan, x, timestep, arguments, (*steps, plan, x.shape))
         given = {"x": x, "timestep": timestep, **arguments}
         if not self.graphs or not x.is_cuda or any(isinstance(value, Control) for value in given.values()):
-            return run(dit, plan, self.topology, x, timestep, arguments)
+            return self._run(dit, plan, x, timestep, arguments)
         kinds = self._kinds.setdefault(dit, OrderedDict())
         kind = (plan.layout, plan.flash_attention, plan.narrow, _kind(given))
         known = kinds.get(kind)
         if isinstance(known, Graph):
             kinds.move_to_end(kind)
             return known.replay(given)
-        out = run(dit, plan, self.topology, x, timestep, arguments)
+        out = self._run(dit, plan, x, timestep, arguments)
         if known is None:
             # The first one makes what is made at first use: kernels, communicators, tables.
             kinds[kind] = _Without.YET
@@ -88,12 +90,24 @@ class Forwards:
         if any(isinstance(value, Control) for value in arguments.values()):
             # A ControlNet's residuals are others at each step, and what the blocks gave without them is no guess.
             self.step_caches.drop(*steps)
-            return run(dit, plan, self.topology, x, timestep, arguments)
+            return self._run(dit, plan, x, timestep, arguments)
         cache = self.step_caches.find(dit, steps, plan.step_cache, float(timestep.max()))
-        out = run(dit, plan, self.topology, x, timestep, {**arguments, "step_cache": cache})
+        out = self._run(dit, plan, x, timestep, {**arguments, "step_cache": cache})
         seat = self.topology.seat(plan.layout)
         self.skipped += seat is not None and seat.batch.agree(cache.skipped)
         return out
+
+    def _run(self, dit: DiT, plan: Plan, x: Tensor, timestep: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+        """A forward as it comes."""
+        try:
+            return run(dit, plan, self.topology, x, timestep, arguments)
+        except TacodError:
+            # All ranks refuse it alike, before they meet.
+            raise
+        except BaseException:
+            self.clear()
+            self.topology.discard_peers()
+            raise
 
     def clear(self) -> None:
         """Give back what graphs and step caches hold."""
@@ -110,6 +124,8 @@ class Forwards:
             graph = Graph(dit, plan, given, self.topology, self._pool)
         except RuntimeError as error:  # a lack of memory is one too
             reason = str(error).splitlines()[0]
+            # One that a capture has failed in takes no other.
+            self._pool = None
         if everyone.agree(graph is not None):
             assert graph is not None
             out = graph.replay(given)
@@ -136,11 +152,14 @@ class Graph:
         self._graph = torch.cuda.CUDAGraph()
         rest = {name: value for name, value in self._given.items() if name not in ("x", "timestep")}
         torch.cuda.synchronize()
+        stream = torch.cuda.current_stream()
         try:
             # NCCL's own thread may look at events meanwhile.
-            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            with holding() as self._tables, torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
                 self._out = run(dit, plan, topology, self._given["x"], self._given["timestep"], rest)
         finally:
+            # A capture that fails doesn't leave its own.
+            torch.cuda.set_stream(stream)
             self._spans = self._clock.take_captured()
 
     def replay(self, given: Mapping[str, Any]) -> Tensor:

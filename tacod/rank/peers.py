@@ -46,7 +46,12 @@ class SymmetricBlock:
             warnings.simplefilter("ignore")  # in some versions it is enabled by itself
             symmetric.enable_symm_mem_for_group(group.group_name)
         device = torch.device("cuda", torch.cuda.current_device())
-        self._memory = symmetric.empty([size], dtype=torch.uint8, device=device)
+        try:
+            self._memory = symmetric.empty([size], dtype=torch.uint8, device=device)
+        except RuntimeError:
+            # It doesn't come out of what PyTorch keeps for itself, nor is PyTorch asked to give some of that back.
+            torch.cuda.empty_cache()
+            self._memory = symmetric.empty([size], dtype=torch.uint8, device=device)
         self._handle = symmetric.rendezvous(self._memory, group.group_name)
 
     def view(self, rank: int, shape: Sequence[int], dtype: torch.dtype, start: int) -> Tensor:
@@ -85,8 +90,15 @@ class Peers:
         self._busy[slot] = True
         return Slot(self, slot, blocks[-1][1], tokens, batch, heads, width, dtype, arriving)
 
+    def release(self) -> None:
+        """No attention is under way: the forward has failed."""
+        self._busy = [False] * len(self._busy)
+
     def discard(self) -> None:
-        """Begin anew: a forward that failed may have left one rank waiting where another one isn't."""
+        """Begin anew: a forward that failed may have left one rank waiting where another one isn't.
+
+        Every graph that stores into these blocks must be gone.
+        """
         self._blocks.clear()
         self._busy.clear()
         self._views.clear()

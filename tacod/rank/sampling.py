@@ -99,7 +99,7 @@ def begin(
     conditions = [load_arguments(given, specs, dit.dtype, device) for given in request.guided.values()]
     noise, latent = (from_wire(value, "torch").to(device, torch.float32) for value in (request.noise, request.latent))
     x = dit.process.start(noise, dit.latent_format.into_model(latent), levels[0])
-    denoise = Denoiser(dit, asked, forwards, conditions, request.cfg, job)
+    denoise = Denoiser(dit, asked, forwards, conditions, len(noise), request.cfg, job)
     denoise.prepare(x)
     steps = samplers.find(request.sampler)(denoise, x, levels, samplers.noise_source(request.seed, x))
 
@@ -113,7 +113,14 @@ class Denoiser:
     """A model as the samplers want it: predicted clean latent, guidance included."""
 
     def __init__(
-        self, dit: DiT, asked: Request, forwards: Forwards, conditions: list[dict[str, Any]], cfg: float, job: str
+        self,
+        dit: DiT,
+        asked: Request,
+        forwards: Forwards,
+        conditions: list[dict[str, Any]],
+        images: int,
+        cfg: float,
+        job: str,
     ) -> None:
         self.dit = dit
         self.asked = asked
@@ -122,7 +129,7 @@ class Denoiser:
         self.cfg = cfg
         self.job = job
         self.conditions = conditions
-        self.joint = _stack(conditions)
+        self.joint = _stack(conditions, images)
         self.forwards = 0
         self.plan: Plan
         """Of the last forward."""
@@ -152,8 +159,8 @@ class Denoiser:
         return self.run(self.dit, self.plan, noisy, timestep, condition, (self.job, index)).float()
 
 
-def _stack(conditions: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Several conditions as one batch; None if their names or shapes differ."""
+def _stack(conditions: list[dict[str, Any]], images: int) -> dict[str, Any] | None:
+    """Several conditions, of so many images each, as one batch; None if their names or shapes differ."""
     first = conditions[0]
     for other in conditions[1:]:
         if set(other) != set(first) or any(_shape(other[name]) != _shape(first[name]) for name in first):
@@ -161,9 +168,10 @@ def _stack(conditions: list[dict[str, Any]]) -> dict[str, Any] | None:
 
     def join(values: list[Any]) -> Any:
         if isinstance(values[0], Tensor):
-            return torch.cat(values)
+            # What is there once is for all images of its condition.
+            return torch.cat([value.expand(images, *value.shape[1:]) if len(value) == 1 else value for value in values])
         if isinstance(values[0], list):
-            return [torch.cat(items) for items in zip(*values, strict=True)]
+            return [join(list(items)) for items in zip(*values, strict=True)]
         return values[0]
 
     return {name: join([condition[name] for condition in conditions]) for name in first}

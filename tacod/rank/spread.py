@@ -45,7 +45,7 @@ def run(dit: DiT, plan: Plan, topology: Topology, x: Tensor, timestep: Tensor, a
                 out = dit(sequence, x[mine], timestep[mine], **_images(arguments, mine))
         except BaseException:
             if sequence.peers is not None:
-                sequence.peers.discard()
+                sequence.peers.release()
             raise
         out = seat.batch.gather(out, sizes, dim=0)
     if layout.ranks < topology.world_size:

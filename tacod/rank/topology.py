@@ -58,6 +58,12 @@ class Topology:
             self._seats[layout] = self._make_seat(layout)
         return self._seats[layout]
 
+    def discard_peers(self) -> None:
+        """See `Peers.discard`."""
+        for group in self._reached:
+            if group.peers is not None:
+                group.peers.discard()
+
     def _make_seat(self, layout: Layout) -> Seat | None:
         sequence = layout.sequence
         starts = range(0, layout.ranks, sequence)

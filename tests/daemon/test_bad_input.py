@@ -11,7 +11,9 @@ import pytest
 import torch
 from helpers import FLUX, SD3, unharmed
 
-from tacod_client import ArgumentError, Client, ModelNotAllowed, ModelNotFound, ModelUnsupported, TacodError
+from tacod_client import ArgumentError, Client, ModelNotAllowed, ModelNotFound, ModelUnsupported, TacodError, wire
+from tacod_client.exchange import converse
+from tacod_client.tensors import to_wire
 
 FORWARDS: list[tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]] = [
     ("x", lambda good: {"x": good["x"][:, :3]}),
@@ -135,3 +137,36 @@ def test_patches(client: Client, patch: Any, error: type[TacodError], named: str
     client.load(FLUX.file)
     with unharmed(client), pytest.raises(error, match=re.escape(named)):
         client.load(FLUX.file, patches=[patch])
+
+
+@pytest.mark.parametrize("value", [b"abc", "abc", 1.5, [b"x"], {"a": b"x"}])
+def test_patches_of_odd_values(client: Client, value: Any) -> None:
+    """The wire takes them; a patch doesn't."""
+    patch = {"key": "diffusion_model.img_in.weight", "kind": "set", "value": value}
+    with unharmed(client), pytest.raises(ArgumentError) as caught:
+        client.load(FLUX.file, patches=[patch])
+    assert caught.value.argument.startswith("patches")
+
+
+@pytest.mark.parametrize("said", [(4,), (40,), (2, 4)])
+def test_a_stored_tensor_of_another_shape(client: Client, said: tuple[int, ...]) -> None:
+    """From what is said of the noise levels comes the number of steps: it must be true."""
+    other = client.load(SD3.file)
+    levels = to_wire(np.linspace(1, 0, 8, dtype=np.float32), "sigmas").with_digest()
+    client._connection.ask("put", lambda: {"tensors": [levels]})
+    inputs = SD3.inputs()
+    noise, _ = inputs.pop("x"), inputs.pop("timestep")
+    body = {
+        "model": other.id,
+        "plan": "auto",
+        "sampler": "euler",
+        "seed": 0,
+        "cfg": 1.0,
+        "negative": None,
+        "noise": to_wire(noise, "noise"),
+        "latent": to_wire(torch.zeros_like(noise), "latent"),
+        "sigmas": wire.Tensor("F32", said, None, levels.digest),
+        "positive": {name: to_wire(value, name) for name, value in inputs.items()},
+    }
+    with unharmed(client), pytest.raises(ArgumentError, match=r"sigmas: expected|but the one of its digest is F32"):
+        list(converse(client._connection, "sample", lambda: body, {}))

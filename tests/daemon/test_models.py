@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from helpers import FLUX, FP32, SD3, Daemon, Tiny, relative_error
 
-from tacod_client import Client, ModelNotFound
+from tacod_client import Client, ConnectionFailed, ModelNotFound
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
@@ -149,3 +150,14 @@ def test_plain_attention_gives_the_same(daemons: Callable[[int], Daemon]) -> Non
         assert relative_error(plain.forward(**inputs), FLUX.forward(**inputs)) <= FP32
         assert plain.stats.plan.endswith("no flash attention)")
         assert not client.load(FLUX.file).plan.endswith("no flash attention)")
+
+
+def test_a_client_that_is_closed_lets_no_thread_of_its_own_wait(daemon: Daemon) -> None:
+    with daemon.client() as other, ThreadPoolExecutor(1) as pool:
+        job = SD3.sample(other.load(SD3.file), 4000)
+        next(iter(job))
+        waiting = pool.submit(job.result)
+        time.sleep(0.2)
+        other.close()
+        with pytest.raises(ConnectionFailed, match="this client is closed"):
+            waiting.result(5)

@@ -16,6 +16,7 @@ from tacod.rank import forwards as module
 from tacod.rank.families.base import Control
 from tacod.rank.forwards import KINDS, Forwards
 from tacod.rank.topology import Topology
+from tacod_client.errors import ArgumentError
 
 PLAN = Plan(Layout(1, 1, 1), 1, Shape(1, 16))
 Replay = Callable[[Tensor], Tensor]
@@ -132,3 +133,45 @@ def test_never_without_being_asked_nor_with_residuals(make: Any) -> None:
     for _ in range(3):
         forward(forwards, control=Control({}))
     assert world.ran == ["run"] * 3
+
+
+def test_a_forward_that_breaks_off_takes_graphs_and_peers_along(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks may have met a different number of times: their memory is made anew, and graphs point into the old one."""
+    world, forwards = make()
+    discarded = []
+    monkeypatch.setattr(forwards.topology, "discard_peers", lambda: discarded.append(list(forwards._kinds)))
+    for _ in range(3):
+        forward(forwards)
+
+    def fail(error: Exception) -> None:
+        def run(*args: Any) -> Tensor:
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "run", run)
+            with pytest.raises(type(error)):
+                forward(forwards, size=5)
+
+    fail(ArgumentError("x: no", argument="x"))
+    assert discarded == [], "all ranks refuse alike"
+    world.ran.clear()
+    forward(forwards)
+    assert world.ran == ["replay"]
+    fail(torch.OutOfMemoryError("CUDA out of memory"))
+    assert discarded == [[]]
+    world.ran.clear()
+    forward(forwards)
+    assert world.ran == ["run"]
+
+
+def test_a_pool_in_which_a_capture_failed_is_not_used_again(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    world, forwards = make()
+    handles = iter("abc")
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    pools = []
+    for size, fails in ((3, True), (4, False), (5, False)):
+        world.fails = fails
+        for _ in range(2):
+            forward(forwards, size)
+        pools.append(forwards._pool)
+    assert pools == [None, "b", "b"]

@@ -342,7 +342,7 @@ def test_a_lack_of_memory_takes_what_is_kept(engine: Engine, asked: Asked) -> No
 
 def test_an_unloaded_model_takes_what_is_kept(engine: Engine, asked: Asked) -> None:
     asked(0.9)
-    engine.unload("m")
+    engine.unload("m", [])
     assert len(engine.forwards.step_caches) == 0
 
 

@@ -56,3 +56,22 @@ def test_one_that_stays_away_is_an_error_that_says_so(models: Path) -> None:
             SD3.check(model)
         assert 1 <= time.monotonic() - started < 6
         eventually(lambda: not daemon.processes(), 10, "no rank survives")
+
+
+def test_a_run_that_is_asked_for_again_is_the_one_that_was_asked_for(models: Path) -> None:
+    """Whatever its caller has done with the tensors since."""
+    with Daemon(2, [models]) as daemon, daemon.client() as client:
+        model = client.load(SD3.file)
+        undisturbed = SD3.sample(model, 40).result()
+        inputs = SD3.inputs()
+        noise, _ = inputs.pop("x"), inputs.pop("timestep")
+        y, sigmas = inputs["y"], torch.linspace(1, 0, 41)
+        job = model.sample(noise=noise, latent=torch.zeros_like(noise), sigmas=sigmas, positive=inputs)
+        next(iter(job))
+        for each in (noise, y, sigmas):
+            each.zero_()
+        daemon.signal(signal.SIGKILL)
+        daemon.wait()
+        eventually(lambda: not daemon.processes(), 10, "no rank survives")
+        daemon.start()
+        assert torch.equal(job.result(), undisturbed)

@@ -22,7 +22,10 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is available"),
 ]
 
-GOLDENS = ["flux_dev", "flux_dev_odd", "flux_kontext", "flux_schnell", "sd35_large", "sd35_medium"]
+GOLDENS = [
+    *("flux_dev", "flux_dev_odd", "flux_kontext", "flux_schnell"),
+    *("sd35_large", "sd35_medium", "pixart_alpha", "pixart_sigma"),
+]
 WORLDS = [count for count in (1, 2, 3, 4) if count <= torch.cuda.device_count()]
 
 

@@ -142,3 +142,24 @@ def test_stored_tensors_are_answered_by_their_digests(peer: Peer) -> None:
     tensor = Tensor("U8", (2,), (b"ab",))
     answer = peer.ask("put", {"tensors": [tensor, tensor]})
     assert answer.body == {"digests": [tensor.with_digest().digest] * 2}
+
+
+def test_a_fault_of_ours_costs_one_answer(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the daemon, and with it everybody's work."""
+
+    def fail(*args: Any) -> None:
+        raise ZeroDivisionError("nobody thought of this")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(peer.server._verbs, "answer", fail)
+        answer = peer.ask("ping")
+    assert (answer.type, answer.body["code"]) == ("error", "TacodError")
+    assert "ZeroDivisionError" in answer.body["message"]
+    assert peer.ask("ping").type == "done"
+
+
+def test_a_name_writes_one_line(peer: Peer) -> None:
+    """It is shown in logs, and on operators' terminals."""
+    peer.send(Message("hello", {"client": "a\nb\x1b[31m\u202e c", "pid": 7, "version": "0"}, 1))
+    (session,) = peer.server.sessions
+    assert session.name == "a?b?[31m? c"

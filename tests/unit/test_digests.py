@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import numpy as np
@@ -93,3 +95,31 @@ def test_memory_is_bounded() -> None:
     large = np.ones(101, np.uint8)
     assert digests.of(to_wire(large, "context")).digest == to_wire(large, "context").with_digest().digest
     assert sum(tensor.nbytes for tensor in digests._kept) <= 100
+
+
+def test_threads_do_not_get_each_others_tensors() -> None:
+    digests = Digests()
+    tensors = [[to_wire(np.full(500, 3 * who + n), "context") for n in range(3)] for who in range(2)]
+    wanted = {id(each): each.with_digest().digest for mine in tensors for each in mine}
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+
+            def ask(mine: list[wire.Tensor]) -> bool:
+                return all(digests.of(each).digest == wanted[id(each)] for _ in range(500) for each in mine)
+
+            assert all(pool.map(ask, tensors))
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_of_several_that_look_alike_none_is_guessed() -> None:
+    digests = Digests()
+    arrays = [np.zeros(1 << 16, np.uint8) for _ in range(2)]
+    arrays[1][100] = 1
+    first, second = (digests.of(to_wire(each, "context")) for each in arrays)
+    assert digests.like(to_wire(arrays[0], "context")) is None
+    glance = Glance(digests)
+    assert [glance.of(to_wire(each, "context")).digest for each in arrays] == [first.digest, second.digest]
+    assert glance.holds()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -297,3 +298,142 @@ class Events(RuleBasedStateMachine):
 
 TestEvents = Events.TestCase
 TestEvents.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+# --- one after the other ----------------------------------------------------------------------------------------------
+
+
+class Walk:
+    """An executor whose ranks do as a test says, step by step."""
+
+    def __init__(self, stack: ExitStack, folder: Path, preload: tuple[Model, ...] = ()) -> None:
+        self.clock = stack.enter_context(fakes())
+        context: Any = Context()
+        self.socket = context.made
+        self.ended: list[Job] = []
+        devices = [f"cpu:{index}" for index in range(RANKS)]
+        self.executor = Executor(
+            CONFIG, devices, list(preload), context, folder, lambda *told: None, lambda job, _: self.ended.append(job)
+        )
+        stack.callback(self.executor.close)
+        self.executor.attend()
+
+    @property
+    def alive(self) -> list[FakeRank]:
+        return [rank for rank in FakeRank.all if not rank.reaped]
+
+    def ready(self) -> None:
+        for rank in self.alive:
+            hello = {"rank": rank.index, "epoch": rank.epoch, "memory_used_bytes": 1}
+            self.socket.inbox.append((rank.peer, Message("ready", hello)))
+        self.executor.attend()
+
+    @property
+    def work(self) -> Message:
+        """What the ranks were told last."""
+        told: Message = self.socket.sent[self.alive[0].peer][-1]
+        return told
+
+    def answer(self, kind: str = "done", body: dict[str, Any] | None = None, ranks: int = RANKS) -> None:
+        work = self.work
+        told = {**(ANSWERS[work.type] if body is None else body), "memory_used_bytes": 1}
+        for rank in self.alive[:ranks]:
+            self.socket.inbox.append((rank.peer, Message(kind, told, work.id)))
+        self.executor.attend()
+
+    def come_back(self) -> None:
+        """The ranks are replaced."""
+        gone = self.alive
+        while not self.alive or self.alive[0] is gone[0]:
+            self.clock.now += 1
+            self.executor.attend()
+        self.ready()
+
+    def submit(self, verb: Verb, model: Model, job: str = "j", session: bytes = b"a") -> None:
+        body: Any = model if verb is Verb.LOAD else {"model": model.id, "arguments": {}}
+        self.executor.submit(Job(job, session, 1, verb, model.id, body, 1))
+        self.executor.attend()
+
+
+@pytest.fixture
+def walk(tmp_path: Path) -> Iterator[Walk]:
+    with ExitStack() as stack:
+        yield Walk(stack, tmp_path)
+
+
+NO_MEMORY = {"error": OutOfMemory("no memory").to_wire()}
+BASE = Model("base", "/base", "i", None)
+PATCHED = Model("patched", "/base", "i", None, base=BASE, patches=[{"path": "/lora"}])
+OTHER = Model("other", "/other", "i", None)
+
+
+def ids(walk: Walk) -> list[str]:
+    return [model.id for model in walk.executor.manifest]
+
+
+def test_a_model_is_unloaded_with_what_was_made_of_it(walk: Walk) -> None:
+    walk.ready()
+    walk.submit(Verb.LOAD, PATCHED)
+    walk.answer()
+    assert ids(walk) == ["base", "patched"]
+    walk.submit(Verb.UNLOAD, BASE)
+    assert walk.work.body["evict_models"] == ["patched"]
+    walk.answer()
+    assert ids(walk) == []
+
+
+def test_for_want_of_memory_a_base_goes_after_what_was_made_of_it(walk: Walk) -> None:
+    walk.ready()
+    walk.submit(Verb.LOAD, PATCHED)
+    walk.answer()
+    walk.submit(Verb.LOAD, OTHER)
+    gone = []
+    while walk.executor.scheduler.running is not None and len(gone) < 5:
+        walk.answer("failed", NO_MEMORY)
+        gone.append(walk.work.body["evict_models"] if walk.executor.scheduler.running is not None else None)
+    assert gone == [["patched"], ["base"], None]
+    assert isinstance(walk.ended[-1].error, OutOfMemory)
+
+
+def test_what_was_to_make_room_stays_if_the_load_that_wanted_it_is_gone(walk: Walk) -> None:
+    walk.ready()
+    walk.submit(Verb.LOAD, BASE)
+    walk.answer()
+    walk.submit(Verb.LOAD, OTHER, "wants room")
+    walk.answer("failed", NO_MEMORY)
+    assert walk.work.body["evict_models"] == ["base"]
+    walk.executor.cancel("wants room")
+    walk.alive[0].code = -9
+    walk.come_back()
+    walk.answer()  # the base is there again
+    walk.submit(Verb.LOAD, Model("small", "/small", "i", None), "small")
+    assert walk.work.body["evict_models"] == []
+    walk.answer()
+    assert ids(walk) == ["base", "small"]
+
+
+def test_a_model_that_does_not_fit_is_not_restored_for_ever(tmp_path: Path) -> None:
+    """Rank 0 alone lacks the memory, and the others wait for it: that looks like ranks that hang."""
+    with ExitStack() as stack:
+        walk = Walk(stack, tmp_path, preload=(BASE, OTHER))
+        walk.ready()
+        assert walk.work.body["model"] == "base"
+        walk.answer("failed", NO_MEMORY, ranks=1)
+        walk.clock.now += 6
+        walk.come_back()
+        assert walk.work.body["model"] == "other"
+        walk.answer()
+        assert (walk.executor.state, ids(walk)) == ("ready", ["other"])
+
+
+def test_ranks_do_not_idle_when_a_model_was_gone_at_its_turn(walk: Walk) -> None:
+    walk.ready()
+    for model in (BASE, OTHER):
+        walk.submit(Verb.LOAD, model, model.id)
+        walk.answer()
+    walk.submit(Verb.UNLOAD, BASE, "unload")
+    walk.submit(Verb.FORWARD, BASE, "too late", b"b")
+    walk.submit(Verb.FORWARD, OTHER, "next", b"c")
+    walk.answer()
+    assert [job.id for job in walk.ended if job.error is not None] == ["too late"]
+    assert (walk.work.type, walk.work.body["model"]) == ("forward", "other")

@@ -209,3 +209,26 @@ def test_last_plan_is_noted_and_that_of_the_unknown_ignored(manifest: Manifest) 
     manifest.note_plan(model.id, "sequence 1")
     manifest.note_plan("unknown", "sequence 2")
     assert [each.plan for each in manifest] == ["sequence 1"]
+
+
+def test_a_base_goes_after_what_was_made_of_it(manifest: Manifest) -> None:
+    """They share its memory: alone it would give none back, and the next patches would load it a second time."""
+    base = Model("base", "/base", "", None, weight_bytes=40)
+    manifest.add(base)
+    manifest.add(Model("patched", "/base", "", None, base=base, weight_bytes=1))
+    manifest.add(Model("x", "/x", "", None, weight_bytes=30))
+    new = Model("new", "/new", "", None, weight_bytes=20)
+    assert manifest.to_evict(new, 90, 2) == ["patched"]
+    assert manifest.to_evict(new, 60, 2) == ["patched", "base"]
+    manifest.note_plan("patched", "used just now")
+    assert manifest.to_evict(new, 70, 2) == ["x"]
+    assert manifest.to_evict(new, 30, 2) == ["x", "patched", "base"]
+    assert manifest.patched("base") == ["patched"]
+    gone = manifest.next_to_go(Model("more", "/base", "", None, base=base), ["x", "patched"])
+    assert gone is None, "what is to be made of it needs it"
+
+
+def test_patches_of_any_value_are_told_apart(manifest: Manifest) -> None:
+    """The ranks refuse what makes no sense; here it must not matter."""
+    patches: list[Any] = [{"key": "a", "value": value} for value in (b"abc", b"abd", "abc", None)]
+    assert len({describe(manifest, patches=[patch]).id for patch in patches}) == 4

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tacod import store as module
-from tacod.store import Store, digests_of, tensors_of
-from tacod_client.errors import QueueFull
+from tacod.store import Store, digests_of, tensors_of, without_claims
+from tacod_client.errors import ArgumentError, QueueFull
 from tacod_client.wire import Tensor, digest_of
 
 
@@ -198,3 +198,21 @@ class Uses(RuleBasedStateMachine):
 
 TestUses = Uses.TestCase
 TestUses.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+
+
+def test_what_is_said_of_a_tensor_must_be_true() -> None:
+    store = Store(1000)
+    known = Tensor("F32", (2, 3), (bytes(24),)).with_digest()
+    store.put(known)
+    store.check({"x": [known.without_bytes()], "new": Tensor("F32", (9,), None, b"?" * 32)})
+    for dtype, shape in (("F32", (3, 2)), ("I32", (2, 3)), ("F32", (6,))):
+        with pytest.raises(ArgumentError, match=r"but the one of its digest is F32 \[2, 3\]"):
+            store.check({"x": [Tensor(dtype, shape, None, known.digest)]})
+
+
+def test_a_digest_beside_bytes_is_not_believed() -> None:
+    """A rank would find another client's tensor by it."""
+    liar = Tensor("F32", (1,), (bytes(4),), b"1" * 32)
+    named = Tensor("F32", (1,), None, b"2" * 32)
+    kept = without_claims({"x": [liar, named], "y": 3})
+    assert kept == {"x": [Tensor("F32", (1,), (bytes(4),)), named], "y": 3}

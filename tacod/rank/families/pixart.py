@@ -37,6 +37,7 @@ from tacod.rank.linear import linear_gelu
 from tacod.rank.process import Epsilon
 from tacod.rank.sequence import SequenceParallel
 from tacod.rank.step_cache import StepCache, last_tokens
+from tacod.rank.tables import table
 from tacod_client.errors import ArgumentError, ModelUnsupported
 
 __all__ = ["PixArt"]
@@ -338,8 +339,10 @@ class PixArt(DiT):
         t = self.t_embedder(timestep, x.dtype)
         if self.sized:
             height, width = x.shape[-2:]
-            size = x.new_tensor([[8 * height, 8 * width]]).expand(len(x), -1) if c_size is None else c_size
-            ratio = x.new_tensor([[height / width]]).expand(len(x), -1) if c_ar is None else c_ar
+            # Filled on the device: a graph can't take them from the host.
+            one = (len(x), 1)
+            size = torch.cat((x.new_full(one, 8 * height), x.new_full(one, 8 * width)), 1) if c_size is None else c_size
+            ratio = x.new_full(one, height / width) if c_ar is None else c_ar
             t = t + torch.cat((self.csize_embedder(size, x.dtype), self.ar_embedder(ratio, x.dtype)), dim=1)
         modulation = torch.unflatten(self.t_block(t), -1, (6, -1))
 
@@ -386,7 +389,7 @@ def _base(x: Any, patch: int) -> int:
     return round(_side(x) / _UNIT) * _UNIT // patch
 
 
-@functools.lru_cache(maxsize=64)
+@table(kept=64)
 def _line(count: int, base: int, interpolation: float, width: int, device: torch.device) -> Tensor:
     """Sines, then cosines of ``count`` positions from 0 towards ``base / interpolation``: fp32 [count, width].
 

@@ -83,8 +83,9 @@ class TestControlNet:
     def make(self, sort: str, config: str) -> tuple[Any]:
         control = _KINDS[sort](json.loads(config))
         random = torch.Generator().manual_seed(0)
-        for parameter in control.control_model.parameters():
-            parameter.data = torch.randn(parameter.shape, generator=random) / max(1, parameter[0].numel()) ** 0.5
+        # Buffers too: ComfyUI leaves what a file would fill as the memory was.
+        for each in (*control.control_model.parameters(), *control.control_model.buffers()):
+            each.data = torch.randn(each.shape, generator=random) / max(1, each[0].numel()) ** 0.5
         return (control,)
 
 

@@ -1,0 +1,131 @@
+"""What an engine holds, and lets go of."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import FLUX, FP32, relative_error
+
+from tacod.checkpoint import read_checkpoint
+from tacod.rank.engine import Engine
+from tacod.rank.topology import Topology
+from tacod_client.errors import ArgumentError, OutOfMemory
+from tacod_client.exchange import pack
+from tacod_client.tensors import from_wire, to_wire
+
+KEY = "double_blocks.0.img_attn.qkv.weight"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(FLUX.save(tmp_path))
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine(torch.device("cpu"), Topology())
+
+
+def load(engine: Engine, path: str, model: str, patches: Any = None, evict: tuple[str, ...] = ()) -> None:
+    base = "base" if patches else None
+    engine.load(model, path, read_checkpoint(path).identity, "fp32", patches, base, list(evict))
+
+
+def difference(value: torch.Tensor) -> list[dict[str, Any]]:
+    return [{"key": f"diffusion_model.{KEY}", "kind": "diff", "diff": to_wire(value, "diff"), "strength": 1.0}]
+
+
+def work(engine: Engine, verb: str, body: dict[str, Any]) -> dict[str, Any]:
+    return engine.work(verb, {**body, "store": [], "evict": [], "forget": []})
+
+
+def run(engine: Engine, job: str, step: int, model: str = "base", batch: int = 1, **more: Any) -> dict[str, Any]:
+    """One step of a run of three."""
+    inputs = FLUX.inputs(batch=batch)
+    noise = inputs.pop("x")
+    del inputs["timestep"]
+    positive = pack({**inputs, **more}, "positive", {}, None)
+    negative = pack({**inputs, "context": -inputs["context"], **more}, "negative", {}, None)
+    body = {
+        "model": model,
+        "plan": "auto",
+        "sampler": "euler",
+        "seed": 0,
+        "cfg": 3.0,
+        "noise": to_wire(noise, "noise"),
+        "latent": to_wire(torch.zeros_like(noise), "latent"),
+        "sigmas": to_wire(torch.linspace(1, 0, 4), "sigmas"),
+        "positive": positive,
+        "negative": negative,
+    }
+    return work(engine, "sample", {"job": job, "step": step, **(body if step == 0 else {})})
+
+
+def test_patches_that_fail_leave_no_base_behind(engine: Engine, path: str) -> None:
+    """The daemon never heard of it: it could neither list nor unload it."""
+    with pytest.raises(ArgumentError):
+        load(engine, path, "patched", difference(torch.ones(3, 3)))
+    assert engine.models == {}
+    load(engine, path, "base")
+    with pytest.raises(ArgumentError):
+        load(engine, path, "patched", difference(torch.ones(3, 3)))
+    assert list(engine.models) == ["base"]
+    load(engine, path, "patched", difference(torch.ones(FLUX.model.state_dict()[KEY].shape)))
+    assert list(engine.models) == ["base", "patched"]
+
+
+@pytest.mark.parametrize("way", ["unload", "evict"])
+def test_a_run_does_not_keep_a_model_that_is_gone(engine: Engine, path: str, way: str) -> None:
+    load(engine, path, "base")
+    run(engine, "job", 0)
+    model = weakref.ref(engine.models["base"].model)
+    if way == "unload":
+        engine.unload("base", [])
+    else:
+        load(engine, path, "other", evict=("base",))
+    gc.collect()
+    assert model() is None
+    assert engine.runs == {}
+
+
+def test_unloaded_with_what_was_made_of_it(engine: Engine, path: str) -> None:
+    load(engine, path, "patched", difference(torch.ones(FLUX.model.state_dict()[KEY].shape)))
+    weight = weakref.ref(engine.models["patched"].model.img_in.weight)
+    engine.unload("base", ["patched"])
+    gc.collect()
+    assert engine.models == {}
+    assert weight() is None
+
+
+def test_a_mask_for_all_images_is_one_for_each_of_a_guided_batch(engine: Engine, path: str) -> None:
+    load(engine, path, "base")
+    mask = torch.rand(1, 129 + 35, 129 + 35, generator=torch.Generator().manual_seed(0)) < 0.7
+    outs = []
+    for number, each in enumerate((mask, mask.expand(2, -1, -1))):
+        for step in range(3):
+            told = run(engine, str(number), step, batch=2, attention_mask=each)
+        outs.append(from_wire(told["out"], "torch"))
+    assert relative_error(outs[0], outs[1]) <= FP32
+    for step in range(3):
+        told = run(engine, "unmasked", step, batch=2)
+    assert relative_error(from_wire(told["out"], "torch"), outs[1]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA driver error: out of memory",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_a_lack_of_memory_by_any_name(engine: Engine, text: str) -> None:
+    with pytest.raises(OutOfMemory, match="the GPU is out of memory"), engine.memory_errors():
+        raise RuntimeError(text)
+    with pytest.raises(RuntimeError, match="misaligned"), engine.memory_errors():
+        raise RuntimeError("CUDA error: misaligned address")
