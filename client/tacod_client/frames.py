@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket as sockets
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, suppress
 
 import zmq
 
@@ -40,6 +40,10 @@ def send(socket: zmq.Socket[bytes], frames: Sequence[Buffer], flags: int = 0) ->
 def widen(frame: zmq.Frame) -> None:
     """Have room for a whole latent in what is sent over the unix socket that a frame came through."""
     # The kernel gives what it may (net.core.wmem_max). Over TCP it finds the best size itself.
-    with suppress(OSError, zmq.ZMQError), closing(sockets.socket(fileno=os.dup(int(frame.get(zmq.SRCFD))))) as same:
+    with suppress(OSError, zmq.ZMQError), ExitStack() as stack:
+        fd = os.dup(int(frame.get(zmq.SRCFD)))
+        stack.callback(os.close, fd)
+        same = sockets.socket(fileno=fd)
+        stack.callback(same.detach)
         if same.family == sockets.AF_UNIX:
             same.setsockopt(sockets.SOL_SOCKET, sockets.SO_SNDBUF, SEND_BUFFER_BYTES)

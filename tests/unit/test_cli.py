@@ -189,3 +189,27 @@ def test_completion_knows_the_verbs(shell: str, capsys: pytest.CaptureFixture[st
     assert main(["completion", shell]) == 0
     script = capsys.readouterr().out
     assert all(verb in script for verb in VERBS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["load", "x", "--lora", "a=abc"], "expected FILE or FILE=STRENGTH with a number, got 'a=abc'"),
+        (["load", "x", "--lora", "a=nan"], "with a number, got 'a=nan'"),
+        (["load", "x", "--lora", "=1"], "with a number, got '=1'"),
+        (["plan", "x", "--ranks", "three"], "expected a whole number from 1 up, got 'three'"),
+        (["plan", "x", "--ranks", "0"], "from 1 up, got '0'"),
+        (["status", "--watch", "often"], "expected 0.1 to 3600 seconds, got 'often'"),
+        (["status", "--watch", "inf"], "seconds, got 'inf'"),
+    ],
+)
+def test_what_an_option_wants_is_told(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parser().parse_args(arguments)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_lora_has_a_file_and_perhaps_a_strength() -> None:
+    args = parser().parse_args(["load", "x", "--lora", "a", "--lora", "b=0.5", "--lora", "c=d=-1"])
+    assert args.lora == [("a", 1.0), ("b", 0.5), ("c=d", -1.0)]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from tacod_client import errors
 from tacod_client.cli import verbs
@@ -162,10 +164,17 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
+    value = _number(text)
     if not 0.1 <= value <= 3600:
-        raise argparse.ArgumentTypeError("expected 0.1 to 3600 seconds")
+        raise argparse.ArgumentTypeError(f"expected 0.1 to 3600 seconds, got {text!r}")
     return value
+
+
+def _number(text: str) -> float:
+    """A finite number; not a number for any other text."""
+    with suppress(ValueError):
+        return value if math.isfinite(value := float(text)) else math.nan
+    return math.nan
 
 
 def _names(text: str) -> list[str]:
@@ -176,15 +185,18 @@ def _names(text: str) -> list[str]:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("expected a whole number from 1 up")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, got {text!r}")
+    return int(text)
 
 
 def _lora(text: str) -> tuple[str, float]:
-    path, _, strength = text.partition("=")
-    return path, float(strength or 1)
+    path, given, strength = text.rpartition("=")
+    if not given:
+        return text, 1.0
+    if not path or math.isnan(_number(strength)):
+        raise argparse.ArgumentTypeError(f"expected FILE or FILE=STRENGTH with a number, got {text!r}")
+    return path, _number(strength)
 
 
 def _size(text: str) -> tuple[int, int]:
