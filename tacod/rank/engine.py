@@ -190,7 +190,7 @@ class Engine:
             narrow_matrices(loaded)
         # Before it is resident: a load that fails here leaves nothing behind.
         if self.device.type == "cuda" and self.warm:
-            hint = "that was a forward at 1024², to warm up; unload a model, or set group.warm_up = false"
+            hint = "that was a forward at 1024² on all ranks, to warm up; unload a model, or set group.warm_up = false"
             with self.memory_errors(hint):
                 loaded.pace = warm_up(loaded, self.forwards, self.device)
         description = {

@@ -6,10 +6,13 @@ import time
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tacod.plan import AUTO, Layout, Pace, Plan, Request, Shape, make_plan, measured_pace
 from tacod.rank.families.base import Argument, DiT
 from tacod.rank.forwards import Forwards
+from tacod.rank.spread import run
+from tacod.rank.topology import Topology
 from tacod_client.errors import ArgumentError
 
 __all__ = ["usual_inputs", "warm_up"]
@@ -21,7 +24,7 @@ SIDE = 128
 def warm_up(dit: DiT, forwards: Forwards, device: torch.device) -> Pace | None:
     """Run usual forwards on one rank and on all, and measure them: every rank comes to the same pace.
 
-    None if there is one rank only, or no size that the model takes.
+    None if there is one rank only, if one alone has no room for such a forward, or no size that the model takes.
     """
     inputs = usual_inputs(dit, device)
     if inputs is None:
@@ -30,8 +33,9 @@ def warm_up(dit: DiT, forwards: Forwards, device: torch.device) -> Pace | None:
     shape = Shape(dit.heads, dit.width, len(inputs["x"]), dit.lengths(inputs))
     alone, shared = Layout(1, 1, 1), make_plan(Request(cfg_parallel=False), world, shape).layout
     x, timestep = inputs.pop("x"), inputs.pop("timestep")
+    fits = world == 1 or _fits_alone(dit, forwards.topology, x, timestep, inputs, shape)
     took = {}
-    for layout in dict.fromkeys((alone, shared, make_plan(AUTO, world, shape).layout)):
+    for layout in dict.fromkeys((*((alone,) if fits else ()), shared, make_plan(AUTO, world, shape).layout)):
         took[layout] = float("inf")
         # As they come, then captured, then as they will be.
         for _ in range(4):
@@ -41,11 +45,25 @@ def warm_up(dit: DiT, forwards: Forwards, device: torch.device) -> Pace | None:
                 torch.cuda.synchronize(device)
             took[layout] = min(took[layout], time.perf_counter() - started)
     forwards.topology.clock.take_s()
-    if world == 1:
+    if world == 1 or not fits:
         return None
     mine = torch.tensor([took[alone], took[shared]], dtype=torch.float64, device=device)
     alone_s, shared_s = forwards.topology.everyone.broadcast(mine, source=0).tolist()
     return measured_pace(alone_s, shared, shared_s, shape)
+
+
+def _fits_alone(
+    dit: DiT, topology: Topology, x: Tensor, timestep: Tensor, inputs: dict[str, Any], shape: Shape
+) -> bool:
+    """Whether rank 0 has room for the whole forward; it is tried where no other rank waits for its end."""
+    fits = True
+    if topology.rank == 0:
+        try:
+            run(dit, Plan(Layout(1, 1, 1), 1, shape), Topology(), x, timestep, inputs)
+        except torch.OutOfMemoryError:
+            fits = False
+            torch.cuda.empty_cache()
+    return topology.everyone.agree(fits)
 
 
 def usual_inputs(dit: DiT, device: torch.device) -> dict[str, Any] | None:

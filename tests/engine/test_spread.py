@@ -11,9 +11,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -131,6 +133,11 @@ def test_ranks_come_to_the_same_pace(ranks: Ranks, family: str) -> None:
     assert len(paces) == WORLD
     assert all(pace == paces[0] for pace in paces)
     assert all(number > 0 for number in paces[0])
+
+
+def test_a_forward_that_has_no_room_on_one_rank_is_warmed_up_on_all(ranks: Ranks) -> None:
+    """And no rank waits for the one that lacks it."""
+    assert ranks.run((1, WORLD, 1), "warm_up", family="flux", fits=False) == [[]] * WORLD
 
 
 @pytest.mark.parametrize("layout", [(1, 3, 1), (1, 2, 2)], ids=str)
@@ -280,10 +287,12 @@ class Rank:
         with torch.inference_mode():
             return run(model, plan, topology, inputs["x"], inputs["timestep"], rest)
 
-    def warm_up(self, layout: Layout, family: str) -> list[float] | None:
+    def warm_up(self, layout: Layout, family: str, fits: bool = True) -> list[float]:
         tiny = {"flux": FLUX, "sd3": SD3}[family]
-        pace = warm_up(tiny.model, Forwards(self.topology), torch.device("cpu"))
-        return None if pace is None else [pace.flops, pace.bytes, pace.collective_s]
+        lack = mock.patch("tacod.rank.warmup.run", side_effect=torch.OutOfMemoryError("CUDA out of memory"))
+        with nullcontext() if fits else lack:
+            pace = warm_up(tiny.model, Forwards(self.topology), torch.device("cpu"))
+        return [] if pace is None else [pace.flops, pace.bytes, pace.collective_s]
 
     def _sequence(self, layout: Layout) -> SequenceParallel | None:
         seat = self.topology.seat(layout)
