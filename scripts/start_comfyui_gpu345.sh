@@ -48,11 +48,17 @@ trap stop_daemon EXIT
 
 gpus_of_daemon() {
   "$python" -c '
-import sys
+import sys, time
 from tacod_client import Client, TacodError
 try:
     with Client() as client:
-        print(",".join(rank["device"] for rank in client.status()["group"]["ranks"]))
+        for _ in range(30):  # between two generations of ranks there are none
+            ranks = client.status()["group"]["ranks"]
+            if ranks:
+                print(",".join(rank["device"] for rank in ranks))
+                sys.exit()
+            time.sleep(0.5)
+    sys.exit("the daemon has no ranks; its log says why")
 except TacodError as error:
     sys.exit(error.message)' || fail "ComfyUI can't be kept off the daemon's GPUs without asking it which they are"
 }

@@ -219,9 +219,15 @@ class Executor:
             log.info("ready with %d ranks", self.group.world_size)
             notify("READY=1")
         while (job := self.scheduler.next(time.monotonic())) is not None:
-            if job.verb is Verb.LOAD or job.model in self.manifest:
+            if (job.verb is Verb.LOAD) != (job.model in self.manifest):
                 self._start_step(job)
                 return
+            if job.verb is Verb.LOAD:
+                # Another one that asked for it came first.
+                ended = self.scheduler.finish_step()
+                assert ended is not None
+                self._end([ended])
+                continue
             gone = ModelNotFound(f"model {job.model!r} was unloaded before its turn came; load it again")
             self._end([self.scheduler.fail_step(gone)])
 
@@ -255,7 +261,7 @@ class Executor:
         job = self.scheduler.running
         assert job is not None
         for evicted in self._evicting:
-            log.info("unloaded %s too", evicted)
+            log.info("unloaded %s %s", evicted, "to make room" if job.verb is Verb.LOAD else "too")
             self._forget_model(evicted)
         self._evicting = []
         if answer.error is not None:
@@ -304,6 +310,7 @@ class Executor:
         if model_id in self.manifest:
             self.store.unpin(self.manifest.find(model_id).digests)
             self.manifest.remove(model_id)
+            self.scheduler.begin_anew(model_id)
 
     def _note_step(self, job: Job, answer: Answer) -> None:
         busy = answer.body["compute_s"] + answer.body["collective_s"]

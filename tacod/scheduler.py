@@ -171,6 +171,13 @@ class Scheduler:
         self._put_back(job, first=True)
         return []
 
+    def begin_anew(self, model: str) -> None:
+        """The ranks hold no more of what this model's waiting jobs had reached."""
+        for queue in self._queues.values():
+            for job in queue:
+                if job.model == model:
+                    job.step = 0
+
     def cancel(self, job_id: str) -> list[Job]:
         """Cancel a job: at once if it waits, at the end of its step if it runs.
 

@@ -196,13 +196,15 @@ class Server:
             reply = self._verbs.answer(message.type, session, request, body)
             if reply is not None:
                 session.post(wire.encode(Message("done", reply, request)))
-        except TacodError as error:
-            self._refuse(peer, token, request, error)
         except Exception as error:
-            # Nobody's message ends the others' daemon.
-            log.exception("a message could not be answered")
-            told = f"tacod failed over this message ({type(error).__name__}); its log says where; please report it"
-            self._refuse(peer, token, request, TacodError(told))
+            if isinstance(error, TacodError):
+                refusal = error
+            else:
+                # Nobody's message ends the others' daemon.
+                log.exception("a message could not be answered")
+                told = f"tacod failed over this message ({type(error).__name__}); its log says where; please report it"
+                refusal = TacodError(told)
+            self._refuse(peer, token, request, refusal)
 
     def _refuse(self, peer: bytes, token: bytes, request: int, error: TacodError) -> None:
         refusal = Message("error", error.to_wire(), request)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from tacod_client.errors import ArgumentError, QueueFull
-from tacod_client.wire import Tensor
+from tacod_client.wire import Tensor, map_tensors
 
 __all__ = ["Store", "digests_of", "tensors_of", "without_claims"]
 
@@ -120,11 +120,7 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
 
 def without_claims(value: Any) -> Any:
     """A body whose tensors that came with their bytes have no digests: those would be believed untested."""
-    if isinstance(value, Tensor):
-        return value if value.frames is None else replace(value, digest=None)
-    if isinstance(value, dict):
-        return {key: without_claims(item) for key, item in value.items()}
-    return [without_claims(item) for item in value] if isinstance(value, list) else value
+    return map_tensors(value, lambda each: each if each.frames is None else replace(each, digest=None))
 
 
 def digests_of(body: Any) -> list[bytes]:

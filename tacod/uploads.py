@@ -78,6 +78,7 @@ class Uploads:
         pending = self._pending.get(name)
         if pending is None:
             raise ArgumentError(f"upload: {name!r:.80} was not announced; begin it again", argument="upload")
+        self._pending.move_to_end(name)
         index, odd = divmod(offset, PIECE_BYTES)
         if odd or not 0 <= index < len(pending.digests):
             raise ArgumentError(f"offset: {offset} is where no piece begins", argument="offset")

@@ -331,7 +331,8 @@ class Model:
             "negative": None if negative is None else condition("negative", negative),
         }
         # The job may be asked for again after this has returned, whatever its caller does with these tensors by then.
-        return Job(self._converse("sample", own(asked), uploads), noise, self.stats, self._cancel)
+        kept = {digest: own(each) if each.nbytes > self._digests.limit else each for digest, each in uploads.items()}
+        return Job(self._converse("sample", own(asked), kept), noise, self.stats, self._cancel)
 
     def _converse(
         self, kind: str, body: dict[str, Any], uploads: Uploads, holds: Callable[[], bool] = lambda: True

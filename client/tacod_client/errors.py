@@ -55,6 +55,11 @@ __all__ = [
 ]
 
 
+def encodable(text: str) -> str:
+    """A text that travels: names in files, and of files, may hold what is no Unicode."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 class TacodError(Exception):
     """Base of every error of this package; ``details`` holds what a program may want to read."""
 
@@ -65,7 +70,8 @@ class TacodError(Exception):
 
     def to_wire(self) -> dict[str, Any]:
         """The error as a message body: ``code``, ``message``, ``details``."""
-        return {"code": type(self).__name__, "message": self.message, "details": self.details}
+        details = {name: encodable(each) if isinstance(each, str) else each for name, each in self.details.items()}
+        return {"code": type(self).__name__, "message": encodable(self.message), "details": details}
 
     @staticmethod
     def from_wire(body: Any) -> TacodError:

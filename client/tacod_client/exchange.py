@@ -9,7 +9,7 @@ from typing import Any
 from tacod_client.connection import Connection
 from tacod_client.errors import ArgumentError, TacodError
 from tacod_client.tensors import kind_of, to_wire
-from tacod_client.wire import Message, Tensor, split
+from tacod_client.wire import Message, Tensor, map_tensors, split
 
 __all__ = ["Uploads", "converse", "each_once", "own", "pack"]
 
@@ -54,11 +54,11 @@ def pack(value: Any, name: str, uploads: Uploads, address: Callable[[Tensor], Te
 
 def own(value: Any) -> Any:
     """A packed value whose bytes are its own, and not its caller's."""
-    if isinstance(value, Tensor):
-        return value if value.frames is None else replace(value, frames=split(b"".join(value.frames)))
-    if isinstance(value, dict):
-        return {key: own(item) for key, item in value.items()}
-    return [own(item) for item in value] if isinstance(value, list) else value
+
+    def copied(tensor: Tensor) -> Tensor:
+        return tensor if tensor.frames is None else replace(tensor, frames=split(b"".join(tensor.frames)))
+
+    return map_tensors(value, copied)
 
 
 def each_once(control: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ import msgpack
 
 from tacod_client.errors import ProtocolError
 
-__all__ = ["DTYPES", "FRAME_BYTES", "PROTOCOL", "Message", "Tensor", "decode", "encode"]
+__all__ = ["DTYPES", "FRAME_BYTES", "PROTOCOL", "Message", "Tensor", "decode", "encode", "map_tensors"]
 
 PROTOCOL = 1
 """Version of the wire, apart from the package's: a daemon refuses any other."""
@@ -122,6 +122,15 @@ class Message:
     body: dict[str, Any] = field(default_factory=dict)
     id: int = 0
     session: bytes = b""
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """A body with ``change(tensor)`` in the place of each of its tensors."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: map_tensors(item, change) for key, item in value.items()}
+    return [map_tensors(item, change) for item in value] if isinstance(value, list) else value
 
 
 def encode(message: Message) -> list[Buffer]:

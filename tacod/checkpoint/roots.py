@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tacod.checkpoint.folder import open_folder
-from tacod_client.errors import ModelNotAllowed, ModelNotFound, ModelUnsupported
+from tacod_client.errors import ModelNotAllowed, ModelNotFound, ModelUnsupported, encodable
 
 __all__ = ["locate"]
 
@@ -26,6 +26,8 @@ def locate(name: str, roots: Sequence[str]) -> str:
     candidates = [os.path.realpath(os.path.join(root, name)) for root in real_roots] or [os.path.realpath(name)]
     allowed = [path for path in candidates if _inside(path, real_roots)]
     path = next((path for path in allowed if os.path.exists(path)), None)
+    if path is not None and encodable(path) != path:
+        raise ModelUnsupported(f"{name} leads to {encodable(path)}, whose name is no UTF-8; rename it")
     if path is None and len(allowed) < len(candidates):
         raise _outside(name, roots)
     if path is None:

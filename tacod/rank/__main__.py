@@ -29,7 +29,7 @@ from tacod.rank.peers import reach_peers
 from tacod.rank.selftest import selftest
 from tacod.rank.topology import Topology
 from tacod_client import wire
-from tacod_client.errors import TacodError
+from tacod_client.errors import TacodError, encodable
 from tacod_client.wire import Message
 
 log = logging.getLogger("tacod.rank")
@@ -148,7 +148,7 @@ def _answer(engine: Engine, message: Message) -> tuple[str, dict[str, Any]]:
         return "failed", {"error": error.to_wire(), "memory_used_bytes": engine.memory_used_bytes}
     except Exception:
         log.exception("%s failed", message.type)
-        return "broken", {"traceback": traceback.format_exc(limit=-8)}
+        return "broken", {"traceback": encodable(traceback.format_exc(limit=-8))}
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import re
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from tacod.rank.lora import read_lora
 from tacod.rank.patch_request import parse_patches
 from tacod.rank.patches import Patch, apply
 from tacod.rank.sampling import Run, SampleRequest, begin
+from tacod.rank.shortage import let_go, shortage
 from tacod.rank.spread import plan_for
 from tacod.rank.step_cache import contents
 from tacod.rank.topology import Topology
@@ -42,6 +42,7 @@ from tacod.rank.weights import (
 from tacod_client import wire
 from tacod_client.errors import ArgumentError, ModelCorrupt, ModelNotFound, OutOfMemory
 from tacod_client.tensors import from_wire, to_wire
+from tacod_client.wire import map_tensors
 
 __all__ = ["Engine"]
 
@@ -108,16 +109,14 @@ class Engine:
                     del self._on_device[key]
         return {**answer, "memory_used_bytes": self.memory_used_bytes}
 
-    def _resolve(self, value: Any) -> Any:
+    def _resolve(self, body: dict[str, Any]) -> dict[str, Any]:
         """Put the kept tensors where a body names them by digest."""
-        if isinstance(value, wire.Tensor) and value.frames is None:
-            assert value.digest is not None
-            return self._tensors[value.digest]
-        if isinstance(value, dict):
-            return {key: self._resolve(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self._resolve(item) for item in value]
-        return value
+        resolved: dict[str, Any] = map_tensors(body, lambda each: each if each.frames is not None else self._kept(each))
+        return resolved
+
+    def _kept(self, named: wire.Tensor) -> wire.Tensor:
+        assert named.digest is not None
+        return self._tensors[named.digest]
 
     def _timed(self, verb: str, body: dict[str, Any]) -> dict[str, Any]:
         started = time.perf_counter()
@@ -141,9 +140,10 @@ class Engine:
         try:
             yield
         except (RuntimeError, MemoryError) as error:
-            told = _lack_of_memory(error)
+            told = shortage(error)
             if told is None:
                 raise
+            let_go(error)
             self.forwards.clear()
             self._on_device.clear()
             self._give_memory_back()
@@ -213,7 +213,8 @@ class Engine:
         def read(path: str, strength: float) -> dict[str, list[Patch]]:
             return read_lora(path, base.layout, base.shapes, strength)
 
-        for key, each in parse_patches(_as_torch(patches), read, base.shapes).items():
+        given = map_tensors(patches, lambda each: from_wire(each, "torch"))
+        for key, each in parse_patches(given, read, base.shapes).items():
             weight = get_weight(model, key).to(model.dtype)
             merged = apply(weight, each, key)
             if merged.shape != weight.shape:
@@ -312,30 +313,3 @@ class Engine:
         request.check(dit)
         asked = parse_request(plan, self.topology.world_size)
         return begin(request, dit, asked, self.forwards, self.device, job)
-
-
-def _lack_of_memory(error: Exception) -> str | None:
-    """What an allocator says, in short; None if this error is of another kind."""
-    text = str(error)
-    if isinstance(error, torch.OutOfMemoryError):
-        # The sentences on what was tried, and on what is free; its numbers of GPUs are not those of nvidia-smi.
-        return re.sub(r"GPU \d+ has", "the GPU has", ". ".join(text.split(". ")[:3]))
-    # PyTorch has no type of its own for the host's memory.
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
-        asked = re.search(r"tried to allocate (\d+) bytes", text)
-        wanted = f"tried to allocate {int(asked[1]) / 2**30:.2f} GiB" if asked else "an allocation failed"
-        free = psutil.virtual_memory().available
-        return f"host out of memory: {wanted}, and {free / 2**30:.2f} GiB are free"
-    # The driver's word, and cuBLAS's, to those that don't ask PyTorch for memory.
-    if "out of memory" in text or "ALLOC_FAILED" in text:
-        return f"the GPU is out of memory ({text.splitlines()[0]})"
-    return None
-
-
-def _as_torch(value: Any) -> Any:
-    """A body with torch tensors for the wire's."""
-    if isinstance(value, wire.Tensor):
-        return from_wire(value, "torch")
-    if isinstance(value, dict):
-        return {key: _as_torch(item) for key, item in value.items()}
-    return [_as_torch(item) for item in value] if isinstance(value, list) else value

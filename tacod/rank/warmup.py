@@ -11,6 +11,7 @@ from torch import Tensor
 from tacod.plan import AUTO, Layout, Pace, Plan, Request, Shape, make_plan, measured_pace
 from tacod.rank.families.base import Argument, DiT
 from tacod.rank.forwards import Forwards
+from tacod.rank.shortage import let_go, shortage
 from tacod.rank.spread import run
 from tacod.rank.topology import Topology
 from tacod_client.errors import ArgumentError
@@ -60,8 +61,11 @@ def _fits_alone(
     if topology.rank == 0:
         try:
             run(dit, Plan(Layout(1, 1, 1), 1, shape), Topology(), x, timestep, inputs)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if shortage(error) is None:
+                raise
             fits = False
+            let_go(error)
             torch.cuda.empty_cache()
     return topology.everyone.agree(fits)
 

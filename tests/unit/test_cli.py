@@ -211,5 +211,5 @@ def test_what_an_option_wants_is_told(arguments: list[str], said: str, capsys: p
 
 
 def test_a_lora_has_a_file_and_perhaps_a_strength() -> None:
-    args = parser().parse_args(["load", "x", "--lora", "a", "--lora", "b=0.5", "--lora", "c=d=-1"])
-    assert args.lora == [("a", 1.0), ("b", 0.5), ("c=d", -1.0)]
+    args = parser().parse_args(["load", "x", "--lora", "a", "--lora", "b=0.5", "--lora", "c=d=-1", "--lora", "e="])
+    assert args.lora == [("a", 1.0), ("b", 0.5), ("c=d", -1.0), ("e", 1.0)]

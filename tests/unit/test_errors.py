@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tacod_client import errors
-from tacod_client.errors import ArgumentError, ProtocolError, TacodError
+from tacod_client.errors import ArgumentError, ModelNotFound, ProtocolError, TacodError
 from tacod_client.wire import Message, decode, encode
 
 TREE: list[type[TacodError]] = [getattr(errors, name) for name in errors.__all__]
@@ -95,3 +95,12 @@ def test_error_survives_pickling(kind: type[TacodError]) -> None:
 
 def test_error_body_is_json_too() -> None:
     assert json.loads(json.dumps(ArgumentError("x: bad", argument="x").to_wire()))["details"] == {"argument": "x"}
+
+
+def test_a_text_that_is_no_unicode_travels() -> None:
+    """Names of files, and in files, may be anything."""
+    error = ModelNotFound("no \udc80.safetensors here", name="\ud800x", count=3)
+    _, header = encode(Message("error", error.to_wire()))
+    told = TacodError.from_wire(decode([b"TACO\x01", header]).body)
+    assert told.message == "no \\udc80.safetensors here"
+    assert told.details == {"name": "\\ud800x", "count": 3}

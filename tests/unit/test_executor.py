@@ -99,8 +99,10 @@ class Events(RuleBasedStateMachine):
     def on_end(self, job: Job, answer: dict[str, Any]) -> None:
         assert all(job is not each for each in self.ended), "a job ended twice"
         assert (job.error is None) == (job.outcome is Outcome.RESULT)
-        assert not (job.outcome is Outcome.RESULT and job.verb is not Verb.UNLOAD and not answer)
-        if job.outcome is Outcome.RESULT:
+        if job.outcome is Outcome.RESULT and job.verb is Verb.LOAD and not answer:
+            assert job.model in self.executor.manifest, "it was there already"
+        elif job.outcome is Outcome.RESULT:
+            assert answer or job.verb is Verb.UNLOAD
             assert self.said[self.executor.group._work] == {"done"}, "the ranks don't agree on a result"
         self.ended.append(job)
 
@@ -437,3 +439,32 @@ def test_ranks_do_not_idle_when_a_model_was_gone_at_its_turn(walk: Walk) -> None
     walk.answer()
     assert [job.id for job in walk.ended if job.error is not None] == ["too late"]
     assert (walk.work.type, walk.work.body["model"]) == ("forward", "other")
+
+
+def test_a_model_that_came_meanwhile_is_not_loaded_again(walk: Walk) -> None:
+    """And makes no room for itself."""
+    walk.ready()
+    for job in "abc":
+        walk.submit(Verb.LOAD, BASE, job)
+    walk.answer()
+    assert [(job.id, job.outcome) for job in walk.ended] == [(job, Outcome.RESULT) for job in "abc"]
+    assert walk.executor.group.state is State.IDLE
+    assert ids(walk) == ["base"]
+
+
+def test_a_run_whose_model_went_and_came_back_begins_anew(walk: Walk) -> None:
+    """The ranks know nothing of it any more."""
+    walk.ready()
+    walk.submit(Verb.LOAD, BASE, "load")
+    walk.answer()
+    run = Job("run", b"b", 1, Verb.SAMPLE, "base", {"model": "base"}, 3)
+    walk.executor.submit(run)
+    walk.executor.attend()
+    walk.submit(Verb.UNLOAD, BASE, "unload")
+    walk.submit(Verb.LOAD, BASE, "again", b"c")
+    walk.answer()  # its first step
+    assert (walk.work.type, run.step) == ("unload", 1)
+    walk.answer()
+    while walk.work.type != "sample":
+        walk.answer()
+    assert walk.work.body["step"] == 0

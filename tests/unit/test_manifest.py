@@ -17,6 +17,7 @@ from tacod_client.errors import (
     ModelCorrupt,
     ModelNotAllowed,
     ModelNotFound,
+    ModelUnsupported,
     TacodError,
 )
 
@@ -232,3 +233,13 @@ def test_patches_of_any_value_are_told_apart(manifest: Manifest) -> None:
     """The ranks refuse what makes no sense; here it must not matter."""
     patches: list[Any] = [{"key": "a", "value": value} for value in (b"abc", b"abd", "abc", None)]
     assert len({describe(manifest, patches=[patch]).id for patch in patches}) == 4
+
+
+def test_a_file_whose_name_is_no_unicode_is_refused(manifest: Manifest, path: Path) -> None:
+    """Its path could not be told to the ranks, nor to anyone."""
+    real = path.with_name(os.fsdecode(b"\xb0\xa1.safetensors"))
+    path.rename(real)
+    path.symlink_to(real)
+    with pytest.raises(ModelUnsupported, match="rename it") as caught:
+        describe(manifest)
+    json.dumps(caught.value.to_wire()).encode()

@@ -194,9 +194,9 @@ def _lora(text: str) -> tuple[str, float]:
     path, given, strength = text.rpartition("=")
     if not given:
         return text, 1.0
-    if not path or math.isnan(_number(strength)):
+    if not path or math.isnan(_number(strength or "1")):
         raise argparse.ArgumentTypeError(f"expected FILE or FILE=STRENGTH with a number, got {text!r}")
-    return path, _number(strength)
+    return path, _number(strength or "1")
 
 
 def _size(text: str) -> tuple[int, int]:
