@@ -25,7 +25,7 @@ from .network import Network
 from .origin import names_in_file, origin_of
 from .patches import to_request
 from .remote import DTYPES, Progress, Remote
-from .shell import RemotePatcher, carry_over, check_honourable, make_shell, release
+from .shell import RemotePatcher, carry_over, check_honourable, check_untouched, make_shell, release
 from .source import Source, state_of
 
 __all__ = ["Converted", "Settings", "convert", "open_file"]
@@ -84,8 +84,14 @@ def convert(
     if not isinstance(config, dict) or _is_unet(config):
         raise Refused(f"a {type(base).__name__}", _NO_DIT)
     check_honourable(model)
+    check_untouched(base.diffusion_model)
     patches = to_request(model.patches)
-    path = origin_of(model, state_of(model), graph, node)
+    # ComfyUI leaves what a clone has put on the model they share until the next one is loaded: it is not this MODEL's.
+    release(model)
+    state = state_of(model)
+    if any(weight.is_meta or weight.shape != weight.size() for weight in state.values()):
+        raise Refused("weights in a form of another pack's own (GGUF)", "load a .safetensors file of the model instead")
+    path = origin_of(model, state, graph, node)
     source = Source(
         name=os.path.basename(path) if path else f"a {type(base).__name__} without a file",
         path=path,
@@ -102,7 +108,8 @@ def convert(
     dtype = DTYPES.get(stock) if comfy.model_management.get_torch_device().type != "cpu" else None
     converted = _connect(base, skeleton, source, settings, patches, dtype, model.load_device, progress)
     carry_over(model, converted.patcher)
-    release(model)
+    # There is nothing to cast here.
+    converted.patcher.force_cast_weights = False
     return converted
 
 
@@ -127,7 +134,7 @@ def open_file(path: str, settings: Settings, progress: Progress | None = None) -
     base = config.get_model(state, "", device="meta")
     source = Source(os.path.basename(path), os.path.realpath(path), names, config.unet_config)
     device = comfy.model_management.get_torch_device()
-    return _connect(base, base.diffusion_model, source, settings, [], None, device, progress)
+    return _connect(base, base.diffusion_model, source, settings, [], _usual_dtype(config, state), device, progress)
 
 
 def _connect(
@@ -151,6 +158,17 @@ def _connect(
     # Size 1: ComfyUI would otherwise count the meta tensors of the state dict.
     patcher = RemotePatcher(shell, load_device=device, offload_device=offload, size=1)
     return Converted(patcher, network, model, client)
+
+
+def _usual_dtype(config: Any, state: dict[str, torch.Tensor]) -> str | None:
+    """What ComfyUI would compute these weights in; None on a CPU, where that says nothing of the daemon's devices."""
+    device = comfy.model_management.get_torch_device()
+    if device.type == "cpu":
+        return None
+    supported = config.supported_inference_dtypes
+    parameters, stored = comfy.utils.calculate_parameters(state), comfy.utils.weight_dtype(state)
+    kept = comfy.model_management.unet_dtype(model_params=parameters, supported_dtypes=supported, weight_dtype=stored)
+    return DTYPES.get(comfy.model_management.unet_manual_cast(kept, device, supported) or kept)
 
 
 def _is_unet(config: dict[str, Any]) -> bool:

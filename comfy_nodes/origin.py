@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,9 +20,8 @@ __all__ = ["names_in_file", "origin_of", "watch_loaders"]
 _STAMP = "taco_dit_file"
 _LOADERS = ("load_diffusion_model", "load_checkpoint_guess_config")
 _WIDGETS = {"unet_name": "diffusion_models", "ckpt_name": "checkpoints"}
-SAMPLES = 8
-"""Weights whose first numbers are compared with the file's."""
 NUMBERS = 64
+"""How many numbers of each weight are compared with the file's."""
 DEPTH = 64
 """How far up the graph to look for a loader."""
 _SCALES = ("scale_weight", "weight_scale")
@@ -39,11 +39,15 @@ def watch_loaders() -> None:
 
 
 def _stamping(load: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(load)
+
     @functools.wraps(load)
-    def stamped(path: str, *args: Any, **kwargs: Any) -> Any:
-        loaded = load(path, *args, **kwargs)
+    def stamped(*args: Any, **kwargs: Any) -> Any:
+        loaded = load(*args, **kwargs)
+        # However the loader was called, the path comes first in what it takes.
+        path = next(iter(signature.bind(*args, **kwargs).arguments.values()), None)
         for model in loaded if isinstance(loaded, tuple) else (loaded,):
-            if isinstance(model, ModelPatcher):
+            if isinstance(model, ModelPatcher) and isinstance(path, str):
                 # On the inner model, which all clones of a MODEL share.
                 setattr(model.model, _STAMP, path)
         return loaded
@@ -107,7 +111,7 @@ def names_in_file(keys: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _holds(path: str, state: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a file holds these weights: all names and shapes, and some of the numbers as ComfyUI rounds them."""
+    """Whether a file holds these weights: names, shapes, and the first numbers of each as ComfyUI rounds them."""
     if not path.endswith((".safetensors", ".sft")):
         return False
     with safe_open(path, framework="pt") as file:
@@ -117,7 +121,7 @@ def _holds(path: str, state: Mapping[str, torch.Tensor]) -> bool:
             if key not in names or file.get_slice(names[key]).get_shape() != list(weight.shape):
                 return False
         scaled = any(key.endswith(_SCALES) for key in names)
-        for key in list(weights)[:: max(1, len(weights) // SAMPLES)]:
+        for key in weights:
             if not _same_start(file.get_slice(names[key]), weights[key], scaled):
                 return False
             layer = key.removesuffix("weight")
@@ -133,9 +137,12 @@ def _same_start(stored: Any, weight: torch.Tensor, scaled: bool) -> bool:
 
     Of a file of scaled weights ComfyUI 0.3.64 keeps more in 8 bit than the file does, and nobody asked for that.
     """
-    # The first row holds them, of a matrix as of a vector.
-    theirs = stored[:1].flatten()[:NUMBERS] if len(stored.get_shape()) > 1 else stored[:NUMBERS]
+    # The first row holds them, of a matrix as of a vector; a single number is all of itself.
+    shape = stored.get_shape()
+    theirs = stored[:1].flatten()[:NUMBERS] if len(shape) > 1 else stored[:NUMBERS] if shape else stored[...]
     if weight.dtype.itemsize < theirs.dtype.itemsize and weight.dtype.itemsize == 1 and not scaled:
         return False
-    ours = weight[:1].flatten()[:NUMBERS] if weight.ndim > 1 else weight[:NUMBERS]
-    return torch.equal(theirs.to(weight.dtype), ours.detach().cpu())
+    ours = weight[:1].flatten()[:NUMBERS] if len(shape) > 1 else weight[:NUMBERS] if shape else weight
+    # As bytes: what is no number equals nothing, itself neither.
+    pair = (theirs.to(weight.dtype), ours.detach().cpu())
+    return torch.equal(*(each.reshape(-1).contiguous().view(torch.uint8) for each in pair))

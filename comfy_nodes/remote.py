@@ -57,7 +57,7 @@ class Remote:
             return model
 
         refused: TacodError | None = None
-        for path in (self.source.path, self.uploaded):
+        for path in (self.source.file, self.uploaded):
             if path is not None:
                 try:
                     return load(path)

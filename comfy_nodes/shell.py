@@ -7,14 +7,16 @@ import weakref
 from typing import Any
 
 import comfy.model_management
+import torch
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 
 from .dit import RemoteDiT
 from .errors import Refused
 from .patches import PREFIX
 
-__all__ = ["RemotePatcher", "carry_over", "check_honourable", "make_shell", "release"]
+__all__ = ["RemotePatcher", "carry_over", "check_honourable", "check_untouched", "make_shell", "release"]
 
 _LOADED_STATE = (
     "model_loaded_weight_memory",
@@ -39,6 +41,7 @@ _CARRIED = (
     "injections",
 )
 _INTO_BLOCKS = {"set_model_options_patch_replace", "set_model_patch_replace", "patches_replace"}
+_COMPILED = "torch.compile"
 _BEFORE = "do that before the TACO-DiT Model Loader and save the result with ModelSave, then load that file"
 
 
@@ -90,6 +93,20 @@ def check_honourable(model: ModelPatcher) -> None:
         raise Refused(f"the injection {name!r}", "it changes the network here; take that node off")
 
 
+def check_untouched(network: torch.nn.Module) -> None:
+    """Raise `Refused` for code that was put into a network in place: the daemon's has none of it."""
+    for name, module in network.named_modules():
+        where = f"diffusion_model.{name}".rstrip(".")
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise Refused(f"a hook on {where}", "it is code that runs in the network; take off what put it there")
+        for attribute, value in vars(module).items():
+            if attribute != "_compiled_call_impl" and callable(value) and hasattr(type(module), attribute):
+                raise Refused(
+                    f"a replacement of {where}.{attribute}",
+                    "it is code that runs in the network; take off what put it there",
+                )
+
+
 def _check_object_patch(name: str, obj: Any) -> None:
     # torch.compile around the whole network changes nothing in its results.
     compiled = name == "diffusion_model" and isinstance(getattr(obj, "_orig_mod", None), RemoteDiT)
@@ -122,15 +139,21 @@ _saveless_kinds: dict[type[BaseModel], type[BaseModel]] = {}
 
 
 def _saveless(kind: type[BaseModel]) -> type[BaseModel]:
-    """The same class, but it refuses to be saved, for it has no weights to save."""
+    """The same class, but it refuses to be saved, for it has no weights to save, and to get another network."""
 
     def state_dict_for_saving(self: BaseModel, *args: Any, **kwargs: Any) -> Any:
         raise Refused(
             "saving the model (ModelSave, CheckpointSave)", "its weights are in the daemon; save the original"
         )
 
+    def set_attribute(self: BaseModel, name: str, value: Any) -> None:
+        if name == "diffusion_model" and not isinstance(getattr(value, "_orig_mod", value), RemoteDiT):
+            raise Refused("a replacement of diffusion_model", "the network is in the daemon; take off what replaces it")
+        kind.__setattr__(self, name, value)
+
     if kind not in _saveless_kinds:
-        _saveless_kinds[kind] = type(kind.__name__, (kind,), {"state_dict_for_saving": state_dict_for_saving})
+        own = {"state_dict_for_saving": state_dict_for_saving, "__setattr__": set_attribute}
+        _saveless_kinds[kind] = type(kind.__name__, (kind,), own)
     return _saveless_kinds[kind]
 
 
@@ -144,7 +167,9 @@ def carry_over(source: ModelPatcher, target: ModelPatcher) -> ModelPatcher:
     target.additional_models.pop("multigpu", None)
     target.model_options = clone.model_options
     target.patches_uuid = clone.patches_uuid
-    target.force_cast_weights = False
+    target.force_cast_weights = target.force_cast_weights or clone.force_cast_weights
+    # ComfyUI's own wrapper puts the network that it has compiled in the place of the one that is there.
+    target.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, _COMPILED)
     return target
 
 

@@ -31,13 +31,21 @@ class Source:
     """ComfyUI's ``unet_config``."""
     model: Callable[[], ModelPatcher | None] = lambda: None
 
+    def __post_init__(self) -> None:
+        self._stamp = _stamp(self.path)
+
+    @property
+    def file(self) -> str | None:
+        """The file, if it is there and still what it was."""
+        return self.path if self._stamp is not None and _stamp(self.path) == self._stamp else None
+
     def state(self) -> Mapping[str, torch.Tensor]:
         """All weights, by ComfyUI's names, without patches. Raises `Failed` if they are gone."""
         model = self.model()
         if model is not None:
             return state_of(model)
-        if self.path is not None and os.path.isfile(self.path):
-            return FileState(self.path, self.names)
+        if self.file is not None:
+            return FileState(self.file, self.names)
         raise self._gone()
 
     def metadata(self) -> dict[str, str]:
@@ -54,14 +62,24 @@ class Source:
         model = self.model()
         if model is not None:
             return model.clone()
-        if self.path is not None and os.path.isfile(self.path):
-            return comfy.sd.load_diffusion_model(self.path)
+        if self.file is not None:
+            return comfy.sd.load_diffusion_model(self.file)
         raise self._gone()
 
     def _gone(self) -> Failed:
         return Failed(
-            f"TACO-DiT: the weights of {self.name} are no longer here; change a setting of their loader and queue again"
+            f"TACO-DiT: the weights of {self.name} are no longer here, or its file has changed; "
+            "change a setting of their loader and queue again"
         )
+
+
+def _stamp(path: str | None) -> tuple[int, int, int] | None:
+    """What tells a file's state without reading it; None if there is none."""
+    try:
+        told = os.stat(path) if path is not None else None
+    except OSError:
+        return None
+    return (told.st_ino, told.st_size, told.st_mtime_ns) if told is not None else None
 
 
 def _plain(value: Any) -> bool:

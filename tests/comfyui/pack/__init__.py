@@ -8,10 +8,13 @@ from typing import Any
 import comfy.controlnet
 import comfy.model_detection
 import comfy.model_patcher
+import comfy.sd
 import comfy.supported_models
 import comfy.utils
 import comfy.weight_adapter
+import folder_paths
 import torch
+from comfy_api.torch_helpers import set_torch_compile_wrapper
 from safetensors import safe_open
 
 from . import controlnets, shapes, standins
@@ -203,6 +206,10 @@ class TestReplace:
             model.add_object_patch("diffusion_model.double_blocks.0", torch.nn.Identity())
         elif what == "method":
             network.forward_orig = print
+        elif what == "instance":
+            network.img_in.forward = network.img_in.forward
+        elif what == "hook":
+            network.img_in.register_forward_hook(lambda module, given, out: out + 1)
         elif what == "look":
             len(network.double_blocks)
         elif what == "wrapper":
@@ -212,6 +219,39 @@ class TestReplace:
         else:
             raise ValueError(what)
         return (model,)
+
+
+class TestCompile:
+    """ComfyUI's own torch.compile, by a backend that compiles nothing."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"model": ("MODEL",)}}
+
+    def make(self, model: Any) -> tuple[Any]:
+        model = model.clone()
+        set_torch_compile_wrapper(model=model, backend="eager")
+        return (model,)
+
+
+class TestLoader:
+    """A loader that calls ComfyUI's by keyword."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"unet_name": ("STRING", {"default": ""})}}
+
+    def make(self, unet_name: str) -> tuple[Any]:
+        path = folder_paths.get_full_path("diffusion_models", unet_name)
+        return (comfy.sd.load_diffusion_model(unet_path=path, model_options={}),)
 
 
 class TestForget:
@@ -271,6 +311,8 @@ class TestSize:
 
 _NODES = (
     TestReplace,
+    TestCompile,
+    TestLoader,
     TestForget,
     TestUNet,
     TestSize,
