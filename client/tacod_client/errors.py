@@ -30,6 +30,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tacod_client.text import encodable
+
 __all__ = [
     "ArgumentError",
     "Cancelled",
@@ -53,11 +55,6 @@ __all__ = [
     "TacodError",
     "Unavailable",
 ]
-
-
-def encodable(text: str) -> str:
-    """A text that travels: names in files, and of files, may hold what is no Unicode."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class TacodError(Exception):

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tacod.checkpoint.folder import open_folder
-from tacod_client.errors import ModelNotAllowed, ModelNotFound, ModelUnsupported, encodable
+from tacod_client.errors import ModelNotAllowed, ModelNotFound, ModelUnsupported
+from tacod_client.text import encodable
 
 __all__ = ["locate"]
 

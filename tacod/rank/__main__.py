@@ -29,7 +29,8 @@ from tacod.rank.peers import reach_peers
 from tacod.rank.selftest import selftest
 from tacod.rank.topology import Topology
 from tacod_client import wire
-from tacod_client.errors import TacodError, encodable
+from tacod_client.errors import TacodError
+from tacod_client.text import encodable
 from tacod_client.wire import Message
 
 log = logging.getLogger("tacod.rank")
