@@ -62,7 +62,7 @@ class Store:
             if (said.dtype, said.shape) != (known.dtype, known.shape):
                 raise ArgumentError(
                     f"a tensor is said to be {said.dtype} {list(said.shape)}, but the one of its digest is "
-                    f"{known.dtype} {list(known.shape)}",
+                    f"{known.dtype} {list(known.shape)}; name it as it was sent, or send this one",
                     argument="tensors",
                 )
 

@@ -17,7 +17,16 @@ from tacod.arena import Arena
 from tacod_client import wire
 from tacod_client.wire import Message
 
-__all__ = ["Context", "FakeRank", "descriptors", "fakes"]
+__all__ = ["FACTS", "Context", "FakeRank", "descriptors", "fakes", "step"]
+
+FACTS = {"family": "sd3", "parameters": 1, "weight_bytes": 1, "dtype": "fp32", "heads": 3, "width": 48}
+"""What a rank tells of a loaded model."""
+
+
+def step(ranks: int, **more: Any) -> dict[str, Any]:
+    """What a rank tells of a forward on so many."""
+    times = {"compute_s": 0.1, "collective_s": 0.1}
+    return {"plan": "p", "ranks": ranks, "forwards": 1, "skipped": 0, **times, **more}
 
 
 class Clock:

@@ -26,7 +26,7 @@ from tacod.scheduler import Job, Outcome, Verb
 from tacod_client.errors import JobNotFound, ModelUnsupported, OutOfMemory, QueueFull, RankFailed, Unavailable
 from tacod_client.wire import Message
 
-from .fake_ranks import Context, FakeRank, descriptors, fakes
+from .fake_ranks import FACTS, Context, FakeRank, descriptors, fakes, step
 
 RANKS = 3
 LIMIT = 4
@@ -34,20 +34,11 @@ RETRIES = 1
 RESTARTS = 6
 SESSIONS = st.sampled_from([b"a", b"b"])
 RANK = st.integers(0, RANKS - 1)
-FACTS = {"family": "sd3", "parameters": 1, "weight_bytes": 1, "dtype": "fp32", "heads": 3, "width": 48}
 ANSWERS: dict[str, dict[str, Any]] = {
     "load": {"model": FACTS, "base": FACTS, "compute_s": 0.0, "collective_s": 0.0},
     "unload": {"compute_s": 0.0, "collective_s": 0.0},
-    "forward": {"plan": "p", "ranks": RANKS, "forwards": 1, "skipped": 0, "compute_s": 0.1, "collective_s": 0.1},
-    "sample": {
-        "plan": "p",
-        "ranks": RANKS,
-        "forwards": 1,
-        "skipped": 0,
-        "compute_s": 0.1,
-        "collective_s": 0.1,
-        "sigma": 0.5,
-    },
+    "forward": step(RANKS),
+    "sample": step(RANKS, sigma=0.5),
 }
 CONFIG = Config.model_validate(
     {

@@ -32,7 +32,7 @@ from tacod_client import wire
 from tacod_client.errors import OutOfMemory
 from tacod_client.wire import Message, Tensor
 
-from .fake_ranks import FakeRank, Socket, fakes
+from .fake_ranks import FACTS, FakeRank, Socket, fakes, step
 
 RANKS = 2
 QUEUE, QUEUE_PER_USER = 4, 3
@@ -44,17 +44,7 @@ FINAL = ("done", "error", "missing", "unknown_session", "welcome")
 X = Tensor("F32", (1, 1, 1, 1), (b"\0\0\0\0",))
 SIGMAS = Tensor("F32", (4,), (bytes(16),))
 TEXT = Tensor("F32", (1,), (b"\1\0\0\0",)).with_digest()
-FACTS = {"family": "sd3", "parameters": 1, "weight_bytes": 1, "dtype": "fp32", "heads": 3, "width": 48}
-STEP = {
-    "plan": "p",
-    "ranks": RANKS,
-    "forwards": 1,
-    "skipped": 0,
-    "compute_s": 0.1,
-    "collective_s": 0.1,
-    "sigma": 0.5,
-    "out": X,
-}
+STEP = step(RANKS, sigma=0.5, out=X)
 ANSWERS: dict[str, dict[str, Any]] = {"load": {"model": FACTS}, "forward": STEP, "sample": STEP}
 CONFIG = Config.model_validate(
     {
