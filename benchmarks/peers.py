@@ -52,7 +52,7 @@ from tacod.plan import AUTO, Layout, Plan, Shape, make_plan
 from tacod.rank import xdit
 from tacod.rank.families.base import DiT
 from tacod.rank.forwards import Forwards
-from tacod.rank.peers import reach_peers
+from tacod.rank.reach import reach
 from tacod.rank.topology import Topology
 from tacod.rank.weights import narrow_matrices, share
 from tacod_client import Client, ConnectionFailed
@@ -251,12 +251,7 @@ def ours(dit: DiT, plan: Plan, forwards: Forwards, inputs: Mapping[str, Any]) ->
     """Our forward by a plan."""
     rest = {key: value for key, value in inputs.items() if key not in ("x", "timestep")}
 
-    def forward() -> Tensor:
-        out = forwards(dit, plan, inputs["x"], inputs["timestep"], rest)
-        forwards.topology.clock.take_s()
-        return out
-
-    return forward
+    return lambda: forwards(dit, plan, inputs["x"], inputs["timestep"], rest)
 
 
 def rank_main(rank: int, job: Job, tell: Any) -> None:
@@ -276,7 +271,7 @@ def rank_main(rank: int, job: Job, tell: Any) -> None:
         rank,
         job.ranks,
         xdit.join(device, rank, job.ranks, rendezvous, local_rank=rank if cuda else 0),
-        reach_peers if cuda else None,
+        reach if cuda else None,
     )
     talk = dist.new_group(backend="gloo", timeout=patience)
 

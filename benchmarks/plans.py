@@ -25,7 +25,7 @@ from tacod.rank.families.base import DiT
 from tacod.rank.families.flux import Flux
 from tacod.rank.families.pixart import PixArt
 from tacod.rank.families.sd3 import SD3
-from tacod.rank.peers import reach_peers
+from tacod.rank.reach import reach
 from tacod.rank.spread import run
 from tacod.rank.topology import Topology
 
@@ -133,7 +133,6 @@ def measure(
             torch.cuda.synchronize()
         if number >= 2:
             times.append((time.perf_counter() - started) * 1000)
-    topology.clock.take_s()
     return out, times
 
 
@@ -150,7 +149,7 @@ def rank_main(rank: int, args: argparse.Namespace, rendezvous: str) -> None:
         rank,
         args.ranks,
         xdit.join(device, rank, args.ranks, rendezvous, local_rank=rank if cuda else 0),
-        reach_peers if cuda else None,
+        reach if cuda else None,
     )
     rows = []
     with torch.inference_mode():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -84,27 +85,36 @@ def _from_torch(tensor: torch.Tensor, argument: str) -> Tensor:
     return Tensor(dtype, tuple(tensor.shape), split(flat.numpy().data))
 
 
-def from_wire(tensor: Tensor, kind: Kind) -> Any:
+def from_wire(tensor: Tensor, kind: Kind, locked: bool = False) -> Any:
     """A writable torch tensor (on the CPU) or numpy array that holds a wire tensor's contents.
 
     bf16 and 8-bit floats have no numpy dtype: as numpy they come as float32, which holds each of their values exactly.
+    ``locked`` puts a torch tensor where a GPU can copy it from by itself.
     """
     if tensor.frames is None:
         raise ValueError("a tensor that travelled by digest has no bytes to read")
-    raw = np.empty(tensor.nbytes, dtype=np.uint8)
-    position = 0
-    for frame in tensor.frames:
-        size = len(memoryview(frame))
-        raw[position : position + size] = np.frombuffer(frame, dtype=np.uint8)
-        position += size
     if kind == "numpy":
-        return _as_numpy(raw, tensor)
+        return _as_numpy(_fill(np.empty(tensor.nbytes, dtype=np.uint8), tensor.frames), tensor)
     import torch
 
     dtype: torch.dtype = getattr(torch, _TORCH_NAMES[tensor.dtype])
     if not math.prod(tensor.shape):
         return torch.empty(tensor.shape, dtype=dtype)
-    return torch.from_numpy(raw).view(dtype).reshape(tensor.shape)
+    room = torch.empty(tensor.nbytes, dtype=torch.uint8, pin_memory=locked)
+    _fill(room.numpy(), tensor.frames)
+    return room.view(dtype).reshape(tensor.shape)
+
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+def _fill(room: Bytes, frames: Iterable[Buffer]) -> Bytes:
+    position = 0
+    for frame in frames:
+        size = len(memoryview(frame))
+        room[position : position + size] = np.frombuffer(frame, dtype=np.uint8)
+        position += size
+    return room
 
 
 def rows(tensor: Tensor, start: int, stop: int) -> Tensor:

@@ -25,7 +25,7 @@ from tacod.heap import keep_freed_memory
 from tacod.rank import xdit
 from tacod.rank.engine import Engine
 from tacod.rank.fault import strike
-from tacod.rank.peers import reach_peers
+from tacod.rank.reach import reach
 from tacod.rank.selftest import selftest
 from tacod.rank.topology import Topology
 from tacod_client import wire
@@ -59,8 +59,8 @@ def main() -> None:
     make_group = xdit.join(device, args.rank, args.world_size, args.rendezvous, device.index or 0)
     # What was imported stays; to look for garbage in it would take a tenth of a second at every load.
     gc.freeze()
-    reach = reach_peers if device.type == "cuda" and not args.no_peer_memory else None
-    topology = Topology(args.rank, args.world_size, make_group, reach)
+    by = reach if device.type == "cuda" and not args.no_peer_memory else None
+    topology = Topology(args.rank, args.world_size, make_group, by)
     engine = Engine(device, topology, graphs=not args.no_cuda_graphs, warm=not args.no_warm_up)
     selftest(engine)
     serve(engine, args.rank, args.epoch, args.address, Arena(args.arena))

@@ -176,10 +176,11 @@ def load_arguments(
 
 
 def _on_device(value: wire.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    tensor: torch.Tensor = from_wire(value, "torch")
+    tensor: torch.Tensor = from_wire(value, "torch", locked=device.type == "cuda")
     if tensor.dtype == torch.bool:
         tensor = torch.zeros(tensor.shape, dtype=dtype).masked_fill(~tensor, -math.inf)
-    return tensor.to(device=device, dtype=dtype)
+    # From locked memory it goes by itself, and PyTorch keeps that until it has gone.
+    return tensor.to(device, non_blocking=True).to(dtype)
 
 
 def _control(value: Mapping[str, Any]) -> Control:

@@ -32,8 +32,12 @@ class Attending:
         streams: Sequence[Callable[[], Projected]],
         lengths: Sequence[int],
         mask: Tensor | None,
+        meanwhile: bool = False,
     ) -> None:
-        """Queries, keys and values set out, tokens for heads; the longest stream's while the others' are computed."""
+        """Queries, keys and values set out, tokens for heads; the longest stream's while the others' are computed.
+
+        ``meanwhile`` says that the caller computes something before `run`, so that the last one's travels beside that.
+        """
         size = sequence.ulysses.size
         counts = [sequence.sizes(length) for length in lengths]
         if len(streams) < len(lengths):
@@ -53,7 +57,7 @@ class Attending:
         for index in order:
             projected[index] = streams[index]()
             if sequence.size > 1 or has_kernels(projected[index].qkv):
-                self._send(projected.pop(index), index)
+                self._send(projected.pop(index), index, meanwhile or index != order[-1])
         if projected:
             # What can be differentiated: nothing is written in place.
             joint = zip(*(projected[index].heads_now() for index in range(len(streams))), strict=True)
@@ -64,8 +68,11 @@ class Attending:
         """For each run, how many tokens each of its ranks has."""
         return [[sum(each) for each in zip(*run, strict=True)] for run in self._streams]
 
-    def _send(self, stream: Projected, index: int) -> None:
-        """Set out this rank's heads of a stream for each rank of its run."""
+    def _send(self, stream: Projected, index: int, meanwhile: bool) -> None:
+        """Set out this rank's heads of a stream for each rank of its run, and have them travel while it computes on.
+
+        What nothing is computed beside is stored right where it is to be, if this rank reaches that.
+        """
         group, ring = self._sequence.ulysses, self._sequence.ring
         run, tokens = self._streams[ring.rank], self._tokens[ring.rank]
         batch, width, dtype = len(stream.qkv), stream.parts.shape[-1], stream.qkv.dtype
@@ -82,7 +89,15 @@ class Attending:
         counts = run[index]
         if self._slot is not None:
             mine = slice(first[group.rank], first[group.rank] + counts[group.rank])
-            stream.pack([self._slot.received(rank)[mine] for rank in range(group.size)])
+            targets = [self._slot.received(rank)[mine] for rank in range(group.size)]
+            places = [
+                torch.empty_like(target) if meanwhile and rank != group.rank else target
+                for rank, target in enumerate(targets)
+            ]
+            stream.pack(places)
+            for place, target in zip(places, targets, strict=True):
+                if place is not target:
+                    self._slot.send(place, target)
             return
         arriving = [self._received.narrow(0, *each) for each in zip(first, counts, strict=True)]
         places = [stream.qkv.new_empty(counts[group.rank], batch, 3, count, width) for count in self._heads]
@@ -92,7 +107,10 @@ class Attending:
             self._coming.append(group.exchange(places, arriving, self._sequence.narrow))
 
     def run(self) -> None:
-        """Attend, and send back: heads for tokens."""
+        """Attend, and send back, heads for tokens, while the caller computes something else."""
+        self._run(meanwhile=True)
+
+    def _run(self, meanwhile: bool) -> None:
         self._has_run = True
         ring, group = self._sequence.ring, self._sequence.ulysses
         for exchange in self._coming:
@@ -111,7 +129,11 @@ class Attending:
         if self._slot is not None:
             first, count = sum(self._heads[: group.rank]), self._heads[group.rank]
             for rank, part in enumerate(leaving):
-                copy_heads(part, self._slot.returned(rank)[:, :, first : first + count])
+                target = self._slot.returned(rank)[:, :, first : first + count]
+                if meanwhile and rank != group.rank:
+                    self._slot.send(part, target)
+                else:
+                    copy_heads(part, target)
             return
         kept = leaving[group.rank]
         tokens, batch, _, width = kept.shape
@@ -122,7 +144,7 @@ class Attending:
     def result(self) -> Tensor:
         """For this rank's tokens, [B, S, H * D]; where ranks write into each other's memory, until others attend."""
         if not self._has_run:
-            self.run()
+            self._run(meanwhile=False)
         if self._back is not None:
             self._back.wait()
             self._out = torch.cat(self._parts, dim=2).transpose(0, 1).flatten(2)

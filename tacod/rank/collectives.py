@@ -13,16 +13,13 @@ from torch import Tensor
 
 from tacod.rank.narrow import from_bytes, narrow_bytes, to_bytes
 from tacod.rank.peers import Peers, Slot
+from tacod.rank.staging import Staged, Staging
 
 __all__ = ["Clock", "Exchange", "Group"]
 
 
-Span = tuple[torch.cuda.Event, torch.cuda.Event]
-"""Begin and end of a collective, or of waiting for one."""
-
-
 class Clock:
-    """How long this rank was in collectives: wall time on a CPU, CUDA events on a GPU, read without a wait per call.
+    """How long this rank was in collectives: wall time on a CPU; on a GPU the device's own, which it adds up itself.
 
     Of a transfer that goes on while the rank computes, only what it still waits for counts.
     """
@@ -30,48 +27,52 @@ class Clock:
     def __init__(self) -> None:
         self._seconds = 0.0
         self._started = 0.0
-        self._spans: list[Span] = []
-        self._captured: list[Span] = []
+        self._counter: Tensor | None = None
+        self._seen: Tensor | None = None
+        """What it showed when the host last waited for the GPU."""
+        self._counted = 0
+
+    @property
+    def counter(self) -> Tensor:
+        """The nanoseconds on the current GPU, int64 [1]: kernels add to it, those of a graph at each replay."""
+        if self._counter is None:
+            self._counter = torch.zeros(1, dtype=torch.int64, device="cuda")
+        return self._counter
 
     def begin(self, on_gpu: bool) -> None:
         """A collective starts."""
-        if not on_gpu:
+        if on_gpu:
+            self._mark(-1)
+        else:
             self._started = time.perf_counter()
-            return
-        capturing = torch.cuda.is_current_stream_capturing()
-        # External ones become a part of the graph, and tell of each of its replays.
-        begin, end = (_event(capturing) for _ in range(2))
-        begin.record()
-        (self._captured if capturing else self._spans).append((begin, end))
 
     def end(self, on_gpu: bool) -> None:
         """The collective that started last is over."""
         if on_gpu:
-            (self._captured if torch.cuda.is_current_stream_capturing() else self._spans)[-1][1].record()
+            self._mark(1)
         else:
             self._seconds += time.perf_counter() - self._started
 
-    def take_captured(self) -> list[Span]:
-        """The collectives of a graph that was captured since the last call."""
-        taken, self._captured = self._captured, []
-        return taken
+    def _mark(self, sign: int) -> None:
+        from tacod.rank import kernels
 
-    def add(self, spans: Sequence[Span]) -> None:
-        """A graph with these collectives is replayed."""
-        self._spans += spans
+        kernels.count_time(self.counter, sign)
+
+    def wait(self) -> None:
+        """Until the current GPU is done with what this stream was given; `take_s` counts up to here."""
+        if self._counter is not None:
+            if self._seen is None:
+                self._seen = torch.zeros(1, dtype=torch.int64, pin_memory=True)
+            self._seen.copy_(self._counter, non_blocking=True)
+        torch.cuda.current_stream().synchronize()
+        if self._seen is not None:
+            before, self._counted = self._counted, int(self._seen)
+            self._seconds += (self._counted - before) / 1e9
 
     def take_s(self) -> float:
-        """Seconds since the last call; on a GPU this waits for the last collective to end."""
-        if self._spans:
-            self._spans[-1][1].synchronize()
-            self._seconds += sum(begin.elapsed_time(end) for begin, end in self._spans) / 1000
-            self._spans.clear()
+        """Seconds since the last call."""
         taken, self._seconds = self._seconds, 0.0
         return taken
-
-
-def _event(external: bool) -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True, external=external)  # type: ignore[no-untyped-call]
 
 
 class Group:
@@ -87,6 +88,8 @@ class Group:
         self.size = dist.get_world_size(group) if group is not None else 1
         self.peers: Peers | None = None
         """Memory of its ranks that all of them write into, where they can."""
+        self.staging: Staging | None = None
+        """Memory of the host by which they exchange, where they can't."""
 
     def all_to_all(self, sent: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         """Exchange flat buffers: ``send[r]`` elements of ``sent`` go to rank r, ``receive[r]`` come from it."""
@@ -113,9 +116,7 @@ class Group:
 
     def settle(self, slot: Slot) -> None:
         """Wait until all that the ranks have written there has arrived."""
-        self.clock.begin(self._on_gpu)
-        slot.barrier()
-        self.clock.end(self._on_gpu)
+        slot.barrier(self.clock)
 
     def gather(self, part: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
         """The ranks' parts, of ``sizes`` along ``dim``, joined on every rank."""
@@ -165,12 +166,15 @@ class Exchange:
         self.group = group
         self._received = received
         self._narrow = narrow
-        self._work: dist.Work | None = None
+        self._work: dist.Work | Staged | None = None
         nothing = sent[0].new_empty(0, dtype=torch.uint8)
         # As bytes, because gloo doesn't know every dtype in every version of torch, and nothing is added up here.
         others = [rank != group.rank for rank in range(group.size)]
         self._away = [self._bytes(each) if other else nothing for each, other in zip(sent, others, strict=True)]
         self._coming = [self._place(each) if other else nothing for each, other in zip(received, others, strict=True)]
+        if group.staging is not None:
+            self._work = group.staging.exchange(self._away, self._coming)
+            return
         if sent[0].is_cuda:
             self._work = dist.all_to_all(self._coming, self._away, group=group.group, async_op=True)
             return

@@ -106,7 +106,7 @@ class Forwards:
             raise
         except BaseException:
             self.clear()
-            self.topology.discard_peers()
+            self.topology.begin_anew()
             raise
 
     def clear(self) -> None:
@@ -147,7 +147,6 @@ class Graph:
     """One kind of forward, captured; its inputs and output have places of their own."""
 
     def __init__(self, dit: DiT, plan: Plan, given: Mapping[str, Any], topology: Topology, pool: Any) -> None:
-        self._clock = topology.clock
         self._given = {name: _copy(value) for name, value in given.items()}
         self._graph = torch.cuda.CUDAGraph()
         rest = {name: value for name, value in self._given.items() if name not in ("x", "timestep")}
@@ -160,14 +159,12 @@ class Graph:
         finally:
             # A capture that fails doesn't leave its own.
             torch.cuda.set_stream(stream)
-            self._spans = self._clock.take_captured()
 
     def replay(self, given: Mapping[str, Any]) -> Tensor:
         """The forward of other inputs of this kind."""
         for name, value in given.items():
             _fill(self._given[name], value)
         self._graph.replay()
-        self._clock.add(self._spans)
         return self._out.clone()
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 __all__ = [
     "Projected",
+    "Residual",
     "Rotation",
     "add_gated",
     "add_gated_norm",
@@ -64,6 +65,35 @@ def add_gated_norm(x: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Ten
         return kernels.rows(x, (gate, y), (shift, scale), _EPSILON)
     x = add_gated(x, gate, y)
     return x, norm_modulate(x, shift, scale)
+
+
+class Residual:
+    """A residual stream [B, S, W]; what its last branch adds may wait for the norm that follows, to be one pass."""
+
+    def __init__(self, tokens: Tensor, gate: Tensor | None = None, branch: Tensor | None = None) -> None:
+        """``tokens`` + ``gate`` * ``branch``, with the gate [B or 1, 1, W]; or ``tokens`` as they are."""
+        self._tokens = tokens
+        self._branch = None if gate is None or branch is None else (gate, branch)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its tokens."""
+        return self._tokens.dtype
+
+    @property
+    def tokens(self) -> Tensor:
+        """With all that was to be added."""
+        if self._branch is not None:
+            self._tokens, self._branch = add_gated(self._tokens, *self._branch), None
+        return self._tokens
+
+    def normed(self, shift: Tensor, scale: Tensor) -> Tensor:
+        """`norm_modulate` of `tokens`."""
+        if self._branch is None:
+            return norm_modulate(self._tokens, shift, scale)
+        self._tokens, normed = add_gated_norm(self._tokens, *self._branch, shift, scale)
+        self._branch = None
+        return normed
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import globaltimer
 
-__all__ = ["copy", "dequantise", "pack", "quantise", "rows"]
+__all__ = ["barrier", "copy", "count_time", "dequantise", "pack", "quantise", "rows"]
 
-_HEADS = 8
-"""Heads that one program of `pack` handles."""
+_HEADS = 8, 4
+"""Heads that one program of `pack` handles: the more, the wider it stores."""
 _NUMBERS = 4096
 """About how many numbers one program of `quantise` and `dequantise` handles."""
 
@@ -139,12 +140,14 @@ def pack(
     assert qkv.stride(-2) == width
     q_scale, k_scale = norms or (qkv, qkv)
     cosine, sine = rotation or (qkv, qkv)
-    _pack[(batch * tokens, triton.cdiv(heads, _HEADS))](
+    # As few as can be that handle no head.
+    many = min(_HEADS, key=lambda n: -heads % n)
+    _pack[(batch * tokens, triton.cdiv(heads, many))](
         qkv, q_scale, k_scale, cosine, sine, target,
         tokens, heads, batch, epsilon,
         *qkv.stride()[:3],
         WIDTH=width, NORM=norms is not None, TURN=rotation is not None,
-        HEADS=_HEADS, HALF=triton.next_power_of_2(width // 2), num_warps=4,
+        HEADS=many, HALF=triton.next_power_of_2(width // 2), num_warps=many // 2,
     )  # fmt: skip
 
 
@@ -216,3 +219,41 @@ def dequantise(narrow: Tensor, scales: Tensor, out: Tensor) -> None:
     many = max(_NUMBERS // block, 1)
     if rows:
         _dequantise[(triton.cdiv(rows, many),)](narrow, scales, out, rows, width, ROWS=many, BLOCK=block, num_warps=4)
+
+
+@triton.jit(do_not_specialize=["rank"])
+def _barrier(pads, counter, rank, SIZE: tl.constexpr):
+    """Leave a mark with every other rank, wait for theirs, and take them away."""
+    began = globaltimer()
+    pads = pads.to(tl.pointer_type(tl.uint64))
+    for peer in range(SIZE):
+        if peer != rank:
+            mark = tl.load(pads + peer).to(tl.pointer_type(tl.int32)) + rank
+            while tl.atomic_cas(mark, 0, 1, sem="release", scope="sys") != 0:
+                pass
+    mine = tl.load(pads + rank).to(tl.pointer_type(tl.int32))
+    for peer in range(SIZE):
+        if peer != rank:
+            while tl.atomic_cas(mine + peer, 1, 0, sem="acquire", scope="sys") != 1:
+                pass
+    tl.atomic_add(counter, globaltimer() - began)
+
+
+def barrier(pads: int, rank: int, size: int, counter: Tensor) -> None:
+    """Wait until every rank is here; ``counter`` (int64 [1]) grows by the nanoseconds that this took.
+
+    ``pads`` is the device address of the addresses of each rank's pad, int32 [size] or longer and 0 before the first
+    barrier, that all ranks reach.
+    """
+    _barrier[(1,)](pads, counter, rank, SIZE=size, num_warps=1)
+
+
+@triton.jit
+def _count_time(counter, sign):
+    """What the device's clock shows."""
+    tl.atomic_add(counter, globaltimer() * sign)
+
+
+def count_time(counter: Tensor, sign: int) -> None:
+    """Add the device's clock in nanoseconds to ``counter`` (int64 [1]), or take it away: once at each end of a span."""
+    _count_time[(1,)](counter, sign, num_warps=1)

@@ -1,7 +1,8 @@
 """Memory that the ranks of a group write into directly: what they exchange is stored where it is read.
 
-A collective copies what was packed once more, in a kernel that has to wait for a free processor; a rank that reaches
-the others' memory (over NVLink, or PCIe where the cards allow it) packs it there. Based on PyTorch's symmetric memory.
+A collective copies what was packed once more, in a kernel that has to wait for a free processor. A rank that reaches
+the others' memory (over NVLink, or PCIe where the cards allow it) packs it there, or has a copy engine take it there
+while it computes on. Based on PyTorch's symmetric memory.
 """
 
 from __future__ import annotations
@@ -10,11 +11,16 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from tacod.rank import driver
+
+if TYPE_CHECKING:
+    from tacod.rank.collectives import Clock, Group
 
 __all__ = ["Peers", "Slot", "reach_peers"]
 
@@ -32,16 +38,23 @@ class Block(Protocol):
     def view(self, rank: int, shape: Sequence[int], dtype: torch.dtype, start: int) -> Tensor:
         """A tensor in the memory of ``rank``, from the byte ``start`` on."""
 
-    def barrier(self) -> None:
-        """What is computed from here on finds what every rank has written before its own call."""
+    def send(self, source: Tensor, target: Tensor) -> None:
+        """Copy rows into a rank's memory while this one computes on; ``source`` stays as it is until the barrier."""
+
+    def barrier(self, clock: Clock) -> None:
+        """What is computed from here on finds what every rank has written or sent before its own call.
+
+        The clock counts the wait.
+        """
 
 
 class SymmetricBlock:
     """A block on GPUs."""
 
-    def __init__(self, group: dist.ProcessGroup, size: int) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, size: int) -> None:
         import torch.distributed._symmetric_memory as symmetric
 
+        assert group is not None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # in some versions it is enabled by itself
             symmetric.enable_symm_mem_for_group(group.group_name)
@@ -53,14 +66,28 @@ class SymmetricBlock:
             torch.cuda.empty_cache()
             self._memory = symmetric.empty([size], dtype=torch.uint8, device=device)
         self._handle = symmetric.rendezvous(self._memory, group.group_name)
+        self._carrier = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._carries = False
 
     def view(self, rank: int, shape: Sequence[int], dtype: torch.dtype, start: int) -> Tensor:
         """See `Block.view`."""
         return self._handle.get_buffer(rank, list(shape), dtype, start // dtype.itemsize)
 
-    def barrier(self) -> None:
+    def send(self, source: Tensor, target: Tensor) -> None:
+        """See `Block.send`."""
+        self._carrier.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._carrier):
+            driver.copy_rows(source, target)
+        self._carries = True
+
+    def barrier(self, clock: Clock) -> None:
         """See `Block.barrier`."""
-        self._handle.barrier(channel=0)
+        from tacod.rank import kernels
+
+        if self._carries:
+            torch.cuda.current_stream().wait_stream(self._carrier)
+            self._carries = False
+        kernels.barrier(self._handle.signal_pad_ptrs_dev, self._handle.rank, self._handle.world_size, clock.counter)
 
 
 class Peers:
@@ -126,6 +153,8 @@ class Slot:
         self._peers, self._number, self._block = peers, number, block
         self._tokens, self._batch, self._heads, self._width = tokens, batch, heads, width
         self._dtype, self._arriving = dtype, arriving
+        self._leaving: list[Tensor] = []
+        """What is being copied from."""
 
     def received(self, rank: int) -> Tensor:
         """In that rank's memory: [all tokens, B, 3, its heads, D]."""
@@ -142,19 +171,25 @@ class Slot:
             known[key] = self._block.view(rank, shape, self._dtype, start)
         return known[key]
 
-    def barrier(self) -> None:
+    def send(self, source: Tensor, target: Tensor) -> None:
+        """See `Block.send`; rows of [S, B, ...] to as many in another rank's memory."""
+        self._leaving.append(source)
+        self._block.send(source, target)
+
+    def barrier(self, clock: Clock) -> None:
         """See `Block.barrier`."""
-        self._block.barrier()
+        self._block.barrier(clock)
+        self._leaving.clear()
 
     def close(self) -> None:
         """See `Peers.close`."""
         self._peers.close(self._number)
 
 
-def reach_peers(group: Any) -> Peers | None:
+def reach_peers(group: Group) -> Peers | None:
     """Memory that this group's ranks can all write into; None, and why in the log, if they can't.
 
-    ``group`` is a `tacod.rank.collectives.Group` on GPUs; all of its ranks call it.
+    Its ranks are on GPUs, and all of them call it.
     """
     if os.environ.get(DISABLED) == "1":
         return None
@@ -167,18 +202,23 @@ def reach_peers(group: Any) -> Peers | None:
         reason = str(error).splitlines()[0]
     if group.agree(block is not None):
         assert block is not None
-        if group.agree(_arrives(block, group.rank, group.size)):
+        if group.agree(_arrives(block, group)):
             return Peers(lambda size: SymmetricBlock(group.group, size))
         reason = "what was written did not arrive"
     log.warning("the GPUs don't write into each other's memory: %s; they exchange through NCCL", reason)
     return None
 
 
-def _arrives(block: Block, rank: int, size: int) -> bool:
-    """Whether each rank finds in its memory what every other one has for it."""
-    shape = (size, _TRY_BYTES // 8 // size)
-    for peer in range(size):
-        block.view(peer, shape, torch.int64, 0)[rank] = rank * size + peer
-    block.barrier()
+def _arrives(block: Block, group: Group) -> bool:
+    """Whether each rank finds in its memory what every other one has for it, stored there and sent there."""
+    rank, size = group.rank, group.size
+    shape = (2, size, _TRY_BYTES // 16 // size)
     mine = block.view(rank, shape, torch.int64, 0)
-    return bool((mine == torch.arange(size, device=mine.device)[:, None] * size + rank).all())
+    number = torch.arange(size, device=mine.device)[:, None]
+    parcels = (rank * size + number).repeat(1, shape[-1])
+    for peer, parcel in enumerate(parcels):
+        stored, sent = block.view(peer, shape, torch.int64, 0)
+        stored[rank] = parcel
+        block.send(parcel, sent[rank])
+    block.barrier(group.clock)
+    return bool((mine == number * size + rank).all())

@@ -54,4 +54,6 @@ def selftest(engine: Engine) -> None:
                     f"self-test: {layout} is off by {error:.1e} from one rank alone; the links between these devices "
                     "can't be relied on (on GPUs try NCCL_P2P_DISABLE=1)"
                 )
+    if engine.device.type == "cuda":
+        topology.clock.wait()
     topology.clock.take_s()

@@ -84,13 +84,17 @@ class SequenceParallel:
         return mask[:, :, order][..., order]
 
     def attend(
-        self, streams: Sequence[Callable[[], Projected]], lengths: Sequence[int], mask: Tensor | None = None
+        self,
+        streams: Sequence[Callable[[], Projected]],
+        lengths: Sequence[int],
+        mask: Tensor | None = None,
+        meanwhile: bool = False,
     ) -> Attending:
         """Begin attention over the whole joint sequence, for this rank's tokens.
 
         ``streams`` give this rank's chunks, and ``lengths`` are the streams' whole token counts; a single one may be of
         all streams together. The gathered sequence is in the order of ranks, not of streams. It needs no sorting, for
         attention is equivariant under permutations of its tokens, and each rank gets its own tokens back. A ``mask`` is
-        what `in_order_of_ranks` gives.
+        what `in_order_of_ranks` gives, and ``meanwhile`` says that something is computed before its `Attending.run`.
         """
-        return Attending(self, streams, lengths, mask)
+        return Attending(self, streams, lengths, mask, meanwhile)

@@ -9,7 +9,6 @@ import torch.distributed as dist
 
 from tacod.plan import Layout
 from tacod.rank.collectives import Clock, Group
-from tacod.rank.peers import Peers
 from tacod.rank.sequence import SequenceParallel
 
 __all__ = ["MakeGroup", "Seat", "Topology"]
@@ -39,9 +38,9 @@ class Topology:
         rank: int = 0,
         world_size: int = 1,
         make_group: MakeGroup | None = None,
-        reach: Callable[[Group], Peers | None] | None = None,
+        reach: Callable[[Group], None] | None = None,
     ) -> None:
-        """``reach`` finds the memory of a group's ranks that all of them can write into."""
+        """``reach`` finds memory by which a group's ranks exchange without collectives, if there is any."""
         self.rank = rank
         self.world_size = world_size
         self.clock = Clock()
@@ -58,11 +57,16 @@ class Topology:
             self._seats[layout] = self._make_seat(layout)
         return self._seats[layout]
 
-    def discard_peers(self) -> None:
-        """See `Peers.discard`."""
+    def begin_anew(self) -> None:
+        """A forward failed: nothing that it left in memory in common is found by the next one.
+
+        Every graph must be gone.
+        """
         for group in self._reached:
             if group.peers is not None:
                 group.peers.discard()
+            if group.staging is not None:
+                group.staging.discard()
 
     def _make_seat(self, layout: Layout) -> Seat | None:
         sequence = layout.sequence
@@ -76,7 +80,7 @@ class Topology:
             return None
         if self.reach is not None and ulysses.size > 1 and ulysses not in self._reached:
             self._reached.append(ulysses)
-            ulysses.peers = self.reach(ulysses)
+            self.reach(ulysses)
         return Seat(batch, SequenceParallel(whole, ulysses, ring))
 
     def _group(self, parts: Sequence[Sequence[int]]) -> Group:

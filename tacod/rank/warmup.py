@@ -43,7 +43,7 @@ def warm_up(dit: DiT, forwards: Forwards, device: torch.device) -> Pace | None:
             started = time.perf_counter()
             forwards(dit, Plan(layout, world, shape), x, timestep, inputs)
             if device.type == "cuda":
-                torch.cuda.synchronize(device)
+                forwards.topology.clock.wait()
             took[layout] = min(took[layout], time.perf_counter() - started)
     forwards.topology.clock.take_s()
     if world == 1 or not fits:

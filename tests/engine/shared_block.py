@@ -5,19 +5,19 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tacod.rank.collectives import Clock, Group
 from tacod.rank.peers import Peers
 
 
 class SharedBlock:
     """A block of every rank, in files that all of them map."""
 
-    def __init__(self, group: Any, size: int) -> None:
+    def __init__(self, group: Group, size: int) -> None:
         self.group = group
         folders = [tempfile.mkdtemp(prefix="block-")] if group.rank == 0 else [None]
         dist.broadcast_object_list(folders, group=group.group, group_src=0)
@@ -29,6 +29,7 @@ class SharedBlock:
         dist.barrier(group.group)
         paths[group.rank].unlink()
         dist.barrier(group.group)
+        self._leaving: list[tuple[Tensor, Tensor]] = []
         if group.rank == 0:
             folder.rmdir()
 
@@ -37,11 +38,20 @@ class SharedBlock:
         size = torch.Size(shape).numel() * dtype.itemsize
         return self._memory[rank][start : start + size].view(dtype).view(list(shape))
 
-    def barrier(self) -> None:
+    def send(self, source: Tensor, target: Tensor) -> None:
+        """See `tacod.rank.peers.Block.send`; as late as may be."""
+        self._leaving.append((source, target))
+
+    def barrier(self, clock: Clock) -> None:
         """See `tacod.rank.peers.Block.barrier`."""
+        for source, target in self._leaving:
+            target.copy_(source)
+        self._leaving.clear()
+        clock.begin(on_gpu=False)
         dist.barrier(self.group.group)
+        clock.end(on_gpu=False)
 
 
-def reach_shared(group: Any) -> Peers:
-    """As `tacod.rank.peers.reach_peers` on GPUs."""
-    return Peers(lambda size: SharedBlock(group, size))
+def reach_shared(group: Group) -> None:
+    """As `tacod.rank.reach.reach` on GPUs."""
+    group.peers = Peers(lambda size: SharedBlock(group, size))

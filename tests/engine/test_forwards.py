@@ -139,7 +139,7 @@ def test_a_forward_that_breaks_off_takes_graphs_and_peers_along(make: Any, monke
     """Ranks may have met a different number of times: their memory is made anew, and graphs point into the old one."""
     world, forwards = make()
     discarded = []
-    monkeypatch.setattr(forwards.topology, "discard_peers", lambda: discarded.append(list(forwards._kinds)))
+    monkeypatch.setattr(forwards.topology, "begin_anew", lambda: discarded.append(list(forwards._kinds)))
     for _ in range(3):
         forward(forwards)
 

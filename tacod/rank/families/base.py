@@ -82,13 +82,17 @@ class Control:
         self.images = images
         self._last: tuple[wire.Tensor, Tensor] | None = None
 
+    def find(self, name: str, block: int) -> wire.Tensor | None:
+        """The residual for after that block, if there is one."""
+        each = self.residuals.get(name, ())
+        return each[block] if block < len(each) else None
+
     def add(self, name: str, block: int, sequence: SequenceParallel, tokens: Tensor, n: int, start: int = 0) -> Tensor:
         """``tokens`` [B, S, width], in which from ``start`` on stand this rank's of a stream of ``n``, one block on.
 
         A residual for fewer tokens than the stream has is for the first ones.
         """
-        each = self.residuals.get(name, ())
-        residual = each[block] if block < len(each) else None
+        residual = self.find(name, block)
         if residual is None:
             return tokens
         if self._last is None or self._last[0] is not residual:

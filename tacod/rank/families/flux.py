@@ -34,7 +34,7 @@ from tacod.rank.families.base import (
     unpatchify,
     whole,
 )
-from tacod.rank.fused import Projected, Rotation, add_gated, add_gated_norm, norm_modulate
+from tacod.rank.fused import Projected, Residual, Rotation, norm_modulate
 from tacod.rank.linear import linear_gelu, split_inputs, split_outputs
 from tacod.rank.modulation import modulations
 from tacod.rank.process import Flow
@@ -123,25 +123,26 @@ class DoubleBlock(nn.Module):
         sequence: SequenceParallel,
         lengths: tuple[int, int],
         rotations: tuple[Rotation, Rotation],
-        text: Tensor,
-        image: Tensor,
+        text: Residual,
+        image: Residual,
         modulation: tuple[Tensor, Tensor],
         mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Residual, Residual]:
         """This rank's text and image tokens, one block further; ``modulation`` is of both, [B, 1, 6 * width] each."""
         text_mod, image_mod = (each.chunk(6, dim=-1) for each in modulation)
         streams = (
-            lambda: self.txt_attn(norm_modulate(text, *text_mod[:2]), rotations[0]),
-            lambda: self.img_attn(norm_modulate(image, *image_mod[:2]), rotations[1]),
+            lambda: self.txt_attn(text.normed(*text_mod[:2]), rotations[0]),
+            lambda: self.img_attn(image.normed(*image_mod[:2]), rotations[1]),
         )
         attended = sequence.attend(streams, lengths, mask).result()
-        to_text, to_image = torch.split(attended, [text.shape[1], image.shape[1]], dim=1)
+        to_text, to_image = torch.split(attended, [text.tokens.shape[1], image.tokens.shape[1]], dim=1)
 
-        image, normed = add_gated_norm(image, image_mod[2], self.img_attn.proj(to_image), *image_mod[3:5])
-        image = add_gated(image, image_mod[5], _feed_forward(self.img_mlp, normed))
-        text, normed = add_gated_norm(text, text_mod[2], self.txt_attn.proj(to_text), *text_mod[3:5])
-        text = add_gated(text, text_mod[5], _feed_forward(self.txt_mlp, normed))
-        return _finite(text), image
+        image = Residual(image.tokens, image_mod[2], self.img_attn.proj(to_image))
+        hidden = _feed_forward(self.img_mlp, image.normed(*image_mod[3:5]))
+        image = Residual(image.tokens, image_mod[5], hidden)
+        text = Residual(text.tokens, text_mod[2], self.txt_attn.proj(to_text))
+        hidden = _feed_forward(self.txt_mlp, text.normed(*text_mod[3:5]))
+        return _finite(Residual(text.tokens, text_mod[5], hidden)), image
 
 
 class SingleBlock(nn.Module):
@@ -161,26 +162,29 @@ class SingleBlock(nn.Module):
         sequence: SequenceParallel,
         lengths: tuple[int, int],
         rotation: Rotation,
-        x: Tensor,
+        x: Residual,
         modulation: Tensor,
         mask: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Residual:
         """This rank's tokens, one block further; ``modulation`` is [B, 1, 3 * width].
 
         Both matrices are used in two parts, so that the feed-forward is computed while queries, keys and values travel,
         and the larger part of the second matrix while what was attended to comes back.
         """
         shift, scale, gate = modulation.chunk(3, dim=-1)
-        normed = norm_modulate(x, shift, scale)
+        normed = x.normed(shift, scale)
         to_heads, to_hidden = split_outputs(self.linear1, 3 * self.width)
         from_hidden, from_heads = split_inputs(self.linear2, self.width)
         attending = sequence.attend(
-            (lambda: Projected(to_heads(normed), self.heads, self.norm.scales, rotation),), lengths, mask
+            (lambda: Projected(to_heads(normed), self.heads, self.norm.scales, rotation),),
+            lengths,
+            mask,
+            meanwhile=True,
         )
         hidden = linear_gelu(to_hidden, normed)
         attending.run()
         out = from_hidden(hidden)
-        return _finite(add_gated(x, gate, from_heads(attending.result(), out)))
+        return _finite(Residual(x.tokens, gate, from_heads(attending.result(), out)))
 
 
 class Final(nn.Module):
@@ -398,18 +402,22 @@ class Flux(DiT):
         modulation = iter(each)
 
         def blocks() -> Iterator[Tensor]:
-            nonlocal text, image
+            streams = Residual(text), Residual(image)
             yield image
             for i, block in enumerate(self.double_blocks):
                 now = next(modulation), next(modulation)
-                text, image = block(sequence, lengths, rotations, text, image, now, mask)
-                image = control.add("input", i, sequence, image, lengths[1])
-                yield image
-            tokens = torch.cat((text, _finite(image)), dim=1)
+                streams = block(sequence, lengths, rotations, *streams, now, mask)
+                if control.find("input", i) is not None:
+                    added = control.add("input", i, sequence, streams[1].tokens, lengths[1])
+                    streams = streams[0], Residual(added)
+                if i == 0:
+                    yield streams[1].tokens
+            tokens = Residual(torch.cat((streams[0].tokens, _finite(streams[1]).tokens), dim=1))
             for i, block in enumerate(self.single_blocks):
                 tokens = block(sequence, lengths, rotation, tokens, next(modulation), mask)
-                tokens = control.add("output", i, sequence, tokens, lengths[1], text.shape[1])
-            yield tokens[:, text.shape[1] :]
+                if control.find("output", i) is not None:
+                    tokens = Residual(control.add("output", i, sequence, tokens.tokens, lengths[1], text.shape[1]))
+            yield tokens.tokens[:, text.shape[1] :]
 
         image = last_tokens(blocks(), sequence, step_cache)
         rows, columns = grid(x, self.patch)
@@ -510,9 +518,11 @@ def _feed_forward(mlp: nn.Sequential, x: Tensor) -> Tensor:
     return out
 
 
-def _finite(x: Tensor) -> Tensor:
+def _finite(stream: Residual) -> Residual:
     """In fp16 Flux's residual stream overflows; the other dtypes have room."""
-    return torch.nan_to_num(x, nan=0.0, posinf=65504, neginf=-65504) if x.dtype == torch.float16 else x
+    if stream.dtype != torch.float16:
+        return stream
+    return Residual(torch.nan_to_num(stream.tokens, nan=0.0, posinf=65504, neginf=-65504))
 
 
 def _check_config(config: Mapping[str, Any]) -> None:

@@ -142,6 +142,7 @@ class JointBlock(nn.Module):
                 lambda: image.attn(norm_modulate(arrived, *image_mod[:2])),
             ),
             lengths,
+            meanwhile=self.dual,
         )
         if self.dual:
             own = sequence.attend((lambda: image.attn2(norm_modulate(arrived, *image_mod[6:8])),), lengths[1:])

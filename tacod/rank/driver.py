@@ -1,0 +1,101 @@
+"""What the CUDA driver does on a stream without any of a GPU's processors, and PyTorch has no name for.
+
+A matrix product leaves no processor free for as long as it runs, so that a kernel beside it waits for its end; copy
+engines and waits for a number in memory don't. Calls go on the current stream, and into a graph that it captures.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["copy_bytes", "copy_rows", "map_host", "unmap_host", "wait_until", "write"]
+
+_DEVICE = 2
+_EQUAL = 1
+
+
+class _Copy2D(ctypes.Structure):
+    """CUDA_MEMCPY2D."""
+
+    _fields_ = [
+        *((f"src_{name}", kind) for name, kind in (("x", ctypes.c_size_t), ("y", ctypes.c_size_t))),
+        ("src_kind", ctypes.c_uint),
+        ("src_host", ctypes.c_void_p),
+        ("src_device", ctypes.c_uint64),
+        ("src_array", ctypes.c_void_p),
+        ("src_pitch", ctypes.c_size_t),
+        *((f"dst_{name}", kind) for name, kind in (("x", ctypes.c_size_t), ("y", ctypes.c_size_t))),
+        ("dst_kind", ctypes.c_uint),
+        ("dst_host", ctypes.c_void_p),
+        ("dst_device", ctypes.c_uint64),
+        ("dst_array", ctypes.c_void_p),
+        ("dst_pitch", ctypes.c_size_t),
+        ("width", ctypes.c_size_t),
+        ("height", ctypes.c_size_t),
+    ]
+
+
+@cache
+def _library() -> Any:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _call(name: str, *arguments: Any) -> None:
+    code = getattr(_library(), name)(*arguments)
+    if code:
+        raise RuntimeError(f"CUDA driver: {name} failed with error {code}")
+
+
+def _stream() -> ctypes.c_void_p:
+    return ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+
+
+def map_host(address: int, size: int) -> None:
+    """Have the current GPU reach pages of the host's memory, which stay where they are."""
+    _call("cuMemHostRegister_v2", ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_uint(0))
+
+
+def unmap_host(address: int) -> None:
+    """The end of `map_host`."""
+    _call("cuMemHostUnregister", ctypes.c_void_p(address))
+
+
+def copy_bytes(source: int, target: int, size: int) -> None:
+    """Copy between two addresses, on this GPU, on one that it reaches, or in host memory that it has mapped."""
+    _call("cuMemcpyAsync", ctypes.c_uint64(target), ctypes.c_uint64(source), ctypes.c_size_t(size), _stream())
+
+
+def copy_rows(source: Tensor, target: Tensor) -> None:
+    """Copy a contiguous tensor on this GPU to one of its shape and dtype, on this GPU or one that it reaches.
+
+    ``target`` is contiguous too; or its first two dimensions are, and its others, so that rows lie apart.
+    """
+    assert source.is_contiguous()
+    assert source.shape == target.shape
+    if not source.numel():
+        return
+    if target.is_contiguous():
+        copy_bytes(source.data_ptr(), target.data_ptr(), source.nbytes)
+        return
+    width = source[0, 0].nbytes
+    copy = _Copy2D(
+        src_kind=_DEVICE, src_device=source.data_ptr(), src_pitch=width,
+        dst_kind=_DEVICE, dst_device=target.data_ptr(), dst_pitch=target.stride(1) * target.element_size(),
+        width=width, height=source.shape[0] * source.shape[1],
+    )  # fmt: skip
+    _call("cuMemcpy2DAsync_v2", ctypes.byref(copy), _stream())
+
+
+def write(address: int, value: int) -> None:
+    """Put a number of 32 bits where all who share that memory see it, once what comes before on this stream is done."""
+    _call("cuStreamWriteValue32_v2", _stream(), ctypes.c_uint64(address), ctypes.c_uint32(value), ctypes.c_uint(0))
+
+
+def wait_until(address: int, value: int) -> None:
+    """Have what comes after on this stream wait until that number stands there."""
+    _call("cuStreamWaitValue32_v2", _stream(), ctypes.c_uint64(address), ctypes.c_uint32(value), ctypes.c_uint(_EQUAL))
