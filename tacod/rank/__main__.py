@@ -36,6 +36,8 @@ from tacod_client.wire import Message
 log = logging.getLogger("tacod.rank")
 
 PR_SET_PDEATHSIG = 1
+AWAKE_S = 0.02
+"""How long a GPU's rank stays awake for the next work item."""
 
 
 def main() -> None:
@@ -107,6 +109,8 @@ def serve(engine: Engine, rank: int, epoch: str, address: str, arena: Arena) -> 
     ready = {"rank": rank, "epoch": epoch, "memory_used_bytes": engine.memory_used_bytes}
     socket.send_multipart(wire.encode(Message("ready", ready)))
     while True:
+        if engine.device.type == "cuda":
+            _look_out(socket)
         frames = socket.recv_multipart(copy=False)
         # What the supervisor sends is readable; if it isn't, this rank ends, and a new one starts with a clean slate.
         message = arena.unpack([frame.buffer for frame in frames])
@@ -115,6 +119,16 @@ def serve(engine: Engine, rank: int, epoch: str, address: str, arena: Arena) -> 
         socket.send_multipart(arena.pack(Message(kind, body, message.id), start=arena.end))
         if kind == "broken":
             sys.exit(1)
+
+
+def _look_out(socket: zmq.Socket[bytes]) -> None:
+    """Look for a message without sleeping, for a while: a core that has slept takes a millisecond to be itself again.
+
+    A sampler's next step is mostly there within it.
+    """
+    until = time.monotonic() + AWAKE_S
+    while not int(socket.get(zmq.EVENTS)) & zmq.POLLIN and time.monotonic() < until:
+        pass
 
 
 class Reporter:
