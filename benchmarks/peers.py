@@ -37,6 +37,7 @@ from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import hops
 import numpy as np
@@ -49,7 +50,7 @@ from torch import Tensor, multiprocessing
 
 from tacod import __version__
 from tacod.plan import AUTO, Layout, Plan, Shape, make_plan
-from tacod.rank import xdit
+from tacod.rank import attending, fused, linear, narrow, xdit
 from tacod.rank.families.base import DiT
 from tacod.rank.forwards import Forwards
 from tacod.rank.reach import reach
@@ -71,6 +72,7 @@ NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 ONE_RANK = {"sequence_parallel_degree": 1, "cfg_parallel": False}
 
 LABELS = {
+    "plain": "ours, one GPU, by PyTorch's operations",
     "one": "ours, one GPU",
     "planned": "ours, as planned",
     "sequence": "ours, all ranks share the sequence",
@@ -86,10 +88,10 @@ LABELS = {
     "daemon-one": "ours, daemon and client, one GPU",
     "daemon": "ours, daemon and client, as planned",
 }
-OURS = ("one", "planned", "sequence", "batch", "int8", "fp8-one", "fp8")
+OURS = ("plain", "one", "planned", "sequence", "batch", "int8", "fp8-one", "fp8")
 PEERS = ("diffusers", "compiled", "context", "xfuser", "xfuser-batch")
 SERVED = ("daemon-one", "daemon")
-ALONE = ("one", "fp8-one", "diffusers", "compiled")
+ALONE = ("plain", "one", "fp8-one", "diffusers", "compiled")
 """Rows that rank 0 runs while the others wait."""
 HALVES = ("batch", "xfuser-batch")
 """Rows for a batch of two on an even number of ranks."""
@@ -186,8 +188,11 @@ class Bench:
         shape = Shape(self.dit.heads, self.dit.width, len(inputs["x"]), self.dit.lengths(inputs))
         planned = make_plan(AUTO, world, shape)
         dit = self.narrow if row.startswith("fp8") else self.dit
+        alone = Plan(Layout(1, 1, 1), 1, shape)
+        if row == "plain":
+            return plainly(ours(dit, alone, Forwards(Topology(), graphs=False), inputs)), ""
         if row in ("one", "fp8-one"):
-            return ours(dit, Plan(Layout(1, 1, 1), 1, shape), self.alone, inputs), ""
+            return ours(dit, alone, self.alone, inputs), ""
         layout = {"sequence": Layout(1, world, 1), "batch": Layout(2, world // 2, 1)}.get(row, planned.layout)
         if (row in ("sequence", "batch") and layout == planned.layout) or (row == "int8" and layout.ulysses == 1):
             return None
@@ -252,6 +257,18 @@ def ours(dit: DiT, plan: Plan, forwards: Forwards, inputs: Mapping[str, Any]) ->
     rest = {key: value for key, value in inputs.items() if key not in ("x", "timestep")}
 
     return lambda: forwards(dit, plan, inputs["x"], inputs["timestep"], rest)
+
+
+def plainly(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """A forward without any kernel of ours."""
+
+    def plain() -> Tensor:
+        with ExitStack() as stack:
+            for module in (attending, fused, linear, narrow):
+                stack.enter_context(mock.patch.object(module, "has_kernels", return_value=False))
+            return forward()
+
+    return plain
 
 
 def rank_main(rank: int, job: Job, tell: Any) -> None:

@@ -27,9 +27,9 @@ __all__ = ["EMPTY", "FULL", "SLOT_BYTES", "Device", "Letterboxes", "Staging", "e
 
 log = logging.getLogger(__name__)
 
-SLOTS = 2
-"""One is filled while the other is emptied."""
-SLOT_BYTES = 4 << 20
+SLOTS = 4
+"""Some are filled while others are emptied."""
+SLOT_BYTES = 2 << 20
 FLAG_BYTES = 64
 """A flag has a cache line of its own."""
 EMPTY, FULL = 0, 1

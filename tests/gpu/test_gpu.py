@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -82,6 +83,23 @@ def test_without_one_of_the_engines_ways(models: Path, load_golden: Callable[[st
     with Daemon(roots=[models], gpus=range(WORLDS[-1]), settings=settings) as daemon, daemon.client() as client:
         model = client.load("flux_dev_odd.safetensors", dtype="fp32", plan=everyone(daemon))
         assert all(relative_error(model.forward(**golden.inputs), golden.out) <= FP32 for _ in range(4))
+
+
+@pytest.mark.skipif(WORLDS[-1:] < [2], reason="one GPU alone exchanges nothing")
+@pytest.mark.parametrize("exchange", ["plain", "int8"])
+def test_through_the_hosts_memory(models: Path, load_golden: Callable[[str], Golden], exchange: str) -> None:
+    """GPUs that are told not to reach each other: the same result, to the bit at each replay."""
+    golden = load_golden("flux_dev_odd")
+    golden.save(models / "flux_dev_odd.safetensors")
+    without = {"NCCL_P2P_DISABLE": "1"}
+    with Daemon(roots=[models], gpus=range(WORLDS[-1]), environment=without) as daemon, daemon.client() as client:
+        plan = {**everyone(daemon), "exchange": exchange}
+        model = client.load("flux_dev_odd.safetensors", dtype="fp32", plan=plan)
+        outs = [model.forward(**golden.inputs) for _ in range(5)]
+        assert client.stats()["collective_s"] > 0
+        assert not re.search("do it through NCCL|NCCL does it|no CUDA graph", daemon.log)
+    assert relative_error(outs[0], golden.out) <= (FP32 if exchange == "plain" else 2e-2)
+    assert all(torch.equal(out, outs[0]) for out in outs[1:])
 
 
 @pytest.mark.parametrize("tiny", [FLUX, SD3], ids=lambda tiny: tiny.name)
