@@ -205,7 +205,7 @@ def reach_peers(group: Group) -> Peers | None:
         if group.agree(_arrives(block, group)):
             return Peers(lambda size: SymmetricBlock(group.group, size))
         reason = "what was written did not arrive"
-    log.warning("the GPUs don't write into each other's memory: %s; they exchange through NCCL", reason)
+    log.warning("the GPUs don't write into each other's memory: %s", reason)
     return None
 
 

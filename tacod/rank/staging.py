@@ -27,9 +27,9 @@ __all__ = ["EMPTY", "FULL", "SLOT_BYTES", "Device", "Letterboxes", "Staging", "e
 
 log = logging.getLogger(__name__)
 
-SLOTS = 4
-"""Some are filled while others are emptied."""
-SLOT_BYTES = 2 << 20
+SLOTS = 2
+"""One is filled while the other is emptied."""
+SLOT_BYTES = 4 << 20
 FLAG_BYTES = 64
 """A flag has a cache line of its own."""
 EMPTY, FULL = 0, 1
@@ -205,6 +205,7 @@ def reach_host(group: Group) -> Staging | None:
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
     if group.agree(arrived):
+        log.info("the GPUs exchange through the host's memory")
         return staging
     log.warning("the GPUs don't exchange through the host's memory by themselves: %s; NCCL does it for them", reason)
     return None
