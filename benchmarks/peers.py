@@ -265,10 +265,15 @@ def plainly(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
     def plain() -> Tensor:
         with ExitStack() as stack:
             for module in (attending, fused, linear, narrow):
-                stack.enter_context(mock.patch.object(module, "has_kernels", return_value=False))
+                stack.enter_context(mock.patch.object(module, "has_kernels", _none_has))
             return forward()
 
     return plain
+
+
+def _none_has(x: Tensor) -> bool:
+    # No mock, which would remember, and so keep, every tensor.
+    return False
 
 
 def rank_main(rank: int, job: Job, tell: Any) -> None:
@@ -363,9 +368,8 @@ def _about(devices: list[dict[str, Any]]) -> dict[str, Any]:
 # --- the ranks, from outside ------------------------------------------------------------------------------------------
 
 
-def run_ranks(job: Job, results: dict[Step, dict[str, Any]]) -> dict[str, Any]:
-    """Do all steps; a group that is lost is started again for those that are left. Returns what rank 0 is."""
-    about: dict[str, Any] = {}
+def run_ranks(job: Job, results: dict[Step, dict[str, Any]], about: dict[str, Any]) -> None:
+    """Do all steps; a group that is lost is started again for those that are left. Also tells what the ranks are."""
     steps = job.steps
     while steps:
         left = run_group(Job(**{**vars(job), "steps": steps}), results, about)
@@ -374,7 +378,6 @@ def run_ranks(job: Job, results: dict[Step, dict[str, Any]]) -> dict[str, Any]:
                 results[step] = {"reason": "the ranks did not start"}
             break
         steps = left
-    return about
 
 
 def run_group(job: Job, results: dict[Step, dict[str, Any]], about: dict[str, Any]) -> tuple[Step, ...]:
@@ -382,7 +385,21 @@ def run_group(job: Job, results: dict[Step, dict[str, Any]], about: dict[str, An
     Path(job.folder, "rendezvous").unlink(missing_ok=True)
     tell: Any = multiprocessing.get_context("spawn").Queue()
     group = multiprocessing.spawn(rank_main, (job, tell), job.ranks, join=False)  # type: ignore[no-untyped-call]
-    steps, deadline, ended = list(job.steps), time.monotonic() + PATIENCE_S, None
+    steps = list(job.steps)
+    try:
+        _follow(group, tell, job, steps, results, about)
+    finally:
+        for process in group.processes:
+            process.kill()
+            process.join()
+    return tuple(steps)
+
+
+def _follow(
+    group: Any, tell: Any, job: Job, steps: list[Step], results: dict[Step, dict[str, Any]], about: dict[str, Any]
+) -> None:
+    """Take down what the ranks tell, and those of the steps that are done."""
+    deadline, ended = time.monotonic() + PATIENCE_S, None
     current: Step | None = None
     failed: str | None = None
     while steps and ended is None:
@@ -412,10 +429,6 @@ def run_group(job: Job, results: dict[Step, dict[str, Any]], about: dict[str, An
         deadline = time.monotonic() + GRACE_S
         while any(process.is_alive() for process in group.processes) and time.monotonic() < deadline:
             time.sleep(0.1)
-    for process in group.processes:
-        process.kill()
-        process.join()
-    return tuple(steps)
 
 
 def _ended(group: Any) -> str | None:
@@ -543,8 +556,8 @@ def serve(client: Client, job: Job, step: Step, notes: Path | None) -> dict[str,
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def run_model(name: str, options: argparse.Namespace, gpus: Sequence[str]) -> tuple[dict[str, Any], list[Any]]:
-    """All rows of a model; returns what the machine is, and a case for each size."""
+def run_model(name: str, options: argparse.Namespace, gpus: Sequence[str]) -> tuple[dict[str, Any], list[Any], bool]:
+    """All rows of a model; returns what the machine is, a case for each size, and whether it was let end."""
     sizes = [int(size) for size in options.sizes.split(",")]
     batch = plans.MODELS[name][2]
     rows = [row for row in options.rows if _fits(row, batch, options.ranks)]
@@ -557,10 +570,14 @@ def run_model(name: str, options: argparse.Namespace, gpus: Sequence[str]) -> tu
     results: dict[Step, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="peers-", dir=_room(name, options)) as folder:
         job = Job(name, tuple(sizes), tuple(steps), options.ranks, options.rounds, options.dtype, folder)
-        about = run_ranks(job, results)
-        if served:
-            run_daemon(job, gpus, [(pixels, row) for pixels in sizes for row in served], results, options.hops)
-        return about, [make_case(name, pixels, rows, results, Path(folder), options) for pixels in sizes]
+        about: dict[str, Any] = {}
+        whole = False
+        with suppress(KeyboardInterrupt):
+            run_ranks(job, results, about)
+            if served:
+                run_daemon(job, gpus, [(pixels, row) for pixels in sizes for row in served], results, options.hops)
+            whole = True
+        return about, [make_case(name, pixels, rows, results, Path(folder), options) for pixels in sizes], whole
 
 
 def _fits(row: str, batch: int, ranks: int) -> bool:
@@ -717,6 +734,8 @@ def _parse() -> argparse.Namespace:
 def main() -> None:
     """Measure each model, and tell."""
     options = _parse()
+    # Whoever ends it gets what there is, and no daemon stays behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if options.plot:
         from peers_plot import plot
     # Threads that spin while they wait are slow where ranks share cores.
@@ -733,7 +752,7 @@ def main() -> None:
     gpus = gpus[: options.ranks]
     told: dict[str, Any] = {"about": {"commit": options.commit}, "cases": []}
     for number, name in enumerate(options.models.split(",")):
-        about, cases = run_model(name, options, gpus)
+        about, cases, whole = run_model(name, options, gpus)
         told["about"] |= about
         told["cases"] += cases
         if number == 0 and about:
@@ -742,6 +761,8 @@ def main() -> None:
             show_case(case)
         if options.json:
             Path(options.json).write_text(json.dumps(told, indent=2))
+        if not whole:
+            sys.exit("ended before all was measured")
     if options.plot:
         plot(Path(options.plot), told)
 
