@@ -201,6 +201,8 @@ class Bench:
     def measure(self, pixels: int, row: str) -> dict[str, Any] | None:
         """The milliseconds of each round, and of the first call with all its compiling; None to leave it out."""
         self.dit  # noqa: B018  before the peak is counted
+        if not row.startswith("fp8"):
+            self.__dict__.pop("narrow", None)
         self.tidy()
         found = self.forward(pixels, row)
         if found is None:
