@@ -611,7 +611,9 @@ def make_case(
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     """What was measured at one size, with speed-ups and errors."""
-    kept = {row: _out(folder / f"{pixels}-{row}.safetensors") for row in (*rows, "reference")}
+    # A row that was cut short may have left half a file.
+    done = (row for row in (*rows, "reference") if "reason" not in results.get((pixels, row), {"reason": ""}))
+    kept = {row: _out(folder / f"{pixels}-{row}.safetensors") for row in done}
     told = []
     one_ms = _median(results.get((pixels, "one"), {}))
     for row in rows:
@@ -625,8 +627,8 @@ def make_case(
                 "p10_ms": float(low),
                 "p90_ms": float(high),
                 "speedup": one_ms and one_ms / ms,
-                "error": _error(kept[row], kept.get("one")) if row != "one" else None,
-                "error_fp32": _error(kept[row], kept["reference"]),
+                "error": _error(kept.get(row), kept.get("one")) if row != "one" else None,
+                "error_fp32": _error(kept.get(row), kept.get("reference")),
             }
         told.append(found)
     _, _, batch, text, _ = plans.MODELS[name]

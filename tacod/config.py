@@ -99,7 +99,7 @@ class Group(_Section):
     cuda_graphs: bool = True
     """Whether forwards that come again are replayed as CUDA graphs; off to see whether something is their doing."""
     peer_memory: bool = True
-    """Whether GPUs do Ulysses' exchange themselves, in each other's memory or else in the host's, and not by NCCL."""
+    """Whether GPUs exchange, within a Ulysses group, by memory of each other's or else the host's, and not by NCCL."""
     warm_up: bool = True
     """Whether a load on GPUs runs forwards of 1024 pixels and measures them; off where only smaller ones fit."""
 

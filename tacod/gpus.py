@@ -23,7 +23,7 @@ SLOW_LINK = 8e9
 """Bytes a second; PCIe 3.0 x16 gives about 12e9."""
 SLOWED_BY = {
     "NCCL_P2P_DISABLE": "GPUs reach each other through host memory",
-    "NCCL_SHM_DISABLE": "ranks without peer access use the network",
+    "NCCL_SHM_DISABLE": "what ranks without peer access leave to NCCL uses the network",
     "NCCL_DEBUG": "NCCL writes to the log",
     "CUDA_LAUNCH_BLOCKING": "every kernel waits for the one before",
 }

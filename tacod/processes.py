@@ -169,13 +169,13 @@ class Processes:
 
 _NOT_INHERITED = {
     *("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID"),
-    *("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"),
+    *("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS"),
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"),
 }
 
 
 def _environment(kind: str, devices: Sequence[str]) -> dict[str, str]:
-    """A rank's environment: the group's devices alone, and no allocator settings meant for someone else's process.
+    """A rank's environment: the group's devices alone, and no settings meant for someone else's process.
 
     Each rank uses the one at its own index; it sees the others to write into their memory.
     """

@@ -99,8 +99,8 @@ def from_wire(tensor: Tensor, kind: Kind, locked: bool = False) -> Any:
 
     dtype: torch.dtype = getattr(torch, _TORCH_NAMES[tensor.dtype])
     if not math.prod(tensor.shape):
-        return torch.empty(tensor.shape, dtype=dtype)
-    room = torch.empty(tensor.nbytes, dtype=torch.uint8, pin_memory=locked)
+        return torch.empty(tensor.shape, dtype=dtype, device="cpu")
+    room = torch.empty(tensor.nbytes, dtype=torch.uint8, device="cpu", pin_memory=locked)
     _fill(room.numpy(), tensor.frames)
     return room.view(dtype).reshape(tensor.shape)
 

@@ -19,6 +19,8 @@ Kept = dict[tuple[bytes | None, torch.dtype], torch.Tensor]
 """Tensors on the device by digest and dtype."""
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
+LOCKED_BYTES = 16 << 20
+"""Arguments up to this size, a step's latents above all, reach a GPU through memory that is locked for it."""
 
 
 def check_arguments(given: Mapping[str, Any], specs: Mapping[str, Spec], family: str) -> None:
@@ -176,11 +178,12 @@ def load_arguments(
 
 
 def _on_device(value: wire.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    tensor: torch.Tensor = from_wire(value, "torch", locked=device.type == "cuda")
+    # From locked memory it goes by itself, and PyTorch keeps that until it has gone, and for the next one.
+    locked = device.type == "cuda" and value.dtype != "BOOL" and value.nbytes <= LOCKED_BYTES
+    tensor: torch.Tensor = from_wire(value, "torch", locked)
     if tensor.dtype == torch.bool:
         tensor = torch.zeros(tensor.shape, dtype=dtype).masked_fill(~tensor, -math.inf)
-    # From locked memory it goes by itself, and PyTorch keeps that until it has gone.
-    return tensor.to(device, non_blocking=True).to(dtype)
+    return tensor.to(device, non_blocking=locked).to(dtype)
 
 
 def _control(value: Mapping[str, Any]) -> Control:

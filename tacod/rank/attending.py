@@ -68,6 +68,12 @@ class Attending:
         """For each run, how many tokens each of its ranks has."""
         return [[sum(each) for each in zip(*run, strict=True)] for run in self._streams]
 
+    @property
+    def _others(self) -> list[int]:
+        """The other ranks of the run, from the next one on: no two ranks begin with the same."""
+        group = self._sequence.ulysses
+        return [(group.rank + turn) % group.size for turn in range(1, group.size)]
+
     def _send(self, stream: Projected, index: int, meanwhile: bool) -> None:
         """Set out this rank's heads of a stream for each rank of its run, and have them travel while it computes on.
 
@@ -95,9 +101,8 @@ class Attending:
                 for rank, target in enumerate(targets)
             ]
             stream.pack(places)
-            for place, target in zip(places, targets, strict=True):
-                if place is not target:
-                    self._slot.send(place, target)
+            for rank in self._others if meanwhile else ():
+                self._slot.send(places[rank], targets[rank])
             return
         arriving = [self._received.narrow(0, *each) for each in zip(first, counts, strict=True)]
         places = [stream.qkv.new_empty(counts[group.rank], batch, 3, count, width) for count in self._heads]
@@ -128,12 +133,12 @@ class Attending:
         leaving = list(torch.split(out.permute(2, 0, 1, 3).contiguous(), self._tokens[ring.rank]))
         if self._slot is not None:
             first, count = sum(self._heads[: group.rank]), self._heads[group.rank]
-            for rank, part in enumerate(leaving):
+            for rank in (*self._others, group.rank):
                 target = self._slot.returned(rank)[:, :, first : first + count]
                 if meanwhile and rank != group.rank:
-                    self._slot.send(part, target)
+                    self._slot.send(leaving[rank], target)
                 else:
-                    copy_heads(part, target)
+                    copy_heads(leaving[rank], target)
             return
         kept = leaving[group.rank]
         tokens, batch, _, width = kept.shape

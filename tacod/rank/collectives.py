@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 
 import torch
@@ -26,7 +27,6 @@ class Clock:
 
     def __init__(self) -> None:
         self._seconds = 0.0
-        self._started = 0.0
         self._counter: Tensor | None = None
         self._seen: Tensor | None = None
         """What it showed when the host last waited for the GPU."""
@@ -39,19 +39,20 @@ class Clock:
             self._counter = torch.zeros(1, dtype=torch.int64, device="cuda")
         return self._counter
 
-    def begin(self, on_gpu: bool) -> None:
-        """A collective starts."""
-        if on_gpu:
-            self._mark(-1)
-        else:
-            self._started = time.perf_counter()
-
-    def end(self, on_gpu: bool) -> None:
-        """The collective that started last is over."""
-        if on_gpu:
+    @contextmanager
+    def counting(self, on_gpu: bool) -> Iterator[None]:
+        """Within, a collective or the wait for one."""
+        if not on_gpu:
+            started = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - started
+            return
+        self._mark(-1)
+        try:
+            yield
+        finally:
+            # One mark alone would count for ages.
             self._mark(1)
-        else:
-            self._seconds += time.perf_counter() - self._started
 
     def _mark(self, sign: int) -> None:
         from tacod.rank import kernels
@@ -95,16 +96,15 @@ class Group:
         """Exchange flat buffers: ``send[r]`` elements of ``sent`` go to rank r, ``receive[r]`` come from it."""
         received = sent.new_empty(sum(receive))
         width = sent.element_size()
-        self.clock.begin(sent.is_cuda)
-        # As bytes, because gloo doesn't know every dtype in every version of torch, and nothing is added up here.
-        dist.all_to_all_single(
-            received.view(torch.uint8),
-            sent.view(torch.uint8),
-            [n * width for n in receive],
-            [n * width for n in send],
-            group=self.group,
-        )
-        self.clock.end(sent.is_cuda)
+        with self.clock.counting(sent.is_cuda):
+            # As bytes, because gloo doesn't know every dtype in every version of torch, and nothing is added up here.
+            dist.all_to_all_single(
+                received.view(torch.uint8),
+                sent.view(torch.uint8),
+                [n * width for n in receive],
+                [n * width for n in send],
+                group=self.group,
+            )
         return received
 
     def exchange(self, sent: Sequence[Tensor], received: Sequence[Tensor], narrow: bool = False) -> Exchange:
@@ -133,9 +133,8 @@ class Group:
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
         """``tensor`` as the rank ``source`` has it, on every rank; elsewhere it says shape and dtype."""
         flat = tensor.contiguous()
-        self.clock.begin(flat.is_cuda)
-        dist.broadcast(flat.view(-1).view(torch.uint8), group=self.group, group_src=source)
-        self.clock.end(flat.is_cuda)
+        with self.clock.counting(flat.is_cuda):
+            dist.broadcast(flat.view(-1).view(torch.uint8), group=self.group, group_src=source)
         return flat
 
     def agree(self, verdict: bool) -> bool:
@@ -196,9 +195,8 @@ class Exchange:
     def wait(self) -> None:
         """What is computed from here on finds what was received; the clock counts what was not hidden."""
         if self._work is not None:
-            self.group.clock.begin(on_gpu=True)
-            self._work.wait()
-            self.group.clock.end(on_gpu=True)
+            with self.group.clock.counting(on_gpu=True):
+                self._work.wait()
         if self._narrow:
             for coming, received in zip(self._coming, self._received, strict=True):
                 if len(coming):
@@ -224,8 +222,7 @@ class Passing:
 
     def wait(self) -> Tensor:
         """What came from the rank before."""
-        self.group.clock.begin(self.received.is_cuda)
-        for work in self._works:
-            work.wait()
-        self.group.clock.end(self.received.is_cuda)
+        with self.group.clock.counting(self.received.is_cuda):
+            for work in self._works:
+                work.wait()
         return self.received

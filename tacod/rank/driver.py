@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["copy_bytes", "copy_rows", "map_host", "unmap_host", "wait_until", "write"]
+__all__ = ["copy_bytes", "copy_rows", "map_host", "rows_of", "unmap_host", "wait_until", "write"]
 
 _DEVICE = 2
 _EQUAL = 1
@@ -70,23 +70,34 @@ def copy_bytes(source: int, target: int, size: int) -> None:
     _call("cuMemcpyAsync", ctypes.c_uint64(target), ctypes.c_uint64(source), ctypes.c_size_t(size), _stream())
 
 
-def copy_rows(source: Tensor, target: Tensor) -> None:
-    """Copy a contiguous tensor on this GPU to one of its shape and dtype, on this GPU or one that it reaches.
+def rows_of(source: Tensor, target: Tensor) -> tuple[int, int, int]:
+    """How many rows make up a copy, how many bytes each has, and how far apart they begin in ``target``.
 
-    ``target`` is contiguous too; or its first two dimensions are, and its others, so that rows lie apart.
+    Both have one shape and dtype, and ``source`` is contiguous. ``target`` is too, and then it is one row; or its first
+    two dimensions are, and its others.
     """
     assert source.is_contiguous()
     assert source.shape == target.shape
+    assert source.dtype == target.dtype
+    if target.is_contiguous():
+        return 1, source.nbytes, source.nbytes
+    assert target.stride(0) == target.shape[1] * target.stride(1)
+    assert target[0, 0].is_contiguous()
+    return source.shape[0] * source.shape[1], source[0, 0].nbytes, target.stride(1) * target.element_size()
+
+
+def copy_rows(source: Tensor, target: Tensor) -> None:
+    """Copy a tensor on this GPU, of what `rows_of` can be said, to one on this GPU or one that it reaches."""
+    rows, width, pitch = rows_of(source, target)
     if not source.numel():
         return
-    if target.is_contiguous():
-        copy_bytes(source.data_ptr(), target.data_ptr(), source.nbytes)
+    if rows == 1:
+        copy_bytes(source.data_ptr(), target.data_ptr(), width)
         return
-    width = source[0, 0].nbytes
     copy = _Copy2D(
         src_kind=_DEVICE, src_device=source.data_ptr(), src_pitch=width,
-        dst_kind=_DEVICE, dst_device=target.data_ptr(), dst_pitch=target.stride(1) * target.element_size(),
-        width=width, height=source.shape[0] * source.shape[1],
+        dst_kind=_DEVICE, dst_device=target.data_ptr(), dst_pitch=pitch,
+        width=width, height=rows,
     )  # fmt: skip
     _call("cuMemcpy2DAsync_v2", ctypes.byref(copy), _stream())
 

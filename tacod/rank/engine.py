@@ -193,6 +193,7 @@ class Engine:
             hint = "that was a forward at 1024² on all ranks, to warm up; unload a model, or set group.warm_up = false"
             with self.memory_errors(hint):
                 loaded.pace = warm_up(loaded, self.forwards, self.device)
+                self.topology.clock.wait()
         description = {
             "family": loaded.family,
             "parameters": checkpoint.parameters,

@@ -98,11 +98,15 @@ class Peers:
         self._make_block = make_block
         self._blocks: list[list[tuple[int, Block]]] = []
         """For each slot its blocks, with their sizes; graphs hold on to those that were outgrown."""
+        self._retired: list[list[tuple[int, Block]]] = []
+        """Those of before a failure."""
         self._busy: list[bool] = []
         self._views: dict[Any, Tensor] = {}
 
     def open(self, tokens: Sequence[int], batch: int, heads: Sequence[int], width: int, dtype: torch.dtype) -> Slot:
         """Room for one attention; ``tokens`` and ``heads`` are what each rank has. Every rank calls it alike."""
+        # Since then every rank has answered, and before that waited for what it had under way: nobody writes there.
+        self._retired.clear()
         slot = self._busy.index(False) if False in self._busy else len(self._busy)
         if slot == len(self._busy):
             self._busy.append(False)
@@ -124,9 +128,11 @@ class Peers:
     def discard(self) -> None:
         """Begin anew: a forward that failed may have left one rank waiting where another one isn't.
 
-        Every graph that stores into these blocks must be gone.
+        Every graph that stores into these blocks must be gone, and what this rank stores be done; others' may still be
+        under way.
         """
-        self._blocks.clear()
+        self._retired += self._blocks
+        self._blocks = []
         self._busy.clear()
         self._views.clear()
 
@@ -202,9 +208,14 @@ def reach_peers(group: Group) -> Peers | None:
         reason = str(error).splitlines()[0]
     if group.agree(block is not None):
         assert block is not None
-        if group.agree(_arrives(block, group)):
+        arrived = False
+        try:
+            arrived = _arrives(block, group)
+            reason = "what was written did not arrive"
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+        if group.agree(arrived):
             return Peers(lambda size: SymmetricBlock(group.group, size))
-        reason = "what was written did not arrive"
     log.warning("the GPUs don't write into each other's memory: %s", reason)
     return None
 

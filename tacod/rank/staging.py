@@ -116,6 +116,8 @@ class GPU:
 
     def fetch(self, target: Tensor, flag: int, slot: int) -> None:
         """See `Device.fetch`."""
+        # The GPU knows nothing of what waits for other ranks: it is to keep the order in which it was asked.
+        self._coming.wait_stream(self._leaving)
         with torch.cuda.stream(self._coming):
             driver.wait_until(self._address + flag, FULL)
             driver.copy_bytes(self._address + slot, target.data_ptr(), target.nbytes)
@@ -147,13 +149,16 @@ class Staging:
 
         Raises `RuntimeError` or `OSError` on all ranks if one can't.
         """
-        own = os.memfd_create("tacod-staging") if self._group.rank == 0 else -1
-        if own >= 0:
-            os.ftruncate(own, self._boxes.size)
+        own, gpu = -1, None
+        problem: Exception = RuntimeError("another rank can't open it")
+        try:
+            if self._group.rank == 0:
+                own = os.memfd_create("tacod-staging")
+                os.ftruncate(own, self._boxes.size)
+        except OSError as error:
+            problem = error
         place = torch.tensor([os.getpid(), own], dtype=torch.int64, device="cuda")
         pid, number = self._group.broadcast(place, source=0).tolist()
-        gpu = None
-        problem: Exception = RuntimeError("another rank can't open it")
         try:
             fd = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR)
             try:
@@ -165,9 +170,11 @@ class Staging:
         everywhere = self._group.agree(gpu is not None)
         if own >= 0:
             os.close(own)
-        if gpu is None or not everywhere:
-            raise problem
-        return gpu
+        if gpu is not None and everywhere:
+            return gpu
+        if gpu is not None:
+            gpu.close()
+        raise problem
 
     def discard(self) -> None:
         """Begin anew at the next exchange: a forward that failed may have left some of it.
@@ -207,6 +214,7 @@ def reach_host(group: Group) -> Staging | None:
     if group.agree(arrived):
         log.info("the GPUs exchange through the host's memory")
         return staging
+    staging.discard()
     log.warning("the GPUs don't exchange through the host's memory by themselves: %s; NCCL does it for them", reason)
     return None
 

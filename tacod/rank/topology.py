@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 
 from tacod.plan import Layout
@@ -62,6 +63,11 @@ class Topology:
 
         Every graph must be gone.
         """
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()
+            # Its waits are no later step's.
+            self.clock.wait()
+            self.clock.take_s()
         for group in self._reached:
             if group.peers is not None:
                 group.peers.discard()

@@ -45,7 +45,6 @@ def warm_up(dit: DiT, forwards: Forwards, device: torch.device) -> Pace | None:
             if device.type == "cuda":
                 forwards.topology.clock.wait()
             took[layout] = min(took[layout], time.perf_counter() - started)
-    forwards.topology.clock.take_s()
     if world == 1 or not fits:
         return None
     mine = torch.tensor([took[alone], took[shared]], dtype=torch.float64, device=device)

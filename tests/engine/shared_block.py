@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tacod.rank import driver
 from tacod.rank.collectives import Clock, Group
 from tacod.rank.peers import Peers
 
@@ -39,7 +40,8 @@ class SharedBlock:
         return self._memory[rank][start : start + size].view(dtype).view(list(shape))
 
     def send(self, source: Tensor, target: Tensor) -> None:
-        """See `tacod.rank.peers.Block.send`; as late as may be."""
+        """See `tacod.rank.peers.Block.send`; as late as may be, and of what a copy engine takes only."""
+        driver.rows_of(source, target)
         self._leaving.append((source, target))
 
     def barrier(self, clock: Clock) -> None:
@@ -47,9 +49,8 @@ class SharedBlock:
         for source, target in self._leaving:
             target.copy_(source)
         self._leaving.clear()
-        clock.begin(on_gpu=False)
-        dist.barrier(self.group.group)
-        clock.end(on_gpu=False)
+        with clock.counting(on_gpu=False):
+            dist.barrier(self.group.group)
 
 
 def reach_shared(group: Group) -> None:

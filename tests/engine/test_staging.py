@@ -27,11 +27,14 @@ class Host:
 
 
 class FakeGPU:
-    """Two streams, whose next operation is done when the test says so and the flag that it waits for allows."""
+    """Two streams, whose next operation is done when the test says so and the flag that it waits for allows.
 
-    def __init__(self, host: Host) -> None:
+    In one queue, what was asked for later is done later.
+    """
+
+    def __init__(self, host: Host, queues: int) -> None:
         self.host = host
-        self.streams: tuple[deque[tuple[str, Tensor, int, int]], ...] = deque(), deque()
+        self.streams: tuple[deque[tuple[str, Tensor, int, int]], ...] = tuple(deque() for _ in range(queues))
 
     def begin(self) -> None:
         pass
@@ -40,7 +43,7 @@ class FakeGPU:
         self.streams[0].append(("leave", source, flag, slot))
 
     def fetch(self, target: Tensor, flag: int, slot: int) -> None:
-        self.streams[1].append(("fetch", target, flag, slot))
+        self.streams[-1].append(("fetch", target, flag, slot))
 
     def join(self) -> None:
         pass
@@ -65,14 +68,15 @@ def _small_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(staging, "SLOT_BYTES", SLOT)
 
 
+@pytest.mark.parametrize("queues", [1, 2])
 @given(data=st.data(), ranks=st.integers(2, 5), exchanges=st.integers(1, 4), seed=st.integers(0, 2**32))
 def test_all_arrives_in_whatever_order_streams_go_on(
-    data: st.DataObject, ranks: int, exchanges: int, seed: int
+    data: st.DataObject, ranks: int, exchanges: int, seed: int, queues: int
 ) -> None:
     """Also of exchanges that begin before earlier ones end, and of parts that are empty or longer than all slots."""
     order = random.Random(seed)
     host, boxes = Host(), Letterboxes(ranks)
-    gpus = [FakeGPU(host) for _ in range(ranks)]
+    gpus = [FakeGPU(host, queues) for _ in range(ranks)]
     expected: list[tuple[Tensor, Tensor]] = []
     for _ in range(exchanges):
         sizes = data.draw(st.lists(st.integers(0, 4 * SLOT), min_size=ranks**2, max_size=ranks**2))

@@ -26,6 +26,7 @@ GOLDENS = [
     *("flux_dev", "flux_dev_odd", "flux_kontext", "flux_schnell"),
     *("sd35_large", "sd35_medium", "pixart_alpha", "pixart_sigma"),
 ]
+ONE = {"sequence_parallel_degree": 1, "cfg_parallel": False}
 WORLDS = [count for count in (1, 2, 3, 4) if count <= torch.cuda.device_count()]
 
 
@@ -96,10 +97,14 @@ def test_through_the_hosts_memory(models: Path, load_golden: Callable[[str], Gol
         model = client.load("flux_dev_odd.safetensors", dtype="fp32", plan=plan)
         outs = [model.forward(**golden.inputs) for _ in range(5)]
         assert client.stats()["collective_s"] > 0
+        tiny = FLUX.inputs(size=(512, 512))
+        wide = [client.load(FLUX.file, dtype="fp32", plan=given).forward(**tiny) for given in [plan] * 4 + [ONE]]
         assert "exchange through the host's memory\n" in daemon.log
         assert "no CUDA graph" not in daemon.log
     assert relative_error(outs[0], golden.out) <= (FP32 if exchange == "plain" else 2e-2)
     assert all(torch.equal(out, outs[0]) for out in outs[1:])
+    assert relative_error(wide[0], wide[-1]) <= (1e-5 if exchange == "plain" else 2e-2), "of more pieces than slots"
+    assert all(torch.equal(out, wide[0]) for out in wide[1:-1])
 
 
 @pytest.mark.parametrize("tiny", [FLUX, SD3], ids=lambda tiny: tiny.name)
@@ -152,9 +157,7 @@ def test_unload_gives_device_memory_back(gpu_daemon: Daemon) -> None:
 def test_a_sampling_run_is_the_same_at_any_number_of_gpus(gpu_daemon: Daemon) -> None:
     with gpu_daemon.client() as client:
         together = SD3.sample(client.load(SD3.file, dtype="fp32", plan=everyone(gpu_daemon)), 8).result()
-        alone = SD3.sample(
-            client.load(SD3.file, dtype="fp32", plan={"sequence_parallel_degree": 1, "cfg_parallel": False}), 8
-        ).result()
+        alone = SD3.sample(client.load(SD3.file, dtype="fp32", plan=ONE), 8).result()
     assert relative_error(together, alone) <= 1e-5
 
 

@@ -166,6 +166,15 @@ def test_result_is_writable_and_the_callers_own() -> None:
     assert data.tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("shape", [(2, 3), (0, 3)])
+def test_a_result_is_on_the_cpu_wherever_its_caller_makes_tensors(shape: tuple[int, ...]) -> None:
+    sent = torch.ones(shape)
+    with torch.device("meta"):
+        arrived = from_wire(to_wire(sent, "x"), "torch")
+    assert arrived.device.type == "cpu"
+    assert torch.equal(arrived, sent)
+
+
 def test_large_tensor_travels_in_frames_of_8_mib() -> None:
     size = 2 * wire.FRAME_BYTES + 12
     array = np.arange(size // 4, dtype=np.int32)
