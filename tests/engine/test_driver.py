@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tacod.rank.driver import rows_of
@@ -12,6 +12,7 @@ from tacod.rank.driver import rows_of
 few = st.integers(1, 4)
 
 
+@settings(deadline=None)
 @given(tokens=few, batch=few, mine=few, before=st.integers(0, 3), after=st.integers(0, 3), width=few)
 def test_rows_reach_their_places_and_no_others(
     tokens: int, batch: int, mine: int, before: int, after: int, width: int

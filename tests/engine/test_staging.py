@@ -8,7 +8,7 @@ from collections import deque
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -69,6 +69,7 @@ def _small_slots(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("queues", [1, 2])
+@settings(deadline=None)
 @given(data=st.data(), ranks=st.integers(2, 5), exchanges=st.integers(1, 4), seed=st.integers(0, 2**32))
 def test_all_arrives_in_whatever_order_streams_go_on(
     data: st.DataObject, ranks: int, exchanges: int, seed: int, queues: int
