@@ -507,12 +507,14 @@ def run_daemon(
         with ExitStack() as stack:
             notes = stack.enter_context(hops.noting()) if hop_by_hop else None
             command = (hops.__file__, "--daemon") if hop_by_hop else ("-m", "tacod.daemon", "--config")
+            started_s: float | None = time.monotonic()
             client = stack.enter_context(Client(stack.enter_context(daemon(gpus, job.ranks, job.folder, command))))
             for step in steps:
                 try:
-                    results[step] = serve(client, job, step, notes)
+                    results[step] = serve(client, job, step, notes, started_s)
                 except Exception as error:
                     results[step] = {"reason": _words(error)}
+                started_s = None
                 report(job.model, step, results[step])
     except Exception as error:
         for step in steps:
@@ -520,21 +522,22 @@ def run_daemon(
             report(job.model, step, results[step])
 
 
-def serve(client: Client, job: Job, step: Step, notes: Path | None) -> dict[str, Any]:
-    """One served row; with ``notes`` of every hop, where a call is when."""
+def serve(client: Client, job: Job, step: Step, notes: Path | None, started_s: float | None) -> dict[str, Any]:
+    """One served row; with ``notes`` of every hop, where a call is when, with ``started_s`` of the start too."""
     pixels, row = step
     inputs = load_file(Path(job.folder, f"{pixels}-inputs.safetensors"))
     plan = ONE_RANK if row == "daemon-one" else "auto"
     model = client.load("model.safetensors", plan=plan, dtype=job.dtype)
     model.stats = stats = Split()
     calls = []
-    since_ns = 0
+    since_ns, answered_s = 0, 0.0
     for call in range(WARM_UPS + job.rounds):
         if call == WARM_UPS:
             since_ns = time.monotonic_ns()
         started = time.perf_counter()
         out = model.forward(**inputs)
         calls.append(((time.perf_counter() - started) * 1000, stats.parts))
+        answered_s = answered_s or time.monotonic()
     ended_ns = time.monotonic_ns()
     times = [ms for ms, _ in calls]
     # The split of the call that took the median time adds up, as medians of parts need not.
@@ -543,6 +546,7 @@ def serve(client: Client, job: Job, step: Step, notes: Path | None) -> dict[str,
     told = next(told for told in client.models() if told["id"] == model.id)
     ranks = client.status()["group"]["ranks"]
     return {
+        **({"cold_s": answered_s - started_s} if started_s is not None else {}),
         "first_ms": times[0],
         "times_ms": times[WARM_UPS:],
         "plan": stats.plan,
@@ -697,7 +701,8 @@ def show_split(row: Mapping[str, Any], alone: Mapping[str, Any] | None) -> None:
     print(f"  {row['label']}: {parts} = {whole:.2f} of {row['split_of_ms']:.2f} ms", end="")
     if alone is not None:
         print(f"; {100 * (row['ms'] / alone['ms'] - 1):+.1f} % over the rank alone", end="")
-    print(f"; loaded in {row['load_s']:.1f} s, {row['load_bytes_per_s'] / 1e9:.1f} GB/s a rank")
+    print(f"; loaded in {row['load_s']:.1f} s, {row['load_bytes_per_s'] / 1e9:.1f} GB/s a rank", end="")
+    print(f"; first answer {row['cold_s']:.1f} s after tacod's start" if "cold_s" in row else "")
     hops.show(row["hops_ms"])
 
 
