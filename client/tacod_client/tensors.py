@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Kind", "from_wire", "kind_of", "like", "rows", "to_wire"]
 
 Kind = Literal["torch", "numpy"]
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 _TORCH_NAMES = {
     "F64": "float64",
@@ -103,9 +104,6 @@ def from_wire(tensor: Tensor, kind: Kind, locked: bool = False) -> Any:
     room = torch.empty(tensor.nbytes, dtype=torch.uint8, device="cpu", pin_memory=locked)
     _fill(room.numpy(), tensor.frames)
     return room.view(dtype).reshape(tensor.shape)
-
-
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def _fill(room: Bytes, frames: Iterable[Buffer]) -> Bytes:

@@ -108,8 +108,10 @@ def serve(engine: Engine, rank: int, epoch: str, address: str, arena: Arena) -> 
     socket.connect(address)
     ready = {"rank": rank, "epoch": epoch, "memory_used_bytes": engine.memory_used_bytes}
     socket.send_multipart(wire.encode(Message("ready", ready)))
+    # Where every rank may keep a core to itself, and as many are left.
+    wakeful = engine.device.type == "cuda" and len(os.sched_getaffinity(0)) > 2 * engine.topology.world_size
     while True:
-        if engine.device.type == "cuda" and len(os.sched_getaffinity(0)) > 2 * engine.topology.world_size:
+        if wakeful:
             _look_out(socket)
         frames = socket.recv_multipart(copy=False)
         # What the supervisor sends is readable; if it isn't, this rank ends, and a new one starts with a clean slate.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tacod.rank.narrow import from_bytes, narrow_bytes, to_bytes
 from tacod.rank.peers import Peers, Slot
-from tacod.rank.staging import Staged, Staging
+from tacod.rank.staging import Staging
 
 __all__ = ["Clock", "Exchange", "Group"]
 
@@ -165,14 +165,15 @@ class Exchange:
         self.group = group
         self._received = received
         self._narrow = narrow
-        self._work: dist.Work | Staged | None = None
+        self._work: dist.Work | Staging | None = None
         nothing = sent[0].new_empty(0, dtype=torch.uint8)
         # As bytes, because gloo doesn't know every dtype in every version of torch, and nothing is added up here.
         others = [rank != group.rank for rank in range(group.size)]
         self._away = [self._bytes(each) if other else nothing for each, other in zip(sent, others, strict=True)]
         self._coming = [self._place(each) if other else nothing for each, other in zip(received, others, strict=True)]
         if group.staging is not None:
-            self._work = group.staging.exchange(self._away, self._coming)
+            self._work = group.staging
+            group.staging.exchange(self._away, self._coming)
             return
         if sent[0].is_cuda:
             self._work = dist.all_to_all(self._coming, self._away, group=group.group, async_op=True)

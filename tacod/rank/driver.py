@@ -19,25 +19,23 @@ _DEVICE = 2
 _EQUAL = 1
 
 
+def _side(name: str) -> list[tuple[str, Any]]:
+    """Where one side of a copy lies."""
+    return [
+        (f"{name}_x", ctypes.c_size_t),
+        (f"{name}_y", ctypes.c_size_t),
+        (f"{name}_kind", ctypes.c_uint),
+        (f"{name}_host", ctypes.c_void_p),
+        (f"{name}_device", ctypes.c_uint64),
+        (f"{name}_array", ctypes.c_void_p),
+        (f"{name}_pitch", ctypes.c_size_t),
+    ]
+
+
 class _Copy2D(ctypes.Structure):
     """CUDA_MEMCPY2D."""
 
-    _fields_ = [
-        *((f"src_{name}", kind) for name, kind in (("x", ctypes.c_size_t), ("y", ctypes.c_size_t))),
-        ("src_kind", ctypes.c_uint),
-        ("src_host", ctypes.c_void_p),
-        ("src_device", ctypes.c_uint64),
-        ("src_array", ctypes.c_void_p),
-        ("src_pitch", ctypes.c_size_t),
-        *((f"dst_{name}", kind) for name, kind in (("x", ctypes.c_size_t), ("y", ctypes.c_size_t))),
-        ("dst_kind", ctypes.c_uint),
-        ("dst_host", ctypes.c_void_p),
-        ("dst_device", ctypes.c_uint64),
-        ("dst_array", ctypes.c_void_p),
-        ("dst_pitch", ctypes.c_size_t),
-        ("width", ctypes.c_size_t),
-        ("height", ctypes.c_size_t),
-    ]
+    _fields_ = [*_side("src"), *_side("dst"), ("width", ctypes.c_size_t), ("height", ctypes.c_size_t)]
 
 
 @cache
@@ -46,9 +44,15 @@ def _library() -> Any:
 
 
 def _call(name: str, *arguments: Any) -> None:
-    code = getattr(_library(), name)(*arguments)
+    """Raises `RuntimeError` with the driver's own words."""
+    library = _library()
+    if not hasattr(library, name):
+        raise RuntimeError(f"this CUDA driver has no {name}; install one of CUDA 12 or newer")
+    code = getattr(library, name)(*arguments)
     if code:
-        raise RuntimeError(f"CUDA driver: {name} failed with error {code}")
+        words = ctypes.c_char_p()
+        library.cuGetErrorString(code, ctypes.byref(words))
+        raise RuntimeError(f"CUDA driver: {name}: {(words.value or b'unknown error').decode()} ({code})")
 
 
 def _stream() -> ctypes.c_void_p:

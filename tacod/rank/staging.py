@@ -137,12 +137,16 @@ class Staging:
         self._boxes = Letterboxes(group.size)
         self._gpu: GPU | None = None
 
-    def exchange(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> Staged:
-        """See `exchange`. Until `Staged.wait`, what is sent stays as it is and what is received isn't read."""
+    def exchange(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> None:
+        """See `exchange`. Until `wait`, what is sent stays as it is and what is received isn't read."""
         if self._gpu is None:
             self._gpu = self._open()
         exchange(self._group.rank, self._boxes, self._gpu, sent, received)
-        return Staged(self._gpu, sent)
+
+    def wait(self) -> None:
+        """What is computed from here on finds what was received, and may write to what was sent."""
+        assert self._gpu is not None
+        self._gpu.join()
 
     def _open(self) -> GPU:
         """Memory that rank 0 makes and the others open.
@@ -186,18 +190,6 @@ class Staging:
         self._gpu = None
 
 
-class Staged:
-    """An exchange under way."""
-
-    def __init__(self, device: Device, sent: Sequence[Tensor]) -> None:
-        self._device = device
-        self._sent = sent
-
-    def wait(self) -> None:
-        """What is computed from here on finds what was received, and may write to what was sent."""
-        self._device.join()
-
-
 def reach_host(group: Group) -> Staging | None:
     """Memory of the host by which this group's GPUs exchange; None, and why in the log, if they can't.
 
@@ -224,6 +216,7 @@ def _arrives(staging: Staging, group: Group) -> bool:
     numbers = torch.arange(_TRY_BYTES // 8, device="cuda")
     sent = [(numbers * group.size + group.rank) * group.size + rank for rank in range(group.size)]
     received = [torch.zeros_like(numbers) for _ in sent]
-    staging.exchange([each.view(torch.uint8) for each in sent], [each.view(torch.uint8) for each in received]).wait()
+    staging.exchange([each.view(torch.uint8) for each in sent], [each.view(torch.uint8) for each in received])
+    staging.wait()
     others = ((rank, each) for rank, each in enumerate(received) if rank != group.rank)
     return all(bool((each == (numbers * group.size + rank) * group.size + group.rank).all()) for rank, each in others)

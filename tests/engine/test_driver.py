@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tacod.rank import driver
 from tacod.rank.driver import rows_of
+from tacod.rank.shortage import shortage
 
 few = st.integers(1, 4)
 
@@ -42,3 +48,17 @@ def test_what_lies_otherwise_is_refused() -> None:
     ):
         with pytest.raises(AssertionError):
             rows_of(source, target)
+
+
+def test_errors_say_what_the_driver_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    def string(code: int, words: Any) -> int:
+        ctypes.cast(words, ctypes.POINTER(ctypes.c_char_p))[0] = b"out of memory"
+        return 0
+
+    library = SimpleNamespace(cuMemHostRegister_v2=lambda *given: 2, cuGetErrorString=string)
+    monkeypatch.setattr(driver, "_library", lambda: library)
+    with pytest.raises(RuntimeError, match=r"cuMemHostRegister_v2: out of memory \(2\)") as caught:
+        driver.map_host(4096, 4096)
+    assert shortage(caught.value) is not None, "a lack of memory is told as such"
+    with pytest.raises(RuntimeError, match="has no cuMemHostUnregister; install"):
+        driver.unmap_host(4096)

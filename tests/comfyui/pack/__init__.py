@@ -221,8 +221,8 @@ class TestReplace:
         return (model,)
 
 
-class TestCompile:
-    """ComfyUI's own torch.compile, by a backend that compiles nothing."""
+class OnModel:
+    """A node that takes a MODEL and gives one."""
 
     RETURN_TYPES = ("MODEL",)
     FUNCTION = "make"
@@ -231,6 +231,10 @@ class TestCompile:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {"required": {"model": ("MODEL",)}}
+
+
+class TestCompile(OnModel):
+    """ComfyUI's own torch.compile, by a backend that compiles nothing."""
 
     def make(self, model: Any) -> tuple[Any]:
         model = model.clone()
@@ -254,16 +258,8 @@ class TestLoader:
         return (comfy.sd.load_diffusion_model(unet_path=path, model_options={}),)
 
 
-class TestForget:
+class TestForget(OnModel):
     """A MODEL on which nobody has noted its file, as a loader of one's own gives it."""
-
-    RETURN_TYPES = ("MODEL",)
-    FUNCTION = "make"
-    CATEGORY = "testing"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"model": ("MODEL",)}}
 
     def make(self, model: Any) -> tuple[Any]:
         del model.model.taco_dit_file
