@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import socket
 import sys
-import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,8 +52,9 @@ class EchoEngine(Engine):
 
 if __name__ == "__main__":
     args = _parse()
-    threading.Thread(target=_die_with_the_supervisor, args=(args.death_fd,), daemon=True).start()
+    channel = socket.socket(fileno=args.channel)
+    _die_with_the_supervisor(channel)
     keep_freed_memory()
     torch.set_num_threads(1)
-    serve(EchoEngine(args.rank, args.world_size), args.rank, args.epoch, args.address, Arena(args.arena))
+    serve(EchoEngine(args.rank, args.world_size), channel, Arena(args.arena))
     sys.exit(1)

@@ -1,7 +1,8 @@
 """Memory that the supervisor and its ranks have in common: a work item's tensors, and after them its answer's.
 
 Through a socket every rank would get a copy of its own of all of them, though of the large ones it reads only a part.
-One work item is under way at a time, so each begins where the one before began, and nothing is to be managed.
+There goes a packet, which says where they lie. One work item is under way at a time, so each begins where the one
+before began, and nothing is to be managed.
 """
 
 from __future__ import annotations
@@ -15,8 +16,14 @@ from tacod_client import wire
 from tacod_client.errors import ProtocolError
 from tacod_client.wire import Buffer, Message
 
-__all__ = ["Arena"]
+__all__ = ["PACKET_BYTES", "Arena"]
 
+PACKET_BYTES = 32 << 10
+"""The largest packet: a unix socket takes it whole, at once and without waiting (net.core.wmem_default)."""
+HERE, THERE = b"\0", b"\1"
+"""How a packet begins: what it tells follows, or lies in the memory because it is too long."""
+PLACE = struct.Struct("<QQ")
+"""Where something begins, and how much it is."""
 ALIGNED_BYTES = 64
 KEPT_BYTES = 512 << 20
 """What stays between two work items: a step's residuals, but not a model's patches."""
@@ -40,41 +47,63 @@ class Arena:
         os.close(self.fd)
         self._memory = None
 
-    def pack(self, message: Message, start: int = 0) -> list[Buffer]:
-        """The frames of a message for one who shares this memory; its tensors lie there, from ``start`` on."""
-        preamble, header, *contents = wire.encode(message)
-        if not contents:
-            return [preamble, header]
-        sizes = [len(memoryview(each)) for each in contents]
-        places, self.end = _lay_out(start, sizes)
-        memory = self._reach(self.end)
-        for place, size, each in zip(places, sizes, contents, strict=True):
-            memory[place : place + size] = memoryview(each).cast("B")
-        return [preamble, header, struct.pack(f"<{len(sizes) + 1}Q", start, *sizes)]
+    def pack(self, message: Message, start: int = 0) -> bytes:
+        """The packet of a message for one who shares this memory; its tensors lie there, from ``start`` on."""
+        _, header, *contents = wire.encode(message)
+        self.end = start
+        sizes = self._put(contents)
+        told = PLACE.pack(start, len(sizes)) + struct.pack(f"<{len(sizes)}Q", *sizes) + header
+        if len(told) < PACKET_BYTES:
+            return HERE + told
+        start = self.end
+        self._put([told])
+        return THERE + PLACE.pack(start, len(told))
 
-    def unpack(self, frames: Sequence[Buffer], copy: bool = False) -> Message:
-        """The message of these frames, with its tensors where they lie or, to be kept, a ``copy`` of them.
+    def unpack(self, packet: bytes, copy: bool = False) -> Message:
+        """The message of this packet, with its tensors where they lie or, to be kept, a ``copy`` of them.
 
         Raises `ProtocolError` for what `pack` can't have made.
         """
-        if len(frames) != 3:
-            self.end = 0
-            return wire.decode(frames)
-        preamble, header, told = frames
-        if not len(told) or len(told) % 8:
-            raise ProtocolError(f"frame 2: {len(told)} bytes don't tell where tensors lie")
-        start, *sizes = struct.unpack(f"<{len(told) // 8}Q", told)
-        places, self.end = _lay_out(start, sizes)
-        if self.end > os.fstat(self.fd).st_size:
-            raise ProtocolError(f"frame 2: tensors of {sum(sizes)} bytes at {start} end behind the memory in common")
-        memory = self._reach(self.end)
-        contents: list[Buffer] = [memory[place : place + size] for place, size in zip(places, sizes, strict=True)]
-        return wire.decode([preamble, header, *(map(bytes, contents) if copy else contents)])
+        kind, told = packet[:1], packet[1:]
+        behind = 0
+        try:
+            if kind == THERE:
+                start, size = PLACE.unpack(told)
+                told = bytes(*self._get(start, [size]))
+                behind = self.end
+            elif kind != HERE:
+                raise ProtocolError(f"a packet of kind {kind!r}")
+            start, count = PLACE.unpack_from(told)
+            sizes = struct.unpack_from(f"<{count}Q", told, PLACE.size)
+        except struct.error as error:
+            raise ProtocolError(f"a packet of {len(packet)} bytes: {error}") from None
+        contents = self._get(start, sizes)
+        # Who answers leaves alone what another one may still read.
+        self.end = max(self.end, behind)
+        header = told[PLACE.size + 8 * count :]
+        return wire.decode([wire.PREAMBLE, header, *(map(bytes, contents) if copy else contents)])
 
     def shrink(self) -> None:
         """Give back what a large work item took; what was read is good no longer."""
         if self._memory is not None and len(self._memory) > KEPT_BYTES:
             self._memory.madvise(mmap.MADV_REMOVE, KEPT_BYTES, len(self._memory) - KEPT_BYTES)
+
+    def _put(self, contents: Sequence[Buffer]) -> list[int]:
+        """Lay these behind what is there; returns their sizes."""
+        sizes = [len(memoryview(each)) for each in contents]
+        places, self.end = _lay_out(self.end, sizes)
+        memory = self._reach(self.end)
+        for place, size, each in zip(places, sizes, contents, strict=True):
+            memory[place : place + size] = memoryview(each).cast("B")
+        return sizes
+
+    def _get(self, start: int, sizes: Sequence[int]) -> list[memoryview]:
+        """What lies there, from ``start`` on."""
+        places, self.end = _lay_out(start, sizes)
+        if self.end > os.fstat(self.fd).st_size:
+            raise ProtocolError(f"a packet tells of {sum(sizes)} bytes at {start}, behind the memory in common")
+        memory = self._reach(self.end)
+        return [memory[place : place + size] for place, size in zip(places, sizes, strict=True)]
 
     def _reach(self, size: int) -> memoryview:
         """The memory, of so many bytes at least."""

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import zmq
-
 from tacod.baselines import Baselines
 from tacod.config import Config
 from tacod.faults import Faults
@@ -40,7 +38,6 @@ class Executor:
         config: Config,
         devices: list[str],
         preload: Iterable[Model],
-        context: zmq.Context[Any],
         folder: Path,
         on_progress: Callable[[Job, dict[str, Any]], None],
         on_end: Callable[[Job, dict[str, Any]], None],
@@ -51,7 +48,7 @@ class Executor:
         self.metrics = Metrics()
         self.baselines = Baselines()
         self.scheduler = Scheduler(config.limits.queue, config.group.retries)
-        self.group = RankGroup(config.group, devices, context, folder)
+        self.group = RankGroup(config.group, devices, folder)
         self._plan_faults(config)
         self.ready = False
         """Whether a forward has gone through all ranks and all preloaded models are there, since the daemon began."""
@@ -115,7 +112,7 @@ class Executor:
 
     def close(self) -> None:
         """End the ranks."""
-        self.group.close()
+        self.group.kill()
 
     # --- jobs -----------------------------------------------------------------------------------------------------
 

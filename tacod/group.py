@@ -1,7 +1,7 @@
 """The rank group: what all ranks are told, and the one answer that they give.
 
 The group is the unit of recovery. A rank that dies, hangs or disagrees takes the others with it: SIGKILL all, reap,
-spawn anew. What an earlier generation of ranks says is not listened to.
+spawn anew.
 """
 
 from __future__ import annotations
@@ -14,13 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import zmq
-
 from tacod import config
 from tacod.faults import Faults
 from tacod.processes import GroupLost, Processes, Rank
 from tacod_client.errors import ProtocolError, TacodError
-from tacod_client.frames import receive
 from tacod_client.wire import Message, Tensor
 
 __all__ = ["Answer", "RankGroup", "State"]
@@ -52,10 +49,10 @@ class Answer:
 class RankGroup:
     """Starts the ranks, hands each work item to all of them, collects one answer.
 
-    The owner polls `socket` and the ranks' `pidfds`, calls `receive` and `check`, and acts on `GroupLost`.
+    The owner polls `sources`, calls `receive` and `check`, and acts on `GroupLost`.
     """
 
-    def __init__(self, settings: config.Group, devices: list[str], context: zmq.Context[Any], folder: Path) -> None:
+    def __init__(self, settings: config.Group, devices: list[str], folder: Path) -> None:
         self.settings = settings
         self.state = State.DOWN
         self.restarts = 0
@@ -69,13 +66,7 @@ class RankGroup:
         self._answers: dict[int, Message] = {}
         self._resident: OrderedDict[bytes, int] = OrderedDict()
         self._forgotten: list[str] = []
-        self.socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
-        self.socket.setsockopt(zmq.LINGER, 0)
-        self.socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self.socket.setsockopt(zmq.SNDHWM, 0)
-        address = f"ipc://{folder}/ranks.sock"
-        self.socket.bind(address)
-        self._processes = Processes(devices, folder, address)
+        self._processes = Processes(devices, folder)
 
     @property
     def world_size(self) -> int:
@@ -88,9 +79,10 @@ class RankGroup:
         return self._processes.ranks
 
     @property
-    def pidfds(self) -> list[int]:
-        """File descriptors that become readable when a rank ends."""
-        return [rank.pidfd for rank in self.ranks]
+    def sources(self) -> list[int]:
+        """File descriptors that become readable when a rank says something, or ends."""
+        said = [rank.channel.fileno() for rank in self.ranks if not rank.mute]
+        return said + [rank.pidfd for rank in self.ranks]
 
     def spawn(self) -> None:
         """Start a new epoch of ranks; they report when they are ready."""
@@ -106,11 +98,6 @@ class RankGroup:
         self._processes.kill()
         self.state = State.DOWN
         self.deadline = None
-
-    def close(self) -> None:
-        """Kill the ranks and give up the socket."""
-        self.kill()
-        self.socket.close()
 
     def check(self, now: float) -> None:
         """Raise `GroupLost` if a rank ended or is over its deadline."""
@@ -132,7 +119,7 @@ class RankGroup:
         return next((TacodError.from_wire(answer.body["error"]) for answer in failed), None)
 
     def _has_answered(self, rank: Rank) -> bool:
-        return rank.peer is not None if self.state is State.STARTING else rank.index in self._answers
+        return rank.ready if self.state is State.STARTING else rank.index in self._answers
 
     def run(self, verb: str, body: dict[str, Any], tensors: Iterable[Tensor], timeout_s: float) -> None:
         """Hand one work item to every rank. ``tensors`` are the stored ones that ``body`` may name by digest.
@@ -149,14 +136,10 @@ class RankGroup:
         if self.faults is not None and (fault := self.faults.due(verb)) is not None:
             body["fault"] = fault
         assert self._processes.arena is not None
-        frames = self._processes.arena.pack(Message(verb, body, self._work))
+        packet = self._processes.arena.pack(Message(verb, body, self._work))
         for rank in self.ranks:
-            assert rank.peer is not None
             rank.progress = None
-            try:
-                self.socket.send_multipart([rank.peer, *frames])
-            except zmq.ZMQError as error:
-                raise GroupLost(f"rank {rank.index} (pid {rank.process.pid}) is not reachable: {error}") from None
+            rank.send(packet)
         self.state = State.BUSY
         self.deadline = time.monotonic() + timeout_s
 
@@ -187,35 +170,33 @@ class RankGroup:
 
         Raises `GroupLost` if they disagree, or if one says that it is broken.
         """
-        arena = self._processes.arena
-        while (received := receive(self.socket)) is not None:
-            peer, *frames = received
-            if arena is None or (len(frames) > 2 and self._rank_at(peer.bytes) is None):
-                # Last words of ranks that are gone, and with them the memory that holds the rest.
-                continue
-            try:
-                message = arena.unpack([frame.buffer for frame in frames], copy=True)
-            except ProtocolError as error:
-                raise GroupLost(f"a rank sent what can't be read ({error.message})") from None
-            if message.type == "ready":
-                self._greet(peer.bytes, message)
-            elif message.id != self._work or self.state is not State.BUSY:
-                continue
-            elif message.type == "progress":
-                self._note_progress(peer.bytes, message)
-            else:
-                answer = self._collect(peer.bytes, message)
+        for rank in self.ranks:
+            while (packet := rank.receive()) is not None:
+                answer = self._hear(rank, packet)
                 if answer is not None:
                     return answer
         return None
 
-    def _greet(self, peer: bytes, message: Message) -> None:
-        if message.body["epoch"] != self._processes.epoch:
-            return
-        rank = self.ranks[message.body["rank"]]
-        rank.peer = peer
+    def _hear(self, rank: Rank, packet: bytes) -> Answer | None:
+        assert self._processes.arena is not None
+        try:
+            message = self._processes.arena.unpack(packet, copy=True)
+        except ProtocolError as error:
+            raise GroupLost(f"rank {rank.index} sent what can't be read ({error.message})") from None
+        if message.type == "ready":
+            self._greet(rank, message)
+        elif message.id != self._work or rank.index in self._answers:
+            raise GroupLost(f"rank {rank.index} answers what it wasn't asked ({message.type})")
+        elif message.type == "progress":
+            rank.progress = (message.body["done"], message.body["total"])
+        else:
+            return self._collect(rank, message)
+        return None
+
+    def _greet(self, rank: Rank, message: Message) -> None:
+        rank.ready = True
         rank.memory_used_bytes = message.body["memory_used_bytes"]
-        if all(rank.peer is not None for rank in self.ranks):
+        if all(rank.ready for rank in self.ranks):
             self.state = State.IDLE
             self.deadline = None
 
@@ -225,18 +206,7 @@ class RankGroup:
         known = [rank.progress for rank in self.ranks if rank.progress is not None]
         return min(known) if known and len(known) == len(self.ranks) else None
 
-    def _note_progress(self, peer: bytes, message: Message) -> None:
-        rank = self._rank_at(peer)
-        if rank is not None:
-            rank.progress = (message.body["done"], message.body["total"])
-
-    def _rank_at(self, peer: bytes) -> Rank | None:
-        return next((rank for rank in self.ranks if rank.peer == peer), None)
-
-    def _collect(self, peer: bytes, message: Message) -> Answer | None:
-        rank = self._rank_at(peer)
-        if rank is None:
-            return None
+    def _collect(self, rank: Rank, message: Message) -> Answer | None:
         self._answers[rank.index] = message
         if message.type == "broken":
             # A rank raises too when another one dies under it, and that is then the reason.

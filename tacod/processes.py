@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tacod import config
-from tacod.arena import Arena
+from tacod.arena import PACKET_BYTES, Arena
 from tacod_client.errors import TacodError
 
 __all__ = ["GroupLost", "Processes", "Rank", "devices"]
@@ -35,11 +36,35 @@ class Rank:
     device: str
     process: subprocess.Popen[bytes]
     pidfd: int
-    peer: bytes | None = None
-    """Its address on the ranks' socket, once it is ready."""
+    channel: socket.socket
+    """One end of a pair of unix sockets; the rank has the other."""
+    ready: bool = False
+    """Whether it has said so."""
+    mute: bool = False
+    """Whether it has closed its end, which it does by ending."""
     memory_used_bytes: int = 0
     progress: tuple[int, int] | None = None
     """Bytes done and bytes in all, of the load that it works on."""
+
+    def send(self, packet: bytes) -> None:
+        """Tell it something, without waiting. Raises `GroupLost` if it doesn't take that."""
+        try:
+            self.channel.send(packet, socket.MSG_DONTWAIT)
+        except OSError as error:
+            raise GroupLost(f"rank {self.index} (pid {self.process.pid}) is not reachable: {error}") from None
+
+    def receive(self) -> bytes | None:
+        """What it has said next, or None."""
+        if self.mute:
+            return None
+        try:
+            packet = self.channel.recv(PACKET_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+        except OSError:  # it has died with a packet unread
+            packet = b""
+        self.mute = not packet
+        return packet or None
 
 
 class GroupLost(Exception):
@@ -81,10 +106,10 @@ def devices(group: config.Group) -> list[str]:
 class Processes:
     """One generation of ranks after the other; each has an epoch, and leaves nothing behind.
 
-    ``folder`` is where they find each other, and ``address`` where the supervisor listens to them.
+    ``folder`` is where they find each other.
     """
 
-    def __init__(self, devices: list[str], folder: Path, address: str) -> None:
+    def __init__(self, devices: list[str], folder: Path) -> None:
         self.devices = devices
         self.ranks: list[Rank] = []
         self.epoch = ""
@@ -92,35 +117,32 @@ class Processes:
         self.arena: Arena | None = None
         """What they have in common with the supervisor, as long as they run."""
         self._folder = folder
-        self._address = address
-        self._death_pipe: tuple[int, int] | None = None
 
     def spawn(self, settings: config.Group, fault: dict[str, Any] | None = None) -> None:
         """Start a new epoch of ranks, with a ``fault`` on purpose; they report when they are ready."""
         assert not self.ranks
         self.epoch = secrets.token_hex(8)
-        read, write = os.pipe()
-        self._death_pipe = (read, write)
         self.arena = Arena()
         for index, device in enumerate(self.devices):
+            channel, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "tacod.rank"),
                     *("--rank", str(index), "--world-size", str(len(self.devices)), "--device", settings.device),
-                    *("--address", self._address, "--epoch", self.epoch, "--death-fd", str(read)),
-                    *("--rendezvous", f"file://{self._rendezvous}"),
-                    *("--arena", str(self.arena.fd), "--stacks", str(self._stacks(index))),
+                    *("--channel", str(other.fileno()), "--arena", str(self.arena.fd)),
+                    *("--rendezvous", f"file://{self._rendezvous}", "--stacks", str(self._stacks(index))),
                     *(() if settings.cuda_graphs else ("--no-cuda-graphs",)),
                     *(() if settings.peer_memory else ("--no-peer-memory",)),
                     *(() if settings.warm_up else ("--no-warm-up",)),
                     *(("--fault", json.dumps(fault)) if fault is not None else ()),
                 ],
                 env=_environment(settings.device, self.devices),
-                pass_fds=(read, self.arena.fd),
+                pass_fds=(other.fileno(), self.arena.fd),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
-            self.ranks.append(Rank(index, device, process, os.pidfd_open(process.pid)))
+            other.close()
+            self.ranks.append(Rank(index, device, process, os.pidfd_open(process.pid), channel))
         log.info("starting %d ranks on %s", len(self.devices), ", ".join(self.devices))
 
     def kill(self) -> None:
@@ -130,12 +152,9 @@ class Processes:
         for rank in self.ranks:
             rank.process.wait()
             os.close(rank.pidfd)
+            rank.channel.close()
             self._stacks(rank.index).unlink(missing_ok=True)
         self.ranks.clear()
-        if self._death_pipe is not None:
-            for fd in self._death_pipe:
-                os.close(fd)
-            self._death_pipe = None
         if self.arena is not None:
             self.arena.close()
             self.arena = None

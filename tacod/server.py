@@ -66,7 +66,7 @@ class Server:
         self.socket = self._bind()
         self.sessions = Sessions(self.socket, config.limits.clients, config.limits.clients_per_user)
         self.executor = Executor(
-            config, devices, preload, self._context, folder, on_progress=self._tell_progress, on_end=self._tell_end
+            config, devices, preload, folder, on_progress=self._tell_progress, on_end=self._tell_end
         )
         self.monitor = Monitor(
             config.group.device, lambda: [(rank.process.pid, rank.device) for rank in self.executor.group.ranks]
@@ -132,8 +132,7 @@ class Server:
     def turn(self, wakeup: int) -> None:
         """Wait for something to happen, on the sockets, to a rank or at the file descriptor ``wakeup``; act on it."""
         poller = zmq.Poller()
-        group = self.executor.group
-        for source in (self.socket, self.access.socket, group.socket, wakeup, *group.pidfds):
+        for source in (self.socket, self.access.socket, wakeup, *self.executor.group.sources):
             poller.register(source, zmq.POLLIN)
         poller.poll(self._patience_ms())
         self.access.attend()

@@ -29,6 +29,7 @@ PROTOCOL = 1
 """Version of the wire, apart from the package's: a daemon refuses any other."""
 
 MAGIC = b"TACO"
+PREAMBLE = MAGIC + bytes([PROTOCOL])
 FRAME_BYTES = 8 << 20
 """Tensor bytes are split into frames of this size (one 64 MiB frame takes four times as long as eight of 8)."""
 
@@ -156,7 +157,7 @@ def encode(message: Message) -> list[Buffer]:
     for key, value in header.items():
         parts += [packer.pack(key), packer.pack(value)]
     parts += [packer.pack("body"), body]
-    frames: list[Buffer] = [MAGIC + bytes([PROTOCOL]), b"".join(parts)]
+    frames: list[Buffer] = [PREAMBLE, b"".join(parts)]
     for tensor in tensors:
         frames.extend(tensor.frames or ())
     return frames

@@ -9,18 +9,20 @@ import gc
 import json
 import logging
 import os
+import select
 import signal
+import socket
 import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from typing import Any
 
 import torch
-import zmq
 
 from tacod import logs
-from tacod.arena import Arena
+from tacod.arena import PACKET_BYTES, Arena
 from tacod.heap import keep_freed_memory
 from tacod.rank import xdit
 from tacod.rank.engine import Engine
@@ -28,7 +30,6 @@ from tacod.rank.fault import strike
 from tacod.rank.reach import reach
 from tacod.rank.selftest import selftest
 from tacod.rank.topology import Topology
-from tacod_client import wire
 from tacod_client.errors import TacodError
 from tacod_client.text import encodable
 from tacod_client.wire import Message
@@ -36,6 +37,8 @@ from tacod_client.wire import Message
 log = logging.getLogger("tacod.rank")
 
 PR_SET_PDEATHSIG = 1
+TOLD_CHARACTERS = 6000
+"""What is told of a traceback: the end of it, which fits a packet."""
 AWAKE_S = 0.02
 """How long a GPU's rank stays awake for the next work item."""
 
@@ -46,7 +49,8 @@ def main() -> None:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, file=args.stacks, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _die_with_the_supervisor(args.death_fd)
+    channel = socket.socket(fileno=args.channel)
+    _die_with_the_supervisor(channel)
     keep_freed_memory()
     logs.configure(os.environ.get("TACOD_LOG_LEVEL", "info"), prefix=f"rank {args.rank}: ")
     if args.fault is not None:
@@ -65,7 +69,7 @@ def main() -> None:
     topology = Topology(args.rank, args.world_size, make_group, by)
     engine = Engine(device, topology, graphs=not args.no_cuda_graphs, warm=not args.no_warm_up)
     selftest(engine)
-    serve(engine, args.rank, args.epoch, args.address, Arena(args.arena))
+    serve(engine, channel, Arena(args.arena))
 
 
 def _parse() -> argparse.Namespace:
@@ -73,10 +77,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--world-size", type=int, required=True)
     parser.add_argument("--device", choices=["cuda", "cpu"], required=True)
-    parser.add_argument("--address", required=True)
-    parser.add_argument("--epoch", required=True)
+    parser.add_argument("--channel", type=int, required=True, help="file descriptor by which the supervisor is heard")
     parser.add_argument("--rendezvous", required=True)
-    parser.add_argument("--death-fd", type=int, required=True)
     parser.add_argument("--arena", type=int, required=True, help="file descriptor of the memory in common")
     parser.add_argument("--stacks", type=argparse.FileType("w"), required=True, help="where SIGUSR1 writes them")
     parser.add_argument("--no-cuda-graphs", action="store_true")
@@ -86,51 +88,51 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _die_with_the_supervisor(death_fd: int) -> None:
+def _die_with_the_supervisor(channel: socket.socket) -> None:
     """However the supervisor ends: the kernel kills its children, a stopped one too.
 
-    It does so only for a supervisor that ends after this call. For the time before there is a pipe, whose other end
-    the supervisor holds open as long as it lives.
+    It does so only for a supervisor that ends after this call. For the time before there is the channel, whose other
+    end the supervisor holds open as long as it lives.
     """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def wait() -> None:
-        os.read(death_fd, 1)
+        hangup = select.poll()
+        hangup.register(channel, 0)
+        hangup.poll()
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
 
 
-def serve(engine: Engine, rank: int, epoch: str, address: str, arena: Arena) -> None:
+def serve(engine: Engine, channel: socket.socket, arena: Arena) -> None:
     """Answer work items, one after the other, for ever. Between two the rank waits here, never in a collective."""
-    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-    socket.setsockopt(zmq.LINGER, 1000)
-    socket.connect(address)
-    ready = {"rank": rank, "epoch": epoch, "memory_used_bytes": engine.memory_used_bytes}
-    socket.send_multipart(wire.encode(Message("ready", ready)))
+    channel.send(arena.pack(Message("ready", {"memory_used_bytes": engine.memory_used_bytes})))
     # Where every rank may keep a core to itself, and as many are left.
     wakeful = engine.device.type == "cuda" and len(os.sched_getaffinity(0)) > 2 * engine.topology.world_size
     while True:
-        if wakeful:
-            _look_out(socket)
-        frames = socket.recv_multipart(copy=False)
+        packet = (wakeful and _look_out(channel)) or channel.recv(PACKET_BYTES)
+        if not packet:
+            return
         # What the supervisor sends is readable; if it isn't, this rank ends, and a new one starts with a clean slate.
-        message = arena.unpack([frame.buffer for frame in frames])
-        engine.report = Reporter(socket, message.id)
+        message = arena.unpack(packet)
+        engine.report = Reporter(channel, arena, message.id)
         kind, body = _answer(engine, message)
-        socket.send_multipart(arena.pack(Message(kind, body, message.id), start=arena.end))
+        channel.send(arena.pack(Message(kind, body, message.id), start=arena.end))
         if kind == "broken":
             sys.exit(1)
 
 
-def _look_out(socket: zmq.Socket[bytes]) -> None:
-    """Look for a message without sleeping, for a while: a core that has slept takes a millisecond to be itself again.
+def _look_out(channel: socket.socket) -> bytes:
+    """Look for a packet without sleeping, for a while: a core that has slept takes a millisecond to be itself again.
 
     A sampler's next step is mostly there within it.
     """
     until = time.monotonic() + AWAKE_S
-    while not int(socket.get(zmq.EVENTS)) & zmq.POLLIN and time.monotonic() < until:
-        pass
+    while time.monotonic() < until:
+        with suppress(BlockingIOError):
+            return channel.recv(PACKET_BYTES, socket.MSG_DONTWAIT)
+    return b""
 
 
 class Reporter:
@@ -138,9 +140,10 @@ class Reporter:
 
     EVERY_S = 0.1
 
-    def __init__(self, socket: zmq.Socket[bytes], work: int) -> None:
-        self.socket = socket
-        self.work = work
+    def __init__(self, channel: socket.socket, arena: Arena, work: int) -> None:
+        self._channel = channel
+        self._arena = arena
+        self._work = work
         self._next_s = 0.0
 
     def __call__(self, done: int, total: int) -> None:
@@ -148,7 +151,8 @@ class Reporter:
         now = time.monotonic()
         if now >= self._next_s or done == total:
             self._next_s = now + self.EVERY_S
-            self.socket.send_multipart(wire.encode(Message("progress", {"done": done, "total": total}, self.work)))
+            told = Message("progress", {"done": done, "total": total}, self._work)
+            self._channel.send(self._arena.pack(told, start=self._arena.end))
 
 
 def _answer(engine: Engine, message: Message) -> tuple[str, dict[str, Any]]:
@@ -165,7 +169,7 @@ def _answer(engine: Engine, message: Message) -> tuple[str, dict[str, Any]]:
         return "failed", {"error": error.to_wire(), "memory_used_bytes": engine.memory_used_bytes}
     except Exception:
         log.exception("%s failed", message.type)
-        return "broken", {"traceback": encodable(traceback.format_exc(limit=-8))}
+        return "broken", {"traceback": encodable(traceback.format_exc(limit=-8))[-TOLD_CHARACTERS:]}
 
 
 if __name__ == "__main__":

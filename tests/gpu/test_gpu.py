@@ -86,7 +86,7 @@ def test_without_one_of_the_engines_ways(models: Path, load_golden: Callable[[st
 
 
 @pytest.mark.skipif(WORLDS[-1:] < [2], reason="one GPU alone exchanges nothing")
-@pytest.mark.parametrize("exchange", ["plain", "int8"])
+@pytest.mark.parametrize("exchange", ["exact", "int8"])
 def test_through_the_hosts_memory(models: Path, load_golden: Callable[[str], Golden], exchange: str) -> None:
     """GPUs that are told not to reach each other: the same result, to the bit at each replay."""
     golden = load_golden("flux_dev_odd")
@@ -101,9 +101,9 @@ def test_through_the_hosts_memory(models: Path, load_golden: Callable[[str], Gol
         wide = [client.load(FLUX.file, dtype="fp32", plan=given).forward(**tiny) for given in [plan] * 4 + [ONE]]
         assert "exchange through the host's memory\n" in daemon.log
         assert "no CUDA graph" not in daemon.log
-    assert relative_error(outs[0], golden.out) <= (FP32 if exchange == "plain" else 2e-2)
+    assert relative_error(outs[0], golden.out) <= (FP32 if exchange == "exact" else 2e-2)
     assert all(torch.equal(out, outs[0]) for out in outs[1:])
-    assert relative_error(wide[0], wide[-1]) <= (1e-5 if exchange == "plain" else 2e-2), "of more pieces than slots"
+    assert relative_error(wide[0], wide[-1]) <= (1e-5 if exchange == "exact" else 2e-2), "of more pieces than slots"
     assert all(torch.equal(out, wide[0]) for out in wide[1:-1])
 
 

@@ -1,9 +1,9 @@
-"""Ranks without processes: a transport and a clock in a test's hands."""
+"""Ranks without processes: what they say, when they end and what time it is are in a test's hands."""
 
 from __future__ import annotations
 
 import os
-from collections import deque
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,13 +11,10 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 from unittest import mock
 
-import zmq
-
-from tacod.arena import Arena
-from tacod_client import wire
+from tacod.arena import PACKET_BYTES, Arena
 from tacod_client.wire import Message
 
-__all__ = ["FACTS", "Context", "FakeRank", "descriptors", "fakes", "step"]
+__all__ = ["FACTS", "FakeRank", "descriptors", "fakes", "step"]
 
 FACTS = {"family": "sd3", "parameters": 1, "weight_bytes": 1, "dtype": "fp32", "heads": 3, "width": 48}
 """What a rank tells of a loaded model."""
@@ -42,93 +39,78 @@ class Clock:
         self.now += seconds
 
 
-class Socket:
-    """The ranks' ROUTER socket: keeps what is sent, gives what a test says that ranks have sent."""
-
-    def __init__(self) -> None:
-        self.sent: dict[bytes, list[Message]] = {}
-        self.inbox: deque[tuple[bytes, Message]] = deque()
-        self.gone: set[bytes] = set()
-
-    def setsockopt(self, option: int, value: int) -> None:
-        pass
-
-    def bind(self, address: str) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-    def send_multipart(self, frames: Sequence[Any], flags: int = 0, copy: bool = True) -> None:
-        peer, *rest = frames
-        if peer in self.gone:
-            raise zmq.ZMQError(zmq.EHOSTUNREACH)
-        arena = arena_of(peer)
-        assert arena is not None
-        self.sent.setdefault(peer, []).append(arena.unpack([memoryview(frame) for frame in rest], copy=True))
-
-    def get(self, option: int) -> int:
-        return zmq.POLLIN if self.inbox else 0
-
-    def recv_multipart(self, flags: int, copy: bool) -> list[zmq.Frame]:
-        if not self.inbox:
-            raise zmq.Again
-        peer, message = self.inbox.popleft()
-        arena = arena_of(peer)
-        frames = wire.encode(message) if arena is None else arena.pack(message, arena.end)
-        return [zmq.Frame(peer), *(zmq.Frame(bytes(frame)) for frame in frames)]
-
-
-class Context:
-    """Makes that one socket."""
-
-    def __init__(self) -> None:
-        self.made = Socket()
-
-    def socket(self, kind: int) -> Socket:
-        return self.made
-
-
 class FakeRank:
-    """What `subprocess.Popen` gives: a process that ends when a test says so."""
+    """What `subprocess.Popen` gives: a process that speaks and ends when a test says so."""
 
     all: ClassVar[list[FakeRank]] = []
 
     def __init__(self, command: Sequence[str], **options: Any) -> None:
         options = dict(zip(command[3::2], command[4::2], strict=True))
         self.index = int(options["--rank"])
-        self.epoch = options["--epoch"]
-        self.arena: Arena | None = Arena(int(options["--arena"]))
+        self.generation = options["--rendezvous"]
         self.pid = 100 + len(self.all)
-        self.peer = f"{self.epoch} {self.index}".encode()
         self.code: int | None = None
         self.reaped = False
         self.greeted = False
         """Whether it has said that it is ready."""
         self.answered = 0
         """The last work item that it has answered."""
+        self._heard: list[Message] = []
+        self._arena = Arena(int(options["--arena"]))
+        # The supervisor closes what it gives to a process.
+        self._channel = socket.socket(fileno=os.dup(int(options["--channel"])))
+        self._channel.setblocking(False)
         self.all.append(self)
+
+    @property
+    def heard(self) -> list[Message]:
+        """All that it was told."""
+        with suppress(OSError):
+            while packet := self._channel.recv(PACKET_BYTES):
+                self._heard.append(self._arena.unpack(packet, copy=True))
+        return self._heard
+
+    @property
+    def unanswered(self) -> list[Message]:
+        """The work items that it was told of and has not answered."""
+        return [work for work in self.heard if work.id > self.answered]
+
+    def greet(self) -> None:
+        """Say once that it is ready."""
+        if self.code is None and not self.greeted:
+            self.greeted = True
+            self.say("ready", {"memory_used_bytes": 1})
+
+    def answer(self, kind: str, body: dict[str, Any]) -> None:
+        """Say what became of the work item."""
+        for work in self.unanswered:
+            self.answered = work.id
+            self.say(kind, {"memory_used_bytes": 1, **body}, work.id)
+
+    def say(self, kind: str, body: dict[str, Any], work: int = 0) -> None:
+        """Say whatever it may be."""
+        self._channel.send(self._arena.pack(Message(kind, body, work), self._arena.end))
+
+    def die(self, code: int) -> None:
+        """End."""
+        if self.code is None:
+            self.code = code
+            self._channel.close()
 
     def poll(self) -> int | None:
         return self.code
 
     def kill(self) -> None:
-        if self.code is None:
-            self.code = -9
+        self.die(-9)
 
     def wait(self) -> int:
         assert self.code is not None, "waits for a process that lives"
         self.reaped = True
-        self.arena = None
+        del self._arena
         return self.code
 
     def send_signal(self, number: int) -> None:
         pass
-
-
-def arena_of(peer: bytes) -> Arena | None:
-    """What the rank at this address shares with the supervisor, while it lives."""
-    return next((rank.arena for rank in FakeRank.all if rank.peer == peer), None)
 
 
 def descriptors() -> tuple[int, int]:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tacod.arena import Arena
+from tacod.arena import PLACE, Arena
 from tacod_client.errors import ProtocolError
 from tacod_client.tensors import rows
 from tacod_client.wire import FRAME_BYTES, Message, Tensor, split
@@ -93,18 +93,35 @@ def test_nothing_of_it_stays() -> None:
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
-@pytest.mark.parametrize(
-    "told", [b"", b"\0" * 7, b"\0" * 15, b"\xff" * 16, (0).to_bytes(8, "little") + (1 << 40).to_bytes(8, "little")]
-)
-def test_frames_that_it_cannot_have_made(told: bytes) -> None:
+def test_a_packet_is_small_whatever_it_tells() -> None:
+    """Of a model with patches on thousands of weights the names alone are more than a socket takes at once."""
+    many = {f"a rather long name of a weight {number}": number for number in range(5000)}
     with shared() as (mine, theirs):
-        preamble, header, _ = mine.pack(message(b"x"))
-        with pytest.raises(ProtocolError, match="frame 2: "):
-            theirs.unpack([preamble, header, told])
+        packet = mine.pack(Message("load", {"patches": many, "all": list(message(b"x", b"y").body["all"])}))
+        assert len(packet) < 100
+        told = theirs.unpack(packet)
+        assert (told.body["patches"], contents(told)) == (many, [b"x", b"y"])
+        theirs.pack(message(b"an answer"), start=theirs.end)
+        assert Arena.unpack(mine, packet).body["patches"] == many, "an answer lies behind what others may still read"
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        *(b"", b"\2", b"\0" * 9, b"\1" * 9, b"\1" + b"\xff" * 16, b"\1" + PLACE.pack(0, 1 << 40)),
+        *(b"\0" + PLACE.pack(0, 1), b"\0" + PLACE.pack(0, 1 << 62), b"\0" + b"\xff" * 24),
+        *(b"\0" + PLACE.pack(0, 1) + (1 << 40).to_bytes(8, "little"), b"\0" + PLACE.pack(1 << 40, 1) + bytes(8)),
+    ],
+)
+def test_packets_that_it_cannot_have_made(packet: bytes) -> None:
+    with shared() as (mine, theirs):
+        mine.pack(message(b"x"))
+        with pytest.raises(ProtocolError, match="packet"):
+            theirs.unpack(packet)
 
 
 def test_places_that_do_not_fit_the_header() -> None:
     with shared() as (mine, theirs):
-        preamble, header, _ = mine.pack(message(b"x"))
+        packet = mine.pack(message(b"x"))
         with pytest.raises(ProtocolError, match=r"tensors\[0\]"):
-            theirs.unpack([preamble, header, bytes(16)])
+            theirs.unpack(packet[: 1 + PLACE.size] + bytes(8) + packet[1 + PLACE.size + 8 :])

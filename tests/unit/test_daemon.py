@@ -85,7 +85,7 @@ def test_endpoint_is_held_by_one_and_named_to_the_other(tmp_path: Path) -> None:
 def test_leavings_of_a_killed_daemon_are_cleared(tmp_path: Path) -> None:
     path = tmp_path / "t.sock"
     (tmp_path / "t.sock.d").mkdir()
-    (tmp_path / "t.sock.d" / "ranks.sock").touch()
+    (tmp_path / "t.sock.d" / "rendezvous-0").touch()
     (tmp_path / "t.sock.lock").write_text("99999999\n")
     path.touch()
     with daemon._endpoint(path) as folder:

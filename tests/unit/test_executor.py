@@ -26,7 +26,7 @@ from tacod.scheduler import Job, Outcome, Verb
 from tacod_client.errors import JobNotFound, ModelUnsupported, OutOfMemory, QueueFull, RankFailed, Unavailable
 from tacod_client.wire import Message
 
-from .fake_ranks import FACTS, Context, FakeRank, descriptors, fakes, step
+from .fake_ranks import FACTS, FakeRank, descriptors, fakes, step
 
 RANKS = 3
 LIMIT = 4
@@ -75,13 +75,9 @@ class Events(RuleBasedStateMachine):
 
     @initialize(loaded=st.booleans())
     def begin(self, loaded: bool) -> None:
-        context: Any = Context()
-        self.socket = context.made
         model = Model("m", "/models/m", "i", None)
         devices = [f"cpu:{index}" for index in range(RANKS)]
-        self.executor = Executor(
-            CONFIG, devices, [model] if loaded else [], context, self.folder, self.on_progress, self.on_end
-        )
+        self.executor = Executor(CONFIG, devices, [model] if loaded else [], self.folder, self.on_progress, self.on_end)
         self.executor.attend()
 
     def on_progress(self, job: Job, body: dict[str, Any]) -> None:
@@ -100,11 +96,6 @@ class Events(RuleBasedStateMachine):
     @property
     def alive(self) -> list[FakeRank]:
         return [rank for rank in FakeRank.all if not rank.reaped]
-
-    def work(self, rank: FakeRank) -> Message | None:
-        """The work item that a rank was sent last and has not answered."""
-        sent = self.socket.sent.get(rank.peer, [])
-        return sent[-1] if sent and rank.answered < sent[-1].id else None
 
     # --- clients --------------------------------------------------------------------------------------------------
 
@@ -142,10 +133,8 @@ class Events(RuleBasedStateMachine):
     @rule(index=RANK)
     def report_ready(self, index: int) -> None:
         for rank in self.alive:
-            if rank.index == index and rank.code is None and not rank.greeted:
-                rank.greeted = True
-                hello = {"rank": index, "epoch": rank.epoch, "memory_used_bytes": 1}
-                self.socket.inbox.append((rank.peer, Message("ready", hello)))
+            if rank.index == index:
+                rank.greet()
         self.executor.attend()
 
     @rule()
@@ -155,11 +144,10 @@ class Events(RuleBasedStateMachine):
 
     def answer(self, index: int, kind: str, body: dict[str, Any] | None = None) -> None:
         for rank in self.alive:
-            if rank.index == index and rank.code is None and (work := self.work(rank)) is not None:
-                rank.answered = work.id
+            if rank.index == index and rank.unanswered:
+                (work,) = rank.unanswered
                 self.said.setdefault(work.id, set()).add(kind)
-                told = {**ANSWERS[work.type], "memory_used_bytes": 1} if body is None else body
-                self.socket.inbox.append((rank.peer, Message(kind, told, work.id)))
+                rank.answer(kind, ANSWERS[work.type] if body is None else body)
 
     @rule(index=RANK)
     def finish(self, index: int) -> None:
@@ -174,15 +162,15 @@ class Events(RuleBasedStateMachine):
 
     @rule(index=RANK, error=st.sampled_from([OutOfMemory("no memory"), ModelUnsupported("a UNet")]))
     def fail(self, index: int, error: Any) -> None:
-        self.answer(index, "failed", {"error": error.to_wire(), "memory_used_bytes": 1})
+        self.answer(index, "failed", {"error": error.to_wire()})
         self.executor.attend()
 
     @rule(error=st.sampled_from([OutOfMemory("no memory"), ModelUnsupported("a UNet")]))
     def all_fail(self, error: Any) -> None:
         pids = [rank.pid for rank in self.alive]
-        busy = self.executor.group.state is State.BUSY and all(self.work(rank) for rank in self.alive)
+        busy = self.executor.group.state is State.BUSY and all(rank.unanswered for rank in self.alive)
         for index in range(RANKS):
-            self.answer(index, "failed", {"error": error.to_wire(), "memory_used_bytes": 1})
+            self.answer(index, "failed", {"error": error.to_wire()})
         self.executor.attend()
         if busy and all(rank.code is None for rank in self.alive):
             assert [rank.pid for rank in self.alive] == pids, "ranks that agree stay"
@@ -195,27 +183,24 @@ class Events(RuleBasedStateMachine):
     @rule(index=RANK, code=st.sampled_from([-9, -11, 3]))
     def die(self, index: int, code: int) -> None:
         for rank in self.alive:
-            if rank.index == index and rank.code is None:
-                rank.code = code
-                self.socket.gone.add(rank.peer)
+            if rank.index == index:
+                rank.die(code)
         self.executor.attend()
         assert all(rank.code is None for rank in self.alive), "a dead rank takes all others with it"
 
-    @rule(kind=st.sampled_from(["ready", "done", "failed", "broken", "progress"]))
-    def hear_the_dead(self, kind: str) -> None:
-        """What ranks of earlier generations, or of an earlier work item, have said comes late."""
+    @rule(index=RANK, kind=st.sampled_from(["ready", "done", "failed", "broken", "progress", "no such thing"]))
+    def die_talking(self, index: int, kind: str) -> None:
+        """A rank's last words, whatever they are, don't outlive it."""
+        body = {"memory_used_bytes": 7, "done": 1, "total": 2, "traceback": "", **step(RANKS, sigma=0.5)}
+        body |= {"error": OutOfMemory("no memory").to_wire(), "model": FACTS, "base": FACTS}
+        ended = len(self.ended)
+        for rank in self.alive:
+            if rank.index == index:
+                rank.say(kind, body, self.executor.group._work)
+                rank.die(-9)
         self.executor.attend()
-        late = [rank for rank in FakeRank.all if rank.reaped]
-        if late:
-            rank = late[-1]
-            body = {"rank": rank.index, "epoch": rank.epoch, "memory_used_bytes": 7, "done": 1, "total": 2}
-            group = self.executor.group
-            before = group.state, list(group.ranks)
-            self.socket.inbox.append((rank.peer, Message(kind, {**body, "traceback": ""}, group._work)))
-            self.executor.attend()
-            assert group.ranks == before[1]
-            if before[0] is State.BUSY:
-                assert group.state is State.BUSY
+        assert all(rank.code is None for rank in self.alive), "a dead rank takes all others with it"
+        assert all(job.error is not None for job in self.ended[ended:])
 
     # --- the clock ------------------------------------------------------------------------------------------------
 
@@ -242,22 +227,18 @@ class Events(RuleBasedStateMachine):
             busy = executor.group.state is State.BUSY
             assert busy == (executor.scheduler.running is not None or executor._restoring is not None)
             assert not (executor.scheduler.running is not None and executor._restoring is not None)
-            latest = {self.socket.sent[rank.peer][-1].id for rank in self.alive if rank.peer in self.socket.sent}
+            latest = {rank.heard[-1].id for rank in self.alive if rank.heard}
             assert len(latest) <= 1, "all ranks have the same work"
             for rank in self.alive:
-                sent = [work.id for work in self.socket.sent.get(rank.peer, []) if work.id > rank.answered]
-                assert len(sent) <= (1 if busy else 0), "a rank gets work only when all have answered"
+                assert len(rank.unanswered) <= (1 if busy else 0), "a rank gets work only when all have answered"
 
     @invariant()
     def all_ranks_are_of_one_generation(self) -> None:
-        assert len({rank.epoch for rank in self.alive}) <= 1
-        if hasattr(self, "executor"):
-            peers = [(rank.peer, rank.process.peer) for rank in self.executor.group.ranks]
-            assert all(known in (None, own) for known, own in peers), "a rank is known by its own address"
+        assert len({rank.generation for rank in self.alive}) <= 1
         assert len(self.alive) in (0, RANKS)
-        # Each living rank has a pidfd, and all of them have one pipe and one memory.
+        # Each living rank has a pidfd and a channel with two ends, and all of them have one memory.
         files, memories = self.descriptors
-        expected = files + len(self.alive) + (2 if self.alive else 0), memories + bool(self.alive)
+        expected = files + 3 * len(self.alive), memories + bool(self.alive)
         assert descriptors() == expected
 
     @invariant()
@@ -275,7 +256,7 @@ class Events(RuleBasedStateMachine):
                 self.clock.now += 40 if not self.alive else 0
                 self.executor.attend()
                 for rank in self.alive:
-                    if self.work(rank) is None and rank.greeted and self.executor.group.state is State.BUSY:
+                    if not rank.unanswered and rank.greeted and self.executor.group.state is State.BUSY:
                         # It has answered already, in a way that holds the others up: their deadline ends that.
                         self.clock.now += 31
                 self.all_report_ready()
@@ -301,12 +282,10 @@ class Walk:
 
     def __init__(self, stack: ExitStack, folder: Path, preload: tuple[Model, ...] = ()) -> None:
         self.clock = stack.enter_context(fakes())
-        context: Any = Context()
-        self.socket = context.made
         self.ended: list[Job] = []
         devices = [f"cpu:{index}" for index in range(RANKS)]
         self.executor = Executor(
-            CONFIG, devices, list(preload), context, folder, lambda *told: None, lambda job, _: self.ended.append(job)
+            CONFIG, devices, list(preload), folder, lambda *told: None, lambda job, _: self.ended.append(job)
         )
         stack.callback(self.executor.close)
         self.executor.attend()
@@ -317,21 +296,18 @@ class Walk:
 
     def ready(self) -> None:
         for rank in self.alive:
-            hello = {"rank": rank.index, "epoch": rank.epoch, "memory_used_bytes": 1}
-            self.socket.inbox.append((rank.peer, Message("ready", hello)))
+            rank.greet()
         self.executor.attend()
 
     @property
     def work(self) -> Message:
         """What the ranks were told last."""
-        told: Message = self.socket.sent[self.alive[0].peer][-1]
-        return told
+        return self.alive[0].heard[-1]
 
     def answer(self, kind: str = "done", body: dict[str, Any] | None = None, ranks: int = RANKS) -> None:
-        work = self.work
-        told = {**(ANSWERS[work.type] if body is None else body), "memory_used_bytes": 1}
+        told = ANSWERS[self.work.type] if body is None else body
         for rank in self.alive[:ranks]:
-            self.socket.inbox.append((rank.peer, Message(kind, told, work.id)))
+            rank.answer(kind, told)
         self.executor.attend()
 
     def come_back(self) -> None:
@@ -396,7 +372,7 @@ def test_what_was_to_make_room_stays_if_the_load_that_wanted_it_is_gone(walk: Wa
     walk.answer("failed", NO_MEMORY)
     assert walk.work.body["evict_models"] == ["base"]
     walk.executor.cancel("wants room")
-    walk.alive[0].code = -9
+    walk.alive[0].die(-9)
     walk.come_back()
     walk.answer()  # the base is there again
     walk.submit(Verb.LOAD, Model("small", "/small", "i", None), "small")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
+from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ from tacod_client import wire
 from tacod_client.errors import OutOfMemory
 from tacod_client.wire import Message, Tensor
 
-from .fake_ranks import FACTS, FakeRank, Socket, fakes, step
+from .fake_ranks import FACTS, FakeRank, fakes, step
 
 RANKS = 2
 QUEUE, QUEUE_PER_USER = 4, 3
@@ -87,12 +88,31 @@ class Peer:
     """Requests that are jobs."""
 
 
-class ClientSocket(Socket):
+class ClientSocket:
     """The ROUTER socket on which clients are: nothing to a stalled one, an error for one that is gone."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.peers: dict[bytes, Peer] = {}
+        self.inbox: deque[tuple[bytes, Message]] = deque()
+        """What clients have sent."""
+
+    def setsockopt(self, option: int, value: int) -> None:
+        pass
+
+    def bind(self, address: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def get(self, option: int) -> int:
+        return zmq.POLLIN if self.inbox else 0
+
+    def recv_multipart(self, flags: int, copy: bool) -> list[zmq.Frame]:
+        if not self.inbox:
+            raise zmq.Again
+        peer, message = self.inbox.popleft()
+        return [zmq.Frame(peer), *(zmq.Frame(bytes(frame)) for frame in wire.encode(message))]
 
     def send_multipart(self, frames: Sequence[Any], flags: int = 0, copy: bool = True) -> None:
         peer = self.peers[bytes(frames[0])]
@@ -118,7 +138,7 @@ class FakeAccess:
     def __init__(self, peers: dict[bytes, Peer]) -> None:
         self.peers = peers
         self.keys = None
-        self.socket = Socket()
+        self.socket = None
 
     def attend(self) -> None:
         pass
@@ -134,14 +154,13 @@ class FakeAccess:
 
 
 class Context:
-    """Makes two sockets: the clients', then the ranks'."""
+    """Makes one socket: the clients'."""
 
     def __init__(self) -> None:
-        self.clients, self.ranks = ClientSocket(), Socket()
-        self._waiting = [self.clients, self.ranks]
+        self.clients = ClientSocket()
 
-    def socket(self, kind: int) -> Socket:
-        return self._waiting.pop(0)
+    def socket(self, kind: int) -> ClientSocket:
+        return self.clients
 
     def term(self) -> None:
         pass
@@ -301,23 +320,15 @@ class Events(RuleBasedStateMachine):
     def alive(self) -> list[FakeRank]:
         return [rank for rank in FakeRank.all if not rank.reaped]
 
-    def unanswered(self, rank: FakeRank) -> list[Message]:
-        return [work for work in self.context.ranks.sent.get(rank.peer, []) if work.id > rank.answered]
-
     @rule()
     def all_report_ready(self) -> None:
         for rank in self.alive:
-            if not rank.greeted:
-                rank.greeted = True
-                hello = {"rank": rank.index, "epoch": rank.epoch, "memory_used_bytes": 1}
-                self.context.ranks.inbox.append((rank.peer, Message("ready", hello)))
+            rank.greet()
         self.turn()
 
     def answer(self, rank: FakeRank, kind: str = "done", body: dict[str, Any] | None = None) -> None:
-        for work in self.unanswered(rank):
-            rank.answered = work.id
-            told = {**(ANSWERS[work.type] if body is None else body), "memory_used_bytes": 1}
-            self.context.ranks.inbox.append((rank.peer, Message(kind, told, work.id)))
+        for work in rank.unanswered[:1]:
+            rank.answer(kind, ANSWERS[work.type] if body is None else body)
 
     @rule(times=st.integers(1, 4))
     def all_finish_often(self, times: int) -> None:
@@ -332,7 +343,7 @@ class Events(RuleBasedStateMachine):
     @rule()
     def all_fail(self) -> None:
         for rank in self.alive:
-            if not any(work.type == "load" for work in self.unanswered(rank)):
+            if not any(work.type == "load" for work in rank.unanswered):
                 self.answer(rank, "failed", {"error": OutOfMemory("no memory").to_wire()})
         self.turn()
 
@@ -340,8 +351,7 @@ class Events(RuleBasedStateMachine):
     def die(self, index: int) -> None:
         for rank in self.alive:
             if rank.index == index:
-                rank.code = -9
-                self.context.ranks.gone.add(rank.peer)
+                rank.die(-9)
         self.turn()
         assert all(rank.code is None for rank in self.alive), "a dead rank takes all others with it"
 
@@ -354,7 +364,7 @@ class Events(RuleBasedStateMachine):
 
     @invariant()
     def one_work_item_is_with_the_ranks(self) -> None:
-        waiting = {work.id for rank in self.alive for work in self.unanswered(rank)}
+        waiting = {work.id for rank in self.alive for work in rank.unanswered}
         assert len(waiting) <= 1
         if waiting:
             assert self.server.executor.group.state is State.BUSY
