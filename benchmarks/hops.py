@@ -36,7 +36,7 @@ HOPS: dict[str, tuple[str, str, str]] = {
     "read": ("rank 0", "after", "tacod.arena:Arena.unpack"),
     "on the device": ("rank 0", "after", "tacod.rank.engine:load_arguments"),
     "launched": ("rank 0", "after", "tacod.rank.forwards:Forwards.__call__"),
-    "computed, on the host": ("rank 0", "after", "tacod.rank.engine:Engine._result"),
+    "computed, on the host": ("rank 0", "after", "tacod.rank.collectives:Clock.take_s"),
     "timed": ("rank 0", "after", "tacod.rank.engine:Engine._timed"),
     "answered": ("rank 0", "after", "tacod.arena:Arena.pack"),
     "answered by all ranks": ("supervisor", "before", "tacod.group:RankGroup._agree"),

@@ -6,6 +6,7 @@ until the end. The sequence: ranks share every image's tokens, by Ulysses, by a 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -151,7 +152,7 @@ class Plan:
         streams = (chunks(length, self.layout.sequence) for length in self.shape.lengths)
         return [sum(part) for part in zip(*streams, strict=True)]
 
-    @property
+    @functools.cached_property
     def reason(self) -> str:
         """What each rank gets."""
         layout, shape = self.layout, self.shape
@@ -242,6 +243,7 @@ def _refused(reason: str) -> ArgumentError:
     return ArgumentError(f"plan: {reason}", argument="plan")
 
 
+@functools.lru_cache(maxsize=64)
 def make_plan(asked: Request, world_size: int, shape: Shape, pace: Pace | None = None) -> Plan:
     """Of the layouts that do what was asked, the cheapest.
 

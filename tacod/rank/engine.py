@@ -107,7 +107,7 @@ class Engine:
                 self._tensors.pop(digest, None)
                 for key in [key for key in self._on_device if key[0] == digest]:
                     del self._on_device[key]
-        return {**answer, "memory_used_bytes": self.memory_used_bytes}
+        return answer
 
     def _resolve(self, body: dict[str, Any]) -> dict[str, Any]:
         """Put the kept tensors where a body names them by digest."""
@@ -128,6 +128,10 @@ class Engine:
         }
         with torch.inference_mode():
             answer = verbs[verb](**body)
+            # What can be told while a GPU still computes is told before it is waited for.
+            answer["memory_used_bytes"] = self.memory_used_bytes
+            if self.device.type == "cuda":
+                self.topology.clock.wait()
         collective = self.topology.clock.take_s()
         busy = time.perf_counter() - started
         return {**answer, "compute_s": max(busy - collective, 0.0), "collective_s": min(collective, busy)}
@@ -278,15 +282,13 @@ class Engine:
         }
 
     def _result(self, out: Tensor) -> wire.Tensor | None:
-        """What goes back to the client; rank 0's answer carries it."""
-        answers = self.topology.rank == 0
+        """What goes back to the client, once the GPU is done; rank 0's answer carries it."""
+        if self.topology.rank != 0:
+            return None
         if self.device.type == "cuda":
-            if answers:
-                # From the GPU into locked memory it goes by itself.
-                out = torch.empty(out.shape, dtype=out.dtype, pin_memory=True).copy_(out, non_blocking=True)
-            # A rank waits for its work to end, so that the next step's times are its own.
-            self.topology.clock.wait()
-        return to_wire(out, "out") if answers else None
+            # From the GPU into locked memory it goes by itself.
+            out = torch.empty(out.shape, dtype=out.dtype, pin_memory=True).copy_(out, non_blocking=True)
+        return to_wire(out, "out")
 
     def sample(self, job: str, step: int, **inputs: Any) -> dict[str, Any]:
         """One step of the run ``job``; step 0 begins it, the last one carries the latent."""
@@ -305,8 +307,6 @@ class Engine:
         if step + 2 == len(walk.sigmas):
             answer["out"] = self._result(walk.finish(x))
             self._end(job)
-        elif self.device.type == "cuda":
-            self.topology.clock.wait()
         return answer
 
     def _end(self, job: str) -> None:
