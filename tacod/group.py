@@ -183,15 +183,16 @@ class RankGroup:
             message = self._processes.arena.unpack(packet, copy=True)
         except ProtocolError as error:
             raise GroupLost(f"rank {rank.index} sent what can't be read ({error.message})") from None
-        if message.type == "ready":
+        if message.type == "ready" and self.state is State.STARTING:
             self._greet(rank, message)
-        elif message.id != self._work or rank.index in self._answers:
-            raise GroupLost(f"rank {rank.index} answers what it wasn't asked ({message.type})")
-        elif message.type == "progress":
+            return None
+        asked = self.state is State.BUSY and message.id == self._work and rank.index not in self._answers
+        if asked and message.type == "progress":
             rank.progress = (message.body["done"], message.body["total"])
-        else:
+            return None
+        if asked and message.type in ("done", "failed", "broken"):
             return self._collect(rank, message)
-        return None
+        raise GroupLost(f"rank {rank.index} says what it wasn't asked ({message.type})")
 
     def _greet(self, rank: Rank, message: Message) -> None:
         rank.ready = True

@@ -91,11 +91,15 @@ class FakeRank:
         """Say whatever it may be."""
         self._channel.send(self._arena.pack(Message(kind, body, work), self._arena.end))
 
+    def hang_up(self) -> None:
+        """Close the channel."""
+        self._channel.close()
+
     def die(self, code: int) -> None:
         """End."""
         if self.code is None:
             self.code = code
-            self._channel.close()
+            self.hang_up()
 
     def poll(self) -> int | None:
         return self.code

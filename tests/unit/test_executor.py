@@ -381,6 +381,33 @@ def test_what_was_to_make_room_stays_if_the_load_that_wanted_it_is_gone(walk: Wa
     assert ids(walk) == ["base", "small"]
 
 
+def test_a_rank_that_hangs_up_and_lives_on_is_out_of_time_at_last(walk: Walk) -> None:
+    """What is left of its channel is looked at once, and not for ever."""
+    walk.ready()
+    walk.submit(Verb.LOAD, BASE)
+    before = set(walk.executor.group.sources)
+    walk.alive[1].hang_up()
+    walk.executor.attend()
+    assert len(before - set(walk.executor.group.sources)) == 1
+    assert walk.executor.group.state is State.BUSY
+    gone = walk.alive
+    walk.clock.now += CONFIG.group.load_timeout_s + 1
+    walk.executor.attend()
+    assert all(rank.reaped for rank in gone)
+
+
+@pytest.mark.parametrize(("kind", "work"), [("done", 7), ("progress", 0), ("ready", 0), ("no such thing", 1)])
+def test_ranks_that_say_what_they_were_not_asked_are_replaced(walk: Walk, kind: str, work: int) -> None:
+    walk.ready()
+    if work:
+        walk.submit(Verb.LOAD, BASE)
+        assert walk.work.id == 1
+    gone = walk.alive
+    walk.alive[0].say(kind, {"memory_used_bytes": 1, "done": 1, "total": 2}, work)
+    walk.executor.attend()
+    assert all(rank.reaped for rank in gone)
+
+
 def test_a_model_that_does_not_fit_is_not_restored_for_ever(tmp_path: Path) -> None:
     """Rank 0 alone lacks the memory, and the others wait for it: that looks like ranks that hang."""
     with ExitStack() as stack:
