@@ -1,8 +1,8 @@
-"""Memory that the supervisor and its ranks have in common: a work item's tensors, and after them its answer's.
+"""Memory that the supervisor and its ranks have in common: a work item's tensors, and after them rank 0's answer.
 
 Through a socket every rank would get a copy of its own of all of them, though of the large ones it reads only a part.
 There goes a packet, which says where they lie. One work item is under way at a time, so each begins where the one
-before began, and nothing is to be managed.
+before began, and nothing is to be managed. What the other ranks answer fits a packet: they put nothing here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tacod_client.wire import Buffer, Message
 __all__ = ["PACKET_BYTES", "Arena"]
 
 PACKET_BYTES = 32 << 10
-"""The largest packet: a unix socket takes it whole, at once and without waiting (net.core.wmem_default)."""
+"""The largest packet: a unix socket takes it whole, at once and without waiting."""
 HERE, THERE = b"\0", b"\1"
 """How a packet begins: what it tells follows, or lies in the memory because it is too long."""
 PLACE = struct.Struct("<QQ")
@@ -39,7 +39,7 @@ class Arena:
         self.fd = os.memfd_create("tacod") if fd is None else fd
         """By which another process can share it."""
         self.end = 0
-        """Where the tensors of the last message end."""
+        """Where what belongs to the last message ends."""
         self._memory: mmap.mmap | None = None
 
     def close(self) -> None:

@@ -59,10 +59,8 @@ class Rank:
             return None
         try:
             packet = self.channel.recv(PACKET_BYTES, socket.MSG_DONTWAIT)
-        except BlockingIOError:
+        except (BlockingIOError, ConnectionResetError):  # the latter: it has ended and left something unread
             return None
-        except OSError:  # it has died with a packet unread
-            packet = b""
         self.mute = not packet
         return packet or None
 
@@ -125,6 +123,8 @@ class Processes:
         self.arena = Arena()
         for index, device in enumerate(self.devices):
             channel, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            for end in (channel, other):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * PACKET_BYTES)
             process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "tacod.rank"),

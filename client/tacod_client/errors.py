@@ -57,6 +57,11 @@ __all__ = [
 ]
 
 
+MESSAGE_CHARACTERS = 4000
+DETAIL_CHARACTERS = 1000
+"""What travels of an error's texts."""
+
+
 class TacodError(Exception):
     """Base of every error of this package; ``details`` holds what a program may want to read."""
 
@@ -66,9 +71,16 @@ class TacodError(Exception):
         self.details: dict[str, Any] = details
 
     def to_wire(self) -> dict[str, Any]:
-        """The error as a message body: ``code``, ``message``, ``details``."""
-        details = {name: encodable(each) if isinstance(each, str) else each for name, each in self.details.items()}
-        return {"code": type(self).__name__, "message": encodable(self.message), "details": details}
+        """The error as a message body: ``code``, ``message``, ``details``; of long texts the beginning."""
+        details = {
+            name: encodable(each)[:DETAIL_CHARACTERS] if isinstance(each, str) else each
+            for name, each in self.details.items()
+        }
+        return {
+            "code": type(self).__name__,
+            "message": encodable(self.message)[:MESSAGE_CHARACTERS],
+            "details": details,
+        }
 
     @staticmethod
     def from_wire(body: Any) -> TacodError:

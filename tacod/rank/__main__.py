@@ -106,7 +106,7 @@ def _die_with_the_supervisor(channel: socket.socket) -> None:
 
 
 def serve(engine: Engine, channel: socket.socket, arena: Arena) -> None:
-    """Answer work items, one after the other, for ever. Between two the rank waits here, never in a collective."""
+    """Answer work items as long as the supervisor lives. Between two the rank waits here, never in a collective."""
     channel.send(arena.pack(Message("ready", {"memory_used_bytes": engine.memory_used_bytes})))
     # Where every rank may keep a core to itself, and as many are left.
     wakeful = engine.device.type == "cuda" and len(os.sched_getaffinity(0)) > 2 * engine.topology.world_size

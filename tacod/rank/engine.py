@@ -107,6 +107,8 @@ class Engine:
                 self._tensors.pop(digest, None)
                 for key in [key for key in self._on_device if key[0] == digest]:
                     del self._on_device[key]
+        if evict:
+            answer["memory_used_bytes"] = self.memory_used_bytes
         return answer
 
     def _resolve(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -174,6 +176,8 @@ class Engine:
         loaded = {base or model: plain}
         if model not in self.models:
             loaded[model] = self._patch(plain, patches) if base is not None else plain
+        if self.device.type == "cuda":
+            self.topology.clock.wait()
         # All of it or nothing: what the daemon doesn't hear of it can't unload.
         self.models |= loaded
         return {"model": self.models[model].description, "base": plain.description}

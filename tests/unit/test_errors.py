@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import pickle
 import re
+from contextlib import closing
 from typing import Any
 
 import pytest
 
+from tacod.arena import PACKET_BYTES, Arena
 from tacod_client import errors
 from tacod_client.errors import ArgumentError, ModelNotFound, ProtocolError, TacodError
 from tacod_client.wire import Message, decode, encode
@@ -104,3 +106,13 @@ def test_a_text_that_is_no_unicode_travels() -> None:
     told = TacodError.from_wire(decode([b"TACO\x01", header]).body)
     assert told.message == "no \\udc80.safetensors here"
     assert told.details == {"name": "\\ud800x", "count": 3}
+
+
+@pytest.mark.parametrize("character", ["x", "\xe9", "\U000e0001", "\udcff"])
+def test_a_long_error_fits_a_packet(character: str) -> None:
+    """Each rank says it, and only rank 0 has room for more. What a file calls its tensors may be long."""
+    text = character * 100_000
+    told = ArgumentError(text, argument=text, other=text).to_wire()
+    with closing(Arena()) as arena:
+        assert len(arena.pack(Message("failed", {"error": told, "memory_used_bytes": 1 << 60}))) <= PACKET_BYTES
+        assert arena.end == 0
