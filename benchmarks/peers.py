@@ -50,6 +50,7 @@ from torch import Tensor, multiprocessing
 
 from tacod import __version__
 from tacod.plan import AUTO, Layout, Plan, Shape, make_plan
+from tacod.processes import ON_GPUS
 from tacod.rank import attending, fused, linear, narrow, xdit
 from tacod.rank.families.base import DiT
 from tacod.rank.forwards import Forwards
@@ -750,7 +751,8 @@ def main() -> None:
     # Threads that spin while they wait are slow where ranks share cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    # As the daemon's ranks have it.
+    os.environ.update(ON_GPUS)
     if options.gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = options.gpus
     gpus: list[str] = []

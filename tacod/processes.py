@@ -20,12 +20,20 @@ from tacod import config
 from tacod.arena import PACKET_BYTES, Arena
 from tacod_client.errors import TacodError
 
-__all__ = ["GroupLost", "Processes", "Rank", "devices"]
+__all__ = ["ON_GPUS", "GroupLost", "Processes", "Rank", "devices"]
 
 log = logging.getLogger(__name__)
 
-STACKS_S = 0.3
-"""How long a rank gets to write its stacks; one that is stopped never does."""
+STACKS_S = 1.0
+"""How long ranks get to write their stacks; one that is stopped never does."""
+ON_GPUS = {
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    # In a CUDA graph NCCL would have the other ranks map what it sends and receives, as one piece each, which memory in
+    # such segments is not: ranks then hang in a replay (https://github.com/pytorch/pytorch/issues/158029).
+    "NCCL_GRAPH_REGISTER": "0",
+}
+"""What a GPU's rank finds in its environment."""
 
 
 @dataclass
@@ -200,8 +208,7 @@ def _environment(kind: str, devices: Sequence[str]) -> dict[str, str]:
     """
     env = {key: value for key, value in os.environ.items() if key not in _NOT_INHERITED}
     if kind == "cuda":
-        env.update(CUDA_DEVICE_ORDER="PCI_BUS_ID", CUDA_VISIBLE_DEVICES=",".join(devices))
-        env.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        env.update(ON_GPUS, CUDA_VISIBLE_DEVICES=",".join(devices))
     else:
         env.update(CUDA_VISIBLE_DEVICES="")
     # All ranks are on this machine; the name of its network interface, or a lack of one, is no concern of theirs.

@@ -75,6 +75,18 @@ def test_replays_equal_what_they_replay(gpu_daemon: Daemon, models: Path, load_g
     assert "don't write into each other's memory" not in gpu_daemon.log
 
 
+def test_graphs_of_large_images(gpu_daemon: Daemon) -> None:
+    """What ranks gather then lies in several pieces of memory, which nobody may take for one."""
+    with gpu_daemon.client() as client:
+        model = client.load(FLUX.file, dtype="fp32", plan=everyone(gpu_daemon))
+        for side in range(288, 416, 16):
+            inputs = FLUX.inputs(size=(side, side))
+            outs = [model.forward(**inputs) for _ in range(4)]
+            assert all(torch.equal(out, outs[0]) for out in outs[1:])
+        assert model.stats.retries == 0, gpu_daemon.log
+    assert "no CUDA graph" not in gpu_daemon.log
+
+
 @pytest.mark.parametrize("key", ["cuda_graphs", "peer_memory", "warm_up"])
 def test_without_one_of_the_engines_ways(models: Path, load_golden: Callable[[str], Golden], key: str) -> None:
     golden = load_golden("flux_dev_odd")

@@ -1,0 +1,28 @@
+"""What a rank's process finds in its environment."""
+
+from __future__ import annotations
+
+import pytest
+
+from tacod.processes import _environment
+
+
+def test_gpus_ranks_keep_nccl_from_taking_pieces_of_memory_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a CUDA graph, with segments that expand: else ranks hang in a replay."""
+    monkeypatch.setenv("NCCL_GRAPH_REGISTER", "1")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:1")
+    found = _environment("cuda", ["3", "4"])
+    assert found["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert found["NCCL_GRAPH_REGISTER"] == "0"
+    assert (found["CUDA_VISIBLE_DEVICES"], found["CUDA_DEVICE_ORDER"]) == ("3,4", "PCI_BUS_ID")
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_what_is_meant_for_another_process_stays_away(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("NOTIFY_SOCKET", "RANK", "MASTER_ADDR", "CUDA_DEVICE_MAX_CONNECTIONS"):
+        monkeypatch.setenv(variable, "1")
+    monkeypatch.setenv("SOMETHING_ELSE", "1")
+    found = _environment(kind, ["0"])
+    assert not {"NOTIFY_SOCKET", "RANK", "MASTER_ADDR", "CUDA_DEVICE_MAX_CONNECTIONS"} & found.keys()
+    assert found["SOMETHING_ELSE"] == "1"
+    assert found["CUDA_VISIBLE_DEVICES"] == ("0" if kind == "cuda" else "")
