@@ -83,7 +83,7 @@ def test_graphs_of_large_images(gpu_daemon: Daemon) -> None:
             inputs = FLUX.inputs(size=(side, side))
             outs = [model.forward(**inputs) for _ in range(4)]
             assert all(torch.equal(out, outs[0]) for out in outs[1:])
-        assert model.stats.retries == 0, gpu_daemon.log
+            assert model.stats.retries == 0, gpu_daemon.log
     assert "no CUDA graph" not in gpu_daemon.log
 
 
