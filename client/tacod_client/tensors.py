@@ -95,25 +95,28 @@ def from_wire(tensor: Tensor, kind: Kind, locked: bool = False) -> Any:
     if tensor.frames is None:
         raise ValueError("a tensor that travelled by digest has no bytes to read")
     if kind == "numpy":
-        return _as_numpy(np.frombuffer(bytearray().join(tensor.frames), np.uint8), tensor)
+        return _as_numpy(_fill(np.empty(tensor.nbytes, np.uint8), tensor.frames), tensor)
     import torch
 
     dtype: torch.dtype = getattr(torch, _TORCH_NAMES[tensor.dtype])
     if not math.prod(tensor.shape):
         return torch.empty(tensor.shape, dtype=dtype, device="cpu")
     if not locked:
-        return torch.frombuffer(bytearray().join(tensor.frames), dtype=dtype).reshape(tensor.shape)
+        # numpy asks for huge pages: of 64 MiB it makes a copy in a third of the time.
+        raw = torch.from_numpy(_fill(np.empty(tensor.nbytes, np.uint8), tensor.frames))
+        return raw.view(dtype).reshape(tensor.shape)
     room = torch.empty(tensor.shape, dtype=dtype, device="cpu", pin_memory=True)
     _fill(room.reshape(-1).view(torch.uint8).numpy(), tensor.frames)
     return room
 
 
-def _fill(room: Bytes, frames: Iterable[Buffer]) -> None:
+def _fill(room: Bytes, frames: Iterable[Buffer]) -> Bytes:
     position = 0
     for frame in frames:
         size = len(memoryview(frame))
         room[position : position + size] = np.frombuffer(frame, dtype=np.uint8)
         position += size
+    return room
 
 
 def rows(tensor: Tensor, start: int, stop: int) -> Tensor:
