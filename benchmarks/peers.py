@@ -521,6 +521,8 @@ def serve(client: Client, job: Job, step: Step, notes: Path | None, started_s: f
         calls.append(((time.perf_counter() - started) * 1000, stats.parts))
         answered_s = answered_s or time.monotonic()
     ended_ns = time.monotonic_ns()
+    if stats.retries:
+        raise RuntimeError(f"the daemon lost its ranks and did {stats.retries} forwards again; its log says why")
     times = [ms for ms, _ in calls]
     # The split of the call that took the median time adds up, as medians of parts need not.
     middle = sorted(calls[WARM_UPS:], key=lambda call: call[0])[job.rounds // 2]

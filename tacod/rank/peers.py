@@ -65,6 +65,8 @@ class SymmetricBlock:
             # It doesn't come out of what PyTorch keeps for itself, nor is PyTorch asked to give some of that back.
             torch.cuda.empty_cache()
             self._memory = symmetric.empty([size], dtype=torch.uint8, device=device)
+        # It is zeroed on the stream: that is done before another rank can leave a mark there.
+        torch.cuda.synchronize()
         self._handle = symmetric.rendezvous(self._memory, group.group_name)
         self._carrier = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._carries = False
