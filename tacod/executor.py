@@ -16,10 +16,11 @@ from tacod.manifest import Manifest, Model
 from tacod.metrics import Metrics, StepTimes
 from tacod.notify import notify
 from tacod.processes import GroupLost
+from tacod.residency import Residency
 from tacod.restarts import RestartPolicy
 from tacod.scheduler import Job, Outcome, Scheduler, Verb
 from tacod.store import Store
-from tacod_client.errors import ModelNotFound, OutOfMemory, TacodError, Unavailable
+from tacod_client.errors import ModelNotFound, TacodError, Unavailable
 
 __all__ = ["Executor"]
 
@@ -49,6 +50,7 @@ class Executor:
         self.baselines = Baselines()
         self.scheduler = Scheduler(config.limits.queue, config.group.retries)
         self.group = RankGroup(config.group, devices, folder)
+        self.residency = Residency(self.manifest, self.store, preload, len(devices), self.scheduler.begin_anew)
         self._plan_faults(config)
         self.ready = False
         """Whether a forward has gone through all ranks and all preloaded models are there, since the daemon began."""
@@ -59,12 +61,6 @@ class Executor:
         self._told: tuple[int, int] | None = None
         self._on_end = on_end
         self._spawn_at: float | None = time.monotonic()
-        self._restore = list(preload)
-        self._restoring: Model | None = None
-        self._evicting: list[str] = []
-        """The models that go with the running step: a load takes their place, or what they were made of is unloaded."""
-        self._short: tuple[str, str] | None = None
-        """The load that found no memory, and the model that goes when it is tried again."""
         self._step_ready_s: dict[str, float] = {}
         """When each started job's current or next step could have begun; a retry waits since then too."""
         self._queue_s = 0.0
@@ -85,7 +81,7 @@ class Executor:
         if running is not None and running.verb is Verb.LOAD:
             model: Model = running.body
             return model
-        return self._restoring
+        return self.residency.restoring
 
     def go_by(self, config: Config, preload: Iterable[Model]) -> None:
         """Go by another configuration of the same ranks; models that are to be there from now on are loaded next."""
@@ -97,8 +93,7 @@ class Executor:
         self.store.limit = config.limits.store_bytes
         self.scheduler.limit, self.scheduler.retries = config.limits.queue, config.group.retries
         self._restarts.limit, self._restarts.window_s = config.group.max_restarts, config.group.restart_window_s
-        waiting = {model.id for model in self._restore}
-        self._restore += [model for model in preload if model.id not in self.manifest and model.id not in waiting]
+        self.residency.want(preload)
 
     def _plan_faults(self, config: Config) -> None:
         self.group.faults = Faults(config.testing) if config.testing is not None else None
@@ -180,18 +175,8 @@ class Executor:
         if running is not None and running.verb in (Verb.FORWARD, Verb.SAMPLE):
             self.metrics.retried_forwards += 1
         self.group.kill()
-        self._evicting, self._short = [], None
         self._end(self.scheduler.lose_group(reason, lost.error))
-        restoring = self._restoring
-        if restoring is not None and isinstance(lost.error, OutOfMemory):
-            # New ranks would come to the same.
-            log.error("%s can't be loaded: %s", restoring.path, lost.error.message)
-            self._forget_model(restoring.id)
-            restoring = None
-        known = list(self.manifest)
-        waiting = [*([restoring] if restoring else []), *self._restore]
-        self._restore = known + [model for model in waiting if model.id not in self.manifest]
-        self._restoring = None
+        self.residency.begin_anew(lost.error)
         self._spawn_at = self._restarts.next_start(now)
         if self._spawn_at is not None:
             self.group.restarts += 1
@@ -205,11 +190,10 @@ class Executor:
         self._end(self.scheduler.fail_all(Unavailable(self.given_up)))
 
     def _dispatch(self) -> None:
-        if self._restore:
-            self._restoring = self._restore.pop(0)
-            log.info("loading %s", self._restoring.path)
-            stored = [self.store.get(digest) for digest in self._restoring.digests]
-            self.group.run("load", self._restoring.work(), stored, self.config.group.load_timeout_s)
+        model = self.residency.restore_next()
+        if model is not None:
+            stored = [self.store.get(digest) for digest in model.digests]
+            self.group.run("load", model.work(), stored, self.config.group.load_timeout_s)
             return
         if not self.ready:
             self.ready = True
@@ -232,44 +216,39 @@ class Executor:
         self._queue_s = time.monotonic() - self._step_ready_s.get(job.id, job.submitted_s)
         group = self.config.group
         body, timeout_s = job.body, group.step_timeout_s
-        short, self._short, self._evicting = self._short, None, []
-        if job.verb is Verb.FORWARD:
-            body = {**job.body, "session": job.session}
-        elif job.verb is Verb.SAMPLE:
-            body = {"job": job.id, "step": job.step, **(job.body if job.step == 0 else {})}
-        elif job.verb is Verb.LOAD:
+        if job.verb is Verb.LOAD:
             timeout_s = group.load_timeout_s
-            models = self.config.models
-            self._evicting = self.manifest.to_evict(job.body, models.memory_bytes, models.variants)
-            if not self._evicting and short is not None and short[0] == job.id and short[1] in self.manifest:
-                self._evicting = [short[1]]
-            body = job.body.work(self._evicting)
+            body = job.body.work(self.residency.make_room(job.id, job.body, self.config.models))
         elif job.verb is Verb.UNLOAD:
-            self._evicting = self.manifest.patched(job.model)
-            body = {**job.body, "evict_models": self._evicting}
+            body = {**job.body, "evict_models": self.residency.go_too(job.model)}
+        else:
+            self.residency.keep_all()
+            if job.verb is Verb.FORWARD:
+                body = {**job.body, "session": job.session}
+            else:
+                body = {"job": job.id, "step": job.step, **(job.body if job.step == 0 else {})}
         stored = [self.store.get(digest) for digest in job.digests] if job.step == 0 else []
         self.group.run(job.verb.value, body, stored, timeout_s)
 
     def _take(self, answer: Answer) -> None:
-        if self._restoring is not None:
-            self._take_restored(self._restoring, answer)
-            self._restoring = None
+        if self.residency.restoring is not None:
+            if answer.error is None:
+                self.metrics.loads.add(answer.elapsed_s)
+            self.residency.note_restored(answer.body, answer.error, answer.elapsed_s)
             return
         job = self.scheduler.running
         assert job is not None
-        for evicted in self._evicting:
-            log.info("unloaded %s %s", evicted, "to make room" if job.verb is Verb.LOAD else "too")
-            self._forget_model(evicted)
-        self._evicting = []
+        self.residency.note_evicted("to make room" if job.verb is Verb.LOAD else "too")
         if answer.error is not None:
             self._take_error(job, answer.error)
             return
         if job.verb in (Verb.FORWARD, Verb.SAMPLE):
             self._note_step(job, answer)
         elif job.verb is Verb.LOAD:
-            self._note_loaded(job.body, answer)
+            self.metrics.loads.add(answer.elapsed_s)
+            self.residency.note_loaded(job.body, answer.body, answer.elapsed_s)
         else:
-            self._forget_model(job.body["model"])
+            self.residency.forget(job.body["model"])
         ended = self.scheduler.finish_step()
         if job.verb is Verb.SAMPLE and job.outcome in (None, Outcome.RESULT):
             self._on_progress(job, self._progress(job, answer.body["sigma"]))
@@ -279,35 +258,10 @@ class Executor:
             self._end([ended], answer.body)
 
     def _take_error(self, job: Job, error: TacodError) -> None:
-        other = self.manifest.next_to_go(job.body) if job.verb is Verb.LOAD else None
-        if other is not None and isinstance(error, OutOfMemory) and not job.cancelling:
-            self._short = job.id, other.id
+        if job.verb is Verb.LOAD and not job.cancelling and self.residency.note_short(job.id, job.body, error):
             self.scheduler.repeat_step()
         else:
             self._end([self.scheduler.fail_step(error)])
-
-    def _take_restored(self, model: Model, answer: Answer) -> None:
-        if answer.error is None:
-            self._note_loaded(model, answer)
-        else:
-            log.error("%s can't be loaded: %s", model.path, answer.error.message)
-            self._forget_model(model.id)
-
-    def _note_loaded(self, model: Model, answer: Answer) -> None:
-        self.metrics.loads.add(answer.elapsed_s)
-        told = [(model, answer.body["model"])]
-        if model.base is not None:
-            told.insert(0, (model.base, answer.body["base"]))
-        for each, facts in told:
-            if each.id not in self.manifest:
-                self.store.pin(each.digests)
-                self.manifest.add(each.loaded(facts, answer.elapsed_s, self.group.world_size))
-
-    def _forget_model(self, model_id: str) -> None:
-        if model_id in self.manifest:
-            self.store.unpin(self.manifest.find(model_id).digests)
-            self.manifest.remove(model_id)
-            self.scheduler.begin_anew(model_id)
 
     def _note_step(self, job: Job, answer: Answer) -> None:
         busy = answer.body["compute_s"] + answer.body["collective_s"]
