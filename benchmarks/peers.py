@@ -509,6 +509,7 @@ def serve(client: Client, job: Job, step: Step, notes: Path | None, started_s: f
     pixels, row = step
     inputs = load_file(Path(job.folder, f"{pixels}-inputs.safetensors"))
     plan = ONE_RANK if row == "daemon-one" else "auto"
+    restarts = client.status()["group"]["restarts"]
     model = client.load("model.safetensors", plan=plan, dtype=job.dtype)
     model.stats = stats = Split()
     calls = []
@@ -521,20 +522,20 @@ def serve(client: Client, job: Job, step: Step, notes: Path | None, started_s: f
         calls.append(((time.perf_counter() - started) * 1000, stats.parts))
         answered_s = answered_s or time.monotonic()
     ended_ns = time.monotonic_ns()
-    if stats.retries:
-        raise RuntimeError(f"the daemon lost its ranks and did {stats.retries} forwards again; its log says why")
+    group = client.status()["group"]
+    if group["restarts"] != restarts:
+        raise RuntimeError("the daemon lost its ranks and began anew; its errors stand at the end")
     times = [ms for ms, _ in calls]
     # The split of the call that took the median time adds up, as medians of parts need not.
     middle = sorted(calls[WARM_UPS:], key=lambda call: call[0])[job.rounds // 2]
     save_file({"out": out.float().contiguous()}, Path(job.folder, f"{pixels}-{row}.safetensors"))
     told = next(told for told in client.models() if told["id"] == model.id)
-    ranks = client.status()["group"]["ranks"]
     return {
         **({"cold_s": answered_s - started_s} if started_s is not None else {}),
         "first_ms": times[0],
         "times_ms": times[WARM_UPS:],
         "plan": stats.plan,
-        "peak_bytes": [rank["memory_used_bytes"] for rank in ranks],
+        "peak_bytes": [rank["memory_used_bytes"] for rank in group["ranks"]],
         "load_s": told["loaded_s"],
         "load_bytes_per_s": told["weight_bytes"] / max(told["loaded_s"], 1e-9),
         "split_ms": middle[1],

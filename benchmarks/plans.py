@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, multiprocessing
 
 from tacod.plan import AUTO, Layout, Plan, Shape, cost, make_plan
+from tacod.processes import ON_GPUS
 from tacod.rank import xdit
 from tacod.rank.families.base import DiT
 from tacod.rank.families.flux import Flux
@@ -223,6 +224,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    os.environ.update(ON_GPUS)
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = f"file://{folder}/rendezvous"
         multiprocessing.spawn(rank_main, (args, rendezvous), args.ranks)  # type: ignore[no-untyped-call]

@@ -176,7 +176,7 @@ class Executor:
             self.metrics.retried_forwards += 1
         self.group.kill()
         self._end(self.scheduler.lose_group(reason, lost.error))
-        self.residency.begin_anew(lost.error)
+        self.residency.lose_group(lost.error)
         self._spawn_at = self._restarts.next_start(now)
         if self._spawn_at is not None:
             self.group.restarts += 1

@@ -45,7 +45,7 @@ class Residency:
 
     def want(self, models: Iterable[Model]) -> None:
         """Models that are to be there from now on."""
-        waiting = {model.id for model in self._waiting}
+        waiting = {model.id for model in (*self._waiting, *([self.restoring] if self.restoring else []))}
         self._waiting += [model for model in models if model.id not in self.manifest and model.id not in waiting]
 
     def restore_next(self) -> Model | None:
@@ -116,7 +116,7 @@ class Residency:
             self.manifest.remove(model_id)
             self._on_gone(model_id)
 
-    def begin_anew(self, error: TacodError | None) -> None:
+    def lose_group(self, error: TacodError | None) -> None:
         """The ranks are gone, maybe for an ``error`` that one of them gave: new ones load all that these held."""
         self.keep_all()
         restoring, self.restoring = self.restoring, None

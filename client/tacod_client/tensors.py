@@ -116,6 +116,8 @@ def _fill(room: Bytes, frames: Iterable[Buffer]) -> Bytes:
         size = len(memoryview(frame))
         room[position : position + size] = np.frombuffer(frame, dtype=np.uint8)
         position += size
+    if position != len(room):
+        raise ValueError(f"a tensor of {len(room)} bytes came with {position}")
     return room
 
 

@@ -423,6 +423,18 @@ def test_a_model_that_does_not_fit_is_not_restored_for_ever(tmp_path: Path) -> N
         assert (walk.executor.state, ids(walk)) == ("ready", ["other"])
 
 
+def test_a_reload_does_not_load_again_what_is_being_loaded(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        walk = Walk(stack, tmp_path, preload=(BASE,))
+        walk.ready()
+        walk.executor.go_by(CONFIG, [BASE, OTHER])
+        walk.answer()
+        assert walk.work.body["model"] == "other"
+        walk.answer()
+        assert walk.executor.group.state is State.IDLE
+        assert (walk.executor.state, ids(walk)) == ("ready", ["base", "other"])
+
+
 def test_ranks_do_not_idle_when_a_model_was_gone_at_its_turn(walk: Walk) -> None:
     walk.ready()
     for model in (BASE, OTHER):
