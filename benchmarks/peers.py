@@ -298,7 +298,7 @@ def rank_main(rank: int, job: Job, tell: Any) -> None:
             try:
                 if rank == 0 and row == "reference":
                     bench.refer(pixels)
-                    told = {}
+                    told = {}  # done, though no row
                 elif rank == 0 and row == "save":
                     bench.save()
                 elif row in LABELS and (rank == 0 or row not in ALONE):

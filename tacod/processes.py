@@ -118,16 +118,16 @@ class Processes:
     def __init__(self, devices: list[str], folder: Path) -> None:
         self.devices = devices
         self.ranks: list[Rank] = []
-        self.epoch = ""
-        """Of those that run; empty if none do."""
         self.arena: Arena | None = None
         """What they have in common with the supervisor, as long as they run."""
         self._folder = folder
+        self._epoch = ""
+        """In the names of their files: what one generation left is nothing to the next one."""
 
     def spawn(self, settings: config.Group, fault: dict[str, Any] | None = None) -> None:
         """Start a new epoch of ranks, with a ``fault`` on purpose; they report when they are ready."""
         assert not self.ranks
-        self.epoch = secrets.token_hex(8)
+        self._epoch = secrets.token_hex(8)
         self.arena = Arena()
         for index, device in enumerate(self.devices):
             channel, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -167,7 +167,7 @@ class Processes:
             self.arena.close()
             self.arena = None
         self._rendezvous.unlink(missing_ok=True)
-        self.epoch = ""
+        self._epoch = ""
 
     def check(self, ranks: Iterable[Rank]) -> None:
         """Raise `GroupLost` if one of these has ended."""
@@ -187,11 +187,11 @@ class Processes:
             log.error("rank %d: %s", rank.index, stacks.rstrip() or "no stacks: it is stopped, or has not begun")
 
     def _stacks(self, index: int) -> Path:
-        return self._folder / f"stacks-{self.epoch}-{index}"
+        return self._folder / f"stacks-{self._epoch}-{index}"
 
     @property
     def _rendezvous(self) -> Path:
-        return self._folder / f"rendezvous-{self.epoch}"
+        return self._folder / f"rendezvous-{self._epoch}"
 
 
 _NOT_INHERITED = {

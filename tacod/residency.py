@@ -31,7 +31,7 @@ class Residency:
         world_size: int,
         on_gone: Callable[[str], None],
     ) -> None:
-        self.manifest = manifest
+        self._manifest = manifest
         self.restoring: Model | None = None
         """What the ranks load now, though no client asked."""
         self._store = store
@@ -45,8 +45,13 @@ class Residency:
 
     def want(self, models: Iterable[Model]) -> None:
         """Models that are to be there from now on."""
-        waiting = {model.id for model in (*self._waiting, *([self.restoring] if self.restoring else []))}
-        self._waiting += [model for model in models if model.id not in self.manifest and model.id not in waiting]
+        coming = {model.id for model in self._coming}
+        self._waiting += [model for model in models if model.id not in self._manifest and model.id not in coming]
+
+    @property
+    def _coming(self) -> list[Model]:
+        """What the ranks load, or are to load, though no client asks."""
+        return [*([self.restoring] if self.restoring is not None else []), *self._waiting]
 
     def restore_next(self) -> Model | None:
         """The next model that the ranks are to load though no client asks, if there is one."""
@@ -59,15 +64,15 @@ class Residency:
     def make_room(self, job_id: str, model: Model, limits: Models) -> list[str]:
         """The models that go with the load of ``model``, which a job asks for."""
         short = self._short
-        self._evicting = self.manifest.to_evict(model, limits.memory_bytes, limits.variants)
-        if not self._evicting and short is not None and short[0] == job_id and short[1] in self.manifest:
+        self._evicting = self._manifest.to_evict(model, limits.memory_bytes, limits.variants)
+        if not self._evicting and short is not None and short[0] == job_id and short[1] in self._manifest:
             self._evicting = [short[1]]
         self._short = None
         return self._evicting
 
     def go_too(self, model_id: str) -> list[str]:
         """The models that go with this one."""
-        self._evicting, self._short = self.manifest.patched(model_id), None
+        self._evicting, self._short = self._manifest.patched(model_id), None
         return self._evicting
 
     def keep_all(self) -> None:
@@ -87,13 +92,13 @@ class Residency:
         if model.base is not None:
             facts.insert(0, (model.base, told["base"]))
         for each, known in facts:
-            if each.id not in self.manifest:
+            if each.id not in self._manifest:
                 self._store.pin(each.digests)
-                self.manifest.add(each.loaded(known, elapsed_s, self._world_size))
+                self._manifest.add(each.loaded(known, elapsed_s, self._world_size))
 
     def note_short(self, job_id: str, model: Model, error: TacodError) -> bool:
         """A load failed; whether it is worth another try, in the place of one more model."""
-        other = self.manifest.next_to_go(model)
+        other = self._manifest.next_to_go(model)
         if other is None or not isinstance(error, OutOfMemory):
             return False
         self._short = job_id, other.id
@@ -106,24 +111,25 @@ class Residency:
         if error is None:
             self.note_loaded(model, told, elapsed_s)
         else:
-            log.error("%s can't be loaded: %s", model.path, error.message)
-            self.forget(model.id)
+            self._give_up(model, error)
+
+    def _give_up(self, model: Model, error: TacodError) -> None:
+        log.error("%s can't be loaded: %s", model.path, error.message)
+        self.forget(model.id)
 
     def forget(self, model_id: str) -> None:
         """The ranks hold a model no more."""
-        if model_id in self.manifest:
-            self._store.unpin(self.manifest.find(model_id).digests)
-            self.manifest.remove(model_id)
+        if model_id in self._manifest:
+            self._store.unpin(self._manifest.find(model_id).digests)
+            self._manifest.remove(model_id)
             self._on_gone(model_id)
 
     def lose_group(self, error: TacodError | None) -> None:
         """The ranks are gone, maybe for an ``error`` that one of them gave: new ones load all that these held."""
         self.keep_all()
-        restoring, self.restoring = self.restoring, None
-        if restoring is not None and isinstance(error, OutOfMemory):
+        if self.restoring is not None and isinstance(error, OutOfMemory):
             # New ranks would come to the same.
-            log.error("%s can't be loaded: %s", restoring.path, error.message)
-            self.forget(restoring.id)
-            restoring = None
-        waiting = [*([restoring] if restoring else []), *self._waiting]
-        self._waiting = [*self.manifest, *(model for model in waiting if model.id not in self.manifest)]
+            self._give_up(self.restoring, error)
+            self.restoring = None
+        coming, self.restoring = self._coming, None
+        self._waiting = [*self._manifest, *(model for model in coming if model.id not in self._manifest)]

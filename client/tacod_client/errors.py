@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tacod_client.text import encodable
+from tacod_client.text import encodable, shortened
 
 __all__ = [
     "ArgumentError",
@@ -59,7 +59,7 @@ __all__ = [
 
 MESSAGE_CHARACTERS = 4000
 DETAIL_CHARACTERS = 1000
-"""What travels of an error's texts."""
+"""What travels of an error's texts: a rank's answer has to fit a packet."""
 
 
 class TacodError(Exception):
@@ -73,14 +73,11 @@ class TacodError(Exception):
     def to_wire(self) -> dict[str, Any]:
         """The error as a message body: ``code``, ``message``, ``details``; of long texts the beginning."""
         details = {
-            name: encodable(each)[:DETAIL_CHARACTERS] if isinstance(each, str) else each
+            name: shortened(encodable(each), DETAIL_CHARACTERS) if isinstance(each, str) else each
             for name, each in self.details.items()
         }
-        return {
-            "code": type(self).__name__,
-            "message": encodable(self.message)[:MESSAGE_CHARACTERS],
-            "details": details,
-        }
+        message = shortened(encodable(self.message), MESSAGE_CHARACTERS)
+        return {"code": type(self).__name__, "message": message, "details": details}
 
     @staticmethod
     def from_wire(body: Any) -> TacodError:

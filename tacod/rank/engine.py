@@ -177,6 +177,7 @@ class Engine:
         if model not in self.models:
             loaded[model] = self._patch(plain, patches) if base is not None else plain
         if self.device.type == "cuda":
+            # A lack of memory may show only now.
             self.topology.clock.wait()
         # All of it or nothing: what the daemon doesn't hear of it can't unload.
         self.models |= loaded

@@ -113,6 +113,8 @@ def test_a_long_error_fits_a_packet(character: str) -> None:
     """Each rank says it, and only rank 0 has room for more. What a file calls its tensors may be long."""
     text = character * 100_000
     told = ArgumentError(text, argument=text, other=text).to_wire()
+    assert told["message"].endswith("…")
+    assert told["details"]["argument"].endswith("…")
     with closing(Arena()) as arena:
         assert len(arena.pack(Message("failed", {"error": told, "memory_used_bytes": 1 << 60}))) <= PACKET_BYTES
         assert arena.end == 0
