@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +13,7 @@ from tacod.rank.attention import attend, attend_part, merge
 from tacod.rank.collectives import Exchange, Group
 from tacod.rank.fused import Projected, copy_heads, has_kernels
 from tacod.rank.peers import Slot
+from tacod.rank.waves import attend_in_waves
 
 if TYPE_CHECKING:
     from tacod.rank.sequence import SequenceParallel
@@ -123,28 +124,52 @@ class Attending:
         if self._slot is not None:
             group.settle(self._slot)
         q, k, v = self._qkv
-        if ring.size > 1:
-            out = _around(ring, q, k, v, list(map(sum, self._tokens)), self._mask)
-        else:
-            out = attend(q, k, v, self._mask)
         if group.size == 1:
+            out = self._around_ring(q, k, v) if ring.size > 1 else attend(q, k, v, self._mask)
             self._out = out.transpose(1, 2).flatten(2)
             return
-        leaving = list(torch.split(out.permute(2, 0, 1, 3).contiguous(), self._tokens[ring.rank]))
+        results = self._results(q, k, v)
         if self._slot is not None:
-            first, count = sum(self._heads[: group.rank]), self._heads[group.rank]
-            for rank in (*self._others, group.rank):
-                target = self._slot.returned(rank)[:, :, first : first + count]
-                if meanwhile and rank != group.rank:
-                    self._slot.send(leaving[rank], target)
-                else:
-                    copy_heads(leaving[rank], target)
+            self._store_back(self._slot, results, meanwhile)
             return
+        first, *more = results
+        leaving = list(torch.split(torch.cat((first, *more)) if more else first, self._tokens[ring.rank]))
         kept = leaving[group.rank]
         tokens, batch, _, width = kept.shape
-        self._parts = [out.new_empty(tokens, batch, count, width) for count in self._heads]
+        self._parts = [kept.new_empty(tokens, batch, count, width) for count in self._heads]
         self._parts[group.rank] = kept
         self._back = group.exchange(leaving, self._parts, self._sequence.narrow)
+
+    def _results(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Tensor]:
+        """This rank's heads for the run's tokens, for some after the others: [S', B, h, D], contiguous."""
+        if self._sequence.ring.size > 1:
+            yield self._around_ring(q, k, v).permute(2, 0, 1, 3).contiguous()
+        else:
+            yield from attend_in_waves(q, k, v, self._mask)
+
+    def _around_ring(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _around(self._sequence.ring, q, k, v, list(map(sum, self._tokens)), self._mask)
+
+    def _store_back(self, slot: Slot, results: Iterator[Tensor], meanwhile: bool) -> None:
+        """Store what belongs to each rank's tokens there; beside what is computed after it, if there is something."""
+        group, tokens = self._sequence.ulysses, self._tokens[self._sequence.ring.rank]
+        heads = slice(sum(self._heads[: group.rank]), sum(self._heads[: group.rank + 1]))
+        done, total = 0, sum(tokens)
+        for result in results:
+            more = meanwhile or done + len(result) < total
+            for rank in (*self._others, group.rank):
+                # Of what is here, as much as is that rank's.
+                begin = sum(tokens[:rank])
+                first, last = max(done, begin), min(done + len(result), begin + tokens[rank])
+                if first >= last:
+                    continue
+                source = result[first - done : last - done]
+                target = slot.returned(rank)[first - begin : last - begin, :, heads]
+                if more and rank != group.rank:
+                    slot.send(source, target)
+                else:
+                    copy_heads(source, target)
+            done += len(result)
 
     def result(self) -> Tensor:
         """For this rank's tokens, [B, S, H * D]; where ranks write into each other's memory, until others attend."""

@@ -1,8 +1,8 @@
 """Triton kernels for what a block does between its matrices; each reads and writes every number once.
 
 They compute in fp32 and round once, where PyTorch's separate operations round after each. What they mean is what the
-functions of the same names in `fused` compute without them. Two more wait for other ranks and count time. This module
-is imported on GPUs only.
+functions of the same names in `fused` and `attention` compute without them. Two more wait for other ranks and count
+time. This module is imported on GPUs only.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import globaltimer
 
-__all__ = ["barrier", "copy", "count_time", "dequantise", "pack", "quantise", "rows"]
+__all__ = ["barrier", "copy", "count_time", "dequantise", "merge", "pack", "quantise", "rows"]
 
 _HEADS = 8, 4
 """Heads that one program of `pack` handles: the more, the wider it stores."""
+_MERGED = 8
+"""Heads of tokens that one program of `merge` handles."""
 _NUMBERS = 4096
 """About how many numbers one program of `quantise` and `dequantise` handles."""
 
@@ -220,6 +222,45 @@ def dequantise(narrow: Tensor, scales: Tensor, out: Tensor) -> None:
     many = max(_NUMBERS // block, 1)
     if rows:
         _dequantise[(triton.cdiv(rows, many),)](narrow, scales, out, rows, width, ROWS=many, BLOCK=block, num_warps=4)
+
+
+@triton.jit(do_not_specialize=["parts", "tokens", "heads"])
+def _merge(
+    part, lse, out, parts, tokens, heads, width,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Some heads of tokens: the mean of the parts, weighted by how much of the softmax each has seen."""
+    rows = tokens.to(tl.int64) * heads
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    inside = (row[:, None] < rows) & (column[None, :] < width)
+    seen = lse + row % heads * tokens + row // heads
+    top = tl.full([ROWS], -float("inf"), tl.float32)
+    for number in range(parts):
+        top = tl.maximum(top, tl.load(seen + number * rows, mask=row < rows, other=0.0))
+    total = tl.zeros([ROWS], tl.float32)
+    value = tl.zeros([ROWS, BLOCK], tl.float32)
+    for number in range(parts):
+        weight = tl.exp(tl.load(seen + number * rows, mask=row < rows, other=0.0) - top)
+        place = part + (number * rows + row[:, None]) * width + column[None, :]
+        total += weight
+        value += weight[:, None] * tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    value /= total[:, None]
+    tl.store(out + row[:, None] * width + column[None, :], value.to(out.dtype.element_ty), mask=inside)
+
+
+def merge(parts: Tensor, lse: Tensor) -> Tensor:
+    """Attention [S, H, D] from what parts of the keys give: ``parts`` [n, S, H, D] and ``lse`` [n, H, S] in fp32.
+
+    Both are contiguous; ``lse`` holds the log-sum-exps of the scores, of which none is infinite.
+    """
+    count, tokens, heads, width = parts.shape
+    out = parts.new_empty(tokens, heads, width)
+    if out.numel():
+        grid = (triton.cdiv(tokens * heads, _MERGED),)
+        block = triton.next_power_of_2(width)
+        _merge[grid](parts, lse, out, count, tokens, heads, width, ROWS=_MERGED, BLOCK=block, num_warps=4)
+    return out
 
 
 @triton.jit(do_not_specialize=["rank"])

@@ -26,6 +26,8 @@ PACKS = [
     for normed, turned in ((True, True), (False, False), (True, False))
 ]
 
+MERGES = [(2, 10, 3, 16), (3, 9, 1, 40), (5, 20, 2, 128)]
+
 
 def rows(shape: list[int]) -> list[float]:
     """Largest errors of sum and norm: with and without the sum, for modulations of all images and of each."""
@@ -82,6 +84,19 @@ def narrow(rows: int, width: int) -> list[float]:
     return [relative_error(out, x), float((got - wanted).abs().max()), relative_error(scales, theirs)]
 
 
+def merged(parts: int, tokens: int, heads: int, width: int) -> float:
+    """How far attention whose keys are shared out is from attention to all of them."""
+    from tacod.rank import kernels
+    from tacod.rank.attention import attend, attend_part
+
+    q, k, v = torch.randn(3, 1, heads, tokens, width)
+    k[:, :, : tokens // 3] *= 3  # the parts' weights differ
+    each = zip(k.chunk(parts, dim=2), v.chunk(parts, dim=2), strict=True)
+    outs, lses = zip(*(attend_part(q, *part) for part in each), strict=True)
+    got = kernels.merge(torch.cat(outs).transpose(1, 2).contiguous(), torch.cat(lses))
+    return relative_error(got, attend(q, k, v)[0].transpose(0, 1))
+
+
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -105,6 +120,11 @@ def test_rows_are_copied_into_wider_ones(interpreted: dict[str, Any]) -> None:
     assert interpreted["copy"] == 0
 
 
+@pytest.mark.parametrize("case", range(len(MERGES)), ids=lambda case: "-".join(map(str, MERGES[case])))
+def test_parts_of_attention_are_merged(interpreted: dict[str, Any], case: int) -> None:
+    assert interpreted["merged"][case] <= FP32
+
+
 def test_numbers_in_8_bits(interpreted: dict[str, Any]) -> None:
     for lost, differing, scales in interpreted["narrow"]:
         assert lost < 1e-2
@@ -118,6 +138,7 @@ if __name__ == "__main__":
         "rows": [rows(list(shape)) for shape in ROWS],
         "pack": [pack(**case) for case in PACKS],
         "copy": copy(),
+        "merged": [merged(*case) for case in MERGES],
         "narrow": [narrow(5, 16), narrow(37, 128), narrow(3, 6000)],
     }
     print(json.dumps(told))

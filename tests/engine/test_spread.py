@@ -5,12 +5,13 @@ Run as a script, this file is one rank: it reads cases as JSON lines and answers
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +28,7 @@ from shared_block import reach_shared
 from torch.nn.functional import scaled_dot_product_attention
 
 from tacod.plan import Layout, Plan, Shape, chunks
+from tacod.rank.attention import attend
 from tacod.rank.forwards import Forwards
 from tacod.rank.fused import Projected
 from tacod.rank.sequence import SequenceParallel
@@ -172,6 +174,24 @@ def test_attention_equals_one_process(ranks: Ranks, layout: tuple[int, ...], **c
     assert max(ranks.run(layout, "attention", **case)) <= 2e-6
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    layout=st.sampled_from([layout for layout in SEQUENCES if layout[1] > 1]),
+    heads=st.integers(1, 9),
+    batch=st.integers(1, 2),
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=2).filter(sum),
+    cuts=st.lists(st.integers(1, 79), max_size=3),
+    sharing=st.booleans(),
+    meanwhile=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_results_that_come_one_after_the_other_find_their_ranks(
+    ranks: Ranks, layout: tuple[int, ...], **case: Any
+) -> None:
+    """As from `attend_in_waves`, and of any runs of tokens: stored into the ranks' memory, or exchanged."""
+    assert max(ranks.run(layout, "attention", **case)) <= 2e-6
+
+
 @pytest.mark.parametrize("layout", SEQUENCES, ids=str)
 @pytest.mark.parametrize(("heads", "lengths"), [(3, [2]), (1, [1, 1]), (2, [0, 3]), (24, [512, 99])])
 def test_ranks_without_tokens_or_heads_take_part(
@@ -294,19 +314,39 @@ class Rank:
             pace = warm_up(tiny.model, Forwards(self.topology), torch.device("cpu"))
         return [] if pace is None else [pace.flops, pace.bytes, pace.collective_s]
 
-    def _sequence(self, layout: Layout) -> SequenceParallel | None:
-        seat = self.topology.seat(layout)
+    def _sequence(self, layout: Layout, sharing: bool = False) -> SequenceParallel | None:
+        seat = (self.sharing if sharing else self.topology).seat(layout)
         return None if seat is None else seat.sequence
 
-    def attention(self, layout: Layout, heads: int, batch: int, lengths: list[int], seed: int) -> float | None:
-        sequence = self._sequence(layout)
+    def attention(
+        self,
+        layout: Layout,
+        heads: int,
+        batch: int,
+        lengths: list[int],
+        seed: int,
+        cuts: Sequence[int] = (),
+        sharing: bool = False,
+        meanwhile: bool = False,
+    ) -> float | None:
+        sequence = self._sequence(layout, sharing)
         if sequence is None:
             return None
+
+        def in_runs(q: torch.Tensor, *others: torch.Tensor | None) -> Iterator[torch.Tensor]:
+            edges = sorted({0, q.shape[2], *(cut for cut in cuts if cut < q.shape[2])})
+            for begin, end in itertools.pairwise(edges) if len(edges) > 1 else [(0, 0)]:
+                yield attend(q[:, :, begin:end], *others).permute(2, 0, 1, 3).contiguous()
+
         torch.manual_seed(seed)
         q, k, v = torch.randn(3, batch, sum(lengths), heads, 16)
         expected = torch.split(SequenceParallel().attend([projected(q, k, v)], lengths).result(), lengths, dim=1)
         local = [torch.cat([sequence.shard(part) for part in torch.split(t, lengths, dim=1)], dim=1) for t in (q, k, v)]
-        mine = sequence.attend([projected(*local)], lengths).result()
+        with mock.patch("tacod.rank.attending.attend_in_waves", in_runs):
+            attending = sequence.attend([projected(*local)], lengths, meanwhile=meanwhile)
+            if meanwhile:
+                attending.run()
+            mine = attending.result().clone()
         outs = torch.split(mine, [sequence.sizes(length)[sequence.whole.rank] for length in lengths], dim=1)
         whole = [sequence.gather(out, length) for out, length in zip(outs, lengths, strict=True)]
         return max(float((a - b).norm() / b.norm()) for a, b in zip(whole, expected, strict=True) if b.numel())

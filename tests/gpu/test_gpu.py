@@ -12,10 +12,13 @@ import pytest
 import torch
 from helpers import FLUX, FP32, SD3, Daemon, Golden, Tiny, relative_error, stopped
 from safetensors.torch import save_file
+from torch.nn.attention import sdpa_kernel
 
 from tacod.checkpoint import read_checkpoint
 from tacod.rank.attention import attend, attend_part, merge
 from tacod.rank.reader import Reader
+from tacod.rank.spread import FAST, PLAIN
+from tacod.rank.waves import attend_in_waves
 
 pytestmark = [
     pytest.mark.gpu,
@@ -221,3 +224,31 @@ def test_attention_in_parts(dtype: torch.dtype, most: float, width: int, masked:
     parts = [attend_part(q, k[:, :, a:b], v[:, :, a:b], None if mask is None else mask[..., a:b]) for a, b in pieces]
     out = functools.reduce(merge, parts)[0]
     assert relative_error(out, expected) <= most
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
+    reason="only Hopper's attention is computed in whole waves",
+)
+@pytest.mark.parametrize(("heads", "runs"), [(12, 2), (8, 2), (24, 1), (1, 1)])
+@pytest.mark.parametrize("tokens", [4608, 4500])
+@torch.inference_mode()
+def test_attention_in_whole_waves(heads: int, tokens: int, runs: int) -> None:
+    """As exact as in one, on what a rank receives; 132 multiprocessors are a full H100's."""
+    q, k, v = torch.randn(tokens, 1, 3, heads, 128, device="cuda", dtype=torch.bfloat16).permute(2, 1, 3, 0, 4)
+    expected = attend(q.double(), k.double(), v.double()).permute(2, 0, 1, 3)
+    with sdpa_kernel(FAST, set_priority=True):
+        whole = attend(q, k, v).permute(2, 0, 1, 3)
+        results = list(attend_in_waves(q, k, v))
+        again = list(attend_in_waves(q, k, v))
+    with sdpa_kernel(PLAIN):
+        (plain,) = attend_in_waves(q, k, v)
+    if torch.cuda.get_device_properties(0).multi_processor_count == 132:
+        assert len(results) == runs
+    assert all(torch.equal(*each) for each in zip(results, again, strict=True))
+    assert all(each.is_contiguous() for each in results)
+    # What each share of the keys gives is rounded once more than what they give together.
+    assert relative_error(torch.cat(results), expected) <= (1.1 if runs == 2 else 1.25) * relative_error(
+        whole, expected
+    )
+    assert relative_error(plain, expected) <= 1.5 * relative_error(whole, expected)
