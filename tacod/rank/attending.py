@@ -144,8 +144,10 @@ class Attending:
         """This rank's heads for the run's tokens, for some after the others: [S', B, h, D], contiguous."""
         if self._sequence.ring.size > 1:
             yield self._around_ring(q, k, v).permute(2, 0, 1, 3).contiguous()
+        elif self._sequence.in_waves and self._mask is None:
+            yield from attend_in_waves(q, k, v)
         else:
-            yield from attend_in_waves(q, k, v, self._mask)
+            yield attend(q, k, v, self._mask).permute(2, 0, 1, 3).contiguous()
 
     def _around_ring(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return _around(self._sequence.ring, q, k, v, list(map(sum, self._tokens)), self._mask)

@@ -68,7 +68,7 @@ class Forwards:
         if isinstance(known, Graph):
             kinds.move_to_end(kind)
             return known.replay(given)
-        out = self._run(dit, plan, x, timestep, arguments)
+        out = self._run(dit, plan, x, timestep, arguments, in_waves=known is not _Without.EVER)
         if known is None:
             # The first one makes what is made at first use: kernels, communicators, tables.
             kinds[kind] = _Without.YET
@@ -97,10 +97,18 @@ class Forwards:
         self.skipped += seat is not None and seat.batch.agree(cache.skipped)
         return out
 
-    def _run(self, dit: DiT, plan: Plan, x: Tensor, timestep: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    def _run(
+        self,
+        dit: DiT,
+        plan: Plan,
+        x: Tensor,
+        timestep: Tensor,
+        arguments: Mapping[str, Any],
+        in_waves: bool = False,
+    ) -> Tensor:
         """A forward as it comes."""
         try:
-            return run(dit, plan, self.topology, x, timestep, arguments)
+            return run(dit, plan, self.topology, x, timestep, arguments, in_waves)
         except TacodError:
             # All ranks refuse it alike, before they meet.
             raise
@@ -155,7 +163,7 @@ class Graph:
         try:
             # NCCL's own thread may look at events meanwhile.
             with holding() as self._tables, torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-                self._out = run(dit, plan, topology, self._given["x"], self._given["timestep"], rest)
+                self._out = run(dit, plan, topology, self._given["x"], self._given["timestep"], rest, in_waves=True)
         finally:
             # A capture that fails doesn't leave its own.
             torch.cuda.set_stream(stream)

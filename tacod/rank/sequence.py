@@ -35,17 +35,22 @@ class SequenceParallel:
         ulysses: Group | None = None,
         ring: Group | None = None,
         narrow: bool = False,
+        in_waves: bool = False,
     ) -> None:
-        """``narrow`` sends queries, keys, values and what comes back in 8 bits; a ring's neighbours are sent all."""
+        """``narrow`` sends queries, keys, values and what comes back in 8 bits; a ring's neighbours are sent all.
+
+        ``in_waves`` computes attention as `attend_in_waves` does, which pays where the host launches nothing.
+        """
         self.narrow = narrow
+        self.in_waves = in_waves
         self.whole = whole or Group()
         self.ulysses = ulysses or Group()
         self.ring = ring or Group()
         assert self.ulysses.size * self.ring.size == self.whole.size
 
-    def narrowed(self, narrow: bool) -> SequenceParallel:
-        """The same ranks, with 8 bits or without."""
-        return SequenceParallel(self.whole, self.ulysses, self.ring, narrow)
+    def planned(self, narrow: bool, in_waves: bool) -> SequenceParallel:
+        """The same ranks, which send in 8 bits and attend in waves, or not."""
+        return SequenceParallel(self.whole, self.ulysses, self.ring, narrow, in_waves)
 
     @property
     def peers(self) -> Peers | None:

@@ -30,8 +30,19 @@ def plan_for(dit: DiT, asked: Request, world_size: int, arguments: Mapping[str, 
     return make_plan(asked, world_size, shape, dit.pace)
 
 
-def run(dit: DiT, plan: Plan, topology: Topology, x: Tensor, timestep: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-    """One forward; every rank passes the whole input and gets the whole output, one that the plan leaves idle too."""
+def run(
+    dit: DiT,
+    plan: Plan,
+    topology: Topology,
+    x: Tensor,
+    timestep: Tensor,
+    arguments: Mapping[str, Any],
+    in_waves: bool = False,
+) -> Tensor:
+    """One forward; every rank passes the whole input and gets the whole output, one that the plan leaves idle too.
+
+    ``in_waves`` is for what becomes a CUDA graph (see `SequenceParallel`).
+    """
     layout = plan.layout
     seat = topology.seat(layout)
     out: Tensor | None = None
@@ -39,7 +50,7 @@ def run(dit: DiT, plan: Plan, topology: Topology, x: Tensor, timestep: Tensor, a
         sizes = chunks(len(x), layout.batch)
         start = sum(sizes[: seat.batch.rank])
         mine = slice(start, start + sizes[seat.batch.rank])
-        sequence = seat.sequence.narrowed(plan.narrow)
+        sequence = seat.sequence.planned(plan.narrow, in_waves)
         try:
             with sdpa_kernel(FAST, set_priority=True) if plan.flash_attention else sdpa_kernel(PLAIN):
                 out = dit(sequence, x[mine], timestep[mine], **_images(arguments, mine))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,7 +31,7 @@ class SharedBlock:
         dist.barrier(group.group)
         paths[group.rank].unlink()
         dist.barrier(group.group)
-        self._leaving: list[tuple[Tensor, Tensor]] = []
+        self._leaving: list[tuple[weakref.ref[Tensor], Tensor]] = []
         if group.rank == 0:
             folder.rmdir()
 
@@ -42,12 +43,14 @@ class SharedBlock:
     def send(self, source: Tensor, target: Tensor) -> None:
         """See `tacod.rank.peers.Block.send`; as late as may be, and of what a copy engine takes only."""
         driver.rows_of(source, target)
-        self._leaving.append((source, target))
+        self._leaving.append((weakref.ref(source), target))
 
     def barrier(self, clock: Clock) -> None:
         """See `tacod.rank.peers.Block.barrier`."""
         for source, target in self._leaving:
-            target.copy_(source)
+            kept = source()
+            assert kept is not None, "the memory that a copy engine reads was given back"
+            target.copy_(kept)
         self._leaving.clear()
         with clock.counting(on_gpu=False):
             dist.barrier(self.group.group)

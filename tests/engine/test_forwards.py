@@ -30,8 +30,10 @@ class World:
         self.ran: list[str] = []
         self.fails = False
 
-    def run(self, dit: Any, plan: Plan, topology: Topology, x: Tensor, timestep: Tensor, rest: Any) -> Tensor:
-        self.ran.append("run")
+    def run(
+        self, dit: Any, plan: Plan, topology: Topology, x: Tensor, timestep: Tensor, rest: Any, in_waves: bool
+    ) -> Tensor:
+        self.ran.append("run in waves" if in_waves else "run")
         return 2 * x
 
 
@@ -76,11 +78,11 @@ def test_the_second_is_captured_and_later_ones_are_replayed(make: Any) -> None:
     world, forwards = make()
     for _ in range(4):
         forward(forwards)
-    assert world.ran == ["run", "run", "capture", "replay", "replay", "replay"]
+    assert world.ran == ["run in waves", "run in waves", "capture", "replay", "replay", "replay"]
     forward(forwards, size=4)
-    assert world.ran[-1] == "run", "another shape is another kind"
+    assert world.ran[-1] == "run in waves", "another shape is another kind"
     forward(forwards, plan=Plan(Layout(1, 1, 1), 1, Shape(1, 16), narrow=True))
-    assert world.ran[-1] == "run", "so is another plan"
+    assert world.ran[-1] == "run in waves", "so is another plan"
 
 
 def test_a_replay_that_differs_is_not_used(make: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -88,7 +90,7 @@ def test_a_replay_that_differs_is_not_used(make: Any, caplog: pytest.LogCaptureF
     with caplog.at_level(logging.WARNING):
         for _ in range(5):
             forward(forwards)
-    assert world.ran == ["run", "run", "capture", "replay", "run", "run", "run"]
+    assert world.ran == ["run in waves", "run in waves", "capture", "replay", "run", "run", "run"]
     assert "its replay differs by 5.0e-04" in caplog.text
 
 
@@ -98,7 +100,7 @@ def test_what_can_not_be_captured_runs_as_it_is(make: Any, caplog: pytest.LogCap
     with caplog.at_level(logging.WARNING):
         for _ in range(4):
             forward(forwards)
-    assert world.ran == ["run", "run", "capture", "run", "run"]
+    assert world.ran == ["run in waves", "run in waves", "capture", "run", "run"]
     assert "no CUDA graph for sequence 1" in caplog.text
     assert "out of memory" in caplog.text
 
@@ -112,7 +114,7 @@ def test_kinds_are_bounded(make: Any) -> None:
     forward(forwards, KINDS + 1)
     assert world.ran == ["replay"]
     forward(forwards, 1)
-    assert world.ran == ["replay", "run"], "the one that was used the longest ago made room"
+    assert world.ran == ["replay", "run in waves"], "the one that was used the longest ago made room"
 
 
 def test_cleared_they_begin_anew(make: Any) -> None:
@@ -122,7 +124,7 @@ def test_cleared_they_begin_anew(make: Any) -> None:
     forwards.clear()
     world.ran.clear()
     forward(forwards)
-    assert world.ran == ["run"]
+    assert world.ran == ["run in waves"]
 
 
 def test_never_without_being_asked_nor_with_residuals(make: Any) -> None:
@@ -161,7 +163,7 @@ def test_a_forward_that_breaks_off_takes_graphs_and_peers_along(make: Any, monke
     assert discarded == [[]]
     world.ran.clear()
     forward(forwards)
-    assert world.ran == ["run"]
+    assert world.ran == ["run in waves"]
 
 
 def test_a_pool_in_which_a_capture_failed_is_not_used_again(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:

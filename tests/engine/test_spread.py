@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -24,7 +25,7 @@ import torch.distributed as dist
 from helpers import FLUX, SD3
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shared_block import reach_shared
+from shared_block import SharedBlock, reach_shared
 from torch.nn.functional import scaled_dot_product_attention
 
 from tacod.plan import Layout, Plan, Shape, chunks
@@ -172,6 +173,13 @@ def test_bf16_loses_nothing_to_the_exchange(
 )
 def test_attention_equals_one_process(ranks: Ranks, layout: tuple[int, ...], **case: Any) -> None:
     assert max(ranks.run(layout, "attention", **case)) <= 2e-6
+
+
+@pytest.mark.parametrize(("meanwhile", "expected"), [(False, [1, 2]), (True, [3, 3])])
+def test_what_more_is_computed_beside_is_sent(ranks: Ranks, meanwhile: bool, expected: list[int]) -> None:
+    """And the last result stored, unless something else follows; each rank has 10 of 20 tokens, in three results."""
+    case = {"heads": 4, "batch": 1, "lengths": [20], "cuts": [5, 15], "seed": 0}
+    assert ranks.run((1, 2, 1), "sent", meanwhile=meanwhile, **case) == expected
 
 
 @settings(max_examples=60, deadline=None)
@@ -343,13 +351,22 @@ class Rank:
         expected = torch.split(SequenceParallel().attend([projected(q, k, v)], lengths).result(), lengths, dim=1)
         local = [torch.cat([sequence.shard(part) for part in torch.split(t, lengths, dim=1)], dim=1) for t in (q, k, v)]
         with mock.patch("tacod.rank.attending.attend_in_waves", in_runs):
-            attending = sequence.attend([projected(*local)], lengths, meanwhile=meanwhile)
+            planned = sequence.planned(narrow=False, in_waves=bool(cuts))
+            attending = planned.attend([projected(*local)], lengths, meanwhile=meanwhile)
             if meanwhile:
                 attending.run()
             mine = attending.result().clone()
         outs = torch.split(mine, [sequence.sizes(length)[sequence.whole.rank] for length in lengths], dim=1)
         whole = [sequence.gather(out, length) for out, length in zip(outs, lengths, strict=True)]
-        return max(float((a - b).norm() / b.norm()) for a, b in zip(whole, expected, strict=True) if b.numel())
+        errors = [float((a - b).norm() / b.norm()) for a, b in zip(whole, expected, strict=True) if b.numel()]
+        return max(errors) if all(map(math.isfinite, errors)) else math.inf
+
+    def sent(self, layout: Layout, **case: Any) -> int | None:
+        """How often a copy engine is asked for."""
+        with mock.patch.object(SharedBlock, "send", autospec=True, side_effect=SharedBlock.send) as send:
+            error = self.attention(layout, sharing=True, **case)
+        assert error is None or error <= 2e-6
+        return None if error is None else send.call_count
 
     def forward(
         self,

@@ -22,7 +22,7 @@ TILE = 128
         (8, 4608, (4224, 4)),  # and on 3: 2.18
         (24, 4608, (4608, 1)),  # on one: what is over is more than half of a wave
         (12, 16896, (16896, 1)),  # 2048²: 12 waves
-        (12, 1412, (1412, 1)),  # so short that it isn't worth a second kernel
+        (12, 1412, (1412, 1)),  # so few keys that it isn't worth a second kernel
         (12, 4481, (4481, 1)),  # keys that don't divide
         (0, 4608, (4608, 1)),
     ],
