@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -251,8 +252,9 @@ def test_attention_in_whole_waves(heads: int, runs: int, tokens: int, width: int
         assert len(results) == runs
     assert all(torch.equal(*each) for each in zip(results, again, strict=True))
     assert all(each.is_contiguous() for each in results)
-    # What each share of the keys gives is rounded once more than what they give together.
-    most = (1.1 if runs == 2 else 1.25) * relative_error(whole, expected)
+    # Shares of the keys are rounded once each, and then what they give together: where all queries' keys are shared
+    # out, that is up to the square root of 2 of what one rounding errs by.
+    most = (1.1 if runs == 2 else math.sqrt(2)) * relative_error(whole, expected)
     assert relative_error(torch.cat(results), expected) <= most
     assert relative_error(plain, expected) <= most
 
