@@ -25,6 +25,7 @@ from tacod import logs
 from tacod.arena import PACKET_BYTES, Arena
 from tacod.heap import keep_freed_memory
 from tacod.rank import xdit
+from tacod.rank.cores import usable_cores
 from tacod.rank.engine import Engine
 from tacod.rank.fault import strike
 from tacod.rank.reach import reach
@@ -57,7 +58,7 @@ def main() -> None:
         strike(args.fault, "before", args.rank)
     device = torch.device("cuda", args.rank) if args.device == "cuda" else torch.device("cpu")
     if device.type == "cpu":
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // args.world_size))
+        torch.set_num_threads(max(1, int(usable_cores() / args.world_size)))
     else:
         torch.cuda.set_device(device)
         # fp32 means fp32, in the one convolution too.
@@ -109,7 +110,7 @@ def serve(engine: Engine, channel: socket.socket, arena: Arena) -> None:
     """Answer work items as long as the supervisor lives. Between two the rank waits here, never in a collective."""
     channel.send(arena.pack(Message("ready", {"memory_used_bytes": engine.memory_used_bytes})))
     # Where every rank may keep a core to itself, and as many are left.
-    wakeful = engine.device.type == "cuda" and len(os.sched_getaffinity(0)) > 2 * engine.topology.world_size
+    wakeful = engine.device.type == "cuda" and usable_cores() > 2 * engine.topology.world_size
     while True:
         packet = (wakeful and _look_out(channel)) or channel.recv(PACKET_BYTES)
         if not packet:

@@ -87,6 +87,8 @@ def _can_share(device: torch.device) -> bool:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             shared = _share_keys(q, k, v, 2)
             return shared is not None and not _merge_shares(*shared).any()
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError, AttributeError) as error:
         log.warning("attention doesn't come in whole waves: %s", str(error).splitlines()[0])
         return False
