@@ -47,21 +47,22 @@ def main() -> None:
     print(f"{name}, {processors} multiprocessors, torch {torch.__version__}\n")
     shrink = 1 if on_gpu else 16
     with torch.inference_mode(), sdpa_kernel(FAST, set_priority=True):
-        print(f"12 heads, {4608 // shrink} keys, by tiles of {TILE // shrink} queries")
+        print(f"us for 12 heads and {4608 // shrink} keys, by tiles of {TILE // shrink} queries")
         print("tiles  waves " + "".join(f"{f'width {width}':>12}" for width in WIDTHS))
         drawn = {width: draw(12, 4608 // shrink, width, device) for width in WIDTHS}
         for tiles in TILES:
             rows = tiles * TILE // shrink
             times = [took_us([functools.partial(attend, q[:, :, :rows], k, v)])[0] for q, k, v in drawn.values()]
             print(f"{tiles:5d}  {tiles * 12 / processors:5.2f} " + "".join(f"{each:12.1f}" for each in times))
-        print("\nheads tokens width  waves  shares   at once  in waves")
+        print("\nheads tokens width  waves  shares  us at once  in waves")
         for heads, tokens, width in CASES:
             q, k, v = draw(heads, tokens // shrink, width, device)
             ways = functools.partial(attend, q, k, v), lambda q=q, k=k, v=v: list(attend_in_waves(q, k, v))
             once, waves = took_us(ways)
             tiles = heads * math.ceil(tokens / TILE)
+            # What would be on Hopper.
             shares = whole_waves(tokens, tokens, heads, processors)[1]
-            print(f"{heads:5d} {tokens:6d} {width:5d} {tiles / processors:6.2f} {shares:7d} {once:9.1f} {waves:9.1f}")
+            print(f"{heads:5d} {tokens:6d} {width:5d} {tiles / processors:6.2f} {shares:7d} {once:11.1f} {waves:9.1f}")
 
 
 def draw(heads: int, tokens: int, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -141,7 +141,7 @@ class Attending:
         self._back = group.exchange(leaving, self._parts, self._sequence.narrow)
 
     def _results(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Tensor]:
-        """This rank's heads for the run's tokens, for some after the others: [S', B, h, D], contiguous."""
+        """This rank's heads for the run's tokens, in one result or several: [S', B, h, D], contiguous."""
         if self._sequence.ring.size > 1:
             yield self._around_ring(q, k, v).permute(2, 0, 1, 3).contiguous()
         elif self._sequence.in_waves and self._mask is None:
@@ -153,14 +153,14 @@ class Attending:
         return _around(self._sequence.ring, q, k, v, list(map(sum, self._tokens)), self._mask)
 
     def _store_back(self, slot: Slot, results: Iterator[Tensor], meanwhile: bool) -> None:
-        """Store what belongs to each rank's tokens there; beside what is computed after it, if there is something."""
+        """Store what belongs to each rank's tokens there: by copy engines if something is computed meanwhile."""
         group, tokens = self._sequence.ulysses, self._tokens[self._sequence.ring.rank]
         heads = slice(sum(self._heads[: group.rank]), sum(self._heads[: group.rank + 1]))
         done, total = 0, sum(tokens)
         for result in results:
             more = meanwhile or done + len(result) < total
             for rank in (*self._others, group.rank):
-                # Of what is here, as much as is that rank's.
+                # The part of this result that is that rank's.
                 begin = sum(tokens[:rank])
                 first, last = max(done, begin), min(done + len(result), begin + tokens[rank])
                 if first >= last:

@@ -1,4 +1,4 @@
-"""How many cores this process may keep busy: those that it may run on, and no more than its control groups pay for."""
+"""How many cores this process may keep busy: those that it may run on, and no more than its control groups allow."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ def usable_cores(groups: Path = _GROUPS, own: Path = Path("/proc/self/cgroup")) 
 def _quotas(groups: Path, own: Path) -> list[float]:
     """What this process's group and each one around it allow, in cores."""
     try:
-        # Of version 1, and of both together, the other lines.
-        paths = [line[3:] for line in own.read_text().splitlines() if line.startswith("0::")]
+        lines = own.read_text(errors="surrogateescape").splitlines()
     except OSError:
         return []
+    # Other lines are version 1's.
+    path = next((line[3:] for line in lines if line.startswith("0::")), "/")
+    group = groups / path.lstrip("/")
     quotas = []
-    for path in paths:
-        group = groups / path.lstrip("/")
-        for place in (group, *group.parents):
-            if not place.is_relative_to(groups):
-                break
-            try:
-                quota, period = (place / "cpu.max").read_text().split()
-                quotas.append(int(quota) / int(period))
-            except (OSError, ValueError, ZeroDivisionError):
-                continue  # no limit has "max" for a quota; the root has no such file
+    for place in (group, *group.parents):
+        if not place.is_relative_to(groups):
+            break
+        try:
+            quota, period = (place / "cpu.max").read_text().split()
+            quotas.append(int(quota) / int(period))
+        except (OSError, ValueError, ZeroDivisionError):
+            continue  # no limit has "max" for a quota; the root has no such file
     return quotas

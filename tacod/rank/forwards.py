@@ -68,7 +68,8 @@ class Forwards:
         if isinstance(known, Graph):
             kinds.move_to_end(kind)
             return known.replay(given)
-        out = self._run(dit, plan, x, timestep, arguments, in_waves=known is not _Without.EVER)
+        # Also where there will be no graph: the same forward is to give the same bits whenever it comes.
+        out = self._run(dit, plan, x, timestep, arguments, in_waves=True)
         if known is None:
             # The first one makes what is made at first use: kernels, communicators, tables.
             kinds[kind] = _Without.YET

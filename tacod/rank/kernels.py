@@ -1,8 +1,8 @@
 """Triton kernels for what a block does between its matrices; each reads and writes every number once.
 
-They compute in fp32 and round once, where PyTorch's separate operations round after each. What they mean is what the
-functions of the same names in `fused` and `attention` compute without them. Two more wait for other ranks and count
-time. This module is imported on GPUs only.
+They compute in fp32 and round once, where PyTorch's separate operations round after each. What they mean is what
+`fused`, `narrow` and `attention` compute without them. Two more wait for other ranks and count time. This module is
+imported on GPUs only.
 """
 
 from __future__ import annotations
@@ -254,6 +254,8 @@ def merge(parts: Tensor, lse: Tensor) -> Tensor:
 
     Both are contiguous; ``lse`` holds the log-sum-exps of the scores, of which none is infinite.
     """
+    assert parts.is_contiguous()
+    assert lse.is_contiguous()
     count, tokens, heads, width = parts.shape
     out = parts.new_empty(tokens, heads, width)
     if out.numel():

@@ -26,25 +26,28 @@ log = logging.getLogger(__name__)
 _TILE = 128
 """Queries that a multiprocessor takes at a time."""
 _OWN_COST = 1500
-"""What the second kernel and the merging cost by themselves, in keys that a tile would go through meanwhile."""
+"""What the second kernel and the merging cost by themselves, in keys that a tile would go through meanwhile.
+
+On an H100 12 us, which are 950 keys of width 128 and 1400 of 64 (docs/performance.md).
+"""
 _HOPPER = (9, 0)
+_AGREES = 2e-2
+"""How far, in bf16, what is merged may be from what is computed at once."""
 
 
 def attend_in_waves(q: Tensor, k: Tensor, v: Tensor) -> Iterator[Tensor]:
-    """As `attend`, for some tokens after the others, and these first: [S', B, H, D], contiguous.
+    """Attention on [B, H, S, D] as one result or two, each [S', B, H, D] and contiguous, of tokens that follow.
 
-    What is done with one result is beside the computing of the next. There is one only on other GPUs, of a batch, or if
-    the keys don't divide; and each rank has as many as its own heads make worth while.
+    The second is computed beside what is done with the first. It is one result for more than one image, in fp32, under
+    autograd, on what isn't Hopper, and where `whole_waves` says so.
     """
-    queries, heads = q.shape[2], q.shape[1]
-    rows, parts = queries, 1
-    if len(q) == 1 and not torch.is_grad_enabled() and q.is_cuda and _can_share(q.device):
-        processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-        rows, parts = whole_waves(queries, k.shape[2], heads, processors)
-    shared = None if rows == queries else _share_keys(q[:, :, rows:], k, v, parts)
-    if rows and shared is not None:
+    rows, shared = _split(q, k, v)
+    if shared is None:
+        yield attend(q, k, v).permute(2, 0, 1, 3).contiguous()
+        return
+    if rows:
         yield attend(q[:, :, :rows], k, v).permute(2, 0, 1, 3).contiguous()
-    yield attend(q, k, v).permute(2, 0, 1, 3).contiguous() if shared is None else _merge_shares(*shared)
+    yield _merge_shares(*shared)
 
 
 def whole_waves(queries: int, keys: int, heads: int, processors: int) -> tuple[int, int]:
@@ -61,6 +64,15 @@ def whole_waves(queries: int, keys: int, heads: int, processors: int) -> tuple[i
     return full * _TILE, parts
 
 
+def _split(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, tuple[Tensor, Tensor, Tensor] | None]:
+    """How many queries fill whole waves, and `_share_keys` for the others; None if all come at once."""
+    if len(q) > 1 or torch.is_grad_enabled() or not _can_share(q.device):
+        return q.shape[2], None
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    rows, parts = whole_waves(q.shape[2], k.shape[2], q.shape[1], processors)
+    return rows, None if parts == 1 else _share_keys(q[:, :, rows:], k, v, parts)
+
+
 def _share_keys(q: Tensor, k: Tensor, v: Tensor, parts: int) -> tuple[Tensor, Tensor, Tensor] | None:
     """``q`` [1, H, S, D] as a batch of ``parts``, each with its share of the keys; None if cuDNN's kernel can't."""
     keys, values = (torch.unflatten(each[0], 1, (parts, -1)).transpose(0, 1) for each in (k, v))
@@ -74,21 +86,36 @@ def _merge_shares(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from tacod.rank import kernels
 
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
-    return kernels.merge(out.transpose(1, 2).contiguous(), lse.reshape(lse.shape[:3])).unsqueeze(1)
+    return kernels.merge(out.transpose(1, 2).contiguous(), lse.squeeze(3).contiguous()).unsqueeze(1)
 
 
 @cache
 def _can_share(device: torch.device) -> bool:
     """Whether this GPU is one that attends in waves, and this PyTorch's cuDNN takes shares of the keys."""
-    if torch.cuda.get_device_capability(device) != _HOPPER:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != _HOPPER:
         return False
-    q, k, v = torch.zeros(3, 1, 1, 2 * _TILE, 64, dtype=torch.bfloat16, device=device)
+    reason = _trouble(device)
+    if reason:
+        log.warning("attention doesn't come in whole waves, for shares of the keys don't work: %s", reason)
+    return not reason
+
+
+def _trouble(device: torch.device) -> str:
+    """What is wrong with a small attention whose keys are shared out; empty if nothing is."""
+    numbers = torch.arange(3 * 2 * 2 * _TILE * 64, device=device).sin().to(torch.bfloat16)
+    q, k, v = numbers.view(3, 1, 2, 2 * _TILE, 64)
+    # So that the shares count for different parts, and tell different things.
+    ramp = torch.linspace(0, 1, 2 * _TILE, device=device, dtype=k.dtype)[:, None]
+    k, v = k * ramp, v + ramp
+    expected = attend(q, k, v).permute(2, 0, 1, 3)
     try:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             shared = _share_keys(q, k, v, 2)
-            return shared is not None and not _merge_shares(*shared).any()
+        if shared is None:
+            return "cuDNN's kernel doesn't take them"
+        error = float((_merge_shares(*shared) - expected).norm() / expected.norm())
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TypeError, AttributeError) as error:
-        log.warning("attention doesn't come in whole waves: %s", str(error).splitlines()[0])
-        return False
+    except (RuntimeError, TypeError, AttributeError) as problem:
+        return str(problem).partition("\n")[0] or type(problem).__name__
+    return "" if error <= _AGREES else f"what is merged differs by {error:.1e}"

@@ -90,7 +90,7 @@ def test_a_replay_that_differs_is_not_used(make: Any, caplog: pytest.LogCaptureF
     with caplog.at_level(logging.WARNING):
         for _ in range(5):
             forward(forwards)
-    assert world.ran == ["run in waves", "run in waves", "capture", "replay", "run", "run", "run"]
+    assert world.ran == ["run in waves", "run in waves", "capture", "replay", *["run in waves"] * 3]
     assert "its replay differs by 5.0e-04" in caplog.text
 
 
@@ -100,7 +100,7 @@ def test_what_can_not_be_captured_runs_as_it_is(make: Any, caplog: pytest.LogCap
     with caplog.at_level(logging.WARNING):
         for _ in range(4):
             forward(forwards)
-    assert world.ran == ["run in waves", "run in waves", "capture", "run", "run"]
+    assert world.ran == ["run in waves", "run in waves", "capture", "run in waves", "run in waves"]
     assert "no CUDA graph for sequence 1" in caplog.text
     assert "out of memory" in caplog.text
 
@@ -131,6 +131,7 @@ def test_never_without_being_asked_nor_with_residuals(make: Any) -> None:
     world, forwards = make(graphs=False)
     for _ in range(3):
         forward(forwards)
+    assert world.ran == ["run"] * 3
     world, forwards = make()
     for _ in range(3):
         forward(forwards, control=Control({}))

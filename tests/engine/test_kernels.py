@@ -9,7 +9,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -26,6 +30,8 @@ PACKS = [
     for normed, turned in ((True, True), (False, False), (True, False))
 ]
 
+WAVES = [(3, 400, 11, "float32", 2), (3, 400, 11, "bfloat16", 2), (2, 250, 9, "float32", 1), (2, 384, 6, "float32", 1)]
+"""Heads, tokens, multiprocessors, dtype and results: two; all with shared keys; all at once, for they fill a wave."""
 MERGES = [(2, 10, 3, 16), (3, 9, 1, 40), (5, 20, 2, 128)]
 
 
@@ -97,6 +103,59 @@ def merged(parts: int, tokens: int, heads: int, width: int) -> float:
     return relative_error(got, attend(q, k, v)[0].transpose(0, 1))
 
 
+def waves(heads: int, tokens: int, processors: int, dtype: str) -> tuple[int, float]:
+    """How many results there are, and how far they are from attention at once; with cuDNN's kernel played."""
+    from tacod.rank.attention import attend
+    from tacod.rank.waves import attend_in_waves
+
+    q, k, v = torch.randn(tokens, 1, 3, heads, 16, dtype=getattr(torch, dtype)).permute(2, 1, 3, 0, 4)
+    k[:, :, : tokens // 3] *= 3
+    count = SimpleNamespace(multi_processor_count=processors)
+    with (
+        playing_cudnn(),
+        torch.inference_mode(),
+        mock.patch("tacod.rank.waves._can_share", return_value=True),
+        mock.patch("tacod.rank.waves._OWN_COST", 0),
+        mock.patch("torch.cuda.get_device_properties", return_value=count),
+    ):
+        results = list(attend_in_waves(q, k, v))
+    assert all(result.is_contiguous() for result in results)
+    return len(results), relative_error(torch.cat(results), attend(q, k, v).permute(2, 0, 1, 3))
+
+
+def trouble() -> list[str]:
+    """What is said of cuDNN's kernel: as it is, with other logarithms, without this argument, and where it can't."""
+    from tacod.rank.waves import _trouble
+
+    def refuse(*args: object) -> None:
+        raise RuntimeError("no plan\nfor this")
+
+    cpu = torch.device("cpu")
+    told = []
+    for playing in (playing_cudnn(), playing_cudnn(scale=1.443), playing_cudnn(op=refuse)):
+        with playing, torch.inference_mode():
+            told.append(_trouble(cpu))
+    with torch.inference_mode():
+        told.append(_trouble(cpu))
+    return told
+
+
+@contextmanager
+def playing_cudnn(scale: float = 1.0, op: Callable[..., object] | None = None) -> Iterator[None]:
+    """Within, attention that tells its log-sum-exps is computed on the CPU, these times ``scale``."""
+    from tacod.rank.attention import attend_part
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: None, tell: bool) -> tuple[torch.Tensor, ...]:
+        out, lse = attend_part(q, k, v)
+        return out.to(q.dtype), lse.unsqueeze(-1) * scale
+
+    with (
+        mock.patch.object(torch.ops.aten, "_scaled_dot_product_cudnn_attention", op or attend),
+        mock.patch("torch.backends.cuda.can_use_cudnn_attention", return_value=True),
+    ):
+        yield
+
+
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -125,6 +184,21 @@ def test_parts_of_attention_are_merged(interpreted: dict[str, Any], case: int) -
     assert interpreted["merged"][case] <= FP32
 
 
+@pytest.mark.parametrize("case", range(len(WAVES)), ids=lambda case: "-".join(map(str, WAVES[case])))
+def test_attention_in_whole_waves(interpreted: dict[str, Any], case: int) -> None:
+    count, error = interpreted["waves"][case]
+    assert count == WAVES[case][-1]
+    assert error <= (FP32 if WAVES[case][3] == "float32" else 5e-3)
+
+
+def test_shares_are_tried_before_they_are_used(interpreted: dict[str, Any]) -> None:
+    fine, logarithms, refusal, nothing = interpreted["trouble"]
+    assert fine == ""
+    assert logarithms.startswith("what is merged differs by ")
+    assert refusal == "no plan"
+    assert nothing == "cuDNN's kernel doesn't take them"
+
+
 def test_numbers_in_8_bits(interpreted: dict[str, Any]) -> None:
     for lost, differing, scales in interpreted["narrow"]:
         assert lost < 1e-2
@@ -139,6 +213,8 @@ if __name__ == "__main__":
         "pack": [pack(**case) for case in PACKS],
         "copy": copy(),
         "merged": [merged(*case) for case in MERGES],
+        "waves": [waves(*case) for *case, _ in WAVES],
+        "trouble": trouble(),
         "narrow": [narrow(5, 16), narrow(37, 128), narrow(3, 6000)],
     }
     print(json.dumps(told))

@@ -252,9 +252,12 @@ def test_attention_in_whole_waves(heads: int, runs: int, tokens: int, width: int
         assert len(results) == runs
     assert all(torch.equal(*each) for each in zip(results, again, strict=True))
     assert all(each.is_contiguous() for each in results)
+    rows, parts = whole_waves(tokens, tokens, heads, 132)
+    if parts == 1:
+        assert torch.equal(torch.cat(results), whole)
     # Shares of the keys are rounded once each, and then what they give together: where all queries' keys are shared
     # out, that is up to the square root of 2 of what one rounding errs by.
-    most = (1.1 if runs == 2 else math.sqrt(2)) * relative_error(whole, expected)
+    most = (1.1 if rows else math.sqrt(2)) * relative_error(whole, expected)
     assert relative_error(torch.cat(results), expected) <= most
     assert relative_error(plain, expected) <= most
 
@@ -262,6 +265,10 @@ def test_attention_in_whole_waves(heads: int, runs: int, tokens: int, width: int
 @HOPPER
 def test_whole_waves_travel_while_the_rest_is_computed(gpu_daemon: Daemon) -> None:
     """As it comes, captured and replayed; of two ranks the one with 3 of 5 heads has two results, the other one."""
+    if len(gpu_daemon.rank_pids()) == 1:
+        pytest.skip("one GPU alone attends at once")
+    if torch.cuda.get_device_properties(0).multi_processor_count != 132:
+        pytest.skip("the sizes are those of GPUs with 132 multiprocessors")
     inputs = FLUX.inputs(size=(152, 152), text=8)
     tokens = 76**2 + 8
     assert whole_waves(tokens, tokens, 3, 132) == (44 * 128, 12)
