@@ -645,7 +645,7 @@ def main() -> None:
         gpus = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
     options.ranks = options.ranks or len(gpus) or 2
     gpus = gpus[: options.ranks]
-    told: dict[str, Any] = {"about": {"commit": options.commit}, "cases": []}
+    told: dict[str, Any] = {"about": {"commit": options.commit, "ranks": options.ranks}, "cases": []}
     for number, name in enumerate(options.models.split(",")):
         about, cases, whole = run_model(name, options, gpus)
         told["about"] |= about
