@@ -39,8 +39,8 @@ def main() -> None:
     points = gather(runs)
     for run in sorted(runs, key=lambda run: run["about"]["ranks"]):
         about = run["about"]
-        devices = ", ".join(f"{device['name']} {device['gpu']}" for device in about.get("devices", []))
-        print(f"{about['ranks']} ranks: {devices or 'CPU'}, commit {about['commit']}, torch {about['torch']}")
+        devices = ", ".join(f"{device['name']} {device['gpu'] or ''}".strip() for device in about.get("devices", []))
+        print(f"{about['ranks']} ranks: {devices}; commit {about['commit']}, torch {about['torch']}")
     show(points, sorted({1, *counts}))
     if options.plot:
         draw(Path(options.plot), points, runs)
@@ -51,10 +51,11 @@ def gather(runs: list[dict[str, Any]]) -> Points:
     points: Points = {}
     for run in runs:
         for case in run["cases"]:
+            rows = [row for row in case["rows"] if "speedup" in row]
+            if not rows:
+                continue
             place = points.setdefault((case["model"], case["pixels"]), {})
-            for row in case["rows"]:
-                if "speedup" not in row:
-                    continue
+            for row in rows:
                 if row["row"] in ALONE:
                     place.setdefault(ALONE[row["row"]], {}).setdefault(1, row)
                 elif row["row"] in ROWS:
@@ -65,7 +66,9 @@ def gather(runs: list[dict[str, Any]]) -> Points:
 def show(points: Points, counts: list[int]) -> None:
     """Times and ratios."""
     for (model, pixels), rows in points.items():
-        print(f"\n{model} {pixels}²".ljust(38) + "".join(f"{f'{count} ranks':>20}" for count in counts))
+        print(
+            f"\n{model} {pixels}²".ljust(38) + "".join(f"{f'{count} rank' + 's' * (count > 1):>20}" for count in counts)
+        )
         for name in ROWS:
             if name in rows:
                 cells = (rows[name].get(count) for count in counts)
