@@ -77,7 +77,7 @@ def show(points: Points, counts: list[int]) -> None:
 
 
 def draw(path: Path, points: Points, runs: list[dict[str, Any]]) -> None:
-    """A panel for each case: how many times as fast as one GPU, by how many there are."""
+    """A panel for each case: how many times as fast as one rank, by how many there are."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -89,13 +89,13 @@ def draw(path: Path, points: Points, runs: list[dict[str, Any]]) -> None:
     figure, axes = plt.subplots(lines, columns, squeeze=False, figsize=size, layout="constrained")
     most = max(run["about"]["ranks"] for run in runs)
     for axis, ((model, pixels), rows) in zip(axes.flat, points.items(), strict=False):
-        axis.plot([1, most], [1, most], color="lightgray", linestyle="--", label="as many times as GPUs")
+        axis.plot([1, most], [1, most], color="lightgray", linestyle="--", label="as many times as ranks")
         for name, by_count in rows.items():
             counts = sorted(by_count)
             style = "o-" if LABELS[name].startswith("ours") else "s:"
             axis.plot(counts, [by_count[count]["speedup"] for count in counts], style, label=LABELS[name])
         axis.set_xticks(range(1, most + 1))
-        axis.set_xlabel("GPUs", fontsize="small")
+        axis.set_xlabel("ranks", fontsize="small")
         axis.set_ylabel("× ours on one", fontsize="small")
         axis.set_title(f"{model} {pixels}²", fontsize="medium")
         axis.legend(fontsize="small")
