@@ -64,14 +64,14 @@ def test_token_counts_do_not_divide_by_three() -> None:
 
 @torch.no_grad()
 def test_draws_held_out_sentences(model: DiT) -> None:
-    scenes = draw_scenes(40, torch.Generator().manual_seed(7), held_out=True)
+    scenes = draw_scenes(24, torch.Generator().manual_seed(7), held_out=True)
     prompts = scenes.prompts()
     pictures = draw(model, prompts, seed=11)
     wrong = []
     for i, prompt in enumerate(prompts):
         if not verdict(pictures[i], scenes[i : i + 1])[0]:
             wrong.append(f"{prompt}: {describe(pictures[i])}")
-    assert len(wrong) <= 4, "\n".join(wrong)
+    assert len(wrong) <= 2, "\n".join(wrong)
 
 
 @torch.no_grad()

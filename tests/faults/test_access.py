@@ -171,8 +171,8 @@ def test_sighup_reloads_too(own: Daemon) -> None:
 def test_drain_ends_what_runs_and_stops(own: Daemon) -> None:
     with own.client() as client, own.client() as other:
         model = client.load(SD3.file)
-        expected = SD3.sample(model, 500).result()
-        job = SD3.sample(model, 500)
+        expected = SD3.sample(model, 250).result()
+        job = SD3.sample(model, 250)
         next(iter(job))
         command = [Path(sys.executable).with_name("tacoctl"), "--endpoint", own.endpoint, "drain", "--wait"]
         done = threading.Thread(target=subprocess.run, args=(command,), kwargs={"check": True})

@@ -16,7 +16,7 @@ from torch import Tensor
 from tacod_client import Model, Unavailable
 
 FORWARDS = 100
-STEPS = 600
+STEPS = 300
 """More than are done in `DRAIN_S`, while another client has its turns."""
 DRAIN_S = 0.5
 
