@@ -213,3 +213,38 @@ def test_what_an_option_wants_is_told(arguments: list[str], said: str, capsys: p
 def test_a_lora_has_a_file_and_perhaps_a_strength() -> None:
     args = parser().parse_args(["load", "x", "--lora", "a", "--lora", "b=0.5", "--lora", "c=d=-1", "--lora", "e="])
     assert args.lora == [("a", 1.0), ("b", 0.5), ("c=d", -1.0), ("e", 1.0)]
+
+
+@pytest.mark.parametrize(
+    "end", [errors.ConnectionFailed("gone"), errors.ConnectionLost("gone while it was asked"), "next"]
+)
+def test_drain_waits_for_this_daemons_end_and_for_no_other(monkeypatch: pytest.MonkeyPatch, end: Any) -> None:
+    """A daemon may end between a connection and its answer, and another may start at once."""
+    asked = iter(["this", "this", "this", end])
+
+    class FakeClient:
+        boot_id = ""
+
+        def __init__(self, endpoint: str | None, timeout_s: float = 5.0, reconnect_s: float | None = None) -> None:
+            self.reconnect_s = reconnect_s
+
+        def __enter__(self) -> FakeClient:
+            return self
+
+        def __exit__(self, *args: object) -> None: ...
+
+        def drain(self) -> int:
+            self.boot_id = next(asked)
+            return 0
+
+        def status(self) -> None:
+            assert self.reconnect_s == 0, "it would wait for the next daemon"
+            answer = next(asked)
+            if isinstance(answer, Exception):
+                raise answer
+            self.boot_id = answer
+
+    monkeypatch.setattr(verbs, "Client", FakeClient)
+    monkeypatch.setattr(verbs.time, "sleep", lambda seconds: None)
+    assert main(["drain", "--wait"]) == 0
+    assert list(asked) == []

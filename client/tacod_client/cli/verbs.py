@@ -133,24 +133,26 @@ def _reload(args: argparse.Namespace) -> None:
 def _drain(args: argparse.Namespace) -> None:
     with _client(args) as client:
         jobs = client.drain()
+        drained = client.boot_id
         _print(args, {"jobs": jobs}, lambda told: f"draining: {told['jobs']} jobs to end")
-    while args.wait and _answers(args):
+    while args.wait and _boot_id(args) == drained:
         time.sleep(0.2)
 
 
-def _answers(args: argparse.Namespace) -> bool:
+def _boot_id(args: argparse.Namespace) -> str | None:
+    """Of the daemon that answers now, if one does: nobody waits here for the next one."""
     try:
-        with Client(getattr(args, "endpoint", None), timeout_s=1.0) as client:
+        with Client(getattr(args, "endpoint", None), timeout_s=1.0, reconnect_s=0.0) as client:
             client.status()
+            return client.boot_id
     except ConnectionFailed:
-        return False
-    return True
+        return None
 
 
 def _version(args: argparse.Namespace) -> None:
     told: dict[str, Any] = {"tacoctl": __version__, "tacod": None}
     try:
-        with Client(getattr(args, "endpoint", None), timeout_s=1.0) as client:
+        with Client(getattr(args, "endpoint", None), timeout_s=1.0, reconnect_s=0.0) as client:
             told["tacod"] = client.status()["version"]
     except ConnectionFailed:
         pass
