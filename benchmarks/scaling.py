@@ -32,8 +32,13 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="FILE", help="what peers.py --json wrote, one for each number")
     parser.add_argument("--plot", metavar="FILE", help="a picture, as PNG; needs matplotlib")
     options = parser.parse_args()
-    runs = [json.loads(Path(name).read_text()) for name in options.runs]
-    counts = [run["about"]["ranks"] for run in runs]
+    runs, counts = [], []
+    for name in options.runs:
+        try:
+            runs.append(json.loads(Path(name).read_text()))
+            counts.append(runs[-1]["about"]["ranks"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            parser.error(f"{name} is nothing that peers.py --json wrote ({error!r}); run that first")
     if len(set(counts)) < len(counts):
         parser.error(f"two runs have as many ranks: {', '.join(map(str, sorted(counts)))}")
     points = gather(runs)

@@ -39,8 +39,8 @@ class SequenceParallel:
     ) -> None:
         """``narrow`` sends queries, keys, values and what comes back in 8 bits; a ring's neighbours are sent all.
 
-        ``in_waves`` computes what Ulysses' ranks share without a mask as `attend_in_waves` does, which pays in a CUDA
-        graph.
+        ``in_waves`` computes what Ulysses' ranks share without a mask as `attend_in_waves` does, which is meant for a
+        CUDA graph.
         """
         self.narrow = narrow
         self.in_waves = in_waves
