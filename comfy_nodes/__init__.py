@@ -11,8 +11,12 @@ except ImportError as error:
         "run `python -m pip install` on your clone of TACO-DiT there, then start ComfyUI again"
     ) from error
 
-from . import origin
-from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+from . import hooks
+
+hooks.tell_missing()
+
+from . import origin  # noqa: E402
+from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS  # noqa: E402
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]
 

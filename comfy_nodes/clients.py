@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import comfy.model_management
-
 from tacod_client import Client
 from tacod_client.endpoint import find_endpoint
+
+from . import hooks
 
 __all__ = ["client_of"]
 
@@ -20,8 +20,12 @@ def client_of(endpoint: str) -> Client:
     """
     where = find_endpoint(endpoint or None)
     if where not in _clients:
-        # Looked up at each call: ComfyUI's tests and some packs replace it.
-        _clients[where] = Client(
-            where, on_wait=lambda: comfy.model_management.throw_exception_if_processing_interrupted()
-        )
+        _clients[where] = Client(where, on_wait=_raise_if_interrupted)
     return _clients[where]
+
+
+def _raise_if_interrupted() -> None:
+    # Looked up at each call: ComfyUI's tests and some packs replace it.
+    throw = hooks.find("comfy.model_management.throw_exception_if_processing_interrupted")
+    if throw is not None:
+        throw()

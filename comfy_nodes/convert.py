@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import weakref
 from dataclasses import dataclass
 from typing import Any
 
-import comfy.model_detection
 import comfy.model_management
-import comfy.ops
-import comfy.utils
 import torch
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
-from safetensors import safe_open
 
 from tacod_client import Client, Model
 
+from . import hooks
 from .clients import client_of
 from .dit import RemoteDiT
 from .errors import Refused, told
-from .network import Network
-from .origin import names_in_file, origin_of
+from .names import Names, names_in_file, read_header
+from .network import Network, skeleton_layers
+from .origin import origin_of
 from .patches import to_request
 from .remote import DTYPES, Progress, Remote
 from .shell import RemotePatcher, carry_over, check_honourable, check_untouched, make_shell, release
@@ -30,6 +29,7 @@ from .source import Source, state_of
 
 __all__ = ["Converted", "Settings", "convert", "open_file"]
 
+log = logging.getLogger(__name__)
 
 _NO_DIT = "it is no diffusion transformer such as Flux, SD3 or PixArt; UNets (SD 1.5, SDXL) run in ComfyUI itself"
 
@@ -85,32 +85,47 @@ def convert(
         raise Refused(f"a {type(base).__name__}", _NO_DIT)
     check_honourable(model)
     check_untouched(base.diffusion_model)
-    patches = to_request(model.patches)
     # ComfyUI leaves what a clone has put on the model they share until the next one is loaded: it is not this MODEL's.
     release(model)
     state = state_of(model)
-    if any(weight.is_meta or weight.shape != weight.size() for weight in state.values()):
-        raise Refused("weights in a form of another pack's own (GGUF)", "load a .safetensors file of the model instead")
-    path = origin_of(model, state, graph, node)
+    origin = origin_of(model, state, graph, node)
+    path, names = origin or (None, Names())
     source = Source(
         name=os.path.basename(path) if path else f"a {type(base).__name__} without a file",
         path=path,
-        names=_names(path) if path else {},
+        names=names,
         config=config,
         model=weakref.ref(model),
     )
+    patches = to_request(model.patches, names)
     settle = dict(config)
     for unwanted in ("disable_unet_model_creation", "dtype", "device", "operations"):
         settle.pop(unwanted, None)
-    skeleton = type(base.diffusion_model)(**settle, device="meta", operations=comfy.ops.disable_weight_init)
+    skeleton = type(base.diffusion_model)(**settle, device="meta", operations=skeleton_layers())
     # On a GPU ComfyUI has chosen what this model computes in; on a CPU that says nothing of the daemon's devices.
     stock = base.manual_cast_dtype or base.get_dtype()
     dtype = DTYPES.get(stock) if comfy.model_management.get_torch_device().type != "cpu" else None
     converted = _connect(base, skeleton, source, settings, patches, dtype, model.load_device, progress)
+    if state.packed:
+        _note_dequantisation(base, converted.network.remote)
+    if model.additional_models.get("multigpu"):
+        log.warning("TACO-DiT: MultiGPU CFG Split has no effect: the daemon runs the model, on its own GPUs")
     carry_over(model, converted.patcher)
     # There is nothing to cast here.
     converted.patcher.force_cast_weights = False
     return converted
+
+
+def _note_dequantisation(base: BaseModel, remote: Remote) -> None:
+    """Say where ComfyUI-GGUF makes other numbers of the file's blocks than the daemon does."""
+    layer = getattr(getattr(base.model_config, "custom_operations", None), "Linear", None)
+    dtype = getattr(layer, "dequant_dtype", None)
+    if dtype != torch.float32:
+        remote.remark = (
+            "the daemon dequantises GGUF weights in fp32, and ComfyUI-GGUF's loader in "
+            f"{str(dtype or torch.float16).removeprefix('torch.')}; weights differ by up to 5e-4 of their size. "
+            "For the same numbers set dequant_dtype to float32 in Unet Loader (GGUF/Advanced)"
+        )
 
 
 def open_file(path: str, settings: Settings, progress: Progress | None = None) -> Converted:
@@ -118,20 +133,21 @@ def open_file(path: str, settings: Settings, progress: Progress | None = None) -
 
     Raises as `convert` does.
     """
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        described = {key: _meta(file.get_slice(key)) for key in file.keys()}  # noqa: SIM118
-    names = names_in_file(described)
-    state = {name: described[key] for name, key in names.items()}
-    config = comfy.model_detection.model_config_from_unet(state, "", metadata=metadata)
+    header = read_header(path)
+    state = header.bare
+    detect = hooks.find("comfy.model_detection.model_config_from_unet")
+    config = detect(state, "", metadata=header.metadata)
     if config is None:
-        converted = comfy.model_detection.convert_diffusers_mmdit(state, "")
-        config = converted and comfy.model_detection.model_config_from_unet(converted, "")
+        convert_diffusers = hooks.find("comfy.model_detection.convert_diffusers_mmdit")
+        converted = convert_diffusers(state, "") if convert_diffusers is not None else None
+        config = converted and detect(converted, "")
         state = converted
     if not config or _is_unet(config.unet_config):
         raise Refused(os.path.basename(path), _NO_DIT)
     config.set_inference_dtype(torch.float32, None)
+    config.custom_operations = skeleton_layers()
     base = config.get_model(state, "", device="meta")
+    names = names_in_file(header, config)
     source = Source(os.path.basename(path), os.path.realpath(path), names, config.unet_config)
     device = comfy.model_management.get_torch_device()
     return _connect(base, base.diffusion_model, source, settings, [], _usual_dtype(config, state), device, progress)
@@ -166,36 +182,13 @@ def _usual_dtype(config: Any, state: dict[str, torch.Tensor]) -> str | None:
     if device.type == "cpu":
         return None
     supported = config.supported_inference_dtypes
-    parameters, stored = comfy.utils.calculate_parameters(state), comfy.utils.weight_dtype(state)
-    kept = comfy.model_management.unet_dtype(model_params=parameters, supported_dtypes=supported, weight_dtype=stored)
-    return DTYPES.get(comfy.model_management.unet_manual_cast(kept, device, supported) or kept)
+    parameters = hooks.find("comfy.utils.calculate_parameters")(state)
+    stored = hooks.find("comfy.utils.weight_dtype")(state)
+    choose = hooks.find("comfy.model_management.unet_dtype")
+    kept = choose(model_params=parameters, supported_dtypes=supported, weight_dtype=stored)
+    cast = hooks.find("comfy.model_management.unet_manual_cast")(kept, device, supported)
+    return DTYPES.get(cast or kept)
 
 
 def _is_unet(config: dict[str, Any]) -> bool:
     return "model_channels" in config and "image_model" not in config
-
-
-def _names(path: str) -> dict[str, str]:
-    with safe_open(path, framework="pt") as file:
-        return names_in_file(dict.fromkeys(file.keys()))
-
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-def _meta(described: Any) -> torch.Tensor:
-    """A tensor without contents for one that a header describes; of a dtype that torch lacks, one of bytes."""
-    return torch.empty(described.get_shape(), dtype=_DTYPES.get(described.get_dtype(), torch.uint8), device="meta")

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 
 from tacod_client import Model
 
+from . import hooks
 from .errors import NotRemote, Refused, told
 from .network import Network
 from .patches import PREFIX, to_request
@@ -29,6 +29,7 @@ _COPIED_LAYERS = ("x_embedder", "y_embedder")
 """Small layers that SD3.5's ControlNets copy from the model that they control."""
 _SHOWN_LAYERS = ("img_in", "patch_embedding", *_COPIED_LAYERS)
 """Layers whose shapes ComfyUI looks at."""
+_WRAPPING = ("WrappersMP.DIFFUSION_MODEL", "get_all_wrappers", "WrapperExecutor.new_class_executor")
 
 
 class RemoteDiT(torch.nn.Module):
@@ -103,6 +104,8 @@ class RemoteDiT(torch.nn.Module):
 
     # --- the forward ----------------------------------------------------------------------------------------------
 
+    # Nothing here can be compiled; TorchCompileModel behind the loader would try.
+    @torch.compiler.disable
     def forward(self, x: torch.Tensor, timestep: torch.Tensor, context: Any = None, **named: Any) -> torch.Tensor:
         """One forward in the daemon, with the arguments and the result of the real network's.
 
@@ -119,10 +122,12 @@ class RemoteDiT(torch.nn.Module):
             return self._run(x, timestep, {**dict(zip(defaults, values, strict=False)), **rest})
 
         options = dict(zip(defaults, positional, strict=True)).get("transformer_options") or {}
-        wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, options)
-        out: torch.Tensor = WrapperExecutor.new_class_executor(run, self, wrappers).execute(
-            x, timestep, *positional, **named
-        )
+        kind, all_of, executor = (hooks.find(f"comfy.patcher_extension.{name}") for name in _WRAPPING)
+        if kind is None or all_of is None or executor is None:
+            if options.get("wrappers"):
+                raise Refused("a wrapper around the network (EasyCache or the like)", hooks.UPDATE)
+            return run(x, timestep, *positional, **named)
+        out: torch.Tensor = executor(run, self, all_of(kind, options)).execute(x, timestep, *positional, **named)
         return out
 
     def _run(self, x: torch.Tensor, timestep: torch.Tensor, named: dict[str, Any]) -> torch.Tensor:
@@ -131,6 +136,7 @@ class RemoteDiT(torch.nn.Module):
         if options.get("rope_options"):
             named["rope_options"] = options["rope_options"]
         arguments = {name: value for name, value in named.items() if value is not None and self.network.reads(name)}
+        arguments |= self.network.meanings(arguments, x.dtype)
         model = self._variant(x.dtype)
         with told():
             out: torch.Tensor = model.forward(x=x, timestep=timestep, **arguments)
@@ -159,7 +165,7 @@ class RemoteDiT(torch.nn.Module):
                 raise Refused(f"a compute dtype of {dtype}", f"the daemon computes in {', '.join(DTYPES.values())}")
             with told():
                 wanted = None if dtype == self.dtype else DTYPES[dtype]
-                self._variants[key] = self.remote.load(to_request(patches), wanted)
+                self._variants[key] = self.remote.load(to_request(patches, self.remote.source.names), wanted)
         self._variants.move_to_end(key)
         while len(self._variants) > VARIANTS:
             self._variants.popitem(last=False)
@@ -169,7 +175,12 @@ class RemoteDiT(torch.nn.Module):
     def _patches(patcher: ModelPatcher) -> dict[str, list[Any]]:
         """Those on the model, and after them those that hooks on the conditioning put on for this call."""
         patches = {key: list(entries) for key, entries in patcher.patches.items()}
-        for key, entries in patcher.get_combined_hook_patches(patcher.current_hooks).items():
+        combine = getattr(patcher, "get_combined_hook_patches", None)
+        if combine is None:
+            if patcher.current_hooks is not None:
+                raise Refused("hooks on the conditioning", hooks.UPDATE)
+            return patches
+        for key, entries in combine(patcher.current_hooks).items():
             patches.setdefault(key, []).extend(entries)
         return patches
 

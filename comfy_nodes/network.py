@@ -6,12 +6,42 @@ the code that would have run here, rather than keep a list for every version.
 
 from __future__ import annotations
 
+import ast
+import copy
+import functools
 import inspect
 import sys
+import textwrap
+from collections.abc import Mapping
+from typing import Any
 
+import comfy.model_management
+import comfy.ops
 import torch
 
-__all__ = ["Network"]
+__all__ = ["Network", "skeleton_layers"]
+
+AUTHORS_EPS = 1e-6
+"""What a network's own authors add to the mean square in the norms of queries and keys; the daemon does unless told."""
+
+
+@functools.cache
+def skeleton_layers() -> Any:
+    """ComfyUI's layers (its ``operations``), with all of their tensors from the start.
+
+    With dynamic VRAM ComfyUI's own have none until a file fills them, but for classes that bring their own way to be
+    filled.
+    """
+    layers = {
+        name: type(name, (layer,), {"_load_from_state_dict": _fill})
+        for name, layer in vars(comfy.ops.disable_weight_init).items()
+        if isinstance(layer, type) and issubclass(layer, torch.nn.Module)
+    }
+    return type("SkeletonLayers", (comfy.ops.disable_weight_init,), layers)
+
+
+def _fill(module: torch.nn.Module, *args: Any) -> None:
+    torch.nn.Module._load_from_state_dict(module, *args)
 
 
 class Network:
@@ -24,6 +54,8 @@ class Network:
         modules = {name for name in modules if name.split(".")[0] == kind.__module__.split(".")[0]} | {kind.__module__}
         self._source = "\n".join(inspect.getsource(sys.modules[name]) for name in sorted(modules) if "ops" not in name)
         inner = getattr(kind, "_forward", kind.forward)
+        self._inner = inner
+        self._eps: dict[torch.dtype, float | None] = {}
         self.runs_wrappers = "WrappersMP.DIFFUSION_MODEL" in inspect.getsource(kind.forward)
         """Whether EasyCache and its like are run around it. ComfyUI's SD3 and PixArt leave them out."""
         self.parameters = {
@@ -41,3 +73,47 @@ class Network:
     def reads_attention_options(self) -> bool:
         """Whether its attention gets to see the options, and with them another attention to run."""
         return "transformer_options=transformer_options" in self._source
+
+    def meanings(self, arguments: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+        """Arguments that say what this version makes of others, in a compute dtype, where versions differ."""
+        told: dict[str, Any] = {}
+        if arguments.get("rope_options") and arguments.get("ref_latents"):
+            told["rope_options_for"] = "all" if self.stretches_references else "image"
+        method = arguments.get("ref_latents_method")
+        if isinstance(method, str) and self.reads("ref_latents_method") and not self.reads(method):
+            # One that it doesn't know it lays out as what its last branch is for.
+            told["ref_latents_method"] = "offset"
+        eps = self.qk_norm_eps(dtype)
+        if eps is not None and abs(eps - AUTHORS_EPS) > 0.02 * AUTHORS_EPS:
+            told["qk_norm_eps"] = eps
+        return told
+
+    @functools.cached_property
+    def stretches_references(self) -> bool:
+        """Whether stretched positions are those of reference latents too: they are given the options (0.19 and on)."""
+        tree = ast.parse(textwrap.dedent(inspect.getsource(self._inner)))
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        placing = [node for node in calls if isinstance(node.func, ast.Attribute) and node.func.attr == "process_img"]
+        return all(any(given.arg == "transformer_options" for given in node.keywords) for node in placing)
+
+    def qk_norm_eps(self, dtype: torch.dtype) -> float | None:
+        """What the norm of queries adds to their mean square; None for a network without such a norm.
+
+        Measured where ComfyUI would run it, for PyTorch's own choice depends on version, device and dtype.
+        """
+        if dtype not in self._eps:
+            norms = [each for name, each in self.skeleton.named_modules() if name.endswith(".query_norm")]
+            self._eps[dtype] = _measure_eps(norms[0], dtype) if norms else None
+        return self._eps[dtype]
+
+
+def _measure_eps(norm: torch.nn.Module, dtype: torch.dtype) -> float:
+    device = comfy.model_management.get_torch_device()
+    norm = copy.deepcopy(norm).to_empty(device=device).to(dtype)
+    (scale,) = norm.parameters()
+    torch.nn.init.ones_(scale)
+    small = 2.0**-13
+    with torch.no_grad():
+        out = float(norm(torch.full((1, *scale.shape), small, dtype=dtype, device=device)).double().mean())
+    # out = x / sqrt(x² + eps)
+    return (small / out) ** 2 - small**2

@@ -7,19 +7,16 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import comfy.sd
-import comfy.utils
-import folder_paths
-import nodes as stock
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
-from server import PromptServer
 
+from . import hooks
 from .convert import Converted, Settings, convert, open_file
 from .dit import RemoteDiT, remote_of
 from .errors import Refused, told
+from .names import SAFETENSORS
 from .record import Run, Totals
 from .shell import carry_over
+from .source import load_here
 from .text import info_text, stats_text, success_text
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
@@ -70,6 +67,7 @@ ENDPOINT: dict[str, Any] = {
         {"default": "", "tooltip": "Where the daemon listens. Empty: TACOD_ENDPOINT, or the system's own."},
     ),
 }
+_WATCHING = ("comfy.patcher_extension.WrappersMP.OUTER_SAMPLE", "comfy.model_patcher.ModelPatcher.add_wrapper_with_key")
 HIDDEN = {"graph": "DYNPROMPT", "node": "UNIQUE_ID"}
 
 
@@ -88,10 +86,12 @@ class _Loader:
     @staticmethod
     def report(node: str | None) -> Any:
         """A listener to a load's progress, for the bar and the text of this node."""
-        bar = comfy.utils.ProgressBar(100, node_id=node)
+        make_bar = hooks.find("comfy.utils.ProgressBar") if hooks.require(["comfy.utils.ProgressBar"]) else None
+        bar = make_bar(100, node_id=node) if make_bar is not None else None
 
         def hear(what: str, done: int, total: int) -> None:
-            bar.update_absolute(done, max(total, 1))
+            if bar is not None:
+                bar.update_absolute(done, max(total, 1))
             _say(f"{what} {done >> 20} of {total >> 20} MiB", node)
 
         return hear
@@ -107,8 +107,8 @@ class _Loader:
 
 def _say(text: str, node: str | None) -> None:
     """A line in a node's body, for as long as the graph runs."""
-    if node is not None:
-        PromptServer.instance.send_progress_text(text, node)
+    if node is not None and hooks.find("server.PromptServer.send_progress_text") is not None:
+        hooks.find("server.PromptServer").instance.send_progress_text(text, node)
 
 
 def _info(made: Converted) -> dict[str, Any]:
@@ -124,6 +124,7 @@ def _info(made: Converted) -> dict[str, Any]:
         "dtype": made.model.dtype,
         "plan": made.model.plan,
         "note": remote.note,
+        "remark": remote.remark,
         "patches": len(made.patcher.patches),
         "weights": f"sent to {remote.uploaded}" if remote.uploaded else f"read by the daemon from {remote.source.path}",
         "world_size": status["group"]["world_size"],
@@ -178,9 +179,8 @@ class TACODiTUNETLoader(_Loader):
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """See ComfyUI."""
-        names = [name for folder in cls.FOLDERS for name in folder_paths.get_filename_list(folder)]
-        names = list(dict.fromkeys(name for name in names if name.endswith((".safetensors", ".sft"))))
-        unet = (names, {"tooltip": "A .safetensors file from models/diffusion_models or models/checkpoints."})
+        names = list(dict.fromkeys(name for folder in cls.FOLDERS for name in _files(folder)))
+        unet = (names, {"tooltip": "A .safetensors or .gguf file from models/diffusion_models or models/checkpoints."})
         return {"required": {"unet_name": unet, **SETTINGS}, "optional": ENDPOINT, "hidden": HIDDEN}
 
     @classmethod
@@ -194,7 +194,7 @@ class TACODiTUNETLoader(_Loader):
 
     @classmethod
     def _path(cls, name: str) -> str | None:
-        paths = (folder_paths.get_full_path(folder, name) for folder in cls.FOLDERS)
+        paths = (hooks.find("folder_paths.get_full_path")(folder, name) for folder in cls.FOLDERS)
         return next((path for path in paths if path), None)
 
     def load(
@@ -211,13 +211,23 @@ class TACODiTUNETLoader(_Loader):
         if path is None:
             raise FileNotFoundError(f"TACO-DiT: {unet_name} is in none of ComfyUI's folders {', '.join(self.FOLDERS)}")
         if not enable_taco_dit:
-            local = comfy.sd.load_diffusion_model(path)
+            local = load_here(path)
             local.attachments[OFF] = True
             return local, {"enabled": False}
         return self.outputs(open_file(path, Settings(**settings, endpoint=endpoint), self.report(node)), node)
 
 
-class TACODiTKSampler(stock.KSampler):  # type: ignore[misc]
+def _files(folder: str) -> list[str]:
+    """The names of a folder's model files; ComfyUI's own list has no .gguf files."""
+    names = [name for name in hooks.find("folder_paths.get_filename_list")(folder) if name.endswith(SAFETENSORS)]
+    roots, search = hooks.find("folder_paths.get_folder_paths"), hooks.find("folder_paths.recursive_search")
+    if roots is None or search is None:
+        return names
+    found = [name for root in roots(folder) if os.path.isdir(root) for name in search(root, [".git"])[0]]
+    return names + sorted(name for name in found if name.lower().endswith(".gguf"))
+
+
+class TACODiTKSampler(hooks.find("nodes.KSampler") or object):  # type: ignore[misc]
     """ComfyUI's own KSampler, and what the run came to."""
 
     CATEGORY = CATEGORY
@@ -246,7 +256,8 @@ class TACODiTKSampler(stock.KSampler):  # type: ignore[misc]
             model, network = carry_over(model, network.remote.source.local()), None
         run = Run()
         watched = model.clone()
-        watched.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "taco_dit", run.watch)
+        if hooks.require(_WATCHING):
+            watched.add_wrapper_with_key(hooks.find(_WATCHING[0]), "taco_dit", run.watch)
         if network is None:
             with run:
                 (latent,) = super().sample(watched, *args, **kwargs)
@@ -309,9 +320,16 @@ class TACODiTStatsDisplay(_Display):
         return self.shown(stats_text(stats))
 
 
+_NEEDS = {
+    "TACODiTUNETLoader": hooks.UNET_LOADER,
+    "TACODiTKSampler": ("nodes.KSampler",),
+}
+"""What nodes can't be without; such as this ComfyUI can't have are not offered."""
+
 NODE_CLASS_MAPPINGS = {
     kind.__name__: kind
     for kind in (TACODiTModelLoader, TACODiTUNETLoader, TACODiTKSampler, TACODiTInfoDisplay, TACODiTStatsDisplay)
+    if hooks.require(_NEEDS.get(kind.__name__, ()))
 }
 NODE_DISPLAY_NAME_MAPPINGS = {
     "TACODiTModelLoader": "TACO-DiT Model Loader",

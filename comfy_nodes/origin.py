@@ -1,25 +1,33 @@
-"""The file that a MODEL's weights came from, found and checked before it is trusted."""
+"""The file that a MODEL's weights came from, found and checked before it is trusted.
+
+Where it may be is learnt in four ways, and each is only a hint: what counts is that the file holds these weights.
+"""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import comfy.model_detection
-import comfy.sd
-import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 from safetensors import safe_open
 
-__all__ = ["names_in_file", "origin_of", "watch_loaders"]
+from tacod.checkpoint import Checkpoint, read_checkpoint
+from tacod_client.errors import TacodError
+
+from . import hooks
+from .names import SAFETENSORS, Names, names_in_file, read_header
+from .source import GGUF_TYPE, State, plain
+
+__all__ = ["origin_of", "watch_loaders"]
 
 _STAMP = "taco_dit_file"
-_LOADERS = ("load_diffusion_model", "load_checkpoint_guess_config")
+_LOADERS = ("comfy.sd.load_diffusion_model", "comfy.sd.load_checkpoint_guess_config")
 _WIDGETS = {"unet_name": "diffusion_models", "ckpt_name": "checkpoints"}
+_MAPS = "/proc/self/maps"
 NUMBERS = 64
 """How many numbers of each weight are compared with the file's."""
 DEPTH = 64
@@ -32,10 +40,11 @@ _NOTES = (*_SCALES, "scale_input", "input_scale", "comfy_quant")
 
 def watch_loaders() -> None:
     """Note on every model that ComfyUI loads from now on which file it came from; older versions forget that."""
-    for name in _LOADERS:
-        original = getattr(comfy.sd, name)
-        if not hasattr(original, _STAMP):
-            setattr(comfy.sd, name, _stamping(original))
+    for where in _LOADERS:
+        module, _, name = where.rpartition(".")
+        original = hooks.find(where)
+        if original is not None and not hasattr(original, _STAMP):
+            setattr(hooks.find(module), name, _stamping(original))
 
 
 def _stamping(load: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,8 +65,8 @@ def _stamping(load: Callable[..., Any]) -> Callable[..., Any]:
     return stamped
 
 
-def origin_of(model: ModelPatcher, state: Mapping[str, torch.Tensor], graph: Any, node: str | None) -> str | None:
-    """The file with just these weights, or None.
+def origin_of(model: ModelPatcher, state: State, graph: Any, node: str | None) -> tuple[str, Names] | None:
+    """The file with just these weights, and what they are called there; None if none is found.
 
     Args:
         model: The MODEL.
@@ -65,29 +74,64 @@ def origin_of(model: ModelPatcher, state: Mapping[str, torch.Tensor], graph: Any
         graph: The graph that is being run, by node ids.
         node: The id of the node whose input ``model`` leads to the loader.
     """
-    for path in (getattr(model.model, _STAMP, None), _noted(model), _upstream(graph, node)):
-        if path is not None and os.path.isfile(path) and _holds(path, state):
-            return os.path.realpath(path)
+    if state.rounded:
+        # What ComfyUI computes with is in no file: its loader was told to round the weights.
+        return None
+    config = getattr(model.model, "model_config", None)
+    seen = set()
+    for path in _candidates(model, state, graph, node):
+        real = os.path.realpath(path)
+        if real not in seen and os.path.isfile(real):
+            seen.add(real)
+            names = _names_if_held(real, state, config)
+            if names is not None:
+                return real, names
     return None
 
 
-def _noted(model: ModelPatcher) -> str | None:
-    """What newer versions of ComfyUI note themselves: the loader and its arguments."""
+def _candidates(model: ModelPatcher, state: State, graph: Any, node: str | None) -> Iterator[str]:
+    """Where the file may be, the likeliest first."""
+    for path in (getattr(model.model, _STAMP, None), *_noted(model), _mapped(state.values()), _upstream(graph, node)):
+        if isinstance(path, str):
+            yield path
+
+
+def _noted(model: ModelPatcher) -> Iterator[Any]:
+    """Newer versions note how to load a model again: a function and its arguments, the path among them.
+
+    Other packs put functions of their own there, so only the arguments are looked at.
+    """
     init = getattr(model, "cached_patcher_init", None)
+    arguments = init[1] if isinstance(init, tuple | list) and len(init) > 1 else ()
+    for argument in arguments if isinstance(arguments, tuple | list) else ():
+        yield from argument if isinstance(argument, tuple | list) else (argument,)
+
+
+def _mapped(weights: Iterable[torch.Tensor]) -> str | None:
+    """The file that is mapped into memory where the largest weight lies; None if it was copied from one."""
+    here = [each for each in weights if each.device.type == "cpu" and not each.is_meta]
+    address = max(here, key=lambda each: plain(each).nbytes).data_ptr() if here else 0
     try:
-        path = init[1][0] if init is not None and init[0].__name__ in _LOADERS else None
-    except (AttributeError, IndexError, TypeError):
-        return None
-    return path if isinstance(path, str) else None
+        with open(_MAPS, encoding="utf-8", errors="surrogateescape") as maps:
+            for line in maps:
+                first, _, last = line.partition(" ")[0].partition("-")
+                if int(first, 16) <= address < int(last, 16):
+                    # Range, permissions, offset, device, inode; then the path, if there is one.
+                    return (line.rstrip("\n").split(maxsplit=5)[5:] or [None])[0]
+    except OSError:
+        pass
+    return None
 
 
 def _upstream(graph: Any, node: str | None) -> str | None:
     """The file that a loader further up the graph names in its widget."""
-    for _ in range(DEPTH):
+    find_path = hooks.find("folder_paths.get_full_path")
+    for _ in range(DEPTH if find_path is not None else 0):
         inputs = _inputs(graph, node)
         for widget, folder in _WIDGETS.items():
             if isinstance(inputs.get(widget), str):
-                return folder_paths.get_full_path(folder, inputs[widget])
+                path: str | None = find_path(folder, inputs[widget])
+                return path
         link = inputs.get("model")
         if not isinstance(link, list) or len(link) != 2:
             return None
@@ -103,19 +147,22 @@ def _inputs(graph: Any, node: str | None) -> Mapping[str, Any]:
     return found
 
 
-def names_in_file(keys: Mapping[str, Any]) -> dict[str, str]:
-    """The diffusion model's weights by ComfyUI's names, and what they are called in a file with these keys."""
-    prefix = comfy.model_detection.unet_prefix_from_state_dict(keys)
-    names = {key.removeprefix(prefix): key for key in keys if key.startswith(prefix)}
-    return names or {key: key for key in keys}
+def _names_if_held(path: str, state: State, config: Any) -> Names | None:
+    """What a file calls these weights, if it holds them; None if it doesn't, or is of a kind that nobody here reads."""
+    if path.lower().endswith(".gguf"):
+        return _names_if_held_packed(path, state, config)
+    if not path.lower().endswith(SAFETENSORS) or state.packed:
+        return None
+    try:
+        names = names_in_file(read_header(path), config)
+        return names if _holds(path, names, state) else None
+    except (OSError, ValueError, RuntimeError):  # no safetensors file after all, or one that is gone by now
+        return None
 
 
-def _holds(path: str, state: Mapping[str, torch.Tensor]) -> bool:
+def _holds(path: str, names: Names, state: Mapping[str, torch.Tensor]) -> bool:
     """Whether a file holds these weights: names, shapes, and the first numbers of each as ComfyUI rounds them."""
-    if not path.endswith((".safetensors", ".sft")):
-        return False
     with safe_open(path, framework="pt") as file:
-        names = names_in_file(dict.fromkeys(file.keys()))
         weights = {key: weight for key, weight in state.items() if key.rpartition(".")[2] not in _NOTES}
         for key, weight in weights.items():
             if key not in names or file.get_slice(names[key]).get_shape() != list(weight.shape):
@@ -146,3 +193,28 @@ def _same_start(stored: Any, weight: torch.Tensor, scaled: bool) -> bool:
     # As bytes: what is no number equals nothing, itself neither.
     pair = (theirs.to(weight.dtype), ours.detach().cpu())
     return torch.equal(*(each.reshape(-1).contiguous().view(torch.uint8) for each in pair))
+
+
+def _names_if_held_packed(path: str, state: State, config: Any) -> Names | None:
+    """As `_names_if_held`, for a GGUF file: names, shapes, and the first bytes of each weight."""
+    try:
+        names = names_in_file(read_header(path), config)
+        checkpoint = read_checkpoint(path)
+    except (OSError, TacodError):
+        return None
+    held = all(key in names and _same_bytes(checkpoint, names[key], weight) for key, weight in state.items())
+    return names if held else None
+
+
+def _same_bytes(checkpoint: Checkpoint, key: str, weight: torch.Tensor) -> bool:
+    if checkpoint.tensors[key].shape != tuple(weight.shape):
+        return False
+    if getattr(weight, GGUF_TYPE, None) is None:
+        # The pack has made numbers of it as it read the file (vectors in BF16).
+        return True
+    (part,) = checkpoint.parts[key]
+    ours = plain(weight).detach().cpu().reshape(-1).view(torch.uint8)[: 4 * NUMBERS]
+    with open(part.file, "rb") as file:
+        file.seek(part.start)
+        theirs = file.read(min(4 * NUMBERS, part.stop - part.start))
+    return ours.numpy().tobytes() == theirs

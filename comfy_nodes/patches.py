@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .errors import Refused
+from .names import Names
 
 __all__ = ["to_request"]
 
@@ -18,8 +19,8 @@ _FIELDS = {
 """The order in which ComfyUI's adapters keep their tensors."""
 
 
-def to_request(patches: Mapping[str, Iterable[Sequence[Any]]]) -> list[dict[str, Any]]:
-    """What ``ModelPatcher.patches`` holds, as the ``patches`` of a load request, in its order.
+def to_request(patches: Mapping[str, Iterable[Sequence[Any]]], names: Names) -> list[dict[str, Any]]:
+    """What ``ModelPatcher.patches`` holds, as the ``patches`` of a load request, in its order and by the file's names.
 
     Raises `Refused`, naming the weight and the kind, for what the daemon doesn't apply.
     """
@@ -30,7 +31,7 @@ def to_request(patches: Mapping[str, Iterable[Sequence[Any]]]) -> list[dict[str,
         for strength, value, strength_model, offset, function in entries:
             request.append(
                 {
-                    "key": key.removeprefix(PREFIX),
+                    "key": names.bare(key.removeprefix(PREFIX)),
                     "strength": float(strength),
                     "strength_model": float(strength_model),
                     "offset": None if offset is None else [int(size) for size in offset],

@@ -29,6 +29,8 @@ class Remote:
         self.plan = plan
         self.note = ""
         """What was asked of the plan and can't be, and why."""
+        self.remark = ""
+        """What else the user should know of these weights."""
         self.family = ""
         """The model's, once it is loaded."""
         self.uploaded: str | None = None
@@ -69,7 +71,7 @@ class Remote:
     def _upload(self, refused: TacodError | None, progress: Progress | None) -> str:
         report = None if progress is None else lambda done, total: progress("sending", done, total)
         try:
-            return self.client.upload(self.source.state(), self.source.metadata(), report)
+            return self.client.upload(self.source.upload(), self.source.metadata(), report)
         except TacodError as error:
             if refused is None:
                 raise

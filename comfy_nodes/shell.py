@@ -6,12 +6,11 @@ import copy
 import weakref
 from typing import Any
 
-import comfy.model_management
 import torch
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
 
+from . import hooks
 from .dit import RemoteDiT
 from .errors import Refused
 from .patches import PREFIX
@@ -61,6 +60,17 @@ class RemotePatcher(ModelPatcher):
         """Refused: merging, saving and extracting read the weights."""
         raise Refused("a read of the model's weights (ModelMerge, ModelSave, LoRA extraction)", _BEFORE)
 
+    def model_dtype(self) -> torch.dtype:
+        """See ComfyUI's; on a CPU (Select Model Device) fp32: nothing is cast for it."""
+        return torch.float32 if self.load_device.type == "cpu" else super().model_dtype()
+
+    def deepclone_multigpu(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused."""
+        raise Refused(
+            "a copy of the model on another GPU of ComfyUI's (MultiGPU CFG Split, Select Model Device)",
+            "the network runs in the daemon, on all of its GPUs (group.gpus); take that node off",
+        )
+
     def pre_run(self) -> None:
         """See ComfyUI's; this is before the first step, so what can't be honoured is refused here."""
         check_honourable(self)
@@ -90,7 +100,10 @@ def check_honourable(model: ModelPatcher) -> None:
     for name in getattr(model, "weight_wrapper_patches", {}):
         raise Refused(f"a weight wrapper on {name}", "it is code that needs the weights here; take that node off")
     for name in getattr(model, "injections", {}):
-        raise Refused(f"the injection {name!r}", "it changes the network here; take that node off")
+        raise Refused(
+            f"the injection {name!r}",
+            "it changes the network here; take that node off, or for a LoRA use Load LoRA: the daemon merges it",
+        )
 
 
 def check_untouched(network: torch.nn.Module) -> None:
@@ -169,14 +182,19 @@ def carry_over(source: ModelPatcher, target: ModelPatcher) -> ModelPatcher:
     target.patches_uuid = clone.patches_uuid
     target.force_cast_weights = target.force_cast_weights or clone.force_cast_weights
     # ComfyUI's own wrapper puts the network that it has compiled in the place of the one that is there.
-    target.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, _COMPILED)
+    kind = hooks.find("comfy.patcher_extension.WrappersMP.APPLY_MODEL")
+    if kind is not None:
+        target.remove_wrappers_with_key(kind, _COMPILED)
     return target
 
 
 def release(model: ModelPatcher) -> None:
     """Take a model's weights off the GPU, if ComfyUI put them there when it loaded the file."""
-    loaded = comfy.model_management.current_loaded_models
+    loaded = hooks.find("comfy.model_management.current_loaded_models")
+    empty_cache = hooks.find("comfy.model_management.soft_empty_cache")
+    if loaded is None or empty_cache is None:
+        return
     for each in [each for each in loaded if each.model is not None and model.is_clone(each.model)]:
         if each.model_unload():
             loaded.remove(each)
-    comfy.model_management.soft_empty_cache()
+    empty_cache()

@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import comfy.sd
 import torch
 from comfy.model_patcher import ModelPatcher
 from safetensors import safe_open
 
-from .errors import Failed
+from . import hooks
+from .errors import Failed, Refused
+from .names import SAFETENSORS, Names
 from .patches import PREFIX
 
-__all__ = ["FileState", "Source", "state_of"]
+__all__ = ["GGUF_TYPE", "FileState", "Source", "State", "plain", "state_of"]
+
+GGUF_TYPE = "tensor_type"
+"""The attribute in which ComfyUI-GGUF's tensors keep their kind."""
+_MODEL_DTYPE = "_comfy_model_dtype"
+"""Where ComfyUI, with dynamic VRAM, notes what it casts a layer's parameter to, after the parameter's name."""
 
 
 @dataclass
@@ -25,7 +31,7 @@ class Source:
 
     name: str
     path: str | None
-    names: Mapping[str, str]
+    names: Names
     """What ComfyUI's names are in the file."""
     config: Mapping[str, Any]
     """ComfyUI's ``unet_config``."""
@@ -44,9 +50,24 @@ class Source:
         model = self.model()
         if model is not None:
             return state_of(model)
-        if self.file is not None:
+        if self.file is not None and self.file.lower().endswith(SAFETENSORS):
             return FileState(self.file, self.names)
         raise self._gone()
+
+    def upload(self) -> Mapping[str, torch.Tensor]:
+        """All weights, by the file's names, to be sent.
+
+        Raises `Refused` for weights that can't be, `Failed` if they are gone.
+        """
+        if self.path is not None and not self.path.lower().endswith(SAFETENSORS):
+            raise Refused(f"{self.name} from here", "a GGUF file is read by the daemon; put it under its models.roots")
+        state = self.state()
+        if isinstance(state, State) and state.packed:
+            raise Refused(
+                "GGUF weights whose file isn't found",
+                "load the file with TACO-DiT UNET Loader, or put it into ComfyUI's folder diffusion_models",
+            )
+        return _Renamed(state, {self.names.bare(name): name for name in state})
 
     def metadata(self) -> dict[str, str]:
         """What an upload says of itself: the configuration, so far as it is plain data.
@@ -58,12 +79,12 @@ class Source:
         return {"tacod.config": json.dumps({key: value for key, value in self.config.items() if _plain(value)})}
 
     def local(self) -> ModelPatcher:
-        """A MODEL that runs here. Raises `Failed` if the weights are gone."""
+        """A MODEL that runs here. Raises `Failed` if the weights are gone, `Refused` if no loader here reads them."""
         model = self.model()
         if model is not None:
             return model.clone()
         if self.file is not None:
-            return comfy.sd.load_diffusion_model(self.file)
+            return load_here(self.file)
         raise self._gone()
 
     def _gone(self) -> Failed:
@@ -71,6 +92,18 @@ class Source:
             f"TACO-DiT: the weights of {self.name} are no longer here, or its file has changed; "
             "change a setting of their loader and queue again"
         )
+
+
+def load_here(path: str) -> ModelPatcher:
+    """A file's MODEL by ComfyUI's own loader. Raises `Refused` for a GGUF file, which needs another pack's."""
+    load = hooks.find("comfy.sd.load_diffusion_model")
+    if load is None or not path.lower().endswith(SAFETENSORS):
+        raise Refused(
+            f"{os.path.basename(path)} with enable_taco_dit off",
+            "ComfyUI itself reads no such file; load it with Unet Loader (GGUF) of ComfyUI-GGUF",
+        )
+    loaded: ModelPatcher = load(path)
+    return loaded
 
 
 def _stamp(path: str | None) -> tuple[int, int, int] | None:
@@ -90,17 +123,82 @@ def _plain(value: Any) -> bool:
     return value is None or isinstance(value, str | int | float | bool)
 
 
-def state_of(model: ModelPatcher) -> dict[str, torch.Tensor]:
+@dataclass(frozen=True)
+class State(Mapping[str, torch.Tensor]):
+    """A network's weights by ComfyUI's names, as ComfyUI computes with them, but for patches."""
+
+    tensors: Mapping[str, torch.Tensor]
+    rounded: Mapping[str, torch.dtype] = field(default_factory=dict)
+    """Those that ComfyUI casts to 8 bits whenever it uses them: its loader was told to, and the file holds more."""
+    packed: bool = False
+    """Whether they are ComfyUI-GGUF's: blocks of bytes under the shape of the numbers."""
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self.tensors[name]
+        return tensor.to(self.rounded[name]) if name in self.rounded else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def state_of(model: ModelPatcher) -> State:
     """A MODEL's weights as they were loaded: what patches have altered in place is in its backup.
 
     Of scaled 8-bit weights the 8 bits; the scale is beside them.
     """
-    state = dict(model.model.diffusion_model.state_dict())
+    network = model.model.diffusion_model
+    state = dict(network.state_dict())
+    parameters = dict(network.named_parameters())
+    packed = any(getattr(each, GGUF_TYPE, None) is not None for each in parameters.values())
+    if packed:
+        # Its state_dict is there to be counted, and not to be read.
+        buffers = {name for name, _ in network.named_buffers()}
+        state = {**{name: each for name, each in state.items() if name in buffers}, **parameters}
     for key, kept in model.backup.items():
         state[key.removeprefix(PREFIX)] = kept.weight
+    for key, kept in getattr(model, "backup_buffers", {}).items():
+        state[key.removeprefix(PREFIX)] = kept
     for key, kept in model.hook_backup.items():
         state[key.removeprefix(PREFIX)] = kept[0]
-    return {key: getattr(weight, "_qdata", weight) for key, weight in state.items()}
+    state = {key: getattr(weight, "_qdata", weight) for key, weight in state.items()}
+    return State(state, {} if packed else _rounded(network, state), packed)
+
+
+def _rounded(network: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.dtype]:
+    """What dynamic VRAM casts to 8 bits at each use; what it keeps in them as it lies is no rounding."""
+    found = {}
+    for path, module in network.named_modules():
+        for attribute, dtype in vars(module).items():
+            name = f"{path}.{attribute.removesuffix(_MODEL_DTYPE)}".lstrip(".")
+            if attribute.endswith(_MODEL_DTYPE) and isinstance(dtype, torch.dtype) and name in state:
+                stored = state[name].dtype
+                if stored.is_floating_point and dtype.is_floating_point and dtype.itemsize == 1 < stored.itemsize:
+                    found[name] = dtype
+    return found
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of another pack's kind of tensor, without what that makes of them."""
+    return tensor.detach().as_subclass(torch.Tensor)
+
+
+class _Renamed(Mapping[str, torch.Tensor]):
+    """Weights under other names."""
+
+    def __init__(self, state: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> None:
+        self._state, self._names = state, names
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self._state[self._names[key]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class FileState(Mapping[str, torch.Tensor]):

@@ -37,6 +37,8 @@ def info_text(info: Mapping[str, Any]) -> str:
     if info["note"]:
         lines.append(f"Asked for, but not possible: {info['note']}")
         lines.append("Planned instead: what the daemon finds fastest")
+    if info["remark"]:
+        lines.append(f"Note: {info['remark']}")
     return "\n".join(lines)
 
 

@@ -1,26 +1,40 @@
 """The header of a GGUF file.
 
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The ``gguf`` package's own reader is for files that one
-trusts: 69 bytes that announce a long array keep it busy for ever. So the header is walked here, within bounds, and
-the package tells the kinds of tensors.
+trusts: 69 bytes that announce a long array keep it busy for ever. So the header is walked here, within bounds.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import struct
+from collections.abc import Mapping
 from typing import IO, Any
 
-from tacod.checkpoint.header import BLOCKS, PLAIN, Entry, File, Header, Part, TensorInfo
+from tacod.checkpoint.header import BLOCKS, MAX_DIMS, PLAIN, Entry, File, Header, Part, TensorInfo
 from tacod_client.errors import ModelCorrupt, ModelUnsupported
 
-__all__ = ["MAX_HEADER_BYTES", "read_gguf"]
+__all__ = ["KINDS", "MAX_HEADER_BYTES", "read_gguf"]
 
 MAX_HEADER_BYTES = 16 << 20
-MAX_DIMS = 4
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
+_STRING, _ARRAY, _INT32 = 8, 9, 5
+KINDS = {
+    **dict(enumerate(("F32", "F16", "Q4_0", "Q4_1"))),
+    **dict(enumerate(("Q5_0", "Q5_1", "Q8_0", "Q8_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_K"), 6)),
+    **dict(enumerate(("IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S", "IQ2_S", "IQ4_XS"), 16)),
+    **dict(enumerate(("I8", "I16", "I32", "I64", "F64", "IQ1_M", "BF16"), 24)),
+    34: "TQ1_0",
+    35: "TQ2_0",
+    39: "MXFP4",
+    40: "NVFP4",
+    41: "Q1_0",
+}
+"""The kinds of tensors by their numbers (``ggml_type`` in ggml.h), those that aren't read among them: to name them."""
+_SHAPE = "comfy.gguf.orig_shape."
+"""A field that begins so tells a tensor's shape: city96's tools lay out in rows of 256 what has other rows."""
 
 
 def read_gguf(path: str) -> Header:
@@ -47,7 +61,7 @@ def read_gguf(path: str) -> Header:
             name = cursor.string()
             if name in found:
                 raise cursor.corrupt(f"it holds {name!r} twice")
-            found[name] = _read_tensor(cursor, name)
+            found[name] = _read_tensor(cursor, name, metadata)
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise cursor.corrupt(f"general.alignment is {alignment!r}")
@@ -89,7 +103,7 @@ class _Cursor:
             raise self.corrupt("a string in its header is not UTF-8") from None
 
     def value(self, kind: int) -> Any:
-        """A field's value; None for an array, whose contents no model here needs."""
+        """A field's value; an array's only if it is of INT32 and as short as a shape, None for others."""
         if kind == _STRING:
             return self.string()
         if kind in _SCALARS:
@@ -97,6 +111,8 @@ class _Cursor:
         if kind != _ARRAY:
             raise self.corrupt(f"its header has a value of type {kind}")
         kind, count = self.scalar("I"), self.scalar("Q")
+        if kind == _INT32 and count <= MAX_DIMS:
+            return struct.unpack(f"<{count}i", self.take(4 * count))
         if kind in _SCALARS:
             self.take(count * struct.calcsize(f"<{_SCALARS[kind]}"))
         elif kind == _STRING:
@@ -107,7 +123,7 @@ class _Cursor:
         return None
 
 
-def _read_tensor(cursor: _Cursor, name: str) -> tuple[TensorInfo, int]:
+def _read_tensor(cursor: _Cursor, name: str, metadata: Mapping[str, Any]) -> tuple[TensorInfo, int]:
     """A tensor's description, and where it begins in the file's data."""
     dims = cursor.scalar("I")
     if dims > MAX_DIMS:
@@ -116,21 +132,27 @@ def _read_tensor(cursor: _Cursor, name: str) -> tuple[TensorInfo, int]:
     kind = _kind(cursor.scalar("I"))
     if kind not in BLOCKS and kind not in PLAIN:
         known = ", ".join([*BLOCKS, *PLAIN])
-        raise ModelUnsupported(f"{cursor.path}: {name} is {kind}; this version reads {known}")
+        raise ModelUnsupported(f"{cursor.path}: {name} is {kind}; this version reads {known}: use a file of these")
     if any(size >= 1 << 63 for size in shape) or (kind in BLOCKS and (not shape or shape[-1] % BLOCKS[kind][0])):
         raise cursor.corrupt(f"{name!r} can't be {kind} {list(shape)}")
+    return TensorInfo(kind, _true_shape(cursor, name, shape, metadata)), cursor.scalar("Q")
+
+
+def _true_shape(cursor: _Cursor, name: str, shape: tuple[int, ...], metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """A tensor's shape before the file's makers changed it."""
+    key = f"{_SHAPE}{name}"
+    if key in metadata:
+        told = metadata[key]
+        if not isinstance(told, tuple) or any(size < 0 for size in told) or math.prod(told) != math.prod(shape):
+            raise cursor.corrupt(f"{key} is no shape of the tensor, which has {list(shape)} numbers")
+        return told
     if name.endswith("pos_embed") and len(shape) == 2:
-        shape = (1, *shape)  # llama.cpp's tools drop a leading size of one
-    return TensorInfo(kind, shape), cursor.scalar("Q")
+        return (1, *shape)  # llama.cpp's tools drop leading sizes of one, and families are told by this one
+    return shape
 
 
 def _kind(number: int) -> str:
-    from gguf.constants import GGMLQuantizationType
-
-    try:
-        return GGMLQuantizationType(number).name
-    except ValueError:
-        return f"of the unknown type {number}"
+    return KINDS.get(number, f"of the unknown type {number}")
 
 
 def _place(path: str, info: TensorInfo, start: int) -> Part:

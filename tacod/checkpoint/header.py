@@ -15,7 +15,20 @@ PLAIN = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Bytes of the dtypes that are computed with."""
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
 """Weights of one byte each, which are cast where they are used."""
-BLOCKS = {"Q8_0": (32, 34), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210)}
+BLOCKS = {
+    "Q4_0": (32, 18),
+    "Q4_1": (32, 20),
+    "Q5_0": (32, 22),
+    "Q5_1": (32, 24),
+    "Q8_0": (32, 34),
+    "Q2_K": (256, 84),
+    "Q3_K": (256, 110),
+    "Q4_K": (256, 144),
+    "Q5_K": (256, 176),
+    "Q6_K": (256, 210),
+    "IQ4_NL": (32, 18),
+    "IQ4_XS": (256, 136),
+}
 """GGUF's quantised kinds: numbers in a block, which lies within a row, and bytes of a block."""
 
 

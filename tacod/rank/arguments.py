@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tacod.rank.families.base import Argument, Control, Numbers, Residuals, Spec
+from tacod.rank.families.base import Argument, Control, Number, Numbers, Residuals, Spec
 from tacod_client import wire
 from tacod_client.errors import ArgumentError
 from tacod_client.tensors import from_wire
@@ -40,6 +40,10 @@ def check_arguments(given: Mapping[str, Any], specs: Mapping[str, Spec], family:
             if spec.required:
                 assert isinstance(spec, Argument)
                 raise ArgumentError(f"{name}: missing; {family} needs it, as {_wanted(spec)}", argument=name)
+        elif isinstance(spec, Number):
+            if not _is_number(value) or not spec.least <= value <= spec.most:
+                wanted = f"a number from {spec.least:g} to {spec.most:g}"
+                raise ArgumentError(f"{name}: expected {wanted}, got {value!r:.40}", argument=name)
         elif isinstance(spec, Numbers):
             _check_numbers(name, value, spec)
         elif isinstance(spec, Residuals):
@@ -65,8 +69,12 @@ def _check_numbers(name: str, value: Any, spec: Numbers) -> None:
     for key, number in value.items():
         if key not in spec.names:
             raise ArgumentError(f"{name}.{key!s:.40}: no such number; expected {wanted}", argument=name)
-        if isinstance(number, bool) or not isinstance(number, int | float) or not abs(number) < 1e6:
+        if not _is_number(number) or not abs(number) < 1e6:
             raise ArgumentError(f"{name}.{key}: expected a number below a million, got {number!r:.40}", argument=name)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_residuals(name: str, value: Any, spec: Residuals, batch: int) -> None:

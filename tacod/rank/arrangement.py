@@ -1,8 +1,8 @@
-"""Where the tensors of a folder in diffusers' layout lie in the single file."""
+"""A checkpoint under the names of its family's single file, where it has others."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from tacod.checkpoint import Checkpoint, TensorInfo
@@ -10,7 +10,7 @@ from tacod.checkpoint.header import Part
 from tacod.rank.families.base import Place
 from tacod_client.errors import ModelCorrupt, ModelUnsupported
 
-__all__ = ["arrange"]
+__all__ = ["arrange", "rename"]
 
 
 def arrange(checkpoint: Checkpoint, layout: Mapping[str, Place]) -> Checkpoint:
@@ -34,6 +34,25 @@ def arrange(checkpoint: Checkpoint, layout: Mapping[str, Place]) -> Checkpoint:
         if name not in layout:
             tensors[name], parts[name] = checkpoint.tensors[name], checkpoint.parts[name]
     return replace(checkpoint, tensors=tensors, parts=parts, diffusers=False)
+
+
+def rename(checkpoint: Checkpoint, canonical: Callable[[str], str]) -> Checkpoint:
+    """The same checkpoint under the names that ``canonical`` gives; the names of other tools among them.
+
+    Raises `ModelCorrupt` if it holds one tensor under two names.
+    """
+    names = {name: canonical(name) for name in checkpoint.tensors}
+    if all(name == ours for name, ours in names.items()):
+        return checkpoint
+    first: dict[str, str] = {}
+    for name, ours in names.items():
+        if first.setdefault(ours, name) != name:
+            raise ModelCorrupt(f"{checkpoint.path} has both {first[ours]} and {name}, which are the same weight")
+    return replace(
+        checkpoint,
+        tensors={ours: checkpoint.tensors[name] for name, ours in names.items()},
+        parts={ours: checkpoint.parts[name] for name, ours in names.items()},
+    )
 
 
 def _fuse(checkpoint: Checkpoint, key: str, places: Mapping[str, Place]) -> TensorInfo:

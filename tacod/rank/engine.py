@@ -224,7 +224,7 @@ class Engine:
             return read_lora(path, base.layout, base.shapes, strength)
 
         given = map_tensors(patches, lambda each: from_wire(each, "torch"))
-        for key, each in parse_patches(given, read, base.shapes).items():
+        for key, each in parse_patches(given, read, base.shapes, type(base.model).canonical).items():
             weight = get_weight(model, key).to(model.dtype)
             merged = apply(weight, each, key)
             if merged.shape != weight.shape:

@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 _EPSILON = 1e-6
-"""Of every norm in these families."""
+"""Of every norm in these families, unless a forward asks for another."""
 
 Rotation = tuple[Tensor, Tensor]
 """Cosines and sines in fp32, each [S, D / 2]: how far each pair of a head's channels turns at each token."""
@@ -100,14 +100,15 @@ class Residual:
 class Projected:
     """A stream's queries, keys and values as they come from its projection, and what is still to be done to them.
 
-    ``qkv`` is [B, S, 3 * H * D]. ``norms`` are the RMS scales of queries and keys, each [D]; ``rotation`` is of this
-    stream's tokens.
+    ``qkv`` is [B, S, 3 * H * D]. ``norms`` are the RMS scales of queries and keys, each [D], and ``epsilon`` is added
+    to the mean square; ``rotation`` is of this stream's tokens.
     """
 
     qkv: Tensor
     heads: int
     norms: tuple[Tensor, Tensor] | None = None
     rotation: Rotation | None = None
+    epsilon: float = _EPSILON
 
     @property
     def parts(self) -> Tensor:
@@ -118,7 +119,8 @@ class Projected:
         """Queries, keys and values, normed and turned: each [B, S, H, D]."""
         q, k, v = self.parts.unbind(2)
         if self.norms is not None:
-            q, k = (functional.rms_norm(x, x.shape[-1:], s, _EPSILON) for x, s in zip((q, k), self.norms, strict=True))
+            normed = zip((q, k), self.norms, strict=True)
+            q, k = (functional.rms_norm(x, x.shape[-1:], scale, self.epsilon) for x, scale in normed)
         if self.rotation is not None:
             q, k = _turn(q, self.rotation), _turn(k, self.rotation)
         return q, k, v
@@ -132,7 +134,7 @@ class Projected:
             parts = self.parts
             for place in places:
                 heads = parts[:, :, :, first : first + place.shape[3]]
-                kernels.pack(heads, self.norms, self.rotation, _EPSILON, place)
+                kernels.pack(heads, self.norms, self.rotation, self.epsilon, place)
                 first += place.shape[3]
             return
         whole = torch.stack(self.heads_now(), dim=2).transpose(0, 1)

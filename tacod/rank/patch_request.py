@@ -25,7 +25,10 @@ Files = Callable[[str, float], Mapping[str, Sequence[Patch]]]
 
 
 def parse_patches(
-    body: Any, files: Files | None = None, shapes: Mapping[str, Sequence[int]] | None = None
+    body: Any,
+    files: Files | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    canonical: Callable[[str], str] = str,
 ) -> dict[str, list[Patch]]:
     """Patches by the single file's key (without ``diffusion_model.``), in their order, from a request's list of maps.
 
@@ -36,6 +39,7 @@ def parse_patches(
         body: A list of maps in which tensors are torch's; None for no patches.
         files: Reads the files that entries name; without it they are refused.
         shapes: The model's keys and shapes: what patches another key, or doesn't fit, is refused.
+        canonical: The single file's key for one that an entry names, as `DiT.canonical` gives it.
 
     Raises:
         ArgumentError: An entry is malformed or doesn't fit; the message names its index and the field.
@@ -50,10 +54,11 @@ def parse_patches(
         where = f"patches[{index}]"
         if not isinstance(entry, Mapping):
             raise _bad(where, f"expected a map, got {type(entry).__name__}")
-        for key, made in _parse_entry(entry, where, files):
+        for named, made in _parse_entry(entry, where, files):
+            key = canonical(named)
             if shapes is not None:
                 if key not in shapes:
-                    raise _bad(f"{where}.key", f"the model has no weight {key!r}; the patch was made for another one")
+                    raise _bad(f"{where}.key", f"the model has no weight {named!r}; the patch was made for another one")
                 for patch in made:
                     _check(patch, shapes[key], key, where)
             found.setdefault(key, []).extend(made)

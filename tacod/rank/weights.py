@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tacod.checkpoint import Checkpoint, TensorInfo
-from tacod.checkpoint.header import PLAIN
-from tacod.rank.arrangement import arrange
+from tacod.checkpoint.header import BLOCKS, PLAIN
+from tacod.rank.arrangement import arrange, rename
 from tacod.rank.families import detect
 from tacod.rank.families.base import DiT
 from tacod.rank.narrow import NarrowLinear
@@ -49,16 +50,19 @@ Module = TypeVar("Module", bound=nn.Module)
 def choose_dtype(checkpoint: Checkpoint, asked: str | None, device: torch.device) -> str:
     """The compute dtype: as asked; else fp32 on a CPU, as ComfyUI has it, and the file's own on CUDA.
 
-    A file with weights of 8 bits or fewer is computed in bf16 there.
+    That is the one of most of its numbers; a file with weights of 8 bits or fewer is computed in bf16 there.
     """
     if asked is not None:
         return asked
     if device.type == "cpu":
         return "fp32"
-    kinds = [info.dtype for info in checkpoint.tensors.values() if len(info.shape) > 1]
-    if any(kind in STORED for kind in kinds):
+    numbers: Counter[str] = Counter()
+    for info in checkpoint.tensors.values():
+        if len(info.shape) > 1:
+            numbers[info.dtype] += info.size
+    if any(kind in STORED for kind in numbers):
         return "bf16"
-    return next((_OF_FILE[kind] for kind in kinds if kind in _OF_FILE), "bf16")
+    return next((_OF_FILE[kind] for kind, _ in numbers.most_common() if kind in _OF_FILE), "bf16")
 
 
 def load_model(
@@ -74,6 +78,8 @@ def load_model(
     family, config = detect(checkpoint.tensors, checkpoint.config)
     if checkpoint.diffusers:
         checkpoint = arrange(checkpoint, family.diffusers_layout(config))
+    else:
+        checkpoint = rename(checkpoint, family.canonical)
     with torch.device("meta"):
         model = family(config)
     wanted = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
@@ -112,7 +118,7 @@ def _check(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]) -> dic
         if info.dtype not in PLAIN and info.dtype not in STORED:
             known = ", ".join([*PLAIN, *STORED])
             raise ModelUnsupported(f"{checkpoint.path}: {name} is {info.dtype}; this version reads {known}")
-        if info.shape != shape:
+        if not _fits(info.shape, shape):
             raise ModelCorrupt(
                 f"{checkpoint.path}: {name} is {list(info.shape)}, but its configuration asks for {list(shape)}"
             )
@@ -122,6 +128,12 @@ def _check(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]) -> dic
             found = f"{info.dtype} {list(info.shape)}"
             raise ModelUnsupported(f"{checkpoint.path}: {name} is {found}; this version knows one scale for a layer")
     return scales
+
+
+def _fits(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether a tensor has the shape that is wanted, or lacks leading sizes of one, as in GGUF files it may."""
+    lost = len(wanted) - len(found)
+    return lost >= 0 and wanted == (1,) * lost + found
 
 
 def _sort_out(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, str], list[str]]:
@@ -152,13 +164,18 @@ def _place(
     owner = model.get_submodule(path)
     if scale is not None:
         scale = scale.reshape(())
-    if info.dtype in STORED and isinstance(owner, nn.Linear) and leaf == "weight":
+    if info.dtype in STORED and isinstance(owner, nn.Linear) and leaf == "weight" and _in_rows(info):
         rows = data.reshape(info.shape[0], -1)
         bias: nn.Parameter | None = owner.bias
         model.set_submodule(path, StoredLinear(rows, info.dtype, bias, dtype, scale))
         return
     tensor = _decode(data, info)
     _assign(owner, leaf, (tensor if scale is None else tensor.float() * scale).to(dtype))
+
+
+def _in_rows(info: TensorInfo) -> bool:
+    """Whether every row of a matrix is whole blocks; where GGUF files tell another shape than they have, it needn't."""
+    return info.shape[-1] % BLOCKS.get(info.dtype, (1, 1))[0] == 0
 
 
 def _assign(owner: Any, leaf: str, tensor: Tensor) -> None:

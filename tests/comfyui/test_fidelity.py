@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from comfyui_graphs import CANNY, FILL, FLUX, PIXART, SD3, Pair, TinyModel, save
 from comfyui_server import ComfyUI, Outcome
 from conftest import PATH
+from safetensors.torch import save_file
 
 Both = Callable[..., Outcome]
 Pairs = Callable[[TinyModel], Pair]
@@ -229,6 +231,62 @@ def test_guidance_and_references(both: Both, pair: Pairs) -> None:
     run.sample(save="_1", positive="@one", cfg=1.0)
     run.sample(save="_2", positive="@how", cfg=2.0)
     both(run, "_1", "_2")
+
+
+def kontext(run: Pair, method: str) -> None:
+    """Two references on the positive conditioning, laid out in a way."""
+    run.add("reference", "TestLatent", seed=5, batch=1, channels=16, height=10, width=12, scale=1.0)
+    run.add("one", "ReferenceLatent", conditioning="@positive", latent="@reference")
+    run.add("two", "ReferenceLatent", conditioning="@one", latent="@latent")
+    run.add("how", "FluxKontextMultiReferenceLatentMethod", conditioning="@two", reference_latents_method=method)
+
+
+@pytest.mark.parametrize("method", ["offset", "index", "uxo/uno"])
+def test_references_in_stretched_positions(comfyui: ComfyUI, both: Both, pair: Pairs, method: str) -> None:
+    """Versions differ in whether the references are stretched, too."""
+    if "ScaleROPE" not in comfyui.nodes:
+        pytest.skip("this version of ComfyUI has no ScaleROPE")
+    run = pair(FLUX)
+    kontext(run, method)
+    run.load()
+    scale = {"scale_x": 0.7, "scale_y": 1.5, "scale_t": 1.0, "shift_x": 2.0, "shift_y": -1.0, "shift_t": 1.0}
+    run.on_model("ScaleROPE", **scale)
+    run.sample(positive="@how", cfg=1.0)
+    both(run)
+
+
+def test_references_at_time_zero(comfyui: ComfyUI, both: Both, pair: Pairs) -> None:
+    """Flux.1 fails with them by itself where it knows them, and lays them out as ever where it doesn't."""
+    how = comfyui.nodes["FluxKontextMultiReferenceLatentMethod"]["input"]["required"]["reference_latents_method"]
+    if "index_timestep_zero" not in str(how):
+        pytest.skip("this version of ComfyUI has no references at time zero")
+    run = pair(FLUX)
+    kontext(run, "index_timestep_zero")
+    run.load()
+    run.sample(positive="@how", cfg=1.0)
+    if "index_timestep_zero" not in Path(PATH, "comfy/ldm/flux/model.py").read_text():
+        both(run)
+        return
+    for branch, error in (("stock", "shape"), ("taco1", "ref_latents_method: 'index_timestep_zero' is none of ")):
+        others = [f"{kind}_{each}" for kind in ("sampler", "save") for each in run.branches if each != branch]
+        outcome = comfyui.run({name: node for name, node in run.nodes.items() if name not in others})
+        assert outcome.kind == "error"
+        assert error in outcome.error
+
+
+def test_queries_and_keys_near_zero(both: Both, pair: Pairs, comfyui_models: Path) -> None:
+    """What the norms of queries and keys add to the mean square shows: versions differ in it."""
+    state = {name: weight.clone() for name, weight in FLUX.tiny.model.state_dict().items()}
+    for name in state:
+        if name.endswith((".qkv.weight", ".qkv.bias", ".linear1.weight", ".linear1.bias")):
+            state[name][: 2 * 80] *= 1e-3
+    metadata = {"tacod.config": json.dumps(FLUX.tiny.config)}
+    save_file(state, comfyui_models / "diffusion_models" / "weak.safetensors", metadata=metadata)
+    run = pair(FLUX)
+    run.add("file", "UNETLoader", unet_name="weak.safetensors", weight_dtype="default")
+    run.load()
+    run.sample()
+    both(run)
 
 
 @pytest.mark.parametrize("model", [CANNY, FILL], ids=lambda model: model.tiny.name)

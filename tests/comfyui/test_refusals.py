@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from comfyui_graphs import FLUX, SD3, Pair, TinyModel, save
 from comfyui_server import ComfyUI
 from helpers import Daemon, relative_error
+from safetensors.torch import save_file
 
 Outcomes = Callable[..., Any]
 
@@ -36,6 +38,13 @@ AFTER: dict[str, tuple[TinyModel, str, dict[str, Any], str]] = {
     "a weight wrapper": (FLUX, "TestReplace", {"what": "wrapper"}, "a weight wrapper on diffusion_model.img_in.weight"),
     "a kind of patch": (FLUX, "TestReplace", {"what": "kind"}, "kind 'glora' on diffusion_model.img_in.weight"),
     "a merge": (FLUX, "ModelMergeSimple", {"model2": "@file", "ratio": 0.5}, "ModelMerge"),
+    "a LoRA in bypass mode": (
+        FLUX,
+        "LoraLoaderBypassModelOnly",
+        {"lora_name": "bypassed.safetensors", "strength_model": 1.0},
+        "the injection 'bypass_lora': it changes the network here; take that node off, or for a LoRA use Load LoRA",
+    ),
+    "a copy for another GPU": (FLUX, "TestReplace", {"what": "multigpu"}, "MultiGPU CFG Split"),
     "a second loader": (FLUX, "loader", {}, "a second TACO-DiT Model Loader"),
 }
 
@@ -45,9 +54,28 @@ def steps(outcome: Any) -> int:
     return max((event["value"] for event in outcome.of("progress") if event["max"] < 100), default=0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def bypassed(comfyui_models: Path) -> None:
+    """A LoRA of one layer."""
+    key = "diffusion_model.img_in"
+    up, down = torch.ones(80, 2), torch.ones(2, 64)
+    lora = {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down}
+    (comfyui_models / "loras").mkdir(exist_ok=True)
+    save_file(lora, comfyui_models / "loras" / "bypassed.safetensors")
+
+
+def skip_without(comfyui: ComfyUI, what: str) -> None:
+    """Some versions of ComfyUI lack what is refused."""
+    if what == "LoraLoaderBypassModelOnly" and what not in comfyui.nodes:
+        pytest.skip("this version of ComfyUI has no LoraLoaderBypass")
+    if what.startswith("multigpu") and "MultiGPU_WorkUnits" not in comfyui.nodes:
+        pytest.skip("this version of ComfyUI has no MultiGPU CFG Split")
+
+
 @pytest.mark.parametrize("case", AFTER)
 def test_refused_after_the_loader(comfyui: ComfyUI, case: str) -> None:
     model, kind, inputs, name = AFTER[case]
+    skip_without(comfyui, inputs.get("what", kind))
     pair = Pair(model)
     pair.load()
     head = pair.head("taco")
@@ -67,11 +95,15 @@ def test_refused_after_the_loader(comfyui: ComfyUI, case: str) -> None:
     assert steps(outcome) == 0
 
 
-@pytest.mark.parametrize("what", ["patches_replace", "object", "wrapper", "kind", "merge"])
+@pytest.mark.parametrize("what", ["patches_replace", "object", "wrapper", "kind", "merge", "bypass"])
 def test_refused_before_the_loader_and_the_stock_branch_runs_on(comfyui: ComfyUI, what: str) -> None:
+    skip_without(comfyui, "LoraLoaderBypassModelOnly" if what == "bypass" else what)
     before = stock(comfyui)
     pair = Pair(FLUX)
-    if what == "merge":
+    if what == "bypass":
+        lora = {"lora_name": "bypassed.safetensors", "strength_model": 1.0}
+        pair.add("again", "LoraLoaderBypassModelOnly", model="@file", **lora)
+    elif what == "merge":
         pair.add("again", "ModelMergeSimple", model1="@file", model2="@file", ratio=0.5)
     else:
         pair.add("again", "TestReplace", model="@file", what=what)
@@ -84,6 +116,35 @@ def test_refused_before_the_loader_and_the_stock_branch_runs_on(comfyui: ComfyUI
     assert outcome.kind == "error"
     assert outcome.error.startswith("TACO-DiT can't honour ")
     assert relative_error(stock(comfyui), before) == 0
+
+
+def test_copies_on_other_gpus_before_the_loader_have_no_effect(comfyui: ComfyUI) -> None:
+    """Nobody asked for a wrong picture: it runs, and the console says so."""
+    skip_without(comfyui, "multigpu")
+    seen = len(comfyui.log)
+    pair = Pair(FLUX)
+    pair.add("copied", "TestReplace", model="@file", what="multigpu before")
+    pair.on("taco", "copied")
+    pair.load()
+    pair.sample(steps=1)
+    outcome = comfyui.run(pair.nodes)
+    assert outcome.kind == "success", outcome.error
+    assert relative_error(comfyui.latent(pair.file("taco")), comfyui.latent(pair.file("stock"))) <= 1e-5
+    assert "TACO-DiT: MultiGPU CFG Split has no effect: the daemon runs the model" in comfyui.log[seen:]
+
+
+def test_another_device_behind_the_loader(comfyui: ComfyUI) -> None:
+    """What samples may be elsewhere; the network stays in the daemon, in its dtype."""
+    if "SelectModelDevice" not in comfyui.nodes:
+        pytest.skip("this version of ComfyUI has no Select Model Device")
+    pair = Pair(FLUX)
+    pair.load()
+    pair.add("device", "SelectModelDevice", model="@loader", device="cpu")
+    pair.on("taco", "device")
+    pair.sample(steps=1)
+    outcome = comfyui.run(pair.nodes)
+    assert outcome.kind == "success", outcome.error
+    assert relative_error(comfyui.latent(pair.file("taco")), comfyui.latent(pair.file("stock"))) <= 1e-5
 
 
 def test_a_hook_that_needs_the_weights(comfyui: ComfyUI, comfyui_models: Path) -> None:

@@ -9,21 +9,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel
+from gguf_files import Stored, as_stored, random_blocks, write
 from helpers import FLUX, SD3, Tiny, relative_error
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tacod.checkpoint import TensorInfo, locate, read_checkpoint
 from tacod.checkpoint.diffusers import translate
+from tacod.checkpoint.header import BLOCKS
 from tacod.rank.families import detect
 from tacod.rank.families.base import DiT
 from tacod.rank.sequence import SequenceParallel
-from tacod.rank.stored import STORED, StoredLinear, dequantise
+from tacod.rank.stored import StoredLinear
 from tacod.rank.weights import choose_dtype, get_weight, load_model, set_weight, share, weight_bytes
 from tacod_client.errors import ModelCorrupt, ModelError, ModelNotAllowed, ModelNotFound, ModelUnsupported
 
@@ -558,64 +558,19 @@ def wide_inputs() -> dict[str, Any]:
     return {**inputs, "timestep": torch.tensor([0.7373]), "guidance": torch.tensor([3.5])}
 
 
-def random_blocks(kind: str, rows: int, columns: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Rows of random blocks whose numbers are about 1 / sqrt(columns)."""
-    generator = np.random.default_rng(seed)
-    qtype = gguf.GGMLQuantizationType[kind]
-    numbers, size = gguf.GGML_QUANT_SIZES[qtype]
-    blocks = generator.integers(0, 256, (rows * columns // numbers, size), dtype=np.uint8)
-    halves = {
-        "Q8_0": {0: 1 / 74},
-        "Q4_K": {0: 1 / 160, 2: 1 / 20},
-        "Q5_K": {0: 1 / 320, 2: 1 / 20},
-        "Q6_K": {208: 1 / 1400},
-    }
-    for at, scale in halves[kind].items():
-        half = (scale * generator.uniform(0.5, 1.5, (len(blocks), 1)) / columns**0.5).astype(np.float16)
-        blocks[:, at : at + 2] = half.view(np.uint8)
-    return blocks.reshape(rows, -1)
-
-
 def save_gguf(tiny: Tiny, path: Path, kind: str, prefix: str = "") -> dict[str, Tensor]:
     """Matrices in random blocks, the rest in fp32, a bias in fp16 and one in bf16; returns all as numbers."""
-    writer = gguf.GGUFWriter(path, "flux")
-    writer.add_string("tacod.config", json.dumps(tiny.config))
-    writer.add_array("some.words", ["a", "b"])
-    writer.add_array("some.numbers", [1.5, 2.5])
-    qtype, numbers = gguf.GGMLQuantizationType[kind], {}
+    plain, tensors = {"img_in.bias": "F16", "txt_in.bias": "BF16"}, {}
     for seed, (key, tensor) in enumerate(tiny.model.state_dict().items()):
         if is_matrix(key, tensor):
-            data = random_blocks(kind, *tensor.shape, seed)
-            writer.add_tensor(prefix + key, data, raw_dtype=qtype)
-            numbers[key] = torch.from_numpy(gguf.quants.dequantize(data, qtype))
-        elif key == "img_in.bias":
-            writer.add_tensor(prefix + key, tensor.half().numpy())
-            numbers[key] = tensor.half().float()
-        elif key == "txt_in.bias":
-            half = tensor.bfloat16()
-            raw = half.view(torch.uint8).numpy()
-            writer.add_tensor(prefix + key, raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
-            numbers[key] = half.float()
+            tensors[key] = Stored(random_blocks(kind, *tensor.shape, seed), kind)
         else:
-            writer.add_tensor(prefix + key, tensor.numpy())
-            numbers[key] = tensor
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return numbers
+            tensors[key] = as_stored(tensor, plain.get(key, "F32"))
+    write(path, {prefix + key: stored for key, stored in tensors.items()}, json.dumps(tiny.config))
+    return {key: stored.numbers for key, stored in tensors.items()}
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "Q5_K", "Q6_K"])
-def test_blocks_are_the_numbers_that_gguf_reads(kind: str) -> None:
-    data = random_blocks(kind, 12, 768)
-    expected = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
-    assert 0.2 < expected.std() * 768**0.5 < 5
-    assert torch.equal(dequantise(torch.from_numpy(data), kind), torch.from_numpy(expected))
-
-
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K", "Q5_K", "Q6_K"])
+@pytest.mark.parametrize(("kind", "prefix"), [("Q4_K", "model.diffusion_model."), *((kind, "") for kind in BLOCKS)])
 def test_gguf_is_kept_and_dequantised_where_it_is_used(kind: str, prefix: str, tmp_path: Path) -> None:
     numbers = save_gguf(WIDE, tmp_path / "m.gguf", kind, prefix)
     assert locate("m.gguf", [str(tmp_path)])
@@ -625,35 +580,12 @@ def test_gguf_is_kept_and_dequantised_where_it_is_used(kind: str, prefix: str, t
     check_stored(load(tmp_path / "m.gguf"), filled(WIDE, numbers), wide_inputs())
 
 
-def test_large_layers_are_dequantised_in_bands(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = torch.from_numpy(random_blocks("Q4_K", 10, 512))
-    layer = StoredLinear(data, "Q4_K", None, torch.float32)
-    whole = layer.weight
-    monkeypatch.setattr("tacod.rank.stored._BAND", 3 * 512)
-    assert torch.equal(layer.weight, whole)
-    assert torch.equal(layer.dequantised(torch.bfloat16), whole.bfloat16())
-
-
 def test_family_is_detected_from_gguf_s_names_and_sizes(tmp_path: Path) -> None:
     save_gguf(WIDE, tmp_path / "m.gguf", "Q8_0")
     checkpoint = read_checkpoint(str(tmp_path / "m.gguf"))
     family, found = detect(checkpoint.tensors)
     assert family is type(WIDE.model)
     assert (found["hidden_size"], found["in_channels"], found["depth"]) == (256, 64, 1)
-
-
-def test_position_table_without_its_leading_one_is_read(tmp_path: Path) -> None:
-    """As llama.cpp's tools write it."""
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "sd3")
-    writer.add_string("tacod.config", json.dumps(SD3.config))
-    for key, tensor in SD3.model.state_dict().items():
-        writer.add_tensor(key, (tensor[0] if key == "pos_embed" else tensor).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    assert same(load(tmp_path / "m.gguf"), SD3.model)
-    assert detect(read_checkpoint(str(tmp_path / "m.gguf")).tensors)[1]["pos_embed_max_size"] == 12
 
 
 def test_truncated_gguf_is_corrupt_wherever_it_ends(tmp_path: Path) -> None:
@@ -674,7 +606,7 @@ def test_truncated_gguf_is_corrupt_wherever_it_ends(tmp_path: Path) -> None:
 def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One model in every kind of file."""
     folder = tmp_path_factory.mktemp("kinds")
-    files = {kind: folder / f"{kind}.gguf" for kind in ("Q8_0", "Q4_K", "Q5_K", "Q6_K")}
+    files = {kind: folder / f"{kind}.gguf" for kind in BITS if kind in BLOCKS}
     for kind, path in files.items():
         save_gguf(WIDE, path, kind)
     save_fp8(WIDE, folder / "fp8.safetensors", None)
@@ -689,7 +621,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-BITS = {"bf16": 16, "fp8": 8, "scaled": 8, "Q8_0": 8.5, "Q6_K": 6.5625, "Q5_K": 5.5, "Q4_K": 4.5}
+BITS = {"bf16": 16, "fp8": 8, "scaled": 8, "Q8_0": 8.5, "Q6_K": 6.5625, "Q5_1": 6, "Q4_K": 4.5, "IQ4_NL": 4.5}
 
 
 @pytest.mark.parametrize("name", BITS)
@@ -873,4 +805,3 @@ def test_layers_compile(kinds: dict[str, Path]) -> None:
         traced = torch.export.export(module, (torch.randn(3, 256),)).module()
         x = torch.randn(3, 256)
         assert torch.allclose(traced(x), module(x))
-    assert set(STORED) >= {"F8_E4M3", "Q8_0", "Q4_K", "Q5_K", "Q6_K"}

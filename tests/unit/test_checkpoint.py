@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import struct
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tacod.checkpoint import TensorInfo, locate, read_checkpoint
+from tacod.checkpoint.gguf import KINDS
+from tacod.checkpoint.header import BLOCKS
 from tacod_client.errors import ModelCorrupt, ModelError, ModelNotAllowed, ModelNotFound, ModelUnsupported
 
 ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
@@ -342,12 +346,14 @@ MALFORMED_GGUF = {
     "many fields": gguf_bytes(b"", 1 << 63),
     "many tensors": gguf_bytes(b"", 0, b"", 1 << 63),
     "an unknown value": gguf_bytes(gguf_field(77, 0, code="<IQ"), 1),
-    "too many dimensions": gguf_bytes(tensors=gguf_tensor("a", (1,) * 5, 0) + bytes(64), number=1),
+    "too many dimensions": gguf_bytes(tensors=gguf_tensor("a", (1,) * 65, 0) + bytes(64), number=1),
+    "2^4032 numbers": gguf_bytes(tensors=gguf_tensor("a", ((1 << 63) - 1,) * 64, 0), number=1),
     "2^126 numbers": gguf_bytes(tensors=gguf_tensor("a", (1 << 63, 1 << 63), 0), number=1),
     "2^124 numbers": gguf_bytes(tensors=gguf_tensor("a", (1 << 62, 1 << 62), 0), number=1),
     "past the end": gguf_bytes(tensors=gguf_tensor("a", (64,), 0) + bytes(64), number=1),
     "an offset of 2^64 - 1": gguf_bytes(tensors=gguf_tensor("a", (1,), 0, (1 << 64) - 1) + bytes(64), number=1),
     "half a block": gguf_bytes(tensors=gguf_tensor("a", (16, 2), 8) + bytes(128), number=1),
+    "half a block of 256": gguf_bytes(tensors=gguf_tensor("a", (128, 2), 10) + bytes(128), number=1),
     "a block without dimensions": gguf_bytes(tensors=gguf_tensor("a", (), 8) + bytes(128), number=1),
     "a name twice": gguf_bytes(tensors=2 * gguf_tensor("a", (1,), 0) + bytes(128), number=2),
     "an overlap": gguf_bytes(tensors=gguf_tensor("a", (4,), 0) + gguf_tensor("b", (4,), 0, 8) + bytes(128), number=2),
@@ -364,12 +370,85 @@ def test_malformed_gguf_is_corrupt(tmp_path: Path, name: str) -> None:
         read_checkpoint(str(tmp_path / "m.gguf"))
 
 
-@pytest.mark.parametrize(("kind", "told"), [(2, "Q4_0"), (10, "Q2_K"), (24, "I8"), (999, "of the unknown type 999")])
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [(9, "Q8_1"), (16, "IQ2_XXS"), (21, "IQ3_S"), (24, "I8"), (39, "MXFP4"), (999, "of the unknown type 999")],
+)
 def test_gguf_of_another_kind_is_refused_by_tensor_and_kind(tmp_path: Path, kind: int, told: str) -> None:
     data = gguf_bytes(tensors=gguf_tensor("img_in.weight", (256, 2), kind) + bytes(4096), number=1)
     (tmp_path / "m.gguf").write_bytes(data)
-    with pytest.raises(ModelUnsupported, match=rf"img_in\.weight is {told}; this version reads Q8_0"):
+    with pytest.raises(ModelUnsupported, match=rf"img_in\.weight is {told}; this version reads Q4_0, .*IQ4_XS, "):
         read_checkpoint(str(tmp_path / "m.gguf"))
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_gguf_s_kinds_take_the_bytes_that_gguf_says(tmp_path: Path, kind: str) -> None:
+    """Up to the last byte and no further."""
+    number = gguf.GGMLQuantizationType[kind]
+    size = 3 * 512 // BLOCKS[kind][0] * BLOCKS[kind][1]
+    assert gguf.GGML_QUANT_SIZES[number] == BLOCKS[kind]
+    head = gguf_bytes(tensors=gguf_tensor("a", (512, 3), number), number=1)
+    whole = head + bytes(-len(head) % 32 + size)
+    path = tmp_path / "m.gguf"
+    path.write_bytes(whole)
+    assert read_checkpoint(str(path)).tensors == {"a": TensorInfo(kind, (3, 512))}
+    (part,) = read_checkpoint(str(path)).parts["a"]
+    assert (part.start, part.stop) == (len(whole) - size, len(whole))
+    path.write_bytes(whole[:-1])
+    with pytest.raises(ModelCorrupt, match="'a' ends at byte"):
+        read_checkpoint(str(path))
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 4, 3, 2), (2, 1, 1, 3, 1, 4, 1)], ids=len)
+def test_gguf_s_tensors_may_have_many_dimensions(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    size = 4 * math.prod(shape)
+    data = gguf_bytes(tensors=gguf_tensor("patch_embedding.weight", shape[::-1], 0), number=1)
+    (tmp_path / "m.gguf").write_bytes(data + bytes(-len(data) % 32 + size))
+    assert read_checkpoint(str(tmp_path / "m.gguf")).tensors == {"patch_embedding.weight": TensorInfo("F32", shape)}
+
+
+def gguf_rearranged(*numbers: int, kind: int = 5, count: int | None = None) -> bytes:
+    """A tensor ``a.w`` of [9, 64] that a field gives another shape."""
+    array = struct.pack(f"<IIQ{len(numbers)}i", 9, kind, len(numbers) if count is None else count, *numbers)
+    field = gguf_string("comfy.gguf.orig_shape.a.w") + array
+    data = gguf_bytes(field, 1, gguf_tensor("a.w", (64, 9), 8), 1)
+    return data + bytes(-len(data) % 32 + 9 * 2 * 34)
+
+
+@pytest.mark.parametrize("shape", [(16, 4, 3, 3), (576,), (1, 9, 64), (6, 96), (4, 1, 16, 9)])
+def test_rearranged_tensor_has_the_shape_that_is_told(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    (tmp_path / "m.gguf").write_bytes(gguf_rearranged(*shape))
+    assert read_checkpoint(str(tmp_path / "m.gguf")).tensors == {"a.w": TensorInfo("Q8_0", shape)}
+
+
+NO_SHAPES = {
+    "other numbers": gguf_rearranged(16, 4, 3, 2),
+    "none": gguf_rearranged(),
+    "negative sizes": gguf_rearranged(-9, -64),
+    "a size of 0": gguf_rearranged(0, 576),
+    "words": gguf_rearranged(16, 36, kind=4),
+    "floats": gguf_rearranged(16, 36, kind=6),
+    "more sizes than a tensor may have": gguf_rearranged(576, *[1] * 64),
+    "a string": gguf_bytes(
+        gguf_string("comfy.gguf.orig_shape.a") + struct.pack("<I", 8) + gguf_string("1"),
+        1,
+        gguf_tensor("a", (1,), 0),
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_SHAPES)
+def test_shape_that_is_none_of_the_tensor_s_is_corrupt(tmp_path: Path, name: str) -> None:
+    (tmp_path / "m.gguf").write_bytes(NO_SHAPES[name])
+    with pytest.raises(ModelCorrupt, match=r"comfy\.gguf\.orig_shape\.a.* is no shape of the tensor"):
+        read_checkpoint(str(tmp_path / "m.gguf"))
+
+
+def test_shape_of_another_tensor_is_left_alone(tmp_path: Path) -> None:
+    data = gguf_rearranged(16, 36).replace(b"orig_shape.a.w", b"orig_shape.b.w")
+    (tmp_path / "m.gguf").write_bytes(data)
+    assert read_checkpoint(str(tmp_path / "m.gguf")).tensors == {"a.w": TensorInfo("Q8_0", (9, 64))}
 
 
 @pytest.mark.parametrize("version", [1, 4, 3 << 24])
@@ -380,9 +459,10 @@ def test_gguf_of_another_version_is_refused(tmp_path: Path, version: int) -> Non
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(0, 200), st.binary(max_size=8), st.integers(0, 12))
+@given(st.integers(0, 250), st.binary(max_size=8), st.integers(0, 12))
 def test_damaged_gguf_is_read_or_refused(tmp_path: Path, place: int, what: bytes, cut: int) -> None:
-    fields = gguf_field(4, 32, code="<II") + gguf_string("a") + struct.pack("<IIQII", 9, 4, 2, 1, 2)
+    fields = gguf_field(4, 32, code="<II") + gguf_string("comfy.gguf.orig_shape.a.weight")
+    fields += struct.pack("<IIQII", 9, 5, 2, 4, 16)
     tensors = gguf_tensor("a.weight", (32, 2), 8) + gguf_tensor("a.bias", (4,), 0, 96)
     data = gguf_bytes(fields, 2, tensors, 2) + bytes(160)
     path = tmp_path / "m.gguf"
@@ -399,6 +479,11 @@ def test_damaged_gguf_is_read_or_refused(tmp_path: Path, place: int, what: bytes
 def test_identity_is_a_function_of_the_file_s_state(tmp_path: Path) -> None:
     path = write_tensors(tmp_path / "m", "a")
     assert read_checkpoint(str(path)).identity == read_checkpoint(str(path)).identity
+
+
+def test_kinds_have_the_numbers_of_the_gguf_package() -> None:
+    theirs = {int(kind): kind.name for kind in gguf.GGMLQuantizationType}
+    assert {number: theirs[number] for number in KINDS if number in theirs} == KINDS
 
 
 def test_identity_changes_with_time_size_header_and_place(tmp_path: Path) -> None:

@@ -55,13 +55,17 @@ def detect(
         named = override["image_model"]
         for family in families():
             if named in family.image_models:
-                return family, {**(family.detect(tensors) or {}), **override}
+                return family, {**(_detect(family, tensors) or {}), **override}
         raise ModelUnsupported(f"config key 'image_model' is {named!r:.80}; {_we_run()}")
     for family in families():
-        detected = family.detect(tensors)
+        detected = _detect(family, tensors)
         if detected is not None:
             return family, {**detected, **override}
     raise ModelUnsupported(_refusal(tensors))
+
+
+def _detect(family: type[DiT], tensors: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
+    return family.detect({family.canonical(name): info for name, info in tensors.items()})
 
 
 def _refusal(tensors: Mapping[str, TensorInfo]) -> str:

@@ -53,6 +53,15 @@ class Numbers:
 
 
 @dataclass(frozen=True)
+class Number:
+    """An argument that is one number within bounds, the same for all images of a forward."""
+
+    least: float
+    most: float
+    required: bool = False
+
+
+@dataclass(frozen=True)
 class Residuals:
     """What a ControlNet adds to the image's tokens after each block, as ComfyUI's ``control`` has it.
 
@@ -67,7 +76,7 @@ class Residuals:
     required: bool = False
 
 
-Spec = Argument | Numbers | Residuals
+Spec = Argument | Number | Numbers | Residuals
 """What one argument of a forward must look like."""
 
 
@@ -164,6 +173,16 @@ class DiT(nn.Module, abc.ABC):
     """Images and text tokens of a usual forward; its latents are those of 1024 × 1024 pixels."""
     pace: Pace | None = None
     """What it was measured to do on these devices."""
+    spellings: ClassVar[Mapping[str, str]] = {}
+    """How else files, uploads and patches may end a parameter's name, and how that name ends here."""
+
+    @classmethod
+    def canonical(cls, name: str) -> str:
+        """A parameter's name here, for its name in a file, an upload or a patch."""
+        for theirs, ours in cls.spellings.items():
+            if name.endswith(theirs):
+                return name.removesuffix(theirs) + ours
+        return name
 
     @classmethod
     @abc.abstractmethod

@@ -21,6 +21,7 @@ from tacod.rank.families.base import (
     Control,
     DiT,
     LatentFormat,
+    Number,
     Numbers,
     Place,
     Residuals,
@@ -46,6 +47,9 @@ __all__ = ["Flux"]
 
 _METHODS = ("offset", "index", "uxo")
 _ROPE_OPTIONS = ("scale_x", "scale_y", "scale_t", "shift_x", "shift_y", "shift_t")
+_STRETCHED = ("all", "image")
+_QK_NORM_EPS = 1e-6
+"""The authors', which ComfyUI had up to 0.13; since then it has PyTorch's smallest step, 1.2e-7 (docs/comfyui.md)."""
 
 
 class Embedder(nn.Module):
@@ -93,9 +97,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
         self.heads = heads
 
-    def forward(self, x: Tensor, rotation: Rotation) -> Projected:
+    def forward(self, x: Tensor, rotation: Rotation, epsilon: float) -> Projected:
         """Queries, keys and values of ``x`` [B, S, width]."""
-        return Projected(self.qkv(x), self.heads, self.norm.scales, rotation)
+        return Projected(self.qkv(x), self.heads, self.norm.scales, rotation, epsilon)
 
 
 class Modulation(nn.Module):
@@ -127,12 +131,13 @@ class DoubleBlock(nn.Module):
         image: Residual,
         modulation: tuple[Tensor, Tensor],
         mask: Tensor | None = None,
+        epsilon: float = _QK_NORM_EPS,
     ) -> tuple[Residual, Residual]:
         """This rank's text and image tokens, one block further; ``modulation`` is of both, [B, 1, 6 * width] each."""
         text_mod, image_mod = (each.chunk(6, dim=-1) for each in modulation)
         streams = (
-            lambda: self.txt_attn(text.normed(*text_mod[:2]), rotations[0]),
-            lambda: self.img_attn(image.normed(*image_mod[:2]), rotations[1]),
+            lambda: self.txt_attn(text.normed(*text_mod[:2]), rotations[0], epsilon),
+            lambda: self.img_attn(image.normed(*image_mod[:2]), rotations[1], epsilon),
         )
         attended = sequence.attend(streams, lengths, mask).result()
         to_text, to_image = torch.split(attended, [text.tokens.shape[1], image.tokens.shape[1]], dim=1)
@@ -165,6 +170,7 @@ class SingleBlock(nn.Module):
         x: Residual,
         modulation: Tensor,
         mask: Tensor | None = None,
+        epsilon: float = _QK_NORM_EPS,
     ) -> Residual:
         """This rank's tokens, one block further; ``modulation`` is [B, 1, 3 * width].
 
@@ -176,7 +182,7 @@ class SingleBlock(nn.Module):
         to_heads, to_hidden = split_outputs(self.linear1, 3 * self.width)
         from_hidden, from_heads = split_inputs(self.linear2, self.width)
         attending = sequence.attend(
-            (lambda: Projected(to_heads(normed), self.heads, self.norm.scales, rotation),),
+            (lambda: Projected(to_heads(normed), self.heads, self.norm.scales, rotation, epsilon),),
             lengths,
             mask,
             meanwhile=True,
@@ -212,6 +218,10 @@ class Flux(DiT):
     image_models: ClassVar[tuple[str, ...]] = ("flux",)
     process = Flow()
     latent_format = LatentFormat(0.3611, 0.1159)
+    # ComfyUI's, from 0.14 on, and so in what its nodes save or send.
+    spellings: ClassVar[Mapping[str, str]] = {
+        f".{part}_norm.weight": f".{part}_norm.scale" for part in ("query", "key")
+    }
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -341,6 +351,8 @@ class Flux(DiT):
             "ref_latents_method": Argument(None, required=False, choices=_METHODS),
             "attention_mask": Argument(("M", "S", "S"), required=False, mask=True),
             "rope_options": Numbers(_ROPE_OPTIONS),
+            "rope_options_for": Argument(None, required=False, choices=_STRETCHED),
+            "qk_norm_eps": Number(0.0, 0.01),
             "control": Residuals(
                 self.width, {"input": len(self.double_blocks), "output": len(self.single_blocks), "middle": 0}
             ),
@@ -376,13 +388,16 @@ class Flux(DiT):
         ref_latents_method: str | None = None,
         attention_mask: Tensor | None = None,
         rope_options: Mapping[str, float] | None = None,
+        rope_options_for: str | None = None,
+        qk_norm_eps: float | None = None,
         control: Control | None = None,
         step_cache: StepCache | None = None,
     ) -> Tensor:
         """See `DiT.forward`. ``guidance`` is [B] in fp32, and not used by models that are not distilled for it.
 
-        ``attention_mask`` [B or 1, S, S] is added to the scores over text and image; ``rope_options`` stretch and
-        shift the image's positions.
+        ``attention_mask`` [B or 1, S, S] is added to the scores over text and image. ``rope_options`` stretch and shift
+        the positions of the image and its references, or of the image alone (``rope_options_for="image"``).
+        ``qk_norm_eps`` is added to the mean square in the norms of queries and keys, 1e-6 by default.
         """
         images = (x, *(ref_latents or ()))
         lengths = self.lengths({"x": x, "context": context, "ref_latents": ref_latents})
@@ -390,13 +405,16 @@ class Flux(DiT):
         image = self.img_in(sequence.shard(torch.cat([self._patchify(each) for each in images], dim=1)))
         text = self.txt_in(sequence.shard(context))
 
-        image_at = self._image_positions(images, ref_latents_method or self.reference_method, rope_options or {})
+        stretched = 1 if rope_options_for == "image" else len(images)
+        options = [(rope_options or {}) if i < stretched else {} for i in range(len(images))]
+        image_at = self._image_positions(images, ref_latents_method or self.reference_method, options)
         text_at = image_at.new_zeros(lengths[0], len(self.axes))
         mine = [sequence.shard(positions, dim=0) for positions in (text_at, image_at)]
         rotation = self._rotation(torch.cat(mine))
         rotations = tuple(zip(*(torch.split(each, [len(at) for at in mine]) for each in rotation), strict=True))
         mask = None if attention_mask is None else sequence.in_order_of_ranks(attention_mask, lengths)
         control = control or Control({})
+        epsilon = _QK_NORM_EPS if qk_norm_eps is None else qk_norm_eps
 
         *each, final = modulations(self.modulating, functional.silu(c), sequence)
         modulation = iter(each)
@@ -406,7 +424,7 @@ class Flux(DiT):
             yield image
             for i, block in enumerate(self.double_blocks):
                 now = next(modulation), next(modulation)
-                streams = block(sequence, lengths, rotations, *streams, now, mask)
+                streams = block(sequence, lengths, rotations, *streams, now, mask, epsilon)
                 if control.find("input", i) is not None:
                     added = control.add("input", i, sequence, streams[1].tokens, lengths[1])
                     streams = streams[0], Residual(added)
@@ -414,7 +432,7 @@ class Flux(DiT):
                     yield streams[1].tokens
             tokens = Residual(torch.cat((streams[0].tokens, _finite(streams[1]).tokens), dim=1))
             for i, block in enumerate(self.single_blocks):
-                tokens = block(sequence, lengths, rotation, tokens, next(modulation), mask)
+                tokens = block(sequence, lengths, rotation, tokens, next(modulation), mask, epsilon)
                 if control.find("output", i) is not None:
                     tokens = Residual(control.add("output", i, sequence, tokens.tokens, lengths[1], text.shape[1]))
             yield tokens.tokens[:, text.shape[1] :]
@@ -444,23 +462,19 @@ class Flux(DiT):
         """A latent [B, C, H, W] as tokens [B, N, C * patch * patch]."""
         return functional.pixel_unshuffle(pad_to_patches(x, self.patch), self.patch).flatten(2).transpose(1, 2)
 
-    def _image_positions(self, images: Sequence[Tensor], method: str, options: Mapping[str, float]) -> Tensor:
+    def _image_positions(self, images: Sequence[Tensor], method: str, options: Sequence[Mapping[str, float]]) -> Tensor:
         """The (index, row, column) of each patch of the image and of its references: [N, 3] in fp32.
 
-        The options are for the image alone.
+        ``options`` are the `_ROPE_OPTIONS` of each.
         """
         origins = [(0.0, 0, 0), *_reference_origins(images, method, self.patch, self.reference_index)]
         positions = []
-        for image, (index, top, left) in zip(images, origins, strict=True):
+        for image, (index, top, left), each in zip(images, origins, options, strict=True):
             rows, columns = grid(image, self.patch)
-            down = torch.arange(rows, device=image.device, dtype=torch.float32) + top
-            across = torch.arange(columns, device=image.device, dtype=torch.float32) + left
-            if image is images[0] and options:
-                index += options.get("shift_t", 0.0)
-                down = _stretched(rows, options.get("scale_y", 1.0), options.get("shift_y", 0.0), image)
-                across = _stretched(columns, options.get("scale_x", 1.0), options.get("shift_x", 0.0), image)
+            down = _stretched(rows, each.get("scale_y", 1.0), top + each.get("shift_y", 0.0), image)
+            across = _stretched(columns, each.get("scale_x", 1.0), left + each.get("shift_x", 0.0), image)
             place = torch.stack(torch.meshgrid(down, across, indexing="ij"), dim=-1).flatten(0, 1)
-            positions.append(functional.pad(place, (1, 0), value=index))
+            positions.append(functional.pad(place, (1, 0), value=index + each.get("shift_t", 0.0)))
         return torch.cat(positions)
 
     def _rotation(self, positions: Tensor) -> Rotation:
@@ -475,6 +489,8 @@ class Flux(DiT):
 
 def _stretched(n: int, scale: float, shift: float, like: Tensor) -> Tensor:
     """Positions from ``shift`` on, ``scale`` apart."""
+    if scale == 1.0:
+        return torch.arange(n, device=like.device, dtype=torch.float32) + shift
     return torch.linspace(shift, (n - 1.0) * scale + shift, n, device=like.device, dtype=torch.float32)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import comfy.controlnet
@@ -46,6 +47,12 @@ def detect(state_dict: Any, key_prefix: str, metadata: Any = None) -> Any:
         config |= {key: value for key, value in told.items() if key != "image_model" or key in config}
     return config
 
+
+if os.environ.get("TACO_DIT_TEST_DYNAMIC_VRAM"):
+    # What ComfyUI does at its start on a GPU; on a CPU its patchers stay plain ones.
+    import comfy.memory_management
+
+    comfy.memory_management.aimdo_enabled = True
 
 comfy.utils.load_torch_file = load
 comfy.model_detection.detect_unet_config = detect
@@ -212,6 +219,10 @@ class TestReplace:
             network.img_in.register_forward_hook(lambda module, given, out: out + 1)
         elif what == "look":
             len(network.double_blocks)
+        elif what == "multigpu":
+            model.deepclone_multigpu(torch.device("cpu"))
+        elif what == "multigpu before":
+            model.set_additional_models("multigpu", [model.clone()])
         elif what == "wrapper":
             model.add_weight_wrapper(key, print)
         elif what == "kind":

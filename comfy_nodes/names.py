@@ -1,0 +1,126 @@
+"""What ComfyUI calls the weights that a file holds.
+
+ComfyUI renames some as it loads a file; which ones depends on family and version. So its own function is asked: each of
+the file's tensors goes through it as an empty one, and comes out under ComfyUI's name.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from tacod.checkpoint import TensorInfo, read_checkpoint
+
+from . import hooks
+
+__all__ = ["SAFETENSORS", "Header", "Names", "names_in_file", "read_header"]
+
+log = logging.getLogger(__name__)
+
+SAFETENSORS = (".safetensors", ".sft")
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class Names(Mapping[str, str]):
+    """The file's key for each of ComfyUI's names of a network's weights."""
+
+    keys_in_file: Mapping[str, str] = field(default_factory=dict)
+    prefix: str = ""
+    """What stands before all of the diffusion model's keys in the file."""
+
+    def __getitem__(self, name: str) -> str:
+        return self.keys_in_file[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys_in_file)
+
+    def __len__(self) -> int:
+        return len(self.keys_in_file)
+
+    def bare(self, name: str) -> str:
+        """The daemon's name of a weight: the file's, without the prefix. One that the file lacks keeps its own."""
+        return self.keys_in_file[name].removeprefix(self.prefix) if name in self.keys_in_file else name
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of its tensors."""
+
+    tensors: Mapping[str, torch.Tensor]
+    """By key, each without contents; bytes for a dtype that torch lacks, fp16 for GGUF's kinds."""
+    metadata: Mapping[str, str] | None
+
+    @cached_property
+    def prefix(self) -> str:
+        """What stands before the diffusion model's keys, as ComfyUI sees it; empty for bare keys."""
+        find = hooks.find("comfy.model_detection.unet_prefix_from_state_dict")
+        prefix: str = find(self.tensors) if find is not None else ""
+        return prefix if any(key.startswith(prefix) for key in self.tensors) else ""
+
+    @cached_property
+    def bare(self) -> dict[str, torch.Tensor]:
+        """The diffusion model's tensors, their keys without the prefix."""
+        prefix = self.prefix
+        return {key.removeprefix(prefix): each for key, each in self.tensors.items() if key.startswith(prefix)}
+
+
+def read_header(path: str) -> Header:
+    """A safetensors or GGUF file's tensors, without their contents.
+
+    Raises what `safe_open` raises, or a `TacodError` for a GGUF file that can't be read.
+    """
+    if not path.lower().endswith(SAFETENSORS):
+        return Header({key: _of_gguf(info) for key, info in read_checkpoint(path).tensors.items()}, None)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        return Header({key: _meta(each.get_dtype(), each.get_shape()) for key, each in slices.items()}, metadata)
+
+
+def _of_gguf(info: TensorInfo) -> torch.Tensor:
+    return _meta(info.dtype if info.dtype in _DTYPES else "F16", info.shape)
+
+
+def _meta(dtype: str, shape: Any) -> torch.Tensor:
+    return torch.empty(tuple(shape), dtype=_DTYPES.get(dtype, torch.uint8), device="meta")
+
+
+def names_in_file(header: Header, config: Any) -> Names:
+    """ComfyUI's names of the weights in a file.
+
+    Args:
+        header: The file's.
+        config: ComfyUI's ``model_config`` of the MODEL (``comfy.supported_models``).
+
+    What ComfyUI computes from several tensors has no key of its own in the file, and is left out.
+    """
+    bare = header.bare
+    rename = getattr(config, "process_unet_state_dict", None)
+    try:
+        renamed = rename(dict(bare)) if rename is not None else bare
+    except Exception as error:  # a family that looks into the tensors, which are empty here
+        log.info("TACO-DiT: %s does not rename empty tensors (%s)", type(config).__name__, error)
+        renamed = bare
+    marks = {id(each): key for key, each in bare.items()}
+    found = {name: marks[id(each)] for name, each in renamed.items() if id(each) in marks}
+    return Names({name: header.prefix + key for name, key in found.items()}, header.prefix)
