@@ -10,7 +10,9 @@ import importlib
 import inspect
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 __all__ = ["HOOKS", "UNET_LOADER", "UPDATE", "Hook", "find", "missing", "require", "tell_missing"]
@@ -92,16 +94,18 @@ UNET_LOADER = tuple(hook.where for hook in HOOKS if hook.without == _UNET_LOADER
 
 def find(where: str) -> Any:
     """What stands at a dotted path in ComfyUI; None if nothing does."""
-    names = where.split(".")
-    for count in range(len(names), 0, -1):
-        try:
-            found: Any = importlib.import_module(".".join(names[:count]))
-        except ImportError:
-            continue
-        for name in names[count:]:
-            found = getattr(found, name, None)
-        return found
-    return None
+    found: Any = None
+    path = ""
+    for name in where.split("."):
+        path = f"{path}.{name}".lstrip(".")
+        inner = getattr(found, name, None)
+        if inner is None and (found is None or isinstance(found, ModuleType)):
+            with suppress(ImportError):
+                inner = importlib.import_module(path)
+        if inner is None:
+            return None
+        found = inner
+    return found
 
 
 def missing() -> list[Hook]:

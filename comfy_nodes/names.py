@@ -6,6 +6,7 @@ the file's tensors goes through it as an empty one, and comes out under ComfyUI'
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -90,7 +91,9 @@ def read_header(path: str) -> Header:
     Raises what `safe_open` raises, or a `TacodError` for a GGUF file that can't be read.
     """
     if not path.lower().endswith(SAFETENSORS):
-        return Header({key: _of_gguf(info) for key, info in read_checkpoint(path).tensors.items()}, None)
+        checkpoint = read_checkpoint(path)
+        told = None if checkpoint.config is None else {"tacod.config": json.dumps(checkpoint.config)}
+        return Header({key: _of_gguf(info) for key, info in checkpoint.tensors.items()}, told)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118

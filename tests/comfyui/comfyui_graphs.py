@@ -13,7 +13,7 @@ from typing import Any
 from helpers import Tiny
 from safetensors.torch import save_file
 
-__all__ = ["CANNY", "FILL", "FLUX", "MODELS", "PIXART", "SD3", "Pair", "TinyModel", "save"]
+__all__ = ["CANNY", "FILL", "FLUX", "MODELS", "PIXART", "SD3", "WHOLE_BLOCKS", "Pair", "TinyModel", "save"]
 
 _fresh = itertools.count(1)
 
@@ -32,7 +32,7 @@ class TinyModel:
     """Height and width of the latent."""
 
 
-def _flux(name: str, channels: int) -> TinyModel:
+def _flux(name: str, channels: int, **sizes: Any) -> TinyModel:
     config = {
         "image_model": "flux",
         "in_channels": channels,
@@ -45,8 +45,29 @@ def _flux(name: str, channels: int) -> TinyModel:
         "depth_single_blocks": 2,
         "axes_dim": [4, 6, 6],
         "guidance_embed": True,
+        **sizes,
     }
     return TinyModel(Tiny(name, config), 32, 24)
+
+
+def _sd3(name: str, depth: int) -> TinyModel:
+    """Its width is 64 for each block."""
+    config = {
+        "image_model": "sd3",
+        "in_channels": 16,
+        "depth": depth,
+        "adm_in_channels": 40,
+        "context_size": 48,
+        "context_embedder_config": {
+            "target": "torch.nn.Linear",
+            "params": {"in_features": 48, "out_features": 64 * depth},
+        },
+        "num_patches": 400,
+        "pos_embed_max_size": 20,
+        "qk_norm": "rms",
+        "x_block_self_attn_layers": [0, 2],
+    }
+    return TinyModel(Tiny(name, config), 48, 40)
 
 
 FLUX = _flux("flux", 16)
@@ -54,28 +75,9 @@ CANNY = _flux("canny", 32)
 """Takes a second image beside the latent."""
 FILL = _flux("fill", 96)
 """Takes an image and a mask beside the latent."""
-SD3 = TinyModel(
-    Tiny(
-        "sd3",
-        {
-            "image_model": "sd3",
-            "in_channels": 16,
-            "depth": 3,
-            "adm_in_channels": 40,
-            "context_size": 48,
-            "context_embedder_config": {
-                "target": "torch.nn.Linear",
-                "params": {"in_features": 48, "out_features": 192},
-            },
-            "num_patches": 400,
-            "pos_embed_max_size": 20,
-            "qk_norm": "rms",
-            "x_block_self_attn_layers": [0, 2],
-        },
-    ),
-    48,
-    40,
-)
+SD3 = _sd3("sd3", 3)
+WHOLE_BLOCKS = (_flux("gguf_flux", 16, hidden_size=256, num_heads=4, axes_dim=[16, 24, 24]), _sd3("gguf_sd3", 4))
+"""A Flux and an SD3 whose rows are whole blocks of all of GGUF's kinds, of 256 numbers."""
 PIXART = TinyModel(
     Tiny(
         "pixart",

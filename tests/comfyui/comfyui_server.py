@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -51,6 +51,14 @@ class Outcome:
         return [event["data"] for event in self.events if event["type"] == kind]
 
 
+@cache
+def _stand_ins(python: str) -> list[str]:
+    """The folders of stand-ins for what an interpreter can't import."""
+    folders = sorted((HERE / "stub").iterdir())
+    probes = {folder: [python, "-c", f"import {folder.name}"] for folder in folders}
+    return [str(folder) for folder, probe in probes.items() if subprocess.run(probe, capture_output=True).returncode]
+
+
 class ComfyUI:
     """``main.py --cpu`` in a base directory of its own, with our nodes linked into it and the test nodes beside them.
 
@@ -60,6 +68,8 @@ class ComfyUI:
     def __init__(self, path: str, python: str, endpoint: str, models: Path, *options: str) -> None:
         self.base = Path(tempfile.mkdtemp(prefix="comfyui-"))
         self.path, self.python, self.endpoint, self.models, self.options = path, python, endpoint, models, options
+        self.packs: list[Path] = []
+        """Other packs of nodes that it has."""
         self.process: subprocess.Popen[bytes] | None = None
         self.port = 0
 
@@ -71,6 +81,8 @@ class ComfyUI:
         (self.base / "custom_nodes").mkdir()
         (self.base / "custom_nodes" / "taco_dit").symlink_to(NODES)
         (self.base / "custom_nodes" / "taco_dit_testing").symlink_to(HERE / "pack")
+        for pack in self.packs:
+            (self.base / "custom_nodes" / pack.name).symlink_to(pack.resolve())
         (self.base / "page").mkdir()
         (self.base / "page" / "index.html").write_text("tests need no page")
         try:
@@ -88,21 +100,15 @@ class ComfyUI:
         """Start it, again if need be."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
-        command = [self.python, "main.py", "--cpu", "--port", str(self.port), "--base-directory", str(self.base)]
-        command += [
-            "--disable-api-nodes",
-            "--preview-method",
-            "latent2rgb",
-            "--front-end-root",
-            str(self.base / "page"),
-        ]
-        probe = [self.python, "-c", "import torchvision.transforms"]
-        real = subprocess.run(probe, capture_output=True, check=False).returncode == 0
+        command = [self.python, "main.py", "--cpu", "--disable-api-nodes"]
+        command += ["--port", str(self.port), "--base-directory", str(self.base), "--preview-method", "latent2rgb"]
+        command += ["--front-end-root", str(self.base / "page")]
+        # By default it is in the checkout, which may be read-only or another ComfyUI's, too.
+        command += ["--database-url", f"sqlite:///{self.base / 'comfyui.db'}"]
         environment = {**os.environ, "TACOD_ENDPOINT": self.endpoint, "OMP_WAIT_POLICY": "passive"}
-        if not real:
-            environment["PYTHONPATH"] = os.pathsep.join(
-                [str(HERE / "stub"), *filter(None, [os.environ.get("PYTHONPATH")])]
-            )
+        paths = [*_stand_ins(self.python), *filter(None, [os.environ.get("PYTHONPATH")])]
+        if paths:
+            environment["PYTHONPATH"] = os.pathsep.join(paths)
         with (self.base / "log").open("ab") as log:
             self.process = subprocess.Popen(
                 [*command, *self.options], cwd=self.path, env=environment, stdout=log, stderr=log
@@ -164,6 +170,7 @@ class ComfyUI:
     ) -> Outcome:
         """Queue a graph, as the page does, and wait for its end; ``on_event`` hears every message on the way."""
         client = uuid.uuid4().hex
+        graph = self._filled(graph)
         outcome = Outcome("")
         with connect(f"ws://127.0.0.1:{self.port}/ws?clientId={client}", max_size=None) as page:
             started = time.perf_counter()
@@ -190,6 +197,17 @@ class ComfyUI:
         outputs = history["outputs"]
         outcome.texts = {node: shown["text"][0] for node, shown in outputs.items() if "text" in shown}
         return outcome
+
+    def _filled(self, graph: Graph) -> Graph:
+        """The graph, and as on the page the defaults of what it leaves out."""
+        filled = {}
+        for name, node in graph.items():
+            required = self.nodes.get(node["class_type"], {}).get("input", {}).get("required", {})
+            # An input is [type] or [type, {"default": …, …}].
+            settings = {key: rest[0] for key, (_, *rest) in required.items() if rest}
+            defaults = {key: each["default"] for key, each in settings.items() if "default" in each}
+            filled[name] = {**node, "inputs": defaults | node["inputs"]}
+        return filled
 
     def latent(self, name: str) -> torch.Tensor:
         """What a SaveLatent node with this prefix wrote last."""

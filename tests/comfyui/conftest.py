@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from comfyui_graphs import MODELS, Pair, TinyModel, save
 from comfyui_server import ComfyUI, Outcome
-from fidelity_table import Measured, write_section
+from fidelity_table import Measured, write_version
 from helpers import Daemon, relative_error
 
 PATH = os.environ.get("COMFYUI_PATH", "")
@@ -22,7 +22,7 @@ Both = Callable[..., Outcome]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Where the table of results goes."""
-    parser.addoption("--fidelity", metavar="FILE", help="write the table of the nodes' fidelity into this document")
+    parser.addoption("--fidelity", metavar="FILE", help="write the nodes' fidelity into this document")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -111,5 +111,6 @@ def _fidelity_table(request: pytest.FixtureRequest, comfyui: ComfyUI) -> Iterato
     yield
     path = request.config.getoption("--fidelity", default=None)
     measured = request.config.stash.get(MEASURED, [])
-    if path is not None and measured and not request.session.testsfailed:
-        write_section(Path(path), comfyui.get("/system_stats")["system"], measured)
+    if path is not None and measured:
+        system = comfyui.get("/system_stats")["system"]
+        write_version(Path(path), system, measured, request.session.testsfailed)

@@ -1,18 +1,20 @@
-"""What the tests of fidelity measured, as a section of a document."""
+"""What the tests of fidelity measured, as tables in a document that say it of each version of ComfyUI."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Measured", "write_section"]
+__all__ = ["Measured", "write_version"]
 
-_SAMPLERS = "test_every_sampler"
-_RANKS = (1, 2, 3)
+_VERSIONS = ["ComfyUI", "torch in ComfyUI", "torch in the ranks", "latents compared", "worst error", "failures"]
+_ERRORS = ["test", "case"]
+"""And a column a version."""
 
 
 @dataclass(frozen=True)
@@ -25,49 +27,53 @@ class Measured:
     ranks: int
     error: float
 
-
-def write_section(path: Path, system: Mapping[str, Any], measured: Iterable[Measured]) -> None:
-    """Put the results of this version of ComfyUI into a document, in the place of older ones."""
-    measured = list(measured)
-    title = f"## ComfyUI {system['comfyui_version']}\n"
-    versions = (
-        f"torch {system['pytorch_version']} in ComfyUI, {importlib.metadata.version('torch')} in the ranks, on CPUs."
-    )
-    worst = max(each.error for each in measured)
-    lines = [title, f"{versions} {len(measured)} latents were compared; the worst error is {worst:.1e}.\n"]
-    lines += ["### Samplers\n", *_samplers([each for each in measured if each.test == _SAMPLERS])]
-    lines += ["### Everything else\n", *_others([each for each in measured if each.test != _SAMPLERS])]
-    before, *sections = re.split(r"(?m)^(?=## )", path.read_text() if path.exists() else "")
-    sections = [section for section in sections if not section.startswith(title)]
-    sections = sorted([*sections, "\n".join(lines)], reverse=True)
-    path.write_text("\n".join(part.rstrip("\n") + "\n" for part in (before, *sections)))
+    @property
+    def row(self) -> tuple[str, str]:
+        """Samplers have a row a family, everything else has one a case."""
+        case = f"{self.save} {self.case.split('-')[0]}" if self.test == "test_every_sampler" else self.case
+        return self.test.removeprefix("test_").replace("_", " "), case
 
 
-def _samplers(measured: list[Measured]) -> list[str]:
-    """A row a sampler, a column a family."""
-    families = list(dict.fromkeys(each.case.split("-")[0] for each in measured))
-    rows: dict[str, dict[str, float]] = {}
+def write_version(path: Path, system: Mapping[str, Any], measured: Iterable[Measured], failures: int) -> None:
+    """Put what was measured with this version of ComfyUI into a document, in the place of what it said of it before.
+
+    The tables are the document's sections. What stands before them stays, and so does what they say of other versions.
+    """
+    errors: dict[tuple[str, str], list[float]] = {}
     for each in measured:
-        row = rows.setdefault(each.save, {})
-        family = each.case.split("-")[0]
-        row[family] = max(row.get(family, 0.0), each.error)
-    cells = [[f"`{name}`", *(_number(row.get(family)) for family in families)] for name, row in rows.items()]
-    return _table(["sampler", *families], cells)
+        errors.setdefault(each.row, []).append(each.error)
+    text = path.read_text() if path.exists() else ""
+    versions = {row[0]: row for row in _read(text, "Versions")[1:]}
+    (_, _, *columns), *lines = _read(text, "Errors") or [_ERRORS]
+    rows = {(test, case): dict(zip(columns, cells, strict=True)) for test, case, *cells in lines}
+
+    version = system["comfyui_version"]
+    worst = {row: max(of_row) for row, of_row in errors.items()}
+    torches = [system["pytorch_version"], importlib.metadata.version("torch")]
+    compared = str(sum(map(len, errors.values())))
+    versions[version] = [version, *torches, compared, _number(max(worst.values())), str(failures)]
+    for row in rows.keys() | worst.keys():
+        rows.setdefault(row, {})[version] = _number(worst[row]) if row in worst else ""
+
+    newest_first = sorted(versions, key=lambda each: [int(part) for part in re.findall(r"\d+", each)], reverse=True)
+    shown = [[*row, *(cells.get(each, "") for each in newest_first)] for row, cells in sorted(rows.items())]
+    tables = [
+        *("## Versions", "", *_table(_VERSIONS, [versions[each] for each in newest_first]), ""),
+        *("## Errors", "", *_table([*_ERRORS, *newest_first], [row for row in shown if any(row[2:])]), ""),
+    ]
+    path.write_text(re.split(r"(?m)^## ", text)[0] + "\n".join(tables))
 
 
-def _others(measured: list[Measured]) -> list[str]:
-    """A row a case, a column a number of ranks."""
-    rows: dict[tuple[str, str], dict[int, float]] = {}
-    for each in measured:
-        row = rows.setdefault((each.test.removeprefix("test_").replace("_", " "), each.case), {})
-        row[each.ranks] = max(row.get(each.ranks, 0.0), each.error)
-    cells = [[*name, *(_number(row.get(ranks)) for ranks in _RANKS)] for name, row in rows.items()]
-    return _table(["test", "case", "1 rank", "2 ranks", "3 ranks"], cells)
-
-
-def _number(error: float | None) -> str:
-    return "" if error is None else f"{error:.1e}" if error else "0"
+def _number(error: float) -> str:
+    return f"{error:.1e}" if error else "0"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    return [*(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)), ""]
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def _read(text: str, title: str) -> list[list[str]]:
+    """The table below a title, without the rule below its head."""
+    below = text.partition(f"## {title}\n\n")[2].splitlines()
+    rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in itertools.takewhile(bool, below)]
+    return rows[:1] + rows[2:]

@@ -42,7 +42,7 @@ TOLD = (
 def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of ComfyUI in which these names are others throughout, as an update might make them."""
     copy = tmp_path_factory.mktemp("changed") / "ComfyUI"
-    shutil.copytree(PATH, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "models", "tests*"))
+    shutil.copytree(PATH, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "tests*"))
     word = re.compile(rf"\b({'|'.join(RENAMED)})\b")
     for file in copy.rglob("*.py"):
         text = file.read_text(errors="surrogateescape")

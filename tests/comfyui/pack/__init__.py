@@ -24,6 +24,7 @@ __all__ = ["NODE_CLASS_MAPPINGS", "shapes"]
 
 _detect = comfy.model_detection.detect_unet_config
 _load = comfy.utils.load_torch_file
+DYNAMIC = bool(os.environ.get("TACO_DIT_TEST_DYNAMIC_VRAM"))
 _last: dict[str, str] = {}
 """What the file that was read last says of itself: older versions don't pass that on."""
 
@@ -34,7 +35,14 @@ def load(path: str, *args: Any, **kwargs: Any) -> Any:
     if path.endswith(".safetensors"):
         with safe_open(path, framework="pt") as file:
             _last.update(file.metadata() or {})
-    return _load(path, *args, **kwargs)
+    if not DYNAMIC:
+        return _load(path, *args, **kwargs)
+    # Its own way to map a file needs a GPU's driver.
+    comfy.memory_management.aimdo_enabled = False
+    try:
+        return _load(path, *args, **kwargs)
+    finally:
+        comfy.memory_management.aimdo_enabled = True
 
 
 def detect(state_dict: Any, key_prefix: str, metadata: Any = None) -> Any:
@@ -48,11 +56,29 @@ def detect(state_dict: Any, key_prefix: str, metadata: Any = None) -> Any:
     return config
 
 
-if os.environ.get("TACO_DIT_TEST_DYNAMIC_VRAM"):
+if DYNAMIC:
     # What ComfyUI does at its start on a GPU; on a CPU its patchers stay plain ones.
     import comfy.memory_management
 
     comfy.memory_management.aimdo_enabled = True
+
+try:
+    import gguf
+except ImportError:
+    gguf = None
+else:
+
+    class Reader(gguf.GGUFReader):
+        """The package's, and a note of what a tiny model's file says of itself."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            field = self.get_field("tacod.config")
+            _last.clear()
+            if field is not None:
+                _last["tacod.config"] = bytes(field.parts[field.data[-1]]).decode()
+
+    gguf.GGUFReader = Reader
 
 comfy.utils.load_torch_file = load
 comfy.model_detection.detect_unet_config = detect
@@ -278,6 +304,21 @@ class TestForget(OnModel):
         return (model,)
 
 
+class TestUnnamed:
+    """Hands on a MODEL that came in by another name than usual."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"file": ("MODEL",)}}
+
+    def make(self, file: Any) -> tuple[Any]:
+        return (file,)
+
+
 class TestUNet:
     """A UNet of the kind of SD 1.5, as small as it gets."""
 
@@ -321,6 +362,7 @@ _NODES = (
     TestCompile,
     TestLoader,
     TestForget,
+    TestUnnamed,
     TestUNet,
     TestSize,
     TestConditioning,

@@ -1,0 +1,1 @@
+"""Nothing that tests run needs what torchaudio has here."""
