@@ -9,6 +9,8 @@ from typing import Any
 
 from comfy.model_patcher import ModelPatcher
 
+from tacod_client import __version__
+
 from . import hooks
 from .convert import Converted, Settings, convert, open_file
 from .dit import RemoteDiT, remote_of
@@ -17,7 +19,7 @@ from .names import SAFETENSORS
 from .record import Run, Totals
 from .shell import carry_over
 from .source import load_here
-from .text import info_text, stats_text, success_text
+from .text import info_text, stats_text, success_text, version_text
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
 
@@ -116,6 +118,9 @@ def _info(made: Converted) -> dict[str, Any]:
     with told():
         status = made.client.status()
     remote = made.network.remote
+    ages = version_text(status["version"], __version__)
+    if ages:
+        log.warning("TACO-DiT: %s", ages)
     return {
         "enabled": True,
         "name": remote.source.name,
@@ -124,7 +129,7 @@ def _info(made: Converted) -> dict[str, Any]:
         "dtype": made.model.dtype,
         "plan": made.model.plan,
         "note": remote.note,
-        "remark": remote.remark,
+        "remarks": [each for each in (ages, remote.remark) if each],
         "patches": len(made.patcher.patches),
         "weights": f"sent to {remote.uploaded}" if remote.uploaded else f"read by the daemon from {remote.source.path}",
         "world_size": status["group"]["world_size"],

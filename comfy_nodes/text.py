@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["info_text", "stats_text", "success_text"]
+__all__ = ["info_text", "stats_text", "success_text", "version_text"]
 
 
 def success_text(info: Mapping[str, Any]) -> str:
@@ -37,9 +37,18 @@ def info_text(info: Mapping[str, Any]) -> str:
     if info["note"]:
         lines.append(f"Asked for, but not possible: {info['note']}")
         lines.append("Planned instead: what the daemon finds fastest")
-    if info["remark"]:
-        lines.append(f"Note: {info['remark']}")
+    lines += [f"Note: {remark}" for remark in info["remarks"]]
     return "\n".join(lines)
+
+
+def version_text(daemon: str, client: str) -> str:
+    """What to say of a daemon and a client of different versions; nothing if they are of one."""
+    if daemon == client:
+        return ""
+    return (
+        f"the daemon is TACO-DiT {daemon}, and the client in ComfyUI's Python is {client}. What the older one doesn't "
+        "know it refuses by name; install the same version for both"
+    )
 
 
 def stats_text(stats: Mapping[str, Any]) -> str:

@@ -104,3 +104,15 @@ def test_without_a_patcher_there_are_no_nodes(hooks: Any, comfyui: Any) -> None:
     del comfyui["comfy.model_patcher"].ModelPatcher
     with pytest.raises(ImportError, match=r"^TACO-DiT not available: this ComfyUI has no comfy\.model_patcher\.Mod"):
         hooks.tell_missing()
+
+
+def test_versions_that_differ_are_told() -> None:
+    spec = importlib.util.spec_from_file_location("text_of_the_nodes", ROOT / "comfy_nodes" / "text.py")
+    assert spec is not None
+    assert spec.loader is not None
+    text = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(text)
+    assert text.version_text("1.2.0", "1.2.0") == ""
+    assert "the daemon is TACO-DiT 1.1.0, and the client in ComfyUI's Python is 1.2.0" in text.version_text(
+        "1.1.0", "1.2.0"
+    )
