@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import functools
+import inspect
 import json
+import math
 import os
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -170,7 +175,10 @@ def state_of(model: ModelPatcher) -> State:
 def _rounded(network: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.dtype]:
     """What dynamic VRAM casts to 8 bits at each use; what it keeps in them as it lies is no rounding."""
     found = {}
+    whole = _bytes_loaded_whole()
     for path, module in network.named_modules():
+        if hasattr(module, "comfy_cast_weights") and sum(each.nbytes for each in module.state_dict().values()) <= whole:
+            continue
         for attribute, dtype in vars(module).items():
             name = f"{path}.{attribute.removesuffix(_MODEL_DTYPE)}".lstrip(".")
             if attribute.endswith(_MODEL_DTYPE) and isinstance(dtype, torch.dtype) and name in state:
@@ -178,6 +186,18 @@ def _rounded(network: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> dic
                 if stored.is_floating_point and dtype.is_floating_point and dtype.itemsize == 1 < stored.itemsize:
                     found[name] = dtype
     return found
+
+
+@functools.cache
+def _bytes_loaded_whole() -> int:
+    """Up to which size dynamic VRAM loads a layer as it lies, and doesn't cast it; as its code says."""
+    load = hooks.find("comfy.model_patcher.ModelPatcherDynamic.load")
+    code = ast.parse(textwrap.dedent(inspect.getsource(load))) if load is not None else ast.Module([], [])
+    for node in ast.walk(code):
+        if isinstance(node, ast.Compare) and isinstance(node.left, ast.Name) and node.left.id == "module_mem":
+            # It stands there as a product: 16 * 1024.
+            return math.prod(each.value for each in ast.walk(node.comparators[0]) if isinstance(each, ast.Constant))
+    return 0
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 from helpers import Tiny
 from safetensors.torch import save_file
 
-__all__ = ["CANNY", "FILL", "FLUX", "MODELS", "PIXART", "SD3", "WHOLE_BLOCKS", "Pair", "TinyModel", "save"]
+__all__ = ["BROAD", "CANNY", "FILL", "FLUX", "MODELS", "PIXART", "SD3", "WHOLE_BLOCKS", "Pair", "TinyModel", "save"]
 
 _fresh = itertools.count(1)
 
@@ -33,6 +33,7 @@ class TinyModel:
 
 
 def _flux(name: str, channels: int, **sizes: Any) -> TinyModel:
+    """Of this configuration, but for other sizes."""
     config = {
         "image_model": "flux",
         "in_channels": channels,
@@ -47,7 +48,7 @@ def _flux(name: str, channels: int, **sizes: Any) -> TinyModel:
         "guidance_embed": True,
         **sizes,
     }
-    return TinyModel(Tiny(name, config), 32, 24)
+    return TinyModel(Tiny(name, config), int(config["context_in_dim"]), int(config["vec_in_dim"]))
 
 
 def _sd3(name: str, depth: int) -> TinyModel:
@@ -75,6 +76,8 @@ CANNY = _flux("canny", 32)
 """Takes a second image beside the latent."""
 FILL = _flux("fill", 96)
 """Takes an image and a mask beside the latent."""
+BROAD = _flux("broad", 16, vec_in_dim=64, context_in_dim=64)
+"""Each of its matrices takes more than 16 KB."""
 SD3 = _sd3("sd3", 3)
 WHOLE_BLOCKS = (_flux("gguf_flux", 16, hidden_size=256, num_heads=4, axes_dim=[16, 24, 24]), _sd3("gguf_sd3", 4))
 """A Flux and an SD3 whose rows are whole blocks of all of GGUF's kinds, of 256 numbers."""

@@ -68,6 +68,8 @@ class ComfyUI:
     def __init__(self, path: str, python: str, endpoint: str, models: Path, *options: str) -> None:
         self.base = Path(tempfile.mkdtemp(prefix="comfyui-"))
         self.path, self.python, self.endpoint, self.models, self.options = path, python, endpoint, models, options
+        self.on_gpu = False
+        """Whether it has a GPU; else it runs on the CPU."""
         self.packs: list[Path] = []
         """Other packs of nodes that it has."""
         self.process: subprocess.Popen[bytes] | None = None
@@ -100,7 +102,7 @@ class ComfyUI:
         """Start it, again if need be."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
-        command = [self.python, "main.py", "--cpu", "--disable-api-nodes"]
+        command = [self.python, "main.py", "--disable-api-nodes", *([] if self.on_gpu else ["--cpu"])]
         command += ["--port", str(self.port), "--base-directory", str(self.base), "--preview-method", "latent2rgb"]
         command += ["--front-end-root", str(self.base / "page")]
         # By default it is in the checkout, which may be read-only or another ComfyUI's, too.

@@ -11,6 +11,7 @@ import pytest
 from comfyui_graphs import CANNY, FILL, FLUX, PIXART, SD3, Pair, TinyModel, save
 from comfyui_server import ComfyUI, Outcome
 from conftest import PATH
+from helpers import Daemon
 from safetensors.torch import save_file
 
 Both = Callable[..., Outcome]
@@ -35,9 +36,14 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 @FAMILIES
-def test_every_sampler(comfyui: ComfyUI, both: Both, pair: Pairs, model: TinyModel, way: str) -> None:
+def test_every_sampler(
+    comfyui: ComfyUI, both: Both, endpoints: Callable[[int], Daemon], model: TinyModel, way: str
+) -> None:
+    """Each at 1, 2 and 3 ranks, each number in another way: a sampler doesn't see how many there are."""
     samplers = comfyui.get("/object_info/KSampler")["KSampler"]["input"]["required"]["sampler_name"][0]
-    run = pair(model)
+    ranks = 1 + list(WAYS).index(way) % 3
+    run = Pair(model, endpoint=endpoints(ranks).endpoint)
+    run.ranks["taco"] = ranks
     if "denoise" in WAYS[way]:
         run.nodes["latent"]["inputs"] |= {"scale": 1.0, "seed": 9}
     run.load()
