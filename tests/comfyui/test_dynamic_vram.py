@@ -119,10 +119,11 @@ def users(endpoints: Callable[[int], Daemon], comfyui_models: Path) -> Iterator[
         pytest.skip("COMFYUI_ON_GPU is not set: on a CPU ComfyUI computes in fp32")
     save(WIDE, comfyui_models / "diffusion_models")
     random = torch.Generator().manual_seed(1)
+    # On layers whose change isn't mixed up with what bf16 rounds on its way through the blocks.
     lora = {
-        f"diffusion_model.{layer}.lora_{part}.weight": 0.4 * torch.randn(shape, generator=random)
-        for layer, width in (("double_blocks.0.img_attn.qkv", 9216), ("single_blocks.0.linear1", 21504))
-        for part, shape in (("up", (width, 8)), ("down", (8, 3072)))
+        f"diffusion_model.{layer}.lora_{part}.weight": 0.04 * torch.randn(shape, generator=random)
+        for layer, outputs, inputs in (("img_in", 3072, 64), ("final_layer.linear", 64, 3072))
+        for part, shape in (("up", (outputs, 8)), ("down", (8, inputs)))
     }
     save_file(lora, comfyui_models / "loras" / "wide.safetensors")
     with started(endpoints(3).endpoint, comfyui_models) as comfyui:
@@ -147,4 +148,4 @@ def test_as_users_have_it(users: ComfyUI, where: str) -> None:
     )
     error, effect = relative_error(ours, stock), relative_error(stock, plain)
     print(f"a LoRA {where} the loader, in bf16: {error:.1e} from stock, which it moved by {effect:.1e}")
-    assert error < 0.02 < effect / 5
+    assert error < 0.02 < effect / 10
