@@ -133,7 +133,8 @@ def open_file(path: str, settings: Settings, progress: Progress | None = None) -
 
     Raises as `convert` does.
     """
-    header = read_header(path)
+    with told():
+        header = read_header(path)
     state = header.bare
     detect = hooks.find("comfy.model_detection.model_config_from_unet")
     config = detect(state, "", metadata=header.metadata)

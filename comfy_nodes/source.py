@@ -51,13 +51,18 @@ class Source:
         return self.path if self._stamp is not None and _stamp(self.path) == self._stamp else None
 
     def state(self) -> Mapping[str, torch.Tensor]:
-        """All weights, by ComfyUI's names, without patches. Raises `Failed` if they are gone."""
+        """All weights, by ComfyUI's names, without patches.
+
+        Raises `Failed` if they are gone, `Refused` if they are in a GGUF file, which only the daemon reads.
+        """
         model = self.model()
         if model is not None:
             return state_of(model)
-        if self.file is not None and self.file.lower().endswith(SAFETENSORS):
-            return FileState(self.file, self.names)
-        raise self._gone()
+        if self.file is None:
+            raise self._gone()
+        if not self.file.lower().endswith(SAFETENSORS):
+            raise Refused(f"a use of {self.name}'s weights here", "GGUF files are read by the daemon alone")
+        return FileState(self.file, self.names)
 
     def upload(self) -> Mapping[str, torch.Tensor]:
         """All weights, by the file's names, to be sent.
