@@ -12,20 +12,21 @@ import comfy.model_management
 import torch
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
+from safetensors import SafetensorError
 
 from tacod_client import Client, Model
 
 from . import hooks
 from .clients import client_of
 from .dit import RemoteDiT
-from .errors import Refused, told
+from .errors import Failed, Refused, told
 from .names import Names, names_in_file, read_header
 from .network import Network, skeleton_layers
 from .origin import origin_of
 from .patches import to_request
 from .remote import DTYPES, Progress, Remote
 from .shell import RemotePatcher, carry_over, check_honourable, check_untouched, make_shell, release
-from .source import Source, state_of
+from .source import GGUF_TYPE, Source, state_of
 
 __all__ = ["Converted", "Settings", "convert", "open_file"]
 
@@ -106,7 +107,7 @@ def convert(
     stock = base.manual_cast_dtype or base.get_dtype()
     dtype = DTYPES.get(stock) if comfy.model_management.get_torch_device().type != "cpu" else None
     converted = _connect(base, skeleton, source, settings, patches, dtype, model.load_device, progress)
-    if state.packed:
+    if any(getattr(each, GGUF_TYPE, None) is not None and each.dtype == torch.uint8 for each in state.values()):
         _note_dequantisation(base, converted.network.remote)
     if model.additional_models.get("multigpu"):
         log.warning("TACO-DiT: MultiGPU CFG Split has no effect: the daemon runs the model, on its own GPUs")
@@ -121,10 +122,10 @@ def _note_dequantisation(base: BaseModel, remote: Remote) -> None:
     layer = getattr(getattr(base.model_config, "custom_operations", None), "Linear", None)
     dtype = getattr(layer, "dequant_dtype", None)
     if dtype != torch.float32:
+        named = "the compute dtype" if dtype == "target" else str(dtype or torch.float16).removeprefix("torch.")
         remote.remark = (
-            "the daemon dequantises GGUF weights in fp32, and ComfyUI-GGUF's loader in "
-            f"{str(dtype or torch.float16).removeprefix('torch.')}; weights differ by up to 5e-4 of their size. "
-            "For the same numbers set dequant_dtype to float32 in Unet Loader (GGUF/Advanced)"
+            f"the daemon dequantises GGUF weights in fp32, and ComfyUI-GGUF's loader in {named}; weights differ by up "
+            "to 5e-4 of their size. For the same numbers set dequant_dtype to float32 in Unet Loader (GGUF/Advanced)"
         )
 
 
@@ -133,8 +134,11 @@ def open_file(path: str, settings: Settings, progress: Progress | None = None) -
 
     Raises as `convert` does.
     """
-    with told():
-        header = read_header(path)
+    try:
+        with told():
+            header = read_header(path)
+    except SafetensorError as error:
+        raise Failed(f"TACO-DiT: {path} can't be read ({error}); download it again") from error
     state = header.bare
     detect = hooks.find("comfy.model_detection.model_config_from_unet")
     config = detect(state, "", metadata=header.metadata)

@@ -124,7 +124,7 @@ class RemoteDiT(torch.nn.Module):
         options = dict(zip(defaults, positional, strict=True)).get("transformer_options") or {}
         kind, all_of, executor = (hooks.find(f"comfy.patcher_extension.{name}") for name in _WRAPPING)
         if kind is None or all_of is None or executor is None:
-            if options.get("wrappers"):
+            if (options.get("wrappers") or {}).get("diffusion_model"):
                 raise Refused("a wrapper around the network (EasyCache or the like)", hooks.UPDATE)
             return run(x, timestep, *positional, **named)
         out: torch.Tensor = executor(run, self, all_of(kind, options)).execute(x, timestep, *positional, **named)

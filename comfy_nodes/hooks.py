@@ -1,4 +1,4 @@
-"""Every place at which the nodes reach into ComfyUI; docs/comfyui.md says of each what it is for and since when.
+"""Every function and class of ComfyUI that the nodes call, replace or derive from; docs/comfyui.md says what for.
 
 A version may lack one. As the nodes are imported each is looked for; what is missing is named on the console, with what
 doesn't work without it, and the rest works. Looked up at each use, for other packs replace some of them.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-__all__ = ["HOOKS", "UNET_LOADER", "UPDATE", "Hook", "find", "missing", "require", "tell_missing"]
+__all__ = ["HOOKS", "UNET_LOADER", "UPDATE", "Hook", "find", "have", "missing", "tell_missing"]
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +40,15 @@ class Hook:
 
 
 _NOTHING = "nothing works"
-_FOUND = "a MODEL's file is looked for in the graph alone; where it isn't found, the weights are sent"
+_NOTED = "a MODEL's file is looked for in ComfyUI's notes, the memory map and the graph"
 _UNET_LOADER = "there is no TACO-DiT UNET Loader"
 _NAMES = "weights that ComfyUI renames are not found in their file, and are sent"
 _WRAPPERS = "EasyCache and other wrappers around the network are refused"
 _HOOKED = "hooks on the conditioning (LoRAs for a part of the steps) are refused"
 _STEPS = "statistics have no steps"
+_LATER = "what can't be honoured is refused at the first step, and not by the node that asks for it"
+_SAVING = "merging or saving a MODEL of ours fails in ComfyUI's words"
+_COMPILED = "torch.compile before the loader is not taken off"
 _RELEASE = "weights that ComfyUI has on its GPU stay there until it needs the room"
 
 HOOKS = (
@@ -54,9 +57,12 @@ HOOKS = (
     Hook("comfy.ops.disable_weight_init", _NOTHING),
     Hook("comfy.model_management.get_torch_device", _NOTHING),
     Hook("comfy.model_management.unet_offload_device", _NOTHING),
-    Hook("comfy.sd.load_diffusion_model", _FOUND),
-    Hook("comfy.sd.load_checkpoint_guess_config", _FOUND),
-    Hook("folder_paths.get_full_path", "a MODEL's file is not looked for in the graph"),
+    Hook("comfy.model_patcher.ModelPatcher.clone", _NOTHING),
+    Hook("comfy.model_patcher.ModelPatcher.pre_run", _NOTHING),
+    Hook("comfy.model_patcher.ModelPatcher.patch_hooks", _NOTHING),
+    Hook("comfy.sd.load_diffusion_model", f"{_NOTED}; nothing runs here with enable_taco_dit off in the UNET Loader"),
+    Hook("comfy.sd.load_checkpoint_guess_config", _NOTED),
+    Hook("folder_paths.get_full_path", f"a MODEL's file is not looked for in the graph, and {_UNET_LOADER}"),
     Hook("comfy.supported_models_base.BASE.process_unet_state_dict", _NAMES),
     Hook("comfy.model_detection.unet_prefix_from_state_dict", "files with a prefix before their names are not found"),
     Hook("comfy.model_detection.model_config_from_unet", _UNET_LOADER, ("metadata",)),
@@ -72,11 +78,15 @@ HOOKS = (
     Hook("comfy.patcher_extension.WrapperExecutor.new_class_executor", _WRAPPERS),
     Hook("comfy.patcher_extension.get_all_wrappers", _WRAPPERS),
     Hook("comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL", _WRAPPERS),
-    Hook("comfy.patcher_extension.WrappersMP.APPLY_MODEL", "torch.compile before the loader is not taken off"),
+    Hook("comfy.patcher_extension.WrappersMP.APPLY_MODEL", _COMPILED),
     Hook("comfy.patcher_extension.WrappersMP.OUTER_SAMPLE", _STEPS),
     Hook("comfy.model_patcher.ModelPatcher.add_wrapper_with_key", _STEPS),
     Hook("comfy.model_patcher.ModelPatcher.get_combined_hook_patches", _HOOKED),
-    Hook("comfy.model_patcher.ModelPatcher.pre_run", "what can't be honoured is refused at the first step, not before"),
+    Hook("comfy.model_patcher.ModelPatcher.add_object_patch", _LATER),
+    Hook("comfy.model_patcher.ModelPatcher.add_weight_wrapper", _LATER),
+    Hook("comfy.model_patcher.ModelPatcher.get_key_patches", _SAVING),
+    Hook("comfy.model_base.BaseModel.state_dict_for_saving", _SAVING),
+    Hook("comfy.model_patcher.ModelPatcher.remove_wrappers_with_key", _COMPILED),
     Hook("comfy.model_management.current_loaded_models", _RELEASE),
     Hook("comfy.model_management.soft_empty_cache", _RELEASE),
     Hook(
@@ -88,7 +98,7 @@ HOOKS = (
 )
 
 
-UNET_LOADER = tuple(hook.where for hook in HOOKS if hook.without == _UNET_LOADER)
+UNET_LOADER = tuple(hook.where for hook in HOOKS if hook.without.endswith(_UNET_LOADER))
 """What TACO-DiT UNET Loader can't be without."""
 
 
@@ -129,21 +139,23 @@ def tell_missing() -> None:
         log.warning("TACO-DiT: this ComfyUI has no %s: %s. Update TACO-DiT", _described(hook), hook.without)
 
 
-def require(wheres: Iterable[str]) -> bool:
+def have(wheres: Iterable[str]) -> bool:
     """Whether the hooks at these places are all there."""
     return not {hook.where for hook in missing()}.intersection(wheres)
 
 
 def _is_there(hook: Hook) -> bool:
     found = find(hook.where)
-    return found is not None and all(name in _parameters(found) for name in hook.takes)
+    return found is not None and all(_takes(found, name) for name in hook.takes)
 
 
-def _parameters(found: Any) -> Iterable[str]:
+def _takes(found: Any, name: str) -> bool:
+    """Whether a parameter can be passed by name; what another pack wrapped takes any, as far as can be told."""
     try:
-        return inspect.signature(found).parameters
+        parameters = inspect.signature(found).parameters
     except (TypeError, ValueError):
-        return ()
+        return True
+    return name in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
 
 def _described(hook: Hook) -> str:

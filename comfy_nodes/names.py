@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from tacod.checkpoint import TensorInfo, read_checkpoint
+from tacod.checkpoint import Checkpoint, read_checkpoint
 
 from . import hooks
 
-__all__ = ["SAFETENSORS", "Header", "Names", "names_in_file", "read_header"]
+__all__ = ["DTYPES", "SAFETENSORS", "Header", "Names", "names_in_file", "read_header"]
 
 log = logging.getLogger(__name__)
 
 SAFETENSORS = (".safetensors", ".sft")
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -41,7 +41,7 @@ _DTYPES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Names(Mapping[str, str]):
     """The file's key for each of ComfyUI's names of a network's weights."""
 
@@ -58,7 +58,7 @@ class Names(Mapping[str, str]):
     def __len__(self) -> int:
         return len(self.keys_in_file)
 
-    def bare(self, name: str) -> str:
+    def for_daemon(self, name: str) -> str:
         """The daemon's name of a weight: the file's, without the prefix. One that the file lacks keeps its own."""
         return self.keys_in_file[name].removeprefix(self.prefix) if name in self.keys_in_file else name
 
@@ -70,6 +70,13 @@ class Header:
     tensors: Mapping[str, torch.Tensor]
     """By key, each without contents; bytes for a dtype that torch lacks, fp16 for GGUF's kinds."""
     metadata: Mapping[str, str] | None
+
+    @classmethod
+    def of_gguf(cls, checkpoint: Checkpoint) -> Header:
+        """A GGUF file's."""
+        told = None if checkpoint.config is None else {"tacod.config": json.dumps(checkpoint.config)}
+        kinds = {key: info.dtype if info.dtype in DTYPES else "F16" for key, info in checkpoint.tensors.items()}
+        return cls({key: _meta(kinds[key], info.shape) for key, info in checkpoint.tensors.items()}, told)
 
     @cached_property
     def prefix(self) -> str:
@@ -91,21 +98,15 @@ def read_header(path: str) -> Header:
     Raises what `safe_open` raises, or a `TacodError` for a GGUF file that can't be read.
     """
     if not path.lower().endswith(SAFETENSORS):
-        checkpoint = read_checkpoint(path)
-        told = None if checkpoint.config is None else {"tacod.config": json.dumps(checkpoint.config)}
-        return Header({key: _of_gguf(info) for key, info in checkpoint.tensors.items()}, told)
+        return Header.of_gguf(read_checkpoint(path))
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
         return Header({key: _meta(each.get_dtype(), each.get_shape()) for key, each in slices.items()}, metadata)
 
 
-def _of_gguf(info: TensorInfo) -> torch.Tensor:
-    return _meta(info.dtype if info.dtype in _DTYPES else "F16", info.shape)
-
-
 def _meta(dtype: str, shape: Any) -> torch.Tensor:
-    return torch.empty(tuple(shape), dtype=_DTYPES.get(dtype, torch.uint8), device="meta")
+    return torch.empty(tuple(shape), dtype=DTYPES.get(dtype, torch.uint8), device="meta")
 
 
 def names_in_file(header: Header, config: Any) -> Names:

@@ -88,7 +88,7 @@ class _Loader:
     @staticmethod
     def report(node: str | None) -> Any:
         """A listener to a load's progress, for the bar and the text of this node."""
-        make_bar = hooks.find("comfy.utils.ProgressBar") if hooks.require(["comfy.utils.ProgressBar"]) else None
+        make_bar = hooks.find("comfy.utils.ProgressBar") if hooks.have(["comfy.utils.ProgressBar"]) else None
         bar = make_bar(100, node_id=node) if make_bar is not None else None
 
         def hear(what: str, done: int, total: int) -> None:
@@ -224,12 +224,37 @@ class TACODiTUNETLoader(_Loader):
 
 def _files(folder: str) -> list[str]:
     """The names of a folder's model files; ComfyUI's own list has no .gguf files."""
-    names = [name for name in hooks.find("folder_paths.get_filename_list")(folder) if name.endswith(SAFETENSORS)]
-    roots, search = hooks.find("folder_paths.get_folder_paths"), hooks.find("folder_paths.recursive_search")
-    if roots is None or search is None:
+    names = [each for each in hooks.find("folder_paths.get_filename_list")(folder) if _ends(each, SAFETENSORS)]
+    roots = hooks.find("folder_paths.get_folder_paths")
+    if roots is None or hooks.find("folder_paths.recursive_search") is None:
         return names
-    found = [name for root in roots(folder) if os.path.isdir(root) for name in search(root, [".git"])[0]]
-    return names + sorted(name for name in found if name.lower().endswith(".gguf"))
+    found = [name for root in roots(folder) if os.path.isdir(root) for name in _gguf_files(root)]
+    return names + sorted(found)
+
+
+_searched: dict[str, tuple[list[str], dict[str, float]]] = {}
+"""The .gguf files below a folder, and when each folder in it last changed: to search a network disk takes long."""
+
+
+def _gguf_files(root: str) -> list[str]:
+    names, times = _searched.get(root, ([], {}))
+    if not times or any(_changed(path) != at for path, at in times.items()):
+        found, times = hooks.find("folder_paths.recursive_search")(root, [".git"])
+        names = [name for name in found if _ends(name, (".gguf",))]
+        _searched[root] = names, {path: _changed(path) for path in (root, *times)}
+    return names
+
+
+def _changed(folder: str) -> float:
+    """When a folder's entries last changed; 0 for one that is gone."""
+    try:
+        return os.stat(folder).st_mtime
+    except OSError:
+        return 0.0
+
+
+def _ends(name: str, endings: tuple[str, ...]) -> bool:
+    return name.lower().endswith(endings)
 
 
 class TACODiTKSampler(hooks.find("nodes.KSampler") or object):  # type: ignore[misc]
@@ -261,7 +286,7 @@ class TACODiTKSampler(hooks.find("nodes.KSampler") or object):  # type: ignore[m
             model, network = carry_over(model, network.remote.source.local()), None
         run = Run()
         watched = model.clone()
-        if hooks.require(_WATCHING):
+        if hooks.have(_WATCHING):
             watched.add_wrapper_with_key(hooks.find(_WATCHING[0]), "taco_dit", run.watch)
         if network is None:
             with run:
@@ -334,7 +359,7 @@ _NEEDS = {
 NODE_CLASS_MAPPINGS = {
     kind.__name__: kind
     for kind in (TACODiTModelLoader, TACODiTUNETLoader, TACODiTKSampler, TACODiTInfoDisplay, TACODiTStatsDisplay)
-    if hooks.require(_NEEDS.get(kind.__name__, ()))
+    if hooks.have(_NEEDS.get(kind.__name__, ()))
 }
 NODE_DISPLAY_NAME_MAPPINGS = {
     "TACODiTModelLoader": "TACO-DiT Model Loader",

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from comfy.model_patcher import ModelPatcher
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from tacod.checkpoint import Checkpoint, read_checkpoint
+from tacod.checkpoint.header import BLOCKS
 from tacod_client.errors import TacodError
 
 from . import hooks
-from .names import SAFETENSORS, Names, names_in_file, read_header
+from .names import DTYPES, SAFETENSORS, Header, Names, names_in_file, read_header
 from .source import GGUF_TYPE, State, plain
 
 __all__ = ["origin_of", "watch_loaders"]
@@ -150,13 +151,13 @@ def _inputs(graph: Any, node: str | None) -> Mapping[str, Any]:
 def _names_if_held(path: str, state: State, config: Any) -> Names | None:
     """What a file calls these weights, if it holds them; None if it doesn't, or is of a kind that nobody here reads."""
     if path.lower().endswith(".gguf"):
-        return _names_if_held_packed(path, state, config)
+        return _names_if_held_packed(path, state, config) if state.packed else None
     if not path.lower().endswith(SAFETENSORS) or state.packed:
         return None
     try:
         names = names_in_file(read_header(path), config)
         return names if _holds(path, names, state) else None
-    except (OSError, ValueError, RuntimeError):  # no safetensors file after all, or one that is gone by now
+    except (OSError, SafetensorError):  # no safetensors file after all, or one that is gone by now
         return None
 
 
@@ -187,7 +188,7 @@ def _same_start(stored: Any, weight: torch.Tensor, scaled: bool) -> bool:
     # The first row holds them, of a matrix as of a vector; a single number is all of itself.
     shape = stored.get_shape()
     theirs = stored[:1].flatten()[:NUMBERS] if len(shape) > 1 else stored[:NUMBERS] if shape else stored[...]
-    if weight.dtype.itemsize < theirs.dtype.itemsize and weight.dtype.itemsize == 1 and not scaled:
+    if weight.dtype.itemsize == 1 and weight.dtype != theirs.dtype and not scaled:
         return False
     ours = weight[:1].flatten()[:NUMBERS] if len(shape) > 1 else weight[:NUMBERS] if shape else weight
     # As bytes: what is no number equals nothing, itself neither.
@@ -196,25 +197,29 @@ def _same_start(stored: Any, weight: torch.Tensor, scaled: bool) -> bool:
 
 
 def _names_if_held_packed(path: str, state: State, config: Any) -> Names | None:
-    """As `_names_if_held`, for a GGUF file: names, shapes, and the first bytes of each weight."""
+    """As `_names_if_held`, for a GGUF file: names, shapes, and the first bytes or numbers of each weight."""
     try:
-        names = names_in_file(read_header(path), config)
         checkpoint = read_checkpoint(path)
+        names = names_in_file(Header.of_gguf(checkpoint), config)
+        held = all(key in names and _same_bytes(checkpoint, names[key], weight) for key, weight in state.items())
     except (OSError, TacodError):
         return None
-    held = all(key in names and _same_bytes(checkpoint, names[key], weight) for key, weight in state.items())
     return names if held else None
 
 
 def _same_bytes(checkpoint: Checkpoint, key: str, weight: torch.Tensor) -> bool:
-    if checkpoint.tensors[key].shape != tuple(weight.shape):
+    info, (part,) = checkpoint.tensors[key], checkpoint.parts[key]
+    if info.shape != tuple(weight.shape):
         return False
-    if getattr(weight, GGUF_TYPE, None) is None:
-        # The pack has made numbers of it as it read the file (vectors in BF16).
-        return True
-    (part,) = checkpoint.parts[key]
-    ours = plain(weight).detach().cpu().reshape(-1).view(torch.uint8)[: 4 * NUMBERS]
     with open(part.file, "rb") as file:
         file.seek(part.start)
         theirs = file.read(min(4 * NUMBERS, part.stop - part.start))
-    return ours.numpy().tobytes() == theirs
+    if getattr(weight, GGUF_TYPE, None) is not None:
+        ours = plain(weight).reshape(-1).view(torch.uint8)[: 4 * NUMBERS].cpu()
+        return ours.numpy().tobytes() == theirs
+    # The pack has made numbers of it as it read the file (vectors).
+    dtype = DTYPES.get(info.dtype)
+    if dtype is None or info.dtype in BLOCKS:
+        return False
+    numbers = torch.frombuffer(bytearray(theirs), dtype=dtype)
+    return torch.equal(plain(weight).reshape(-1)[: len(numbers)].cpu(), numbers.to(weight.dtype))

@@ -31,7 +31,7 @@ def to_request(patches: Mapping[str, Iterable[Sequence[Any]]], names: Names) -> 
         for strength, value, strength_model, offset, function in entries:
             request.append(
                 {
-                    "key": names.bare(key.removeprefix(PREFIX)),
+                    "key": names.for_daemon(key.removeprefix(PREFIX)),
                     "strength": float(strength),
                     "strength_model": float(strength_model),
                     "offset": None if offset is None else [int(size) for size in offset],

@@ -10,6 +10,7 @@ import torch
 from tacod_client import Client, Model
 from tacod_client.errors import ArgumentError, ModelNotAllowed, ModelNotFound, TacodError
 
+from .errors import Refused
 from .source import Source
 
 __all__ = ["DTYPES", "Progress", "Remote"]
@@ -72,7 +73,7 @@ class Remote:
         report = None if progress is None else lambda done, total: progress("sending", done, total)
         try:
             return self.client.upload(self.source.upload(), self.source.metadata(), report)
-        except TacodError as error:
+        except (TacodError, Refused) as error:
             if refused is None:
                 raise
-            raise TacodError(f"{refused.message}. The weights can't be sent instead: {error.message}") from error
+            raise TacodError(f"{refused.message}. The weights can't be sent instead: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
 from typing import Any
 
@@ -15,7 +16,15 @@ from .dit import RemoteDiT
 from .errors import Refused
 from .patches import PREFIX
 
-__all__ = ["RemotePatcher", "carry_over", "check_honourable", "check_untouched", "make_shell", "release"]
+__all__ = [
+    "RemotePatcher",
+    "carry_over",
+    "check_honourable",
+    "check_untouched",
+    "make_shell",
+    "refuse_bypass",
+    "release",
+]
 
 _LOADED_STATE = (
     "model_loaded_weight_memory",
@@ -41,6 +50,7 @@ _CARRIED = (
 )
 _INTO_BLOCKS = {"set_model_options_patch_replace", "set_model_patch_replace", "patches_replace"}
 _COMPILED = "torch.compile"
+_GUARDED = "taco_dit_guarded"
 _BEFORE = "do that before the TACO-DiT Model Loader and save the result with ModelSave, then load that file"
 
 
@@ -186,6 +196,26 @@ def carry_over(source: ModelPatcher, target: ModelPatcher) -> ModelPatcher:
     if kind is not None:
         target.remove_wrappers_with_key(kind, _COMPILED)
     return target
+
+
+def refuse_bypass() -> None:
+    """Have LoRAs in bypass mode refused for a network that is in the daemon.
+
+    They are code around its layers, and ComfyUI leaves out a layer that it can't find.
+    """
+    manager = hooks.find("comfy.weight_adapter.BypassInjectionManager")
+    original = getattr(manager, "create_injections", None)
+    if original is None or hasattr(original, _GUARDED):
+        return
+
+    @functools.wraps(original)
+    def guarded(self: Any, model: BaseModel, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(getattr(model, "diffusion_model", None), RemoteDiT):
+            raise Refused("a LoRA in bypass mode", "its layers are in the daemon; use Load LoRA: the daemon merges it")
+        return original(self, model, *args, **kwargs)
+
+    setattr(guarded, _GUARDED, True)
+    manager.create_injections = guarded
 
 
 def release(model: ModelPatcher) -> None:

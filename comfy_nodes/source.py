@@ -6,7 +6,7 @@ import ast
 import functools
 import inspect
 import json
-import math
+import logging
 import os
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +23,8 @@ from .names import SAFETENSORS, Names
 from .patches import PREFIX
 
 __all__ = ["GGUF_TYPE", "FileState", "Source", "State", "plain", "state_of"]
+
+log = logging.getLogger(__name__)
 
 GGUF_TYPE = "tensor_type"
 """The attribute in which ComfyUI-GGUF's tensors keep their kind."""
@@ -77,7 +79,7 @@ class Source:
                 "GGUF weights whose file isn't found",
                 "load the file with TACO-DiT UNET Loader, or put it into ComfyUI's folder diffusion_models",
             )
-        return _Renamed(state, {self.names.bare(name): name for name in state})
+        return _Renamed(state, {self.names.for_daemon(name): name for name in state})
 
     def metadata(self) -> dict[str, str]:
         """What an upload says of itself: the configuration, so far as it is plain data.
@@ -106,12 +108,14 @@ class Source:
 
 def load_here(path: str) -> ModelPatcher:
     """A file's MODEL by ComfyUI's own loader. Raises `Refused` for a GGUF file, which needs another pack's."""
-    load = hooks.find("comfy.sd.load_diffusion_model")
-    if load is None or not path.lower().endswith(SAFETENSORS):
+    if not path.lower().endswith(SAFETENSORS):
         raise Refused(
             f"{os.path.basename(path)} with enable_taco_dit off",
             "ComfyUI itself reads no such file; load it with Unet Loader (GGUF) of ComfyUI-GGUF",
         )
+    load = hooks.find("comfy.sd.load_diffusion_model")
+    if load is None:
+        raise Refused(f"{os.path.basename(path)} with enable_taco_dit off", hooks.UPDATE)
     loaded: ModelPatcher = load(path)
     return loaded
 
@@ -133,7 +137,7 @@ def _plain(value: Any) -> bool:
     return value is None or isinstance(value, str | int | float | bool)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class State(Mapping[str, torch.Tensor]):
     """A network's weights by ComfyUI's names, as ComfyUI computes with them, but for patches."""
 
@@ -174,7 +178,9 @@ def state_of(model: ModelPatcher) -> State:
     for key, kept in model.hook_backup.items():
         state[key.removeprefix(PREFIX)] = kept[0]
     state = {key: getattr(weight, "_qdata", weight) for key, weight in state.items()}
-    return State(state, {} if packed else _rounded(network, state), packed)
+    dynamic = getattr(model, "is_dynamic", None)
+    rounded = _rounded(network, state) if dynamic is not None and dynamic() and not packed else {}
+    return State(state, rounded, packed)
 
 
 def _rounded(network: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.dtype]:
@@ -188,7 +194,7 @@ def _rounded(network: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> dic
             name = f"{path}.{attribute.removesuffix(_MODEL_DTYPE)}".lstrip(".")
             if attribute.endswith(_MODEL_DTYPE) and isinstance(dtype, torch.dtype) and name in state:
                 stored = state[name].dtype
-                if stored.is_floating_point and dtype.is_floating_point and dtype.itemsize == 1 < stored.itemsize:
+                if stored.is_floating_point and dtype.is_floating_point and dtype.itemsize == 1 and dtype != stored:
                     found[name] = dtype
     return found
 
@@ -200,9 +206,21 @@ def _bytes_loaded_whole() -> int:
     code = ast.parse(textwrap.dedent(inspect.getsource(load))) if load is not None else ast.Module([], [])
     for node in ast.walk(code):
         if isinstance(node, ast.Compare) and isinstance(node.left, ast.Name) and node.left.id == "module_mem":
-            # It stands there as a product: 16 * 1024.
-            return math.prod(each.value for each in ast.walk(node.comparators[0]) if isinstance(each, ast.Constant))
+            size = _product(node.comparators[0])
+            if size is None:
+                log.warning("TACO-DiT: this ComfyUI's dynamic VRAM is another one: small layers of fp8 may differ")
+            return size or 0
     return 0
+
+
+def _product(node: ast.expr) -> int | None:
+    """What a constant or a product of constants comes to; None for anything else."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, int):
+        return node.value
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        left, right = _product(node.left), _product(node.right)
+        return None if left is None or right is None else left * right
+    return None
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@ import { app } from "../../scripts/app.js";
 
 const KINDS = new Set(["TACODiTInfoDisplay", "TACODiTStatsDisplay"]);
 const WIDGET = "text";
-const LINE = 12;
+const LINE = 15;
 const WIDTH = 440;
 
 function show(node, output) {
@@ -11,21 +11,17 @@ function show(node, output) {
     if (text === undefined) return;
     let widget = node.widgets?.find((each) => each.name === WIDGET);
     if (!widget) {
-        const box = document.createElement("textarea");
-        box.className = "comfy-multiline-input";
-        box.readOnly = true;
-        widget = node.addDOMWidget(WIDGET, "customtext", box, {
-            getValue: () => box.value,
-            setValue: (value) => (box.value = value),
-            // What is shown is no part of the graph: it is neither saved nor sent.
-            serialize: false,
-            // Nodes drawn by Vue have a box of their own, and go by this.
-            read_only: true,
-        });
+        // The frontend's own box: in every version and drawing it knows how to show a new value of it.
+        widget = app.widgets.STRING(node, WIDGET, ["STRING", { multiline: true }], app).widget;
+        // What is shown is no part of the graph: it is neither saved nor sent.
         widget.serialize = false;
+        widget.options.serialize = false;
+        // Nodes drawn by Vue go by the one, others by the other.
+        widget.options.read_only = true;
+        widget.element.readOnly = true;
     }
     widget.value = text;
-    const height = 80 + LINE * (text.split("\n").length + 3);
+    const height = 80 + LINE * (text.split("\n").length + 4);
     node.setSize([Math.max(node.size[0], WIDTH), Math.max(node.size[1], height)]);
     node.setDirtyCanvas?.(true, true);
 }

@@ -105,6 +105,10 @@ def test_weights_that_the_loader_was_told_to_round(
         run.load()
         run.sample(steps=2)
         run.add("info", "TACODiTInfoDisplay", info="@loader#1")
+        if not ON_GPU:
+            # There a patcher is never a dynamic one, and nothing would be rounded.
+            run.add("marked", "TestDynamic", model="@file")
+            run.nodes["loader"]["inputs"]["model"] = ["marked", 0]
         rounding = dynamic if ON_GPU else comfyui
         ours, stock = dynamic.run(only(run, "taco")), rounding.run(only(run, "stock"))
     assert (ours.error, stock.error) == ("", "")

@@ -42,7 +42,7 @@ AFTER: dict[str, tuple[TinyModel, str, dict[str, Any], str]] = {
         FLUX,
         "LoraLoaderBypassModelOnly",
         {"lora_name": "bypassed.safetensors", "strength_model": 1.0},
-        "the injection 'bypass_lora': it changes the network here; take that node off, or for a LoRA use Load LoRA",
+        "a LoRA in bypass mode: its layers are in the daemon; use Load LoRA",
     ),
     "a copy for another GPU": (FLUX, "TestReplace", {"what": "multigpu"}, "MultiGPU CFG Split"),
     "a second loader": (FLUX, "loader", {}, "a second TACO-DiT Model Loader"),
@@ -56,9 +56,9 @@ def steps(outcome: Any) -> int:
 
 @pytest.fixture(scope="session", autouse=True)
 def bypassed(comfyui_models: Path) -> None:
-    """A LoRA of one layer."""
-    key = "diffusion_model.img_in"
-    up, down = torch.ones(80, 2), torch.ones(2, 64)
+    """A LoRA of a layer within the blocks."""
+    key = "diffusion_model.double_blocks.0.img_attn.proj"
+    up, down = torch.ones(80, 2), torch.ones(2, 80)
     lora = {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down}
     (comfyui_models / "loras").mkdir(exist_ok=True)
     save_file(lora, comfyui_models / "loras" / "bypassed.safetensors")
@@ -134,7 +134,7 @@ def test_copies_on_other_gpus_before_the_loader_have_no_effect(comfyui: ComfyUI)
 
 
 def test_another_device_behind_the_loader(comfyui: ComfyUI) -> None:
-    """What samples may be elsewhere; the network stays in the daemon, in its dtype."""
+    """What samples may be elsewhere; the network stays in the daemon. On a CPU it is but a run."""
     if "SelectModelDevice" not in comfyui.nodes:
         pytest.skip("this version of ComfyUI has no Select Model Device")
     pair = Pair(FLUX)

@@ -67,7 +67,7 @@ def test_the_document_has_them_all(hooks: Any) -> None:
 def test_nothing_is_said_where_nothing_is_missing(hooks: Any, caplog: pytest.LogCaptureFixture) -> None:
     hooks.tell_missing()
     assert caplog.records == []
-    assert hooks.require(hook.where for hook in hooks.HOOKS)
+    assert hooks.have(hook.where for hook in hooks.HOOKS)
 
 
 @pytest.mark.parametrize("lost", ["server.PromptServer.send_progress_text", "comfy.sd.load_diffusion_model"])
@@ -81,7 +81,7 @@ def test_what_is_missing_is_named_with_what_it_disables(
     (said,) = caplog.messages
     (hook,) = (hook for hook in hooks.HOOKS if hook.where == lost)
     assert said == f"TACO-DiT: this ComfyUI has no {lost}: {hook.without}. Update TACO-DiT"
-    assert not hooks.require([lost])
+    assert not hooks.have([lost])
 
 
 def test_a_parameter_that_is_gone_counts(hooks: Any, comfyui: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -93,11 +93,17 @@ def test_a_parameter_that_is_gone_counts(hooks: Any, comfyui: Any, caplog: pytes
     ]
 
 
+def test_what_another_pack_has_wrapped_is_there(hooks: Any, comfyui: Any) -> None:
+    comfyui["comfy.utils"].ProgressBar = lambda *args, **kwargs: None
+    comfyui["comfy.model_management"].unet_dtype = print
+    assert hooks.missing() == []
+
+
 def test_a_module_that_is_gone(hooks: Any, comfyui: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "comfy.model_detection", None)
     del comfyui["comfy"].model_detection
     assert hooks.find("comfy.model_detection.model_config_from_unet") is None
-    assert not hooks.require(hooks.UNET_LOADER)
+    assert not hooks.have(hooks.UNET_LOADER)
 
 
 def test_without_a_patcher_there_are_no_nodes(hooks: Any, comfyui: Any) -> None:

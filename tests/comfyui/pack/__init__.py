@@ -319,6 +319,14 @@ class TestUnnamed:
         return (file,)
 
 
+class TestDynamic(OnModel):
+    """A MODEL that says that its patcher is one of dynamic VRAM's."""
+
+    def make(self, model: Any) -> tuple[Any]:
+        model.is_dynamic = lambda: True
+        return (model,)
+
+
 class TestUNet:
     """A UNet of the kind of SD 1.5, as small as it gets."""
 
@@ -363,6 +371,7 @@ _NODES = (
     TestLoader,
     TestForget,
     TestUnnamed,
+    TestDynamic,
     TestUNet,
     TestSize,
     TestConditioning,
