@@ -119,6 +119,30 @@ def test_eight_bits(both: Both, pair: Pairs, comfyui_models: Path, model: TinyMo
     assert f"Weights: read by the daemon from {path.resolve()}" in outcome.texts["info"]
 
 
+def test_rounded_to_another_kind_of_eight_bits(both: Both, comfyui_models: Path, taking: Daemon) -> None:
+    """The file holds as many bits, but others."""
+    path = comfyui_models / "diffusion_models" / "e4m3.safetensors"
+    save_eight_bits(FLUX, path, scaled=False)
+    run = sampled(FLUX, taking.endpoint, unet_name=path.name, weight_dtype="fp8_e5m2")
+    run.ranks["taco"] = 1
+    outcome = both(run)
+    assert "Weights: sent to " in outcome.texts["info"]
+
+
+def test_hints_that_lead_nowhere(both: Both, pair: Pairs, comfyui_models: Path) -> None:
+    """What a MODEL's notes name is no model file, or another one's; the graph has the right one."""
+    models = comfyui_models / "diffusion_models"
+    (models / "broken.safetensors").write_bytes(bytes(100))
+    (models / "broken.gguf").write_bytes(b"GGUF" + bytes(60))
+    run = pair(SD3)
+    hints = [str(models / name) for name in ("broken.safetensors", "broken.gguf", FLUX.tiny.file, "gone.safetensors")]
+    run.on_model("TestHints", paths="\n".join(hints))
+    run.load()
+    run.sample(steps=1)
+    outcome = both(shown(run))
+    assert f"Weights: read by the daemon from {(models / SD3.tiny.file).resolve()}" in outcome.texts["info"]
+
+
 @pytest.mark.usefixtures("_eight_bits")
 @pytest.mark.parametrize("model", [FLUX, SD3], ids=lambda model: model.tiny.name)
 def test_eight_bits_are_sent(both: Both, comfyui_models: Path, tmp_path: Path, model: TinyModel) -> None:

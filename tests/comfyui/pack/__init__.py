@@ -304,6 +304,25 @@ class TestForget(OnModel):
         return (model,)
 
 
+class TestHints:
+    """A MODEL whose notes name these files, one a line, as other packs' loaders leave them."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"model": ("MODEL",), "paths": ("STRING", {"default": ""})}}
+
+    def make(self, model: Any, paths: str) -> tuple[Any]:
+        first, *more = paths.split("\n")
+        model = model.clone()
+        model.model.taco_dit_file = first
+        model.cached_patcher_init = (print, (more, 1, None))
+        return (model,)
+
+
 class TestUnnamed:
     """Hands on a MODEL that came in by another name than usual."""
 
@@ -370,6 +389,7 @@ _NODES = (
     TestCompile,
     TestLoader,
     TestForget,
+    TestHints,
     TestUnnamed,
     TestDynamic,
     TestUNet,
