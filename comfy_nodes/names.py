@@ -17,28 +17,17 @@ import torch
 from safetensors import safe_open
 
 from tacod.checkpoint import Checkpoint, read_checkpoint
+from tacod_client.tensors import TORCH_NAMES
 
 from . import hooks
 
-__all__ = ["DTYPES", "SAFETENSORS", "Header", "Names", "names_in_file", "read_header"]
+__all__ = ["DTYPES", "SAFETENSORS", "Header", "Names", "is_gguf", "names_in_file", "read_header"]
 
 log = logging.getLogger(__name__)
 
 SAFETENSORS = (".safetensors", ".sft")
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, torchs) for name, torchs in TORCH_NAMES.items()}
+"""Torch's dtypes by safetensors' names for them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,12 +86,18 @@ def read_header(path: str) -> Header:
 
     Raises what `safe_open` raises, or a `TacodError` for a GGUF file that can't be read.
     """
-    if not path.lower().endswith(SAFETENSORS):
+    if is_gguf(path):
         return Header.of_gguf(read_checkpoint(path))
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
         return Header({key: _meta(each.get_dtype(), each.get_shape()) for key, each in slices.items()}, metadata)
+
+
+def is_gguf(path: str) -> bool:
+    """Whether a file begins as a GGUF file does: in a hub's cache, to which links lead, names have no ending."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def _meta(dtype: str, shape: Any) -> torch.Tensor:

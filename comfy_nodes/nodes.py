@@ -15,7 +15,7 @@ from . import hooks
 from .convert import Converted, Settings, convert, open_file
 from .dit import RemoteDiT, remote_of
 from .errors import Refused, told
-from .names import SAFETENSORS
+from .listing import model_files
 from .record import Run, Totals
 from .shell import carry_over
 from .source import load_here
@@ -184,7 +184,7 @@ class TACODiTUNETLoader(_Loader):
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """See ComfyUI."""
-        names = list(dict.fromkeys(name for folder in cls.FOLDERS for name in _files(folder)))
+        names = list(dict.fromkeys(name for folder in cls.FOLDERS for name in model_files(folder)))
         unet = (names, {"tooltip": "A .safetensors or .gguf file from models/diffusion_models or models/checkpoints."})
         return {"required": {"unet_name": unet, **SETTINGS}, "optional": ENDPOINT, "hidden": HIDDEN}
 
@@ -220,41 +220,6 @@ class TACODiTUNETLoader(_Loader):
             local.attachments[OFF] = True
             return local, {"enabled": False}
         return self.outputs(open_file(path, Settings(**settings, endpoint=endpoint), self.report(node)), node)
-
-
-def _files(folder: str) -> list[str]:
-    """The names of a folder's model files; ComfyUI's own list has no .gguf files."""
-    names = [each for each in hooks.find("folder_paths.get_filename_list")(folder) if _ends(each, SAFETENSORS)]
-    roots = hooks.find("folder_paths.get_folder_paths")
-    if roots is None or hooks.find("folder_paths.recursive_search") is None:
-        return names
-    found = [name for root in roots(folder) if os.path.isdir(root) for name in _gguf_files(root)]
-    return names + sorted(found)
-
-
-_searched: dict[str, tuple[list[str], dict[str, float]]] = {}
-"""The .gguf files below a folder, and when each folder in it last changed: to search a network disk takes long."""
-
-
-def _gguf_files(root: str) -> list[str]:
-    names, times = _searched.get(root, ([], {}))
-    if not times or any(_changed(path) != at for path, at in times.items()):
-        found, times = hooks.find("folder_paths.recursive_search")(root, [".git"])
-        names = [name for name in found if _ends(name, (".gguf",))]
-        _searched[root] = names, {path: _changed(path) for path in (root, *times)}
-    return names
-
-
-def _changed(folder: str) -> float:
-    """When a folder's entries last changed; 0 for one that is gone."""
-    try:
-        return os.stat(folder).st_mtime
-    except OSError:
-        return 0.0
-
-
-def _ends(name: str, endings: tuple[str, ...]) -> bool:
-    return name.lower().endswith(endings)
 
 
 class TACODiTKSampler(hooks.find("nodes.KSampler") or object):  # type: ignore[misc]

@@ -20,7 +20,7 @@ from tacod.checkpoint.header import BLOCKS
 from tacod_client.errors import TacodError
 
 from . import hooks
-from .names import DTYPES, SAFETENSORS, Header, Names, names_in_file, read_header
+from .names import DTYPES, Header, Names, is_gguf, names_in_file, read_header
 from .source import GGUF_TYPE, State, plain
 
 __all__ = ["origin_of", "watch_loaders"]
@@ -150,14 +150,14 @@ def _inputs(graph: Any, node: str | None) -> Mapping[str, Any]:
 
 def _names_if_held(path: str, state: State, config: Any) -> Names | None:
     """What a file calls these weights, if it holds them; None if it doesn't, or is of a kind that nobody here reads."""
-    if path.lower().endswith(".gguf"):
-        return _names_if_held_packed(path, state, config) if state.packed else None
-    if not path.lower().endswith(SAFETENSORS) or state.packed:
-        return None
     try:
+        if is_gguf(path) != state.packed:
+            return None
+        if state.packed:
+            return _names_if_held_packed(path, state, config)
         names = names_in_file(read_header(path), config)
         return names if _holds(path, names, state) else None
-    except (OSError, SafetensorError):  # no safetensors file after all, or one that is gone by now
+    except (OSError, SafetensorError, TacodError):  # no model file after all, or one that is gone by now
         return None
 
 
@@ -198,12 +198,9 @@ def _same_start(stored: Any, weight: torch.Tensor, scaled: bool) -> bool:
 
 def _names_if_held_packed(path: str, state: State, config: Any) -> Names | None:
     """As `_names_if_held`, for a GGUF file: names, shapes, and the first bytes or numbers of each weight."""
-    try:
-        checkpoint = read_checkpoint(path)
-        names = names_in_file(Header.of_gguf(checkpoint), config)
-        held = all(key in names and _same_bytes(checkpoint, names[key], weight) for key, weight in state.items())
-    except (OSError, TacodError):
-        return None
+    checkpoint = read_checkpoint(path)
+    names = names_in_file(Header.of_gguf(checkpoint), config)
+    held = all(key in names and _same_bytes(checkpoint, names[key], weight) for key, weight in state.items())
     return names if held else None
 
 

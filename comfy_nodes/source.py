@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from . import hooks
 from .errors import Failed, Refused
-from .names import SAFETENSORS, Names
+from .names import Names, is_gguf
 from .patches import PREFIX
 
 __all__ = ["GGUF_TYPE", "FileState", "Source", "State", "plain", "state_of"]
@@ -62,7 +62,7 @@ class Source:
             return state_of(model)
         if self.file is None:
             raise self._gone()
-        if not self.file.lower().endswith(SAFETENSORS):
+        if is_gguf(self.file):
             raise Refused(f"a use of {self.name}'s weights here", "GGUF files are read by the daemon alone")
         return FileState(self.file, self.names)
 
@@ -71,7 +71,7 @@ class Source:
 
         Raises `Refused` for weights that can't be, `Failed` if they are gone.
         """
-        if self.path is not None and not self.path.lower().endswith(SAFETENSORS):
+        if self.file is not None and is_gguf(self.file):
             raise Refused(f"{self.name} from here", "a GGUF file is read by the daemon; put it under its models.roots")
         state = self.state()
         if isinstance(state, State) and state.packed:
@@ -108,7 +108,7 @@ class Source:
 
 def load_here(path: str) -> ModelPatcher:
     """A file's MODEL by ComfyUI's own loader. Raises `Refused` for a GGUF file, which needs another pack's."""
-    if not path.lower().endswith(SAFETENSORS):
+    if is_gguf(path):
         raise Refused(
             f"{os.path.basename(path)} with enable_taco_dit off",
             "ComfyUI itself reads no such file; load it with Unet Loader (GGUF) of ComfyUI-GGUF",

@@ -18,12 +18,12 @@ from tacod_client.wire import Buffer, Tensor, split
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Kind", "from_wire", "kind_of", "like", "rows", "to_wire"]
+__all__ = ["TORCH_NAMES", "Kind", "from_wire", "kind_of", "like", "rows", "to_wire"]
 
 Kind = Literal["torch", "numpy"]
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
-_TORCH_NAMES = {
+TORCH_NAMES = {
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",
@@ -37,10 +37,11 @@ _TORCH_NAMES = {
     "U8": "uint8",
     "BOOL": "bool",
 }
+"""Torch's names of dtypes by the wire's, which are safetensors'."""
 _NUMPY_NAMES = {
-    wire: name for wire, name in _TORCH_NAMES.items() if name not in ("bfloat16", "float8_e4m3fn", "float8_e5m2")
+    wire: name for wire, name in TORCH_NAMES.items() if name not in ("bfloat16", "float8_e4m3fn", "float8_e5m2")
 }
-_FROM_TORCH = {f"torch.{name}": wire for wire, name in _TORCH_NAMES.items()}
+_FROM_TORCH = {f"torch.{name}": wire for wire, name in TORCH_NAMES.items()}
 _FROM_NUMPY = {name: wire for wire, name in _NUMPY_NAMES.items()}
 
 
@@ -98,7 +99,7 @@ def from_wire(tensor: Tensor, kind: Kind, locked: bool = False) -> Any:
         return _as_numpy(_fill(np.empty(tensor.nbytes, np.uint8), tensor.frames), tensor)
     import torch
 
-    dtype: torch.dtype = getattr(torch, _TORCH_NAMES[tensor.dtype])
+    dtype: torch.dtype = getattr(torch, TORCH_NAMES[tensor.dtype])
     if not math.prod(tensor.shape):
         return torch.empty(tensor.shape, dtype=dtype, device="cpu")
     if not locked:

@@ -221,7 +221,7 @@ class Engine:
         patched = share(model)
 
         def read(path: str, strength: float) -> dict[str, list[Patch]]:
-            return read_lora(path, base.layout, base.shapes, strength)
+            return read_lora(path, base.layout, base.shapes, strength, type(model).spellings)
 
         given = map_tensors(patches, lambda each: from_wire(each, "torch"))
         for key, each in parse_patches(given, read, base.shapes, type(base.model).canonical).items():

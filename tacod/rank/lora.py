@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
@@ -89,6 +90,7 @@ def read_lora(
     layout: Mapping[str, Place],
     shapes: Mapping[str, Sequence[int]],
     strength: float = 1.0,
+    spellings: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, list[Patch]]:
     """A LoRA file's patches by the single file's keys, as ComfyUI's loaders would make them.
 
@@ -99,6 +101,7 @@ def read_lora(
         layout: What the family's `DiT.diffusers_layout` says about the model.
         shapes: The model's own keys and their shapes.
         strength: Of every patch; at 0 there are none.
+        spellings: What the family's `DiT.spellings` says.
 
     Raises:
         ModelNotFound: The file can't be opened.
@@ -116,7 +119,7 @@ def read_lora(
         raise ModelUnsupported(f"{title} patches text encoders at most; there is nothing in it for a diffusion model")
     _refuse(mine, title)
 
-    modules, unmatched = _match(mine, _places(layout, shapes))
+    modules, unmatched = _match(mine, _places(layout, shapes, spellings))
     if unmatched:
         raise ModelUnsupported(_stranger(title, unmatched, len(mine)), unmatched=unmatched[:_TOLD])
     patches: dict[str, list[Patch]] = {}
@@ -140,12 +143,18 @@ def _read(path: str) -> dict[str, Tensor]:
 # --- names ------------------------------------------------------------------------------------------------------------
 
 
-def _places(layout: Mapping[str, Place], shapes: Mapping[str, Sequence[int]]) -> dict[str, Place]:
+def _places(
+    layout: Mapping[str, Place], shapes: Mapping[str, Sequence[int]], spellings: Mapping[str, str]
+) -> dict[str, Place]:
     """Where each module lies, by its names: the file's and diffusers', with dots and with underscores.
 
     A module is its weight; biases, and weights of other names, are there by their whole names.
     """
     places = {key.removesuffix(".weight"): Place(key) for key in shapes}
+    for theirs, ours in spellings.items():
+        for key in shapes:
+            if key.endswith(ours):
+                places.setdefault((key.removesuffix(ours) + theirs).removesuffix(".weight"), Place(key))
     for name, place in layout.items():
         if place.key in shapes:
             places.setdefault(name.removesuffix(".weight"), place)

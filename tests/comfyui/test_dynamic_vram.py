@@ -19,7 +19,7 @@ from conftest import PATH, PYTHON
 from helpers import Daemon, relative_error
 from safetensors.torch import save_file
 from test_end_to_end import WIDE, only
-from test_loras import files, put_on
+from test_loras import files, put_on, with_two
 
 __all__ = ["files"]
 
@@ -60,17 +60,7 @@ def dynamic(endpoints: Callable[[int], Daemon], comfyui_models: Path) -> Iterato
 
 @pytest.mark.parametrize("where", ["before", "after", "around"])
 def test_two_loras(both: Both, pair: Pairs, dynamic: ComfyUI, where: str) -> None:
-    run = pair(FLUX)
-    if where == "after":
-        run.load()
-    put_on(run, "kohya", 0.8)
-    if where == "around":
-        run.load()
-    put_on(run, "diffusers", 1.3)
-    if where == "before":
-        run.load()
-    run.sample(steps=3)
-    both(run, most=MOST, server=dynamic)
+    both(with_two(pair(FLUX), where, 0.8), most=MOST, server=dynamic)
 
 
 @pytest.mark.parametrize("model", [FLUX, SD3], ids=lambda model: model.tiny.name)

@@ -54,6 +54,20 @@ def put_on(run: Pair, name: str, strength: float) -> None:
     run.on_model("LoraLoaderModelOnly", lora_name=f"{name}.safetensors", strength_model=strength)
 
 
+def with_two(run: Pair, where: str, strength: float) -> Pair:
+    """A short run with two LoRAs: before the loader, after it, or one on each side."""
+    if where == "after":
+        run.load()
+    put_on(run, "kohya", strength)
+    if where == "around":
+        run.load()
+    put_on(run, "diffusers", 1.3)
+    if where == "before":
+        run.load()
+    run.sample(steps=3)
+    return run
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_lora_makes_a_difference(comfyui: ComfyUI, both: Both, pair: Pairs, name: str) -> None:
     """In every naming: as ComfyUI merges it, and not as without it."""
@@ -71,17 +85,7 @@ def test_a_lora_makes_a_difference(comfyui: ComfyUI, both: Both, pair: Pairs, na
 @pytest.mark.parametrize("where", ["before", "after", "around"])
 def test_two_loras(both: Both, pair: Pairs, where: str, strength: float) -> None:
     """Before the loader, after it, or one on each side."""
-    run = pair(FLUX)
-    if where == "after":
-        run.load()
-    put_on(run, "kohya", strength)
-    if where == "around":
-        run.load()
-    put_on(run, "diffusers", 1.3)
-    if where == "before":
-        run.load()
-    run.sample(steps=3)
-    both(run)
+    both(with_two(pair(FLUX), where, strength))
 
 
 def test_a_strength_that_changes_on_the_way(both: Both, pair: Pairs) -> None:

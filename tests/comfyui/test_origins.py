@@ -35,6 +35,21 @@ def test_found_by_the_graph(both: Both, pair: Pairs, comfyui_models: Path) -> No
     assert f"Weights: read by the daemon from {path.resolve()}" in outcome.texts["info"]
 
 
+def test_a_link_into_a_hubs_cache(both: Both, pair: Pairs, comfyui_models: Path) -> None:
+    """The file that it leads to has no ending."""
+    blobs = comfyui_models / "blobs"
+    blobs.mkdir()
+    save(FLUX, blobs, "0123abcd")
+    link = comfyui_models / "diffusion_models" / "linked.safetensors"
+    link.symlink_to(blobs / "0123abcd")
+    run = pair(FLUX)
+    run.nodes["file"]["inputs"]["unet_name"] = link.name
+    run.load()
+    run.sample(steps=1)
+    outcome = both(shown(run))
+    assert f"Weights: read by the daemon from {(blobs / '0123abcd').resolve()}" in outcome.texts["info"]
+
+
 @pytest.fixture
 def taking(comfyui_models: Path, tmp_path: Path) -> Iterator[Daemon]:
     """A daemon that takes what it can't read."""

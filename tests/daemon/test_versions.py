@@ -96,7 +96,7 @@ def test_a_file_with_both_names(client: Client, models: Path) -> None:
         client.load(saved)
 
 
-def test_patches_by_either_name(client: Client, file: str) -> None:
+def test_patches_by_either_name(client: Client, models: Path, file: str) -> None:
     """BFL's control LoRAs and diffusers' set these norms."""
     name = "single_blocks.0.norm.query_norm.scale"
     value = 1.5 * WEIGHTS[name].float()
@@ -104,5 +104,9 @@ def test_patches_by_either_name(client: Client, file: str) -> None:
         client.load(file, patches=[{"key": key, "kind": "set", "value": value}]).forward(**INPUTS)
         for key in (name, renamed(name))
     ]
-    assert torch.equal(*outs)
+    # The same by a LoRA file that the daemon reads.
+    path = models / "loras_versions.safetensors"
+    save_file({f"diffusion_model.{renamed(name).removesuffix('.weight')}.set_weight": value}, path)
+    outs.append(client.load(file, patches=[{"path": path.name}]).forward(**INPUTS))
+    assert all(torch.equal(out, outs[0]) for out in outs)
     assert relative_error(outs[0], client.load(file).forward(**INPUTS)) > 1e-4
