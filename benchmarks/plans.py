@@ -226,7 +226,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.update(ON_GPUS)
     with tempfile.TemporaryDirectory() as folder:
-        rendezvous = f"file://{folder}/rendezvous"
+        rendezvous = f"{folder}/rendezvous"
         multiprocessing.spawn(rank_main, (args, rendezvous), args.ranks)  # type: ignore[no-untyped-call]
 
 

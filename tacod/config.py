@@ -31,6 +31,9 @@ else:
 
 __all__ = ["Config", "ConfigError", "load_config", "to_toml"]
 
+SOCKET_PATH_BYTES = 107
+"""What Linux has room for in a unix socket's address, less the zero behind it."""
+
 
 class ConfigError(Exception):
     """The configuration can't be used; one line a fault, each ``file:key: reason``."""
@@ -49,13 +52,13 @@ def _check_endpoint(endpoint: str) -> str:
     path = endpoint.removeprefix("ipc://")
     if path == endpoint or not path.startswith("/") or path.endswith("/") or "\0" in path:
         raise ValueError(f"expected ipc:///absolute/path, got {endpoint!r}")
-    if len(path.encode()) > 100:
-        raise ValueError("the socket's path is longer than the 100 bytes that a unix socket takes")
+    if len(os.fsencode(path)) > SOCKET_PATH_BYTES:
+        raise ValueError(f"the socket's path is longer than the {SOCKET_PATH_BYTES} bytes that a unix socket takes")
     return endpoint
 
 
 def _check_root(root: str) -> str:
-    if not os.path.isabs(root):
+    if not os.path.isabs(root) or "\0" in root:
         raise ValueError(f"expected an absolute path, got {root!r}")
     return root
 
@@ -152,8 +155,9 @@ class Limits(_Section):
 def _check_listen(listen: str) -> str:
     path = listen.removeprefix("unix:")
     if path != listen:
-        if not os.path.isabs(path) or path.endswith("/") or "\0" in path or len(path.encode()) > 100:
-            raise ValueError(f"expected unix:/absolute/path of 100 bytes at most, got {listen!r}")
+        size = len(os.fsencode(path))
+        if not os.path.isabs(path) or path.endswith("/") or "\0" in path or size > SOCKET_PATH_BYTES:
+            raise ValueError(f"expected unix:/absolute/path of {SOCKET_PATH_BYTES} bytes at most, got {listen!r}")
         return listen
     return _check_address(listen, '"127.0.0.1:9464", "[::1]:9464" or "unix:/path"')
 

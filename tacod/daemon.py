@@ -5,18 +5,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
-import fcntl
 import logging
 import os
-import shutil
 import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from tacod import __version__, logs, report
+import tacod
+from tacod import __version__, logs, places, report
 from tacod.access import Keys
 from tacod.config import Config, ConfigError, load_config, to_toml
 from tacod.exporter import Exporter, Reading
@@ -26,6 +25,7 @@ from tacod.manifest import Manifest
 from tacod.processes import devices
 from tacod.server import Server
 from tacod_client.errors import TacodError
+from tacod_client.text import encodable
 
 __all__ = ["main"]
 
@@ -37,6 +37,7 @@ DEFAULT_CONFIG = "/etc/tacod/config.toml"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``tacod``; returns the exit code: 0 after a drain, 1 if the ranks were given up, 78 for a bad config."""
+    logs.hold_streams()
     args = _parser().parse_args(argv)
     try:
         config = load_config(args.config)
@@ -46,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if args.check_config:
             Keys.read(args.config, config.curve)
-            print(f"{args.config}: ok")
+            places.check(args.config, config)
+            print(f"{encodable(args.config)}: ok")
             return 0
         # A SIGABRT, such as systemd's watchdog sends, prints the loop's stack. Not the other threads': they run on
         # meanwhile, and reading a stack that changes can crash before this one is printed.
@@ -54,8 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ["TACOD_LOG_LEVEL"] = level
         logs.configure(level)
         keep_freed_memory()
-        with _endpoint(config.socket_path) as folder:
-            return _serve(config, args.config, folder)
+        config_path = str(Path(args.config).absolute())
+        places.check(config_path, config)
+        _leave_the_folder()
+        with places.hold(config.socket_path) as folder:
+            return _serve(config, config_path, folder)
     except ConfigError as error:
         logs.complain(error)
         return EX_CONFIG
@@ -77,49 +82,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@contextlib.contextmanager
-def _endpoint(path: Path) -> Iterator[Path]:
-    """Hold the endpoint alone, and a private folder beside it; what a killed predecessor left there is removed.
-
-    A bind on a live ipc path would succeed and steal it, hence the lock.
-    """
-    folder = path.with_name(path.name + ".d")
-    lock_path = path.with_name(path.name + ".lock")
-    try:
-        path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
-        lock = _take_lock(lock_path)
-    except OSError as error:
-        raise ConfigError(f"endpoint: {lock_path}: {error.strerror}; tacod must own the socket's folder") from None
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(mode=0o700)
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        path.unlink(missing_ok=True)
-        lock_path.unlink(missing_ok=True)
-        os.close(lock)
-
-
-def _take_lock(path: Path) -> int:
-    while True:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(lock, 32).decode(errors="replace").strip()
-            os.close(lock)
-            raise ConfigError(
-                f"endpoint: tacod with pid {holder} already serves {path.with_suffix('')}; "
-                "stop it first, or set another endpoint"
-            ) from None
-        # The holder before may have unlinked the file between our open and our lock.
+def _leave_the_folder() -> None:
+    """Depend no more on the folder of the start, which may go: torch can't be imported in one that is gone."""
+    given = os.environ.get("PYTHONPATH")
+    paths = given.split(os.pathsep) if given else []
+    home = str(Path(tacod.__file__).parents[1])
+    if sys.path[0] == home:
+        # Started by ``python -m`` in a checkout; the ranks, which start elsewhere, are to find it too.
+        paths.insert(0, home)
+    if paths:
         with contextlib.suppress(FileNotFoundError):
-            if os.stat(path).st_ino == os.fstat(lock).st_ino:
-                os.ftruncate(lock, 0)
-                os.write(lock, f"{os.getpid()}\n".encode())
-                return lock
-        os.close(lock)
+            os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, paths))
+    os.chdir("/")
 
 
 def _serve(config: Config, config_path: str, folder: Path) -> int:

@@ -133,7 +133,7 @@ def _groups() -> Iterator[Finding]:
         from tacod.rank import xdit
 
         with tempfile.TemporaryDirectory(prefix="tacod-") as folder:
-            xdit.join(torch.device("cpu"), 0, 1, f"file://{folder}/rendezvous")
+            xdit.join(torch.device("cpu"), 0, 1, f"{folder}/rendezvous")
             xdit.leave()
     except Exception as error:
         advice = "`pip install -U 'taco-dit[daemon]'`; if it stays, the versions above don't fit each other"

@@ -6,8 +6,6 @@ of the daemon, so a slow or hostile scraper costs the loop nothing.
 
 from __future__ import annotations
 
-import errno
-import os
 import platform
 import socket
 import socketserver
@@ -30,6 +28,7 @@ from prometheus_client.registry import Collector
 
 from tacod.config import ConfigError
 from tacod.metrics import Histogram, Metrics
+from tacod.places import PathTaken, UnixSocket
 
 __all__ = ["STATES", "Exporter", "Reading", "families"]
 
@@ -144,9 +143,10 @@ class Exporter(Collector):
         registry = CollectorRegistry()
         registry.register(self)
         registry.register(ProcessCollector(namespace="tacod", registry=None))
-        self._path = Path(listen.removeprefix("unix:")) if listen.startswith("unix:") else None
         try:
-            self._server = _UnixServer(str(self._path)) if self._path else _server(listen)
+            self._server = _server(listen)
+        except PathTaken as error:
+            raise ConfigError(f"metrics.listen: {error}") from None
         except OSError as error:
             reason = error.strerror or str(error)
             raise ConfigError(f"metrics.listen: {listen}: {reason}; choose another, or end what uses it") from None
@@ -180,8 +180,6 @@ class Exporter(Collector):
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
 
 
 class _Handler(WSGIRequestHandler):
@@ -234,16 +232,13 @@ class _UnixServer(_Server):
     address_family = socket.AF_UNIX
 
     def server_bind(self) -> None:
-        path = str(self.server_address)
-        with socket.socket(socket.AF_UNIX) as probe:
-            if probe.connect_ex(path) == errno.ECONNREFUSED:
-                # What a killed predecessor left.
-                Path(path).unlink()
-        mask = os.umask(0o117)
-        try:
-            super().server_bind()
-        finally:
-            os.umask(mask)
+        self._unix = UnixSocket(Path(str(self.server_address)))
+        self.socket.close()
+        self.socket = self._unix.socket
+
+    def server_close(self) -> None:
+        self._unix.remove()
+        super().server_close()
 
     def get_request(self) -> tuple[Any, Any]:
         request, _ = super().get_request()
@@ -251,6 +246,9 @@ class _UnixServer(_Server):
 
 
 def _server(listen: str) -> _Server:
+    path = listen.removeprefix("unix:")
+    if path != listen:
+        return _UnixServer(path)
     host, _, port = listen.rpartition(":")
     host = host.strip("[]")
     return (_Server6 if ":" in host else _Server)((host, int(port)))

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from tacod import places
 from tacod.access import Keys
 from tacod.config import Config, ConfigError, load_config
 from tacod.manifest import Manifest
@@ -93,6 +94,7 @@ class Lifecycle:
         for key in changed:
             if key.startswith(FIXED):
                 raise ConfigError(f"{self.config_path}:{key}: can't change while tacod runs; restart it for that")
+        places.check(self.config_path, new)
         keys = Keys.read(self.config_path, new.curve)
         changed += [key for key in self.server.access.changes(keys) if key not in changed]
         executor = self.server.executor

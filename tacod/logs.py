@@ -8,7 +8,7 @@ import os
 import sys
 from types import TracebackType
 
-__all__ = ["complain", "configure"]
+__all__ = ["complain", "configure", "hold_streams"]
 
 _PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 
@@ -19,6 +19,24 @@ class _JournalFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         priority = _PRIORITIES.get(record.levelno, 6)
         return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
+
+
+def hold_streams() -> None:
+    """Have standard streams that were closed at the start lead nowhere, for this process and those that it starts.
+
+    Else the next files that are opened would take their numbers, and what prints would print there.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def configure(level: str, prefix: str = "") -> None:
@@ -37,8 +55,10 @@ def configure(level: str, prefix: str = "") -> None:
 def complain(text: object) -> None:
     """Print why there is no daemon, as it is; for journald each line is an error."""
     mark = f"<{_PRIORITIES[logging.ERROR]}>" if _to_journal() else ""
-    for line in str(text).splitlines():
-        print(f"{mark}{line}", file=sys.stderr)
+    # Whoever was to read it may be gone; the exit code says it too.
+    with contextlib.suppress(OSError):
+        for line in str(text).splitlines():
+            print(f"{mark}{line}", file=sys.stderr, flush=True)
 
 
 def _to_journal() -> bool:

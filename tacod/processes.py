@@ -138,7 +138,7 @@ class Processes:
                     *(sys.executable, "-m", "tacod.rank"),
                     *("--rank", str(index), "--world-size", str(len(self.devices)), "--device", settings.device),
                     *("--channel", str(other.fileno()), "--arena", str(self.arena.fd)),
-                    *("--rendezvous", f"file://{self._rendezvous}", "--stacks", str(self._stacks(index))),
+                    *("--rendezvous", str(self._rendezvous), "--stacks", str(self._stacks(index))),
                     *(() if settings.cuda_graphs else ("--no-cuda-graphs",)),
                     *(() if settings.peer_memory else ("--no-peer-memory",)),
                     *(() if settings.warm_up else ("--no-warm-up",)),

@@ -19,6 +19,7 @@ from tacod.executor import Executor
 from tacod.manifest import Model
 from tacod.messages import parse
 from tacod.monitor import Monitor
+from tacod.places import PathTaken, UnixSocket
 from tacod.scheduler import Job, Verb
 from tacod.sessions import Session, Sessions
 from tacod.store import tensors_of, without_claims
@@ -89,15 +90,20 @@ class Server:
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(self.config.heartbeat_s * 1000))
         # So is one that connects and doesn't say who it is.
         socket.setsockopt(zmq.HANDSHAKE_IVL, int(max(1.0, self.config.heartbeat_s) * 1000))
-        mask = os.umask(0o117)
         try:
-            socket.bind(self.config.endpoint)
-        finally:
-            os.umask(mask)
+            self._unix = UnixSocket(self.config.socket_path)
+        except PathTaken as error:
+            self.access.close()
+            raise ConfigError(f"endpoint: {error}") from None
+        # By its number: ZeroMQ would remove whatever is at the path.
+        socket.setsockopt(zmq.USE_FD, self._unix.socket.detach())
+        socket.bind(b"ipc://" + os.fsencode(self._unix.path))  # type: ignore[arg-type]
+        socket.setsockopt(zmq.USE_FD, -1)
         if self.config.curve is not None and self.access.keys is not None:
             try:
                 _bind_tcp(socket, self.config.curve.listen, self.access.keys)
             except zmq.ZMQError as error:
+                self._unix.remove()
                 socket.close(linger=0)
                 self.access.close()
                 raise ConfigError(f"curve.listen: {self.config.curve.listen}: {error.strerror}") from None
@@ -123,6 +129,7 @@ class Server:
         """End the ranks and close the sockets."""
         self.monitor.close()
         self.executor.close()
+        self._unix.remove()
         self.socket.close()
         self.access.close()
         self._context.term()

@@ -6,16 +6,18 @@ import errno
 import os
 import socket as sockets
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import zmq
 
 from tacod_client.curve import ClientKeys, find_keys
 from tacod_client.errors import ConnectionFailed, NotAllowed, ProtocolError
+from tacod_client.text import encodable
 
 __all__ = ["Door", "find_endpoint"]
 
+UNIX_PATH_BYTES = 107
+"""What Linux has room for in a unix socket's address, less the zero behind it."""
 DEFAULT_ENDPOINT = "ipc:///run/tacod/tacod.sock"
 
 
@@ -24,7 +26,8 @@ def find_endpoint(endpoint: str | None = None) -> str:
     if endpoint or (endpoint := os.environ.get("TACOD_ENDPOINT")):
         return endpoint
     runtime = os.environ.get("XDG_RUNTIME_DIR")
-    if runtime and (own := Path(runtime, "tacod", "tacod.sock")).exists():
+    # Not Path.exists: another user's folder is none that there is, and no error.
+    if runtime and os.path.exists(own := os.path.join(runtime, "tacod", "tacod.sock")):
         return f"ipc://{own}"
     return DEFAULT_ENDPOINT
 
@@ -48,7 +51,7 @@ class Door:
         silence.
         """
         if self.endpoint.startswith("ipc://"):
-            _knock_at_unix(self.endpoint)
+            _knock_at_unix(self.endpoint, _parse_unix(self.endpoint))
             socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
         else:
             host, port = _parse_tcp(self.endpoint)
@@ -63,7 +66,8 @@ class Door:
             self._monitor = socket.get_monitor_socket(events)
         socket.setsockopt(zmq.LINGER, 0)
         # Not IMMEDIATE: it would throw away what the daemon said last, if the daemon then went faster than we read.
-        socket.connect(self.endpoint)
+        # As bytes: a path need not be UTF-8.
+        socket.connect(os.fsencode(self.endpoint))  # type: ignore[arg-type]
         return socket
 
     def close(self, socket: zmq.Socket[bytes], linger_ms: int) -> None:
@@ -95,21 +99,38 @@ class Door:
         )
 
 
-def _knock_at_unix(endpoint: str) -> None:
-    path = endpoint.removeprefix("ipc://")
+def _parse_unix(endpoint: str) -> bytes:
+    """The socket's path."""
+    try:
+        path = os.fsencode(endpoint.removeprefix("ipc://"))
+    except UnicodeEncodeError:
+        raise ProtocolError(f"endpoint {endpoint!r}: no path can have such characters") from None
+    # ZeroMQ takes what begins with @ for no path at all.
+    if not path or path.startswith(b"@") or b"\0" in path:
+        raise ProtocolError(f"endpoint {endpoint!r}: expected ipc:///path/to/socket or tcp://host:port")
+    if len(path) > UNIX_PATH_BYTES:
+        raise ProtocolError(
+            f"endpoint {encodable(endpoint)}: a unix socket's path has {UNIX_PATH_BYTES} bytes at most; "
+            "have tacod listen in a folder that is less deep"
+        )
+    return path
+
+
+def _knock_at_unix(endpoint: str, path: bytes) -> None:
     with closing(sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM)) as probe:
-        try:
-            probe.connect(path)
-        except OSError as error:
-            if error.errno == errno.EACCES:
-                raise ConnectionFailed(
-                    f"{path}: permission denied; add yourself to the group that owns it "
-                    "(`sudo usermod -aG tacod $USER`, then log in again)"
-                ) from None
-            raise ConnectionFailed(
-                f"no tacod listens at {endpoint} ({error.strerror}); start it with `systemctl start tacod`, "
-                "or set TACOD_ENDPOINT if it listens elsewhere"
-            ) from None
+        # One whose queue is full listens, if slowly.
+        probe.setblocking(False)
+        code = probe.connect_ex(path)
+    if code == errno.EACCES:
+        raise ConnectionFailed(
+            f"{encodable(endpoint).removeprefix('ipc://')}: permission denied; add yourself to the group that owns it "
+            "(`sudo usermod -aG tacod $USER`, then log in again)"
+        )
+    if code not in (0, errno.EAGAIN):
+        raise ConnectionFailed(
+            f"no tacod listens at {encodable(endpoint)} ({os.strerror(code)}); start it with `systemctl start tacod`, "
+            "or set TACOD_ENDPOINT if it listens elsewhere"
+        )
 
 
 def _parse_tcp(endpoint: str) -> tuple[str, int]:
@@ -124,6 +145,8 @@ def _knock_at_tcp(endpoint: str, host: str, port: int, timeout_s: float) -> sock
     try:
         with closing(sockets.create_connection((host, port), timeout_s)) as probe:
             return sockets.AddressFamily(probe.family)
+    except UnicodeError:
+        raise ProtocolError(f"endpoint {endpoint!r}: no host can have such a name") from None
     except OSError as error:
         raise ConnectionFailed(
             f"no tacod listens at {endpoint} ({error.strerror or error}); see there that curve.listen is set "

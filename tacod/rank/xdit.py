@@ -15,6 +15,7 @@ import sys
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -24,23 +25,27 @@ from tacod.rank.topology import MakeGroup
 
 __all__ = ["join", "leave"]
 
+JOIN_TIMEOUT = timedelta(minutes=30)
+"""How long ranks wait for each other, if nobody ends them before."""
+
 
 def join(device: torch.device, rank: int, world_size: int, rendezvous: str, local_rank: int = 0) -> MakeGroup:
     """Join the group as ``rank`` of ``world_size``; returns what makes further groups of its ranks.
 
-    ``rendezvous`` is a torch init method such as ``file:///path``. ``local_rank`` is the device's index among those
-    that the process sees. Blocks until all ranks have joined.
+    ``rendezvous`` is the path of a file by which they find each other; with torch's ``file://`` URLs, a # would end it.
+    ``local_rank`` is the device's index among those that the process sees. Blocks until all ranks have joined.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     # A transfer that is to hide behind a matrix product must not wait for the product's last block.
     os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     state = _parallel_state(on_gpu=device.type == "cuda")
+    if not dist.is_initialized():
+        store = dist.FileStore(os.fsencode(rendezvous), world_size)  # type: ignore[attr-defined, arg-type]
+        store.set_timeout(JOIN_TIMEOUT)
+        dist.init_process_group(backend, store=store, world_size=world_size, rank=rank)
+    # xfuser makes its groups of what is there.
     state.init_distributed_environment(
-        world_size=world_size,
-        rank=rank,
-        distributed_init_method=rendezvous,
-        local_rank=local_rank,
-        backend=backend,
+        world_size=world_size, rank=rank, distributed_init_method="", local_rank=local_rank, backend=backend
     )
     state.initialize_model_parallel(
         sequence_parallel_degree=world_size, ulysses_degree=world_size, ring_degree=1, backend=backend
