@@ -208,6 +208,9 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
     def server_bind(self) -> None:
         # The base class asks a name server for this host's name, which can take long.
         socketserver.TCPServer.server_bind(self)
+        self._set_up()
+
+    def _set_up(self) -> None:
         self.server_name, self.server_port = "tacod", 0
         self.setup_environ()
 
@@ -231,10 +234,14 @@ class _Server6(_Server):
 class _UnixServer(_Server):
     address_family = socket.AF_UNIX
 
+    def __init__(self, path: str) -> None:
+        self._unix = UnixSocket(Path(path))
+        super().__init__(path)
+
     def server_bind(self) -> None:
-        self._unix = UnixSocket(Path(str(self.server_address)))
         self.socket.close()
         self.socket = self._unix.socket
+        self._set_up()
 
     def server_close(self) -> None:
         self._unix.remove()

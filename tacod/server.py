@@ -97,7 +97,7 @@ class Server:
             raise ConfigError(f"endpoint: {error}") from None
         # By its number: ZeroMQ would remove whatever is at the path.
         socket.setsockopt(zmq.USE_FD, self._unix.socket.detach())
-        socket.bind(b"ipc://" + os.fsencode(self._unix.path))  # type: ignore[arg-type]
+        socket.bind(b"ipc://" + os.fsencode(self.config.socket_path))  # type: ignore[arg-type]
         socket.setsockopt(zmq.USE_FD, -1)
         if self.config.curve is not None and self.access.keys is not None:
             try:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 from tacod import __version__, daemon
-from tacod.config import ConfigError, load_config
+from tacod.config import load_config
 
 
 @pytest.fixture
@@ -66,29 +67,75 @@ def test_preload_outside_the_roots_exits_with_78(
 ) -> None:
     monkeypatch.setattr(daemon.logs, "configure", lambda level: None)
     monkeypatch.setenv("TACOD_LOG_LEVEL", "info")
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.chdir(config.parent)
     config.write_text(config.read_text() + '[models]\npreload = ["/etc/passwd"]\n')
     assert daemon.main(["--config", str(config)]) == 78
     assert f"{config}:models.preload: /etc/passwd lies outside models.roots" in capsys.readouterr().err
     assert [path.name for path in config.parent.iterdir()] == ["config.toml"], "nothing is left at the endpoint"
 
 
-def test_endpoint_is_held_by_one_and_named_to_the_other(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "t.sock"
-    with daemon._endpoint(path) as folder:
-        assert folder.stat().st_mode & 0o777 == 0o700
-        with pytest.raises(ConfigError, match=rf"pid {os.getpid()} already serves {path}"), daemon._endpoint(path):
-            pytest.fail("two hold one endpoint")
-        assert folder.is_dir()
-    assert list(path.parent.iterdir()) == []
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ('endpoint = "ipc://{path}"', "endpoint"),
+        ('endpoint = "ipc://{path}/t.sock"', "endpoint"),
+        ('[metrics]\nlisten = "unix:{path}"', "metrics.listen"),
+        ('[metrics]\nlisten = "unix:{path}/m.sock"', "metrics.listen"),
+        ('[models]\nuploads = "{path}"', "models.uploads"),
+        ('[models]\nuploads = "{path}/deep/uploads"', "models.uploads"),
+    ],
+)
+@pytest.mark.parametrize("options", [["--check-config"], []], ids=["checked", "started"])
+def test_a_path_that_is_taken_is_refused_with_what_is_there(
+    tmp_path: Path,
+    section: str,
+    key: str,
+    options: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(daemon.logs, "configure", lambda level: None)
+    monkeypatch.setenv("TACOD_LOG_LEVEL", "info")
+    theirs, config = tmp_path / "theirs", tmp_path / "config.toml"
+    theirs.write_text("years of work")
+    own = "" if key == "endpoint" else f'endpoint = "ipc://{tmp_path}/own.sock"\n'
+    config.write_text(own + section.format(path=theirs) + '\n[group]\ndevice = "cpu"\n')
+    assert daemon.main(["--config", str(config), *options]) == 78
+    told = capsys.readouterr().err
+    assert told.startswith(f"{config}:{key}: {theirs}")
+    assert "a regular file" in told
+    assert theirs.read_text() == "years of work"
+    assert sorted(tmp_path.iterdir()) == [config, theirs], "nothing else is left"
 
 
-def test_leavings_of_a_killed_daemon_are_cleared(tmp_path: Path) -> None:
-    path = tmp_path / "t.sock"
-    (tmp_path / "t.sock.d").mkdir()
-    (tmp_path / "t.sock.d" / "rendezvous-0").touch()
-    (tmp_path / "t.sock.lock").write_text("99999999\n")
-    path.touch()
-    with daemon._endpoint(path) as folder:
-        assert list(folder.iterdir()) == []
-        assert (tmp_path / "t.sock.lock").read_text() == f"{os.getpid()}\n"
-    assert list(tmp_path.iterdir()) == []
+def test_the_folder_of_the_start_is_left_and_modules_are_found_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", "client::/elsewhere")
+    daemon._leave_the_folder()
+    assert Path.cwd() == Path("/")
+    assert os.environ["PYTHONPATH"] == f"{tmp_path}/client:{tmp_path}:/elsewhere"
+
+
+def test_a_checkout_that_python_m_ran_in_is_where_ranks_look_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkout = str(Path(daemon.__file__).parents[1])
+    monkeypatch.setattr(sys, "path", [checkout, *sys.path])
+    monkeypatch.chdir(checkout)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setenv("PYTHONPATH", "")
+    daemon._leave_the_folder()
+    assert os.environ["PYTHONPATH"] == checkout
+
+
+def test_a_folder_that_is_gone_already_is_left_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gone").mkdir()
+    os.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    monkeypatch.setenv("PYTHONPATH", "client")
+    daemon._leave_the_folder()
+    assert Path.cwd() == Path("/")

@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import os
+import socket
+import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from tacod_client import Client, ConnectionFailed, ProtocolError
+from tacod_client import Client, ConnectionFailed, ProtocolError, TacodError
 from tacod_client.endpoint import DEFAULT_ENDPOINT, find_endpoint
+
+ODD_NAMES = [
+    b"#",
+    b"?a=b",
+    b"%23",
+    b"a b",
+    b" ",
+    b"ab;c",
+    b"\n",
+    "ä語".encode(),
+    b"caf\xe9",
+    b"[::1]",
+    b"*",
+    b"-",
+    b"@",
+    b"'\"\\",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +83,77 @@ def test_socket_that_nobody_listens_at_is_told_at_once(tmp_path: Path) -> None:
     os.mknod(tmp_path / "file")
     with Client(f"ipc://{tmp_path}/file") as client, pytest.raises(ConnectionFailed, match="Connection refused"):
         client.status()
+
+
+def test_a_runtime_folder_of_somebody_else_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after `su`, which keeps the variable: what may not be looked at isn't there."""
+
+    def deny(path: object, **more: object) -> os.stat_result:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr(os, "stat", deny)
+    assert find_endpoint() == DEFAULT_ENDPOINT
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_any_path_leads_to_its_socket(name: bytes) -> None:
+    """What a shell gives in TACOD_ENDPOINT need not be UTF-8, and reaches us as Python makes text of it."""
+    with tempfile.TemporaryDirectory(prefix="tacod-") as folder:
+        path = os.path.join(os.fsencode(folder), name)
+        endpoint = f"ipc://{os.fsdecode(path)}"
+        with (
+            Client(endpoint, timeout_s=0.5) as client,
+            pytest.raises(ConnectionFailed, match="no tacod listens at") as no,
+        ):
+            client.status()
+        assert no.value.message.encode(), "it can be printed"
+        with socket.socket(socket.AF_UNIX) as theirs:
+            theirs.bind(path)
+            theirs.listen()
+            with Client(endpoint, timeout_s=0.5) as client, pytest.raises(TacodError, match="does not answer"):
+                client.status()
+            theirs.settimeout(5)
+            theirs.accept()[0].close()  # the knock
+            with theirs.accept()[0] as peer:
+                peer.settimeout(5)
+                assert peer.recv(10)[:1] == b"\xff", "and this is ZeroMQ's greeting"
+
+
+def test_a_path_of_107_bytes_is_the_longest() -> None:
+    with tempfile.TemporaryDirectory(prefix="tacod-") as folder:
+        path = f"{folder}/".ljust(107, "x")
+        with Client(f"ipc://{path}") as client, pytest.raises(ConnectionFailed, match="No such file"):
+            client.status()
+        with Client(f"ipc://{path}x") as client, pytest.raises(ProtocolError, match="107 bytes at most"):
+            client.status()
+
+
+@pytest.mark.parametrize("path", ["", "@abstract", "/a\0b", "/\ud800", "@"])
+def test_what_can_be_no_path_is_told(path: str) -> None:
+    with Client(f"ipc://{path}") as client, pytest.raises(ProtocolError, match="endpoint 'ipc://"):
+        client.status()
+
+
+def test_one_whose_queue_is_full_is_waited_for_no_longer_than_others(tmp_path: Path) -> None:
+    """A stopped daemon takes no connections: a connect that blocks would wait for ever."""
+    with socket.socket(socket.AF_UNIX) as theirs, ExitStack() as stack:
+        theirs.bind(str(tmp_path / "s"))
+        theirs.listen(0)
+        for _ in range(3):
+            waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
+            waiting.setblocking(False)
+            waiting.connect_ex(str(tmp_path / "s"))
+        started = time.monotonic()
+        with Client(f"ipc://{tmp_path}/s", timeout_s=0.5) as client, pytest.raises(TacodError, match="does not answer"):
+            client.status()
+        assert time.monotonic() - started < 10
+
+
+def test_a_host_that_can_be_none_is_told(tmp_path: Path) -> None:
+    for host in ("ä..b", "x" * 70 + "ä", "\udce4"):
+        with Client(f"tcp://{host}:5555") as client, pytest.raises(TacodError):
+            client.status()
 
 
 def test_other_transports_are_refused_by_name() -> None:

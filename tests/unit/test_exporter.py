@@ -208,7 +208,7 @@ def test_a_unix_socket_is_for_its_group_and_goes_at_the_end() -> None:
         exporter = Exporter(f"unix:{path}")
         exporter.publish(reading())
         assert stat.S_IMODE(os.stat(path).st_mode) == 0o660
-        with pytest.raises(ConfigError, match="Address already in use"):
+        with pytest.raises(ConfigError, match=r"metrics\.listen: .*: Address already in use: process \d+"):
             Exporter(f"unix:{path}")
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(str(path))
@@ -218,6 +218,21 @@ def test_a_unix_socket_is_for_its_group_and_goes_at_the_end() -> None:
         assert b"tacod_forwards_total 3.0" in told
         exporter.close()
         assert not path.exists()
+
+
+def test_what_is_no_socket_stays_and_so_does_what_took_its_place() -> None:
+    with tempfile.TemporaryDirectory(prefix="tacod-") as folder:
+        path = Path(folder, "m.sock")
+        path.write_text("years of work")
+        with pytest.raises(ConfigError, match=r"metrics\.listen: .*is no socket but a regular file"):
+            Exporter(f"unix:{path}")
+        assert path.read_text() == "years of work"
+        path.unlink()
+        exporter = Exporter(f"unix:{path}")
+        path.unlink()
+        path.write_text("years of work")
+        exporter.close()
+        assert path.read_text() == "years of work"
 
 
 def test_a_taken_port_is_named(exporter: Exporter) -> None:

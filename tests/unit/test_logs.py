@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import itertools
 import logging
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -113,3 +118,38 @@ def test_a_complaint_is_said_as_it_is(
     request.getfixturevalue(place)
     logs.complain("config.toml:a: unknown\nconfig.toml:b: unknown")
     assert capfd.readouterr().err == f"{mark}config.toml:a: unknown\n{mark}config.toml:b: unknown\n"
+
+
+@pytest.mark.parametrize("closed", [numbers for n in range(4) for numbers in itertools.combinations(range(3), n)])
+def test_closed_streams_lead_nowhere_for_children_too(closed: tuple[int, ...], tmp_path: Path) -> None:
+    """Else a socket or a file would get their numbers, and what is printed would go there."""
+    told = tmp_path / "told"
+    code = (
+        "import os, subprocess, sys; from tacod import logs; logs.hold_streams(); print('out'); logs.complain('err');"
+        "sys.stdin.read(); sys.stdout.flush(); file = open(sys.argv[1], 'w'); assert file.fileno() > 2;"
+        "child = [sys.executable, '-c', 'import os; [os.fstat(n) for n in range(3)]'];"
+        "file.write(str([subprocess.call(child), [os.path.realpath(f'/proc/self/fd/{n}') for n in range(3)]]))"
+    )
+    run = f'exec "$0" "$@" {" ".join(f"{number}>&-" for number in closed)}'
+    done = subprocess.run(
+        ["sh", "-c", run, sys.executable, "-c", code, str(told)],
+        input=b"in",
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    code, paths = ast.literal_eval(told.read_text())
+    assert code == 0
+    assert [path == os.devnull for path in paths] == [number in closed for number in range(3)]
+    assert done.stdout == (b"" if 1 in closed else b"out\n")
+    assert done.stderr == (b"" if 2 in closed else b"err\n")
+
+
+def test_complaints_that_nobody_can_read_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        logs.complain("no room")
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            full.close()
