@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ["TACOD_LOG_LEVEL"] = level
         logs.configure(level)
         keep_freed_memory()
-        config_path = str(Path(args.config).absolute())
+        config_path = _from_anywhere(args.config)
         places.check(config_path, config)
         _leave_the_folder()
         with places.hold(config.socket_path) as folder:
@@ -80,6 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tacod {__version__}")
     parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], help="more or fewer log lines")
     return parser
+
+
+def _from_anywhere(path: str) -> str:
+    """A path that doesn't need the folder of the start; a link at its end stays one, so that it may be set anew."""
+    return path if os.path.isabs(path) else str(Path(path).parent.resolve() / Path(path).name)
 
 
 def _leave_the_folder() -> None:

@@ -95,6 +95,10 @@ class Daemon:
         self.waits = wait
         # Threads that spin while they wait are slow where the machine has other work too.
         self.environment = {**os.environ, "OMP_WAIT_POLICY": "passive", **(environment or {})}
+        self.wrapper: Sequence[str] = ()
+        """A command that runs the daemon's, which comes behind it."""
+        self.start_folder: Path | None = None
+        """Where it is started; where the tests run, if it isn't said."""
         self.process: subprocess.Popen[bytes] | None = None
         self._shared_memory = shared_memory()
 
@@ -117,7 +121,8 @@ class Daemon:
         assert not self.running
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tacod.daemon", "--config", str(self.config)],
+                [*self.wrapper, sys.executable, "-m", "tacod.daemon", "--config", str(self.config)],
+                cwd=self.start_folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
