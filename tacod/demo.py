@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -119,8 +120,9 @@ def _daemon(ranks: int) -> Iterator[str]:
         group = f'device = "cuda"\ngpus = {list(range(gpus))}' if gpus else f'device = "cpu"\nranks = {ranks}'
         config = Path(folder, "config.toml")
         config.write_text(
-            f'endpoint = "{endpoint}"\nlog_level = "warning"\n\n[group]\n{group}\n\n'
-            f'[models]\nroots = ["{embedded.PATH.parent}"]\n'
+            f'endpoint = {json.dumps(endpoint, ensure_ascii=False)}\nlog_level = "warning"\n\n[group]\n{group}\n\n'
+            f"[models]\nroots = [{json.dumps(str(embedded.PATH.parent), ensure_ascii=False)}]\n",
+            encoding="utf-8",
         )
         print(f"starting tacod with {gpus or ranks} ranks on {'GPUs' if gpus else 'the CPU'} …", flush=True)
         process = subprocess.Popen([sys.executable, "-m", "tacod.daemon", "--config", str(config)])
