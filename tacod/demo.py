@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ import torch
 from PIL import Image
 
 from tacod import embedded
-from tacod_client import Client, ConnectionFailed, Model, TacodError
+from tacod_client import Client, ConnectionFailed, Model
 from tacod_client.cli import show
+from tacod_client.cli.ending import complain, guarded
+from tacod_client.cli.output import Output, document
+from tacod_client.errors import RequestError
 
 __all__ = ["main"]
 
@@ -33,23 +37,34 @@ START_S = 120.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw the picture; returns the exit code."""
+    return guarded(lambda: _demo(argv))
+
+
+def _demo(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="tacoctl demo", description=__doc__)
     parser.add_argument("prompt", nargs="?", default=embedded.PROMPTS[0])
     parser.add_argument("--ranks", type=int, default=3, help="how many ranks (default 3)")
     parser.add_argument("--output", default="demo.png", help="where the picture goes (default demo.png)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print one JSON document, and the rest on stderr")
     args = parser.parse_args(argv)
     try:
         inputs = _inputs(args.prompt, args.seed)
     except ValueError as error:
-        print(f"tacoctl demo: {error}", file=sys.stderr)
+        complain(str(error))
         return 2
-    try:
-        with _daemon(args.ranks) as endpoint, Client(endpoint) as client:
-            _draw(client, args.prompt, inputs, Path(args.output))
-    except TacodError as error:
-        print(f"tacoctl demo: {error}", file=sys.stderr)
-        return 1
+    picture = Image.registered_extensions().get(Path(args.output).suffix.lower())
+    if picture not in Image.SAVE:
+        raise RequestError(f"{args.output}: pictures are known by the ends of their names; use .png")
+    with Output(args.output) as output:
+        with (
+            redirect_stdout(sys.stderr) if args.json else nullcontext(),
+            _daemon(args.ranks) as endpoint,
+            Client(endpoint) as client,
+        ):
+            told = _draw(client, args.prompt, inputs, output, picture)
+        if args.json:
+            document(told)
     return 0
 
 
@@ -70,7 +85,7 @@ def _inputs(prompt: str, seed: int) -> dict[str, Any]:
     }
 
 
-def _draw(client: Client, prompt: str, inputs: dict[str, Any], output: Path) -> None:
+def _draw(client: Client, prompt: str, inputs: dict[str, Any], output: Output, picture: str) -> dict[str, Any]:
     model = client.load(str(embedded.PATH))
     group = client.status()["group"]
     _print_info(model, group)
@@ -78,8 +93,10 @@ def _draw(client: Client, prompt: str, inputs: dict[str, Any], output: Path) -> 
     job = model.sample(**inputs)
     show.progress(job)
     latent = job.result()
-    Image.fromarray(embedded.decode(latent)[0].numpy()).save(output)
-    print(f"wrote {output}\n")
+    content = io.BytesIO()
+    Image.fromarray(embedded.decode(latent)[0].numpy()).save(content, picture)
+    output.write(content.getvalue())
+    show.out(f"wrote {output.path}\n")
     _print_stats(model)
     alone = (
         client.load(str(embedded.PATH), plan={"sequence_parallel_degree": 1, "cfg_parallel": False})
@@ -88,6 +105,14 @@ def _draw(client: Client, prompt: str, inputs: dict[str, Any], output: Path) -> 
     )
     error = ((latent - alone).norm() / alone.norm()).item()
     print(f"\n{group['world_size']} ranks against 1: the latents differ by {error:.1e} (relative)")
+    return {
+        "output": output.path,
+        "prompt": prompt,
+        "ranks": group["world_size"],
+        "steps": model.stats.steps,
+        "seconds": model.stats.seconds,
+        "error": error,
+    }
 
 
 def _print_info(model: Model, group: dict[str, Any]) -> None:
@@ -125,7 +150,10 @@ def _daemon(ranks: int) -> Iterator[str]:
             encoding="utf-8",
         )
         print(f"starting tacod with {gpus or ranks} ranks on {'GPUs' if gpus else 'the CPU'} …", flush=True)
-        process = subprocess.Popen([sys.executable, "-m", "tacod.daemon", "--config", str(config)])
+        # What it logs is no part of what is printed.
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tacod.daemon", "--config", str(config)], stdout=sys.stderr.fileno()
+        )
         try:
             _wait_until_ready(endpoint, process)
             yield endpoint

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tacod.checkpoint import locate, read_checkpoint
@@ -37,6 +37,8 @@ class Model:
     parameters: int = 0
     weight_bytes: int = 0
     """On each rank, besides what it shares with its base."""
+    sampling: dict[str, Any] = field(default_factory=dict)
+    """What a client has to know to begin a run: the latent's channels, and the noise process."""
     loaded_s: float = 0.0
     asked: Request = AUTO
     """How its load request wants forwards to be spread."""
@@ -73,6 +75,7 @@ class Model:
             parameters=told["parameters"],
             weight_bytes=told["weight_bytes"],
             dtype=told["dtype"],
+            sampling=told["sampling"],
             loaded_s=elapsed_s,
             shape=Shape(told["heads"], told["width"]),
         ).planned(self.asked, world_size)
@@ -92,6 +95,7 @@ class Model:
             "weight_bytes": self.weight_bytes,
             "patches": len(self.patches or ()),
             "dtype": self.dtype,
+            "sampling": self.sampling,
             "plan": self.plan,
             "loaded_s": round(self.loaded_s, 3),
         }

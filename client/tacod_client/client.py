@@ -11,11 +11,12 @@ from typing import Any
 
 from tacod_client.connection import Connection
 from tacod_client.digests import Digests, Glance
-from tacod_client.errors import ArgumentError, ModelNotFound
+from tacod_client.errors import ArgumentError, JobNotFound, ModelNotFound
 from tacod_client.exchange import Uploads, converse, each_once, own, pack
 from tacod_client.job import Job
 from tacod_client.stats import ModelStats
 from tacod_client.tensors import kind_of, like
+from tacod_client.text import encodable
 from tacod_client.upload import PIECE_BYTES, digests_of_pieces, pieces
 from tacod_client.wire import Message, Tensor, split
 
@@ -74,6 +75,11 @@ class Client:
         """Which run of the daemon this client talks to; empty before the first call."""
         return self._connection.boot_id
 
+    @property
+    def limits(self) -> dict[str, int]:
+        """The daemon's: ``message_bytes``, ``store_bytes``, ``queue``; empty before the first call."""
+        return dict(self._connection.limits)
+
     def ping(self) -> float:
         """Ask for a sign of life; returns the round trip in seconds."""
         self._connection.ask("ping")  # the first call also opens the session
@@ -101,6 +107,8 @@ class Client:
 
     def cancel(self, job: str) -> str:
         """Cancel a job by its id, anyone's; returns ``cancelled``, or ``cancelling`` if a step of it runs still."""
+        if encodable(job) != job:
+            raise JobNotFound(f"{job!r} is no job's id; `tacoctl ps` lists them", job=job)
         state: str = self._connection.ask("cancel", lambda: {"job": job, "request": None}).body["state"]
         return state
 
@@ -148,10 +156,23 @@ class Client:
         Idempotent: the same file in the same state, patches and dtype give the same model id, and load once.
         Raises a `ModelError` if the file can't be served.
         """
+        for name in (path, *(patch.get("path") for patch in patches or () if isinstance(patch, Mapping))):
+            if isinstance(name, (str, os.PathLike)) and encodable(str(name)) != str(name):
+                raise ModelNotFound(f"{encodable(str(name))} is no UTF-8, and so no name that travels; rename the file")
         uploads: Uploads = {}
         packed = pack(patches, "patches", uploads, Tensor.with_digest) if patches else None
         loading = Loading(str(path), dtype, packed, plan, uploads)
         return Model(self._connection, loading, loading.run(self._connection, progress))
+
+    def model(self, model: str, plan: Any = "auto") -> Model:
+        """A model that is loaded already, by its id: with the patches and the dtype that it was loaded with.
+
+        It can't load itself again: once the daemon holds it no more, calls raise `ModelNotFound`, as this does.
+        """
+        told = next((each for each in self.models() if each["id"] == model), None)
+        if told is None:
+            raise ModelNotFound(f"no model {model!r} is loaded; `tacoctl models` lists them", model=model)
+        return Model(self._connection, _Found(told["path"], None, None, plan, {}), told)
 
     def upload(
         self,
@@ -196,6 +217,8 @@ class Client:
 
     def unload(self, model: str) -> None:
         """Give back the memory of a model, named by its id."""
+        if encodable(model) != model:
+            raise ModelNotFound(f"{model!r} is no model's id; `tacoctl models` lists them", model=model)
         self._connection.ask("unload", lambda: {"model": model})
 
 
@@ -219,6 +242,14 @@ class Loading:
             elif progress is not None:
                 progress(reply.body["done_bytes"], reply.body["total_bytes"])
         return told
+
+
+class _Found(Loading):
+    """A model that was found by its id: what it was made of, who loaded it knows."""
+
+    def run(self, connection: Connection, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+        """See `Loading.run`; without patches and dtype it would be another model."""
+        raise ModelNotFound(f"the daemon holds this model of {self.path} no more; load its file again")
 
 
 class Model:
@@ -321,8 +352,8 @@ class Model:
             }
 
         asked = {
-            "sampler": sampler,
-            "seed": int(seed),
+            "sampler": pack(sampler, "sampler", uploads, None),
+            "seed": pack(int(seed), "seed", uploads, None),
             "cfg": float(cfg),
             "noise": pack(noise, "noise", uploads, None),
             "latent": pack(latent, "latent", uploads, None),

@@ -27,6 +27,7 @@ from tacod_client.errors import (
     TacodError,
     Unavailable,
 )
+from tacod_client.text import encodable
 from tacod_client.version import __version__
 from tacod_client.wire import Message
 
@@ -256,7 +257,11 @@ class Connection:
         hello = Request("hello", dict)
         hello.id = self._ids
         self._waiting[hello.id] = hello
-        body = {"client": os.path.basename(sys.argv[0] or "python"), "pid": os.getpid(), "version": __version__}
+        body = {
+            "client": encodable(os.path.basename(sys.argv[0] or "python")),
+            "pid": os.getpid(),
+            "version": __version__,
+        }
         deadline = time.monotonic() + self.timeout_s
         try:
             self._socket_now().send_multipart(wire.encode(Message("hello", body, hello.id)))

@@ -9,6 +9,7 @@ from typing import Any
 from tacod_client.connection import Connection
 from tacod_client.errors import ArgumentError, TacodError
 from tacod_client.tensors import kind_of, to_wire
+from tacod_client.text import encodable
 from tacod_client.wire import Message, Tensor, map_tensors, split
 
 __all__ = ["Uploads", "converse", "each_once", "own", "pack"]
@@ -33,10 +34,16 @@ def pack(value: Any, name: str, uploads: Uploads, address: Callable[[Tensor], Te
     Raises `ArgumentError`, naming the value, for what doesn't travel.
     """
     if isinstance(value, dict):
+        if (odd := next((key for key in map(str, value) if encodable(key) != key), None)) is not None:
+            raise ArgumentError(
+                f"{name}: the key {odd!r:.80} is no Unicode, and can't be sent to the daemon", argument=name
+            )
         return {key: pack(item, f"{name}.{key}", uploads, address) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [pack(item, name, uploads, address) for item in value]
     if kind_of(value) is None:
+        if isinstance(value, str) and encodable(value) != value:
+            raise ArgumentError(f"{name}: {value!r:.80} is no Unicode, and can't be sent to the daemon", argument=name)
         if value is None or isinstance(value, (str, float, bool)):
             return value
         if isinstance(value, int) and -(2**63) <= value < 2**64:

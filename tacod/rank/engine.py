@@ -210,6 +210,7 @@ class Engine:
             "dtype": chosen,
             "heads": loaded.heads,
             "width": loaded.width,
+            "sampling": loaded.sampling(),
         }
         with torch.device("meta"):
             shapes = {name: tuple(weight.shape) for name, weight in family(config).state_dict().items()}

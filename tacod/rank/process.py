@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import abc
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 __all__ = ["Epsilon", "Flow", "Process"]
@@ -16,6 +17,10 @@ class Process(abc.ABC):
 
     sigma_max: ClassVar[float]
     """No noise level is above it."""
+
+    @abc.abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What clients make noise levels by: ``prediction``, and for a schedule of training its terms in diffusers."""
 
     @abc.abstractmethod
     def start(self, noise: Tensor, latent: Tensor, sigma: Tensor) -> Tensor:
@@ -39,6 +44,10 @@ class Flow(Process):
 
     sigma_max = 1.0
 
+    def describe(self) -> dict[str, Any]:
+        """See `Process.describe`."""
+        return {"prediction": "flow"}
+
     def start(self, noise: Tensor, latent: Tensor, sigma: Tensor) -> Tensor:
         """See `Process.start`."""
         return sigma * noise + (1 - sigma) * latent
@@ -59,13 +68,29 @@ class Flow(Process):
 class Epsilon(Process):
     """Noise prediction (Ho et al., arXiv:2006.11239) in Karras' terms: x = x0 + sigma * noise, the output is noise.
 
-    ``terminal_sigma`` is the training schedule's highest level: a run from there begins with noise alone.
+    Training's steps had betas that rise linearly from ``beta_start`` to ``beta_end``.
     """
 
     sigma_max = math.inf
 
-    def __init__(self, terminal_sigma: float) -> None:
-        self.terminal_sigma = terminal_sigma
+    def __init__(self, beta_start: float, beta_end: float, steps: int = 1000) -> None:
+        self.betas = beta_start, beta_end
+        signal = (1 - torch.linspace(beta_start, beta_end, steps, dtype=torch.float64, device="cpu")).cumprod(0)
+        self.levels = ((1 - signal) / signal).sqrt()
+        """The noise levels of training, fp64 [steps]."""
+        self.terminal_sigma = self.levels[-1].float().item()
+        """The highest of them: a run from there begins with noise alone."""
+
+    def describe(self) -> dict[str, Any]:
+        """See `Process.describe`."""
+        start, end = self.betas
+        return {
+            "prediction": "epsilon",
+            "beta_schedule": "linear",
+            "beta_start": start,
+            "beta_end": end,
+            "num_train_timesteps": len(self.levels),
+        }
 
     def start(self, noise: Tensor, latent: Tensor, sigma: Tensor) -> Tensor:
         """See `Process.start`; from the terminal level noise alone, with the variance that the model knows there."""

@@ -20,6 +20,8 @@ __all__ = ["usual_inputs", "warm_up"]
 
 SIDE = 128
 """Of the latents of 1024 pixels."""
+SIGMA = 0.7
+"""The noise level of a forward that is made up."""
 
 
 def warm_up(dit: DiT, forwards: Forwards, device: torch.device) -> Pace | None:
@@ -82,7 +84,7 @@ def usual_inputs(dit: DiT, device: torch.device) -> dict[str, Any] | None:
                 shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
                 dtype = torch.float32 if spec.shape == ("B",) else dit.dtype
                 inputs[name] = torch.randn(shape, generator=generator).to(device, dtype)
-        inputs["timestep"] = dit.timestep(torch.full((images,), 0.7, device=device)).float()
+        inputs["timestep"] = dit.timestep(torch.full((images,), SIGMA, device=device)).float()
         try:
             dit.lengths(inputs)
         except ArgumentError:

@@ -16,7 +16,15 @@ from tacod_client.wire import Message
 
 __all__ = ["FACTS", "FakeRank", "descriptors", "fakes", "step"]
 
-FACTS = {"family": "sd3", "parameters": 1, "weight_bytes": 1, "dtype": "fp32", "heads": 3, "width": 48}
+FACTS = {
+    "family": "sd3",
+    "parameters": 1,
+    "weight_bytes": 1,
+    "dtype": "fp32",
+    "heads": 3,
+    "width": 48,
+    "sampling": {"channels": 16, "prediction": "flow"},
+}
 """What a rank tells of a loaded model."""
 
 

@@ -11,20 +11,21 @@ from rich.console import Console
 
 from tacod_client.cli import bench, show
 
-SHAPES = {
+ARGUMENTS: dict[str, dict[str, Any]] = {
     "x": {"shape": ["B", 16, "H", "W"], "required": True},
-    "timestep": {"shape": ["B"], "required": True},
+    "timestep": {"shape": ["B"], "required": True, "value": 0.7},
     "context": {"shape": ["B", "L", 32], "required": True},
     "y": {"shape": ["B", 8], "required": False},
     "guidance": {"shape": ["B"], "required": True},
     "c_size": {"shape": ["B", 2], "required": False},
 }
-SIZES = {"B": 2, "H": 12, "W": 20, "L": 7}
+LENGTHS = {"B": 2, "H": 12, "W": 20, "L": 7}
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_inputs_have_the_shapes_and_the_bytes_of_comfyuis(dtype: str) -> None:
-    inputs = bench._inputs(SHAPES, {"family": "flux", "dtype": dtype}, SIZES)
+    shapes = bench._shapes(ARGUMENTS, LENGTHS)
+    inputs = bench._inputs(ARGUMENTS, shapes, dtype)
     assert {name: value.shape for name, value in inputs.items()} == {
         "x": (2, 16, 12, 20),
         "timestep": (2,),
@@ -37,10 +38,19 @@ def test_inputs_have_the_shapes_and_the_bytes_of_comfyuis(dtype: str) -> None:
     assert inputs["timestep"][0] == pytest.approx(0.7)
 
 
-@pytest.mark.parametrize("family", ["sd3", "pixart"])
-def test_other_families_count_timesteps_to_a_thousand(family: str) -> None:
-    inputs = bench._inputs({"timestep": SHAPES["timestep"]}, {"family": family, "dtype": "fp32"}, SIZES)
-    assert inputs["timestep"][0] == pytest.approx(700)
+@pytest.mark.parametrize(("shape", "value"), [(["B"], 700.0), (["B", "L"], 0.25), ([1], 0.0)])
+def test_the_timestep_is_what_the_family_makes_of_it(shape: list[Any], value: float) -> None:
+    """A flow by its sigma, a step of training to a thousand, a video's by frame: bench knows no family by its name."""
+    arguments = {"timestep": {"shape": shape, "required": True, "value": value}}
+    timestep = bench._inputs(arguments, bench._shapes(arguments, LENGTHS), "bf16")["timestep"]
+    assert timestep.dtype == np.float32
+    assert np.all(timestep == value)
+
+
+def test_an_output_of_zeros_has_an_error_that_is_a_number() -> None:
+    zeros = np.zeros(3, np.float16)
+    assert bench._error(zeros, zeros) == 0.0
+    assert bench._error(zeros + 2, zeros) > 1.0
 
 
 @pytest.mark.parametrize(

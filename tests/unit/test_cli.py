@@ -10,7 +10,8 @@ import pytest
 
 from tacod_client import errors
 from tacod_client.cli import verbs
-from tacod_client.cli.main import EXIT_CODES, main, parser
+from tacod_client.cli.ending import EXIT_CODES
+from tacod_client.cli.main import main, parser
 from tacod_client.version import __version__
 
 VERBS = {

@@ -188,6 +188,7 @@ def test_a_further_set_of_patches_takes_the_place_of_the_oldest_of_the_same_base
 
 def test_loaded_model_tells_what_the_ranks_told(manifest: Manifest) -> None:
     told = {"family": "flux", "parameters": 12, "weight_bytes": 24, "heads": 24, "width": 3072, "dtype": "bf16"}
+    told["sampling"] = {"channels": 16, "prediction": "flow"}
     model = describe(manifest).loaded(told, 1.23456, 3)
     assert model.id == describe(manifest).id
     assert model.to_wire() == {
@@ -199,6 +200,7 @@ def test_loaded_model_tells_what_the_ranks_told(manifest: Manifest) -> None:
         "weight_bytes": 24,
         "patches": 0,
         "dtype": "bf16",
+        "sampling": {"channels": 16, "prediction": "flow"},
         "plan": "sequence 3 (ulysses; 24 heads over 3 ranks: 8 each)",
         "loaded_s": 1.235,
     }

@@ -14,16 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from tacod_client.cli import show
-from tacod_client.client import Client, Loading, Model
+from tacod_client.cli import loaded, show
+from tacod_client.cli.output import document
+from tacod_client.client import Client
 from tacod_client.errors import ModelNotFound, RequestError
 from tacod_client.stats import Call
 
-__all__ = ["TEXT", "bound", "run"]
+__all__ = ["bound", "run"]
 
-TEXT = {"flux": 512, "sd3": 154, "pixart": 300}
-"""The text tokens that ComfyUI's encoders give."""
-SIGMA = 0.7
 GUIDANCE = 3.5
 ONE_RANK = {"sequence_parallel_degree": 1, "cfg_parallel": False}
 WARM_UPS = 2
@@ -31,7 +29,7 @@ PARTS = ("queue", "wire", "compute", "collective")
 LARGE = 0.15
 """From this share of a step on a part besides the computing counts as what bounds it."""
 
-Shapes = Mapping[str, Mapping[str, Any]]
+Arguments = Mapping[str, Mapping[str, Any]]
 """What ``tacoctl plan --json`` tells of a model's arguments."""
 
 
@@ -41,13 +39,16 @@ def run(args: argparse.Namespace) -> int:
     with Client(getattr(args, "endpoint", None)) as client:
         world_size = client.status()["group"]["world_size"]
         told = _find(client, args.model, quiet)
-        text = args.text or TEXT.get(told["family"], 512)
         sizes = args.size or [(1024, 1024)]
-        shapes = _shapes(told["path"], world_size, sizes[0], args.batch, text)
+        family = _family(told["path"], world_size, sizes[0], args.batch, args.text)
+        text = family["text"]
         rows = []
         with show.counting(len(sizes) * (1 + (world_size > 1)), quiet) as count:
             for width, height in sizes:
-                given = _inputs(shapes, told, {"B": args.batch, "H": height // 8, "W": width // 8, "L": text})
+                lengths = {"B": args.batch, "H": height // 8, "W": width // 8, "L": text}
+                shapes = _shapes(family["arguments"], lengths)
+                loaded.check_size(client, list(shapes.values()))
+                given = _inputs(family["arguments"], shapes, told["dtype"])
                 alone, expected = _measure(client, told, ONE_RANK, given, args.rounds)
                 count()
                 together, out = alone, expected
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     answer = {"model": known, "batch": args.batch, "text": text, "ranks": world_size, "rounds": args.rounds}
     answer["sizes"] = rows
     if quiet:
-        print(json.dumps(answer, indent=2, ensure_ascii=False))
+        document(answer)
     else:
         show.out(show.bench(answer))
     return 0
@@ -67,44 +68,51 @@ def run(args: argparse.Namespace) -> int:
 
 def _find(client: Client, name: str | None, quiet: bool) -> dict[str, Any]:
     """What the daemon tells of a model: by the start of its id, by its file, or of the one that was used last."""
-    loaded = client.models()
-    if name is None and not loaded:
+    if name is not None:
+        return loaded.find_or_load(client, name, quiet)
+    models = client.models()
+    if not models:
         raise ModelNotFound("no model is loaded; name a file, or load one by `tacoctl load`")
-    found = loaded if name is None else [told for told in loaded if told["id"].startswith(name)]
-    if not found:
-        with show.loading(quiet) as progress:
-            model = client.load(str(name), progress=progress)
-        found = [told for told in client.models() if told["id"] == model.id]
-    return found[-1]
+    return models[-1]
 
 
-def _shapes(path: str, ranks: int, size: tuple[int, int], batch: int, text: int) -> Shapes:
-    """The shapes of the model's arguments, which its file tells to a program that comes with the daemon."""
+def _family(path: str, ranks: int, size: tuple[int, int], batch: int, text: int | None) -> dict[str, Any]:
+    """What the model's file tells to a program that comes with the daemon: the arguments of its family's forwards."""
     width, height = size
-    options = ["--ranks", ranks, "--size", f"{width}x{height}", "--batch", batch, "--text", text, "--json"]
-    command = [sys.executable, "-m", "tacod.planner", path, *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    options = ["--ranks", ranks, "--size", f"{width}x{height}", "--batch", batch, "--json"]
+    options += [] if text is None else ["--text", text]
+    command = [sys.executable, "-m", "tacod.planner", *map(str, options), "--", path]
+    done = subprocess.run(command, capture_output=True, check=False)
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no word"])[-1].removeprefix("tacoctl: ")
-        raise RequestError(f"{reason} (bench reads the model's file for the shapes of its inputs)")
-    shapes: Shapes = json.loads(done.stdout)["arguments"]
-    return shapes
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no word"]
+        raise RequestError(
+            f"{lines[-1].removeprefix('tacoctl: ')} (bench reads the model's file for the shapes of its inputs)"
+        )
+    told: dict[str, Any] = json.loads(done.stdout)
+    return told
 
 
-def _inputs(shapes: Shapes, told: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, Any]:
+def _shapes(arguments: Arguments, lengths: Mapping[str, int]) -> dict[str, list[int]]:
+    """The shapes of what a usual forward takes."""
+    return {
+        name: [lengths[size] if isinstance(size, str) else size for size in spec["shape"]]
+        for name, spec in arguments.items()
+        # A pooled text is always there in ComfyUI, if the model takes one.
+        if spec["required"] or name == "y"
+    }
+
+
+def _inputs(arguments: Arguments, shapes: Mapping[str, Sequence[int]], dtype: str) -> dict[str, Any]:
     """A forward's arguments, of as many bytes as ComfyUI's: numpy has no bf16, but fp16."""
     rng = np.random.default_rng(0)
     inputs: dict[str, Any] = {}
-    for name, spec in shapes.items():
-        # A pooled text is always there in ComfyUI, if the model takes one.
-        if spec["required"] or name == "y":
-            shape = [sizes[size] if isinstance(size, str) else size for size in spec["shape"]]
+    for name, shape in shapes.items():
+        value = arguments[name].get("value", GUIDANCE if name == "guidance" else None)
+        if value is not None:
+            inputs[name] = np.full(shape, value, np.float32)
+        else:
             noise = rng.standard_normal(shape, np.float32)
-            inputs[name] = noise if told["dtype"] == "fp32" else noise.astype(np.float16)
-    batch = np.ones(sizes["B"], np.float32)
-    inputs["timestep"] = batch * (SIGMA if told["family"] == "flux" else 1000 * SIGMA)
-    if "guidance" in inputs:
-        inputs["guidance"] = batch * GUIDANCE
+            inputs[name] = noise if dtype == "fp32" else noise.astype(np.float16)
     return inputs
 
 
@@ -112,8 +120,8 @@ def _measure(
     client: Client, told: dict[str, Any], plan: Any, given: dict[str, Any], rounds: int
 ) -> tuple[list[Call], Any]:
     """The calls of so many rounds, and what came out."""
-    # By what is told, not by a load: that could mean another dtype, and so another copy.
-    model = Model(client._connection, Loading(told["path"], None, None, plan, {}), told)
+    # By its id, not by a load: that could mean other patches or another dtype, and so another copy.
+    model = client.model(told["id"], plan)
     calls = []
     for _ in range(WARM_UPS + rounds):
         out = model.forward(**given)
@@ -150,7 +158,7 @@ def _times(calls: Sequence[Call]) -> dict[str, float]:
 def _error(out: Any, expected: Any) -> float:
     """||out - expected|| / ||expected||."""
     out, expected = out.astype(np.float32), expected.astype(np.float32)
-    return float(np.linalg.norm(out - expected) / np.linalg.norm(expected))
+    return float(np.linalg.norm(out - expected) / (np.linalg.norm(expected) or 1.0))
 
 
 def bound(split: Mapping[str, float], speedup: float, ranks: int) -> str:

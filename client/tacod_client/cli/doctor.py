@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tacod_client.cli import show
+from tacod_client.cli.output import document
 from tacod_client.client import Client
 from tacod_client.endpoint import find_endpoint
 from tacod_client.errors import TacodError
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     states = [finding.state for finding in findings]
     if "json" in args:
         worst = next(state for state in ("fail", "warn", "ok") if state in states)
-        print(json.dumps({"state": worst, "findings": [found._asdict() for found in findings]}, indent=2))
+        document({"state": worst, "findings": [found._asdict() for found in findings]})
     else:
         show.out(_lines(findings))
     return int("fail" in states)
@@ -91,9 +92,10 @@ def _lines(findings: list[Finding]) -> Any:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for found in findings:
-        text = Text(found.message)
+        text = show.text(found.message)
         if found.advice:
-            text.append(f"\n→ {found.advice}" if sys.stdout.isatty() else f" → {found.advice}", style="cyan")
+            text.append("\n" if sys.stdout.isatty() else " ")
+            text.append(f"{show.glyph('→', '->')} {show.text(found.advice).plain}", style="cyan")
         table.add_row(Text(found.state, style=STYLES[found.state]), found.check, text)
     counts = ", ".join(f"{sum(found.state == state for found in findings)} {state}" for state in STYLES)
     return Group(table, Text(counts))
@@ -114,7 +116,9 @@ def _engine(args: argparse.Namespace) -> tuple[str | None, list[Finding]]:
     if endpoint := getattr(args, "endpoint", None):
         command += ["--endpoint", endpoint]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=PATIENCE_S, check=False
+        )
         told = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
         advice = "a GPU or its driver may be stuck: see `nvidia-smi` and `dmesg`"

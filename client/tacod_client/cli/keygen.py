@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
+from tacod_client.cli import show
+from tacod_client.cli.output import document
 from tacod_client.curve import make_keys, own_folder, read_public_key
 
 __all__ = ["run"]
@@ -17,9 +18,11 @@ def run(args: argparse.Namespace) -> None:
     secret, public = make_keys(folder, args.name)
     key = read_public_key(public).decode()
     if "json" in args:
-        print(json.dumps({"secret": str(secret), "public": str(public), "public_key": key}, indent=2))
+        document({"secret": str(secret), "public": str(public), "public_key": key})
         return
-    print(f"{secret}: secret; it stays here, readable by its owner alone")
-    print(f"{public}: public, {key}")
-    print("The public key of a client goes into the daemon's folder curve.clients, that of the daemon to each client,")
-    print(f"as {own_folder() / 'server.key'} or wherever TACOD_CURVE_SERVER_KEY says.")
+    show.out(f"{secret}: secret; it stays here, readable by its owner alone")
+    show.out(f"{public}: public, {key}")
+    show.out(
+        "The public key of a client goes into the daemon's folder curve.clients, that of the daemon to each client,"
+    )
+    show.out(f"as {own_folder() / 'server.key'} or wherever TACOD_CURVE_SERVER_KEY says.")

@@ -6,10 +6,9 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO, cast
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
 from rich.progress import (
     BarColumn,
@@ -20,15 +19,22 @@ from rich.progress import (
     TimeElapsedColumn,
     TransferSpeedColumn,
 )
-from rich.table import Table
+from rich.text import Text
 
+from tacod_client.cli.ending import mute
+from tacod_client.cli.output import stdout
 from tacod_client.job import Job
+from tacod_client.text import printable
 
 __all__ = [
+    "Columns",
+    "Facts",
+    "Wrapped",
     "bench",
+    "console",
     "counting",
     "duration",
-    "facts",
+    "glyph",
     "jobs",
     "live",
     "loading",
@@ -39,23 +45,68 @@ __all__ = [
     "size",
     "stats",
     "status",
+    "text",
 ]
 
-_PIPE_WIDTH = 400
+_PIPE_WIDTH = 100_000
+_LEAST_WIDTH = 24
+"""Of a terminal: an id has 16 letters. What is narrower has to break lines itself."""
+_LAST = 32
+"""What a last column that may take several lines wants at the least."""
+_GAP = "  "
 
 
-def out(text: Any) -> None:
-    """Print a string or something of rich's to stdout."""
-    if isinstance(text, str):
-        print(text)
-        return
+# --- where it goes ----------------------------------------------------------------------------------------------------
+
+
+def console() -> Console:
+    """Stdout: as wide as the terminal, or in a pipe as wide as it takes. What is shown is text, and never markup."""
     width = None if sys.stdout.isatty() else _PIPE_WIDTH
-    Console(width=width, highlight=False).print(text)
+    made = Console(width=width, highlight=False, markup=False, emoji=False)
+    if made.width < _LEAST_WIDTH:
+        made.width = _LEAST_WIDTH
+    return made
+
+
+def out(shown: Any) -> None:
+    """Print a string or something of rich's to stdout."""
+    with stdout():
+        if isinstance(shown, str):
+            print("\n".join(map(printable, shown.split("\n"))))
+        else:
+            console().print(shown)
+
+
+class _Aside:
+    """Stderr for bars: if it can't be written to, the work goes on without them."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, shown: str) -> int:
+        try:
+            return self._file.write(shown)
+        except OSError:
+            mute(self._file)
+            return len(shown)
+
+    def flush(self) -> None:
+        try:
+            self._file.flush()
+        except OSError:
+            mute(self._file)
+
+
+def _aside(quiet: bool) -> Console:
+    return Console(file=cast(TextIO, _Aside(sys.stderr)), quiet=quiet)
 
 
 def live(make: Callable[[], Any], every_s: float) -> None:
     """Show something and refresh it until ctrl-C."""
-    with Live(make(), console=Console(highlight=False), auto_refresh=False) as display:
+    with stdout(), Live(make(), console=console(), auto_refresh=False) as display:
         while True:
             time.sleep(every_s)
             display.update(make(), refresh=True)
@@ -63,26 +114,24 @@ def live(make: Callable[[], Any], every_s: float) -> None:
 
 def progress(job: Job, quiet: bool = False) -> None:
     """Follow a sampling run to its end with a bar on stderr."""
-    console = Console(stderr=True, quiet=quiet)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("sigma {task.fields[sigma]:.3f}"),
+        TextColumn("{task.fields[level]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("sampling", total=job.total, sigma=1.0)
+    with Progress(*columns, console=_aside(quiet)) as bar:
+        task = bar.add_task("sampling", total=job.total, level="")
         for event in job:
-            bar.update(task, completed=event.step, sigma=event.sigma)
+            bar.update(task, completed=event.step, level=f"sigma {event.sigma:.3f}")
 
 
 @contextmanager
 def loading(quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
     """A bar on a terminal's stderr, and what tells it how many bytes of how many are loaded."""
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    console = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=_aside(quiet or not sys.stderr.isatty()), transient=True) as bar:
         task = bar.add_task("loading", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -91,8 +140,7 @@ def loading(quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
 def counting(total: int, quiet: bool = False) -> Iterator[Callable[[], None]]:
     """A bar on a terminal's stderr, and what tells it that one more of so many is done."""
     columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True, quiet=quiet or not sys.stderr.isatty())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=_aside(quiet or not sys.stderr.isatty()), transient=True) as bar:
         task = bar.add_task("measuring", total=total)
         yield lambda: bar.advance(task)
 
@@ -107,18 +155,18 @@ def status(told: dict[str, Any]) -> Any:
         ("queue", f"{queue['running']} running, {queue['queued']} queued"),
         ("clients", str(told["clients"])),
     ]
-    ranks = _table(
+    ranks = Columns(
         ("rank", "pid", "device", "memory"),
         ((rank["rank"], rank["pid"], rank["device"], size(rank["memory_used_bytes"])) for rank in group["ranks"]),
     )
-    return Group(facts(lines), ranks, models(told["models"]))
+    return Group(Facts(lines), Text(), ranks, Text(), models(told["models"]))
 
 
 def models(told: list[dict[str, Any]]) -> Any:
     """``tacoctl models``."""
     if not told:
-        return "no model is loaded"
-    return _table(
+        return Text("no model is loaded")
+    return Columns(
         ("model", "name", "family", "parameters", "memory", "patches", "dtype", "loaded in", "plan"),
         (
             (
@@ -134,14 +182,15 @@ def models(told: list[dict[str, Any]]) -> Any:
             )
             for model in told
         ),
+        long=("name", "plan"),
     )
 
 
 def jobs(told: list[dict[str, Any]]) -> Any:
     """``tacoctl ps``."""
     if not told:
-        return "nothing is running or queued"
-    return _table(
+        return Text("nothing is running or queued")
+    return Columns(
         ("job", "verb", "state", "step", "model", "client", "age"),
         (
             (
@@ -155,6 +204,7 @@ def jobs(told: list[dict[str, Any]]) -> Any:
             )
             for job in told
         ),
+        long=("client",),
     )
 
 
@@ -175,11 +225,11 @@ def stats(told: dict[str, Any]) -> Any:
     ]
     parts = [(name.removesuffix("_s"), told[name]) for name in ("queue_s", "wire_s", "compute_s", "collective_s")]
     whole = sum(seconds for _, seconds in parts) or 1.0
-    split = _table(
+    split = Columns(
         ("of a step", "mean", "share"),
         ((name, ms(seconds), f"{100 * seconds / whole:.1f} %") for name, seconds in parts),
     )
-    return Group(facts(lines), split)
+    return Group(Facts(lines), Text(), split)
 
 
 def bench(told: dict[str, Any]) -> Any:
@@ -190,7 +240,7 @@ def bench(told: dict[str, Any]) -> Any:
         ("forward", f"batch {told['batch']}, {told['text']} text tokens, median of {told['rounds']}"),
         *((row["size"], row["plan"]) for row in told["sizes"]),
     ]
-    table = _table(
+    table = Columns(
         ("size", "one rank", f"{told['ranks']} ranks", "speed-up", "error", *parts, "bound by"),
         (
             (
@@ -204,28 +254,131 @@ def bench(told: dict[str, Any]) -> Any:
             )
             for row in told["sizes"]
         ),
+        long=("bound by",),
     )
-    return Group(facts(lines), table)
+    return Group(Facts(lines), Text(), table)
 
 
-def facts(told: Iterable[tuple[str, str]]) -> Table:
-    """Names and values, one a line."""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, value in told:
-        table.add_row(name, value)
-    return table
+# --- how it is laid out -----------------------------------------------------------------------------------------------
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
-    table = Table(box=SIMPLE_HEAD if sys.stdout.isatty() else None, pad_edge=False)
-    for head in heads:
-        # The last one is the longest, and may take several lines.
-        table.add_column(head, overflow="fold", no_wrap=head != heads[-1])
-    for row in rows:
-        table.add_row(*map(str, row))
-    return table
+def text(value: Any) -> Text:
+    """A value as a line of text: whole and as it is, but for what a terminal would obey, or its locale doesn't have."""
+    if isinstance(value, Text):
+        return value
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return Text(printable(str(value)).encode(encoding, "backslashreplace").decode(encoding))
+
+
+def glyph(drawn: str, plain: str) -> str:
+    """A sign to draw with, or what stands for it where stdout's encoding doesn't have it."""
+    try:
+        drawn.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeError:
+        return plain
+    return drawn
+
+
+class Wrapped:
+    """A text that is broken at its commas first, so that numbers keep their units."""
+
+    def __init__(self, shown: Any) -> None:
+        self.text = text(shown)
+
+    def lines(self, console: Console, width: int) -> list[Text]:
+        """The text in lines of at most this width."""
+        if self.text.cell_len <= width:
+            return [self.text]
+        lines: list[Text] = []
+        for part in self.text.split(", ", include_separator=True):
+            if lines and lines[-1].cell_len + part.cell_len <= width + part.plain.endswith(" "):
+                lines[-1].append_text(part)
+            elif part.cell_len <= width + part.plain.endswith(" "):
+                lines.append(part)
+            else:
+                lines += part.wrap(console, width, overflow="fold", no_wrap=False)
+        for line in lines:
+            line.rstrip()
+        return lines
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from self.lines(console, options.max_width)
+
+
+class Facts:
+    """Names and values, one a line; where that is too narrow, a value goes below its name."""
+
+    def __init__(self, told: Iterable[tuple[str, Any]]) -> None:
+        self.told = [(name, Wrapped(value)) for name, value in told]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = options.max_width
+        indent = max((len(name) for name, _ in self.told), default=0) + len(_GAP)
+        below = width - indent < _LEAST_WIDTH and any(indent + value.text.cell_len > width for _, value in self.told)
+        if below:
+            indent = len(_GAP)
+        for name, value in self.told:
+            head = Text(name, "bold")
+            lines = value.lines(console, max(width - indent, 1))
+            if below:
+                yield head
+            for line in lines:
+                start = Text(" " * indent) if below or line is not lines[0] else head + Text(" " * (indent - len(name)))
+                yield start + line
+
+
+class Columns:
+    """Rows under heads. No id, name or number is ever cut.
+
+    Where a row is too long, the columns that are for the eye alone (those without a head) go first; then the ``long``
+    ones go below their row, each on a line of its own; where that is too long still, every value has its own line.
+    """
+
+    def __init__(self, heads: Sequence[str], rows: Iterable[Sequence[Any]], long: Sequence[str] = ()) -> None:
+        self.heads = list(heads)
+        self.rows = [[text(cell) for cell in row] for row in rows]
+        self.long = [index for index, head in enumerate(heads) if head in long]
+        self._widths = [max((row[index].cell_len for row in self.rows), default=0) for index in range(len(self.heads))]
+        self._widths = [max(width, len(head)) for width, head in zip(self._widths, self.heads, strict=True)]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = options.max_width
+        columns = list(range(len(self.heads)))
+        named = [index for index in columns if self.heads[index]]
+        short = [index for index in named if index not in self.long]
+        for shown in (columns, named, short):
+            *others, last = shown
+            least = min(self._widths[last], _LAST) if last in self.long else self._widths[last]
+            room = width - sum(self._widths[index] + len(_GAP) for index in others)
+            if least <= room:
+                yield self._row([Text(self.heads[index], "bold") for index in shown], shown)
+                for row in self.rows:
+                    yield from self._side_by_side(console, row, shown, room)
+                    for index in named if shown is short else ():
+                        if index in self.long and row[index]:
+                            for line in Wrapped(row[index]).lines(console, width - len(_GAP)):
+                                yield Text(_GAP) + line
+                return
+        for number, row in enumerate(self.rows):
+            if number:
+                yield Text()
+            yield Facts((self.heads[index], row[index]) for index in named)
+
+    def _side_by_side(self, console: Console, row: list[Text], shown: list[int], room: int) -> Iterator[Text]:
+        """The row, of which the last column may take several lines."""
+        *others, last = shown
+        first, *rest = Wrapped(row[last]).lines(console, room)
+        yield self._row([*(row[index] for index in others), first], shown)
+        for line in rest:
+            yield self._row([*(Text() for _ in others), line], shown)
+
+    def _row(self, cells: Sequence[Text], shown: Sequence[int]) -> Text:
+        line = Text()
+        for index, cell in zip(shown, cells, strict=True):
+            line.append_text(cell)
+            line.append(" " * (self._widths[index] - cell.cell_len) + _GAP)
+        line.rstrip()
+        return line
 
 
 def ms(seconds: float) -> str:

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
 from tacod_client.cli import show
+from tacod_client.cli.output import document, stdout
 from tacod_client.client import Client
 from tacod_client.endpoint import find_endpoint
 from tacod_client.errors import ConnectionFailed, TacodError
@@ -46,8 +44,8 @@ def run(args: argparse.Namespace) -> int:
             for told in looks:
                 _print(args, told)
                 time.sleep(args.interval)
-        console = Console(highlight=False)
-        with Live(console=console, screen=True, auto_refresh=False, vertical_overflow="ellipsis") as display:
+        screen = Live(console=show.console(), screen=True, auto_refresh=False, vertical_overflow="ellipsis")
+        with stdout(), screen as display:
             for told in looks:
                 display.update(Group(frame(told), Text("\nCtrl-C ends this", "dim")), refresh=True)
                 time.sleep(args.interval)
@@ -56,10 +54,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _print(args: argparse.Namespace, told: dict[str, Any]) -> None:
     if "json" in args:
-        print(json.dumps(told, indent=2 if args.once else None, ensure_ascii=False), flush=True)
+        document(told, indent=2 if args.once else None)
     else:
         show.out(frame(told))
-        sys.stdout.flush()
 
 
 def _looks(endpoint: str) -> Iterator[dict[str, Any]]:
@@ -99,7 +96,7 @@ def frame(told: dict[str, Any]) -> Any:
     clock = time.strftime("%H:%M:%S", time.localtime(told["time"]))
     if told["error"] is not None:
         head = Text.assemble(("tacod", "bold"), "  ", ("not reachable, trying", "bold red"), f"  {clock}")
-        return Group(head, Text(told["error"]))
+        return Group(head, show.text(told["error"]))
     status, stats = told["status"], told["stats"]
     parts = [_head(status, clock), Text(), _ranks(status["group"]), Text(), *_work(status, stats, told["rates"])]
     if told["jobs"]:
@@ -116,21 +113,22 @@ def _head(status: dict[str, Any], clock: str) -> Text:
         f" {status['version']}  ",
         (state, STATES.get(state, "bold yellow")),
         f"  pid {status['pid']}, up {show.duration(status['uptime_s'])}, {group['restarts']} group restarts  {clock}\n",
-        (status["endpoint"], "dim"),
+        (show.text(status["endpoint"]).plain, "dim"),
     )
 
 
 def _ranks(group: dict[str, Any]) -> Any:
     if not group["ranks"]:
         return Text(f"no rank lives; {group['world_size']} are to be", style="red")
-    table = _columns("rank", "pid", "device", "tensors", "device memory", "", "busy", "")
+    heads = ("rank", "pid", "device", "tensors", "device memory", "", "busy", "")
+    rows = []
     for rank in group["ranks"]:
         used, total = rank.get("device_memory_used_bytes"), rank.get("memory_total_bytes")
         busy = rank.get("utilization")
         name = rank.get("device_name")
-        table.add_row(
-            str(rank["rank"]),
-            str(rank["pid"]),
+        row = (
+            rank["rank"],
+            rank["pid"],
             rank["device"] if name in (None, "cpu") else f"{rank['device']} {name}",
             show.size(rank["memory_used_bytes"]),
             f"{show.size(used)} of {show.size(total)}" if used is not None and total else "not known",
@@ -138,7 +136,8 @@ def _ranks(group: dict[str, Any]) -> Any:
             f"{100 * busy:.0f} %" if busy is not None else "not known",
             _bar(busy),
         )
-    return table
+        rows.append(row)
+    return show.Columns(heads, rows, long=("device",))
 
 
 def _work(status: dict[str, Any], stats: dict[str, Any], rates: dict[str, float] | None) -> Iterator[Any]:
@@ -155,53 +154,47 @@ def _work(status: dict[str, Any], stats: dict[str, Any], rates: dict[str, float]
         facts.append(("now", f"{now}, {traffic}"))
     times = ", ".join(f"{name} {show.ms(step[name])}" for name in ("mean", "p50", "p95"))
     facts.append(("step", f"{times}, {step['count']} in all"))
-    yield show.facts(facts)
+    yield show.Facts(facts)
     if step["count"]:
         yield _split(stats)
 
 
-def _split(stats: dict[str, Any]) -> Text:
+def _split(stats: dict[str, Any]) -> Any:
     """Where a step's time goes: a bar of four colours on a terminal, and what each stands for."""
     whole = sum(stats[part] for part, _ in PARTS) or 1.0
-    bar, legend = Text(), Text()
+    bar, legend = Text(no_wrap=True, overflow="crop"), Text()
     end = 0.0
     for part, colour in PARTS:
         end += stats[part] / whole
-        bar.append("█" * (round(end * SPLIT) - len(bar)), style=colour)
+        bar.append(show.glyph("█", "#") * (round(end * SPLIT) - len(bar)), style=colour)
+        legend.append(", " if legend else "")
         legend.append(part.removesuffix("_s"), style=colour)
-        legend.append(f" {show.ms(stats[part])} ({100 * stats[part] / whole:.0f} %)  ")
-    return Text("\n").join((bar, legend)) if sys.stdout.isatty() else legend
+        legend.append(f" {show.ms(stats[part])} ({100 * stats[part] / whole:.0f} %)")
+    return Group(bar, show.Wrapped(legend)) if sys.stdout.isatty() else show.Wrapped(legend)
 
 
-def _jobs(jobs: list[dict[str, Any]]) -> Table:
-    table = _columns("job", "verb", "state", "step", "", "client", "age")
+def _jobs(jobs: list[dict[str, Any]]) -> Any:
+    rows = []
     for job in jobs:
         progress = f"{job['step']}/{job['total']}"
         share = job["step"] / job["total"] if job["total"] else None
         client = job["client"] or "gone"
-        table.add_row(job["job"], job["verb"], job["state"], progress, _bar(share), client, show.duration(job["age_s"]))
-    return table
+        rows.append((job["job"], job["verb"], job["state"], progress, _bar(share), client, show.duration(job["age_s"])))
+    return show.Columns(("job", "verb", "state", "step", "", "client", "age"), rows, long=("client",))
 
 
-def _models(models: list[dict[str, Any]]) -> Table:
-    table = _columns("model", "family", "memory", "dtype", "plan")
+def _models(models: list[dict[str, Any]]) -> Any:
+    rows = []
     for model in models:
         weights = show.size(model["weight_bytes"])
         patched = f" + {model['patches']} patches" if model["patches"] else ""
-        table.add_row(model["name"] + patched, model["family"], weights, model["dtype"], model["plan"])
-    return table
+        rows.append((model["name"] + patched, model["family"], weights, model["dtype"], model["plan"]))
+    return show.Columns(("model", "family", "memory", "dtype", "plan"), rows, long=("model", "plan"))
 
 
-def _columns(*heads: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for head in heads:
-        # Where a line is too long, the last column gives way.
-        table.add_column(head, no_wrap=head != heads[-1])
-    return table
-
-
-def _bar(share: float | None) -> Any:
+def _bar(share: float | None) -> Text:
     """A bar on a terminal; in a pipe the number beside it says as much."""
     if share is None or not sys.stdout.isatty():
-        return ""
-    return ProgressBar(total=1.0, completed=share, width=BAR)
+        return Text()
+    done = round(min(max(share, 0.0), 1.0) * BAR)
+    return Text.assemble((show.glyph("━", "=") * done, "green"), (show.glyph("━", "-") * (BAR - done), "bright_black"))

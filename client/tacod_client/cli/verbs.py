@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tacod_client.cli import bench, doctor, install, keygen, show, top
-from tacod_client.client import Client, Model
-from tacod_client.errors import ConnectionFailed, ModelNotFound, RequestError
+from tacod_client.cli import bench, doctor, install, keygen, loaded, sample, show, top
+from tacod_client.cli.output import document
+from tacod_client.client import Client
+from tacod_client.errors import ConnectionFailed, RequestError, TacodError
 from tacod_client.version import __version__
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["run"]
 
@@ -31,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _print(args: argparse.Namespace, value: Any, text: Callable[[Any], Any]) -> None:
     if "json" in args:
-        print(json.dumps(value, indent=None if args.watch else 2, ensure_ascii=False), flush=True)
+        document(value, indent=None if args.watch else 2)
     else:
         show.out(text(value))
 
@@ -81,17 +78,9 @@ def _loras(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _unload(args: argparse.Namespace) -> None:
     with _client(args) as client:
-        model = _model_id(client, args.model)
+        model = str(loaded.the_one(client, args.model)["id"])
         client.unload(model)
         _print(args, {"model": model}, lambda told: f"{told['model']} unloaded")
-
-
-def _model_id(client: Client, start: str) -> str:
-    ids = [told["id"] for told in client.models() if told["id"].startswith(start)]
-    if len(ids) != 1:
-        what = "is not unique" if ids else "is no loaded model"
-        raise ModelNotFound(f"{start!r} {what}; `tacoctl models` lists them", model=start)
-    return str(ids[0])
 
 
 def _ps(args: argparse.Namespace) -> None:
@@ -114,14 +103,14 @@ def _ping(args: argparse.Namespace) -> None:
 
 def _install_service(args: argparse.Namespace) -> None:
     done: list[str] = []
-    say = done.append if "json" in args else print
+    say = done.append if "json" in args else show.out
     service = install.Service(Path(args.prefix), args.dry_run, say)
     if args.uninstall:
         install.uninstall(service)
     else:
         install.install(service, args.gpus)
     if "json" in args:
-        print(json.dumps({"done": done}, indent=2))
+        document({"done": done})
 
 
 def _reload(args: argparse.Namespace) -> None:
@@ -161,72 +150,18 @@ def _version(args: argparse.Namespace) -> None:
 
 def _sample(args: argparse.Namespace) -> None:
     _needs("torch", "safetensors")
-    from safetensors.torch import load_file, save_file
-
-    try:
-        given = load_file(args.inputs)
-    except OSError as error:
-        raise RequestError(f"{args.inputs}: {error.strerror or error}; name a .safetensors file") from None
-    known = {"noise", "latent", "sigmas"}
-    odd = [key for key in given if key not in known and not key.startswith(("positive.", "negative."))]
-    if odd:
-        raise RequestError(f"{args.inputs}: {odd[0]!r} is none of noise, latent, sigmas, positive.*, negative.*")
-    with _client(args) as client:
-        model = _loaded(client, args.model)
-        job = model.sample(**_run_inputs(args, given), cfg=args.cfg, sampler=args.sampler, seed=args.seed)
-        show.progress(job, quiet="json" in args)
-        latent = job.result().contiguous()
-    save_file({"latent": latent}, args.output)
-    told = {"job": job.id, "output": args.output, "steps": job.total, "seconds": model.stats.seconds}
-    _print(args, told, lambda told: f"{told['output']}: {told['steps']} steps in {told['seconds']:.2f} s")
-
-
-def _loaded(client: Client, name: str) -> Model:
-    """A model by its id if such a one is loaded, else by its file."""
-    for told in client.models():
-        if told["id"] == name:
-            return client.load(told["path"], dtype=told["dtype"])
-    return client.load(name)
-
-
-def _run_inputs(args: argparse.Namespace, given: dict[str, torch.Tensor]) -> dict[str, Any]:
-    import torch
-
-    positive = _under("positive.", given)
-    if not positive:
-        raise RequestError(f"{args.inputs}: no positive.*; a run needs at least positive.context")
-    batch = next(iter(positive.values())).shape[0]
-    width, height = args.size
-    noise = given.get("noise")
-    if noise is None:
-        generator = torch.Generator().manual_seed(args.seed)
-        noise = torch.randn(batch, args.channels, height // 8, width // 8, generator=generator)
-    sigmas = given.get("sigmas")
-    if sigmas is None:
-        even = torch.linspace(1, 0, args.steps + 1)
-        sigmas = args.shift * even / (1 + (args.shift - 1) * even)
-    return {
-        "noise": noise,
-        "latent": given.get("latent", torch.zeros_like(noise)),
-        "sigmas": sigmas,
-        "positive": positive,
-        "negative": _under("negative.", given) or None,
-    }
-
-
-def _under(prefix: str, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {key.removeprefix(prefix): value for key, value in given.items() if key.startswith(prefix)}
+    sample.run(args)
 
 
 def _plan(args: argparse.Namespace) -> int:
     width, height = args.size
     options = ["--ranks", args.ranks, "--size", f"{width}x{height}", "--batch", args.batch, "--text", args.text]
-    return _daemon_program("tacod.planner", [args.file, *options, *(["--json"] if "json" in args else [])])
+    return _daemon_program("tacod.planner", args, [*options, "--", args.file])
 
 
 def _demo(args: argparse.Namespace) -> int:
     options = [value for key in ("ranks", "output") if (given := getattr(args, key)) for value in (f"--{key}", given)]
-    return _daemon_program("tacod.demo", [*([args.prompt] if args.prompt else []), *options])
+    return _daemon_program("tacod.demo", args, [*options, *(["--", args.prompt] if args.prompt is not None else [])])
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -234,10 +169,14 @@ def _bench(args: argparse.Namespace) -> int:
     return bench.run(args)
 
 
-def _daemon_program(module: str, arguments: list[Any]) -> int:
+def _daemon_program(module: str, args: argparse.Namespace, arguments: list[Any]) -> int:
     """Run a program that comes with the daemon; the client itself depends on nothing of it."""
     _needs("tacod", "pydantic", "torch")
-    return subprocess.call([sys.executable, "-m", module, *map(str, arguments)])
+    options = ["--json"] if "json" in args else []
+    code = subprocess.call([sys.executable, "-m", module, *options, *map(str, arguments)])
+    if code < 0:
+        raise TacodError(f"`python -m {module}` ended by signal {-code}; see `dmesg` for why")
+    return code
 
 
 def _needs(*modules: str) -> None:
@@ -251,7 +190,8 @@ def _completion(args: argparse.Namespace) -> None:
 
     from tacod_client.cli.main import parser
 
-    print(shtab.complete(parser(), shell=args.shell))
+    script = shtab.complete(parser(), shell=args.shell)
+    _print(args, {"shell": args.shell, "script": script}, lambda told: told["script"])
 
 
 _VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {

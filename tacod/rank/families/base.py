@@ -221,6 +221,11 @@ class DiT(nn.Module, abc.ABC):
         With a step cache among them (``step_cache``) it goes through its blocks by `last_tokens`.
         """
 
+    def sampling(self) -> dict[str, Any]:
+        """What a client has to know to begin a run: the latent's channels, and the noise process."""
+        shape = getattr(self.arguments()["x"], "shape", None)
+        return {"channels": shape[1] if shape else self.out_channels, **self.process.describe()}
+
     @property
     def modulating(self) -> list[Any]:
         """The layers of all modulations that see the conditioning alone, in the order of their use."""

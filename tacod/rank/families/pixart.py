@@ -47,15 +47,12 @@ _UNIT = 64
 """The side in latents (512 pixels) that positions are counted in."""
 
 
-def _training_levels() -> Tensor:
-    """The noise levels of training, fp64 [1000]: those of betas that rise linearly from 1e-4 to 2e-2."""
-    signal = (1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64, device="cpu")).cumprod(0)
-    return ((1 - signal) / signal).sqrt()
+_PROCESS = Epsilon(1e-4, 2e-2)
 
 
 @functools.cache
 def _log_levels(device: torch.device) -> Tensor:
-    return _training_levels().log().float().to(device)
+    return _PROCESS.levels.log().float().to(device)
 
 
 class Attention(nn.Module):
@@ -179,7 +176,7 @@ class PixArt(DiT):
     family: ClassVar[str] = "pixart"
     usual = (2, 120)
     image_models: ClassVar[tuple[str, ...]] = (_ALPHA, _SIGMA)
-    process = Epsilon(_training_levels()[-1].float().item())
+    process = _PROCESS
     latent_format = LatentFormat(0.13025, 0.0)
     """Sigma's, which has the VAE of SDXL; an alpha's own is that of Stable Diffusion 1."""
 

@@ -1,0 +1,57 @@
+"""The models that a verb may mean, and what of them fits a message."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from tacod_client.cli import show
+from tacod_client.client import Client
+from tacod_client.errors import MessageTooLarge, ModelNotFound
+
+__all__ = ["check_size", "find", "find_or_load", "the_one"]
+
+
+def find(client: Client, start: str) -> dict[str, Any] | None:
+    """What the daemon tells of the loaded model whose id begins so; None if there is no such model.
+
+    Raises `ModelNotFound` for what several ids begin with, and for an empty text, with which all do.
+    """
+    if not start:
+        raise ModelNotFound("an empty id stands for no model; `tacoctl models` lists them", model=start)
+    found = [told for told in client.models() if told["id"].startswith(start)]
+    if len(found) > 1:
+        ids = ", ".join(told["id"] for told in found[:8])
+        raise ModelNotFound(f"{start!r} is not unique: {ids}; give more of the id", model=start)
+    return found[0] if found else None
+
+
+def the_one(client: Client, start: str) -> dict[str, Any]:
+    """As `find`; there must be one."""
+    told = find(client, start)
+    if told is None:
+        raise ModelNotFound(f"{start!r} is no loaded model; `tacoctl models` lists them", model=start)
+    return told
+
+
+def find_or_load(client: Client, name: str, quiet: bool) -> dict[str, Any]:
+    """What the daemon tells of a model, by the start of its id, or by its file, which is loaded if it isn't yet."""
+    told = find(client, name)
+    if told is None:
+        with show.loading(quiet) as progress:
+            model = client.load(name, progress=progress)
+        told = the_one(client, model.id)
+    return told
+
+
+def check_size(client: Client, shapes: Sequence[Sequence[int]]) -> None:
+    """Raise `MessageTooLarge` for tensors in fp32 that no message could hold, before they take memory here."""
+    nbytes = sum(4 * math.prod(shape) for shape in shapes)
+    limit = client.limits["message_bytes"]
+    if nbytes > limit:
+        raise MessageTooLarge(
+            f"the inputs would take {show.size(nbytes)}, and the daemon takes {show.size(limit)} in a message "
+            "(limits.message_bytes); ask for a smaller size or batch",
+            limit=limit,
+        )

@@ -1,0 +1,108 @@
+"""What ``tacoctl`` hands over: JSON documents, and files that it makes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tacod_client.errors import RequestError, TacodError
+
+__all__ = ["Output", "document", "stdout"]
+
+
+@contextmanager
+def stdout() -> Iterator[None]:
+    """Within, stdout is written to; an error of the system's carries its name."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        error.filename = error.filename or "stdout"
+        raise
+
+
+def document(value: Any, indent: int | None = 2) -> None:
+    """Write a JSON document to stdout, in UTF-8 whatever the locale is."""
+    text = json.dumps(_finite(value), indent=indent, ensure_ascii=False) + "\n"
+    # The escape of a lone surrogate is JSON's own.
+    content = text.encode("utf-8", "backslashreplace")
+    with stdout():
+        sys.stdout.flush()
+        if (buffer := getattr(sys.stdout, "buffer", None)) is not None:
+            buffer.write(content)
+        else:
+            sys.stdout.write(content.decode())
+
+
+def _finite(value: Any) -> Any:
+    """A value with null for what JSON has no numbers for."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Output:
+    """A file that is to be written when there is something to write; that it can be is found out before.
+
+    An old file keeps its content until then. Leaving the block without `write` leaves no new file behind.
+
+    Raises `RequestError` where no such file can be.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.written = False
+        self._is_new = not os.path.lexists(path)
+        try:
+            self._file = open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666), "wb", buffering=0)  # noqa: SIM115
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise RequestError(f"{path}: {reason}; name another file by --output") from None
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        with suppress(OSError):
+            self._file.close()
+        if self._is_new and not self.written:
+            with suppress(OSError):
+                Path(self.path).unlink()
+
+    def write(self, content: bytes) -> None:
+        """Write the file.
+
+        What can't be written there (a disk is full) goes where temporary files do, and `TacodError` says so.
+        """
+        try:
+            left = memoryview(content)
+            while left:
+                left = left[self._file.write(left) or 0 :]
+            # A pipe or a device has no length.
+            with suppress(OSError):
+                os.ftruncate(self._file.fileno(), len(content))
+            self._file.close()
+        except OSError as error:
+            raise TacodError(f"{self.path}: {error.strerror}; {_kept(self.path, content)}") from None
+        self.written = True
+
+
+def _kept(path: str, content: bytes) -> str:
+    """Write what has no other place to a temporary file; returns what became of it."""
+    try:
+        number, kept = tempfile.mkstemp(prefix="tacoctl-", suffix=Path(path).suffix)
+        with open(number, "wb") as file:
+            file.write(content)
+    except OSError as error:
+        return f"it could not be kept in {tempfile.gettempdir()} either ({error.strerror})"
+    return f"it was kept as {kept}"

@@ -1,0 +1,122 @@
+"""``tacoctl sample``: a sampler's run with conditions from a file; its latent goes into another."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from tacod_client.cli import loaded, show
+from tacod_client.cli.output import Output, document
+from tacod_client.client import Client
+from tacod_client.errors import RequestError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["noise_levels", "run"]
+
+KNOWN = {"noise", "latent", "sigmas"}
+SHIFT = 3.0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run it. What can't be written is found out before, what can't be read too."""
+    from safetensors.torch import save
+
+    given, quiet = _read(args.inputs), "json" in args
+    with Output(args.output) as output, Client(getattr(args, "endpoint", None)) as client:
+        told = loaded.find_or_load(client, args.model, quiet)
+        model = client.model(told["id"])
+        inputs = _inputs(args, given, told, client)
+        job = model.sample(**inputs, cfg=args.cfg, sampler=args.sampler, seed=args.seed)
+        show.progress(job, quiet)
+        output.write(save({"latent": job.result().contiguous()}))
+    answer = {"job": job.id, "output": args.output, "steps": job.total, "seconds": model.stats.seconds}
+    if quiet:
+        document(answer)
+    else:
+        show.out(f"{args.output}: {job.total} steps in {model.stats.seconds:.2f} s")
+
+
+def _read(path: str) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load
+
+    try:
+        with open(path, "rb") as file:
+            given: dict[str, torch.Tensor] = load(file.read())
+    except OSError as error:
+        raise RequestError(f"{path}: {error.strerror or error}; name a .safetensors file") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # safetensors raises half a dozen classes for what it can't read
+        raise RequestError(f"{path} is no safetensors file ({error}); name one with positive.context, …") from None
+    odd = [key for key in given if key not in KNOWN and not key.startswith(("positive.", "negative."))]
+    if odd:
+        raise RequestError(f"{path}: {odd[0]!r} is none of noise, latent, sigmas, positive.*, negative.*")
+    if not _under("positive.", given):
+        raise RequestError(f"{path}: no positive.*; a run needs at least positive.context")
+    return given
+
+
+def _inputs(
+    args: argparse.Namespace, given: dict[str, torch.Tensor], told: Mapping[str, Any], client: Client
+) -> dict[str, Any]:
+    """What `Model.sample` takes."""
+    import torch
+
+    positive = _under("positive.", given)
+    sigmas = given.get("sigmas")
+    if sigmas is None:
+        sigmas = noise_levels(told, args.steps, args.shift)
+    noise = given.get("noise")
+    if noise is None:
+        batch = max((value.shape[0] for value in positive.values() if value.ndim), default=1)
+        width, height = args.size
+        channels = args.channels or told.get("sampling", {}).get("channels")
+        if channels is None:
+            raise RequestError(f"{told['name']}: the daemon doesn't tell how many channels it has; give --channels")
+        shape = (batch, channels, height // 8, width // 8)
+        loaded.check_size(client, [shape, shape])
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed))
+    return {
+        "noise": noise,
+        "latent": given.get("latent", torch.zeros_like(noise)),
+        "sigmas": sigmas,
+        "positive": positive,
+        "negative": _under("negative.", given) or None,
+    }
+
+
+def _under(prefix: str, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key.removeprefix(prefix): value for key, value in given.items() if key.startswith(prefix)}
+
+
+def noise_levels(told: Mapping[str, Any], steps: int, shift: float | None = None) -> torch.Tensor:
+    """The noise levels [steps + 1] of a run, down to 0, by the noise process that the daemon tells of the model.
+
+    For a flow they are even in time, shifted. For a model of betas they are those that ComfyUI calls "normal": of even
+    steps between the last step of training and the first. Raises `RequestError` for a process that isn't known here.
+    """
+    import torch
+
+    process = told.get("sampling", {})
+    kind = process.get("prediction")
+    if kind == "flow":
+        even, shift = torch.linspace(1, 0, steps + 1), SHIFT if shift is None else shift
+        return shift * even / (1 + (shift - 1) * even)
+    if shift is not None:
+        raise RequestError(f"{told['name']}: --shift is for flows, and {told['family']} is none; leave it out")
+    if kind != "epsilon" or process.get("beta_schedule") != "linear":
+        raise RequestError(
+            f"{told['name']}: which noise levels {told['family']} takes is not known to this tacoctl; put sigmas "
+            "[steps + 1] into the inputs"
+        )
+    count = process["num_train_timesteps"]
+    betas = torch.linspace(process["beta_start"], process["beta_end"], count, dtype=torch.float64)
+    signal = (1 - betas).cumprod(0)
+    logs = ((1 - signal) / signal).sqrt().log()
+    at = torch.linspace(count - 1, 0, steps, dtype=torch.float64)
+    low, high = at.floor().long(), at.ceil().long()
+    levels = torch.lerp(logs[low], logs[high], at - low).exp().float()
+    return torch.cat((levels, torch.zeros(1)))
