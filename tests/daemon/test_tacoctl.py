@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import subprocess
@@ -13,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FLUX, FP32, SD3, Daemon, relative_error
-from safetensors.torch import load_file, save_file
+from helpers import FLUX, FP32, SD3, Daemon, Tiny, relative_error
+from safetensors.torch import load, load_file, save, save_file
 
 from tacod_client import Client
 
@@ -22,6 +23,21 @@ TACOCTL = [sys.executable, "-c", "import sys; from tacod_client.cli import main;
 VERBS = (
     *("status", "stats", "models", "load", "unload", "sample", "ps", "cancel", "ping", "plan", "bench"),
     *("demo", "version", "completion"),
+)
+
+PIXART = Tiny(
+    "tiny_pixart",
+    {
+        "image_model": "pixart_sigma",
+        "in_channels": 4,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "depth": 2,
+        "caption_channels": 8,
+        "pe_interpolation": 1,
+        "micro_condition": False,
+        "model_max_length": 12,
+    },
 )
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -158,11 +174,204 @@ def test_sample_with_noise_of_its_own(tacoctl: Run, tmp_path: Path) -> None:
     given = SD3.inputs()
     inputs, output = tmp_path / "inputs.safetensors", tmp_path / "latent.safetensors"
     save_file({f"positive.{key}": given[key] for key in ("context", "y")}, inputs)
-    options = ["--channels", 4, "--size", "128x96", "--steps", 2, "--output", output]
+    options = ["--size", "128x96", "--steps", 2, "--output", output]
     assert str(output) in tacoctl("sample", SD3.file, inputs, *options).stdout
     latent = load_file(output)["latent"]
     assert latent.shape == (1, 4, 12, 16)
     assert latent.isfinite().all()
+
+
+@pytest.fixture
+def conditions(tmp_path: Path) -> Path:
+    """A file with what SD3 takes, and no noise."""
+    path = tmp_path / "conditions.safetensors"
+    given = SD3.inputs()
+    save_file({f"positive.{key}": given[key] for key in ("context", "y")}, path)
+    return path
+
+
+def test_sample_of_an_id_is_of_the_model_with_its_patches_and_dtype(
+    tacoctl: Run, client: Client, models: Path, conditions: Path, tmp_path: Path
+) -> None:
+    weights = SD3.model.state_dict()
+    weight = next(name for name in weights if name.endswith("attn.qkv.weight"))
+    height, width = weights[weight].shape
+    torch.manual_seed(0)
+    layer = f"diffusion_model.{weight.removesuffix('.weight')}"
+    save_file(
+        {f"{layer}.lora_down.weight": torch.randn(2, width), f"{layer}.lora_up.weight": torch.randn(height, 2)},
+        models / "style.safetensors",
+    )
+    told = [
+        as_json(tacoctl("load", SD3.file, *options, "--json"))
+        for options in ([], ["--lora", "style.safetensors"], ["--lora", "style.safetensors=0.5"], ["--dtype", "bf16"])
+    ]
+    given = SD3.inputs()
+    noise = torch.randn(given["x"].shape[0], 4, 12, 12, generator=torch.Generator().manual_seed(5))
+    latents = []
+    for each in told:
+        output = tmp_path / f"{each['id']}.safetensors"
+        # By a start of the id too, as everywhere.
+        arguments = (each["id"][:14], conditions, "--size", "96x96", "--steps", 2, "--seed", 5, "--output", output)
+        tacoctl("sample", *arguments)
+        latents.append(load_file(output)["latent"])
+        even = torch.linspace(1, 0, 3)
+        direct = client.model(each["id"]).sample(
+            noise=noise,
+            latent=torch.zeros_like(noise),
+            sigmas=3 * even / (1 + 2 * even),
+            positive={key: given[key] for key in ("context", "y")},
+            seed=5,
+        )
+        assert relative_error(latents[-1], direct.result()) <= FP32
+    for index, latent in enumerate(latents):
+        for other in latents[:index]:
+            assert relative_error(latent, other) > FP32
+
+
+@pytest.mark.parametrize("output", ["no/such/latent.safetensors", ".", "conditions.safetensors/latent"])
+def test_an_output_that_can_not_be_is_known_before_the_run(
+    tacoctl: Run, client: Client, conditions: Path, output: str, tmp_path: Path
+) -> None:
+    client.load(SD3.file)
+    before = client.stats()["forwards_total"]
+    done = tacoctl("sample", SD3.file, conditions, "--size", "64x64", "--output", tmp_path / output, code=1)
+    assert done.stderr.count("\n") == 1
+    assert client.stats()["forwards_total"] == before
+
+
+def test_a_latent_that_can_not_be_written_is_kept(
+    daemon: Daemon, client: Client, conditions: Path, tmp_path: Path
+) -> None:
+    """Neither a full disk at its end, nor a stderr that nobody reads, loses a run."""
+    script = " ".join(["exec", *(f"'{part}'" for part in TACOCTL), '"$@"'])
+    sample = ["sample", SD3.file, str(conditions), "--size", "64x64", "--steps", "1", "--output"]
+    environment = {**os.environ, "TACOD_ENDPOINT": daemon.endpoint, "TMPDIR": str(tmp_path)}
+
+    def run(script: str, output: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", "-c", script, "sh", *sample, output]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+
+    done = run(script, "/dev/full")
+    (kept,) = tmp_path.glob("tacoctl-*")
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert f"it was kept as {kept}" in done.stderr
+    latent = kept.read_bytes()
+    for number, streams in enumerate(("2>/dev/full", ">&- 2>&-", "2> >(true)", ">/dev/full")):
+        output = tmp_path / f"latent-{number}"
+        done = run(f"{script} {streams}", str(output))
+        assert done.returncode == (1 if streams == ">/dev/full" else 0), streams
+        assert output.read_bytes() == latent, streams
+
+
+def test_a_failed_run_leaves_the_output_as_it_was(tacoctl: Run, conditions: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old.safetensors"
+    old.write_bytes(b"an older latent")
+    for output in (old, tmp_path / "new.safetensors"):
+        arguments = ("sample", SD3.file, conditions, "--size", "64x64", "--sampler", "none", "--output", output)
+        assert "sampler" in tacoctl(*arguments, code=1).stderr
+    assert old.read_bytes() == b"an older latent"
+    assert not (tmp_path / "new.safetensors").exists()
+
+
+BLANK = {"positive.context": torch.zeros(1, 7, 8), "positive.y": torch.zeros(1, 6)}
+"""What SD3 needs at the least."""
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "no safetensors file"),
+        (b"no tensors at all", "no safetensors file"),
+        (b"\xff" * 4096, "no safetensors file"),
+        ({}, "no positive"),
+        ({"noise": torch.zeros(1, 4, 8, 8)}, "no positive"),
+        ({"context": torch.zeros(1, 7, 8)}, "'context' is none of"),
+        ({"positive.context": torch.zeros(())}, "positive.context"),
+        ({"positive.context": torch.zeros(0, 7, 8)}, ""),
+        ({"positive.context": torch.zeros(1, 7, 8, dtype=torch.int64)}, "positive.context"),
+        ({"positive.context": torch.zeros(1, 7, 8), "sigmas": torch.zeros(())}, "sigmas"),
+        ({**BLANK, "sigmas": torch.tensor([float("nan"), 0])}, "sigmas"),
+        ({"positive.context": torch.zeros(1, 7, 8), "noise": torch.zeros(3)}, "noise"),
+        ({"positive.context": torch.zeros(1, 7, 8), "latent": torch.zeros(1, 4, 2, 2)}, "latent"),
+        ({"positive.nothing": torch.zeros(1)}, "nothing"),
+    ],
+    ids=lambda value: "",
+)
+def test_inputs_that_can_not_be_are_one_line(tacoctl: Run, tmp_path: Path, content: Any, said: str) -> None:
+    inputs = tmp_path / "caf\udce9.safetensors"
+    if isinstance(content, bytes):
+        inputs.write_bytes(content)
+    else:
+        inputs.write_bytes(save(content))
+    output = tmp_path / "latent.safetensors"
+    done = tacoctl("sample", SD3.file, inputs, "--size", "64x64", "--steps", 1, "--output", output, code=1)
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not output.exists()
+
+
+def test_a_name_that_utf_8_lacks_is_no_obstacle_here(tacoctl: Run, conditions: Path, tmp_path: Path) -> None:
+    """Files of one's own may have any name."""
+    inputs, output = tmp_path / "in\udce9[x]", tmp_path / "out\udce9\n"
+    conditions.rename(inputs)
+    told = as_json(tacoctl("sample", SD3.file, inputs, "--size", "64x64", "--steps", 1, "--output", output, "--json"))
+    assert told["output"] == str(output)
+    assert set(load(output.read_bytes())) == {"latent"}
+
+
+def trained_level(step: float) -> float:
+    """The noise level of a step of PixArt's training, between two of them on a log scale."""
+
+    def at(step: int) -> float:
+        signal = math.prod(1 - (1e-4 + (2e-2 - 1e-4) * each / 999) for each in range(step + 1))
+        return ((1 - signal) / signal) ** 0.5
+
+    low, part = int(step), step - int(step)
+    return at(low) ** (1 - part) * at(min(low + 1, 999)) ** part
+
+
+def test_sample_takes_its_noise_from_the_family(
+    tacoctl: Run, client: Client, models: Path, tmp_path: Path, daemon: Daemon
+) -> None:
+    """PixArt's levels go down from 157 as ComfyUI's "normal" ones do, and a flow's from 1."""
+    PIXART.save(models)
+    context = torch.randn(1, 7, 8, generator=torch.Generator().manual_seed(1))
+    inputs, output = tmp_path / "inputs.safetensors", tmp_path / "latent.safetensors"
+    save_file({"positive.context": context}, inputs)
+    arguments = ("sample", PIXART.file, inputs, "--size", "320x384", "--steps", 5, "--seed", 3, "--output", output)
+    tacoctl(*arguments)
+    sampling = next(one["sampling"] for one in client.models() if one["name"] == PIXART.file)
+    assert sampling == {
+        "channels": 4,
+        "prediction": "epsilon",
+        "beta_schedule": "linear",
+        "beta_start": 1e-4,
+        "beta_end": 2e-2,
+        "num_train_timesteps": 1000,
+    }
+    noise = torch.randn(1, 4, 48, 40, generator=torch.Generator().manual_seed(3))
+    job = client.load(PIXART.file).sample(
+        noise=noise,
+        latent=torch.zeros_like(noise),
+        sigmas=torch.tensor([*map(trained_level, (999, 749.25, 499.5, 249.75, 0)), 0.0]),
+        positive={"context": context},
+    )
+    assert relative_error(load_file(output)["latent"], job.result()) <= 1e-4
+    assert "--shift is for flows" in tacoctl(*arguments, "--shift", 3, code=1).stderr
+    assert client.load(SD3.file).id
+    told = next(one["sampling"] for one in client.models() if one["name"] == SD3.file)
+    assert told == {"channels": 4, "prediction": "flow"}
+
+
+def test_names_are_shown_as_they_are(tacoctl: Run, client: Client, models: Path) -> None:
+    name = "[v2] flux[bf16] :x: 模型 [].safetensors"
+    (models / name).write_bytes((models / FLUX.file).read_bytes())
+    assert name in tacoctl("load", name).stdout
+    for verb in (["models"], ["status"], ["top", "--once"]):
+        assert name in tacoctl(*verb).stdout
+    assert name in [one["name"] for one in as_json(tacoctl("models", "--json"))]
+    assert name in tacoctl("bench", name, "--size", "64x64", "--rounds", 1).stdout
 
 
 def test_plan_needs_no_daemon(tacoctl: Run, models: Path) -> None:
@@ -177,6 +386,7 @@ def test_plan_tells_what_a_forward_takes(tacoctl: Run, models: Path) -> None:
     told = as_json(tacoctl("plan", models / FLUX.file, "--ranks", 3, "--json"))["arguments"]
     assert told["x"] == {"shape": ["B", 4, "H", "W"], "required": True}
     assert told["y"] == {"shape": ["B", 6], "required": False}
+    assert told["timestep"] == {"shape": ["B"], "required": True, "value": pytest.approx(0.7)}
     assert not {"ref_latents", "attention_mask", "control", "rope_options"} & set(told)
 
 
@@ -231,7 +441,8 @@ def test_help_names_the_exit_codes(tacoctl: Run) -> None:
         (["load", "zeros.safetensors"], 1, "no whole safetensors"),
         (["load", "model.ckpt"], 1, "pickle"),
         (["sample", FLUX.file, "nowhere.safetensors"], 1, "nowhere.safetensors"),
-        (["plan", "nowhere.safetensors", "--ranks", "2"], 1, "nowhere.safetensors"),
+        (["plan", "nowhere.safetensors", "--ranks", "2"], 4, "nowhere.safetensors"),
+        (["plan", "--ranks", "2", "--", "-nowhere"], 4, "-nowhere"),
         ([], 2, "VERB"),
         (["frobnicate"], 2, "frobnicate"),
         (["load"], 2, "path"),
@@ -245,6 +456,22 @@ def test_help_names_the_exit_codes(tacoctl: Run) -> None:
         (["bench", "--endpoint", "ipc:///nowhere/tacod.sock"], 3, "no tacod listens at ipc:///nowhere"),
         (["unload", "nope"], 4, "nope"),
         (["cancel", "nope"], 4, "nope"),
+        (["unload", ""], 2, "empty"),
+        (["bench", ""], 2, "empty"),
+        (["sample", "", "inputs.safetensors"], 2, "empty"),
+        (["cancel", ""], 2, "empty"),
+        (["load", ""], 2, "empty"),
+        (["load", FLUX.file, "--lora", ""], 2, "empty"),
+        (["status", "--endpoint", ""], 2, "empty"),
+        (["load", "caf\udce9.safetensors"], 4, "caf\\udce9.safetensors"),
+        (["load", FLUX.file, "--lora", "caf\udce9.safetensors=0.5"], 4, "caf\\udce9.safetensors"),
+        (["unload", "caf\udce9"], 4, "caf\\udce9"),
+        (["cancel", "caf\udce9"], 4, "caf\\udce9"),
+        (["bench", "caf\udce9"], 4, "caf\\udce9"),
+        (["plan", "caf\udce9", "--ranks", "2"], 4, "caf\\udce9"),
+        (["load", "a\nb\x1b[2J"], 4, "a\\nb\\x1b[2J"),
+        (["bench", SD3.file, "--batch", "2000000000", "--size", "64x64", "--rounds", "1"], 1, "limits.message_bytes"),
+        (["bench", SD3.file, "--text", "2000000000", "--size", "64x64", "--rounds", "1"], 1, "limits.message_bytes"),
         (["load", "/etc/passwd"], 77, "models.roots"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from tacod_client import errors
-from tacod_client.cli import verbs
+from tacod_client.cli import bench, loaded, sample, verbs
 from tacod_client.cli.ending import EXIT_CODES
 from tacod_client.cli.main import main, parser
 from tacod_client.version import __version__
@@ -202,6 +205,33 @@ def test_completion_knows_the_verbs(shell: str, capsys: pytest.CaptureFixture[st
         (["plan", "x", "--ranks", "0"], "from 1 up, got '0'"),
         (["status", "--watch", "often"], "expected 0.1 to 3600 seconds, got 'often'"),
         (["status", "--watch", "inf"], "seconds, got 'inf'"),
+        (["plan", "x", "--ranks", "5000"], "expected a whole number from 1 to 4096, got '5000'"),
+        (["plan", "x", "--ranks", 5000 * "9"], "from 1 to 4096, got '999"),
+        (["plan", "x", "--ranks", "3", "--size", "99999999x64"], "each from 16 to 1048576"),
+        (["plan", "x", "--ranks", "3", "--size", "²x²"], "expected WIDTHxHEIGHT"),
+        (["plan", "x", "--ranks", "3", "--size", "64x64x64"], "expected WIDTHxHEIGHT"),
+        (["bench", "--batch", "99999999999"], "expected a whole number from 1 to 2147483647"),
+        (["sample", "x", "y", "--seed", "-1"], "expected a whole number from 0 to 2^64 - 1, got '-1'"),
+        (["sample", "x", "y", "--seed", str(2**64)], "from 0 to 2^64 - 1"),
+        (["sample", "x", "y", "--seed", "1.5"], "from 0 to 2^64 - 1"),
+        (["sample", "x", "y", "--cfg", "nan"], "expected a number, got 'nan'"),
+        (["sample", "x", "y", "--shift", "0"], "expected a number above 0, got '0'"),
+        (["sample", "x", "y", "--shift", "inf"], "expected a number above 0, got 'inf'"),
+        (["sample", "x", "y", "--steps", "10001"], "expected a whole number from 1 to 10000"),
+        (["unload", ""], "argument model: is empty"),
+        (["bench", ""], "argument model: is empty"),
+        (["cancel", ""], "argument job: is empty"),
+        (["load", ""], "argument path: is empty"),
+        (["load", "x", "--lora", ""], "argument --lora: is empty"),
+        (["sample", "", "y"], "argument model: is empty"),
+        (["sample", "x", ""], "argument inputs: is empty"),
+        (["sample", "x", "y", "--output", ""], "argument --output: is empty"),
+        (["plan", "", "--ranks", "2"], "argument file: is empty"),
+        (["drain", "--endpoint", ""], "argument --endpoint: is empty"),
+        (["keygen", "--folder", ""], "argument --folder: is empty"),
+        (["install-service", "--prefix", ""], "argument --prefix: is empty"),
+        (["doctor", "--config", ""], "argument --config: is empty"),
+        (["load", "caf\udce9", "--dtype", "caf\udce9"], "invalid choice"),
     ],
 )
 def test_what_an_option_wants_is_told(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,9 +241,103 @@ def test_what_an_option_wants_is_told(arguments: list[str], said: str, capsys: p
     assert said in capsys.readouterr().err
 
 
+def test_the_largest_seed_is_one() -> None:
+    assert parser().parse_args(["sample", "x", "y", "--seed", str(2**64 - 1)]).seed == 2**64 - 1
+
+
 def test_a_lora_has_a_file_and_perhaps_a_strength() -> None:
     args = parser().parse_args(["load", "x", "--lora", "a", "--lora", "b=0.5", "--lora", "c=d=-1", "--lora", "e="])
     assert args.lora == [("a", 1.0), ("b", 0.5), ("c=d", -1.0), ("e", 1.0)]
+
+
+class FakeLoaded:
+    """A client of a daemon that holds these models."""
+
+    ids = ("ab01", "ab02", "cd03")
+
+    def __init__(self, endpoint: str | None = None) -> None:
+        self.unloaded: list[str] = []
+
+    def __enter__(self) -> FakeLoaded:
+        return self
+
+    def __exit__(self, *args: object) -> None: ...
+
+    def status(self) -> dict[str, Any]:
+        return {"group": {"world_size": 1}}
+
+    def models(self) -> list[dict[str, Any]]:
+        return [{"id": each, "name": "flux", "family": "flux", "path": "/flux"} for each in self.ids]
+
+    def load(self, path: str, **options: Any) -> None:
+        raise errors.ModelNotFound(f"{path}: no such file under models.roots")
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [("ab", "'ab' is not unique: ab01, ab02"), ("ef", "'ef' is no loaded model"), ("ab012", "no loaded model")],
+)
+def test_an_id_of_none_or_several_is_refused(
+    start: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """By every verb that takes one; what is no id may be a file for those that load."""
+    save_file({"positive.context": np.zeros((1, 7, 8), np.float32)}, tmp_path / "inputs")
+    for module in (verbs, bench, sample):
+        monkeypatch.setattr(module, "Client", FakeLoaded)
+    for arguments in (["unload"], ["bench"], ["sample", "--output", f"{tmp_path}/latent"]):
+        loads = arguments[0] != "unload" and "unique" not in said
+        assert main([*arguments, start, *([f"{tmp_path}/inputs"] if arguments[0] == "sample" else [])]) == 4
+        assert ("no such file" if loads else said) in capsys.readouterr().err
+    assert not (tmp_path / "latent").exists()
+
+
+def test_an_empty_id_stands_for_no_model() -> None:
+    with pytest.raises(errors.ModelNotFound, match="empty"):
+        loaded.find(FakeLoaded(), "")  # type: ignore[arg-type]
+    assert loaded.find(FakeLoaded(), "cd") == FakeLoaded().models()[2]  # type: ignore[arg-type]
+
+
+FLOW = {"name": "m", "family": "f", "sampling": {"channels": 16, "prediction": "flow"}}
+BETAS = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 2e-2, "num_train_timesteps": 1000}
+EPSILON = {"name": "m", "family": "f", "sampling": {"channels": 4, "prediction": "epsilon", **BETAS}}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8, 1000, 1500])
+def test_noise_levels_fall_from_the_processes_highest(steps: int) -> None:
+    for told, highest in ((FLOW, 1.0), (EPSILON, 157.407)):
+        levels = sample.noise_levels(told, steps).tolist()
+        assert len(levels) == steps + 1
+        assert levels[0] == pytest.approx(highest, rel=1e-5)
+        assert levels[-1] == 0
+        assert all(high > low for high, low in pairwise(levels))
+
+
+def test_noise_levels_are_those_of_the_schedule() -> None:
+    levels = sample.noise_levels(EPSILON, 1000).tolist()
+    signal, expected = 1.0, []
+    for step in range(1000):
+        signal *= 1 - (1e-4 + (2e-2 - 1e-4) * step / 999)
+        expected.append(((1 - signal) / signal) ** 0.5)
+    assert levels == pytest.approx([*reversed(expected), 0.0], rel=1e-5)
+    assert sample.noise_levels(FLOW, 2).tolist() == pytest.approx([1, 0.75, 0])
+    assert sample.noise_levels(FLOW, 2, 1.0).tolist() == pytest.approx([1, 0.5, 0])
+
+
+@pytest.mark.parametrize(
+    ("sampling", "shift", "said"),
+    [
+        (None, None, "put sigmas"),
+        ({}, None, "put sigmas"),
+        ({"prediction": "v_prediction"}, None, "put sigmas"),
+        ({**EPSILON["sampling"], "beta_schedule": "cosine"}, None, "put sigmas"),
+        (EPSILON["sampling"], 3.0, "--shift is for flows"),
+    ],
+)
+def test_noise_of_a_process_that_is_not_known_is_asked_for(sampling: Any, shift: float | None, said: str) -> None:
+    """Of a newer daemon's family, or of an older daemon that doesn't tell: another's would be a picture of nothing."""
+    told = {"name": "m", "family": "f", **({} if sampling is None else {"sampling": sampling})}
+    with pytest.raises(errors.RequestError, match=said):
+        sample.noise_levels(told, 4, shift)
 
 
 @pytest.mark.parametrize(

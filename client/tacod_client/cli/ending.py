@@ -50,7 +50,9 @@ def guarded(program: Callable[[], int]) -> int:
             return _not_written(error)
         raise SystemExit(code) from None
     except errors.TacodError as error:
-        complain(error.message)
+        # Tracebacks of ranks and lists of a configuration's faults have lines; in other messages names may have them.
+        has_lines = isinstance(error, (errors.EngineError, errors.ConfigInvalid))
+        complain(error.message if has_lines else printable(error.message))
         code = exit_code(error)
     except KeyboardInterrupt:
         code = 130

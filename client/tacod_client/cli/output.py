@@ -62,8 +62,10 @@ class Output:
     def __init__(self, path: str) -> None:
         self.path = path
         self.written = False
-        self._is_new = not os.path.lexists(path)
         try:
+            # A link may lead to a file that isn't there yet.
+            self._real = os.path.realpath(path)
+            self._is_new = not os.path.lexists(self._real)
             self._file = open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666), "wb", buffering=0)  # noqa: SIM115
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
@@ -77,7 +79,7 @@ class Output:
             self._file.close()
         if self._is_new and not self.written:
             with suppress(OSError):
-                Path(self.path).unlink()
+                Path(self._real).unlink()
 
     def write(self, content: bytes) -> None:
         """Write the file.

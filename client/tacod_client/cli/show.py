@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TextIO, cast
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
@@ -113,7 +113,7 @@ def live(make: Callable[[], Any], every_s: float) -> None:
 
 
 def progress(job: Job, quiet: bool = False) -> None:
-    """Follow a sampling run to its end with a bar on stderr."""
+    """Follow a sampling run to its end with a bar on stderr; what is no terminal gets it once, if all went well."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -121,10 +121,14 @@ def progress(job: Job, quiet: bool = False) -> None:
         TextColumn("{task.fields[level]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=_aside(quiet)) as bar:
-        task = bar.add_task("sampling", total=job.total, level="")
+    console = _aside(quiet)
+    bar = Progress(*columns, console=console)
+    task = bar.add_task("sampling", total=job.total, level="")
+    with bar if console.is_terminal else nullcontext():
         for event in job:
             bar.update(task, completed=event.step, level=f"sigma {event.sigma:.3f}")
+    if not console.is_terminal:
+        console.print(bar)
 
 
 @contextmanager

@@ -1,0 +1,158 @@
+"""What ``tacoctl`` shows: whole in any width, as it is in any name, and in any locale."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from tacod_client.cli import show, top
+from tacod_client.text import printable
+
+from .test_top import look
+
+ID = "0123456789abcdef"
+WIDTHS = [24, 40, 60, 80, 100, 120, 200]
+
+
+def model(**changes: Any) -> dict[str, Any]:
+    """What the daemon tells of a model."""
+    return {
+        "id": ID,
+        "name": "flux1-dev.safetensors",
+        "family": "flux",
+        "parameters": 11_901_408_320,
+        "weight_bytes": 23_802_816_640,
+        "patches": 3,
+        "dtype": "bf16",
+        "loaded_s": 12.34,
+        "plan": "sequence 3 (ulysses; 24 heads over 3 ranks: 8 each; 4608 tokens: 1536 each)",
+        **changes,
+    }
+
+
+def job(**changes: Any) -> dict[str, Any]:
+    """What the daemon tells of a job."""
+    told = {"job": "3f2a-17", "verb": "sample", "state": "running", "step": 7, "total": 28, "model": ID}
+    return {**told, "client": "python (pid 12345, uid 1000 (somebody))", "age_s": 75.0, **changes}
+
+
+def shown(value: Any, width: int, **options: Any) -> list[str]:
+    console = Console(file=io.StringIO(), width=width, **options)
+    console.print(value)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", ["flux1-dev.safetensors", 64 * "a" + ".safetensors", 20 * "模型" + ".safetensors"])
+def test_ids_and_numbers_are_whole_in_any_width(width: int, name: str) -> None:
+    lines = shown(show.models([model(name=name), model(id=ID[::-1], name="other")]), width)
+    for whole in (ID, ID[::-1], "flux", "11.9 B", "22.2 GiB", "bf16", "12.3 s"):
+        assert any(whole in line for line in lines), whole
+    text = "".join("".join(lines).split())
+    assert name in text, "a name may be broken, and is never cut"
+    assert "".join(model()["plan"].split()) in text
+    assert all(Console().render_str(line, markup=False).cell_len <= width for line in lines)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_jobs_are_whole_in_any_width(width: int) -> None:
+    lines = shown(show.jobs([job(), job(job="3f2a-18", state="queued", client=None)]), width)
+    for whole in ("3f2a-17", "3f2a-18", ID, "7/28", "1 min 15 s", "queued", "gone"):
+        assert any(whole in line for line in lines), whole
+    assert all(len(line) <= width for line in lines)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_numbers_keep_their_units_in_any_width(width: int) -> None:
+    lines = shown(top.frame(look()), width)
+    for whole in ("mean 200.0 ms", "p95 400.0 ms", "compute 100.0 ms (50 %)", "6.0 GiB of 24.0 GiB", "87 %", "7/28"):
+        assert any(whole in line for line in lines), whole
+    assert all(len(line) <= width for line in lines)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_bench_is_whole_in_any_width(width: int) -> None:
+    times = {"p10": 0.09, "p50": 0.1, "p90": 0.11}
+    split = {"queue_s": 0.001, "wire_s": 0.002, "compute_s": 0.09, "collective_s": 0.007}
+    row = {"size": "2048x2048", "plan": "sequence 3", "one_s": times, "all_s": times, "speedup": 2.5, "error": 1.5e-7}
+    told = {"model": model(), "batch": 1, "text": 512, "ranks": 3, "rounds": 10}
+    told["sizes"] = [{**row, "split": split, "bound": "the exchange between ranks"}]
+    lines = shown(show.bench(told), width)
+    for whole in ("2048x2048", "100.0 ms", "2.50", "1.5e-07", "90.0 ms", "512 text tokens"):
+        assert any(whole in line for line in lines), whole
+    assert all(len(line) <= width for line in lines)
+
+
+def test_in_a_pipe_a_model_is_one_line() -> None:
+    """However long it is: scripts read lines."""
+    lines = shown(show.models([model(name=255 * "x", plan=300 * "y ")]), show._PIPE_WIDTH)
+    assert len(lines) == 2
+    assert lines[1].startswith(f"{ID}  {255 * 'x'}  flux ")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "flux[bf16].safetensors",
+        "[v2] flux.safetensors",
+        "[/] [bold red]x[/bold red]",
+        "a\\[b].gguf",
+        ":rocket: :x:.safetensors",
+        "https://host/x 42 'quoted'",
+        "模型 ü é　全角.safetensors",
+        "{0} %s $HOME {task.fields[x]}",
+        "👩‍👩‍👧.safetensors",
+    ],
+)
+@pytest.mark.parametrize("width", [60, 400])
+def test_a_name_is_shown_as_it_is(name: str, width: int) -> None:
+    """Whatever the console makes of markup, emoji or numbers elsewhere."""
+    frame = look()
+    frame["status"]["models"][0]["name"] = name
+    for value in (show.models([model(name=name)]), top.frame(frame), show.jobs([job(client=name)])):
+        assert any(name in line for line in shown(value, width))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("a\nb", "a\\nb"),
+        ("a\x1b[31mb\x07", "a\\x1b[31mb\\x07"),
+        ("a\r\tb\x00", "a\\r\\tb\\x00"),
+        ("caf\udce9", "caf\\udce9"),
+        ("left‮right", "left\\u202eright"),
+        ("a\u2028b\x85c", "a\\u2028b\\x85c"),
+        ("模型 ü", "模型 ü"),
+    ],
+)
+def test_what_a_terminal_would_obey_is_escaped(name: str, said: str) -> None:
+    assert printable(name) == said
+    assert any(said in line for line in shown(show.models([model(name=name)]), 400))
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "gbk", "utf-8"])
+def test_what_the_locale_lacks_is_escaped(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr("sys.stdout", file)
+    monkeypatch.setattr(file, "isatty", lambda: True)
+    name = "模型 ü.safetensors"
+    file.write("\n".join(shown(show.models([model(name=name)]), 400)))
+    file.write("\n".join(shown(top.frame(look()), 400)))
+    file.flush()
+    told = file.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+    assert name.encode(encoding, "backslashreplace").decode(encoding) in told
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "7", "-3", "", "x", "99999"])
+def test_a_terminal_of_any_width_is_taken(
+    columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    show.out(show.models([model()]))
+    assert ID in re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
