@@ -7,26 +7,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from helpers import FLUX, GOLDEN, SD3, Daemon, Golden, read_golden
+from helpers import FLUX, SD3, Daemon
 
 from tacod_client import Client
 
 Daemons = Callable[[int], Daemon]
-
-
-@pytest.fixture(scope="session")
-def load_golden() -> Callable[[str], Golden]:
-    """A golden forward by its name; without it the test is skipped."""
-
-    def load(name: str) -> Golden:
-        golden = read_golden(name)
-        if golden is None:
-            pytest.skip(
-                f"no golden data at {GOLDEN}/{name}.safetensors; point TACOD_GOLDEN at the folder that holds it"
-            )
-        return golden
-
-    return load
 
 
 @pytest.fixture(scope="session")

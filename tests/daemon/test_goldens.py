@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import FP32, GOLDEN, Daemon, Golden, relative_error
+from helpers import FP32, GOLDEN, Daemon, Golden, read_golden, relative_error
 from safetensors import safe_open
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from tacod_client import Client, Model, Progress
 
 FLUX = ["flux_dev", "flux_dev_odd", "flux_kontext", "flux_schnell"]
 SD3 = ["sd35_large", "sd35_medium"]
+RUNS = GOLDEN / "sampling" / "sd35_large.safetensors"
 RANKS = [1, 2, 3, 4]
 SAMPLERS = ["euler", "heun", "dpmpp_2m", "ddim", "lms", "res_multistep", "euler_ancestral"]
 BF16 = 1e-2
@@ -26,11 +27,11 @@ Load = Callable[..., tuple[Model, Golden]]
 
 
 @pytest.fixture
-def load(models: Path, load_golden: Callable[[str], Golden]) -> Load:
+def load(models: Path) -> Load:
     """A golden's model from a client, and the golden."""
 
     def load(client: Client, name: str, **options: str) -> tuple[Model, Golden]:
-        golden = load_golden(name)
+        golden = read_golden(name)
         file = models / f"{name}.safetensors"
         if not file.exists():
             golden.save(file)
@@ -73,17 +74,14 @@ def test_numpy_in_numpy_out(client: Client, load: Load, name: str) -> None:
 
 def runs() -> list[str]:
     """The golden runs of those samplers that are looked at here."""
-    path = GOLDEN / "sampling" / "sd35_large.safetensors"
-    if not path.is_file():
-        return []
-    with safe_open(path, "pt") as file:
+    with safe_open(RUNS, "pt") as file:
         return [run for run in json.loads(file.metadata()["runs"]) if run.split("|")[0] in SAMPLERS]
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-@pytest.mark.parametrize("run", runs() or [pytest.param("", marks=pytest.mark.skip(f"no golden runs at {GOLDEN}"))])
+@pytest.mark.parametrize("run", runs())
 def test_sampler_equals_comfyui(daemons: Callable[[int], Daemon], load: Load, run: str, ranks: int) -> None:
-    with safe_open(GOLDEN / "sampling" / "sd35_large.safetensors", "pt") as file:
+    with safe_open(RUNS, "pt") as file:
         given = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     sigmas = given[f"{run}.sigmas"]
     with daemons(ranks).client() as client:

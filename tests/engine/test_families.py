@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from helpers import read_golden
 
 from tacod.checkpoint import TensorInfo
 from tacod.rank.families import detect, families
@@ -61,18 +61,18 @@ def _seeded() -> None:
 
 
 @pytest.mark.parametrize("name", GOLDENS)
-def test_equals_comfyui_in_fp32(name: str, load_golden: Callable[[str], Any]) -> None:
-    assert load_golden(name).error(SequenceParallel()) <= 2e-6
+def test_equals_comfyui_in_fp32(name: str) -> None:
+    assert read_golden(name).error(SequenceParallel()) <= 2e-6
 
 
 @pytest.mark.parametrize("name", GOLDENS)
-def test_is_near_comfyui_in_bf16(name: str, load_golden: Callable[[str], Any]) -> None:
-    assert load_golden(name).error(SequenceParallel(), torch.bfloat16) <= 1e-2
+def test_is_near_comfyui_in_bf16(name: str) -> None:
+    assert read_golden(name).error(SequenceParallel(), torch.bfloat16) <= 1e-2
 
 
 @pytest.mark.parametrize("name", GOLDENS)
-def test_a_golden_fits_its_own_description(name: str, load_golden: Callable[[str], Any]) -> None:
-    golden = load_golden(name)
+def test_a_golden_fits_its_own_description(name: str) -> None:
+    golden = read_golden(name)
     model = golden.model()
     specs = model.arguments()
     assert set(golden.inputs) <= set(specs)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import FP32, relative_error
+from helpers import FP32, read_golden, relative_error
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -72,18 +71,18 @@ def forward(model: PixArt, **arguments: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("name", GOLDENS)
-def test_equals_comfyui_in_fp32(name: str, load_golden: Callable[[str], Any]) -> None:
-    assert load_golden(name).error(SequenceParallel()) <= FP32
+def test_equals_comfyui_in_fp32(name: str) -> None:
+    assert read_golden(name).error(SequenceParallel()) <= FP32
 
 
 @pytest.mark.parametrize("name", GOLDENS)
-def test_is_near_comfyui_in_bf16(name: str, load_golden: Callable[[str], Any]) -> None:
-    assert load_golden(name).error(SequenceParallel(), torch.bfloat16) <= 1e-2
+def test_is_near_comfyui_in_bf16(name: str) -> None:
+    assert read_golden(name).error(SequenceParallel(), torch.bfloat16) <= 1e-2
 
 
 @pytest.mark.parametrize("name", GOLDENS)
-def test_a_golden_fits_its_own_description(name: str, load_golden: Callable[[str], Any]) -> None:
-    golden = load_golden(name)
+def test_a_golden_fits_its_own_description(name: str) -> None:
+    golden = read_golden(name)
     specs = golden.model().arguments()
     assert set(golden.inputs) <= set(specs)
     assert {key for key, spec in specs.items() if spec.required} <= set(golden.inputs)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import GOLDEN, read_golden
 from safetensors import safe_open
 from torch import Tensor
 
@@ -26,9 +25,9 @@ from tacod.rank.samplers import (
     needs_negative,
     noise_source,
 )
+from tacod.rank.sequence import SequenceParallel
 from tacod_client.errors import ArgumentError
 
-GOLDEN = Path(os.environ.get("TACOD_GOLDEN", Path(__file__).parents[3] / "shared" / "golden"))
 RUNS = [
     "euler|normal",
     "euler|simple",
@@ -46,43 +45,19 @@ RUNS = [
     "gradient_estimation|normal",
     "euler_ancestral|normal",
 ]
-LEFT_OUT = ["dpmpp_2m_sde|normal"]
 DETERMINISTIC = sorted(set(SAMPLERS) - {"euler_ancestral"})
-
-
-def golden(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    path = GOLDEN / f"{name}.safetensors"
-    if not path.is_file():
-        pytest.skip(f"no golden data at {path}; point TACOD_GOLDEN at the folder that holds it")
-    with safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
-
-
-def normal_levels(steps: int) -> Tensor:
-    """ComfyUI's "normal" scheduler for SD3: even between the table's ends, and shifted (shift 3)."""
-
-    def shift(t: Tensor) -> Tensor:
-        return 3 * t / (1 + 2 * t)
-
-    times = torch.linspace(1000, float(shift(torch.tensor(0.001)) * 1000), steps)
-    return torch.cat([shift(times / 1000), torch.zeros(1)])
 
 
 @pytest.fixture(scope="module")
 def runs() -> tuple[dict[str, Tensor], dict[str, str]]:
-    return golden("sampling/sd35_large")
+    with safe_open(GOLDEN / "sampling" / "sd35_large.safetensors", "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
 
 
 @pytest.fixture(scope="module")
 def denoise(runs: tuple[dict[str, Tensor], dict[str, str]]) -> Denoise:
     """The golden runs' SD3 with its conditioning and guidance."""
-    from tacod.rank.families.sd3 import SD3
-    from tacod.rank.sequence import SequenceParallel
-
-    tensors, metadata = golden("sd35_large")
-    model: Any = SD3(json.loads(metadata["config"]))
-    model.load_state_dict({k.removeprefix("weights."): v.float() for k, v in tensors.items() if "weights." in k})
-    model.float().eval()
+    model: Any = read_golden("sd35_large").model()
     conditioning = {
         key: torch.cat([runs[0][f"negative.{key}"], runs[0][f"positive.{key}"]]) for key in ("context", "y")
     }
@@ -99,8 +74,7 @@ def denoise(runs: tuple[dict[str, Tensor], dict[str, str]]) -> Denoise:
 
 
 def test_every_golden_run_is_looked_at(runs: tuple[dict[str, Tensor], dict[str, str]]) -> None:
-    assert sorted(json.loads(runs[1]["runs"])) == sorted(RUNS + LEFT_OUT)
-    assert not {run.split("|")[0] for run in LEFT_OUT} & set(SAMPLERS)
+    assert json.loads(runs[1]["runs"]) == RUNS
     assert {run.split("|")[0] for run in RUNS} == set(SAMPLERS)
 
 
@@ -109,11 +83,6 @@ def test_equals_comfyui(run: str, runs: tuple[dict[str, Tensor], dict[str, str]]
     tensors, metadata = runs
     name = run.split("|")[0]
     sigmas = tensors[f"{run}.sigmas"]
-    if name in ("dpm_2", "uni_pc"):
-        # The file holds what the scheduler gives for 8 steps, but ComfyUI's KSampler ran these two
-        # on the levels for 9 steps without the last but one.
-        assert torch.equal(normal_levels(8), sigmas)
-        sigmas = torch.cat([normal_levels(9)[:-2], torch.zeros(1)])
     latents = SD3.latent_format
     x = SD3.process.start(tensors["noise"], latents.into_model(tensors["latent"]), sigmas[0])
     *_, x = find(name)(denoise, x, sigmas, noise_source(int(metadata["seed"]), x))

@@ -22,7 +22,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import FLUX, SD3
+from helpers import FLUX, SD3, read_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shared_block import SharedBlock, reach_shared
@@ -109,10 +109,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("name", GOLDENS)
-def test_equals_comfyui_in_every_layout(
-    ranks: Ranks, load_golden: Callable[[str], Any], name: str, layout: tuple[int, ...]
-) -> None:
-    images = len(load_golden(name).inputs["x"])
+def test_equals_comfyui_in_every_layout(ranks: Ranks, name: str, layout: tuple[int, ...]) -> None:
+    images = len(read_golden(name).inputs["x"])
     if layout[0] > images:
         layout = (images, *layout[1:])
     errors = ranks.run(layout, "golden", name=name)
@@ -122,10 +120,8 @@ def test_equals_comfyui_in_every_layout(
 
 @pytest.mark.parametrize("layout", [(1, 2, 1), (1, 3, 1), (1, 5, 1), (1, 2, 2), (2, 2, 1)], ids=str)
 @pytest.mark.parametrize("name", ["flux_dev_odd", "sd35_medium", "flux_kontext", "pixart_sigma"])
-def test_ranks_that_write_into_each_others_memory(
-    ranks: Ranks, load_golden: Callable[[str], Any], name: str, layout: tuple[int, ...]
-) -> None:
-    if layout[0] > len(load_golden(name).inputs["x"]):
+def test_ranks_that_write_into_each_others_memory(ranks: Ranks, name: str, layout: tuple[int, ...]) -> None:
+    if layout[0] > len(read_golden(name).inputs["x"]):
         layout = (1, *layout[1:])
     assert max(ranks.run(layout, "golden", name=name, sharing=True)) <= 2e-6
 
@@ -145,21 +141,15 @@ def test_a_forward_that_has_no_room_on_one_rank_is_warmed_up_on_all(ranks: Ranks
 
 @pytest.mark.parametrize("layout", [(1, 3, 1), (1, 2, 2)], ids=str)
 @pytest.mark.parametrize("name", ["flux_dev_odd", "sd35_medium"])
-def test_what_is_exchanged_in_8_bits_loses_little(
-    ranks: Ranks, load_golden: Callable[[str], Any], name: str, layout: tuple[int, ...]
-) -> None:
-    # The ranks read it for themselves; here it says whether it is there.
-    load_golden(name)
+def test_what_is_exchanged_in_8_bits_loses_little(ranks: Ranks, name: str, layout: tuple[int, ...]) -> None:
     errors = ranks.run(layout, "golden", name=name, narrow=True)
     assert 2e-6 < max(errors) <= 1e-2
 
 
 @pytest.mark.parametrize("layout", [(1, 3, 1), (1, 1, 3), (1, 2, 2), (2, 2, 1)], ids=str)
 @pytest.mark.parametrize("name", ["flux_dev_odd", "sd35_medium"])
-def test_bf16_loses_nothing_to_the_exchange(
-    ranks: Ranks, load_golden: Callable[[str], Any], name: str, layout: tuple[int, ...]
-) -> None:
-    alone = load_golden(name).error(SequenceParallel(), torch.bfloat16)
+def test_bf16_loses_nothing_to_the_exchange(ranks: Ranks, name: str, layout: tuple[int, ...]) -> None:
+    alone = read_golden(name).error(SequenceParallel(), torch.bfloat16)
     assert max(ranks.run(layout, "golden", name=name, dtype="bfloat16")) <= 1.1 * alone
 
 

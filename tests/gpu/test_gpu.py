@@ -6,12 +6,12 @@ import functools
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import FLUX, FP32, SD3, Daemon, Golden, Tiny, relative_error, stopped
+from helpers import FLUX, FP32, SD3, Daemon, Tiny, read_golden, relative_error, stopped
 from safetensors.torch import save_file
 from torch.nn.attention import sdpa_kernel
 
@@ -46,8 +46,8 @@ def everyone(daemon: Daemon) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("name", GOLDENS)
-def test_goldens_in_fp32(gpu_daemon: Daemon, models: Path, load_golden: Callable[[str], Golden], name: str) -> None:
-    golden = load_golden(name)
+def test_goldens_in_fp32(gpu_daemon: Daemon, models: Path, name: str) -> None:
+    golden = read_golden(name)
     golden.save(models / f"{name}.safetensors")
     with gpu_daemon.client() as client:
         model = client.load(f"{name}.safetensors", dtype="fp32", plan=everyone(gpu_daemon))
@@ -57,8 +57,8 @@ def test_goldens_in_fp32(gpu_daemon: Daemon, models: Path, load_golden: Callable
 
 
 @pytest.mark.parametrize("name", [name for name in GOLDENS if name.startswith("flux")])
-def test_goldens_in_bf16(gpu_daemon: Daemon, models: Path, load_golden: Callable[[str], Golden], name: str) -> None:
-    golden = load_golden(name)
+def test_goldens_in_bf16(gpu_daemon: Daemon, models: Path, name: str) -> None:
+    golden = read_golden(name)
     golden.save(models / f"{name}.safetensors")
     with gpu_daemon.client() as client:
         model = client.load(f"{name}.safetensors", plan=everyone(gpu_daemon))
@@ -67,9 +67,9 @@ def test_goldens_in_bf16(gpu_daemon: Daemon, models: Path, load_golden: Callable
     assert relative_error(out, golden.out) <= 1e-2
 
 
-def test_replays_equal_what_they_replay(gpu_daemon: Daemon, models: Path, load_golden: Callable[[str], Golden]) -> None:
+def test_replays_equal_what_they_replay(gpu_daemon: Daemon, models: Path) -> None:
     """The first forward comes as it is, the second is captured, later ones are graphs; ranks store into each other."""
-    golden = load_golden("flux_dev_odd")
+    golden = read_golden("flux_dev_odd")
     golden.save(models / "flux_dev_odd.safetensors")
     with gpu_daemon.client() as client:
         model = client.load("flux_dev_odd.safetensors", dtype="fp32", plan=everyone(gpu_daemon))
@@ -92,8 +92,8 @@ def test_graphs_of_large_images(gpu_daemon: Daemon) -> None:
 
 
 @pytest.mark.parametrize("key", ["cuda_graphs", "peer_memory", "warm_up"])
-def test_without_one_of_the_engines_ways(models: Path, load_golden: Callable[[str], Golden], key: str) -> None:
-    golden = load_golden("flux_dev_odd")
+def test_without_one_of_the_engines_ways(models: Path, key: str) -> None:
+    golden = read_golden("flux_dev_odd")
     golden.save(models / "flux_dev_odd.safetensors")
     settings = {f"group.{key}": False}
     with Daemon(roots=[models], gpus=range(WORLDS[-1]), settings=settings) as daemon, daemon.client() as client:
@@ -103,9 +103,9 @@ def test_without_one_of_the_engines_ways(models: Path, load_golden: Callable[[st
 
 @pytest.mark.skipif(WORLDS[-1:] < [2], reason="one GPU alone exchanges nothing")
 @pytest.mark.parametrize("exchange", ["exact", "int8"])
-def test_through_the_hosts_memory(models: Path, load_golden: Callable[[str], Golden], exchange: str) -> None:
+def test_through_the_hosts_memory(models: Path, exchange: str) -> None:
     """GPUs that are told not to reach each other: the same result, to the bit at each replay."""
-    golden = load_golden("flux_dev_odd")
+    golden = read_golden("flux_dev_odd")
     golden.save(models / "flux_dev_odd.safetensors")
     without = {"NCCL_P2P_DISABLE": "1"}
     with Daemon(roots=[models], gpus=range(WORLDS[-1]), environment=without) as daemon, daemon.client() as client:

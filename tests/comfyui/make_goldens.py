@@ -1,0 +1,154 @@
+"""Makes the goldens of SD3.5 and PixArt alpha in tests/data/golden with a real ComfyUI, on the CPU and in fp32.
+
+    PYTHONPATH=COMFYUI:tests/comfyui/stub/torchaudio python tests/comfyui/make_goldens.py tests/data/golden
+
+Weights are random numbers that float8_e4m3fn holds, as which they are stored: half the size, and nothing is lost.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+OUT = Path(sys.argv[1]).resolve()
+sys.argv = [sys.argv[0], "--cpu", "--force-fp32"]
+
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+
+import comfy.ops  # noqa: E402
+import comfy.sample  # noqa: E402
+import comfy.samplers  # noqa: E402
+import comfy.sd  # noqa: E402
+import comfyui_version  # noqa: E402
+import torch  # noqa: E402
+from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT  # noqa: E402
+from comfy.ldm.pixart.pixartms import PixArtMS  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+STEPS, CFG, SEED = 8, 4.5, 42
+RUNS = [
+    "euler|normal",
+    "euler|simple",
+    "euler|beta",
+    "heun|normal",
+    "dpm_2|normal",
+    "lms|normal",
+    "dpmpp_2m|normal",
+    "dpmpp_2m|sgm_uniform",
+    "ddim|normal",
+    "uni_pc|normal",
+    "deis|normal",
+    "ipndm|normal",
+    "res_multistep|simple",
+    "gradient_estimation|normal",
+    "euler_ancestral|normal",
+]
+SD35 = {
+    "image_model": "sd3",
+    "patch_size": 2,
+    "in_channels": 16,
+    "depth": 2,
+    "adm_in_channels": 40,
+    "pos_embed_max_size": 20,
+    "num_patches": 400,
+    "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 48, "out_features": 128}},
+    "context_size": 48,
+    "qk_norm": "rms",
+    "pos_embed_scaling_factor": None,
+    "input_size": None,
+}
+PIXART = {
+    "image_model": "pixart_alpha",
+    "input_size": 64,
+    "patch_size": 2,
+    "in_channels": 4,
+    "hidden_size": 96,
+    "depth": 1,
+    "num_heads": 16,
+    "caption_channels": 48,
+    "pred_sigma": True,
+    "learn_sigma": True,
+    "micro_condition": True,
+    "pe_interpolation": 1,
+    "model_max_length": 30,
+}
+
+
+def build(kind: Any, config: dict[str, Any], drawn: torch.Generator) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The network with random weights, and these as they are stored."""
+    known = {key: value for key, value in config.items() if key not in ("image_model", "context_size")}
+    network = kind(**known, dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init)
+    stored = {}
+    for name, weight in sorted(network.state_dict().items()):
+        random = torch.randn(weight.shape, generator=drawn)
+        if weight.ndim == 1:
+            # Scales of norms are about 1, biases small.
+            random = 1 + 0.2 * random if name.endswith(("ln_q.weight", "ln_k.weight")) else 0.1 * random
+        elif "pos_embed" not in name and "scale_shift" not in name:
+            random = random / weight[0].numel() ** 0.5
+        stored[name] = random.to(torch.float8_e4m3fn)
+    network.load_state_dict({name: weight.float() for name, weight in stored.items()})
+    return network.eval(), stored
+
+
+def save(name: str, family: str, config: dict[str, Any], network: nn.Module, stored: Any, given: Any) -> None:
+    """Run one forward, and write it with what it was made of."""
+    rest = {key: value for key, value in given.items() if key not in ("x", "timestep")}
+    with torch.inference_mode():
+        out = network(given["x"], given["timestep"], **rest)
+    tensors = {f"weights.{key}": value for key, value in stored.items()}
+    tensors |= {f"in.{key}": value for key, value in given.items()} | {"out": out.clone().contiguous()}
+    metadata = {"family": family, "case": name, "comfyui": comfyui_version.__version__, "config": json.dumps(config)}
+    save_file(tensors, OUT / f"{name}.safetensors", metadata)
+
+
+def sample(name: str, stored: dict[str, Tensor], drawn: torch.Generator) -> None:
+    """Run ComfyUI's samplers on SD3.5, and write what they came to."""
+    weights = {f"model.diffusion_model.{key}": value.float() for key, value in stored.items()}
+    model = comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": torch.float32})
+
+    def condition() -> tuple[Tensor, Tensor]:
+        return torch.randn(1, 11, 48, generator=drawn), torch.randn(1, 40, generator=drawn)
+
+    positive, negative = condition(), condition()
+    noise, latent = torch.randn(1, 16, 12, 14, generator=drawn), torch.zeros(1, 16, 12, 14)
+    tensors = {"noise": noise, "latent": latent}
+    for sign, (context, y) in {"positive": positive, "negative": negative}.items():
+        tensors |= {f"{sign}.context": context, f"{sign}.y": y}
+    conditions = [[[context, {"pooled_output": y}]] for context, y in (positive, negative)]
+    for run in RUNS:
+        sampler, scheduler = run.split("|")
+        # What KSampler runs on: for some samplers it drops the last level but one of one step more.
+        sigmas = comfy.samplers.KSampler(model, STEPS, torch.device("cpu"), sampler, scheduler).sigmas
+        out = comfy.sample.sample(model, noise, STEPS, CFG, sampler, scheduler, *conditions, latent, seed=SEED)
+        tensors |= {f"{run}.sigmas": sigmas.clone().contiguous(), f"{run}.out": out.clone().contiguous()}
+    metadata = {"cfg": str(CFG), "seed": str(SEED), "steps": str(STEPS), "runs": json.dumps(RUNS)}
+    metadata |= {"case": name, "comfyui": comfyui_version.__version__}
+    save_file(tensors, OUT / "sampling" / f"{name}.safetensors", metadata)
+
+
+def main() -> None:
+    """Make them all."""
+    drawn = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=drawn)
+
+    for name, dual in {"sd35_medium": [0], "sd35_large": []}.items():
+        config = {**SD35, "x_block_self_attn_layers": dual}
+        network, stored = build(MMDiT, config, drawn)
+        given = {"x": noise(2, 16, 17, 20), "timestep": torch.tensor([700.0, 350.5])}
+        save(name, "sd3", config, network, stored, {**given, "context": noise(2, 10, 48), "y": noise(2, 40)})
+    sample("sd35_large", stored, drawn)
+    network, stored = build(PixArtMS, PIXART, drawn)
+    given = {"x": noise(1, 4, 34, 46), "timestep": torch.tensor([421.0]), "context": noise(1, 30, 48)}
+    given |= {"c_size": torch.tensor([[272.0, 368.0]]), "c_ar": torch.tensor([[0.74]])}
+    save("pixart_alpha", "pixart", PIXART, network, stored, given)
+
+
+main()
