@@ -118,16 +118,27 @@ def samples(draw: st.DrawFn) -> Call:
     noise = positive.pop("x")
     del positive["timestep"]
     negative = draw(st.none() | st.just(positive) | sizes(tiny).map(lambda each: _without(each, ("x", "timestep"))))
-    asked = {
-        "noise": draw(st.just(noise) | tensors()) if draw(st.booleans()) else noise,
-        "latent": draw(st.just(torch.zeros_like(noise)) | tensors()) if draw(st.booleans()) else noise,
-        "sigmas": torch.tensor(draw(st.just([1.0, 0.5, 0.0]) | falling | levels)),
-        "positive": {**positive, **draw(conditions | st.just({}))},
-        "negative": None if negative is None else {**negative, **draw(conditions | st.just({}))},
-        "cfg": draw(st.sampled_from([1.0, 3.5, 0.0, -1.0, 1e38, 1e300])),
-        "sampler": draw(st.sampled_from([*SAMPLERS, "eulr"])),
-        "seed": draw(st.sampled_from([0, 1, 2**63, 2**64 - 1, 2**64, -1])),
+    good = {
+        "noise": noise,
+        "latent": torch.zeros_like(noise),
+        "sigmas": torch.tensor([1.0, 0.5, 0.0]),
+        "positive": positive,
+        "negative": negative,
+        "cfg": 1.0 if negative is None else 3.5,
+        "sampler": draw(st.sampled_from(sorted(SAMPLERS))),
+        "seed": 0,
     }
+    odd = {
+        "noise": tensors(),
+        "latent": tensors() | st.just(noise),
+        "sigmas": (falling | levels).map(torch.tensor),
+        "positive": conditions.map(lambda more: {**positive, **more}),
+        "negative": conditions.map(lambda more: {**positive, **more}),
+        "cfg": st.sampled_from([0.0, -1.0, 1e38, 1e300, 1.0 + 1e-12]),
+        "sampler": words,
+        "seed": st.sampled_from([1, 2**63, 2**64 - 1, 2**64, -1]),
+    }
+    asked = {**good, **{name: draw(odd[name]) for name in draw(st.sets(st.sampled_from(sorted(odd)), max_size=2))}}
     return Call("sample", tiny, draw(plans), asked)
 
 
