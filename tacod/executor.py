@@ -175,11 +175,16 @@ class Executor:
         if running is not None and running.verb in (Verb.FORWARD, Verb.SAMPLE):
             self.metrics.retried_forwards += 1
         self.group.kill()
-        self._end(self.scheduler.lose_group(reason, lost.error))
+        ended = self.scheduler.lose_group(reason, lost.error, lost.cause)
+        self._end(ended)
         self.residency.lose_group(lost.error)
-        self._spawn_at = self._restarts.next_start(now)
+        self._spawn_at = self._restarts.next_start(now, running.id if running is not None else "")
         if self._spawn_at is not None:
             self.group.restarts += 1
+            for job in ended:
+                if job.attempts > 1 and job.outcome is Outcome.FAILED:
+                    # New ranks had passed their self-test in between: it isn't they who are broken.
+                    self._restarts.forgive(job.id)
             return
         limits = self.config.group
         self.given_up = (

@@ -7,6 +7,7 @@ spawn anew.
 from __future__ import annotations
 
 import enum
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ from typing import Any
 from tacod import config
 from tacod.faults import Faults
 from tacod.processes import GroupLost, Processes, Rank
-from tacod_client.errors import ProtocolError, TacodError
+from tacod_client.errors import EngineError, ProtocolError, TacodError
 from tacod_client.wire import Message, Tensor
 
 __all__ = ["Answer", "RankGroup", "State"]
@@ -26,6 +27,9 @@ AGREE_S = 5.0
 """After one rank reports a failure, the others have this long to say the same; else they count as stuck."""
 CACHE_TENSORS = 8192
 """Client tensors that each rank keeps, however small."""
+
+
+_NUMBERS = re.compile(r"0x[0-9a-f]+|\d+")
 
 
 class State(enum.Enum):
@@ -108,6 +112,9 @@ class RankGroup:
             self._processes.log_stacks(missing)
             if self.state is State.STARTING:
                 raise GroupLost(f"{names} not ready after {self.settings.start_timeout_s:g} s (group.start_timeout_s)")
+            raised = self._first("raised")
+            if raised is not None:
+                raise self._raised(raised)
             error = self._error()
             said = f"; another rank said: {error.message}" if error is not None else ""
             waited_s = now - self._started_s
@@ -115,8 +122,18 @@ class RankGroup:
 
     def _error(self) -> TacodError | None:
         """The error that a rank has answered with, if one has."""
-        failed = (answer for _, answer in sorted(self._answers.items()) if answer.type == "failed")
-        return next((TacodError.from_wire(answer.body["error"]) for answer in failed), None)
+        failed = self._first("failed")
+        return None if failed is None else TacodError.from_wire(self._answers[failed].body["error"])
+
+    def _first(self, kind: str) -> int | None:
+        """The first rank that has answered so."""
+        return min((index for index, answer in self._answers.items() if answer.type == kind), default=None)
+
+    def _raised(self, index: int) -> GroupLost:
+        """The loss of the group by what a rank raised."""
+        told = self._answers[index].body
+        reason = f"rank {index} ({self._processes.devices[index]}) raised:\n{told['traceback']}"
+        return GroupLost(reason, cause=_NUMBERS.sub("#", told.get("what", "")))
 
     def _has_answered(self, rank: Rank) -> bool:
         return rank.ready if self.state is State.STARTING else rank.index in self._answers
@@ -190,7 +207,7 @@ class RankGroup:
         if asked and message.type == "progress":
             rank.progress = (message.body["done"], message.body["total"])
             return None
-        if asked and message.type in ("done", "failed", "broken"):
+        if asked and message.type in ("done", "failed", "raised", "broken"):
             return self._collect(rank, message)
         raise GroupLost(f"rank {rank.index} says what it wasn't asked ({message.type})")
 
@@ -212,10 +229,10 @@ class RankGroup:
         if message.type == "broken":
             # A rank raises too when another one dies under it, and that is then the reason.
             self._processes.check(rank for rank in self.ranks if rank.index not in self._answers)
-            raise GroupLost(f"rank {rank.index} ({rank.device}) raised:\n{message.body['traceback']}")
+            raise self._raised(rank.index)
         rank.memory_used_bytes = message.body["memory_used_bytes"]
         if len(self._answers) < len(self.ranks):
-            if message.type == "failed" and self.deadline is not None:
+            if message.type != "done" and self.deadline is not None:
                 self.deadline = min(self.deadline, time.monotonic() + AGREE_S)
             return None
         self.state = State.IDLE
@@ -226,13 +243,28 @@ class RankGroup:
 
     def _agree(self, elapsed_s: float) -> Answer:
         first = self._answers[0]
+        raised = self._first("raised")
+        if raised is not None:
+            if len({_alike(answer) for answer in self._answers.values()}) > 1:
+                raise self._raised(raised)
+            error = EngineError(
+                f"{self._verb} failed on all ranks alike, which go on: {first.body['what']}; this is a fault of tacod "
+                "with such a request: please report it with the daemon's log"
+            )
+            return Answer(error=error, elapsed_s=elapsed_s)
         codes = {
             (answer.type, answer.body["error"]["code"] if answer.type == "failed" else "")
             for answer in self._answers.values()
         }
         if len(codes) > 1:
             told = "; ".join(f"rank {index}: {answer.type}" for index, answer in sorted(self._answers.items()))
-            raise GroupLost(f"the ranks disagree about one work item ({told})", self._error())
+            reason = f"the ranks disagree about one work item ({told})"
+            raise GroupLost(reason, self._error(), cause=reason)
         if first.type == "failed":
             return Answer(error=self._error(), elapsed_s=elapsed_s)
         return Answer(body=first.body, elapsed_s=elapsed_s)
+
+
+def _alike(answer: Message) -> tuple[Any, ...]:
+    """What ranks must say alike of an error that they raised, for none of them to wait for another."""
+    return (answer.type, *(answer.body.get(key) for key in ("what", "place", "exchanges")))

@@ -76,10 +76,12 @@ class Rank:
 class GroupLost(Exception):
     """The ranks can't be trusted any more; says why."""
 
-    def __init__(self, reason: str, error: TacodError | None = None) -> None:
+    def __init__(self, reason: str, error: TacodError | None = None, cause: str = "") -> None:
         super().__init__(reason)
         self.error = error
         """What one of them gave as the reason, if the others didn't agree."""
+        self.cause = cause
+        """What the same work would end in again, without numbers that differ; empty for what came from outside."""
 
 
 def devices(group: config.Group) -> list[str]:
@@ -175,7 +177,9 @@ class Processes:
         if ended:
             # Those that exit may have fallen over one that a signal ended.
             rank, code = min(ended, key=lambda each: each[1] >= 0)
-            raise GroupLost(f"rank {rank.index} ({rank.device}, pid {rank.process.pid}) {_ending(code)}")
+            ending = _ending(code)
+            reason = f"rank {rank.index} ({rank.device}, pid {rank.process.pid}) {ending}"
+            raise GroupLost(reason, cause="" if -code in _FROM_OUTSIDE else ending)
 
     def log_stacks(self, ranks: Iterable[Rank]) -> None:
         """Where these hang. Each has a file for that: in one log their lines would be mixed."""
@@ -215,6 +219,10 @@ def _environment(kind: str, devices: Sequence[str]) -> dict[str, str]:
     for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
         env.setdefault(variable, "lo")
     return env
+
+
+_FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Signals by which people and the kernel end a process that did nothing wrong."""
 
 
 def _ending(code: int) -> str:

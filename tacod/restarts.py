@@ -15,15 +15,24 @@ class RestartPolicy:
         self.window_s = window_s
         self.first_s = first_s
         self.longest_s = longest_s
-        self._starts: deque[float] = deque()
+        self._starts: deque[tuple[float, str]] = deque()
 
-    def next_start(self, now: float) -> float | None:
-        """When the ranks may start again, given that they were lost at ``now``; None to give up."""
-        while self._starts and now - self._starts[0] > self.window_s:
+    def next_start(self, now: float, job: str = "") -> float | None:
+        """When the ranks may start again, given that they were lost at ``now``; None to give up.
+
+        All losses under one ``job`` count as one: it may be its fault.
+        """
+        while self._starts and now - self._starts[0][0] > self.window_s:
             self._starts.popleft()
+        self.forgive(job)
         if len(self._starts) >= self.limit:
             return None
         # The first restart is immediate: a rank that died once is no reason to keep its user waiting.
         delay = 0.0 if not self._starts else min(self.first_s * 2.0 ** min(len(self._starts) - 1, 64), self.longest_s)
-        self._starts.append(now)
+        self._starts.append((now, job))
         return now + delay
+
+    def forgive(self, job: str) -> None:
+        """The losses under this job are its own fault, and don't count."""
+        if job:
+            self._starts = deque(each for each in self._starts if each[1] != job)

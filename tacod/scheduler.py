@@ -51,6 +51,8 @@ class Job:
     submitted_s: float = 0.0
     step: int = 0
     attempts: int = 1
+    cause: str = ""
+    """What ended the ranks at its last attempt, as `GroupLost.cause` has it."""
     started_s: float | None = None
     cancelling: bool = False
     outcome: Outcome | None = None
@@ -146,12 +148,12 @@ class Scheduler:
         """The running step is to be done again, next."""
         self._put_back(self._take_running(), first=True)
 
-    def lose_group(self, reason: str, error: TacodError | None = None) -> list[Job]:
+    def lose_group(self, reason: str, error: TacodError | None = None, cause: str = "") -> list[Job]:
         """The ranks are gone, and with them what jobs had reached: all started jobs begin again.
 
-        The running one counts the attempt; after ``retries`` more it fails, with `RankFailed` or with the ``error``
-        that one of the ranks gave. A lack of memory is no fault of the ranks, so that fails it at once. Returns the
-        ended jobs.
+        The running one counts the attempt; after ``retries`` more, or the second time by the same ``cause``, it fails,
+        with `RankFailed` or with the ``error`` that one of the ranks gave. A lack of memory is no fault of the ranks,
+        so that fails it at once. Returns the ended jobs.
         """
         for queue in self._queues.values():
             for job in queue:
@@ -161,13 +163,14 @@ class Scheduler:
         job = self._take_running()
         if job.cancelling:
             return [job.end(Outcome.CANCELLED, _cancelled(job))]
-        if isinstance(error, OutOfMemory) or (error is not None and job.attempts > self.retries):
+        last = job.attempts > self.retries or (cause != "" and cause == job.cause)
+        if isinstance(error, OutOfMemory) or (error is not None and last):
             return [job.end(Outcome.FAILED, error)]
-        if job.attempts > self.retries:
+        if last:
             what = f"{job.verb.value} failed {job.attempts} times, each time with new ranks; last: {reason}"
             return [job.end(Outcome.FAILED, RankFailed(what, attempts=job.attempts))]
         job.attempts += 1
-        job.step = 0
+        job.step, job.cause = 0, cause
         self._put_back(job, first=True)
         return []
 

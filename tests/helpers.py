@@ -296,12 +296,13 @@ class Tiny:
 
         flux = self.config["image_model"] == "flux"
         inputs = {
-            "x": randn(batch, 4, *size),
+            "x": randn(batch, self.config["in_channels"], *size),
             "timestep": torch.full((batch,), 0.7373 if flux else 737.3),
             "context": randn(batch, text, 8),
             "y": randn(batch, 6),
+            "guidance": torch.full((batch,), 3.5),
         }
-        return {**inputs, "guidance": torch.full((batch,), 3.5)} if flux else inputs
+        return {name: inputs[name] for name in self.model.arguments() if name in inputs}
 
     def forward(self, **inputs: Any) -> Tensor:
         """One forward in this process; a ``control`` may be ComfyUI's map."""
@@ -366,6 +367,24 @@ SD3 = Tiny(
         "x_block_self_attn_layers": [0, 2],
     },
 )
+
+
+PIXART = Tiny(
+    "tiny_pixart",
+    {
+        "image_model": "pixart_sigma",
+        "in_channels": 4,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "depth": 2,
+        "caption_channels": 8,
+        "pe_interpolation": 1,
+        "micro_condition": False,
+        "model_max_length": 12,
+    },
+)
+FILL = Tiny("tiny_fill", {**FLUX.config, "in_channels": 9})
+"""Of the kind of Flux Fill: what it gives has fewer channels than its ``x``."""
 
 
 @dataclass(frozen=True)

@@ -278,7 +278,7 @@ class Model:
     def __repr__(self) -> str:
         return f"<Model {self.id} {self.family} {self.name}>"
 
-    def forward(self, **arguments: Any) -> Any:
+    def forward(self, /, **arguments: Any) -> Any:
         """One DiT forward, with the names and meaning of ComfyUI's ``diffusion_model(x, timestep, context, …)``.
 
         Tensors may be torch (on any device) or numpy; the output is of ``x``'s kind, dtype, shape and device.

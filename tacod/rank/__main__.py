@@ -15,7 +15,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from contextlib import suppress
 from typing import Any
 
@@ -27,19 +26,17 @@ from tacod.heap import keep_freed_memory
 from tacod.rank import xdit
 from tacod.rank.cores import usable_cores
 from tacod.rank.engine import Engine
+from tacod.rank.failure import failure
 from tacod.rank.fault import strike
 from tacod.rank.reach import reach
 from tacod.rank.selftest import selftest
 from tacod.rank.topology import Topology
 from tacod_client.errors import TacodError
-from tacod_client.text import encodable
 from tacod_client.wire import Message
 
 log = logging.getLogger("tacod.rank")
 
 PR_SET_PDEATHSIG = 1
-TOLD_CHARACTERS = 6000
-"""What is told of a traceback: the end of it, which fits a packet."""
 AWAKE_S = 0.02
 """How long a GPU's rank stays awake for the next work item."""
 
@@ -158,7 +155,7 @@ class Reporter:
 
 def _answer(engine: Engine, message: Message) -> tuple[str, dict[str, Any]]:
     fault = message.body.pop("fault", None)
-    rank = engine.topology.rank
+    rank, begun = engine.topology.rank, engine.topology.clock.begun
     try:
         if fault is not None:
             strike(fault, "before", rank, engine)
@@ -168,9 +165,9 @@ def _answer(engine: Engine, message: Message) -> tuple[str, dict[str, Any]]:
         return "done", body
     except TacodError as error:
         return "failed", {"error": error.to_wire(), "memory_used_bytes": engine.memory_used_bytes}
-    except Exception:
+    except Exception as error:
         log.exception("%s failed", message.type)
-        return "broken", {"traceback": encodable(traceback.format_exc(limit=-8))[-TOLD_CHARACTERS:]}
+        return failure(engine, error, begun)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from tacod_client import wire
 from tacod_client.errors import ArgumentError
 from tacod_client.tensors import from_wire
 
-__all__ = ["Kept", "check_arguments", "check_tokens", "load_arguments"]
+__all__ = ["Kept", "check_arguments", "check_names", "check_tokens", "load_arguments"]
 
 Kept = dict[tuple[bytes | None, torch.dtype], torch.Tensor]
 """Tensors on the device by digest and dtype."""
@@ -24,30 +24,24 @@ LOCKED_BYTES = 16 << 20
 
 
 def check_arguments(given: Mapping[str, Any], specs: Mapping[str, Spec], family: str) -> None:
-    """Check names, dtypes and shapes before a byte is touched.
+    """Check names, dtypes and shapes before a byte is touched. The order of the specs has no meaning.
 
     Raises `ArgumentError`, naming the argument.
     """
-    for name in given:
-        if name not in specs:
-            raise ArgumentError(
-                f"{name}: {family} takes no such argument; it takes {', '.join(specs)}", argument=str(name)
-            )
+    check_names(given, specs, family)
     sizes: dict[str, tuple[int, str]] = {}
-    for name, spec in specs.items():
-        value = given.get(name)
+    for name in sorted(specs, key=lambda name: _turn(name, specs[name])):
+        value, spec = given.get(name), specs[name]
         if value is None:
             if spec.required:
-                assert isinstance(spec, Argument)
                 raise ArgumentError(f"{name}: missing; {family} needs it, as {_wanted(spec)}", argument=name)
         elif isinstance(spec, Number):
             if not _is_number(value) or not spec.least <= value <= spec.most:
-                wanted = f"a number from {spec.least:g} to {spec.most:g}"
-                raise ArgumentError(f"{name}: expected {wanted}, got {value!r:.40}", argument=name)
+                raise ArgumentError(f"{name}: expected {_wanted(spec)}, got {value!r:.40}", argument=name)
         elif isinstance(spec, Numbers):
             _check_numbers(name, value, spec)
         elif isinstance(spec, Residuals):
-            _check_residuals(name, value, spec, sizes["B"][0])
+            _check_residuals(name, value, spec, sizes)
         elif spec.shape is None:
             if value not in spec.choices:
                 raise ArgumentError(
@@ -57,18 +51,37 @@ def check_arguments(given: Mapping[str, Any], specs: Mapping[str, Spec], family:
             if not isinstance(value, list):
                 raise ArgumentError(f"{name}: expected a list of tensors, got {_kind(value)}", argument=name)
             for item in value:
-                _check_tensor(name, item, spec, {"B": sizes["B"]} if "B" in sizes else {})
+                _check_tensor(name, item, spec, _batch(sizes))
         else:
             _check_tensor(name, value, spec, sizes)
 
 
+def check_names(given: Iterable[str], specs: Mapping[str, Spec], family: str) -> None:
+    """Raise `ArgumentError`, naming the argument, for one that there is no spec of."""
+    for name in given:
+        if name not in specs:
+            raise ArgumentError(
+                f"{name}: {family} takes no such argument; it takes {', '.join(specs)}", argument=str(name)
+            )
+
+
+def _turn(name: str, spec: Spec) -> int:
+    """Whose sizes the others are held to: the latent's first, then those of what must be there, then all."""
+    if name in ("x", "noise"):
+        return 0
+    return 1 if isinstance(spec, Argument) and spec.shape is not None and not (spec.many or spec.shared) else 2
+
+
+def _batch(sizes: Mapping[str, tuple[int, str]]) -> dict[str, tuple[int, str]]:
+    return {"B": sizes["B"]} if "B" in sizes else {}
+
+
 def _check_numbers(name: str, value: Any, spec: Numbers) -> None:
-    wanted = f"a map of numbers, with any of {', '.join(spec.names)}"
     if not isinstance(value, Mapping):
-        raise ArgumentError(f"{name}: expected {wanted}; got {_kind(value)}", argument=name)
+        raise ArgumentError(f"{name}: expected {_wanted(spec)}; got {_kind(value)}", argument=name)
     for key, number in value.items():
         if key not in spec.names:
-            raise ArgumentError(f"{name}.{key!s:.40}: no such number; expected {wanted}", argument=name)
+            raise ArgumentError(f"{name}.{key!s:.40}: no such number; expected {_wanted(spec)}", argument=name)
         if not _is_number(number) or not abs(number) < 1e6:
             raise ArgumentError(f"{name}.{key}: expected a number below a million, got {number!r:.40}", argument=name)
 
@@ -77,7 +90,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _check_residuals(name: str, value: Any, spec: Residuals, batch: int) -> None:
+def _check_residuals(name: str, value: Any, spec: Residuals, sizes: Mapping[str, tuple[int, str]]) -> None:
     if not isinstance(value, Mapping) or not isinstance(value.get("tensors"), list):
         raise ArgumentError(f"{name}: expected a map with a list of tensors, got {_kind(value)}", argument=name)
     for key, places in value.items():
@@ -93,11 +106,9 @@ def _check_residuals(name: str, value: Any, spec: Residuals, batch: int) -> None
             place is not None and (type(place) is not int or not 0 <= place < len(value["tensors"])) for place in places
         ):
             raise ArgumentError(f"{name}.{key!s:.40}: expected indexes of its tensors, or nil", argument=name)
-    fitting = Argument(("B", "N", spec.width))
+    fitting = Argument(("B", "N", spec.width), shared=True)
     for where, tensor in _residuals(name, value):
-        _check_tensor(where, tensor, fitting, {})
-        if tensor.shape[0] not in (1, batch):
-            raise ArgumentError(f"{where}: for {tensor.shape[0]} images, but x has {batch}", argument=where)
+        _check_tensor(where, tensor, fitting, _batch(sizes))
 
 
 def _residuals(name: str, value: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -134,15 +145,24 @@ def _check_tensor(name: str, value: Any, spec: Argument, sizes: dict[str, tuple[
     if not fits:
         raise ArgumentError(f"{name}: expected {_wanted(spec)}, got shape {list(value.shape)}", argument=name)
     for size, symbol in zip(value.shape, spec.shape, strict=True):
+        if symbol == "B" and spec.shared and size == 1:
+            continue
         if isinstance(symbol, str):
             known, other = sizes.setdefault(symbol, (size, name))
             if size != known:
-                raise ArgumentError(
-                    f"{name}: its {symbol} is {size}, but that of {other} is {known}; they must agree", argument=name
-                )
+                told = f"its {symbol} is {size}, but that of {other} is {known}; they must agree"
+                if symbol == "B" and spec.shared:
+                    told = f"it is for {size} images, but {other} has {known} images; make it {known}, or 1 for all"
+                raise ArgumentError(f"{name}: {told}", argument=name)
 
 
-def _wanted(spec: Argument) -> str:
+def _wanted(spec: Spec) -> str:
+    if isinstance(spec, Number):
+        return f"a number from {spec.least:g} to {spec.most:g}"
+    if isinstance(spec, Numbers):
+        return f"a map of numbers, with any of {', '.join(spec.names)}"
+    if isinstance(spec, Residuals):
+        return f"a map of residuals for {', '.join(spec.blocks)}"
     if spec.shape is None:
         return "one of " + ", ".join(map(repr, spec.choices))
     shape = f"shape [{', '.join(map(str, spec.shape))}]"
@@ -162,9 +182,8 @@ def load_arguments(
 ) -> dict[str, Any]:
     """The arguments as torch values on ``device``.
 
-    Tensors come in the compute dtype, but what is one number per image (timestep, guidance) stays fp32: its embedding
-    is computed there. Residuals stay as they came: a rank needs some of their tokens only. What comes by digest is put
-    on the device once and stays in ``kept``.
+    Tensors come in the compute dtype, or in fp32 where the spec says so. Residuals stay as they came: a rank needs some
+    of their tokens only. What comes by digest is put on the device once and stays in ``kept``.
     """
 
     def put(value: Any, spec: Spec) -> Any:
@@ -174,8 +193,7 @@ def load_arguments(
             return [put(item, spec) for item in value]
         if not isinstance(value, wire.Tensor):
             return value
-        exact = isinstance(spec, Argument) and spec.shape == ("B",)
-        key = value.digest, torch.float32 if exact else dtype
+        key = value.digest, torch.float32 if isinstance(spec, Argument) and spec.fp32 else dtype
         if kept is None or value.digest is None:
             return _on_device(value, key[1], device)
         if key not in kept:

@@ -26,6 +26,8 @@ class Clock:
     """
 
     def __init__(self) -> None:
+        self.begun = 0
+        """Exchanges of any kind that this rank has begun; ranks that have begun the same ones wait for nothing."""
         self._seconds = 0.0
         self._counter: Tensor | None = None
         self._seen: Tensor | None = None
@@ -94,6 +96,7 @@ class Group:
 
     def all_to_all(self, sent: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         """Exchange flat buffers: ``send[r]`` elements of ``sent`` go to rank r, ``receive[r]`` come from it."""
+        self.clock.begun += 1
         received = sent.new_empty(sum(receive))
         width = sent.element_size()
         with self.clock.counting(sent.is_cuda):
@@ -116,6 +119,7 @@ class Group:
 
     def settle(self, slot: Slot) -> None:
         """Wait until all that the ranks have written there has arrived."""
+        self.clock.begun += 1
         slot.barrier(self.clock)
 
     def gather(self, part: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
@@ -132,6 +136,7 @@ class Group:
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
         """``tensor`` as the rank ``source`` has it, on every rank; elsewhere it says shape and dtype."""
+        self.clock.begun += 1
         flat = tensor.contiguous()
         with self.clock.counting(flat.is_cuda):
             dist.broadcast(flat.view(-1).view(torch.uint8), group=self.group, group_src=source)
@@ -141,6 +146,7 @@ class Group:
         """Whether all ranks say so."""
         if self.size == 1:
             return verdict
+        self.clock.begun += 1
         said = torch.tensor([verdict], dtype=torch.uint8, device="cuda" if self._on_gpu else "cpu")
         dist.all_reduce(said, dist.ReduceOp.MIN, group=self.group)
         return bool(said.item())
@@ -163,6 +169,7 @@ class Exchange:
 
     def __init__(self, group: Group, sent: Sequence[Tensor], received: Sequence[Tensor], narrow: bool) -> None:
         self.group = group
+        group.clock.begun += 1
         self._received = received
         self._narrow = narrow
         self._work: dist.Work | Staging | None = None
@@ -209,6 +216,7 @@ class Passing:
 
     def __init__(self, group: Group, sent: Tensor, received: Tensor) -> None:
         self.group = group
+        group.clock.begun += 1
         self.received = received
         self._sent = sent  # kept from being freed, or written to, while it travels
         ranks = dist.get_process_group_ranks(group.group)

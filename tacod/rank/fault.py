@@ -22,7 +22,8 @@ def strike(fault: dict[str, Any], when: str, rank: int, engine: Engine | None = 
         return
     kind = fault["kind"]
     if kind == "raise":
-        raise RuntimeError(f"a fault on purpose in rank {rank}")
+        # That of all ranks is the same on each of them.
+        raise RuntimeError("a fault on purpose" + (f" in rank {rank}" if fault["rank"] is not None else ""))
     if kind == "out_of_memory":
         assert engine is not None
         # More than any machine has, so that what is raised is what a device raises.

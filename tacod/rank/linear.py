@@ -35,7 +35,8 @@ def split_outputs(layer: Any, first: int) -> tuple[Layer, Layer]:
     if isinstance(layer, NarrowLinear):
         return layer.outputs(slice(first)), layer.outputs(slice(first, None))
     weight, bias = layer.weight, layer.bias
-    return Part(weight[:first], bias[:first]), Part(weight[first:], bias[first:])
+    head, tail = (None, None) if bias is None else (bias[:first], bias[first:])
+    return Part(weight[:first], head), Part(weight[first:], tail)
 
 
 def split_inputs(layer: Any, first: int) -> tuple[Layer, Callable[[Tensor, Tensor], Tensor]]:
@@ -54,12 +55,18 @@ def split_inputs(layer: Any, first: int) -> tuple[Layer, Callable[[Tensor, Tenso
 
 
 def linear_gelu(layer: Any, x: Tensor) -> Tensor:
-    """GELU (Hendrycks and Gimpel, 2016, arXiv:1606.08415; its tanh form) of a linear layer with a bias.
+    """GELU (Hendrycks and Gimpel, 2016, arXiv:1606.08415; its tanh form) of a linear layer.
 
     On a GPU it is computed where the matrix product ends, before anything is rounded.
     """
     if has_kernels(x) and not isinstance(layer, NarrowLinear):
-        out: Tensor = torch._addmm_activation(layer.bias, x.flatten(0, -2), layer.weight.t(), use_gelu=True)
-        return torch.unflatten(out, 0, x.shape[:-1])
+        return _fused_gelu(layer.weight, layer.bias, x)
     hidden: Tensor = layer(x)
     return functional.gelu(hidden, approximate="tanh")
+
+
+def _fused_gelu(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """GELU of a linear layer in one operation, which adds a bias in any case."""
+    added = weight.new_zeros(len(weight)) if bias is None else bias
+    out: Tensor = torch._addmm_activation(added, x.flatten(0, -2), weight.t(), use_gelu=True)
+    return torch.unflatten(out, 0, x.shape[:-1])

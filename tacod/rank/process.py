@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import math
 from typing import Any, ClassVar
 
 import torch
@@ -71,7 +70,8 @@ class Epsilon(Process):
     Training's steps had betas that rise linearly from ``beta_start`` to ``beta_end``.
     """
 
-    sigma_max = math.inf
+    sigma_max = 1e9
+    """Far above any schedule's; squares of it are within fp32."""
 
     def __init__(self, beta_start: float, beta_end: float, steps: int = 1000) -> None:
         self.betas = beta_start, beta_end

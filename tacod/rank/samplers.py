@@ -27,6 +27,7 @@ __all__ = [
     "Denoise",
     "Noise",
     "Sampler",
+    "check_levels",
     "find",
     "guide",
     "needs_negative",
@@ -232,10 +233,7 @@ def uni_pc(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise) -> Iterato
     to 0 stops at 0.001 and is scaled by what `finish` divides by there.
     """
     zero = bool(sigmas[-1] == 0)
-    sigmas = torch.cat([sigmas[:-1], sigmas.new_full((1,), 0.001)]) if zero else sigmas
-    # -log sigma by way of VP's alpha^2: in fp32 that makes 0.001 a 0.00098, as it does in ComfyUI
-    square = 1 / (1 + sigmas**2)
-    lambdas = ((square / (1 - square)).log() / 2).tolist()
+    sigmas, lambdas = _unipc_levels(sigmas)
     steps = len(sigmas) - 1
     history = deque([denoise(x, sigmas[0])], maxlen=3)
     for i in range(steps):
@@ -252,6 +250,15 @@ def uni_pc(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise) -> Iterato
         elif zero:
             x = x / (1 - sigmas[-1])
         yield x
+
+
+def _unipc_levels(sigmas: Tensor) -> tuple[Tensor, list[float]]:
+    """The noise levels of a run, 0 as 0.001, and the lambda of each."""
+    if sigmas[-1] == 0:
+        sigmas = torch.cat([sigmas[:-1], sigmas.new_full((1,), 0.001)])
+    # -log sigma by way of VP's alpha^2: in fp32 that makes 0.001 a 0.00098, as it does in ComfyUI
+    square = 1 / (1 + sigmas**2)
+    return sigmas, ((square / (1 - square)).log() / 2).tolist()
 
 
 def _unipc_weights(ratios: Sequence[float], h: float) -> list[float]:
@@ -295,3 +302,17 @@ def find(name: str) -> Sampler:
     except KeyError:
         known = ", ".join(SAMPLERS)
         raise ArgumentError(f"there is no sampler {name!r}; use one of {known}", argument="sampler") from None
+
+
+def check_levels(name: str, sigmas: Tensor) -> None:
+    """Raise `ArgumentError` for noise levels, falling ones, that this sampler can't step between."""
+    if SAMPLERS[name] is not uni_pc:
+        return
+    levels, lambdas = _unipc_levels(sigmas)
+    for index, (before, after) in enumerate(pairwise(lambdas)):
+        if not before < after < math.inf:
+            raise ArgumentError(
+                f"sigmas: {name} can't step from {levels[index]:g} to {levels[index + 1]:g}, as it counts in "
+                "1 / (1 + sigma^2), and 0 as 0.001; leave one of the two out, or take another sampler",
+                argument="sigmas",
+            )

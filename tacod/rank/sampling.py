@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from tacod.plan import Plan, Request
 from tacod.rank import samplers
-from tacod.rank.arguments import check_arguments, load_arguments
-from tacod.rank.families.base import Argument, DiT
+from tacod.rank.arguments import check_arguments, check_names, load_arguments
+from tacod.rank.families.base import Argument, DiT, LatentFormat, Spec
 from tacod.rank.forwards import Forwards
 from tacod.rank.process import Flow
 from tacod.rank.spread import plan_for
@@ -54,26 +53,72 @@ class SampleRequest:
 
         Raises `ArgumentError`, naming the argument.
         """
+        check_samples(dit)
         samplers.find(self.sampler)
         if self.sampler in samplers.FLOW_ONLY and not isinstance(dit.process, Flow):
             raise ArgumentError(
                 f"sampler: {self.sampler!r} is for flows, and {dit.family} is none; use euler, heun or dpmpp_2m",
                 argument="sampler",
             )
-        specs = dit.arguments()
-        canvas = {"noise": specs["x"], "latent": specs["x"], "sigmas": Argument(("steps + 1",))}
-        check_arguments({"noise": self.noise, "latent": self.latent, "sigmas": self.sigmas}, canvas, dit.family)
-        timestep = wire.Tensor("F32", (self.noise.shape[0],), None)
-        for name, given in self.guided.items():
-            if given.get("control") is not None:
-                raise ArgumentError(
-                    f"{name}.control: a ControlNet's residuals change with every step; use forward with them",
-                    argument=f"{name}.control",
-                )
-            try:
-                check_arguments({"x": self.noise, "timestep": timestep, **given}, specs, dit.family)
-            except ArgumentError as error:
-                raise ArgumentError(f"{name}.{error.message}", argument=f"{name}.{error.argument}") from None
+        latent = Argument(("B", dit.out_channels, *dit.canvas[2:]))
+        canvas: dict[str, Spec] = {"noise": latent, "latent": latent}
+        given = {"noise": self.noise, "latent": self.latent}
+        check_arguments({**given, "sigmas": self.sigmas}, {**canvas, "sigmas": Argument(("steps + 1",))}, dit.family)
+        for name, value in given.items():
+            if not from_wire(value, "torch").float().isfinite().all():
+                raise ArgumentError(f"{name}: it holds NaN or infinity, and so would the result", argument=name)
+        for name, condition in self.guided.items():
+            self._check_condition(dit, name, condition, canvas)
+
+    def _check_condition(self, dit: DiT, name: str, given: Mapping[str, Any], latents: Mapping[str, Spec]) -> None:
+        """Check what a step's forward gets beside the run's own ``x`` and ``timestep``, and that it fits the noise."""
+        for argument, reason in _NO_CONDITIONS.items():
+            if given.get(argument) is not None:
+                raise ArgumentError(f"{name}.{argument}: {reason}", argument=f"{name}.{argument}")
+        specs = condition_specs(dit)
+        canvas = {"noise": self.noise, "latent": self.latent}
+        try:
+            check_names(given, specs, dit.family)
+            check_arguments({**given, **canvas}, {**specs, **latents}, dit.family)
+            dit.lengths({**given, "x": self.noise})
+        except ArgumentError as error:
+            if error.argument == "x":
+                raise ArgumentError(f"noise: {error.message.removeprefix('x: ')}", argument="noise") from None
+            raise ArgumentError(f"{name}.{error.message}", argument=f"{name}.{error.argument}") from None
+
+
+_NO_CONDITIONS = {
+    **dict.fromkeys(("x", "timestep"), "the run gives it itself, from noise, latent and sigmas; leave it out"),
+    **dict.fromkeys(("noise", "latent"), "it is of the whole run, beside the conditions; leave it out"),
+    "control": "a ControlNet's residuals change with every step; use forward with them",
+}
+"""What a condition may not hold, and why."""
+
+
+def condition_specs(dit: DiT) -> dict[str, Spec]:
+    """What a condition of a run may hold: a forward's arguments, but for those that the run gives."""
+    return {name: spec for name, spec in dit.arguments().items() if name not in _NO_CONDITIONS}
+
+
+def check_samples(dit: DiT) -> LatentFormat:
+    """See that a model can be sampled, and return what its latents are.
+
+    Raises `ArgumentError` for one whose forwards take more than a noisy latent as ``x``, or of a family that tells
+    nothing of latents.
+    """
+    channels = dit.canvas[1]
+    if channels != dit.out_channels:
+        raise ArgumentError(
+            f"model: its x has {channels} channels and its output {dit.out_channels}: beside the noisy latent it takes "
+            "an image or a mask at every step, which sample has no place for; call forward for each step",
+            argument="model",
+        )
+    if dit.latent_format is None:
+        raise ArgumentError(
+            f"model: {dit.family} tells nothing of its latents, which sample needs; call forward for each step",
+            argument="model",
+        )
+    return dit.latent_format
 
 
 @dataclass
@@ -94,17 +139,19 @@ def begin(
 
     Raises `ArgumentError` if it can't be spread as ``asked``.
     """
+    latents = check_samples(dit)
     levels = _levels(request.sigmas, dit.process.sigma_max).to(device)
+    samplers.check_levels(request.sampler, levels)
     specs = dit.arguments()
     conditions = [load_arguments(given, specs, dit.dtype, device) for given in request.guided.values()]
     noise, latent = (from_wire(value, "torch").to(device, torch.float32) for value in (request.noise, request.latent))
-    x = dit.process.start(noise, dit.latent_format.into_model(latent), levels[0])
+    x = dit.process.start(noise, latents.into_model(latent), levels[0])
     denoise = Denoiser(dit, asked, forwards, conditions, len(noise), request.cfg, job)
     denoise.prepare(x)
     steps = samplers.find(request.sampler)(denoise, x, levels, samplers.noise_source(request.seed, x))
 
     def finish(x: Tensor) -> Tensor:
-        return dit.latent_format.out_of_model(dit.process.finish(x, levels[-1]))
+        return latents.out_of_model(dit.process.finish(x, levels[-1]))
 
     return Run(denoise, steps, levels.tolist(), finish)
 
@@ -129,7 +176,7 @@ class Denoiser:
         self.cfg = cfg
         self.job = job
         self.conditions = conditions
-        self.joint = _stack(conditions, images)
+        self.joint = _stack(conditions, dit.arguments(), images)
         self.forwards = 0
         self.plan: Plan
         """Of the last forward."""
@@ -159,22 +206,40 @@ class Denoiser:
         return self.run(self.dit, self.plan, noisy, timestep, condition, (self.job, index)).float()
 
 
-def _stack(conditions: list[dict[str, Any]], images: int) -> dict[str, Any] | None:
-    """Several conditions, of so many images each, as one batch; None if their names or shapes differ."""
+def _stack(conditions: list[dict[str, Any]], specs: Mapping[str, Spec], images: int) -> dict[str, Any] | None:
+    """Several conditions, of so many images each, as one batch; None if their names, shapes or texts differ."""
     first = conditions[0]
     for other in conditions[1:]:
         if set(other) != set(first) or any(_shape(other[name]) != _shape(first[name]) for name in first):
             return None
 
-    def join(values: list[Any]) -> Any:
-        if isinstance(values[0], Tensor):
-            # What is there once is for all images of its condition.
-            return torch.cat([value.expand(images, *value.shape[1:]) if len(value) == 1 else value for value in values])
+    def join(axis: int, values: Sequence[Any]) -> Any:
         if isinstance(values[0], list):
-            return [join(list(items)) for items in zip(*values, strict=True)]
-        return values[0]
+            return [join(axis, items) for items in zip(*values, strict=True)]
+        # What is there once is for all images of its condition.
+        sizes = [-1] * values[0].ndim
+        sizes[axis] = images
+        return torch.cat([value.expand(sizes) for value in values], dim=axis)
 
-    return {name: join([condition[name] for condition in conditions]) for name in first}
+    joint: dict[str, Any] = {}
+    for name, value in first.items():
+        values = [condition[name] for condition in conditions]
+        axis = getattr(specs[name], "batch_axis", None)
+        if axis is not None:
+            joint[name] = join(axis, values)
+        elif isinstance(value, Tensor | list) and not all(map(_same, values, [value] * len(values))):
+            # There is no place for two of them in one forward.
+            return None
+        else:
+            joint[name] = value
+    return joint
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether tensors, or lists of them, are equal."""
+    if isinstance(one, list):
+        return all(map(_same, one, other))
+    return torch.equal(one, other)
 
 
 def _shape(value: Any) -> Any:
@@ -187,7 +252,8 @@ def _levels(sigmas: wire.Tensor, highest: float) -> Tensor:
     """The noise levels, fp32: at least two, falling, from at most ``highest`` to at least 0."""
     levels: Tensor = from_wire(sigmas, "torch").float()
     values = levels.tolist()
-    falling = all(high > low for high, low in pairwise(values))
+    # Also on the logarithmic scale on which samplers step.
+    falling = bool((levels[:-1] / levels[1:] > 1).all())
     if len(values) < 2 or not falling or not all(map(math.isfinite, values)) or values[0] > highest or values[-1] < 0:
         raise ArgumentError(
             f"sigmas: expected at least 2 levels that fall from at most {highest:g} to at least 0, "

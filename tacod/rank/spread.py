@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tacod.plan import Plan, Request, Shape, chunks, make_plan
-from tacod.rank.families.base import Control, DiT
+from tacod.rank.families.base import Argument, Control, DiT, Spec
 from tacod.rank.topology import Topology
 
 __all__ = ["plan_for", "run"]
@@ -43,7 +42,7 @@ def run(
 
     ``in_waves`` is for what becomes a CUDA graph (see `SequenceParallel`).
     """
-    layout = plan.layout
+    layout, specs = plan.layout, dit.arguments()
     seat = topology.seat(layout)
     out: Tensor | None = None
     if seat is not None:
@@ -53,7 +52,8 @@ def run(
         sequence = seat.sequence.planned(plan.narrow, in_waves)
         try:
             with sdpa_kernel(FAST, set_priority=True) if plan.flash_attention else sdpa_kernel(PLAIN):
-                out = dit(sequence, x[mine], timestep[mine], **_images(arguments, mine))
+                given = {"x": x, "timestep": timestep, **arguments}
+                out = dit(sequence, **{name: _images(specs.get(name), value, mine) for name, value in given.items()})
         except BaseException:
             if sequence.peers is not None:
                 sequence.peers.release()
@@ -66,15 +66,8 @@ def run(
     return out
 
 
-def _images(arguments: Mapping[str, Any], mine: slice) -> dict[str, Any]:
-    """These images' share of every argument."""
-
-    def take(value: Any) -> Any:
-        if isinstance(value, list):
-            return [take(item) for item in value]
-        if isinstance(value, Control):
-            return Control(value.residuals, mine)
-        # What is there once is for all images.
-        return value[mine] if isinstance(value, torch.Tensor) and len(value) > 1 else value
-
-    return {name: take(value) for name, value in arguments.items()}
+def _images(spec: Spec | None, value: Any, mine: slice) -> Any:
+    """These images' share of an argument; what has no spec is the engine's own (a step cache), for all of them."""
+    if isinstance(value, Control):
+        return Control(value.residuals, mine)
+    return spec.images(value, mine) if isinstance(spec, Argument) else value

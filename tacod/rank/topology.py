@@ -97,5 +97,6 @@ class Topology:
         split = tuple(tuple(part) for part in (*parts, *([rank] for rank in idle)))
         if split not in self._groups:
             assert self._make_group is not None
+            self.clock.begun += 1
             self._groups[split] = Group(self._make_group([list(part) for part in split]), self.clock)
         return self._groups[split]

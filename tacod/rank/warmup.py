@@ -82,7 +82,7 @@ def usual_inputs(dit: DiT, device: torch.device) -> dict[str, Any] | None:
         for name, spec in dit.arguments().items():
             if spec.required and isinstance(spec, Argument) and spec.shape is not None:
                 shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
-                dtype = torch.float32 if spec.shape == ("B",) else dit.dtype
+                dtype = torch.float32 if spec.fp32 else dit.dtype
                 inputs[name] = torch.randn(shape, generator=generator).to(device, dtype)
         inputs["timestep"] = dit.timestep(torch.full((images,), SIGMA, device=device)).float()
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -245,11 +244,12 @@ def _find(model: nn.Module, key: str) -> tuple[Any, str]:
 def narrow_matrices(model: DiT) -> None:
     """Have the matrices of the blocks multiplied in 8 bits, but for the modulations, which see one token an image."""
     spared = set(map(id, model.modulating))
-    for name, layer in list(model.named_modules()):
-        linear = isinstance(layer, nn.Linear | StoredLinear) and re.search(r"blocks\.\d+\.", name)
-        # The hardware's products take sixteen numbers at once.
-        if linear and id(layer) not in spared and layer.in_features % 16 == layer.out_features % 16 == 0:
-            model.set_submodule(name, NarrowLinear.of(layer))
+    for blocks in model.blocks_at:
+        for name, layer in list(model.get_submodule(blocks).named_modules(prefix=blocks)):
+            linear = isinstance(layer, nn.Linear | StoredLinear) and id(layer) not in spared
+            # The hardware's products take sixteen numbers at once.
+            if linear and layer.in_features % 16 == layer.out_features % 16 == 0:
+                model.set_submodule(name, NarrowLinear.of(layer))
 
 
 def share(model: Module) -> Module:

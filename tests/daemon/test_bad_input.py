@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import FLUX, SD3, unharmed
+from helpers import FILL, FLUX, SD3, unharmed
 
 from tacod_client import ArgumentError, Client, ModelNotAllowed, ModelNotFound, ModelUnsupported, TacodError, wire
 from tacod_client.exchange import converse
@@ -74,6 +75,11 @@ SAMPLES: list[tuple[str, dict[str, Any]]] = [
     ("positive.context", {"positive": {"context": (1, 5, 7), "y": (1, 6)}}),
     ("positive.context", {"positive": {"y": (1, 6)}}),
     ("positive.guidance", {"positive": {"context": (1, 5, 8), "y": (1, 6), "guidance": (1,)}}),
+    ("positive.x", {"positive": {"context": (1, 5, 8), "y": (1, 6), "x": (1, 4, 8, 8)}}),
+    ("positive.timestep", {"positive": {"context": (1, 5, 8), "y": (1, 6), "timestep": (1,)}}),
+    ("noise", {"noise": (0, 4, 8, 8), "latent": (0, 4, 8, 8)}),
+    ("noise", {"noise": (1, 4, 26, 8), "latent": (1, 4, 26, 8)}),
+    ("sigmas", {"sigmas": [1.0, 0.001, 0.0], "sampler": "uni_pc"}),
     ("negative.y", {"cfg": 4.0, "negative": {"context": (1, 5, 8), "y": (1, 7)}}),
     ("negative.context", {"cfg": 4.0, "negative": {"context": (2, 5, 8), "y": (1, 6)}}),
 ]
@@ -101,6 +107,20 @@ def test_sample(client: Client, argument: str, spoiled: dict[str, Any]) -> None:
     if argument == "sampler":
         assert "euler, " in caught.value.message
         assert "heun" in caught.value.message
+
+
+@pytest.mark.parametrize("channels", [9, 4])
+def test_sample_of_a_model_that_takes_more_than_the_latent(client: Client, models: Path, channels: int) -> None:
+    FILL.save(models)
+    noise, rest = torch.zeros(1, channels, 8, 8), FILL.inputs()
+    fill = client.load(FILL.file)
+    before = client.status()["group"]["restarts"]
+    positive = {name: rest[name] for name in ("context", "y", "guidance")}
+    with unharmed(client), pytest.raises(ArgumentError, match="call forward") as caught:
+        fill.sample(noise=noise, latent=noise, sigmas=torch.tensor([1.0, 0.0]), positive=positive).result()
+    assert caught.value.argument == "model"
+    assert client.status()["group"]["restarts"] == before
+    FILL.check(fill)
 
 
 @pytest.mark.parametrize("plan", ["fast", {"sequence": 7}, {"sequence": "2"}, {"cfg": 2}, {}, None, 2, [["sequence"]]])

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FLUX, FP32, SD3, Daemon, Tiny, relative_error
+from helpers import FLUX, FP32, PIXART, SD3, Daemon, relative_error
 from safetensors.torch import load, load_file, save, save_file
 
 from tacod_client import Client
@@ -23,21 +23,6 @@ TACOCTL = [sys.executable, "-c", "import sys; from tacod_client.cli import main;
 VERBS = (
     *("status", "stats", "models", "load", "unload", "sample", "ps", "cancel", "ping", "plan", "bench"),
     *("demo", "version", "completion"),
-)
-
-PIXART = Tiny(
-    "tiny_pixart",
-    {
-        "image_model": "pixart_sigma",
-        "in_channels": 4,
-        "hidden_size": 32,
-        "num_heads": 2,
-        "depth": 2,
-        "caption_channels": 8,
-        "pe_interpolation": 1,
-        "micro_condition": False,
-        "model_max_length": 12,
-    },
 )
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

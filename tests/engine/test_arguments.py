@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 import torch
 from helpers import FLUX, SD3, Tiny, relative_error
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tacod.rank.arguments import Kept, check_arguments, check_tokens, load_arguments
+from tacod.rank.families.base import Argument, Number, Residuals, Spec
 from tacod_client import wire
 from tacod_client.errors import ArgumentError
 from tacod_client.exchange import each_once, pack
@@ -23,10 +26,10 @@ def tensor(*shape: int, dtype: str = "F32") -> wire.Tensor:
 
 def check(tiny: Tiny, **more: Any) -> None:
     """As the ranks do, for two images of 35 tokens (9 by 14)."""
-    given = {**pack(tiny.inputs(batch=BATCH), "arguments", {}, None), **more}
+    sent = {**pack(tiny.inputs(batch=BATCH), "arguments", {}, None), **more}
     specs = tiny.model.arguments()
-    check_arguments(given, specs, tiny.name)
-    check_tokens(given, specs, tiny.model.lengths(given)[-1])
+    check_arguments(sent, specs, tiny.name)
+    check_tokens(sent, specs, tiny.model.lengths(sent)[-1])
 
 
 GOOD = tensor(BATCH, TOKENS, 80)
@@ -80,7 +83,7 @@ def test_residuals_for_some_tokens_are_fluxs_alone() -> None:
         (FLUX, "attention_mask", tensor(129 + 35, 129 + 35), "expected shape"),
         (FLUX, "attention_mask", tensor(1, 164, 163), "must agree"),
         (FLUX, "attention_mask", tensor(1, 163, 163), "164"),
-        (FLUX, "attention_mask", tensor(3, 164, 164), "2 images"),
+        (FLUX, "attention_mask", tensor(3, 164, 164), "x has 2 images"),
         (FLUX, "attention_mask", tensor(1, 164, 164, dtype="I64"), "floating"),
         (FLUX, "context", tensor(2, 129, 8, dtype="BOOL"), "floating"),
     ],
@@ -95,9 +98,9 @@ def test_a_boolean_mask_hides_where_it_is_false() -> None:
     inputs = FLUX.inputs(batch=BATCH)
     seen = torch.rand(BATCH, 164, 164) < 0.5
     seen.diagonal(dim1=1, dim2=2).fill_(True)
-    given = pack({**inputs, "attention_mask": seen}, "arguments", {}, None)
-    check(FLUX, attention_mask=given["attention_mask"])
-    values = load_arguments(given, FLUX.model.arguments(), torch.float32, torch.device("cpu"))
+    sent = pack({**inputs, "attention_mask": seen}, "arguments", {}, None)
+    check(FLUX, attention_mask=sent["attention_mask"])
+    values = load_arguments(sent, FLUX.model.arguments(), torch.float32, torch.device("cpu"))
     scores = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
     assert torch.equal(values["attention_mask"], scores)
     assert relative_error(FLUX.forward(**inputs, attention_mask=scores), FLUX.forward(**inputs)) > 1e-4
@@ -119,13 +122,76 @@ def test_what_is_no_control_is_refused_here(control: Any) -> None:
 
 def test_what_comes_by_digest_is_put_on_the_device_once() -> None:
     inputs = {name: to_wire(value, name) for name, value in FLUX.inputs().items()}
-    given = {**inputs, "context": inputs["context"].with_digest()}
+    sent = {**inputs, "context": inputs["context"].with_digest()}
     kept: Kept = {}
     first, second = (
-        load_arguments(given, FLUX.model.arguments(), torch.bfloat16, torch.device("cpu"), kept) for _ in range(2)
+        load_arguments(sent, FLUX.model.arguments(), torch.bfloat16, torch.device("cpu"), kept) for _ in range(2)
     )
     assert first["context"] is second["context"]
     assert first["x"] is not second["x"], "it changes with every step, and has no digest"
-    assert [(key[0], value.dtype) for key, value in kept.items()] == [(given["context"].digest, torch.bfloat16)]
-    other = load_arguments(given, FLUX.model.arguments(), torch.float32, torch.device("cpu"), kept)
+    assert [(key[0], value.dtype) for key, value in kept.items()] == [(sent["context"].digest, torch.bfloat16)]
+    other = load_arguments(sent, FLUX.model.arguments(), torch.float32, torch.device("cpu"), kept)
     assert other["context"].dtype == torch.float32
+
+
+FAULTS: list[tuple[dict[str, Any], str]] = [
+    ({"x": tensor(2, 3, 9, 14)}, "x: expected shape [B, 4, H, W], got shape [2, 3, 9, 14]"),
+    ({"x": None}, "x: missing; flux needs it, as shape [B, 4, H, W]"),
+    ({"context": tensor(3, 129, 8)}, "context: its B is 3, but that of x is 2; they must agree"),
+    ({"ref_latents": [tensor(1, 4, 2, 2)]}, "ref_latents: its B is 1, but that of x is 2; they must agree"),
+    (
+        {"control": {"tensors": [tensor(3, 35, 80)], "input": [0]}},
+        "control.input[0]: it is for 3 images, but x has 2 images; make it 2, or 1 for all",
+    ),
+    (
+        {"attention_mask": tensor(3, 164, 164)},
+        "attention_mask: it is for 3 images, but x has 2 images; make it 2, or 1 for all",
+    ),
+]
+
+
+@given(st.permutations(list(FLUX.model.arguments())), st.sampled_from(FAULTS))
+def test_the_order_of_specs_has_no_meaning(order: list[str], fault: tuple[dict[str, Any], str]) -> None:
+    spoiled, told = fault
+    sent = {**pack(FLUX.inputs(batch=BATCH), "arguments", {}, None), **spoiled}
+    specs = FLUX.model.arguments()
+    with pytest.raises(ArgumentError) as caught:
+        check_arguments(sent, {name: specs[name] for name in order}, "flux")
+    assert caught.value.message == told
+
+
+@pytest.mark.parametrize(
+    "spec", [Number(0, 1, required=True), Residuals(80, {"input": 2}, required=True), Argument(None, choices=("a",))]
+)
+def test_whatever_is_missing_is_named(spec: Spec) -> None:
+    with pytest.raises(ArgumentError, match="n: missing; f needs it, as") as caught:
+        check_arguments({}, {"n": spec}, "f")
+    assert caught.value.argument == "n"
+
+
+def test_what_stays_fp32_is_said_by_its_spec() -> None:
+    """A timestep for each frame is no other kind of number than one for each image."""
+    specs: dict[str, Spec] = {
+        "timestep": Argument(("B", "T"), fp32=True),
+        "weights": Argument(("B",)),
+        "sigmas": Argument(("T",), fp32=True),
+    }
+    sent = {"timestep": tensor(2, 3), "weights": tensor(2), "sigmas": tensor(3)}
+    sent = {name: to_wire(torch.full(each.shape, 1000 / 3), name) for name, each in sent.items()}
+    values = load_arguments(sent, specs, torch.bfloat16, torch.device("cpu"))
+    assert {name: value.dtype for name, value in values.items()} == {
+        "timestep": torch.float32,
+        "weights": torch.bfloat16,
+        "sigmas": torch.float32,
+    }
+
+
+def test_images_are_taken_along_the_axis_that_the_spec_names() -> None:
+    mine, value = slice(1, 2), torch.arange(12.0).view(2, 2, 3)
+    assert torch.equal(Argument(("B", "L", 3)).images(value, mine), value[1:2])
+    assert torch.equal(Argument(("L", "B", 3)).images(value, mine), value[:, 1:2])
+    assert Argument(("L", "M", 3)).images(value, mine) is value, "it has no batch, whatever its sizes"
+    assert torch.equal(Argument(("B", 2, 3), many=True).images([value], mine)[0], value[1:2])
+    one = value[:1]
+    assert Argument(("B", "L", 3), shared=True).images(one, mine) is one
+    assert torch.equal(Argument(("B", "L", 3), shared=True).images(value, mine), value[1:2])

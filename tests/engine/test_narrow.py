@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +59,23 @@ def test_the_blocks_matrices_and_nothing_else(tiny: Tiny) -> None:
     with torch.inference_mode():
         out = model(SequenceParallel(), **tiny.inputs())
     assert 1e-4 < relative_error(out, tiny.forward(**tiny.inputs())) < 0.1
+
+
+@pytest.mark.parametrize("name", ["layers", "noise_refiner"])
+def test_blocks_are_found_whatever_their_name(name: str) -> None:
+    """A family of tomorrow may call them otherwise, and keep a layer beside them whose name looks like a block's."""
+    model: Any = share(SD3.model)
+    blocks = model.joint_blocks
+    del model.joint_blocks
+    model.add_module(name, blocks)
+    model.add_module("subblocks", nn.ModuleDict({"0": nn.Linear(16, 16)}))
+    type_of = type(model)
+    model.__class__ = type("Other", (type_of,), {"modulating": []})
+    narrow_matrices(model)
+    narrow = {each for each, layer in model.named_modules() if isinstance(layer, NarrowLinear)}
+    assert narrow
+    assert all(each.startswith(f"{name}.") for each in narrow)
+    assert model.blocks_at == [name]
 
 
 def test_a_narrow_layer_is_used_in_parts() -> None:

@@ -20,6 +20,7 @@ from tacod.rank.process import Flow
 from tacod.rank.samplers import (
     SAMPLERS,
     Denoise,
+    check_levels,
     find,
     guide,
     needs_negative,
@@ -246,3 +247,29 @@ def test_latent_format(family: type[DiT]) -> None:
     assert torch.allclose(latents.out_of_model(latents.into_model(latent)), latent, atol=1e-6)
     assert torch.equal(latents.into_model(torch.zeros(2)), torch.zeros(2))
     assert torch.allclose(latents.out_of_model(torch.zeros(2)), torch.full((2,), latents.shift))
+
+
+@pytest.mark.parametrize(
+    "levels",
+    [
+        [1.0, 0.001, 0.0],
+        [1.0, 0.0005, 0.0],
+        [1.0, 1e-30, 0.0],
+        [0.001, 0.0],
+        [1.0, 1e-5, 1e-6],
+    ],
+)
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_levels_that_a_sampler_cant_step_between(name: str, levels: list[float]) -> None:
+    """A sampler takes them and comes to a number, or they are refused beforehand."""
+    sigmas = torch.tensor(levels)
+    if name == "uni_pc":
+        with pytest.raises(ArgumentError, match="uni_pc can't step from") as caught:
+            check_levels(name, sigmas)
+        assert caught.value.argument == "sigmas"
+        return
+    check_levels(name, sigmas)
+    x = torch.ones(1, 1, 2, 2)
+    steps = list(find(name)(lambda x, sigma: x - sigma * x / 2, x, sigmas, lambda: torch.zeros_like(x)))
+    assert len(steps) == len(levels) - 1
+    assert steps[-1].isfinite().all()

@@ -1,11 +1,14 @@
-"""A rank raises in a step: all are replaced and the step runs again; when retries don't help, its traceback comes."""
+"""A rank raises in a step: all are replaced and the step runs again; when retries don't help, its traceback comes.
+
+What all ranks raise alike is the answer, and no rank is lost.
+"""
 
 from __future__ import annotations
 
 import pytest
 from helpers import FLUX, SD3, Daemon
 
-from tacod_client import Client, RankFailed
+from tacod_client import Client, EngineError, RankFailed
 
 from .conftest import Inject
 
@@ -33,3 +36,29 @@ def test_once_under_another_clients_run(sturdy: Daemon, client: Client, inject: 
         FLUX.check(model)
         job.result()
     assert model.stats.retries == 1
+
+
+def test_all_of_them_alike(sturdy: Daemon, client: Client, inject: Inject) -> None:
+    model = client.load(FLUX.file)
+    other = client.load(SD3.file)
+    before = client.status()["group"]
+    inject(kind="raise", always=True)
+    with pytest.raises(EngineError, match="forward failed on all ranks alike, which go on: RuntimeError: a fault"):
+        FLUX.check(model)
+    inject(kind="raise", at="sample", skip=1)
+    with pytest.raises(EngineError, match="sample failed on all ranks alike"):
+        SD3.sample(other, 3).result()
+    FLUX.check(model)
+    after = client.status()["group"]
+    assert after["restarts"] == before["restarts"]
+    assert [rank["pid"] for rank in after["ranks"]] == [rank["pid"] for rank in before["ranks"]]
+
+
+def test_each_time_the_same_is_not_tried_to_the_end(sturdy: Daemon, client: Client, inject: Inject) -> None:
+    model = client.load(FLUX.file)
+    before = client.stats()["group_restarts"]
+    inject({"group.retries": 3}, kind="raise", rank=1, always=True)
+    with pytest.raises(RankFailed, match="forward failed 2 times") as caught:
+        FLUX.check(model)
+    assert caught.value.details["attempts"] == 2
+    assert client.stats()["group_restarts"] == before + 2

@@ -12,6 +12,8 @@ from helpers import SD3, START_S, Daemon, eventually, stopped
 
 from tacod_client import RankFailed, Unavailable
 
+from .conftest import on_purpose
+
 
 def kill_a_rank_under_a_forward(daemon: Daemon, expected: type[Exception], words: str) -> None:
     victim = daemon.rank_pids()[0]
@@ -42,3 +44,15 @@ def test_gives_up_at_once_without_restarts(models: Path) -> None:
         kill_a_rank_under_a_forward(daemon, Unavailable, r"group\.max_restarts.*SIGKILL")
         assert daemon.wait(5) == 1
         daemon.check_leavings()
+
+
+def test_jobs_that_end_the_ranks_each_time_end_no_daemon(models: Path) -> None:
+    """One restart is allowed, and four are needed: they are the jobs' fault, and not the ranks'."""
+    fault = on_purpose(kind="segfault", rank=0, always=True)
+    with Daemon(1, [models], {"group.max_restarts": 1}, sections=fault) as daemon, daemon.client() as client:
+        model = client.load(SD3.file)
+        for _ in range(2):
+            with pytest.raises(RankFailed, match="forward failed 2 times"):
+                SD3.check(model)
+        eventually(lambda: client.status()["state"] == "ready", START_S, "the ranks are back")
+        assert client.status()["group"]["restarts"] == 4

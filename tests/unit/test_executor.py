@@ -20,10 +20,18 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tacod.config import Config
 from tacod.executor import Executor
-from tacod.group import State
+from tacod.group import AGREE_S, State
 from tacod.manifest import Model
 from tacod.scheduler import Job, Outcome, Verb
-from tacod_client.errors import JobNotFound, ModelUnsupported, OutOfMemory, QueueFull, RankFailed, Unavailable
+from tacod_client.errors import (
+    EngineError,
+    JobNotFound,
+    ModelUnsupported,
+    OutOfMemory,
+    QueueFull,
+    RankFailed,
+    Unavailable,
+)
 from tacod_client.wire import Message
 
 from .fake_ranks import FACTS, FakeRank, descriptors, fakes, step
@@ -54,6 +62,11 @@ CONFIG = Config.model_validate(
         "limits": {"queue": LIMIT},
     }
 )
+
+
+def raised(place: str = "a.py:1", exchanges: int = 1) -> dict[str, Any]:
+    """What a rank tells of an error that it didn't expect."""
+    return {"traceback": "Traceback", "what": "TypeError: 3", "place": place, "exchanges": exchanges}
 
 
 class Events(RuleBasedStateMachine):
@@ -180,6 +193,21 @@ class Events(RuleBasedStateMachine):
         self.answer(index, "broken", {"traceback": "Traceback"})
         self.executor.attend()
 
+    @rule(index=RANK, place=st.sampled_from(["a.py:1", "b.py:2"]))
+    def raise_alone(self, index: int, place: str) -> None:
+        self.answer(index, "raised", raised(place))
+        self.executor.attend()
+
+    @rule()
+    def all_raise(self) -> None:
+        pids = [rank.pid for rank in self.alive]
+        busy = self.executor.group.state is State.BUSY and all(rank.unanswered for rank in self.alive)
+        for index in range(RANKS):
+            self.answer(index, "raised", raised())
+        self.executor.attend()
+        if busy and all(rank.code is None for rank in self.alive):
+            assert [rank.pid for rank in self.alive] == pids, "ranks that raise alike stay"
+
     @rule(index=RANK, code=st.sampled_from([-9, -11, 3]))
     def die(self, index: int, code: int) -> None:
         for rank in self.alive:
@@ -188,11 +216,13 @@ class Events(RuleBasedStateMachine):
         self.executor.attend()
         assert all(rank.code is None for rank in self.alive), "a dead rank takes all others with it"
 
-    @rule(index=RANK, kind=st.sampled_from(["ready", "done", "failed", "broken", "progress", "no such thing"]))
+    @rule(
+        index=RANK, kind=st.sampled_from(["ready", "done", "failed", "raised", "broken", "progress", "no such thing"])
+    )
     def die_talking(self, index: int, kind: str) -> None:
         """A rank's last words, whatever they are, don't outlive it."""
         body = {"memory_used_bytes": 7, "done": 1, "total": 2, "traceback": "", **step(RANKS, sigma=0.5)}
-        body |= {"error": OutOfMemory("no memory").to_wire(), "model": FACTS, "base": FACTS}
+        body |= {"error": OutOfMemory("no memory").to_wire(), "model": FACTS, "base": FACTS, **raised()}
         ended = len(self.ended)
         for rank in self.alive:
             if rank.index == index:
@@ -245,7 +275,7 @@ class Events(RuleBasedStateMachine):
     def failures_say_why(self) -> None:
         for job in self.ended:
             if isinstance(job.error, RankFailed):
-                assert job.attempts == RETRIES + 1
+                assert 2 <= job.attempts <= RETRIES + 1
 
     def teardown(self) -> None:
         """However it went, ranks that behave bring what is left to its end."""
@@ -338,6 +368,67 @@ OTHER = Model("other", "/other", "i", None)
 
 def ids(walk: Walk) -> list[str]:
     return [model.id for model in walk.executor.manifest]
+
+
+def test_what_all_ranks_raise_alike_is_an_answer(walk: Walk) -> None:
+    walk.ready()
+    ranks = walk.alive
+    walk.submit(Verb.LOAD, BASE)
+    walk.answer("raised", raised())
+    (job,) = walk.ended
+    assert type(job.error) is EngineError
+    assert "load failed on all ranks alike, which go on: TypeError: 3" in job.error.message
+    assert walk.alive == ranks
+    walk.submit(Verb.LOAD, BASE, "again")
+    walk.answer()
+    assert ids(walk) == ["base"]
+    assert walk.executor.group.restarts == 0
+
+
+@pytest.mark.parametrize(
+    "other", [("raised", raised("b.py:2")), ("raised", raised(exchanges=2)), ("done", None), ("failed", NO_MEMORY)]
+)
+def test_ranks_that_raise_otherwise_are_replaced(walk: Walk, other: tuple[str, Any]) -> None:
+    """At another place, or after another number of exchanges, one of them may wait for another."""
+    walk.ready()
+    walk.submit(Verb.LOAD, BASE)
+    gone = walk.alive
+    walk.answer("raised", raised(), ranks=1)
+    assert walk.alive == gone, "the others have a while to say the same"
+    walk.answer(*other)
+    assert all(rank.reaped for rank in gone)
+    walk.come_back()
+    walk.answer()
+    assert ids(walk) == ["base"]
+
+
+def test_one_that_raises_alone_is_waited_for_no_longer_than_ranks_have_to_agree(walk: Walk) -> None:
+    walk.ready()
+    walk.submit(Verb.LOAD, BASE)
+    gone = walk.alive
+    walk.answer("raised", raised(), ranks=1)
+    walk.clock.now += AGREE_S + 0.1
+    walk.executor.attend()
+    assert all(rank.reaped for rank in gone)
+
+
+def test_jobs_that_end_the_ranks_each_time_are_not_held_against_them(walk: Walk) -> None:
+    """More of them than there may be restarts; ranks that die for no job's sake still count."""
+    walk.ready()
+    for number in range(RESTARTS + 2):
+        walk.submit(Verb.LOAD, BASE, str(number))
+        for _ in range(RETRIES + 1):
+            walk.alive[1].die(-11)
+            walk.come_back()
+        assert isinstance(walk.ended[number].error, RankFailed)
+    assert walk.executor.given_up is None
+    assert walk.executor.group.restarts == (RESTARTS + 2) * (RETRIES + 1)
+    for _ in range(RESTARTS):
+        walk.alive[1].die(-9)
+        walk.come_back()
+    walk.alive[1].die(-9)
+    walk.executor.attend()
+    assert "group.max_restarts" in str(walk.executor.given_up)
 
 
 def test_a_model_is_unloaded_with_what_was_made_of_it(walk: Walk) -> None:

@@ -51,3 +51,22 @@ def test_giving_up_is_no_restart() -> None:
 
 def test_a_generous_limit_does_not_overflow() -> None:
     assert waits(RestartPolicy(3000, 1e9), *range(2000))[-1] == 10.0
+
+
+def test_losses_under_one_job_count_once() -> None:
+    policy = RestartPolicy(2, 600.0)
+    assert policy.next_start(0.0, "job 1") == 0.0
+    assert policy.next_start(1.0, "job 1") == 1.0
+    assert policy.next_start(2.0, "job 1") == 2.0
+    assert policy.next_start(3.0) is not None
+    assert policy.next_start(4.0, "job 2") is None
+
+
+def test_losses_that_a_job_is_to_blame_for_do_not_count() -> None:
+    policy = RestartPolicy(1, 600.0)
+    for number in range(5):
+        assert policy.next_start(float(number), f"job {number}") == number
+        policy.forgive(f"job {number}")
+    assert policy.next_start(9.0) == 9.0
+    policy.forgive("")
+    assert policy.next_start(10.0) is None

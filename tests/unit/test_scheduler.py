@@ -266,6 +266,28 @@ def test_lost_job_fails_after_its_retries_and_says_why() -> None:
     assert lost.error.details == {"attempts": RETRIES + 1}
 
 
+def test_what_ends_the_ranks_twice_in_the_same_way_is_not_tried_again() -> None:
+    lost = job("1", verb=Verb.SAMPLE)
+    scheduler = queue(lost)
+    start(scheduler)
+    assert scheduler.lose_group("rank 1 raised", cause="ValueError: #") == []
+    start(scheduler)
+    assert scheduler.lose_group("rank 0 raised", cause="ValueError: #") == [lost]
+    assert isinstance(lost.error, RankFailed)
+    assert lost.error.message.startswith("sample failed 2 times")
+    assert lost.error.details == {"attempts": 2}
+
+
+@pytest.mark.parametrize("causes", [("ValueError: #", "TypeError: #"), ("", ""), ("ValueError: #", "")])
+def test_other_ends_are_no_reason_to_stop_early(causes: tuple[str, str]) -> None:
+    lost = job("1")
+    scheduler = queue(lost)
+    for cause in causes:
+        start(scheduler)
+        assert scheduler.lose_group("lost", cause=cause) == []
+    assert run(scheduler) == ["1"]
+
+
 def test_losing_idle_ranks_costs_no_attempt() -> None:
     waiting = job("1")
     scheduler = queue(waiting)

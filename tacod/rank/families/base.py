@@ -22,7 +22,7 @@ from tacod.plan import Pace
 from tacod.rank.process import Process
 from tacod.rank.sequence import SequenceParallel
 from tacod_client import wire
-from tacod_client.errors import ModelUnsupported
+from tacod_client.errors import ArgumentError, ModelUnsupported
 from tacod_client.tensors import from_wire, rows
 
 
@@ -31,7 +31,8 @@ class Argument:
     """What a forward's argument must look like.
 
     ``shape`` holds an int for a fixed size and a name for a free one; the same name means the same size in every
-    argument of one forward (``"B"`` is the batch). ``None`` stands for a value that is no tensor.
+    argument of one forward. ``"B"`` is the batch, along which images go to ranks; a tensor without it is whole on every
+    rank. ``None`` stands for a value that is no tensor.
     """
 
     shape: tuple[int | str, ...] | None
@@ -42,6 +43,24 @@ class Argument:
     """For ``shape=None``: the strings it may be."""
     mask: bool = False
     """Added to scores; it may be boolean too, where false hides what it stands for."""
+    fp32: bool = False
+    """It stays fp32, whatever the model computes in: what is embedded there, such as timesteps and guidance."""
+    shared: bool = False
+    """Its batch may also be 1: one for all images."""
+
+    @property
+    def batch_axis(self) -> int | None:
+        """The dimension that counts images; None if there is none."""
+        return self.shape.index("B") if self.shape is not None and "B" in self.shape else None
+
+    def images(self, value: Any, mine: slice) -> Any:
+        """Some images' share of a tensor, or of each in a list; of what all images share, all."""
+        if isinstance(value, list):
+            return [self.images(each, mine) for each in value]
+        axis = self.batch_axis
+        if axis is None or not isinstance(value, Tensor) or (self.shared and value.shape[axis] == 1):
+            return value
+        return value[(slice(None),) * axis + (mine,)]
 
 
 @dataclass(frozen=True)
@@ -160,7 +179,8 @@ class DiT(nn.Module, abc.ABC):
     """The name that users see: ``flux``, ``sd3``."""
     image_models: ClassVar[tuple[str, ...]]
     """The values of ``image_model`` in ComfyUI's ``unet_config`` that this family runs."""
-    latent_format: LatentFormat
+    latent_format: LatentFormat | None = None
+    """Of the latents that `sample` takes and gives; a family without one runs forwards alone."""
     process: ClassVar[Process]
     """What the output means."""
     heads: int
@@ -204,6 +224,14 @@ class DiT(nn.Module, abc.ABC):
     def arguments(self) -> dict[str, Spec]:
         """The arguments that `forward` takes besides ``sequence``, ``x`` and ``timestep`` among them."""
 
+    @property
+    def canvas(self) -> tuple[int | str, ...]:
+        """The shape of ``x``: batch, channels, and the sides of the latent."""
+        spec = self.arguments()["x"]
+        assert isinstance(spec, Argument)
+        assert spec.shape is not None
+        return spec.shape
+
     @abc.abstractmethod
     def lengths(self, arguments: Mapping[str, Any]) -> tuple[int, ...]:
         """The token count of each stream (text, image, …) that these arguments make; it sums to the joint sequence."""
@@ -223,8 +251,12 @@ class DiT(nn.Module, abc.ABC):
 
     def sampling(self) -> dict[str, Any]:
         """What a client has to know to begin a run: the latent's channels, and the noise process."""
-        shape = getattr(self.arguments()["x"], "shape", None)
-        return {"channels": shape[1] if shape else self.out_channels, **self.process.describe()}
+        return {"channels": self.out_channels, **self.process.describe()}
+
+    @property
+    def blocks_at(self) -> list[str]:
+        """The names of the lists that hold its blocks: here, every list of modules that it has itself."""
+        return [name for name, child in self.named_children() if isinstance(child, nn.ModuleList)]
 
     @property
     def modulating(self) -> list[Any]:
@@ -276,9 +308,18 @@ def pad_to_patches(x: Tensor, patch: int) -> Tensor:
     return functional.pad(x, (0, right, 0, below), mode="circular") if below or right else x
 
 
-def grid(x: Any, patch: int) -> tuple[int, int]:
-    """Rows and columns of patches that the last two sizes of ``x`` make, the last ones padded."""
+def grid(x: Any, patch: int, name: str = "x") -> tuple[int, int]:
+    """Rows and columns of patches that the last two sizes of ``x`` make, the last ones padded.
+
+    Raises `ArgumentError`, naming ``name``, if there is too little of ``x`` to pad it with (`pad_to_patches`).
+    """
     height, width = x.shape[-2:]
+    if -height % patch > height or -width % patch > width:
+        raise ArgumentError(
+            f"{name}: its latents are {height} by {width}, too small for patches of {patch} by {patch}; "
+            f"make both sides {patch} or more",
+            argument=name,
+        )
     return -(-height // patch), -(-width // patch)
 
 

@@ -343,13 +343,13 @@ class Flux(DiT):
         """See `DiT.arguments`."""
         return {
             "x": Argument(("B", self.channels, "H", "W")),
-            "timestep": Argument(("B",)),
+            "timestep": Argument(("B",), fp32=True),
             "context": Argument(("B", "L", self.context_width)),
             "y": Argument(("B", self.pooled_width), required=False),
-            "guidance": Argument(("B",), required=self.guided),
+            "guidance": Argument(("B",), required=self.guided, fp32=True),
             "ref_latents": Argument(("B", self.channels, "h", "w"), required=False, many=True),
             "ref_latents_method": Argument(None, required=False, choices=_METHODS),
-            "attention_mask": Argument(("M", "S", "S"), required=False, mask=True),
+            "attention_mask": Argument(("B", "S", "S"), required=False, mask=True, shared=True),
             "rope_options": Numbers(_ROPE_OPTIONS),
             "rope_options_for": Argument(None, required=False, choices=_STRETCHED),
             "qk_norm_eps": Number(0.0, 0.01),
@@ -360,13 +360,13 @@ class Flux(DiT):
 
     def lengths(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
         """Tokens of the text, and of the image with its references. Raises `ArgumentError` for a mask of others."""
-        images = (arguments["x"], *(arguments.get("ref_latents") or ()))
-        text, image = arguments["context"].shape[1], sum(math.prod(grid(image, self.patch)) for image in images)
+        images = [("x", arguments["x"]), *(("ref_latents", each) for each in arguments.get("ref_latents") or ())]
+        text = arguments["context"].shape[1]
+        image = sum(math.prod(grid(each, self.patch, name)) for name, each in images)
         mask = arguments.get("attention_mask")
-        if mask is not None and not (mask.shape[0] in (1, images[0].shape[0]) and mask.shape[1] == text + image):
+        if mask is not None and mask.shape[1] != text + image:
             raise ArgumentError(
-                f"attention_mask: its shape is {list(mask.shape)}, for {images[0].shape[0]} images of {text + image} "
-                "tokens with their text",
+                f"attention_mask: its shape is {list(mask.shape)}, but text and image have {text + image} tokens",
                 argument="attention_mask",
             )
         return text, image

@@ -283,7 +283,7 @@ class PixArt(DiT):
         """See `DiT.arguments`."""
         return {
             "x": Argument(("B", self.channels, "H", "W")),
-            "timestep": Argument(("B",)),
+            "timestep": Argument(("B",), fp32=True),
             "context": Argument(("B", "L", self.context_width)),
             "c_size": Argument(("B", 2), required=False),
             "c_ar": Argument(("B", 1), required=False),

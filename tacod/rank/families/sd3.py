@@ -316,7 +316,7 @@ class SD3(DiT):
         """See `DiT.arguments`."""
         return {
             "x": Argument(("B", self.channels, "H", "W")),
-            "timestep": Argument(("B",)),
+            "timestep": Argument(("B",), fp32=True),
             "context": Argument(("B", "L", self.context_width)),
             "y": Argument(("B", self.pooled_width)),
             "control": Residuals(self.width, {"input": 0, "output": self.heads, "middle": 0}, whole=True),

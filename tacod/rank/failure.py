@@ -1,0 +1,52 @@
+"""What a rank says of an error that it didn't expect, and whether it can go on if all ranks had the same one."""
+
+from __future__ import annotations
+
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tacod.rank import collectives, peers, staging
+from tacod.rank.engine import Engine
+from tacod_client.text import encodable, shortened
+
+__all__ = ["failure"]
+
+TOLD_CHARACTERS = 6000
+"""What is told of a traceback: the end of it, which fits a packet."""
+_EXCHANGES = {module.__file__ for module in (collectives, peers, staging)}
+
+
+def failure(engine: Engine, error: Exception, begun: int) -> tuple[str, dict[str, Any]]:
+    """How a work item ended that raised, and what is told of it; ``begun`` is the clock's count when it came.
+
+    ``raised`` means that this rank can go on, if all others have raised the same at the same place, after as many
+    exchanges: then none waits for another. ``broken`` means that it ends.
+    """
+    text = encodable("".join(traceback.format_exception(error, limit=-8)))[-TOLD_CHARACTERS:]
+    exchanges = engine.topology.clock.begun - begun
+    told = {"traceback": text, "what": shortened(encodable(f"{type(error).__name__}: {error}"), TOLD_CHARACTERS // 3)}
+    if not _can_go_on(engine, error, exchanges):
+        return "broken", told
+    frames = traceback.extract_tb(error.__traceback__)
+    place = " ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)[-TOLD_CHARACTERS // 3 :]
+    return "raised", {**told, "place": place, "exchanges": exchanges, "memory_used_bytes": engine.memory_used_bytes}
+
+
+def _can_go_on(engine: Engine, error: Exception, exchanges: int) -> bool:
+    files = {frame.filename for frame in traceback.extract_tb(error.__traceback__)}
+    if files & _EXCHANGES or any("/torch/distributed/" in file for file in files):
+        # The connections between ranks may be at fault.
+        return False
+    if engine.device.type == "cpu":
+        return True
+    # A GPU's own faults stay with its process, and what it was told to exchange may be on its way.
+    if exchanges or "CUDA" in str(error) or isinstance(error, torch.AcceleratorError):
+        return False
+    with suppress(Exception):
+        torch.cuda.synchronize(engine.device)
+        return True
+    return False

@@ -1,0 +1,57 @@
+"""Linear layers in parts and with what follows, with a bias and without one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import relative_error
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tacod.rank import linear
+from tacod.rank.linear import linear_gelu, split_inputs, split_outputs
+from tacod.rank.narrow import NarrowLinear
+from tacod.rank.stored import StoredLinear
+
+
+def plain(bias: bool) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(32, 48, bias=bias).requires_grad_(False)
+
+
+def stored(bias: bool) -> StoredLinear:
+    layer = plain(bias)
+    data = layer.weight.to(torch.float8_e4m3fn).view(torch.uint8)
+    return StoredLinear(data, "F8_E4M3", layer.bias, torch.float32, None)
+
+
+def narrow(bias: bool) -> NarrowLinear:
+    return NarrowLinear.of(plain(bias))
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("make", [plain, stored, narrow])
+def test_parts_make_the_whole(make: Any, bias: bool, x: Tensor) -> None:
+    layer = make(bias)
+    head, tail = split_outputs(layer, 16)
+    assert relative_error(torch.cat((head(x), tail(x)), dim=-1), layer(x)) < 1e-6
+    later, first = split_inputs(layer, 8)
+    assert relative_error(first(x[..., :8].contiguous(), later(x[..., 8:].contiguous())), layer(x)) < 1e-6
+    assert relative_error(linear_gelu(tail, x), functional.gelu(layer(x)[..., 16:], approximate="tanh")) < 1e-6
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("make", [plain, stored])
+def test_gelu_in_one_operation(make: Any, bias: bool, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What GPUs do: on a CPU the same operation has the exact GELU, which is near to its tanh form."""
+    monkeypatch.setattr(linear, "has_kernels", lambda x: True)
+    layer = make(bias)
+    with torch.no_grad():
+        assert relative_error(linear_gelu(layer, x), functional.gelu(layer(x))) < 2e-3
