@@ -99,12 +99,13 @@ class Store:
                 )
 
     def check_fits(self, value: Any) -> None:
-        """Check that all that a body names by digest can be here at once.
+        """Check that the tensors that a body names by digest, if each of them can be here, can be here together.
 
         Raises `QueueFull`, and then it is of no use to ask again.
         """
         named = {each.digest: each.nbytes for each in tensors_of(value) if each.frames is None}
-        self._check_fits(sum(named.values()))
+        if max(named.values(), default=0) <= self.limit:
+            self._check_fits(sum(named.values()))
 
     def _check_fits(self, nbytes: int) -> None:
         if nbytes > self.limit:
@@ -115,21 +116,26 @@ class Store:
             )
 
     def put(self, tensor: Tensor, owner: bytes = b"", now: float = 0.0) -> bytes:
-        """Keep a tensor, making room if need be; returns its digest, computed here and not taken on trust.
+        """Keep a tensor; see `put_all`."""
+        return self.put_all([tensor], owner, now)[0]
 
-        Raises `QueueFull` if what is pinned, or claimed before ``owner``'s claim, leaves no room.
+    def put_all(self, tensors: Iterable[Tensor], owner: bytes = b"", now: float = 0.0) -> list[bytes]:
+        """Keep tensors, making room if need be; returns their digests, computed here and not taken on trust.
+
+        Raises `QueueFull` if what is pinned, or claimed before ``owner``'s claim, leaves no room; then none is kept.
         """
-        tensor = Tensor(tensor.dtype, tensor.shape, tensor.frames).with_digest()
-        digest = tensor.digest
-        assert digest is not None
+        known = [Tensor(each.dtype, each.shape, each.frames).with_digest() for each in tensors]
+        given = {each.digest: each for each in known if each.digest is not None}
         if owner in self._claims:
             self._claims[owner].renew(now)
-        if digest not in self._tensors:
-            self._make_room(tensor.nbytes, owner, now)
-            self._tensors[digest] = tensor
-            self.nbytes += tensor.nbytes
-        self._tensors.move_to_end(digest)
-        return digest
+        new = {digest: each for digest, each in given.items() if digest not in self._tensors}
+        if new:
+            self._make_room(sum(each.nbytes for each in new.values()), len(new), set(given), owner, now)
+        for digest, each in given.items():
+            self._tensors.setdefault(digest, each)
+            self._tensors.move_to_end(digest)
+        self.nbytes += sum(each.nbytes for each in new.values())
+        return [each.digest for each in known if each.digest is not None]
 
     def claim(self, owner: bytes, digests: Iterable[bytes], now: float) -> None:
         """A client will upload what lacks of these, and then ask again; what is here of them is to stay till then."""
@@ -166,42 +172,43 @@ class Store:
         for gone in [each for each, claim in self._claims.items() if claim.until_s < now]:
             del self._claims[gone]
 
-    def _make_room(self, nbytes: int, owner: bytes, now: float) -> None:
+    def _make_room(self, nbytes: int, count: int, given: set[bytes], owner: bytes, now: float) -> None:
+        """Make room for so many bytes in so many tensors more; those that were ``given`` with them stay."""
         self._check_fits(nbytes)
-        if self.nbytes + nbytes <= self.limit and len(self._tensors) < COUNT:
+        if self.nbytes + nbytes <= self.limit and len(self._tensors) + count <= COUNT:
             return
         self._drop_claims(now)
-        firm, claimed = set(self._pins), set[bytes]()
+        firm, claimed = given | set(self._pins), set[bytes]()
         before = True
         for each, claim in self._claims.items():
             (firm if before else claimed).update(claim.digests)
             before = before and each != owner
-        kept = self.size_of(firm)
-        count = sum(digest in self._tensors for digest in firm)
-        if count >= COUNT or kept + nbytes > self.limit:
+        firm = {digest for digest in firm if digest in self._tensors}
+        kept, many = self.size_of(firm), len(firm) + count > COUNT
+        if many or kept + nbytes > self.limit:
             lasting = [digest for digest, times in self._pins.items() if times > self._brief[digest]]
-            soon = self.size_of(lasting) + nbytes <= self.limit and len(lasting) < COUNT
-            what = f"all of the {COUNT} tensors" if count >= COUNT else f"{kept} bytes"
+            soon = self.size_of(lasting) + nbytes <= self.limit and len(lasting) + count <= COUNT
+            what = f"all of the {COUNT} tensors" if many else f"{kept} bytes"
             raise QueueFull(
                 f"queued jobs, and uploads that began before, need {what} that the tensor store keeps, and {nbytes} "
                 f"bytes more don't fit in limits.store_bytes = {self.limit}; wait for a job to end, or raise the limit",
                 limit=self.limit,
                 **({"soon": True} if soon else {}),
             )
-        for digest in self._victims(nbytes, firm, claimed):
+        for digest in self._victims(nbytes, count, firm, claimed):
             self.nbytes -= self._tensors.pop(digest).nbytes
 
-    def _victims(self, nbytes: int, firm: set[bytes], claimed: set[bytes]) -> list[bytes]:
-        """What goes for so many bytes more, and one tensor more."""
+    def _victims(self, nbytes: int, count: int, firm: set[bytes], claimed: set[bytes]) -> list[bytes]:
+        """What goes for so many bytes in so many tensors more."""
         going: list[bytes] = []
-        left, count = self.nbytes + nbytes, len(self._tensors) + 1
+        nbytes, count = self.nbytes + nbytes, len(self._tensors) + count
         for turn in range(3):
             for digest, tensor in self._tensors.items():
-                if left <= self.limit and count <= COUNT:
+                if nbytes <= self.limit and count <= COUNT:
                     return going
                 if digest not in firm and turn == (2 if digest in claimed else digest in self._held):
                     going.append(digest)
-                    left -= tensor.nbytes
+                    nbytes -= tensor.nbytes
                     count -= 1
         return going
 

@@ -16,7 +16,7 @@ from tacod.sessions import Session
 from tacod.store import COUNT, digests_of, tensors_of
 from tacod_client import wire
 from tacod_client.errors import ArgumentError, ConfigInvalid, JobNotFound, NotAllowed, QueueFull
-from tacod_client.wire import Message, Tensor, map_tensors
+from tacod_client.wire import Message, map_tensors
 
 if TYPE_CHECKING:
     from tacod.server import Server
@@ -71,8 +71,7 @@ class Verbs:
         for tensor in body.tensors:
             if tensor.frames is None:
                 raise ArgumentError("tensors: a tensor to keep must come with its bytes", argument="tensors")
-        store, now = self.server.executor.store, time.monotonic()
-        return {"digests": [store.put(tensor, session.token, now) for tensor in body.tensors]}
+        return {"digests": self.server.executor.store.put_all(body.tensors, session.token, time.monotonic())}
 
     def begin_upload(self, session: Session, request: int, body: messages.BeginUpload) -> dict[str, Any]:
         """Announce a model file."""
@@ -101,16 +100,12 @@ class Verbs:
     def _stored(self, session: Session, patches: Any) -> Any:
         """Patches whose tensors are all in the store, and named by digest: a model may be kept for long."""
         store, now = self.server.executor.store, time.monotonic()
-        inline = [tensor.with_digest() for tensor in tensors_of(patches) if tensor.frames is not None]
+        inline = [tensor for tensor in tensors_of(patches) if tensor.frames is not None]
+        named = map_tensors(patches, lambda each: each.with_digest().without_bytes())
         if inline:
-            store.claim(session.token, [*digests_of(patches), *(each.digest or b"" for each in inline)], now)
-
-        def stored(tensor: Tensor) -> Tensor:
-            if tensor.frames is None:
-                return tensor
-            return replace(tensor, frames=None, digest=store.put(tensor, session.token, now))
-
-        return map_tensors(patches, stored)
+            store.claim(session.token, digests_of(named), now)
+            store.put_all(inline, session.token, now)
+        return named
 
     def unload(self, session: Session, request: int, body: messages.Unload) -> None:
         """Give a model's memory back."""
