@@ -128,8 +128,9 @@ class Models(_Section):
     """What the files in `uploads` may take; the least recently used make room."""
     memory_bytes: PositiveInt | None = None
     """Weights that each rank holds at the most; the least recently used models make room. By default, what fits."""
-    variants: PositiveInt = 2
-    """Patched models (LoRA) that are kept of each file; each holds the layers that its patches change."""
+    variants: PositiveInt = 8
+    """Patched models (LoRA) that are kept of each file; each holds the layers that its patches change. Where
+    memory lacks, the least recently used ones make room."""
 
     @property
     def readable(self) -> list[str]:

@@ -20,11 +20,14 @@ from tacod.residency import Residency
 from tacod.restarts import RestartPolicy
 from tacod.scheduler import Job, Outcome, Scheduler, Verb
 from tacod.store import Store
-from tacod_client.errors import ModelNotFound, TacodError, Unavailable
+from tacod_client.errors import ModelError, ModelNotFound, OutOfMemory, TacodError, Unavailable
 
 __all__ = ["Executor"]
 
 log = logging.getLogger(__name__)
+
+LOOK_S = 0.01
+"""How often jobs that are put off are looked at again, while the ranks have nothing else to do."""
 
 
 class Executor:
@@ -50,7 +53,9 @@ class Executor:
         self.baselines = Baselines()
         self.scheduler = Scheduler(config.limits.queue, config.group.retries)
         self.group = RankGroup(config.group, devices, folder)
-        self.residency = Residency(self.manifest, self.store, preload, len(devices), self.scheduler.begin_anew)
+        self.residency = Residency(
+            self.manifest, self.store, preload, len(devices), self.scheduler.begin_anew, self._keep_for_turns
+        )
         self._plan_faults(config)
         self.ready = False
         """Whether a forward has gone through all ranks and all preloaded models are there, since the daemon began."""
@@ -61,6 +66,8 @@ class Executor:
         self._told: tuple[int, int] | None = None
         self._on_end = on_end
         self._spawn_at: float | None = time.monotonic()
+        self._look_at: float | None = None
+        """When jobs that are put off are looked at again."""
         self._step_ready_s: dict[str, float] = {}
         """When each started job's current or next step could have begun; a retry waits since then too."""
         self._queue_s = 0.0
@@ -81,12 +88,14 @@ class Executor:
         if running is not None and running.verb is Verb.LOAD:
             model: Model = running.body
             return model
-        return self.residency.restoring
+        return self.residency.restoring or self.residency.fetching
 
     def go_by(self, config: Config, preload: Iterable[Model]) -> None:
         """Go by another configuration of the same ranks; models that are to be there from now on are loaded next."""
         if config.testing != self.config.testing:
             self._plan_faults(config)
+        if config.models.readable != self.config.models.readable:
+            self.manifest.forget_evicted()
         self.config = config
         self.group.settings = config.group
         self.manifest.roots = config.models.readable
@@ -103,7 +112,8 @@ class Executor:
     @property
     def wakes_at(self) -> list[float]:
         """The moments on the monotonic clock at which `attend` has something to do, whatever else happens."""
-        return [moment for moment in (self.group.deadline, self._spawn_at) if moment is not None]
+        moments = (self.group.deadline, self._spawn_at, self._look_at)
+        return [moment for moment in moments if moment is not None]
 
     def close(self) -> None:
         """End the ranks."""
@@ -114,12 +124,34 @@ class Executor:
     def submit(self, job: Job) -> None:
         """Queue a job; the tensors that it names by digest stay in the store until its end.
 
-        Raises `Unavailable` and `QueueFull`.
+        So do, until then, those of its model's patches, if that isn't loaded now. Raises `Unavailable` and `QueueFull`.
         """
         if self.given_up is not None:
             raise Unavailable(self.given_up)
         self.scheduler.submit(job)
-        self.store.pin(job.digests)
+        self.store.pin(job.digests, job.verb is not Verb.SAMPLE)
+        if job.model not in self.manifest and (model := self.residency.recall(job.model)) is not None:
+            self._keep_for_turns(model)
+
+    def check_model(self, model_id: str) -> None:
+        """Check that a model is loaded, or can be loaded for a job's turn.
+
+        Raises `ModelNotFound`.
+        """
+        if self.residency.recall(model_id) is None:
+            self.manifest.find(model_id)
+
+    def _keep_for_turns(self, model: Model) -> None:
+        """A model isn't here: what it takes to load it for the turns of jobs that wait stays in the store."""
+        for job in self.scheduler.jobs:
+            waits = job.model == model.id and job.verb in (Verb.FORWARD, Verb.SAMPLE)
+            if waits and not job.restores and not self.store.lacks(model.digests):
+                job.restores = model.digests
+                self.store.pin(job.restores, job.verb is not Verb.SAMPLE)
+
+    def _unpin_restores(self, job: Job) -> None:
+        self.store.unpin(job.restores, job.verb is not Verb.SAMPLE)
+        job.restores = []
 
     def cancel(self, job_id: str) -> bool:
         """Cancel a job; returns whether that is done already. Raises `JobNotFound`."""
@@ -128,7 +160,8 @@ class Executor:
         return bool(ended)
 
     def drop(self, session: bytes) -> None:
-        """End what a session has queued."""
+        """End what a session has queued, or was about to."""
+        self.store.disclaim(session)
         self._end(self.scheduler.drop(session))
 
     def abort(self, error: TacodError) -> None:
@@ -141,6 +174,7 @@ class Executor:
     def attend(self) -> None:
         """Take in what the ranks have said, look after those that are gone or stuck, and hand out the next step."""
         now = time.monotonic()
+        self._look_at = None
         try:
             answer = self.group.receive()
             self._tell_load()
@@ -204,7 +238,7 @@ class Executor:
             self.ready = True
             log.info("ready with %d ranks", self.group.world_size)
             notify("READY=1")
-        while (job := self.scheduler.next(time.monotonic())) is not None:
+        while (job := self.scheduler.next(time.monotonic(), self._is_put_off)) is not None:
             if (job.verb is Verb.LOAD) != (job.model in self.manifest):
                 self._start_step(job)
                 return
@@ -214,17 +248,42 @@ class Executor:
                 assert ended is not None
                 self._end([ended])
                 continue
+            model = self.residency.recall(job.model)
+            if model is not None and job.verb is not Verb.UNLOAD:
+                self.residency.fetching = model
+                self._load(job, model)
+                return
             gone = ModelNotFound(f"model {job.model!r} was unloaded before its turn came; load it again")
             self._end([self.scheduler.fail_step(gone)])
+        if len(self.scheduler):
+            self._look_at = time.monotonic() + LOOK_S
+
+    def _is_put_off(self, job: Job) -> bool:
+        """Whether a job waits for those who use what would make room for its model; see `Residency.is_put_off`."""
+        model = job.body if job.verb is Verb.LOAD else self.residency.recall(job.model)
+        if model is None or job.model in self.manifest or job.verb is Verb.UNLOAD:
+            return False
+        others = [each.model for each in self.scheduler.jobs if each.session != job.session]
+        return self.residency.is_put_off(model, job.session, self.config.models, others, time.monotonic())
+
+    @property
+    def _needed(self) -> list[str]:
+        """The models of all jobs, that whose turn comes first first."""
+        return [job.model for job in self.scheduler.jobs]
+
+    def _load(self, job: Job, model: Model) -> None:
+        """Have the ranks load what a job asks for, or what its turn needs."""
+        body = model.work(self.residency.make_room(job.id, model, self.config.models, self._needed))
+        stored = [self.store.get(digest) for digest in model.digests]
+        self.group.run("load", body, stored, self.config.group.load_timeout_s)
 
     def _start_step(self, job: Job) -> None:
-        self._queue_s = time.monotonic() - self._step_ready_s.get(job.id, job.submitted_s)
-        group = self.config.group
-        body, timeout_s = job.body, group.step_timeout_s
         if job.verb is Verb.LOAD:
-            timeout_s = group.load_timeout_s
-            body = job.body.work(self.residency.make_room(job.id, job.body, self.config.models))
-        elif job.verb is Verb.UNLOAD:
+            self._load(job, job.body)
+            return
+        self._queue_s = time.monotonic() - self._step_ready_s.get(job.id, job.submitted_s)
+        body = job.body
+        if job.verb is Verb.UNLOAD:
             body = {**job.body, "evict_models": self.residency.go_too(job.model)}
         else:
             self.residency.keep_all()
@@ -233,27 +292,32 @@ class Executor:
             else:
                 body = {"job": job.id, "step": job.step, **(job.body if job.step == 0 else {})}
         stored = [self.store.get(digest) for digest in job.digests] if job.step == 0 else []
-        self.group.run(job.verb.value, body, stored, timeout_s)
+        self.group.run(job.verb.value, body, stored, self.config.group.step_timeout_s)
 
     def _take(self, answer: Answer) -> None:
+        now = time.monotonic()
         if self.residency.restoring is not None:
             if answer.error is None:
                 self.metrics.loads.add(answer.elapsed_s)
-            self.residency.note_restored(answer.body, answer.error, answer.elapsed_s)
+            self.residency.note_restored(answer.body, answer.error, answer.elapsed_s, now)
             return
         job = self.scheduler.running
         assert job is not None
-        self.residency.note_evicted("to make room" if job.verb is Verb.LOAD else "too")
+        if self.residency.fetching is not None or self.residency.clearing is not None:
+            self._take_for_turn(job, answer)
+            return
+        if job.verb is Verb.LOAD:
+            self.residency.note_evicted()
         if answer.error is not None:
             self._take_error(job, answer.error)
             return
         if job.verb in (Verb.FORWARD, Verb.SAMPLE):
             self._note_step(job, answer)
+            self.residency.note_used(job.model, job.session, now)
         elif job.verb is Verb.LOAD:
-            self.metrics.loads.add(answer.elapsed_s)
-            self.residency.note_loaded(job.body, answer.body, answer.elapsed_s)
+            self._note_loaded(job, job.body, answer)
         else:
-            self.residency.forget(job.body["model"])
+            self.residency.note_unloaded(job.model)
         ended = self.scheduler.finish_step()
         if job.verb is Verb.SAMPLE and job.outcome in (None, Outcome.RESULT):
             self._on_progress(job, self._progress(job, answer.body["sigma"]))
@@ -262,11 +326,55 @@ class Executor:
         else:
             self._end([ended], answer.body)
 
-    def _take_error(self, job: Job, error: TacodError) -> None:
-        if job.verb is Verb.LOAD and not job.cancelling and self.residency.note_short(job.id, job.body, error):
-            self.scheduler.repeat_step()
+    def _note_loaded(self, job: Job, model: Model, answer: Answer) -> None:
+        self.metrics.loads.add(answer.elapsed_s)
+        now = time.monotonic()
+        self.residency.note_loaded(model, answer.body, answer.elapsed_s, now)
+        self.residency.note_used(model.id, job.session, now)
+
+    def _take_for_turn(self, job: Job, answer: Answer) -> None:
+        """The ranks have loaded what the running job's turn needs, or have given something up for it: now its step."""
+        fetched, self.residency.fetching, self.residency.clearing = self.residency.fetching, None, None
+        self.residency.note_evicted()
+        if answer.error is not None:
+            self._take_error(job, answer.error, fetched)
+            return
+        if fetched is not None:
+            self._note_loaded(job, fetched, answer)
+            self._unpin_restores(job)
+        if job.cancelling:
+            self._end([self.scheduler.fail_step(Unavailable("cancelled"))])
         else:
+            self._start_step(job)
+
+    def _take_error(self, job: Job, error: TacodError, fetched: Model | None = None) -> None:
+        """A step failed, or with ``fetched`` the load of what it needs."""
+        loading = job.body if job.verb is Verb.LOAD else fetched
+        short = isinstance(error, OutOfMemory) and not job.cancelling
+        if loading is not None and short and self.residency.note_short(job.id, loading, self._needed):
+            self.scheduler.repeat_step()
+        elif job.verb in (Verb.FORWARD, Verb.SAMPLE) and loading is None and short and self._clear_for(job):
+            return
+        else:
+            if fetched is not None:
+                self.residency.forget(fetched.id)
+                if isinstance(error, ModelError):
+                    # Its client knows how to go on from that.
+                    told = f"model {fetched.id!r} made room for others, and can't be loaded again: {error.message}"
+                    error = ModelNotFound(f"{told}; load it again", model=fetched.id)
             self._end([self.scheduler.fail_step(error)])
+
+    def _clear_for(self, job: Job) -> bool:
+        """Have the ranks give a patched model up for a step that found no memory; whether there is one."""
+        cleared = self.residency.clear_for(job.model, self._needed)
+        if cleared is None:
+            return False
+        if job.verb is Verb.SAMPLE:
+            # The run ended with the step that failed.
+            self.group.forget(job.id)
+            job.step = 0
+        self.group.run("unload", {"model": cleared.id, "evict_models": []}, [], self.config.group.step_timeout_s)
+        return True
 
     def _note_step(self, job: Job, answer: Answer) -> None:
         busy = answer.body["compute_s"] + answer.body["collective_s"]
@@ -301,7 +409,8 @@ class Executor:
         for job in jobs:
             assert job.outcome is not None
             self.metrics.jobs_total[job.outcome.value] += 1
-            self.store.unpin(job.digests)
+            self.store.unpin(job.digests, job.verb is not Verb.SAMPLE)
+            self._unpin_restores(job)
             self._step_ready_s.pop(job.id, None)
             if job.verb is Verb.SAMPLE and job.outcome is not Outcome.RESULT:
                 self.group.forget(job.id)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from tacod.checkpoint import locate, read_checkpoint
 from tacod.plan import AUTO, Request, Shape, make_plan, parse_request
-from tacod.store import digests_of
+from tacod.store import digests_of, tensors_of
 from tacod_client.errors import ArgumentError, ModelNotFound
 from tacod_client.wire import Tensor
 
@@ -19,6 +21,10 @@ __all__ = ["Manifest", "Model"]
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
 """Of a number while a file is loaded: fp8 is made of bf16."""
+EVICTED = 64
+"""Evicted models that are remembered, so that a turn can load them again."""
+EVICTED_TENSORS = 1 << 16
+"""Tensors that the patches of all of them may name."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Model:
     family: str = ""
     parameters: int = 0
     weight_bytes: int = 0
-    """On each rank, besides what it shares with its base."""
+    """On each rank, besides what it shares with its base; until the ranks tell, what the file's header says."""
     sampling: dict[str, Any] = field(default_factory=dict)
     """What a client has to know to begin a run: the latent's channels, and the noise process."""
     loaded_s: float = 0.0
@@ -62,7 +68,7 @@ class Model:
             "evict_models": list(evict_models),
         }
 
-    @property
+    @cached_property
     def digests(self) -> list[bytes]:
         """The stored tensors that its patches name; they are needed for as long as it is to be resident."""
         return digests_of(self.patches)
@@ -102,12 +108,13 @@ class Model:
 
 
 class Manifest:
-    """Loaded models by id."""
+    """Loaded models by id, and what it takes to load those again that made room for others."""
 
     def __init__(self, roots: Sequence[str], device: str = "cuda") -> None:
         self.roots = roots
         self.device = device
         self._models: dict[str, Model] = {}
+        self._evicted: OrderedDict[str, Model] = OrderedDict()
 
     def __iter__(self) -> Iterator[Model]:
         return iter(list(self._models.values()))
@@ -141,13 +148,12 @@ class Manifest:
             return base
         resolved = [self._resolve(index, patch) for index, patch in enumerate(patches)]
         said = [_contents(patch) for patch in resolved]
-        resident = base.id in self
         return replace(
             base,
             id=_name(identity, dtype, said),
             patches=[patch for patch, _ in resolved],
             base=base,
-            weight_bytes=0 if resident else expected,
+            weight_bytes=0,
         )
 
     def _resolve(self, index: int, patch: Any) -> tuple[Any, str]:
@@ -161,13 +167,31 @@ class Manifest:
         real = locate(patch["path"], self.roots)
         return {**patch, "path": real}, read_checkpoint(real).identity
 
+    def recall(self, model_id: str) -> Model | None:
+        """A model that is loaded, or that was until it made room for another one and is remembered."""
+        return self._models.get(model_id) or self._evicted.get(model_id)
+
     def add(self, model: Model) -> None:
         """A model is resident."""
+        self._evicted.pop(model.id, None)
         self._models[model.id] = model
 
     def remove(self, model_id: str) -> None:
-        """A model is resident no more."""
+        """A model is resident no more, and nothing of it is remembered."""
         self._models.pop(model_id, None)
+        self._evicted.pop(model_id, None)
+
+    def evict(self, model_id: str) -> None:
+        """A model is resident no more; how to load it again is remembered for as long as there is room for that."""
+        self._evicted[model_id] = self._models.pop(model_id)
+        tensors = [sum(1 for _ in tensors_of(each.patches)) for each in self._evicted.values()]
+        while len(tensors) > EVICTED or sum(tensors) > EVICTED_TENSORS:
+            self._evicted.popitem(last=False)
+            tensors.pop(0)
+
+    def forget_evicted(self) -> None:
+        """Remember no model but those that are loaded: others may be allowed now."""
+        self._evicted.clear()
 
     def note_plan(self, model_id: str, plan: str) -> None:
         """A model was used just now, and its forward spread by ``plan``."""
@@ -179,31 +203,41 @@ class Manifest:
         """The models that were made of this one by patches; what it takes is theirs too."""
         return [each.id for each in self if each.base is not None and each.base.id == model_id]
 
-    def to_evict(self, model: Model, budget: int | None, variants: int) -> list[str]:
-        """The models, least recently used first, that must go for ``model``.
+    def to_evict(
+        self, model: Model, budget: int | None, variants: int, needed: Sequence[str] = (), gone: Collection[str] = ()
+    ) -> list[str]:
+        """The models that must go for ``model``, in the order in which they do; those ``gone`` go anyway.
 
         So that of one base no more than ``variants`` patched ones are there, and that all fit in a budget of bytes, as
-        far as its own base lets them.
+        far as its own base lets them. Models that are ``needed``, the most urgent first, go last.
         """
-        evicted: list[str] = []
+        evicted = list(gone)
         if model.base is not None:
-            siblings = self.patched(model.base.id)
-            evicted = siblings[: max(0, len(siblings) + 1 - variants)]
+            siblings = [each for each in self.patched(model.base.id) if each not in evicted]
+            order = [each.id for each in self._in_order(needed) if each.id in siblings]
+            evicted += order[: max(0, len(siblings) + 1 - variants)]
         staying = [each for each in self if each.id not in evicted]
-        excess = sum(each.weight_bytes for each in staying) + model.weight_bytes - (budget or 0)
-        while budget is not None and excess > 0 and (gone := self.next_to_go(model, evicted)) is not None:
-            evicted.append(gone.id)
-            excess -= gone.weight_bytes
+        coming = [each for each in (model, model.base) if each is not None and each.id not in self]
+        excess = sum(each.weight_bytes for each in (*staying, *coming)) - (budget or 0)
+        while budget is not None and excess > 0 and (next_one := self.next_to_go(model, evicted, needed)) is not None:
+            evicted.append(next_one.id)
+            excess -= next_one.weight_bytes
         return evicted
 
-    def next_to_go(self, model: Model, gone: Collection[str] = ()) -> Model | None:
-        """The least recently used model that may go for ``model`` after those that are ``gone``, if there is one.
+    def next_to_go(self, model: Model, gone: Collection[str] = (), needed: Sequence[str] = ()) -> Model | None:
+        """The first model that may go for ``model`` after those that are ``gone``, if there is one.
 
-        Its own base stays, and so does that of any patched model that stays: what they share would not come free.
+        Itself and its own base stay, and so does the base of any patched model that stays: what they share would not
+        come free.
         """
-        staying = [each for each in self if each.id not in gone]
-        bases = {each.base.id for each in (*staying, model) if each.base is not None}
-        return next((each for each in staying if each.id not in bases), None)
+        staying = [each for each in self._in_order(needed) if each.id not in gone]
+        kept = {model.id, *(each.base.id for each in (*staying, model) if each.base is not None)}
+        return next((each for each in staying if each.id not in kept), None)
+
+    def _in_order(self, needed: Sequence[str]) -> list[Model]:
+        """The models in the order in which they go: the least recently used first, and then the least urgent ones."""
+        places = {model_id: place for place, model_id in reversed(list(enumerate(needed)))}
+        return sorted(self, key=lambda each: -places.get(each.id, len(places) + len(needed)))
 
 
 def _name(*parts: Any) -> str:

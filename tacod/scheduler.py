@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +49,8 @@ class Job:
     steps: int
     digests: list[bytes] = field(default_factory=list)
     """Tensors of the store that it needs."""
+    restores: list[bytes] = field(default_factory=list)
+    """Tensors of the store that its model is patched with, if that is to be loaded again for the job's turn."""
     submitted_s: float = 0.0
     step: int = 0
     attempts: int = 1
@@ -108,11 +111,17 @@ class Scheduler:
             )
         self._queues.setdefault(job.session, deque()).append(job)
 
-    def next(self, now: float) -> Job | None:
-        """Start a step of the next session's first job; None if one runs already or nothing waits."""
-        if self.running is not None or not self._queues:
+    def next(self, now: float, is_put_off: Callable[[Job], bool] = lambda job: False) -> Job | None:
+        """Start a step of the next session's first job; None if one runs already or nothing waits.
+
+        Sessions whose first job is put off keep their place, and others go on without them.
+        """
+        if self.running is not None:
             return None
-        session, queue = next(iter(self._queues.items()))
+        ready = ((session, queue) for session, queue in self._queues.items() if not is_put_off(queue[0]))
+        session, queue = next(ready, (b"", None))
+        if queue is None:
+            return None
         job = queue.popleft()
         if queue:
             self._queues.move_to_end(session)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tacod_client.errors import ArgumentError, QueueFull
@@ -15,12 +15,31 @@ __all__ = ["Store", "digests_of", "tensors_of", "without_claims"]
 
 COUNT = 1 << 14
 """Most tensors that a store keeps: small ones cost more than their bytes."""
+CLAIM_S = 10.0
+"""How long a client that uploads what it was told is missing may pause before others get that room."""
+CLAIM_MOST_S = 120.0
+"""How long it may take in all."""
+
+
+@dataclass
+class _Claim:
+    """What a client is about to upload for one request."""
+
+    digests: frozenset[bytes]
+    begun_s: float
+    until_s: float
+
+    def renew(self, now: float) -> None:
+        """The client goes on with it."""
+        self.until_s = min(now + CLAIM_S, self.begun_s + CLAIM_MOST_S)
 
 
 class Store:
     """A content-addressed store, least recently used out first, bounded by bytes and by count.
 
-    Tensors that a queued or running job refers to are pinned and stay.
+    What a queued or running job refers to is pinned and stays. Of the rest goes first what nobody refers to, then what
+    loaded models were patched with, and last what other clients are uploading for a request. Of clients that upload at
+    once, the one that began first isn't disturbed by the others, so that each of them gets done.
     """
 
     def __init__(self, limit: int) -> None:
@@ -30,6 +49,11 @@ class Store:
         self.misses = 0
         self._tensors: OrderedDict[bytes, Tensor] = OrderedDict()
         self._pins: Counter[bytes] = Counter()
+        self._brief: Counter[bytes] = Counter()
+        """Of the pins, those that end soon."""
+        self._held: Counter[bytes] = Counter()
+        self._claims: OrderedDict[bytes, _Claim] = OrderedDict()
+        """By whose they are, the oldest first."""
 
     def __contains__(self, digest: bytes) -> bool:
         return digest in self._tensors
@@ -46,9 +70,17 @@ class Store:
                 absent.append(digest)
         return absent
 
+    def lacks(self, digests: Iterable[bytes]) -> bool:
+        """Whether any of these isn't here; counts as no use."""
+        return any(digest not in self._tensors for digest in digests)
+
     def get(self, digest: bytes) -> Tensor:
         """A tensor that is there."""
         return self._tensors[digest]
+
+    def size_of(self, digests: Iterable[bytes]) -> int:
+        """Bytes that those of ``digests`` that are here take, each once."""
+        return sum(self._tensors[digest].nbytes for digest in set(digests) if digest in self._tensors)
 
     def check(self, value: Any) -> None:
         """Check that what a body says of the tensors that it names is true of those that are here.
@@ -66,44 +98,119 @@ class Store:
                     argument="tensors",
                 )
 
-    def put(self, tensor: Tensor) -> bytes:
-        """Keep a tensor, making room if need be; returns its digest, computed here and not taken on trust.
+    def check_fits(self, value: Any) -> None:
+        """Check that the tensors that a body names by digest, if each of them can be here, can be here together.
 
-        Raises `QueueFull` if what is pinned leaves no room.
+        Raises `QueueFull`, and then it is of no use to ask again.
         """
-        tensor = Tensor(tensor.dtype, tensor.shape, tensor.frames).with_digest()
-        digest = tensor.digest
-        assert digest is not None
-        if digest not in self._tensors:
-            self._make_room(tensor.nbytes)
-            self._tensors[digest] = tensor
-            self.nbytes += tensor.nbytes
-        self._tensors.move_to_end(digest)
-        return digest
+        named = {each.digest: each.nbytes for each in tensors_of(value) if each.frames is None}
+        if max(named.values(), default=0) <= self.limit:
+            self._check_fits(sum(named.values()))
 
-    def pin(self, digests: Iterable[bytes]) -> None:
-        """Keep these until they are unpinned as often."""
-        self._pins.update(digests)
-
-    def unpin(self, digests: Iterable[bytes]) -> None:
-        """Undo one `pin`."""
-        self._pins.subtract(digests)
-        self._pins += Counter()
-
-    def _make_room(self, nbytes: int) -> None:
-        pinned = sum(self._tensors[digest].nbytes for digest in self._pins)
-        if len(self._pins) >= COUNT:
-            raise QueueFull(f"queued jobs need all of the {COUNT} tensors that the store keeps; wait for one to end")
-        if pinned + nbytes > self.limit:
+    def _check_fits(self, nbytes: int) -> None:
+        if nbytes > self.limit:
             raise QueueFull(
-                f"the tensor store holds {pinned} bytes that queued jobs need, and {nbytes} more don't fit in "
-                f"limits.store_bytes = {self.limit}; wait for a job to end, or raise the limit",
+                f"{nbytes} bytes of tensors at once never fit in the tensor store of limits.store_bytes = "
+                f"{self.limit}; send less, or raise the limit",
                 limit=self.limit,
             )
-        for digest in [digest for digest in self._tensors if digest not in self._pins]:
-            if self.nbytes + nbytes <= self.limit and len(self._tensors) < COUNT:
-                break
+
+    def put(self, tensor: Tensor, owner: bytes = b"", now: float = 0.0) -> bytes:
+        """Keep a tensor; see `put_all`."""
+        return self.put_all([tensor], owner, now)[0]
+
+    def put_all(self, tensors: Iterable[Tensor], owner: bytes = b"", now: float = 0.0) -> list[bytes]:
+        """Keep tensors, making room if need be; returns their digests, computed here and not taken on trust.
+
+        Raises `QueueFull` if what is pinned, or claimed before ``owner``'s claim, leaves no room; then none is kept.
+        """
+        known = [Tensor(each.dtype, each.shape, each.frames).with_digest() for each in tensors]
+        given = {each.digest: each for each in known if each.digest is not None}
+        if owner in self._claims:
+            self._claims[owner].renew(now)
+        new = {digest: each for digest, each in given.items() if digest not in self._tensors}
+        if new:
+            self._make_room(sum(each.nbytes for each in new.values()), len(new), set(given), owner, now)
+        for digest, each in given.items():
+            self._tensors.setdefault(digest, each)
+            self._tensors.move_to_end(digest)
+        self.nbytes += sum(each.nbytes for each in new.values())
+        return [each.digest for each in known if each.digest is not None]
+
+    def claim(self, owner: bytes, digests: Iterable[bytes], now: float) -> None:
+        """A client will upload what lacks of these, and then ask again; what is here of them is to stay till then."""
+        self._drop_claims(now)
+        claim = self._claims.setdefault(owner, _Claim(frozenset(), now, now))
+        claim.digests = frozenset(digests)
+        claim.renew(now)
+
+    def disclaim(self, owner: bytes) -> None:
+        """A client has asked again, or is gone."""
+        self._claims.pop(owner, None)
+
+    def pin(self, digests: Sequence[bytes], brief: bool = False) -> None:
+        """Keep these until they are unpinned as often; ``brief`` says that this will be soon."""
+        self._pins.update(digests)
+        if brief:
+            self._brief.update(digests)
+
+    def unpin(self, digests: Sequence[bytes], brief: bool = False) -> None:
+        """Undo one `pin`."""
+        self._pins -= Counter(digests)
+        if brief:
+            self._brief -= Counter(digests)
+
+    def hold(self, digests: Iterable[bytes]) -> None:
+        """Let these go only after what nobody holds, until they are released as often."""
+        self._held.update(digests)
+
+    def release(self, digests: Iterable[bytes]) -> None:
+        """Undo one `hold`."""
+        self._held -= Counter(digests)
+
+    def _drop_claims(self, now: float) -> None:
+        for gone in [each for each, claim in self._claims.items() if claim.until_s < now]:
+            del self._claims[gone]
+
+    def _make_room(self, nbytes: int, count: int, given: set[bytes], owner: bytes, now: float) -> None:
+        """Make room for so many bytes in so many tensors more; those that were ``given`` with them stay."""
+        self._check_fits(nbytes)
+        if self.nbytes + nbytes <= self.limit and len(self._tensors) + count <= COUNT:
+            return
+        self._drop_claims(now)
+        firm, claimed = given | set(self._pins), set[bytes]()
+        before = True
+        for each, claim in self._claims.items():
+            (firm if before else claimed).update(claim.digests)
+            before = before and each != owner
+        firm = {digest for digest in firm if digest in self._tensors}
+        kept, many = self.size_of(firm), len(firm) + count > COUNT
+        if many or kept + nbytes > self.limit:
+            lasting = [digest for digest, times in self._pins.items() if times > self._brief[digest]]
+            soon = self.size_of(lasting) + nbytes <= self.limit and len(lasting) + count <= COUNT
+            what = f"all of the {COUNT} tensors" if many else f"{kept} bytes"
+            raise QueueFull(
+                f"queued jobs, and uploads that began before, need {what} that the tensor store keeps, and {nbytes} "
+                f"bytes more don't fit in limits.store_bytes = {self.limit}; wait for a job to end, or raise the limit",
+                limit=self.limit,
+                **({"soon": True} if soon else {}),
+            )
+        for digest in self._victims(nbytes, count, firm, claimed):
             self.nbytes -= self._tensors.pop(digest).nbytes
+
+    def _victims(self, nbytes: int, count: int, firm: set[bytes], claimed: set[bytes]) -> list[bytes]:
+        """What goes for so many bytes in so many tensors more."""
+        going: list[bytes] = []
+        nbytes, count = self.nbytes + nbytes, len(self._tensors) + count
+        for turn in range(3):
+            for digest, tensor in self._tensors.items():
+                if nbytes <= self.limit and count <= COUNT:
+                    return going
+                if digest not in firm and turn == (2 if digest in claimed else digest in self._held):
+                    going.append(digest)
+                    nbytes -= tensor.nbytes
+                    count -= 1
+        return going
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tacod import __version__, messages, report
@@ -12,10 +13,10 @@ from tacod.config import ConfigError
 from tacod.manifest import Model
 from tacod.scheduler import Job, Verb
 from tacod.sessions import Session
-from tacod.store import digests_of
+from tacod.store import COUNT, digests_of, tensors_of
 from tacod_client import wire
 from tacod_client.errors import ArgumentError, ConfigInvalid, JobNotFound, NotAllowed, QueueFull
-from tacod_client.wire import Message
+from tacod_client.wire import Message, map_tensors
 
 if TYPE_CHECKING:
     from tacod.server import Server
@@ -70,7 +71,7 @@ class Verbs:
         for tensor in body.tensors:
             if tensor.frames is None:
                 raise ArgumentError("tensors: a tensor to keep must come with its bytes", argument="tensors")
-        return {"digests": [self.server.executor.store.put(tensor) for tensor in body.tensors]}
+        return {"digests": self.server.executor.store.put_all(body.tensors, session.token, time.monotonic())}
 
     def begin_upload(self, session: Session, request: int, body: messages.BeginUpload) -> dict[str, Any]:
         """Announce a model file."""
@@ -89,9 +90,22 @@ class Verbs:
         world_size = self.server.executor.group.world_size
         model = manifest.describe(body.path, body.dtype, body.patches, body.plan, world_size)
         if model.id in manifest:
+            self.server.executor.residency.note_used(model.id, session.token, time.monotonic())
             return {"model": manifest.find(model.id).planned(model.asked, world_size).to_wire()}
-        self._submit(session, request, Verb.LOAD, model.id, model)
+        self._submit(
+            session, request, Verb.LOAD, model.id, replace(model, patches=self._stored(session, model.patches))
+        )
         return None
+
+    def _stored(self, session: Session, patches: Any) -> Any:
+        """Patches whose tensors are all in the store, and named by digest: a model may be kept for long."""
+        store, now = self.server.executor.store, time.monotonic()
+        inline = [tensor for tensor in tensors_of(patches) if tensor.frames is not None]
+        named = map_tensors(patches, lambda each: each.with_digest().without_bytes())
+        if inline:
+            store.claim(session.token, digests_of(named), now)
+            store.put_all(inline, session.token, now)
+        return named
 
     def unload(self, session: Session, request: int, body: messages.Unload) -> None:
         """Give a model's memory back."""
@@ -100,12 +114,12 @@ class Verbs:
 
     def forward(self, session: Session, request: int, body: messages.Forward) -> None:
         """One DiT forward."""
-        self.server.executor.manifest.find(body.model)
+        self.server.executor.check_model(body.model)
         self._submit(session, request, Verb.FORWARD, body.model, dict(body))
 
     def sample(self, session: Session, request: int, body: messages.Sample) -> None:
         """A whole sampling run."""
-        self.server.executor.manifest.find(body.model)
+        self.server.executor.check_model(body.model)
         if len(body.sigmas.shape) != 1 or body.sigmas.shape[0] < 2:
             raise ArgumentError(
                 f"sigmas: expected shape [steps + 1] with at least 1 step, got {list(body.sigmas.shape)}",
@@ -117,11 +131,16 @@ class Verbs:
         """Queue a job, or tell the client which tensors the store lacks for it."""
         store = self.server.executor.store
         digests = body.digests if isinstance(body, Model) else digests_of(body)
+        named = body.patches if isinstance(body, Model) else body
+        store.check_fits(named)
         missing = store.missing(digests)
         if missing:
+            store.claim(session.token, digests, time.monotonic())
             session.post(wire.encode(Message("missing", {"digests": missing}, request)))
             return
-        store.check(body.patches if isinstance(body, Model) else body)
+        store.disclaim(session.token)
+        store.check(named)
+        self._check_share(session, digests)
         limit = self.server.config.limits.queue_per_user
         if self._jobs_of(session.user) >= limit:
             raise QueueFull(
@@ -143,6 +162,24 @@ class Verbs:
         self.server.executor.submit(job)
         if verb is Verb.SAMPLE:
             session.post(wire.encode(Message("accepted", {"job": job.id, "total": steps}, request)))
+
+    def _check_share(self, session: Session, digests: list[bytes]) -> None:
+        """Check that the jobs of one client leave others room in the store: all but the first may need half of it.
+
+        Raises `QueueFull`.
+        """
+        executor = self.server.executor
+        mine = {each for job in executor.scheduler.jobs if job.session == session.token for each in job.digests}
+        if not mine or mine.issuperset(digests):
+            return
+        all_of = mine.union(digests)
+        held, limit = executor.store.size_of(all_of), executor.store.limit // 2
+        if held > limit or len(all_of) > COUNT // 2:
+            raise QueueFull(
+                f"this client's jobs would need {held} bytes and {len(all_of)} tensors of the store, and may need half "
+                f"of it: {limit} bytes (limits.store_bytes) and {COUNT // 2} tensors; wait for one to end",
+                limit=limit,
+            )
 
     def _jobs_of(self, user: User) -> int:
         owners = (self.server.sessions.get(job.session) for job in self.server.executor.scheduler.jobs)

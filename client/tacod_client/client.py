@@ -24,7 +24,7 @@ __all__ = ["Client", "Model"]
 
 CHANGING = ("x", "timestep", "control")
 """Arguments that differ from call to call: they travel with it, and are not kept by content."""
-RELOADS = 3
+RELOADS = 8
 """How often a call loads its model again because the daemon has lost it, before it gives up."""
 
 

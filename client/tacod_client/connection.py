@@ -186,7 +186,7 @@ class Connection:
                 if not self._will_come_back(error) or time.monotonic() > deadline:
                     raise error
                 stopping = self.boot_id
-                self._pause()
+                self.pause(STOPPING_S)
                 request.lost = True
             else:
                 self._has_worked |= reply.type == "done" and request.kind in WORK
@@ -195,8 +195,9 @@ class Connection:
     def _will_come_back(self, error: TacodError) -> bool:
         return self._has_worked and isinstance(error, Unavailable) and bool(error.details.get("stopping"))
 
-    def _pause(self) -> None:
-        until = time.monotonic() + STOPPING_S
+    def pause(self, seconds: float) -> None:
+        """Wait, as a call waits: `on_wait` is called meanwhile."""
+        until = time.monotonic() + seconds
         while time.monotonic() < until:
             time.sleep(SLICE_S)
             if self.on_wait is not None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 from tacod_client.connection import Connection
-from tacod_client.errors import ArgumentError, TacodError
+from tacod_client.errors import ArgumentError, QueueFull, TacodError
 from tacod_client.tensors import kind_of, to_wire
 from tacod_client.text import encodable
 from tacod_client.wire import Message, Tensor, map_tensors, split
@@ -19,6 +20,8 @@ BY_CONTENT_BYTES = 4096
 PUT_BYTES = 32 << 20
 PUT_TENSORS = 256
 """What one `put` carries at the most, if it is more than one tensor."""
+FULL_S = 0.05
+"""How long a request waits before it is sent again, where the daemon's store will soon have room."""
 TRIES = 8
 """How often a request is sent again because the store lost a tensor meanwhile, before that counts as a failure."""
 
@@ -98,10 +101,14 @@ def converse(
 ) -> Iterator[Message]:
     """Send a request, with uploads as they prove needed, and yield its messages up to the last.
 
+    While others' loads and forwards fill the daemon's store, it waits, for as long as for a daemon that is away.
     ``holds`` says, when the request is under way, whether it may be; if not, it is cancelled and built and sent anew.
     Whatever ends this early (an exception from ``on_wait``, ctrl-C, a generator that is dropped) cancels the request.
     """
-    for _ in range(TRIES):
+    deadline = time.monotonic() + connection.reconnect_s
+    tries = 0
+    while tries < TRIES:
+        tries += 1
         request = connection.start(kind, build)
         ended = False
         try:
@@ -115,6 +122,12 @@ def converse(
                 yield reply
                 if ended:
                     return
+        except QueueFull as error:
+            ended = True
+            if not error.details.get("soon") or time.monotonic() > deadline:
+                raise
+            connection.pause(FULL_S)
+            tries -= 1
         except TacodError:
             ended = True
             raise

@@ -167,10 +167,11 @@ class Engine:
     ) -> dict[str, Any]:
         """Make a model resident under the id ``model``; nothing to do if it is already.
 
-        With ``patches`` it shares with the model ``base``, which is loaded too, all that they leave alone.
+        With ``patches`` it shares with the model ``base``, which is loaded too, all that they leave alone. Runs of the
+        models that it evicts go on when those are loaded again.
         """
         for evicted in evict_models:
-            self._drop(evicted)
+            self._evict(evicted)
         self._give_memory_back()
         plain = self.models.get(base or model) or self._load_file(path, identity, dtype)
         loaded = {base or model: plain}
@@ -244,10 +245,18 @@ class Engine:
         return {}
 
     def _drop(self, model: str) -> None:
-        """Forget a model, and the runs that would keep it; their next step is not asked for."""
-        gone = self.models.pop(model, None)
-        for job in [job for job, run in self.runs.items() if gone is not None and run.denoise.dit is gone.model]:
+        """Forget a model and its runs; their next step is not asked for."""
+        self.models.pop(model, None)
+        for job in [job for job, run in self.runs.items() if run.model == model]:
             self._end(job)
+
+    def _evict(self, model: str) -> None:
+        """Forget a model, and keep of its runs what they have reached."""
+        gone = self.models.pop(model, None)
+        for job, run in self.runs.items():
+            if gone is not None and run.model == model and run.denoise.model is not None:
+                run.denoise.model = None
+                run.cached = self.forwards.step_caches.take(gone.model, job)
 
     def _give_memory_back(self) -> None:
         gc.collect()
@@ -301,6 +310,10 @@ class Engine:
         if step == 0:
             self.runs[job] = self._begin(job, **inputs)
         walk = self.runs[job]
+        if walk.denoise.model is None:
+            walk.denoise.model = self._resident(walk.model).model
+            self.forwards.step_caches.put(walk.denoise.model, walk.cached)
+            walk.cached = {}
         before, skipped = walk.denoise.forwards, self.forwards.skipped
         x = next(walk.steps)
         answer: dict[str, Any] = {
@@ -324,4 +337,6 @@ class Engine:
         request = SampleRequest(**inputs)
         request.check(dit)
         asked = parse_request(plan, self.topology.world_size)
-        return begin(request, dit, asked, self.forwards, self.device, job)
+        run = begin(request, dit, asked, self.forwards, self.device, job)
+        run.model = model
+        return run

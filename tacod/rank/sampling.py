@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from tacod.rank.families.base import Argument, DiT, LatentFormat, Spec
 from tacod.rank.forwards import Forwards
 from tacod.rank.process import Flow
 from tacod.rank.spread import plan_for
+from tacod.rank.step_cache import StepCache
 from tacod_client import wire
 from tacod_client.errors import ArgumentError
 from tacod_client.tensors import from_wire
@@ -130,6 +131,10 @@ class Run:
     sigmas: list[float]
     finish: Callable[[Tensor], Tensor]
     """From the sampler's last x to the latent that the client gets."""
+    model: str = ""
+    """The id of its model."""
+    cached: dict[tuple[Hashable, ...], StepCache] = field(default_factory=dict)
+    """What the step cache kept of it, while its model isn't here."""
 
 
 def begin(
@@ -151,7 +156,8 @@ def begin(
     steps = samplers.find(request.sampler)(denoise, x, levels, samplers.noise_source(request.seed, x))
 
     def finish(x: Tensor) -> Tensor:
-        return latents.out_of_model(dit.process.finish(x, levels[-1]))
+        # By way of the denoiser: the model may have been loaded anew meanwhile.
+        return latents.out_of_model(denoise.dit.process.finish(x, levels[-1]))
 
     return Run(denoise, steps, levels.tolist(), finish)
 
@@ -169,7 +175,8 @@ class Denoiser:
         cfg: float,
         job: str,
     ) -> None:
-        self.dit = dit
+        self.model: DiT | None = dit
+        """None while the model has made room for others: then no step is asked for."""
         self.asked = asked
         self.run = forwards
         self.world_size = forwards.topology.world_size
@@ -180,6 +187,12 @@ class Denoiser:
         self.forwards = 0
         self.plan: Plan
         """Of the last forward."""
+
+    @property
+    def dit(self) -> DiT:
+        """The model."""
+        assert self.model is not None, "a step of a run whose model isn't here"
+        return self.model
 
     def prepare(self, x: Tensor) -> None:
         """Plan the forwards on ``x``, so that what can't be done is refused before the first of them."""

@@ -110,6 +110,15 @@ class StepCaches:
             for run in [run for run in runs if run[: len(first)] == first]:
                 del runs[run]
 
+    def take(self, model: nn.Module, first: Hashable) -> dict[Run, StepCache]:
+        """Keep nothing any more of those runs of ``model`` whose names begin so, and return what was kept."""
+        runs = self._runs.get(model, OrderedDict[Run, StepCache]())
+        return {run: runs.pop(run) for run in list(runs) if run[0] == first}
+
+    def put(self, model: nn.Module, taken: dict[Run, StepCache]) -> None:
+        """Keep what was taken, of the same runs of the same model, which was loaded again."""
+        self._runs.setdefault(model, OrderedDict()).update(taken)
+
     def clear(self) -> None:
         """Give back what is kept of all runs."""
         self._runs.clear()

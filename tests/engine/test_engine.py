@@ -44,7 +44,9 @@ def work(engine: Engine, verb: str, body: dict[str, Any]) -> dict[str, Any]:
     return engine.work(verb, {**body, "store": [], "evict": [], "forget": []})
 
 
-def run(engine: Engine, job: str, step: int, model: str = "base", batch: int = 1, **more: Any) -> dict[str, Any]:
+def run(
+    engine: Engine, job: str, step: int, model: str = "base", batch: int = 1, plan: Any = "auto", **more: Any
+) -> dict[str, Any]:
     """One step of a run of three."""
     inputs = FLUX.inputs(batch=batch)
     noise = inputs.pop("x")
@@ -53,7 +55,7 @@ def run(engine: Engine, job: str, step: int, model: str = "base", batch: int = 1
     negative = pack({**inputs, "context": -inputs["context"], **more}, "negative", {}, None)
     body = {
         "model": model,
-        "plan": "auto",
+        "plan": plan,
         "sampler": "euler",
         "seed": 0,
         "cfg": 3.0,
@@ -90,7 +92,35 @@ def test_a_run_does_not_keep_a_model_that_is_gone(engine: Engine, path: str, way
         load(engine, path, "other", evict=("base",))
     gc.collect()
     assert model() is None
+    assert list(engine.runs) == ([] if way == "unload" else ["job"]), "an eviction keeps what a run has reached"
+
+
+@pytest.mark.parametrize("patched", [False, True], ids=["plain", "patched"])
+@pytest.mark.parametrize("threshold", [0.0, 0.99], ids=["exact", "step-cache"])
+def test_a_run_goes_on_where_it_was_when_its_model_is_back(
+    engine: Engine, path: str, patched: bool, threshold: float
+) -> None:
+    """After each of its steps another model takes the place of its own, and of that model's base."""
+    patches = difference(torch.ones(FLUX.model.state_dict()[KEY].shape)) if patched else None
+    model = "patched" if patched else "base"
+
+    def back() -> None:
+        load(engine, path, model, patches)
+
+    back()
+    plan = {"step_cache": threshold}
+    undisturbed = [run(engine, "undisturbed", step, model, plan=plan) for step in range(3)]
+    assert threshold == 0 or sum(told["skipped"] for told in undisturbed) > 0, "the step cache has something to keep"
+    for step in range(3):
+        told = run(engine, "disturbed", step, model, plan=plan)
+        assert (told["sigma"], told["skipped"]) == (undisturbed[step]["sigma"], undisturbed[step]["skipped"])
+        if step < 2:
+            engine.load("other", path, read_checkpoint(path).identity, "fp32", None, None, [model, "base"])
+            assert list(engine.models) == ["other"]
+            back()
+    assert torch.equal(from_wire(told["out"], "torch"), from_wire(undisturbed[2]["out"], "torch"))
     assert engine.runs == {}
+    assert len(engine.forwards.step_caches) == 0
 
 
 def test_unloaded_with_what_was_made_of_it(engine: Engine, path: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tacod import manifest as module
 from tacod.manifest import Manifest, Model
 from tacod_client import wire
 from tacod_client.errors import (
@@ -169,6 +170,47 @@ def test_the_least_recently_used_models_make_room(manifest: Manifest) -> None:
     assert manifest.to_evict(new, 100, 2) == ["b"]
     assert manifest.to_evict(new, 70, 2) == ["b", "c"]
     assert manifest.to_evict(new, 10, 2) == ["b", "c", "a"]
+
+
+def test_what_jobs_need_goes_last_and_the_most_urgent_at_the_very_last(manifest: Manifest) -> None:
+    for name in "abcd":
+        manifest.add(Model(name, f"/{name}", "", None, weight_bytes=10))
+    new = Model("new", "/new", "", None, weight_bytes=10)
+    assert manifest.to_evict(new, 10, 2, needed=["b", "a", "b"]) == ["c", "d", "a", "b"]
+    assert manifest.to_evict(new, 30, 2, needed=["a", "b", "c"]) == ["d", "c"]
+    assert manifest.to_evict(new, 40, 2, needed=["a", "b", "c"], gone=["a"]) == ["a"]
+
+
+def test_a_base_that_is_not_there_counts_with_what_is_made_of_it(manifest: Manifest) -> None:
+    base = Model("base", "/base", "", None, weight_bytes=40)
+    manifest.add(Model("a", "/a", "", None, weight_bytes=30))
+    patched = Model("patched", "/base", "", None, base=base, weight_bytes=10)
+    assert manifest.to_evict(patched, 79, 2) == ["a"]
+    assert manifest.to_evict(patched, 80, 2) == []
+
+
+def test_what_made_room_is_remembered_within_bounds(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "EVICTED", 2)
+    models = [Model(name, f"/{name}", "", None) for name in "abc"]
+    for model in models:
+        manifest.add(model)
+        manifest.evict(model.id)
+    assert [manifest.recall(name) for name in "abc"] == [None, *models[1:]]
+    assert list(manifest) == []
+    manifest.add(models[1])
+    manifest.remove("b")
+    assert manifest.recall("b") is None, "an operator who unloads it means it"
+    manifest.forget_evicted()
+    assert manifest.recall("c") is None
+    monkeypatch.setattr(module, "EVICTED_TENSORS", 3)
+    for fill in range(3):
+        model = describe(manifest, patches=lora(1.0, fill) * 2)
+        manifest.add(model)
+        manifest.evict(model.id)
+        assert manifest.recall(model.id) is model
+    assert (
+        sum(manifest.recall(describe(manifest, patches=lora(1.0, fill) * 2).id) is not None for fill in range(3)) == 1
+    )
 
 
 def test_a_further_set_of_patches_takes_the_place_of_the_oldest_of_the_same_base(manifest: Manifest) -> None:

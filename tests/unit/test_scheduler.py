@@ -102,6 +102,21 @@ def test_jobs_are_listed_in_the_order_in_which_they_start() -> None:
     assert run(scheduler) == listed
 
 
+def test_who_is_put_off_keeps_his_place() -> None:
+    scheduler = queue(job("a", b"a", 2), job("b", b"b"), job("c", b"c", 2))
+    order = []
+    while (started := scheduler.next(0.0, lambda job: job.id == "b" and len(order) < 3)) is not None:
+        order.append(started.id)
+        scheduler.finish_step()
+    assert order == ["a", "c", "a", "b", "c"]
+
+
+def test_nobody_starts_while_all_are_put_off() -> None:
+    scheduler = queue(job("a"))
+    assert scheduler.next(0.0, lambda job: True) is None
+    assert run(scheduler) == ["a"]
+
+
 def test_start_is_noted_once() -> None:
     only = job("1", steps=2)
     scheduler = queue(only)

@@ -139,6 +139,107 @@ def test_empty_tensors_are_bounded_by_count(monkeypatch: pytest.MonkeyPatch) -> 
         store.put(tensor(1))
 
 
+# --- many users -------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_model_holds_goes_after_what_nobody_needs() -> None:
+    store = filled(30, 1, 2, 3)
+    store.hold([digest(1)])
+    store.put(tensor(4))
+    assert held(store, 1, 2, 3, 4) == [1, 3, 4]
+    store.put(tensor(5, 30))
+    assert held(store, 1, 2, 3, 4) == [], "and it does go"
+    store.release([digest(1)])
+
+
+def test_what_models_hold_makes_room_by_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "COUNT", 5)
+    store = Store(1000)
+    for first in (0, 2, 4, 6):
+        digests = [store.put(tensor(content)) for content in (first, first + 1)]
+        store.hold(digests)
+        assert not store.lacks(digests)
+    assert held(store, *range(8)) == [3, 4, 5, 6, 7]
+
+
+def test_tensors_that_come_together_stay_together_or_none_is_kept() -> None:
+    store = filled(30, 1, 2, 3)
+    assert store.put_all([tensor(1), tensor(4), tensor(5), tensor(4)]) == [digest(each) for each in (1, 4, 5, 4)]
+    assert held(store, *range(1, 6)) == [1, 4, 5]
+    with pytest.raises(QueueFull, match="never fit"):
+        store.put_all([tensor(content) for content in range(6, 10)])
+    assert held(store, *range(1, 10)) == [1, 4, 5]
+
+
+def test_a_store_that_is_full_for_a_short_time_says_so() -> None:
+    store = filled(20, 1, 2)
+    store.pin([digest(1)], brief=True)
+    store.pin([digest(2)], brief=True)
+    with pytest.raises(QueueFull) as caught:
+        store.put(tensor(3))
+    assert caught.value.details == {"limit": 20, "soon": True}
+    store.pin([digest(1)])
+    store.pin([digest(2)])
+    with pytest.raises(QueueFull) as caught:
+        store.put(tensor(3))
+    assert caught.value.details == {"limit": 20}
+
+
+def test_of_two_uploads_the_one_that_began_first_is_not_disturbed() -> None:
+    store = Store(30)
+    mine, yours = [digest(1), digest(2)], [digest(3), digest(4)]
+    store.claim(b"me", mine, now=0.0)
+    store.claim(b"you", yours, now=1.0)
+    store.put(tensor(1), b"me", now=1.0)
+    store.put(tensor(3), b"you", now=1.0)
+    store.put(tensor(8), b"somebody", now=1.0)
+    store.put(tensor(2), b"me", now=1.0)  # in the place of what nobody claims
+    with pytest.raises(QueueFull) as caught:
+        store.put(tensor(4), b"you", now=1.0)
+    assert caught.value.details["soon"]
+    assert not store.lacks(mine)
+    store.disclaim(b"me")
+    store.put(tensor(4), b"you", now=2.0)
+    assert not store.lacks(yours)
+
+
+def test_an_elder_upload_takes_a_younger_ones_room() -> None:
+    store = Store(20)
+    store.claim(b"me", [digest(1), digest(2)], now=0.0)
+    store.claim(b"you", [digest(3)], now=0.0)
+    for content, owner in ((3, b"you"), (1, b"me"), (2, b"me")):
+        store.put(tensor(content), owner, now=0.0)
+    assert held(store, 1, 2, 3) == [1, 2]
+
+
+def test_an_upload_that_was_given_up_holds_its_room_for_a_while_only() -> None:
+    store = Store(20)
+    store.claim(b"gone", [digest(1), digest(2)], now=0.0)
+    store.put_all([tensor(1), tensor(2)], b"gone", now=0.0)
+    with pytest.raises(QueueFull):
+        store.put(tensor(3), b"me", now=module.CLAIM_S - 1)
+    store.put(tensor(3), b"me", now=module.CLAIM_S + 1)
+    assert held(store, 1, 2, 3) == [2, 3]
+
+
+def test_nobody_claims_room_for_ever() -> None:
+    store = Store(10)
+    store.claim(b"greedy", [digest(1)], now=0.0)
+    now = 0.0
+    while now < module.CLAIM_MOST_S:
+        store.put(tensor(1), b"greedy", now)
+        now += module.CLAIM_S / 2
+    store.put(tensor(2), b"me", module.CLAIM_MOST_S + 1)
+    assert held(store, 1, 2) == [2]
+
+
+def test_what_never_fits_together_is_told_before_it_is_sent() -> None:
+    store = Store(30)
+    store.check_fits([tensor(content).with_digest().without_bytes() for content in (1, 2, 3, 3)])
+    with pytest.raises(QueueFull, match="40 bytes .* never fit"):
+        store.check_fits([tensor(content).with_digest().without_bytes() for content in (1, 2, 3, 4)])
+
+
 def test_tensors_are_found_wherever_they_stand() -> None:
     one, two, three = tensor(1), tensor(2), tensor(3)
     assert list(tensors_of({"a": one, "b": [two, {"c": three}], "d": 4, "e": None, "f": "text"})) == [one, two, three]
@@ -158,11 +259,13 @@ class Uses(RuleBasedStateMachine):
         self.sizes: dict[bytes, int] = {}
         """Of all that was ever put."""
         self.pins: Counter[bytes] = Counter()
+        self.claimed: list[bytes] = []
 
     @rule(content=st.integers(0, 9), size=st.integers(0, 20))
     def put(self, content: int, size: int) -> None:
         wanted = digest(content, size)
-        fits = wanted in self.store or sum(self.sizes[each] for each in self.pins) + size <= 30
+        kept = {each for each in (*self.pins, *self.claimed) if each in self.store}
+        fits = wanted in self.store or sum(self.sizes[each] for each in kept) + size <= 30
         try:
             self.store.put(tensor(content, size))
         except QueueFull:
@@ -186,6 +289,23 @@ class Uses(RuleBasedStateMachine):
             chosen = data.draw(st.sampled_from(sorted(self.pins)))
             self.store.unpin([chosen])
             self.pins -= Counter([chosen])
+
+    @rule(data=st.data())
+    def hold(self, data: st.DataObject) -> None:
+        """What a model holds hinders nobody."""
+        here = sorted(each for each in self.sizes if each in self.store)
+        self.store.hold(data.draw(st.lists(st.sampled_from(here), unique=True)) if here else [])
+
+    @rule(data=st.data())
+    def claim(self, data: st.DataObject) -> None:
+        known = sorted(self.sizes)
+        self.claimed = data.draw(st.lists(st.sampled_from(known), unique=True)) if known else []
+        self.store.claim(b"somebody", self.claimed, 0.0)
+
+    @rule()
+    def disclaim(self) -> None:
+        self.claimed = []
+        self.store.disclaim(b"somebody")
 
     @invariant()
     def pinned_tensors_are_there(self) -> None:
