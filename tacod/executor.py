@@ -83,6 +83,12 @@ class Executor:
             return model
         return self.residency.restoring
 
+    @property
+    def files(self) -> set[str]:
+        """The real paths of what is loaded, and of what is being loaded or is to be."""
+        asked: list[Model] = [job.body for job in self.scheduler.jobs if job.verb is Verb.LOAD]
+        return {path for model in (*self.manifest, *self.residency.coming, *asked) for path in model.file_paths}
+
     def go_by(self, config: Config, preload: Iterable[Model]) -> None:
         """Go by another configuration of the same ranks; models that are to be there from now on are loaded next."""
         if config.testing != self.config.testing:
