@@ -80,7 +80,7 @@ def test_a_change_while_it_is_read_is_seen(path: Path, monkeypatch: pytest.Monke
         return found
 
     monkeypatch.setattr(lora, "read_checkpoint", read_header)
-    with pytest.raises(ModelCorrupt, match="while it was being loaded.*; load it again"):
+    with pytest.raises(ModelCorrupt, match=r"while it was being loaded.*; load it again"):
         read(path, named)
 
 
