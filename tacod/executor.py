@@ -90,6 +90,14 @@ class Executor:
             return model
         return self.residency.restoring or self.residency.fetching
 
+    @property
+    def files(self) -> set[str]:
+        """The real paths of what is loaded, of what is being loaded or is to be, and of what jobs load for their turn."""
+        jobs = self.scheduler.jobs
+        asked = [job.body if job.verb is Verb.LOAD else self.residency.recall(job.model) for job in jobs]
+        needed = [*self.manifest, *self.residency.coming, *asked]
+        return {path for model in needed if model is not None for path in model.file_paths}
+
     def go_by(self, config: Config, preload: Iterable[Model]) -> None:
         """Go by another configuration of the same ranks; models that are to be there from now on are loaded next."""
         if config.testing != self.config.testing:

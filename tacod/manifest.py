@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -37,6 +37,8 @@ class Model:
     dtype: str | None
     patches: Any = None
     """Weight patches as they came, the paths in them resolved."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """The identity of each file that they name, by its path."""
     base: Model | None = None
     """The same model without patches, if it has any; the ranks hold that too, and share what isn't patched."""
     family: str = ""
@@ -66,7 +68,13 @@ class Model:
             "patches": self.patches,
             "base": self.base.id if self.base else None,
             "evict_models": list(evict_models),
+            "files": dict(self.files),
         }
+
+    @property
+    def file_paths(self) -> list[str]:
+        """The real paths of the model's own file or folder, and of its patches' files."""
+        return [self.path, *self.files]
 
     @cached_property
     def digests(self) -> list[bytes]:
@@ -146,26 +154,30 @@ class Manifest:
         base = Model(_name(identity, dtype), real, identity, dtype, weight_bytes=expected, asked=asked)
         if not patches:
             return base
-        resolved = [self._resolve(index, patch) for index, patch in enumerate(patches)]
-        said = [_contents(patch) for patch in resolved]
+        files: dict[str, str] = {}
+        resolved = [self._resolve(index, patch, files) for index, patch in enumerate(patches)]
+        said = [_contents((patch, files.get(patch.get("path", ""), ""))) for patch in resolved]
         return replace(
             base,
             id=_name(identity, dtype, said),
-            patches=[patch for patch, _ in resolved],
+            patches=resolved,
+            files=files,
             base=base,
             weight_bytes=0,
         )
 
-    def _resolve(self, index: int, patch: Any) -> tuple[Any, str]:
-        """A patch with its file's real path, if it names one, and what tells that file's state."""
+    def _resolve(self, index: int, patch: Any, files: dict[str, str]) -> dict[str, Any]:
+        """A patch with its file's real path, if it names one; that file's identity is put into ``files``."""
         if not isinstance(patch, dict):
             raise ArgumentError(f"patches[{index}]: expected a map, got {type(patch).__name__}", argument="patches")
         if "path" not in patch:
-            return patch, ""
+            return patch
         if not isinstance(patch["path"], str):
             raise ArgumentError(f"patches[{index}].path: expected a string", argument="patches")
         real = locate(patch["path"], self.roots)
-        return {**patch, "path": real}, read_checkpoint(real).identity
+        if real not in files:
+            files[real] = read_checkpoint(real).identity
+        return {**patch, "path": real}
 
     def recall(self, model_id: str) -> Model | None:
         """A model that is loaded, or that was until it made room for another one and is remembered."""

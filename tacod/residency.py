@@ -64,11 +64,11 @@ class Residency:
 
     def want(self, models: Iterable[Model]) -> None:
         """Models that are to be there from now on."""
-        coming = {model.id for model in self._coming}
+        coming = {model.id for model in self.coming}
         self._waiting += [model for model in models if model.id not in self._manifest and model.id not in coming]
 
     @property
-    def _coming(self) -> list[Model]:
+    def coming(self) -> list[Model]:
         """What the ranks load, or are to load, though no client asks."""
         return [*([self.restoring] if self.restoring is not None else []), *self._waiting]
 
@@ -204,5 +204,5 @@ class Residency:
             # New ranks would come to the same.
             self._give_up(self.restoring, error)
             self.restoring = None
-        coming, self.restoring = self._coming, None
+        coming, self.restoring = self.coming, None
         self._waiting = [*self._manifest, *(model for model in coming if model.id not in self._manifest)]

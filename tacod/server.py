@@ -72,7 +72,7 @@ class Server:
         self.monitor = Monitor(
             config.group.device, lambda: [(rank.process.pid, rank.device) for rank in self.executor.group.ranks]
         )
-        self.uploads = Uploads(config.models.uploads, config.models.upload_bytes)
+        self.uploads = Uploads(config.models.uploads, config.models.upload_bytes, lambda: self.executor.files)
         self.lifecycle: Lifecycle | None = None
         """Whom operators' verbs go to."""
         self._next_probe_s = self.started_s + config.heartbeat_s
@@ -113,7 +113,7 @@ class Server:
         """Go by another configuration, of which what can't change is the same."""
         self.config = config
         self.sessions.limit, self.sessions.limit_per_user = config.limits.clients, config.limits.clients_per_user
-        self.uploads = Uploads(config.models.uploads, config.models.upload_bytes)
+        self.uploads.go_by(config.models.uploads, config.models.upload_bytes)
         self.executor.go_by(config, preload)
         old, self.access.keys = self.access.keys, keys
         for session in self.sessions:
@@ -240,6 +240,7 @@ class Server:
         """Forget a client, and end what it has queued."""
         self.sessions.close(session)
         self.executor.drop(session.token)
+        self.uploads.release(session.token)
 
     # --- what jobs come to ----------------------------------------------------------------------------------------
 

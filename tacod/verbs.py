@@ -75,27 +75,40 @@ class Verbs:
 
     def begin_upload(self, session: Session, request: int, body: messages.BeginUpload) -> dict[str, Any]:
         """Announce a model file."""
-        name, here = self.server.uploads.begin(body.nbytes, body.digests)
-        return {"upload": name, "here": here, "path": str(self.server.uploads.path(name))}
+        uploads = self.server.uploads
+        name, here = uploads.begin(body.nbytes, body.digests, session.token)
+        return {
+            "upload": name,
+            "here": here,
+            "unchecked": uploads.unchecked(name),
+            "path": str(uploads.path(name)),
+        }
 
     def piece(self, session: Session, request: int, body: messages.Piece) -> dict[str, Any]:
         """Take a piece of an announced file."""
         if body.data.frames is None:
             raise ArgumentError("data: a piece must come with its bytes", argument="data")
-        return {"here": self.server.uploads.add(body.upload, body.offset, b"".join(body.data.frames))}
+        piece = b"".join(body.data.frames)
+        return {"here": self.server.uploads.add(body.upload, body.offset, piece, session.token)}
 
     def load(self, session: Session, request: int, body: messages.Load) -> dict[str, Any] | None:
         """Have a model resident."""
         manifest = self.server.executor.manifest
         world_size = self.server.executor.group.world_size
+        for path in (body.path, *(patch.get("path") for patch in body.patches or () if isinstance(patch, dict))):
+            if isinstance(path, str):
+                self.server.uploads.check(path)
         model = manifest.describe(body.path, body.dtype, body.patches, body.plan, world_size)
+        told = None
         if model.id in manifest:
             self.server.executor.residency.note_used(model.id, session.token, time.monotonic())
-            return {"model": manifest.find(model.id).planned(model.asked, world_size).to_wire()}
-        self._submit(
-            session, request, Verb.LOAD, model.id, replace(model, patches=self._stored(session, model.patches))
-        )
-        return None
+            told = {"model": manifest.find(model.id).planned(model.asked, world_size).to_wire()}
+        else:
+            stored = replace(model, patches=self._stored(session, model.patches))
+            self._submit(session, request, Verb.LOAD, model.id, stored)
+        # Unless its patches' tensors are to come first.
+        self.server.uploads.note_load(self.server.executor.files.intersection(model.file_paths))
+        return told
 
     def _stored(self, session: Session, patches: Any) -> Any:
         """Patches whose tensors are all in the store, and named by digest: a model may be kept for long."""

@@ -187,7 +187,10 @@ class Client:
             metadata: What the file's ``__metadata__`` would hold, such as ``tacod.config``.
             progress: Hears how many bytes of how many are there.
 
-        By content: what the daemon has already, whole or in part, isn't sent again.
+        By content: what the daemon has already, whole or in part, isn't sent again, once the daemon has compared it.
+
+        Raises `ModelNotAllowed` if the daemon takes no uploads or none of this size, `Unavailable` if it has no room
+        for it now or can't write it, `ArgumentError` for a dtype that doesn't travel.
         """
         notes = dict(metadata or {})
         nbytes, digests = digests_of_pieces(tensors, notes)
@@ -203,17 +206,30 @@ class Client:
     def _send_pieces(
         self, nbytes: int, digests: list[bytes], pieces: Iterator[bytes], progress: Callable[[int, int], None] | None
     ) -> str:
-        begun = self._connection.ask("begin_upload", lambda: {"nbytes": nbytes, "digests": digests}).body
+        begun = self._begin_upload(nbytes, digests)
+        path: str = begun["path"]
+        here: int = begun["here"]
         for offset, piece in zip(range(0, nbytes, PIECE_BYTES), pieces, strict=True):
-            if offset < begun["here"]:
+            if here == nbytes:
+                break
+            if offset < here:
                 continue
             data = Tensor("U8", (len(piece),), split(piece))
             body = {"upload": begun["upload"], "offset": offset, "data": data}
-            self._connection.ask("piece", lambda body=body: body)  # type: ignore[misc]
+            # It may be more than was sent: behind this piece others may lie there already.
+            here = self._connection.ask("piece", lambda body=body: body).body["here"]  # type: ignore[misc]
             if progress is not None:
-                progress(offset + len(piece), nbytes)
-        path: str = begun["path"]
+                progress(here, nbytes)
         return path
+
+    def _begin_upload(self, nbytes: int, digests: list[bytes]) -> dict[str, Any]:
+        """Announce a file, until the daemon has compared what it has of it."""
+        left = None
+        while True:
+            begun = self._connection.ask("begin_upload", lambda: {"nbytes": nbytes, "digests": digests}).body
+            before, left = left, begun.get("unchecked", 0)
+            if not left or (before is not None and left >= before):
+                return begun
 
     def unload(self, model: str) -> None:
         """Give back the memory of a model, named by its id."""
@@ -255,7 +271,7 @@ class _Found(Loading):
 class Model:
     """A model that the daemon holds. It loads itself again if the daemon was restarted or has unloaded it.
 
-    If its file has changed by then, calls raise `ModelNotFound`.
+    If its file or one of its patches' has changed by then, calls raise `ModelNotFound`.
     """
 
     def __init__(self, connection: Connection, load: Loading, told: dict[str, Any]) -> None:
@@ -381,9 +397,11 @@ class Model:
                 told = self._load.run(self._connection)
                 if told["id"] != self.id:
                     # What was asked of this model another one would answer.
+                    patches = self._load.patches or ()
+                    files = " or a file of its patches" if any("path" in each for each in patches) else ""
                     raise ModelNotFound(
-                        f"{self.path} has changed since it was loaded, and the daemon holds the old one no more; "
-                        "load it again",
+                        f"{self.path}{files} has changed since it was loaded, and the daemon holds the old one no "
+                        "more; load it again",
                         model=self.id,
                     ) from None
                 self._tell(told)

@@ -34,7 +34,7 @@ class Checkpoint:
     """What the model says of itself, in ComfyUI's ``unet_config`` vocabulary: a file's ``tacod.config``, or a
     folder's ``config.json`` translated; None if nothing."""
     identity: str = field(repr=False)
-    """Changes whenever a file does: a hash of paths, sizes, modification times and headers."""
+    """Changes whenever a file does: a hash of paths, sizes, modification times, headers and samples of contents."""
     files: tuple[File, ...] = field(default=(), repr=False)
     parts: Mapping[str, tuple[Part, ...]] = field(default_factory=dict, repr=False)
     """The bytes of each tensor, in order."""

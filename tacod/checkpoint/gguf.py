@@ -13,7 +13,7 @@ import struct
 from collections.abc import Mapping
 from typing import IO, Any
 
-from tacod.checkpoint.header import BLOCKS, MAX_DIMS, PLAIN, Entry, File, Header, Part, TensorInfo
+from tacod.checkpoint.header import BLOCKS, MAX_DIMS, PLAIN, Entry, File, Header, Part, TensorInfo, sample
 from tacod_client.errors import ModelCorrupt, ModelUnsupported
 
 __all__ = ["KINDS", "MAX_HEADER_BYTES", "read_gguf"]
@@ -62,6 +62,7 @@ def read_gguf(path: str) -> Header:
             if name in found:
                 raise cursor.corrupt(f"it holds {name!r} twice")
             found[name] = _read_tensor(cursor, name, metadata)
+        contents = sample(file.fileno(), cursor.position, stat.st_size)
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise cursor.corrupt(f"general.alignment is {alignment!r}")
@@ -69,7 +70,7 @@ def read_gguf(path: str) -> Header:
     entries = {name: Entry(info, _place(path, info, data + offset)) for name, (info, offset) in found.items()}
     _check_spans(cursor, entries)
     texts = {key: value for key, value in metadata.items() if isinstance(value, str)}
-    return Header(File(path, stat.st_size, stat.st_mtime_ns), entries, texts, cursor.digest.digest())
+    return Header(File(path, stat.st_size, stat.st_mtime_ns), entries, texts, cursor.digest.digest() + contents)
 
 
 class _Cursor:

@@ -12,7 +12,7 @@ import os
 import struct
 from typing import IO, Any
 
-from tacod.checkpoint.header import MAX_DIMS, Entry, File, Header, Part, TensorInfo
+from tacod.checkpoint.header import MAX_DIMS, Entry, File, Header, Part, TensorInfo, sample
 from tacod_client.errors import ModelCorrupt
 
 __all__ = ["MAX_HEADER_BYTES", "read_safetensors"]
@@ -37,7 +37,8 @@ def read_safetensors(path: str) -> Header:
     with open(path, "rb") as file:
         stat = os.fstat(file.fileno())
         raw = _read_header(path, file, stat.st_size)
-    data = 8 + len(raw)
+        data = 8 + len(raw)
+        contents = sample(file.fileno(), data, stat.st_size)
     header = _parse_header(path, raw, stat.st_size - data)
     metadata = header.pop("__metadata__", {})
     entries = {}
@@ -45,7 +46,7 @@ def read_safetensors(path: str) -> Header:
         start, stop = item["data_offsets"]
         entries[key] = Entry(TensorInfo(item["dtype"], tuple(item["shape"])), Part(path, data + start, data + stop))
     texts = metadata if isinstance(metadata, dict) else {}
-    return Header(File(path, stat.st_size, stat.st_mtime_ns), entries, texts, hashlib.sha256(raw).digest())
+    return Header(File(path, stat.st_size, stat.st_mtime_ns), entries, texts, hashlib.sha256(raw).digest() + contents)
 
 
 def _read_header(path: str, file: IO[bytes], size: int) -> bytes:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -23,6 +24,7 @@ from tacod.rank.forwards import Forwards
 from tacod.rank.lora import read_lora
 from tacod.rank.patch_request import parse_patches
 from tacod.rank.patches import Patch, apply
+from tacod.rank.reader import changed
 from tacod.rank.sampling import Run, SampleRequest, begin
 from tacod.rank.shortage import let_go, shortage
 from tacod.rank.spread import plan_for
@@ -40,7 +42,7 @@ from tacod.rank.weights import (
     weight_bytes,
 )
 from tacod_client import wire
-from tacod_client.errors import ArgumentError, ModelCorrupt, ModelNotFound, OutOfMemory
+from tacod_client.errors import ArgumentError, ModelNotFound, OutOfMemory
 from tacod_client.tensors import from_wire, to_wire
 from tacod_client.wire import map_tensors
 
@@ -164,11 +166,13 @@ class Engine:
         patches: list[Any] | None,
         base: str | None,
         evict_models: list[str],
+        files: Mapping[str, str] = MappingProxyType({}),
     ) -> dict[str, Any]:
         """Make a model resident under the id ``model``; nothing to do if it is already.
 
-        With ``patches`` it shares with the model ``base``, which is loaded too, all that they leave alone. Runs of the
-        models that it evicts go on when those are loaded again.
+        With ``patches`` it shares with the model ``base``, which is loaded too, all that they leave alone. ``files``
+        has the identities of the files that they name, as they were when they were named. Runs of the models that it
+        evicts go on when those are loaded again.
         """
         for evicted in evict_models:
             self._evict(evicted)
@@ -176,7 +180,7 @@ class Engine:
         plain = self.models.get(base or model) or self._load_file(path, identity, dtype)
         loaded = {base or model: plain}
         if model not in self.models:
-            loaded[model] = self._patch(plain, patches) if base is not None else plain
+            loaded[model] = self._patch(plain, patches, files) if base is not None else plain
         if self.device.type == "cuda":
             # A lack of memory may show only now.
             self.topology.clock.wait()
@@ -187,7 +191,7 @@ class Engine:
     def _load_file(self, path: str, identity: str, dtype: str | None) -> Resident:
         checkpoint = read_checkpoint(path)
         if checkpoint.identity != identity:
-            raise ModelCorrupt(f"{path} changed while it was being loaded; load it again")
+            raise changed(path)
         chosen = choose_dtype(checkpoint, dtype, self.device)
         family, config = detect(checkpoint.tensors, checkpoint.config)
         if chosen == "fp8" and self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) < (8, 9):
@@ -217,13 +221,13 @@ class Engine:
             shapes = {name: tuple(weight.shape) for name, weight in family(config).state_dict().items()}
         return Resident(loaded, family.diffusers_layout(config), shapes, description)
 
-    def _patch(self, base: Resident, patches: Any) -> Resident:
+    def _patch(self, base: Resident, patches: Any, files: Mapping[str, str]) -> Resident:
         """The base's weights with patches merged in; only those that are patched take memory of their own."""
         model = base.model
         patched = share(model)
 
         def read(path: str, strength: float) -> dict[str, list[Patch]]:
-            return read_lora(path, base.layout, base.shapes, strength, type(model).spellings)
+            return read_lora(path, base.layout, base.shapes, strength, type(model).spellings, files.get(path))
 
         given = map_tensors(patches, lambda each: from_wire(each, "torch"))
         for key, each in parse_patches(given, read, base.shapes, type(base.model).canonical).items():

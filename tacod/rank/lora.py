@@ -21,13 +21,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor
 
 from tacod.checkpoint import read_checkpoint
 from tacod.rank.changes import Change, Diff, LoHa, LoKr, LoRA, Set
 from tacod.rank.families.base import Place
 from tacod.rank.patches import SWAP, Patch
+from tacod.rank.reader import changed, read_file
 from tacod_client.errors import ArgumentError, ModelCorrupt, ModelUnsupported
 
 __all__ = ["is_text_encoders", "read_lora"]
@@ -91,6 +93,7 @@ def read_lora(
     shapes: Mapping[str, Sequence[int]],
     strength: float = 1.0,
     spellings: Mapping[str, str] = MappingProxyType({}),
+    identity: str | None = None,
 ) -> dict[str, list[Patch]]:
     """A LoRA file's patches by the single file's keys, as ComfyUI's loaders would make them.
 
@@ -102,15 +105,17 @@ def read_lora(
         shapes: The model's own keys and their shapes.
         strength: Of every patch; at 0 there are none.
         spellings: What the family's `DiT.spellings` says.
+        identity: The file's `Checkpoint.identity` when it was named; None for any.
 
     Raises:
         ModelNotFound: The file can't be opened.
-        ModelCorrupt: It is no whole safetensors file, or lacks one of the tensors that belong together.
+        ModelCorrupt: It is no whole safetensors file, lacks one of the tensors that belong together, or has changed
+            since it was named.
         ModelUnsupported: It has tensors that match nothing in the model (``unmatched`` in the details lists up to 256),
             or don't fit it, or are of a kind that this version doesn't apply.
     """
     title = source if isinstance(source, str) else "the LoRA"
-    tensors = _read(source) if isinstance(source, str) else dict(source)
+    tensors = _read(source, identity) if isinstance(source, str) else dict(source)
     skipped = [name for name in tensors if is_text_encoders(name)]
     if skipped:
         _log.info("%s: %d tensors are for text encoders, and left to them", title, len(skipped))
@@ -129,13 +134,16 @@ def read_lora(
     return patches if strength else {}
 
 
-def _read(path: str) -> dict[str, Tensor]:
+def _read(path: str, identity: str | None) -> dict[str, Tensor]:
     if not path.lower().endswith(".safetensors"):
         raise ModelUnsupported(f"{path}: this version reads LoRAs from .safetensors files only")
-    read_checkpoint(path)
+    checkpoint = read_checkpoint(path)
+    if identity not in (None, checkpoint.identity):
+        raise changed(path)
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return load(read_file(checkpoint.files[0]))
+    except KeyError as error:
+        raise ModelUnsupported(f"{path} has tensors of {error.args[0]}, which this version doesn't read") from None
     except SafetensorError as error:
         raise ModelCorrupt(f"{path}: {error}; download the file again") from None
 

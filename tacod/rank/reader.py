@@ -23,7 +23,7 @@ from tacod.checkpoint.header import File, Part
 from tacod.rank.memory import GpuMemory, Memory
 from tacod_client.errors import ModelCorrupt
 
-__all__ = ["Reader"]
+__all__ = ["Reader", "changed", "read_file"]
 
 _THREADS = 4
 """One alone copies out of the page cache more slowly than a GPU takes it in."""
@@ -71,9 +71,7 @@ class Reader:
     def check(self) -> None:
         """Raise `ModelCorrupt` if a file has changed since its header was read."""
         for file in self._checkpoint.files:
-            stat = os.fstat(self._files[file.path])
-            if (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
-                raise _changed(file.path)
+            _check(file, self._files[file.path])
 
     def read(self, names: Iterable[str]) -> Iterator[Tensor]:
         """The bytes of tensors, in this order, each in memory of its own on the device: uint8, one dimension.
@@ -114,8 +112,22 @@ class Reader:
         while room:
             count = os.preadv(self._files[piece.file], [room], at)
             if count == 0:
-                raise _changed(piece.file)
+                raise changed(piece.file)
             room, at = room[count:], at + count
+
+
+def read_file(file: File) -> bytes:
+    """All bytes of a small file. Raises `ModelCorrupt` if it is no longer what its header said."""
+    with open(_open(file), "rb") as opened:
+        _check(file, opened.fileno())
+        data = opened.read()
+        _check(file, opened.fileno())
+    return data
+
+
+def changed(path: str) -> ModelCorrupt:
+    """The error for a file that isn't in the state in which it was named."""
+    return ModelCorrupt(f"{path} changed while it was being loaded; load it again")
 
 
 def _open(file: File) -> int:
@@ -125,5 +137,7 @@ def _open(file: File) -> int:
         raise ModelCorrupt(f"{file.path} went while it was being loaded ({error.strerror}); load it again") from None
 
 
-def _changed(path: str) -> ModelCorrupt:
-    return ModelCorrupt(f"{path} changed while it was being loaded; load it again")
+def _check(file: File, opened: int) -> None:
+    stat = os.fstat(opened)
+    if (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
+        raise changed(file.path)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import FLUX, SD3, Daemon
 
 from tacod_client import Unavailable
@@ -61,6 +62,22 @@ def test_work_goes_on(models: Path, small: Path) -> None:
         assert len(daemon.log) < logged + 4096, "the disk was full"
         filler.unlink()
         FLUX.check(client.load(client.upload(FLUX.model.state_dict(), {"tacod.config": json.dumps(FLUX.config)})))
+
+
+def test_an_upload_that_does_not_fit_leaves_the_disk_to_the_others(models: Path, small: Path) -> None:
+    notes, state = {"tacod.config": json.dumps(FLUX.config)}, FLUX.model.state_dict()
+    with Daemon(1, [models], {"models.uploads": str(small)}) as daemon, daemon.client() as client:
+        model = client.load(client.upload(state, notes))
+        free = os.statvfs(small).f_bavail
+        with daemon.client() as other, pytest.raises(Unavailable, match="No space left on device"):
+            other.upload({"large": torch.zeros(4 << 20)})
+        assert os.statvfs(small).f_bavail == free
+        # More of them than the disk holds: old ones make room, the one that is loaded doesn't.
+        each = sum(weight.nbytes for weight in state.values())
+        for number in range(SIZE // each + 2):
+            client.upload({**state, "img_in.bias": state["img_in.bias"] + number + 1}, notes)
+        os.kill(daemon.rank_pids()[0], signal.SIGKILL)
+        FLUX.check(model)
 
 
 def test_it_ends_as_ever(models: Path, small: Path) -> None:

@@ -1,17 +1,20 @@
-"""A model's file changes on disk: the next load sees that, and nobody gets what he didn't ask for."""
+"""A model's or a LoRA's file changes on disk: the next load sees that, and nobody gets what he didn't ask for."""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from helpers import SD3, Daemon
+import torch
+from helpers import FP32, SD3, START_S, Daemon, eventually, relative_error
+from safetensors.torch import save_file
 
-from tacod_client import Client, ModelNotFound
+from tacod_client import Client, ModelCorrupt, ModelNotFound
 
 OLD = replace(SD3, name="edited")
 NEW = replace(OLD, seed=1)
@@ -39,12 +42,104 @@ def test_the_next_load_has_the_new_weights(client: Client, path: Path) -> None:
 
 
 def test_one_that_looks_as_old_as_before(client: Client, path: Path) -> None:
-    """As a copy that keeps times does; the header differs."""
+    """As a copy that keeps times does; the header differs, or after training the weights alone."""
     old, then = client.load(OLD.file), path.stat()
-    path.write_bytes(path.read_bytes().replace(b'"tacod.config"', b'"tacod.CONFIG"', 1))
+    header = path.read_bytes().replace(b'"tacod.config"', b'"tacod.CONFIG"', 1)
+    seen = {old.id}
+    for change in (lambda: path.write_bytes(header), lambda: NEW.save(path.parent)):
+        keeping_its_time(path, change)
+        assert (path.stat().st_size, path.stat().st_mtime_ns) == (then.st_size, then.st_mtime_ns)
+        seen.add(client.load(OLD.file).id)
+    assert len(seen) == 3
+    OLD.check(old)
+    NEW.check(client.load(NEW.file))
+
+
+KEY = "joint_blocks.0.x_block.attn.qkv.weight"
+
+
+def lora(path: Path, seed: int) -> list[dict[str, Any]]:
+    """Write a LoRA's file, its look always the same; returns the patches that name it."""
+    rows, columns = SD3.model.state_dict()[KEY].shape
+    drawn = torch.Generator().manual_seed(seed)
+    module = f"diffusion_model.{KEY.removesuffix('.weight')}"
+    tensors = {
+        f"{module}.lora_down.weight": torch.randn(4, columns, generator=drawn),
+        f"{module}.lora_up.weight": torch.randn(rows, 4, generator=drawn),
+    }
+    save_file(tensors, path)
+    return [{"path": path.name, "strength": 1.0}]
+
+
+def lose_a_rank(daemon: Daemon, client: Client) -> None:
+    """Have all ranks replaced, and wait for that."""
+    restarts = client.stats()["group_restarts"]
+    os.kill(daemon.rank_pids()[0], signal.SIGKILL)
+
+    def back() -> bool:
+        status = client.status()
+        return status["state"] == "ready" and status["group"]["restarts"] > restarts
+
+    eventually(back, START_S, "the ranks are back")
+
+
+def keeping_its_time(path: Path, change: Callable[[], object]) -> None:
+    """As archives and copies do that give a file its old time."""
+    then = path.stat()
+    change()
     os.utime(path, ns=(then.st_atime_ns, then.st_mtime_ns))
-    assert (path.stat().st_size, path.stat().st_mtime_ns) == (then.st_size, then.st_mtime_ns)
-    assert client.load(OLD.file).id != old.id
+
+
+LORA_CHANGES: dict[str, Callable[[Path], object]] = {
+    "trained further": lambda path: lora(path, 2),
+    "replaced by another file": lambda path: [lora(path.with_suffix(".new"), 2), path.with_suffix(".new").rename(path)],
+    "trained further, but as old": lambda path: keeping_its_time(path, lambda: lora(path, 2)),
+    "cut short": lambda path: os.truncate(path, path.stat().st_size - 4),
+    "no safetensors file any more": lambda path: path.write_bytes(b"<html>"),
+    "gone": Path.unlink,
+}
+
+
+@pytest.mark.parametrize("change", LORA_CHANGES)
+def test_a_lora_s_file_is_what_it_was_when_it_was_named(
+    sturdy: Daemon, client: Client, models: Path, change: str
+) -> None:
+    path = models / "style.safetensors"
+    try:
+        model = client.load(SD3.file, lora(path, 1))
+        other = client.load(SD3.file, lora(models / "other.safetensors", 3))
+        before, beside = model.forward(**SD3.inputs()), other.forward(**SD3.inputs())
+        assert relative_error(before, SD3.forward(**SD3.inputs())) > 0.01, "it does something"
+        LORA_CHANGES[change](path)
+        assert torch.equal(model.forward(**SD3.inputs()), before), "a new file changes nothing by itself"
+        lose_a_rank(sturdy, client)
+        with pytest.raises((ModelNotFound, ModelCorrupt)) as caught:
+            model.forward(**SD3.inputs())
+        assert path.name in caught.value.message or "a file of its patches has changed" in caught.value.message
+        assert relative_error(other.forward(**SD3.inputs()), beside) <= FP32, "others go on"
+        lora(path, 4)
+        assert client.load(SD3.file, lora(path, 4)).id != model.id
+    finally:
+        for each in ("style", "other"):
+            (models / f"{each}.safetensors").unlink(missing_ok=True)
+
+
+def test_a_link_that_leads_elsewhere_later_changes_nothing(sturdy: Daemon, client: Client, models: Path) -> None:
+    first, second, link = (models / f"{name}.safetensors" for name in ("first", "second", "link"))
+    try:
+        lora(first, 1), lora(second, 2)
+        link.symlink_to(first)
+        model = client.load(SD3.file, [{"path": link.name, "strength": 1.0}])
+        assert client.load(SD3.file, [{"path": first.name, "strength": 1.0}]).id == model.id, "one file by two names"
+        before = model.forward(**SD3.inputs())
+        link.unlink()
+        link.symlink_to(second)
+        lose_a_rank(sturdy, client)
+        assert relative_error(model.forward(**SD3.inputs()), before) <= FP32
+        assert client.load(SD3.file, [{"path": link.name, "strength": 1.0}]).id != model.id
+    finally:
+        for path in (first, second, link):
+            path.unlink(missing_ok=True)
 
 
 def test_ranks_that_are_replaced_do_not_take_it_for_the_old_one(sturdy: Daemon, client: Client, path: Path) -> None:

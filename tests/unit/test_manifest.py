@@ -131,6 +131,7 @@ def test_work_item_names_the_same_model(manifest: Manifest) -> None:
         "patches": None,
         "base": None,
         "evict_models": ["other"],
+        "files": {},
     }
 
 
@@ -156,8 +157,34 @@ def test_a_patch_from_a_file_is_another_when_the_file_changes(manifest: Manifest
     patches = [{"path": path.name, "strength": 1.0}]
     before = describe(manifest, patches=patches)
     assert before.patches[0]["path"] == before.path
+    assert before.files == {before.path: before.identity}
+    assert before.work()["files"] == before.files, "for the ranks to see whether it is still so"
     os.utime(path, ns=(1, 1))
-    assert describe(manifest, patches=patches).id != before.id
+    after = describe(manifest, patches=patches)
+    assert after.id != before.id
+    assert after.files != before.files
+
+
+def test_a_file_of_patches_by_several_names_is_one_file(manifest: Manifest, path: Path) -> None:
+    path.with_name("lora.safetensors").write_bytes(path.read_bytes())
+    path.with_name("link.safetensors").symlink_to("lora.safetensors")
+    names = ("lora.safetensors", "link.safetensors", str(path.with_name("lora.safetensors")), "./lora.safetensors")
+    found = [describe(manifest, patches=[{"path": name, "strength": 1.0}]) for name in names]
+    assert len({model.id for model in found}) == 1
+    twice = describe(manifest, patches=[{"path": name, "strength": 1.0} for name in names[:2]])
+    assert twice.file_paths == [str(path), str(path.with_name("lora.safetensors"))]
+    assert describe(manifest).file_paths == [str(path)]
+
+
+def test_a_link_that_leads_elsewhere_is_another_patch(manifest: Manifest, path: Path) -> None:
+    link = path.with_name("link.safetensors")
+    seen = set()
+    for name in ("one.safetensors", "two.safetensors"):
+        path.with_name(name).write_bytes(path.read_bytes())
+        link.unlink(missing_ok=True)
+        link.symlink_to(name)
+        seen.add(describe(manifest, patches=[{"path": link.name, "strength": 1.0}]).id)
+    assert len(seen) == 2
 
 
 def test_the_least_recently_used_models_make_room(manifest: Manifest) -> None:
