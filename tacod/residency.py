@@ -94,7 +94,10 @@ class Residency:
         for each, known in facts:
             if each.id not in self._manifest:
                 self._store.pin(each.digests)
-                self._manifest.add(each.loaded(known, elapsed_s, self._world_size))
+                resident = each.loaded(known, elapsed_s, self._world_size)
+                self._manifest.add(resident)
+                for note in resident.notes:
+                    log.warning("%s: a patch was left out: %s", resident.name, note)
 
     def note_short(self, job_id: str, model: Model, error: TacodError) -> bool:
         """A load failed; whether it is worth another try, in the place of one more model."""
