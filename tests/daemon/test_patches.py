@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FLUX, FP32, Daemon, Tiny, relative_error, unharmed
+from helpers import FLUX, FP32, Daemon, Tiny, relative_error
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -136,8 +136,12 @@ def test_many_that_are_left_out_are_counted(client: Client) -> None:
 
 
 def test_patches_of_which_none_fits_are_refused(client: Client) -> None:
-    with unharmed(client), pytest.raises(ArgumentError, match=r"patches\[0\]: img_in\.weight: .*\[2, 2\].*\[80, 16\]"):
+    before = {told["id"] for told in client.models()}
+    with pytest.raises(ArgumentError, match=r"patches\[0\]: img_in\.weight: .*\[2, 2\].*\[80, 16\]"):
         client.load(FLUX.file, patches=[{"key": "img_in.weight", "kind": "diff", "diff": torch.ones(2, 2)}])
+    model = client.load(FLUX.file)
+    FLUX.check(model)
+    assert {told["id"] for told in client.models()} <= before | {model.id}
 
 
 def test_a_patched_model_outlives_its_ranks_and_its_unloading(models: Path) -> None:
