@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from tacod.checkpoint import Checkpoint, read_checkpoint
+from tacod.checkpoint import Checkpoint, is_gguf, read_checkpoint
 from tacod_client.tensors import TORCH_NAMES
 
 from . import hooks
@@ -92,12 +92,6 @@ def read_header(path: str) -> Header:
         metadata = file.metadata()
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
         return Header({key: _meta(each.get_dtype(), each.get_shape()) for key, each in slices.items()}, metadata)
-
-
-def is_gguf(path: str) -> bool:
-    """Whether a file begins as a GGUF file does: in a hub's cache, to which links lead, names have no ending."""
-    with open(path, "rb") as file:
-        return file.read(4) == b"GGUF"
 
 
 def _meta(dtype: str, shape: Any) -> torch.Tensor:

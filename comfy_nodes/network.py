@@ -19,7 +19,12 @@ import comfy.model_management
 import comfy.ops
 import torch
 
+from .errors import Refused
+
 __all__ = ["Network", "skeleton_layers"]
+
+METHODS = ("offset", "index", "uxo")
+"""The ways to place reference latents that the daemon has."""
 
 AUTHORS_EPS = 1e-6
 """What a network's own authors add to the mean square in the norms of queries and keys; the daemon does unless told."""
@@ -75,14 +80,20 @@ class Network:
         return "transformer_options=transformer_options" in self._source
 
     def meanings(self, arguments: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-        """Arguments that say what this version makes of others, in a compute dtype, where versions differ."""
+        """Arguments that say what this version makes of others, in a compute dtype, where versions differ.
+
+        Raises `Refused` for what only this version's network knows.
+        """
         told: dict[str, Any] = {}
         if arguments.get("rope_options") and arguments.get("ref_latents"):
             told["rope_options_for"] = "all" if self.stretches_references else "image"
         method = arguments.get("ref_latents_method")
-        if isinstance(method, str) and self.reads("ref_latents_method") and not self.reads(method):
-            # One that it doesn't know it lays out as what its last branch is for.
-            told["ref_latents_method"] = "offset"
+        if isinstance(method, str) and self.reads("ref_latents_method"):
+            if not self.reads(method):
+                # One that it doesn't know it lays out as what its last branch is for.
+                told["ref_latents_method"] = "offset"
+            elif method not in METHODS and arguments.get("ref_latents"):
+                raise Refused(f"ref_latents_method {method!r}", f"the daemon has {', '.join(METHODS)}; choose one")
         eps = self.qk_norm_eps(dtype)
         if eps is not None and abs(eps - AUTHORS_EPS) > 0.02 * AUTHORS_EPS:
             told["qk_norm_eps"] = eps

@@ -92,7 +92,7 @@ class Executor:
 
     @property
     def files(self) -> set[str]:
-        """The real paths of what is loaded, of what is being loaded or is to be, and of what jobs load for their turn."""
+        """The real paths of what is loaded, of what is or is to be loading, and of what jobs need for their turns."""
         jobs = self.scheduler.jobs
         asked = [job.body if job.verb is Verb.LOAD else self.residency.recall(job.model) for job in jobs]
         needed = [*self.manifest, *self.residency.coming, *asked]

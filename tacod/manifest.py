@@ -39,6 +39,8 @@ class Model:
     """Weight patches as they came, the paths in them resolved."""
     files: Mapping[str, str] = field(default_factory=dict)
     """The identity of each file that they name, by its path."""
+    asked_name: str = field(default="", compare=False)
+    """What the file was called where it was asked for; a hub's cache, to which links lead, has another name for it."""
     base: Model | None = None
     """The same model without patches, if it has any; the ranks hold that too, and share what isn't patched."""
     family: str = ""
@@ -52,11 +54,13 @@ class Model:
     """How its load request wants forwards to be spread."""
     shape: Shape | None = None
     plan: str = ""
+    notes: tuple[str, ...] = ()
+    """What the ranks left out of the patches."""
 
     @property
     def name(self) -> str:
         """The file's name."""
-        return os.path.basename(self.path)
+        return self.asked_name or os.path.basename(self.path)
 
     def work(self, evict_models: Sequence[str] = ()) -> dict[str, Any]:
         """The work item that loads it, in the place of those in ``evict_models``."""
@@ -90,6 +94,7 @@ class Model:
             weight_bytes=told["weight_bytes"],
             dtype=told["dtype"],
             sampling=told["sampling"],
+            notes=tuple(told.get("notes", ())),
             loaded_s=elapsed_s,
             shape=Shape(told["heads"], told["width"]),
         ).planned(self.asked, world_size)
@@ -112,6 +117,7 @@ class Model:
             "sampling": self.sampling,
             "plan": self.plan,
             "loaded_s": round(self.loaded_s, 3),
+            "notes": list(self.notes),
         }
 
 
@@ -152,6 +158,7 @@ class Manifest:
         compute = dtype or ("fp32" if self.device == "cpu" else None)
         expected = checkpoint.weight_bytes(_BYTES[compute] if compute else None)
         base = Model(_name(identity, dtype), real, identity, dtype, weight_bytes=expected, asked=asked)
+        base = replace(base, asked_name=_last_name(path))
         if not patches:
             return base
         files: dict[str, str] = {}
@@ -250,6 +257,12 @@ class Manifest:
         """The models in the order in which they go: the least recently used first, and then the least urgent ones."""
         places = {model_id: place for place, model_id in reversed(list(enumerate(needed)))}
         return sorted(self, key=lambda each: -places.get(each.id, len(places) + len(needed)))
+
+
+def _last_name(path: str) -> str:
+    """The last name of a path; empty if that names another folder than it says."""
+    name = os.path.basename(path.rstrip("/"))
+    return "" if name in (".", "..") else name
 
 
 def _name(*parts: Any) -> str:

@@ -12,7 +12,7 @@ import torch
 
 from tacod.checkpoint import read_checkpoint
 from tacod.plan import AUTO
-from tacod.rank.families import detect
+from tacod.rank.arrangement import identify
 from tacod.rank.families.base import Argument, DiT
 from tacod.rank.spread import plan_for
 from tacod.rank.warmup import SIGMA
@@ -39,7 +39,7 @@ def _plan(argv: Sequence[str] | None) -> int:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
     checkpoint = read_checkpoint(os.path.realpath(args.file))
-    family, config = detect(checkpoint.tensors, checkpoint.config)
+    family, config, checkpoint = identify(checkpoint)
     with torch.device("meta"):
         model = family(config)
     width, height = (int(side) // 8 for side in args.size.split("x"))

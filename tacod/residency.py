@@ -159,9 +159,12 @@ class Residency:
         for each, known in facts:
             if each.id not in self._manifest:
                 self._store.hold(each.digests)
-                self._manifest.add(each.loaded(known, elapsed_s, self._world_size))
+                resident = each.loaded(known, elapsed_s, self._world_size)
+                self._manifest.add(resident)
                 least, most = STAYS_S
                 self._stays_until[each.id] = now + min(max(elapsed_s, least), most)
+                for note in resident.notes:
+                    log.warning("%s: a patch was left out: %s", resident.name, note)
 
     def note_short(self, job_id: str, model: Model, needed: Sequence[str]) -> bool:
         """A load found no memory; whether it is worth another try, in the place of one more model."""

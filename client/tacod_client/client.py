@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,8 @@ from tacod_client.upload import PIECE_BYTES, digests_of_pieces, pieces
 from tacod_client.wire import Message, Tensor, split
 
 __all__ = ["Client", "Model"]
+
+_log = logging.getLogger(__name__)
 
 CHANGING = ("x", "timestep", "control")
 """Arguments that differ from call to call: they travel with it, and are not kept by content."""
@@ -141,7 +144,9 @@ class Client:
         Args:
             path: The file, absolute or relative to one of the daemon's `models.roots`.
             patches: Weight patches, in the order in which they are put on: each a map with a weight's ``key``, a
-                ``kind`` and its tensors, or with the ``path`` of a LoRA file and a ``strength``.
+                ``kind`` and its tensors, or with the ``path`` of a LoRA file and a ``strength``. A patch of another
+                size than its weight is left out if others fit, as in ComfyUI, with a warning in the log and a line in
+                `Model.notes`.
             plan: How forwards are spread: ``"auto"``, or a map with any of ``sequence_parallel_degree``, ``ulysses``,
                 ``ring`` (numbers of ranks), ``cfg_parallel`` (whether a batch is split over ranks too) and
                 ``flash_attention`` (False keeps to the plain attention kernels), ``exchange`` (``"int8"`` sends what
@@ -279,6 +284,8 @@ class Model:
         self._load = load
         self._digests = Digests()
         self._tell(told)
+        for note in self.notes:
+            _log.warning("%s: a patch was left out: %s", self.name, note)
         self.stats = ModelStats()
         """Accumulated over this object's calls."""
 
@@ -290,6 +297,8 @@ class Model:
         self.parameters: int = told["parameters"]
         self.dtype: str = told["dtype"]
         self.plan: str = told["plan"]
+        self.notes: tuple[str, ...] = tuple(told.get("notes", ()))
+        """What was left out of the patches, and why; a line each."""
 
     def __repr__(self) -> str:
         return f"<Model {self.id} {self.family} {self.name}>"

@@ -5,8 +5,9 @@ Nothing here needs torch or the weights, so the supervisor can refuse a bad file
 
 from __future__ import annotations
 
-from tacod.checkpoint.checkpoint import PREFIXES, Checkpoint, read_checkpoint
+from tacod.checkpoint.checkpoint import Checkpoint, read_checkpoint
+from tacod.checkpoint.gguf import is_gguf
 from tacod.checkpoint.header import TensorInfo
 from tacod.checkpoint.roots import locate
 
-__all__ = ["PREFIXES", "Checkpoint", "TensorInfo", "locate", "read_checkpoint"]
+__all__ = ["Checkpoint", "TensorInfo", "is_gguf", "locate", "read_checkpoint"]

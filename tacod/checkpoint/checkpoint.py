@@ -4,22 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Mapping
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from tacod.checkpoint.diffusers import translate
-from tacod.checkpoint.folder import open_folder
-from tacod.checkpoint.gguf import read_gguf
+from tacod.checkpoint.folder import is_folders, open_folder
+from tacod.checkpoint.gguf import is_gguf, read_gguf
 from tacod.checkpoint.header import PLAIN, File, Header, Part, TensorInfo
 from tacod.checkpoint.safetensors import read_safetensors
 from tacod_client.errors import ModelCorrupt, ModelNotFound
 
-__all__ = ["PREFIXES", "Checkpoint", "read_checkpoint"]
+__all__ = ["FEW", "Checkpoint", "read_checkpoint"]
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "net.")
-"""Where a diffusion model's keys may lie inside a checkpoint; bare keys otherwise."""
+_WRAPPERS = (
+    "model",
+    "diffusion_model",
+    "transformer",
+    "unet",
+    "dit",
+    "net",
+    "network",
+    "module",
+    "base_model",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+)
+"""What programs call the diffusion model in a file of more, and what PyTorch's wrappers call what they wrap."""
+_WRAPPED = re.compile(rf"(?:(?:{'|'.join(_WRAPPERS)})\.)+")
+FEW = 5
+"""As many keys with a prefix may be strays, in a file of more."""
 
 
 @dataclass(frozen=True)
@@ -59,22 +75,26 @@ class Checkpoint:
         )
 
 
-def read_checkpoint(path: str) -> Checkpoint:
+def read_checkpoint(path: str, prefix: str | None = None) -> Checkpoint:
     """Read and check the headers of a model file or folder, without torch and without the weights.
+
+    A file may hold the model behind a prefix, with other models beside it. By default that is the one which most keys
+    have of those that are usual (``model.diffusion_model.``, ``module.``, …).
 
     Raises `ModelNotFound` if a file can't be opened, `ModelCorrupt` if one is truncated or not what its name says,
     `ModelUnsupported` for a folder or a GGUF file of a kind that isn't read.
     """
     try:
-        return _read_folder(path) if os.path.isdir(path) else _read_file(path)
+        return _read_folder(path) if is_folders(path) else _read_file(path, prefix)
     except OSError as error:
         where = error.filename or path
         raise ModelNotFound(f"{where}: {error.strerror}; tacod's user must be able to read it") from None
 
 
-def _read_file(path: str) -> Checkpoint:
-    header = read_gguf(path) if path.lower().endswith(".gguf") else read_safetensors(path)
-    prefix = next((prefix for prefix in PREFIXES if any(key.startswith(prefix) for key in header.entries)), "")
+def _read_file(path: str, prefix: str | None) -> Checkpoint:
+    header = read_gguf(path) if is_gguf(path) or path.lower().endswith(".gguf") else read_safetensors(path)
+    if prefix is None:
+        prefix = _find_prefix(header.entries)
     entries = {key.removeprefix(prefix): entry for key, entry in header.entries.items() if key.startswith(prefix)}
     return Checkpoint(
         path,
@@ -85,6 +105,14 @@ def _read_file(path: str) -> Checkpoint:
         (header.file,),
         {key: (entry.part,) for key, entry in entries.items()},
     )
+
+
+def _find_prefix(keys: Collection[str]) -> str:
+    """The usual prefix of the most keys, if these are more than a few or half of all; empty if there is none."""
+    counts = Counter(found[0] for key in keys if (found := _WRAPPED.match(key)))
+    common = [prefix for prefix, count in counts.items() if count > FEW or 2 * count >= len(keys)]
+    # A name that says it goes before numbers: encoders and VAEs lie in modules too.
+    return max(common, key=lambda prefix: (prefix.endswith("diffusion_model."), counts[prefix]), default="")
 
 
 def _read_folder(path: str) -> Checkpoint:

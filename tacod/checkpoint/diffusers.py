@@ -15,10 +15,16 @@ Config = Mapping[str, Any]
 def translate(path: str, config: Config) -> dict[str, Any]:
     """The whole configuration of the model in the folder ``path``.
 
+    A class whose name has a known one in it is taken for a subclass, whose weights are that one's
+    (``FluxTransformer2DModelWithMasking``, as SimpleTuner has it); other weights are refused by their names.
+
     Raises `ModelUnsupported`, naming the class or the key, for what has no translation.
     """
     name = config.get("_class_name")
-    translation = _CLASSES.get(name) if isinstance(name, str) else None
+    known = next((known for known in _CLASSES if isinstance(name, str) and known in name), None)
+    if name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_single":
+        known = "PixArtTransformer2DModel"  # as diffusers called it when PixArt was published
+    translation = _CLASSES.get(known) if known is not None else None
     if translation is None:
         raise ModelUnsupported(
             f"{path}: config.json's _class_name is {name!r:.80}; this version reads folders of {', '.join(_CLASSES)}"

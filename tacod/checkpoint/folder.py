@@ -1,12 +1,15 @@
 """A model as a folder in diffusers' layout: a configuration, and weights in one file or in shards.
 
-Either the transformer's own folder or a pipeline's, which holds it as ``transformer/`` beside ``model_index.json``.
+Either the transformer's own folder, or a pipeline's or a trainer's, which holds it as ``transformer/``. The weights may
+be a variant, which has its name in the file's (``diffusion_pytorch_model.fp16.safetensors``). The path of such a weight
+file or index means the folder with that one, if its configuration is beside it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,12 +17,16 @@ from typing import Any
 from tacod.checkpoint.header import Entry, Header
 from tacod.checkpoint.safetensors import read_safetensors
 from tacod_client.errors import ModelCorrupt, ModelNotAllowed, ModelUnsupported
+from tacod_client.text import encodable
 
-__all__ = ["Folder", "open_folder"]
+__all__ = ["Folder", "is_folders", "open_folder"]
 
 MAX_JSON_BYTES = 16 << 20
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_STEM = "diffusion_pytorch_model"
+_WEIGHTS = f"{_STEM}.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"
+_ANY_INDEX = re.compile(r".*safetensors.*index.*\.json|.*index.*safetensors.*\.json")
+_SHARD = re.compile(r".*-\d+-of-\d+.*")
 
 
 @dataclass(frozen=True)
@@ -55,26 +62,42 @@ class Folder:
         return headers, entries
 
 
+def is_folders(path: str) -> bool:
+    """Whether `open_folder` reads a path: a folder, or a weight file or index that has its configuration beside it."""
+    if os.path.isdir(path):
+        return True
+    folder, name = os.path.split(path)
+    weights = name.endswith(".safetensors") or _ANY_INDEX.fullmatch(name)
+    return bool(weights) and name.startswith(_STEM) and os.path.isfile(os.path.join(folder, "config.json"))
+
+
 def open_folder(path: str) -> Folder:
     """Read a folder's configuration and index.
 
     Raises `ModelUnsupported` if it holds no model in diffusers' layout, `ModelNotAllowed` if its index leads out of
     it, `ModelCorrupt` if a file is missing or malformed.
     """
-    if os.path.isfile(os.path.join(path, "model_index.json")) and os.path.isdir(os.path.join(path, "transformer")):
-        path = os.path.join(path, "transformer")
-    config_path, index_path, weights_path = (os.path.join(path, name) for name in ("config.json", _INDEX, _WEIGHTS))
+    chosen = ""
+    if os.path.isdir(path):
+        path = _find_transformer(path)
+    else:
+        path, chosen = os.path.split(path)
+        if _SHARD.fullmatch(chosen):
+            raise ModelUnsupported(f"{chosen} is one of several files that make a model; give their folder, {path}")
+    config_path = os.path.join(path, "config.json")
     if not os.path.isfile(config_path):
         raise ModelUnsupported(
             f"{path} is a folder without a config.json; "
             "give a weight file, or a folder in diffusers' layout (a transformer's, or a pipeline's)"
         )
     raw, config = _read_json(config_path)
-    if not os.path.lexists(index_path):
-        if not os.path.isfile(weights_path):
-            raise ModelUnsupported(f"{path} is a folder that has neither {_WEIGHTS} nor {_INDEX}")
-        shards = [os.path.realpath(weights_path)]
+    weights = os.path.join(path, chosen or _choose(path))
+    if weights.endswith(".safetensors"):
+        if not os.path.isfile(weights):
+            raise ModelCorrupt(f"{weights} is no regular file")
+        shards = [os.path.realpath(weights)]
         return Folder(path, tuple(shards), config, None, (os.path.realpath(config_path), *shards), raw)
+    index_path = weights
     raw_index, index = _read_json(index_path)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -82,6 +105,32 @@ def open_folder(path: str) -> Folder:
     shards = [_shard(path, name) for name in sorted({*weight_map.values()}, key=str)]
     files = (os.path.realpath(config_path), os.path.realpath(index_path), *shards)
     return Folder(path, tuple(shards), config, weight_map, files, raw + b"\0" + raw_index)
+
+
+def _find_transformer(path: str) -> str:
+    """The folder of the transformer itself: this one, or the one in a pipeline's or a trainer's."""
+    inner = os.path.join(path, "transformer")
+    pipeline = os.path.isfile(os.path.join(path, "model_index.json")) and os.path.isdir(inner)
+    alone = os.path.isfile(os.path.join(path, "config.json"))
+    return inner if pipeline or (not alone and os.path.isfile(os.path.join(inner, "config.json"))) else path
+
+
+def _choose(path: str) -> str:
+    """The name of a folder's index or weight file: the plain one, or else the only one that there is."""
+    with os.scandir(path) as entries:
+        names = sorted(entry.name for entry in entries)
+    for plain in (_INDEX, _WEIGHTS):
+        if plain in names:
+            return plain
+    whole = [name for name in names if name.endswith(".safetensors") and not _SHARD.fullmatch(name)]
+    found = [*filter(_ANY_INDEX.fullmatch, names), *whole]
+    found = [name for name in found if name.startswith(_STEM)] or found
+    if not found:
+        raise ModelUnsupported(f"{path} is a folder that has neither {_WEIGHTS} nor {_INDEX}, nor a variant of one")
+    if len(found) > 1:
+        several = encodable(", ".join(found[:8]))
+        raise ModelUnsupported(f"{path} has {several} and no {_WEIGHTS}; give the path of the file that is meant")
+    return found[0]
 
 
 def _read_json(path: str) -> tuple[bytes, dict[str, Any]]:

@@ -16,8 +16,9 @@ from typing import IO, Any
 from tacod.checkpoint.header import BLOCKS, MAX_DIMS, PLAIN, Entry, File, Header, Part, TensorInfo, sample
 from tacod_client.errors import ModelCorrupt, ModelUnsupported
 
-__all__ = ["KINDS", "MAX_HEADER_BYTES", "read_gguf"]
+__all__ = ["KINDS", "MAX_HEADER_BYTES", "is_gguf", "read_gguf"]
 
+_MAGIC = b"GGUF"
 MAX_HEADER_BYTES = 16 << 20
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY, _INT32 = 8, 9, 5
@@ -37,6 +38,15 @@ _SHAPE = "comfy.gguf.orig_shape."
 """A field that begins so tells a tensor's shape: city96's tools lay out in rows of 256 what has other rows."""
 
 
+def is_gguf(path: str) -> bool:
+    """Whether a file begins as a GGUF file does: in a hub's cache, to which links lead, names have no suffix.
+
+    Raises `OSError` if the file can't be read.
+    """
+    with open(path, "rb") as file:
+        return file.read(len(_MAGIC)) == _MAGIC
+
+
 def read_gguf(path: str) -> Header:
     """Read and check a GGUF file's header; its tensors' sizes are given in torch's order, rows first.
 
@@ -46,7 +56,7 @@ def read_gguf(path: str) -> Header:
     with open(path, "rb") as file:
         stat = os.fstat(file.fileno())
         cursor = _Cursor(path, file, stat.st_size)
-        if cursor.take(4) != b"GGUF":
+        if cursor.take(len(_MAGIC)) != _MAGIC:
             raise cursor.corrupt("it doesn't begin with GGUF")
         version = cursor.scalar("I")
         if version not in (2, 3):

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tacod.checkpoint.folder import open_folder
+from tacod.checkpoint.folder import is_folders, open_folder
 from tacod_client.errors import ModelNotAllowed, ModelNotFound, ModelUnsupported
 from tacod_client.text import encodable
 
@@ -33,7 +33,7 @@ def locate(name: str, roots: Sequence[str]) -> str:
         raise _outside(name, roots)
     if path is None:
         raise ModelNotFound(f"{name}: no such file under models.roots ({', '.join(roots)})")
-    if os.path.isdir(path):
+    if is_folders(path):
         try:
             stray = next((file for file in open_folder(path).files if not _inside(file, real_roots)), None)
         except OSError as error:
@@ -43,7 +43,8 @@ def locate(name: str, roots: Sequence[str]) -> str:
         return path
     if not os.path.isfile(path):
         raise ModelUnsupported(f"{name} is no regular file; to open it could block for ever")
-    if path.lower().endswith(_PICKLES):
+    # The name that was asked for counts too: the hub's cache keeps its files under names without a suffix.
+    if name.lower().endswith(_PICKLES) or path.lower().endswith(_PICKLES):
         raise ModelUnsupported(f"{name} is a pickle, which can run code when it is opened; convert it to .safetensors")
     return path
 

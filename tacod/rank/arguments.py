@@ -43,7 +43,7 @@ def check_arguments(given: Mapping[str, Any], specs: Mapping[str, Spec], family:
         elif isinstance(spec, Residuals):
             _check_residuals(name, value, spec, sizes)
         elif spec.shape is None:
-            if value not in spec.choices:
+            if value not in (*spec.choices, *spec.also):
                 raise ArgumentError(
                     f"{name}: {value!r:.60} is none of {', '.join(map(repr, spec.choices))}", argument=name
                 )
@@ -192,7 +192,7 @@ def load_arguments(
         if isinstance(value, list):
             return [put(item, spec) for item in value]
         if not isinstance(value, wire.Tensor):
-            return value
+            return spec.also.get(value, value) if isinstance(spec, Argument) else value
         key = value.digest, torch.float32 if isinstance(spec, Argument) and spec.fp32 else dtype
         if kept is None or value.digest is None:
             return _on_device(value, key[1], device)

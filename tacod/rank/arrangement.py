@@ -2,15 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
-from tacod.checkpoint import Checkpoint, TensorInfo
+from tacod.checkpoint import Checkpoint, TensorInfo, read_checkpoint
+from tacod.checkpoint.checkpoint import FEW
 from tacod.checkpoint.header import Part
-from tacod.rank.families.base import Place
+from tacod.rank.families import detect, diffusers_layout, is_known
+from tacod.rank.families.base import DiT, Place
 from tacod_client.errors import ModelCorrupt, ModelUnsupported
 
-__all__ = ["arrange", "rename"]
+__all__ = ["arrange", "identify", "rename", "some"]
+
+_DEPTH = 4
+"""How many names of a prefix are tried, as in ``base_model.model.transformer.``."""
+_FUSED = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
+"""Layers into which diffusers puts others together (``fuse_qkv_projections``), their rows in this order."""
+
+
+def identify(checkpoint: Checkpoint) -> tuple[type[DiT], dict[str, Any], Checkpoint]:
+    """A checkpoint's family and configuration, and the same checkpoint under the names of the family's single file.
+
+    A file may have diffusers' names or ComfyUI's, and hold the model behind any prefix.
+
+    Raises `ModelUnsupported` if no family knows it, or if it holds several models, and what `arrange` and `rename`
+    raise.
+    """
+    if checkpoint.diffusers:
+        family, config = detect(checkpoint.tensors, checkpoint.config)
+        return family, config, arrange(checkpoint, family.diffusers_layout(config))
+    if not is_known(checkpoint.tensors):
+        checkpoint = _look_deeper(checkpoint)
+    layout = diffusers_layout(checkpoint.tensors)
+    if layout is not None:
+        checkpoint = arrange(checkpoint, layout)
+    family, config = detect(checkpoint.tensors, checkpoint.config)
+    return family, config, rename(checkpoint, family.canonical)
+
+
+def _look_deeper(checkpoint: Checkpoint) -> Checkpoint:
+    """The same file with the one prefix behind which a family knows the tensors; as it is if there is none."""
+    whole = read_checkpoint(checkpoint.path, prefix="")
+    if whole.identity != checkpoint.identity:
+        raise ModelCorrupt(f"{checkpoint.path} changed while it was being loaded; load it again")
+    behind: dict[str, dict[str, TensorInfo]] = {"": dict(whole.tensors)}
+    for name, info in whole.tensors.items():
+        at = -1
+        for _ in range(_DEPTH):
+            at = name.find(".", at + 1)
+            if at < 0:
+                break
+            behind.setdefault(name[: at + 1], {})[name[at + 1 :]] = info
+    found = [prefix for prefix, tensors in behind.items() if len(tensors) > FEW and is_known(tensors)]
+    if len(found) > 1:
+        several = ", ".join(repr(prefix)[:80] for prefix in found[:5])
+        raise ModelUnsupported(
+            f"{checkpoint.path} holds several models, behind the prefixes {several}; save the one that is meant to a "
+            "file of its own"
+        )
+    return read_checkpoint(checkpoint.path, found[0]) if found else checkpoint
 
 
 def arrange(checkpoint: Checkpoint, layout: Mapping[str, Place]) -> Checkpoint:
@@ -19,10 +74,10 @@ def arrange(checkpoint: Checkpoint, layout: Mapping[str, Place]) -> Checkpoint:
     A tensor without a place keeps its name. Raises `ModelCorrupt` if tensors lack, `ModelUnsupported` if such as are to
     be fused differ in dtype.
     """
+    layout = _with_fused(layout, checkpoint.tensors)
     absent = [name for name in layout if name not in checkpoint.tensors]
     if absent:
-        more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
-        raise ModelCorrupt(f"{checkpoint.path} lacks {', '.join(absent[:5])}{more}; download the folder again")
+        raise ModelCorrupt(f"{checkpoint.path} lacks {some(absent)}; download it again")
     pieces: dict[str, list[str]] = {}
     for name, place in sorted(layout.items(), key=lambda item: item[1].rows or (0, 0)):
         pieces.setdefault(place.key, []).append(name)
@@ -34,6 +89,20 @@ def arrange(checkpoint: Checkpoint, layout: Mapping[str, Place]) -> Checkpoint:
         if name not in layout:
             tensors[name], parts[name] = checkpoint.tensors[name], checkpoint.parts[name]
     return replace(checkpoint, tensors=tensors, parts=parts, diffusers=False)
+
+
+def _with_fused(layout: Mapping[str, Place], tensors: Mapping[str, TensorInfo]) -> dict[str, Place]:
+    """The same places; where a file holds several layers as one, the one in their place."""
+    places = dict(layout)
+    for name in tensors:
+        layer, _, kind = name.rpartition(".")
+        module, _, fused = layer.rpartition(".")
+        parts = [f"{module}.{part}.{kind}" for part in _FUSED.get(fused, ())]
+        if parts and all(part in places and part not in tensors for part in parts):
+            gone = [places.pop(part) for part in parts]
+            rows = [each.rows for each in gone if each.rows is not None]
+            places[name] = Place(gone[0].key, (rows[0][0], sum(count for _, count in rows)))
+    return places
 
 
 def rename(checkpoint: Checkpoint, canonical: Callable[[str], str]) -> Checkpoint:
@@ -79,3 +148,8 @@ def _order(checkpoint: Checkpoint, name: str, place: Place) -> tuple[Part, ...]:
         raise ModelCorrupt(f"{checkpoint.path}: {name} has an odd number of rows, which are no scale and shift")
     middle = (whole.start + whole.stop) // 2
     return Part(whole.file, middle, whole.stop), Part(whole.file, whole.start, middle)
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of these names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

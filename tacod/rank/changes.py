@@ -22,9 +22,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tacod.rank.misfit import Misfit, misfit
 from tacod_client.errors import ArgumentError
 
-__all__ = ["Change", "Diff", "Function", "LoHa", "LoKr", "LoRA", "Set", "misfit"]
+__all__ = ["Change", "Diff", "Function", "LoHa", "LoKr", "LoRA", "Set"]
 
 Function = Callable[[Tensor], Tensor]
 """What is done to a change before it is added."""
@@ -36,13 +37,15 @@ class Change(abc.ABC):
 
     kind: ClassVar[str]
     """Its name on the wire."""
+    may_be_empty: ClassVar[bool] = True
+    """Whether its tensors may hold nothing: a product over a rank of 0 is zero."""
 
     def __post_init__(self) -> None:
         for name, value in self.contents().items():
             if isinstance(value, Tensor):
                 if not value.is_floating_point():
                     raise ArgumentError(f"{name}: expected a floating-point tensor, got {value.dtype}", argument=name)
-                if not value.numel():
+                if not value.numel() and not self.may_be_empty:
                     raise ArgumentError(f"{name}: a tensor of shape {list(value.shape)} is empty", argument=name)
             elif isinstance(value, float) and not math.isfinite(value):
                 raise ArgumentError(f"{name}: {value} is not finite", argument=name)
@@ -55,6 +58,11 @@ class Change(abc.ABC):
     @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
         """Shape of the change; of a factored one, rows and columns."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether it changes nothing, at whatever strength."""
+        return False
 
     @abc.abstractmethod
     def check(self, shape: Sequence[int], key: str) -> None:
@@ -75,6 +83,11 @@ class Factored(Change):
     """DoRA's magnitudes: of rows, [rows, 1, …] or [rows]; or of columns, [1, columns, 1, …]."""
 
     @property
+    def idle(self) -> bool:
+        """See `Change.idle`: of rank 0 the product is zero, but magnitudes scale the weight all the same."""
+        return self.rank == 0 and self.dora_scale is None
+
+    @property
     @abc.abstractmethod
     def rank(self) -> int | None:
         """What ``alpha`` is divided by; None if nothing in it is of low rank, and alpha has no meaning."""
@@ -93,11 +106,12 @@ class Factored(Change):
             if len(shape) > 1:
                 fitting.append([1, shape[1], *ones[1:]])
             if list(self.dora_scale.shape) not in fitting:
-                raise misfit("dora_scale", self.dora_scale.shape, shape, key)
+                left_out = not _broadcasts(self.dora_scale.shape, shape)
+                raise misfit("dora_scale", self.dora_scale.shape, shape, key, left_out=left_out)
 
     def merge(self, weight: Tensor, strength: float, function: Function) -> None:
         """See `Change.merge`."""
-        scale = 1.0 if self.alpha is None or self.rank is None else self.alpha / self.rank
+        scale = self.alpha / self.rank if self.alpha is not None and self.rank else 1.0
         difference = self.product(weight.device).reshape(weight.shape)
         if self.dora_scale is None:
             weight += function((strength * scale * difference).to(weight.dtype))
@@ -141,12 +155,13 @@ class LoRA(Factored):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fits = min(self.up.ndim, self.down.ndim) >= 2 and self.up[0].numel() == len(self.down)
+        fits = min(self.up.ndim, self.down.ndim) >= 2 and math.prod(self.up.shape[1:]) == len(self.down)
         if fits and self.mid is not None:
             fits = self.mid.shape[:2] == (len(self.down),) * 2 and self.mid.ndim == 4
-            fits = fits and self.down[0].numel() == self.down.shape[1]
+            fits = fits and math.prod(self.down.shape[2:]) == 1
         if not fits:
-            raise _mismatch(up=self.up, mid=self.mid, down=self.down)
+            # ComfyUI multiplies by a core before it looks out for errors.
+            raise _mismatch(Misfit if self.mid is None else ArgumentError, up=self.up, mid=self.mid, down=self.down)
 
     @property
     def rank(self) -> int:
@@ -157,7 +172,7 @@ class LoRA(Factored):
     def shape(self) -> tuple[int, int]:
         """See `Change.shape`."""
         core = 1 if self.mid is None else math.prod(self.mid.shape[2:])
-        return len(self.up), self.down[0].numel() * core
+        return len(self.up), math.prod(self.down.shape[1:]) * core
 
     def product(self, device: torch.device) -> Tensor:
         """See `Factored.product`."""
@@ -271,13 +286,13 @@ class Diff(Change):
     def check(self, shape: Sequence[int], key: str) -> None:
         """See `Change.check`."""
         if self.shape != tuple(shape):
-            raise misfit(self.kind, self.shape, shape, key)
+            raise misfit(self.kind, self.shape, shape, key, left_out=True)
 
     def pad(self, weight: Tensor, key: str) -> Tensor:
         """The weight, grown if it has to be."""
         missing = [wanted - size for wanted, size in zip(self.shape, weight.shape, strict=False)]
         if weight.ndim != self.diff.ndim or any(size < 0 for size in missing):
-            raise misfit(self.kind, self.shape, weight.shape, key)
+            raise misfit(self.kind, self.shape, weight.shape, key, left_out=False)
         return torch.nn.functional.pad(weight, [size for each in reversed(missing) for size in (0, each)])
 
     def merge(self, weight: Tensor, strength: float, function: Function) -> None:
@@ -291,6 +306,7 @@ class Set(Change):
     """Another weight in the place of this one: at whatever strength and with whatever function, as in ComfyUI."""
 
     kind: ClassVar[str] = "set"
+    may_be_empty: ClassVar[bool] = False
     value: Tensor
 
     @property
@@ -301,7 +317,7 @@ class Set(Change):
     def check(self, shape: Sequence[int], key: str) -> None:
         """See `Change.check`."""
         if self.shape != tuple(shape):
-            raise misfit(self.kind, self.shape, shape, key)
+            raise misfit(self.kind, self.shape, shape, key, left_out=False)
 
     def merge(self, weight: Tensor, strength: float, function: Function) -> None:
         """See `Change.merge`."""
@@ -348,16 +364,11 @@ def _factor(
     return _low_rank(device, a, b, core)
 
 
-def _mismatch(**tensors: Any) -> ArgumentError:
+def _broadcasts(shape: Sequence[int], weight: Sequence[int]) -> bool:
+    pairs = zip(reversed(shape), reversed(weight), strict=False)
+    return len(shape) <= len(weight) and all(size in (1, whole) for size, whole in pairs)
+
+
+def _mismatch(kind: type[ArgumentError] = ArgumentError, **tensors: Any) -> ArgumentError:
     shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in tensors.items() if isinstance(value, Tensor))
-    return ArgumentError(f"{shapes or 'no tensors'}: these don't make a whole change", argument="patches")
-
-
-def misfit(what: str, shape: Sequence[int], weight: Sequence[int], key: str) -> ArgumentError:
-    """The error for a change of another shape than what it is put on; it names the weight and both shapes."""
-    return ArgumentError(
-        f"{key}: the patch's {what} has shape {list(shape)}, and what it patches {list(weight)}; "
-        "it was made for another model",
-        argument="patches",
-        key=key,
-    )
+    return kind(f"{shapes or 'no tensors'}: these don't make a whole change", argument="patches")

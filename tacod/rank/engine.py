@@ -18,7 +18,7 @@ from torch import Tensor
 from tacod.checkpoint import read_checkpoint
 from tacod.plan import parse_request
 from tacod.rank.arguments import Kept, check_arguments, check_tokens, load_arguments
-from tacod.rank.families import detect
+from tacod.rank.arrangement import identify
 from tacod.rank.families.base import DiT, Place
 from tacod.rank.forwards import Forwards
 from tacod.rank.lora import read_lora
@@ -44,9 +44,14 @@ from tacod.rank.weights import (
 from tacod_client import wire
 from tacod_client.errors import ArgumentError, ModelNotFound, OutOfMemory
 from tacod_client.tensors import from_wire, to_wire
+from tacod_client.text import encodable, shortened
 from tacod_client.wire import map_tensors
 
 __all__ = ["Engine"]
+
+NOTES = 8
+NOTE_CHARACTERS = 300
+"""How many patches that were left out are told of, and how much of each."""
 
 
 @dataclass
@@ -192,8 +197,8 @@ class Engine:
         checkpoint = read_checkpoint(path)
         if checkpoint.identity != identity:
             raise changed(path)
+        family, config, checkpoint = identify(checkpoint)
         chosen = choose_dtype(checkpoint, dtype, self.device)
-        family, config = detect(checkpoint.tensors, checkpoint.config)
         if chosen == "fp8" and self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) < (8, 9):
             name = torch.cuda.get_device_name(self.device)
             raise ArgumentError(
@@ -225,12 +230,13 @@ class Engine:
         """The base's weights with patches merged in; only those that are patched take memory of their own."""
         model = base.model
         patched = share(model)
+        notes: list[str] = []
 
         def read(path: str, strength: float) -> dict[str, list[Patch]]:
-            return read_lora(path, base.layout, base.shapes, strength, type(model).spellings, files.get(path))
+            return read_lora(path, base.layout, base.shapes, strength, type(model).spellings, files.get(path), notes)
 
         given = map_tensors(patches, lambda each: from_wire(each, "torch"))
-        for key, each in parse_patches(given, read, base.shapes, type(base.model).canonical).items():
+        for key, each in parse_patches(given, read, base.shapes, type(base.model).canonical, notes).items():
             weight = get_weight(model, key).to(model.dtype)
             merged = apply(weight, each, key)
             if merged.shape != weight.shape:
@@ -238,7 +244,10 @@ class Engine:
             if merged is not weight:
                 set_weight(patched, key, merged)
         own = weight_bytes(model, patched) - weight_bytes(model)
-        return replace(base, model=patched, description={**base.description, "weight_bytes": own})
+        if len(notes) > NOTES:
+            notes[NOTES:] = [f"and {len(notes) - NOTES} more"]
+        told = {"weight_bytes": own, "notes": [shortened(encodable(note), NOTE_CHARACTERS) for note in notes]}
+        return replace(base, model=patched, description={**base.description, **told})
 
     def unload(self, model: str, evict_models: list[str]) -> dict[str, Any]:
         """Give a model's memory back, and that of those that share it."""

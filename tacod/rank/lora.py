@@ -16,6 +16,7 @@ family's `DiT.diffusers_layout`.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -25,12 +26,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from tacod.checkpoint import read_checkpoint
+from tacod.checkpoint import is_gguf, read_checkpoint
 from tacod.rank.changes import Change, Diff, LoHa, LoKr, LoRA, Set
 from tacod.rank.families.base import Place
+from tacod.rank.misfit import Misfit
 from tacod.rank.patches import SWAP, Patch
 from tacod.rank.reader import changed, read_file
-from tacod_client.errors import ArgumentError, ModelCorrupt, ModelUnsupported
+from tacod_client.errors import ArgumentError, ModelCorrupt, ModelError, ModelNotFound, ModelUnsupported
 
 __all__ = ["is_text_encoders", "read_lora"]
 
@@ -74,6 +76,14 @@ _TOLD = 256
 """How many unmatched names a message shows, and its details hold."""
 
 
+class _LeftOut(Exception):
+    """A module that changes nothing, of which ComfyUI says so on its console; ``error`` if it is all there is."""
+
+    def __init__(self, error: ModelError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
 class _Part(NamedTuple):
     """A tensor of a file by what it is there for."""
 
@@ -94,10 +104,12 @@ def read_lora(
     strength: float = 1.0,
     spellings: Mapping[str, str] = MappingProxyType({}),
     identity: str | None = None,
+    notes: list[str] | None = None,
 ) -> dict[str, list[Patch]]:
     """A LoRA file's patches by the single file's keys, as ComfyUI's loaders would make them.
 
-    Text encoders' tensors (`is_text_encoders`) are left out, with a line in the log.
+    Text encoders' tensors (`is_text_encoders`) are left out, with a line in the log. Modules of another shape than what
+    they patch, and such as lack what would make them a change, are left out if there are others.
 
     Args:
         source: A safetensors file, whose path the caller has found to be allowed, or its tensors.
@@ -106,13 +118,14 @@ def read_lora(
         strength: Of every patch; at 0 there are none.
         spellings: What the family's `DiT.spellings` says.
         identity: The file's `Checkpoint.identity` when it was named; None for any.
+        notes: Takes a line for each module that is left out.
 
     Raises:
         ModelNotFound: The file can't be opened.
         ModelCorrupt: It is no whole safetensors file, lacks one of the tensors that belong together, or has changed
             since it was named.
         ModelUnsupported: It has tensors that match nothing in the model (``unmatched`` in the details lists up to 256),
-            or don't fit it, or are of a kind that this version doesn't apply.
+            or are of a kind that this version doesn't apply, or none of its modules fits.
     """
     title = source if isinstance(source, str) else "the LoRA"
     tensors = _read(source, identity) if isinstance(source, str) else dict(source)
@@ -128,24 +141,38 @@ def read_lora(
     if unmatched:
         raise ModelUnsupported(_stranger(title, unmatched, len(mine)), unmatched=unmatched[:_TOLD])
     patches: dict[str, list[Patch]] = {}
+    left_out: list[_LeftOut] = []
     for place, parts in modules.items():
-        patch = _patch(title, place, parts, shapes[place.key], strength)
+        try:
+            patch = _patch(title, place, parts, shapes[place.key], strength)
+        except _LeftOut as module:
+            left_out.append(module)
+            continue
         patches.setdefault(place.key, []).append(patch)
-    return patches if strength else {}
+    if left_out and not patches:
+        raise left_out[0].error
+    if not strength:
+        return {}
+    if notes is not None:
+        notes += map(str, left_out)
+    return patches
 
 
 def _read(path: str, identity: str | None) -> dict[str, Tensor]:
-    if not path.lower().endswith(".safetensors"):
-        raise ModelUnsupported(f"{path}: this version reads LoRAs from .safetensors files only")
-    checkpoint = read_checkpoint(path)
-    if identity not in (None, checkpoint.identity):
-        raise changed(path)
     try:
+        if os.path.isdir(path) or is_gguf(path):
+            kind = "a folder" if os.path.isdir(path) else "a GGUF file"
+            raise ModelUnsupported(f"{path} is {kind}; this version reads LoRAs from safetensors files only")
+        checkpoint = read_checkpoint(path)
+        if identity not in (None, checkpoint.identity):
+            raise changed(path)
         return load(read_file(checkpoint.files[0]))
     except KeyError as error:
         raise ModelUnsupported(f"{path} has tensors of {error.args[0]}, which this version doesn't read") from None
     except SafetensorError as error:
         raise ModelCorrupt(f"{path}: {error}; download the file again") from None
+    except OSError as error:
+        raise ModelNotFound(f"{path}: {error.strerror}; tacod's user must be able to read it") from None
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -269,6 +296,8 @@ def _stranger(title: str, unmatched: Sequence[str], total: int) -> str:
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 _KINDS: dict[str, type[Change]] = {change.kind: change for change in (LoRA, LoHa, LoKr, Diff, Set)}
+_FIRST = {"lora": "up", "loha": "w1_a"}
+"""The tensor by which ComfyUI finds a module; without it, it sees none of the others."""
 
 
 def _patch(title: str, place: Place, parts: Mapping[_Part, Tensor], shape: Sequence[int], strength: float) -> Patch:
@@ -282,20 +311,24 @@ def _patch(title: str, place: Place, parts: Mapping[_Part, Tensor], shape: Seque
     if "alpha" in fields:
         fields["alpha"] = _scalar(fields["alpha"], modules[0], title)
     if not kinds:
-        raise ModelCorrupt(f"{title}: {modules[0]} has {' and '.join(sorted(fields))} and nothing that they are for")
+        have = " and ".join(sorted(fields))
+        raise _LeftOut(ModelCorrupt(f"{title}: {modules[0]} has {have} and nothing that they are for"))
     if kinds[0] in ("diff", "set"):
         fields.pop("alpha", None)
     try:
         change = _KINDS[kinds[0]](**fields)
-    except (ArgumentError, TypeError):
+    except (ArgumentError, TypeError) as error:
         have = ", ".join(f"{part.name} {list(tensor.shape)}" for part, tensor in parts.items())
-        raise ModelCorrupt(f"{title}: {modules[0]} has {have}, which make no whole {kinds[0]}") from None
+        corrupt = ModelCorrupt(f"{title}: {modules[0]} has {have}, which make no whole {kinds[0]}")
+        unseen = _FIRST.get(kinds[0], "") not in ("", *fields)
+        raise (_LeftOut(corrupt) if isinstance(error, Misfit) or unseen else corrupt) from None
     offset = None if place.rows is None else (0, *place.rows)
     patch = Patch(change, strength, 1.0, offset, SWAP if place.swap else None)
     try:
         patch.check(shape, place.key)
     except ArgumentError as error:
-        raise ModelUnsupported(f"{title}: {modules[0]}: {error.message}", key=place.key) from None
+        unfit = ModelUnsupported(f"{title}: {modules[0]}: {error.message}", key=place.key)
+        raise (_LeftOut(unfit) if isinstance(error, Misfit) else unfit) from None
     return patch
 
 

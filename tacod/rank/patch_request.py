@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from tacod.rank.changes import Change, Diff, LoHa, LoKr, LoRA, Set
+from tacod.rank.misfit import Misfit
 from tacod.rank.patches import Patch
 from tacod_client.errors import ArgumentError, ModelUnsupported
 
@@ -29,20 +30,23 @@ def parse_patches(
     files: Files | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
     canonical: Callable[[str], str] = str,
+    notes: list[str] | None = None,
 ) -> dict[str, list[Patch]]:
     """Patches by the single file's key (without ``diffusion_model.``), in their order, from a request's list of maps.
 
     An entry is either one patch: ``key``, ``kind``, the tensors and numbers of its `Change` by their names, and
     optionally ``strength``, ``strength_model``, ``offset`` and ``function``; or a file: ``path`` and ``strength``.
+    Patches of another shape than their weight are left out, if others fit: ComfyUI draws with the rest, and says so.
 
     Args:
         body: A list of maps in which tensors are torch's; None for no patches.
         files: Reads the files that entries name; without it they are refused.
-        shapes: The model's keys and shapes: what patches another key, or doesn't fit, is refused.
+        shapes: The model's keys and shapes: what patches another key is refused, and what doesn't fit is left out.
         canonical: The single file's key for one that an entry names, as `DiT.canonical` gives it.
+        notes: Takes a line for each patch that is left out.
 
     Raises:
-        ArgumentError: An entry is malformed or doesn't fit; the message names its index and the field.
+        ArgumentError: An entry is malformed, or none of them fits; the message names its index and the field.
         ModelUnsupported: An entry asks for what this version doesn't do; the message names key and kind.
     """
     if body is None:
@@ -50,18 +54,30 @@ def parse_patches(
     if not isinstance(body, list):
         raise _bad("patches", f"expected a list of maps, got {type(body).__name__}")
     found: dict[str, list[Patch]] = {}
+    left_out: list[Misfit] = []
     for index, entry in enumerate(body):
         where = f"patches[{index}]"
         if not isinstance(entry, Mapping):
             raise _bad(where, f"expected a map, got {type(entry).__name__}")
-        for named, made in _parse_entry(entry, where, files):
-            key = canonical(named)
-            if shapes is not None:
-                if key not in shapes:
-                    raise _bad(f"{where}.key", f"the model has no weight {named!r}; the patch was made for another one")
-                for patch in made:
-                    _check(patch, shapes[key], key, where)
-            found.setdefault(key, []).extend(made)
+        try:
+            for named, made in _parse_entry(entry, where, files):
+                key = canonical(named)
+                if shapes is not None:
+                    if key not in shapes:
+                        why = f"the model has no weight {named!r}; the patch was made for another one"
+                        raise _bad(f"{where}.key", why)
+                    for patch in made:
+                        _check(patch, shapes[key], key, where)
+                found.setdefault(key, []).extend(made)
+        except Misfit as misfit:
+            if entry.get("strength_model", 1.0) != 1:
+                # ComfyUI scales the weight all the same.
+                raise
+            left_out.append(misfit)
+    if left_out and not found:
+        raise left_out[0]
+    if notes is not None:
+        notes += [error.message for error in left_out]
     return found
 
 
@@ -94,7 +110,7 @@ def _parse_patch(entry: Mapping[str, Any], key: str, where: str) -> Patch:
     try:
         return Patch(change(**values), strength, strength_model, offset, function)
     except ArgumentError as error:
-        raise _bad(where, f"{key} ({kind}): {error.message}") from None
+        raise _bad(where, f"{key} ({kind}): {error.message}", type(error)) from None
     except ModelUnsupported as error:
         raise ModelUnsupported(f"{where}: {key} ({kind}): {error.message}", key=key, kind=kind) from None
 
@@ -151,8 +167,8 @@ def _check(patch: Patch, shape: Sequence[int], key: str, where: str) -> None:
     try:
         patch.check(shape, key)
     except ArgumentError as error:
-        raise _bad(where, error.message) from None
+        raise _bad(where, error.message, type(error)) from None
 
 
-def _bad(where: str, why: str) -> ArgumentError:
-    return ArgumentError(f"{where}: {why}", argument="patches")
+def _bad(where: str, why: str, kind: type[ArgumentError] = ArgumentError) -> ArgumentError:
+    return kind(f"{where}: {why}", argument="patches")

@@ -52,7 +52,7 @@ class Patch:
     def idle(self) -> bool:
         """Whether it leaves every weight as it is."""
         always = isinstance(self.change, Set) or (isinstance(self.change, Diff) and self.change.pad_weight)
-        return self.strength == 0 and self.strength_model == 1 and not always
+        return (self.strength == 0 or self.change.idle) and self.strength_model == 1 and not always
 
     def check(self, shape: Sequence[int], key: str) -> None:
         """Raise `ArgumentError`, naming ``key`` and both shapes, unless it fits a weight of this shape."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from tacod.checkpoint import Checkpoint, TensorInfo
 from tacod.checkpoint.header import BLOCKS, PLAIN
-from tacod.rank.arrangement import arrange, rename
-from tacod.rank.families import detect
+from tacod.rank.arrangement import identify, some
 from tacod.rank.families.base import DiT
 from tacod.rank.narrow import NarrowLinear
 from tacod.rank.reader import Reader
@@ -74,11 +73,7 @@ def load_model(
     Raises `ModelUnsupported` if the family or its weights are unknown, `ModelCorrupt` if tensors lack or don't fit, or
     if a file changes meanwhile.
     """
-    family, config = detect(checkpoint.tensors, checkpoint.config)
-    if checkpoint.diffusers:
-        checkpoint = arrange(checkpoint, family.diffusers_layout(config))
-    else:
-        checkpoint = rename(checkpoint, family.canonical)
+    family, config, checkpoint = identify(checkpoint)
     with torch.device("meta"):
         model = family(config)
     wanted = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
@@ -105,11 +100,16 @@ def _check(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]) -> dic
     """Compare a file's tensors with those that are wanted; returns the names of the weights' scales."""
     absent = [name for name in wanted if name not in checkpoint.tensors]
     if absent:
-        raise ModelCorrupt(f"{checkpoint.path} lacks {_some(absent)}; download the file again")
+        if len(absent) == len(wanted):
+            raise ModelUnsupported(
+                f"{checkpoint.path} has none of the names that its configuration asks for ({some(absent)}), but "
+                f"{some(list(checkpoint.tensors))}; save it under the names of the authors' file, or of diffusers"
+            )
+        raise ModelCorrupt(f"{checkpoint.path} lacks {some(absent)}; download the file again")
     scales, unknown = _sort_out(checkpoint, wanted)
     if unknown:
         raise ModelUnsupported(
-            f"{checkpoint.path} has tensors that this family doesn't use: {_some(unknown)}; "
+            f"{checkpoint.path} has tensors that this family doesn't use: {some(unknown)}; "
             "it may be a variant or a quantised file that this version doesn't run"
         )
     for name, shape in wanted.items():
@@ -182,10 +182,6 @@ def _assign(owner: Any, leaf: str, tensor: Tensor) -> None:
         owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     else:
         owner._buffers[leaf] = tensor
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def get_weight(model: DiT, key: str) -> Tensor:

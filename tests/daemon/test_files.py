@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import gguf
@@ -39,13 +40,37 @@ def check(client: Client, path: str, weights: dict[str, Tensor]) -> None:
     assert relative_error(client.load(path).forward(**inputs), wanted) <= FP32
 
 
-def test_a_diffusers_folder(client: Client, models: Path) -> None:
+def in_diffusers() -> dict[str, Tensor]:
     weights = FLUX.model.state_dict()
     tensors = {}
     for name, place in FLUX.model.diffusers_layout(FLUX.config).items():
         first, count = place.rows or (0, len(weights[place.key]))
         tensor = weights[place.key][first : first + count]
         tensors[name] = (torch.cat(tensor.chunk(2)[::-1]) if place.swap else tensor).contiguous()
+    return tensors
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_diffusers_names_in_one_file(client: Client, models: Path, prefix: str) -> None:
+    path = models / f"diffusers{prefix}safetensors"
+    tensors = {prefix + name: tensor.clone() for name, tensor in in_diffusers().items()}
+    save_file(tensors, path, metadata={"tacod.config": json.dumps(FLUX.config)})
+    check(client, path.name, FLUX.model.state_dict())
+
+
+@pytest.mark.parametrize("prefix", ["model.", "trainer.wrapped."])
+def test_a_prefix(client: Client, models: Path, prefix: str) -> None:
+    path = models / f"{prefix}safetensors"
+    tensors = {prefix + name: tensor for name, tensor in FLUX.model.state_dict().items()}
+    save_file(tensors, path, metadata={"tacod.config": json.dumps(FLUX.config)})
+    check(client, path.name, FLUX.model.state_dict())
+    (told,) = (each for each in client.models() if each["name"] == path.name)
+    assert told["parameters"] == sum(tensor.numel() for tensor in tensors.values())
+
+
+def test_a_diffusers_folder(client: Client, models: Path) -> None:
+    weights = FLUX.model.state_dict()
+    tensors = in_diffusers()
     folder = models / "in_diffusers_layout"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))
@@ -77,8 +102,17 @@ def test_fp8(client: Client, models: Path, scaled: bool) -> None:
     check(client, path.name, weights)
 
 
-def test_gguf(client: Client, models: Path) -> None:
-    path = models / "quantised.gguf"
+def in_hubs_cache(models: Path, blob: Path, name: str) -> Path:
+    """A link to a file without a suffix, as a hub's cache has it."""
+    link = models / "models--a--b" / "snapshots" / "0abc" / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(os.path.relpath(blob, link.parent))
+    return link
+
+
+@pytest.mark.parametrize("linked", [False, True], ids=["file", "linked"])
+def test_gguf(client: Client, models: Path, linked: bool) -> None:
+    path = models / ("0f1e2d3c" if linked else "quantised.gguf")
     writer = gguf.GGUFWriter(path, "flux")
     writer.add_string("tacod.config", json.dumps(FLUX.config))
     weights = {}
@@ -96,4 +130,23 @@ def test_gguf(client: Client, models: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
     assert any(not torch.equal(weights[name], tensor) for name, tensor in FLUX.model.state_dict().items())
-    check(client, path.name, weights)
+    named = in_hubs_cache(models, path, "flux-Q8_0.gguf") if linked else path
+    check(client, str(named), weights)
+    assert named.name in [told["name"] for told in client.models()]
+
+
+def test_links_of_a_hubs_cache(client: Client, models: Path) -> None:
+    """A model and a LoRA; the daemon tells the name that was asked for."""
+    blob, lora = models / "1a2b", models / "3c4d"
+    other = {name: tensor + 0.01 for name, tensor in FLUX.model.state_dict().items()}
+    save_file(other, blob, metadata={"tacod.config": json.dumps(FLUX.config)})
+    named = in_hubs_cache(models, blob, "flux-tuned.safetensors")
+    check(client, str(named), other)
+    diff = torch.full((80, 16), 0.1)
+    save_file({"diffusion_model.img_in.diff": diff}, lora)
+    patches = [{"path": str(in_hubs_cache(models, lora, "style.safetensors")), "strength": 1.0}]
+    patched = client.load(str(named), patches=patches)
+    assert patched.name == named.name
+    inputs = FLUX.inputs()
+    by_hand = client.load(blob.name, patches=[{"key": "img_in.weight", "kind": "diff", "diff": diff}])
+    assert relative_error(patched.forward(**inputs), by_hand.forward(**inputs)) <= FP32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import signal
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tacod.rank.sequence import SequenceParallel
-from tacod_client import Client, ModelUnsupported
+from tacod_client import ArgumentError, Client, ModelUnsupported
 
 QKV = "double_blocks.0.img_attn.qkv.weight"
 MLP = "double_blocks.1.txt_mlp.0.weight"
@@ -99,6 +100,48 @@ def test_a_key_that_matches_nothing_is_listed(client: Client, models: Path) -> N
     save_file({"lora_unet_nowhere.lora_up.weight": torch.ones(2, 2)}, models / "stranger.safetensors")
     with pytest.raises(ModelUnsupported, match="lora_unet_nowhere"):
         client.load(FLUX.file, patches=[{"path": "stranger.safetensors", "strength": 1.0}])
+
+
+def test_what_is_left_out_is_told_of(client: Client, models: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As ComfyUI does on its console: the other layers are merged."""
+    up, down = factors(MLP)
+    good = {f"{MLP.removesuffix('weight')}lora_B.weight": up, f"{MLP.removesuffix('weight')}lora_A.weight": down}
+    wide = {f"single_blocks.{i}.linear2.diff": torch.ones(80, 401) for i in range(2)}
+    save_file({**good, **wide, "img_in.alpha": torch.tensor(1.0)}, models / "partly.safetensors")
+    patches: list[dict[str, Any]] = [{"path": "partly.safetensors", "strength": 0.7}]
+    with caplog.at_level(logging.WARNING):
+        patched = client.load(FLUX.file, patches=patches)
+    inputs = FLUX.inputs()
+    model = copy.deepcopy(FLUX.model)
+    weights = model.state_dict()
+    weights[MLP] = weights[MLP] + 0.7 * (up @ down)
+    model.load_state_dict(weights)
+    assert relative_error(patched.forward(**inputs), model(SequenceParallel(), **inputs)) <= FP32
+    (told,) = (each for each in client.models() if each["id"] == patched.id)
+    assert len(patched.notes) == 3
+    assert told["notes"] == list(patched.notes)
+    for words in ("single_blocks.0.linear2", "single_blocks.1.linear2", "img_in"):
+        assert any(words in note for note in patched.notes)
+        assert words in caplog.text
+    assert client.load(FLUX.file).notes == ()
+
+
+def test_many_that_are_left_out_are_counted(client: Client) -> None:
+    one = torch.ones(2, 2)
+    weights = [key for key, weight in FLUX.model.state_dict().items() if weight.ndim == 2]
+    patches = [lora(QKV, 0.5), *({"key": key, "kind": "diff", "diff": one} for key in weights)]
+    notes = client.load(FLUX.file, patches=patches).notes
+    assert len(notes) == 9
+    assert notes[-1] == f"and {len(weights) - 8} more"
+
+
+def test_patches_of_which_none_fits_are_refused(client: Client) -> None:
+    before = {told["id"] for told in client.models()}
+    with pytest.raises(ArgumentError, match=r"patches\[0\]: img_in\.weight: .*\[2, 2\].*\[80, 16\]"):
+        client.load(FLUX.file, patches=[{"key": "img_in.weight", "kind": "diff", "diff": torch.ones(2, 2)}])
+    model = client.load(FLUX.file)
+    FLUX.check(model)
+    assert {told["id"] for told in client.models()} <= before | {model.id}
 
 
 def test_a_patched_model_outlives_its_ranks_and_its_unloading(models: Path) -> None:

@@ -77,6 +77,19 @@ def test_what_is_no_epsilon(client: Client, file: str, value: Any) -> None:
         client.load(file).forward(**INPUTS, qk_norm_eps=value)
 
 
+def test_a_method_of_other_models_is_offset(client: Client, file: str) -> None:
+    """As Flux.1 of ComfyUI up to 0.16 takes that word of its menu; any other word is refused."""
+    model = client.load(file)
+    outs = [
+        model.forward(**INPUTS, ref_latents=REFERENCES, ref_latents_method=method)
+        for method in ("offset", "index_timestep_zero", "index")
+    ]
+    assert torch.equal(outs[0], outs[1])
+    assert relative_error(outs[2], outs[0]) > FP32
+    with pytest.raises(ArgumentError, match=r"^ref_latents_method: 'offest' is none of 'offset', 'index', 'uxo'"):
+        model.forward(**INPUTS, ref_latents=REFERENCES, ref_latents_method="offest")
+
+
 def test_options_for_something_else(client: Client, file: str) -> None:
     with pytest.raises(ArgumentError, match=r"^rope_options_for: 'text' is none of 'all', 'image'"):
         client.load(file).forward(**INPUTS, rope_options_for="text")

@@ -248,7 +248,7 @@ class Modulated(type(FLUX.model)):  # type: ignore[misc]
 def test_tensors_may_lack_leading_sizes_of_one(
     shape: tuple[int, ...], read: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tacod.rank.weights.detect", lambda tensors, config: (Modulated, FLUX.config))
+    monkeypatch.setattr("tacod.rank.arrangement.detect", lambda tensors, config: (Modulated, FLUX.config))
     table = torch.randn(1, 1, 6, 80)
     weights = {**FLUX.model.state_dict(), "modulation": table.reshape(shape)}
     tensors = {key: as_stored(tensor, "F32") for key, tensor in weights.items()}

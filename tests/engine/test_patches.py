@@ -322,7 +322,7 @@ def test_factors_that_do_not_go_together_are_refused() -> None:
         lambda: LoKr(w1=randn(2, 2), w2=randn(2, 2), w2_a=randn(2, 2), w2_b=randn(2, 2)),
         lambda: LoKr(w1_a=randn(2, 2), w2=randn(2, 2)),
         lambda: Diff(diff=torch.ones(2, 2, dtype=torch.int64)),
-        lambda: Diff(diff=randn(0, 2)),
+        lambda: Set(value=randn(0, 2)),
         lambda: LoRA(up=randn(4, 2), down=randn(2, 5), alpha=math.inf),
         lambda: Patch(Diff(diff=randn(1)), math.nan),
         lambda: Patch(Diff(diff=randn(1)), offset=(0, -1, 2)),
@@ -496,8 +496,11 @@ def test_shapes_are_checked_before_anything_is_merged() -> None:
     assert parse_patches([entry(diff=torch.ones(4, 4), pad_weight=True)], shapes={"a.weight": (2, 2)})
     with pytest.raises(ArgumentError, match=r"patches\[0\].key: the model has no weight 'a.weight'"):
         parse_patches([entry()], shapes={"b.weight": (2, 2)})
+    whole = {"key": "a.weight", "kind": "set", "value": torch.ones(2, 2)}
     with pytest.raises(ArgumentError, match=r"patches\[1\]: a.weight: .*\[2, 2\].*\[3, 2\]"):
-        parse_patches([entry(diff=torch.ones(3, 2)), entry()], shapes={"a.weight": (3, 2)})
+        parse_patches([entry(diff=torch.ones(3, 2)), whole], shapes={"a.weight": (3, 2)})
+    with pytest.raises(ArgumentError, match=r"patches\[0\]: a.weight: .*\[2, 2\].*\[3, 2\]"):
+        parse_patches([entry()], shapes={"a.weight": (3, 2)})
 
 
 def test_files_stand_among_the_others_in_order() -> None:

@@ -143,6 +143,14 @@ def test_pickle_behind_another_name_is_refused(roots: list[str]) -> None:
         locate("model.safetensors", roots)
 
 
+def test_pickle_is_known_by_the_name_that_was_asked_for(roots: list[str]) -> None:
+    """Links of a hub's cache lead to files without a suffix."""
+    Path(roots[0], "0f1e2d3c").write_bytes(b"\x80\x04.")
+    Path(roots[0], "model.ckpt").symlink_to(f"{roots[0]}/0f1e2d3c")
+    with pytest.raises(ModelUnsupported, match="is a pickle"):
+        locate("model.ckpt", roots)
+
+
 # --- read_checkpoint --------------------------------------------------------------------------------------------------
 
 
@@ -154,13 +162,47 @@ def test_bare_keys_are_read_as_they_are(tmp_path: Path) -> None:
     assert checkpoint.config is None
 
 
-@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", "model.model.", "net."])
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "model.diffusion_model.",
+        "diffusion_model.",
+        "model.model.",
+        "net.",
+        "model.",
+        "module.",
+        "transformer.",
+        "_orig_mod.",
+        "module._orig_mod.model.",
+    ],
+)
 def test_prefix_is_found_and_taken_off(tmp_path: Path, prefix: str) -> None:
     path = write_tensors(tmp_path / "m", "first_stage_model.w", f"{prefix}a.w", f"{prefix}b.w", "text_encoders.w")
     checkpoint = read_checkpoint(str(path))
     assert checkpoint.prefix == prefix
     assert list(checkpoint.tensors) == ["a.w", "b.w"]
     assert checkpoint.parameters == 12
+
+
+def test_prefix_of_a_few_strays_is_none(tmp_path: Path) -> None:
+    bare = [f"double_blocks.{i}.w" for i in range(10)]
+    checkpoint = read_checkpoint(str(write_tensors(tmp_path / "m", *bare, *(f"model.{i}" for i in range(5)))))
+    assert checkpoint.prefix == ""
+    assert checkpoint.parameters == 15 * 6
+
+
+def test_prefix_that_says_it_goes_before_one_of_more_tensors(tmp_path: Path) -> None:
+    names = [*(f"model.encoder.{i}" for i in range(20)), *(f"model.diffusion_model.{i}" for i in range(8))]
+    checkpoint = read_checkpoint(str(write_tensors(tmp_path / "m", *names)))
+    assert checkpoint.prefix == "model.diffusion_model."
+    assert read_checkpoint(str(tmp_path / "m"), prefix="model.encoder.").parameters == 20 * 6
+
+
+def test_names_that_only_begin_like_a_prefix_are_bare(tmp_path: Path) -> None:
+    names = [
+        f"{name}{i}.w" for i in range(4) for name in ("transformer_blocks.", "model_ema.", "networks.", "modules.")
+    ]
+    assert read_checkpoint(str(write_tensors(tmp_path / "m", *names))).prefix == ""
 
 
 def test_file_may_describe_itself(tmp_path: Path) -> None:

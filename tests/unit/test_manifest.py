@@ -272,6 +272,7 @@ def test_loaded_model_tells_what_the_ranks_told(manifest: Manifest) -> None:
         "sampling": {"channels": 16, "prediction": "flow"},
         "plan": "sequence 3 (ulysses; 24 heads over 3 ranks: 8 each)",
         "loaded_s": 1.235,
+        "notes": [],
     }
 
 

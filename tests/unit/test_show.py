@@ -156,3 +156,12 @@ def test_a_terminal_of_any_width_is_taken(
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     show.out(show.models([model()]))
     assert ID in re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+
+
+def test_a_load_tells_what_was_left_out_a_line_each() -> None:
+    notes = ["style: img_in has shape [2]", "style: odd\x1b[2J\nname"]
+    first, *lines = show.loaded(model(notes=notes), 1.26).split("\n")
+    assert first == f"{ID}  flux1-dev.safetensors: flux, ready in 1.3 s"
+    assert lines == [f"a patch was left out: {printable(note)}" for note in notes]
+    # A daemon that is older says nothing of them.
+    assert show.loaded(model(), 1.26) == first

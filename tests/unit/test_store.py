@@ -236,7 +236,7 @@ def test_nobody_claims_room_for_ever() -> None:
 def test_what_never_fits_together_is_told_before_it_is_sent() -> None:
     store = Store(30)
     store.check_fits([tensor(content).with_digest().without_bytes() for content in (1, 2, 3, 3)])
-    with pytest.raises(QueueFull, match="40 bytes .* never fit"):
+    with pytest.raises(QueueFull, match=r"40 bytes .* never fit"):
         store.check_fits([tensor(content).with_digest().without_bytes() for content in (1, 2, 3, 4)])
 
 

@@ -166,6 +166,12 @@ def status(told: dict[str, Any]) -> Any:
     return Group(Facts(lines), Text(), ranks, Text(), models(told["models"]))
 
 
+def loaded(told: dict[str, Any], elapsed_s: float) -> str:
+    """``tacoctl load``."""
+    lines = [f"{told['id']}  {told['name']}: {told['family']}, ready in {elapsed_s:.1f} s"]
+    return "\n".join([*lines, *(f"a patch was left out: {printable(note)}" for note in told.get("notes", ()))])
+
+
 def models(told: list[dict[str, Any]]) -> Any:
     """``tacoctl models``."""
     if not told:

@@ -69,7 +69,7 @@ def _load(args: argparse.Namespace) -> None:
             model = client.load(args.path, patches=_loras(args), dtype=args.dtype, progress=progress)
         told = next(told for told in client.models() if told["id"] == model.id)
         elapsed_s = time.perf_counter() - started
-        _print(args, told, lambda told: f"{told['id']}  {told['name']}: {told['family']}, ready in {elapsed_s:.1f} s")
+        _print(args, told, lambda told: show.loaded(told, elapsed_s))
 
 
 def _loras(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -13,10 +13,10 @@ from functools import cache
 from typing import Any
 
 from tacod.checkpoint import TensorInfo
-from tacod.rank.families.base import DiT
+from tacod.rank.families.base import DiT, Place
 from tacod_client.errors import ModelUnsupported
 
-__all__ = ["detect", "families"]
+__all__ = ["detect", "diffusers_layout", "families", "is_known"]
 
 _UNETS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL", 1280: "the SDXL refiner"}
 _ELSEWHERE = {
@@ -26,6 +26,7 @@ _ELSEWHERE = {
     "double_layers.0.attn.w1q.weight": "AuraFlow",
     "head.modulation": "Wan",
     "cap_embedder.1.weight": "Lumina 2 or Z-Image",
+    "controlnet_blocks.0.weight": "a ControlNet, which ComfyUI loads beside the model",
 }
 """A tensor that tells, and whose it is: to refuse by name what no family here has claimed."""
 
@@ -62,6 +63,23 @@ def detect(
         if detected is not None:
             return family, {**detected, **override}
     raise ModelUnsupported(_refusal(tensors))
+
+
+def diffusers_layout(tensors: Mapping[str, TensorInfo]) -> dict[str, Place] | None:
+    """Where the tensors of a file that has diffusers' names lie in a single file; None for one that hasn't."""
+    for family in families():
+        config = family.diffusers_config(tensors)
+        if config is not None:
+            return family.diffusers_layout(config)
+    return None
+
+
+def is_known(tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether the keys are those of a family, in its own names or in diffusers'; they needn't be all there."""
+    try:
+        return diffusers_layout(tensors) is not None or any(_detect(each, tensors) is not None for each in families())
+    except ModelUnsupported:
+        return True
 
 
 def _detect(family: type[DiT], tensors: Mapping[str, TensorInfo]) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ import abc
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -41,6 +41,8 @@ class Argument:
     """A list of such tensors; free sizes other than ``"B"`` may differ between its members."""
     choices: tuple[str, ...] = ()
     """For ``shape=None``: the strings it may be."""
+    also: Mapping[str, str] = field(default_factory=dict)
+    """Other strings that it may be, each with the choice that it stands for."""
     mask: bool = False
     """Added to scores; it may be boolean too, where false hides what it stands for."""
     fp32: bool = False
@@ -219,6 +221,14 @@ class DiT(nn.Module, abc.ABC):
         ``config`` is as `detect` gives it. Empty for a family without such a class.
         """
         return {}
+
+    @classmethod
+    def diffusers_config(cls, tensors: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
+        """As much of a configuration as `diffusers_layout` needs, read from a file that has diffusers' names.
+
+        ``None`` if the keys are not those of diffusers' class for this family.
+        """
+        return None
 
     @abc.abstractmethod
     def arguments(self) -> dict[str, Spec]:

@@ -46,6 +46,8 @@ from tacod_client.errors import ArgumentError, ModelUnsupported
 __all__ = ["Flux"]
 
 _METHODS = ("offset", "index", "uxo")
+_METHODS_OF_OTHERS = {"index_timestep_zero": "offset"}
+"""What ComfyUI's menu offers for other models, and what Flux.1 made of it up to 0.16; since then it fails with it."""
 _ROPE_OPTIONS = ("scale_x", "scale_y", "scale_t", "shift_x", "shift_y", "shift_t")
 _STRETCHED = ("all", "image")
 _QK_NORM_EPS = 1e-6
@@ -339,6 +341,24 @@ class Flux(DiT):
             layout |= {f"{theirs}.{kind}": Place(f"{ours}.{kind}") for kind in both}
         return layout
 
+    @classmethod
+    def diffusers_config(cls, tensors: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
+        """See `DiT.diffusers_config`."""
+        first = "transformer_blocks.0"
+        marks = ("x_embedder", "time_text_embed.timestep_embedder.linear_1", f"{first}.ff.net.0.proj", "proj_out")
+        if any(f"{key}.weight" not in tensors for key in marks):
+            return None
+        width, _ = shape_of(tensors, "x_embedder.weight", 2)
+        hidden, _ = shape_of(tensors, f"{first}.ff.net.0.proj.weight", 2)
+        return {
+            "hidden_size": width,
+            "mlp_ratio": hidden / max(width, 1),
+            "depth": count_blocks(tensors, "transformer_blocks"),
+            "depth_single_blocks": count_blocks(tensors, "single_transformer_blocks"),
+            "qkv_bias": f"{first}.attn.to_q.bias" in tensors or f"{first}.attn.to_qkv.bias" in tensors,
+            "guidance_embed": "time_text_embed.guidance_embedder.linear_1.weight" in tensors,
+        }
+
     def arguments(self) -> dict[str, Spec]:
         """See `DiT.arguments`."""
         return {
@@ -348,7 +368,7 @@ class Flux(DiT):
             "y": Argument(("B", self.pooled_width), required=False),
             "guidance": Argument(("B",), required=self.guided, fp32=True),
             "ref_latents": Argument(("B", self.channels, "h", "w"), required=False, many=True),
-            "ref_latents_method": Argument(None, required=False, choices=_METHODS),
+            "ref_latents_method": Argument(None, required=False, choices=_METHODS, also=_METHODS_OF_OTHERS),
             "attention_mask": Argument(("B", "S", "S"), required=False, mask=True, shared=True),
             "rope_options": Numbers(_ROPE_OPTIONS),
             "rope_options_for": Argument(None, required=False, choices=_STRETCHED),

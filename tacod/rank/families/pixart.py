@@ -279,6 +279,21 @@ class PixArt(DiT):
             layout |= {f"{theirs}.{kind}": Place(f"{ours}.{kind}") for kind in ("weight", "bias")}
         return layout
 
+    @classmethod
+    def diffusers_config(cls, tensors: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
+        """See `DiT.diffusers_config`."""
+        marks = ("adaln_single.linear.weight", "caption_projection.linear_1.weight", "pos_embed.proj.weight")
+        if any(key not in tensors for key in marks):
+            return None
+        sized = "adaln_single.emb.resolution_embedder.linear_1.weight" in tensors
+        return {
+            "image_model": _ALPHA if sized else _SIGMA,
+            "num_heads": 1,
+            "hidden_size": shape_of(tensors, "pos_embed.proj.weight", 4)[0],
+            "depth": count_blocks(tensors, "transformer_blocks"),
+            "micro_condition": sized,
+        }
+
     def arguments(self) -> dict[str, Spec]:
         """See `DiT.arguments`."""
         return {

@@ -312,6 +312,24 @@ class SD3(DiT):
             layout |= {f"{theirs}.{kind}": Place(f"{ours}.{kind}") for kind in both}
         return layout
 
+    @classmethod
+    def diffusers_config(cls, tensors: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
+        """See `DiT.diffusers_config`."""
+        first = "transformer_blocks.0.attn"
+        marks = ("pos_embed.proj", "time_text_embed.text_embedder.linear_1", "proj_out")
+        if any(f"{key}.weight" not in tensors for key in marks):
+            return None
+        width, _, _, _ = shape_of(tensors, "pos_embed.proj.weight", 4)
+        blocks = range(count_blocks(tensors, "transformer_blocks"))
+        normed = f"{first}.norm_q.weight" in tensors
+        return {
+            "depth": width // _HEAD_WIDTH,
+            "qk_norm": ("ln" if f"{first}.norm_q.bias" in tensors else "rms") if normed else None,
+            "x_block_self_attn_layers": [
+                i for i in blocks if f"transformer_blocks.{i}.attn2.to_out.0.weight" in tensors
+            ],
+        }
+
     def arguments(self) -> dict[str, Spec]:
         """See `DiT.arguments`."""
         return {

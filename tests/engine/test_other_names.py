@@ -1,0 +1,211 @@
+"""Single files under other names: diffusers' own, and behind prefixes that programs leave. Each is the plain file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import FLUX, SD3, Tiny
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tacod.checkpoint import read_checkpoint
+from tacod.rank.arrangement import identify
+from tacod.rank.families import detect
+from tacod.rank.families.base import DiT
+from tacod.rank.weights import load_model
+from tacod_client.errors import ModelCorrupt, ModelError, ModelUnsupported
+
+CPU = torch.device("cpu")
+PIXART = Tiny(
+    "pixart",
+    {
+        "image_model": "pixart_sigma",
+        "patch_size": 2,
+        "in_channels": 4,
+        "hidden_size": 96,
+        "depth": 2,
+        "num_heads": 16,
+        "caption_channels": 8,
+        "pred_sigma": True,
+        "micro_condition": False,
+    },
+)
+ALPHA = Tiny("alpha", {**PIXART.config, "image_model": "pixart_alpha", "micro_condition": True})
+FLUX_128 = Tiny(
+    "flux_128",
+    {
+        **FLUX.config,
+        "hidden_size": 128,
+        "num_heads": 1,
+        "depth": 1,
+        "depth_single_blocks": 1,
+        "axes_dim": [16, 56, 56],
+        "guidance_embed": False,
+    },
+)
+"""Of the published head width, so that its shapes tell all."""
+SD3_PLAIN = Tiny("sd3_plain", {**SD3.config, "qk_norm": None, "x_block_self_attn_layers": []})
+PREFIXES = [
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "model.",
+    "model.model.",
+    "net.",
+    "module.",
+    "transformer.",
+    "_orig_mod.",
+    "module._orig_mod.model.diffusion_model.",
+    "base_model.model.",
+    "of.nobody.",
+]
+
+
+def in_diffusers(tiny: Tiny, fused: bool = False) -> dict[str, Tensor]:
+    """Its weights as diffusers would save them; `diffusers_layout` read backwards."""
+    _, config = detect({}, tiny.config)
+    weights, tensors = tiny.model.state_dict(), {}
+    for name, place in type(tiny.model).diffusers_layout(config).items():
+        tensor = weights[place.key]
+        if place.rows is not None:
+            tensor = tensor[place.rows[0] : sum(place.rows)]
+        tensors[name] = torch.cat(tensor.chunk(2)[::-1]) if place.swap else tensor.clone()
+    return fuse(tensors, crossing=tiny in (PIXART, ALPHA)) if fused else tensors
+
+
+def fuse(tensors: dict[str, Tensor], crossing: bool) -> dict[str, Tensor]:
+    """Queries, keys and values as `fuse_qkv_projections` leaves them; a second attention may be to the text."""
+    for name in list(tensors):
+        stem, layer, kind = name.rsplit(".", 2) if name.count(".") > 1 else ("", "", "")
+        parts = {"to_q": ("to_q", "to_k", "to_v"), "add_q_proj": ("add_q_proj", "add_k_proj", "add_v_proj")}
+        whole = {"to_q": "to_qkv", "add_q_proj": "to_added_qkv"}
+        if layer in parts:
+            cross = crossing and stem.endswith("attn2")
+            names = [f"{stem}.{part}.{kind}" for part in parts[layer][cross:]]
+            tensors[f"{stem}.{'to_kv' if cross else whole[layer]}.{kind}"] = torch.cat(list(map(tensors.pop, names)))
+    return tensors
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> Path:
+    metadata = None if config is None else {"tacod.config": json.dumps(config)}
+    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    return path
+
+
+def load(path: Path) -> DiT:
+    return load_model(read_checkpoint(str(path)), torch.float32, CPU)
+
+
+def is_plain(model: DiT, tiny: Tiny) -> bool:
+    """Whether all weights are those of the plain file, bit for bit."""
+    ours, plain = model.state_dict(), tiny.model.state_dict()
+    return ours.keys() == plain.keys() and all(torch.equal(ours[key], plain[key]) for key in ours)
+
+
+def behind(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+# --- diffusers' names -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer.", "model.diffusion_model.", "model."])
+@pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
+@pytest.mark.parametrize("tiny", [FLUX, SD3, SD3_PLAIN, PIXART, ALPHA], ids=lambda tiny: tiny.name)
+def test_diffusers_names_are_the_plain_file(tiny: Tiny, fused: bool, prefix: str, tmp_path: Path) -> None:
+    tensors = in_diffusers(tiny, fused)
+    assert any("to_qkv" in name for name in tensors) == fused
+    path = save(tmp_path / "m.safetensors", behind(prefix, tensors), tiny.config)
+    assert is_plain(load(path), tiny)
+
+
+@pytest.mark.parametrize("tiny", [FLUX_128, SD3, SD3_PLAIN, PIXART, ALPHA], ids=lambda tiny: tiny.name)
+def test_shapes_tell_where_no_configuration_does(tiny: Tiny, tmp_path: Path) -> None:
+    model = load(save(tmp_path / "m.safetensors", in_diffusers(tiny)))
+    assert is_plain(model, tiny)
+    assert model.heads == tiny.model.heads
+
+
+def test_a_tensor_that_lacks_is_named_as_the_file_has_it(tmp_path: Path) -> None:
+    tensors = in_diffusers(FLUX)
+    del tensors["transformer_blocks.1.attn.to_k.weight"]
+    with pytest.raises(ModelCorrupt, match=r"lacks transformer_blocks\.1\.attn\.to_k\.weight; download it again"):
+        load(save(tmp_path / "m.safetensors", tensors, FLUX.config))
+
+
+def test_the_same_weights_twice_are_refused(tmp_path: Path) -> None:
+    tensors = {**in_diffusers(FLUX), "transformer_blocks.0.attn.to_qkv.weight": torch.zeros(240, 80)}
+    with pytest.raises(ModelUnsupported, match=r"doesn't use: transformer_blocks\.0\.attn\.to_qkv\.weight"):
+        load(save(tmp_path / "m.safetensors", tensors, FLUX.config))
+
+
+def test_a_controlnet_in_diffusers_names_is_told(tmp_path: Path) -> None:
+    tensors = in_diffusers(FLUX_128) | {"controlnet_blocks.0.weight": torch.zeros(2, 2)}
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(("proj_out.", "norm_out."))}
+    with pytest.raises(ModelUnsupported, match="looks like a ControlNet"):
+        load(save(tmp_path / "m.safetensors", tensors))
+
+
+# --- prefixes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("described", [True, False])
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_a_prefix_is_taken_off(prefix: str, described: bool, tmp_path: Path) -> None:
+    tensors = behind(prefix, SD3.model.state_dict())
+    path = save(tmp_path / "m.safetensors", tensors, SD3.config if described else None)
+    assert is_plain(load(path), SD3)
+    _, _, found = identify(read_checkpoint(str(path)))
+    assert (found.prefix, found.parameters) == (prefix, sum(each.numel() for each in tensors.values()))
+
+
+OTHERS = {
+    **{f"text_encoders.clip_l.transformer.text_model.layers.{i}.weight": torch.ones(2) for i in range(200)},
+    **{f"first_stage_model.decoder.{i}.weight": torch.ones(2) for i in range(200)},
+    **{f"model.encoder.{i}.weight": torch.ones(2) for i in range(200)},
+    "net.stray": torch.ones(2),
+    "logvar": torch.ones(2),
+}
+
+
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "transformer.", "denoiser."])
+def test_others_may_lie_beside_it(prefix: str, tmp_path: Path) -> None:
+    """Text encoders, a VAE, strays; more of them than of the model's own tensors."""
+    assert is_plain(load(save(tmp_path / "m.safetensors", {**OTHERS, **behind(prefix, SD3.model.state_dict())})), SD3)
+
+
+@pytest.mark.parametrize("ema", ["ema.", "model_ema.", "ema_model."])
+def test_a_moving_average_is_no_rival(ema: str, tmp_path: Path) -> None:
+    weights = SD3.model.state_dict()
+    twice = {**behind("model.", weights), **behind(ema, {name: tensor + 1 for name, tensor in weights.items()})}
+    assert is_plain(load(save(tmp_path / "m.safetensors", twice)), SD3)
+
+
+def refused(path: Path, error: type[ModelError], match: str) -> None:
+    with pytest.raises(error, match=match) as caught:
+        load(path)
+    assert "download" not in caught.value.message
+
+
+def test_two_models_are_refused_by_their_prefixes(tmp_path: Path) -> None:
+    weights = SD3.model.state_dict()
+    path = save(tmp_path / "m.safetensors", {**behind("student.", weights), **behind("teacher.", weights)})
+    refused(path, ModelUnsupported, "holds several models, behind the prefixes 'student.', 'teacher.'")
+
+
+def test_names_that_no_configuration_knows_are_shown(tmp_path: Path) -> None:
+    tensors = {name.replace(".", "/"): tensor for name, tensor in FLUX.model.state_dict().items()}
+    refused(
+        save(tmp_path / "m.safetensors", tensors, FLUX.config), ModelUnsupported, "none of the names.*double_blocks/0"
+    )
+
+
+def test_a_model_that_lacks_tensors_behind_a_prefix_lacks_them(tmp_path: Path) -> None:
+    weights = SD3.model.state_dict()
+    del weights["final_layer.adaLN_modulation.1.weight"]
+    with pytest.raises(ModelCorrupt, match=r"lacks final_layer\.adaLN_modulation\.1\.weight"):
+        load(save(tmp_path / "m.safetensors", behind("of.nobody.", weights)))
