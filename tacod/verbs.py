@@ -12,10 +12,10 @@ from tacod.config import ConfigError
 from tacod.manifest import Model
 from tacod.scheduler import Job, Verb
 from tacod.sessions import Session
-from tacod.store import digests_of
+from tacod.store import digests_of, tensors_of
 from tacod_client import wire
 from tacod_client.errors import ArgumentError, ConfigInvalid, JobNotFound, NotAllowed, QueueFull
-from tacod_client.wire import Message
+from tacod_client.wire import Message, Tensor, map_tensors
 
 if TYPE_CHECKING:
     from tacod.server import Server
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["Verbs"]
 
 log = logging.getLogger(__name__)
+
+KEPT_INLINE_BYTES = 4096
+"""From this size on clients send a tensor once and then name it by its digest."""
 
 
 class Verbs:
@@ -37,8 +40,8 @@ class Verbs:
         answer: dict[str, Any] | None = getattr(self, verb)(session, request, body)
         return answer
 
-    def hello(self, peer: bytes, request: int, body: messages.Hello, user: User | None) -> None:
-        """Open a session; this is the one verb that comes without one."""
+    def hello(self, peer: bytes, request: int, body: messages.Hello, user: User | None, socket: int) -> None:
+        """Open a session, for a user who came by this socket; this is the one verb that comes without one."""
         for old in self.server.sessions:
             if old.peer == peer:
                 self.server.end_session(old)
@@ -46,7 +49,7 @@ class Verbs:
             raise NotAllowed("this client's key was taken off the allow-list; ask the operator for another")
         # It is shown in logs and terminals.
         name = "".join(each if each.isprintable() else "?" for each in body.client)
-        session = self.server.sessions.open(peer, name, body.pid, user)
+        session = self.server.sessions.open(peer, name, body.pid, user, socket)
         log.info("client %s (pid %d, %s) is here", session.name, session.pid, user)
         limits = self.server.config.limits
         welcome = {
@@ -87,11 +90,17 @@ class Verbs:
         """Have a model resident."""
         manifest = self.server.executor.manifest
         world_size = self.server.executor.group.world_size
-        model = manifest.describe(body.path, body.dtype, body.patches, body.plan, world_size)
+        model = manifest.describe(body.path, body.dtype, map_tensors(body.patches, self._keep), body.plan, world_size)
         if model.id in manifest:
             return {"model": manifest.find(model.id).planned(model.asked, world_size).to_wire()}
         self._submit(session, request, Verb.LOAD, model.id, model)
         return None
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        """A patch's tensor, which is held as long as its model: a large one is the store's, whose size is bounded."""
+        if tensor.frames is None or tensor.nbytes < KEPT_INLINE_BYTES:
+            return tensor
+        return Tensor(tensor.dtype, tensor.shape, None, self.server.executor.store.put(tensor))
 
     def unload(self, session: Session, request: int, body: messages.Unload) -> None:
         """Give a model's memory back."""
@@ -128,6 +137,8 @@ class Verbs:
                 f"{limit} jobs of {session.user} are queued, which is the limit (limits.queue_per_user); wait for one",
                 limit=limit,
             )
+        nbytes = sum(tensor.nbytes for tensor in tensors_of(body) if tensor.frames is not None)
+        self._check_room(nbytes)
         self._jobs_made += 1
         job = Job(
             id=f"{self.server.boot_id[:4]}-{self._jobs_made}",
@@ -137,12 +148,24 @@ class Verbs:
             model=model,
             body=body,
             steps=steps,
+            nbytes=nbytes,
             digests=digests,
             submitted_s=time.monotonic(),
         )
         self.server.executor.submit(job)
         if verb is Verb.SAMPLE:
             session.post(wire.encode(Message("accepted", {"job": job.id, "total": steps}, request)))
+
+    def _check_room(self, nbytes: int) -> None:
+        """Raise `QueueFull` if the jobs' own tensors, with so many bytes more, are over their share of the memory."""
+        limit = self.server.config.limits.share_bytes
+        queued = sum(job.nbytes for job in self.server.executor.scheduler.jobs)
+        if queued and queued + nbytes > limit:
+            raise QueueFull(
+                f"queued jobs hold {queued} bytes of tensors, and {nbytes} more are over their share of "
+                f"limits.memory_bytes, {limit}; wait for one to end",
+                limit=limit,
+            )
 
     def _jobs_of(self, user: User) -> int:
         owners = (self.server.sessions.get(job.session) for job in self.server.executor.scheduler.jobs)
