@@ -151,6 +151,35 @@ class Limits(_Section):
     """Client tensors kept by content in host memory."""
     message_bytes: Count = 512 << 20
     """Largest message, and largest tensor, from a client."""
+    memory_bytes: Count | None = None
+    """All that clients can make the supervisor hold; beyond it connections end. By default, what the store and four
+    messages take, and 256 MiB; less is refused."""
+
+    @property
+    def held_bytes(self) -> int:
+        """`memory_bytes`, or its default."""
+        return self.memory_bytes if self.memory_bytes is not None else self._least_bytes
+
+    @property
+    def share_bytes(self) -> int:
+        """What queued jobs may hold, and what unread answers may: a quarter each of what the store leaves.
+
+        The other half is for messages under way.
+        """
+        return (self.held_bytes - self.store_bytes) // 4
+
+    @property
+    def _least_bytes(self) -> int:
+        return self.store_bytes + 4 * self.message_bytes + (256 << 20)
+
+    @model_validator(mode="after")
+    def _hold_what_is_allowed(self) -> Limits:
+        if self.held_bytes < self._least_bytes:
+            raise ValueError(
+                f"memory_bytes = {self.memory_bytes} is less than store_bytes, 4 * message_bytes and 256 MiB take "
+                f"together: set at least {self._least_bytes}, or lower these"
+            )
+        return self
 
 
 def _check_listen(listen: str) -> str:

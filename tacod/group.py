@@ -239,7 +239,10 @@ class RankGroup:
         self.deadline = None
         if self._processes.arena is not None:
             self._processes.arena.shrink()
-        return self._agree(time.monotonic() - self._started_s)
+        answer = self._agree(time.monotonic() - self._started_s)
+        # A result may be large, and the next work item far.
+        self._answers.clear()
+        return answer
 
     def _agree(self, elapsed_s: float) -> Answer:
         first = self._answers[0]

@@ -47,6 +47,8 @@ class Job:
     body: Any
     """What the ranks get; for a load, the `Model`."""
     steps: int
+    nbytes: int = 0
+    """Of the tensors that came with it."""
     digests: list[bytes] = field(default_factory=list)
     """Tensors of the store that it needs."""
     restores: list[bytes] = field(default_factory=list)

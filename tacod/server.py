@@ -7,6 +7,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from tacod import messages
 from tacod.access import ZAP_DOMAIN, Access, Keys, User
 from tacod.config import Config, ConfigError
 from tacod.executor import Executor
+from tacod.guard import Guard, socket_of
+from tacod.heap import Leftovers
 from tacod.manifest import Model
 from tacod.messages import parse
 from tacod.monitor import Monitor
@@ -65,7 +68,9 @@ class Server:
         # Before the first client can come.
         self.access = Access(self._context, keys)
         self.socket = self._bind()
-        self.sessions = Sessions(self.socket, config.limits.clients, config.limits.clients_per_user)
+        self.sessions = Sessions(
+            self.socket, config.limits.clients, config.limits.clients_per_user, config.limits.share_bytes
+        )
         self.executor = Executor(
             config, devices, preload, folder, on_progress=self._tell_progress, on_end=self._tell_end
         )
@@ -73,6 +78,8 @@ class Server:
             config.group.device, lambda: [(rank.process.pid, rank.device) for rank in self.executor.group.ranks]
         )
         self.uploads = Uploads(config.models.uploads, config.models.upload_bytes, lambda: self.executor.files)
+        self._leftovers = Leftovers()
+        self._guard = Guard(config.limits.held_bytes, self._addresses(), self.sessions.sockets)
         self.lifecycle: Lifecycle | None = None
         """Whom operators' verbs go to."""
         self._next_probe_s = self.started_s + config.heartbeat_s
@@ -85,6 +92,8 @@ class Server:
         # Little is queued in the socket, so that an outbox can still replace stale progress.
         socket.setsockopt(zmq.SNDHWM, 16)
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        # Nor are many messages of each client, whatever their size; further ones wait at its end.
+        socket.setsockopt(zmq.RCVHWM, 16)
         # A peer that hangs is disconnected, and then the next message to it fails.
         socket.setsockopt(zmq.HEARTBEAT_IVL, int(self.config.heartbeat_s * 500))
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(self.config.heartbeat_s * 1000))
@@ -95,6 +104,7 @@ class Server:
         except PathTaken as error:
             self.access.close()
             raise ConfigError(f"endpoint: {error}") from None
+        self._unix_address = self._unix.socket.getsockname()
         # By its number: ZeroMQ would remove whatever is at the path.
         socket.setsockopt(zmq.USE_FD, self._unix.socket.detach())
         socket.bind(b"ipc://" + os.fsencode(self.config.socket_path))  # type: ignore[arg-type]
@@ -109,10 +119,17 @@ class Server:
                 raise ConfigError(f"curve.listen: {self.config.curve.listen}: {error.strerror}") from None
         return socket
 
+    def _addresses(self) -> list[object]:
+        """What clients' connections have on this side."""
+        curve = self.config.curve
+        return [self._unix_address, *([int(curve.listen.rpartition(":")[2])] if curve is not None else [])]
+
     def go_by(self, config: Config, preload: Iterable[Model], keys: Keys | None) -> None:
         """Go by another configuration, of which what can't change is the same."""
         self.config = config
         self.sessions.limit, self.sessions.limit_per_user = config.limits.clients, config.limits.clients_per_user
+        self.sessions.unsent_bytes = config.limits.share_bytes
+        self._guard.limit = config.limits.held_bytes
         self.uploads.go_by(config.models.uploads, config.models.upload_bytes)
         self.executor.go_by(config, preload)
         old, self.access.keys = self.access.keys, keys
@@ -127,6 +144,7 @@ class Server:
 
     def close(self) -> None:
         """End the ranks and close the sockets."""
+        self._guard.close()
         self.monitor.close()
         self.executor.close()
         self._unix.remove()
@@ -149,6 +167,7 @@ class Server:
         for session in self.sessions.flush():
             log.info("client %s (pid %d, %s) is gone", session.name, session.pid, session.user)
             self.end_session(session)
+        self._leftovers.attend(time.monotonic(), self.executor.metrics.rx_bytes + self.sessions.tx_bytes)
 
     def _patience_ms(self) -> int:
         wait_s = min(1.0, *(moment - time.monotonic() for moment in (self._next_probe_s, *self.executor.wakes_at)))
@@ -174,12 +193,18 @@ class Server:
             self.executor.metrics.rx_bytes += sum(len(buffer) for buffer in buffers)
             self._hear(peer.bytes, buffers, lambda first=peer: self._meet(first))  # type: ignore[misc]
 
-    def _meet(self, first: zmq.Frame) -> User | None:
-        """Make room for what a newcomer, known by a frame that it sent, will be told; returns whose it is."""
-        widen(first)
-        return self.access.user_of(first)
+    def _meet(self, first: zmq.Frame) -> tuple[User | None, int]:
+        """Make room for what a newcomer, known by a frame that it sent, will be told.
 
-    def _hear(self, peer: bytes, frames: Sequence[wire.Buffer], user: Callable[[], User | None]) -> None:
+        Returns whose it is, and by which socket it came: 0 if that is gone already.
+        """
+        widen(first)
+        number = 0
+        with suppress(zmq.ZMQError):
+            number = socket_of(int(first.get(zmq.SRCFD)))
+        return self.access.user_of(first), number
+
+    def _hear(self, peer: bytes, frames: Sequence[wire.Buffer], meet: Callable[[], tuple[User | None, int]]) -> None:
         request, token = 0, b""
         try:
             message = wire.decode(frames)
@@ -191,7 +216,7 @@ class Server:
             self._check_size(message)
             body = parse(kind, without_claims(message.body))
             if isinstance(body, messages.Hello):
-                self._verbs.hello(peer, request, body, user())
+                self._verbs.hello(peer, request, body, *meet())
                 return
             session = self.sessions.find(message.session, peer)
             if session is None:
@@ -202,15 +227,13 @@ class Server:
             reply = self._verbs.answer(message.type, session, request, body)
             if reply is not None:
                 session.post(wire.encode(Message("done", reply, request)))
+        except TacodError as error:
+            self._refuse(peer, token, request, error)
         except Exception as error:
-            if isinstance(error, TacodError):
-                refusal = error
-            else:
-                # Nobody's message ends the others' daemon.
-                log.exception("a message could not be answered")
-                told = f"tacod failed over this message ({type(error).__name__}); its log says where; please report it"
-                refusal = TacodError(told)
-            self._refuse(peer, token, request, refusal)
+            # Nobody's message ends the others' daemon.
+            log.exception("a message could not be answered")
+            told = f"tacod failed over this message ({type(error).__name__}); its log says where; please report it"
+            self._refuse(peer, token, request, TacodError(told))
 
     def _refuse(self, peer: bytes, token: bytes, request: int, error: TacodError) -> None:
         refusal = Message("error", error.to_wire(), request)

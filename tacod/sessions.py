@@ -16,10 +16,8 @@ from tacod_client.wire import Buffer
 
 __all__ = ["Session", "Sessions"]
 
-UNSENT_BYTES = 1 << 30
-"""A client that leaves more than this unread, in more than one message, counts as gone."""
 UNSENT_MESSAGES = 1024
-"""So does one that leaves more messages than this."""
+"""A client that leaves more messages than this unread counts as gone."""
 
 
 @dataclass
@@ -32,6 +30,8 @@ class Session:
     name: str
     pid: int
     user: User
+    socket: int = 0
+    """By which it is connected (`socket_of`)."""
     outbox: OrderedDict[object, Sequence[Buffer]] = field(default_factory=OrderedDict)
     """Messages by key, in order. Progress of a job has the job's key, so the latest replaces what was not sent."""
 
@@ -40,19 +40,23 @@ class Session:
         self.outbox[key if key is not None else object()] = frames
 
     @property
-    def overfull(self) -> bool:
-        """Whether the client has left more unread than the daemon keeps for it."""
-        size = sum(len(memoryview(frame)) for frames in self.outbox.values() for frame in frames)
-        return (len(self.outbox) > 1 and size > UNSENT_BYTES) or len(self.outbox) > UNSENT_MESSAGES
+    def unsent_bytes(self) -> int:
+        """What waits for the client to read it."""
+        return sum(len(memoryview(frame)) for frames in self.outbox.values() for frame in frames)
 
 
 class Sessions:
-    """All sessions, and the socket on which they are reached."""
+    """All sessions, and the socket on which they are reached.
 
-    def __init__(self, socket: zmq.Socket[bytes], limit: int, limit_per_user: int) -> None:
+    Of what they all leave unread ``unsent_bytes`` are kept: beyond that, who leaves most of it counts as gone. A
+    message that is the only one waits whatever its size.
+    """
+
+    def __init__(self, socket: zmq.Socket[bytes], limit: int, limit_per_user: int, unsent_bytes: int) -> None:
         self.socket = socket
         self.limit = limit
         self.limit_per_user = limit_per_user
+        self.unsent_bytes = unsent_bytes
         self._sessions: dict[bytes, Session] = {}
         self.tx_bytes = 0
 
@@ -62,8 +66,12 @@ class Sessions:
     def __iter__(self) -> Iterator[Session]:
         return iter(list(self._sessions.values()))
 
-    def open(self, peer: bytes, name: str, pid: int, user: User) -> Session:
-        """A new session for the client at ``peer``.
+    def sockets(self) -> list[int]:
+        """Those by which clients with a session are connected; may be asked for by another thread."""
+        return [session.socket for session in self]
+
+    def open(self, peer: bytes, name: str, pid: int, user: User, socket: int = 0) -> Session:
+        """A new session for the client at ``peer``, which came by this ``socket``.
 
         Raises `QueueFull` at a limit.
         """
@@ -78,7 +86,7 @@ class Sessions:
                 "close one, or raise it",
                 limit=self.limit_per_user,
             )
-        session = Session(secrets.token_bytes(16), peer, name, pid, user)
+        session = Session(secrets.token_bytes(16), peer, name, pid, user, socket)
         self._sessions[session.token] = session
         return session
 
@@ -113,8 +121,6 @@ class Sessions:
                 try:
                     self.send(session.peer, frames)
                 except zmq.Again:
-                    if session.overfull:
-                        gone.append(session)
                     break
                 except zmq.ZMQError as error:
                     if error.errno != zmq.EHOSTUNREACH:
@@ -122,7 +128,19 @@ class Sessions:
                     gone.append(session)
                     break
                 del session.outbox[key]
-        return gone
+        return gone + self._slow([session for session in self if session.outbox and session not in gone])
+
+    def _slow(self, sessions: Sequence[Session]) -> list[Session]:
+        """Those of these who leave too much unread."""
+        slow = [session for session in sessions if len(session.outbox) > UNSENT_MESSAGES]
+        unsent = {session.token: session.unsent_bytes for session in sessions if session not in slow}
+        while sum(unsent.values()) > self.unsent_bytes:
+            most = self._sessions[max(unsent, key=lambda token: unsent[token])]
+            if len(unsent) == len(most.outbox) == 1:
+                break
+            slow.append(most)
+            del unsent[most.token]
+        return slow
 
     def send(self, peer: bytes, frames: Sequence[Buffer]) -> None:
         """Send to one connection without waiting; raises `zmq.Again` or EHOSTUNREACH."""

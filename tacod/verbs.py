@@ -38,8 +38,8 @@ class Verbs:
         answer: dict[str, Any] | None = getattr(self, verb)(session, request, body)
         return answer
 
-    def hello(self, peer: bytes, request: int, body: messages.Hello, user: User | None) -> None:
-        """Open a session; this is the one verb that comes without one."""
+    def hello(self, peer: bytes, request: int, body: messages.Hello, user: User | None, socket: int) -> None:
+        """Open a session, for a user who came by this socket; this is the one verb that comes without one."""
         for old in self.server.sessions:
             if old.peer == peer:
                 self.server.end_session(old)
@@ -47,7 +47,7 @@ class Verbs:
             raise NotAllowed("this client's key was taken off the allow-list; ask the operator for another")
         # It is shown in logs and terminals.
         name = "".join(each if each.isprintable() else "?" for each in body.client)
-        session = self.server.sessions.open(peer, name, body.pid, user)
+        session = self.server.sessions.open(peer, name, body.pid, user, socket)
         log.info("client %s (pid %d, %s) is here", session.name, session.pid, user)
         limits = self.server.config.limits
         welcome = {
@@ -160,6 +160,8 @@ class Verbs:
                 f"{limit} jobs of {session.user} are queued, which is the limit (limits.queue_per_user); wait for one",
                 limit=limit,
             )
+        nbytes = sum(tensor.nbytes for tensor in tensors_of(body) if tensor.frames is not None)
+        self._check_room(nbytes)
         self._jobs_made += 1
         job = Job(
             id=f"{self.server.boot_id[:4]}-{self._jobs_made}",
@@ -169,6 +171,7 @@ class Verbs:
             model=model,
             body=body,
             steps=steps,
+            nbytes=nbytes,
             digests=digests,
             submitted_s=time.monotonic(),
         )
@@ -191,6 +194,17 @@ class Verbs:
             raise QueueFull(
                 f"this client's jobs would need {held} bytes and {len(all_of)} tensors of the store, and may need half "
                 f"of it: {limit} bytes (limits.store_bytes) and {COUNT // 2} tensors; wait for one to end",
+                limit=limit,
+            )
+
+    def _check_room(self, nbytes: int) -> None:
+        """Raise `QueueFull` if the jobs' own tensors, with so many bytes more, are over their share of the memory."""
+        limit = self.server.config.limits.share_bytes
+        queued = sum(job.nbytes for job in self.server.executor.scheduler.jobs)
+        if queued and queued + nbytes > limit:
+            raise QueueFull(
+                f"queued jobs hold {queued} bytes of tensors, and {nbytes} more are over their share of "
+                f"limits.memory_bytes, {limit}; wait for one to end",
                 limit=limit,
             )
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import zmq
+from helpers import FLUX
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tacod.access import User
 from tacod.config import Config
+from tacod.manifest import Model
 from tacod.server import Server
 from tacod_client.wire import Message, Tensor, decode, encode
 
@@ -35,7 +40,7 @@ class Peer:
 
     def send(self, message: Message) -> None:
         """Have the server hear a message, as from its socket."""
-        self.server._hear(PEER, [bytes(frame) for frame in encode(message)], lambda: User(0))
+        self.server._hear(PEER, [bytes(frame) for frame in encode(message)], lambda: (User(0), 0))
 
     def ask(self, kind: str, body: dict[str, Any] | None = None, request: int = 9) -> Message:
         """A request and its one answer."""
@@ -86,7 +91,7 @@ def test_damage_costs_its_sender_an_error_and_nothing_else(
         frames = [frame.replace(bytes(range(16)), peer.session) for frame in frames]
     for start in range(0, len(accidents) - 3, 4):
         frames = damage(frames, accidents[start : start + 4])
-    peer.server._hear(PEER, frames, lambda: User(0))
+    peer.server._hear(PEER, frames, lambda: (User(0), 0))
     peer.send(Message("ping", {}, PING, peer.session))
     said: list[Message] = []
     while not said or said[-1].id != PING:
@@ -115,14 +120,58 @@ def test_each_fault_has_its_own_error(peer: Peer) -> None:
         assert (answer.type, answer.body["code"]) == ("error", code), kind
 
 
+def test_jobs_that_wait_hold_their_share_of_the_memory(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is within limits.message_bytes, and the queue has room."""
+    peer.server.executor.manifest.add(Model("m", "/models/m", "i", None))
+    monkeypatch.setattr(type(peer.server.config.limits), "share_bytes", 3000)
+    large = Tensor("U8", (2000,), (bytes(2000),))
+    body = {"model": "m", "plan": "auto", "arguments": {"x": large}}
+    peer.send(Message("forward", body, 10, peer.session))
+    answer = peer.ask("forward", body)
+    assert (answer.body["code"], answer.body["details"]) == ("QueueFull", {"limit": 3000})
+    assert "limits.memory_bytes" in answer.body["message"]
+    # What is small still finds room, and so does what comes alone.
+    peer.send(Message("forward", {**body, "arguments": {}}, 12, peer.session))
+    assert peer.ask("ping").type == "done"
+    assert [job.nbytes for job in peer.server.executor.scheduler.jobs] == [2000, 0]
+
+
+def test_tensors_that_come_with_a_load_are_the_stores(peer: Peer, tmp_path: Path) -> None:
+    """They stay as long as the model does, so they count."""
+    file = FLUX.save(tmp_path)
+    peer.server.executor.manifest.roots = [str(tmp_path)]
+    up, alpha = Tensor("F32", (2048,), (bytes(8192),)), Tensor("F32", (), (bytes(4),))
+    patch = {"key": "img_in.weight", "kind": "lora", "up": up, "down": up, "alpha": alpha}
+    body = {"path": str(file), "dtype": None, "patches": [patch], "plan": "auto"}
+    peer.send(Message("load", body, 10, peer.session))
+    (job,) = peer.server.executor.scheduler.jobs
+    assert job.digests == [up.with_digest().digest]
+    assert peer.server.executor.store.nbytes == 8192
+
+
+def test_errors_hold_nothing_of_their_messages(peer: Peer) -> None:
+    """An error refers to the frames of its traceback, and these to what they worked on."""
+    contents = memoryview(np.zeros(1 << 20, np.uint8))
+    left = weakref.ref(contents.obj)
+    gc.disable()
+    try:
+        for frames in ([b"TACO\x01", contents], [b"TACO\x01", *encode(Message("ping", {}, 1))[1:], contents]):
+            peer.server._hear(PEER, frames, lambda: (User(0), 0))
+        assert len(peer.answers(2)) == 2
+        del contents, frames
+        assert left() is None
+    finally:
+        gc.enable()
+
+
 def test_unreadable_message_is_answered_with_id_0(peer: Peer) -> None:
-    peer.server._hear(PEER, [b"TACO\x01", b"\xc1"], lambda: User(0))
+    peer.server._hear(PEER, [b"TACO\x01", b"\xc1"], lambda: (User(0), 0))
     (answer,) = peer.answers()
     assert (answer.type, answer.id, answer.body["code"]) == ("error", 0, "ProtocolError")
 
 
 def test_wrong_version_is_answered_in_the_right_one(peer: Peer) -> None:
-    peer.server._hear(PEER, [b"TACO\x09", b"whatever version 9 has here"], lambda: User(0))
+    peer.server._hear(PEER, [b"TACO\x09", b"whatever version 9 has here"], lambda: (User(0), 0))
     (answer,) = peer.answers()
     assert answer.body["details"] == {"version": 1}
 

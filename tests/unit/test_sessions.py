@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import zmq
 
-from tacod import sessions as module
 from tacod.access import User
 from tacod.sessions import Session, Sessions
 from tacod_client.errors import QueueFull
@@ -38,7 +37,7 @@ def sessions(context: zmq.Context[Any], tmp_path: Path) -> Iterator[Sessions]:
     socket.setsockopt(zmq.SNDHWM, HIGH_WATER)
     socket.bind(f"ipc://{tmp_path}/s")
     with socket:
-        yield Sessions(socket, limit=3, limit_per_user=2)
+        yield Sessions(socket, limit=3, limit_per_user=2, unsent_bytes=1 << 30)
 
 
 @pytest.fixture
@@ -175,13 +174,11 @@ def test_slow_client_delays_nobody(sessions: Sessions, connect: Connect) -> None
     assert time.monotonic() - started < 1
 
 
-def test_client_that_never_reads_is_given_up(
-    sessions: Sessions, connect: Connect, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_client_that_never_reads_is_given_up(sessions: Sessions, connect: Connect) -> None:
     connect("deaf")
     session = sessions.open(b"deaf", "comfy", 7, ANYONE)
     block(sessions, session)
-    monkeypatch.setattr(module, "UNSENT_BYTES", 1 << 20)
+    sessions.unsent_bytes = 1 << 20
     flushed = []
     for _ in range(20):
         session.post([LARGE])
@@ -190,16 +187,32 @@ def test_client_that_never_reads_is_given_up(
     assert flushed[-1] == [session]
 
 
-def test_one_message_of_any_size_waits_for_its_client(
-    sessions: Sessions, connect: Connect, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_message_of_any_size_waits_for_its_client(sessions: Sessions, connect: Connect) -> None:
     connect("slow")
     session = sessions.open(b"slow", "comfy", 7, ANYONE)
     block(sessions, session)
     session.outbox.clear()
-    monkeypatch.setattr(module, "UNSENT_BYTES", 10)
+    sessions.unsent_bytes = 10
     session.post([LARGE])
     assert sessions.flush() == []
+
+
+def test_who_leaves_most_unread_goes_when_it_is_too_much_in_all(sessions: Sessions, connect: Connect) -> None:
+    """Each on its own would be within what is kept."""
+    connect("some")
+    connect("most")
+    some = sessions.open(b"some", "comfy", 7, ANYONE)
+    most = sessions.open(b"most", "comfy", 8, User(1001))
+    for session in (some, most):
+        block(sessions, session)
+        session.outbox.clear()
+    sessions.unsent_bytes = 5 * len(LARGE)
+    for session, messages in ((some, 2), (most, 3)):
+        for _ in range(messages):
+            session.post([LARGE])
+    assert sessions.flush() == []
+    some.post([b"one byte more"])
+    assert sessions.flush() == [most]
 
 
 def test_client_that_is_gone_is_told_by_the_next_message(sessions: Sessions, connect: Connect) -> None:

@@ -190,6 +190,7 @@ class Events(RuleBasedStateMachine):
             mock.patch("tacod.server.zmq.Context", return_value=self.context),
             mock.patch("tacod.server.zmq.Poller", Poller),
             mock.patch("tacod.server.Monitor", mock.Mock()),
+            mock.patch("tacod.server.Guard", mock.Mock()),
             mock.patch("tacod.server.UnixSocket", mock.Mock()),
             mock.patch("tacod.server.time", self.clock),
             mock.patch("tacod.verbs.time", self.clock),
