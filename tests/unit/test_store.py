@@ -156,7 +156,7 @@ def test_what_models_hold_makes_room_by_count_too(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(module, "COUNT", 5)
     store = Store(1000)
     for first in (0, 2, 4, 6):
-        digests = [store.put(tensor(content)) for content in (first, first + 1)]
+        digests = store.put_all([tensor(first), tensor(first + 1)])
         store.hold(digests)
         assert not store.lacks(digests)
     assert held(store, *range(8)) == [3, 4, 5, 6, 7]
@@ -236,7 +236,7 @@ def test_nobody_claims_room_for_ever() -> None:
 def test_what_never_fits_together_is_told_before_it_is_sent() -> None:
     store = Store(30)
     store.check_fits([tensor(content).with_digest().without_bytes() for content in (1, 2, 3, 3)])
-    with pytest.raises(QueueFull, match="40 bytes .* never fit"):
+    with pytest.raises(QueueFull, match=r"40 bytes .* never fit"):
         store.check_fits([tensor(content).with_digest().without_bytes() for content in (1, 2, 3, 4)])
 
 
