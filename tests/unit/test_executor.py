@@ -859,8 +859,9 @@ class Turns(RuleBasedStateMachine):
                         done[session] += self.asked[session].verb is not Verb.LOAD
             if not self.asked and min(done[session] for session in CLIENTS) >= 6:
                 break
-            self.walk.clock.now += 0.02
+            self.walk.clock.now += 0.02 if self.walk.alive else 40
             self.executor.attend()
+            self.walk.ready()
             if self.executor.group.state is State.BUSY:
                 self.check_work()
                 self.walk.answer()
