@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from helpers import FLUX, FP32, relative_error
 
+from tacod.rank.sequence import SequenceParallel
 from tacod_client import Client
 
 SIZES = ((9, 14), (16, 16), (5, 7), (32, 24))
@@ -99,6 +102,28 @@ def quantile(values: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
+def lora(seed: int) -> list[dict[str, Any]]:
+    """A LoRA of rank 4 on every matrix of the blocks, as ComfyUI's nodes send it."""
+    drawn = torch.Generator().manual_seed(seed)
+    patches = []
+    for key, weight in FLUX.model.state_dict().items():
+        if "blocks." in key and weight.ndim == 2:
+            rows, columns = weight.shape
+            up, down = torch.randn(rows, 4, generator=drawn), torch.randn(4, columns, generator=drawn)
+            patches.append({"key": key, "kind": "lora", "up": 0.05 * up, "down": 0.05 * down, "strength": 1.0})
+    return patches
+
+
+def forwards(seed: int | None) -> Callable[[dict[str, Any]], torch.Tensor]:
+    """A forward in this process, with that LoRA merged by hand if there is a seed."""
+    model = copy.deepcopy(FLUX.model)
+    weights = model.state_dict()
+    for patch in [] if seed is None else lora(seed):
+        weights[patch["key"]] += patch["up"] @ patch["down"]
+    with torch.inference_mode():
+        return lambda inputs: model(SequenceParallel(), **inputs)
+
+
 def main() -> int:
     """Be such a client."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -106,16 +131,18 @@ def main() -> int:
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--forwards", type=int)
     parser.add_argument("--seconds", type=float)
+    parser.add_argument("--lora", action="store_true", help="with a LoRA of its own, by the seed")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with Client(args.endpoint) as client:
-        model = client.load(FLUX.file)
+        model = client.load(FLUX.file, patches=lora(args.seed) if args.lora else None)
         inputs = [
             FLUX.inputs(INPUTS * args.seed + n, batch=1 + n % 2, size=SIZES[n % len(SIZES)]) for n in range(INPUTS)
         ]
+        forward = forwards(args.seed if args.lora else None)
         undisturbed = [model.forward(**each) for each in inputs]
         for each, out in zip(inputs, undisturbed, strict=True):
-            error = relative_error(out, FLUX.forward(**each))
+            error = relative_error(out, forward(each))
             assert error <= FP32, f"an undisturbed forward is {error:g} from that of one process"
         print("ready", flush=True)
         sys.stdin.readline()

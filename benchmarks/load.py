@@ -1,11 +1,13 @@
 """Clients that all ask at once, for a while: whether each gets its share, and what the wire costs then.
 
-    PYTHONPATH=tests python benchmarks/load.py [--clients N] [--seconds S] [--ranks N]
+    PYTHONPATH=tests python benchmarks/load.py [--clients N] [--seconds S] [--ranks N] [--loras [--room N]]
 
 The daemon is a real one, with a tiny Flux.1 in fp32 on CPU ranks; each client is a process of its own that asks for one
 forward after the other, and holds each result against its undisturbed one. *Wire* is all of a forward that is neither
-waiting for a turn nor computing: both sockets, copies, the daemon, and the client's own turn on the processor. Exit
-code 1 says that a forward was lost or differed by more than 2e-6, or that a client's share is off by more than 10 %.
+waiting for a turn nor computing: both sockets, copies, the daemon, and the client's own turn on the processor. With
+``--loras`` each client has a LoRA of its own on the one model, and with ``--room`` the ranks may hold so many of them
+at once, so that clients take turns by loads. Exit code 1 says that a forward was lost or differed by more than 2e-6, or
+that a client's share is off by more than 10 %.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from clients import Call, clients, quantile
+from clients import Call, clients, lora, quantile
 from helpers import FLUX, FP32, Daemon
 
 FAIR = 0.1
@@ -28,11 +30,20 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--loras", action="store_true", help="a LoRA for each client")
+    parser.add_argument("--room", type=int, help="a memory budget (models.memory_bytes) that holds so many LoRAs")
     args = parser.parse_args()
+    settings = {}
+    if args.room is not None:
+        weights = FLUX.model.state_dict()
+        own = sum(weights[patch["key"]].nbytes for patch in lora(0))
+        # With half of one to spare.
+        settings["models.memory_bytes"] = sum(each.nbytes for each in weights.values()) + own * (2 * args.room + 1) // 2
+    limit = ["--seconds", str(args.seconds), *(["--lora"] if args.loras else [])]
     with tempfile.TemporaryDirectory(prefix="tacod-") as models:
         FLUX.save(Path(models))
-        with Daemon(args.ranks, [Path(models)]) as daemon:
-            with clients(daemon.endpoint, [("--seconds", str(args.seconds))] * args.clients) as asking:
+        with Daemon(args.ranks, [Path(models)], settings) as daemon:
+            with clients(daemon.endpoint, [limit] * args.clients) as asking:
                 with daemon.client() as client:
                     before = client.stats()
                 for each in asking:
@@ -40,6 +51,7 @@ def main() -> int:
                 codes = [each.end() for each in asking]
             with daemon.client() as client:
                 after = client.stats()
+            made_room = daemon.log.count("to make room")
     # Only while all of them ask is there a share to be had.
     ends = min(each.calls[-1].at_s for each in asking)
     begins = max(each.calls[0].at_s for each in asking)
@@ -52,6 +64,7 @@ def main() -> int:
     tell(calls)
     print(f"\n{len(calls)} forwards answered, {done} done by the ranks, {done / (ends - begins):.0f} a second")
     print(f"equal to the bit: {sum(call.bitwise for call in calls)}; begun again: {sum(c.attempts > 1 for c in calls)}")
+    print(f"models that made room: {made_room}")
     print(f"shares: {min(shares)} to {max(shares)}, off by {off:.1%} at the most")
     return 0 if fine and off <= FAIR else 1
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,25 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tacod.config import Config
+from tacod.config import Config, Models
 from tacod.executor import Executor
 from tacod.group import AGREE_S, State
 from tacod.manifest import Model
 from tacod.scheduler import Job, Outcome, Verb
 from tacod_client.errors import (
+    Cancelled,
     EngineError,
     JobNotFound,
+    ModelCorrupt,
+    ModelNotFound,
     ModelUnsupported,
     OutOfMemory,
     QueueFull,
     RankFailed,
+    TacodError,
     Unavailable,
 )
-from tacod_client.wire import Message
+from tacod_client.wire import Message, Tensor
 
 from .fake_ranks import FACTS, FakeRank, descriptors, fakes, step
 
@@ -294,7 +299,7 @@ class Events(RuleBasedStateMachine):
             for _ in range(200):
                 if not self.executor.scheduler.jobs:
                     break
-                self.clock.now += 40 if not self.alive else 0
+                self.clock.now += 40 if not self.alive else 0.1
                 self.executor.attend()
                 for rank in self.alive:
                     if not rank.unanswered and rank.greeted and self.executor.group.state is State.BUSY:
@@ -321,12 +326,14 @@ TestEvents.settings = settings(max_examples=150, stateful_step_count=40, deadlin
 class Walk:
     """An executor whose ranks do as a test says, step by step."""
 
-    def __init__(self, stack: ExitStack, folder: Path, preload: tuple[Model, ...] = ()) -> None:
+    def __init__(
+        self, stack: ExitStack, folder: Path, preload: tuple[Model, ...] = (), config: Config = CONFIG
+    ) -> None:
         self.clock = stack.enter_context(fakes())
         self.ended: list[Job] = []
         devices = [f"cpu:{index}" for index in range(RANKS)]
         self.executor = Executor(
-            CONFIG, devices, list(preload), folder, lambda *told: None, lambda job, _: self.ended.append(job)
+            config, devices, list(preload), folder, lambda *told: None, lambda job, _: self.ended.append(job)
         )
         stack.callback(self.executor.close)
         self.executor.attend()
@@ -659,3 +666,386 @@ def test_a_run_whose_model_went_and_came_back_begins_anew(walk: Walk) -> None:
     while walk.work.type != "sample":
         walk.answer()
     assert walk.work.body["step"] == 0
+
+
+# --- little room for many models --------------------------------------------------------------------------------------
+
+ONE_VARIANT = CONFIG.model_copy(update={"models": Models(variants=1)})
+
+
+def content(number: int) -> Tensor:
+    return Tensor("U8", (10,), (bytes([number]) * 10,)).with_digest()
+
+
+def variant(number: int) -> Model:
+    """A model with a patch of its own, as tensors in the store."""
+    return Model(f"v{number}", "/base", "i", None, base=BASE, patches=[{"diff": content(number).without_bytes()}])
+
+
+@pytest.fixture
+def one(tmp_path: Path) -> Iterator[Walk]:
+    """Ranks that hold one variant, the first of two that were loaded."""
+    with ExitStack() as stack:
+        walk = Walk(stack, tmp_path, config=ONE_VARIANT)
+        walk.ready()
+        for number in (1, 0):
+            walk.executor.store.put(content(number))
+            walk.submit(Verb.LOAD, variant(number), f"load {number}")
+            walk.answer()
+        walk.clock.now += 100
+        yield walk
+
+
+def fetched(walk: Walk, number: int) -> bool:
+    """Whether the ranks are told to load a variant, in the place of the other one."""
+    body = walk.work.body
+    return (walk.work.type, body.get("model"), body.get("evict_models")) == ("load", f"v{number}", [f"v{1 - number}"])
+
+
+def test_what_made_room_is_loaded_for_a_jobs_turn(one: Walk) -> None:
+    one.executor.check_model("v1")
+    one.submit(Verb.FORWARD, variant(1), "forward")
+    assert fetched(one, 1)
+    assert one.executor.loading is not None
+    one.answer()
+    assert (one.work.type, one.work.body["model"]) == ("forward", "v1")
+    one.answer()
+    assert [(job.id, job.outcome) for job in one.ended[2:]] == [("forward", Outcome.RESULT)]
+    assert not one.executor.store._pins
+
+
+def test_what_it_is_patched_with_stays_until_its_turn(one: Walk) -> None:
+    one.submit(Verb.FORWARD, variant(0), "now", b"a")
+    one.submit(Verb.FORWARD, variant(1), "later", b"b")
+    one.executor.store.limit = 20
+    with pytest.raises(QueueFull) as caught:
+        one.executor.store.put_all([content(5), content(6)])
+    assert caught.value.details["soon"]
+    one.executor.store.put(content(5))
+    one.answer()
+    one.clock.now += 1
+    one.executor.attend()
+    assert fetched(one, 1)
+
+
+def test_a_model_that_makes_room_while_a_job_waits_for_it_comes_back(one: Walk) -> None:
+    """It was there when the job was queued."""
+    one.submit(Verb.FORWARD, variant(0), "runs", b"a")
+    one.submit(Verb.LOAD, variant(1), "load", b"b")
+    one.submit(Verb.FORWARD, variant(0), "waits", b"a")
+    one.answer()
+    assert fetched(one, 1)
+    one.answer()
+    one.executor.store.put_all([content(number) for number in range(5, 9)])
+    one.clock.now += 1
+    one.executor.attend()
+    assert fetched(one, 0)
+    one.answer()
+    assert (one.work.type, one.work.body["model"]) == ("forward", "v0")
+
+
+def test_a_job_whose_models_tensors_are_gone_has_its_client_load_again(one: Walk) -> None:
+    one.executor.store.limit = 10
+    one.executor.store.put(content(9))
+    with pytest.raises(ModelNotFound, match="v1"):
+        one.executor.check_model("v1")
+    one.submit(Verb.FORWARD, variant(1), "too late")
+    assert isinstance(one.ended[-1].error, ModelNotFound)
+
+
+@pytest.mark.parametrize("error", [ModelCorrupt("changed"), ModelNotFound("gone")])
+def test_a_load_for_a_turn_that_fails_has_the_client_load_again(one: Walk, error: TacodError) -> None:
+    one.submit(Verb.FORWARD, variant(1), "forward")
+    one.answer("failed", {"error": error.to_wire()})
+    assert isinstance(one.ended[-1].error, ModelNotFound)
+    assert error.message in one.ended[-1].error.message
+    with pytest.raises(ModelNotFound):
+        one.executor.check_model("v1")
+    assert not one.executor.store._pins
+    assert one.executor.group.state is State.IDLE
+
+
+def test_a_load_for_a_turn_that_finds_no_memory_makes_more_room(one: Walk) -> None:
+    one.submit(Verb.LOAD, OTHER, "other")
+    one.answer()
+    one.clock.now += 1
+    one.submit(Verb.FORWARD, variant(1), "forward")
+    assert fetched(one, 1)
+    one.answer("failed", NO_MEMORY)
+    assert one.work.body["evict_models"] == ["other"]
+    one.answer()
+    one.answer()
+    assert (one.ended[-1].id, one.ended[-1].outcome) == ("forward", Outcome.RESULT)
+
+
+def test_a_job_that_is_cancelled_while_its_model_comes_ends_with_that(one: Walk) -> None:
+    one.submit(Verb.FORWARD, variant(1), "forward")
+    assert one.executor.cancel("forward") is False
+    one.answer()
+    assert one.ended[-1].outcome is Outcome.CANCELLED
+    assert ids(one) == ["base", "v1"]
+
+
+def test_ranks_lost_while_a_model_comes_for_a_turn(one: Walk) -> None:
+    one.submit(Verb.FORWARD, variant(1), "forward")
+    one.alive[0].die(-9)
+    one.come_back()
+    for _ in range(4):
+        one.answer()
+    assert (one.ended[-1].id, one.ended[-1].outcome) == ("forward", Outcome.RESULT)
+
+
+def test_a_model_whose_tensors_are_gone_is_not_restored(one: Walk) -> None:
+    """Its client hears of that, and sends them again; nothing else is loaded under its id."""
+    one.executor.store.limit = 10
+    one.executor.store.put(content(9))
+    one.alive[0].die(-9)
+    one.come_back()
+    assert one.work.body["model"] == "base"
+    one.answer()
+    assert ids(one) == ["base"]
+    with pytest.raises(ModelNotFound):
+        one.executor.check_model("v0")
+    assert not one.executor.store._held
+
+
+def test_a_run_goes_on_after_its_model_made_room(one: Walk) -> None:
+    run = Job("run", b"a", 1, Verb.SAMPLE, "v0", {"model": "v0"}, 3)
+    one.executor.submit(run)
+    one.executor.attend()
+    one.submit(Verb.FORWARD, variant(1), "forward", b"b")
+    done = []
+    while run.outcome is None:
+        done.append((one.work.type, one.work.body.get("step")))
+        one.answer()
+        one.clock.now += 1
+        one.executor.attend()
+    assert done == [("sample", 0), ("load", None), ("forward", None), ("load", None), ("sample", 1), ("sample", 2)]
+
+
+def test_a_model_in_use_stays_as_long_as_its_load_took(one: Walk) -> None:
+    """Others' loads wait; the client that uses it goes on, and so does nobody for ever."""
+    one.submit(Verb.FORWARD, variant(1), "mine 0", b"a")
+    one.clock.now += 2  # that is how long it takes
+    one.answer()
+    one.submit(Verb.FORWARD, variant(0), "yours", b"b")
+    for number in range(1, 30):
+        one.submit(Verb.FORWARD, variant(1), f"mine {number}", b"a")
+        one.clock.now += 0.1
+        one.answer()
+        if one.work.type == "load":
+            break
+    assert 19 <= number <= 21
+    assert fetched(one, 0)
+
+
+def test_a_model_that_its_client_leaves_alone_makes_room_at_once(one: Walk) -> None:
+    one.submit(Verb.FORWARD, variant(1), "mine", b"a")
+    one.clock.now += 20
+    one.answer()
+    one.answer()
+    one.submit(Verb.FORWARD, variant(0), "yours", b"b")
+    assert one.executor.group.state is State.IDLE
+    assert one.executor.wakes_at
+    one.clock.now += 0.3
+    one.executor.attend()
+    assert fetched(one, 0)
+
+
+def test_a_client_need_not_wait_for_itself(one: Walk) -> None:
+    one.submit(Verb.FORWARD, variant(1), "mine", b"a")
+    one.clock.now += 20
+    one.answer()
+    one.answer()
+    one.submit(Verb.FORWARD, variant(0), "mine too", b"a")
+    assert fetched(one, 0)
+
+
+@pytest.mark.parametrize("verb", [Verb.FORWARD, Verb.SAMPLE])
+def test_a_step_that_finds_no_memory_is_done_in_the_place_of_an_idle_variant(walk: Walk, verb: Verb) -> None:
+    walk.ready()
+    for number in (1, 0):
+        walk.executor.store.put(content(number))
+        walk.submit(Verb.LOAD, variant(number), f"load {number}")
+        walk.answer()
+    walk.submit(verb, BASE, "job")
+    gone = []
+    while walk.ended[-1].id != "job":
+        if walk.work.type == "unload":
+            gone.append(walk.work.body["model"])
+            walk.answer()
+        else:
+            walk.answer("failed", NO_MEMORY)
+    assert gone == ["v1", "v0"]
+    assert isinstance(walk.ended[-1].error, OutOfMemory)
+    assert ids(walk) == ["base"]
+    walk.executor.check_model("v1")
+
+
+def test_roots_that_change_forget_what_made_room(one: Walk) -> None:
+    one.executor.go_by(ONE_VARIANT.model_copy(update={"models": Models(variants=1, roots=["/elsewhere"])}), [])
+    with pytest.raises(ModelNotFound):
+        one.executor.check_model("v1")
+
+
+CLIENTS = (b"a", b"b", b"c")
+
+
+class Turns(RuleBasedStateMachine):
+    """Clients with a variant each, which load it again whenever that is asked of them, and ranks with room for few."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = ExitStack()
+        logging.disable(logging.CRITICAL)
+        self.stack.callback(logging.disable, logging.NOTSET)
+        self.folder = Path(tempfile.mkdtemp(prefix="tacod-"))
+        self.stack.callback(shutil.rmtree, self.folder)
+        self.jobs = 0
+        self.asked: dict[bytes, Job] = {}
+        """What each client waits for."""
+        self.reloads = 0
+
+    @initialize(variants=st.integers(1, 2), tensors=st.integers(2, 3))
+    def begin(self, variants: int, tensors: int) -> None:
+        models = Models(variants=variants)
+        self.walk = Walk(self.stack, self.folder, config=CONFIG.model_copy(update={"models": models}))
+        self.walk.executor._on_end = self.on_end  # type: ignore[method-assign]
+        self.walk.executor.store.limit = 10 * tensors
+        self.variants = variants
+        self.walk.ready()
+
+    @property
+    def executor(self) -> Executor:
+        return self.walk.executor
+
+    def on_end(self, job: Job, answer: dict[str, Any]) -> None:
+        assert self.asked.pop(job.session) is job
+        if isinstance(job.error, ModelNotFound):
+            self.reloads += 1
+        elif job.error is not None:
+            assert isinstance(job.error, (RankFailed, Cancelled))
+
+    def submit(self, session: bytes, verb: Verb, steps: int = 1) -> None:
+        """As `Verbs` and the client do: what lacks is uploaded, and a model that is gone is loaded first."""
+        number = CLIENTS.index(session)
+        model = variant(number)
+        if verb in (Verb.FORWARD, Verb.SAMPLE) and self.executor.residency.recall(model.id) is None:
+            verb = Verb.LOAD
+        if verb is Verb.LOAD:
+            if self.executor.store.lacks(model.digests):
+                self.executor.store.claim(session, model.digests, self.walk.clock.now)
+                try:
+                    self.executor.store.put(content(number), session, self.walk.clock.now)
+                except QueueFull:
+                    return
+            self.executor.store.disclaim(session)
+        self.jobs += 1
+        body: Any = model if verb is Verb.LOAD else {"model": model.id, "arguments": {}}
+        steps = steps if verb is Verb.SAMPLE else 1
+        digests = model.digests if verb is Verb.LOAD else []
+        job = Job(str(self.jobs), session, 0, verb, model.id, body, steps, digests)
+        self.executor.submit(job)
+        self.asked[session] = job
+        self.executor.attend()
+
+    @rule(
+        session=st.sampled_from(CLIENTS),
+        verb=st.sampled_from([Verb.LOAD, Verb.FORWARD, Verb.SAMPLE]),
+        steps=st.integers(1, 4),
+    )
+    def ask(self, session: bytes, verb: Verb, steps: int) -> None:
+        if session not in self.asked and not self.executor.given_up:
+            self.submit(session, verb, steps)
+
+    @rule(kind=st.sampled_from(["done", "done", "done", "failed"]))
+    def answer(self, kind: str) -> None:
+        if self.executor.group.state is State.BUSY:
+            self.check_work()
+            short = kind == "failed" and self.walk.work.type == "load" and len(ids(self.walk)) > 2
+            self.walk.answer("failed", NO_MEMORY) if short else self.walk.answer()
+
+    def check_work(self) -> None:
+        """What goes isn't what is worked on, nor what that was made of."""
+        work = self.walk.work
+        gone = work.body.get("evict_models", [])
+        if work.type == "load":
+            assert {work.body["model"], work.body["base"]}.isdisjoint(gone)
+        elif work.type in ("forward", "sample"):
+            running = self.executor.scheduler.running
+            assert running is not None
+            assert running.model in self.executor.manifest
+
+    @rule(session=st.sampled_from(CLIENTS))
+    def cancel(self, session: bytes) -> None:
+        if session in self.asked:
+            self.executor.cancel(self.asked[session].id)
+
+    @rule(number=st.integers(10, 20))
+    def fill(self, number: int) -> None:
+        """Somebody's conditioning."""
+        with suppress(QueueFull):
+            self.executor.store.put(content(number), b"somebody", self.walk.clock.now)
+
+    @rule(seconds=st.sampled_from([0.01, 0.3, 6.0]))
+    def wait(self, seconds: float) -> None:
+        self.walk.clock.now += seconds
+        self.executor.attend()
+
+    @precondition(lambda self: self.walk.alive and self.executor.group.restarts < RESTARTS)
+    @rule()
+    def die(self) -> None:
+        self.walk.alive[0].die(-9)
+        self.walk.come_back()
+
+    @invariant()
+    def what_is_kept_is_there(self) -> None:
+        if not hasattr(self, "walk"):
+            return
+        store = self.executor.store
+        assert all(digest in store for digest in store._pins)
+        pins: Counter[bytes] = Counter()
+        for job in self.executor.scheduler.jobs:
+            pins.update([*job.digests, *job.restores])
+        assert store._pins == pins
+        assert store._held == Counter(digest for model in self.executor.manifest for digest in model.digests)
+
+    @invariant()
+    def no_more_variants_than_may_be(self) -> None:
+        if hasattr(self, "walk"):
+            assert sum(model.base is not None for model in self.executor.manifest) <= self.variants
+
+    def teardown(self) -> None:
+        """From here on each client has six forwards or a run done, all at once, and nobody waits for ever."""
+        try:
+            if hasattr(self, "walk") and not self.executor.given_up:
+                self.finish()
+        finally:
+            self.stack.close()
+
+    def finish(self) -> None:
+        for session in [session for session in CLIENTS if session in self.asked]:
+            self.executor.cancel(self.asked[session].id)
+        done: Counter[bytes] = Counter()
+        for _ in range(400):
+            for session in CLIENTS:
+                if session not in self.asked and done[session] < 6:
+                    before = self.jobs
+                    self.submit(session, Verb.SAMPLE if session == b"c" else Verb.FORWARD, 3)
+                    if self.jobs > before and session in self.asked:
+                        done[session] += self.asked[session].verb is not Verb.LOAD
+            if not self.asked and min(done[session] for session in CLIENTS) >= 6:
+                break
+            self.walk.clock.now += 0.02 if self.walk.alive else 40
+            self.executor.attend()
+            self.walk.ready()
+            if self.executor.group.state is State.BUSY:
+                self.check_work()
+                self.walk.answer()
+        else:
+            raise AssertionError(f"clients that wait for ever: {done}, {self.asked}")
+        assert not self.executor.store._pins
+
+
+TestTurns = Turns.TestCase
+TestTurns.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)

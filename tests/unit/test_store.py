@@ -156,7 +156,7 @@ def test_what_models_hold_makes_room_by_count_too(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(module, "COUNT", 5)
     store = Store(1000)
     for first in (0, 2, 4, 6):
-        digests = [store.put(tensor(content)) for content in (first, first + 1)]
+        digests = store.put_all([tensor(first), tensor(first + 1)])
         store.hold(digests)
         assert not store.lacks(digests)
     assert held(store, *range(8)) == [3, 4, 5, 6, 7]
