@@ -145,8 +145,8 @@ def test_tensors_that_come_with_a_load_are_the_stores(peer: Peer, tmp_path: Path
     body = {"path": str(file), "dtype": None, "patches": [patch], "plan": "auto"}
     peer.send(Message("load", body, 10, peer.session))
     (job,) = peer.server.executor.scheduler.jobs
-    assert job.digests == [up.with_digest().digest]
-    assert peer.server.executor.store.nbytes == 8192
+    assert job.digests == [up.with_digest().digest, alpha.with_digest().digest]
+    assert peer.server.executor.store.nbytes == 8192 + 4
 
 
 def test_errors_hold_nothing_of_their_messages(peer: Peer) -> None:

@@ -944,7 +944,7 @@ class Turns(RuleBasedStateMachine):
         body: Any = model if verb is Verb.LOAD else {"model": model.id, "arguments": {}}
         steps = steps if verb is Verb.SAMPLE else 1
         digests = model.digests if verb is Verb.LOAD else []
-        job = Job(str(self.jobs), session, 0, verb, model.id, body, steps, digests)
+        job = Job(str(self.jobs), session, 0, verb, model.id, body, steps, digests=digests)
         self.executor.submit(job)
         self.asked[session] = job
         self.executor.attend()
