@@ -167,7 +167,8 @@ class Client:
     def model(self, model: str, plan: Any = "auto") -> Model:
         """A model that is loaded already, by its id: with the patches and the dtype that it was loaded with.
 
-        It can't load itself again: once the daemon has unloaded and forgotten it, calls raise `ModelNotFound`, as this does.
+        It can't load itself again: once the daemon has unloaded or forgotten it, calls raise `ModelNotFound`, as this
+        does.
         """
         told = next((each for each in self.models() if each["id"] == model), None)
         if told is None:
