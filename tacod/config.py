@@ -89,8 +89,9 @@ class Group(_Section):
     ranks: PositiveInt = Field(1, le=64)
     """For ``cpu``: how many processes."""
     step_timeout_s: PositiveFloat = 120.0
-    """Longest time that one step may take before the ranks count as stuck."""
+    """Longest time that one forward may take before the ranks count as stuck; a step may have several."""
     load_timeout_s: PositiveFloat = 900.0
+    """Longest time without progress of a load."""
     start_timeout_s: PositiveFloat = 180.0
     retries: NonNegativeInt = 2
     """How often a step is run again on new ranks before its job fails."""

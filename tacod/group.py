@@ -64,6 +64,8 @@ class RankGroup:
         self._verb = ""
         self._started_s = 0.0
         self._answers: dict[int, Message] = {}
+        self._begun = 0
+        """Forwards after the first that all ranks have begun; each has its own time."""
         self._resident: OrderedDict[bytes, int] = OrderedDict()
         self._forgotten: list[str] = []
         self._processes = Processes(devices, folder)
@@ -131,6 +133,7 @@ class RankGroup:
         self._work += 1
         self._verb = verb
         self._answers.clear()
+        self._begun = 0
         body = {**body, "store": self._admit(tensors), "evict": self._evict(), "forget": self._forgotten}
         self._forgotten = []
         if self.faults is not None and (fault := self.faults.due(verb)) is not None:
@@ -138,7 +141,7 @@ class RankGroup:
         assert self._processes.arena is not None
         packet = self._processes.arena.pack(Message(verb, body, self._work))
         for rank in self.ranks:
-            rank.progress = None
+            rank.progress, rank.begun = None, 0
             rank.send(packet)
         self.state = State.BUSY
         self.deadline = time.monotonic() + timeout_s
@@ -188,7 +191,13 @@ class RankGroup:
             return None
         asked = self.state is State.BUSY and message.id == self._work and rank.index not in self._answers
         if asked and message.type == "progress":
-            rank.progress = (message.body["done"], message.body["total"])
+            before, rank.progress = self.progress, (message.body["done"], message.body["total"])
+            if self.progress != before:
+                self._extend(time.monotonic() + self.settings.load_timeout_s)
+            return None
+        if asked and message.type == "begun":
+            rank.begun += 1
+            self._note_begun()
             return None
         if asked and message.type in ("done", "failed", "broken"):
             return self._collect(rank, message)
@@ -206,6 +215,21 @@ class RankGroup:
         """How far the slowest rank's load is; None if not all have said."""
         known = [rank.progress for rank in self.ranks if rank.progress is not None]
         return min(known) if known and len(known) == len(self.ranks) else None
+
+    def _note_begun(self) -> None:
+        """Give a forward that the last rank has begun its own time.
+
+        That counts from the end of the time before it: on a GPU forwards are launched while others still run.
+        """
+        begun = min(rank.begun for rank in self.ranks if rank.index not in self._answers)
+        more, self._begun = max(begun - self._begun, 0), max(begun, self._begun)
+        if self.deadline is not None:
+            self._extend(self.deadline + more * self.settings.step_timeout_s)
+
+    def _extend(self, deadline: float) -> None:
+        # Once a rank has failed, the others have their time to agree, and no more.
+        if self.deadline is not None and all(answer.type == "done" for answer in self._answers.values()):
+            self.deadline = max(self.deadline, deadline)
 
     def _collect(self, rank: Rank, message: Message) -> Answer | None:
         self._answers[rank.index] = message

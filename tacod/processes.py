@@ -53,6 +53,8 @@ class Rank:
     memory_used_bytes: int = 0
     progress: tuple[int, int] | None = None
     """Bytes done and bytes in all, of the load that it works on."""
+    begun: int = 0
+    """Forwards of its work item that it has begun after the first."""
 
     def send(self, packet: bytes) -> None:
         """Tell it something, without waiting. Raises `GroupLost` if it doesn't take that."""

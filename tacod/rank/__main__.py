@@ -117,7 +117,8 @@ def serve(engine: Engine, channel: socket.socket, arena: Arena) -> None:
             return
         # What the supervisor sends is readable; if it isn't, this rank ends, and a new one starts with a clean slate.
         message = arena.unpack(packet)
-        engine.report = Reporter(channel, arena, message.id)
+        reporter = Reporter(channel, arena, message.id)
+        engine.report, engine.forwards.begins = reporter, reporter.begin_forward
         kind, body = _answer(engine, message)
         channel.send(arena.pack(Message(kind, body, message.id), start=arena.end))
         if kind == "broken":
@@ -137,7 +138,7 @@ def _look_out(channel: socket.socket) -> bytes:
 
 
 class Reporter:
-    """Tells the supervisor how far a load is, ten times a second at most."""
+    """Tells the supervisor how far a load is, ten times a second at most, and of each forward that begins."""
 
     EVERY_S = 0.1
 
@@ -146,14 +147,23 @@ class Reporter:
         self._arena = arena
         self._work = work
         self._next_s = 0.0
+        self._begun = False
 
     def __call__(self, done: int, total: int) -> None:
         """So many bytes of so many are loaded."""
         now = time.monotonic()
         if now >= self._next_s or done == total:
             self._next_s = now + self.EVERY_S
-            told = Message("progress", {"done": done, "total": total}, self._work)
-            self._channel.send(self._arena.pack(told, start=self._arena.end))
+            self._tell("progress", {"done": done, "total": total})
+
+    def begin_forward(self) -> None:
+        """A forward begins. That of the first is in the time of the work item, and isn't told."""
+        if self._begun:
+            self._tell("begun", {})
+        self._begun = True
+
+    def _tell(self, kind: str, body: dict[str, int]) -> None:
+        self._channel.send(self._arena.pack(Message(kind, body, self._work), start=self._arena.end))
 
 
 def _answer(engine: Engine, message: Message) -> tuple[str, dict[str, Any]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 import logging
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -44,6 +44,8 @@ class Forwards:
         self.skipped = 0
         """Forwards of which all of this rank's batch groups skipped all but the first block."""
         self.step_caches = StepCaches()
+        self.begins: Callable[[], None] = lambda: None
+        """Hears of each forward before it begins: it may take its time, also the one that a graph is captured by."""
         self._kinds: WeakKeyDictionary[DiT, OrderedDict[Hashable, Graph | _Without]] = WeakKeyDictionary()
         self._pool: Any = None
 
@@ -57,6 +59,7 @@ class Forwards:
         steps: tuple[Hashable, ...] = (),
     ) -> Tensor:
         """One forward, as `run` does it; for the step cache, ``steps`` names the run whose next step it is."""
+        self.begins()
         if plan.step_cache:
             return self._cached(dit, plan, x, timestep, arguments, (*steps, plan, x.shape))
         given = {"x": x, "timestep": timestep, **arguments}
@@ -128,6 +131,7 @@ class Forwards:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         everyone = self.topology.everyone
+        self.begins()
         graph, reason = None, "another rank could not capture it"
         try:
             graph = Graph(dit, plan, given, self.topology, self._pool)

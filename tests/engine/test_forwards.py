@@ -85,6 +85,18 @@ def test_the_second_is_captured_and_later_ones_are_replayed(make: Any) -> None:
     assert world.ran[-1] == "run in waves", "so is another plan"
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_each_forward_is_told_of_before_it_begins(make: Any, fails: bool) -> None:
+    """Also the one that is captured: the supervisor gives each its time."""
+    world, forwards = make()
+    world.fails = fails
+    forwards.begins = lambda: world.ran.append("told")
+    for _ in range(2):
+        forward(forwards)
+    last = ["capture"] if fails else ["capture", "replay"]
+    assert world.ran == ["told", "run in waves", "told", "run in waves", "told", *last]
+
+
 def test_a_replay_that_differs_is_not_used(make: Any, caplog: pytest.LogCaptureFixture) -> None:
     world, forwards = make(replay=lambda x: 2.001 * x)
     with caplog.at_level(logging.WARNING):

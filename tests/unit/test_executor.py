@@ -188,7 +188,7 @@ class Events(RuleBasedStateMachine):
         self.executor.attend()
         assert all(rank.code is None for rank in self.alive), "a dead rank takes all others with it"
 
-    @rule(index=RANK, kind=st.sampled_from(["ready", "done", "failed", "broken", "progress", "no such thing"]))
+    @rule(index=RANK, kind=st.sampled_from(["ready", "done", "failed", "broken", "progress", "begun", "no such thing"]))
     def die_talking(self, index: int, kind: str) -> None:
         """A rank's last words, whatever they are, don't outlive it."""
         body = {"memory_used_bytes": 7, "done": 1, "total": 2, "traceback": "", **step(RANKS, sigma=0.5)}
@@ -201,6 +201,16 @@ class Events(RuleBasedStateMachine):
         self.executor.attend()
         assert all(rank.code is None for rank in self.alive), "a dead rank takes all others with it"
         assert all(job.error is not None for job in self.ended[ended:])
+
+    @rule(index=RANK, done=st.integers(0, 3))
+    def go_on(self, index: int, done: int) -> None:
+        """A rank says that it is still at work."""
+        for rank in self.alive:
+            if rank.index == index:
+                for work in rank.unanswered:
+                    rank.say("begun", {}, work.id)
+                    rank.say("progress", {"done": done, "total": 3}, work.id)
+        self.executor.attend()
 
     # --- the clock ------------------------------------------------------------------------------------------------
 
@@ -395,6 +405,88 @@ def test_a_rank_that_hangs_up_and_lives_on_is_out_of_time_at_last(walk: Walk) ->
     walk.clock.now += CONFIG.group.load_timeout_s + 1
     walk.executor.attend()
     assert all(rank.reaped for rank in gone)
+
+
+def busy_with(walk: Walk, verb: Verb) -> list[FakeRank]:
+    """The ranks, at work on a load or, once the model is there, something else."""
+    walk.ready()
+    walk.submit(Verb.LOAD, BASE, "load")
+    if verb is not Verb.LOAD:
+        walk.answer()
+        walk.submit(verb, BASE, "work")
+    return walk.alive
+
+
+def pass_by(walk: Walk, seconds: float) -> None:
+    walk.clock.now += seconds
+    walk.executor.attend()
+
+
+@pytest.mark.parametrize("verb", [Verb.FORWARD, Verb.SAMPLE])
+def test_each_forward_of_a_step_has_its_own_time(walk: Walk, verb: Verb) -> None:
+    """A graph's capture is one more, and so are a second evaluation and a guidance's other condition."""
+    ranks = busy_with(walk, verb)
+    for _ in range(3):
+        for rank in ranks:
+            rank.say("begun", {}, walk.work.id)
+        pass_by(walk, CONFIG.group.step_timeout_s - 1)
+    # Launched early, as on a GPU: their times follow one another.
+    for rank in ranks:
+        for _ in range(2):
+            rank.say("begun", {}, walk.work.id)
+    pass_by(walk, 3 * CONFIG.group.step_timeout_s)
+    assert walk.executor.group.state is State.BUSY
+    walk.answer()
+    assert walk.ended[-1].outcome is Outcome.RESULT
+    assert walk.ended[-1].attempts == 1
+
+
+def test_a_rank_that_hangs_in_a_later_forward_is_found(walk: Walk) -> None:
+    ranks = busy_with(walk, Verb.SAMPLE)
+    for rank in ranks:
+        rank.say("begun", {}, walk.work.id)
+    pass_by(walk, 2 * CONFIG.group.step_timeout_s - 1)
+    assert walk.executor.group.state is State.BUSY
+    pass_by(walk, 2)
+    assert all(rank.reaped for rank in ranks)
+
+
+def test_a_rank_that_hangs_is_found_although_the_others_go_on(walk: Walk) -> None:
+    """The others' answers extend nothing either."""
+    ranks = busy_with(walk, Verb.SAMPLE)
+    for rank in ranks[1:]:
+        for _ in range(9):
+            rank.say("begun", {}, walk.work.id)
+    walk.executor.attend()
+    ranks[2].answer("done", ANSWERS["sample"])
+    pass_by(walk, CONFIG.group.step_timeout_s + 1)
+    assert all(rank.reaped for rank in ranks)
+
+
+def test_a_load_that_gets_on_has_all_the_time(walk: Walk) -> None:
+    """A slow disk is no fault; only one that stands still is."""
+    ranks = busy_with(walk, Verb.LOAD)
+    for done in range(1, 6):
+        for rank in ranks:
+            rank.say("progress", {"done": done, "total": 6}, walk.work.id)
+        walk.executor.attend()
+        pass_by(walk, CONFIG.group.load_timeout_s - 1)
+        assert walk.executor.group.state is State.BUSY
+    for rank in ranks[:-1]:
+        rank.say("progress", {"done": 6, "total": 6}, walk.work.id)
+    pass_by(walk, 2)
+    assert all(rank.reaped for rank in ranks), "the last one got no further"
+
+
+def test_what_others_tell_does_not_give_more_time_to_agree_on_a_failure(walk: Walk) -> None:
+    ranks = busy_with(walk, Verb.SAMPLE)
+    ranks[0].answer("failed", NO_MEMORY)
+    for rank in ranks[1:]:
+        for _ in range(3):
+            rank.say("begun", {}, walk.work.id)
+    walk.executor.attend()
+    pass_by(walk, 6)
+    assert all(rank.reaped for rank in ranks)
 
 
 @pytest.mark.parametrize(("kind", "work"), [("done", 7), ("progress", 0), ("ready", 0), ("no such thing", 1)])
