@@ -1,0 +1,98 @@
+"""Which connections end when too much memory is held, on real sockets."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from helpers import eventually
+
+from tacod.guard import Guard, own_bytes, socket_of
+
+PLENTY = 1 << 40
+
+
+class Door:
+    """A socket that listens, and a connection through it: this side and the client's."""
+
+    def __init__(self, stack: ExitStack, path: Path | None = None) -> None:
+        self.listener = stack.enter_context(socket.socket(socket.AF_UNIX if path else socket.AF_INET))
+        self.listener.bind(str(path) if path else ("127.0.0.1", 0))
+        self.listener.listen()
+        self.client = stack.enter_context(socket.socket(self.listener.family))
+        self.client.connect(self.listener.getsockname())
+        self.client.settimeout(10)
+        self.end = stack.enter_context(self.listener.accept()[0])
+
+    @property
+    def number(self) -> int:
+        return socket_of(self.end.fileno())
+
+    @property
+    def ended(self) -> bool:
+        self.client.setblocking(False)
+        try:
+            return self.client.recv(1) == b""
+        except BlockingIOError:
+            return False
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def test_only_clients_connections_end(stack: ExitStack, tmp_path: Path) -> None:
+    """Over a unix socket and over TCP; not what reads the metrics, nor sockets in pairs as the ranks have them."""
+    local, remote, metrics = Door(stack, tmp_path / "s"), Door(stack), Door(stack, tmp_path / "metrics")
+    pair = [stack.enter_context(each) for each in socket.socketpair()]
+    addresses = [str(tmp_path / "s"), remote.listener.getsockname()[1]]
+    guard = Guard(-PLENTY, addresses, list)
+    stack.callback(guard.close)
+    eventually(lambda: local.ended and remote.ended, 10, "clients' connections end")
+    assert not metrics.ended
+    pair[0].send(b"x")
+    assert pair[1].recv(1) == b"x"
+    with socket.socket(socket.AF_UNIX) as another:
+        another.connect(str(tmp_path / "s"))
+
+
+def test_strangers_end_first(stack: ExitStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stranger, known = Door(stack, tmp_path / "s"), Door(stack, tmp_path / "t")
+    # As if a stranger had held it all.
+    monkeypatch.setattr(Guard, "_is_relieved", lambda self: True)
+    guard = Guard(-PLENTY, [str(tmp_path / "s"), str(tmp_path / "t")], lambda: [known.number])
+    stack.callback(guard.close)
+    eventually(lambda: stranger.ended, 10, "the stranger's connection ends")
+    guard.limit = PLENTY
+    assert not known.ended
+
+
+def test_who_sends_ends_before_who_waits(stack: ExitStack, tmp_path: Path) -> None:
+    waits, sends = Door(stack, tmp_path / "s"), Door(stack, tmp_path / "t")
+    sends.client.send(b"more")
+    guard = Guard(PLENTY, [str(tmp_path / "s"), str(tmp_path / "t")], lambda: [waits.number, sends.number])
+    stack.callback(guard.close)
+    connections = guard._connections()
+    for each in connections:
+        each.end.close()
+    found = {each.number: each.busy for each in connections}
+    assert found == {waits.number: False, sends.number: True}
+
+
+def test_what_is_no_socket(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("w") as file:
+        assert socket_of(file.fileno()) == 0
+    assert socket_of(-1) == 0
+    assert socket_of(1 << 20) == 0
+
+
+def test_own_memory_grows_by_what_is_held() -> None:
+    before = own_bytes()
+    held = b"x" * (64 << 20)
+    assert own_bytes() > before + (50 << 20)
+    del held
