@@ -255,6 +255,7 @@ def callee(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callee]:
         callee.client.close()
 
 
+@pytest.mark.timeout(60 + CALLS)
 @settings(max_examples=CALLS, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(call=samples() | loads() | samples() | forwards())
 def test_each_is_answered(callee: Callee, call: Call) -> None:
