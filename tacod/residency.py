@@ -2,7 +2,8 @@
 
 Models that make room are remembered. A job whose model isn't there at its turn has it loaded for that turn, so clients
 take turns however little memory there is. That costs a load each time, so a model that was loaded stays at least as
-long as its load took, while it is in use: then the ranks compute about half of the time, and nobody waits for ever.
+long as its load took, while it is in use by others: loads don't follow each other step by step, and nobody waits for
+ever. What a device turns out not to hold (`OutOfMemory`) isn't foreseen, so there each turn may cost a load.
 """
 
 from __future__ import annotations
