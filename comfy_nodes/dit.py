@@ -13,6 +13,7 @@ from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 
 from tacod_client import Model
+from tacod_client.errors import ModelNotFound
 
 from . import hooks
 from .errors import NotRemote, Refused, told
@@ -139,7 +140,15 @@ class RemoteDiT(torch.nn.Module):
         arguments |= self.network.meanings(arguments, x.dtype)
         model = self._variant(x.dtype)
         with told():
-            out: torch.Tensor = model.forward(x=x, timestep=timestep, **arguments)
+            try:
+                out: torch.Tensor = model.forward(x=x, timestep=timestep, **arguments)
+            except ModelNotFound:
+                if not self.remote.was_sent(model):
+                    raise
+                # The weights have made room for others' in the daemon: send them again.
+                self._variants = OrderedDict(each for each in self._variants.items() if each[1] is not model)
+                model = self._variant(x.dtype)
+                out = model.forward(x=x, timestep=timestep, **arguments)
         self.record.add(model)
         return out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -68,6 +69,10 @@ class Remote:
                     refused = refused or error
         self.uploaded = self._upload(refused, progress)
         return load(self.uploaded)
+
+    def was_sent(self, model: Model) -> bool:
+        """Whether the daemon has this model's weights from here, and not from a file of its own."""
+        return self.uploaded is not None and PurePath(model.path).name == PurePath(self.uploaded).name
 
     def _upload(self, refused: TacodError | None, progress: Progress | None) -> str:
         report = None if progress is None else lambda done, total: progress("sending", done, total)

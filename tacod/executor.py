@@ -219,14 +219,14 @@ class Executor:
         self.group.kill()
         ended = self.scheduler.lose_group(reason, lost.error, lost.cause)
         self._end(ended)
-        self.residency.lose_group(lost.error)
-        self._spawn_at = self._restarts.next_start(now, running.id if running is not None else "")
+        restoring = self.residency.restoring
+        given_up = self.residency.lose_group(lost, self.config.group.retries)
+        at_fault = running.id if running is not None else f"restore {restoring.id}" if restoring is not None else ""
+        self._spawn_at = self._restarts.next_start(now, at_fault)
         if self._spawn_at is not None:
             self.group.restarts += 1
-            for job in ended:
-                if job.attempts > 1 and job.outcome is Outcome.FAILED:
-                    # New ranks had passed their self-test in between: it isn't they who are broken.
-                    self._restarts.forgive(job.id)
+            if given_up or any(map(_is_at_fault, ended)):
+                self._restarts.forgive(at_fault)
             return
         limits = self.config.group
         self.given_up = (
@@ -250,14 +250,16 @@ class Executor:
             if (job.verb is Verb.LOAD) != (job.model in self.manifest):
                 self._start_step(job)
                 return
-            if job.verb is Verb.LOAD:
-                # Another one that asked for it came first.
+            model = self.residency.recall(job.model)
+            if job.verb is Verb.LOAD or (job.verb is Verb.UNLOAD and model is not None):
+                # Another one that asked for the model came first, or it has made room.
+                if job.verb is Verb.UNLOAD:
+                    self.residency.forget(job.model)
                 ended = self.scheduler.finish_step()
                 assert ended is not None
                 self._end([ended])
                 continue
-            model = self.residency.recall(job.model)
-            if model is not None and job.verb is not Verb.UNLOAD:
+            if model is not None:
                 self.residency.fetching = model
                 self._load(job, model)
                 return
@@ -381,7 +383,7 @@ class Executor:
             # The run ended with the step that failed.
             self.group.forget(job.id)
             job.step = 0
-        self.group.run("unload", {"model": cleared.id, "evict_models": []}, [], self.config.group.step_timeout_s)
+        self.group.run("evict", {"models": [cleared.id]}, [], self.config.group.step_timeout_s)
         return True
 
     def _note_step(self, job: Job, answer: Answer) -> None:
@@ -423,3 +425,11 @@ class Executor:
             if job.verb is Verb.SAMPLE and job.outcome is not Outcome.RESULT:
                 self.group.forget(job.id)
             self._on_end(job, answer or {})
+
+
+def _is_at_fault(job: Job) -> bool:
+    """Whether a job that ended with its ranks is what ended them.
+
+    Either new ranks had passed their self-test in between, or it needed more memory than there was.
+    """
+    return job.outcome is Outcome.FAILED and (job.attempts > 1 or isinstance(job.error, OutOfMemory))

@@ -14,8 +14,9 @@ from typing import Any
 
 from tacod.config import Models
 from tacod.manifest import Manifest, Model
+from tacod.processes import GroupLost
 from tacod.store import Store
-from tacod_client.errors import OutOfMemory, TacodError
+from tacod_client.errors import OutOfMemory, RankFailed, TacodError
 
 __all__ = ["Residency"]
 
@@ -60,6 +61,8 @@ class Residency:
         self._short: tuple[str, str] | None = None
         """The job whose load found no memory, and the model that goes when it is tried again."""
         self._stays_until: dict[str, float] = {}
+        self._losses: dict[str, tuple[int, str]] = {}
+        """How often the ranks were lost while they loaded each model though no client asked, and the last cause."""
         self._used: dict[str, tuple[bytes, float]] = {}
         """By which session each model was used last, and when."""
 
@@ -179,6 +182,7 @@ class Residency:
         """The ranks have loaded what no client asked for, or can't."""
         model, self.restoring = self.restoring, None
         assert model is not None
+        self._losses.pop(model.id, None)
         if error is None:
             self.note_loaded(model, told, elapsed_s, now)
         else:
@@ -190,6 +194,7 @@ class Residency:
 
     def forget(self, model_id: str) -> None:
         """The ranks hold a model no more, or can't load it."""
+        self._losses.pop(model_id, None)
         if model_id in self._manifest:
             self._let_go(self._manifest.find(model_id))
             self._on_gone(model_id)
@@ -200,13 +205,26 @@ class Residency:
         self._stays_until.pop(model.id, None)
         self._used.pop(model.id, None)
 
-    def lose_group(self, error: TacodError | None) -> None:
-        """The ranks are gone, maybe for an ``error`` that one of them gave: new ones load all that these held."""
+    def lose_group(self, lost: GroupLost, retries: int) -> bool:
+        """The ranks are gone: new ones load all that these held.
+
+        What they were loading though no client asked is given up as a job is: at once for a lack of memory, the second
+        time by the same cause, or after ``retries`` more. Returns whether that is so.
+        """
         self.keep_all()
         self.fetching = self.clearing = None
-        if self.restoring is not None and isinstance(error, OutOfMemory):
-            # New ranks would come to the same.
-            self._give_up(self.restoring, error)
+        model = self.restoring
+        given_up = model is not None and self._is_last(model.id, lost, retries)
+        if model is not None and given_up:
             self.restoring = None
+            self._give_up(model, lost.error or RankFailed(f"the ranks ended each time they loaded it; last: {lost}"))
         coming, self.restoring = self.coming, None
-        self._waiting = [*self._manifest, *(model for model in coming if model.id not in self._manifest)]
+        self._waiting = [*self._manifest, *(each for each in coming if each.id not in self._manifest)]
+        return given_up
+
+    def _is_last(self, model_id: str, lost: GroupLost, retries: int) -> bool:
+        """Count the loss of the ranks to the model that they were loading; whether it isn't tried again."""
+        losses, cause = self._losses.get(model_id, (0, ""))
+        self._losses[model_id] = losses + 1, lost.cause
+        again = lost.cause != "" and lost.cause == cause
+        return losses >= retries or again or isinstance(lost.error, OutOfMemory)

@@ -16,7 +16,7 @@ from tacod.sessions import Session
 from tacod.store import COUNT, digests_of, tensors_of
 from tacod_client import wire
 from tacod_client.errors import ArgumentError, ConfigInvalid, JobNotFound, NotAllowed, QueueFull
-from tacod_client.wire import Message, map_tensors
+from tacod_client.wire import MAX_STEPS, Message, map_tensors
 
 if TYPE_CHECKING:
     from tacod.server import Server
@@ -122,7 +122,7 @@ class Verbs:
 
     def unload(self, session: Session, request: int, body: messages.Unload) -> None:
         """Give a model's memory back."""
-        self.server.executor.manifest.find(body.model)
+        self.server.executor.check_model(body.model)
         self._submit(session, request, Verb.UNLOAD, body.model, {"model": body.model})
 
     def forward(self, session: Session, request: int, body: messages.Forward) -> None:
@@ -138,7 +138,10 @@ class Verbs:
                 f"sigmas: expected shape [steps + 1] with at least 1 step, got {list(body.sigmas.shape)}",
                 argument="sigmas",
             )
-        self._submit(session, request, Verb.SAMPLE, body.model, dict(body), body.sigmas.shape[0] - 1)
+        steps = body.sigmas.shape[0] - 1
+        if steps > MAX_STEPS:
+            raise ArgumentError(f"sigmas: {steps} steps; a run takes at most {MAX_STEPS}", argument="sigmas")
+        self._submit(session, request, Verb.SAMPLE, body.model, dict(body), steps)
 
     def _submit(self, session: Session, request: int, verb: Verb, model: str, body: Any, steps: int = 1) -> None:
         """Queue a job, or tell the client which tensors the store lacks for it."""

@@ -132,6 +132,7 @@ class Engine:
         verbs: dict[str, Callable[..., dict[str, Any]]] = {
             "load": self.load,
             "unload": self.unload,
+            "evict": self.evict,
             "forward": self.forward,
             "sample": self.sample,
         }
@@ -254,6 +255,13 @@ class Engine:
         self._resident(model)
         for gone in (model, *evict_models):
             self._drop(gone)
+        self._give_memory_back()
+        return {}
+
+    def evict(self, models: list[str]) -> dict[str, Any]:
+        """Give models' memory back for others' use; their runs keep what they have reached."""
+        for gone in models:
+            self._evict(gone)
         self._give_memory_back()
         return {}
 

@@ -270,7 +270,7 @@ def _levels(sigmas: wire.Tensor, highest: float) -> Tensor:
     if len(values) < 2 or not falling or not all(map(math.isfinite, values)) or values[0] > highest or values[-1] < 0:
         raise ArgumentError(
             f"sigmas: expected at least 2 levels that fall from at most {highest:g} to at least 0, "
-            f"got {str(values)[:80]}",
+            f"got {str(values[:8])[:80]}",
             argument="sigmas",
         )
     return levels

@@ -65,6 +65,8 @@ SAMPLES: list[tuple[str, dict[str, Any]]] = [
     ("sigmas", {"sigmas": [1.0]}),
     ("sigmas", {"sigmas": []}),
     ("sigmas", {"sigmas": [[1.0, 0.0]]}),
+    ("sigmas", {"sigmas": np.linspace(1, 0, wire.MAX_STEPS + 2)}),
+    ("sigmas", {"sigmas": np.linspace(0, 1, 1 << 22)}),
     ("sampler", {"sampler": "eulr"}),
     ("negative", {"cfg": 4.0}),
     ("cfg", {"cfg": float("nan")}),

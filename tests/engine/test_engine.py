@@ -81,13 +81,15 @@ def test_patches_that_fail_leave_no_base_behind(engine: Engine, path: str) -> No
     assert list(engine.models) == ["base", "patched"]
 
 
-@pytest.mark.parametrize("way", ["unload", "evict"])
+@pytest.mark.parametrize("way", ["unload", "evict", "load"])
 def test_a_run_does_not_keep_a_model_that_is_gone(engine: Engine, path: str, way: str) -> None:
     load(engine, path, "base")
     run(engine, "job", 0)
     model = weakref.ref(engine.models["base"].model)
     if way == "unload":
         engine.unload("base", [])
+    elif way == "evict":
+        engine.evict(["base"])
     else:
         load(engine, path, "other", evict=("base",))
     gc.collect()
@@ -115,6 +117,8 @@ def test_a_run_goes_on_where_it_was_when_its_model_is_back(
         told = run(engine, "disturbed", step, model, plan=plan)
         assert (told["sigma"], told["skipped"]) == (undisturbed[step]["sigma"], undisturbed[step]["skipped"])
         if step < 2:
+            if step:
+                engine.evict([model])
             engine.load("other", path, read_checkpoint(path).identity, "fp32", None, None, [model, "base"])
             assert list(engine.models) == ["other"]
             back()

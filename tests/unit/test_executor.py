@@ -50,6 +50,7 @@ RANK = st.integers(0, RANKS - 1)
 ANSWERS: dict[str, dict[str, Any]] = {
     "load": {"model": FACTS, "base": FACTS, "compute_s": 0.0, "collective_s": 0.0},
     "unload": {"compute_s": 0.0, "collective_s": 0.0},
+    "evict": {"compute_s": 0.0, "collective_s": 0.0},
     "forward": step(RANKS),
     "sample": step(RANKS, sigma=0.5),
 }
@@ -614,6 +615,64 @@ def test_a_model_that_does_not_fit_is_not_restored_for_ever(tmp_path: Path) -> N
         assert (walk.executor.state, ids(walk)) == ("ready", ["other"])
 
 
+@pytest.mark.parametrize("kind", ["raised", "killed"])
+def test_a_model_whose_restore_ends_the_ranks_is_given_up(tmp_path: Path, kind: str) -> None:
+    """As a job is: the second time by the same cause, else after the retries. The daemon goes on without it."""
+    with ExitStack() as stack:
+        walk = Walk(stack, tmp_path, preload=(BASE, OTHER))
+        walk.ready()
+        tries = 0
+        while walk.work.body["model"] == "base":
+            tries += 1
+            if kind == "raised":
+                walk.answer("raised", raised(), ranks=1)
+                walk.clock.now += AGREE_S + 1
+            else:
+                walk.alive[1].die(-9)
+            walk.come_back()
+        assert tries == RETRIES + 1
+        walk.answer()
+        assert (walk.executor.state, ids(walk)) == ("ready", ["other"])
+        for _ in range(RESTARTS):
+            walk.alive[1].die(-9)
+            walk.come_back()
+            walk.answer()
+        assert walk.executor.given_up is None, "those losses were its own fault"
+
+
+def test_a_restore_that_works_starts_the_count_anew(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        walk = Walk(stack, tmp_path, preload=(BASE,))
+        walk.ready()
+        for _ in range(RETRIES + 1):
+            walk.alive[1].die(-9)
+            walk.come_back()
+            walk.answer()
+            walk.alive[1].die(-9)
+            walk.come_back()
+        walk.answer()
+        assert ids(walk) == ["base"]
+
+
+@pytest.mark.parametrize("verb", [Verb.LOAD, Verb.FORWARD, Verb.SAMPLE])
+def test_want_of_memory_on_one_rank_is_not_held_against_the_ranks(walk: Walk, verb: Verb) -> None:
+    """GPUs seldom have the same memory free; the other ranks wait for the one that has none."""
+    walk.ready()
+    if verb is not Verb.LOAD:
+        walk.submit(Verb.LOAD, BASE, "load")
+        walk.answer()
+    for number in range(RESTARTS + 2):
+        walk.submit(verb, BASE, str(number))
+        walk.answer("failed", NO_MEMORY, ranks=1)
+        walk.clock.now += AGREE_S + 1
+        walk.come_back()
+        assert isinstance(walk.ended[-1].error, OutOfMemory)
+        if verb is not Verb.LOAD:
+            walk.answer()
+    assert walk.executor.given_up is None
+    assert walk.executor.state == "ready"
+
+
 def test_a_reload_does_not_load_again_what_is_being_loaded(tmp_path: Path) -> None:
     with ExitStack() as stack:
         walk = Walk(stack, tmp_path, preload=(BASE,))
@@ -871,8 +930,8 @@ def test_a_step_that_finds_no_memory_is_done_in_the_place_of_an_idle_variant(wal
     walk.submit(verb, BASE, "job")
     gone = []
     while walk.ended[-1].id != "job":
-        if walk.work.type == "unload":
-            gone.append(walk.work.body["model"])
+        if walk.work.type == "evict":
+            gone += walk.work.body["models"]
             walk.answer()
         else:
             walk.answer("failed", NO_MEMORY)
@@ -880,6 +939,38 @@ def test_a_step_that_finds_no_memory_is_done_in_the_place_of_an_idle_variant(wal
     assert isinstance(walk.ended[-1].error, OutOfMemory)
     assert ids(walk) == ["base"]
     walk.executor.check_model("v1")
+
+
+def test_a_run_goes_on_after_its_model_made_room_for_anothers_step(walk: Walk) -> None:
+    walk.ready()
+    for number in (1, 0):
+        walk.executor.store.put(content(number))
+        walk.submit(Verb.LOAD, variant(number), f"load {number}")
+        walk.answer()
+    run = Job("run", b"a", 1, Verb.SAMPLE, "v0", {"model": "v0"}, 2)
+    walk.executor.submit(run)
+    walk.executor.attend()
+    walk.submit(Verb.FORWARD, variant(1), "forward", b"b")
+    walk.answer()
+    assert (walk.work.type, walk.work.body["model"]) == ("forward", "v1")
+    walk.answer("failed", NO_MEMORY)
+    done = []
+    while run.outcome is None:
+        done.append((walk.work.type, walk.work.body.get("step"), walk.work.body.get("forget")))
+        walk.answer()
+    assert done == [("evict", None, []), ("forward", None, []), ("load", None, []), ("sample", 1, [])]
+
+
+def test_a_model_that_made_room_is_forgotten_by_an_unload(one: Walk) -> None:
+    one.submit(Verb.FORWARD, variant(1), "later")
+    one.executor.cancel("later")
+    while one.executor.scheduler.running is not None:
+        one.answer()
+    made_room = next(number for number in (0, 1) if f"v{number}" not in ids(one))
+    one.submit(Verb.UNLOAD, variant(made_room), "unload")
+    assert (one.ended[-1].id, one.ended[-1].outcome) == ("unload", Outcome.RESULT)
+    with pytest.raises(ModelNotFound):
+        one.executor.check_model(f"v{made_room}")
 
 
 def test_roots_that_change_forget_what_made_room(one: Walk) -> None:
