@@ -171,3 +171,20 @@ def test_eight_bits_are_sent(both: Both, comfyui_models: Path, tmp_path: Path, m
     assert "Weights: sent to " in outcome.texts["info"]
     (sent,) = tmp_path.glob("*.safetensors")
     assert sent.stat().st_size < 1.2 * path.stat().st_size
+
+
+def test_weights_that_were_sent_and_made_room_are_sent_again(both: Both, tmp_path: Path) -> None:
+    """The loader doesn't run again, since nothing in the graph before the sampler has changed."""
+    with Daemon(1, settings={"models.uploads": str(tmp_path)}) as far, far.client() as client:
+        run = sampled(FLUX, far.endpoint)
+        run.ranks["taco"] = 1
+        both(run)
+        for model in client.models():
+            client.unload(model["id"])
+        (sent,) = tmp_path.glob("*.safetensors")
+        sent.unlink()
+        for name, node in run.nodes.items():
+            if name.startswith("sampler"):
+                node["inputs"]["seed"] += 1
+        both(run)
+        assert sent.exists()

@@ -114,7 +114,7 @@ def test_one_with_a_session_that_holds_too_much(small: Daemon, client: Client) -
         peer.say(bytes(header))
         peer.say(bytes(body), more=False)
         eventually(lambda: client.status()["clients"] == 2, 10, "it has a session")
-        for _ in range(HELD_BYTES // (4 * MIB)):
+        for _ in range(3 * HELD_BYTES // (4 * MIB)):
             if not peer.say(bytes(4 * MIB)):
                 break
         eventually(lambda: peer.cut_off or own(small) < before + HELD_BYTES, 20, "it holds no more than it may")

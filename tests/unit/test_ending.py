@@ -185,6 +185,41 @@ def test_a_file_is_new_or_old_until_it_is_written(tmp_path: Path) -> None:
         assert path.read_bytes() == b"latent"
 
 
+@pytest.mark.parametrize("change", ["removed", "moved", "replaced"])
+def test_a_file_that_goes_before_it_is_written_is_made_again(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "latent"
+    with Output(str(path)) as output:
+        if change == "moved":
+            path.rename(tmp_path / "elsewhere")
+        else:
+            path.unlink()
+        if change == "replaced":
+            path.write_bytes(b"another's, and longer")
+        output.write(b"latent")
+    assert path.read_bytes() == b"latent"
+
+
+def test_a_file_whose_folder_goes_before_it_is_written_is_kept_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    path = tmp_path / "folder" / "latent"
+    with Output(str(path)) as output:
+        path.unlink()
+        path.parent.rmdir()
+        with pytest.raises(TacodError, match="it was kept as") as caught:
+            output.write(b"latent")
+    kept = Path(caught.value.message.rpartition(" as ")[2])
+    assert kept.read_bytes() == b"latent"
+    kept.unlink()
+
+
+def test_what_another_put_in_the_place_of_an_unwritten_file_stays(tmp_path: Path) -> None:
+    path = tmp_path / "latent"
+    with Output(str(path)):
+        path.unlink()
+        path.write_bytes(b"another's")
+    assert path.read_bytes() == b"another's"
+
+
 def test_a_file_is_written_through_a_link_and_with_the_users_mode(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "real")
     with Output(str(tmp_path / "link")):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -66,7 +68,7 @@ class Output:
             # A link may lead to a file that isn't there yet.
             self._real = os.path.realpath(path)
             self._is_new = not os.path.lexists(self._real)
-            self._file = open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666), "wb", buffering=0)  # noqa: SIM115
+            self._file = _opened(path)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise RequestError(f"{path}: {reason}; name another file by --output") from None
@@ -76,10 +78,10 @@ class Output:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         with suppress(OSError):
-            self._file.close()
-        if self._is_new and not self.written:
-            with suppress(OSError):
+            if self._is_new and not self.written and not self._is_gone():
                 Path(self._real).unlink()
+        with suppress(OSError):
+            self._file.close()
 
     def write(self, content: bytes) -> None:
         """Write the file.
@@ -87,16 +89,36 @@ class Output:
         What can't be written there (a disk is full) goes where temporary files do, and `TacodError` says so.
         """
         try:
-            left = memoryview(content)
-            while left:
-                left = left[self._file.write(left) or 0 :]
-            # A pipe or a device has no length.
-            with suppress(OSError):
-                os.ftruncate(self._file.fileno(), len(content))
+            self._put(content)
+            if self._is_gone():
+                # It was removed or moved since it was opened.
+                self._file.close()
+                self._file = _opened(self.path)
+                self._put(content)
             self._file.close()
         except OSError as error:
             raise TacodError(f"{self.path}: {error.strerror}; {_kept(self.path, content)}") from None
         self.written = True
+
+    def _put(self, content: bytes) -> None:
+        left = memoryview(content)
+        while left:
+            left = left[self._file.write(left) or 0 :]
+        # A pipe or a device has no length.
+        with suppress(OSError):
+            os.ftruncate(self._file.fileno(), len(content))
+
+    def _is_gone(self) -> bool:
+        """Whether the open file isn't what lies at the path any more."""
+        try:
+            found = os.fstat(self._file.fileno())
+            return stat.S_ISREG(found.st_mode) and not os.path.samestat(os.stat(self.path), found)
+        except (OSError, ValueError):
+            return True
+
+
+def _opened(path: str) -> FileIO:
+    return FileIO(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666), "wb")
 
 
 def _kept(path: str, content: bytes) -> str:
