@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -15,7 +16,7 @@ from tacod.checkpoint.folder import is_folders, open_folder
 from tacod.checkpoint.gguf import is_gguf, read_gguf
 from tacod.checkpoint.header import PLAIN, File, Header, Part, TensorInfo
 from tacod.checkpoint.safetensors import read_safetensors
-from tacod_client.errors import ModelCorrupt, ModelNotFound
+from tacod_client.errors import ModelCorrupt, ModelNotFound, ModelUnsupported
 
 __all__ = ["FEW", "Checkpoint", "read_checkpoint"]
 
@@ -82,7 +83,7 @@ def read_checkpoint(path: str, prefix: str | None = None) -> Checkpoint:
     have of those that are usual (``model.diffusion_model.``, ``module.``, …).
 
     Raises `ModelNotFound` if a file can't be opened, `ModelCorrupt` if one is truncated or not what its name says,
-    `ModelUnsupported` for a folder or a GGUF file of a kind that isn't read.
+    `ModelUnsupported` for a folder or a GGUF file of a kind that isn't read, and for what is neither file nor folder.
     """
     try:
         return _read_folder(path) if is_folders(path) else _read_file(path, prefix)
@@ -92,6 +93,8 @@ def read_checkpoint(path: str, prefix: str | None = None) -> Checkpoint:
 
 
 def _read_file(path: str, prefix: str | None) -> Checkpoint:
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ModelUnsupported(f"{path} is no regular file; to open it could block for ever")
     header = read_gguf(path) if is_gguf(path) or path.lower().endswith(".gguf") else read_safetensors(path)
     if prefix is None:
         prefix = _find_prefix(header.entries)
