@@ -39,13 +39,6 @@ _TORCH = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 _SCALES = ("scale_weight", "weight_scale")
 _UNUSED = ("scale_input", "input_scale", "comfy_quant")
 """What 8-bit files hold for arithmetic in 8 bits, or say of weights whose dtype says it too."""
-_OTHERS = {
-    *("vae", "first_stage_model"),
-    *("text_encoders", "text_encoder", "text_encoder_2", "text_encoder_3", "cond_stage_model", "conditioner"),
-    *("clip_l", "clip_g", "t5xxl", "image_encoder"),
-    *("ema", "ema_model", "model_ema", "optimizer"),
-}
-"""The first names of other modules' tensors, which may lie beside the model's own."""
 
 _log = logging.getLogger(__name__)
 
@@ -78,8 +71,8 @@ def load_model(
 ) -> DiT:
     """Build the family that the checkpoint holds and fill it, tensor by tensor.
 
-    Linear layers of 8 bits or fewer are kept so, as `StoredLinear`; everything else is cast to ``dtype``. Tensors of
-    other modules (a VAE, text encoders, a moving average) are left out, with a line in the log.
+    Linear layers of 8 bits or fewer are kept so, as `StoredLinear`; everything else is cast to ``dtype``. Which
+    tensors were left out as other modules' is said in the log.
 
     Raises `ModelUnsupported` if the family or its weights are unknown, `ModelCorrupt` if tensors lack or don't fit, or
     if a file changes meanwhile.
@@ -89,6 +82,8 @@ def load_model(
         model = family(config)
     wanted = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
     scales = _check(checkpoint, wanted)
+    if others := checkpoint.others:
+        _log.info("%s: %d tensors are other modules', and left out: %s", checkpoint.path, len(others), some(others))
     sizes = {name: sum(part.stop - part.start for part in checkpoint.parts[name]) for name in wanted}
     done, total = 0, sum(sizes.values())
     # As they lie in the file, for disks that like to go on.
@@ -119,11 +114,6 @@ def _check(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]) -> dic
         raise ModelCorrupt(f"{checkpoint.path} lacks {some(absent)}; download the file again")
     scales, unknown = _sort_out(checkpoint, wanted)
     # Behind a prefix that was taken off, all is the model's.
-    if not checkpoint.prefix:
-        others = [name for name in unknown if name.partition(".")[0] in _OTHERS]
-        unknown = [name for name in unknown if name.partition(".")[0] not in _OTHERS]
-        if others:
-            _log.info("%s: %d tensors are other modules', and left out: %s", checkpoint.path, len(others), some(others))
     if unknown:
         raise ModelUnsupported(
             f"{checkpoint.path} has tensors that this family doesn't use: {some(unknown)}; "

@@ -18,7 +18,7 @@ from tacod.checkpoint import locate, read_checkpoint
 from tacod.rank.arrangement import identify
 from tacod.rank.families import detect
 from tacod.rank.families.base import DiT
-from tacod.rank.weights import load_model
+from tacod.rank.weights import choose_dtype, load_model
 from tacod_client.errors import ModelCorrupt, ModelError, ModelUnsupported
 
 CPU = torch.device("cpu")
@@ -205,7 +205,19 @@ def test_other_modules_beside_bare_names_are_left_out(
     caplog.set_level("INFO")
     assert is_plain(load(save(tmp_path / "m.safetensors", {**theirs, **own}, SD3.config)), SD3)
     assert f"{len(theirs)} tensors are other modules', and left out: " in caplog.text
-    assert is_plain(load(save(tmp_path / "m.safetensors", {**theirs, **own})), SD3)
+    path = save(tmp_path / "m.safetensors", {**theirs, **{name: tensor.bfloat16() for name, tensor in own.items()}})
+    checkpoint = read_checkpoint(str(path))
+    # Neither the dtype nor the memory that is made ready goes by them.
+    assert choose_dtype(checkpoint, None, torch.device("cuda")) == "bf16"
+    assert checkpoint.weight_bytes(None) == sum(2 * tensor.numel() for tensor in own.values())
+    assert load(path).family == "sd3"
+
+
+@pytest.mark.parametrize("beside", ["", "junk", "vae.decoder.weight"])
+def test_a_moving_average_alone_is_the_model(beside: str, tmp_path: Path) -> None:
+    tensors = behind("ema.", SD3.model.state_dict())
+    more = {beside: torch.ones(2)} if beside else {}
+    assert is_plain(load(save(tmp_path / "m.safetensors", {**tensors, **more})), SD3)
 
 
 @pytest.mark.parametrize(
