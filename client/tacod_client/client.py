@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -296,12 +297,22 @@ class Model:
         self.path: str = told["path"]
         self.parameters: int = told["parameters"]
         self.dtype: str = told["dtype"]
+        self.sampling: dict[str, Any] = dict(told.get("sampling", {}))
+        """Its noise process, by which `sample` runs: ``prediction``, ``channels``, …; the protocol names all keys."""
         self.plan: str = told["plan"]
         self.notes: tuple[str, ...] = tuple(told.get("notes", ()))
         """What was left out of the patches, and why; a line each."""
 
     def __repr__(self) -> str:
         return f"<Model {self.id} {self.family} {self.name}>"
+
+    def with_plan(self, plan: Any) -> Model:
+        """The same model with forwards spread otherwise, as `Client.load` takes a ``plan``; with stats of its own."""
+        other = copy.copy(self)
+        other._load = replace(self._load, plan=plan)
+        other._digests = Digests()
+        other.stats = ModelStats()
+        return other
 
     def forward(self, /, **arguments: Any) -> Any:
         """One DiT forward, with the names and meaning of ComfyUI's ``diffusion_model(x, timestep, context, …)``.
@@ -358,7 +369,8 @@ class Model:
         Args:
             noise: [B, C, H, W], standard normal.
             latent: [B, C, H, W] in the VAE's space, as ComfyUI's LATENT; zeros for an empty canvas.
-            sigmas: [steps + 1], falling noise levels from at most 1 to at least 0.
+            sigmas: [steps + 1], falling noise levels down to at least 0: of a flow from at most 1, of PixArt (epsilon)
+                from at most the level of its noisiest step in training, 157.
             positive: The forward's other arguments (``context``, ``y``, ``guidance``, …).
             negative: The same for the negative prompt; not looked at when ``cfg`` is 1.
             cfg: Guidance scale.

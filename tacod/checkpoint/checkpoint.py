@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -15,7 +16,7 @@ from tacod.checkpoint.folder import is_folders, open_folder
 from tacod.checkpoint.gguf import is_gguf, read_gguf
 from tacod.checkpoint.header import PLAIN, File, Header, Part, TensorInfo
 from tacod.checkpoint.safetensors import read_safetensors
-from tacod_client.errors import ModelCorrupt, ModelNotFound
+from tacod_client.errors import ModelCorrupt, ModelNotFound, ModelUnsupported
 
 __all__ = ["FEW", "Checkpoint", "read_checkpoint"]
 
@@ -34,6 +35,13 @@ _WRAPPERS = (
 )
 """What programs call the diffusion model in a file of more, and what PyTorch's wrappers call what they wrap."""
 _WRAPPED = re.compile(rf"(?:(?:{'|'.join(_WRAPPERS)})\.)+")
+_OTHERS = {
+    *("vae", "first_stage_model"),
+    *("text_encoders", "text_encoder", "text_encoder_2", "text_encoder_3", "cond_stage_model", "conditioner"),
+    *("clip_l", "clip_g", "t5xxl", "image_encoder"),
+    *("ema", "ema_model", "model_ema", "optimizer"),
+}
+"""The first names of other modules' tensors, which may lie beside a model that has no prefix."""
 FEW = 5
 """As many keys with a prefix may be strays, in a file of more."""
 
@@ -56,6 +64,8 @@ class Checkpoint:
     """The bytes of each tensor, in order."""
     diffusers: bool = False
     """Whether the tensors have diffusers' names and order still (see `DiT.diffusers_layout`)."""
+    others: tuple[str, ...] = field(default=(), repr=False)
+    """The names of other modules' tensors that lie beside the model's where these have no prefix."""
 
     @property
     def parameters(self) -> int:
@@ -75,27 +85,34 @@ class Checkpoint:
         )
 
 
-def read_checkpoint(path: str, prefix: str | None = None) -> Checkpoint:
+def read_checkpoint(path: str, prefix: str | None = None, whole: bool = False) -> Checkpoint:
     """Read and check the headers of a model file or folder, without torch and without the weights.
 
     A file may hold the model behind a prefix, with other models beside it. By default that is the one which most keys
-    have of those that are usual (``model.diffusion_model.``, ``module.``, …).
+    have of those that are usual (``model.diffusion_model.``, ``module.``, …). Where it has none, tensors that are other
+    modules' by their first names (a VAE's, text encoders', a moving average) are left out, unless ``whole`` is true.
 
     Raises `ModelNotFound` if a file can't be opened, `ModelCorrupt` if one is truncated or not what its name says,
-    `ModelUnsupported` for a folder or a GGUF file of a kind that isn't read.
+    `ModelUnsupported` for a folder or a GGUF file of a kind that isn't read, and for what is neither file nor folder.
     """
     try:
-        return _read_folder(path) if is_folders(path) else _read_file(path, prefix)
+        return _read_folder(path) if is_folders(path) else _read_file(path, prefix, whole)
     except OSError as error:
         where = error.filename or path
         raise ModelNotFound(f"{where}: {error.strerror}; tacod's user must be able to read it") from None
 
 
-def _read_file(path: str, prefix: str | None) -> Checkpoint:
+def _read_file(path: str, prefix: str | None, whole: bool) -> Checkpoint:
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ModelUnsupported(f"{path} is no regular file; to open it could block for ever")
     header = read_gguf(path) if is_gguf(path) or path.lower().endswith(".gguf") else read_safetensors(path)
     if prefix is None:
         prefix = _find_prefix(header.entries)
     entries = {key.removeprefix(prefix): entry for key, entry in header.entries.items() if key.startswith(prefix)}
+    own = {key: entry for key, entry in entries.items() if prefix or whole or key.partition(".")[0] not in _OTHERS}
+    # A file of nothing else has its model among them.
+    others = tuple(key for key in entries if key not in own) if own else ()
+    entries = own or entries
     return Checkpoint(
         path,
         {key: entry.info for key, entry in entries.items()},
@@ -104,6 +121,7 @@ def _read_file(path: str, prefix: str | None) -> Checkpoint:
         _identify(path, b"", [header]),
         (header.file,),
         {key: (entry.part,) for key, entry in entries.items()},
+        others=others,
     )
 
 

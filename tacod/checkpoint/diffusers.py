@@ -7,7 +7,7 @@ from typing import Any
 
 from tacod_client.errors import ModelUnsupported
 
-__all__ = ["translate"]
+__all__ = ["is_known", "translate"]
 
 Config = Mapping[str, Any]
 
@@ -20,16 +20,25 @@ def translate(path: str, config: Config) -> dict[str, Any]:
 
     Raises `ModelUnsupported`, naming the class or the key, for what has no translation.
     """
-    name = config.get("_class_name")
-    known = next((known for known in _CLASSES if isinstance(name, str) and known in name), None)
-    if name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_single":
-        known = "PixArtTransformer2DModel"  # as diffusers called it when PixArt was published
-    translation = _CLASSES.get(known) if known is not None else None
+    translation = _find(config)
     if translation is None:
+        name = config.get("_class_name")
         raise ModelUnsupported(
             f"{path}: config.json's _class_name is {name!r:.80}; this version reads folders of {', '.join(_CLASSES)}"
         )
     return translation(config)
+
+
+def is_known(config: Config) -> bool:
+    """Whether its class is one that `translate` reads."""
+    return _find(config) is not None
+
+
+def _find(config: Config) -> Callable[[Config], dict[str, Any]] | None:
+    name = config.get("_class_name")
+    if name == "Transformer2DModel" and config.get("norm_type") == "ada_norm_single":
+        return _pixart  # as diffusers called it when PixArt was published
+    return next((read for known, read in _CLASSES.items() if isinstance(name, str) and known in name), None)
 
 
 def _flux(config: Config) -> dict[str, Any]:

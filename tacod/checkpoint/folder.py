@@ -1,8 +1,9 @@
 """A model as a folder in diffusers' layout: a configuration, and weights in one file or in shards.
 
 Either the transformer's own folder, or a pipeline's or a trainer's, which holds it as ``transformer/``. The weights may
-be a variant, which has its name in the file's (``diffusion_pytorch_model.fp16.safetensors``). The path of such a weight
-file or index means the folder with that one, if its configuration is beside it.
+be a variant, which has its name in the file's (``diffusion_pytorch_model.fp16.safetensors``). The path of such an index
+means the folder with that one, and so does that of such a weight file, if its configuration is beside it; a weight file
+that has other names than diffusers', or something else beside it, is a file like any other.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tacod.checkpoint.diffusers import is_known
 from tacod.checkpoint.header import Entry, Header
 from tacod.checkpoint.safetensors import read_safetensors
-from tacod_client.errors import ModelCorrupt, ModelNotAllowed, ModelUnsupported
+from tacod_client.errors import ModelCorrupt, ModelError, ModelNotAllowed, ModelUnsupported
 from tacod_client.text import encodable
 
 __all__ = ["Folder", "is_folders", "open_folder"]
@@ -27,6 +29,8 @@ _WEIGHTS = f"{_STEM}.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"
 _ANY_INDEX = re.compile(r".*safetensors.*index.*\.json|.*index.*safetensors.*\.json")
 _SHARD = re.compile(r".*-\d+-of-\d+.*")
+_BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
+"""What the names of diffusers' blocks begin with; the authors' files call them otherwise."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +67,25 @@ class Folder:
 
 
 def is_folders(path: str) -> bool:
-    """Whether `open_folder` reads a path: a folder, or a weight file or index that has its configuration beside it."""
+    """Whether `open_folder` reads a path: a folder, or a weight file or index that has its configuration beside it.
+
+    What lies beside a weight file may have nothing to do with it, and counts only if file and configuration agree.
+    """
     if os.path.isdir(path):
         return True
     folder, name = os.path.split(path)
-    weights = name.endswith(".safetensors") or _ANY_INDEX.fullmatch(name)
-    return bool(weights) and name.startswith(_STEM) and os.path.isfile(os.path.join(folder, "config.json"))
+    config_path = os.path.join(folder, "config.json")
+    if not name.startswith(_STEM) or not os.path.isfile(config_path):
+        return False
+    if _ANY_INDEX.fullmatch(name):
+        return True
+    if not name.endswith(".safetensors") or not os.path.isfile(path):
+        return False
+    try:
+        known = is_known(_read_json(config_path)[1])
+        return known and any(each.startswith(_BLOCKS) for each in read_safetensors(path).entries)
+    except (OSError, ModelError):
+        return False
 
 
 def open_folder(path: str) -> Folder:

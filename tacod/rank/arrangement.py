@@ -47,7 +47,7 @@ def identify(checkpoint: Checkpoint) -> tuple[type[DiT], dict[str, Any], Checkpo
 
 def _look_deeper(checkpoint: Checkpoint) -> Checkpoint:
     """The same file with the one prefix behind which a family knows the tensors; as it is if there is none."""
-    whole = read_checkpoint(checkpoint.path, prefix="")
+    whole = read_checkpoint(checkpoint.path, prefix="", whole=True)
     if whole.identity != checkpoint.identity:
         raise ModelCorrupt(f"{checkpoint.path} changed while it was being loaded; load it again")
     behind: dict[str, dict[str, TensorInfo]] = {"": dict(whole.tensors)}

@@ -33,7 +33,10 @@ Function = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Change(abc.ABC):
-    """What is done to a weight. Raises `ArgumentError` for tensors that are not floating-point or don't go together."""
+    """What is done to a weight. Its tensors may be of whole numbers, which are cast.
+
+    Raises `ArgumentError` for complex tensors, and for such as don't go together.
+    """
 
     kind: ClassVar[str]
     """Its name on the wire."""
@@ -43,8 +46,8 @@ class Change(abc.ABC):
     def __post_init__(self) -> None:
         for name, value in self.contents().items():
             if isinstance(value, Tensor):
-                if not value.is_floating_point():
-                    raise ArgumentError(f"{name}: expected a floating-point tensor, got {value.dtype}", argument=name)
+                if value.is_complex():
+                    raise ArgumentError(f"{name}: expected real numbers, got {value.dtype}", argument=name)
                 if not value.numel() and not self.may_be_empty:
                     raise ArgumentError(f"{name}: a tensor of shape {list(value.shape)} is empty", argument=name)
             elif isinstance(value, float) and not math.isfinite(value):
@@ -204,7 +207,9 @@ class LoHa(Factored):
         first = _low_rank_shape(a=self.w1_a, b=self.w1_b, core=self.t1)
         second = _low_rank_shape(a=self.w2_a, b=self.w2_b, core=self.t2)
         if first is None or first != second:
-            raise _mismatch(**self.contents())
+            # ComfyUI leaves out what can't be multiplied. What spreads over the other product it merges.
+            apart = first is not None and second is not None and not _spread(first, second)
+            raise _mismatch(Misfit if apart else ArgumentError, **self.contents())
 
     @property
     def rank(self) -> int:
@@ -367,6 +372,12 @@ def _factor(
 def _broadcasts(shape: Sequence[int], weight: Sequence[int]) -> bool:
     pairs = zip(reversed(shape), reversed(weight), strict=False)
     return len(shape) <= len(weight) and all(size in (1, whole) for size, whole in pairs)
+
+
+def _spread(first: Sequence[int], second: Sequence[int]) -> bool:
+    """Whether tensors of these shapes can be multiplied, sizes of one spread over the other's."""
+    pairs = zip(reversed(first), reversed(second), strict=False)
+    return all(one == other or 1 in (one, other) for one, other in pairs)
 
 
 def _mismatch(kind: type[ArgumentError] = ArgumentError, **tensors: Any) -> ArgumentError:

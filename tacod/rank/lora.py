@@ -109,7 +109,8 @@ def read_lora(
     """A LoRA file's patches by the single file's keys, as ComfyUI's loaders would make them.
 
     Text encoders' tensors (`is_text_encoders`) are left out, with a line in the log. Modules of another shape than what
-    they patch, and such as lack what would make them a change, are left out if there are others.
+    they patch, and such as lack what would make them a change, are left out if there are others. Of modules that patch
+    the same under several prefixes that one counts which ComfyUI reads last.
 
     Args:
         source: A safetensors file, whose path the caller has found to be allowed, or its tensors.
@@ -142,7 +143,12 @@ def read_lora(
         raise ModelUnsupported(_stranger(title, unmatched, len(mine)), unmatched=unmatched[:_TOLD])
     patches: dict[str, list[Patch]] = {}
     left_out: list[_LeftOut] = []
+    replaced: list[str] = []
     for place, parts in modules.items():
+        named = {part.module for part in parts}
+        counting = _last(place, named)
+        replaced += [f"{title}: {module}: {counting[0]} patches the same" for module in sorted(named - {*counting})]
+        parts = {part: tensor for part, tensor in parts.items() if part.module in counting}
         try:
             patch = _patch(title, place, parts, shapes[place.key], strength)
         except _LeftOut as module:
@@ -154,7 +160,7 @@ def read_lora(
     if not strength:
         return {}
     if notes is not None:
-        notes += map(str, left_out)
+        notes += [*map(str, left_out), *replaced]
     return patches
 
 
@@ -264,6 +270,20 @@ def _plain(found: re.Match[str]) -> str:
 def _find(module: str, places: Mapping[str, Place]) -> Place | None:
     prefix = _PREFIX.match(module)
     return places.get(module) or (places.get(module[prefix.end() :]) if prefix else None)
+
+
+def _last(place: Place, modules: Iterable[str]) -> list[str]:
+    """Of the modules that patch one place that which ComfyUI reads last; all where this isn't known.
+
+    It goes by its own list of names, where the network's come before diffusers'. Without a prefix, or behind that of
+    diffusers, it knows the former not at all.
+    """
+    own = place.key.removesuffix(".weight")
+    flat = own.replace(".", "_")
+    turns = {own: 0, flat: 0, f"transformer.{own}": 0, f"lora_unet_{flat}": 1, f"diffusion_model.{own}": 2}
+    found = {module: turns.get(module, 3 if module.startswith("transformer.") else None) for module in modules}
+    known = {turn: module for module, turn in found.items() if turn is not None}
+    return [known[max(known)]] if len(known) == len(found) else list(found)
 
 
 def _refuse(tensors: Iterable[str], title: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -39,6 +40,8 @@ _SCALES = ("scale_weight", "weight_scale")
 _UNUSED = ("scale_input", "input_scale", "comfy_quant")
 """What 8-bit files hold for arithmetic in 8 bits, or say of weights whose dtype says it too."""
 
+_log = logging.getLogger(__name__)
+
 Progress = Callable[[int, int], None]
 """Called with the bytes that are loaded and the bytes that will be."""
 
@@ -68,7 +71,8 @@ def load_model(
 ) -> DiT:
     """Build the family that the checkpoint holds and fill it, tensor by tensor.
 
-    Linear layers of 8 bits or fewer are kept so, as `StoredLinear`; everything else is cast to ``dtype``.
+    Linear layers of 8 bits or fewer are kept so, as `StoredLinear`; everything else is cast to ``dtype``. Which
+    tensors were left out as other modules' is said in the log.
 
     Raises `ModelUnsupported` if the family or its weights are unknown, `ModelCorrupt` if tensors lack or don't fit, or
     if a file changes meanwhile.
@@ -78,6 +82,8 @@ def load_model(
         model = family(config)
     wanted = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
     scales = _check(checkpoint, wanted)
+    if others := checkpoint.others:
+        _log.info("%s: %d tensors are other modules', and left out: %s", checkpoint.path, len(others), some(others))
     sizes = {name: sum(part.stop - part.start for part in checkpoint.parts[name]) for name in wanted}
     done, total = 0, sum(sizes.values())
     # As they lie in the file, for disks that like to go on.
@@ -107,6 +113,7 @@ def _check(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]) -> dic
             )
         raise ModelCorrupt(f"{checkpoint.path} lacks {some(absent)}; download the file again")
     scales, unknown = _sort_out(checkpoint, wanted)
+    # Behind a prefix that was taken off, all is the model's.
     if unknown:
         raise ModelUnsupported(
             f"{checkpoint.path} has tensors that this family doesn't use: {some(unknown)}; "

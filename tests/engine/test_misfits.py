@@ -95,6 +95,24 @@ LEFT_OUT: dict[str, tuple[dict[str, Tensor], str]] = {
         "no whole loha",
     ),
     "a larger product": (other(lokr_w1=torch.ones(4, 4), lokr_w2=torch.ones(20, 101)), "[80, 404]"),
+    "two products of other shapes": (
+        other(
+            hada_w1_a=torch.ones(80, 2),
+            hada_w1_b=torch.ones(2, 400),
+            hada_w2_a=torch.ones(80, 2),
+            hada_w2_b=torch.ones(2, 399),
+        ),
+        "no whole loha",
+    ),
+    "two products of other rows": (
+        other(
+            hada_w1_a=torch.ones(79, 2),
+            hada_w1_b=torch.ones(2, 400),
+            hada_w2_a=torch.ones(80, 3),
+            hada_w2_b=torch.ones(3, 400),
+        ),
+        "no whole loha",
+    ),
     "a larger difference": (other(diff=torch.ones(80, 401)), "[80, 401]"),
     "a difference the other way": (other(diff=torch.ones(400, 80)), "[400, 80]"),
     "an empty difference": (other(diff=torch.ones(0, 400)), "[0, 400]"),
@@ -131,7 +149,25 @@ REFUSED: dict[str, tuple[dict[str, Tensor], type[TacodError]]] = {
         ModelUnsupported,
     ),
     "another weight": (other(set_weight=torch.ones(80, 401)), ModelUnsupported),
-    "whole numbers": (other(diff=torch.ones(80, 400, dtype=torch.int8)), ModelCorrupt),
+    "a product that spreads over the other": (
+        other(
+            hada_w1_a=torch.ones(80, 2),
+            hada_w1_b=torch.ones(2, 400),
+            hada_w2_a=torch.ones(80, 2),
+            hada_w2_b=torch.ones(2, 1),
+        ),
+        ModelCorrupt,
+    ),
+    "factors of one product apart": (
+        other(
+            hada_w1_a=torch.ones(80, 2),
+            hada_w1_b=torch.ones(3, 400),
+            hada_w2_a=torch.ones(80, 2),
+            hada_w2_b=torch.ones(2, 400),
+        ),
+        ModelCorrupt,
+    ),
+    "complex numbers": (other(diff=torch.ones(80, 400, dtype=torch.cfloat)), ModelCorrupt),
     "no layer of the model": ({"diffusion_model.double_blocks.7.img_attn.proj.diff": torch.ones(1)}, ModelUnsupported),
 }
 
@@ -167,7 +203,118 @@ def test_single_patches_are_left_out_alike() -> None:
         parse_patches([fitting, {**wide, "strength_model": 0.5}], shapes=shapes)
 
 
+# --- one layer under several names ------------------------------------------------------------------------------------
+
+LAYER = "double_blocks.0.img_attn.proj"
+FLAT = LAYER.replace(".", "_")
+THEIRS = "transformer_blocks.0.attn.to_out.0"
+TWICE = [
+    (LAYER, f"diffusion_model.{LAYER}"),
+    (FLAT, f"lora_unet_{FLAT}"),
+    (f"transformer.{LAYER}", f"lora_unet_{FLAT}"),
+    (f"lora_unet_{FLAT}", f"diffusion_model.{LAYER}"),
+    (f"diffusion_model.{LAYER}", f"transformer.{THEIRS}"),
+    (f"lora_unet_{FLAT}", f"transformer.{THEIRS}"),
+    (LAYER, f"lora_unet_{FLAT}", f"diffusion_model.{LAYER}", f"transformer.{THEIRS}"),
+]
+"""The names of one layer, in the order in which ComfyUI reads them; the last one's counts."""
+
+
+def each_under(names: tuple[str, ...]) -> dict[str, Tensor]:
+    file = {}
+    for name in names:
+        file |= {f"{name}.lora_up.weight": randn(80, 2), f"{name}.lora_down.weight": randn(2, 80)}
+        file[f"{name}.alpha"] = torch.rand(())
+    return file
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("names", TWICE, ids="-".join)
+def test_of_one_layer_under_several_names_the_last_counts(names: tuple[str, ...], backwards: bool) -> None:
+    """Last by ComfyUI's list of names; in the file they may have any order."""
+    file, notes = each_under(names), list[str]()
+    if backwards:
+        file = dict(reversed(file.items()))
+    found = read_lora(file, layout_of(FLUX), shapes_of(FLUX), notes=notes)
+    wanted = read(FLUX, {name: tensor for name, tensor in file.items() if name.startswith(f"{names[-1]}.")})
+    out, expected_weights = patched_weights(FLUX, found), patched_weights(FLUX, wanted)
+    assert all(torch.equal(out[key], expected_weights[key]) for key in out)
+    assert sorted(notes) == [f"the LoRA: {name}: {names[-1]} patches the same" for name in sorted(names[:-1])]
+
+
+@pytest.mark.comfyui
+@pytest.mark.parametrize("names", TWICE, ids="-".join)
+def test_comfyui_reads_the_same_last(names: tuple[str, ...], comfy: Any) -> None:
+    file = dict(reversed(each_under(names).items()))
+    wanted, out = comfyuis_weights(comfy, FLUX, file, 0.8), patched_weights(FLUX, read(FLUX, file, 0.8))
+    assert [key for key in out if not torch.equal(out[key], wanted[key])] == []
+
+
+def test_one_that_counts_and_does_not_fit_is_not_replaced() -> None:
+    """Nor is it in ComfyUI, which has forgotten the other by then."""
+    names = TWICE[0]
+    file = {**each_under(names[:1]), **each_under(names[1:])}
+    file[f"{names[1]}.lora_down.weight"] = randn(2, 81)
+    with pytest.raises(ModelUnsupported, match=r"\[80, 81\]"):
+        read(FLUX, file)
+    notes: list[str] = []
+    file |= {f"{OTHER}.diff": randn(80, 400)}
+    assert list(read_lora(file, layout_of(FLUX), shapes_of(FLUX), notes=notes)) == ["single_blocks.1.linear2.weight"]
+    assert len(notes) == 2
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        # Which of these it reads last depends on the family.
+        (f"transformer.{THEIRS}", f"lora_transformer_{THEIRS.replace('.', '_')}"),
+        (f"unet.{LAYER}", f"diffusion_model.{LAYER}"),
+    ],
+)
+def test_one_layer_under_names_of_no_known_order_is_refused(names: tuple[str, ...]) -> None:
+    with pytest.raises(ModelUnsupported, match="more than once"):
+        read(FLUX, each_under(names))
+
+
 # --- dtypes and places ------------------------------------------------------------------------------------------------
+
+WHOLE = {
+    "lora": lambda: other(lora_up__weight=whole(80, 4), lora_down__weight=whole(4, 400)),
+    "dora": lambda: other(lora_up__weight=randn(80, 4), lora_down__weight=randn(4, 400), dora_scale=whole(80, 1) + 1),
+    "loha": lambda: other(
+        hada_w1_a=whole(80, 2), hada_w1_b=whole(2, 400), hada_w2_a=whole(80, 2), hada_w2_b=whole(2, 400)
+    ),
+    "lokr": lambda: other(lokr_w1=whole(4, 4), lokr_w2=whole(20, 100)),
+    "diff": lambda: other(diff=whole(80, 400)),
+    "set": lambda: other(set_weight=whole(80, 400)),
+}
+
+
+def whole(*shape: int) -> Tensor:
+    return torch.randint(0, 3, shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("kind", WHOLE)
+def test_whole_numbers_are_cast(kind: str, dtype: torch.dtype) -> None:
+    file = WHOLE[kind]()
+    integers = {name: tensor if tensor.is_floating_point() else tensor.to(dtype) for name, tensor in file.items()}
+    floats = {name: tensor.float() for name, tensor in file.items()}
+    out, wanted = (patched_weights(FLUX, read(FLUX, each, 0.8)) for each in (integers, floats))
+    assert all(torch.equal(out[key], wanted[key]) for key in wanted)
+    assert not torch.equal(
+        out["single_blocks.1.linear2.weight"], FLUX.model.state_dict()["single_blocks.1.linear2.weight"]
+    )
+
+
+@pytest.mark.comfyui
+@pytest.mark.parametrize("kind", WHOLE)
+def test_comfyui_casts_whole_numbers(kind: str, comfy: Any) -> None:
+    file = {
+        name: tensor if tensor.is_floating_point() else tensor.to(torch.int8) for name, tensor in WHOLE[kind]().items()
+    }
+    wanted, out = comfyuis_weights(comfy, FLUX, file, 0.8), patched_weights(FLUX, read(FLUX, file, 0.8))
+    assert [key for key in out if not torch.equal(out[key], wanted[key])] == []
 
 
 @pytest.mark.parametrize(

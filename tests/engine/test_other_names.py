@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ from helpers import FLUX, SD3, Tiny
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tacod.checkpoint import read_checkpoint
+from tacod.checkpoint import locate, read_checkpoint
 from tacod.rank.arrangement import identify
 from tacod.rank.families import detect
 from tacod.rank.families.base import DiT
-from tacod.rank.weights import load_model
+from tacod.rank.weights import choose_dtype, load_model
 from tacod_client.errors import ModelCorrupt, ModelError, ModelUnsupported
 
 CPU = torch.device("cpu")
@@ -183,6 +184,148 @@ def test_a_moving_average_is_no_rival(ema: str, tmp_path: Path) -> None:
     weights = SD3.model.state_dict()
     twice = {**behind("model.", weights), **behind(ema, {name: tensor + 1 for name, tensor in weights.items()})}
     assert is_plain(load(save(tmp_path / "m.safetensors", twice)), SD3)
+
+
+@pytest.mark.parametrize("names", [str, in_diffusers], ids=["authors", "diffusers"])
+def test_other_modules_beside_bare_names_are_left_out(
+    names: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """ComfyUI says so and draws; so it is here, whatever they hold."""
+    own = in_diffusers(SD3) if names is in_diffusers else SD3.model.state_dict()
+    theirs = {
+        "vae.decoder.conv_in.weight": torch.ones(3, 3),
+        "first_stage_model.decoder.conv_in.weight": torch.ones(3, 3),
+        "text_encoders.clip_l.transformer.text_model.final_layer_norm.weight": torch.ones(3),
+        "text_encoder_2.shared.weight": torch.ones(3, dtype=torch.int64),
+        "conditioner.embedders.0.weight": torch.ones(3),
+        "cond_stage_model.weight": torch.ones(3),
+        **behind("ema.", {name: tensor + 1 for name, tensor in own.items()}),
+        "model_ema.decay": torch.ones(()),
+    }
+    caplog.set_level("INFO")
+    assert is_plain(load(save(tmp_path / "m.safetensors", {**theirs, **own}, SD3.config)), SD3)
+    assert f"{len(theirs)} tensors are other modules', and left out: " in caplog.text
+    path = save(tmp_path / "m.safetensors", {**theirs, **{name: tensor.bfloat16() for name, tensor in own.items()}})
+    checkpoint = read_checkpoint(str(path))
+    # Neither the dtype nor the memory that is made ready goes by them.
+    assert choose_dtype(checkpoint, None, torch.device("cuda")) == "bf16"
+    assert checkpoint.weight_bytes(None) == sum(2 * tensor.numel() for tensor in own.values())
+    assert load(path).family == "sd3"
+
+
+@pytest.mark.parametrize("beside", ["", "junk", "vae.decoder.weight"])
+def test_a_moving_average_alone_is_the_model(beside: str, tmp_path: Path) -> None:
+    tensors = behind("ema.", SD3.model.state_dict())
+    more = {beside: torch.ones(2)} if beside else {}
+    assert is_plain(load(save(tmp_path / "m.safetensors", {**tensors, **more})), SD3)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "name"),
+    [
+        ("", "joint_blocks.0.x_block.vae.weight"),
+        ("", "joint_blocks.0.xyz"),
+        ("", "vaex.weight"),
+        ("", "junk.weight"),
+        ("", "weight"),
+        ("model.diffusion_model.", "model.diffusion_model.vae.weight"),
+        ("", "controlnet.vae.weight"),
+    ],
+)
+def test_what_may_be_of_the_network_stays_refused(prefix: str, name: str, tmp_path: Path) -> None:
+    """It may be a variant that draws otherwise."""
+    tensors = {**behind(prefix, SD3.model.state_dict()), name: torch.ones(2)}
+    refused(save(tmp_path / "m.safetensors", tensors), ModelUnsupported, "doesn't use: " + name.removeprefix(prefix))
+
+
+# --- what lies beside a file ------------------------------------------------------------------------------------------
+
+FLUX_JSON = {
+    "_class_name": "FluxTransformer2DModel",
+    "in_channels": 4 * FLUX.config["in_channels"],
+    "num_layers": FLUX.config["depth"],
+}
+BESIDE: dict[str, str | bytes] = {
+    "nothing": "{}",
+    "a list": "[1]",
+    "no JSON": "{",
+    "no text": b"\xff\xfe",
+    "too deep": "[" * 100_000,
+    "no object": "3",
+    "another class": json.dumps({"_class_name": "MyThing"}),
+    "a VAE's": json.dumps({"_class_name": "AutoencoderKL", "in_channels": 3}),
+    "no class but a number": json.dumps({"_class_name": 7}),
+    "a text encoder's": json.dumps({"architectures": ["T5EncoderModel"]}),
+}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "diffusion_pytorch_model.fp16.safetensors"])
+@pytest.mark.parametrize("beside", BESIDE)
+def test_what_lies_beside_a_file_is_not_its_configuration(beside: str, name: str, tmp_path: Path) -> None:
+    """ComfyUI doesn't look at it."""
+    content = BESIDE[beside]
+    (tmp_path / "config.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    for tensors in (
+        SD3.model.state_dict(),
+        in_diffusers(SD3),
+        behind("model.diffusion_model.", SD3.model.state_dict()),
+    ):
+        path = save(tmp_path / name, tensors)
+        assert is_plain(load(path), SD3)
+        assert locate(name, [str(tmp_path)]) == str(path)
+
+
+def test_what_lies_beside_a_file_and_can_not_be_read_is_none(tmp_path: Path) -> None:
+    path = save(tmp_path / WEIGHTS, SD3.model.state_dict())
+    os.mkfifo(tmp_path / "config.json")
+    assert is_plain(load(path), SD3)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").mkdir()
+    assert is_plain(load(path), SD3)
+
+
+@pytest.mark.parametrize("described", [True, False])
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "of.nobody."])
+@pytest.mark.parametrize("config", [FLUX_JSON, {"_class_name": "FluxTransformer2DModel", "patch_size": 4}])
+def test_a_file_of_the_authors_names_beside_a_known_configuration_goes_by_itself(
+    config: Any, prefix: str, described: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = behind(prefix, FLUX_128.model.state_dict())
+    path = save(tmp_path / WEIGHTS, tensors, FLUX_128.config if described else None)
+    assert is_plain(load(path), FLUX_128)
+
+
+def test_another_file_of_the_same_folder_goes_by_itself(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(FLUX_JSON))
+    assert is_plain(load(save(tmp_path / "m.safetensors", in_diffusers(SD3))), SD3)
+
+
+def test_the_weights_of_a_folder_go_by_its_configuration(tmp_path: Path) -> None:
+    """Which shapes alone would not tell: heads of another width."""
+    config = {
+        **FLUX_JSON,
+        "num_single_layers": FLUX.config["depth_single_blocks"],
+        "num_attention_heads": FLUX.config["num_heads"],
+        "attention_head_dim": FLUX.config["hidden_size"] // FLUX.config["num_heads"],
+        "pooled_projection_dim": FLUX.config["vec_in_dim"],
+        "joint_attention_dim": FLUX.config["context_in_dim"],
+        "axes_dims_rope": FLUX.config["axes_dim"],
+        "guidance_embeds": FLUX.config["guidance_embed"],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = load(save(tmp_path / WEIGHTS, in_diffusers(FLUX)))
+    assert is_plain(model, FLUX)
+    assert model.heads == FLUX.model.heads
+
+
+def test_half_a_file_beside_a_configuration_is_corrupt(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(FLUX_JSON))
+    path = save(tmp_path / WEIGHTS, in_diffusers(FLUX))
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ModelCorrupt):
+        load(path)
 
 
 def refused(path: Path, error: type[ModelError], match: str) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +14,7 @@ from threading import Event
 import pytest
 import torch
 from helpers import FLUX, SD3, START_S, Daemon, eventually
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tacod_client import ConnectionLost
@@ -44,6 +48,35 @@ def test_the_job_goes_on_with_the_next_daemon(models: Path) -> None:
         assert seen[-steps:] == list(range(1, steps + 1))
         assert len(seen) > steps
         FLUX.check(client.load(FLUX.file))
+
+
+def test_a_run_of_tacoctl_from_a_file_goes_on_with_the_next_daemon(models: Path, tmp_path: Path) -> None:
+    """It loads the file again, as every client does."""
+    inputs, outputs = tmp_path / "inputs", [tmp_path / name for name in ("undisturbed", "disturbed")]
+    given = SD3.inputs()
+    save_file({f"positive.{key}": given[key] for key in ("context", "y")}, inputs)
+    with Daemon(1, [models]) as daemon, daemon.client() as client:
+
+        def sample(output: Path) -> subprocess.Popen[str]:
+            code = "import sys; from tacod_client.cli import main; sys.exit(main())"
+            arguments = ["sample", SD3.file, str(inputs), "--size", "96x96", "--steps", "500", "--output", str(output)]
+            environment = {**os.environ, "TACOD_ENDPOINT": daemon.endpoint}
+            command = [sys.executable, "-c", code, *arguments]
+            return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+        with sample(outputs[0]) as process:
+            assert process.wait(START_S) == 0
+        done = client.stats()["forwards_total"]
+        with sample(outputs[1]) as process:
+            eventually(lambda: client.stats()["forwards_total"] > done, START_S, "it runs")
+            daemon.signal(signal.SIGKILL)
+            daemon.wait()
+            assert process.poll() is None
+            eventually(lambda: not daemon.processes(), 10, "no rank survives")
+            daemon.start()
+            assert process.wait(START_S) == 0, process.communicate()[1]
+    first, second = (load_file(output)["latent"] for output in outputs)
+    assert torch.equal(first, second)
 
 
 def test_one_that_stays_away_is_an_error_that_says_so(models: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -297,15 +298,20 @@ def test_an_empty_id_stands_for_no_model() -> None:
     assert loaded.find(FakeLoaded(), "cd") == FakeLoaded().models()[2]  # type: ignore[arg-type]
 
 
-FLOW = {"name": "m", "family": "f", "sampling": {"channels": 16, "prediction": "flow"}}
+def with_process(sampling: dict[str, Any]) -> Any:
+    """A model of this noise process."""
+    return SimpleNamespace(name="m", family="f", sampling=sampling)
+
+
+FLOW = with_process({"channels": 16, "prediction": "flow"})
 BETAS = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 2e-2, "num_train_timesteps": 1000}
-EPSILON = {"name": "m", "family": "f", "sampling": {"channels": 4, "prediction": "epsilon", **BETAS}}
+EPSILON = with_process({"channels": 4, "prediction": "epsilon", **BETAS})
 
 
 @pytest.mark.parametrize("steps", [1, 2, 8, 1000, 1500])
 def test_noise_levels_fall_from_the_processes_highest(steps: int) -> None:
-    for told, highest in ((FLOW, 1.0), (EPSILON, 157.407)):
-        levels = sample.noise_levels(told, steps).tolist()
+    for model, highest in ((FLOW, 1.0), (EPSILON, 157.407)):
+        levels = sample.noise_levels(model, steps).tolist()
         assert len(levels) == steps + 1
         assert levels[0] == pytest.approx(highest, rel=1e-5)
         assert levels[-1] == 0
@@ -326,18 +332,16 @@ def test_noise_levels_are_those_of_the_schedule() -> None:
 @pytest.mark.parametrize(
     ("sampling", "shift", "said"),
     [
-        (None, None, "put sigmas"),
         ({}, None, "put sigmas"),
         ({"prediction": "v_prediction"}, None, "put sigmas"),
-        ({**EPSILON["sampling"], "beta_schedule": "cosine"}, None, "put sigmas"),
-        (EPSILON["sampling"], 3.0, "--shift is for flows"),
+        ({**EPSILON.sampling, "beta_schedule": "cosine"}, None, "put sigmas"),
+        (EPSILON.sampling, 3.0, "--shift is for flows"),
     ],
 )
 def test_noise_of_a_process_that_is_not_known_is_asked_for(sampling: Any, shift: float | None, said: str) -> None:
     """Of a newer daemon's family, or of an older daemon that doesn't tell: another's would be a picture of nothing."""
-    told = {"name": "m", "family": "f", **({} if sampling is None else {"sampling": sampling})}
     with pytest.raises(errors.RequestError, match=said):
-        sample.noise_levels(told, 4, shift)
+        sample.noise_levels(with_process(sampling), 4, shift)
 
 
 @pytest.mark.parametrize(

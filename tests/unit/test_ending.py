@@ -48,6 +48,9 @@ def shell(command: str, **environment: str) -> subprocess.CompletedProcess[bytes
         ("tacoctl completion bash | true", 1),
         ("tacoctl --json completion zsh | true", 1),
         ("tacoctl frobnicate 2>/dev/full", 2),
+        ("tacoctl --help >/dev/full", 1),
+        ("tacoctl sample --help >/dev/full", 1),
+        ("tacoctl --help >&-", 0),
     ],
 )
 def test_streams_that_are_closed_or_full(command: str, code: int) -> None:
@@ -56,6 +59,21 @@ def test_streams_that_are_closed_or_full(command: str, code: int) -> None:
     assert b"Traceback" not in done.stderr
     assert b"Exception ignored" not in done.stderr
     assert done.stderr.count(b"\n") <= 1
+
+
+@pytest.mark.parametrize("verb", ["", "sample", "plan"])
+def test_help_that_can_not_be_written_is_told(verb: str) -> None:
+    assert shell(f"tacoctl {verb} --help >/dev/full").stderr == b"tacoctl: stdout: No space left on device\n"
+
+
+@pytest.mark.parametrize("name", ["pipe", "pipe.safetensors", "pipe.gguf", "link", "/dev/null"])
+def test_a_plan_of_no_file_is_refused_before_it_blocks(name: str, tmp_path: Path) -> None:
+    for pipe in ("pipe", "pipe.safetensors", "pipe.gguf"):
+        os.mkfifo(tmp_path / pipe)
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    done = shell(f"tacoctl plan {tmp_path / name} --ranks 2")
+    assert (done.returncode, done.stderr.count(b"\n")) == (1, 1)
+    assert b"is no regular file" in done.stderr
 
 
 @pytest.mark.parametrize(

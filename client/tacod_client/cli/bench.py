@@ -16,7 +16,7 @@ import numpy as np
 
 from tacod_client.cli import loaded, show
 from tacod_client.cli.output import document
-from tacod_client.client import Client
+from tacod_client.client import Client, Model
 from tacod_client.errors import ModelNotFound, RequestError
 from tacod_client.stats import Call
 
@@ -38,9 +38,9 @@ def run(args: argparse.Namespace) -> int:
     quiet = "json" in args
     with Client(getattr(args, "endpoint", None)) as client:
         world_size = client.status()["group"]["world_size"]
-        told = _find(client, args.model, quiet)
+        model = _find(client, args.model, quiet)
         sizes = args.size or [(1024, 1024)]
-        family = _family(told["path"], world_size, sizes[0], args.batch, args.text)
+        family = _family(model.path, world_size, sizes[0], args.batch, args.text)
         text = family["text"]
         rows = []
         with show.counting(len(sizes) * (1 + (world_size > 1)), quiet) as count:
@@ -48,15 +48,15 @@ def run(args: argparse.Namespace) -> int:
                 lengths = {"B": args.batch, "H": height // 8, "W": width // 8, "L": text}
                 shapes = _shapes(family["arguments"], lengths)
                 loaded.check_size(client, list(shapes.values()))
-                given = _inputs(family["arguments"], shapes, told["dtype"])
-                alone, expected = _measure(client, told, ONE_RANK, given, args.rounds)
+                given = _inputs(family["arguments"], shapes, model.dtype)
+                alone, expected = _measure(model.with_plan(ONE_RANK), given, args.rounds)
                 count()
                 together, out = alone, expected
                 if world_size > 1:
-                    together, out = _measure(client, told, "auto", given, args.rounds)
+                    together, out = _measure(model.with_plan("auto"), given, args.rounds)
                     count()
                 rows.append(_row(f"{width}x{height}", alone, together, _error(out, expected)))
-    known = {key: told[key] for key in ("id", "name", "family", "dtype")}
+    known = {key: getattr(model, key) for key in ("id", "name", "family", "dtype")}
     answer = {"model": known, "batch": args.batch, "text": text, "ranks": world_size, "rounds": args.rounds}
     answer["sizes"] = rows
     if quiet:
@@ -66,14 +66,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _find(client: Client, name: str | None, quiet: bool) -> dict[str, Any]:
-    """What the daemon tells of a model: by the start of its id, by its file, or of the one that was used last."""
+def _find(client: Client, name: str | None, quiet: bool) -> Model:
+    """A model by the start of its id, by its file, or the one that was used last."""
     if name is not None:
         return loaded.find_or_load(client, name, quiet)
     models = client.models()
     if not models:
         raise ModelNotFound("no model is loaded; name a file, or load one by `tacoctl load`")
-    return models[-1]
+    return client.model(models[-1]["id"])
 
 
 def _family(path: str, ranks: int, size: tuple[int, int], batch: int, text: int | None) -> dict[str, Any]:
@@ -116,12 +116,8 @@ def _inputs(arguments: Arguments, shapes: Mapping[str, Sequence[int]], dtype: st
     return inputs
 
 
-def _measure(
-    client: Client, told: dict[str, Any], plan: Any, given: dict[str, Any], rounds: int
-) -> tuple[list[Call], Any]:
+def _measure(model: Model, given: dict[str, Any], rounds: int) -> tuple[list[Call], Any]:
     """The calls of so many rounds, and what came out."""
-    # By its id, not by a load: that could mean other patches or another dtype, and so another copy.
-    model = client.model(told["id"], plan)
     calls = []
     for _ in range(WARM_UPS + rounds):
         out = model.forward(**given)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tacod_client.cli import show
-from tacod_client.client import Client
+from tacod_client.client import Client, Model
 from tacod_client.errors import MessageTooLarge, ModelNotFound
 
 __all__ = ["check_size", "find", "find_or_load", "the_one"]
@@ -35,14 +35,16 @@ def the_one(client: Client, start: str) -> dict[str, Any]:
     return told
 
 
-def find_or_load(client: Client, name: str, quiet: bool) -> dict[str, Any]:
-    """What the daemon tells of a model, by the start of its id, or by its file, which is loaded if it isn't yet."""
+def find_or_load(client: Client, name: str, quiet: bool) -> Model:
+    """A model by the start of its id, or by its file, which is loaded if it isn't yet.
+
+    One that comes from a file loads itself again if the daemon has forgotten it, one that is known by its id can't.
+    """
     told = find(client, name)
-    if told is None:
-        with show.loading(quiet) as progress:
-            model = client.load(name, progress=progress)
-        told = the_one(client, model.id)
-    return told
+    if told is not None:
+        return client.model(told["id"])
+    with show.loading(quiet) as progress:
+        return client.load(name, progress=progress)
 
 
 def check_size(client: Client, shapes: Sequence[Sequence[int]]) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 from tacod_client.cli import verbs
 from tacod_client.cli.ending import guarded
+from tacod_client.cli.output import stdout
 from tacod_client.text import typed
 from tacod_client.wire import MAX_STEPS
 
@@ -30,9 +33,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guarded(lambda: verbs.run(parser().parse_args(argv)))
 
 
+class _Parser(argparse.ArgumentParser):
+    """One whose help isn't lost in silence where it can't be written; argparse's own drops the error."""
+
+    def print_help(self, file: Any = None) -> None:
+        """Write the help to ``file``, by default to stdout. Raises `OSError`."""
+        with stdout():
+            (file or sys.stdout).write(self.format_help())
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line of ``tacoctl``."""
-    anywhere = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    anywhere = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
     anywhere.add_argument(
         "--endpoint",
         metavar="E",
@@ -40,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         help="where tacod listens (default $TACOD_ENDPOINT, then the usual places)",
     )
     anywhere.add_argument("--json", action="store_true", help="print one JSON document")
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="tacoctl",
         description="Looks at tacod and tells it what to do.",
         epilog=EPILOG,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tacod_client.cli import loaded, show
 from tacod_client.cli.output import Output, document
-from tacod_client.client import Client
+from tacod_client.client import Client, Model
 from tacod_client.errors import RequestError
 
 if TYPE_CHECKING:
@@ -26,9 +25,8 @@ def run(args: argparse.Namespace) -> None:
 
     given, quiet = _read(args.inputs), "json" in args
     with Output(args.output) as output, Client(getattr(args, "endpoint", None)) as client:
-        told = loaded.find_or_load(client, args.model, quiet)
-        model = client.model(told["id"])
-        inputs = _inputs(args, given, told, client)
+        model = loaded.find_or_load(client, args.model, quiet)
+        inputs = _inputs(args, given, model, client)
         job = model.sample(**inputs, cfg=args.cfg, sampler=args.sampler, seed=args.seed)
         show.progress(job, quiet)
         output.write(save({"latent": job.result().contiguous()}))
@@ -59,23 +57,21 @@ def _read(path: str) -> dict[str, torch.Tensor]:
     return given
 
 
-def _inputs(
-    args: argparse.Namespace, given: dict[str, torch.Tensor], told: Mapping[str, Any], client: Client
-) -> dict[str, Any]:
+def _inputs(args: argparse.Namespace, given: dict[str, torch.Tensor], model: Model, client: Client) -> dict[str, Any]:
     """What `Model.sample` takes."""
     import torch
 
     positive = _under("positive.", given)
     sigmas = given.get("sigmas")
     if sigmas is None:
-        sigmas = noise_levels(told, args.steps, args.shift)
+        sigmas = noise_levels(model, args.steps, args.shift)
     noise = given.get("noise")
     if noise is None:
         batch = max((value.shape[0] for value in positive.values() if value.ndim), default=1)
         width, height = args.size
-        channels = args.channels or told.get("sampling", {}).get("channels")
+        channels = args.channels or model.sampling.get("channels")
         if channels is None:
-            raise RequestError(f"{told['name']}: the daemon doesn't tell how many channels it has; give --channels")
+            raise RequestError(f"{model.name}: the daemon doesn't tell how many channels it has; give --channels")
         shape = (batch, channels, height // 8, width // 8)
         loaded.check_size(client, [shape, shape])
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed))
@@ -92,7 +88,7 @@ def _under(prefix: str, given: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     return {key.removeprefix(prefix): value for key, value in given.items() if key.startswith(prefix)}
 
 
-def noise_levels(told: Mapping[str, Any], steps: int, shift: float | None = None) -> torch.Tensor:
+def noise_levels(model: Model, steps: int, shift: float | None = None) -> torch.Tensor:
     """The noise levels [steps + 1] of a run, down to 0, by the noise process that the daemon tells of the model.
 
     For a flow they are even in time, shifted. For a model of betas they are those that ComfyUI calls "normal": of even
@@ -100,16 +96,16 @@ def noise_levels(told: Mapping[str, Any], steps: int, shift: float | None = None
     """
     import torch
 
-    process = told.get("sampling", {})
+    process = model.sampling
     kind = process.get("prediction")
     if kind == "flow":
         even, shift = torch.linspace(1, 0, steps + 1), SHIFT if shift is None else shift
         return shift * even / (1 + (shift - 1) * even)
     if shift is not None:
-        raise RequestError(f"{told['name']}: --shift is for flows, and {told['family']} is none; leave it out")
+        raise RequestError(f"{model.name}: --shift is for flows, and {model.family} is none; leave it out")
     if kind != "epsilon" or process.get("beta_schedule") != "linear":
         raise RequestError(
-            f"{told['name']}: which noise levels {told['family']} takes is not known to this tacoctl; put sigmas "
+            f"{model.name}: which noise levels {model.family} takes is not known to this tacoctl; put sigmas "
             "[steps + 1] into the inputs"
         )
     count = process["num_train_timesteps"]

@@ -67,7 +67,7 @@ def _load(args: argparse.Namespace) -> None:
         started = time.perf_counter()
         with show.loading(quiet="json" in args) as progress:
             model = client.load(args.path, patches=_loras(args), dtype=args.dtype, progress=progress)
-        told = next(told for told in client.models() if told["id"] == model.id)
+        told = loaded.the_one(client, model.id)
         elapsed_s = time.perf_counter() - started
         _print(args, told, lambda told: show.loaded(told, elapsed_s))
 
