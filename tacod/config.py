@@ -29,10 +29,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Config", "ConfigError", "load_config", "to_toml"]
+from tacod_client.endpoint import UNIX_PATH_BYTES
 
-SOCKET_PATH_BYTES = 107
-"""What Linux has room for in a unix socket's address, less the zero behind it."""
+__all__ = ["Config", "ConfigError", "load_config", "to_toml"]
 
 
 class ConfigError(Exception):
@@ -52,8 +51,8 @@ def _check_endpoint(endpoint: str) -> str:
     path = endpoint.removeprefix("ipc://")
     if path == endpoint or not path.startswith("/") or path.endswith("/") or "\0" in path:
         raise ValueError(f"expected ipc:///absolute/path, got {endpoint!r}")
-    if len(os.fsencode(path)) > SOCKET_PATH_BYTES:
-        raise ValueError(f"the socket's path is longer than the {SOCKET_PATH_BYTES} bytes that a unix socket takes")
+    if len(os.fsencode(path)) > UNIX_PATH_BYTES:
+        raise ValueError(f"the socket's path is longer than the {UNIX_PATH_BYTES} bytes that a unix socket takes")
     return endpoint
 
 
@@ -187,8 +186,8 @@ def _check_listen(listen: str) -> str:
     path = listen.removeprefix("unix:")
     if path != listen:
         size = len(os.fsencode(path))
-        if not os.path.isabs(path) or path.endswith("/") or "\0" in path or size > SOCKET_PATH_BYTES:
-            raise ValueError(f"expected unix:/absolute/path of {SOCKET_PATH_BYTES} bytes at most, got {listen!r}")
+        if not os.path.isabs(path) or path.endswith("/") or "\0" in path or size > UNIX_PATH_BYTES:
+            raise ValueError(f"expected unix:/absolute/path of {UNIX_PATH_BYTES} bytes at most, got {listen!r}")
         return listen
     return _check_address(listen, '"127.0.0.1:9464", "[::1]:9464" or "unix:/path"')
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import tacod
 from tacod import __version__, logs, places, report
@@ -24,6 +25,8 @@ from tacod.lifecycle import Lifecycle
 from tacod.manifest import Manifest
 from tacod.processes import devices
 from tacod.server import Server
+from tacod_client import streams
+from tacod_client.cli.output import stdout
 from tacod_client.errors import TacodError
 from tacod_client.text import encodable
 
@@ -37,19 +40,18 @@ DEFAULT_CONFIG = "/etc/tacod/config.toml"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``tacod``; returns the exit code: 0 after a drain, 1 if the ranks were given up, 78 for a bad config."""
-    logs.hold_streams()
+    streams.hold()
     args = _parser().parse_args(argv)
     try:
         config = load_config(args.config)
         level = args.log_level or config.log_level
         if args.print_config:
-            print(to_toml(config), end="")
-            return 0
+            # TOML is UTF-8 whatever the locale is.
+            return _say(to_toml(config), encoding="utf-8")
         if args.check_config:
             Keys.read(args.config, config.curve)
             places.check(args.config, config)
-            print(f"{encodable(args.config)}: ok")
-            return 0
+            return _say(f"{encodable(args.config)}: ok\n")
         # A SIGABRT, such as systemd's watchdog sends, prints the loop's stack. Not the other threads': they run on
         # meanwhile, and reading a stack that changes can crash before this one is printed.
         faulthandler.enable(sys.__stderr__ or 2, all_threads=False)
@@ -66,10 +68,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EX_CONFIG
 
 
+def _say(text: str, **options: str) -> int:
+    """Write a text to stdout; returns the exit code."""
+    try:
+        with stdout():
+            if options and (reconfigure := getattr(sys.stdout, "reconfigure", None)) is not None:
+                reconfigure(**options)
+            print(text, end="")
+    except OSError as error:
+        # Of a reader that went away, as `head` does, there is nothing to say.
+        if not isinstance(error, BrokenPipeError):
+            logs.complain(f"{error.filename}: {error.strerror}")
+        streams.mute(sys.stdout)
+        return 1
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # argparse itself hides what can't be written.
+        if file is not sys.stdout:
+            streams.complain(message.removesuffix("\n"))
+        elif _say(message):
+            raise SystemExit(1)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tacod", description="Runs diffusion transformers on all of your GPUs at once."
-    )
+    parser = _Parser(prog="tacod", description="Runs diffusion transformers on all of your GPUs at once.")
     parser.add_argument(
         "--config", default=DEFAULT_CONFIG, metavar="FILE", help=f"the configuration (default {DEFAULT_CONFIG})"
     )
@@ -109,19 +134,25 @@ def _serve(config: Config, config_path: str, folder: Path) -> int:
         preload = [manifest.describe(path, None, None, "auto", len(names)) for path in config.models.preload]
     except TacodError as error:
         raise ConfigError(f"{config_path}:models.preload: {error.message}") from None
-    signals, wakeup = socket.socketpair()
-    for end in (signals, wakeup):
-        end.setblocking(False)
-    signal.set_wakeup_fd(wakeup.fileno())
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: None)
-    exporter = Exporter(config.metrics.listen) if config.metrics.listen is not None else None
-    server = Server(config, names, preload, folder, keys)
-    server.lifecycle = lifecycle = Lifecycle(server, config, config_path)
-    log.info("tacod %s, pid %d, listening on %s", __version__, os.getpid(), config.endpoint)
-    if config.curve is not None and keys is not None:
-        log.info("and on %s, for %d clients by their CURVE keys", config.curve.listen, len(keys.clients))
-    try:
+    with contextlib.ExitStack() as ending:
+        signals, wakeup = socket.socketpair()
+        for end in (signals, wakeup):
+            ending.callback(end.close)
+            end.setblocking(False)
+        signal.set_wakeup_fd(wakeup.fileno())
+        ending.callback(signal.set_wakeup_fd, -1)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda number, frame: None)
+        exporter = None
+        if config.metrics.listen is not None:
+            exporter = Exporter(config.metrics.listen)
+            ending.callback(exporter.close)
+        server = Server(config, names, preload, folder, keys)
+        ending.callback(server.close)
+        server.lifecycle = lifecycle = Lifecycle(server, config, config_path)
+        log.info("tacod %s, pid %d, listening on %s", __version__, os.getpid(), config.endpoint)
+        if config.curve is not None and keys is not None:
+            log.info("and on %s, for %d clients by their CURVE keys", config.curve.listen, len(keys.clients))
         code = None
         while code is None:
             server.turn(signals.fileno())
@@ -131,13 +162,6 @@ def _serve(config: Config, config_path: str, folder: Path) -> int:
                 lifecycle.hear(caught)
             code = lifecycle.turn()
         return code
-    finally:
-        server.close()
-        if exporter is not None:
-            exporter.close()
-        signal.set_wakeup_fd(-1)
-        signals.close()
-        wakeup.close()
 
 
 def _caught(signals: socket.socket) -> bytes:

@@ -28,7 +28,7 @@ from prometheus_client.registry import Collector
 
 from tacod.config import ConfigError
 from tacod.metrics import Histogram, Metrics
-from tacod.places import PathTaken, UnixSocket
+from tacod.unix_socket import PathTaken, UnixSocket
 
 __all__ = ["STATES", "Exporter", "Reading", "families"]
 
@@ -152,7 +152,11 @@ class Exporter(Collector):
             raise ConfigError(f"metrics.listen: {listen}: {reason}; choose another, or end what uses it") from None
         self._server.set_app(make_wsgi_app(registry))
         self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            self._server.server_close()
+            raise
 
     @property
     def port(self) -> int:

@@ -8,7 +8,9 @@ import os
 import sys
 from types import TracebackType
 
-__all__ = ["complain", "configure", "hold_streams"]
+from tacod_client import streams
+
+__all__ = ["complain", "configure"]
 
 _PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 
@@ -19,25 +21,6 @@ class _JournalFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         priority = _PRIORITIES.get(record.levelno, 6)
         return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
-
-
-def hold_streams() -> None:
-    """Have standard streams that were closed at the start lead nowhere, for this process and those that it starts.
-
-    Else the next files that are opened would take their numbers, and what prints would print there.
-    """
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            null = os.open(os.devnull, os.O_RDWR)
-            if null != number:
-                os.dup2(null, number)
-                os.close(null)
-            os.set_inheritable(number, True)
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def configure(level: str, prefix: str = "") -> None:
@@ -56,10 +39,7 @@ def configure(level: str, prefix: str = "") -> None:
 def complain(text: object) -> None:
     """Print why there is no daemon, as it is; for journald each line is an error."""
     mark = f"<{_PRIORITIES[logging.ERROR]}>" if _to_journal() else ""
-    # Whoever was to read it may be gone; the exit code says it too.
-    with contextlib.suppress(OSError):
-        for line in str(text).splitlines():
-            print(f"{mark}{line}", file=sys.stderr, flush=True)
+    streams.complain("\n".join(f"{mark}{line}" for line in str(text).splitlines()))
 
 
 def _to_journal() -> bool:

@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import logging
 import os
 import re
-import socket
 import stat
-import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tacod.config import Config, ConfigError
+from tacod.unix_socket import MOVE_IT, PathTaken, kind_of, stale
 
-__all__ = ["PathTaken", "UnixSocket", "check", "hold", "kind_of"]
+__all__ = ["check", "hold"]
 
 log = logging.getLogger(__name__)
 
-BACKLOG = 100
-LOCK = re.compile(rb"(\d{1,10}\n)?")
-"""What a lock holds: its holder's pid, and nothing for a moment at first."""
+LOCK = re.compile(rb"(?:(\d{1,10})( in a file that was there)?\n)?")
+"""What a lock holds: its holder's pid, and nothing for a moment at first. An empty file of others' will do."""
 PRIVATE = re.compile(r"(rendezvous|stacks)-[0-9a-f]+(-\d+)?")
 """Names of what ranks leave in the private folder if they are killed."""
-MOVE_IT = "move it away, or name another path"
-
-
-class PathTaken(Exception):
-    """A path can't be taken; says why, and what is there."""
 
 
 def check(file: str, config: Config) -> None:
@@ -40,19 +32,23 @@ def check(file: str, config: Config) -> None:
     """
     path, listen, uploads = config.socket_path, config.metrics.listen, config.models.uploads
     holder = _holder(_lock_of(path))
+    taken = {"endpoint": [path, _lock_of(path), _folder_of(path)]}
     looks: list[tuple[str, Callable[[], object]]] = [
         ("endpoint", lambda: _check_parents(path)),
-        ("endpoint", lambda: _stale(path, holder)),
+        ("endpoint", lambda: stale(path, holder)),
         ("endpoint", lambda: _check_lock(_lock_of(path))),
         ("endpoint", lambda: _own_files(_folder_of(path))),
     ]
     if listen is not None and listen.startswith("unix:"):
         metrics = Path(listen.removeprefix("unix:"))
         looks += [("metrics.listen", lambda: _check_parents(metrics))]
-        looks += [("metrics.listen", lambda: _check_apart(metrics, path))]
-        looks += [("metrics.listen", lambda: _stale(metrics, holder))]
+        looks += [("metrics.listen", lambda: _check_apart(metrics, {"endpoint": taken["endpoint"]}))]
+        looks += [("metrics.listen", lambda: stale(metrics, holder))]
+        looks += [("endpoint", lambda: _check_apart(path.parent, {"metrics.listen": [metrics]}))]
+        taken["metrics.listen"] = [metrics]
     if uploads is not None:
         looks += [("models.uploads", lambda: _check_parents(Path(uploads)))]
+        looks += [("models.uploads", lambda: _check_apart(Path(uploads), taken))]
         looks += [("models.uploads", lambda: _check_folder(Path(uploads)))]
     lines = []
     for key, look in looks:
@@ -77,7 +73,7 @@ def hold(path: Path) -> Iterator[Path]:
     folder, lock_path = _folder_of(path), _lock_of(path)
     try:
         path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
-        lock = _take_lock(lock_path, path)
+        lock, is_ours = _take_lock(lock_path, path)
     except PathTaken as error:
         raise ConfigError(f"endpoint: {error}") from None
     except OSError as error:
@@ -99,110 +95,12 @@ def hold(path: Path) -> Iterator[Path]:
                 log.warning("%s stays: %s", folder, error)
     finally:
         with contextlib.suppress(OSError):
-            if os.path.samestat(lock_path.lstat(), os.fstat(lock)):
+            if not is_ours:
+                if LOCK.fullmatch(os.pread(lock, 64, 0)):
+                    os.ftruncate(lock, 0)
+            elif os.path.samestat(lock_path.lstat(), os.fstat(lock)):
                 lock_path.unlink()
         os.close(lock)
-
-
-class UnixSocket:
-    """A socket that listens at a path, for its owner and their group.
-
-    A socket that nobody listens at any more is replaced, nothing else. (ZeroMQ's own bind removes whatever is there.)
-    Raises `PathTaken`.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.socket = socket.socket(socket.AF_UNIX)
-        try:
-            self._bind()
-        except BaseException:
-            self.socket.close()
-            raise
-
-    def _bind(self) -> None:
-        try:
-            stale = _stale(self.path)
-            if stale is not None and _identity(self.path.lstat()) == stale:
-                self.path.unlink(missing_ok=True)
-            mask = os.umask(0o117)
-            try:
-                self.socket.bind(os.fspath(self.path))
-            finally:
-                os.umask(mask)
-            self._made = _identity(self.path.lstat())
-            self.socket.listen(BACKLOG)
-        except OSError as error:
-            # Somebody may have been faster.
-            there = f" by {kind_of(self.path)}" if error.errno == errno.EADDRINUSE else ""
-            raise PathTaken(f"{self.path}: {error.strerror}{there}; name another path") from None
-
-    def remove(self) -> None:
-        """Take it away from its path; what somebody else has put there since stays."""
-        with contextlib.suppress(OSError):
-            if _identity(self.path.lstat()) == self._made:
-                self.path.unlink()
-
-
-def kind_of(path: Path) -> str:
-    """What is at a path, in words."""
-    try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:
-        return "nothing"
-    if stat.S_ISLNK(mode):
-        return f"a symbolic link to {path.readlink()}"
-    kinds = {stat.S_IFREG: "a regular file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe"}
-    return kinds.get(stat.S_IFMT(mode)) or ("a socket" if stat.S_ISSOCK(mode) else "a device")
-
-
-# --- sockets ----------------------------------------------------------------------------------------------------------
-
-
-def _identity(found: os.stat_result) -> tuple[int, int, int]:
-    """Which file it is: numbers alone are given anew."""
-    return found.st_dev, found.st_ino, found.st_mtime_ns
-
-
-def _stale(path: Path, holder: int | None = None) -> tuple[int, int, int] | None:
-    """Which socket lies there that nobody listens at, or None if there is nothing, or ``holder`` listens.
-
-    Raises `PathTaken` if there is something else.
-    """
-    try:
-        found = path.lstat()
-    except FileNotFoundError:
-        return None
-    if not stat.S_ISSOCK(found.st_mode):
-        raise PathTaken(f"{path} is no socket but {kind_of(path)}, and tacod replaces nothing of others; {MOVE_IT}")
-    with socket.socket(socket.AF_UNIX) as probe:
-        # It need not answer, and its queue may be full.
-        probe.setblocking(False)
-        code = probe.connect_ex(os.fspath(path))
-        if code == errno.ECONNREFUSED:
-            return _identity(found)
-        if code == errno.ENOENT:
-            return None
-        if code == errno.EACCES:
-            raise PermissionError(code, os.strerror(code), os.fspath(path))
-        pid = 0
-        if code == 0:
-            pid, _, _ = struct.unpack("3i", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-    if pid and pid == holder:
-        return None
-    raise PathTaken(f"{path}: Address already in use: {_name_of(pid)} listens there; end it, or name another path")
-
-
-def _name_of(pid: int) -> str:
-    with contextlib.suppress(OSError):
-        return f"process {pid} ({Path(f'/proc/{pid}/comm').read_text(errors='replace').strip()})"
-    return f"process {pid}" if pid else "another program"
-
-
-def _check_apart(metrics: Path, endpoint: Path) -> None:
-    own = {os.path.realpath(path) for path in (endpoint, _lock_of(endpoint), _folder_of(endpoint))}
-    if not own.isdisjoint((os.path.realpath(metrics), os.path.realpath(metrics.parent))):
-        raise PathTaken(f"{metrics} is where endpoint has its own socket and files; name another path")
 
 
 # --- the lock, and folders --------------------------------------------------------------------------------------------
@@ -219,62 +117,82 @@ def _folder_of(path: Path) -> Path:
 def _holder(path: Path) -> int | None:
     """Whose pid a lock tells, dead or alive."""
     with contextlib.suppress(OSError, PathTaken):
-        content = _check_lock(path)
-        return int(content) if content else None
+        return _pid_in(_check_lock(path))
     return None
 
 
-def _check_lock(path: Path) -> bytes:
-    """What a lock of tacod's holds; nothing if there is none. Raises `PathTaken` if something else is there."""
+def _pid_in(content: re.Match[bytes] | None) -> int | None:
+    return int(content[1]) if content is not None and content[1] else None
+
+
+def _check_lock(path: Path) -> re.Match[bytes] | None:
+    """What a lock holds; None if there is none. Raises `PathTaken` if something is there that can't be one."""
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
             raise PathTaken(f"{path}, which is to be the lock, is {kind_of(path)}; {MOVE_IT}")
         lock = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
-        return b""
+        return None
     try:
         return _content(lock, path)
     finally:
         os.close(lock)
 
 
-def _content(lock: int, path: Path) -> bytes:
-    found, content = os.fstat(lock), os.pread(lock, 64, 0)
+def _content(lock: int, path: Path) -> re.Match[bytes]:
+    found, content = os.fstat(lock), LOCK.fullmatch(os.pread(lock, 64, 0))
     # By a hard link it would be another file too that the pid is written to.
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or not LOCK.fullmatch(content):
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or content is None:
         raise PathTaken(f"{path}, which is to be the lock, is a file that tacod didn't make; {MOVE_IT}")
     return content
 
 
-def _take_lock(path: Path, endpoint: Path) -> int:
+def _take_lock(path: Path, endpoint: Path) -> tuple[int, bool]:
+    """Open and lock it; returns its descriptor, and whether tacod made it, and is to remove it."""
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     while True:
-        _check_lock(path)
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o640)
+        made = False
         try:
-            if _lock(lock, path, endpoint):
-                return lock
+            lock = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o640)
+            made = True
+        except FileExistsError:
+            _check_lock(path)
+            try:
+                lock = os.open(path, flags)
+            except FileNotFoundError:
+                continue
+        try:
+            is_ours = _lock(lock, path, endpoint, made)
         except BaseException:
             os.close(lock)
             raise
+        if is_ours is not None:
+            return lock, is_ours
         os.close(lock)
 
 
-def _lock(lock: int, path: Path, endpoint: Path) -> bool:
+def _lock(lock: int, path: Path, endpoint: Path, made: bool) -> bool | None:
+    """Lock it, and write whose it is now; returns whether tacod made it, or None if it is gone."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = _content(lock, path).decode().strip()
-        raise PathTaken(
-            f"tacod with pid {holder} already serves {endpoint}; stop it first, or set another endpoint"
-        ) from None
+        raise PathTaken(_held_by(_pid_in(_content(lock, path)), path, endpoint)) from None
     # The holder before may have unlinked the file between our open and our lock.
     with contextlib.suppress(FileNotFoundError):
         if os.path.samestat(path.lstat(), os.fstat(lock)):
-            _content(lock, path)
+            content = _content(lock, path)
+            is_ours = made or (content[1] is not None and content[2] is None)
+            mark = b"" if is_ours else b" in a file that was there"
             os.ftruncate(lock, 0)
-            os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
-            return True
-    return False
+            os.pwrite(lock, b"%d%b\n" % (os.getpid(), mark), 0)
+            return is_ours
+    return None
+
+
+def _held_by(pid: int | None, path: Path, endpoint: Path) -> str:
+    if pid is None:
+        return f"another program holds {path}, which is to be the lock; end it, or set another endpoint"
+    return f"tacod with pid {pid} already serves {endpoint}; stop it first, or set another endpoint"
 
 
 def _own_files(folder: Path) -> list[Path] | None:
@@ -320,3 +238,11 @@ def _check_parents(path: Path) -> None:
     nearest = next(parent for parent in path.parents if os.path.lexists(parent))
     if not os.path.isdir(nearest):
         raise PathTaken(f"{nearest} is no folder but {kind_of(nearest)}; {MOVE_IT}")
+
+
+def _check_apart(path: Path, others: dict[str, list[Path]]) -> None:
+    """See that a path is none of what other keys have tacod make, and not within it."""
+    real = Path(os.path.realpath(path))
+    for key, taken in others.items():
+        if not {real, *real.parents}.isdisjoint(Path(os.path.realpath(each)) for each in taken):
+            raise PathTaken(f"{path} is where {key} has its own socket and files; name another path")

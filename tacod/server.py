@@ -7,7 +7,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +22,10 @@ from tacod.heap import Leftovers
 from tacod.manifest import Model
 from tacod.messages import parse
 from tacod.monitor import Monitor
-from tacod.places import PathTaken, UnixSocket
 from tacod.scheduler import Job, Verb
 from tacod.sessions import Session, Sessions
 from tacod.store import tensors_of, without_claims
+from tacod.unix_socket import PathTaken, UnixSocket
 from tacod.uploads import Uploads
 from tacod.verbs import Verbs
 from tacod_client import wire
@@ -64,29 +64,39 @@ class Server:
         self.config = config
         self.boot_id = secrets.token_hex(8)
         self.started_s = time.monotonic()
-        self._context: zmq.Context[Any] = zmq.Context()
-        # Before the first client can come.
-        self.access = Access(self._context, keys)
-        self.socket = self._bind()
-        self.sessions = Sessions(
-            self.socket, config.limits.clients, config.limits.clients_per_user, config.limits.share_bytes
-        )
-        self.executor = Executor(
-            config, devices, preload, folder, on_progress=self._tell_progress, on_end=self._tell_end
-        )
-        self.monitor = Monitor(
-            config.group.device, lambda: [(rank.process.pid, rank.device) for rank in self.executor.group.ranks]
-        )
-        self.uploads = Uploads(config.models.uploads, config.models.upload_bytes, lambda: self.executor.files)
-        self._leftovers = Leftovers()
-        self._guard = Guard(config.limits.held_bytes, self._addresses(), self.sessions.sockets)
         self.lifecycle: Lifecycle | None = None
         """Whom operators' verbs go to."""
         self._next_probe_s = self.started_s + config.heartbeat_s
-        self._verbs = Verbs(self)
+        # What can't be made takes with it what was.
+        with ExitStack() as made:
+            self._context: zmq.Context[Any] = zmq.Context()
+            made.callback(self._context.term)
+            # Before the first client can come.
+            self.access = Access(self._context, keys)
+            made.callback(self.access.close)
+            self.socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
+            made.callback(self.socket.close)
+            self._bind(made)
+            self.sessions = Sessions(
+                self.socket, config.limits.clients, config.limits.clients_per_user, config.limits.share_bytes
+            )
+            self.executor = Executor(
+                config, devices, preload, folder, on_progress=self._tell_progress, on_end=self._tell_end
+            )
+            made.callback(self.executor.close)
+            self.monitor = Monitor(
+                config.group.device, lambda: [(rank.process.pid, rank.device) for rank in self.executor.group.ranks]
+            )
+            made.callback(self.monitor.close)
+            self.uploads = Uploads(config.models.uploads, config.models.upload_bytes, lambda: self.executor.files)
+            self._leftovers = Leftovers()
+            self._guard = Guard(config.limits.held_bytes, self._addresses(), self.sessions.sockets)
+            made.callback(self._guard.close)
+            self._verbs = Verbs(self)
+            self._made = made.pop_all()
 
-    def _bind(self) -> zmq.Socket[bytes]:
-        socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
+    def _bind(self, made: ExitStack) -> None:
+        socket = self.socket
         socket.setsockopt(zmq.LINGER, 2000)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         # Little is queued in the socket, so that an outbox can still replace stale progress.
@@ -102,8 +112,8 @@ class Server:
         try:
             self._unix = UnixSocket(self.config.socket_path)
         except PathTaken as error:
-            self.access.close()
             raise ConfigError(f"endpoint: {error}") from None
+        made.callback(self._unix.remove)
         self._unix_address = self._unix.socket.getsockname()
         # By its number: ZeroMQ would remove whatever is at the path.
         socket.setsockopt(zmq.USE_FD, self._unix.socket.detach())
@@ -113,11 +123,7 @@ class Server:
             try:
                 _bind_tcp(socket, self.config.curve.listen, self.access.keys)
             except zmq.ZMQError as error:
-                self._unix.remove()
-                socket.close(linger=0)
-                self.access.close()
                 raise ConfigError(f"curve.listen: {self.config.curve.listen}: {error.strerror}") from None
-        return socket
 
     def _addresses(self) -> list[object]:
         """What clients' connections have on this side."""
@@ -144,13 +150,7 @@ class Server:
 
     def close(self) -> None:
         """End the ranks and close the sockets."""
-        self._guard.close()
-        self.monitor.close()
-        self.executor.close()
-        self._unix.remove()
-        self.socket.close()
-        self.access.close()
-        self._context.term()
+        self._made.close()
 
     # --- the loop -------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tacod.places import kind_of
+from tacod.unix_socket import kind_of
 from tacod_client.errors import ModelNotAllowed, Unavailable
 
 __all__ = ["OWN", "PART", "WHOLE", "Keep", "State", "UploadFolder", "state_of"]

@@ -14,7 +14,7 @@ from tacod_client.curve import ClientKeys, find_keys
 from tacod_client.errors import ConnectionFailed, NotAllowed, ProtocolError
 from tacod_client.text import encodable
 
-__all__ = ["Door", "find_endpoint"]
+__all__ = ["UNIX_PATH_BYTES", "Door", "find_endpoint"]
 
 UNIX_PATH_BYTES = 107
 """What Linux has room for in a unix socket's address, less the zero behind it."""

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tacod.config import load_config
+
 
 @pytest.mark.parametrize(
     ("text", "words"),
@@ -44,6 +46,64 @@ def test_no_file(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tacod.daemon", "--config", str(missing)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert (done.returncode, str(missing) in done.stderr) == (os.EX_CONFIG, True)
+
+
+@pytest.mark.parametrize(
+    ("streams", "code", "told"),
+    [
+        (">/dev/full", 1, b"stdout: No space left on device\n"),
+        ("| true", 1, b""),
+        (">&-", 0, b""),
+        (">/dev/full 2>/dev/full", 1, b""),
+        (">/dev/full 2>&-", 1, b""),
+    ],
+)
+@pytest.mark.parametrize("option", ["--check-config", "--print-config", "--help", "--version"])
+def test_what_cannot_be_written_is_told(tmp_path: Path, option: str, streams: str, code: int, told: bytes) -> None:
+    (tmp_path / "c").write_text("[group]\ndevice = 'cpu'\n")
+    command = f'set -o pipefail; "$0" -m tacod.daemon --config "$1" {option} {streams}'
+    done = subprocess.run(
+        ["bash", "-c", command, sys.executable, str(tmp_path / "c")],
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (code, told)
+
+
+@pytest.mark.parametrize("streams", ["2>/dev/full", "2>&-", ">&- 2>&-", ""])
+def test_bad_usage_ends_with_2_for_whoever_reads_it(streams: str) -> None:
+    command = ["bash", "-c", f'exec "$0" -m tacod.daemon --colour {streams}', sys.executable]
+    done = subprocess.run(command, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"" if streams else b"usage: tacod")
+    assert done.stderr.endswith(b"" if streams else b"unrecognized arguments: --colour\n")
+
+
+@pytest.mark.parametrize("streams", ["", "2>&-", "2>/dev/full"])
+@pytest.mark.parametrize("name", ["nope", "模", "\udcff"])
+def test_a_name_of_any_bytes_ends_with_78(name: str, streams: str) -> None:
+    command = f'exec "$0" -m tacod.daemon --config "$1" --check-config {streams}'
+    done = subprocess.run(
+        ["sh", "-c", command, sys.executable, name],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == os.EX_CONFIG
+    assert (b"pass --config FILE" in done.stderr) == (not streams)
+    assert b"Traceback" not in done.stderr
+
+
+def test_a_printed_one_is_read_again_in_any_locale(tmp_path: Path) -> None:
+    config, printed = tmp_path / "c", tmp_path / "printed"
+    config.write_text(f"[group]\ndevice = 'cpu'\n[models]\nroots = ['{tmp_path}/模型 é']\n", encoding="utf-8")
+    command = [sys.executable, "-m", "tacod.daemon", "--print-config", "--config"]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run([*command, str(config)], env=environment, capture_output=True, timeout=30, check=True)
+    printed.write_bytes(done.stdout)
+    assert load_config(printed) == load_config(config)
 
 
 @pytest.mark.parametrize("option", ["--check-config", "--print-config"])

@@ -303,7 +303,7 @@ def test_a_port_that_is_taken_is_exit_78(tmp_path: Path) -> None:
     config = tmp_path / "config.toml"
     with closing(socket.create_server(("127.0.0.1", 0))) as holder:
         config.write_text(
-            f'endpoint = "ipc://{tmp_path}/s"\n[group]\ndevice = "cpu"\n[curve]\n'
+            f'endpoint = "ipc://{tmp_path}/s"\nmetrics.listen = "unix:{tmp_path}/m"\n[group]\ndevice = "cpu"\n[curve]\n'
             f'listen = "tcp://127.0.0.1:{holder.getsockname()[1]}"\n'
             f'secret_key = "{tmp_path}/tacod.key_secret"\nclients = "{tmp_path}/clients"\n'
         )
@@ -312,3 +312,5 @@ def test_a_port_that_is_taken_is_exit_78(tmp_path: Path) -> None:
     assert done.returncode == os.EX_CONFIG
     assert "curve.listen" in done.stderr
     assert "Address already in use" in done.stderr
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["clients", "config.toml", "tacod.key", "tacod.key_secret"], "no socket is"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import time
 import weakref
@@ -16,6 +17,7 @@ from helpers import FLUX
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import tacod.server
 from tacod.access import User
 from tacod.config import Config
 from tacod.manifest import Model
@@ -80,6 +82,24 @@ def peer(tmp_path: Path) -> Iterator[Peer]:
         server.socket.recv_multipart()
         yield Peer(server, socket)
     server.close()
+
+
+@pytest.mark.parametrize("part", ["UnixSocket", "Sessions", "Executor", "Monitor", "Uploads", "Guard", "Verbs"])
+def test_a_server_that_cannot_be_made_leaves_nothing(
+    tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **more: Any) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(tacod.server, part, fail)
+    config = Config.model_validate({"endpoint": f"ipc://{tmp_path}/s", "group": {"device": "cpu"}})
+    contexts = []
+    make = zmq.Context
+    monkeypatch.setattr(tacod.server.zmq, "Context", lambda: contexts.append(make()) or contexts[-1])
+    with pytest.raises(OSError, match="Too many open files"):
+        Server(config, ["cpu:0"], [], tmp_path)
+    assert [context.closed for context in contexts] == [True]
+    assert list(tmp_path.iterdir()) == []
 
 
 @settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

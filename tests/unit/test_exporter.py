@@ -7,6 +7,7 @@ import re
 import socket
 import stat
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -233,6 +234,17 @@ def test_what_is_no_socket_stays_and_so_does_what_took_its_place() -> None:
         path.write_text("years of work")
         exporter.close()
         assert path.read_text() == "years of work"
+
+
+def test_what_was_made_goes_if_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with tempfile.TemporaryDirectory(prefix="tacod-") as folder:
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            Exporter(f"unix:{folder}/m.sock")
+        assert list(Path(folder).iterdir()) == []
 
 
 def test_a_taken_port_is_named(exporter: Exporter) -> None:

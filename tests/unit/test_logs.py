@@ -125,7 +125,8 @@ def test_closed_streams_lead_nowhere_for_children_too(closed: tuple[int, ...], t
     """Else a socket or a file would get their numbers, and what is printed would go there."""
     told = tmp_path / "told"
     code = (
-        "import os, subprocess, sys; from tacod import logs; logs.hold_streams(); print('out'); logs.complain('err');"
+        "import os, subprocess, sys; from tacod import logs; from tacod_client import streams;"
+        "streams.hold(); print('out'); logs.complain('err');"
         "sys.stdin.read(); sys.stdout.flush(); file = open(sys.argv[1], 'w'); assert file.fileno() > 2;"
         "child = [sys.executable, '-c', 'import os; [os.fstat(n) for n in range(3)]'];"
         "file.write(str([subprocess.call(child), [os.path.realpath(f'/proc/self/fd/{n}') for n in range(3)]]))"
@@ -144,6 +145,19 @@ def test_closed_streams_lead_nowhere_for_children_too(closed: tuple[int, ...], t
     assert [path == os.devnull for path in paths] == [number in closed for number in range(3)]
     assert done.stdout == (b"" if 1 in closed else b"out\n")
     assert done.stderr == (b"" if 2 in closed else b"err\n")
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "0<&- 1>&- 2>&-", ""])
+def test_a_complaint_takes_any_text(closed: str) -> None:
+    code = "from tacod import logs; from tacod_client import streams; streams.hold(); logs.complain('a \\udcff 模');"
+    code += "print('b \\udcff 模')"
+    run = f'exec "$0" "$@" {closed}'
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = ["sh", "-c", run, sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == (b"" if closed else b"a \\udcff \\u6a21\n")
+    assert done.stdout == (b"" if "1>&-" in closed else b"b \\udcff \\u6a21\n")
 
 
 def test_complaints_that_nobody_can_read_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

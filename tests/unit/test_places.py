@@ -2,12 +2,14 @@
 
 What others may have in a path's place, as far as this was thought of: regular files, also empty ones and such with
 another name, folders, symbolic links to each of them, to nothing, and to a socket that somebody listens at, named
-pipes, devices, sockets of every type that somebody uses, sockets that this user may not connect to, and something that
-is put there between a look and the bind, or after it.
+pipes, devices, sockets of every type that somebody uses, sockets that somebody has bound and doesn't listen at, by any
+spelling of the path, sockets that this user may not connect to, and something that is put there between a look and the
+bind, or after it.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import stat
@@ -19,9 +21,10 @@ from typing import Any
 
 import pytest
 
-from tacod import places
+from tacod import unix_socket
 from tacod.config import Config, ConfigError
-from tacod.places import PathTaken, UnixSocket, check, hold
+from tacod.places import check, hold
+from tacod.unix_socket import PathTaken, UnixSocket
 
 
 @pytest.fixture
@@ -121,7 +124,7 @@ def test_a_socket_takes_no_place_of_others(folder: Path, thing: str) -> None:
 def test_nor_do_lock_and_private_folder(folder: Path, thing: str, name: str) -> None:
     make, words = THINGS[thing]
     if (name, thing) == ("t.sock.lock", "an empty file"):
-        pytest.skip("that is a lock whose holder was killed before it wrote its pid, and holds nothing to lose")
+        pytest.skip("that will do as a lock, and is kept")
     make(folder / name)
     before = everything(folder)
     for attempt in (lambda: hold(folder / "t.sock").__enter__(), lambda: check("c.toml", config(folder))):
@@ -157,6 +160,79 @@ def test_a_socket_that_somebody_uses_stays(folder: Path, kind: int) -> None:
         assert everything(folder) == before
         if kind == socket.SOCK_STREAM:
             theirs.accept()[0].close()
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_SEQPACKET])
+@pytest.mark.parametrize(
+    "spelling", ["{folder}/t.sock", "{folder}/../{name}/t.sock", "{folder}/link/t.sock", "t.sock", "../{name}/t.sock"]
+)
+def test_so_does_one_that_somebody_has_bound_and_does_not_listen_at(
+    folder: Path, kind: int, spelling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "link").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    with socket.socket(socket.AF_UNIX, kind) as theirs:
+        theirs.bind(spelling.format(folder=folder, name=folder.name))
+        before = everything(folder)
+        for attempt in (lambda: UnixSocket(folder / "t.sock"), lambda: check("c.toml", config(folder))):
+            with pytest.raises((PathTaken, ConfigError), match=r"another program (has bound it|listens there)"):
+                attempt()
+        assert everything(folder) == before
+        if kind == socket.SOCK_STREAM:
+            theirs.listen()
+            with pytest.raises(PathTaken, match="listens there"):
+                UnixSocket(folder / "t.sock")
+    UnixSocket(folder / "t.sock").socket.close()
+
+
+def test_so_does_one_that_somebody_speaks_from(folder: Path) -> None:
+    with listening(folder / "other"), socket.socket(socket.AF_UNIX) as theirs:
+        theirs.bind(str(folder / "t.sock"))
+        theirs.connect(str(folder / "other"))
+        with pytest.raises(PathTaken, match="another program has bound it"):
+            UnixSocket(folder / "t.sock")
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a b", "é", "0: 00000002 00000000", "\udcff"])
+def test_so_does_one_of_any_name(folder: Path, name: str) -> None:
+    with socket.socket(socket.AF_UNIX) as theirs:
+        theirs.bind(os.fsencode(folder / name))
+        with pytest.raises(PathTaken, match="another program has bound it"):
+            UnixSocket(folder / name)
+    UnixSocket(folder / name).socket.close()
+
+
+def test_a_socket_that_was_left_makes_way_whatever_others_have(folder: Path) -> None:
+    """Names that look like its own, and its own name in another container, where it listens."""
+    leave_a_socket(folder / "t.sock")
+    (folder / "deep").mkdir()
+    with socket.socket(socket.AF_UNIX) as one, socket.socket(socket.AF_UNIX) as two, listening(folder / "deep/t.sock"):
+        one.bind(str(folder / "t.sock2"))
+        two.bind(str(folder / "deep" / "s"))
+        (folder / "deep" / "s").unlink()
+        UnixSocket(folder / "t.sock").socket.close()
+
+
+def test_a_table_of_sockets_of_another_container_is_told_apart(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_a_socket(folder / "t.sock")
+    header = b"Num       RefCount Protocol Flags    Type St Inode Path\n"
+    listens = b"00000000cc89386a: 00000002 00000000 00010000 0001 01 2373630 %b\n"
+    accepted = b"0000000000000000: 00000003 00000000 00000000 0001 03 12 %b\n00000000c7c11db3: 3 0 0 0005 03 2298130\n"
+    monkeypatch.setattr(unix_socket, "TABLE", folder / "table")
+    path = os.fsencode(folder / "t.sock")
+    unix_socket.TABLE.write_bytes(header + accepted % path)
+    with pytest.raises(PathTaken, match="another program has bound it"):
+        UnixSocket(folder / "t.sock")
+    unix_socket.TABLE.write_bytes(header + accepted % path + listens % path)
+    UnixSocket(folder / "t.sock").socket.close()
+
+
+def test_where_the_system_has_no_table_a_socket_that_was_left_makes_way(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_a_socket(folder / "t.sock")
+    monkeypatch.setattr(unix_socket, "TABLE", folder / "nowhere")
+    UnixSocket(folder / "t.sock").socket.close()
 
 
 def test_one_that_is_too_busy_to_answer_does_too(folder: Path) -> None:
@@ -198,7 +274,7 @@ def test_one_that_may_not_be_connected_to_stays(folder: Path) -> None:
 
 
 def test_who_comes_between_the_look_and_the_bind_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = places._stale
+    real = unix_socket.stale
 
     def look(path: Path, *more: Any) -> Any:
         found = real(path, *more)
@@ -207,7 +283,7 @@ def test_who_comes_between_the_look_and_the_bind_stays(folder: Path, monkeypatch
         file(path)
         return found
 
-    monkeypatch.setattr(places, "_stale", look)
+    monkeypatch.setattr(unix_socket, "stale", look)
     for prepare in (lambda path: None, leave_a_socket):
         prepare(folder / "t.sock")
         with pytest.raises(PathTaken, match="Address already in use by a regular file"):
@@ -256,13 +332,61 @@ def test_leavings_of_a_killed_daemon_are_cleared(folder: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
-def test_an_empty_lock_is_that_of_one_killed_at_once(folder: Path) -> None:
+def test_an_empty_lock_serves_and_is_kept_as_it_was(folder: Path) -> None:
+    """A shell's ``flock`` makes such a file; also a tacod that was killed before it wrote its pid."""
+    lock = folder / "t.sock.lock"
+    lock.touch(0o600)
+    before = lock.stat()
+    with hold(folder / "t.sock"):
+        assert lock.read_text().startswith(f"{os.getpid()} ")
+        with pytest.raises(ConfigError, match=rf"pid {os.getpid()} already serves"), hold(folder / "t.sock"):
+            pytest.fail("two hold one endpoint")
+        ours = UnixSocket(folder / "t.sock")
+        check("c.toml", config(folder))
+        ours.remove()
+        ours.socket.close()
+    assert os.path.samestat(before, lock.stat())
+    assert (lock.stat().st_mode, lock.stat().st_size) == (before.st_mode, 0)
+
+
+def test_so_is_one_under_a_tacod_that_was_killed(folder: Path) -> None:
+    lock = folder / "t.sock.lock"
+    lock.touch()
+    with hold(folder / "t.sock"):
+        left = lock.read_text()
+    lock.write_text(left.replace(str(os.getpid()), "99999999"))
+    with hold(folder / "t.sock"):
+        assert lock.read_text() == left
+    assert lock.read_text() == ""
+
+
+def test_unless_somebody_writes_to_it(folder: Path) -> None:
     (folder / "t.sock.lock").touch()
     with hold(folder / "t.sock"):
-        assert (folder / "t.sock.lock").read_text() == f"{os.getpid()}\n"
+        file(folder / "t.sock.lock")
+    assert (folder / "t.sock.lock").read_text() == "years of work"
 
 
-@pytest.mark.parametrize("content", [b"99\nnotes\n", b"99", b" 99\n", b"\xff\n", b"0x99\n", b"9" * 70 + b"\n"])
+def test_and_one_where_the_start_goes_wrong(folder: Path) -> None:
+    (folder / "t.sock.lock").touch()
+    file(folder / "t.sock.d")
+    with pytest.raises(ConfigError, match="private folder"), hold(folder / "t.sock"):
+        pytest.fail("taken")
+    assert (folder / "t.sock.lock").read_text() == ""
+
+
+def test_an_empty_lock_that_another_program_holds_is_refused(folder: Path) -> None:
+    with open(folder / "t.sock.lock", "w") as theirs:
+        fcntl.flock(theirs, fcntl.LOCK_EX)
+        before = everything(folder)
+        with pytest.raises(ConfigError, match=r"another program holds .*t\.sock\.lock"), hold(folder / "t.sock"):
+            pytest.fail("taken")
+        assert everything(folder) == before
+
+
+@pytest.mark.parametrize(
+    "content", [b"99\nnotes\n", b"99", b" 99\n", b"99 \n", b"99 in a file\n", b"\xff\n", b"0x99\n", b"9" * 70 + b"\n"]
+)
 def test_a_lock_that_holds_anything_else_is_somebody_elses(folder: Path, content: bytes) -> None:
     (folder / "t.sock.lock").write_bytes(content)
     with pytest.raises(ConfigError, match="a file that tacod didn't make"), hold(folder / "t.sock"):
@@ -334,6 +458,51 @@ def test_metrics_and_endpoint_are_apart(folder: Path, name: str) -> None:
     (folder / "same").symlink_to(folder)
     with pytest.raises(ConfigError, match=r"metrics\.listen: .*where endpoint has its own"):
         check("c.toml", config(folder, metrics={"listen": f"unix:{folder}/{name}"}))
+
+
+@pytest.mark.parametrize("name", ["t.sock.d/deep/m.sock", "same/t.sock.d/m.sock", "t.sock/m.sock", "into/m.sock"])
+def test_at_any_depth(folder: Path, name: str) -> None:
+    (folder / "same").symlink_to(folder)
+    (folder / "t.sock.d").mkdir(mode=0o700)
+    (folder / "into").symlink_to(folder / "t.sock.d")
+    with pytest.raises(ConfigError, match=r"metrics\.listen: .*where endpoint has its own"):
+        check("c.toml", config(folder, metrics={"listen": f"unix:{folder}/{name}"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        *(
+            (name, "endpoint")
+            for name in ("t.sock", "t.sock.lock", "t.sock.d", "t.sock.d/up", "same/t.sock.d/up/loads")
+        ),
+        *((name, "metrics.listen") for name in ("m.sock", "m.sock/up", "same/m.sock")),
+    ],
+)
+def test_uploads_are_apart_from_sockets(folder: Path, name: str, key: str) -> None:
+    (folder / "same").symlink_to(folder)
+    before = everything(folder)
+    asked = config(folder, metrics={"listen": f"unix:{folder}/m.sock"}, models={"uploads": f"{folder}/{name}"})
+    with pytest.raises(ConfigError, match=rf"models\.uploads: .*where {key} has its own"):
+        check("c.toml", asked)
+    assert everything(folder) == before
+
+
+def test_no_socket_is_within_the_other(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"c\.toml:endpoint: .*where metrics\.listen has its own"):
+        check("c.toml", config(folder, metrics={"listen": f"unix:{folder}"}))
+    asked = {"endpoint": f"ipc://{folder}/m/t.sock", "metrics": {"listen": f"unix:{folder}/m"}}
+    with pytest.raises(ConfigError, match=r"c\.toml:endpoint: .*where metrics\.listen has its own"):
+        check("c.toml", Config.model_validate(asked))
+
+
+@pytest.mark.parametrize("uploads", ["", "/up", "/t.sock.d2", "/t", "/m.sock.d"])
+def test_side_by_side_is_apart(folder: Path, uploads: str) -> None:
+    """Sockets in the folder of uploads too: nothing there is touched but uploads."""
+    check(
+        "c.toml",
+        config(folder, metrics={"listen": f"unix:{folder}/m.sock"}, models={"uploads": f"{folder}{uploads}"}),
+    )
 
 
 def test_folders_that_are_to_come_are_no_fault(folder: Path) -> None:

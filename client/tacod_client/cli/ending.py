@@ -7,10 +7,10 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
 
-from tacod_client import errors
+from tacod_client import errors, streams
 from tacod_client.cli.output import stdout
+from tacod_client.streams import mute
 from tacod_client.text import printable
 
 __all__ = ["EXIT_CODES", "complain", "exit_code", "guarded", "mute"]
@@ -35,7 +35,7 @@ def exit_code(error: errors.TacodError) -> int:
 
 def guarded(program: Callable[[], int]) -> int:
     """Run a program to its exit code, whatever it is started with and whatever becomes of it."""
-    _open_streams()
+    streams.hold()
     try:
         code = program()
         # What can't be written shows here, and not when the interpreter ends.
@@ -88,35 +88,4 @@ def _not_written(error: OSError) -> int:
 
 def complain(text: str) -> None:
     """A line on stderr, if it takes one."""
-    lines = "\n".join(printable(line) for line in f"tacoctl: {text}".split("\n"))
-    try:
-        print(lines, file=sys.stderr, flush=True)
-    except OSError:
-        mute(sys.stderr)
-
-
-def mute(stream: TextIO) -> None:
-    """Send nowhere what a stream holds still and what it will get: it can't be written to."""
-    with suppress(OSError):
-        null = os.open(os.devnull, os.O_WRONLY)
-        try:
-            os.dup2(null, stream.fileno())
-        finally:
-            os.close(null)
-
-
-def _open_streams() -> None:
-    """See that there is an stdout and an stderr, and that they take any text: what they can't hold is escaped."""
-    for name, number in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
-        if getattr(sys, name) is None:
-            # Who closed it wants to hear nothing; the next file to be opened must not take its place.
-            with suppress(OSError):
-                null = os.open(os.devnull, os.O_RDWR)
-                os.dup2(null, number)
-                os.set_inheritable(number, True)
-                if null != number:
-                    os.close(null)
-            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
-            reconfigure(errors="backslashreplace")
+    streams.complain("\n".join(printable(line) for line in f"tacoctl: {text}".split("\n")))
