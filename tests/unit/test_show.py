@@ -165,3 +165,26 @@ def test_a_load_tells_what_was_left_out_a_line_each() -> None:
     assert lines == [f"a patch was left out: {printable(note)}" for note in notes]
     # A daemon that is older says nothing of them.
     assert show.loaded(model(), 1.26) == first
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [
+        (0, "0 B"),
+        (1023.4, "1023 B"),
+        (1023.5, "1.0 KiB"),
+        (1048575.9, "1.0 MiB"),
+        (2**30, "1.0 GiB"),
+        (2**50, "1048576.0 GiB"),
+    ],
+)
+def test_sizes(count: float, shown: str) -> None:
+    """A number that is rounded up to the next unit is shown in that."""
+    assert show.size(count) == shown
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"), [(999, "999"), (1000, "1.0 k"), (999_949, "999.9 k"), (999_999, "1.0 M"), (12e9, "12.0 B")]
+)
+def test_counts(count: float, shown: str) -> None:
+    assert show._count(count) == shown

@@ -398,18 +398,20 @@ def ms(seconds: float) -> str:
 
 def size(count: float) -> str:
     """Bytes, as text in binary units."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError
+    return _scaled(count, 1024, (" B", " KiB", " MiB", " GiB"))
 
 
 def _count(count: float) -> str:
-    for unit in ("", " k", " M", " B"):
-        if count < 1000 or unit == " B":
-            return f"{count:.0f}" if not unit else f"{count:.1f}{unit}"
-        count /= 1000
+    return _scaled(count, 1000, ("", " k", " M", " B"))
+
+
+def _scaled(count: float, step: int, units: Sequence[str]) -> str:
+    """A number in the largest unit of which there is one, as it is shown; whole in the first."""
+    for unit in units:
+        shown = f"{count:.0f}" if unit == units[0] else f"{count:.1f}"
+        if float(shown) < step or unit == units[-1]:
+            return shown + unit
+        count /= step
     raise AssertionError
 
 
