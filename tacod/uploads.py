@@ -100,7 +100,9 @@ class Uploads:
         try:
             folder.make()
             if folder.holds(name, nbytes):
-                folder.note_use(name)
+                # Where nothing can be written, nothing has to make room either.
+                with contextlib.suppress(OSError):
+                    folder.note_use(name)
                 self._hold(name, owner, TO_BE_LOADED_S)
                 return name, nbytes
             pending = self._pending.get(name) or Pending(nbytes, digests)

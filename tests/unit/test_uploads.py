@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ from unittest import mock
 import pytest
 
 from tacod import uploads as module
+from tacod.upload_folder import UploadFolder
 from tacod.uploads import Uploads
 from tacod_client.errors import ArgumentError, ModelNotAllowed, Unavailable
 
@@ -180,5 +182,18 @@ def test_a_folder_that_can_not_be_used_is_told(tmp_path: Path) -> None:
     name, _ = taking.begin(8, DIGESTS[:1])
     taking.add(name, 0, PIECES[0])
     denied = PermissionError(13, "Permission denied")
-    with mock.patch.object(os, "utime", side_effect=denied), pytest.raises(Unavailable, match=r"models\.uploads"):
+    with (
+        mock.patch.object(UploadFolder, "holds", side_effect=denied),
+        pytest.raises(Unavailable, match=r"models\.uploads"),
+    ):
         taking.begin(8, DIGESTS[:1])
+
+
+def test_what_is_here_is_answered_where_nothing_can_be_written(tmp_path: Path) -> None:
+    """A folder that has become read-only still has what is in it."""
+    taking = Uploads(str(tmp_path), 100)
+    name = fill(taking, 1)
+    readonly = OSError(errno.EROFS, "Read-only file system")
+    with mock.patch("os.utime", side_effect=readonly), mock.patch("os.open", wraps=os.open) as opened:
+        assert taking.begin(8, [hashlib.sha256(bytes([1]) * 8).digest()]) == (name, 8)
+    assert all(not call.args[1] & (os.O_WRONLY | os.O_RDWR) for call in opened.call_args_list)
