@@ -81,6 +81,11 @@ def load_model(
     with torch.device("meta"):
         model = family(config)
     wanted = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
+    lacking = [name for name, _ in model.named_buffers() if name not in checkpoint.tensors]
+    for name in lacking:
+        # No forward looks at it: diffusers' files have none.
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner).register_buffer(leaf, torch.zeros(wanted.pop(name), dtype=dtype, device=device))
     scales = _check(checkpoint, wanted)
     if others := checkpoint.others:
         _log.info("%s: %d tensors are other modules', and left out: %s", checkpoint.path, len(others), some(others))

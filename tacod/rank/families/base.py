@@ -175,7 +175,10 @@ class Place:
 
 
 class DiT(nn.Module, abc.ABC):
-    """A diffusion transformer; one subclass per model family."""
+    """A diffusion transformer; one subclass per model family.
+
+    Its parameters are all in a file. Buffers are what files may hold though no forward looks at it.
+    """
 
     family: ClassVar[str]
     """The name that users see: ``flux``, ``sd3``."""
