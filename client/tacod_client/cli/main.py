@@ -13,7 +13,6 @@ from tacod_client.cli import verbs
 from tacod_client.cli.ending import guarded
 from tacod_client.cli.output import stdout
 from tacod_client.text import typed
-from tacod_client.wire import MAX_STEPS
 
 __all__ = ["main", "parser"]
 
@@ -22,6 +21,7 @@ MOST = 2**31 - 1
 MOST_PIXELS = 2**20
 """No side of a picture is longer."""
 MOST_RANKS = 4096
+MOST_STEPS = 10_000
 
 EPILOG = """\
 exit codes: 0 ok, 1 failed, 2 usage, 3 daemon not reachable, 4 no such job or model,
@@ -228,7 +228,7 @@ def _ranks(text: str) -> int:
 
 
 def _steps(text: str) -> int:
-    return _count(text, MAX_STEPS)
+    return _count(text, MOST_STEPS)
 
 
 def _seed(text: str) -> int:
