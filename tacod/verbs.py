@@ -140,7 +140,7 @@ class Verbs:
             )
         steps = body.sigmas.shape[0] - 1
         if steps > MAX_STEPS:
-            raise ArgumentError(f"sigmas: {steps} steps; a run takes at most {MAX_STEPS}", argument="sigmas")
+            raise ArgumentError(f"sigmas: {steps} steps; give {MAX_STEPS} at most", argument="sigmas")
         self._submit(session, request, Verb.SAMPLE, body.model, dict(body), steps)
 
     def _submit(self, session: Session, request: int, verb: Verb, model: str, body: Any, steps: int = 1) -> None:

@@ -104,7 +104,7 @@ def read_checkpoint(path: str, prefix: str | None = None, whole: bool = False) -
 
 def _read_file(path: str, prefix: str | None, whole: bool) -> Checkpoint:
     if os.path.exists(path) and not os.path.isfile(path):
-        raise ModelUnsupported(f"{path} is no regular file; to open it could block for ever")
+        raise ModelUnsupported(f"{path} is no regular file, and opening it could block; name the model's file")
     header = read_gguf(path) if is_gguf(path) or path.lower().endswith(".gguf") else read_safetensors(path)
     if prefix is None:
         prefix = _find_prefix(header.entries)

@@ -42,7 +42,7 @@ def locate(name: str, roots: Sequence[str]) -> str:
             raise _outside(f"{name}: its file {stray}", roots)
         return path
     if not os.path.isfile(path):
-        raise ModelUnsupported(f"{name} is no regular file; to open it could block for ever")
+        raise ModelUnsupported(f"{name} is no regular file, and opening it could block; name the model's file")
     # The name that was asked for counts too: the hub's cache keeps its files under names without a suffix.
     if name.lower().endswith(_PICKLES) or path.lower().endswith(_PICKLES):
         raise ModelUnsupported(f"{name} is a pickle, which can run code when it is opened; convert it to .safetensors")
