@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from helpers import FLUX, FP32, relative_error
 
-from tacod.rank.sequence import SequenceParallel
+from tacod.rank.parallel.sequence import SequenceParallel
 from tacod_client import Client
 
 SIZES = ((9, 14), (16, 16), (5, 7), (32, 24))

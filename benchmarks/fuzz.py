@@ -50,10 +50,10 @@ def mutate(args: argparse.Namespace) -> None:
     os.environ["MSGPACK_PUREPYTHON"] = "1"
     import atheris
 
-    with atheris.instrument_imports(include=["msgpack", "tacod.messages", "tacod_client.wire"]):
+    with atheris.instrument_imports(include=["msgpack", "tacod.serving.messages", "tacod_client.wire"]):
         import msgpack.fallback  # noqa: F401
 
-        import tacod.messages
+        import tacod.serving.messages
         import tacod_client.wire  # noqa: F401
     from faults.stranger import Stranger
     from protocol.test_mutations import VALID, check
@@ -61,7 +61,7 @@ def mutate(args: argparse.Namespace) -> None:
     for number, frames in enumerate(VALID):
         (Path(args.corpus) / f"valid-{number}").write_bytes(join(frames))
     words = Path(args.corpus).with_suffix(".words")
-    known = [*WORDS, *tacod.messages.REQUESTS]
+    known = [*WORDS, *tacod.serving.messages.REQUESTS]
     words.write_text("".join(f'"{word}"\n' for word in known if word not in ("drain", "reload")))
     stranger = Stranger(args.endpoint)
 

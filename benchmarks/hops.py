@@ -30,17 +30,17 @@ NOTES = "TACOD_HOPS"
 HOPS: dict[str, tuple[str, str, str]] = {
     "called": ("client", "before", "tacod_client.client:Model.forward"),
     "sent": ("client", "after", "tacod_client.frames:send"),
-    "taken in": ("supervisor", "after", "tacod.server:receive"),
-    "checked and queued": ("supervisor", "after", "tacod.server:Server._hear"),
-    "with the ranks": ("supervisor", "after", "tacod.group:RankGroup.run"),
-    "read": ("rank 0", "after", "tacod.arena:Arena.unpack"),
+    "taken in": ("supervisor", "after", "tacod.serving.server:receive"),
+    "checked and queued": ("supervisor", "after", "tacod.serving.server:Server._hear"),
+    "with the ranks": ("supervisor", "after", "tacod.group.group:RankGroup.run"),
+    "read": ("rank 0", "after", "tacod.group.arena:Arena.unpack"),
     "on the device": ("rank 0", "after", "tacod.rank.engine:load_arguments"),
-    "launched": ("rank 0", "after", "tacod.rank.forwards:Forwards.__call__"),
-    "computed, on the host": ("rank 0", "after", "tacod.rank.collectives:Clock.take_s"),
+    "launched": ("rank 0", "after", "tacod.rank.forward.graphs:Forwards.__call__"),
+    "computed, on the host": ("rank 0", "after", "tacod.rank.comm.group:Clock.take_s"),
     "timed": ("rank 0", "after", "tacod.rank.engine:Engine._timed"),
-    "answered": ("rank 0", "after", "tacod.arena:Arena.pack"),
-    "answered by all ranks": ("supervisor", "before", "tacod.group:RankGroup._agree"),
-    "noted": ("supervisor", "before", "tacod.sessions:Sessions.send"),
+    "answered": ("rank 0", "after", "tacod.group.arena:Arena.pack"),
+    "answered by all ranks": ("supervisor", "before", "tacod.group.group:RankGroup._agree"),
+    "noted": ("supervisor", "before", "tacod.serving.sessions:Sessions.send"),
     "back": ("client", "after", "tacod_client.frames:receive"),
     "returned": ("client", "after", "tacod_client.client:Model.forward"),
 }
@@ -92,7 +92,7 @@ def serve_daemon(config: str) -> int:
         assert command[1:3] == ["-m", "tacod.rank"]
         return start([command[0], __file__, *command[3:]], **options)
 
-    with mock.patch("tacod.processes.subprocess.Popen", popen):
+    with mock.patch("tacod.group.processes.subprocess.Popen", popen):
         return daemon.main(["--config", config])
 
 

@@ -32,7 +32,7 @@ import torch
 from safetensors.torch import load_file
 
 from tacod.checkpoint import read_checkpoint
-from tacod.rank.weights import load_model
+from tacod.rank.weights.load import load_model
 
 PIECE = 16 << 20
 

@@ -67,7 +67,7 @@ def measure(path: str, device: str) -> dict[str, float]:
     import torch
 
     from tacod.checkpoint import read_checkpoint
-    from tacod.rank.weights import DTYPES, choose_dtype, load_model, weight_bytes
+    from tacod.rank.weights.load import DTYPES, choose_dtype, load_model, weight_bytes
 
     torch.zeros(1, device=device)
     before, most = memory(), {"anon": 0, "file": 0}

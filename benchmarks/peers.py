@@ -50,14 +50,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, multiprocessing
 
 from tacod import __version__
+from tacod.group.processes import ON_GPUS
 from tacod.plan import AUTO, Layout, Plan, Shape, make_plan
-from tacod.processes import ON_GPUS
-from tacod.rank import attending, fused, linear, narrow, xdit
+from tacod.rank.comm import process_groups as xdit
+from tacod.rank.comm.select import reach
 from tacod.rank.families.base import DiT
-from tacod.rank.forwards import Forwards
-from tacod.rank.reach import reach
-from tacod.rank.topology import Topology
-from tacod.rank.weights import narrow_matrices, share
+from tacod.rank.forward.graphs import Forwards
+from tacod.rank.ops import fp8_linear as narrow
+from tacod.rank.ops import fused, linear
+from tacod.rank.parallel import joint_attention as attending
+from tacod.rank.parallel.topology import Topology
+from tacod.rank.weights.load import narrow_matrices, share
 from tacod_client import Client, ConnectionFailed
 from tacod_client.stats import ModelStats
 

@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, multiprocessing
 
+from tacod.group.processes import ON_GPUS
 from tacod.plan import AUTO, Layout, Plan, Shape, cost, make_plan
-from tacod.processes import ON_GPUS
-from tacod.rank import xdit
+from tacod.rank.comm import process_groups as xdit
+from tacod.rank.comm.select import reach
 from tacod.rank.families.base import DiT
 from tacod.rank.families.flux import Flux
 from tacod.rank.families.pixart import PixArt
 from tacod.rank.families.sd3 import SD3
-from tacod.rank.reach import reach
-from tacod.rank.spread import run
-from tacod.rank.topology import Topology
+from tacod.rank.forward.run import run
+from tacod.rank.parallel.topology import Topology
 
 FLUX = {
     "image_model": "flux",

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from tacod import embedded
 from tacod.checkpoint import read_checkpoint
-from tacod.demo import CFG, PIXELS, SHIFT
 from tacod.plan import Request
 from tacod.rank.families.base import DiT
-from tacod.rank.forwards import Forwards
-from tacod.rank.sampling import SampleRequest, begin
-from tacod.rank.topology import Topology
-from tacod.rank.weights import load_model
+from tacod.rank.forward.graphs import Forwards
+from tacod.rank.parallel.topology import Topology
+from tacod.rank.sampling.sampling import SampleRequest, begin
+from tacod.rank.weights.load import load_model
+from tacod.tools.demo import CFG, PIXELS, SHIFT
 from tacod_client.tensors import to_wire
 from training.measure import verdict
 from training.shapes_data import draw_scenes

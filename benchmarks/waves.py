@@ -1,4 +1,4 @@
-"""Attention on one GPU: what a few queries more cost, and what ranks save by whole waves (`tacod.rank.waves`).
+"""Attention on one GPU: what a few queries more cost, and what ranks save by whole waves (`tacod.rank.ops.split_kv`).
 
 Queries, keys and values are random, in bf16, and lie as a rank receives them; µs in a CUDA graph of 20, medians. On a
 CPU they are few, and wall times, which say nothing: it is there to be tried.
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from tacod.rank.attention import attend
-from tacod.rank.spread import FAST
-from tacod.rank.waves import attend_in_waves, whole_waves
+from tacod.rank.forward.run import FAST
+from tacod.rank.ops.sdpa import attend
+from tacod.rank.ops.split_kv import attend_in_waves, whole_waves
 
 TILES = (1, 11, 12, 22, 23, 33, 34, 36)
 WIDTHS = (128, 64, 72)

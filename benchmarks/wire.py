@@ -56,7 +56,7 @@ def serve_echo_daemon(config: str) -> int:
         assert head[1:] == ["-m", "tacod.rank"]
         return start([head[0], str(HERE / "echo_rank.py"), *rest], **options)
 
-    with mock.patch("tacod.processes.subprocess.Popen", popen):
+    with mock.patch("tacod.group.processes.subprocess.Popen", popen):
         return daemon.main(["--config", config])
 
 

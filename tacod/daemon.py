@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import tacod
-from tacod import __version__, logs, places, report
-from tacod.access import Keys
+from tacod import __version__, logs
 from tacod.config import Config, ConfigError, load_config, to_toml
-from tacod.exporter import Exporter, Reading
+from tacod.execution.manifest import Manifest
+from tacod.group.processes import devices
 from tacod.heap import keep_freed_memory
 from tacod.lifecycle import Lifecycle
-from tacod.manifest import Manifest
-from tacod.processes import devices
-from tacod.server import Server
+from tacod.observe.exporter import Exporter, Reading
+from tacod.serving import places, report
+from tacod.serving.access import Keys
+from tacod.serving.server import Server
 from tacod_client import streams
 from tacod_client.cli.output import stdout
 from tacod_client.errors import TacodError

@@ -10,12 +10,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from tacod import places
-from tacod.access import Keys
 from tacod.config import Config, ConfigError, load_config
-from tacod.manifest import Manifest
+from tacod.execution.manifest import Manifest
 from tacod.notify import notify, watchdog_s
-from tacod.server import Server
+from tacod.serving import places
+from tacod.serving.access import Keys
+from tacod.serving.server import Server
 from tacod_client.errors import TacodError, Unavailable
 
 __all__ = ["FIXED", "Lifecycle"]

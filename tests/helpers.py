@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tacod.rank.families import detect
 from tacod.rank.families.base import Control, DiT
-from tacod.rank.sequence import SequenceParallel
+from tacod.rank.parallel.sequence import SequenceParallel
 from tacod_client import Client, Job, Model, wire
 from tacod_client.errors import ConnectionFailed
 from tacod_client.exchange import pack

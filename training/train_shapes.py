@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from tacod.embedded.modules import Decoder, Residual, Text
 from tacod.rank.families.sd3 import SD3
-from tacod.rank.sequence import SequenceParallel
+from tacod.rank.parallel.sequence import SequenceParallel
 from training import shapes_data
 from training.measure import verdict
 from training.shapes_data import KINDS, LENGTH, VOCABULARY, Scenes, draw_scenes

@@ -21,16 +21,16 @@ from typing import Any
 import torch
 
 from tacod import logs
-from tacod.arena import PACKET_BYTES, Arena
+from tacod.group.arena import PACKET_BYTES, Arena
 from tacod.heap import keep_freed_memory
-from tacod.rank import xdit
+from tacod.rank.comm import process_groups as xdit
+from tacod.rank.comm.select import reach
 from tacod.rank.cores import usable_cores
 from tacod.rank.engine import Engine
 from tacod.rank.failure import failure
 from tacod.rank.fault import strike
-from tacod.rank.reach import reach
+from tacod.rank.parallel.topology import Topology
 from tacod.rank.selftest import selftest
-from tacod.rank.topology import Topology
 from tacod_client.errors import TacodError
 from tacod_client.wire import Message
 

@@ -17,21 +17,16 @@ from torch import Tensor
 
 from tacod.checkpoint import read_checkpoint
 from tacod.plan import parse_request
-from tacod.rank.arguments import Kept, check_arguments, check_tokens, load_arguments
-from tacod.rank.arrangement import identify
 from tacod.rank.families.base import DiT, Place
-from tacod.rank.forwards import Forwards
-from tacod.rank.lora import read_lora
-from tacod.rank.patch_request import parse_patches
-from tacod.rank.patches import Patch, apply
-from tacod.rank.reader import changed
-from tacod.rank.sampling import Run, SampleRequest, begin
-from tacod.rank.shortage import let_go, shortage
-from tacod.rank.spread import plan_for
-from tacod.rank.step_cache import contents
-from tacod.rank.topology import Topology
-from tacod.rank.warmup import warm_up
-from tacod.rank.weights import (
+from tacod.rank.forward.graphs import Forwards
+from tacod.rank.forward.run import plan_for
+from tacod.rank.forward.step_cache import contents
+from tacod.rank.forward.warmup import warm_up
+from tacod.rank.inputs import Kept, check_arguments, check_tokens, load_arguments
+from tacod.rank.oom import let_go, shortage
+from tacod.rank.parallel.topology import Topology
+from tacod.rank.sampling.sampling import Run, SampleRequest, begin
+from tacod.rank.weights.load import (
     DTYPES,
     choose_dtype,
     get_weight,
@@ -41,6 +36,11 @@ from tacod.rank.weights import (
     share,
     weight_bytes,
 )
+from tacod.rank.weights.lora import read_lora
+from tacod.rank.weights.patch_request import parse_patches
+from tacod.rank.weights.patches import Patch, apply
+from tacod.rank.weights.reader import changed
+from tacod.rank.weights.remap import identify
 from tacod_client import wire
 from tacod_client.errors import ArgumentError, ModelNotFound, OutOfMemory
 from tacod_client.tensors import from_wire, to_wire

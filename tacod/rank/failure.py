@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from tacod.rank import collectives, peers, staging
+from tacod.rank.comm import group as collectives
+from tacod.rank.comm import peers, staging
 from tacod.rank.engine import Engine
 from tacod_client.text import encodable, shortened
 

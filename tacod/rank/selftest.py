@@ -7,8 +7,8 @@ import torch
 from tacod.plan import Layout, Plan, Shape
 from tacod.rank.engine import Engine
 from tacod.rank.families.sd3 import SD3
-from tacod.rank.sequence import SequenceParallel
-from tacod.rank.spread import run
+from tacod.rank.forward.run import run
+from tacod.rank.parallel.sequence import SequenceParallel
 
 __all__ = ["selftest"]
 

@@ -13,7 +13,7 @@ from helpers import FLUX, FP32, relative_error
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tacod.rank.sequence import SequenceParallel
+from tacod.rank.parallel.sequence import SequenceParallel
 from tacod_client import Client
 
 CONFIG = {

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tacod.rank.samplers import SAMPLERS
+from tacod.rank.sampling.samplers import SAMPLERS
 from tacod_client import Client, EngineError, Model, TacodError, Unavailable
 from tacod_client.errors import ConnectionFailed
 

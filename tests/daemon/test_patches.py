@@ -16,7 +16,7 @@ from helpers import FLUX, FP32, Daemon, Tiny, relative_error
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tacod.rank.sequence import SequenceParallel
+from tacod.rank.parallel.sequence import SequenceParallel
 from tacod_client import ArgumentError, Client, ModelUnsupported
 
 QKV = "double_blocks.0.img_attn.qkv.weight"

@@ -1,4 +1,4 @@
-"""Memory that processes on CPUs write into directly, as GPUs do into each other's: `tacod.rank.peers` without a GPU."""
+"""Memory of CPU processes that all of them write into: `tacod.rank.comm.peers` without a GPU."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tacod.rank import driver
-from tacod.rank.collectives import Clock, Group
-from tacod.rank.peers import Peers
+from tacod.rank.comm import cuda_driver as driver
+from tacod.rank.comm.group import Clock, Group
+from tacod.rank.comm.peers import Peers
 
 
 class SharedBlock:
@@ -36,17 +36,17 @@ class SharedBlock:
             folder.rmdir()
 
     def view(self, rank: int, shape: Sequence[int], dtype: torch.dtype, start: int) -> Tensor:
-        """See `tacod.rank.peers.Block.view`."""
+        """See `tacod.rank.comm.peers.Block.view`."""
         size = torch.Size(shape).numel() * dtype.itemsize
         return self._memory[rank][start : start + size].view(dtype).view(list(shape))
 
     def send(self, source: Tensor, target: Tensor) -> None:
-        """See `tacod.rank.peers.Block.send`; as late as may be, and of what a copy engine takes only."""
+        """See `tacod.rank.comm.peers.Block.send`; as late as may be, and of what a copy engine takes only."""
         driver.rows_of(source, target)
         self._leaving.append((weakref.ref(source), target))
 
     def barrier(self, clock: Clock) -> None:
-        """See `tacod.rank.peers.Block.barrier`."""
+        """See `tacod.rank.comm.peers.Block.barrier`."""
         for source, target in self._leaving:
             kept = source()
             assert kept is not None, "the memory that a copy engine reads was given back"
@@ -57,5 +57,5 @@ class SharedBlock:
 
 
 def reach_shared(group: Group) -> None:
-    """As `tacod.rank.reach.reach` on GPUs."""
+    """As `tacod.rank.comm.select.reach` on GPUs."""
     group.peers = Peers(lambda size: SharedBlock(group, size))

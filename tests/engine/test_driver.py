@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tacod.rank import driver
-from tacod.rank.driver import rows_of
-from tacod.rank.shortage import shortage
+from tacod.rank.comm import cuda_driver as driver
+from tacod.rank.comm.cuda_driver import rows_of
+from tacod.rank.oom import shortage
 
 few = st.integers(1, 4)
 

@@ -14,7 +14,7 @@ from tacod import embedded
 from tacod.checkpoint import read_checkpoint
 from tacod.rank.families.base import DiT
 from tacod.rank.families.sd3 import SD3
-from tacod.rank.weights import load_model
+from tacod.rank.weights.load import load_model
 from training.measure import describe, verdict
 from training.shapes_data import Scenes, draw_scenes, held_pair
 from training.train_shapes import CONFIG, sample

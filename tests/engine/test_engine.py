@@ -13,7 +13,7 @@ from helpers import FLUX, FP32, relative_error
 
 from tacod.checkpoint import read_checkpoint
 from tacod.rank.engine import Engine
-from tacod.rank.topology import Topology
+from tacod.rank.parallel.topology import Topology
 from tacod_client.errors import ArgumentError, OutOfMemory
 from tacod_client.exchange import pack
 from tacod_client.tensors import from_wire, to_wire

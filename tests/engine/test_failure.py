@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from tacod.rank import collectives
-from tacod.rank.collectives import Group
+from tacod.rank.comm import group as collectives
+from tacod.rank.comm.group import Group
 from tacod.rank.engine import Engine
 from tacod.rank.failure import TOLD_CHARACTERS, failure
-from tacod.rank.topology import Topology
+from tacod.rank.parallel.topology import Topology
 
 
 def caught(call: Any) -> Exception:

@@ -14,7 +14,7 @@ from tacod.rank.families import detect, families
 from tacod.rank.families.base import DiT, sinusoid
 from tacod.rank.families.flux import Flux
 from tacod.rank.families.sd3 import SD3
-from tacod.rank.sequence import SequenceParallel
+from tacod.rank.parallel.sequence import SequenceParallel
 from tacod_client.errors import ArgumentError, ModelUnsupported
 
 FLUX = ["flux_dev", "flux_dev_odd", "flux_schnell", "flux_kontext"]

@@ -12,10 +12,10 @@ from helpers import FLUX
 from torch import Tensor
 
 from tacod.plan import Layout, Plan, Shape
-from tacod.rank import forwards as module
 from tacod.rank.families.base import Control
-from tacod.rank.forwards import KINDS, Forwards
-from tacod.rank.topology import Topology
+from tacod.rank.forward import forwards as module
+from tacod.rank.forward.graphs import KINDS, Forwards
+from tacod.rank.parallel.topology import Topology
 from tacod_client.errors import ArgumentError
 
 PLAN = Plan(Layout(1, 1, 1), 1, Shape(1, 16))

@@ -24,9 +24,9 @@ from tacod.checkpoint import TensorInfo, read_checkpoint
 from tacod.checkpoint.header import BLOCKS
 from tacod.rank.families import detect
 from tacod.rank.families.base import DiT
-from tacod.rank.sequence import SequenceParallel
-from tacod.rank.stored import StoredLinear, dequantise
-from tacod.rank.weights import choose_dtype, get_weight, load_model
+from tacod.rank.ops.quantized_linear import StoredLinear, dequantise
+from tacod.rank.parallel.sequence import SequenceParallel
+from tacod.rank.weights.load import choose_dtype, get_weight, load_model
 from tacod_client.errors import ModelCorrupt, ModelUnsupported
 
 CPU = torch.device("cpu")
@@ -107,7 +107,7 @@ def test_layers_are_dequantised_in_bands(kind: str, rows: int, monkeypatch: pyte
     layer = StoredLinear(torch.from_numpy(data), kind, None, torch.float32)
     whole = layer.weight
     assert same_bits(whole, gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind]))
-    monkeypatch.setattr("tacod.rank.stored._BAND", rows * 512 - 1)
+    monkeypatch.setattr("tacod.rank.ops.quantized_linear._BAND", rows * 512 - 1)
     assert torch.equal(layer.weight, whole)
     assert torch.equal(layer.dequantised(torch.bfloat16), whole.bfloat16())
 
@@ -115,7 +115,7 @@ def test_layers_are_dequantised_in_bands(kind: str, rows: int, monkeypatch: pyte
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_layers_compile_in_one_piece(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first of their kind on a device, too: what they keep there is no tracer's stand-in."""
-    monkeypatch.setattr("tacod.rank.stored._tables", {})
+    monkeypatch.setattr("tacod.rank.ops.quantized_linear._tables", {})
     layers = [
         StoredLinear(torch.from_numpy(random_blocks(kind, 64, 256, i)), kind, None, torch.float32) for i in (0, 1)
     ]
@@ -248,7 +248,7 @@ class Modulated(type(FLUX.model)):  # type: ignore[misc]
 def test_tensors_may_lack_leading_sizes_of_one(
     shape: tuple[int, ...], read: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tacod.rank.arrangement.detect", lambda tensors, config: (Modulated, FLUX.config))
+    monkeypatch.setattr("tacod.rank.weights.remap.detect", lambda tensors, config: (Modulated, FLUX.config))
     table = torch.randn(1, 1, 6, 80)
     weights = {**FLUX.model.state_dict(), "modulation": table.reshape(shape)}
     tensors = {key: as_stored(tensor, "F32") for key, tensor in weights.items()}

@@ -20,7 +20,7 @@ import torch
 from helpers import relative_error
 
 from tacod.plan import chunks
-from tacod.rank import fused
+from tacod.rank.ops import fused
 
 FP32 = 2e-6
 ROWS = [(3, 5, 72), (1, 4, 128), (2, 1, 1100)]
@@ -37,7 +37,7 @@ MERGES = [(2, 10, 3, 16), (3, 9, 1, 40), (5, 20, 2, 128)]
 
 def rows(shape: list[int]) -> list[float]:
     """Largest errors of sum and norm: with and without the sum, for modulations of all images and of each."""
-    from tacod.rank import kernels
+    from tacod.rank.ops import kernels
 
     errors = []
     x, y = torch.randn(2, *shape)
@@ -52,7 +52,7 @@ def rows(shape: list[int]) -> list[float]:
 
 def pack(heads: int, width: int, ranks: int, batch: int, normed: bool, turned: bool) -> list[float]:
     """Largest errors by rank; NaN where something was not written."""
-    from tacod.rank import kernels
+    from tacod.rank.ops import kernels
 
     tokens = 7
     norms = (torch.randn(width), torch.randn(width)) if normed else None
@@ -69,7 +69,7 @@ def pack(heads: int, width: int, ranks: int, batch: int, normed: bool, turned: b
 
 def copy() -> float:
     """The largest difference after rows were copied into a part of wider ones."""
-    from tacod.rank import kernels
+    from tacod.rank.ops import kernels
 
     source, target = torch.randn(5, 2, 3, 20), torch.zeros(5, 2, 7, 20)
     part = target[:, :, 2:5]
@@ -79,8 +79,8 @@ def copy() -> float:
 
 def narrow(rows: int, width: int) -> list[float]:
     """What int8 loses, and how far the kernels are from PyTorch's operations."""
-    from tacod.rank import kernels
-    from tacod.rank.narrow import quantise_rows
+    from tacod.rank.ops import kernels
+    from tacod.rank.ops.fp8_linear import quantise_rows
 
     x, out = torch.randn(rows, width), torch.empty(rows, width)
     got, scales = torch.empty(rows, width, dtype=torch.int8), torch.empty(rows)
@@ -92,8 +92,8 @@ def narrow(rows: int, width: int) -> list[float]:
 
 def merged(parts: int, tokens: int, heads: int, width: int) -> float:
     """How far attention whose keys are shared out is from attention to all of them."""
-    from tacod.rank import kernels
-    from tacod.rank.attention import attend, attend_part
+    from tacod.rank.ops import kernels
+    from tacod.rank.ops.sdpa import attend, attend_part
 
     q, k, v = torch.randn(3, 1, heads, tokens, width)
     k[:, :, : tokens // 3] *= 3  # the parts' weights differ
@@ -105,8 +105,8 @@ def merged(parts: int, tokens: int, heads: int, width: int) -> float:
 
 def waves(heads: int, tokens: int, processors: int, dtype: str) -> tuple[int, float]:
     """How many results there are, and how far they are from attention at once; with cuDNN's kernel played."""
-    from tacod.rank.attention import attend
-    from tacod.rank.waves import attend_in_waves
+    from tacod.rank.ops.sdpa import attend
+    from tacod.rank.ops.split_kv import attend_in_waves
 
     q, k, v = torch.randn(tokens, 1, 3, heads, 16, dtype=getattr(torch, dtype)).permute(2, 1, 3, 0, 4)
     k[:, :, : tokens // 3] *= 3
@@ -114,8 +114,8 @@ def waves(heads: int, tokens: int, processors: int, dtype: str) -> tuple[int, fl
     with (
         playing_cudnn(),
         torch.inference_mode(),
-        mock.patch("tacod.rank.waves._can_share", return_value=True),
-        mock.patch("tacod.rank.waves._OWN_COST", 0),
+        mock.patch("tacod.rank.ops.split_kv._can_share", return_value=True),
+        mock.patch("tacod.rank.ops.split_kv._OWN_COST", 0),
         mock.patch("torch.cuda.get_device_properties", return_value=count),
     ):
         results = list(attend_in_waves(q, k, v))
@@ -125,7 +125,7 @@ def waves(heads: int, tokens: int, processors: int, dtype: str) -> tuple[int, fl
 
 def trouble() -> list[str]:
     """What is said of cuDNN's kernel: as it is, with other logarithms, without this argument, and where it can't."""
-    from tacod.rank.waves import _trouble
+    from tacod.rank.ops.split_kv import _trouble
 
     def refuse(*args: object) -> None:
         raise RuntimeError("no plan\nfor this")
@@ -143,7 +143,7 @@ def trouble() -> list[str]:
 @contextmanager
 def playing_cudnn(scale: float = 1.0, op: Callable[..., object] | None = None) -> Iterator[None]:
     """Within, attention that tells its log-sum-exps is computed on the CPU, these times ``scale``."""
-    from tacod.rank.attention import attend_part
+    from tacod.rank.ops.sdpa import attend_part
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: None, tell: bool) -> tuple[torch.Tensor, ...]:
         out, lse = attend_part(q, k, v)

@@ -10,10 +10,10 @@ from helpers import relative_error
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tacod.rank import linear
-from tacod.rank.linear import linear_gelu, split_inputs, split_outputs
-from tacod.rank.narrow import NarrowLinear
-from tacod.rank.stored import StoredLinear
+from tacod.rank.ops import linear
+from tacod.rank.ops.fp8_linear import NarrowLinear
+from tacod.rank.ops.linear import linear_gelu, split_inputs, split_outputs
+from tacod.rank.ops.quantized_linear import StoredLinear
 
 
 def plain(bias: bool) -> nn.Linear:

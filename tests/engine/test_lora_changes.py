@@ -15,9 +15,9 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from tacod.checkpoint import Checkpoint, read_checkpoint
-from tacod.rank import lora
-from tacod.rank.lora import read_lora
-from tacod.rank.patches import Patch
+from tacod.rank.weights import lora
+from tacod.rank.weights.lora import read_lora
+from tacod.rank.weights.patches import Patch
 from tacod_client.errors import ModelCorrupt, ModelUnsupported
 
 MODULE = "double_blocks.0.img_attn.qkv"

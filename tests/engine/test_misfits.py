@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from test_patches import comfyuis_weights, expected, layout_of, patched_weights, randn, read, shapes_of
 from torch import Tensor
 
-from tacod.rank.changes import Change, LoHa, LoKr, LoRA
-from tacod.rank.lora import read_lora
-from tacod.rank.misfit import Misfit
-from tacod.rank.patch_request import parse_patches
-from tacod.rank.patches import Patch, apply
+from tacod.rank.weights.changes import Change, LoHa, LoKr, LoRA
+from tacod.rank.weights.lora import read_lora
+from tacod.rank.weights.misfit import Misfit
+from tacod.rank.weights.patch_request import parse_patches
+from tacod.rank.weights.patches import Patch, apply
 from tacod_client.errors import ArgumentError, ModelCorrupt, ModelUnsupported, TacodError
 
 GOOD = "diffusion_model.double_blocks.0.img_attn.proj"

@@ -15,10 +15,10 @@ from torch import nn
 
 from tacod.checkpoint import read_checkpoint
 from tacod.rank.engine import Engine
-from tacod.rank.narrow import NarrowLinear, from_bytes, quantise_rows, to_bytes
-from tacod.rank.sequence import SequenceParallel
-from tacod.rank.topology import Topology
-from tacod.rank.weights import get_weight, narrow_matrices, set_weight, share
+from tacod.rank.ops.fp8_linear import NarrowLinear, from_bytes, quantise_rows, to_bytes
+from tacod.rank.parallel.sequence import SequenceParallel
+from tacod.rank.parallel.topology import Topology
+from tacod.rank.weights.load import get_weight, narrow_matrices, set_weight, share
 
 
 @given(st.integers(0, 5), st.integers(1, 40), st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 99))

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tacod.checkpoint import locate, read_checkpoint
-from tacod.rank.arrangement import identify
 from tacod.rank.families import detect
 from tacod.rank.families.base import DiT
-from tacod.rank.weights import choose_dtype, load_model
+from tacod.rank.weights.load import choose_dtype, load_model
+from tacod.rank.weights.remap import identify
 from tacod_client.errors import ModelCorrupt, ModelError, ModelUnsupported
 
 CPU = torch.device("cpu")

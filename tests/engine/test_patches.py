@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from tacod.rank.changes import Change, Diff, LoHa, LoKr, LoRA, Set
 from tacod.rank.families.base import Place
-from tacod.rank.lora import is_text_encoders, read_lora
-from tacod.rank.patch_request import parse_patches
-from tacod.rank.patches import SWAP, Patch, apply
-from tacod.rank.sequence import SequenceParallel
+from tacod.rank.parallel.sequence import SequenceParallel
+from tacod.rank.weights.changes import Change, Diff, LoHa, LoKr, LoRA, Set
+from tacod.rank.weights.lora import is_text_encoders, read_lora
+from tacod.rank.weights.patch_request import parse_patches
+from tacod.rank.weights.patches import SWAP, Patch, apply
 from tacod_client.errors import ArgumentError, ModelCorrupt, ModelNotFound, ModelUnsupported, TacodError
 
 

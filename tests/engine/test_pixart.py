@@ -19,11 +19,11 @@ from tacod.plan import AUTO
 from tacod.rank.families import detect
 from tacod.rank.families.base import LatentFormat
 from tacod.rank.families.pixart import PixArt
-from tacod.rank.forwards import Forwards
-from tacod.rank.sampling import SampleRequest, begin
-from tacod.rank.sequence import SequenceParallel
-from tacod.rank.topology import Topology
-from tacod.rank.weights import load_model
+from tacod.rank.forward.graphs import Forwards
+from tacod.rank.parallel.sequence import SequenceParallel
+from tacod.rank.parallel.topology import Topology
+from tacod.rank.sampling.sampling import SampleRequest, begin
+from tacod.rank.weights.load import load_model
 from tacod_client.errors import ArgumentError, ModelUnsupported
 from tacod_client.tensors import to_wire
 

@@ -16,9 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 from tacod.checkpoint import Checkpoint
 from tacod.checkpoint.header import File, Part
-from tacod.rank import reader
-from tacod.rank.memory import GpuMemory, Memory
-from tacod.rank.reader import Reader
+from tacod.rank.weights import reader
+from tacod.rank.weights.pinned import GpuMemory, Memory
+from tacod.rank.weights.reader import Reader
 from tacod_client.errors import ModelCorrupt
 
 CPU = torch.device("cpu")

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from tacod.rank.families import families
 from tacod.rank.families.base import DiT
+from tacod.rank.families.noise import Flow
 from tacod.rank.families.sd3 import SD3
-from tacod.rank.process import Flow
-from tacod.rank.samplers import (
+from tacod.rank.parallel.sequence import SequenceParallel
+from tacod.rank.sampling.samplers import (
     SAMPLERS,
     Denoise,
     check_levels,
@@ -26,7 +27,6 @@ from tacod.rank.samplers import (
     needs_negative,
     noise_source,
 )
-from tacod.rank.sequence import SequenceParallel
 from tacod_client.errors import ArgumentError
 
 RUNS = [

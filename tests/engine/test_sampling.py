@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tacod.plan import AUTO
 from tacod.rank.families.base import Argument, DiT, Spec
-from tacod.rank.forwards import Forwards
-from tacod.rank.sampling import SampleRequest, _stack, begin
-from tacod.rank.topology import Topology
+from tacod.rank.forward.graphs import Forwards
+from tacod.rank.parallel.topology import Topology
+from tacod.rank.sampling.sampling import SampleRequest, _stack, begin
 from tacod_client.errors import ArgumentError
 from tacod_client.exchange import pack
 from tacod_client.tensors import to_wire

@@ -29,13 +29,13 @@ from shared_block import SharedBlock, reach_shared
 from torch.nn.functional import scaled_dot_product_attention
 
 from tacod.plan import Layout, Plan, Shape, chunks
-from tacod.rank.attention import attend
-from tacod.rank.forwards import Forwards
-from tacod.rank.fused import Projected
-from tacod.rank.sequence import SequenceParallel
-from tacod.rank.spread import run
-from tacod.rank.topology import Topology
-from tacod.rank.warmup import warm_up
+from tacod.rank.forward.graphs import Forwards
+from tacod.rank.forward.run import run
+from tacod.rank.forward.warmup import warm_up
+from tacod.rank.ops.fused import Projected
+from tacod.rank.ops.sdpa import attend
+from tacod.rank.parallel.sequence import SequenceParallel
+from tacod.rank.parallel.topology import Topology
 
 WORLD = 5
 LAYOUTS = [
@@ -307,7 +307,7 @@ class Rank:
 
     def warm_up(self, layout: Layout, family: str, fits: bool = True) -> list[float]:
         tiny = {"flux": FLUX, "sd3": SD3}[family]
-        lack = mock.patch("tacod.rank.warmup.run", side_effect=torch.OutOfMemoryError("CUDA out of memory"))
+        lack = mock.patch("tacod.rank.forward.warmup.run", side_effect=torch.OutOfMemoryError("CUDA out of memory"))
         with nullcontext() if fits else lack:
             pace = warm_up(tiny.model, Forwards(self.topology), torch.device("cpu"))
         return [] if pace is None else [pace.flops, pace.bytes, pace.collective_s]
@@ -340,7 +340,7 @@ class Rank:
         q, k, v = torch.randn(3, batch, sum(lengths), heads, 16)
         expected = torch.split(SequenceParallel().attend([projected(q, k, v)], lengths).result(), lengths, dim=1)
         local = [torch.cat([sequence.shard(part) for part in torch.split(t, lengths, dim=1)], dim=1) for t in (q, k, v)]
-        with mock.patch("tacod.rank.attending.attend_in_waves", in_runs):
+        with mock.patch("tacod.rank.parallel.joint_attention.attend_in_waves", in_runs):
             planned = sequence.planned(narrow=False, in_waves=bool(cuts))
             attending = planned.attend([projected(*local)], lengths, meanwhile=meanwhile)
             if meanwhile:
@@ -406,7 +406,7 @@ class Rank:
 
     def steps(self, layout: Layout, family: str, threshold: float) -> tuple[list[bool], float, list[list[bool]]]:
         """Of a walk of some steps: which were skipped, the largest error, and which each group's images skip alone."""
-        from tacod.rank.forwards import Forwards
+        from tacod.rank.forward.graphs import Forwards
 
         tiny = {"flux": FLUX, "sd3": SD3}[family]
         inputs = tiny.inputs(batch=2, text=7)

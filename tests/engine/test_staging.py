@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tacod.rank import staging
-from tacod.rank.staging import EMPTY, FULL, Letterboxes, exchange
+from tacod.rank.comm import staging
+from tacod.rank.comm.staging import EMPTY, FULL, Letterboxes, exchange
 
 SLOT = 4
 

@@ -20,11 +20,11 @@ from tacod.plan import Request
 from tacod.rank.engine import Engine
 from tacod.rank.families import detect
 from tacod.rank.families.base import Control, DiT
-from tacod.rank.forwards import Forwards
-from tacod.rank.sequence import SequenceParallel
-from tacod.rank.spread import plan_for
-from tacod.rank.step_cache import MOST_IN_A_ROW, RUNS, StepCache, contents, last_tokens
-from tacod.rank.topology import Topology
+from tacod.rank.forward.graphs import Forwards
+from tacod.rank.forward.run import plan_for
+from tacod.rank.forward.step_cache import MOST_IN_A_ROW, RUNS, StepCache, contents, last_tokens
+from tacod.rank.parallel.sequence import SequenceParallel
+from tacod.rank.parallel.topology import Topology
 from tacod_client import wire
 from tacod_client.errors import ArgumentError, OutOfMemory
 from tacod_client.tensors import to_wire

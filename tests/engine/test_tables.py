@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tacod.rank.families.pixart import _line
-from tacod.rank.tables import holding, table
+from tacod.rank.ops.table_cache import holding, table
 
 
 def test_made_once_and_forgotten_when_others_came() -> None:

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tacod.rank.attention import attend
-from tacod.rank.waves import attend_in_waves, whole_waves
+from tacod.rank.ops.sdpa import attend
+from tacod.rank.ops.split_kv import attend_in_waves, whole_waves
 
 TILE = 128
 

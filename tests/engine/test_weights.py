@@ -22,9 +22,9 @@ from tacod.checkpoint.diffusers import translate
 from tacod.checkpoint.header import BLOCKS
 from tacod.rank.families import detect
 from tacod.rank.families.base import DiT
-from tacod.rank.sequence import SequenceParallel
-from tacod.rank.stored import StoredLinear
-from tacod.rank.weights import choose_dtype, get_weight, load_model, set_weight, share, weight_bytes
+from tacod.rank.ops.quantized_linear import StoredLinear
+from tacod.rank.parallel.sequence import SequenceParallel
+from tacod.rank.weights.load import choose_dtype, get_weight, load_model, set_weight, share, weight_bytes
 from tacod_client.errors import ModelCorrupt, ModelError, ModelNotAllowed, ModelNotFound, ModelUnsupported
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ import pytest
 import zmq
 from helpers import SD3, Daemon, answered, eventually
 
-from tacod.guard import STRANGERS
+from tacod.serving.guard import STRANGERS
 from tacod_client import Client, wire
 from tacod_client.wire import Message
 

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch.nn.attention import sdpa_kernel
 
 from tacod.checkpoint import read_checkpoint
-from tacod.rank.attention import attend, attend_part, merge
-from tacod.rank.reader import Reader
-from tacod.rank.spread import FAST, PLAIN
-from tacod.rank.waves import attend_in_waves, whole_waves
+from tacod.rank.forward.run import FAST, PLAIN
+from tacod.rank.ops.sdpa import attend, attend_part, merge
+from tacod.rank.ops.split_kv import attend_in_waves, whole_waves
+from tacod.rank.weights.reader import Reader
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from tacod import messages
-from tacod.manifest import Model
-from tacod.messages import REQUESTS
-from tacod.metrics import Metrics
+from tacod.execution.manifest import Model
+from tacod.observe.metrics import Metrics
+from tacod.serving import messages
+from tacod.serving.messages import REQUESTS
 from tacod_client import errors, wire
 from tacod_client.wire import Message, Tensor, decode, encode
 

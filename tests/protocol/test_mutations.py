@@ -8,8 +8,8 @@ import msgpack
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from tacod.messages import REQUESTS, parse
-from tacod.store import digests_of, tensors_of
+from tacod.execution.store import digests_of, tensors_of
+from tacod.serving.messages import REQUESTS, parse
 from tacod_client.errors import ArgumentError, ProtocolError
 from tacod_client.wire import Message, Tensor, decode, encode, frame_sizes
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from tacod.access import Access, Keys, User
+from tacod.serving.access import Access, Keys, User
 
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
 """Of ZMTP 3.0, without security."""

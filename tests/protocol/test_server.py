@@ -17,11 +17,11 @@ from helpers import FLUX
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import tacod.server
-from tacod.access import User
+import tacod.serving.server
 from tacod.config import Config
-from tacod.manifest import Model
-from tacod.server import Server
+from tacod.execution.manifest import Model
+from tacod.serving.access import User
+from tacod.serving.server import Server
 from tacod_client.wire import Message, Tensor, decode, encode
 
 from .test_mutations import VALID, damage
@@ -91,11 +91,11 @@ def test_a_server_that_cannot_be_made_leaves_nothing(
     def fail(*args: Any, **more: Any) -> None:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(tacod.server, part, fail)
+    monkeypatch.setattr(tacod.serving.server, part, fail)
     config = Config.model_validate({"endpoint": f"ipc://{tmp_path}/s", "group": {"device": "cpu"}})
     contexts = []
     make = zmq.Context
-    monkeypatch.setattr(tacod.server.zmq, "Context", lambda: contexts.append(make()) or contexts[-1])
+    monkeypatch.setattr(tacod.serving.server.zmq, "Context", lambda: contexts.append(make()) or contexts[-1])
     with pytest.raises(OSError, match="Too many open files"):
         Server(config, ["cpu:0"], [], tmp_path)
     assert [context.closed for context in contexts] == [True]

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 from unittest import mock
 
-from tacod.arena import PACKET_BYTES, Arena
+from tacod.group.arena import PACKET_BYTES, Arena
 from tacod_client.wire import Message
 
 __all__ = ["FACTS", "FakeRank", "descriptors", "fakes", "step"]
@@ -147,10 +147,10 @@ def fakes() -> Iterator[Clock]:
         return os.open(os.devnull, os.O_RDONLY)
 
     with (
-        mock.patch("tacod.processes.subprocess", SimpleNamespace(Popen=FakeRank, DEVNULL=None)),
-        mock.patch("tacod.processes.os.pidfd_open", pidfd_open),
-        mock.patch("tacod.processes.time", clock),
-        mock.patch("tacod.group.time", clock),
-        mock.patch("tacod.executor.time", clock),
+        mock.patch("tacod.group.processes.subprocess", SimpleNamespace(Popen=FakeRank, DEVNULL=None)),
+        mock.patch("tacod.group.processes.os.pidfd_open", pidfd_open),
+        mock.patch("tacod.group.processes.time", clock),
+        mock.patch("tacod.group.group.time", clock),
+        mock.patch("tacod.execution.executor.time", clock),
     ):
         yield clock

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tacod.arena import PLACE, Arena
+from tacod.group.arena import PLACE, Arena
 from tacod_client.errors import ProtocolError
 from tacod_client.tensors import rows
 from tacod_client.wire import FRAME_BYTES, Message, Tensor, split
@@ -76,7 +76,7 @@ def test_what_is_kept_is_a_copy() -> None:
 
 
 def test_memory_of_a_large_item_goes_back() -> None:
-    with mock.patch("tacod.arena.KEPT_BYTES", MIB), shared() as (mine, theirs):
+    with mock.patch("tacod.group.arena.KEPT_BYTES", MIB), shared() as (mine, theirs):
         told = theirs.unpack(mine.pack(message(b"x" * (8 * MIB))), copy=True)
         held = os.fstat(mine.fd).st_blocks * 512
         mine.shrink()

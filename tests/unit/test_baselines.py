@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tacod.baselines import KINDS, Baselines
+from tacod.observe.baselines import KINDS, Baselines
 from tacod_client.wire import Tensor
 
 

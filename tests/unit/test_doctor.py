@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from tacod import doctor as engine
-from tacod import gpus as devices
 from tacod.config import Config
+from tacod.tools import doctor as engine
+from tacod.tools import gpus as devices
 from tacod_client.cli import doctor, main
 
 OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tacod.arena import PACKET_BYTES, Arena
+from tacod.group.arena import PACKET_BYTES, Arena
 from tacod_client import errors
 from tacod_client.errors import ArgumentError, ModelNotFound, ProtocolError, TacodError
 from tacod_client.wire import Message, decode, encode

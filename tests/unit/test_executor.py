@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tacod.config import Config, Models
-from tacod.executor import Executor
-from tacod.group import AGREE_S, State
-from tacod.manifest import Model
-from tacod.scheduler import Job, Outcome, Verb
+from tacod.execution.executor import Executor
+from tacod.execution.manifest import Model
+from tacod.execution.scheduler import Job, Outcome, Verb
+from tacod.group.group import AGREE_S, State
 from tacod_client.errors import (
     Cancelled,
     EngineError,

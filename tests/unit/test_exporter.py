@@ -19,8 +19,8 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from tacod.config import ConfigError
-from tacod.exporter import SCRAPES, STATES, Exporter, Reading
-from tacod.metrics import Metrics, StepTimes
+from tacod.observe.exporter import SCRAPES, STATES, Exporter, Reading
+from tacod.observe.metrics import Metrics, StepTimes
 
 OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
 RANKS = 3
@@ -174,7 +174,7 @@ def test_what_is_not_known_is_left_out(exporter: Exporter) -> None:
 
 
 def test_silent_scrapers_are_bounded_and_closed(exporter: Exporter, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tacod.exporter._Handler.timeout", 0.5)
+    monkeypatch.setattr("tacod.observe.exporter._Handler.timeout", 0.5)
     silent = [socket.create_connection(("127.0.0.1", exporter.port), timeout=10) for _ in range(SCRAPES)]
     time.sleep(0.1)
     with socket.create_connection(("127.0.0.1", exporter.port), timeout=10) as late:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import eventually
 
-from tacod.guard import Guard, own_bytes, socket_of
+from tacod.serving.guard import Guard, own_bytes, socket_of
 
 PLENTY = 1 << 40
 

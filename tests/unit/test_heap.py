@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 
 from tacod import heap
-from tacod.guard import own_bytes
+from tacod.serving.guard import own_bytes
 
 MIB = 1 << 20
 

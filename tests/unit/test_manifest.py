@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tacod import manifest as module
-from tacod.manifest import Manifest, Model
+from tacod.execution import manifest as module
+from tacod.execution.manifest import Manifest, Model
 from tacod_client import wire
 from tacod_client.errors import (
     ArgumentError,

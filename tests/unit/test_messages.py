@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tacod.messages import (
+from tacod.execution.store import tensors_of
+from tacod.serving.messages import (
     PATCH_TENSORS,
     REQUESTS,
     VALUES,
@@ -23,7 +24,6 @@ from tacod.messages import (
     Sample,
     parse,
 )
-from tacod.store import tensors_of
 from tacod_client.errors import ArgumentError
 from tacod_client.wire import HEADER_BYTES, Message, Tensor, decode, encode
 

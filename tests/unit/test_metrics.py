@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tacod.metrics import Histogram, Metrics, StepTimes
+from tacod.observe.metrics import Histogram, Metrics, StepTimes
 
 SECONDS = st.floats(0, 1000)
 TIMES = st.builds(StepTimes, SECONDS, SECONDS, SECONDS, SECONDS)

@@ -21,10 +21,10 @@ from typing import Any
 
 import pytest
 
-from tacod import unix_socket
 from tacod.config import Config, ConfigError
-from tacod.places import check, hold
-from tacod.unix_socket import PathTaken, UnixSocket
+from tacod.serving import unix_socket
+from tacod.serving.places import check, hold
+from tacod.serving.unix_socket import PathTaken, UnixSocket
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tacod.processes import _environment
+from tacod.group.processes import _environment
 
 
 def test_gpus_ranks_keep_nccl_from_taking_pieces_of_memory_for_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tacod.restarts import RestartPolicy
+from tacod.group.restarts import RestartPolicy
 
 
 def waits(policy: RestartPolicy, *losses: float) -> list[float | None]:

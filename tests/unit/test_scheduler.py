@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tacod.scheduler import Job, Outcome, Scheduler, Verb
+from tacod.execution.scheduler import Job, Outcome, Scheduler, Verb
 from tacod_client.errors import (
     Cancelled,
     JobNotFound,

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import zmq
 
-from tacod.access import User
-from tacod.sessions import Session, Sessions
+from tacod.serving.access import User
+from tacod.serving.sessions import Session, Sessions
 from tacod_client.errors import QueueFull
 
 HIGH_WATER = 4

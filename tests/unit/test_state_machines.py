@@ -22,13 +22,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tacod import server as server_module
-from tacod import sessions as sessions_module
-from tacod.access import User
 from tacod.config import Config
-from tacod.group import State
-from tacod.manifest import Model
-from tacod.server import Server
+from tacod.execution.manifest import Model
+from tacod.group.group import State
+from tacod.serving import server as server_module
+from tacod.serving import sessions as sessions_module
+from tacod.serving.access import User
+from tacod.serving.server import Server
 from tacod_client import wire
 from tacod_client.errors import OutOfMemory
 from tacod_client.wire import Message, Tensor
@@ -187,14 +187,14 @@ class Events(RuleBasedStateMachine):
         self.stack.callback(logging.disable, logging.NOTSET)
         self.context = Context()
         for patch in (
-            mock.patch("tacod.server.zmq.Context", return_value=self.context),
-            mock.patch("tacod.server.zmq.Poller", Poller),
-            mock.patch("tacod.server.Monitor", mock.Mock()),
-            mock.patch("tacod.server.Guard", mock.Mock()),
-            mock.patch("tacod.server.UnixSocket", mock.Mock()),
-            mock.patch("tacod.server.time", self.clock),
-            mock.patch("tacod.verbs.time", self.clock),
-            mock.patch("tacod.server.Access", return_value=FakeAccess(self.context.clients.peers)),
+            mock.patch("tacod.serving.server.zmq.Context", return_value=self.context),
+            mock.patch("tacod.serving.server.zmq.Poller", Poller),
+            mock.patch("tacod.serving.server.Monitor", mock.Mock()),
+            mock.patch("tacod.serving.server.Guard", mock.Mock()),
+            mock.patch("tacod.serving.server.UnixSocket", mock.Mock()),
+            mock.patch("tacod.serving.server.time", self.clock),
+            mock.patch("tacod.serving.verbs.time", self.clock),
+            mock.patch("tacod.serving.server.Access", return_value=FakeAccess(self.context.clients.peers)),
             mock.patch.object(server_module, "OUTBOX_MESSAGES", REFUSES_WORK),
             mock.patch.object(sessions_module, "UNSENT_MESSAGES", COUNTS_AS_GONE),
         ):

@@ -9,8 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from tacod import store as module
-from tacod.store import Store, digests_of, tensors_of, without_claims
+from tacod.execution import store as module
+from tacod.execution.store import Store, digests_of, tensors_of, without_claims
 from tacod_client.errors import ArgumentError, QueueFull
 from tacod_client.wire import Tensor, digest_of
 

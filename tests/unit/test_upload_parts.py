@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tacod import uploads as module
-from tacod.uploads import PART, WHOLE, Uploads
+from tacod.serving import uploads as module
+from tacod.serving.uploads import PART, WHOLE, Uploads
 from tacod_client.errors import ArgumentError, ModelNotFound
 
 PIECES = [bytes([n + 1]) * 8 for n in range(9)] + [b"end"]

@@ -11,8 +11,8 @@ from unittest import mock
 
 import pytest
 
-from tacod import uploads as module
-from tacod.uploads import PART, Uploads
+from tacod.serving import uploads as module
+from tacod.serving.uploads import PART, Uploads
 from tacod_client.errors import ArgumentError, ModelNotAllowed, TacodError, Unavailable
 
 A, B, C = b"a", b"b", b"c"

@@ -10,9 +10,9 @@ from unittest import mock
 
 import pytest
 
-from tacod import uploads as module
-from tacod.upload_folder import UploadFolder
-from tacod.uploads import Uploads
+from tacod.serving import uploads as module
+from tacod.serving.upload_folder import UploadFolder
+from tacod.serving.uploads import Uploads
 from tacod_client.errors import ArgumentError, ModelNotAllowed, Unavailable
 
 PIECES = [bytes([n]) * 8 for n in range(3)]

@@ -81,7 +81,7 @@ def _family(path: str, ranks: int, size: tuple[int, int], batch: int, text: int 
     width, height = size
     options = ["--ranks", ranks, "--size", f"{width}x{height}", "--batch", batch, "--json"]
     options += [] if text is None else ["--text", text]
-    command = [sys.executable, "-m", "tacod.planner", *map(str, options), "--", path]
+    command = [sys.executable, "-m", "tacod.tools.plan", *map(str, options), "--", path]
     done = subprocess.run(command, capture_output=True, check=False)
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no word"]

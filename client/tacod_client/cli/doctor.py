@@ -1,7 +1,7 @@
 """``tacoctl doctor``: what stands in the way, a line each, with what to do.
 
 What can be seen with the client alone is looked at here; what needs the daemon's packages is looked at by
-``python -m tacod.doctor``, in a process of its own that may not take longer than `PATIENCE_S`.
+``python -m tacod.tools.doctor``, in a process of its own that may not take longer than `PATIENCE_S`.
 """
 
 from __future__ import annotations
@@ -105,14 +105,14 @@ def _lines(findings: list[Finding]) -> Any:
 
 
 def _engine(args: argparse.Namespace) -> tuple[str | None, list[Finding]]:
-    """What ``python -m tacod.doctor`` finds, and the endpoint of a configuration that was named."""
+    """What ``python -m tacod.tools.doctor`` finds, and the endpoint of a configuration that was named."""
     missing = [name for name in ("tacod", "pydantic", "psutil") if importlib.util.find_spec(name) is None]
     if missing:
         message = f"no {', '.join(missing)} in this environment, so GPUs, models and the configuration were not checked"
         advice = "run tacoctl from the daemon's environment, or `pip install 'taco-dit[daemon]'` here"
         return None, [warn("engine", message, advice)]
     options = [*(["--config", args.config] if args.config else []), *(["--no-bandwidth"] if args.no_bandwidth else [])]
-    command = [sys.executable, "-m", "tacod.doctor", *options]
+    command = [sys.executable, "-m", "tacod.tools.doctor", *options]
     if endpoint := getattr(args, "endpoint", None):
         command += ["--endpoint", endpoint]
     try:
@@ -125,7 +125,7 @@ def _engine(args: argparse.Namespace) -> tuple[str | None, list[Finding]]:
         return None, [fail("engine", f"the look at GPUs and packages did not end within {PATIENCE_S:g} s", advice)]
     except ValueError:
         last = (done.stderr.strip().splitlines() or ["no word"])[-1]
-        advice = "run `python -m tacod.doctor` to see all of it"
+        advice = "run `python -m tacod.tools.doctor` to see all of it"
         return None, [fail("engine", f"the look at GPUs and packages ended with {done.returncode}: {last}", advice)]
     return told["endpoint"] if args.config else None, [Finding(**found) for found in told["findings"]]
 

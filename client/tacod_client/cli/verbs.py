@@ -156,12 +156,14 @@ def _sample(args: argparse.Namespace) -> None:
 def _plan(args: argparse.Namespace) -> int:
     width, height = args.size
     options = ["--ranks", args.ranks, "--size", f"{width}x{height}", "--batch", args.batch, "--text", args.text]
-    return _daemon_program("tacod.planner", args, [*options, "--", args.file])
+    return _daemon_program("tacod.tools.plan", args, [*options, "--", args.file])
 
 
 def _demo(args: argparse.Namespace) -> int:
     options = [value for key in ("ranks", "output") if (given := getattr(args, key)) for value in (f"--{key}", given)]
-    return _daemon_program("tacod.demo", args, [*options, *(["--", args.prompt] if args.prompt is not None else [])])
+    return _daemon_program(
+        "tacod.tools.demo", args, [*options, *(["--", args.prompt] if args.prompt is not None else [])]
+    )
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -19,8 +19,8 @@ from torch.nn import functional
 
 from tacod.checkpoint import TensorInfo
 from tacod.plan import Pace
-from tacod.rank.process import Process
-from tacod.rank.sequence import SequenceParallel
+from tacod.rank.families.noise import Process
+from tacod.rank.parallel.sequence import SequenceParallel
 from tacod_client import wire
 from tacod_client.errors import ArgumentError, ModelUnsupported
 from tacod_client.tensors import from_wire, rows

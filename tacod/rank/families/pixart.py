@@ -32,12 +32,12 @@ from tacod.rank.families.base import (
     unpatchify,
     whole,
 )
-from tacod.rank.fused import Projected, add_gated, norm_modulate
-from tacod.rank.linear import linear_gelu
-from tacod.rank.process import Epsilon
-from tacod.rank.sequence import SequenceParallel
-from tacod.rank.step_cache import StepCache, last_tokens
-from tacod.rank.tables import table
+from tacod.rank.families.noise import Epsilon
+from tacod.rank.forward.step_cache import StepCache, last_tokens
+from tacod.rank.ops.fused import Projected, add_gated, norm_modulate
+from tacod.rank.ops.linear import linear_gelu
+from tacod.rank.ops.table_cache import table
+from tacod.rank.parallel.sequence import SequenceParallel
 from tacod_client.errors import ArgumentError, ModelUnsupported
 
 __all__ = ["PixArt"]

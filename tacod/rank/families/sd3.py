@@ -32,12 +32,12 @@ from tacod.rank.families.base import (
     unpatchify,
     whole,
 )
-from tacod.rank.fused import Projected, add_gated, add_gated_norm, norm_modulate
-from tacod.rank.linear import linear_gelu
-from tacod.rank.modulation import modulations
-from tacod.rank.process import Flow
-from tacod.rank.sequence import SequenceParallel
-from tacod.rank.step_cache import StepCache, last_tokens
+from tacod.rank.families.noise import Flow
+from tacod.rank.forward.step_cache import StepCache, last_tokens
+from tacod.rank.ops.fused import Projected, add_gated, add_gated_norm, norm_modulate
+from tacod.rank.ops.linear import linear_gelu
+from tacod.rank.parallel.modulation import modulations
+from tacod.rank.parallel.sequence import SequenceParallel
 from tacod_client.errors import ArgumentError, ModelUnsupported
 
 __all__ = ["SD3"]

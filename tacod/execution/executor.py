@@ -1,0 +1,435 @@
+"""Keeps the ranks at work: starts them, feeds them step by step, and replaces them when they are lost."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from tacod.config import Config
+from tacod.execution.manifest import Manifest, Model
+from tacod.execution.residency import Residency
+from tacod.execution.scheduler import Job, Outcome, Scheduler, Verb
+from tacod.execution.store import Store
+from tacod.group.faults import Faults
+from tacod.group.group import Answer, RankGroup, State
+from tacod.group.processes import GroupLost
+from tacod.group.restarts import RestartPolicy
+from tacod.notify import notify
+from tacod.observe.baselines import Baselines
+from tacod.observe.metrics import Metrics, StepTimes
+from tacod_client.errors import ModelError, ModelNotFound, OutOfMemory, TacodError, Unavailable
+
+__all__ = ["Executor"]
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 0.01
+"""How often jobs that are put off are looked at again, while the ranks have nothing else to do."""
+
+
+class Executor:
+    """Scheduler and ranks, and what each needs of the other.
+
+    ``on_progress`` hears of every step of a sampling job and of every stretch of a load, ``on_end`` once of every job's
+    end, with the ranks' answer.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        devices: list[str],
+        preload: Iterable[Model],
+        folder: Path,
+        on_progress: Callable[[Job, dict[str, Any]], None],
+        on_end: Callable[[Job, dict[str, Any]], None],
+    ) -> None:
+        self.config = config
+        self.manifest = Manifest(config.models.readable, config.group.device)
+        self.store = Store(config.limits.store_bytes)
+        self.metrics = Metrics()
+        self.baselines = Baselines()
+        self.scheduler = Scheduler(config.limits.queue, config.group.retries)
+        self.group = RankGroup(config.group, devices, folder)
+        self.residency = Residency(
+            self.manifest, self.store, preload, len(devices), self.scheduler.begin_anew, self._keep_for_turns
+        )
+        self._plan_faults(config)
+        self.ready = False
+        """Whether a forward has gone through all ranks and all preloaded models are there, since the daemon began."""
+        self.given_up: str | None = None
+        """Why the ranks are not started again, once that is so."""
+        self._restarts = RestartPolicy(config.group.max_restarts, config.group.restart_window_s)
+        self._on_progress = on_progress
+        self._told: tuple[int, int] | None = None
+        self._on_end = on_end
+        self._spawn_at: float | None = time.monotonic()
+        self._look_at: float | None = None
+        """When jobs that are put off are looked at again."""
+        self._step_ready_s: dict[str, float] = {}
+        """When each started job's current or next step could have begun; a retry waits since then too."""
+        self._queue_s = 0.0
+
+    @property
+    def state(self) -> str:
+        """``starting``, ``ready``, ``degraded`` (the ranks are being replaced or were given up) or ``draining``."""
+        if self.scheduler.draining:
+            return "draining"
+        if self.given_up is not None or (self.ready and self.group.state in (State.DOWN, State.STARTING)):
+            return "degraded"
+        return "ready" if self.ready else "starting"
+
+    @property
+    def loading(self) -> Model | None:
+        """The model that the ranks load now, for a client or anew."""
+        running = self.scheduler.running
+        if running is not None and running.verb is Verb.LOAD:
+            model: Model = running.body
+            return model
+        return self.residency.restoring or self.residency.fetching
+
+    @property
+    def files(self) -> set[str]:
+        """The real paths of what is loaded, of what is or is to be loading, and of what jobs need for their turns."""
+        jobs = self.scheduler.jobs
+        asked = [job.body if job.verb is Verb.LOAD else self.residency.recall(job.model) for job in jobs]
+        needed = [*self.manifest, *self.residency.coming, *asked]
+        return {path for model in needed if model is not None for path in model.file_paths}
+
+    def go_by(self, config: Config, preload: Iterable[Model]) -> None:
+        """Go by another configuration of the same ranks; models that are to be there from now on are loaded next."""
+        if config.testing != self.config.testing:
+            self._plan_faults(config)
+        if config.models.readable != self.config.models.readable:
+            self.manifest.forget_evicted()
+        self.config = config
+        self.group.settings = config.group
+        self.manifest.roots = config.models.readable
+        self.store.limit = config.limits.store_bytes
+        self.scheduler.limit, self.scheduler.retries = config.limits.queue, config.group.retries
+        self._restarts.limit, self._restarts.window_s = config.group.max_restarts, config.group.restart_window_s
+        self.residency.want(preload)
+
+    def _plan_faults(self, config: Config) -> None:
+        self.group.faults = Faults(config.testing) if config.testing is not None else None
+        if config.testing is not None:
+            log.warning("for tests alone: %d faults on purpose (testing.faults)", len(config.testing.faults))
+
+    @property
+    def wakes_at(self) -> list[float]:
+        """The moments on the monotonic clock at which `attend` has something to do, whatever else happens."""
+        moments = (self.group.deadline, self._spawn_at, self._look_at)
+        return [moment for moment in moments if moment is not None]
+
+    def close(self) -> None:
+        """End the ranks."""
+        self.group.kill()
+
+    # --- jobs -----------------------------------------------------------------------------------------------------
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; the tensors that it names by digest stay in the store until its end.
+
+        So do, until then, those of its model's patches, if that isn't loaded now. Raises `Unavailable` and `QueueFull`.
+        """
+        if self.given_up is not None:
+            raise Unavailable(self.given_up)
+        self.scheduler.submit(job)
+        self.store.pin(job.digests, job.verb is not Verb.SAMPLE)
+        if job.model not in self.manifest and (model := self.residency.recall(job.model)) is not None:
+            self._keep_for_turns(model)
+
+    def check_model(self, model_id: str) -> None:
+        """Check that a model is loaded, or can be loaded for a job's turn.
+
+        Raises `ModelNotFound`.
+        """
+        if self.residency.recall(model_id) is None:
+            self.manifest.find(model_id)
+
+    def _keep_for_turns(self, model: Model) -> None:
+        """A model isn't here: what it takes to load it for the turns of jobs that wait stays in the store."""
+        for job in self.scheduler.jobs:
+            waits = job.model == model.id and job.verb in (Verb.FORWARD, Verb.SAMPLE)
+            if waits and not job.restores and not self.store.lacks(model.digests):
+                job.restores = model.digests
+                self.store.pin(job.restores, job.verb is not Verb.SAMPLE)
+
+    def _unpin_restores(self, job: Job) -> None:
+        self.store.unpin(job.restores, job.verb is not Verb.SAMPLE)
+        job.restores = []
+
+    def cancel(self, job_id: str) -> bool:
+        """Cancel a job; returns whether that is done already. Raises `JobNotFound`."""
+        ended = self.scheduler.cancel(job_id)
+        self._end(ended)
+        return bool(ended)
+
+    def drop(self, session: bytes) -> None:
+        """End what a session has queued, or was about to."""
+        self.store.disclaim(session)
+        self._end(self.scheduler.drop(session))
+
+    def abort(self, error: TacodError) -> None:
+        """End all jobs with ``error``, and the ranks with them."""
+        self.group.kill()
+        self._end(self.scheduler.fail_all(error))
+
+    # --- ranks ----------------------------------------------------------------------------------------------------
+
+    def attend(self) -> None:
+        """Take in what the ranks have said, look after those that are gone or stuck, and hand out the next step."""
+        now = time.monotonic()
+        self._look_at = None
+        try:
+            answer = self.group.receive()
+            self._tell_load()
+            if answer is not None:
+                self._take(answer)
+            self.group.check(now)
+            if self.group.state is State.IDLE:
+                self._dispatch()
+        except GroupLost as lost:
+            self._lose_group(lost, now)
+        if self._spawn_at is not None and now >= self._spawn_at:
+            self._spawn_at = None
+            self.group.spawn()
+
+    def _tell_load(self) -> None:
+        """Pass on how far the running load is, if it got further."""
+        job, progress = self.scheduler.running, self.group.progress
+        if job is not None and job.verb is Verb.LOAD and progress is not None and progress != self._told:
+            self._told = progress
+            self._on_progress(job, {"done_bytes": progress[0], "total_bytes": progress[1]})
+
+    @staticmethod
+    def _progress(job: Job, sigma: float) -> dict[str, Any]:
+        assert job.started_s is not None
+        elapsed_s = time.monotonic() - job.started_s
+        return {"job": job.id, "step": job.step, "total": job.steps, "sigma": sigma, "elapsed_s": elapsed_s}
+
+    def _lose_group(self, lost: GroupLost, now: float) -> None:
+        reason = str(lost)
+        log.error("%s; ending all ranks", reason)
+        running = self.scheduler.running
+        if running is not None and running.verb in (Verb.FORWARD, Verb.SAMPLE):
+            self.metrics.retried_forwards += 1
+        self.group.kill()
+        ended = self.scheduler.lose_group(reason, lost.error, lost.cause)
+        self._end(ended)
+        restoring = self.residency.restoring
+        given_up = self.residency.lose_group(lost, self.config.group.retries)
+        at_fault = running.id if running is not None else f"restore {restoring.id}" if restoring is not None else ""
+        self._spawn_at = self._restarts.next_start(now, at_fault)
+        if self._spawn_at is not None:
+            self.group.restarts += 1
+            if given_up or any(map(_is_at_fault, ended)):
+                self._restarts.forgive(at_fault)
+            return
+        limits = self.config.group
+        self.given_up = (
+            f"the ranks failed more than {limits.max_restarts} times in {limits.restart_window_s:g} s "
+            f"(group.max_restarts); last: {reason}"
+        )
+        log.critical("%s", self.given_up)
+        self._end(self.scheduler.fail_all(Unavailable(self.given_up)))
+
+    def _dispatch(self) -> None:
+        model = self.residency.restore_next()
+        if model is not None:
+            stored = [self.store.get(digest) for digest in model.digests]
+            self.group.run("load", model.work(), stored, self.config.group.load_timeout_s)
+            return
+        if not self.ready:
+            self.ready = True
+            log.info("ready with %d ranks", self.group.world_size)
+            notify("READY=1")
+        while (job := self.scheduler.next(time.monotonic(), self._is_put_off)) is not None:
+            if (job.verb is Verb.LOAD) != (job.model in self.manifest):
+                self._start_step(job)
+                return
+            model = self.residency.recall(job.model)
+            if job.verb is Verb.LOAD or (job.verb is Verb.UNLOAD and model is not None):
+                # Another one that asked for the model came first, or it has made room.
+                if job.verb is Verb.UNLOAD:
+                    self.residency.forget(job.model)
+                ended = self.scheduler.finish_step()
+                assert ended is not None
+                self._end([ended])
+                continue
+            if model is not None:
+                self.residency.fetching = model
+                self._load(job, model)
+                return
+            gone = ModelNotFound(f"model {job.model!r} was unloaded before its turn came; load it again")
+            self._end([self.scheduler.fail_step(gone)])
+        if len(self.scheduler):
+            self._look_at = time.monotonic() + LOOK_S
+
+    def _is_put_off(self, job: Job) -> bool:
+        """Whether a job waits for those who use what would make room for its model; see `Residency.is_put_off`."""
+        model = job.body if job.verb is Verb.LOAD else self.residency.recall(job.model)
+        if model is None or job.model in self.manifest or job.verb is Verb.UNLOAD:
+            return False
+        others = [each.model for each in self.scheduler.jobs if each.session != job.session]
+        return self.residency.is_put_off(model, job.session, self.config.models, others, time.monotonic())
+
+    @property
+    def _needed(self) -> list[str]:
+        """The models of all jobs, that whose turn comes first first."""
+        return [job.model for job in self.scheduler.jobs]
+
+    def _load(self, job: Job, model: Model) -> None:
+        """Have the ranks load what a job asks for, or what its turn needs."""
+        body = model.work(self.residency.make_room(job.id, model, self.config.models, self._needed))
+        stored = [self.store.get(digest) for digest in model.digests]
+        self.group.run("load", body, stored, self.config.group.load_timeout_s)
+
+    def _start_step(self, job: Job) -> None:
+        if job.verb is Verb.LOAD:
+            self._load(job, job.body)
+            return
+        self._queue_s = time.monotonic() - self._step_ready_s.get(job.id, job.submitted_s)
+        body = job.body
+        if job.verb is Verb.UNLOAD:
+            body = {**job.body, "evict_models": self.residency.go_too(job.model)}
+        else:
+            self.residency.keep_all()
+            if job.verb is Verb.FORWARD:
+                body = {**job.body, "session": job.session}
+            else:
+                body = {"job": job.id, "step": job.step, **(job.body if job.step == 0 else {})}
+        stored = [self.store.get(digest) for digest in job.digests] if job.step == 0 else []
+        self.group.run(job.verb.value, body, stored, self.config.group.step_timeout_s)
+
+    def _take(self, answer: Answer) -> None:
+        now = time.monotonic()
+        if self.residency.restoring is not None:
+            if answer.error is None:
+                self.metrics.loads.add(answer.elapsed_s)
+            self.residency.note_restored(answer.body, answer.error, answer.elapsed_s, now)
+            return
+        job = self.scheduler.running
+        assert job is not None
+        if self.residency.fetching is not None or self.residency.clearing is not None:
+            self._take_for_turn(job, answer)
+            return
+        if job.verb is Verb.LOAD:
+            self.residency.note_evicted()
+        if answer.error is not None:
+            self._take_error(job, answer.error)
+            return
+        if job.verb in (Verb.FORWARD, Verb.SAMPLE):
+            self._note_step(job, answer)
+            self.residency.note_used(job.model, job.session, now)
+        elif job.verb is Verb.LOAD:
+            self._note_loaded(job, job.body, answer)
+        else:
+            self.residency.note_unloaded(job.model)
+        ended = self.scheduler.finish_step()
+        if job.verb is Verb.SAMPLE and job.outcome in (None, Outcome.RESULT):
+            self._on_progress(job, self._progress(job, answer.body["sigma"]))
+        if ended is None:
+            self._step_ready_s[job.id] = time.monotonic()
+        else:
+            self._end([ended], answer.body)
+
+    def _note_loaded(self, job: Job, model: Model, answer: Answer) -> None:
+        self.metrics.loads.add(answer.elapsed_s)
+        now = time.monotonic()
+        self.residency.note_loaded(model, answer.body, answer.elapsed_s, now)
+        self.residency.note_used(model.id, job.session, now)
+
+    def _take_for_turn(self, job: Job, answer: Answer) -> None:
+        """The ranks have loaded what the running job's turn needs, or have given something up for it: now its step."""
+        fetched, self.residency.fetching, self.residency.clearing = self.residency.fetching, None, None
+        self.residency.note_evicted()
+        if answer.error is not None:
+            self._take_error(job, answer.error, fetched)
+            return
+        if fetched is not None:
+            self._note_loaded(job, fetched, answer)
+            self._unpin_restores(job)
+        if job.cancelling:
+            self._end([self.scheduler.fail_step(Unavailable("cancelled"))])
+        else:
+            self._start_step(job)
+
+    def _take_error(self, job: Job, error: TacodError, fetched: Model | None = None) -> None:
+        """A step failed, or with ``fetched`` the load of what it needs."""
+        loading = job.body if job.verb is Verb.LOAD else fetched
+        short = isinstance(error, OutOfMemory) and not job.cancelling
+        if loading is not None and short and self.residency.note_short(job.id, loading, self._needed):
+            self.scheduler.repeat_step()
+        elif job.verb in (Verb.FORWARD, Verb.SAMPLE) and loading is None and short and self._clear_for(job):
+            return
+        else:
+            if fetched is not None:
+                self.residency.forget(fetched.id)
+                if isinstance(error, ModelError):
+                    # Its client knows how to go on from that.
+                    told = f"model {fetched.id!r} made room for others, and can't be loaded again: {error.message}"
+                    error = ModelNotFound(f"{told}; load it again", model=fetched.id)
+            self._end([self.scheduler.fail_step(error)])
+
+    def _clear_for(self, job: Job) -> bool:
+        """Have the ranks give a patched model up for a step that found no memory; whether there is one."""
+        cleared = self.residency.clear_for(job.model, self._needed)
+        if cleared is None:
+            return False
+        if job.verb is Verb.SAMPLE:
+            # The run ended with the step that failed.
+            self.group.forget(job.id)
+            job.step = 0
+        self.group.run("evict", {"models": [cleared.id]}, [], self.config.group.step_timeout_s)
+        return True
+
+    def _note_step(self, job: Job, answer: Answer) -> None:
+        busy = answer.body["compute_s"] + answer.body["collective_s"]
+        times = StepTimes(
+            queue_s=self._queue_s,
+            wire_s=max(answer.elapsed_s - busy, 0.0),
+            compute_s=answer.body["compute_s"],
+            collective_s=answer.body["collective_s"],
+        )
+        for name, seconds in vars(times).items():
+            job.times[name] = job.times.get(name, 0.0) + seconds
+        # A run that lost its ranks counts anew.
+        job.skipped = answer.body["skipped"] + (job.skipped if job.step else 0)
+        self.metrics.add_step(times, answer.body["forwards"], answer.body["ranks"], answer.body["skipped"])
+        if job.verb is Verb.FORWARD and answer.body["ranks"] == 1 and not answer.body["skipped"]:
+            self.baselines.note(self._kind_of(job), job.body["arguments"], times.compute_s)
+        self.manifest.note_plan(job.model, answer.body["plan"])
+
+    def single_rank_s(self, job: Job) -> float | None:
+        """What a forward like this job's took on one rank, as far as one was seen."""
+        return self.baselines.of(self._kind_of(job), job.body["arguments"]) if job.verb is Verb.FORWARD else None
+
+    def _kind_of(self, job: Job) -> str:
+        """The file and dtype: patches change no time."""
+        if job.model not in self.manifest:
+            return job.model
+        model = self.manifest.find(job.model)
+        return f"{model.path} {model.dtype}"
+
+    def _end(self, jobs: Iterable[Job], answer: dict[str, Any] | None = None) -> None:
+        """Every job passes here at its end, once."""
+        for job in jobs:
+            assert job.outcome is not None
+            self.metrics.jobs_total[job.outcome.value] += 1
+            self.store.unpin(job.digests, job.verb is not Verb.SAMPLE)
+            self._unpin_restores(job)
+            self._step_ready_s.pop(job.id, None)
+            if job.verb is Verb.SAMPLE and job.outcome is not Outcome.RESULT:
+                self.group.forget(job.id)
+            self._on_end(job, answer or {})
+
+
+def _is_at_fault(job: Job) -> bool:
+    """Whether a job that ended with its ranks is what ended them.
+
+    Either new ranks had passed their self-test in between, or it needed more memory than there was.
+    """
+    return job.outcome is Outcome.FAILED and (job.attempts > 1 or isinstance(job.error, OutOfMemory))

@@ -1,0 +1,284 @@
+"""The models that are to be resident: what is loaded now, and what a new group of ranks must load again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from tacod.checkpoint import locate, read_checkpoint
+from tacod.execution.store import digests_of, tensors_of
+from tacod.plan import AUTO, Request, Shape, make_plan, parse_request
+from tacod_client.errors import ArgumentError, ModelNotFound
+from tacod_client.wire import Tensor
+
+__all__ = ["Manifest", "Model"]
+
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
+"""Of a number while a file is loaded: fp8 is made of bf16."""
+EVICTED = 64
+"""Evicted models that are remembered, so that a turn can load them again."""
+EVICTED_TENSORS = 1 << 16
+"""Tensors that the patches of all of them may name."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model by its file and how it is loaded; the rest is known once the ranks hold it."""
+
+    id: str
+    path: str
+    identity: str
+    dtype: str | None
+    patches: Any = None
+    """Weight patches as they came, the paths in them resolved."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """The identity of each file that they name, by its path."""
+    asked_name: str = field(default="", compare=False)
+    """What the file was called where it was asked for; a hub's cache, to which links lead, has another name for it."""
+    base: Model | None = None
+    """The same model without patches, if it has any; the ranks hold that too, and share what isn't patched."""
+    family: str = ""
+    parameters: int = 0
+    weight_bytes: int = 0
+    """On each rank, besides what it shares with its base; until the ranks tell, what the file's header says."""
+    sampling: dict[str, Any] = field(default_factory=dict)
+    """What a client has to know to begin a run: the latent's channels, and the noise process."""
+    loaded_s: float = 0.0
+    asked: Request = AUTO
+    """How its load request wants forwards to be spread."""
+    shape: Shape | None = None
+    plan: str = ""
+    notes: tuple[str, ...] = ()
+    """What the ranks left out of the patches."""
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return self.asked_name or os.path.basename(self.path)
+
+    def work(self, evict_models: Sequence[str] = ()) -> dict[str, Any]:
+        """The work item that loads it, in the place of those in ``evict_models``."""
+        return {
+            "model": self.id,
+            "path": self.path,
+            "identity": self.identity,
+            "dtype": self.dtype,
+            "patches": self.patches,
+            "base": self.base.id if self.base else None,
+            "evict_models": list(evict_models),
+            "files": dict(self.files),
+        }
+
+    @property
+    def file_paths(self) -> list[str]:
+        """The real paths of the model's own file or folder, and of its patches' files."""
+        return [self.path, *self.files]
+
+    @cached_property
+    def digests(self) -> list[bytes]:
+        """The stored tensors that its patches name; they are needed for as long as it is to be resident."""
+        return digests_of(self.patches)
+
+    def loaded(self, told: dict[str, Any], elapsed_s: float, world_size: int) -> Model:
+        """The same model with what the ranks tell about it."""
+        return replace(
+            self,
+            family=told["family"],
+            parameters=told["parameters"],
+            weight_bytes=told["weight_bytes"],
+            dtype=told["dtype"],
+            sampling=told["sampling"],
+            notes=tuple(told.get("notes", ())),
+            loaded_s=elapsed_s,
+            shape=Shape(told["heads"], told["width"]),
+        ).planned(self.asked, world_size)
+
+    def planned(self, asked: Request, world_size: int) -> Model:
+        """The same model with the plan that a request for it comes to, as far as that is known before a forward."""
+        return self if self.shape is None else replace(self, plan=str(make_plan(asked, world_size, self.shape)))
+
+    def to_wire(self) -> dict[str, Any]:
+        """The model as ``status --json`` shows it."""
+        return {
+            "id": self.id,
+            "name": self.name,
+            "family": self.family,
+            "path": self.path,
+            "parameters": self.parameters,
+            "weight_bytes": self.weight_bytes,
+            "patches": len(self.patches or ()),
+            "dtype": self.dtype,
+            "sampling": self.sampling,
+            "plan": self.plan,
+            "loaded_s": round(self.loaded_s, 3),
+            "notes": list(self.notes),
+        }
+
+
+class Manifest:
+    """Loaded models by id, and what it takes to load those again that made room for others."""
+
+    def __init__(self, roots: Sequence[str], device: str = "cuda") -> None:
+        self.roots = roots
+        self.device = device
+        self._models: dict[str, Model] = {}
+        self._evicted: OrderedDict[str, Model] = OrderedDict()
+
+    def __iter__(self) -> Iterator[Model]:
+        return iter(list(self._models.values()))
+
+    def __contains__(self, model_id: str) -> bool:
+        return model_id in self._models
+
+    def find(self, model_id: str) -> Model:
+        """A loaded model.
+
+        Raises `ModelNotFound`.
+        """
+        if model_id not in self._models:
+            raise ModelNotFound(f"no model {model_id!r} is loaded; `tacoctl models` lists them", model=model_id)
+        return self._models[model_id]
+
+    def describe(self, path: str, dtype: str | None, patches: Any, plan: Any, world_size: int) -> Model:
+        """The model that a load request means; its id is a function of the file's state, the dtype and the patches.
+
+        Raises a `ModelError` if the file may not or can't be loaded, `ArgumentError` for a plan that can't be.
+        """
+        asked = parse_request(plan, world_size)
+        real = locate(path, self.roots)
+        checkpoint = read_checkpoint(real)
+        identity = checkpoint.identity
+        # As the ranks choose it: fp32 on a CPU, the file's own on a GPU.
+        compute = dtype or ("fp32" if self.device == "cpu" else None)
+        expected = checkpoint.weight_bytes(_BYTES[compute] if compute else None)
+        base = Model(_name(identity, dtype), real, identity, dtype, weight_bytes=expected, asked=asked)
+        base = replace(base, asked_name=_last_name(path))
+        if not patches:
+            return base
+        files: dict[str, str] = {}
+        resolved = [self._resolve(index, patch, files) for index, patch in enumerate(patches)]
+        said = [_contents((patch, files.get(patch.get("path", ""), ""))) for patch in resolved]
+        return replace(
+            base,
+            id=_name(identity, dtype, said),
+            patches=resolved,
+            files=files,
+            base=base,
+            weight_bytes=0,
+        )
+
+    def _resolve(self, index: int, patch: Any, files: dict[str, str]) -> dict[str, Any]:
+        """A patch with its file's real path, if it names one; that file's identity is put into ``files``."""
+        if not isinstance(patch, dict):
+            raise ArgumentError(f"patches[{index}]: expected a map, got {type(patch).__name__}", argument="patches")
+        if "path" not in patch:
+            return patch
+        if not isinstance(patch["path"], str):
+            raise ArgumentError(f"patches[{index}].path: expected a string", argument="patches")
+        real = locate(patch["path"], self.roots)
+        if real not in files:
+            files[real] = read_checkpoint(real).identity
+        return {**patch, "path": real}
+
+    def recall(self, model_id: str) -> Model | None:
+        """A model that is loaded, or that was until it made room for another one and is remembered."""
+        return self._models.get(model_id) or self._evicted.get(model_id)
+
+    def add(self, model: Model) -> None:
+        """A model is resident."""
+        self._evicted.pop(model.id, None)
+        self._models[model.id] = model
+
+    def remove(self, model_id: str) -> None:
+        """A model is resident no more, and nothing of it is remembered."""
+        self._models.pop(model_id, None)
+        self._evicted.pop(model_id, None)
+
+    def evict(self, model_id: str) -> None:
+        """A model is resident no more; how to load it again is remembered for as long as there is room for that."""
+        self._evicted[model_id] = self._models.pop(model_id)
+        tensors = [sum(1 for _ in tensors_of(each.patches)) for each in self._evicted.values()]
+        while len(tensors) > EVICTED or sum(tensors) > EVICTED_TENSORS:
+            self._evicted.popitem(last=False)
+            tensors.pop(0)
+
+    def forget_evicted(self) -> None:
+        """Remember no model but those that are loaded: others may be allowed now."""
+        self._evicted.clear()
+
+    def note_plan(self, model_id: str, plan: str) -> None:
+        """A model was used just now, and its forward spread by ``plan``."""
+        model = self._models.pop(model_id, None)
+        if model is not None:
+            self._models[model_id] = replace(model, plan=plan)
+
+    def patched(self, model_id: str) -> list[str]:
+        """The models that were made of this one by patches; what it takes is theirs too."""
+        return [each.id for each in self if each.base is not None and each.base.id == model_id]
+
+    def to_evict(
+        self, model: Model, budget: int | None, variants: int, needed: Sequence[str] = (), gone: Collection[str] = ()
+    ) -> list[str]:
+        """The models that must go for ``model``, in the order in which they do; those ``gone`` go anyway.
+
+        So that of one base no more than ``variants`` patched ones are there, and that all fit in a budget of bytes, as
+        far as its own base lets them. Models that are ``needed``, the most urgent first, go last.
+        """
+        evicted = list(gone)
+        if model.base is not None:
+            siblings = [each for each in self.patched(model.base.id) if each not in evicted]
+            order = [each.id for each in self._in_order(needed) if each.id in siblings]
+            evicted += order[: max(0, len(siblings) + 1 - variants)]
+        staying = [each for each in self if each.id not in evicted]
+        coming = [each for each in (model, model.base) if each is not None and each.id not in self]
+        excess = sum(each.weight_bytes for each in (*staying, *coming)) - (budget or 0)
+        while budget is not None and excess > 0 and (next_one := self.next_to_go(model, evicted, needed)) is not None:
+            evicted.append(next_one.id)
+            excess -= next_one.weight_bytes
+        return evicted
+
+    def next_to_go(self, model: Model, gone: Collection[str] = (), needed: Sequence[str] = ()) -> Model | None:
+        """The first model that may go for ``model`` after those that are ``gone``, if there is one.
+
+        Itself and its own base stay, and so does the base of any patched model that stays: what they share would not
+        come free.
+        """
+        staying = [each for each in self._in_order(needed) if each.id not in gone]
+        kept = {model.id, *(each.base.id for each in (*staying, model) if each.base is not None)}
+        return next((each for each in staying if each.id not in kept), None)
+
+    def _in_order(self, needed: Sequence[str]) -> list[Model]:
+        """The models in the order in which they go: the least recently used first, and then the least urgent ones."""
+        places = {model_id: place for place, model_id in reversed(list(enumerate(needed)))}
+        return sorted(self, key=lambda each: -places.get(each.id, len(places) + len(needed)))
+
+
+def _last_name(path: str) -> str:
+    """The last name of a path; empty if that names another folder than it says."""
+    name = os.path.basename(path.rstrip("/"))
+    return "" if name in (".", "..") else name
+
+
+def _name(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _contents(value: Any) -> Any:
+    """A body as JSON takes it, tensors by their digests."""
+    if isinstance(value, Tensor):
+        digest = value.with_digest().digest
+        assert digest is not None
+        return digest.hex()
+    if isinstance(value, bytes):
+        return {"bytes": value.hex()}
+    if isinstance(value, dict):
+        return {key: _contents(item) for key, item in sorted(value.items())}
+    if isinstance(value, (list, tuple)):
+        return [_contents(item) for item in value]
+    return value

@@ -1,0 +1,230 @@
+"""Which models the ranks hold: what a load makes room for, and what new ranks must load again.
+
+Models that make room are remembered. A job whose model isn't there at its turn has it loaded for that turn, so clients
+take turns however little memory there is. That costs a load each time, so a model that was loaded stays at least as
+long as its load took, while it is in use by others: loads don't follow each other step by step, and nobody waits for
+ever. What a device turns out not to hold (`OutOfMemory`) isn't foreseen, so there each turn may cost a load.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from tacod.config import Models
+from tacod.execution.manifest import Manifest, Model
+from tacod.execution.store import Store
+from tacod.group.processes import GroupLost
+from tacod_client.errors import OutOfMemory, RankFailed, TacodError
+
+__all__ = ["Residency"]
+
+log = logging.getLogger(__name__)
+
+STAYS_S = (0.05, 30.0)
+"""How long a model stays at least and at most before it makes room while it is in use."""
+BETWEEN_S = 0.25
+"""How long after a step its model counts as in use: a client that samples asks for the next one within this time."""
+
+
+class Residency:
+    """What comes and goes with the work items, as they are handed out and answered.
+
+    Patches' tensors of the models that are here make room in the store only after others. ``on_gone`` hears of each
+    model that the ranks hold no more and that isn't remembered, ``on_evicted`` of each that makes room.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        store: Store,
+        preload: Iterable[Model],
+        world_size: int,
+        on_gone: Callable[[str], None],
+        on_evicted: Callable[[Model], None],
+    ) -> None:
+        self._manifest = manifest
+        self.restoring: Model | None = None
+        """What the ranks load now, though no client asked."""
+        self.fetching: Model | None = None
+        """What they load for the turn of the running job."""
+        self.clearing: Model | None = None
+        """What they give up for the running job's next step, which found no memory."""
+        self._store = store
+        self._waiting = list(preload)
+        self._world_size = world_size
+        self._on_gone = on_gone
+        self._on_evicted = on_evicted
+        self._evicting: list[str] = []
+        """The models that go with the running work item: a load takes their place, or what they were made of goes."""
+        self._short: tuple[str, str] | None = None
+        """The job whose load found no memory, and the model that goes when it is tried again."""
+        self._stays_until: dict[str, float] = {}
+        self._losses: dict[str, tuple[int, str]] = {}
+        """How often the ranks were lost while they loaded each model though no client asked, and the last cause."""
+        self._used: dict[str, tuple[bytes, float]] = {}
+        """By which session each model was used last, and when."""
+
+    def want(self, models: Iterable[Model]) -> None:
+        """Models that are to be there from now on."""
+        coming = {model.id for model in self.coming}
+        self._waiting += [model for model in models if model.id not in self._manifest and model.id not in coming]
+
+    @property
+    def coming(self) -> list[Model]:
+        """What the ranks load, or are to load, though no client asks."""
+        return [*([self.restoring] if self.restoring is not None else []), *self._waiting]
+
+    def restore_next(self) -> Model | None:
+        """The next model that the ranks are to load though no client asks, if there is one."""
+        while self._waiting:
+            model = self._waiting.pop(0)
+            if not self._store.lacks(model.digests):
+                self.restoring = model
+                log.info("loading %s", model.path)
+                return model
+            log.info("%s: its patches have made room for others; who asks for it sends them again", model.path)
+            self.forget(model.id)
+        return None
+
+    # --- turns ----------------------------------------------------------------------------------------------------
+
+    def recall(self, model_id: str) -> Model | None:
+        """A model that is here, or that can be loaded again; None if clients have to."""
+        model = self._manifest.recall(model_id)
+        if model is None or (model_id not in self._manifest and self._store.lacks(model.digests)):
+            return None
+        return model
+
+    def note_used(self, model_id: str, session: bytes, now: float) -> None:
+        """A session used a model that is here, or was told that it is."""
+        self._used[model_id] = session, now
+
+    def is_put_off(self, model: Model, session: bytes, limits: Models, needed: Sequence[str], now: float) -> bool:
+        """Whether a session's load waits: what would go for it is in use by others, and hasn't stayed long enough yet.
+
+        ``needed`` are the models of others' jobs, the most urgent first.
+        """
+
+        def is_in_use(model_id: str) -> bool:
+            last, at_s = self._used.get(model_id, (session, 0.0))
+            return model_id in needed or (last != session and now < at_s + BETWEEN_S)
+
+        going = self._manifest.to_evict(model, limits.memory_bytes, limits.variants, needed)
+        return any(now < self._stays_until.get(each, 0.0) and is_in_use(each) for each in going)
+
+    def make_room(self, job_id: str, model: Model, limits: Models, needed: Sequence[str]) -> list[str]:
+        """The models that go with the load of ``model``, for a job that asks for it or needs it."""
+        short, self._short = self._short, None
+        gone = [short[1]] if short is not None and short[0] == job_id and short[1] in self._manifest else []
+        self._evicting = self._manifest.to_evict(model, limits.memory_bytes, limits.variants, needed, gone)
+        return self._evicting
+
+    def clear_for(self, job_model: str, needed: Sequence[str]) -> Model | None:
+        """The patched model that goes because a step of ``job_model`` found no memory, if there is one."""
+        self.keep_all()
+        model = self._manifest.find(job_model)
+        bases = [each.id for each in self._manifest if each.base is None]
+        self.clearing = self._manifest.next_to_go(model, bases, needed)
+        self._evicting = [self.clearing.id] if self.clearing is not None else []
+        return self.clearing
+
+    def go_too(self, model_id: str) -> list[str]:
+        """The models that go with this one."""
+        self._evicting, self._short = self._manifest.patched(model_id), None
+        return self._evicting
+
+    def keep_all(self) -> None:
+        """The next work item is neither a load nor the end of a model."""
+        self._evicting, self._short = [], None
+
+    def note_evicted(self) -> None:
+        """The ranks have done the work item, and hold no more what was to make room for it."""
+        for model in [self._manifest.find(each) for each in self._evicting]:
+            log.info("unloaded %s to make room", model.id)
+            self._let_go(model)
+            self._manifest.evict(model.id)
+            self._on_evicted(model)
+        self._evicting = []
+
+    def note_unloaded(self, model_id: str) -> None:
+        """The ranks hold a model no more, and nothing that was made of it."""
+        for gone in (*self._evicting, model_id):
+            log.info("unloaded %s", gone)
+            self.forget(gone)
+        self._evicting = []
+
+    def note_loaded(self, model: Model, told: dict[str, Any], elapsed_s: float, now: float) -> None:
+        """The ranks hold a model, and its base, and tell about both."""
+        facts = [(model, told["model"])]
+        if model.base is not None:
+            facts.insert(0, (model.base, told["base"]))
+        for each, known in facts:
+            if each.id not in self._manifest:
+                self._store.hold(each.digests)
+                resident = each.loaded(known, elapsed_s, self._world_size)
+                self._manifest.add(resident)
+                least, most = STAYS_S
+                self._stays_until[each.id] = now + min(max(elapsed_s, least), most)
+                for note in resident.notes:
+                    log.warning("%s: a patch was left out: %s", resident.name, note)
+
+    def note_short(self, job_id: str, model: Model, needed: Sequence[str]) -> bool:
+        """A load found no memory; whether it is worth another try, in the place of one more model."""
+        other = self._manifest.next_to_go(model, needed=needed)
+        if other is None:
+            return False
+        self._short = job_id, other.id
+        return True
+
+    def note_restored(self, told: dict[str, Any], error: TacodError | None, elapsed_s: float, now: float) -> None:
+        """The ranks have loaded what no client asked for, or can't."""
+        model, self.restoring = self.restoring, None
+        assert model is not None
+        self._losses.pop(model.id, None)
+        if error is None:
+            self.note_loaded(model, told, elapsed_s, now)
+        else:
+            self._give_up(model, error)
+
+    def _give_up(self, model: Model, error: TacodError) -> None:
+        log.error("%s can't be loaded: %s", model.path, error.message)
+        self.forget(model.id)
+
+    def forget(self, model_id: str) -> None:
+        """The ranks hold a model no more, or can't load it."""
+        self._losses.pop(model_id, None)
+        if model_id in self._manifest:
+            self._let_go(self._manifest.find(model_id))
+            self._on_gone(model_id)
+        self._manifest.remove(model_id)
+
+    def _let_go(self, model: Model) -> None:
+        self._store.release(model.digests)
+        self._stays_until.pop(model.id, None)
+        self._used.pop(model.id, None)
+
+    def lose_group(self, lost: GroupLost, retries: int) -> bool:
+        """The ranks are gone: new ones load all that these held.
+
+        What they were loading though no client asked is given up as a job is: at once for a lack of memory, the second
+        time by the same cause, or after ``retries`` more. Returns whether that is so.
+        """
+        self.keep_all()
+        self.fetching = self.clearing = None
+        model = self.restoring
+        given_up = model is not None and self._is_last(model.id, lost, retries)
+        if model is not None and given_up:
+            self.restoring = None
+            self._give_up(model, lost.error or RankFailed(f"the ranks ended each time they loaded it; last: {lost}"))
+        coming, self.restoring = self.coming, None
+        self._waiting = [*self._manifest, *(each for each in coming if each.id not in self._manifest)]
+        return given_up
+
+    def _is_last(self, model_id: str, lost: GroupLost, retries: int) -> bool:
+        """Count the loss of the ranks to the model that they were loading; whether it isn't tried again."""
+        losses, cause = self._losses.get(model_id, (0, ""))
+        self._losses[model_id] = losses + 1, lost.cause
+        again = lost.cause != "" and lost.cause == cause
+        return losses >= retries or again or isinstance(lost.error, OutOfMemory)

@@ -1,0 +1,1 @@
+"""The ranks from outside: processes, shared memory, restarts."""

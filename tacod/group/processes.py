@@ -1,0 +1,236 @@
+"""The ranks as processes: one per device, started together and ended together."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tacod import config
+from tacod.group.arena import PACKET_BYTES, Arena
+from tacod_client.errors import TacodError
+
+__all__ = ["ON_GPUS", "GroupLost", "Processes", "Rank", "devices"]
+
+log = logging.getLogger(__name__)
+
+STACKS_S = 1.0
+"""How long ranks get to write their stacks; one that is stopped never does."""
+ON_GPUS = {
+    "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    # In a CUDA graph NCCL would have the other ranks map what it sends and receives, as one piece each, which memory in
+    # such segments is not: ranks then hang in a replay (https://github.com/pytorch/pytorch/issues/158029).
+    "NCCL_GRAPH_REGISTER": "0",
+}
+"""What a GPU's rank finds in its environment."""
+
+
+@dataclass
+class Rank:
+    """One process and what it last said."""
+
+    index: int
+    device: str
+    process: subprocess.Popen[bytes]
+    pidfd: int
+    channel: socket.socket
+    """One end of a pair of unix sockets; the rank has the other."""
+    ready: bool = False
+    """Whether it has said so."""
+    mute: bool = False
+    """Whether it has closed its end, which it does by ending."""
+    memory_used_bytes: int = 0
+    progress: tuple[int, int] | None = None
+    """Bytes done and bytes in all, of the load that it works on."""
+    begun: int = 0
+    """Forwards of its work item that it has begun after the first."""
+
+    def send(self, packet: bytes) -> None:
+        """Tell it something, without waiting. Raises `GroupLost` if it doesn't take that."""
+        try:
+            self.channel.send(packet, socket.MSG_DONTWAIT)
+        except OSError as error:
+            raise GroupLost(f"rank {self.index} (pid {self.process.pid}) is not reachable: {error}") from None
+
+    def receive(self) -> bytes | None:
+        """What it has said next, or None."""
+        if self.mute:
+            return None
+        try:
+            packet = self.channel.recv(PACKET_BYTES, socket.MSG_DONTWAIT)
+        except (BlockingIOError, ConnectionResetError):  # the latter: it has ended and left something unread
+            return None
+        self.mute = not packet
+        return packet or None
+
+
+class GroupLost(Exception):
+    """The ranks can't be trusted any more; says why."""
+
+    def __init__(self, reason: str, error: TacodError | None = None, cause: str = "") -> None:
+        super().__init__(reason)
+        self.error = error
+        """What one of them gave as the reason, if the others didn't agree."""
+        self.cause = cause
+        """What the same work would end in again, without numbers that differ; empty for what came from outside."""
+
+
+def devices(group: config.Group) -> list[str]:
+    """The ranks' devices: ``cpu:0`` …, or GPUs by the index or UUID that nvidia-smi shows.
+
+    Raises `config.ConfigError` for a GPU that isn't there.
+    """
+    if group.device == "cpu":
+        return [f"cpu:{index}" for index in range(group.ranks)]
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        raise config.ConfigError(
+            f'group.device: no NVIDIA driver answers ({error}); on a machine without GPUs set group.device = "cpu"'
+        ) from None
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        uuids = [pynvml.nvmlDeviceGetUUID(handle) for handle in handles]
+    finally:
+        pynvml.nvmlShutdown()
+    wanted = group.gpus if group.gpus is not None else list(range(len(uuids)))
+    for gpu in wanted:
+        if gpu not in uuids and not (isinstance(gpu, int) and gpu < len(uuids)):
+            raise config.ConfigError(f"group.gpus: no GPU {gpu!r}; nvidia-smi shows 0 to {len(uuids) - 1}")
+    return [str(gpu) for gpu in wanted]
+
+
+class Processes:
+    """One generation of ranks after the other; each has an epoch, and leaves nothing behind.
+
+    ``folder`` is where they find each other.
+    """
+
+    def __init__(self, devices: list[str], folder: Path) -> None:
+        self.devices = devices
+        self.ranks: list[Rank] = []
+        self.arena: Arena | None = None
+        """What they have in common with the supervisor, as long as they run."""
+        self._folder = folder
+        self._epoch = ""
+        """In the names of their files: what one generation left is nothing to the next one."""
+
+    def spawn(self, settings: config.Group, fault: dict[str, Any] | None = None) -> None:
+        """Start a new epoch of ranks, with a ``fault`` on purpose; they report when they are ready."""
+        assert not self.ranks
+        self._epoch = secrets.token_hex(8)
+        self.arena = Arena()
+        for index, device in enumerate(self.devices):
+            channel, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            for end in (channel, other):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * PACKET_BYTES)
+            process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "tacod.rank"),
+                    *("--rank", str(index), "--world-size", str(len(self.devices)), "--device", settings.device),
+                    *("--channel", str(other.fileno()), "--arena", str(self.arena.fd)),
+                    *("--rendezvous", str(self._rendezvous), "--stacks", str(self._stacks(index))),
+                    *(() if settings.cuda_graphs else ("--no-cuda-graphs",)),
+                    *(() if settings.peer_memory else ("--no-peer-memory",)),
+                    *(() if settings.warm_up else ("--no-warm-up",)),
+                    *(("--fault", json.dumps(fault)) if fault is not None else ()),
+                ],
+                env=_environment(settings.device, self.devices),
+                pass_fds=(other.fileno(), self.arena.fd),
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            other.close()
+            self.ranks.append(Rank(index, device, process, os.pidfd_open(process.pid), channel))
+        log.info("starting %d ranks on %s", len(self.devices), ", ".join(self.devices))
+
+    def kill(self) -> None:
+        """End all ranks at once and reap them; nothing of this epoch remains."""
+        for rank in self.ranks:
+            rank.process.kill()
+        for rank in self.ranks:
+            rank.process.wait()
+            os.close(rank.pidfd)
+            rank.channel.close()
+            self._stacks(rank.index).unlink(missing_ok=True)
+        self.ranks.clear()
+        if self.arena is not None:
+            self.arena.close()
+            self.arena = None
+        self._rendezvous.unlink(missing_ok=True)
+        self._epoch = ""
+
+    def check(self, ranks: Iterable[Rank]) -> None:
+        """Raise `GroupLost` if one of these has ended."""
+        ended = [(rank, code) for rank in ranks if (code := rank.process.poll()) is not None]
+        if ended:
+            # Those that exit may have fallen over one that a signal ended.
+            rank, code = min(ended, key=lambda each: each[1] >= 0)
+            ending = _ending(code)
+            reason = f"rank {rank.index} ({rank.device}, pid {rank.process.pid}) {ending}"
+            raise GroupLost(reason, cause="" if -code in _FROM_OUTSIDE else ending)
+
+    def log_stacks(self, ranks: Iterable[Rank]) -> None:
+        """Where these hang. Each has a file for that: in one log their lines would be mixed."""
+        for rank in ranks:
+            rank.process.send_signal(signal.SIGUSR1)
+        time.sleep(STACKS_S)
+        for rank in ranks:
+            stacks = self._stacks(rank.index).read_text(errors="replace") if self._stacks(rank.index).exists() else ""
+            log.error("rank %d: %s", rank.index, stacks.rstrip() or "no stacks: it is stopped, or has not begun")
+
+    def _stacks(self, index: int) -> Path:
+        return self._folder / f"stacks-{self._epoch}-{index}"
+
+    @property
+    def _rendezvous(self) -> Path:
+        return self._folder / f"rendezvous-{self._epoch}"
+
+
+_NOT_INHERITED = {
+    *("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID"),
+    *("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS"),
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"),
+}
+
+
+def _environment(kind: str, devices: Sequence[str]) -> dict[str, str]:
+    """A rank's environment: the group's devices alone, and no settings meant for someone else's process.
+
+    Each rank uses the one at its own index; it sees the others to write into their memory.
+    """
+    env = {key: value for key, value in os.environ.items() if key not in _NOT_INHERITED}
+    if kind == "cuda":
+        env.update(ON_GPUS, CUDA_VISIBLE_DEVICES=",".join(devices))
+    else:
+        env.update(CUDA_VISIBLE_DEVICES="")
+    # All ranks are on this machine; the name of its network interface, or a lack of one, is no concern of theirs.
+    for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+        env.setdefault(variable, "lo")
+    return env
+
+
+_FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Signals by which people and the kernel end a process that did nothing wrong."""
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"exited with code {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was killed by signal {-code}"

@@ -1,0 +1,265 @@
+"""The daemon's numbers for Prometheus, over HTTP, on loopback or a unix socket.
+
+The daemon's loop publishes a reading once a second. The threads that answer HTTP see that reading and nothing else
+of the daemon, so a slow or hostile scraper costs the loop nothing.
+"""
+
+from __future__ import annotations
+
+import platform
+import socket
+import socketserver
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+from prometheus_client import CollectorRegistry, Metric, ProcessCollector, make_wsgi_app
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+)
+from prometheus_client.registry import Collector
+
+from tacod.config import ConfigError
+from tacod.observe.metrics import Histogram, Metrics
+from tacod.serving.unix_socket import PathTaken, UnixSocket
+
+__all__ = ["STATES", "Exporter", "Reading", "families"]
+
+STATES = ("starting", "ready", "degraded", "draining")
+EVERY_S = 1.0
+"""How old a reading may get."""
+SCRAPES = 8
+"""Connections answered at once; more are closed, so that they can't use up the daemon's file descriptors."""
+PATIENCE_S = 5.0
+"""How long a scraper may be silent."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one moment's `status` says, the totals of `stats`, and the two histograms behind them."""
+
+    status: Mapping[str, Any]
+    totals: Mapping[str, Any]
+    part_seconds: Mapping[str, float]
+    steps: tuple[list[tuple[str, float]], float]
+    loads: tuple[list[tuple[str, float]], float]
+
+    @classmethod
+    def take(cls, status: Mapping[str, Any], totals: Mapping[str, Any], metrics: Metrics) -> Reading:
+        """Copy what still changes."""
+        return cls(status, totals, dict(metrics.part_seconds), _buckets(metrics.steps), _buckets(metrics.loads))
+
+
+def _buckets(histogram: Histogram) -> tuple[list[tuple[str, float]], float]:
+    bounds = [*map(repr, histogram.bounds), "+Inf"]
+    return list(zip(bounds, map(float, histogram.cumulative), strict=True)), histogram.sum
+
+
+def families(reading: Reading) -> Iterator[Metric]:
+    """Everything that is exported, in base units; labels take only values of which there are few."""
+    status, stats = reading.status, reading.totals
+    group, queue, store = status["group"], status["queue"], stats["store"]
+
+    build = {"version": status["version"], "python": platform.python_version()}
+    yield InfoMetricFamily("tacod_build", "The daemon's version, and Python's.", build)
+    state = GaugeMetricFamily(
+        "tacod_state", "1 for the state that the daemon is in, 0 for the others.", labels=["state"]
+    )
+    for name in STATES:
+        state.add_metric([name], float(status["state"] == name))
+    yield state
+    yield _gauge("clients", "Connected clients.", status["clients"])
+    yield _gauge("models", "Loaded models, patched ones and their bases each counted.", len(status["models"]))
+    jobs = GaugeMetricFamily("tacod_queue_jobs", "Jobs that run or wait now.", labels=["state"])
+    for name in ("running", "queued"):
+        jobs.add_metric([name], queue[name])
+    yield jobs
+
+    yield _counter("forwards", "Forwards done.", stats["forwards_total"])
+    yield _counter("parallel_forwards", "Forwards done on several ranks.", stats["parallel_forwards_total"])
+    yield _counter("skipped_forwards", "Forwards that a step cache mostly skipped.", stats["skipped_forwards_total"])
+    yield _counter("retried_forwards", "Steps begun again because the ranks were lost.", stats["retried_forwards"])
+    ended = CounterMetricFamily("tacod_jobs", "Jobs ended, by outcome.", labels=["outcome"])
+    for outcome, count in sorted(stats["jobs_total"].items()):
+        ended.add_metric([outcome], count)
+    yield ended
+    yield HistogramMetricFamily("tacod_step_seconds", "Seconds of a step, waiting included.", *reading.steps)
+    parts = CounterMetricFamily("tacod_step_part_seconds", "Seconds of all steps, by part.", labels=["part"])
+    for part, seconds in reading.part_seconds.items():
+        parts.add_metric([part.removesuffix("_s")], seconds)
+    yield parts
+    yield HistogramMetricFamily("tacod_load_seconds", "Seconds that loads took in the ranks.", *reading.loads)
+
+    yield _counter("received_bytes", "Bytes from clients.", stats["rx_bytes"])
+    yield _counter("sent_bytes", "Bytes to clients.", stats["tx_bytes"])
+    yield _gauge("store_bytes", "Client tensors kept in host memory.", store["bytes"])
+    yield _counter("store_hits", "Tensors named by digest that the store had.", store["hits"])
+    yield _counter("store_misses", "Tensors named by digest that it lacked.", store["misses"])
+
+    yield _counter("group_restarts", "Times that all ranks were replaced.", stats["group_restarts"])
+    yield _gauge("world_size", "Ranks that there are to be.", group["world_size"])
+    yield _gauge("ranks", "Rank processes that live now.", len(group["ranks"]))
+    for key, name, text in (
+        (
+            "memory_used_bytes",
+            "rank_memory_used_bytes",
+            "Device memory of a rank's tensors; on a CPU, its resident memory.",
+        ),
+        ("device_memory_used_bytes", "device_memory_used_bytes", "Memory of a rank's device in use, by whomever."),
+        ("memory_total_bytes", "device_memory_total_bytes", "Memory of a rank's device."),
+        ("utilization", "rank_utilization_ratio", "How busy the device is; on a CPU, the rank's share of all cores."),
+    ):
+        family = GaugeMetricFamily(f"tacod_{name}", text, labels=["rank", "device"])
+        for rank in group["ranks"]:
+            if rank[key] is not None:
+                family.add_metric([str(rank["rank"]), rank["device"]], rank[key])
+        yield family
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"tacod_{name}", text, value)
+
+
+def _counter(name: str, text: str, value: float) -> Metric:
+    return CounterMetricFamily(f"tacod_{name}", text, value)
+
+
+class Exporter(Collector):
+    """An HTTP server on a thread of its own, and the reading that it shows.
+
+    Raises `ConfigError` if nothing can listen there.
+    """
+
+    def __init__(self, listen: str) -> None:
+        self._reading: Reading | None = None
+        self._next_s = 0.0
+        registry = CollectorRegistry()
+        registry.register(self)
+        registry.register(ProcessCollector(namespace="tacod", registry=None))
+        try:
+            self._server = _server(listen)
+        except PathTaken as error:
+            raise ConfigError(f"metrics.listen: {error}") from None
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ConfigError(f"metrics.listen: {listen}: {reason}; choose another, or end what uses it") from None
+        self._server.set_app(make_wsgi_app(registry))
+        self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+        try:
+            self._thread.start()
+        except BaseException:
+            self._server.server_close()
+            raise
+
+    @property
+    def port(self) -> int:
+        """The TCP port that it listens on."""
+        return int(self._server.server_address[1])
+
+    def due(self, now: float) -> bool:
+        """Whether the reading is old; ``now`` is on the monotonic clock."""
+        if now < self._next_s:
+            return False
+        self._next_s = now + EVERY_S
+        return True
+
+    def publish(self, reading: Reading) -> None:
+        """Show this from now on."""
+        self._reading = reading
+
+    def collect(self) -> Iterator[Metric]:
+        """The families of the last reading, for the registry."""
+        if self._reading is not None:
+            yield from families(self._reading)
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = PATIENCE_S
+
+    def handle(self) -> None:
+        # A scraper that goes away or falls silent is no event.
+        with suppress(ConnectionError, TimeoutError):
+            super().handle()
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def address_string(self) -> str:
+        return "scraper"
+
+
+class _Server(socketserver.ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, address: Any) -> None:
+        self._free = threading.BoundedSemaphore(SCRAPES)
+        super().__init__(address, _Handler)
+
+    def server_bind(self) -> None:
+        # The base class asks a name server for this host's name, which can take long.
+        socketserver.TCPServer.server_bind(self)
+        self._set_up()
+
+    def _set_up(self) -> None:
+        self.server_name, self.server_port = "tacod", 0
+        self.setup_environ()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._free.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6
+
+
+class _UnixServer(_Server):
+    address_family = socket.AF_UNIX
+
+    def __init__(self, path: str) -> None:
+        self._unix = UnixSocket(Path(path))
+        super().__init__(path)
+
+    def server_bind(self) -> None:
+        self.socket.close()
+        self.socket = self._unix.socket
+        self._set_up()
+
+    def server_close(self) -> None:
+        self._unix.remove()
+        super().server_close()
+
+    def get_request(self) -> tuple[Any, Any]:
+        request, _ = super().get_request()
+        return request, ("", 0)
+
+
+def _server(listen: str) -> _Server:
+    path = listen.removeprefix("unix:")
+    if path != listen:
+        return _UnixServer(path)
+    host, _, port = listen.rpartition(":")
+    host = host.strip("[]")
+    return (_Server6 if ":" in host else _Server)((host, int(port)))

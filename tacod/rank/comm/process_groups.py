@@ -1,0 +1,116 @@
+"""xfuser's process groups, on GPUs over NCCL and on CPUs over gloo.
+
+xfuser 0.7 imports its pipelines, diffusers and triton at `import xfuser` and refuses to run without an accelerator.
+A rank needs its `parallel_state` alone, so that module is imported under bare parent packages: two seconds instead
+of seven, and no kernels on a CPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tacod.rank.parallel.topology import MakeGroup
+
+__all__ = ["join", "leave"]
+
+JOIN_TIMEOUT = timedelta(minutes=30)
+"""How long ranks wait for each other, if nobody ends them before."""
+
+
+def join(device: torch.device, rank: int, world_size: int, rendezvous: str, local_rank: int = 0) -> MakeGroup:
+    """Join the group as ``rank`` of ``world_size``; returns what makes further groups of its ranks.
+
+    ``rendezvous`` is the path of a file by which they find each other; with torch's ``file://`` URLs, a # would end it.
+    ``local_rank`` is the device's index among those that the process sees. Blocks until all ranks have joined.
+    """
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    # A transfer that is to hide behind a matrix product must not wait for the product's last block.
+    os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
+    state = _parallel_state(on_gpu=device.type == "cuda")
+    if not dist.is_initialized():
+        store = dist.FileStore(os.fsencode(rendezvous), world_size)  # type: ignore[attr-defined, arg-type]
+        store.set_timeout(JOIN_TIMEOUT)
+        dist.init_process_group(backend, store=store, world_size=world_size, rank=rank)
+    # xfuser makes its groups of what is there.
+    state.init_distributed_environment(
+        world_size=world_size, rank=rank, distributed_init_method="", local_rank=local_rank, backend=backend
+    )
+    state.initialize_model_parallel(
+        sequence_parallel_degree=world_size, ulysses_degree=world_size, ring_degree=1, backend=backend
+    )
+
+    def make_group(parts: list[list[int]]) -> dist.ProcessGroup:
+        if parts == [list(range(world_size))]:
+            whole: dist.ProcessGroup = state.get_sp_group().ulysses_group
+            return whole
+        group: dist.ProcessGroup = state.GroupCoordinator(parts, local_rank, backend).device_group
+        return group
+
+    return make_group
+
+
+def leave() -> None:
+    """Leave the group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _parallel_state(on_gpu: bool) -> Any:
+    with _bare("xfuser", "xfuser.core", "xfuser.core.distributed"), _named_only("diffusers"):
+        # xfuser's loggers read this at import; by default they print at debug level.
+        os.environ.setdefault("LOG_LEVEL", "warning")
+        envs: Any = importlib.import_module("xfuser.envs")
+        if not on_gpu:
+            envs.get_device = lambda local_rank: torch.device("cpu")
+            envs.get_device_name = lambda: "cpu"
+            envs.get_device_version = lambda: None
+            envs.get_torch_distributed_backend = lambda: "gloo"
+            envs._is_cuda = lambda: False
+        # The Ulysses and ring groups come from yunchang, which is installed with xfuser but only looked for on GPUs.
+        envs.PACKAGES_CHECKER.packages_info["has_long_ctx_attn"] = True
+        return importlib.import_module("xfuser.core.distributed.parallel_state")
+
+
+@contextmanager
+def _bare(*names: str) -> Iterator[None]:
+    """Within, these packages have a path and no code; afterwards they are as if never imported."""
+    root = importlib.util.find_spec(names[0])
+    if root is None or not root.submodule_search_locations:
+        raise ModuleNotFoundError("xfuser is not installed; run `pip install 'taco-dit[daemon]'`")
+    base = root.submodule_search_locations[0]
+    for name in names:
+        package = types.ModuleType(name)
+        package.__path__ = [os.path.join(base, *name.split(".")[1:])]
+        sys.modules[name] = package
+    try:
+        yield
+    finally:
+        for name in names:
+            del sys.modules[name]
+
+
+@contextmanager
+def _named_only(name: str) -> Iterator[None]:
+    """Within, importing ``name`` gives a module that knows its version and nothing else."""
+    if name in sys.modules:
+        yield
+        return
+    module = types.ModuleType(name)
+    module.__dict__["__version__"] = importlib.metadata.version(name)
+    sys.modules[name] = module
+    try:
+        yield
+    finally:
+        del sys.modules[name]

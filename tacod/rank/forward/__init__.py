@@ -1,0 +1,1 @@
+"""One forward on all ranks."""

@@ -1,0 +1,137 @@
+"""The step cache: of two neighbouring steps of a run that begin alike, the second skips most of its blocks.
+
+Every forward runs its first block. If what that adds to the image's tokens has hardly changed since the last computed
+step of the run, the other blocks are taken to add what they added then. This is the first-block cache of ParaAttention
+(Cheng, 2024), a kin of TeaCache (Liu et al., 2024, arXiv:2411.19108). What is skipped is an error in the result.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from tacod.rank.parallel.sequence import SequenceParallel
+from tacod_client import wire
+
+__all__ = ["MOST_IN_A_ROW", "RUNS", "StepCache", "StepCaches", "contents", "last_tokens"]
+
+MOST_IN_A_ROW = 4
+"""Forwards that are skipped after each other before one is computed, however like they are."""
+RUNS = 4
+"""Runs of each model of which something is kept; the least recently used goes first."""
+
+
+class StepCache:
+    """What one rank keeps of a run's last computed step: two tensors of the size of its image tokens."""
+
+    def __init__(self, threshold: float, level: float) -> None:
+        """``threshold`` is the relative change of the first block's residual below which the others are skipped."""
+        self.threshold = threshold
+        self.level = level
+        """The last forward's timestep."""
+        self.skipped = False
+        """Whether the last forward was skipped but for its first block."""
+        self._in_a_row = 0
+        self._first: Tensor | None = None
+        self._others: Tensor | None = None
+
+    def last_tokens(self, blocks: Iterator[Tensor], sequence: SequenceParallel) -> Tensor:
+        """See `last_tokens`; every rank of the sequence skips, or none does."""
+        before = next(blocks)
+        after = next(blocks)
+        first = after - before
+        self.skipped = self._is_like_the_last(first, sequence)
+        if self.skipped:
+            assert self._others is not None
+            self._in_a_row += 1
+            return after + self._others
+        self._first, self._others, self._in_a_row = first, None, 0
+        out = after
+        for out in blocks:  # noqa: B007
+            pass
+        self._others = out - after
+        return out
+
+    def _is_like_the_last(self, first: Tensor, sequence: SequenceParallel) -> bool:
+        # All that this looks at but the tensors' values is alike on all ranks, so that they exchange or don't.
+        if self._first is None or self._others is None or self._in_a_row == MOST_IN_A_ROW:
+            return False
+        sums = [each.abs().sum(dtype=torch.float32) for each in (first - self._first, self._first)]
+        # Gathered and then added up in one order, so that every rank compares the same numbers.
+        everyones = sequence.whole.gather(torch.stack(sums), [2] * sequence.size, dim=0)
+        change, size = everyones.view(-1, 2).sum(0).tolist()
+        return bool(change < self.threshold * size)
+
+
+def last_tokens(blocks: Iterator[Tensor], sequence: SequenceParallel, cache: StepCache | None) -> Tensor:
+    """This rank's image tokens [B, S, width] after the last block.
+
+    ``blocks`` gives them before the first block, after it, and then as often as it likes; what comes last counts. With
+    a cache it may be left after the first block.
+    """
+    if cache is not None:
+        return cache.last_tokens(blocks, sequence)
+    tokens = next(blocks)
+    for tokens in blocks:  # noqa: B007
+        pass
+    return tokens
+
+
+Run = tuple[Hashable, ...]
+"""A run's name: first whose it is, then all that its steps have in common."""
+
+
+class StepCaches:
+    """Those of one rank. The same calls come on every rank, in the same order, so that all keep the same runs."""
+
+    def __init__(self) -> None:
+        self._runs: WeakKeyDictionary[nn.Module, OrderedDict[Run, StepCache]] = WeakKeyDictionary()
+
+    def find(self, model: nn.Module, run: Run, threshold: float, level: float) -> StepCache:
+        """The cache of a run of ``model`` that is at the timestep ``level``; where noise rises, a new run begins."""
+        runs = self._runs.setdefault(model, OrderedDict())
+        cache = runs.pop(run, None)
+        if cache is None or not level <= cache.level:
+            cache = StepCache(threshold, level)
+        cache.level = level
+        runs[run] = cache
+        while len(runs) > RUNS:
+            runs.popitem(last=False)
+        return cache
+
+    def drop(self, *first: Hashable) -> None:
+        """Keep nothing any more of runs whose names begin so."""
+        for runs in self._runs.values():
+            for run in [run for run in runs if run[: len(first)] == first]:
+                del runs[run]
+
+    def take(self, model: nn.Module, first: Hashable) -> dict[Run, StepCache]:
+        """Keep nothing any more of those runs of ``model`` whose names begin so, and return what was kept."""
+        runs = self._runs.get(model, OrderedDict[Run, StepCache]())
+        return {run: runs.pop(run) for run in list(runs) if run[0] == first}
+
+    def put(self, model: nn.Module, taken: dict[Run, StepCache]) -> None:
+        """Keep what was taken, of the same runs of the same model, which was loaded again."""
+        self._runs.setdefault(model, OrderedDict()).update(taken)
+
+    def clear(self) -> None:
+        """Give back what is kept of all runs."""
+        self._runs.clear()
+
+    def __len__(self) -> int:
+        """Runs of which something is kept."""
+        return sum(map(len, self._runs.values()))
+
+
+def contents(value: Any) -> Hashable:
+    """What an argument holds, to tell runs apart: of tensors their digests, which most came with."""
+    if isinstance(value, wire.Tensor):
+        return value.with_digest().digest
+    if isinstance(value, Mapping):
+        return tuple(sorted((name, contents(item)) for name, item in value.items()))
+    return tuple(map(contents, value)) if isinstance(value, list) else value

@@ -1,0 +1,94 @@
+"""The first forwards of a model, at its load: so that no user's step pays for what is made once."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tacod.plan import AUTO, Layout, Pace, Plan, Request, Shape, make_plan, measured_pace
+from tacod.rank.families.base import Argument, DiT
+from tacod.rank.forward.graphs import Forwards
+from tacod.rank.forward.run import run
+from tacod.rank.oom import let_go, shortage
+from tacod.rank.parallel.topology import Topology
+from tacod_client.errors import ArgumentError
+
+__all__ = ["usual_inputs", "warm_up"]
+
+SIDE = 128
+"""Of the latents of 1024 pixels."""
+SIGMA = 0.7
+"""The noise level of a forward that is made up."""
+
+
+def warm_up(dit: DiT, forwards: Forwards, device: torch.device) -> Pace | None:
+    """Run usual forwards on one rank and on all, and measure them: every rank comes to the same pace.
+
+    None if there is one rank only, if one alone has no room for such a forward, or no size that the model takes.
+    """
+    inputs = usual_inputs(dit, device)
+    if inputs is None:
+        return None
+    world = forwards.topology.world_size
+    shape = Shape(dit.heads, dit.width, len(inputs["x"]), dit.lengths(inputs))
+    alone, shared = Layout(1, 1, 1), make_plan(Request(cfg_parallel=False), world, shape).layout
+    x, timestep = inputs.pop("x"), inputs.pop("timestep")
+    fits = world == 1 or _fits_alone(dit, forwards.topology, x, timestep, inputs, shape)
+    took = {}
+    for layout in dict.fromkeys((*((alone,) if fits else ()), shared, make_plan(AUTO, world, shape).layout)):
+        took[layout] = float("inf")
+        # As they come, then captured, then as they will be.
+        for _ in range(4):
+            started = time.perf_counter()
+            forwards(dit, Plan(layout, world, shape), x, timestep, inputs)
+            if device.type == "cuda":
+                forwards.topology.clock.wait()
+            took[layout] = min(took[layout], time.perf_counter() - started)
+    if world == 1 or not fits:
+        return None
+    mine = torch.tensor([took[alone], took[shared]], dtype=torch.float64, device=device)
+    alone_s, shared_s = forwards.topology.everyone.broadcast(mine, source=0).tolist()
+    return measured_pace(alone_s, shared, shared_s, shape)
+
+
+def _fits_alone(
+    dit: DiT, topology: Topology, x: Tensor, timestep: Tensor, inputs: dict[str, Any], shape: Shape
+) -> bool:
+    """Whether rank 0 has room for the whole forward; it is tried where no other rank waits for its end."""
+    fits = True
+    if topology.rank == 0:
+        try:
+            run(dit, Plan(Layout(1, 1, 1), 1, shape), Topology(), x, timestep, inputs)
+        except (RuntimeError, MemoryError) as error:
+            if shortage(error) is None:
+                raise
+            fits = False
+            let_go(error)
+            torch.cuda.empty_cache()
+    return topology.everyone.agree(fits)
+
+
+def usual_inputs(dit: DiT, device: torch.device) -> dict[str, Any] | None:
+    """The arguments of a usual forward, random: with smaller latents if the model wants them, None if it takes none."""
+    images, text = dit.usual
+    generator = torch.Generator().manual_seed(0)
+    side = SIDE
+    while side >= 8:
+        sizes = {"B": images, "H": side, "W": side, "L": text}
+        inputs: dict[str, Any] = {}
+        for name, spec in dit.arguments().items():
+            if spec.required and isinstance(spec, Argument) and spec.shape is not None:
+                shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
+                dtype = torch.float32 if spec.fp32 else dit.dtype
+                inputs[name] = torch.randn(shape, generator=generator).to(device, dtype)
+        inputs["timestep"] = dit.timestep(torch.full((images,), SIGMA, device=device)).float()
+        try:
+            dit.lengths(inputs)
+        except ArgumentError:
+            side //= 2
+        else:
+            return inputs
+    return None

@@ -1,0 +1,1 @@
+"""Operations on one device, with kernels beside plain PyTorch."""

@@ -1,0 +1,72 @@
+"""Linear layers otherwise than whole and alone: a part of the outputs or of the inputs, or with what follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tacod.rank.ops.fp8_linear import NarrowLinear
+from tacod.rank.ops.fused import has_kernels
+
+__all__ = ["linear_gelu", "split_inputs", "split_outputs"]
+
+Layer = Callable[[Tensor], Tensor]
+"""From [B, S, inputs] to [B, S, outputs]."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A linear layer over a view of another one's weight, [outputs, inputs]."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+
+def split_outputs(layer: Any, first: int) -> tuple[Layer, Layer]:
+    """A layer as two: its ``first`` outputs, and the others."""
+    if isinstance(layer, NarrowLinear):
+        return layer.outputs(slice(first)), layer.outputs(slice(first, None))
+    weight, bias = layer.weight, layer.bias
+    head, tail = (None, None) if bias is None else (bias[:first], bias[first:])
+    return Part(weight[:first], head), Part(weight[first:], tail)
+
+
+def split_inputs(layer: Any, first: int) -> tuple[Layer, Callable[[Tensor, Tensor], Tensor]]:
+    """A layer in two steps: one for all but its ``first`` inputs, and one for these, which gets what the other gave."""
+    if isinstance(layer, NarrowLinear):
+        # A token has one scale for all of its numbers.
+        return (lambda later: later), lambda x, later: layer(torch.cat((x, later), dim=-1))
+    weight = layer.weight
+    head = weight[:, :first].t()
+
+    def add(x: Tensor, out: Tensor) -> Tensor:
+        out.view(-1, out.shape[-1]).addmm_(x.flatten(0, -2), head)
+        return out
+
+    return Part(weight[:, first:], layer.bias), add
+
+
+def linear_gelu(layer: Any, x: Tensor) -> Tensor:
+    """GELU (Hendrycks and Gimpel, 2016, arXiv:1606.08415; its tanh form) of a linear layer.
+
+    On a GPU it is computed where the matrix product ends, before anything is rounded.
+    """
+    if has_kernels(x) and not isinstance(layer, NarrowLinear):
+        return _fused_gelu(layer.weight, layer.bias, x)
+    hidden: Tensor = layer(x)
+    return functional.gelu(hidden, approximate="tanh")
+
+
+def _fused_gelu(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """GELU of a linear layer in one operation, which adds a bias in any case."""
+    added = weight.new_zeros(len(weight)) if bias is None else bias
+    out: Tensor = torch._addmm_activation(added, x.flatten(0, -2), weight.t(), use_gelu=True)
+    return torch.unflatten(out, 0, x.shape[:-1])

@@ -1,0 +1,1 @@
+"""Sequence parallelism: who holds which tokens."""

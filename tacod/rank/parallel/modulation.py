@@ -1,0 +1,35 @@
+"""The modulations of all blocks: they depend on the conditioning alone, so that ranks can share them out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tacod.rank.parallel.sequence import SequenceParallel
+
+__all__ = ["modulations"]
+
+
+def modulations(layers: Sequence[Any], c: Tensor, sequence: SequenceParallel) -> list[Tensor]:
+    """What each linear layer makes of ``c`` [B, width]: [B, 1, its outputs].
+
+    For one image a layer is read whole for one row of numbers, so that they take as long as their weights take to be
+    read. Each rank computes those of a run of layers, about as many outputs as the others, and all gather.
+    """
+    sizes = [layer.out_features for layer in layers]
+    total = sum(sizes)
+    shares = [0] * sequence.size
+    outs = []
+    done = 0
+    for layer, size in zip(layers, sizes, strict=True):
+        # Whose share the middle of this layer's outputs falls into.
+        owner = (2 * done + size) * sequence.size // (2 * total)
+        shares[owner] += size
+        if owner == sequence.whole.rank:
+            outs.append(layer(c))
+        done += size
+    mine = torch.cat(outs, dim=1) if outs else c.new_empty(len(c), 0)
+    return list(torch.split(sequence.whole.gather(mine, shares, dim=1).unsqueeze(1), sizes, dim=2))

@@ -1,0 +1,106 @@
+"""Sequence parallelism: several ranks share each token stream, Ulysses within and a ring around.
+
+Ulysses (Jacobs et al., 2023, arXiv:2309.14509) exchanges tokens for heads; a ring (Liu et al., 2023,
+arXiv:2310.01889) passes keys and values around and merges what each rank attends to; both together are USP (Fang and
+Zhao, 2024, arXiv:2405.07719). Here neither tokens nor heads need to divide by the number of ranks: chunks differ by
+one at most, and every exchange carries explicit sizes. A rank without tokens or heads sends nothing, but takes part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from tacod.plan import chunks
+from tacod.rank.comm.group import Group
+from tacod.rank.comm.peers import Peers
+from tacod.rank.ops.fused import Projected
+from tacod.rank.parallel.joint_attention import Attending
+
+__all__ = ["SequenceParallel"]
+
+
+class SequenceParallel:
+    """The ranks that share one sequence, seen from one of them.
+
+    ``whole`` holds them all, ordered so that ``ulysses`` is a run of neighbours and ``ring`` those at the same place
+    in each run. Without groups it is one process: no collectives, and everything here can be differentiated.
+    """
+
+    def __init__(
+        self,
+        whole: Group | None = None,
+        ulysses: Group | None = None,
+        ring: Group | None = None,
+        narrow: bool = False,
+        in_waves: bool = False,
+    ) -> None:
+        """``narrow`` sends queries, keys, values and what comes back in 8 bits; a ring's neighbours are sent all.
+
+        ``in_waves`` computes what Ulysses' ranks share without a mask as `attend_in_waves` does, which is meant for a
+        CUDA graph.
+        """
+        self.narrow = narrow
+        self.in_waves = in_waves
+        self.whole = whole or Group()
+        self.ulysses = ulysses or Group()
+        self.ring = ring or Group()
+        assert self.ulysses.size * self.ring.size == self.whole.size
+
+    def planned(self, narrow: bool, in_waves: bool) -> SequenceParallel:
+        """The same ranks, which send in 8 bits and attend in waves, or not."""
+        return SequenceParallel(self.whole, self.ulysses, self.ring, narrow, in_waves)
+
+    @property
+    def peers(self) -> Peers | None:
+        """The memory of Ulysses' ranks that this one writes into, if it does."""
+        return None if self.narrow else self.ulysses.peers
+
+    @property
+    def size(self) -> int:
+        """How many ranks share the sequence."""
+        return self.whole.size
+
+    def sizes(self, n: int) -> list[int]:
+        """How many of ``n`` tokens each rank has: n // size, and one more for the first n % size ranks."""
+        return chunks(n, self.size)
+
+    def shard(self, tokens: Tensor, dim: int = 1) -> Tensor:
+        """This rank's chunk of a whole stream, as a view."""
+        sizes = self.sizes(tokens.shape[dim])
+        return tokens.narrow(dim, sum(sizes[: self.whole.rank]), sizes[self.whole.rank])
+
+    def gather(self, tokens: Tensor, n: int, dim: int = 1) -> Tensor:
+        """The whole stream of ``n`` tokens, on every rank, from the ranks' chunks: the inverse of `shard`."""
+        return self.whole.gather(tokens, self.sizes(n), dim)
+
+    def in_order_of_ranks(self, mask: Tensor, lengths: Sequence[int]) -> Tensor:
+        """A mask [B or 1, S, S] over the whole joint sequence, from the order of streams to that of `attend`'s.
+
+        It comes as [B or 1, 1, S, S].
+        """
+        mask = mask.unsqueeze(1)
+        if self.size == 1:
+            return mask
+        positions = torch.arange(sum(lengths), device=mask.device)
+        streams = [torch.split(stream, self.sizes(len(stream))) for stream in torch.split(positions, list(lengths))]
+        order = torch.cat([chunk for rank in zip(*streams, strict=True) for chunk in rank])
+        return mask[:, :, order][..., order]
+
+    def attend(
+        self,
+        streams: Sequence[Callable[[], Projected]],
+        lengths: Sequence[int],
+        mask: Tensor | None = None,
+        meanwhile: bool = False,
+    ) -> Attending:
+        """Begin attention over the whole joint sequence, for this rank's tokens.
+
+        ``streams`` give this rank's chunks, and ``lengths`` are the streams' whole token counts; a single one may be of
+        all streams together. The gathered sequence is in the order of ranks, not of streams. It needs no sorting, for
+        attention is equivariant under permutations of its tokens, and each rank gets its own tokens back. A ``mask`` is
+        what `in_order_of_ranks` gives, and ``meanwhile`` says that something is computed before its `Attending.run`.
+        """
+        return Attending(self, streams, lengths, mask, meanwhile)

@@ -1,0 +1,102 @@
+"""Where a rank sits: the groups that each layout of the ranks needs, made once and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from tacod.plan import Layout
+from tacod.rank.comm.group import Clock, Group
+from tacod.rank.parallel.sequence import SequenceParallel
+
+__all__ = ["MakeGroup", "Seat", "Topology"]
+
+MakeGroup = Callable[[list[list[int]]], dist.ProcessGroup]
+"""Splits all ranks into process groups and returns the one that this rank is in; every rank must call it alike."""
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A rank's place in a layout."""
+
+    batch: Group
+    """The ranks at the same place of the other batch groups; its rank is this rank's batch group."""
+    sequence: SequenceParallel
+
+
+class Topology:
+    """All ranks, and their seats in any layout.
+
+    Groups are made when a layout is first used. All ranks plan alike and so use it at once; two layouts, such as 2 × 2
+    for a batch of two and 4 for one image, live side by side.
+    """
+
+    def __init__(
+        self,
+        rank: int = 0,
+        world_size: int = 1,
+        make_group: MakeGroup | None = None,
+        reach: Callable[[Group], None] | None = None,
+    ) -> None:
+        """``reach`` finds memory by which a group's ranks exchange without collectives, if there is any."""
+        self.rank = rank
+        self.world_size = world_size
+        self.clock = Clock()
+        self._make_group = make_group
+        self._groups: dict[tuple[tuple[int, ...], ...], Group] = {}
+        self._seats: dict[Layout, Seat | None] = {}
+        self.reach = reach
+        self._reached: list[Group] = []
+        self.everyone = self._group([range(world_size)])
+
+    def seat(self, layout: Layout) -> Seat | None:
+        """This rank's place in ``layout``; None if the layout leaves it idle."""
+        if layout not in self._seats:
+            self._seats[layout] = self._make_seat(layout)
+        return self._seats[layout]
+
+    def begin_anew(self) -> None:
+        """A forward failed: nothing that it left in memory in common is found by the next one.
+
+        Every graph must be gone.
+        """
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()
+            # Its waits are no later step's.
+            self.clock.wait()
+            self.clock.take_s()
+        for group in self._reached:
+            if group.peers is not None:
+                group.peers.discard()
+            if group.staging is not None:
+                group.staging.discard()
+
+    def _make_seat(self, layout: Layout) -> Seat | None:
+        sequence = layout.sequence
+        starts = range(0, layout.ranks, sequence)
+        wholes = [range(start, start + sequence) for start in starts]
+        runs = [whole[i : i + layout.ulysses] for whole in wholes for i in range(0, sequence, layout.ulysses)]
+        rings = [whole[i :: layout.ulysses] for whole in wholes for i in range(layout.ulysses)]
+        across = [range(i, layout.ranks, sequence) for i in range(sequence)]
+        whole, ulysses, ring, batch = (self._group(parts) for parts in (wholes, runs, rings, across))
+        if self.rank >= layout.ranks:
+            return None
+        if self.reach is not None and ulysses.size > 1 and ulysses not in self._reached:
+            self._reached.append(ulysses)
+            self.reach(ulysses)
+        return Seat(batch, SequenceParallel(whole, ulysses, ring))
+
+    def _group(self, parts: Sequence[Sequence[int]]) -> Group:
+        """The group of ``parts`` that this rank is in; alone if it is in none, or in one of its own."""
+        if len(parts[0]) == 1:
+            return Group(clock=self.clock)
+        idle = range(sum(map(len, parts)), self.world_size)
+        split = tuple(tuple(part) for part in (*parts, *([rank] for rank in idle)))
+        if split not in self._groups:
+            assert self._make_group is not None
+            self.clock.begun += 1
+            self._groups[split] = Group(self._make_group([list(part) for part in split]), self.clock)
+        return self._groups[split]

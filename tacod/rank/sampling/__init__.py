@@ -1,0 +1,1 @@
+"""Sampling runs in the ranks."""

@@ -1,0 +1,276 @@
+"""A sampling run: what was asked for, the guided denoiser, and the run between two of its steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tacod.plan import Plan, Request
+from tacod.rank.families.base import Argument, DiT, LatentFormat, Spec
+from tacod.rank.families.noise import Flow
+from tacod.rank.forward.graphs import Forwards
+from tacod.rank.forward.run import plan_for
+from tacod.rank.forward.step_cache import StepCache
+from tacod.rank.inputs import check_arguments, check_names, load_arguments
+from tacod.rank.sampling import samplers
+from tacod_client import wire
+from tacod_client.errors import ArgumentError
+from tacod_client.tensors import from_wire
+
+__all__ = ["Run", "SampleRequest", "begin"]
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """The inputs of `Model.sample`, as they came over the wire."""
+
+    sampler: str
+    seed: int
+    cfg: float
+    noise: wire.Tensor
+    latent: wire.Tensor
+    sigmas: wire.Tensor
+    positive: dict[str, Any]
+    negative: dict[str, Any] | None
+
+    @property
+    def guided(self) -> dict[str, dict[str, Any]]:
+        """The conditions that a step looks at, the negative first, as ComfyUI stacks them."""
+        if not samplers.needs_negative(self.cfg):
+            return {"positive": self.positive}
+        if self.negative is None:
+            raise ArgumentError(
+                f"negative: missing; cfg = {self.cfg:g} needs it (cfg = 1 does not)", argument="negative"
+            )
+        return {"negative": self.negative, "positive": self.positive}
+
+    def check(self, dit: DiT) -> None:
+        """Check every input before the first step.
+
+        Raises `ArgumentError`, naming the argument.
+        """
+        check_samples(dit)
+        samplers.find(self.sampler)
+        if self.sampler in samplers.FLOW_ONLY and not isinstance(dit.process, Flow):
+            raise ArgumentError(
+                f"sampler: {self.sampler!r} is for flows, and {dit.family} is none; use euler, heun or dpmpp_2m",
+                argument="sampler",
+            )
+        latent = Argument(("B", dit.out_channels, *dit.canvas[2:]))
+        canvas: dict[str, Spec] = {"noise": latent, "latent": latent}
+        given = {"noise": self.noise, "latent": self.latent}
+        check_arguments({**given, "sigmas": self.sigmas}, {**canvas, "sigmas": Argument(("steps + 1",))}, dit.family)
+        for name, value in given.items():
+            if not from_wire(value, "torch").float().isfinite().all():
+                raise ArgumentError(f"{name}: it holds NaN or infinity, and so would the result", argument=name)
+        for name, condition in self.guided.items():
+            self._check_condition(dit, name, condition, canvas)
+
+    def _check_condition(self, dit: DiT, name: str, given: Mapping[str, Any], latents: Mapping[str, Spec]) -> None:
+        """Check what a step's forward gets beside the run's own ``x`` and ``timestep``, and that it fits the noise."""
+        for argument, reason in _NO_CONDITIONS.items():
+            if given.get(argument) is not None:
+                raise ArgumentError(f"{name}.{argument}: {reason}", argument=f"{name}.{argument}")
+        specs = condition_specs(dit)
+        canvas = {"noise": self.noise, "latent": self.latent}
+        try:
+            check_names(given, specs, dit.family)
+            check_arguments({**given, **canvas}, {**specs, **latents}, dit.family)
+            dit.lengths({**given, "x": self.noise})
+        except ArgumentError as error:
+            if error.argument == "x":
+                raise ArgumentError(f"noise: {error.message.removeprefix('x: ')}", argument="noise") from None
+            raise ArgumentError(f"{name}.{error.message}", argument=f"{name}.{error.argument}") from None
+
+
+_NO_CONDITIONS = {
+    **dict.fromkeys(("x", "timestep"), "the run gives it itself, from noise, latent and sigmas; leave it out"),
+    **dict.fromkeys(("noise", "latent"), "it is of the whole run, beside the conditions; leave it out"),
+    "control": "a ControlNet's residuals change with every step; use forward with them",
+}
+"""What a condition may not hold, and why."""
+
+
+def condition_specs(dit: DiT) -> dict[str, Spec]:
+    """What a condition of a run may hold: a forward's arguments, but for those that the run gives."""
+    return {name: spec for name, spec in dit.arguments().items() if name not in _NO_CONDITIONS}
+
+
+def check_samples(dit: DiT) -> LatentFormat:
+    """See that a model can be sampled, and return what its latents are.
+
+    Raises `ArgumentError` for one whose forwards take more than a noisy latent as ``x``, or of a family that tells
+    nothing of latents.
+    """
+    channels = dit.canvas[1]
+    if channels != dit.out_channels:
+        raise ArgumentError(
+            f"model: its x has {channels} channels and its output {dit.out_channels}: beside the noisy latent it takes "
+            "an image or a mask at every step, which sample has no place for; call forward for each step",
+            argument="model",
+        )
+    if dit.latent_format is None:
+        raise ArgumentError(
+            f"model: {dit.family} tells nothing of its latents, which sample needs; call forward for each step",
+            argument="model",
+        )
+    return dit.latent_format
+
+
+@dataclass
+class Run:
+    """A run between two of its steps."""
+
+    denoise: Denoiser
+    steps: Iterator[Tensor]
+    sigmas: list[float]
+    finish: Callable[[Tensor], Tensor]
+    """From the sampler's last x to the latent that the client gets."""
+    model: str = ""
+    """The id of its model."""
+    cached: dict[tuple[Hashable, ...], StepCache] = field(default_factory=dict)
+    """What the step cache kept of it, while its model isn't here."""
+
+
+def begin(
+    request: SampleRequest, dit: DiT, asked: Request, forwards: Forwards, device: torch.device, job: str = ""
+) -> Run:
+    """Start a checked run; nothing is computed before its first step. To the step cache it is known as ``job``.
+
+    Raises `ArgumentError` if it can't be spread as ``asked``.
+    """
+    latents = check_samples(dit)
+    levels = _levels(request.sigmas, dit.process.sigma_max).to(device)
+    samplers.check_levels(request.sampler, levels)
+    specs = dit.arguments()
+    conditions = [load_arguments(given, specs, dit.dtype, device) for given in request.guided.values()]
+    noise, latent = (from_wire(value, "torch").to(device, torch.float32) for value in (request.noise, request.latent))
+    x = dit.process.start(noise, latents.into_model(latent), levels[0])
+    denoise = Denoiser(dit, asked, forwards, conditions, len(noise), request.cfg, job)
+    denoise.prepare(x)
+    steps = samplers.find(request.sampler)(denoise, x, levels, samplers.noise_source(request.seed, x))
+
+    def finish(x: Tensor) -> Tensor:
+        # By way of the denoiser: the model may have been loaded anew meanwhile.
+        return latents.out_of_model(denoise.dit.process.finish(x, levels[-1]))
+
+    return Run(denoise, steps, levels.tolist(), finish)
+
+
+class Denoiser:
+    """A model as the samplers want it: predicted clean latent, guidance included."""
+
+    def __init__(
+        self,
+        dit: DiT,
+        asked: Request,
+        forwards: Forwards,
+        conditions: list[dict[str, Any]],
+        images: int,
+        cfg: float,
+        job: str,
+    ) -> None:
+        self.model: DiT | None = dit
+        """None while the model has made room for others: then no step is asked for."""
+        self.asked = asked
+        self.run = forwards
+        self.world_size = forwards.topology.world_size
+        self.cfg = cfg
+        self.job = job
+        self.conditions = conditions
+        self.joint = _stack(conditions, dit.arguments(), images)
+        self.forwards = 0
+        self.plan: Plan
+        """Of the last forward."""
+
+    @property
+    def dit(self) -> DiT:
+        """The model."""
+        assert self.model is not None, "a step of a run whose model isn't here"
+        return self.model
+
+    def prepare(self, x: Tensor) -> None:
+        """Plan the forwards on ``x``, so that what can't be done is refused before the first of them."""
+        many = 1 if self.joint is None else len(self.conditions)
+        for condition in [self.joint] if self.joint is not None else self.conditions:
+            canvas = x.expand(many, *x.shape).flatten(0, 1)
+            self.plan = plan_for(self.dit, self.asked, self.world_size, {"x": canvas, **condition})
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """``x`` [B, C, H, W] in fp32 at the scalar noise level ``sigma`` → the clean latent, in fp32."""
+        if self.joint is not None:
+            many = len(self.conditions)
+            outs = self._forward(torch.cat([x] * many), sigma, self.joint).chunk(many)
+        else:
+            outs = tuple(self._forward(x, sigma, condition, index) for index, condition in enumerate(self.conditions))
+        clean = [self.dit.process.clean(x, sigma, out) for out in outs]
+        return samplers.guide(clean[-1], clean[0] if len(clean) > 1 else None, self.cfg)
+
+    def _forward(self, x: Tensor, sigma: Tensor, condition: dict[str, Any], index: int = 0) -> Tensor:
+        self.forwards += 1
+        timestep = self.dit.timestep(sigma).float().expand(x.shape[0]).contiguous()
+        noisy = self.dit.process.scale(x, sigma).to(self.dit.dtype)
+        self.plan = plan_for(self.dit, self.asked, self.world_size, {"x": noisy, **condition})
+        return self.run(self.dit, self.plan, noisy, timestep, condition, (self.job, index)).float()
+
+
+def _stack(conditions: list[dict[str, Any]], specs: Mapping[str, Spec], images: int) -> dict[str, Any] | None:
+    """Several conditions, of so many images each, as one batch; None if their names, shapes or texts differ."""
+    first = conditions[0]
+    for other in conditions[1:]:
+        if set(other) != set(first) or any(_shape(other[name]) != _shape(first[name]) for name in first):
+            return None
+
+    def join(axis: int, values: Sequence[Any]) -> Any:
+        if isinstance(values[0], list):
+            return [join(axis, items) for items in zip(*values, strict=True)]
+        # What is there once is for all images of its condition.
+        sizes = [-1] * values[0].ndim
+        sizes[axis] = images
+        return torch.cat([value.expand(sizes) for value in values], dim=axis)
+
+    joint: dict[str, Any] = {}
+    for name, value in first.items():
+        values = [condition[name] for condition in conditions]
+        axis = getattr(specs[name], "batch_axis", None)
+        if axis is not None:
+            joint[name] = join(axis, values)
+        elif isinstance(value, Tensor | list) and not all(map(_same, values, [value] * len(values))):
+            # There is no place for two of them in one forward.
+            return None
+        else:
+            joint[name] = value
+    return joint
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether tensors, or lists of them, are equal."""
+    if isinstance(one, list):
+        return all(map(_same, one, other))
+    return torch.equal(one, other)
+
+
+def _shape(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_shape(item) for item in value]
+    return tuple(value.shape) if isinstance(value, Tensor) else value
+
+
+def _levels(sigmas: wire.Tensor, highest: float) -> Tensor:
+    """The noise levels, fp32: at least two, falling, from at most ``highest`` to at least 0."""
+    levels: Tensor = from_wire(sigmas, "torch").float()
+    values = levels.tolist()
+    # Also on the logarithmic scale on which samplers step.
+    falling = bool((levels[:-1] / levels[1:] > 1).all())
+    if len(values) < 2 or not falling or not all(map(math.isfinite, values)) or values[0] > highest or values[-1] < 0:
+        raise ArgumentError(
+            f"sigmas: expected at least 2 levels that fall from at most {highest:g} to at least 0, "
+            f"got {str(values[:8])[:80]}",
+            argument="sigmas",
+        )
+    return levels

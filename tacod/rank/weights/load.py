@@ -1,0 +1,279 @@
+"""Weights from a checkpoint into a model, by name; and out of it, for those who change them."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from tacod.checkpoint import Checkpoint, TensorInfo
+from tacod.checkpoint.header import BLOCKS, PLAIN
+from tacod.rank.families.base import DiT
+from tacod.rank.ops.fp8_linear import NarrowLinear
+from tacod.rank.ops.quantized_linear import STORED, StoredLinear, dequantise
+from tacod.rank.weights.reader import Reader
+from tacod.rank.weights.remap import identify, some
+from tacod_client.errors import ModelCorrupt, ModelUnsupported
+
+__all__ = [
+    "DTYPES",
+    "Progress",
+    "choose_dtype",
+    "get_weight",
+    "load_model",
+    "narrow_matrices",
+    "set_weight",
+    "share",
+    "weight_bytes",
+]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+"""By their names; fp8 is bf16 with the blocks' matrices multiplied in 8 bits (`narrow_matrices`)."""
+_OF_FILE = {"F64": "fp32", "F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+_TORCH = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_SCALES = ("scale_weight", "weight_scale")
+_UNUSED = ("scale_input", "input_scale", "comfy_quant")
+"""What 8-bit files hold for arithmetic in 8 bits, or say of weights whose dtype says it too."""
+
+_log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes that are loaded and the bytes that will be."""
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def choose_dtype(checkpoint: Checkpoint, asked: str | None, device: torch.device) -> str:
+    """The compute dtype: as asked; else fp32 on a CPU, as ComfyUI has it, and the file's own on CUDA.
+
+    That is the one of most of its numbers; a file with weights of 8 bits or fewer is computed in bf16 there.
+    """
+    if asked is not None:
+        return asked
+    if device.type == "cpu":
+        return "fp32"
+    numbers: Counter[str] = Counter()
+    for info in checkpoint.tensors.values():
+        if len(info.shape) > 1:
+            numbers[info.dtype] += info.size
+    if any(kind in STORED for kind in numbers):
+        return "bf16"
+    return next((_OF_FILE[kind] for kind, _ in numbers.most_common() if kind in _OF_FILE), "bf16")
+
+
+def load_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: Progress | None = None
+) -> DiT:
+    """Build the family that the checkpoint holds and fill it, tensor by tensor.
+
+    Linear layers of 8 bits or fewer are kept so, as `StoredLinear`; everything else is cast to ``dtype``. Which
+    tensors were left out as other modules' is said in the log.
+
+    Raises `ModelUnsupported` if the family or its weights are unknown, `ModelCorrupt` if tensors lack or don't fit, or
+    if a file changes meanwhile.
+    """
+    family, config, checkpoint = identify(checkpoint)
+    with torch.device("meta"):
+        model = family(config)
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
+    lacking = [name for name, _ in model.named_buffers() if name not in checkpoint.tensors]
+    for name in lacking:
+        # No forward looks at it: diffusers' files have none.
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner).register_buffer(leaf, torch.zeros(wanted.pop(name), dtype=dtype, device=device))
+    scales = _check(checkpoint, wanted)
+    if others := checkpoint.others:
+        _log.info("%s: %d tensors are other modules', and left out: %s", checkpoint.path, len(others), some(others))
+    sizes = {name: sum(part.stop - part.start for part in checkpoint.parts[name]) for name in wanted}
+    done, total = 0, sum(sizes.values())
+    # As they lie in the file, for disks that like to go on.
+    order = sorted(wanted, key=checkpoint.parts.__getitem__)
+    with Reader(checkpoint, device) as reader:
+        tensors = reader.read(each for name in order for each in (name, scales.get(name)) if each is not None)
+        for name in order:
+            info, data, scale = TensorInfo(checkpoint.tensors[name].dtype, wanted[name]), next(tensors), None
+            if name in scales:
+                scale = _decode(next(tensors), checkpoint.tensors[scales[name]]).float()
+            _place(model, name, data, info, scale, dtype)
+            done += sizes[name]
+            if progress is not None:
+                progress(done, total)
+        reader.check()
+    return model.eval().requires_grad_(False)
+
+
+def _check(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """Compare a file's tensors with those that are wanted; returns the names of the weights' scales."""
+    absent = [name for name in wanted if name not in checkpoint.tensors]
+    if absent:
+        if len(absent) == len(wanted):
+            raise ModelUnsupported(
+                f"{checkpoint.path} has none of the names that its configuration asks for ({some(absent)}), but "
+                f"{some(list(checkpoint.tensors))}; save it under the names of the authors' file, or of diffusers"
+            )
+        raise ModelCorrupt(f"{checkpoint.path} lacks {some(absent)}; download the file again")
+    scales, unknown = _sort_out(checkpoint, wanted)
+    # Behind a prefix that was taken off, all is the model's.
+    if unknown:
+        raise ModelUnsupported(
+            f"{checkpoint.path} has tensors that this family doesn't use: {some(unknown)}; "
+            "it may be a variant or a quantised file that this version doesn't run"
+        )
+    for name, shape in wanted.items():
+        info = checkpoint.tensors[name]
+        if info.dtype not in PLAIN and info.dtype not in STORED:
+            known = ", ".join([*PLAIN, *STORED])
+            raise ModelUnsupported(f"{checkpoint.path}: {name} is {info.dtype}; this version reads {known}")
+        if not _fits(info.shape, shape):
+            raise ModelCorrupt(
+                f"{checkpoint.path}: {name} is {list(info.shape)}, but its configuration asks for {list(shape)}"
+            )
+    for name in scales.values():
+        info = checkpoint.tensors[name]
+        if info.dtype not in PLAIN or info.size != 1:
+            found = f"{info.dtype} {list(info.shape)}"
+            raise ModelUnsupported(f"{checkpoint.path}: {name} is {found}; this version knows one scale for a layer")
+    return scales
+
+
+def _fits(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether a tensor has the shape that is wanted, or lacks leading sizes of one, as in GGUF files it may."""
+    lost = len(wanted) - len(found)
+    return lost >= 0 and wanted == (1,) * lost + found
+
+
+def _sort_out(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, str], list[str]]:
+    """What a file holds besides: the scales by the weight that they belong to, and what nobody knows."""
+    scales: dict[str, str] = {}
+    unknown = []
+    for name in checkpoint.tensors:
+        layer, _, leaf = name.rpartition(".")
+        weight = f"{layer}.weight"
+        if leaf in _SCALES and weight in wanted and weight not in scales:
+            scales[weight] = name
+        elif name not in wanted and name != "scaled_fp8" and not (leaf in _UNUSED and weight in wanted):
+            unknown.append(name)
+    return scales, unknown
+
+
+def _decode(data: Tensor, info: TensorInfo) -> Tensor:
+    """The numbers of a tensor, in its own dtype, or in fp32 if that is stored."""
+    if info.dtype in _TORCH:
+        return data.view(_TORCH[info.dtype]).reshape(info.shape)
+    return dequantise(data, info.dtype).reshape(info.shape)
+
+
+def _place(
+    model: nn.Module, name: str, data: Tensor, info: TensorInfo, scale: Tensor | None, dtype: torch.dtype
+) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    if scale is not None:
+        scale = scale.reshape(())
+    if info.dtype in STORED and isinstance(owner, nn.Linear) and leaf == "weight" and _in_rows(info):
+        rows = data.reshape(info.shape[0], -1)
+        bias: nn.Parameter | None = owner.bias
+        model.set_submodule(path, StoredLinear(rows, info.dtype, bias, dtype, scale))
+        return
+    tensor = _decode(data, info)
+    _assign(owner, leaf, (tensor if scale is None else tensor.float() * scale).to(dtype))
+
+
+def _in_rows(info: TensorInfo) -> bool:
+    """Whether every row of a matrix is whole blocks; where GGUF files tell another shape than they have, it needn't."""
+    return info.shape[-1] % BLOCKS.get(info.dtype, (1, 1))[0] == 0
+
+
+def _assign(owner: Any, leaf: str, tensor: Tensor) -> None:
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[leaf] = tensor
+
+
+def get_weight(model: DiT, key: str) -> Tensor:
+    """A weight by its name in the single file: the parameter itself, or a stored one's numbers in fp32.
+
+    Raises `KeyError` if the model has no such weight.
+    """
+    owner, leaf = _find(model, key)
+    if isinstance(owner, StoredLinear) and leaf == "weight":
+        return owner.dequantised(torch.float32)
+    if isinstance(owner, NarrowLinear) and leaf == "weight":
+        return owner.weight
+    tensor: Tensor = owner._parameters[leaf] if leaf in owner._parameters else owner._buffers[leaf]
+    return tensor
+
+
+def set_weight(model: DiT, key: str, tensor: Tensor) -> None:
+    """Replace a weight by a tensor of its shape, cast to the compute dtype and moved to the weight's device.
+
+    A stored layer becomes a plain one, a narrow one stays narrow. What shares the old weight keeps it. Raises
+    `KeyError` if the model has no such weight, `ValueError` if the shape is another.
+    """
+    owner, leaf = _find(model, key)
+    stored = isinstance(owner, StoredLinear | NarrowLinear) and leaf == "weight"
+    old = owner.data if stored else owner._parameters.get(leaf, owner._buffers.get(leaf))
+    shape = (owner.out_features, owner.in_features) if stored else tuple(old.shape)
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{key}: a tensor of {list(tensor.shape)} can't replace one of {list(shape)}")
+    if stored:
+        path = key.rpartition(".")[0]
+        narrow = isinstance(owner, NarrowLinear)
+        plain = nn.Linear(owner.in_features, owner.out_features, bias=False, device="meta").train(owner.training)
+        plain.register_parameter("bias", owner.bias)
+        owner = plain
+        _assign(owner, leaf, tensor.detach().to(old.device, model.dtype))
+        model.set_submodule(path, NarrowLinear.of(plain) if narrow else plain)
+        return
+    _assign(owner, leaf, tensor.detach().to(old.device, model.dtype))
+
+
+def _find(model: nn.Module, key: str) -> tuple[Any, str]:
+    """The module that holds a weight, and what it calls it."""
+    path, _, leaf = key.rpartition(".")
+    try:
+        owner: Any = model.get_submodule(path)
+    except AttributeError:
+        raise KeyError(key) from None
+    held = owner._parameters.get(leaf) is not None or owner._buffers.get(leaf) is not None
+    if isinstance(owner, StoredLinear | NarrowLinear):
+        held = leaf == "weight" or (leaf == "bias" and held)
+    if not held:
+        raise KeyError(key)
+    return owner, leaf
+
+
+def narrow_matrices(model: DiT) -> None:
+    """Have the matrices of the blocks multiplied in 8 bits, but for the modulations, which see one token an image."""
+    spared = set(map(id, model.modulating))
+    for blocks in model.blocks_at:
+        for name, layer in list(model.get_submodule(blocks).named_modules(prefix=blocks)):
+            linear = isinstance(layer, nn.Linear | StoredLinear) and id(layer) not in spared
+            # The hardware's products take sixteen numbers at once.
+            if linear and layer.in_features % 16 == layer.out_features % 16 == 0:
+                model.set_submodule(name, NarrowLinear.of(layer))
+
+
+def share(model: Module) -> Module:
+    """Another instance of a model over the same tensors: nothing is copied, and to set a weight leaves the first alone.
+
+    A compiled module is shared as it was before it was compiled.
+    """
+    twin = copy.copy(model)
+    twin._parameters = dict(model._parameters)
+    twin._buffers = dict(model._buffers)
+    twin._modules = {name: module if module is None else share(module) for name, module in model._modules.items()}
+    return twin
+
+
+def weight_bytes(*models: nn.Module) -> int:
+    """The memory that the weights of models take, stored ones as they are; what models share counts once."""
+    tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type != "meta"]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -1,0 +1,358 @@
+"""LoRA files, in the names of whoever trained them, as weight patches.
+
+A tensor's name is a container's prefix, a module, and the tensor's part in the module's change:
+
+    lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight                  kohya: dots are underscores
+    transformer.transformer_blocks.0.attn.to_q.lora_A.weight                 diffusers, PEFT: their own module names
+    diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight               ai-toolkit and others: the single file's
+    lora_transformer_transformer_blocks_0_attn_to_q.lora_up.weight           OneTrainer
+    lycoris_transformer_blocks_0_attn_to_q.lokr_w1                           LyCORIS, SimpleTuner
+    double_blocks.0.processor.qkv_lora1.down.weight                          x-flux: 1 is the image, 2 the text
+
+Prefixes and parts combine freely. Modules are looked up among the model's own names, and among diffusers' through the
+family's `DiT.diffusers_layout`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from tacod.checkpoint import is_gguf, read_checkpoint
+from tacod.rank.families.base import Place
+from tacod.rank.weights.changes import Change, Diff, LoHa, LoKr, LoRA, Set
+from tacod.rank.weights.misfit import Misfit
+from tacod.rank.weights.patches import SWAP, Patch
+from tacod.rank.weights.reader import changed, read_file
+from tacod_client.errors import ArgumentError, ModelCorrupt, ModelError, ModelNotFound, ModelUnsupported
+
+__all__ = ["is_text_encoders", "read_lora"]
+
+_log = logging.getLogger(__name__)
+
+_TEXT_ENCODERS = re.compile(r"lora_(prior_)?te\d?_|text_encoders?(_\d)?\.|(clip_[lgh]|t5xxl)\.|bundle_emb\.")
+_PREFIX = re.compile(
+    r"(lora_unet_|lora_transformer_|lycoris_)|((model\.)?diffusion_model\.|transformer\.|unet\.|base_model\.model\.)+"
+)
+_PART = re.compile(
+    r"""(?P<module>.+?)(
+        (\.lora_|_lora\.|\.lora\.|\.lora_linear_layer\.)(?P<factor>up|down|mid)\.weight
+        |\.lora_(?P<letter>[AB])((\.[^.]+)?\.weight)?
+        |\.(?P<name>alpha|dora_scale|diff|diff_b|w_norm|b_norm|set_weight)
+        |\.hada_(?P<hada>w[12]_[ab]|t[12])
+        |\.lokr_(?P<lokr>w[12](_[ab])?|t2)
+    )""",
+    re.VERBOSE,
+)
+_X_FLUX = re.compile(
+    r"(?P<block>(double|single)_blocks\.\d+)\.processor\."
+    r"(?P<what>qkv|proj)_lora(?P<stream>[12]?)\.(?P<factor>up|down)\.weight"
+)
+_REFUSED = {
+    re.compile(r"\.oft_(blocks|diag|R\.weight)$"): "OFT",
+    re.compile(r"\.[ab][12]\.weight$"): "GLoRA",
+    re.compile(r"\.reshape_weight$"): "a patch that reshapes its weight",
+    re.compile(r"\.lora_magnitude_vector(\.[^.]+)*$"): "PEFT's DoRA, whose norms are not those of .dora_scale",
+}
+_FAMILIES = {
+    re.compile(r"(down|up|input|output|mid|middle)_blocks?[._]"): "a UNet (Stable Diffusion 1.x, 2.x or XL)",
+    re.compile(r"joint_blocks[._]"): "SD3",
+    re.compile(r"(double|single)_blocks[._]|single_transformer_blocks[._]"): "Flux",
+    re.compile(r"joint_transformer_blocks[._]|double_layers[._]"): "AuraFlow",
+    re.compile(r"(context|noise)_refiner[._]"): "Lumina 2 or Z-Image",
+    re.compile(r"(^|[._])blocks[._]\d+[._](cross|self)_attn"): "Wan",
+    re.compile(r"transformer_blocks[._]\d+[._](img|txt)_m(lp|od)"): "Qwen-Image",
+}
+_SHOWN = 8
+_TOLD = 256
+"""How many unmatched names a message shows, and its details hold."""
+
+
+class _LeftOut(Exception):
+    """A module that changes nothing, of which ComfyUI says so on its console; ``error`` if it is all there is."""
+
+    def __init__(self, error: ModelError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+class _Part(NamedTuple):
+    """A tensor of a file by what it is there for."""
+
+    module: str
+    kind: str
+    name: str
+
+
+def is_text_encoders(name: str) -> bool:
+    """Whether a LoRA file's tensor patches a text encoder, and so isn't for a DiT."""
+    return _TEXT_ENCODERS.match(name) is not None
+
+
+def read_lora(
+    source: str | Mapping[str, Tensor],
+    layout: Mapping[str, Place],
+    shapes: Mapping[str, Sequence[int]],
+    strength: float = 1.0,
+    spellings: Mapping[str, str] = MappingProxyType({}),
+    identity: str | None = None,
+    notes: list[str] | None = None,
+) -> dict[str, list[Patch]]:
+    """A LoRA file's patches by the single file's keys, as ComfyUI's loaders would make them.
+
+    Text encoders' tensors (`is_text_encoders`) are left out, with a line in the log. Modules of another shape than what
+    they patch, and such as lack what would make them a change, are left out if there are others. Of modules that patch
+    the same under several prefixes that one counts which ComfyUI reads last.
+
+    Args:
+        source: A safetensors file, whose path the caller has found to be allowed, or its tensors.
+        layout: What the family's `DiT.diffusers_layout` says about the model.
+        shapes: The model's own keys and their shapes.
+        strength: Of every patch; at 0 there are none.
+        spellings: What the family's `DiT.spellings` says.
+        identity: The file's `Checkpoint.identity` when it was named; None for any.
+        notes: Takes a line for each module that is left out.
+
+    Raises:
+        ModelNotFound: The file can't be opened.
+        ModelCorrupt: It is no whole safetensors file, lacks one of the tensors that belong together, or has changed
+            since it was named.
+        ModelUnsupported: It has tensors that match nothing in the model (``unmatched`` in the details lists up to 256),
+            or are of a kind that this version doesn't apply, or none of its modules fits.
+    """
+    title = source if isinstance(source, str) else "the LoRA"
+    tensors = _read(source, identity) if isinstance(source, str) else dict(source)
+    skipped = [name for name in tensors if is_text_encoders(name)]
+    if skipped:
+        _log.info("%s: %d tensors are for text encoders, and left to them", title, len(skipped))
+    mine = {name: tensor for name, tensor in tensors.items() if not is_text_encoders(name)}
+    if not mine:
+        raise ModelUnsupported(f"{title} patches text encoders at most; there is nothing in it for a diffusion model")
+    _refuse(mine, title)
+
+    modules, unmatched = _match(mine, _places(layout, shapes, spellings))
+    if unmatched:
+        raise ModelUnsupported(_stranger(title, unmatched, len(mine)), unmatched=unmatched[:_TOLD])
+    patches: dict[str, list[Patch]] = {}
+    left_out: list[_LeftOut] = []
+    replaced: list[str] = []
+    for place, parts in modules.items():
+        named = {part.module for part in parts}
+        counting = _last(place, named)
+        replaced += [f"{title}: {module}: {counting[0]} patches the same" for module in sorted(named - {*counting})]
+        parts = {part: tensor for part, tensor in parts.items() if part.module in counting}
+        try:
+            patch = _patch(title, place, parts, shapes[place.key], strength)
+        except _LeftOut as module:
+            left_out.append(module)
+            continue
+        patches.setdefault(place.key, []).append(patch)
+    if left_out and not patches:
+        raise left_out[0].error
+    if not strength:
+        return {}
+    if notes is not None:
+        notes += [*map(str, left_out), *replaced]
+    return patches
+
+
+def _read(path: str, identity: str | None) -> dict[str, Tensor]:
+    try:
+        if os.path.isdir(path) or is_gguf(path):
+            kind = "a folder" if os.path.isdir(path) else "a GGUF file"
+            raise ModelUnsupported(f"{path} is {kind}; this version reads LoRAs from safetensors files only")
+        checkpoint = read_checkpoint(path)
+        if identity not in (None, checkpoint.identity):
+            raise changed(path)
+        return load(read_file(checkpoint.files[0]))
+    except KeyError as error:
+        raise ModelUnsupported(f"{path} has tensors of {error.args[0]}, which this version doesn't read") from None
+    except SafetensorError as error:
+        raise ModelCorrupt(f"{path}: {error}; download the file again") from None
+    except OSError as error:
+        raise ModelNotFound(f"{path}: {error.strerror}; tacod's user must be able to read it") from None
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def _places(
+    layout: Mapping[str, Place], shapes: Mapping[str, Sequence[int]], spellings: Mapping[str, str]
+) -> dict[str, Place]:
+    """Where each module lies, by its names: the file's and diffusers', with dots and with underscores.
+
+    A module is its weight; biases, and weights of other names, are there by their whole names.
+    """
+    places = {key.removesuffix(".weight"): Place(key) for key in shapes}
+    for theirs, ours in spellings.items():
+        for key in shapes:
+            if key.endswith(ours):
+                places.setdefault((key.removesuffix(ours) + theirs).removesuffix(".weight"), Place(key))
+    for name, place in layout.items():
+        if place.key in shapes:
+            places.setdefault(name.removesuffix(".weight"), place)
+    for name, place in _fused(layout).items():
+        if place.key in shapes:
+            places.setdefault(name, place)
+    flat = {name.replace(".", "_"): place for name, place in places.items()}
+    return {**flat, **places}
+
+
+def _fused(layout: Mapping[str, Place]) -> dict[str, Place]:
+    """Queries, keys and values where more than they is fused, as ``…linear1_qkv``, which is how x-flux patches them."""
+    fused = {}
+    for name, queries in layout.items():
+        values = layout.get(name.replace(".to_q.", ".to_v."))
+        if name.endswith(".to_q.weight") and queries.rows and values and values.rows and values.key == queries.key:
+            first, end = queries.rows[0], sum(values.rows)
+            fused[queries.key.removesuffix(".weight") + "_qkv"] = Place(queries.key, (first, end - first))
+    return fused
+
+
+def _match(
+    tensors: Mapping[str, Tensor], places: Mapping[str, Place]
+) -> tuple[dict[Place, dict[_Part, Tensor]], list[str]]:
+    """The tensors by the place that they patch, and the names of those that match no place."""
+    matched: dict[Place, dict[_Part, Tensor]] = {}
+    unmatched = []
+    for name, tensor in tensors.items():
+        part = _part(name)
+        place = part and _find(part.module, places)
+        if part is None or place is None:
+            unmatched.append(name)
+        else:
+            matched.setdefault(place, {})[part] = tensor
+    return matched, unmatched
+
+
+def _part(name: str) -> _Part | None:
+    """What a tensor is for, by its name; ``kind`` is empty for what goes with any factored change."""
+    name = _X_FLUX.sub(_plain, name)
+    found = _PART.fullmatch(name)
+    if found is None:
+        return None
+    module, factor, letter = found["module"], found["factor"], found["letter"]
+    if factor or letter:
+        return _Part(module, "lora", factor or {"A": "down", "B": "up"}[letter])
+    for kind, field in (("loha", found["hada"]), ("lokr", found["lokr"])):
+        if field:
+            return _Part(module, kind, field)
+    if found["name"] in ("alpha", "dora_scale"):
+        return _Part(module, "", found["name"])
+    # Underscored names take an underscore before "bias"; places has both.
+    bias = f"{module}.bias" if "." in module else f"{module}_bias"
+    return {
+        "diff": _Part(module, "diff", "diff"),
+        "w_norm": _Part(module, "diff", "diff"),
+        "diff_b": _Part(bias, "diff", "diff"),
+        "b_norm": _Part(bias, "diff", "diff"),
+        "set_weight": _Part(module, "set", "value"),
+    }[found["name"]]
+
+
+def _plain(found: re.Match[str]) -> str:
+    """An x-flux name in the words of the others."""
+    if found["stream"]:
+        module = {"1": "img_attn.", "2": "txt_attn."}[found["stream"]] + found["what"]
+    else:
+        module = {"qkv": "linear1_qkv", "proj": "linear2"}[found["what"]]
+    return f"{found['block']}.{module}.lora_{found['factor']}.weight"
+
+
+def _find(module: str, places: Mapping[str, Place]) -> Place | None:
+    prefix = _PREFIX.match(module)
+    return places.get(module) or (places.get(module[prefix.end() :]) if prefix else None)
+
+
+def _last(place: Place, modules: Iterable[str]) -> list[str]:
+    """Of the modules that patch one place that which ComfyUI reads last; all where this isn't known.
+
+    It goes by its own list of names, where the network's come before diffusers'. Without a prefix, or behind that of
+    diffusers, it knows the former not at all.
+    """
+    own = place.key.removesuffix(".weight")
+    flat = own.replace(".", "_")
+    turns = {own: 0, flat: 0, f"transformer.{own}": 0, f"lora_unet_{flat}": 1, f"diffusion_model.{own}": 2}
+    found = {module: turns.get(module, 3 if module.startswith("transformer.") else None) for module in modules}
+    known = {turn: module for module, turn in found.items() if turn is not None}
+    return [known[max(known)]] if len(known) == len(found) else list(found)
+
+
+def _refuse(tensors: Iterable[str], title: str) -> None:
+    names = list(tensors)
+    for name in names:
+        for pattern, kind in _REFUSED.items():
+            if pattern.search(name):
+                raise ModelUnsupported(
+                    f"{title}: {name} is {kind}, which this version doesn't apply", key=name, kind=kind
+                )
+    if any(name.endswith(".lora_B.bias") for name in names):
+        raise ModelUnsupported(
+            f"{title} has biases beside its factors (.lora_B.bias), which this version doesn't apply; "
+            "Black Forest Labs' control LoRAs are of this kind: use the full Canny or Depth model",
+            kind="lora_B.bias",
+        )
+
+
+def _stranger(title: str, unmatched: Sequence[str], total: int) -> str:
+    looks = next((name for pattern, name in _FAMILIES.items() if any(map(pattern.search, unmatched))), None)
+    shown = ", ".join(name[:120] for name in unmatched[:_SHOWN])
+    shown += f" and {len(unmatched) - _SHOWN} more" if len(unmatched) > _SHOWN else ""
+    return (
+        f"{title}: {len(unmatched)} of {total} tensors match nothing in this model: {shown}. "
+        + (f"Its names look like those of {looks}; " if looks else "")
+        + "use a LoRA that was trained for this model"
+    )
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------------
+
+_KINDS: dict[str, type[Change]] = {change.kind: change for change in (LoRA, LoHa, LoKr, Diff, Set)}
+_FIRST = {"lora": "up", "loha": "w1_a"}
+"""The tensor by which ComfyUI finds a module; without it, it sees none of the others."""
+
+
+def _patch(title: str, place: Place, parts: Mapping[_Part, Tensor], shape: Sequence[int], strength: float) -> Patch:
+    """What one module's tensors make of it."""
+    modules = sorted({part.module for part in parts})
+    kinds = sorted({part.kind for part in parts if part.kind})
+    if len(modules) > 1 or len(kinds) > 1:
+        what = f"{' and '.join(modules)} patch" + ("" if len(modules) > 1 else "es")
+        raise ModelUnsupported(f"{title}: {what} {place.key} more than once, as {' and '.join(kinds)}", key=place.key)
+    fields: dict[str, Any] = {part.name: tensor for part, tensor in parts.items()}
+    if "alpha" in fields:
+        fields["alpha"] = _scalar(fields["alpha"], modules[0], title)
+    if not kinds:
+        have = " and ".join(sorted(fields))
+        raise _LeftOut(ModelCorrupt(f"{title}: {modules[0]} has {have} and nothing that they are for"))
+    if kinds[0] in ("diff", "set"):
+        fields.pop("alpha", None)
+    try:
+        change = _KINDS[kinds[0]](**fields)
+    except (ArgumentError, TypeError) as error:
+        have = ", ".join(f"{part.name} {list(tensor.shape)}" for part, tensor in parts.items())
+        corrupt = ModelCorrupt(f"{title}: {modules[0]} has {have}, which make no whole {kinds[0]}")
+        unseen = _FIRST.get(kinds[0], "") not in ("", *fields)
+        raise (_LeftOut(corrupt) if isinstance(error, Misfit) or unseen else corrupt) from None
+    offset = None if place.rows is None else (0, *place.rows)
+    patch = Patch(change, strength, 1.0, offset, SWAP if place.swap else None)
+    try:
+        patch.check(shape, place.key)
+    except ArgumentError as error:
+        unfit = ModelUnsupported(f"{title}: {modules[0]}: {error.message}", key=place.key)
+        raise (_LeftOut(unfit) if isinstance(error, Misfit) else unfit) from None
+    return patch
+
+
+def _scalar(tensor: Tensor, module: str, title: str) -> float:
+    if tensor.numel() != 1:
+        raise ModelCorrupt(f"{title}: {module}.alpha has shape {list(tensor.shape)}; it should be one number")
+    return float(tensor.item())

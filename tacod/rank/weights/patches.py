@@ -1,0 +1,116 @@
+"""Weight patches: a change and how it is put on a weight, and merging them.
+
+A patch has a strength, a factor for what was there before, perhaps a slice of the weight, and whether the change's
+halves are swapped. What a merge rounds, and in which order, is ComfyUI's, so that a merged weight has the bits that
+ComfyUI's has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tacod.rank.weights.changes import Change, Diff, Set
+from tacod_client.errors import ArgumentError, ModelUnsupported
+
+__all__ = ["SWAP", "Patch", "apply"]
+
+SWAP = "swap_scale_shift"
+"""The one function that a patch may name: exchange the first half of a change's rows with the second."""
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """A change and how it is put on a weight.
+
+    Raises `ArgumentError` for numbers out of range, `ModelUnsupported` for an unknown function.
+    """
+
+    change: Change
+    strength: float = 1.0
+    strength_model: float = 1.0
+    """What is there before is multiplied by this."""
+    offset: tuple[int, int, int] | None = None
+    """Dimension, first index and length of the slice that is patched; None for all of the weight."""
+    function: str | None = None
+    """What is done to the change: nothing, or `SWAP`."""
+
+    def __post_init__(self) -> None:
+        for name in ("strength", "strength_model"):
+            if not math.isfinite(getattr(self, name)):
+                raise ArgumentError(f"{name}: {getattr(self, name)} is not finite", argument=name)
+        if self.offset is not None and (min(self.offset) < 0 or self.offset[2] == 0):
+            raise ArgumentError(f"offset: {list(self.offset)} is no dimension, start and length", argument="offset")
+        if self.function not in (None, SWAP):
+            raise ModelUnsupported(f"function {self.function!r:.60} isn't known; this version applies {SWAP!r} only")
+
+    @property
+    def idle(self) -> bool:
+        """Whether it leaves every weight as it is."""
+        always = isinstance(self.change, Set) or (isinstance(self.change, Diff) and self.change.pad_weight)
+        return (self.strength == 0 or self.change.idle) and self.strength_model == 1 and not always
+
+    def check(self, shape: Sequence[int], key: str) -> None:
+        """Raise `ArgumentError`, naming ``key`` and both shapes, unless it fits a weight of this shape."""
+        sizes = list(shape)
+        if self.offset is not None:
+            dim, start, length = self.offset
+            if dim >= len(sizes) or start + length > sizes[dim]:
+                raise ArgumentError(
+                    f"{key}: the patch's slice (dimension {dim}, {length} from {start} on) lies outside {sizes}",
+                    argument="patches",
+                    key=key,
+                )
+            sizes[dim] = length
+        self.change.check(sizes, key)
+        if self.function == SWAP and sizes[0] % 2 and not isinstance(self.change, Set):
+            raise ArgumentError(f"{key}: {SWAP} halves rows, and {sizes} has {sizes[0]}", argument="patches", key=key)
+
+    def merge(self, weight: Tensor, key: str) -> Tensor:
+        """The weight, changed in place unless it has to grow."""
+        if isinstance(self.change, Diff) and self.change.pad_weight and self.offset is None:
+            weight = self.change.pad(weight, key)
+        self.check(weight.shape, key)
+        part = weight if self.offset is None else weight.narrow(*self.offset)
+        if self.strength_model != 1:
+            part *= self.strength_model
+        self.change.merge(part, self.strength, _swap if self.function == SWAP else _as_it_is)
+        return weight
+
+
+def _swap(change: Tensor) -> Tensor:
+    return torch.cat(change.chunk(2)[::-1])
+
+
+def _as_it_is(change: Tensor) -> Tensor:
+    return change
+
+
+def apply(weight: Tensor, patches: Sequence[Patch], key: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A weight with its patches merged into it, in their order; the caller casts it to the dtype that he wants.
+
+    Args:
+        weight: Of any floating dtype and shape; it stays as it is.
+        patches: In the order in which they are put on.
+        key: The weight's name, for messages.
+        dtype: What is summed in, and the dtype of what is returned. Differences are computed in fp32 in any case.
+            ComfyUI sums in fp32 on a CPU, and in fp16 on NVIDIA GPUs.
+
+    Returns:
+        ``weight`` itself, if no patch changes anything.
+
+    Raises:
+        ArgumentError: A patch doesn't fit; the message names ``key`` and both shapes.
+    """
+    working = [patch for patch in patches if not patch.idle]
+    if not working:
+        return weight
+    merged = weight.detach().to(dtype, copy=True)
+    with torch.no_grad():
+        for patch in working:
+            merged = patch.merge(merged, key)
+    return merged

@@ -1,0 +1,1 @@
+"""Clients: sockets, sessions, verbs, uploads, and what the supervisor holds for them."""

@@ -1,0 +1,68 @@
+"""What the daemon tells about itself: the answers to ``status`` and ``stats``, and the source of what is exported."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from tacod import __version__
+
+if TYPE_CHECKING:
+    from tacod.group.processes import Rank
+    from tacod.observe.monitor import Monitor
+    from tacod.serving.server import Server
+
+__all__ = ["stats", "status", "totals"]
+
+
+def status(server: Server) -> dict[str, Any]:
+    """What is, now."""
+    executor = server.executor
+    return {
+        "state": executor.state,
+        "version": __version__,
+        "pid": os.getpid(),
+        "uptime_s": round(time.monotonic() - server.started_s, 3),
+        "boot_id": server.boot_id,
+        "endpoint": server.config.endpoint,
+        "group": {
+            "device": server.config.group.device,
+            "world_size": executor.group.world_size,
+            "restarts": executor.group.restarts,
+            "ranks": [_rank(rank, server.monitor) for rank in executor.group.ranks],
+        },
+        "models": [model.to_wire() for model in executor.manifest],
+        "queue": {"running": int(executor.scheduler.running is not None), "queued": len(executor.scheduler)},
+        "clients": len(server.sessions),
+    }
+
+
+def _rank(rank: Rank, monitor: Monitor) -> dict[str, Any]:
+    load = monitor.load(rank.process.pid)
+    return {
+        "rank": rank.index,
+        "pid": rank.process.pid,
+        "device": rank.device,
+        "device_name": load.name,
+        "memory_used_bytes": rank.memory_used_bytes,
+        "memory_total_bytes": load.memory_total_bytes,
+        "device_memory_used_bytes": load.memory_used_bytes,
+        "utilization": load.utilization,
+    }
+
+
+def totals(server: Server) -> dict[str, Any]:
+    """What was counted since the start; costs the daemon's loop next to nothing."""
+    executor, store = server.executor, server.executor.store
+    return {
+        **executor.metrics.totals(),
+        "tx_bytes": server.sessions.tx_bytes,
+        "store": {"bytes": store.nbytes, "hits": store.hits, "misses": store.misses},
+        "group_restarts": executor.group.restarts,
+    }
+
+
+def stats(server: Server) -> dict[str, Any]:
+    """What was, since the start, with the times of the last steps."""
+    return {**server.executor.metrics.to_wire(), **totals(server)}

@@ -1,0 +1,205 @@
+"""The part of ``tacoctl doctor`` that needs the daemon's packages: configuration, packages, GPUs, models, memory.
+
+Prints one JSON document: the configured endpoint and the findings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+from packaging.requirements import Requirement
+
+from tacod.config import Config, ConfigError, load_config
+from tacod.execution.manifest import Manifest
+from tacod.tools import doctor_gpus as gpus
+from tacod_client import Client
+from tacod_client.cli.doctor import Finding, fail, ok, warn
+from tacod_client.cli.show import size
+from tacod_client.endpoint import find_endpoint
+from tacod_client.errors import TacodError
+
+__all__ = ["main"]
+
+DEFAULT_CONFIG = "/etc/tacod/config.toml"
+ENGINE = ("torch", "xfuser", "diffusers")
+"""Packages that get a line of their own."""
+SPARE_BYTES = 4 << 30
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the findings; returns 0, whatever they are."""
+    parser = argparse.ArgumentParser(prog="python -m tacod.tools.doctor", description=__doc__)
+    parser.add_argument("--config")
+    parser.add_argument("--endpoint")
+    parser.add_argument("--no-bandwidth", action="store_true")
+    args = parser.parse_args(argv)
+    config, known, findings = _configuration(args.config, args.endpoint)
+    findings += _packages()
+    findings += _groups()
+    if config.group.device == "cuda":
+        findings += gpus.look(config.group, _status(args.endpoint or config.endpoint), not args.no_bandwidth)
+    if known:
+        findings += _models(config)
+    findings += _memory(config)
+    findings += _caches(os.environ)
+    print(json.dumps({"endpoint": config.endpoint, "findings": [found._asdict() for found in findings]}))
+    return 0
+
+
+def _configuration(path: str | None, endpoint: str | None) -> tuple[Config, bool, list[Finding]]:
+    """The configuration and whether it is the daemon's; if not, as much as a running daemon tells of its own."""
+    if path is None and not os.path.exists(DEFAULT_CONFIG):
+        told = _status(endpoint or find_endpoint())
+        found = warn("config", f"no {DEFAULT_CONFIG}; looked with the defaults", "pass --config FILE")
+        if told is None:
+            return Config.model_validate({}), False, [found]
+        group = told["group"]
+        values: dict[str, Any] = {"device": group["device"]}
+        if group["device"] == "cpu":
+            values["ranks"] = group["world_size"]
+        else:
+            names = [rank["device"] for rank in group["ranks"]]
+            values["gpus"] = [int(name) if name.isdigit() else name for name in names] or None
+        config = Config.model_validate({"endpoint": told["endpoint"], "group": values})
+        message = f"no {DEFAULT_CONFIG}; looked with the running daemon's devices"
+        return config, False, [found._replace(message=message)]
+    path = path or DEFAULT_CONFIG
+    try:
+        config = load_config(path)
+    except ConfigError as error:
+        lines = str(error).splitlines()
+        advice = (
+            f"mend it; `tacod --config {path} --check-config` looks again. The rest was looked at with the defaults"
+        )
+        return Config.model_validate({}), False, [fail("config", line, advice) for line in lines]
+    group = config.group
+    what = f"gpus {group.gpus or 'all'}" if group.device == "cuda" else f"{group.ranks} ranks"
+    return config, True, [ok("config", f"{path}: {group.device}, {what}")]
+
+
+def _status(endpoint: str) -> dict[str, Any] | None:
+    with suppress(TacodError), Client(endpoint, timeout_s=2.0, reconnect_s=2.0) as client:
+        return client.status()
+    return None
+
+
+# --- packages ---------------------------------------------------------------------------------------------------------
+
+
+def _packages() -> Iterator[Finding]:
+    """Whether what the daemon needs is there, in a version that it works with."""
+    try:
+        requirements = importlib.metadata.requires("taco-dit") or []
+    except importlib.metadata.PackageNotFoundError:
+        message = "taco-dit runs from a folder and isn't installed, so versions were not checked"
+        yield warn("packages", message, "`pip install 'taco-dit[daemon]'` in the daemon's environment")
+        return
+    others = 0
+    for text in requirements:
+        needed = Requirement(text)
+        if needed.marker is not None and not needed.marker.evaluate({"extra": "daemon"}):
+            continue
+        advice = "`pip install -U 'taco-dit[daemon]'` in the daemon's environment"
+        try:
+            version = importlib.metadata.version(needed.name)
+        except importlib.metadata.PackageNotFoundError:
+            yield fail(needed.name, "not installed", advice)
+            continue
+        if not needed.specifier.contains(version, prereleases=True):
+            yield fail(needed.name, f"{version}, but {needed.specifier} is needed", advice)
+        elif needed.name in ENGINE:
+            yield ok(needed.name, version)
+        else:
+            others += 1
+    yield ok("packages", f"{others} others as needed, Python {sys.version.split()[0]}")
+
+
+def _groups() -> Iterator[Finding]:
+    """Whether xfuser's process groups really work here: a group of one, over gloo."""
+    try:
+        import torch
+
+        from tacod.rank.comm import process_groups as xdit
+
+        with tempfile.TemporaryDirectory(prefix="tacod-") as folder:
+            xdit.join(torch.device("cpu"), 0, 1, f"{folder}/rendezvous")
+            xdit.leave()
+    except Exception as error:
+        advice = "`pip install -U 'taco-dit[daemon]'`; if it stays, the versions above don't fit each other"
+        yield fail("groups", f"xfuser's process groups don't start: {type(error).__name__}: {error}", advice)
+    else:
+        yield ok("groups", "xfuser's process groups work (a group of one, over gloo)")
+
+
+# --- files and memory -------------------------------------------------------------------------------------------------
+
+
+def _models(config: Config) -> Iterator[Finding]:
+    """Whether the model folders can be read, the preloaded models used, and uploads kept."""
+    settings = config.models
+    if not settings.readable:
+        yield warn("models", "no folder is configured, so nothing can be loaded", "name folders in models.roots")
+    for root in settings.roots:
+        if not os.path.isdir(root):
+            yield fail("models", f"{root} is no folder", "mend models.roots")
+        elif not os.access(root, os.R_OK | os.X_OK):
+            yield fail(
+                "models", f"{root} can't be read by this user", "let tacod's user read it (`chmod o+rx`, or a group)"
+            )
+        else:
+            yield ok("models", f"{root} can be read")
+    manifest = Manifest(settings.readable, config.group.device)
+    for path in settings.preload:
+        try:
+            manifest.describe(path, None, None, "auto", 1)
+        except TacodError as error:
+            yield fail("preload", error.message, "mend models.preload: tacod doesn't start with it")
+        else:
+            yield ok("preload", path)
+    if settings.uploads is not None:
+        yield from _disk("uploads", Path(settings.uploads), SPARE_BYTES)
+
+
+def _disk(check: str, folder: Path, least: int) -> Iterator[Finding]:
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if not os.access(there, os.W_OK):
+        yield warn(check, f"{folder} can't be written by this user", "let tacod's user write it")
+    elif free < least:
+        yield warn(check, f"{folder}: {size(free)} free on its disk", "make room, or name another folder")
+    else:
+        yield ok(check, f"{folder}: {size(free)} free on its disk")
+
+
+def _memory(config: Config) -> Iterator[Finding]:
+    """Host memory for the store and the tensor that is on its way from a file."""
+    memory = psutil.virtual_memory()
+    message = f"{size(memory.available)} of {size(memory.total)} available"
+    if memory.available < config.limits.store_bytes + SPARE_BYTES:
+        advice = f"lower limits.store_bytes ({size(config.limits.store_bytes)}), or close other programs"
+        yield warn("host memory", message, advice)
+    else:
+        yield ok("host memory", message)
+
+
+def _caches(environment: Mapping[str, str]) -> Iterator[Finding]:
+    """Where torch and triton keep what they compile."""
+    home = Path(environment.get("HOME") or "/")
+    yield from _disk("compiler cache", Path(environment.get("TRITON_CACHE_DIR") or home / ".triton" / "cache"), 1 << 30)
+    inductor = environment.get("TORCHINDUCTOR_CACHE_DIR")
+    yield from _disk("compiler cache", Path(inductor or tempfile.gettempdir()), 1 << 30)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

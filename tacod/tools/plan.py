@@ -1,0 +1,84 @@
+"""``tacoctl plan``: how a model file would be spread over ranks, from its header alone."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tacod.checkpoint import read_checkpoint
+from tacod.plan import AUTO
+from tacod.rank.families.base import Argument, DiT
+from tacod.rank.forward.run import plan_for
+from tacod.rank.forward.warmup import SIGMA
+from tacod.rank.weights.remap import identify
+from tacod_client import wire
+from tacod_client.cli import show
+from tacod_client.cli.ending import guarded
+from tacod_client.cli.output import document
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the plan; returns the exit code."""
+    return guarded(lambda: _plan(argv))
+
+
+def _plan(argv: Sequence[str] | None) -> int:
+    parser = argparse.ArgumentParser(prog="tacoctl plan")
+    parser.add_argument("file")
+    parser.add_argument("--ranks", type=int, required=True)
+    parser.add_argument("--size", default="1024x1024")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--text", type=int, help="text tokens; by default those of the family's usual forward")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args(argv)
+    checkpoint = read_checkpoint(os.path.realpath(args.file))
+    family, config, checkpoint = identify(checkpoint)
+    with torch.device("meta"):
+        model = family(config)
+    width, height = (int(side) // 8 for side in args.size.split("x"))
+    text = family.usual[1] if args.text is None else args.text
+    sizes = {"B": args.batch, "H": height, "W": width, "L": text}
+    given = {
+        name: wire.Tensor("F32", tuple(sizes.get(str(size), size) for size in spec.shape), None)
+        for name, spec in model.arguments().items()
+        if isinstance(spec, Argument) and spec.required and spec.shape is not None
+    }
+    plan = plan_for(model, AUTO, args.ranks, given)
+    if args.json:
+        told = {
+            "family": family.family,
+            "parameters": checkpoint.parameters,
+            "plan": str(plan),
+            "batch": plan.layout.batch,
+            "ulysses": plan.layout.ulysses,
+            "ring": plan.layout.ring,
+            "tokens": plan.tokens,
+            "text": text,
+            "arguments": _arguments(model),
+        }
+        document(told)
+    else:
+        show.out(f"{family.family}, {checkpoint.parameters / 1e9:.2f} B parameters: {plan}")
+    return 0
+
+
+def _arguments(model: DiT) -> dict[str, Any]:
+    """The tensors that a forward takes: their shapes, and of the timestep what the family makes of a noise level."""
+    told: dict[str, Any] = {
+        name: {"shape": spec.shape, "required": spec.required}
+        for name, spec in model.arguments().items()
+        if isinstance(spec, Argument) and spec.shape is not None and not (spec.many or spec.mask)
+    }
+    told["timestep"]["value"] = model.timestep(torch.tensor(SIGMA)).item()
+    return told
+
+
+if __name__ == "__main__":
+    sys.exit(main())
