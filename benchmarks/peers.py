@@ -52,13 +52,12 @@ from torch import Tensor, multiprocessing
 from tacod import __version__
 from tacod.group.processes import ON_GPUS
 from tacod.plan import AUTO, Layout, Plan, Shape, make_plan
-from tacod.rank.comm import process_groups as xdit
+from tacod.rank.comm import process_groups
 from tacod.rank.comm.select import reach
 from tacod.rank.families.base import DiT
 from tacod.rank.forward.graphs import Forwards
-from tacod.rank.ops import fp8_linear as narrow
-from tacod.rank.ops import fused, linear
-from tacod.rank.parallel import joint_attention as attending
+from tacod.rank.ops import fp8_linear, fused, linear
+from tacod.rank.parallel import joint_attention
 from tacod.rank.parallel.topology import Topology
 from tacod.rank.weights.load import narrow_matrices, share
 from tacod_client import Client, ConnectionFailed
@@ -250,7 +249,7 @@ def plainly(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
     def plain() -> Tensor:
         with ExitStack() as stack:
-            for module in (attending, fused, linear, narrow):
+            for module in (joint_attention, fused, linear, fp8_linear):
                 stack.enter_context(mock.patch.object(module, "has_kernels", _none_has))
             return forward()
 
@@ -278,7 +277,7 @@ def rank_main(rank: int, job: Job, tell: Any) -> None:
     topology = Topology(
         rank,
         job.ranks,
-        xdit.join(device, rank, job.ranks, rendezvous, local_rank=rank if cuda else 0),
+        process_groups.join(device, rank, job.ranks, rendezvous, local_rank=rank if cuda else 0),
         reach if cuda else None,
     )
     talk = dist.new_group(backend="gloo", timeout=patience)
@@ -318,7 +317,7 @@ def rank_main(rank: int, job: Job, tell: Any) -> None:
             elif rank == 0:
                 tell.put(("done", step, {"reason": problems[0]}))
     gather(None)
-    xdit.leave()
+    process_groups.leave()
 
 
 def _words(error: Exception) -> str:

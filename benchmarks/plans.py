@@ -21,7 +21,7 @@ from torch import Tensor, multiprocessing
 
 from tacod.group.processes import ON_GPUS
 from tacod.plan import AUTO, Layout, Plan, Shape, cost, make_plan
-from tacod.rank.comm import process_groups as xdit
+from tacod.rank.comm import process_groups
 from tacod.rank.comm.select import reach
 from tacod.rank.families.base import DiT
 from tacod.rank.families.flux import Flux
@@ -149,7 +149,7 @@ def rank_main(rank: int, args: argparse.Namespace, rendezvous: str) -> None:
     topology = Topology(
         rank,
         args.ranks,
-        xdit.join(device, rank, args.ranks, rendezvous, local_rank=rank if cuda else 0),
+        process_groups.join(device, rank, args.ranks, rendezvous, local_rank=rank if cuda else 0),
         reach if cuda else None,
     )
     rows = []
@@ -165,7 +165,7 @@ def rank_main(rank: int, args: argparse.Namespace, rendezvous: str) -> None:
     if rank == 0 and args.json:
         machine = torch.cuda.get_device_name() if cuda else "CPU"
         print(json.dumps({"device": machine, "ranks": args.ranks, "torch": torch.__version__, "rows": rows}, indent=2))
-    xdit.leave()
+    process_groups.leave()
 
 
 def rows_of(

@@ -23,7 +23,7 @@ import torch
 from tacod import logs
 from tacod.group.arena import PACKET_BYTES, Arena
 from tacod.heap import keep_freed_memory
-from tacod.rank.comm import process_groups as xdit
+from tacod.rank.comm import process_groups
 from tacod.rank.comm.select import reach
 from tacod.rank.cores import usable_cores
 from tacod.rank.engine import Engine
@@ -60,7 +60,7 @@ def main() -> None:
         torch.cuda.set_device(device)
         # fp32 means fp32, in the one convolution too.
         torch.backends.cudnn.allow_tf32 = False
-    make_group = xdit.join(device, args.rank, args.world_size, args.rendezvous, device.index or 0)
+    make_group = process_groups.join(device, args.rank, args.world_size, args.rendezvous, device.index or 0)
     # What was imported stays; to look for garbage in it would take a tenth of a second at every load.
     gc.freeze()
     by = reach if device.type == "cuda" and not args.no_peer_memory else None

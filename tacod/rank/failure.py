@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from tacod.rank.comm import group as collectives
-from tacod.rank.comm import peers, staging
+from tacod.rank.comm import group, peers, staging
 from tacod.rank.engine import Engine
 from tacod_client.text import encodable, shortened
 
@@ -18,7 +17,7 @@ __all__ = ["failure"]
 
 TOLD_CHARACTERS = 6000
 """What is told of a traceback: the end of it, which fits a packet."""
-_EXCHANGES = {module.__file__ for module in (collectives, peers, staging)}
+_EXCHANGES = {module.__file__ for module in (group, peers, staging)}
 
 
 def failure(engine: Engine, error: Exception, begun: int) -> tuple[str, dict[str, Any]]:

@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 
 from tacod.config import Config, ConfigError, load_config
 from tacod.execution.manifest import Manifest
-from tacod.tools import doctor_gpus as gpus
+from tacod.tools import doctor_gpus
 from tacod_client import Client
 from tacod_client.cli.doctor import Finding, fail, ok, warn
 from tacod_client.cli.show import size
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     findings += _packages()
     findings += _groups()
     if config.group.device == "cuda":
-        findings += gpus.look(config.group, _status(args.endpoint or config.endpoint), not args.no_bandwidth)
+        findings += doctor_gpus.look(config.group, _status(args.endpoint or config.endpoint), not args.no_bandwidth)
     if known:
         findings += _models(config)
     findings += _memory(config)
@@ -130,11 +130,11 @@ def _groups() -> Iterator[Finding]:
     try:
         import torch
 
-        from tacod.rank.comm import process_groups as xdit
+        from tacod.rank.comm import process_groups
 
         with tempfile.TemporaryDirectory(prefix="tacod-") as folder:
-            xdit.join(torch.device("cpu"), 0, 1, f"{folder}/rendezvous")
-            xdit.leave()
+            process_groups.join(torch.device("cpu"), 0, 1, f"{folder}/rendezvous")
+            process_groups.leave()
     except Exception as error:
         advice = "`pip install -U 'taco-dit[daemon]'`; if it stays, the versions above don't fit each other"
         yield fail("groups", f"xfuser's process groups don't start: {type(error).__name__}: {error}", advice)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tacod.rank.comm import cuda_driver as driver
+from tacod.rank.comm import cuda_driver
 from tacod.rank.comm.group import Clock, Group
 from tacod.rank.comm.peers import Peers
 
@@ -42,7 +42,7 @@ class SharedBlock:
 
     def send(self, source: Tensor, target: Tensor) -> None:
         """See `tacod.rank.comm.peers.Block.send`; as late as may be, and of what a copy engine takes only."""
-        driver.rows_of(source, target)
+        cuda_driver.rows_of(source, target)
         self._leaving.append((weakref.ref(source), target))
 
     def barrier(self, clock: Clock) -> None:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tacod.rank.comm import cuda_driver as driver
+from tacod.rank.comm import cuda_driver
 from tacod.rank.comm.cuda_driver import rows_of
 from tacod.rank.oom import shortage
 
@@ -56,9 +56,9 @@ def test_errors_say_what_the_driver_says(monkeypatch: pytest.MonkeyPatch) -> Non
         return 0
 
     library = SimpleNamespace(cuMemHostRegister_v2=lambda *given: 2, cuGetErrorString=string)
-    monkeypatch.setattr(driver, "_library", lambda: library)
+    monkeypatch.setattr(cuda_driver, "_library", lambda: library)
     with pytest.raises(RuntimeError, match=r"cuMemHostRegister_v2: out of memory \(2\)") as caught:
-        driver.map_host(4096, 4096)
+        cuda_driver.map_host(4096, 4096)
     assert shortage(caught.value) is not None, "a lack of memory is told as such"
     with pytest.raises(RuntimeError, match="has no cuMemHostUnregister; install"):
-        driver.unmap_host(4096)
+        cuda_driver.unmap_host(4096)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tacod.plan import Layout, Plan, Shape
 from tacod.rank.families.base import Control
-from tacod.rank.forward import forwards as module
+from tacod.rank.forward import graphs as module
 from tacod.rank.forward.graphs import KINDS, Forwards
 from tacod.rank.parallel.topology import Topology
 from tacod_client.errors import ArgumentError

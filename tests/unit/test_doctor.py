@@ -19,7 +19,7 @@ import pytest
 
 from tacod.config import Config
 from tacod.tools import doctor as engine
-from tacod.tools import gpus as devices
+from tacod.tools import doctor_gpus as devices
 from tacod_client.cli import doctor, main
 
 OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"

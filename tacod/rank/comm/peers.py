@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tacod.rank.comm import cuda_driver as driver
+from tacod.rank.comm import cuda_driver
 
 if TYPE_CHECKING:
     from tacod.rank.comm.group import Clock, Group
@@ -79,7 +79,7 @@ class SymmetricBlock:
         """See `Block.send`."""
         self._carrier.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._carrier):
-            driver.copy_rows(source, target)
+            cuda_driver.copy_rows(source, target)
         self._carries = True
 
     def barrier(self, clock: Clock) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from tacod.rank.comm import cuda_driver as driver
+from tacod.rank.comm import cuda_driver
 
 if TYPE_CHECKING:
     from tacod.rank.comm.group import Group
@@ -94,13 +94,13 @@ class GPU:
     def __init__(self, fd: int, size: int) -> None:
         self._memory = mmap.mmap(fd, size)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        driver.map_host(self._address, size)
+        cuda_driver.map_host(self._address, size)
         self._leaving, self._coming = (torch.cuda.Stream() for _ in range(2))  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         """Let go of the memory, once nothing is under way."""
         torch.cuda.synchronize()
-        driver.unmap_host(self._address)
+        cuda_driver.unmap_host(self._address)
 
     def begin(self) -> None:
         """See `Device.begin`."""
@@ -110,18 +110,18 @@ class GPU:
     def leave(self, source: Tensor, flag: int, slot: int) -> None:
         """See `Device.leave`."""
         with torch.cuda.stream(self._leaving):
-            driver.wait_until(self._address + flag, EMPTY)
-            driver.copy_bytes(source.data_ptr(), self._address + slot, source.nbytes)
-            driver.write(self._address + flag, FULL)
+            cuda_driver.wait_until(self._address + flag, EMPTY)
+            cuda_driver.copy_bytes(source.data_ptr(), self._address + slot, source.nbytes)
+            cuda_driver.write(self._address + flag, FULL)
 
     def fetch(self, target: Tensor, flag: int, slot: int) -> None:
         """See `Device.fetch`."""
         # The GPU knows nothing of what waits for other ranks: it is to keep the order in which it was asked.
         self._coming.wait_stream(self._leaving)
         with torch.cuda.stream(self._coming):
-            driver.wait_until(self._address + flag, FULL)
-            driver.copy_bytes(self._address + slot, target.data_ptr(), target.nbytes)
-            driver.write(self._address + flag, EMPTY)
+            cuda_driver.wait_until(self._address + flag, FULL)
+            cuda_driver.copy_bytes(self._address + slot, target.data_ptr(), target.nbytes)
+            cuda_driver.write(self._address + flag, EMPTY)
 
     def join(self) -> None:
         """See `Device.join`."""
