@@ -13,9 +13,10 @@ from tacod.group.arena import Arena
 from tacod.heap import keep_freed_memory
 from tacod.plan import chunks
 from tacod.rank.__main__ import _die_with_the_supervisor, _parse, serve
+from tacod.rank.arguments import load_arguments
 from tacod.rank.engine import Engine
-from tacod.rank.families.base import Argument, Control, Residuals
-from tacod.rank.inputs import load_arguments
+from tacod.rank.families.control import Control
+from tacod.rank.families.inputs import Argument, Residuals
 from tacod.rank.parallel.topology import Topology
 from tacod_client.tensors import to_wire
 

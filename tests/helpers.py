@@ -26,7 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tacod.rank.families import detect
-from tacod.rank.families.base import Control, DiT
+from tacod.rank.families.base import DiT
+from tacod.rank.families.control import Control
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod_client import Client, Job, Model, wire
 from tacod_client.errors import ConnectionFailed

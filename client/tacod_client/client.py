@@ -20,14 +20,12 @@ from tacod_client.stats import ModelStats
 from tacod_client.tensors import kind_of, like
 from tacod_client.text import encodable
 from tacod_client.upload import PIECE_BYTES, digests_of_pieces, pieces
-from tacod_client.wire import Message, Tensor, split
+from tacod_client.wire import CHANGING, Message, Tensor, split
 
 __all__ = ["Client", "Model"]
 
 _log = logging.getLogger(__name__)
 
-CHANGING = ("x", "timestep", "control")
-"""Arguments that differ from call to call: they travel with it, and are not kept by content."""
 RELOADS = 8
 """How often a call loads its model again because the daemon has lost it, before it gives up."""
 

@@ -40,6 +40,8 @@ MAX_DEPTH = 16
 MAX_TENSOR_BYTES = 1 << 40
 MAX_STEPS = 100_000
 """Of one sampling run."""
+CHANGING = ("x", "timestep", "control")
+"""Arguments of a forward that differ from step to step of a run: they travel with it, and are not kept by content."""
 TENSOR_EXT = 1
 DIGEST_BYTES = 32
 

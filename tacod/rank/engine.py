@@ -17,12 +17,12 @@ from torch import Tensor
 
 from tacod.checkpoint import read_checkpoint
 from tacod.plan import parse_request
-from tacod.rank.families.base import DiT, Place
+from tacod.rank.arguments import Kept, check_arguments, check_tokens, digest, load_arguments
+from tacod.rank.families.base import DiT, Output
+from tacod.rank.families.names import Place
 from tacod.rank.forward.graphs import Forwards
-from tacod.rank.forward.run import plan_for
-from tacod.rank.forward.step_cache import contents
+from tacod.rank.forward.run import Call, plan_for
 from tacod.rank.forward.warmup import warm_up
-from tacod.rank.inputs import Kept, check_arguments, check_tokens, load_arguments
 from tacod.rank.oom import let_go, shortage
 from tacod.rank.parallel.topology import Topology
 from tacod.rank.sampling.sampling import Run, SampleRequest, begin
@@ -45,7 +45,7 @@ from tacod_client import wire
 from tacod_client.errors import ArgumentError, ModelNotFound, OutOfMemory
 from tacod_client.tensors import from_wire, to_wire
 from tacod_client.text import encodable, shortened
-from tacod_client.wire import map_tensors
+from tacod_client.wire import CHANGING, map_tensors
 
 __all__ = ["Engine"]
 
@@ -298,17 +298,18 @@ class Engine:
         dit = self._resident(model).model
         specs = dit.arguments()
         check_arguments(arguments, specs, dit.family)
+        # What can't be is refused before anything is put on the device.
         asked = parse_request(plan, self.topology.world_size)
-        chosen = plan_for(dit, asked, self.topology.world_size, arguments)
-        check_tokens(arguments, specs, chosen.shape.lengths[-1])
+        check_tokens(arguments, specs, dit.lengths(arguments)[-1])
         kept = self._on_device if self.device.type == "cuda" else None
-        values = load_arguments(arguments, specs, dit.dtype, self.device, kept)
-        steps: tuple[Hashable, ...] = ()
+        inputs = dit.prepare(load_arguments(arguments, specs, dit.dtype, self.device, kept))
+        chosen = plan_for(dit, asked, self.topology.world_size, inputs)
+        run_key: tuple[Hashable, ...] = ()
         if chosen.step_cache:
-            own = ("x", "timestep", "control")
-            steps = session, contents({name: each for name, each in arguments.items() if name not in own})
+            conditioning = {name: each for name, each in arguments.items() if name not in CHANGING}
+            run_key = session, digest(conditioning)
         before = self.forwards.skipped
-        out = self.forwards(dit, chosen, values.pop("x"), values.pop("timestep"), values, steps)
+        out = self.forwards(Call(dit, chosen, inputs, run_key))
         return {
             "out": self._result(out),
             "plan": str(chosen),
@@ -317,10 +318,15 @@ class Engine:
             "skipped": self.forwards.skipped - before,
         }
 
-    def _result(self, out: Tensor) -> wire.Tensor | None:
+    def _result(self, out: Output) -> wire.Tensor | list[wire.Tensor] | None:
         """What goes back to the client, once the GPU is done; rank 0's answer carries it."""
         if self.topology.rank != 0:
             return None
+        if isinstance(out, list):
+            return [self._to_host(each) for each in out]
+        return self._to_host(out)
+
+    def _to_host(self, out: Tensor) -> wire.Tensor:
         if self.device.type == "cuda":
             # From the GPU into locked memory it goes by itself.
             out = torch.empty(out.shape, dtype=out.dtype, pin_memory=True).copy_(out, non_blocking=True)

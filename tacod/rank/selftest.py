@@ -6,8 +6,9 @@ import torch
 
 from tacod.plan import Layout, Plan, Shape
 from tacod.rank.engine import Engine
+from tacod.rank.families.inputs import Inputs
 from tacod.rank.families.sd3 import SD3
-from tacod.rank.forward.run import run
+from tacod.rank.forward.run import Call, relative_difference, run
 from tacod.rank.parallel.sequence import SequenceParallel
 
 __all__ = ["selftest"]
@@ -44,11 +45,11 @@ def selftest(engine: Engine) -> None:
             tensor.copy_(randn(*tensor.shape) * 0.2)
         x, context, y = randn(1, 4, 14, 10), randn(1, 5, 8), randn(1, 8)
         timestep = torch.full((1,), 500.0, device=engine.device)
-        alone = model(SequenceParallel(), x, timestep, context=context, y=y)
+        inputs = Inputs({"x": x, "timestep": timestep, "context": context, "y": y}, model.arguments())
+        alone = model.run(SequenceParallel(), inputs)
         for layout in (Layout(1, topology.world_size, 1), Layout(1, 1, topology.world_size)):
             plan = Plan(layout, topology.world_size, Shape(model.heads, model.width))
-            together = run(model, plan, topology, x, timestep, {"context": context, "y": y})
-            error = ((together - alone).norm() / alone.norm()).item()
+            error = relative_difference(run(Call(model, plan, inputs), topology), alone)
             if not error <= _TOLERANCE:
                 raise RuntimeError(
                     f"self-test: {layout} is off by {error:.1e} from one rank alone; the links between these devices "

@@ -12,7 +12,8 @@ import torch
 
 from tacod.checkpoint import read_checkpoint
 from tacod.plan import AUTO
-from tacod.rank.families.base import Argument, DiT
+from tacod.rank.families.base import DiT
+from tacod.rank.families.inputs import Argument
 from tacod.rank.forward.run import plan_for
 from tacod.rank.forward.warmup import SIGMA
 from tacod.rank.weights.remap import identify
@@ -42,9 +43,9 @@ def _plan(argv: Sequence[str] | None) -> int:
     family, config, checkpoint = identify(checkpoint)
     with torch.device("meta"):
         model = family(config)
-    width, height = (int(side) // 8 for side in args.size.split("x"))
-    text = family.usual[1] if args.text is None else args.text
-    sizes = {"B": args.batch, "H": height, "W": width, "L": text}
+    width, height = (int(side) // family.pixels_per_latent for side in args.size.split("x"))
+    text = family.usual["L"] if args.text is None else args.text
+    sizes = {**family.usual, "B": args.batch, "H": height, "W": width, "L": text}
     given = {
         name: wire.Tensor("F32", tuple(sizes.get(str(size), size) for size in spec.shape), None)
         for name, spec in model.arguments().items()

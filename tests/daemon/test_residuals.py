@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import FLUX, FP32, SD3, Daemon, Tiny, relative_error
 
-from tacod.rank.inputs import load_arguments
+from tacod.rank.arguments import load_arguments
 from tacod_client import ArgumentError, Client
 from tacod_client.exchange import each_once, pack
 

@@ -10,8 +10,8 @@ from helpers import FLUX, SD3, Tiny, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tacod.rank.families.base import Argument, Number, Residuals, Spec
-from tacod.rank.inputs import Kept, check_arguments, check_tokens, load_arguments
+from tacod.rank.arguments import Kept, check_arguments, check_tokens, load_arguments
+from tacod.rank.families.inputs import Argument, Number, Residuals, Spec
 from tacod_client import wire
 from tacod_client.errors import ArgumentError
 from tacod_client.exchange import each_once, pack

@@ -11,7 +11,7 @@ import torch
 from helpers import FLUX, SD3, Tiny, relative_error
 from torch import Tensor
 
-from tacod.rank.inputs import load_arguments
+from tacod.rank.arguments import load_arguments
 from tacod_client.exchange import each_once, pack
 
 pytestmark = pytest.mark.comfyui

@@ -11,8 +11,9 @@ from helpers import read_golden
 
 from tacod.checkpoint import TensorInfo
 from tacod.rank.families import detect, families
-from tacod.rank.families.base import DiT, sinusoid
+from tacod.rank.families.base import DiT
 from tacod.rank.families.flux import Flux
+from tacod.rank.families.kit import sinusoid
 from tacod.rank.families.sd3 import SD3
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod_client.errors import ArgumentError, ModelUnsupported

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,9 +12,11 @@ from helpers import FLUX
 from torch import Tensor
 
 from tacod.plan import Layout, Plan, Shape
-from tacod.rank.families.base import Control
+from tacod.rank.families.control import Control
+from tacod.rank.families.inputs import Inputs
 from tacod.rank.forward import graphs as module
 from tacod.rank.forward.graphs import KINDS, Forwards
+from tacod.rank.forward.run import Call
 from tacod.rank.parallel.topology import Topology
 from tacod_client.errors import ArgumentError
 
@@ -30,11 +32,9 @@ class World:
         self.ran: list[str] = []
         self.fails = False
 
-    def run(
-        self, dit: Any, plan: Plan, topology: Topology, x: Tensor, timestep: Tensor, rest: Any, in_waves: bool
-    ) -> Tensor:
+    def run(self, call: Call, topology: Topology, in_waves: bool, cache: Any) -> Tensor:
         self.ran.append("run in waves" if in_waves else "run")
-        return 2 * x
+        return 2 * call.inputs.latents[0]
 
 
 class FakeGraph:
@@ -42,14 +42,14 @@ class FakeGraph:
 
     world: World
 
-    def __init__(self, dit: Any, plan: Plan, given: Mapping[str, Any], topology: Topology, pool: Any) -> None:
+    def __init__(self, call: Call, topology: Topology, pool: Any) -> None:
         self.world.ran.append("capture")
         if self.world.fails:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    def replay(self, given: Mapping[str, Any]) -> Tensor:
+    def replay(self, inputs: Inputs) -> Tensor:
         self.world.ran.append("replay")
-        return self.world.replay(given["x"])
+        return self.world.replay(inputs.latents[0])
 
 
 @pytest.fixture
@@ -69,7 +69,9 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[World, Forwards
 
 def forward(forwards: Forwards, size: int = 3, plan: Plan = PLAN, **rest: Any) -> Tensor:
     x = torch.arange(size, dtype=torch.float32)
-    out = forwards(FLUX.model, plan, x, torch.zeros(1), rest)
+    inputs = Inputs({"x": x, "timestep": torch.zeros(1), **rest}, FLUX.model.arguments())
+    out = forwards(Call(FLUX.model, plan, inputs))
+    assert isinstance(out, Tensor)
     assert torch.equal(out, 2 * x)
     return out
 

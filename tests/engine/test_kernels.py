@@ -5,6 +5,7 @@ Triton chooses the interpreter when it is imported, so that this file runs itsel
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ from helpers import relative_error
 
 from tacod.plan import chunks
 from tacod.rank.ops import fused
+from tacod.rank.ops.norm import LAYER_NORM, Norm
 
 FP32 = 2e-6
 ROWS = [(3, 5, 72), (1, 4, 128), (2, 1, 1100)]
@@ -36,17 +38,23 @@ MERGES = [(2, 10, 3, 16), (3, 9, 1, 40), (5, 20, 2, 128)]
 
 
 def rows(shape: list[int]) -> list[float]:
-    """Largest errors of sum and norm: with and without the sum, for modulations of all images and of each."""
+    """Largest errors of sum and norm, for modulations of a batch of 1 and of each image, and for every variant."""
     from tacod.rank.ops import kernels
 
     errors = []
-    x, y = torch.randn(2, *shape)
-    for images in (1, shape[0]):
-        gate, shift, scale = torch.randn(images, 1, 3 * shape[-1]).chunk(3, dim=-1)
-        wanted = fused.add_gated_norm(x, gate, y, shift, scale)
-        errors += map(relative_error, kernels.rows(x, (gate, y), (shift, scale)), wanted)
-        errors.append(relative_error(kernels.rows(x, (gate, y))[0], wanted[0]))
-        errors.append(relative_error(kernels.rows(x, None, (shift, scale))[1], fused.norm_modulate(x, shift, scale)))
+    width = shape[-1]
+    x, y, weight, bias = *torch.randn(2, *shape), torch.randn(width), torch.randn(width)
+    segments = torch.arange(shape[1]) * 2 // shape[1]
+    norms = [LAYER_NORM, Norm(epsilon=1e-5, weight=weight, bias=bias), Norm("rms"), Norm("rms", weight=weight)]
+    for images, norm, at in itertools.product((1, shape[0]), norms, (None, segments)):
+        gate, shift, scale = torch.randn(images, 1 if at is None else 2, 3 * width).chunk(3, dim=-1)
+        for modulation in ((shift, scale), (None, scale), (shift, None), (None, None)):
+            wanted = fused.add_gated_norm(x, gate, y, *modulation, norm=norm, segments=at)
+            errors += map(relative_error, kernels.rows(x, (gate, y), norm, modulation, at), wanted)
+            wanted_alone = fused.norm_modulate(x, *modulation, norm=norm, segments=at)
+            errors.append(relative_error(kernels.rows(x, None, norm, modulation, at)[1], wanted_alone))
+        errors.append(relative_error(kernels.rows(x, (gate, y), segments=at)[0], fused.add_gated(x, gate, y, at)))
+    errors.append(relative_error(kernels.rows(x, (None, y))[0], x + y))
     return errors
 
 

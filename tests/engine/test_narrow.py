@@ -70,12 +70,12 @@ def test_blocks_are_found_whatever_their_name(name: str) -> None:
     model.add_module(name, blocks)
     model.add_module("subblocks", nn.ModuleDict({"0": nn.Linear(16, 16)}))
     type_of = type(model)
-    model.__class__ = type("Other", (type_of,), {"modulating": []})
+    model.__class__ = type("Other", (type_of,), {"modulating": [], "trunk": property(lambda self: list(blocks))})
     narrow_matrices(model)
     narrow = {each for each, layer in model.named_modules() if isinstance(layer, NarrowLinear)}
     assert narrow
     assert all(each.startswith(f"{name}.") for each in narrow)
-    assert model.blocks_at == [name]
+    assert model.blocks_at == [f"{name}.{number}" for number in range(len(blocks))]
 
 
 def test_a_narrow_layer_is_used_in_parts() -> None:

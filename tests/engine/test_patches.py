@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from tacod.rank.families.base import Place
+from tacod.rank.families.names import Place
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.weights.changes import Change, Diff, LoHa, LoKr, LoRA, Set
 from tacod.rank.weights.lora import is_text_encoders, read_lora

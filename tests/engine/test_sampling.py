@@ -11,10 +11,11 @@ from helpers import FILL, FLUX, PIXART, SD3, Tiny, relative_error
 from torch import Tensor
 
 from tacod.plan import AUTO
-from tacod.rank.families.base import Argument, DiT, Spec
+from tacod.rank.families.base import DiT
+from tacod.rank.families.inputs import Argument, Inputs, Spec
 from tacod.rank.forward.graphs import Forwards
 from tacod.rank.parallel.topology import Topology
-from tacod.rank.sampling.sampling import SampleRequest, _stack, begin
+from tacod.rank.sampling.sampling import SampleRequest, begin
 from tacod_client.errors import ArgumentError
 from tacod_client.exchange import pack
 from tacod_client.tensors import to_wire
@@ -158,7 +159,11 @@ def test_what_has_no_batch_is_stacked_only_if_it_is_the_same() -> None:
         "frames": torch.ones(4),
         "mask": torch.ones(1, 3, 3),
     }
-    joint = _stack([one, dict(one)], specs, 2)
+
+    def stack(other: dict[str, Any]) -> Inputs | None:
+        return Inputs.stack([Inputs(one, specs), Inputs(other, specs)], images=2)
+
+    joint = stack(dict(one))
     assert joint is not None
     assert {name: tuple(value.shape) for name, value in joint.items()} == {
         "context": (4, 5, 8),
@@ -166,5 +171,5 @@ def test_what_has_no_batch_is_stacked_only_if_it_is_the_same() -> None:
         "frames": (4,),
         "mask": (4, 3, 3),
     }
-    assert _stack([one, {**one, "frames": torch.zeros(4)}], specs, 2) is None
-    assert _stack([one, {**one, "frames": torch.ones(5)}], specs, 2) is None
+    assert stack({**one, "frames": torch.zeros(4)}) is None
+    assert stack({**one, "frames": torch.ones(5)}) is None

@@ -29,8 +29,9 @@ from shared_block import SharedBlock, reach_shared
 from torch.nn.functional import scaled_dot_product_attention
 
 from tacod.plan import Layout, Plan, Shape, chunks
+from tacod.rank.families.inputs import Inputs
 from tacod.rank.forward.graphs import Forwards
-from tacod.rank.forward.run import run
+from tacod.rank.forward.run import Call, run
 from tacod.rank.forward.warmup import warm_up
 from tacod.rank.ops.fused import Projected
 from tacod.rank.ops.sdpa import attend
@@ -300,10 +301,9 @@ class Rank:
         self, layout: Layout, model: Any, inputs: dict[str, Any], sharing: bool = False, narrow: bool = False
     ) -> Any:
         plan = Plan(layout, WORLD, Shape(model.heads, model.width), narrow=narrow)
-        rest = {name: value for name, value in inputs.items() if name not in ("x", "timestep")}
         topology = self.sharing if sharing else self.topology
         with torch.inference_mode():
-            return run(model, plan, topology, inputs["x"], inputs["timestep"], rest)
+            return run(Call(model, plan, Inputs(inputs, model.arguments())), topology)
 
     def warm_up(self, layout: Layout, family: str, fits: bool = True) -> list[float]:
         tiny = {"flux": FLUX, "sd3": SD3}[family]
@@ -372,7 +372,7 @@ class Rank:
         seed: int,
     ) -> float:
         from tacod.rank.families import detect
-        from tacod.rank.families.base import Control
+        from tacod.rank.families.control import Control
         from tacod_client.tensors import to_wire
 
         torch.manual_seed(seed)
@@ -420,9 +420,10 @@ class Rank:
             generator = torch.Generator().manual_seed(1)
             for n, level in enumerate(levels.tolist()):
                 noisy = x + 0.05 * n * torch.randn(x.shape, generator=generator)
-                rest = {name: value[mine] for name, value in inputs.items() if name != "timestep"}
+                given = {**inputs, "x": noisy, "timestep": torch.full((2,), level)}
+                call = Call(tiny.model, plan, Inputs(given, tiny.model.arguments()).images(mine))
                 before = forwards.skipped
-                outs.append(forwards(tiny.model, plan, noisy[mine], torch.full((2,), level)[mine], rest))
+                outs.append(forwards(call))
                 skipped.append(forwards.skipped > before)
             return outs, skipped
 

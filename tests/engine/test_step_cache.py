@@ -6,7 +6,7 @@ test_spread.py has it on several ranks.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -17,12 +17,17 @@ from torch import Tensor
 from tacod import embedded
 from tacod.checkpoint import read_checkpoint
 from tacod.plan import Request
+from tacod.rank.arguments import digest
 from tacod.rank.engine import Engine
 from tacod.rank.families import detect
-from tacod.rank.families.base import Control, DiT
+from tacod.rank.families.base import DiT
+from tacod.rank.families.control import Control
+from tacod.rank.families.inputs import Inputs
+from tacod.rank.families.stream import Forward, Stream
+from tacod.rank.families.trunk import run_trunk
 from tacod.rank.forward.graphs import Forwards
-from tacod.rank.forward.run import plan_for
-from tacod.rank.forward.step_cache import MOST_IN_A_ROW, RUNS, StepCache, contents, last_tokens
+from tacod.rank.forward.run import Call, plan_for
+from tacod.rank.forward.step_cache import MOST_IN_A_ROW, RUNS, StepCache
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.parallel.topology import Topology
 from tacod_client import wire
@@ -78,11 +83,14 @@ def walk(
         x = x[:, :, :10, :12]
     outs, skipped = [], []
     for level in levels:
-        plan = plan_for(model, Request(step_cache=threshold), 1, {"x": x, **given})
+        timestep = model.timestep(torch.tensor([level])).float()
+        inputs = Inputs({"x": x, "timestep": timestep, **given}, model.arguments())
+        plan = plan_for(model, Request(step_cache=threshold), 1, inputs)
         before = forwards.skipped
         with torch.inference_mode():
-            timestep = model.timestep(torch.tensor([level])).float()
-            outs.append(forwards(model, plan, x, timestep, given, steps))
+            out = forwards(Call(model, plan, inputs, steps))
+        assert isinstance(out, Tensor)
+        outs.append(out)
         skipped.append(forwards.skipped > before)
         x = x + 0.1 * torch.randn(x.shape, generator=generator)
     return outs, skipped
@@ -106,7 +114,8 @@ def test_off_and_next_to_nothing_are_exact_to_the_bit(model: DiT, threshold: flo
     x = torch.randn(1, 4, 34, 34, generator=torch.Generator().manual_seed(1))
     x = x[:, :, :10, :12] if model.family == "sd3" else x
     with torch.inference_mode():
-        first = model(SequenceParallel(), x, model.timestep(torch.ones(1)).float(), **conditioning(model))
+        timestep = model.timestep(torch.ones(1)).float()
+        first = model(SequenceParallel(), x=x, timestep=timestep, **conditioning(model))
     assert torch.equal(outs[0], first)
     assert equal(outs, walk(model, alone(), 0)[0])
 
@@ -120,31 +129,46 @@ def test_a_huge_threshold_computes_the_first_and_every_fifth(model: DiT) -> None
         assert relative_error(out, expected) < 0.5
 
 
+def through(cache: StepCache | None, tokens: Tensor, *blocks: Callable[[Tensor], Tensor]) -> Tensor:
+    """A stream of these tokens after these blocks."""
+    f = Forward(SequenceParallel())
+    f.image = Stream(tokens, (tokens.shape[1],))
+
+    def act(change: Callable[[Tensor], Tensor]) -> Callable[[Forward], None]:
+        def block(f: Forward) -> None:
+            f.image.tokens = change(f.image.tokens)
+
+        return block
+
+    run_trunk(f, [act(block) for block in blocks], {}, cache=cache)
+    return f.image.tokens
+
+
 def test_a_skipped_forward_runs_its_first_block_alone_and_adds_what_the_others_gave() -> None:
     ran = []
 
-    def blocks(tokens: Tensor) -> Iterator[Tensor]:
-        yield tokens
-        for n in range(1, 4):
+    def block(n: int) -> Callable[[Tensor], Tensor]:
+        def change(tokens: Tensor) -> Tensor:
             ran.append(n)
-            tokens = tokens * 1.25 + n
-            yield tokens
+            return tokens * 1.25 + n
 
-    def through(tokens: Tensor) -> Tensor:
+        return change
+
+    def run(tokens: Tensor) -> Tensor:
         ran.clear()
-        return last_tokens(blocks(tokens), SequenceParallel(), cache)
+        return through(cache, tokens, *map(block, (1, 2, 3)))
 
     cache = StepCache(0.1, 1.0)
     tokens = torch.arange(12.0).view(1, 3, 4)
-    computed = through(tokens)
+    computed = run(tokens)
     assert (ran, cache.skipped) == ([1, 2, 3], False)
     near = tokens * 1.01
-    added = through(near) - (near * 1.25 + 1)
+    added = run(near) - (near * 1.25 + 1)
     assert (ran, cache.skipped) == ([1], True)
     torch.testing.assert_close(added, computed - (tokens * 1.25 + 1))
-    far = through(tokens * 2)
+    far = run(tokens * 2)
     assert (ran, cache.skipped) == ([1, 2, 3], False)
-    assert torch.equal(far, last_tokens(blocks(tokens * 2), SequenceParallel(), None))
+    assert torch.equal(far, through(None, tokens * 2, *map(block, (1, 2, 3))))
 
 
 def test_steps_are_compared_with_the_last_computed_one() -> None:
@@ -153,7 +177,7 @@ def test_steps_are_compared_with_the_last_computed_one() -> None:
 
     def is_skipped(residual: float) -> bool:
         start = torch.zeros(1, 2, 2)
-        last_tokens(iter([start, start + residual, start + 3]), SequenceParallel(), cache)
+        through(cache, start, lambda tokens: tokens + residual, lambda tokens: start + 3)
         return cache.skipped
 
     assert [is_skipped(residual) for residual in (1.0, 1.06, 1.12, 1.18, 1.24)] == [False, True, False, True, False]
@@ -162,9 +186,9 @@ def test_steps_are_compared_with_the_last_computed_one() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_no_number_is_never_skipped(value: float) -> None:
     cache = StepCache(ALL, 1.0)
+    start = torch.zeros(1, 2, 2)
     for _ in range(3):
-        start = torch.zeros(1, 2, 2)
-        last_tokens(iter([start, start + value, start]), SequenceParallel(), cache)
+        through(cache, start, lambda tokens: tokens + value, lambda tokens: start)
         assert not cache.skipped
 
 
@@ -172,7 +196,7 @@ def test_a_model_of_one_block_is_exact() -> None:
     cache = StepCache(ALL, 1.0)
     for n in range(3):
         tokens = torch.full((1, 2, 2), float(n))
-        out = last_tokens(iter([tokens, tokens + 1]), SequenceParallel(), cache)
+        out = through(cache, tokens, lambda tokens: tokens + 1)
         assert torch.equal(out, tokens + 1)
 
 
@@ -225,11 +249,11 @@ def test_a_controlnet_is_never_skipped_and_ends_the_run() -> None:
     assert walk(model, forwards, ALL, levels=(0.5, 0.4))[1] == [False, True]
 
 
-def test_contents_tell_arguments_apart() -> None:
+def test_digests_tell_arguments_apart() -> None:
     one = {"context": to_wire(torch.zeros(2, 3), "context"), "ref_latents": [to_wire(torch.ones(2), "ref")], "m": "uxo"}
     again = {"m": "uxo", "ref_latents": [to_wire(torch.ones(2), "ref")], "context": to_wire(torch.zeros(2, 3), "c")}
-    assert contents(one) == contents(again)
-    assert hash(contents(one)) == hash(contents(again))
+    assert digest(one) == digest(again)
+    assert hash(digest(one)) == hash(digest(again))
     others: list[dict[str, Any]] = [
         {**one, "context": to_wire(torch.zeros(3, 2), "context")},
         {**one, "context": to_wire(torch.full((2, 3), 1e-9), "context")},
@@ -237,7 +261,7 @@ def test_contents_tell_arguments_apart() -> None:
         {**one, "m": "index"},
         {**one, "rope_options": {"scale_x": 1.0}},
     ]
-    assert len({contents(each) for each in (one, *others)}) == 6
+    assert len({digest(each) for each in (one, *others)}) == 6
 
 
 # --- through the engine -----------------------------------------------------------------------------------------------
@@ -355,4 +379,4 @@ def test_a_bad_threshold_is_refused_by_name(asked: Asked, value: Any) -> None:
 
 def test_a_wire_tensor_without_a_digest_gets_one() -> None:
     tensor = wire.Tensor("F32", (1,), (b"\0\0\0\0",))
-    assert contents(tensor) == tensor.with_digest().digest
+    assert digest(tensor) == tensor.with_digest().digest

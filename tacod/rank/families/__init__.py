@@ -13,11 +13,14 @@ from functools import cache
 from typing import Any
 
 from tacod.checkpoint import TensorInfo
-from tacod.rank.families.base import DiT, Place
+from tacod.rank.families.base import DiT
+from tacod.rank.families.names import FUSED_NAMES, Place
 from tacod_client.errors import ModelUnsupported
 
 __all__ = ["detect", "diffusers_layout", "families", "is_known"]
 
+_KNOWN = 0.9
+"""The part of a file's tensors that a family's table of names must know, if the file is of that family."""
 _UNETS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL", 1280: "the SDXL refiner"}
 _ELSEWHERE = {
     "double_stream_modulation_img.lin.weight": "Flux.2",
@@ -65,13 +68,30 @@ def detect(
     raise ModelUnsupported(_refusal(tensors))
 
 
-def diffusers_layout(tensors: Mapping[str, TensorInfo]) -> dict[str, Place] | None:
-    """Where the tensors of a file that has diffusers' names lie in a single file; None for one that hasn't."""
+def diffusers_layout(
+    tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None = None
+) -> dict[str, Place] | None:
+    """Where the tensors of a file that has diffusers' names lie in a single file; None for one that hasn't.
+
+    ``config`` is what the file itself says.
+    """
+    shapes = {_apart(name): info.shape for name, info in tensors.items()}
     for family in families():
-        config = family.diffusers_config(tensors)
-        if config is not None:
-            return family.diffusers_layout(config)
+        known = sum(map(family.names.knows, shapes))
+        if not known or known < _KNOWN * len(shapes):
+            continue
+        ours = {name: TensorInfo("F32", shape) for name, shape in family.names.ours(shapes).items()}
+        detected = family.detect(ours)
+        if detected is not None:
+            return family.diffusers_layout({**detected, **(config or {})})
     return None
+
+
+def _apart(name: str) -> str:
+    """A tensor's name in diffusers, for one that holds several, which are as good as the first of them."""
+    for whole, first in FUSED_NAMES.items():
+        name = name.replace(f".{whole}.", f".{first[0]}.")
+    return name
 
 
 def is_known(tensors: Mapping[str, TensorInfo]) -> bool:

@@ -6,7 +6,7 @@ Parameters are named as in Stability's files (sd3-ref, MIT).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,81 +14,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tacod.checkpoint import TensorInfo
-from tacod.rank.families.base import (
-    Argument,
-    Control,
-    DiT,
-    LatentFormat,
-    Patches,
-    Place,
-    Residuals,
-    Spec,
-    count_blocks,
-    grid,
-    pad_to_patches,
-    settle,
-    shape_of,
-    sinusoid,
-    unpatchify,
-    whole,
-)
+from tacod.rank.families import kit
+from tacod.rank.families.base import DiT, LatentFormat
+from tacod.rank.families.config import choice, count_blocks, fixed, integer, shape_of
+from tacod.rank.families.inputs import Argument, Residuals, Spec
+from tacod.rank.families.names import Names
 from tacod.rank.families.noise import Flow
-from tacod.rank.forward.step_cache import StepCache, last_tokens
-from tacod.rank.ops.fused import Projected, add_gated, add_gated_norm, norm_modulate
-from tacod.rank.ops.linear import linear_gelu
-from tacod.rank.parallel.modulation import modulations
-from tacod.rank.parallel.sequence import SequenceParallel
+from tacod.rank.families.stream import Forward, Stream
 from tacod_client.errors import ArgumentError, ModelUnsupported
 
 __all__ = ["SD3"]
 
 _HEAD_WIDTH = 64
-_EPSILON = 1e-6
+_NORMS = {None: None, "rms": "head", "ln": "layer"}
 
 
-class Attention(nn.Module):
-    """The projections of one stream around the attention that the streams share."""
-
-    def __init__(self, width: int, qk_norm: str | None, project: bool = True) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(width, 3 * width)
-        if project:
-            self.proj = nn.Linear(width, width)
-        if qk_norm == "rms":
-            self.ln_q: nn.Module = nn.RMSNorm(_HEAD_WIDTH, eps=_EPSILON)
-            self.ln_k: nn.Module = nn.RMSNorm(_HEAD_WIDTH, eps=_EPSILON)
-        elif qk_norm == "ln":
-            self.ln_q = nn.LayerNorm(_HEAD_WIDTH, eps=_EPSILON)
-            self.ln_k = nn.LayerNorm(_HEAD_WIDTH, eps=_EPSILON)
-        else:
-            self.ln_q, self.ln_k = nn.Identity(), nn.Identity()
-
-    def forward(self, x: Tensor) -> Projected:
-        """Queries, keys and values of ``x`` [B, S, width]."""
-        qkv = self.qkv(x)
-        heads = x.shape[-1] // _HEAD_WIDTH
-        if isinstance(self.ln_q, nn.RMSNorm) and isinstance(self.ln_k, nn.RMSNorm):
-            return Projected(qkv, heads, (self.ln_q.weight, self.ln_k.weight))
-        if isinstance(self.ln_q, nn.LayerNorm):
-            q, k, v = torch.unflatten(qkv, -1, (3, heads, -1)).unbind(2)
-            qkv = torch.stack((self.ln_q(q), self.ln_k(k), v), dim=2).flatten(2)
-        return Projected(qkv, heads)
-
-
-class Mlp(nn.Module):
-    """The feed-forward part of a block."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(linear_gelu(self.fc1, x))
-        return out
-
-
-class Stream(nn.Module):
+class Half(nn.Module):
     """What a joint block does to one stream, before and after the shared attention.
 
     ``last`` is the text stream of the last block, which only feeds the attention; ``dual`` is an image stream that
@@ -97,18 +38,24 @@ class Stream(nn.Module):
 
     def __init__(self, width: int, qk_norm: str | None, *, last: bool = False, dual: bool = False) -> None:
         super().__init__()
-        self.attn = Attention(width, qk_norm, project=not last)
-        if dual:
-            self.attn2 = Attention(width, qk_norm)
-        if not last:
-            self.mlp = Mlp(width)
-        self.parts = 2 if last else 9 if dual else 6
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, self.parts * width))
 
-    def feed_forward(self, x: Tensor, to: Tensor, modulation: Sequence[Tensor]) -> Tensor:
-        """The stream ``x`` after its attention, whose output is ``to``, and its MLP."""
-        x, normed = add_gated_norm(x, modulation[2], self.attn.proj(to), *modulation[3:5])
-        return add_gated(x, modulation[5], self.mlp(normed))
+        def attention(out: str | None) -> kit.SelfAttention:
+            names = "ln_q.weight", "ln_k.weight"
+            return kit.SelfAttention(width, width // _HEAD_WIDTH, out=out, norm=_NORMS[qk_norm], norms=names)
+
+        self.attn = attention(None if last else "proj")
+        if dual:
+            self.attn2 = attention("proj")
+        if not last:
+            self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
+        self.parts = 2 if last else 9 if dual else 6
+        self.adaLN_modulation = kit.AdaLN(width, self.parts * width)
+
+    def after(self, stream: Stream, modulation: Sequence[Tensor], attended: Tensor) -> None:
+        """The stream after its attention and its MLP."""
+        stream.add(modulation[2], self.attn.project(attended))
+        normed = stream.normed(*modulation[3:5])
+        stream.add(modulation[5], kit.feed_forward(self.mlp["fc1"], self.mlp["fc2"], normed))
 
 
 class JointBlock(nn.Module):
@@ -116,68 +63,27 @@ class JointBlock(nn.Module):
 
     def __init__(self, width: int, qk_norm: str | None, *, last: bool, dual: bool) -> None:
         super().__init__()
-        self.context_block = Stream(width, qk_norm, last=last)
-        self.x_block = Stream(width, qk_norm, dual=dual)
+        self.context_block = Half(width, qk_norm, last=last)
+        self.x_block = Half(width, qk_norm, dual=dual)
         self.last, self.dual = last, dual
 
-    def forward(
-        self,
-        sequence: SequenceParallel,
-        lengths: tuple[int, int],
-        context: Tensor,
-        x: Tensor,
-        modulation: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        """This rank's text and image tokens, one block further; the last block leaves the text as it is.
-
-        ``modulation`` is of both streams: shift, scale and gate of the attention, of the MLP, and of the second
-        attention, as far as there are any, each [B, 1, parts * width].
-        """
+    def forward(self, f: Forward) -> None:
+        """Text and image one block further; the last block leaves the text as it is."""
         text, image = self.context_block, self.x_block
-        text_mod, image_mod = modulation[0].chunk(text.parts, dim=-1), modulation[1].chunk(image.parts, dim=-1)
-        arrived = x
-        attending = sequence.attend(
-            (
-                lambda: text.attn(norm_modulate(context, *text_mod[:2])),
-                lambda: image.attn(norm_modulate(arrived, *image_mod[:2])),
-            ),
-            lengths,
-            meanwhile=self.dual,
+        text_mod, image_mod = (f.modulation(each.adaLN_modulation.linear, each.parts) for each in (text, image))
+        attention = f.attend(
+            (f.text, lambda: text.attn(f.text.normed(*text_mod[:2]))),
+            (f.image, lambda: image.attn(f.image.normed(*image_mod[:2]))),
+            overlap=self.dual,
         )
         if self.dual:
-            own = sequence.attend((lambda: image.attn2(norm_modulate(arrived, *image_mod[6:8])),), lengths[1:])
-            attending.run()
-            x = add_gated(x, image_mod[8], image.attn2.proj(own.result()))
-        to_text, to_image = torch.split(attending.result(), [context.shape[1], x.shape[1]], dim=1)
-        x = image.feed_forward(x, to_image, image_mod)
+            own = f.attend((f.image, lambda: image.attn2(f.image.normed(*image_mod[6:8]))))
+            attention.start()
+            f.image.add(image_mod[8], image.attn2.project(*own.wait()))
+        to_text, to_image = attention.wait()
+        image.after(f.image, image_mod, to_image)
         if not self.last:
-            context = text.feed_forward(context, to_text, text_mod)
-        return context, x
-
-
-class Embedder(nn.Module):
-    """A vector into the space of the conditioning."""
-
-    def __init__(self, inputs: int, width: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        embedded: Tensor = self.mlp(x)
-        return embedded
-
-
-class Final(nn.Module):
-    """Tokens to the pixels of their patches."""
-
-    def __init__(self, width: int, outputs: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, outputs)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
-
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        pixels: Tensor = self.linear(norm_modulate(x, *modulation.chunk(2, dim=-1)))
-        return pixels
+            text.after(f.text, text_mod, to_text)
 
 
 class SD3(DiT):
@@ -188,34 +94,52 @@ class SD3(DiT):
     """
 
     family: ClassVar[str] = "sd3"
-    usual = (2, 154)
+    usual: ClassVar[Mapping[str, int]] = {"B": 2, "H": 128, "W": 128, "L": 154}
     image_models: ClassVar[tuple[str, ...]] = ("sd3",)
     process = Flow()
     latent_format = LatentFormat(1.5305, 0.0609)
+    names = Names("""
+        context_embedder                                            context_embedder
+        pos_embed.pos_embed                                         pos_embed
+        pos_embed.proj                                              x_embedder.proj
+        proj_out                                                    final_layer.linear
+        norm_out.linear                                             final_layer.adaLN_modulation.1~
+        time_text_embed.{timestep,text}_embedder.linear_{1,2}       {t,y}_embedder.mlp.{0,2}
+        transformer_blocks.*.norm1.linear                           joint_blocks.*.x_block.adaLN_modulation.1
+        transformer_blocks.*.norm1_context.linear                   joint_blocks.*.context_block.adaLN_modulation.1~
+        transformer_blocks.*.{ff,ff_context}.net.{0.proj,2}         joint_blocks.*.{x,context}_block.mlp.{fc1,fc2}
+        transformer_blocks.*.attn.{to_out.0,to_add_out}             joint_blocks.*.{x,context}_block.attn.proj
+        transformer_blocks.*.attn.to_{q,k,v}                        joint_blocks.*.x_block.attn.qkv[0,1,2]
+        transformer_blocks.*.attn.add_{q,k,v}_proj                  joint_blocks.*.context_block.attn.qkv[0,1,2]
+        transformer_blocks.*.attn.{norm,norm_added}_{q,k}           joint_blocks.*.{x,context}_block.attn.ln_{q,k}
+        transformer_blocks.*.attn2.to_{q,k,v}                       joint_blocks.*.x_block.attn2.qkv[0,1,2]
+        transformer_blocks.*.attn2.norm_{q,k}                       joint_blocks.*.x_block.attn2.ln_{q,k}
+        transformer_blocks.*.attn2.to_out.0                         joint_blocks.*.x_block.attn2.proj
+    """)
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         _check_config(config)
-        self.heads = whole(config, "depth", most=1024)
+        self.heads = integer(config, "depth", most=1024)
         self.width = width = _HEAD_WIDTH * self.heads
-        self.patch = whole(config, "patch_size", 2)
-        self.channels = whole(config, "in_channels")
-        self.out_channels = whole(config, "out_channels", self.channels)
-        self.pooled_width = whole(config, "adm_in_channels")
+        self.patch = integer(config, "patch_size", 2)
+        self.channels = integer(config, "in_channels")
+        self.out_channels = integer(config, "out_channels", self.channels)
+        self.pooled_width = integer(config, "adm_in_channels")
         self.context_width = _context_width(config, width)
-        self.grid_size = whole(config, "pos_embed_max_size")
-        qk_norm = settle(config, "qk_norm", None, "rms", "ln")
+        self.grid_size = integer(config, "pos_embed_max_size")
+        qk_norm = choice(config, "qk_norm", None, "rms", "ln")
         dual = _dual_layers(config, self.heads)
 
-        self.x_embedder = Patches(self.channels, self.patch, width)
-        self.t_embedder = Embedder(256, width)
-        self.y_embedder = Embedder(self.pooled_width, width)
+        self.x_embedder = kit.PatchEmbed(self.channels, (self.patch, self.patch), width)
+        self.t_embedder = kit.MLPEmbedder(256, width)
+        self.y_embedder = kit.MLPEmbedder(self.pooled_width, width)
         self.context_embedder = nn.Linear(self.context_width, width)
         self.pos_embed = nn.Parameter(_positions(self.grid_size, width), requires_grad=False)
         self.joint_blocks = nn.ModuleList(
             JointBlock(width, qk_norm, last=i == self.heads - 1, dual=i in dual) for i in range(self.heads)
         )
-        self.final_layer = Final(width, self.patch**2 * self.out_channels)
+        self.final_layer = kit.FinalLayer(width, self.patch**2 * self.out_channels)
 
     @classmethod
     def detect(cls, tensors: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
@@ -228,6 +152,7 @@ class SD3(DiT):
         _, context_width = shape_of(tensors, "context_embedder.weight", 2)
         _, positions, _ = shape_of(tensors, "pos_embed", 3)
         normed = f"{first}.ln_q.weight" in tensors
+        dual = "joint_blocks.{}.x_block.attn2.qkv.weight"
         return {
             "image_model": "sd3",
             "in_channels": channels,
@@ -247,86 +172,7 @@ class SD3(DiT):
             "context_processor_layers": count_blocks(tensors, "context_processor.layers") or None,
             "qk_norm": ("ln" if f"{first}.ln_q.bias" in tensors else "rms") if normed else None,
             "x_block_self_attn_layers": [
-                i
-                for i in range(count_blocks(tensors, "joint_blocks"))
-                if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in tensors
-            ],
-        }
-
-    @classmethod
-    def diffusers_layout(cls, config: Mapping[str, Any]) -> dict[str, Place]:
-        """See `DiT.diffusers_layout`."""
-        depth = whole(config, "depth", most=1024)
-        width, both, dual = _HEAD_WIDTH * depth, ("weight", "bias"), _dual_layers(config, depth)
-        qk_norm = settle(config, "qk_norm", None, "rms", "ln")
-        norm_kinds: tuple[str, ...] = {None: (), "rms": both[:1], "ln": both}[qk_norm]
-        names = {
-            "context_embedder": "context_embedder",
-            "pos_embed.proj": "x_embedder.proj",
-            "proj_out": "final_layer.linear",
-            "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
-            "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
-            "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
-            "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
-        }
-        layout = {"pos_embed.pos_embed": Place("pos_embed")}
-        swapped = {"norm_out.linear": "final_layer.adaLN_modulation.1"}
-        for i in range(depth):
-            theirs, text, image = (
-                f"transformer_blocks.{i}",
-                f"joint_blocks.{i}.context_block",
-                f"joint_blocks.{i}.x_block",
-            )
-            names |= {
-                f"{theirs}.norm1.linear": f"{image}.adaLN_modulation.1",
-                f"{theirs}.attn.to_out.0": f"{image}.attn.proj",
-                f"{theirs}.ff.net.0.proj": f"{image}.mlp.fc1",
-                f"{theirs}.ff.net.2": f"{image}.mlp.fc2",
-            }
-            if i < depth - 1:
-                names |= {
-                    f"{theirs}.norm1_context.linear": f"{text}.adaLN_modulation.1",
-                    f"{theirs}.attn.to_add_out": f"{text}.attn.proj",
-                    f"{theirs}.ff_context.net.0.proj": f"{text}.mlp.fc1",
-                    f"{theirs}.ff_context.net.2": f"{text}.mlp.fc2",
-                }
-            else:
-                # Shift and scale only, which diffusers keeps the other way round, as in its last norm.
-                swapped[f"{theirs}.norm1_context.linear"] = f"{text}.adaLN_modulation.1"
-            attentions = [
-                (f"{theirs}.attn", f"{image}.attn", ("to_q", "to_k", "to_v"), "norm"),
-                (f"{theirs}.attn", f"{text}.attn", ("add_q_proj", "add_k_proj", "add_v_proj"), "norm_added"),
-            ]
-            if i in dual:
-                names[f"{theirs}.attn2.to_out.0"] = f"{image}.attn2.proj"
-                attentions.append((f"{theirs}.attn2", f"{image}.attn2", ("to_q", "to_k", "to_v"), "norm"))
-            for attn, to, parts, norm in attentions:
-                for kind in both:
-                    for part, name in enumerate(parts):
-                        layout[f"{attn}.{name}.{kind}"] = Place(f"{to}.qkv.{kind}", (part * width, width))
-                for kind in norm_kinds:
-                    layout |= {f"{attn}.{norm}_{letter}.{kind}": Place(f"{to}.ln_{letter}.{kind}") for letter in "qk"}
-        for theirs, ours in swapped.items():
-            layout |= {f"{theirs}.{kind}": Place(f"{ours}.{kind}", swap=True) for kind in both}
-        for theirs, ours in names.items():
-            layout |= {f"{theirs}.{kind}": Place(f"{ours}.{kind}") for kind in both}
-        return layout
-
-    @classmethod
-    def diffusers_config(cls, tensors: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
-        """See `DiT.diffusers_config`."""
-        first = "transformer_blocks.0.attn"
-        marks = ("pos_embed.proj", "time_text_embed.text_embedder.linear_1", "proj_out")
-        if any(f"{key}.weight" not in tensors for key in marks):
-            return None
-        width, _, _, _ = shape_of(tensors, "pos_embed.proj.weight", 4)
-        blocks = range(count_blocks(tensors, "transformer_blocks"))
-        normed = f"{first}.norm_q.weight" in tensors
-        return {
-            "depth": width // _HEAD_WIDTH,
-            "qk_norm": ("ln" if f"{first}.norm_q.bias" in tensors else "rms") if normed else None,
-            "x_block_self_attn_layers": [
-                i for i in blocks if f"transformer_blocks.{i}.attn2.to_out.0.weight" in tensors
+                i for i in range(count_blocks(tensors, "joint_blocks")) if dual.format(i) in tensors
             ],
         }
 
@@ -342,58 +188,41 @@ class SD3(DiT):
 
     def lengths(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
         """Tokens of the text and of the image. Raises `ArgumentError` for one larger than the position table."""
-        if max(grid(arguments["x"], self.patch)) > self.grid_size:
+        grid = kit.Grid(arguments["x"], self.patch)
+        if max(grid.counts) > self.grid_size:
             most = self.grid_size * self.patch
             raise ArgumentError(f"x: this model takes latents of at most {most} by {most}", argument="x")
-        return arguments["context"].shape[1], math.prod(grid(arguments["x"], self.patch))
+        return arguments["context"].shape[1], grid.length
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """See `DiT.timestep`."""
         return sigma * 1000
 
-    def forward(  # type: ignore[override]
-        self,
-        sequence: SequenceParallel,
-        x: Tensor,
-        timestep: Tensor,
-        *,
-        context: Tensor,
-        y: Tensor,
-        control: Control | None = None,
-        step_cache: StepCache | None = None,
-    ) -> Tensor:
-        """See `DiT.forward`. Raises `ArgumentError` if ``x`` is larger than the model's position table."""
-        height, width = x.shape[-2:]
-        rows, columns = grid(x, self.patch)
-        lengths = self.lengths({"x": x, "context": context})
-        image = self.x_embedder(pad_to_patches(x, self.patch)) + self._crop_positions(rows, columns).to(x.dtype)
-        c = self.t_embedder(sinusoid(timestep).to(x.dtype)) + self.y_embedder(y)
-
-        image = sequence.shard(image)
-        text = self.context_embedder(sequence.shard(context))
-        control = control or Control({})
-        *each, final = modulations(self.modulating, functional.silu(c), sequence)
-        modulation = iter(each)
-
-        def blocks() -> Iterator[Tensor]:
-            nonlocal text, image
-            yield image
-            for i, block in enumerate(self.joint_blocks):
-                text, image = block(sequence, lengths, text, image, (next(modulation), next(modulation)))
-                image = control.add("output", i, sequence, image, lengths[1])
-                yield image
-
-        image = last_tokens(blocks(), sequence, step_cache)
-        pixels = sequence.gather(self.final_layer(image, final), lengths[1])
-        pixels = torch.unflatten(pixels, -1, (self.patch, self.patch, self.out_channels))
-        return unpatchify(pixels, rows, columns, self.patch)[:, :, :height, :width]
+    def begin(self, f: Forward, **arguments: Any) -> None:
+        """See `DiT.begin`. Raises `ArgumentError` if ``x`` is larger than the model's position table."""
+        self.lengths(arguments)
+        x = arguments["x"]
+        f.grid = kit.Grid(x, self.patch)
+        c = self.t_embedder.numbers(arguments["timestep"], x.dtype) + self.y_embedder(arguments["y"])
+        f.modulate(self.modulating, functional.silu(c))
+        positions = self._crop_positions(*f.grid.counts).to(x.dtype)
+        f.image = f.shard(self.x_embedder.whole(f.grid.pad(x)) + positions)
+        f.text = f.shard(arguments["context"], self.context_embedder)
 
     @property
-    def modulating(self) -> list[Any]:
-        """See `DiT.modulating`."""
-        blocks: Any = self.joint_blocks
-        streams = [stream for block in blocks for stream in (block.context_block, block.x_block)]
-        return [each.adaLN_modulation[1] for each in (*streams, self.final_layer)]
+    def trunk(self) -> Sequence[Any]:
+        """See `DiT.trunk`."""
+        return list(self.joint_blocks)
+
+    @property
+    def residual_blocks(self) -> Mapping[str, Any]:
+        """See `DiT.residual_blocks`."""
+        return {"output": self.joint_blocks}
+
+    def end(self, f: Forward) -> Tensor:
+        """See `DiT.end`."""
+        latent: Tensor = f.grid.latent(self.final_layer(f), channels_last=True)
+        return latent
 
     def _crop_positions(self, rows: int, columns: int) -> Tensor:
         """The middle ``rows`` by ``columns`` of the position table: [1, rows * columns, width]."""
@@ -403,17 +232,14 @@ class SD3(DiT):
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
-    for key in ("learn_sigma", "rmsnorm", "scale_mod_only", "swiglu", "x_block_self_attn"):
-        settle(config, key, False)
-    settle(config, "qkv_bias", True)
-    settle(config, "context_processor_layers", None)
-    settle(config, "register_length", 0)
+    fixed(config, learn_sigma=False, rmsnorm=False, scale_mod_only=False, swiglu=False, x_block_self_attn=False)
+    fixed(config, qkv_bias=True, context_processor_layers=None, register_length=0)
     for key, expected in (
-        ("num_blocks", whole(config, "depth")),
-        ("num_patches", whole(config, "pos_embed_max_size") ** 2),
+        ("num_blocks", integer(config, "depth")),
+        ("num_patches", integer(config, "pos_embed_max_size") ** 2),
     ):
         if config.get(key) is not None:
-            settle(config, key, expected)
+            fixed(config, **{key: expected})
     if config.get("mlp_ratio", 4.0) != 4.0:
         raise ModelUnsupported(f"config key 'mlp_ratio' is {config['mlp_ratio']!r:.80}; this version runs 4.0")
 
@@ -426,7 +252,7 @@ def _context_width(config: Mapping[str, Any], width: int) -> int:
             f"config key 'context_embedder_config' is {embedder!r:.120}; expected a torch.nn.Linear "
             f"whose out_features are {width}, 64 times the depth"
         )
-    return whole(params, "in_features")
+    return integer(params, "in_features")
 
 
 def _dual_layers(config: Mapping[str, Any], depth: int) -> set[int]:

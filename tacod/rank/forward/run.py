@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tacod.plan import Plan, Request, Shape, chunks, make_plan
-from tacod.rank.families.base import Argument, Control, DiT, Spec
+from tacod.rank.families.base import DiT, Output
+from tacod.rank.families.inputs import Inputs
+from tacod.rank.families.trunk import BlockCache
 from tacod.rank.parallel.topology import Topology
 
-__all__ = ["plan_for", "run"]
+__all__ = ["Call", "plan_for", "run"]
 
 FAST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """The attention kernels in the order in which those that can are taken: cuDNN's is the fastest on Hopper."""
@@ -20,54 +24,76 @@ PLAIN = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """The attention kernels that run without flash attention."""
 
 
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One forward to run: of which model, by which plan, on what."""
+
+    dit: DiT
+    plan: Plan
+    inputs: Inputs
+    run_key: tuple[Hashable, ...] = ()
+    """For the step cache: which run this forward is a step of. Its first element says whose run it is."""
+
+    def replace(self, **changes: Any) -> Call:
+        """The same but for these fields."""
+        return replace(self, **changes)
+
+
 def plan_for(dit: DiT, asked: Request, world_size: int, arguments: Mapping[str, Any]) -> Plan:
     """The plan of a forward with these arguments, of which only the shapes matter.
 
     Raises `ArgumentError` if there is none, or if the model can't take this size.
     """
-    shape = Shape(dit.heads, dit.width, arguments["x"].shape[0], dit.lengths(arguments))
-    return make_plan(asked, world_size, shape, dit.pace)
+    x = arguments["x"]
+    images = (x[0] if isinstance(x, list) else x).shape[0]
+    return make_plan(asked, world_size, Shape(dit.heads, dit.width, images, dit.lengths(arguments)), dit.pace)
 
 
-def run(
-    dit: DiT,
-    plan: Plan,
-    topology: Topology,
-    x: Tensor,
-    timestep: Tensor,
-    arguments: Mapping[str, Any],
-    in_waves: bool = False,
-) -> Tensor:
+def run(call: Call, topology: Topology, in_waves: bool = False, cache: BlockCache | None = None) -> Output:
     """One forward; every rank passes the whole input and gets the whole output, one that the plan leaves idle too.
 
     ``in_waves`` is for what becomes a CUDA graph (see `SequenceParallel`).
     """
-    layout, specs = plan.layout, dit.arguments()
+    plan, inputs = call.plan, call.inputs
+    layout = plan.layout
     seat = topology.seat(layout)
-    out: Tensor | None = None
+    outs: list[Tensor] | None = None
     if seat is not None:
-        sizes = chunks(len(x), layout.batch)
+        sizes = chunks(inputs.batch, layout.batch)
         start = sum(sizes[: seat.batch.rank])
-        mine = slice(start, start + sizes[seat.batch.rank])
+        mine = inputs.images(slice(start, start + sizes[seat.batch.rank]))
         sequence = seat.sequence.planned(plan.narrow, in_waves)
         try:
             with sdpa_kernel(FAST, set_priority=True) if plan.flash_attention else sdpa_kernel(PLAIN):
-                given = {"x": x, "timestep": timestep, **arguments}
-                out = dit(sequence, **{name: _images(specs.get(name), value, mine) for name, value in given.items()})
+                out = call.dit.run(sequence, mine, cache)
         except BaseException:
             if sequence.peers is not None:
                 sequence.peers.release()
             raise
-        out = seat.batch.gather(out, sizes, dim=0)
+        outs = [seat.batch.gather(each, sizes, dim=0) for each in (out if isinstance(out, list) else [out])]
     if layout.ranks < topology.world_size:
-        shape = (len(x), dit.out_channels, *x.shape[2:])
-        out = topology.everyone.broadcast(out if out is not None else x.new_empty(shape), source=0)
-    assert out is not None
-    return out
+        latents = inputs.latents
+        shapes = call.dit.output_shapes([tuple(each.shape) for each in latents])
+        outs = outs or [latents[0].new_empty(shape) for shape in shapes]
+        outs = [topology.everyone.broadcast(each, source=0) for each in outs]
+    assert outs is not None
+    return outs if isinstance(inputs["x"], list) else outs[0]
 
 
-def _images(spec: Spec | None, value: Any, mine: slice) -> Any:
-    """These images' share of an argument; what has no spec is the engine's own (a step cache), for all of them."""
-    if isinstance(value, Control):
-        return Control(value.residuals, mine)
-    return spec.images(value, mine) if isinstance(spec, Argument) else value
+def clone(out: Output) -> Output:
+    """A copy of a forward's output."""
+    return [each.clone() for each in out] if isinstance(out, list) else out.clone()
+
+
+def equal(one: Output, other: Output) -> bool:
+    """Whether two outputs are equal to the bit."""
+    return all(map(torch.equal, _list(one), _list(other)))
+
+
+def relative_difference(one: Output, other: Output) -> float:
+    """The largest relative difference of two outputs, in the norm."""
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(_list(one), _list(other), strict=True))
+
+
+def _list(out: Output) -> list[Tensor]:
+    return out if isinstance(out, list) else [out]

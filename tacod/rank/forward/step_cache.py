@@ -8,17 +8,15 @@ step of the run, the other blocks are taken to add what they added then. This is
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping
-from typing import Any
+from collections.abc import Hashable
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from tacod.rank.parallel.sequence import SequenceParallel
-from tacod_client import wire
 
-__all__ = ["MOST_IN_A_ROW", "RUNS", "StepCache", "StepCaches", "contents", "last_tokens"]
+__all__ = ["MOST_IN_A_ROW", "RUNS", "StepCache", "StepCaches"]
 
 MOST_IN_A_ROW = 4
 """Forwards that are skipped after each other before one is computed, however like they are."""
@@ -40,22 +38,18 @@ class StepCache:
         self._first: Tensor | None = None
         self._others: Tensor | None = None
 
-    def last_tokens(self, blocks: Iterator[Tensor], sequence: SequenceParallel) -> Tensor:
-        """See `last_tokens`; every rank of the sequence skips, or none does."""
-        before = next(blocks)
-        after = next(blocks)
-        first = after - before
+    def find(self, first: Tensor, sequence: SequenceParallel) -> Tensor | None:
+        """See `BlockCache.find`."""
         self.skipped = self._is_like_the_last(first, sequence)
         if self.skipped:
-            assert self._others is not None
             self._in_a_row += 1
-            return after + self._others
+            return self._others
         self._first, self._others, self._in_a_row = first, None, 0
-        out = after
-        for out in blocks:  # noqa: B007
-            pass
-        self._others = out - after
-        return out
+        return None
+
+    def keep(self, others: Tensor) -> None:
+        """See `BlockCache.keep`."""
+        self._others = others
 
     def _is_like_the_last(self, first: Tensor, sequence: SequenceParallel) -> bool:
         # All that this looks at but the tensors' values is alike on all ranks, so that they exchange or don't.
@@ -68,21 +62,7 @@ class StepCache:
         return bool(change < self.threshold * size)
 
 
-def last_tokens(blocks: Iterator[Tensor], sequence: SequenceParallel, cache: StepCache | None) -> Tensor:
-    """This rank's image tokens [B, S, width] after the last block.
-
-    ``blocks`` gives them before the first block, after it, and then as often as it likes; what comes last counts. With
-    a cache it may be left after the first block.
-    """
-    if cache is not None:
-        return cache.last_tokens(blocks, sequence)
-    tokens = next(blocks)
-    for tokens in blocks:  # noqa: B007
-        pass
-    return tokens
-
-
-Run = tuple[Hashable, ...]
+RunKey = tuple[Hashable, ...]
 """A run's name: first whose it is, then all that its steps have in common."""
 
 
@@ -90,9 +70,9 @@ class StepCaches:
     """Those of one rank. The same calls come on every rank, in the same order, so that all keep the same runs."""
 
     def __init__(self) -> None:
-        self._runs: WeakKeyDictionary[nn.Module, OrderedDict[Run, StepCache]] = WeakKeyDictionary()
+        self._runs: WeakKeyDictionary[nn.Module, OrderedDict[RunKey, StepCache]] = WeakKeyDictionary()
 
-    def find(self, model: nn.Module, run: Run, threshold: float, level: float) -> StepCache:
+    def find(self, model: nn.Module, run: RunKey, threshold: float, level: float) -> StepCache:
         """The cache of a run of ``model`` that is at the timestep ``level``; where noise rises, a new run begins."""
         runs = self._runs.setdefault(model, OrderedDict())
         cache = runs.pop(run, None)
@@ -110,12 +90,12 @@ class StepCaches:
             for run in [run for run in runs if run[: len(first)] == first]:
                 del runs[run]
 
-    def take(self, model: nn.Module, first: Hashable) -> dict[Run, StepCache]:
+    def take(self, model: nn.Module, first: Hashable) -> dict[RunKey, StepCache]:
         """Keep nothing any more of those runs of ``model`` whose names begin so, and return what was kept."""
-        runs = self._runs.get(model, OrderedDict[Run, StepCache]())
+        runs = self._runs.get(model, OrderedDict[RunKey, StepCache]())
         return {run: runs.pop(run) for run in list(runs) if run[0] == first}
 
-    def put(self, model: nn.Module, taken: dict[Run, StepCache]) -> None:
+    def put(self, model: nn.Module, taken: dict[RunKey, StepCache]) -> None:
         """Keep what was taken, of the same runs of the same model, which was loaded again."""
         self._runs.setdefault(model, OrderedDict()).update(taken)
 
@@ -126,12 +106,3 @@ class StepCaches:
     def __len__(self) -> int:
         """Runs of which something is kept."""
         return sum(map(len, self._runs.values()))
-
-
-def contents(value: Any) -> Hashable:
-    """What an argument holds, to tell runs apart: of tensors their digests, which most came with."""
-    if isinstance(value, wire.Tensor):
-        return value.with_digest().digest
-    if isinstance(value, Mapping):
-        return tuple(sorted((name, contents(item)) for name, item in value.items()))
-    return tuple(map(contents, value)) if isinstance(value, list) else value

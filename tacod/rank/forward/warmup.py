@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 from tacod.plan import AUTO, Layout, Pace, Plan, Request, Shape, make_plan, measured_pace
-from tacod.rank.families.base import Argument, DiT
+from tacod.rank.families.base import DiT
+from tacod.rank.families.inputs import Argument, Inputs
 from tacod.rank.forward.graphs import Forwards
-from tacod.rank.forward.run import run
+from tacod.rank.forward.run import Call, run
 from tacod.rank.oom import let_go, shortage
 from tacod.rank.parallel.topology import Topology
 from tacod_client.errors import ArgumentError
 
 __all__ = ["usual_inputs", "warm_up"]
 
-SIDE = 128
-"""Of the latents of 1024 pixels."""
+SMALLEST = 8
+"""No side of the latents that are tried is shorter."""
 SIGMA = 0.7
 """The noise level of a forward that is made up."""
 
@@ -33,17 +34,16 @@ def warm_up(dit: DiT, forwards: Forwards, device: torch.device) -> Pace | None:
     if inputs is None:
         return None
     world = forwards.topology.world_size
-    shape = Shape(dit.heads, dit.width, len(inputs["x"]), dit.lengths(inputs))
+    shape = Shape(dit.heads, dit.width, inputs.batch, dit.lengths(inputs))
     alone, shared = Layout(1, 1, 1), make_plan(Request(cfg_parallel=False), world, shape).layout
-    x, timestep = inputs.pop("x"), inputs.pop("timestep")
-    fits = world == 1 or _fits_alone(dit, forwards.topology, x, timestep, inputs, shape)
+    fits = world == 1 or _fits_alone(dit, forwards.topology, inputs, shape)
     took = {}
     for layout in dict.fromkeys((*((alone,) if fits else ()), shared, make_plan(AUTO, world, shape).layout)):
         took[layout] = float("inf")
         # As they come, then captured, then as they will be.
         for _ in range(4):
             started = time.perf_counter()
-            forwards(dit, Plan(layout, world, shape), x, timestep, inputs)
+            forwards(Call(dit, Plan(layout, world, shape), inputs))
             if device.type == "cuda":
                 forwards.topology.clock.wait()
             took[layout] = min(took[layout], time.perf_counter() - started)
@@ -54,14 +54,12 @@ def warm_up(dit: DiT, forwards: Forwards, device: torch.device) -> Pace | None:
     return measured_pace(alone_s, shared, shared_s, shape)
 
 
-def _fits_alone(
-    dit: DiT, topology: Topology, x: Tensor, timestep: Tensor, inputs: dict[str, Any], shape: Shape
-) -> bool:
+def _fits_alone(dit: DiT, topology: Topology, inputs: Inputs, shape: Shape) -> bool:
     """Whether rank 0 has room for the whole forward; it is tried where no other rank waits for its end."""
     fits = True
     if topology.rank == 0:
         try:
-            run(dit, Plan(Layout(1, 1, 1), 1, shape), Topology(), x, timestep, inputs)
+            run(Call(dit, Plan(Layout(1, 1, 1), 1, shape), inputs), Topology())
         except (RuntimeError, MemoryError) as error:
             if shortage(error) is None:
                 raise
@@ -71,24 +69,31 @@ def _fits_alone(
     return topology.everyone.agree(fits)
 
 
-def usual_inputs(dit: DiT, device: torch.device) -> dict[str, Any] | None:
+def usual_inputs(dit: DiT, device: torch.device) -> Inputs | None:
     """The arguments of a usual forward, random: with smaller latents if the model wants them, None if it takes none."""
-    images, text = dit.usual
     generator = torch.Generator().manual_seed(0)
-    side = SIDE
-    while side >= 8:
-        sizes = {"B": images, "H": side, "W": side, "L": text}
-        inputs: dict[str, Any] = {}
-        for name, spec in dit.arguments().items():
+    sizes, sides = dict(dit.usual), [side for side in dit.canvas[2:] if isinstance(side, str)]
+    specs = dit.arguments()
+
+    def randn(spec: Argument) -> Tensor:
+        assert spec.shape is not None
+        shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
+        if spec.keys:
+            return torch.ones(shape, dtype=torch.bool, device=device)
+        return torch.randn(shape, generator=generator).to(device, torch.float32 if spec.fp32 else dit.dtype)
+
+    while max(sizes[side] for side in sides) >= SMALLEST:
+        values: dict[str, Any] = {}
+        for name, spec in specs.items():
             if spec.required and isinstance(spec, Argument) and spec.shape is not None:
-                shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
-                dtype = torch.float32 if spec.fp32 else dit.dtype
-                inputs[name] = torch.randn(shape, generator=generator).to(device, dtype)
-        inputs["timestep"] = dit.timestep(torch.full((images,), SIGMA, device=device)).float()
+                values[name] = [randn(spec)] if spec.many else randn(spec)
+        sigma = torch.full(values["timestep"].shape, SIGMA, device=device)
+        values["timestep"] = dit.timestep(sigma).float()
         try:
-            dit.lengths(inputs)
+            dit.lengths(values)
         except ArgumentError:
-            side //= 2
+            for side in sides:
+                sizes[side] = max(sizes[side] // 2, 1)
         else:
-            return inputs
+            return Inputs(values, specs)
     return None

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tacod.rank.ops.norm import LAYER_NORM, Norm
+
 __all__ = [
     "Projected",
     "Residual",
@@ -25,7 +27,7 @@ __all__ = [
 ]
 
 _EPSILON = 1e-6
-"""Of every norm in these families, unless a forward asks for another."""
+"""Of the norms of queries and keys, unless a forward asks for another."""
 
 Rotation = tuple[Tensor, Tensor]
 """Cosines and sines in fp32, each [S, D / 2]: how far each pair of a head's channels turns at each token."""
@@ -36,44 +38,74 @@ def has_kernels(x: Tensor) -> bool:
     return x.is_cuda and not torch.is_grad_enabled()
 
 
-def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Adaptive layer norm of ``x`` [B, S, W] (Peebles and Xie, 2022, arXiv:2212.09748): norm(x) * (1 + scale) + shift.
+def norm_modulate(
+    x: Tensor,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    norm: Norm = LAYER_NORM,
+    segments: Tensor | None = None,
+) -> Tensor:
+    """Adaptive norm of ``x`` [B, S, W] (Peebles and Xie, 2022, arXiv:2212.09748): norm(x) * (1 + scale) + shift.
 
-    ``shift`` and ``scale`` are [B or 1, 1, W].
+    ``shift`` and ``scale`` are [B or 1, M, W], and may be absent. M is 1, or ``segments`` (int64 [S]) says which of
+    their rows each token has.
     """
     if has_kernels(x):
         from tacod.rank.ops import kernels
 
-        return kernels.rows(x, None, (shift, scale), _EPSILON)[1]
-    return torch.addcmul(shift, functional.layer_norm(x, x.shape[-1:], eps=_EPSILON), 1 + scale)
+        return kernels.rows(x, None, norm, (shift, scale), segments)[1]
+    out = norm(x)
+    if scale is not None:
+        scale = 1 + _rows(scale, segments)
+        return out * scale if shift is None else torch.addcmul(_rows(shift, segments), out, scale)
+    return out if shift is None else out + _rows(shift, segments)
 
 
-def add_gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
-    """The residual stream one branch further: x + gate * y, with x, y [B, S, W] and gate [B or 1, 1, W]."""
+def add_gated(x: Tensor, gate: Tensor | None, y: Tensor, segments: Tensor | None = None) -> Tensor:
+    """The residual stream one branch further: x + gate * y, with x, y [B, S, W] and gate as in `norm_modulate`.
+
+    Without a gate it is x + y.
+    """
     if has_kernels(x):
         from tacod.rank.ops import kernels
 
-        return kernels.rows(x, (gate, y))[0]
-    return x + gate * y
+        return kernels.rows(x, (gate, y), segments=segments)[0]
+    return x + y if gate is None else x + _rows(gate, segments) * y
 
 
-def add_gated_norm(x: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def add_gated_norm(
+    x: Tensor,
+    gate: Tensor | None,
+    y: Tensor,
+    shift: Tensor | None = None,
+    scale: Tensor | None = None,
+    *,
+    norm: Norm = LAYER_NORM,
+    segments: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """`add_gated`, and `norm_modulate` of what it gives."""
     if has_kernels(x):
         from tacod.rank.ops import kernels
 
-        return kernels.rows(x, (gate, y), (shift, scale), _EPSILON)
-    x = add_gated(x, gate, y)
-    return x, norm_modulate(x, shift, scale)
+        return kernels.rows(x, (gate, y), norm, (shift, scale), segments)
+    x = add_gated(x, gate, y, segments)
+    return x, norm_modulate(x, shift, scale, norm=norm, segments=segments)
+
+
+def _rows(modulation: Tensor, segments: Tensor | None) -> Tensor:
+    """A modulation [B, M, W] for each token; as it is if it has one row."""
+    return modulation if segments is None else modulation[:, segments]
 
 
 class Residual:
     """A residual stream [B, S, W]; what its last branch adds may wait for the norm that follows, to be one pass."""
 
-    def __init__(self, tokens: Tensor, gate: Tensor | None = None, branch: Tensor | None = None) -> None:
-        """``tokens`` + ``gate`` * ``branch``, with the gate [B or 1, 1, W]; or ``tokens`` as they are."""
+    def __init__(self, tokens: Tensor, segments: Tensor | None = None) -> None:
+        """``segments`` (int64 [S]) says which row of its modulations each token has; None if they have one row."""
         self._tokens = tokens
-        self._branch = None if gate is None or branch is None else (gate, branch)
+        self._branch: tuple[Tensor | None, Tensor] | None = None
+        self.segments = segments
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,18 +113,31 @@ class Residual:
         return self._tokens.dtype
 
     @property
+    def size(self) -> int:
+        """How many tokens it has here."""
+        return self._tokens.shape[1]
+
+    @property
     def tokens(self) -> Tensor:
         """With all that was to be added."""
         if self._branch is not None:
-            self._tokens, self._branch = add_gated(self._tokens, *self._branch), None
+            self._tokens, self._branch = add_gated(self._tokens, *self._branch, self.segments), None
         return self._tokens
 
-    def normed(self, shift: Tensor, scale: Tensor) -> Tensor:
+    @tokens.setter
+    def tokens(self, tokens: Tensor) -> None:
+        self._tokens, self._branch = tokens, None
+
+    def add(self, gate: Tensor | None, branch: Tensor) -> None:
+        """Add gate * branch [B, S, W], with the gate as in `norm_modulate`; or the branch as it is."""
+        self._tokens, self._branch = self.tokens, (gate, branch)
+
+    def normed(self, shift: Tensor | None = None, scale: Tensor | None = None, *, norm: Norm = LAYER_NORM) -> Tensor:
         """`norm_modulate` of `tokens`."""
         if self._branch is None:
-            return norm_modulate(self._tokens, shift, scale)
-        self._tokens, normed = add_gated_norm(self._tokens, *self._branch, shift, scale)
-        self._branch = None
+            return norm_modulate(self._tokens, shift, scale, norm=norm, segments=self.segments)
+        branch, self._branch = self._branch, None
+        self._tokens, normed = add_gated_norm(self._tokens, *branch, shift, scale, norm=norm, segments=self.segments)
         return normed
 
 

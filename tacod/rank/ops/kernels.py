@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import globaltimer
 
+from tacod.rank.ops.norm import Norm
+
 __all__ = ["barrier", "copy", "count_time", "dequantise", "merge", "pack", "quantise", "rows"]
 
 _HEADS = 8, 4
@@ -25,56 +27,81 @@ _NUMBERS = 4096
 
 @triton.jit(do_not_specialize=["tokens"])
 def _rows(
-    x, y, gate, shift, scale, total, normed,
+    x, y, gate, shift, scale, weight, bias, segments, total, normed,
     tokens, width, epsilon,
-    x_image, x_token, y_image, y_token, gate_image, shift_image, scale_image,
-    ADD: tl.constexpr, NORM: tl.constexpr, BLOCK: tl.constexpr,
+    x_image, x_token, y_image, y_token, gate_image, gate_row, shift_image, shift_row, scale_image, scale_row,
+    ADD: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+    SHIFT: tl.constexpr, SCALE: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One token: x + gate * y, and its layer norm modulated by shift and scale."""
+    """One token: x + gate * y, and its norm modulated by shift and scale."""
     row = tl.program_id(0).to(tl.int64)
     image, token = row // tokens, row % tokens
     column = tl.arange(0, BLOCK)
     inside = column < width
+    gate += image * gate_image
+    shift += image * shift_image
+    scale += image * scale_image
+    if SEGMENTS:
+        segment = tl.load(segments + token)
+        gate += segment * gate_row
+        shift += segment * shift_row
+        scale += segment * scale_row
     value = tl.load(x + image * x_image + token * x_token + column, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         more = tl.load(y + image * y_image + token * y_token + column, mask=inside, other=0.0).to(tl.float32)
-        value += more * tl.load(gate + image * gate_image + column, mask=inside, other=0.0).to(tl.float32)
+        if GATE:
+            value += more * tl.load(gate + column, mask=inside, other=0.0).to(tl.float32)
+        else:
+            value += more
         rounded = value.to(total.dtype.element_ty)
         tl.store(total + row * width + column, rounded, mask=inside)
         value = rounded.to(tl.float32)
-    if NORM:
-        mean = tl.sum(value, axis=0) / width
-        centred = tl.where(inside, value - mean, 0.0)
-        spread = tl.rsqrt(tl.sum(centred * centred, axis=0) / width + epsilon)
-        up = tl.load(shift + image * shift_image + column, mask=inside, other=0.0).to(tl.float32)
-        by = tl.load(scale + image * scale_image + column, mask=inside, other=0.0).to(tl.float32)
-        out = centred * spread * (1.0 + by) + up
+    if NORM != "none":
+        if NORM == "layer":
+            mean = tl.sum(value, axis=0) / width
+            value = tl.where(inside, value - mean, 0.0)
+        out = value * tl.rsqrt(tl.sum(value * value, axis=0) / width + epsilon)
+        if WEIGHT:
+            out *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+        if BIAS:
+            out += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+        if SCALE:
+            out *= 1.0 + tl.load(scale + column, mask=inside, other=0.0).to(tl.float32)
+        if SHIFT:
+            out += tl.load(shift + column, mask=inside, other=0.0).to(tl.float32)
         tl.store(normed + row * width + column, out.to(normed.dtype.element_ty), mask=inside)
 
 
 def rows(
     x: Tensor,
-    added: tuple[Tensor, Tensor] | None = None,
-    modulation: tuple[Tensor, Tensor] | None = None,
-    epsilon: float = 1e-6,
+    added: tuple[Tensor | None, Tensor] | None = None,
+    norm: Norm | None = None,
+    modulation: tuple[Tensor | None, Tensor | None] = (None, None),
+    segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``x`` [B, S, W] plus gate * y for ``added`` = (gate, y), and that sum's layer norm * (1 + scale) + shift.
+    """``x`` [B, S, W] plus gate * y for ``added`` = (gate, y), and that sum's norm * (1 + scale) + shift.
 
-    Gate, shift and scale are [B or 1, 1, W], and ``modulation`` is (shift, scale). Returns both; without ``added`` the
-    first is ``x`` itself, without ``modulation`` the second is the first.
+    Gate, shift and scale are [B or 1, M, W] or absent, and ``modulation`` is (shift, scale). M is 1, or ``segments``
+    (int64 [S]) names each token's row. Returns both; without ``added`` the first is ``x`` itself, without ``norm`` the
+    second is the first.
     """
     batch, tokens, width = x.shape
     x = _dense(x)
     total = x if added is None else torch.empty((batch, tokens, width), dtype=x.dtype, device=x.device)
-    normed = total if modulation is None else torch.empty((batch, tokens, width), dtype=x.dtype, device=x.device)
-    gate, y = (x, x) if added is None else (_dense(added[0]), _dense(added[1]))
-    shift, scale = (x, x) if modulation is None else map(_dense, modulation)
+    normed = total if norm is None else torch.empty((batch, tokens, width), dtype=x.dtype, device=x.device)
+    gate, y = (None, x) if added is None else (added[0], _dense(added[1]))
+    gates = [x if each is None else _dense(each) for each in (gate, *modulation)]
+    weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
     if batch * tokens:
         _rows[(batch * tokens,)](
-            x, y, gate, shift, scale, total, normed,
-            tokens, width, epsilon,
-            x.stride(0), x.stride(1), y.stride(0), y.stride(1), *(_image_stride(each) for each in (gate, shift, scale)),
-            ADD=added is not None, NORM=modulation is not None, BLOCK=triton.next_power_of_2(width),
+            x, y, *gates, x if weight is None else weight, x if bias is None else bias,
+            x if segments is None else segments, total, normed,
+            tokens, width, 0.0 if norm is None else norm.epsilon,
+            x.stride(0), x.stride(1), y.stride(0), y.stride(1),
+            *(stride for each in gates for stride in (_image_stride(each), each.stride(1))),
+            ADD=added is not None, GATE=gate is not None, NORM="none" if norm is None else norm.kind,
+            WEIGHT=weight is not None, BIAS=bias is not None, SHIFT=modulation[0] is not None,
+            SCALE=modulation[1] is not None, SEGMENTS=segments is not None, BLOCK=triton.next_power_of_2(width),
             num_warps=8 if width > 1024 else 4,
         )  # fmt: skip
     return total, normed
@@ -86,7 +113,7 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _image_stride(x: Tensor) -> int:
-    """From one image's to the next one's; what is there once is for all."""
+    """From one image's to the next one's; a batch of 1 broadcasts."""
     return x.stride(0) if x.shape[0] > 1 else 0
 
 

@@ -14,7 +14,7 @@ __all__ = ["modulations"]
 
 
 def modulations(layers: Sequence[Any], c: Tensor, sequence: SequenceParallel) -> list[Tensor]:
-    """What each linear layer makes of ``c`` [B, width]: [B, 1, its outputs].
+    """What each linear layer makes of ``c`` [B, width] or [B, M, width]: [B, 1 or M, its outputs].
 
     For one image a layer is read whole for one row of numbers, so that they take as long as their weights take to be
     read. Each rank computes those of a run of layers, about as many outputs as the others, and all gather.
@@ -31,5 +31,6 @@ def modulations(layers: Sequence[Any], c: Tensor, sequence: SequenceParallel) ->
         if owner == sequence.whole.rank:
             outs.append(layer(c))
         done += size
-    mine = torch.cat(outs, dim=1) if outs else c.new_empty(len(c), 0)
-    return list(torch.split(sequence.whole.gather(mine, shares, dim=1).unsqueeze(1), sizes, dim=2))
+    mine = torch.cat(outs, dim=-1) if outs else c.new_empty(*c.shape[:-1], 0)
+    everyones = sequence.whole.gather(mine, shares, dim=-1)
+    return list(torch.split(everyones.unsqueeze(1) if c.ndim == 2 else everyones, sizes, dim=-1))

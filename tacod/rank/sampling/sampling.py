@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from tacod.plan import Plan, Request
-from tacod.rank.families.base import Argument, DiT, LatentFormat, Spec
+from tacod.rank.arguments import check_arguments, check_names, load_arguments
+from tacod.rank.families.base import DiT, LatentFormat
+from tacod.rank.families.inputs import Argument, Inputs, Spec
 from tacod.rank.families.noise import Flow
 from tacod.rank.forward.graphs import Forwards
-from tacod.rank.forward.run import plan_for
+from tacod.rank.forward.run import Call, plan_for
 from tacod.rank.forward.step_cache import StepCache
-from tacod.rank.inputs import check_arguments, check_names, load_arguments
 from tacod.rank.sampling import samplers
 from tacod_client import wire
 from tacod_client.errors import ArgumentError
@@ -148,7 +149,8 @@ def begin(
     levels = _levels(request.sigmas, dit.process.sigma_max).to(device)
     samplers.check_levels(request.sampler, levels)
     specs = dit.arguments()
-    conditions = [load_arguments(given, specs, dit.dtype, device) for given in request.guided.values()]
+    loaded = [load_arguments(given, specs, dit.dtype, device) for given in request.guided.values()]
+    conditions = [dit.prepare(each) for each in loaded]
     noise, latent = (from_wire(value, "torch").to(device, torch.float32) for value in (request.noise, request.latent))
     x = dit.process.start(noise, latents.into_model(latent), levels[0])
     denoise = Denoiser(dit, asked, forwards, conditions, len(noise), request.cfg, job)
@@ -170,7 +172,7 @@ class Denoiser:
         dit: DiT,
         asked: Request,
         forwards: Forwards,
-        conditions: list[dict[str, Any]],
+        conditions: list[Inputs],
         images: int,
         cfg: float,
         job: str,
@@ -183,7 +185,7 @@ class Denoiser:
         self.cfg = cfg
         self.job = job
         self.conditions = conditions
-        self.joint = _stack(conditions, dit.arguments(), images)
+        self.joint = Inputs.stack(conditions, images)
         self.forwards = 0
         self.plan: Plan
         """Of the last forward."""
@@ -211,54 +213,14 @@ class Denoiser:
         clean = [self.dit.process.clean(x, sigma, out) for out in outs]
         return samplers.guide(clean[-1], clean[0] if len(clean) > 1 else None, self.cfg)
 
-    def _forward(self, x: Tensor, sigma: Tensor, condition: dict[str, Any], index: int = 0) -> Tensor:
+    def _forward(self, x: Tensor, sigma: Tensor, condition: Inputs, index: int = 0) -> Tensor:
         self.forwards += 1
         timestep = self.dit.timestep(sigma).float().expand(x.shape[0]).contiguous()
-        noisy = self.dit.process.scale(x, sigma).to(self.dit.dtype)
-        self.plan = plan_for(self.dit, self.asked, self.world_size, {"x": noisy, **condition})
-        return self.run(self.dit, self.plan, noisy, timestep, condition, (self.job, index)).float()
-
-
-def _stack(conditions: list[dict[str, Any]], specs: Mapping[str, Spec], images: int) -> dict[str, Any] | None:
-    """Several conditions, of so many images each, as one batch; None if their names, shapes or texts differ."""
-    first = conditions[0]
-    for other in conditions[1:]:
-        if set(other) != set(first) or any(_shape(other[name]) != _shape(first[name]) for name in first):
-            return None
-
-    def join(axis: int, values: Sequence[Any]) -> Any:
-        if isinstance(values[0], list):
-            return [join(axis, items) for items in zip(*values, strict=True)]
-        # What is there once is for all images of its condition.
-        sizes = [-1] * values[0].ndim
-        sizes[axis] = images
-        return torch.cat([value.expand(sizes) for value in values], dim=axis)
-
-    joint: dict[str, Any] = {}
-    for name, value in first.items():
-        values = [condition[name] for condition in conditions]
-        axis = getattr(specs[name], "batch_axis", None)
-        if axis is not None:
-            joint[name] = join(axis, values)
-        elif isinstance(value, Tensor | list) and not all(map(_same, values, [value] * len(values))):
-            # There is no place for two of them in one forward.
-            return None
-        else:
-            joint[name] = value
-    return joint
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether tensors, or lists of them, are equal."""
-    if isinstance(one, list):
-        return all(map(_same, one, other))
-    return torch.equal(one, other)
-
-
-def _shape(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_shape(item) for item in value]
-    return tuple(value.shape) if isinstance(value, Tensor) else value
+        inputs = condition.replace(x=self.dit.process.scale(x, sigma).to(self.dit.dtype), timestep=timestep)
+        self.plan = plan_for(self.dit, self.asked, self.world_size, inputs)
+        out = self.run(Call(self.dit, self.plan, inputs, (self.job, index)))
+        assert isinstance(out, Tensor)
+        return out.float()
 
 
 def _levels(sigmas: wire.Tensor, highest: float) -> Tensor:

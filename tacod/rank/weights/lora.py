@@ -27,7 +27,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from tacod.checkpoint import is_gguf, read_checkpoint
-from tacod.rank.families.base import Place
+from tacod.rank.families.names import Place
 from tacod.rank.weights.changes import Change, Diff, LoHa, LoKr, LoRA, Set
 from tacod.rank.weights.misfit import Misfit
 from tacod.rank.weights.patches import SWAP, Patch

@@ -10,19 +10,14 @@ from tacod.checkpoint import Checkpoint, TensorInfo, read_checkpoint
 from tacod.checkpoint.checkpoint import FEW
 from tacod.checkpoint.header import Part
 from tacod.rank.families import detect, diffusers_layout, is_known
-from tacod.rank.families.base import DiT, Place
+from tacod.rank.families.base import DiT
+from tacod.rank.families.names import FUSED_NAMES, Place
 from tacod_client.errors import ModelCorrupt, ModelUnsupported
 
 __all__ = ["arrange", "identify", "rename", "some"]
 
 _DEPTH = 4
 """How many names of a prefix are tried, as in ``base_model.model.transformer.``."""
-_FUSED = {
-    "to_qkv": ("to_q", "to_k", "to_v"),
-    "to_kv": ("to_k", "to_v"),
-    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
-}
-"""Layers into which diffusers puts others together (``fuse_qkv_projections``), their rows in this order."""
 
 
 def identify(checkpoint: Checkpoint) -> tuple[type[DiT], dict[str, Any], Checkpoint]:
@@ -38,7 +33,7 @@ def identify(checkpoint: Checkpoint) -> tuple[type[DiT], dict[str, Any], Checkpo
         return family, config, arrange(checkpoint, family.diffusers_layout(config))
     if not is_known(checkpoint.tensors):
         checkpoint = _look_deeper(checkpoint)
-    layout = diffusers_layout(checkpoint.tensors)
+    layout = diffusers_layout(checkpoint.tensors, checkpoint.config)
     if layout is not None:
         checkpoint = arrange(checkpoint, layout)
     family, config = detect(checkpoint.tensors, checkpoint.config)
@@ -97,7 +92,7 @@ def _with_fused(layout: Mapping[str, Place], tensors: Mapping[str, TensorInfo]) 
     for name in tensors:
         layer, _, kind = name.rpartition(".")
         module, _, fused = layer.rpartition(".")
-        parts = [f"{module}.{part}.{kind}" for part in _FUSED.get(fused, ())]
+        parts = [f"{module}.{part}.{kind}" for part in FUSED_NAMES.get(fused, ())]
         if parts and all(part in places and part not in tensors for part in parts):
             gone = [places.pop(part) for part in parts]
             rows = [each.rows for each in gone if each.rows is not None]

@@ -1,19 +1,20 @@
-"""A request's arguments, checked against what a family takes and put on the device."""
+"""A request's arguments, checked against what a family takes and put on the device as `Inputs`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
-from tacod.rank.families.base import Argument, Control, Number, Numbers, Residuals, Spec
+from tacod.rank.families.control import Control
+from tacod.rank.families.inputs import Argument, Inputs, Number, Numbers, Residuals, Spec
 from tacod_client import wire
 from tacod_client.errors import ArgumentError
 from tacod_client.tensors import from_wire
 
-__all__ = ["Kept", "check_arguments", "check_names", "check_tokens", "load_arguments"]
+__all__ = ["Kept", "check_arguments", "check_names", "check_tokens", "digest", "load_arguments"]
 
 Kept = dict[tuple[bytes | None, torch.dtype], torch.Tensor]
 """Tensors on the device by digest and dtype."""
@@ -137,7 +138,7 @@ def _check_tensor(name: str, value: Any, spec: Argument, sizes: dict[str, tuple[
     assert spec.shape is not None
     if not isinstance(value, wire.Tensor):
         raise ArgumentError(f"{name}: expected a tensor, {_wanted(spec)}; got {_kind(value)}", argument=name)
-    if value.dtype not in _FLOATS and not (spec.mask and value.dtype == "BOOL"):
+    if value.dtype not in _FLOATS and not (spec.mask and value.dtype == "BOOL") and not spec.keys:
         raise ArgumentError(f"{name}: expected a floating-point tensor, got {value.dtype}", argument=name)
     fits = len(value.shape) == len(spec.shape)
     for size, wanted in zip(value.shape, spec.shape, strict=False):
@@ -179,7 +180,7 @@ def load_arguments(
     dtype: torch.dtype,
     device: torch.device,
     kept: Kept | None = None,
-) -> dict[str, Any]:
+) -> Inputs:
     """The arguments as torch values on ``device``.
 
     Tensors come in the compute dtype, or in fp32 where the spec says so. Residuals stay as they came: a rank needs some
@@ -193,6 +194,8 @@ def load_arguments(
             return [put(item, spec) for item in value]
         if not isinstance(value, wire.Tensor):
             return spec.also.get(value, value) if isinstance(spec, Argument) else value
+        if isinstance(spec, Argument) and spec.keys:
+            return _key_mask(value, device)
         key = value.digest, torch.float32 if isinstance(spec, Argument) and spec.fp32 else dtype
         if kept is None or value.digest is None:
             return _on_device(value, key[1], device)
@@ -200,7 +203,22 @@ def load_arguments(
             kept[key] = _on_device(value, key[1], device)
         return kept[key]
 
-    return {name: put(value, specs[name]) for name, value in given.items() if value is not None}
+    return Inputs({name: put(value, specs[name]) for name, value in given.items() if value is not None}, specs)
+
+
+def digest(value: Any) -> Hashable:
+    """What an argument holds, to tell runs apart: of tensors their digests, which most came with."""
+    if isinstance(value, wire.Tensor):
+        return value.with_digest().digest
+    if isinstance(value, Mapping):
+        return tuple(sorted((name, digest(item)) for name, item in value.items()))
+    return tuple(map(digest, value)) if isinstance(value, list) else value
+
+
+def _key_mask(value: wire.Tensor, device: torch.device) -> torch.Tensor:
+    """Which tokens count: integers that aren't 0, floats that are 0, for these are added to scores."""
+    mask: torch.Tensor = from_wire(value, "torch")
+    return (mask == 0 if mask.is_floating_point() else mask != 0).to(device)
 
 
 def _on_device(value: wire.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

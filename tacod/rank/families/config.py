@@ -1,0 +1,67 @@
+"""Reading a model's configuration: from a file's keys and shapes, and with checks from ComfyUI's ``unet_config``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tacod.checkpoint import TensorInfo
+from tacod_client.errors import ModelUnsupported
+
+__all__ = ["choice", "count_blocks", "fixed", "integer", "number", "shape_of", "width_of_heads"]
+
+
+def integer(
+    config: Mapping[str, Any], key: str, default: int | None = None, *, least: int = 1, most: int = 1 << 20
+) -> int:
+    """A whole number from a model's configuration; raises `ModelUnsupported`, naming the key, for anything else."""
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ModelUnsupported(f"config key {key!r} is {value!r:.80}; expected a whole number from {least} to {most}")
+    return value
+
+
+def choice(config: Mapping[str, Any], key: str, *allowed: Any) -> Any:
+    """A choice from a model's configuration, by default the first; raises `ModelUnsupported`, naming the key."""
+    value = config.get(key, allowed[0])
+    if not any(type(value) is type(choice) and value == choice for choice in allowed):
+        choices = " or ".join(map(repr, allowed))
+        raise ModelUnsupported(f"config key {key!r} is {value!r:.80}; this version runs {choices}")
+    return value
+
+
+def shape_of(tensors: Mapping[str, TensorInfo], key: str, dims: int) -> tuple[int, ...]:
+    """The shape of a tensor that a family can't be without; raises `ModelUnsupported`, naming it."""
+    info = tensors.get(key)
+    if info is None or len(info.shape) != dims:
+        found = "it is missing" if info is None else f"its shape is {list(info.shape)}"
+        raise ModelUnsupported(f"{key}: expected a tensor of {dims} dimensions, but {found}; is the file complete?")
+    return info.shape
+
+
+def count_blocks(tensors: Mapping[str, TensorInfo], name: str) -> int:
+    """How many blocks ``name.0``, ``name.1``, … a file holds, up to the first gap."""
+    found = {key.removeprefix(f"{name}.").split(".")[0] for key in tensors if key.startswith(f"{name}.")}
+    return next(n for n in range(len(found) + 1) if str(n) not in found)
+
+
+def number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """A number above 0 from a model's configuration; raises `ModelUnsupported`, naming the key."""
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
+        raise ModelUnsupported(f"config key {key!r} is {value!r:.80}; expected a number above 0")
+    return float(value)
+
+
+def fixed(config: Mapping[str, Any], **values: Any) -> None:
+    """Raise `ModelUnsupported`, naming the key, where a configuration says something else than these values."""
+    for key, value in values.items():
+        choice(config, key, value)
+
+
+def width_of_heads(config: Mapping[str, Any], width_key: str, heads_key: str) -> tuple[int, int]:
+    """The width of a model and its number of heads, which must divide it; raises `ModelUnsupported`."""
+    width, heads = integer(config, width_key), integer(config, heads_key)
+    if width % heads:
+        raise ModelUnsupported(f"config key {heads_key!r} is {heads}; it must divide {width_key!r}, which is {width}")
+    return width, heads

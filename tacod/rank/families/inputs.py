@@ -1,0 +1,209 @@
+"""What a forward takes: a spec for each argument, and the values of one forward as one immutable `Inputs`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tacod.rank.families.control import Control
+
+__all__ = ["Argument", "Inputs", "Number", "Numbers", "Residuals", "Spec"]
+
+
+@dataclass(frozen=True)
+class Argument:
+    """What a forward's argument must look like.
+
+    ``shape`` holds an int for a fixed size and a name for a free one; the same name means the same size in every
+    argument of one forward. ``"B"`` is the batch, along which images go to ranks; a tensor without it is whole on every
+    rank. ``None`` stands for a value that is no tensor.
+    """
+
+    shape: tuple[int | str, ...] | None
+    required: bool = True
+    many: bool = False
+    """A list of such tensors; free sizes other than ``"B"`` may differ between its members."""
+    choices: tuple[str, ...] = ()
+    """For ``shape=None``: the strings it may be."""
+    also: Mapping[str, str] = field(default_factory=dict)
+    """Other strings that it may be, each with the choice that it stands for."""
+    mask: bool = False
+    """Added to scores; it may be boolean too, where false hides what it stands for."""
+    keys: bool = False
+    """A key mask, which says of each token whether it counts. It becomes boolean: integers are true if not 0, floats if
+    they are 0, for they are added to scores."""
+    fp32: bool = False
+    """It stays fp32, whatever the model computes in: what is embedded there, such as timesteps and guidance."""
+    shared: bool = False
+    """Its batch may also be 1, which broadcasts."""
+
+    @property
+    def batch_axis(self) -> int | None:
+        """The dimension that counts images; None if there is none."""
+        return self.shape.index("B") if self.shape is not None and "B" in self.shape else None
+
+    def images(self, value: Any, part: slice) -> Any:
+        """Some images' part of a tensor, or of each in a list; a batch of 1 that broadcasts stays whole."""
+        if isinstance(value, list):
+            return [self.images(each, part) for each in value]
+        axis = self.batch_axis
+        if axis is None or not isinstance(value, Tensor) or (self.shared and value.shape[axis] == 1):
+            return value
+        return value[(slice(None),) * axis + (part,)]
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """An argument that is a map of numbers by these names; none of them has to be there."""
+
+    names: tuple[str, ...]
+    required: bool = False
+
+
+@dataclass(frozen=True)
+class Number:
+    """An argument that is one number within bounds, the same for all images of a forward."""
+
+    least: float
+    most: float
+    required: bool = False
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """What a ControlNet adds to the image's tokens after each block, as ComfyUI's ``control`` has it.
+
+    A map of lists of [B or 1, N, width] tensors or None, one for each block; the first ones count if there are more.
+    """
+
+    width: int
+    blocks: Mapping[str, int]
+    """How many blocks each list is for."""
+    whole: bool = False
+    """Each must be for all of the image's tokens; else it may be for the first ones."""
+    required: bool = False
+
+
+Spec = Argument | Number | Numbers | Residuals
+"""What one argument of a forward must look like."""
+
+
+class Inputs(Mapping[str, Any]):
+    """The arguments of one forward on this rank's device, by name; None is as good as absent.
+
+    Values are tensors, lists of tensors, numbers, strings, maps of numbers, and a `Control`.
+    """
+
+    def __init__(self, values: Mapping[str, Any], specs: Mapping[str, Spec]) -> None:
+        self._values = {name: value for name, value in values.items() if value is not None}
+        self.specs = specs
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @property
+    def latents(self) -> list[Tensor]:
+        """The noisy latents: ``x``, or each of them where there are several."""
+        return _tensors(self._values["x"])
+
+    @property
+    def batch(self) -> int:
+        """Images of this forward."""
+        return len(self.latents[0])
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor, those of lists too, in one order."""
+        return [tensor for value in self._values.values() for tensor in _tensors(value)]
+
+    @property
+    def control(self) -> Control | None:
+        """A ControlNet's residuals, if there are any."""
+        return next((value for value in self._values.values() if isinstance(value, Control)), None)
+
+    @property
+    def key(self) -> Hashable:
+        """What a CUDA graph is for: shapes and dtypes of tensors, and all else as it is."""
+        return tuple((name, _key(value)) for name, value in sorted(self._values.items()))
+
+    def replace(self, **values: Any) -> Inputs:
+        """The same with other values; None takes one away."""
+        return Inputs({**self._values, **values}, self.specs)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """The same with every tensor changed."""
+        return Inputs({name: _map(value, change) for name, value in self._values.items()}, self.specs)
+
+    def images(self, part: slice) -> Inputs:
+        """Some images' part of everything."""
+        values = {}
+        for name, value in self._values.items():
+            spec = self.specs.get(name)
+            if isinstance(value, Control):
+                value = Control(value.residuals, part)
+            values[name] = spec.images(value, part) if isinstance(spec, Argument) else value
+        return Inputs(values, self.specs)
+
+    def copy_(self, other: Inputs) -> None:
+        """Fill the tensors of this one with those of another one of the same `key`."""
+        for mine, theirs in zip(self.tensors, (each for name in self for each in _tensors(other[name])), strict=True):
+            mine.copy_(theirs)
+
+    @staticmethod
+    def stack(several: Sequence[Inputs], images: int) -> Inputs | None:
+        """Several inputs, of so many images each, as one batch; None if names, shapes or what they share differ."""
+        first = several[0]
+        if any(set(each) != set(first) for each in several):
+            return None
+        if any(_key(each[name]) != _key(first[name]) for each in several for name in first):
+            return None
+        joint: dict[str, Any] = {}
+        for name, value in first.items():
+            axis = getattr(first.specs.get(name), "batch_axis", None)
+            columns = list(zip(*(_tensors(each[name]) for each in several), strict=True))
+            if axis is None:
+                # There is no place for two of them in one forward.
+                if not all(torch.equal(one, column[0]) for column in columns for one in column):
+                    return None
+                joint[name] = value
+                continue
+            tensors = [_concatenate(column, axis, images) for column in columns]
+            joint[name] = tensors if isinstance(value, list) else tensors[0]
+        return Inputs(joint, first.specs)
+
+
+def _concatenate(tensors: Sequence[Tensor], axis: int, images: int) -> Tensor:
+    """Along the batch; one of a batch of 1 broadcasts to ``images`` first."""
+    sizes = [-1] * tensors[0].ndim
+    sizes[axis] = images
+    return torch.cat([tensor.expand(sizes) for tensor in tensors], dim=axis)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, Tensor)]
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_map(each, change) for each in value]
+    return change(value) if isinstance(value, Tensor) else value
+
+
+def _key(value: Any) -> Hashable:
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype
+    if isinstance(value, Mapping):
+        return tuple(sorted(value.items()))
+    if isinstance(value, list):
+        return tuple(map(_key, value))
+    return (value,)

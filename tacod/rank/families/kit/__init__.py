@@ -1,0 +1,24 @@
+"""What families are made of. Each part works on any number of ranks and, where it helps, with kernels on a GPU."""
+
+from tacod.rank.families.kit.attention import CrossAttention, QKNorm, SelfAttention, attend_replicated
+from tacod.rank.families.kit.embed import MLPEmbedder, sinusoid
+from tacod.rank.families.kit.grid import Grid, PatchEmbed
+from tacod.rank.families.kit.mlp import feed_forward
+from tacod.rank.families.kit.modulation import AdaLN, FinalLayer, Modulation
+from tacod.rank.families.kit.rope import rope
+
+__all__ = [
+    "AdaLN",
+    "CrossAttention",
+    "FinalLayer",
+    "Grid",
+    "MLPEmbedder",
+    "Modulation",
+    "PatchEmbed",
+    "QKNorm",
+    "SelfAttention",
+    "attend_replicated",
+    "feed_forward",
+    "rope",
+    "sinusoid",
+]

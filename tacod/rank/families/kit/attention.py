@@ -1,0 +1,202 @@
+"""The projections around an attention, under the names that the authors' files give them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tacod.rank.ops.fused import Projected as QKV
+from tacod.rank.ops.fused import Rotation
+
+__all__ = ["CrossAttention", "QKNorm", "SelfAttention", "attend_replicated", "register"]
+
+
+def register(module: nn.Module, name: str, value: nn.Module | nn.Parameter) -> None:
+    """Put a layer or parameter into a module under a dotted name; modules on its way are made."""
+    folder, _, leaf = name.rpartition(".")
+    owner = module
+    for part in folder.split(".") if folder else ():
+        if part not in owner._modules:
+            owner.add_module(part, nn.Module())
+        owner = owner.get_submodule(part)
+    if isinstance(value, nn.Parameter):
+        owner.register_parameter(leaf, value)
+    else:
+        owner.add_module(leaf, value)
+
+
+class QKNorm(nn.Module):
+    """The weights of the RMS norms of queries and keys: over each head's channels, or over all heads' (a row)."""
+
+    def __init__(self, q_width: int, k_width: int, names: tuple[str, str]) -> None:
+        super().__init__()
+        self._names = names
+        for name, width in zip(names, (q_width, k_width), strict=True):
+            register(self, name, nn.Parameter(torch.ones(width)))
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """Of queries and keys."""
+        return self.get_parameter(self._names[0]), self.get_parameter(self._names[1])
+
+
+class SelfAttention(nn.Module):
+    """Queries, keys and values of one stream, for an attention that it may share with others, and its output layer."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        kv_heads: int | None = None,
+        head_width: int | None = None,
+        layers: Sequence[str] = ("qkv",),
+        out: str | None = "proj",
+        norm: str | None = None,
+        norms: tuple[str, str] = ("q_norm.weight", "k_norm.weight"),
+        bias: bool = True,
+        out_bias: bool = True,
+        epsilon: float = 1e-6,
+    ) -> None:
+        """Make the layers.
+
+        Args:
+            width: Channels of a token.
+            heads: Heads of the queries.
+            kv_heads: Heads of keys and values, which divide ``heads`` (grouped-query attention: Ainslie et al., 2023,
+                arXiv:2305.13245); by default as many.
+            head_width: Channels of a head; by default ``width // heads``.
+            layers: One name if a single matrix makes all three, else three names.
+            out: The name of the output layer; None if there is none.
+            norm: ``"head"`` or ``"row"`` for RMS norms of queries and keys over a head or over all heads, ``"layer"``
+                for layer norms over a head.
+            norms: Names of these norms' weights.
+            bias: Whether ``layers`` have biases.
+            out_bias: Whether ``out`` has one.
+            epsilon: Of the norms.
+        """
+        super().__init__()
+        self.heads, self.kv_heads = heads, kv_heads or heads
+        self.head_width = head_width or width // heads
+        self._norm, self.epsilon = norm, epsilon
+        self._layers, self._out, self._norms = tuple(layers), out, norms
+        sizes = [count * self.head_width for count in (heads, self.kv_heads, self.kv_heads)]
+        for name, size in zip(layers, sizes if len(layers) == 3 else [sum(sizes)], strict=True):
+            register(self, name, nn.Linear(width, size, bias=bias))
+        if out is not None:
+            register(self, out, nn.Linear(sizes[0], width, bias=out_bias))
+        if norm is not None:
+            counts = (heads, self.kv_heads) if norm == "row" else (1, 1)
+            for name, count in zip(norms, counts, strict=True):
+                register(self, name, nn.Parameter(torch.ones(count * self.head_width)))
+                if norm == "layer":
+                    bias_name = name.removesuffix("weight") + "bias"
+                    register(self, bias_name, nn.Parameter(torch.zeros(self.head_width)))
+
+    def forward(self, x: Tensor, rotation: Rotation | None = None, epsilon: float | None = None) -> QKV:
+        """Queries, keys and values of ``x`` [B, S, W]; ``epsilon`` in place of the norms' own."""
+        parts = [self.get_submodule(name)(x) for name in self._layers]
+        if self._norm == "layer":
+            parts = [self._layer_normed(parts[0])]
+        norms = None
+        if self._norm in ("head", "row"):
+            norms = self.get_parameter(self._norms[0]), self.get_parameter(self._norms[1])
+        (qkv,) = parts
+        return QKV(qkv, self.heads, norms, rotation, self.epsilon if epsilon is None else epsilon)
+
+    def _layer_normed(self, qkv: Tensor) -> Tensor:
+        q, k, v = torch.unflatten(qkv, -1, (3, self.heads, -1)).unbind(2)
+        normed = []
+        for x, name in zip((q, k), self._norms, strict=True):
+            weight, bias = self.get_parameter(name), self.get_parameter(name.removesuffix("weight") + "bias")
+            normed.append(functional.layer_norm(x, x.shape[-1:], weight, bias, self.epsilon))
+        return torch.stack((*normed, v), dim=2).flatten(2)
+
+    def project(self, attended: Tensor) -> Tensor:
+        """The output layer of what this stream attended to, [B, S, H * D] to [B, S, W]."""
+        assert self._out is not None
+        out: Tensor = self.get_submodule(self._out)(attended)
+        return out
+
+
+class CrossAttention(nn.Module):
+    """Attention of this rank's tokens to texts or images that are whole on every rank: it needs no exchange."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        context_width: int | None = None,
+        q: str = "q_linear",
+        kv: Sequence[Sequence[str]] = (("kv_linear",),),
+        out: str = "proj",
+        norm: str | None = None,
+        norms: Sequence[str] = (),
+        bias: bool = True,
+        epsilon: float = 1e-6,
+    ) -> None:
+        """Make the layers.
+
+        Args:
+            width: Channels of a token.
+            heads: Attention heads.
+            context_width: Channels of what is attended to; by default ``width``.
+            q: The name of the layer of queries.
+            kv: For each context the name of one layer for keys and values, or the names of two. What is attended to in
+                each context is added up (Wan: text and image).
+            out: The name of the output layer.
+            norm: ``"head"`` or ``"row"``, as in `SelfAttention`.
+            norms: Names of the norms' weights: of the queries, then of the keys of each context.
+            bias: Whether the layers have biases.
+            epsilon: Of the norms.
+        """
+        super().__init__()
+        self.heads, self._norm, self.epsilon = heads, norm, epsilon
+        self._q, self._kv, self._out, self._norms = q, [tuple(each) for each in kv], out, tuple(norms)
+        register(self, q, nn.Linear(width, width, bias=bias))
+        for names in self._kv:
+            for name in names:
+                register(self, name, nn.Linear(context_width or width, 2 * width // len(names), bias=bias))
+        register(self, out, nn.Linear(width, width, bias=bias))
+        for name in self._norms:
+            register(self, name, nn.Parameter(torch.ones(width if norm == "row" else width // heads)))
+
+    def forward(self, x: Tensor, *contexts: Tensor | None, masks: Sequence[Tensor | None] = ()) -> Tensor:
+        """What tokens ``x`` [B, S, W] attend to in ``contexts`` [B, L, context_width], projected: [B, S, W].
+
+        An absent context is left out. ``masks`` [B, L] are boolean and say of each context's tokens which count.
+        """
+        q = self._normed(self.get_submodule(self._q)(x), 0)
+        attended: Tensor | None = None
+        for number, (context, names) in enumerate(zip(contexts, self._kv, strict=False)):
+            if context is None:
+                continue
+            projected = [self.get_submodule(name)(context) for name in names]
+            k, v = projected if len(projected) == 2 else projected[0].chunk(2, dim=-1)
+            mask = masks[number] if number < len(masks) else None
+            part = attend_replicated(q, self._normed(k, 1 + number), v, self.heads, mask)
+            attended = part if attended is None else attended + part
+        assert attended is not None
+        out: Tensor = self.get_submodule(self._out)(attended)
+        return out
+
+    def _normed(self, x: Tensor, number: int) -> Tensor:
+        if self._norm is None:
+            return x
+        weight = self.get_parameter(self._norms[number])
+        rows = x if self._norm == "row" else torch.unflatten(x, -1, (self.heads, -1))
+        return functional.rms_norm(rows, rows.shape[-1:], weight, self.epsilon).view(x.shape)
+
+
+def attend_replicated(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+    """Attention of queries [B, S, H * D] to keys and values [B, L, H * D] that every rank has: [B, S, H * D].
+
+    ``mask`` [B, L] is boolean: true where a key counts.
+    """
+    q, k, v = (torch.unflatten(each, -1, (heads, -1)).transpose(1, 2) for each in (q, k, v))
+    keys = None if mask is None else mask[:, None, None]
+    return functional.scaled_dot_product_attention(q, k, v, keys).transpose(1, 2).flatten(2)

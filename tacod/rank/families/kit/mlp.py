@@ -1,0 +1,38 @@
+"""The feed-forward part of a block: linear, activation, linear."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+
+from tacod.rank.ops.linear import linear_gelu
+
+__all__ = ["feed_forward"]
+
+
+def feed_forward(first: Any, second: Any, x: Tensor, activation: str = "gelu", gate: Any = None) -> Tensor:
+    """second(activation(first(x))) on [B, S, W]; layers may lack a bias, and be quantised.
+
+    Args:
+        first: From the width to the hidden width; for ``"swiglu"`` without ``gate`` to both of its halves.
+        second: From the hidden width to the width.
+        x: The tokens.
+        activation: ``"gelu"`` (its tanh form), ``"gelu_exact"``, ``"silu"``, or ``"swiglu"`` (Shazeer, 2020,
+            arXiv:2002.05202), which is silu of one half, or of ``first``, times the other half, or ``gate``.
+        gate: The layer that the activation is multiplied by, where files have it apart.
+    """
+    if activation == "gelu":
+        hidden = linear_gelu(first, x)
+    elif activation == "gelu_exact":
+        hidden = functional.gelu(first(x))
+    elif activation == "silu":
+        hidden = functional.silu(first(x))
+    elif activation == "swiglu":
+        one, other = first(x).chunk(2, dim=-1) if gate is None else (first(x), gate(x))
+        hidden = functional.silu(one) * other
+    else:
+        raise ValueError(f"activation: {activation!r} is none of gelu, gelu_exact, silu and swiglu")
+    out: Tensor = second(hidden)
+    return out

@@ -1,0 +1,52 @@
+"""Modulations: shift, scale and gate from the conditioning (adaLN; Peebles and Xie, 2022, arXiv:2212.09748)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from tacod.rank.families.kit.attention import register
+from tacod.rank.families.stream import Forward
+from tacod.rank.ops.norm import LAYER_NORM, Norm
+
+__all__ = ["AdaLN", "FinalLayer", "Modulation"]
+
+
+class Modulation(nn.Module):
+    """A linear layer whose input is the conditioning vector alone; the ranks share such layers out.
+
+    ``layer`` is its name in the authors' files.
+    """
+
+    def __init__(self, width: int, outputs: int, layer: str = "lin", bias: bool = True) -> None:
+        super().__init__()
+        self._layer = layer
+        register(self, layer, nn.Linear(width, outputs, bias=bias))
+
+    @property
+    def linear(self) -> Any:
+        """The layer; it may have been quantised."""
+        return self.get_submodule(self._layer)
+
+
+class AdaLN(Modulation):
+    """A `Modulation` that files have as a list of SiLU and layer, so that the layer is called ``1``."""
+
+    def __init__(self, width: int, outputs: int, bias: bool = True) -> None:
+        super().__init__(width, outputs, "1", bias)
+
+
+class FinalLayer(nn.Module):
+    """A modulated norm and the projection to patches: ``linear`` and ``adaLN_modulation``."""
+
+    def __init__(self, width: int, outputs: int, norm: Norm = LAYER_NORM) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, outputs)
+        self.adaLN_modulation = AdaLN(width, 2 * width)
+        self._norm = norm
+
+    def forward(self, f: Forward) -> Tensor:
+        """The image's patches of all ranks, [B, N, outputs]."""
+        shift, scale = f.modulation(self.adaLN_modulation.linear, 2)
+        return f.gather(f.image, self.linear(f.image.normed(shift, scale, norm=self._norm)))

@@ -1,0 +1,132 @@
+"""The names of weights: how another tool spells a family's parameters, as a table.
+
+Each line of a table is a pattern of theirs and one of ours, without ``.weight`` and ``.bias`` where both have them:
+
+    x_embedder                                                   img_in
+    time_text_embed.{timestep,text}_embedder.linear_{1,2}        {time,vector}_in.{in,out}_layer
+    transformer_blocks.*.attn.to_{q,k,v}                         double_blocks.*.img_attn.qkv[0,1,2]
+    single_transformer_blocks.*.proj_mlp                         single_blocks.*.linear1[3:]
+    norm_out.linear                                              final_layer.adaLN_modulation.1~
+
+``*`` is a block's number. The choices in braces and brackets run in step: the first of theirs with the first of ours.
+``[k]`` is the k-th part of the rows, each part with as many rows as the layer has inputs, and ``[k:]`` is all rows from
+the k-th part on. ``~`` exchanges the halves of the rows where there are two such parts: scale and shift.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+__all__ = ["FUSED_NAMES", "Names", "Place"]
+
+FUSED_NAMES = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
+"""Layers into which diffusers puts others together (``fuse_qkv_projections``), their rows in this order."""
+_KINDS = (".weight", ".bias", "")
+_CHOICES = re.compile(r"\{([^}]*)\}|\[([^\]]*)\]")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of diffusers' layout lies in that of the single file: all of ``key``, or some of its rows."""
+
+    key: str
+    rows: tuple[int, int] | None = None
+    """First row and number of rows, where the single file fuses what diffusers keeps apart (q, k, v)."""
+    swap: bool = False
+    """Whether the two halves of the rows are exchanged (scale and shift of a final modulation)."""
+
+
+@dataclass(frozen=True)
+class _Rule:
+    theirs: str
+    ours: str
+    part: str
+    """``k`` or ``k:``; empty for all rows."""
+    swap: bool
+
+
+class Names:
+    """A table of names."""
+
+    def __init__(self, table: str) -> None:
+        """Read a table. Raises `ValueError` for a line whose sides don't run in step."""
+        self._by_ours: dict[str, list[_Rule]] = {}
+        self._by_theirs: dict[str, _Rule] = {}
+        for line in filter(None, map(str.strip, table.splitlines())):
+            for rule in _rules(*line.split()):
+                self._by_ours.setdefault(rule.ours, []).append(rule)
+                self._by_theirs[rule.theirs] = rule
+
+    def __bool__(self) -> bool:
+        return bool(self._by_theirs)
+
+    def layout(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Place]:
+        """Their name of each parameter, and where it lies, for a model's own names and shapes."""
+        places = {}
+        for key, shape in shapes.items():
+            for pattern, number, kind in _patterns(key):
+                for rule in self._by_ours.get(pattern, ()):
+                    inputs = shapes.get(key.removesuffix(kind) + ".weight", (0, 0))[-1]
+                    swap = rule.swap and shape[0] == 2 * inputs
+                    places[rule.theirs.replace("*", number) + kind] = Place(key, _rows(rule, shape[0], inputs), swap)
+        return places
+
+    def ours(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+        """Our names and shapes of a file's tensors under their names; what the table hasn't is left out."""
+        found: dict[str, list[Sequence[int]]] = {}
+        for name, shape in shapes.items():
+            for pattern, number, kind in _patterns(name):
+                rule = self._by_theirs.get(pattern)
+                if rule is not None:
+                    found.setdefault(rule.ours.replace("*", number) + kind, []).append(shape)
+        return {
+            key: (sum(part[0] for part in parts), *parts[0][1:]) if parts[0] else () for key, parts in found.items()
+        }
+
+    def knows(self, name: str) -> bool:
+        """Whether the table has a tensor's name of theirs."""
+        return any(pattern in self._by_theirs for pattern, _, _ in _patterns(name))
+
+
+def _rules(theirs: str, ours: str) -> Iterator[_Rule]:
+    swap = ours.endswith("~")
+    sides = [_expanded(theirs), _expanded(ours.removesuffix("~"))]
+    for one, other in zip(*sides, strict=True):
+        ours, _, part = other.partition("[")
+        yield _Rule(one, ours, part, swap)
+
+
+def _expanded(pattern: str) -> list[str]:
+    """Every name that a pattern's choices make; that of brackets stays behind its bracket."""
+    found = _CHOICES.search(pattern)
+    if found is None:
+        return [pattern]
+    before, after = pattern[: found.start()], pattern[found.end() :]
+    mark = "" if found[2] is None else "["
+    return [
+        before + mark + choice + rest for choice in (found[1] or found[2] or "").split(",") for rest in _expanded(after)
+    ]
+
+
+def _patterns(name: str) -> Iterator[tuple[str, str, str]]:
+    """How a table may have a name: pattern, block's number, and kind, which the table leaves out."""
+    for kind in _KINDS:
+        if name.endswith(kind):
+            parts = name.removesuffix(kind).split(".")
+            yield ".".join(parts), "", kind
+            for at, part in enumerate(parts):
+                if part.isdigit():
+                    yield ".".join([*parts[:at], "*", *parts[at + 1 :]]), part, kind
+
+
+def _rows(rule: _Rule, rows: int, inputs: int) -> tuple[int, int] | None:
+    if not rule.part:
+        return None
+    first = int(rule.part.removesuffix(":")) * inputs
+    return first, rows - first if rule.part.endswith(":") else inputs

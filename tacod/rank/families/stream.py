@@ -1,0 +1,166 @@
+"""The state of one forward on one rank: streams of tokens, and what blocks share.
+
+A family's `begin` shards its inputs into streams, its blocks change them, and its `end` gathers the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tacod.rank.ops.fused import Projected as QKV
+from tacod.rank.ops.fused import Residual, Rotation
+from tacod.rank.parallel.joint_attention import Attending as JointAttention
+from tacod.rank.parallel.modulation import modulations
+from tacod.rank.parallel.sequence import SequenceParallel
+
+__all__ = ["Attention", "Forward", "Stream"]
+
+
+class Stream(Residual):
+    """Tokens of one kind on this rank, [B, S, W]."""
+
+    def __init__(
+        self,
+        tokens: Tensor,
+        lengths: tuple[int, ...],
+        rotation: Rotation | None = None,
+        segments: Tensor | None = None,
+    ) -> None:
+        """Start a stream.
+
+        Args:
+            tokens: This rank's tokens, [B, S, W].
+            lengths: How many tokens all ranks have together, of each part that was joined; most streams have one part.
+            rotation: The rotary position of this rank's tokens.
+            segments: For each of this rank's tokens the row of its modulation, int64 [S]; None if there is one row.
+        """
+        super().__init__(tokens, segments)
+        self.lengths = lengths
+        self.rotation = rotation
+
+
+class Attention:
+    """The handle of an attention that streams share; what is computed between its calls overlaps communication."""
+
+    def __init__(self, attention: JointAttention, sizes: Sequence[int]) -> None:
+        self._attention = attention
+        self._sizes = list(sizes)
+
+    def start(self) -> None:
+        """Attend, once everything has arrived, and begin to send results back."""
+        self._attention.run()
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """For each stream, in order, what its tokens attended to: [B, S, H * D]. See `JointAttention.wait`."""
+        return torch.split(self._attention.result(), self._sizes, dim=1)
+
+
+class Forward:
+    """One forward on one rank. Families keep in attributes of their own what their blocks need besides."""
+
+    image: Stream
+    """The stream that the output is made of, and that residuals and the step cache are for."""
+
+    def __init__(self, sequence: SequenceParallel) -> None:
+        self.sequence = sequence
+        self.joined: tuple[Stream, list[Stream]] | None = None
+        """While streams are one: that one, and those that it was made of."""
+        self._modulation: dict[Any, Tensor] = {}
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+        def __setattr__(self, name: str, value: Any) -> None: ...
+
+    def shard(
+        self,
+        tokens: Tensor,
+        embed: Callable[[Tensor], Tensor] | None = None,
+        rotation: Callable[[Callable[[Tensor], Tensor]], Rotation] | None = None,
+        segments: Tensor | None = None,
+    ) -> Stream:
+        """A stream of this rank's chunk of ``tokens`` [B, N, W], which every rank has whole.
+
+        ``embed`` is applied to the chunk alone. ``rotation`` gets a function that takes this rank's chunk of a tensor
+        [N, ...], and gives the rotation of these tokens. ``segments`` [N] has the row of the modulation of each token.
+        """
+        mine = self.sequence.shard(tokens)
+        mine = mine if embed is None else embed(mine)
+        local = None if segments is None else self.sequence.shard(segments, dim=0)
+        turned = None if rotation is None else rotation(lambda each: self.sequence.shard(each, dim=0))
+        return Stream(mine, (tokens.shape[1],), turned, local)
+
+    def gather(self, stream: Stream, tokens: Tensor) -> Tensor:
+        """All ranks' ``tokens`` of a stream [B, S, C] as the whole, [B, N, C]."""
+        return self.sequence.gather(tokens, sum(stream.lengths))
+
+    def attend(
+        self, *projections: tuple[Stream, Callable[[], QKV]], mask: Tensor | None = None, overlap: bool = False
+    ) -> Attention:
+        """Begin attention over the tokens of these streams, on all ranks.
+
+        Each projection gives a stream's queries, keys and values; the longest stream's is called first, and travels
+        while the others are computed. ``mask`` is what `SequenceParallel.in_order_of_ranks` gives. ``overlap`` says
+        that something is computed before `Attention.start`.
+        """
+        lengths = [length for stream, _ in projections for length in stream.lengths]
+        streams = [project for _, project in projections]
+        attention = self.sequence.attend(streams, lengths, mask, overlap)
+        return Attention(attention, [stream.size for stream, _ in projections])
+
+    def modulate(self, layers: Sequence[Any], conditioning: Tensor) -> None:
+        """Compute every layer's modulation of ``conditioning`` [B, W] or, for M segments, [B, M, W].
+
+        The ranks share the layers out. `modulation` finds them.
+        """
+        values = modulations(layers, conditioning, self.sequence)
+        self._modulation = dict(zip(layers, values, strict=True))
+
+    def modulation(self, layer: Any, parts: int) -> tuple[Tensor, ...]:
+        """A layer's modulation in so many parts (shift, scale, gate, …), each [B, M, W]."""
+        return self._modulation[layer].chunk(parts, dim=-1)
+
+    def join(self, *streams: Stream) -> Stream:
+        """From here on these streams are one, in this order; `image` must be the last."""
+        rotations = [stream.rotation for stream in streams if stream.rotation is not None]
+        joint = Stream(
+            torch.cat([stream.tokens for stream in streams], dim=1),
+            tuple(length for stream in streams for length in stream.lengths),
+            _concatenated(rotations) if rotations else None,
+        )
+        self.joined = joint, list(streams)
+        return joint
+
+    def part(self) -> None:
+        """Undo `join`: each stream has its tokens back."""
+        if self.joined is not None:
+            joint, streams = self.joined
+            sizes = [stream.size for stream in streams]
+            for stream, tokens in zip(streams, torch.split(joint.tokens, sizes, dim=1), strict=True):
+                stream.tokens = tokens
+            self.joined = None
+
+    @property
+    def image_tokens(self) -> Tensor:
+        """This rank's image tokens [B, S, W], as a view if streams are joined."""
+        if self.joined is None:
+            return self.image.tokens
+        joint, _ = self.joined
+        return joint.tokens[:, joint.size - self.image.size :]
+
+    @property
+    def streams(self) -> list[Stream]:
+        """Those that blocks change now."""
+        if self.joined is not None:
+            return [self.joined[0]]
+        return [value for value in vars(self).values() if isinstance(value, Stream)]
+
+
+def _concatenated(rotations: Sequence[Rotation]) -> Rotation:
+    cosines, sines = zip(*rotations, strict=True)
+    return torch.cat(cosines), torch.cat(sines)

@@ -1,0 +1,72 @@
+"""The loop over a family's blocks, with what every family gets by it: ControlNet residuals, step cache, fp16 clamp."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tacod.rank.families.control import Control
+from tacod.rank.families.stream import Forward
+from tacod.rank.parallel.sequence import SequenceParallel
+
+__all__ = ["BlockCache", "run_trunk"]
+
+_LARGEST = torch.finfo(torch.float16).max
+
+
+class BlockCache(Protocol):
+    """Decides after the first block whether the others are skipped (`tacod.rank.forward.step_cache`)."""
+
+    def find(self, first: Tensor, sequence: SequenceParallel) -> Tensor | None:
+        """What the other blocks are taken to add to the image's tokens; None if they must be computed.
+
+        ``first`` [B, S, W] is what the first block has added. Every rank of a sequence skips, or none does.
+        """
+
+    def keep(self, others: Tensor) -> None:
+        """Remember what the other blocks have added, [B, S, W]."""
+
+
+def run_trunk(
+    f: Forward,
+    blocks: Sequence[Any],
+    kinds: Mapping[int, tuple[str, int]],
+    control: Control | None = None,
+    cache: BlockCache | None = None,
+) -> None:
+    """Run the blocks one after the other; afterwards no streams are joined.
+
+    Args:
+        f: The forward, begun.
+        blocks: Callables that take ``f`` and change its streams.
+        kinds: For the ``id`` of a block the ComfyUI name of its list of residuals, and its place in that list.
+        control: A ControlNet's residuals.
+        cache: The step cache of this run.
+    """
+    before = f.image_tokens
+    for number, block in enumerate(blocks):
+        block(f)
+        if f.image.dtype == torch.float16:
+            _clamp(f)
+        kind = kinds.get(id(block))
+        if control is not None and kind is not None and control.find(*kind) is not None:
+            control.add(*kind, f.sequence, f.image_tokens, sum(f.image.lengths))
+        if cache is not None and number == 0:
+            after = f.image_tokens
+            skipped = cache.find(after - before, f.sequence)
+            if skipped is not None:
+                f.part()
+                f.image.tokens = after + skipped
+                return
+    f.part()
+    if cache is not None:
+        cache.keep(f.image.tokens - after)
+
+
+def _clamp(f: Forward) -> None:
+    """Residual streams overflow in fp16, as in ComfyUI's Flux; other dtypes have room."""
+    for stream in f.streams:
+        stream.tokens = torch.nan_to_num(stream.tokens, nan=0.0, posinf=_LARGEST, neginf=-_LARGEST)

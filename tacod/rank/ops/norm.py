@@ -1,0 +1,33 @@
+"""Norms of tokens over their channels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["LAYER_NORM", "Norm"]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation of each token over its channels.
+
+    ``kind`` is ``"layer"`` (Ba et al., 2016, arXiv:1607.06450) or ``"rms"`` (Zhang and Sennrich, 2019,
+    arXiv:1910.07467). ``weight`` and ``bias`` are [W].
+    """
+
+    kind: str = "layer"
+    epsilon: float = 1e-6
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normalise ``x`` [..., W]; the dtype stays."""
+        if self.kind == "rms":
+            return functional.rms_norm(x, x.shape[-1:], self.weight, self.epsilon)
+        return functional.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.epsilon)
+
+
+LAYER_NORM = Norm()
