@@ -17,6 +17,7 @@ from tacod.group.faults import Faults
 from tacod.group.group import Answer, RankGroup, State
 from tacod.group.processes import GroupLost
 from tacod.group.restarts import RestartPolicy
+from tacod.group.work import Command, Evict, Forward, Loaded, Progress, Sample, SampleStep, Stepped, Unload
 from tacod.notify import notify
 from tacod.observe.baselines import Baselines
 from tacod.observe.metrics import Metrics, StepTimes
@@ -34,7 +35,7 @@ class Executor:
     """Scheduler and ranks, and what each needs of the other.
 
     ``on_progress`` hears of every step of a sampling job and of every stretch of a load, ``on_end`` once of every job's
-    end, with the ranks' answer.
+    end, with the result of its last step if it has one.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Executor:
         preload: Iterable[Model],
         folder: Path,
         on_progress: Callable[[Job, dict[str, Any]], None],
-        on_end: Callable[[Job, dict[str, Any]], None],
+        on_end: Callable[[Job, Stepped | None], None],
     ) -> None:
         self.config = config
         self.manifest = Manifest(config.models.readable, config.group.device)
@@ -63,7 +64,7 @@ class Executor:
         """Why the ranks are not started again, once that is so."""
         self._restarts = RestartPolicy(config.group.max_restarts, config.group.restart_window_s)
         self._on_progress = on_progress
-        self._told: tuple[int, int] | None = None
+        self._told: Progress | None = None
         self._on_end = on_end
         self._spawn_at: float | None = time.monotonic()
         self._look_at: float | None = None
@@ -86,16 +87,15 @@ class Executor:
         """The model that the ranks load now, for a client or anew."""
         running = self.scheduler.running
         if running is not None and running.verb is Verb.LOAD:
-            model: Model = running.body
-            return model
+            assert isinstance(running.body, Model)
+            return running.body
         return self.residency.restoring or self.residency.fetching
 
     @property
     def files(self) -> set[str]:
         """The real paths of what is loaded, of what is or is to be loading, and of what jobs need for their turns."""
         jobs = self.scheduler.jobs
-        asked = [job.body if job.verb is Verb.LOAD else self.residency.recall(job.model) for job in jobs]
-        needed = [*self.manifest, *self.residency.coming, *asked]
+        needed = [*self.manifest, *self.residency.coming, *map(self._model_of, jobs)]
         return {path for model in needed if model is not None for path in model.file_paths}
 
     def go_by(self, config: Config, preload: Iterable[Model]) -> None:
@@ -202,10 +202,10 @@ class Executor:
         job, progress = self.scheduler.running, self.group.progress
         if job is not None and job.verb is Verb.LOAD and progress is not None and progress != self._told:
             self._told = progress
-            self._on_progress(job, {"done_bytes": progress[0], "total_bytes": progress[1]})
+            self._on_progress(job, {"done_bytes": progress.done, "total_bytes": progress.total})
 
     @staticmethod
-    def _progress(job: Job, sigma: float) -> dict[str, Any]:
+    def _progress(job: Job, sigma: float | None) -> dict[str, Any]:
         assert job.started_s is not None
         elapsed_s = time.monotonic() - job.started_s
         return {"job": job.id, "step": job.step, "total": job.steps, "sigma": sigma, "elapsed_s": elapsed_s}
@@ -240,7 +240,7 @@ class Executor:
         model = self.residency.restore_next()
         if model is not None:
             stored = [self.store.get(digest) for digest in model.digests]
-            self.group.run("load", model.work(), stored, self.config.group.load_timeout_s)
+            self.group.run(model.load(), stored, self.config.group.load_timeout_s)
             return
         if not self.ready:
             self.ready = True
@@ -268,9 +268,13 @@ class Executor:
         if len(self.scheduler):
             self._look_at = time.monotonic() + LOOK_S
 
+    def _model_of(self, job: Job) -> Model | None:
+        """The model that a job loads, or computes with; None if clients have to load that again."""
+        return job.body if isinstance(job.body, Model) else self.residency.recall(job.model)
+
     def _is_put_off(self, job: Job) -> bool:
         """Whether a job waits for those who use what would make room for its model; see `Residency.is_put_off`."""
-        model = job.body if job.verb is Verb.LOAD else self.residency.recall(job.model)
+        model = self._model_of(job)
         if model is None or job.model in self.manifest or job.verb is Verb.UNLOAD:
             return False
         others = [each.model for each in self.scheduler.jobs if each.session != job.session]
@@ -283,33 +287,30 @@ class Executor:
 
     def _load(self, job: Job, model: Model) -> None:
         """Have the ranks load what a job asks for, or what its turn needs."""
-        body = model.work(self.residency.make_room(job.id, model, self.config.models, self._needed))
+        command = model.load(self.residency.make_room(job.id, model, self.config.models, self._needed))
         stored = [self.store.get(digest) for digest in model.digests]
-        self.group.run("load", body, stored, self.config.group.load_timeout_s)
+        self.group.run(command, stored, self.config.group.load_timeout_s)
 
     def _start_step(self, job: Job) -> None:
-        if job.verb is Verb.LOAD:
+        if isinstance(job.body, Model):
             self._load(job, job.body)
             return
         self._queue_s = time.monotonic() - self._step_ready_s.get(job.id, job.submitted_s)
-        body = job.body
-        if job.verb is Verb.UNLOAD:
-            body = {**job.body, "evict_models": self.residency.go_too(job.model)}
+        command: Command
+        if isinstance(job.body, Unload):
+            command = Unload(job.model, self.residency.go_too(job.model))
         else:
             self.residency.keep_all()
-            if job.verb is Verb.FORWARD:
-                body = {**job.body, "session": job.session}
-            else:
-                body = {"job": job.id, "step": job.step, **(job.body if job.step == 0 else {})}
+            command = job.body if isinstance(job.body, Forward) else _step(job, job.body)
         stored = [self.store.get(digest) for digest in job.digests] if job.step == 0 else []
-        self.group.run(job.verb.value, body, stored, self.config.group.step_timeout_s)
+        self.group.run(command, stored, self.config.group.step_timeout_s)
 
     def _take(self, answer: Answer) -> None:
         now = time.monotonic()
         if self.residency.restoring is not None:
             if answer.error is None:
                 self.metrics.loads.add(answer.elapsed_s)
-            self.residency.note_restored(answer.body, answer.error, answer.elapsed_s, now)
+            self.residency.note_restored(answer.error or _loaded(answer), answer.elapsed_s, now)
             return
         job = self.scheduler.running
         assert job is not None
@@ -321,25 +322,26 @@ class Executor:
         if answer.error is not None:
             self._take_error(job, answer.error)
             return
-        if job.verb in (Verb.FORWARD, Verb.SAMPLE):
-            self._note_step(job, answer)
-            self.residency.note_used(job.model, job.session, now)
-        elif job.verb is Verb.LOAD:
+        step: Stepped | None = None
+        if isinstance(job.body, Model):
             self._note_loaded(job, job.body, answer)
-        else:
+        elif isinstance(job.body, Unload):
             self.residency.note_unloaded(job.model)
+        else:
+            step = self._note_step(job, answer)
+            self.residency.note_used(job.model, job.session, now)
         ended = self.scheduler.finish_step()
-        if job.verb is Verb.SAMPLE and job.outcome in (None, Outcome.RESULT):
-            self._on_progress(job, self._progress(job, answer.body["sigma"]))
+        if job.verb is Verb.SAMPLE and step is not None and job.outcome in (None, Outcome.RESULT):
+            self._on_progress(job, self._progress(job, step.sigma))
         if ended is None:
             self._step_ready_s[job.id] = time.monotonic()
         else:
-            self._end([ended], answer.body)
+            self._end([ended], step)
 
     def _note_loaded(self, job: Job, model: Model, answer: Answer) -> None:
         self.metrics.loads.add(answer.elapsed_s)
         now = time.monotonic()
-        self.residency.note_loaded(model, answer.body, answer.elapsed_s, now)
+        self.residency.note_loaded(model, _loaded(answer), answer.elapsed_s, now)
         self.residency.note_used(model.id, job.session, now)
 
     def _take_for_turn(self, job: Job, answer: Answer) -> None:
@@ -359,7 +361,7 @@ class Executor:
 
     def _take_error(self, job: Job, error: TacodError, fetched: Model | None = None) -> None:
         """A step failed, or with ``fetched`` the load of what it needs."""
-        loading = job.body if job.verb is Verb.LOAD else fetched
+        loading = job.body if isinstance(job.body, Model) else fetched
         short = isinstance(error, OutOfMemory) and not job.cancelling
         if loading is not None and short and self.residency.note_short(job.id, loading, self._needed):
             self.scheduler.repeat_step()
@@ -383,29 +385,33 @@ class Executor:
             # The run ended with the step that failed.
             self.group.forget(job.id)
             job.step = 0
-        self.group.run("evict", {"models": [cleared.id]}, [], self.config.group.step_timeout_s)
+        self.group.run(Evict([cleared.id]), [], self.config.group.step_timeout_s)
         return True
 
-    def _note_step(self, job: Job, answer: Answer) -> None:
-        busy = answer.body["compute_s"] + answer.body["collective_s"]
+    def _note_step(self, job: Job, answer: Answer) -> Stepped:
+        assert answer.done is not None
+        step = answer.done.result
+        assert isinstance(step, Stepped)
+        compute_s, collective_s = answer.done.compute_s, answer.done.collective_s
         times = StepTimes(
             queue_s=self._queue_s,
-            wire_s=max(answer.elapsed_s - busy, 0.0),
-            compute_s=answer.body["compute_s"],
-            collective_s=answer.body["collective_s"],
+            wire_s=max(answer.elapsed_s - compute_s - collective_s, 0.0),
+            compute_s=compute_s,
+            collective_s=collective_s,
         )
         for name, seconds in vars(times).items():
             job.times[name] = job.times.get(name, 0.0) + seconds
         # A run that lost its ranks counts anew.
-        job.skipped = answer.body["skipped"] + (job.skipped if job.step else 0)
-        self.metrics.add_step(times, answer.body["forwards"], answer.body["ranks"], answer.body["skipped"])
-        if job.verb is Verb.FORWARD and answer.body["ranks"] == 1 and not answer.body["skipped"]:
-            self.baselines.note(self._kind_of(job), job.body["arguments"], times.compute_s)
-        self.manifest.note_plan(job.model, answer.body["plan"])
+        job.skipped = step.skipped + (job.skipped if job.step else 0)
+        self.metrics.add_step(times, step.forwards, step.ranks, step.skipped)
+        if isinstance(job.body, Forward) and step.ranks == 1 and not step.skipped:
+            self.baselines.note(self._kind_of(job), job.body.arguments, compute_s)
+        self.manifest.note_plan(job.model, step.plan)
+        return step
 
     def single_rank_s(self, job: Job) -> float | None:
         """What a forward like this job's took on one rank, as far as one was seen."""
-        return self.baselines.of(self._kind_of(job), job.body["arguments"]) if job.verb is Verb.FORWARD else None
+        return self.baselines.of(self._kind_of(job), job.body.arguments) if isinstance(job.body, Forward) else None
 
     def _kind_of(self, job: Job) -> str:
         """The file and dtype: patches change no time."""
@@ -414,7 +420,7 @@ class Executor:
         model = self.manifest.find(job.model)
         return f"{model.path} {model.dtype}"
 
-    def _end(self, jobs: Iterable[Job], answer: dict[str, Any] | None = None) -> None:
+    def _end(self, jobs: Iterable[Job], step: Stepped | None = None) -> None:
         """Every job passes here at its end, once."""
         for job in jobs:
             assert job.outcome is not None
@@ -424,7 +430,17 @@ class Executor:
             self._step_ready_s.pop(job.id, None)
             if job.verb is Verb.SAMPLE and job.outcome is not Outcome.RESULT:
                 self.group.forget(job.id)
-            self._on_end(job, answer or {})
+            self._on_end(job, step)
+
+
+def _step(job: Job, inputs: Sample) -> SampleStep:
+    return SampleStep(job.id, job.step, inputs if job.step == 0 else None)
+
+
+def _loaded(answer: Answer) -> Loaded:
+    assert answer.done is not None
+    assert isinstance(answer.done.result, Loaded)
+    return answer.done.result
 
 
 def _is_at_fault(job: Job) -> bool:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 from tacod.config import Models
 from tacod.execution.manifest import Manifest, Model
 from tacod.execution.store import Store
 from tacod.group.processes import GroupLost
+from tacod.group.work import Loaded
 from tacod_client.errors import OutOfMemory, RankFailed, TacodError
 
 __all__ = ["Residency"]
@@ -155,11 +155,11 @@ class Residency:
             self.forget(gone)
         self._evicting = []
 
-    def note_loaded(self, model: Model, told: dict[str, Any], elapsed_s: float, now: float) -> None:
-        """The ranks hold a model, and its base, and tell about both."""
-        facts = [(model, told["model"])]
+    def note_loaded(self, model: Model, loaded: Loaded, elapsed_s: float, now: float) -> None:
+        """The ranks hold a model and its base, and report on both."""
+        facts = [(model, loaded.model)]
         if model.base is not None:
-            facts.insert(0, (model.base, told["base"]))
+            facts.insert(0, (model.base, loaded.base))
         for each, known in facts:
             if each.id not in self._manifest:
                 self._store.hold(each.digests)
@@ -178,15 +178,15 @@ class Residency:
         self._short = job_id, other.id
         return True
 
-    def note_restored(self, told: dict[str, Any], error: TacodError | None, elapsed_s: float, now: float) -> None:
+    def note_restored(self, result: Loaded | TacodError, elapsed_s: float, now: float) -> None:
         """The ranks have loaded what no client asked for, or can't."""
         model, self.restoring = self.restoring, None
         assert model is not None
         self._losses.pop(model.id, None)
-        if error is None:
-            self.note_loaded(model, told, elapsed_s, now)
+        if isinstance(result, Loaded):
+            self.note_loaded(model, result, elapsed_s, now)
         else:
-            self._give_up(model, error)
+            self._give_up(model, result)
 
     def _give_up(self, model: Model, error: TacodError) -> None:
         log.error("%s can't be loaded: %s", model.path, error.message)

@@ -11,8 +11,9 @@ import enum
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
+from tacod.execution.manifest import Model
+from tacod.group.work import Forward, Sample, Unload
 from tacod_client.errors import Cancelled, JobNotFound, OutOfMemory, QueueFull, RankFailed, TacodError, Unavailable
 
 __all__ = ["Job", "Outcome", "Scheduler", "Verb"]
@@ -44,8 +45,8 @@ class Job:
     request: int
     verb: Verb
     model: str
-    body: Any
-    """What the ranks get; for a load, the `Model`."""
+    body: Model | Unload | Forward | Sample
+    """What is to be loaded, or what the ranks get; of a sampling run, the inputs."""
     steps: int
     nbytes: int = 0
     """Of the tensors that came with it."""

@@ -16,8 +16,9 @@ import zmq
 from tacod.config import Config, ConfigError
 from tacod.execution.executor import Executor
 from tacod.execution.manifest import Model
-from tacod.execution.scheduler import Job, Verb
+from tacod.execution.scheduler import Job
 from tacod.execution.store import tensors_of, without_claims
+from tacod.group.work import Stepped
 from tacod.heap import Leftovers
 from tacod.observe.monitor import Monitor
 from tacod.serving import messages
@@ -272,25 +273,25 @@ class Server:
         if session is not None:
             session.post(wire.encode(Message("progress", body, job.request)), key=job.id)
 
-    def _tell_end(self, job: Job, answer: dict[str, Any]) -> None:
+    def _tell_end(self, job: Job, step: Stepped | None) -> None:
         session = self.sessions.get(job.session)
         if session is None:
             return
         if job.error is not None:
             session.post(wire.encode(Message("error", job.error.to_wire(), job.request)))
         else:
-            session.post(wire.encode(Message("done", self._result(job, answer), job.request)))
+            session.post(wire.encode(Message("done", self._result(job, step), job.request)))
 
-    def _result(self, job: Job, answer: dict[str, Any]) -> dict[str, Any]:
-        if job.verb is Verb.LOAD:
+    def _result(self, job: Job, step: Stepped | None) -> dict[str, Any]:
+        if isinstance(job.body, Model):
             model = self.executor.manifest.find(job.model)
             return {"model": model.planned(job.body.asked, self.executor.group.world_size).to_wire()}
-        if job.verb is Verb.UNLOAD:
+        if step is None:
             return {"model": job.model}
         return {
-            "out": answer["out"],
-            "plan": answer["plan"],
-            "ranks": answer["ranks"],
+            "out": step.out,
+            "plan": step.plan,
+            "ranks": step.ranks,
             "steps": job.steps,
             "skipped": job.skipped,
             "attempts": job.attempts,

@@ -12,6 +12,7 @@ from tacod.config import ConfigError
 from tacod.execution.manifest import Model
 from tacod.execution.scheduler import Job, Verb
 from tacod.execution.store import COUNT, digests_of, tensors_of
+from tacod.group.work import Forward, Sample, Unload
 from tacod.serving import messages, report
 from tacod.serving.access import User
 from tacod.serving.sessions import Session
@@ -106,7 +107,7 @@ class Verbs:
             told = {"model": manifest.find(model.id).planned(model.asked, world_size).to_wire()}
         else:
             stored = replace(model, patches=self._stored(session, model.patches))
-            self._submit(session, request, Verb.LOAD, model.id, stored)
+            self._submit(session, request, Verb.LOAD, model.id, stored, stored.patches)
         # Unless its patches' tensors are to come first.
         self.server.uploads.note_load(self.server.executor.files.intersection(model.file_paths))
         return told
@@ -124,12 +125,13 @@ class Verbs:
     def unload(self, session: Session, request: int, body: messages.Unload) -> None:
         """Give a model's memory back."""
         self.server.executor.check_model(body.model)
-        self._submit(session, request, Verb.UNLOAD, body.model, {"model": body.model})
+        self._submit(session, request, Verb.UNLOAD, body.model, Unload(body.model), dict(body))
 
     def forward(self, session: Session, request: int, body: messages.Forward) -> None:
         """One DiT forward."""
         self.server.executor.check_model(body.model)
-        self._submit(session, request, Verb.FORWARD, body.model, dict(body))
+        forward = Forward(body.model, body.plan, body.arguments, session.token)
+        self._submit(session, request, Verb.FORWARD, body.model, forward, dict(body))
 
     def sample(self, session: Session, request: int, body: messages.Sample) -> None:
         """A whole sampling run."""
@@ -142,13 +144,21 @@ class Verbs:
         steps = body.sigmas.shape[0] - 1
         if steps > MAX_STEPS:
             raise ArgumentError(f"sigmas: {steps} steps; give {MAX_STEPS} at most", argument="sigmas")
-        self._submit(session, request, Verb.SAMPLE, body.model, dict(body), steps)
+        self._submit(session, request, Verb.SAMPLE, body.model, Sample(**dict(body)), dict(body), steps)
 
-    def _submit(self, session: Session, request: int, verb: Verb, model: str, body: Any, steps: int = 1) -> None:
-        """Queue a job, or tell the client which tensors the store lacks for it."""
+    def _submit(
+        self,
+        session: Session,
+        request: int,
+        verb: Verb,
+        model: str,
+        body: Model | Unload | Forward | Sample,
+        named: Any,
+        steps: int = 1,
+    ) -> None:
+        """Queue a job, or name to the client the tensors that the store lacks for it: those in ``named``."""
         store = self.server.executor.store
-        digests = body.digests if isinstance(body, Model) else digests_of(body)
-        named = body.patches if isinstance(body, Model) else body
+        digests = digests_of(named)
         store.check_fits(named)
         missing = store.missing(digests)
         if missing:
@@ -164,7 +174,7 @@ class Verbs:
                 f"{limit} jobs of {session.user} are queued, which is the limit (limits.queue_per_user); wait for one",
                 limit=limit,
             )
-        nbytes = sum(tensor.nbytes for tensor in tensors_of(body) if tensor.frames is not None)
+        nbytes = sum(tensor.nbytes for tensor in tensors_of(named) if tensor.frames is not None)
         self._check_room(nbytes)
         self._jobs_made += 1
         job = Job(

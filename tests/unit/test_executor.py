@@ -24,6 +24,7 @@ from tacod.execution.executor import Executor
 from tacod.execution.manifest import Model
 from tacod.execution.scheduler import Job, Outcome, Verb
 from tacod.group.group import AGREE_S, State
+from tacod.group.work import Stepped
 from tacod_client.errors import (
     Cancelled,
     EngineError,
@@ -39,7 +40,7 @@ from tacod_client.errors import (
 )
 from tacod_client.wire import Message, Tensor
 
-from .fake_ranks import FACTS, FakeRank, descriptors, fakes, step
+from .fake_ranks import FACTS, FakeRank, body_of, descriptors, fakes, step
 
 RANKS = 3
 LIMIT = 4
@@ -102,14 +103,15 @@ class Events(RuleBasedStateMachine):
     def on_progress(self, job: Job, body: dict[str, Any]) -> None:
         assert all(job is not each for each in self.ended), "progress after the end"
 
-    def on_end(self, job: Job, answer: dict[str, Any]) -> None:
+    def on_end(self, job: Job, step: Stepped | None) -> None:
         assert all(job is not each for each in self.ended), "a job ended twice"
         assert (job.error is None) == (job.outcome is Outcome.RESULT)
-        if job.outcome is Outcome.RESULT and job.verb is Verb.LOAD and not answer:
-            assert job.model in self.executor.manifest, "it was there already"
-        elif job.outcome is Outcome.RESULT:
-            assert answer or job.verb is Verb.UNLOAD
-            assert self.said[self.executor.group._work] == {"done"}, "the ranks don't agree on a result"
+        if job.outcome is Outcome.RESULT and job.verb is Verb.LOAD:
+            assert job.model in self.executor.manifest
+        if job.outcome is Outcome.RESULT and job.verb in (Verb.FORWARD, Verb.SAMPLE):
+            assert step is not None
+        if job.outcome is Outcome.RESULT and self.alive[0].heard[-1].type == job.verb.value:
+            assert self.said[self.executor.group._commands] == {"done"}, "the ranks don't agree on a result"
         self.ended.append(job)
 
     @property
@@ -120,9 +122,7 @@ class Events(RuleBasedStateMachine):
 
     @rule(session=SESSIONS, verb=st.sampled_from(Verb), steps=st.integers(1, 3))
     def submit(self, session: bytes, verb: Verb, steps: int) -> None:
-        body: Any = {"model": "m", "arguments": {}}
-        if verb is Verb.LOAD:
-            body = Model("m", "/models/m", "i", None)
+        body = body_of(verb, Model("m", "/models/m", "i", None))
         job = Job(str(len(self.submitted)), session, 0, verb, "m", body, steps if verb is Verb.SAMPLE else 1)
         refused = Unavailable if self.executor.given_up else QueueFull
         if self.executor.given_up or len(self.executor.scheduler.jobs) == LIMIT:
@@ -233,7 +233,7 @@ class Events(RuleBasedStateMachine):
         ended = len(self.ended)
         for rank in self.alive:
             if rank.index == index:
-                rank.say(kind, body, self.executor.group._work)
+                rank.say(kind, body, self.executor.group._commands)
                 rank.die(-9)
         self.executor.attend()
         assert all(rank.code is None for rank in self.alive), "a dead rank takes all others with it"
@@ -368,8 +368,7 @@ class Walk:
         self.ready()
 
     def submit(self, verb: Verb, model: Model, job: str = "j", session: bytes = b"a") -> None:
-        body: Any = model if verb is Verb.LOAD else {"model": model.id, "arguments": {}}
-        self.executor.submit(Job(job, session, 1, verb, model.id, body, 1))
+        self.executor.submit(Job(job, session, 1, verb, model.id, body_of(verb, model), 1))
         self.executor.attend()
 
 
@@ -714,7 +713,7 @@ def test_a_run_whose_model_went_and_came_back_begins_anew(walk: Walk) -> None:
     walk.ready()
     walk.submit(Verb.LOAD, BASE, "load")
     walk.answer()
-    run = Job("run", b"b", 1, Verb.SAMPLE, "base", {"model": "base"}, 3)
+    run = Job("run", b"b", 1, Verb.SAMPLE, "base", body_of(Verb.SAMPLE, BASE), 3)
     walk.executor.submit(run)
     walk.executor.attend()
     walk.submit(Verb.UNLOAD, BASE, "unload")
@@ -869,7 +868,7 @@ def test_a_model_whose_tensors_are_gone_is_not_restored(one: Walk) -> None:
 
 
 def test_a_run_goes_on_after_its_model_made_room(one: Walk) -> None:
-    run = Job("run", b"a", 1, Verb.SAMPLE, "v0", {"model": "v0"}, 3)
+    run = Job("run", b"a", 1, Verb.SAMPLE, "v0", body_of(Verb.SAMPLE, variant(0)), 3)
     one.executor.submit(run)
     one.executor.attend()
     one.submit(Verb.FORWARD, variant(1), "forward", b"b")
@@ -947,7 +946,7 @@ def test_a_run_goes_on_after_its_model_made_room_for_anothers_step(walk: Walk) -
         walk.executor.store.put(content(number))
         walk.submit(Verb.LOAD, variant(number), f"load {number}")
         walk.answer()
-    run = Job("run", b"a", 1, Verb.SAMPLE, "v0", {"model": "v0"}, 2)
+    run = Job("run", b"a", 1, Verb.SAMPLE, "v0", body_of(Verb.SAMPLE, variant(0)), 2)
     walk.executor.submit(run)
     walk.executor.attend()
     walk.submit(Verb.FORWARD, variant(1), "forward", b"b")
@@ -1010,7 +1009,7 @@ class Turns(RuleBasedStateMachine):
     def executor(self) -> Executor:
         return self.walk.executor
 
-    def on_end(self, job: Job, answer: dict[str, Any]) -> None:
+    def on_end(self, job: Job, step: Stepped | None) -> None:
         assert self.asked.pop(job.session) is job
         if isinstance(job.error, ModelNotFound):
             self.reloads += 1
@@ -1032,10 +1031,9 @@ class Turns(RuleBasedStateMachine):
                     return
             self.executor.store.disclaim(session)
         self.jobs += 1
-        body: Any = model if verb is Verb.LOAD else {"model": model.id, "arguments": {}}
         steps = steps if verb is Verb.SAMPLE else 1
         digests = model.digests if verb is Verb.LOAD else []
-        job = Job(str(self.jobs), session, 0, verb, model.id, body, steps, digests=digests)
+        job = Job(str(self.jobs), session, 0, verb, model.id, body_of(verb, model), steps, digests=digests)
         self.executor.submit(job)
         self.asked[session] = job
         self.executor.attend()

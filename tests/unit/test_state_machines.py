@@ -45,8 +45,9 @@ FINAL = ("done", "error", "missing", "unknown_session", "welcome")
 X = Tensor("F32", (1, 1, 1, 1), (b"\0\0\0\0",))
 SIGMAS = Tensor("F32", (4,), (bytes(16),))
 TEXT = Tensor("F32", (1,), (b"\1\0\0\0",)).with_digest()
+TIMES = {"compute_s": 0.0, "collective_s": 0.0}
 STEP = step(RANKS, sigma=0.5, out=X)
-ANSWERS: dict[str, dict[str, Any]] = {"load": {"model": FACTS}, "forward": STEP, "sample": STEP}
+ANSWERS: dict[str, dict[str, Any]] = {"load": {"model": FACTS, "base": FACTS, **TIMES}, "forward": STEP, "sample": STEP}
 CONFIG = Config.model_validate(
     {
         "endpoint": "ipc:///tmp/never-bound",
