@@ -272,8 +272,8 @@ class Events(RuleBasedStateMachine):
         if hasattr(self, "executor"):
             executor = self.executor
             busy = executor.group.state is State.BUSY
-            assert busy == (executor.scheduler.running is not None or executor.residency.restoring is not None)
-            assert not (executor.scheduler.running is not None and executor.residency.restoring is not None)
+            assert busy == (executor.current is not None)
+            assert executor.scheduler.running is (executor.current.job if executor.current is not None else None)
             latest = {rank.heard[-1].id for rank in self.alive if rank.heard}
             assert len(latest) <= 1, "all ranks have the same work"
             for rank in self.alive:

@@ -391,8 +391,6 @@ class Events(RuleBasedStateMachine):
             executor = self.server.executor
             tokens = {session.token for session in self.server.sessions}
             assert all(job.session in tokens or job.cancelling for job in executor.scheduler.jobs)
-            started = {job.id for job in executor.scheduler.jobs}
-            assert set(executor._step_ready_s) <= started
 
     @invariant()
     def what_was_asked_is_answered_or_still_to_be(self) -> None:
@@ -428,7 +426,7 @@ class Events(RuleBasedStateMachine):
                 assert len(self.server.sessions) == 0
                 assert executor.scheduler.jobs == []
                 assert not executor.store._pins
-                assert not executor._step_ready_s
+                assert executor.current is None or executor.current.job is None
                 self.server.close()
                 assert self.alive == []
                 assert list(self.folder.iterdir()) == []
