@@ -93,8 +93,8 @@ class Executor:
         needed = [*self.manifest, *self.residency.coming, *map(self._model_of, jobs)]
         return {path for model in needed if model is not None for path in model.file_paths}
 
-    def go_by(self, config: Config, preload: Iterable[Model]) -> None:
-        """Go by another configuration of the same ranks; models that are to be there from now on are loaded next."""
+    def apply_config(self, config: Config, preload: Iterable[Model]) -> None:
+        """Apply another configuration of the same ranks; models that are to be there from now on are loaded next."""
         if config.testing != self.config.testing:
             self._plan_faults(config)
         if config.models.readable != self.config.models.readable:
@@ -114,7 +114,7 @@ class Executor:
 
     @property
     def wakes_at(self) -> list[float]:
-        """The moments on the monotonic clock at which `attend` has something to do, whatever else happens."""
+        """The moments on the monotonic clock at which `poll` has something to do, whatever else happens."""
         moments = (self.group.deadline, self._spawn_at, self._look_at)
         return [moment for moment in moments if moment is not None]
 
@@ -175,7 +175,7 @@ class Executor:
 
     # --- ranks ----------------------------------------------------------------------------------------------------
 
-    def attend(self) -> None:
+    def poll(self) -> None:
         """Take in what the ranks have said, look after those that are gone or stuck, and hand out the next step."""
         now = time.monotonic()
         self._look_at = None
