@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tacod.group.arena import Arena
+from tacod.group.work import Facts, Loaded, Stepped
 from tacod.heap import keep_freed_memory
 from tacod.plan import chunks
 from tacod.rank.__main__ import _die_with_the_supervisor, _parse, serve
@@ -29,12 +30,12 @@ class EchoEngine(Engine):
         self.rank = rank
         self.world_size = world_size
 
-    def load(self, **work: Any) -> dict[str, Any]:
+    def load(self, *args: Any, **work: Any) -> Loaded:
         """Nothing to load."""
-        told = {"family": "echo", "parameters": 0, "weight_bytes": 0, "dtype": "fp32", "heads": 1, "width": 1}
-        return {"model": told, "base": told}
+        facts = Facts("echo", 0, 0, "fp32", 1, 1, sampling={})
+        return Loaded(facts, facts)
 
-    def forward(self, model: str, plan: Any, arguments: dict[str, Any], session: bytes) -> dict[str, Any]:
+    def forward(self, model: str, plan: Any, arguments: dict[str, Any], session: bytes) -> Stepped:
         """The arguments as torch tensors, of residuals this rank's tokens, and x back."""
         specs = {name: Residuals(0, {}) if name == "control" else Argument(()) for name in arguments}
         values = load_arguments(arguments, specs, torch.float32, self.device)
@@ -48,7 +49,7 @@ class EchoEngine(Engine):
                     tokens = torch.zeros(1, sequence.sizes(n)[self.rank], width, dtype=torch.bfloat16)
                     control.add(name, block, sequence, tokens, n)
         out = to_wire(values["x"], "out") if self.rank == 0 else None
-        return {"out": out, "plan": "echo", "ranks": self.world_size, "forwards": 1, "skipped": 0}
+        return Stepped("echo", self.world_size, forwards=1, skipped=0, out=out)
 
 
 if __name__ == "__main__":

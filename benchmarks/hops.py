@@ -31,7 +31,7 @@ HOPS: dict[str, tuple[str, str, str]] = {
     "called": ("client", "before", "tacod_client.client:Model.forward"),
     "sent": ("client", "after", "tacod_client.frames:send"),
     "taken in": ("supervisor", "after", "tacod.serving.server:receive"),
-    "checked and queued": ("supervisor", "after", "tacod.serving.server:Server._hear"),
+    "checked and queued": ("supervisor", "after", "tacod.serving.server:Server._on_message"),
     "with the ranks": ("supervisor", "after", "tacod.group.group:RankGroup.run"),
     "read": ("rank 0", "after", "tacod.group.arena:Arena.unpack"),
     "on the device": ("rank 0", "after", "tacod.rank.engine:load_arguments"),

@@ -7,31 +7,41 @@ import contextlib
 import faulthandler
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import tacod
 from tacod import __version__, logs
 from tacod.config import Config, ConfigError, load_config, to_toml
-from tacod.execution.manifest import Manifest
+from tacod.execution.executor import Executor
+from tacod.execution.manifest import Manifest, Model
 from tacod.group.processes import devices
 from tacod.heap import keep_freed_memory
 from tacod.lifecycle import Lifecycle
 from tacod.observe.exporter import Exporter, Reading
+from tacod.observe.monitor import Monitor
 from tacod.serving import places, report
 from tacod.serving.access import Keys
+from tacod.serving.guard import Guard
+from tacod.serving.listener import Listener
+from tacod.serving.results import send_end, send_progress
 from tacod.serving.server import Server
+from tacod.serving.sessions import Sessions
+from tacod.serving.state import State
+from tacod.serving.uploads import Uploads
+from tacod.serving.verbs import Verbs
 from tacod_client import streams
 from tacod_client.cli.output import stdout
 from tacod_client.errors import TacodError
 from tacod_client.text import encodable
 
-__all__ = ["main"]
+__all__ = ["assemble", "main"]
 
 log = logging.getLogger("tacod")
 
@@ -148,9 +158,7 @@ def _serve(config: Config, config_path: str, folder: Path) -> int:
         if config.metrics.listen is not None:
             exporter = Exporter(config.metrics.listen)
             ending.callback(exporter.close)
-        server = Server(config, names, preload, folder, keys)
-        ending.callback(server.close)
-        server.lifecycle = lifecycle = Lifecycle(server, config, config_path)
+        state, server, lifecycle = assemble(config, config_path, names, preload, folder, keys, ending)
         log.info("tacod %s, pid %d, listening on %s", __version__, os.getpid(), config.endpoint)
         if config.curve is not None and keys is not None:
             log.info("and on %s, for %d clients by their CURVE keys", config.curve.listen, len(keys.clients))
@@ -158,11 +166,45 @@ def _serve(config: Config, config_path: str, folder: Path) -> int:
         while code is None:
             server.turn(signals.fileno())
             if exporter is not None and exporter.due(time.monotonic()):
-                exporter.publish(Reading.take(report.status(server), report.totals(server), server.executor.metrics))
+                exporter.publish(Reading.take(report.status(state), report.totals(state), state.executor.metrics))
             for caught in _caught(signals):
-                lifecycle.hear(caught)
+                lifecycle.on_signal(caught)
             code = lifecycle.turn()
         return code
+
+
+def assemble(
+    config: Config,
+    config_path: str,
+    devices: list[str],
+    preload: Iterable[Model],
+    folder: Path,
+    keys: Keys | None,
+    ending: contextlib.ExitStack,
+) -> tuple[State, Server, Lifecycle]:
+    """Make the supervisor's parts, each from those that it needs; ``ending`` closes them."""
+    listener = Listener(config, keys)
+    ending.callback(listener.close)
+    limits = config.limits
+    sessions = Sessions(listener.socket, limits.clients, limits.clients_per_user, limits.share_bytes)
+    executor = Executor(
+        config,
+        devices,
+        preload,
+        folder,
+        on_progress=lambda job, body: send_progress(sessions, job, body),
+        on_end=lambda job, step: send_end(sessions, executor, job, step),
+    )
+    ending.callback(executor.close)
+    monitor = Monitor(config.group.device, lambda: [(rank.process.pid, rank.device) for rank in executor.group.ranks])
+    ending.callback(monitor.close)
+    uploads = Uploads(config.models.uploads, config.models.upload_bytes, lambda: executor.files)
+    guard = Guard(limits.held_bytes, listener.addresses, sessions.sockets)
+    ending.callback(guard.close)
+    boot_id, now = secrets.token_hex(8), time.monotonic()
+    state = State(config, boot_id, now, listener, sessions, executor, monitor, uploads, guard)
+    lifecycle = Lifecycle(state, config_path)
+    return state, Server(state, Verbs(state, lifecycle).answer), lifecycle
 
 
 def _caught(signals: socket.socket) -> bytes:

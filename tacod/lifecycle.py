@@ -1,4 +1,4 @@
-"""From ready to stopped: reloading, draining, and telling systemd what is going on."""
+"""The daemon's life cycle: reload, drain, stop, and its status for systemd."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from tacod.config import Config, ConfigError, load_config
+from tacod.config import ConfigError, load_config
 from tacod.execution.manifest import Manifest
 from tacod.notify import notify, watchdog_s
 from tacod.serving import places
 from tacod.serving.access import Keys
-from tacod.serving.server import Server
+from tacod.serving.state import State
 from tacod_client.errors import TacodError, Unavailable
 
 __all__ = ["FIXED", "Lifecycle"]
@@ -46,9 +46,8 @@ FIXED = (
 class Lifecycle:
     """What signals and operators have the daemon do."""
 
-    def __init__(self, server: Server, config: Config, config_path: str) -> None:
-        self.server = server
-        self.config = config
+    def __init__(self, state: State, config_path: str) -> None:
+        self.state = state
         self.config_path = config_path
         self._drain_until: float | None = None
         asked_s = watchdog_s()
@@ -58,7 +57,7 @@ class Lifecycle:
         self._next_pat_s = self._next_status_s = 0.0
         self._status = ""
 
-    def hear(self, number: int) -> None:
+    def on_signal(self, number: int) -> None:
         """Act on a signal: SIGHUP reloads, SIGTERM and SIGINT drain, a second one of these aborts."""
         if number == signal.SIGHUP:
             try:
@@ -73,22 +72,23 @@ class Lifecycle:
 
     def drain(self) -> int:
         """Refuse new work, end what runs, then stop; returns how many jobs there are to end."""
-        scheduler = self.server.executor.scheduler
+        scheduler = self.state.executor.scheduler
         if self._drain_until is None:
-            self._drain_until = time.monotonic() + self.config.drain_timeout_s
+            timeout_s = self.state.config.drain_timeout_s
+            self._drain_until = time.monotonic() + timeout_s
             scheduler.draining = True
-            log.info("draining: %d jobs to finish, %g s at most", len(scheduler.jobs), self.config.drain_timeout_s)
+            log.info("draining: %d jobs to finish, %g s at most", len(scheduler.jobs), timeout_s)
             notify("STOPPING=1", "STATUS=draining")
             self._next_pat_s = 0.0
         return len(scheduler.jobs)
 
     def reload(self) -> list[str]:
-        """Read the configuration again and go by it; returns the keys that changed.
+        """Read the configuration again and apply it; returns the keys that changed.
 
         Raises `ConfigError`, and then nothing has changed.
         """
         new = load_config(self.config_path)
-        before, after = dict(_flat(self.config)), dict(_flat(new))
+        before, after = dict(_flat(self.state.config)), dict(_flat(new))
         # Of a section that comes or goes, all keys change.
         changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
         for key in changed:
@@ -96,8 +96,8 @@ class Lifecycle:
                 raise ConfigError(f"{self.config_path}:{key}: can't change while tacod runs; restart it for that")
         places.check(self.config_path, new)
         keys = Keys.read(self.config_path, new.curve)
-        changed += [key for key in self.server.access.changes(keys) if key not in changed]
-        executor = self.server.executor
+        changed += [key for key in self.state.listener.access.changes(keys) if key not in changed]
+        executor = self.state.executor
         manifest = Manifest(new.models.readable, new.group.device)
         try:
             preload = [
@@ -105,17 +105,16 @@ class Lifecycle:
             ]
         except TacodError as error:
             raise ConfigError(f"{self.config_path}:models.preload: {error.message}") from None
-        if new.log_level != self.config.log_level:
+        if new.log_level != self.state.config.log_level:
             logging.getLogger().setLevel(new.log_level.upper())
-        self.config = new
-        self.server.go_by(new, preload, keys)
+        self.state.apply_config(new, preload, keys)
         log.info("reloaded %s: %s", self.config_path, ", ".join(changed) or "nothing changed")
         return changed
 
     def turn(self) -> int | None:
         """Say what is to be said; returns the exit code once there is nothing left to do."""
         now = time.monotonic()
-        executor, sessions = self.server.executor, self.server.sessions
+        executor, sessions = self.state.executor, self.state.sessions
         # Only from here: a loop that is stuck falls silent.
         if now >= self._next_pat_s:
             self._next_pat_s = now + self._pat_every_s
@@ -132,8 +131,8 @@ class Lifecycle:
         if self._drain_until is None:
             return None
         if now >= self._drain_until and executor.scheduler.jobs:
-            told = "tacod was stopped before this job was done; it is safe to ask again"
-            executor.abort(Unavailable(told, stopping=True))
+            info = "tacod was stopped before this job was done; it is safe to ask again"
+            executor.abort(Unavailable(info, stopping=True))
         if executor.scheduler.jobs or (sessions.pending and now < self._drain_until + FAREWELL_S):
             return None
         log.info("stopped")
@@ -141,7 +140,7 @@ class Lifecycle:
 
     def _describe(self) -> str:
         """One line of what is going on, for ``systemctl status``."""
-        executor = self.server.executor
+        executor = self.state.executor
         ranks = _counted(executor.group.world_size, "rank")
         if executor.given_up is not None:
             return f"gave up: {executor.given_up}"

@@ -13,10 +13,12 @@ from tacod.execution.manifest import Manifest, Model
 from tacod.execution.residency import Residency
 from tacod.execution.scheduler import Job, Outcome, Scheduler, Verb
 from tacod.execution.store import Store
+from tacod.execution.work_item import Purpose, WorkItem
 from tacod.group.faults import Faults
 from tacod.group.group import Answer, RankGroup, State
 from tacod.group.processes import GroupLost
 from tacod.group.restarts import RestartPolicy
+from tacod.group.work import Command, Evict, Forward, Loaded, SampleStep, Stepped, Unload
 from tacod.notify import notify
 from tacod.observe.baselines import Baselines
 from tacod.observe.metrics import Metrics, StepTimes
@@ -34,7 +36,7 @@ class Executor:
     """Scheduler and ranks, and what each needs of the other.
 
     ``on_progress`` hears of every step of a sampling job and of every stretch of a load, ``on_end`` once of every job's
-    end, with the ranks' answer.
+    end, with the result of its last step if it has one.
     """
 
     def __init__(
@@ -44,7 +46,7 @@ class Executor:
         preload: Iterable[Model],
         folder: Path,
         on_progress: Callable[[Job, dict[str, Any]], None],
-        on_end: Callable[[Job, dict[str, Any]], None],
+        on_end: Callable[[Job, Stepped | None], None],
     ) -> None:
         self.config = config
         self.manifest = Manifest(config.models.readable, config.group.device)
@@ -57,20 +59,18 @@ class Executor:
             self.manifest, self.store, preload, len(devices), self.scheduler.begin_anew, self._keep_for_turns
         )
         self._plan_faults(config)
+        self.current: WorkItem | None = None
+        """What the ranks work on."""
         self.ready = False
         """Whether a forward has gone through all ranks and all preloaded models are there, since the daemon began."""
         self.given_up: str | None = None
         """Why the ranks are not started again, once that is so."""
         self._restarts = RestartPolicy(config.group.max_restarts, config.group.restart_window_s)
         self._on_progress = on_progress
-        self._told: tuple[int, int] | None = None
         self._on_end = on_end
         self._spawn_at: float | None = time.monotonic()
         self._look_at: float | None = None
         """When jobs that are put off are looked at again."""
-        self._step_ready_s: dict[str, float] = {}
-        """When each started job's current or next step could have begun; a retry waits since then too."""
-        self._queue_s = 0.0
 
     @property
     def state(self) -> str:
@@ -84,22 +84,17 @@ class Executor:
     @property
     def loading(self) -> Model | None:
         """The model that the ranks load now, for a client or anew."""
-        running = self.scheduler.running
-        if running is not None and running.verb is Verb.LOAD:
-            model: Model = running.body
-            return model
-        return self.residency.restoring or self.residency.fetching
+        return self.current.model if self.current is not None else None
 
     @property
     def files(self) -> set[str]:
         """The real paths of what is loaded, of what is or is to be loading, and of what jobs need for their turns."""
         jobs = self.scheduler.jobs
-        asked = [job.body if job.verb is Verb.LOAD else self.residency.recall(job.model) for job in jobs]
-        needed = [*self.manifest, *self.residency.coming, *asked]
+        needed = [*self.manifest, *self.residency.coming, *map(self._model_of, jobs)]
         return {path for model in needed if model is not None for path in model.file_paths}
 
-    def go_by(self, config: Config, preload: Iterable[Model]) -> None:
-        """Go by another configuration of the same ranks; models that are to be there from now on are loaded next."""
+    def apply_config(self, config: Config, preload: Iterable[Model]) -> None:
+        """Apply another configuration of the same ranks; models that are to be there from now on are loaded next."""
         if config.testing != self.config.testing:
             self._plan_faults(config)
         if config.models.readable != self.config.models.readable:
@@ -119,7 +114,7 @@ class Executor:
 
     @property
     def wakes_at(self) -> list[float]:
-        """The moments on the monotonic clock at which `attend` has something to do, whatever else happens."""
+        """The moments on the monotonic clock at which `poll` has something to do, whatever else happens."""
         moments = (self.group.deadline, self._spawn_at, self._look_at)
         return [moment for moment in moments if moment is not None]
 
@@ -175,11 +170,12 @@ class Executor:
     def abort(self, error: TacodError) -> None:
         """End all jobs with ``error``, and the ranks with them."""
         self.group.kill()
+        self.current = None
         self._end(self.scheduler.fail_all(error))
 
     # --- ranks ----------------------------------------------------------------------------------------------------
 
-    def attend(self) -> None:
+    def poll(self) -> None:
         """Take in what the ranks have said, look after those that are gone or stuck, and hand out the next step."""
         now = time.monotonic()
         self._look_at = None
@@ -199,13 +195,15 @@ class Executor:
 
     def _tell_load(self) -> None:
         """Pass on how far the running load is, if it got further."""
-        job, progress = self.scheduler.running, self.group.progress
-        if job is not None and job.verb is Verb.LOAD and progress is not None and progress != self._told:
-            self._told = progress
-            self._on_progress(job, {"done_bytes": progress[0], "total_bytes": progress[1]})
+        item, progress = self.current, self.group.progress
+        if item is None or item.job is None or item.job.verb is not Verb.LOAD:
+            return
+        if progress is not None and progress != item.progress:
+            item.progress = progress
+            self._on_progress(item.job, {"done_bytes": progress.done, "total_bytes": progress.total})
 
     @staticmethod
-    def _progress(job: Job, sigma: float) -> dict[str, Any]:
+    def _progress(job: Job, sigma: float | None) -> dict[str, Any]:
         assert job.started_s is not None
         elapsed_s = time.monotonic() - job.started_s
         return {"job": job.id, "step": job.step, "total": job.steps, "sigma": sigma, "elapsed_s": elapsed_s}
@@ -213,14 +211,15 @@ class Executor:
     def _lose_group(self, lost: GroupLost, now: float) -> None:
         reason = str(lost)
         log.error("%s; ending all ranks", reason)
-        running = self.scheduler.running
+        item, self.current = self.current, None
+        running = item.job if item is not None else None
+        restoring = item.model if item is not None and item.purpose is Purpose.RESTORE else None
         if running is not None and running.verb in (Verb.FORWARD, Verb.SAMPLE):
             self.metrics.retried_forwards += 1
         self.group.kill()
         ended = self.scheduler.lose_group(reason, lost.error, lost.cause)
         self._end(ended)
-        restoring = self.residency.restoring
-        given_up = self.residency.lose_group(lost, self.config.group.retries)
+        given_up = self.residency.lose_group(lost, self.config.group.retries, restoring)
         at_fault = running.id if running is not None else f"restore {restoring.id}" if restoring is not None else ""
         self._spawn_at = self._restarts.next_start(now, at_fault)
         if self._spawn_at is not None:
@@ -239,8 +238,7 @@ class Executor:
     def _dispatch(self) -> None:
         model = self.residency.restore_next()
         if model is not None:
-            stored = [self.store.get(digest) for digest in model.digests]
-            self.group.run("load", model.work(), stored, self.config.group.load_timeout_s)
+            self._load(Purpose.RESTORE, model)
             return
         if not self.ready:
             self.ready = True
@@ -260,17 +258,20 @@ class Executor:
                 self._end([ended])
                 continue
             if model is not None:
-                self.residency.fetching = model
-                self._load(job, model)
+                self._load(Purpose.FETCH, model, job)
                 return
             gone = ModelNotFound(f"model {job.model!r} was unloaded before its turn came; load it again")
             self._end([self.scheduler.fail_step(gone)])
         if len(self.scheduler):
             self._look_at = time.monotonic() + LOOK_S
 
+    def _model_of(self, job: Job) -> Model | None:
+        """The model that a job loads, or computes with; None if clients have to load that again."""
+        return job.body if isinstance(job.body, Model) else self.residency.recall(job.model)
+
     def _is_put_off(self, job: Job) -> bool:
         """Whether a job waits for those who use what would make room for its model; see `Residency.is_put_off`."""
-        model = job.body if job.verb is Verb.LOAD else self.residency.recall(job.model)
+        model = self._model_of(job)
         if model is None or job.model in self.manifest or job.verb is Verb.UNLOAD:
             return False
         others = [each.model for each in self.scheduler.jobs if each.session != job.session]
@@ -281,98 +282,108 @@ class Executor:
         """The models of all jobs, that whose turn comes first first."""
         return [job.model for job in self.scheduler.jobs]
 
-    def _load(self, job: Job, model: Model) -> None:
-        """Have the ranks load what a job asks for, or what its turn needs."""
-        body = model.work(self.residency.make_room(job.id, model, self.config.models, self._needed))
-        stored = [self.store.get(digest) for digest in model.digests]
-        self.group.run("load", body, stored, self.config.group.load_timeout_s)
+    def _hand_out(self, item: WorkItem) -> None:
+        self.current = item
+        self.group.run(item.command, map(self.store.get, item.digests), item.timeout_s)
+
+    def _load(self, purpose: Purpose, model: Model, job: Job | None = None) -> None:
+        evicts = []
+        if job is not None:
+            evicts = self.residency.make_room(model, self.config.models, self._needed, job.evict_next)
+            job.evict_next = ""
+        timeout_s = self.config.group.load_timeout_s
+        self._hand_out(WorkItem(purpose, model.load(evicts), timeout_s, job, model, evicts, model.digests))
 
     def _start_step(self, job: Job) -> None:
-        if job.verb is Verb.LOAD:
-            self._load(job, job.body)
+        if isinstance(job.body, Model):
+            self._load(Purpose.STEP, job.body, job)
             return
-        self._queue_s = time.monotonic() - self._step_ready_s.get(job.id, job.submitted_s)
-        body = job.body
-        if job.verb is Verb.UNLOAD:
-            body = {**job.body, "evict_models": self.residency.go_too(job.model)}
+        command: Command
+        evicts: list[str] = []
+        if isinstance(job.body, Unload):
+            evicts = self.manifest.patched(job.model)
+            command = Unload(job.model, evicts)
+        elif isinstance(job.body, Forward):
+            command = job.body
         else:
-            self.residency.keep_all()
-            if job.verb is Verb.FORWARD:
-                body = {**job.body, "session": job.session}
-            else:
-                body = {"job": job.id, "step": job.step, **(job.body if job.step == 0 else {})}
-        stored = [self.store.get(digest) for digest in job.digests] if job.step == 0 else []
-        self.group.run(job.verb.value, body, stored, self.config.group.step_timeout_s)
+            command = SampleStep(job.id, job.step, job.body if job.step == 0 else None)
+        item = WorkItem(Purpose.STEP, command, self.config.group.step_timeout_s, job, evicts=evicts)
+        item.digests = job.digests if job.step == 0 else []
+        item.queue_s = time.monotonic() - (job.submitted_s if job.ready_s is None else job.ready_s)
+        self._hand_out(item)
 
     def _take(self, answer: Answer) -> None:
+        item, self.current = self.current, None
+        assert item is not None
         now = time.monotonic()
-        if self.residency.restoring is not None:
+        job = item.job
+        if job is None:
+            assert item.model is not None
             if answer.error is None:
                 self.metrics.loads.add(answer.elapsed_s)
-            self.residency.note_restored(answer.body, answer.error, answer.elapsed_s, now)
+            self.residency.note_restored(item.model, answer.error or _loaded(answer), answer.elapsed_s, now)
             return
-        job = self.scheduler.running
-        assert job is not None
-        if self.residency.fetching is not None or self.residency.clearing is not None:
-            self._take_for_turn(job, answer)
+        if item.purpose is not Purpose.STEP:
+            self._take_for_turn(item, job, answer)
             return
-        if job.verb is Verb.LOAD:
-            self.residency.note_evicted()
+        if item.model is not None:
+            self.residency.note_evicted(item.evicts)
         if answer.error is not None:
-            self._take_error(job, answer.error)
+            self._take_error(item, job, answer.error)
             return
-        if job.verb in (Verb.FORWARD, Verb.SAMPLE):
-            self._note_step(job, answer)
+        step: Stepped | None = None
+        if item.model is not None:
+            self._note_loaded(job, item.model, answer)
+        elif job.verb is Verb.UNLOAD:
+            self.residency.note_unloaded([*item.evicts, job.model])
+        else:
+            step = self._note_step(job, answer, item.queue_s)
             self.residency.note_used(job.model, job.session, now)
-        elif job.verb is Verb.LOAD:
-            self._note_loaded(job, job.body, answer)
-        else:
-            self.residency.note_unloaded(job.model)
         ended = self.scheduler.finish_step()
-        if job.verb is Verb.SAMPLE and job.outcome in (None, Outcome.RESULT):
-            self._on_progress(job, self._progress(job, answer.body["sigma"]))
+        if job.verb is Verb.SAMPLE and step is not None and job.outcome in (None, Outcome.RESULT):
+            self._on_progress(job, self._progress(job, step.sigma))
         if ended is None:
-            self._step_ready_s[job.id] = time.monotonic()
+            job.ready_s = time.monotonic()
         else:
-            self._end([ended], answer.body)
+            self._end([ended], step)
 
     def _note_loaded(self, job: Job, model: Model, answer: Answer) -> None:
         self.metrics.loads.add(answer.elapsed_s)
         now = time.monotonic()
-        self.residency.note_loaded(model, answer.body, answer.elapsed_s, now)
+        self.residency.note_loaded(model, _loaded(answer), answer.elapsed_s, now)
         self.residency.note_used(model.id, job.session, now)
 
-    def _take_for_turn(self, job: Job, answer: Answer) -> None:
+    def _take_for_turn(self, item: WorkItem, job: Job, answer: Answer) -> None:
         """The ranks have loaded what the running job's turn needs, or have given something up for it: now its step."""
-        fetched, self.residency.fetching, self.residency.clearing = self.residency.fetching, None, None
-        self.residency.note_evicted()
+        self.residency.note_evicted(item.evicts)
         if answer.error is not None:
-            self._take_error(job, answer.error, fetched)
+            self._take_error(item, job, answer.error)
             return
-        if fetched is not None:
-            self._note_loaded(job, fetched, answer)
+        if item.model is not None:
+            self._note_loaded(job, item.model, answer)
             self._unpin_restores(job)
         if job.cancelling:
             self._end([self.scheduler.fail_step(Unavailable("cancelled"))])
         else:
             self._start_step(job)
 
-    def _take_error(self, job: Job, error: TacodError, fetched: Model | None = None) -> None:
-        """A step failed, or with ``fetched`` the load of what it needs."""
-        loading = job.body if job.verb is Verb.LOAD else fetched
+    def _take_error(self, item: WorkItem, job: Job, error: TacodError) -> None:
         short = isinstance(error, OutOfMemory) and not job.cancelling
-        if loading is not None and short and self.residency.note_short(job.id, loading, self._needed):
-            self.scheduler.repeat_step()
-        elif job.verb in (Verb.FORWARD, Verb.SAMPLE) and loading is None and short and self._clear_for(job):
+        if item.model is not None and short:
+            other = self.manifest.next_to_go(item.model, needed=self._needed)
+            if other is not None:
+                job.evict_next = other.id
+                self.scheduler.repeat_step()
+                return
+        elif job.verb in (Verb.FORWARD, Verb.SAMPLE) and short and self._clear_for(job):
             return
-        else:
-            if fetched is not None:
-                self.residency.forget(fetched.id)
-                if isinstance(error, ModelError):
-                    # Its client knows how to go on from that.
-                    told = f"model {fetched.id!r} made room for others, and can't be loaded again: {error.message}"
-                    error = ModelNotFound(f"{told}; load it again", model=fetched.id)
-            self._end([self.scheduler.fail_step(error)])
+        if item.model is not None and item.purpose is Purpose.FETCH:
+            self.residency.forget(item.model.id)
+            if isinstance(error, ModelError):
+                # Its client knows how to go on from that.
+                info = f"model {item.model.id!r} made room for others, and can't be loaded again: {error.message}"
+                error = ModelNotFound(f"{info}; load it again", model=item.model.id)
+        self._end([self.scheduler.fail_step(error)])
 
     def _clear_for(self, job: Job) -> bool:
         """Have the ranks give a patched model up for a step that found no memory; whether there is one."""
@@ -383,29 +394,34 @@ class Executor:
             # The run ended with the step that failed.
             self.group.forget(job.id)
             job.step = 0
-        self.group.run("evict", {"models": [cleared.id]}, [], self.config.group.step_timeout_s)
+        evicts = [cleared.id]
+        self._hand_out(WorkItem(Purpose.CLEAR, Evict(evicts), self.config.group.step_timeout_s, job, evicts=evicts))
         return True
 
-    def _note_step(self, job: Job, answer: Answer) -> None:
-        busy = answer.body["compute_s"] + answer.body["collective_s"]
+    def _note_step(self, job: Job, answer: Answer, queue_s: float) -> Stepped:
+        assert answer.done is not None
+        step = answer.done.result
+        assert isinstance(step, Stepped)
+        compute_s, collective_s = answer.done.compute_s, answer.done.collective_s
         times = StepTimes(
-            queue_s=self._queue_s,
-            wire_s=max(answer.elapsed_s - busy, 0.0),
-            compute_s=answer.body["compute_s"],
-            collective_s=answer.body["collective_s"],
+            queue_s=queue_s,
+            wire_s=max(answer.elapsed_s - compute_s - collective_s, 0.0),
+            compute_s=compute_s,
+            collective_s=collective_s,
         )
         for name, seconds in vars(times).items():
             job.times[name] = job.times.get(name, 0.0) + seconds
         # A run that lost its ranks counts anew.
-        job.skipped = answer.body["skipped"] + (job.skipped if job.step else 0)
-        self.metrics.add_step(times, answer.body["forwards"], answer.body["ranks"], answer.body["skipped"])
-        if job.verb is Verb.FORWARD and answer.body["ranks"] == 1 and not answer.body["skipped"]:
-            self.baselines.note(self._kind_of(job), job.body["arguments"], times.compute_s)
-        self.manifest.note_plan(job.model, answer.body["plan"])
+        job.skipped = step.skipped + (job.skipped if job.step else 0)
+        self.metrics.add_step(times, step.forwards, step.ranks, step.skipped)
+        if isinstance(job.body, Forward) and step.ranks == 1 and not step.skipped:
+            self.baselines.note(self._kind_of(job), job.body.arguments, compute_s)
+        self.manifest.note_plan(job.model, step.plan)
+        return step
 
     def single_rank_s(self, job: Job) -> float | None:
         """What a forward like this job's took on one rank, as far as one was seen."""
-        return self.baselines.of(self._kind_of(job), job.body["arguments"]) if job.verb is Verb.FORWARD else None
+        return self.baselines.of(self._kind_of(job), job.body.arguments) if isinstance(job.body, Forward) else None
 
     def _kind_of(self, job: Job) -> str:
         """The file and dtype: patches change no time."""
@@ -414,17 +430,22 @@ class Executor:
         model = self.manifest.find(job.model)
         return f"{model.path} {model.dtype}"
 
-    def _end(self, jobs: Iterable[Job], answer: dict[str, Any] | None = None) -> None:
+    def _end(self, jobs: Iterable[Job], step: Stepped | None = None) -> None:
         """Every job passes here at its end, once."""
         for job in jobs:
             assert job.outcome is not None
             self.metrics.jobs_total[job.outcome.value] += 1
             self.store.unpin(job.digests, job.verb is not Verb.SAMPLE)
             self._unpin_restores(job)
-            self._step_ready_s.pop(job.id, None)
             if job.verb is Verb.SAMPLE and job.outcome is not Outcome.RESULT:
                 self.group.forget(job.id)
-            self._on_end(job, answer or {})
+            self._on_end(job, step)
+
+
+def _loaded(answer: Answer) -> Loaded:
+    assert answer.done is not None
+    assert isinstance(answer.done.result, Loaded)
+    return answer.done.result
 
 
 def _is_at_fault(job: Job) -> bool:

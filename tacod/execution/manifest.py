@@ -13,6 +13,7 @@ from typing import Any
 
 from tacod.checkpoint import locate, read_checkpoint
 from tacod.execution.store import digests_of, tensors_of
+from tacod.group.work import Facts, Load
 from tacod.plan import AUTO, Request, Shape, make_plan, parse_request
 from tacod_client.errors import ArgumentError, ModelNotFound
 from tacod_client.wire import Tensor
@@ -62,18 +63,18 @@ class Model:
         """The file's name."""
         return self.asked_name or os.path.basename(self.path)
 
-    def work(self, evict_models: Sequence[str] = ()) -> dict[str, Any]:
-        """The work item that loads it, in the place of those in ``evict_models``."""
-        return {
-            "model": self.id,
-            "path": self.path,
-            "identity": self.identity,
-            "dtype": self.dtype,
-            "patches": self.patches,
-            "base": self.base.id if self.base else None,
-            "evict_models": list(evict_models),
-            "files": dict(self.files),
-        }
+    def load(self, evict_models: Sequence[str] = ()) -> Load:
+        """The command that loads it, in the place of those in ``evict_models``."""
+        return Load(
+            model=self.id,
+            path=self.path,
+            identity=self.identity,
+            dtype=self.dtype,
+            patches=self.patches,
+            base=self.base.id if self.base else None,
+            evict_models=list(evict_models),
+            files=dict(self.files),
+        )
 
     @property
     def file_paths(self) -> list[str]:
@@ -85,18 +86,18 @@ class Model:
         """The stored tensors that its patches name; they are needed for as long as it is to be resident."""
         return digests_of(self.patches)
 
-    def loaded(self, told: dict[str, Any], elapsed_s: float, world_size: int) -> Model:
-        """The same model with what the ranks tell about it."""
+    def loaded(self, facts: Facts, elapsed_s: float, world_size: int) -> Model:
+        """The same model with what the ranks report about it."""
         return replace(
             self,
-            family=told["family"],
-            parameters=told["parameters"],
-            weight_bytes=told["weight_bytes"],
-            dtype=told["dtype"],
-            sampling=told["sampling"],
-            notes=tuple(told.get("notes", ())),
+            family=facts.family,
+            parameters=facts.parameters,
+            weight_bytes=facts.weight_bytes,
+            dtype=facts.dtype,
+            sampling=facts.sampling,
+            notes=tuple(facts.notes),
             loaded_s=elapsed_s,
-            shape=Shape(told["heads"], told["width"]),
+            shape=Shape(facts.heads, facts.width),
         ).planned(self.asked, world_size)
 
     def planned(self, asked: Request, world_size: int) -> Model:

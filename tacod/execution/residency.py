@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 from tacod.config import Models
 from tacod.execution.manifest import Manifest, Model
 from tacod.execution.store import Store
 from tacod.group.processes import GroupLost
+from tacod.group.work import Loaded
 from tacod_client.errors import OutOfMemory, RankFailed, TacodError
 
 __all__ = ["Residency"]
@@ -29,7 +29,7 @@ BETWEEN_S = 0.25
 
 
 class Residency:
-    """What comes and goes with the work items, as they are handed out and answered.
+    """What comes and goes with the work items (`WorkItem`), as they are handed out and answered.
 
     Patches' tensors of the models that are here make room in the store only after others. ``on_gone`` hears of each
     model that the ranks hold no more and that isn't remembered, ``on_evicted`` of each that makes room.
@@ -45,21 +45,12 @@ class Residency:
         on_evicted: Callable[[Model], None],
     ) -> None:
         self._manifest = manifest
-        self.restoring: Model | None = None
-        """What the ranks load now, though no client asked."""
-        self.fetching: Model | None = None
-        """What they load for the turn of the running job."""
-        self.clearing: Model | None = None
-        """What they give up for the running job's next step, which found no memory."""
         self._store = store
-        self._waiting = list(preload)
+        self.coming = list(preload)
+        """What the ranks are to load though no client asks, the first one until they have done so."""
         self._world_size = world_size
         self._on_gone = on_gone
         self._on_evicted = on_evicted
-        self._evicting: list[str] = []
-        """The models that go with the running work item: a load takes their place, or what they were made of goes."""
-        self._short: tuple[str, str] | None = None
-        """The job whose load found no memory, and the model that goes when it is tried again."""
         self._stays_until: dict[str, float] = {}
         self._losses: dict[str, tuple[int, str]] = {}
         """How often the ranks were lost while they loaded each model though no client asked, and the last cause."""
@@ -69,21 +60,16 @@ class Residency:
     def want(self, models: Iterable[Model]) -> None:
         """Models that are to be there from now on."""
         coming = {model.id for model in self.coming}
-        self._waiting += [model for model in models if model.id not in self._manifest and model.id not in coming]
-
-    @property
-    def coming(self) -> list[Model]:
-        """What the ranks load, or are to load, though no client asks."""
-        return [*([self.restoring] if self.restoring is not None else []), *self._waiting]
+        self.coming += [model for model in models if model.id not in self._manifest and model.id not in coming]
 
     def restore_next(self) -> Model | None:
-        """The next model that the ranks are to load though no client asks, if there is one."""
-        while self._waiting:
-            model = self._waiting.pop(0)
+        """The model that the ranks are to load next though no client asks, if there is one."""
+        while self.coming:
+            model = self.coming[0]
             if not self._store.lacks(model.digests):
-                self.restoring = model
                 log.info("loading %s", model.path)
                 return model
+            self.coming.pop(0)
             log.info("%s: its patches have made room for others; who asks for it sends them again", model.path)
             self.forget(model.id)
         return None
@@ -114,52 +100,35 @@ class Residency:
         going = self._manifest.to_evict(model, limits.memory_bytes, limits.variants, needed)
         return any(now < self._stays_until.get(each, 0.0) and is_in_use(each) for each in going)
 
-    def make_room(self, job_id: str, model: Model, limits: Models, needed: Sequence[str]) -> list[str]:
-        """The models that go with the load of ``model``, for a job that asks for it or needs it."""
-        short, self._short = self._short, None
-        gone = [short[1]] if short is not None and short[0] == job_id and short[1] in self._manifest else []
-        self._evicting = self._manifest.to_evict(model, limits.memory_bytes, limits.variants, needed, gone)
-        return self._evicting
+    def make_room(self, model: Model, limits: Models, needed: Sequence[str], first: str = "") -> list[str]:
+        """The models that go with the load of ``model``; the ``first`` one anyway, if it is here."""
+        gone = [first] if first in self._manifest else []
+        return self._manifest.to_evict(model, limits.memory_bytes, limits.variants, needed, gone)
 
     def clear_for(self, job_model: str, needed: Sequence[str]) -> Model | None:
         """The patched model that goes because a step of ``job_model`` found no memory, if there is one."""
-        self.keep_all()
-        model = self._manifest.find(job_model)
         bases = [each.id for each in self._manifest if each.base is None]
-        self.clearing = self._manifest.next_to_go(model, bases, needed)
-        self._evicting = [self.clearing.id] if self.clearing is not None else []
-        return self.clearing
+        return self._manifest.next_to_go(self._manifest.find(job_model), bases, needed)
 
-    def go_too(self, model_id: str) -> list[str]:
-        """The models that go with this one."""
-        self._evicting, self._short = self._manifest.patched(model_id), None
-        return self._evicting
-
-    def keep_all(self) -> None:
-        """The next work item is neither a load nor the end of a model."""
-        self._evicting, self._short = [], None
-
-    def note_evicted(self) -> None:
-        """The ranks have done the work item, and hold no more what was to make room for it."""
-        for model in [self._manifest.find(each) for each in self._evicting]:
+    def note_evicted(self, evicts: Iterable[str]) -> None:
+        """The ranks have done a work item, and no longer hold the models that it evicts."""
+        for model in [self._manifest.find(each) for each in evicts]:
             log.info("unloaded %s to make room", model.id)
             self._let_go(model)
             self._manifest.evict(model.id)
             self._on_evicted(model)
-        self._evicting = []
 
-    def note_unloaded(self, model_id: str) -> None:
-        """The ranks hold a model no more, and nothing that was made of it."""
-        for gone in (*self._evicting, model_id):
+    def note_unloaded(self, model_ids: Iterable[str]) -> None:
+        """The ranks no longer hold these models, and clients have to load them again."""
+        for gone in model_ids:
             log.info("unloaded %s", gone)
             self.forget(gone)
-        self._evicting = []
 
-    def note_loaded(self, model: Model, told: dict[str, Any], elapsed_s: float, now: float) -> None:
-        """The ranks hold a model, and its base, and tell about both."""
-        facts = [(model, told["model"])]
+    def note_loaded(self, model: Model, loaded: Loaded, elapsed_s: float, now: float) -> None:
+        """The ranks hold a model and its base, and report on both."""
+        facts = [(model, loaded.model)]
         if model.base is not None:
-            facts.insert(0, (model.base, told["base"]))
+            facts.insert(0, (model.base, loaded.base))
         for each, known in facts:
             if each.id not in self._manifest:
                 self._store.hold(each.digests)
@@ -170,23 +139,14 @@ class Residency:
                 for note in resident.notes:
                     log.warning("%s: a patch was left out: %s", resident.name, note)
 
-    def note_short(self, job_id: str, model: Model, needed: Sequence[str]) -> bool:
-        """A load found no memory; whether it is worth another try, in the place of one more model."""
-        other = self._manifest.next_to_go(model, needed=needed)
-        if other is None:
-            return False
-        self._short = job_id, other.id
-        return True
-
-    def note_restored(self, told: dict[str, Any], error: TacodError | None, elapsed_s: float, now: float) -> None:
+    def note_restored(self, model: Model, result: Loaded | TacodError, elapsed_s: float, now: float) -> None:
         """The ranks have loaded what no client asked for, or can't."""
-        model, self.restoring = self.restoring, None
-        assert model is not None
+        self.coming.remove(model)
         self._losses.pop(model.id, None)
-        if error is None:
-            self.note_loaded(model, told, elapsed_s, now)
+        if isinstance(result, Loaded):
+            self.note_loaded(model, result, elapsed_s, now)
         else:
-            self._give_up(model, error)
+            self._give_up(model, result)
 
     def _give_up(self, model: Model, error: TacodError) -> None:
         log.error("%s can't be loaded: %s", model.path, error.message)
@@ -205,21 +165,19 @@ class Residency:
         self._stays_until.pop(model.id, None)
         self._used.pop(model.id, None)
 
-    def lose_group(self, lost: GroupLost, retries: int) -> bool:
+    def lose_group(self, lost: GroupLost, retries: int, restoring: Model | None) -> bool:
         """The ranks are gone: new ones load all that these held.
 
-        What they were loading though no client asked is given up as a job is: at once for a lack of memory, the second
+        The model that they were ``restoring`` is given up as a job is: at once for a lack of memory, the second
         time by the same cause, or after ``retries`` more. Returns whether that is so.
         """
-        self.keep_all()
-        self.fetching = self.clearing = None
-        model = self.restoring
-        given_up = model is not None and self._is_last(model.id, lost, retries)
-        if model is not None and given_up:
-            self.restoring = None
-            self._give_up(model, lost.error or RankFailed(f"the ranks ended each time they loaded it; last: {lost}"))
-        coming, self.restoring = self.coming, None
-        self._waiting = [*self._manifest, *(each for each in coming if each.id not in self._manifest)]
+        given_up = restoring is not None and self._is_last(restoring.id, lost, retries)
+        if restoring is not None and given_up:
+            self.coming.remove(restoring)
+            self._give_up(
+                restoring, lost.error or RankFailed(f"the ranks ended each time they loaded it; last: {lost}")
+            )
+        self.coming = [*self._manifest, *(each for each in self.coming if each.id not in self._manifest)]
         return given_up
 
     def _is_last(self, model_id: str, lost: GroupLost, retries: int) -> bool:

@@ -11,8 +11,9 @@ import enum
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
+from tacod.execution.manifest import Model
+from tacod.group.work import Forward, Sample, Unload
 from tacod_client.errors import Cancelled, JobNotFound, OutOfMemory, QueueFull, RankFailed, TacodError, Unavailable
 
 __all__ = ["Job", "Outcome", "Scheduler", "Verb"]
@@ -44,8 +45,8 @@ class Job:
     request: int
     verb: Verb
     model: str
-    body: Any
-    """What the ranks get; for a load, the `Model`."""
+    body: Model | Unload | Forward | Sample
+    """What is to be loaded, or what the ranks get; of a sampling run, the inputs."""
     steps: int
     nbytes: int = 0
     """Of the tensors that came with it."""
@@ -54,6 +55,10 @@ class Job:
     restores: list[bytes] = field(default_factory=list)
     """Tensors of the store that its model is patched with, if that is to be loaded again for the job's turn."""
     submitted_s: float = 0.0
+    ready_s: float | None = None
+    """When its current or next step could have begun, once the first one is done; a retry waits since then too."""
+    evict_next: str = ""
+    """The model that makes room when the job's load, which found no memory, is tried again."""
     step: int = 0
     attempts: int = 1
     cause: str = ""
@@ -168,7 +173,7 @@ class Scheduler:
         """
         for queue in self._queues.values():
             for job in queue:
-                job.step = 0
+                job.step, job.evict_next = 0, ""
         if self.running is None:
             return []
         job = self._take_running()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 from tacod.config import Testing
+from tacod.group.work import Fault
 
 __all__ = ["Faults"]
 
@@ -17,11 +17,11 @@ class Faults:
         self._faults = testing.faults
         self._seen: Counter[str] = Counter()
 
-    def due(self, at: str) -> dict[str, Any] | None:
+    def due(self, at: str) -> Fault | None:
         """What goes wrong in the work that starts now, if anything does."""
         count = self._seen[at]
         self._seen[at] += 1
         for fault in self._faults:
             if fault.at == at and (count == fault.skip or (fault.always and count > fault.skip)):
-                return fault.model_dump(include={"kind", "when", "rank"})
+                return Fault(fault.kind, fault.when, fault.rank)
         return None

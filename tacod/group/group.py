@@ -1,4 +1,4 @@
-"""The rank group: what all ranks are told, and the one answer that they give.
+"""The rank group: one command to all ranks, and the one answer on which they agree.
 
 The group is the unit of recovery. A rank that dies, hangs or disagrees takes the others with it: SIGKILL all, reap,
 spawn anew.
@@ -13,13 +13,26 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tacod import config
 from tacod.group.faults import Faults
 from tacod.group.processes import GroupLost, Processes, Rank
+from tacod.group.work import (
+    Begun,
+    Broken,
+    Command,
+    Done,
+    Envelope,
+    Failed,
+    Final,
+    Progress,
+    Raised,
+    Ready,
+    read_report,
+)
 from tacod_client.errors import EngineError, ProtocolError, TacodError
-from tacod_client.wire import Message, Tensor
+from tacod_client.wire import Tensor
 
 __all__ = ["Answer", "RankGroup", "State"]
 
@@ -28,8 +41,8 @@ AGREE_S = 5.0
 CACHE_TENSORS = 8192
 """Client tensors that each rank keeps, however small."""
 
-
 _NUMBERS = re.compile(r"0x[0-9a-f]+|\d+")
+FinalType = TypeVar("FinalType", bound=Final)
 
 
 class State(enum.Enum):
@@ -41,17 +54,40 @@ class State(enum.Enum):
     BUSY = "busy"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Answer:
-    """What all ranks made of one work item: rank 0's body, or the error that they agree on."""
+    """The answer of all ranks to one command: what rank 0 reports, or the error on which they agree."""
 
-    body: dict[str, Any] = field(default_factory=dict)
+    elapsed_s: float
+    done: Done | None = None
     error: TacodError | None = None
-    elapsed_s: float = 0.0
+
+
+@dataclass
+class _Current:
+    """The command that the ranks work on, and what they have reported of it."""
+
+    id: int
+    command: Command
+    started_s: float
+    answers: dict[int, Final] = field(default_factory=dict)
+    """By rank."""
+    begun: int = 0
+    """Forwards after the first that all ranks have begun; each has its own time."""
+
+    def first(self, kind: type[FinalType]) -> tuple[int, FinalType] | None:
+        """The first rank that has answered so, and its answer."""
+        return next(((rank, each) for rank, each in sorted(self.answers.items()) if isinstance(each, kind)), None)
+
+    @property
+    def error(self) -> TacodError | None:
+        """The error that a rank has answered with, if one has."""
+        failed = self.first(Failed)
+        return failed[1].error if failed is not None else None
 
 
 class RankGroup:
-    """Starts the ranks, hands each work item to all of them, collects one answer.
+    """Starts the ranks, gives each command to all of them, collects one answer.
 
     The owner polls `sources`, calls `receive` and `check`, and acts on `GroupLost`.
     """
@@ -64,12 +100,9 @@ class RankGroup:
         """What goes wrong on purpose."""
         self.deadline: float | None = None
         """When the ranks count as stuck, on the monotonic clock."""
-        self._work = 0
-        self._verb = ""
-        self._started_s = 0.0
-        self._answers: dict[int, Message] = {}
-        self._begun = 0
-        """Forwards after the first that all ranks have begun; each has its own time."""
+        self._commands = 0
+        """How many were given since the start; a command's number is its envelope's id."""
+        self._current: _Current | None = None
         self._resident: OrderedDict[bytes, int] = OrderedDict()
         self._forgotten: list[str] = []
         self._processes = Processes(devices, folder)
@@ -86,9 +119,9 @@ class RankGroup:
 
     @property
     def sources(self) -> list[int]:
-        """File descriptors that become readable when a rank says something, or ends."""
-        said = [rank.channel.fileno() for rank in self.ranks if not rank.mute]
-        return said + [rank.pidfd for rank in self.ranks]
+        """File descriptors that become readable when a rank reports or ends."""
+        channels = [rank.channel.fileno() for rank in self.ranks if not rank.mute]
+        return channels + [rank.pidfd for rank in self.ranks]
 
     def spawn(self) -> None:
         """Start a new epoch of ranks; they report when they are ready."""
@@ -104,6 +137,7 @@ class RankGroup:
         self._processes.kill()
         self.state = State.DOWN
         self.deadline = None
+        self._current = None
 
     def check(self, now: float) -> None:
         """Raise `GroupLost` if a rank ended or is over its deadline."""
@@ -114,49 +148,44 @@ class RankGroup:
             self._processes.log_stacks(missing)
             if self.state is State.STARTING:
                 raise GroupLost(f"{names} not ready after {self.settings.start_timeout_s:g} s (group.start_timeout_s)")
-            raised = self._first("raised")
-            if raised is not None:
-                raise self._raised(raised)
-            error = self._error()
-            said = f"; another rank said: {error.message}" if error is not None else ""
-            waited_s = now - self._started_s
-            raise GroupLost(f"{names} stuck: no answer to {self._verb} within {waited_s:.1f} s{said}", error)
+            current = self._current
+            assert current is not None
+            if (raised := current.first(Raised)) is not None:
+                raise self._raised(*raised)
+            info = f"; another rank said: {current.error.message}" if current.error is not None else ""
+            waited_s = now - current.started_s
+            reason = f"{names} stuck: no answer to {current.command.verb} within {waited_s:.1f} s{info}"
+            raise GroupLost(reason, current.error)
 
-    def _error(self) -> TacodError | None:
-        """The error that a rank has answered with, if one has."""
-        failed = self._first("failed")
-        return None if failed is None else TacodError.from_wire(self._answers[failed].body["error"])
-
-    def _first(self, kind: str) -> int | None:
-        """The first rank that has answered so."""
-        return min((index for index, answer in self._answers.items() if answer.type == kind), default=None)
-
-    def _raised(self, index: int) -> GroupLost:
+    def _raised(self, index: int, report: Raised | Broken) -> GroupLost:
         """The loss of the group by what a rank raised."""
-        told = self._answers[index].body
-        reason = f"rank {index} ({self._processes.devices[index]}) raised:\n{told['traceback']}"
-        return GroupLost(reason, cause=_NUMBERS.sub("#", told.get("what", "")))
+        reason = f"rank {index} ({self._processes.devices[index]}) raised:\n{report.traceback}"
+        return GroupLost(reason, cause=_NUMBERS.sub("#", report.what))
 
     def _has_answered(self, rank: Rank) -> bool:
-        return rank.ready if self.state is State.STARTING else rank.index in self._answers
+        if self.state is State.STARTING:
+            return rank.ready
+        return self._current is not None and rank.index in self._current.answers
 
-    def run(self, verb: str, body: dict[str, Any], tensors: Iterable[Tensor], timeout_s: float) -> None:
-        """Hand one work item to every rank. ``tensors`` are the stored ones that ``body`` may name by digest.
+    def run(self, command: Command, tensors: Iterable[Tensor], timeout_s: float) -> None:
+        """Give one command to every rank. ``tensors`` are the stored ones that it may name by digest.
 
         Raises `GroupLost` if a rank is gone.
         """
         assert self.state is State.IDLE
-        self._started_s = time.monotonic()
-        self._work += 1
-        self._verb = verb
-        self._answers.clear()
-        self._begun = 0
-        body = {**body, "store": self._admit(tensors), "evict": self._evict(), "forget": self._forgotten}
+        self._commands += 1
+        self._current = _Current(self._commands, command, time.monotonic())
+        envelope = Envelope(
+            self._commands,
+            command,
+            store=self._admit(tensors),
+            forget=self._forgotten,
+            evict=self._evict(),
+            fault=self.faults.due(command.verb) if self.faults is not None else None,
+        )
         self._forgotten = []
-        if self.faults is not None and (fault := self.faults.due(verb)) is not None:
-            body["fault"] = fault
         assert self._processes.arena is not None
-        packet = self._processes.arena.pack(Message(verb, body, self._work))
+        packet = self._processes.arena.pack(envelope.message())
         for rank in self.ranks:
             rank.progress, rank.begun = None, 0
             rank.send(packet)
@@ -164,7 +193,7 @@ class RankGroup:
         self.deadline = time.monotonic() + timeout_s
 
     def forget(self, job: str) -> None:
-        """Have the ranks drop what they hold of a sampling run, with the next work item."""
+        """Have the ranks drop what they hold of a sampling run, with the next command."""
         self._forgotten.append(job)
 
     def _admit(self, tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -179,7 +208,7 @@ class RankGroup:
         return fresh
 
     def _evict(self) -> list[bytes]:
-        """Digests that the ranks are to drop after this work item, least recently used first."""
+        """Digests that the ranks are to drop after this command, least recently used first."""
         evicted = []
         while sum(self._resident.values()) > self.settings.cache_bytes or len(self._resident) > CACHE_TENSORS:
             evicted.append(self._resident.popitem(last=False)[0])
@@ -192,106 +221,105 @@ class RankGroup:
         """
         for rank in self.ranks:
             while (packet := rank.receive()) is not None:
-                answer = self._hear(rank, packet)
+                answer = self._on_message(rank, packet)
                 if answer is not None:
                     return answer
         return None
 
-    def _hear(self, rank: Rank, packet: bytes) -> Answer | None:
+    def _on_message(self, rank: Rank, packet: bytes) -> Answer | None:
         assert self._processes.arena is not None
+        current = self._current
         try:
             message = self._processes.arena.unpack(packet, copy=True)
+            report = read_report(message, current.command if current is not None else None)
         except ProtocolError as error:
             raise GroupLost(f"rank {rank.index} sent what can't be read ({error.message})") from None
-        if message.type == "ready" and self.state is State.STARTING:
-            self._greet(rank, message)
+        if isinstance(report, Ready):
+            if self.state is State.STARTING:
+                self._on_ready(rank, report)
+                return None
+        elif current is not None and message.id == current.id and rank.index not in current.answers:
+            if isinstance(report, Progress):
+                self._on_progress(rank, report)
+            elif isinstance(report, Begun):
+                rank.begun += 1
+                self._on_begun(current)
+            else:
+                return self._collect(current, rank, report)
             return None
-        asked = self.state is State.BUSY and message.id == self._work and rank.index not in self._answers
-        if asked and message.type == "progress":
-            before, rank.progress = self.progress, (message.body["done"], message.body["total"])
-            if self.progress != before:
-                self._extend(time.monotonic() + self.settings.load_timeout_s)
-            return None
-        if asked and message.type == "begun":
-            rank.begun += 1
-            self._note_begun()
-            return None
-        if asked and message.type in ("done", "failed", "raised", "broken"):
-            return self._collect(rank, message)
-        raise GroupLost(f"rank {rank.index} says what it wasn't asked ({message.type})")
+        raise GroupLost(f"rank {rank.index} sent what it wasn't asked for ({message.type})")
 
-    def _greet(self, rank: Rank, message: Message) -> None:
+    def _on_ready(self, rank: Rank, report: Ready) -> None:
         rank.ready = True
-        rank.memory_used_bytes = message.body["memory_used_bytes"]
+        rank.memory_used_bytes = report.memory_used_bytes
         if all(rank.ready for rank in self.ranks):
             self.state = State.IDLE
             self.deadline = None
 
     @property
-    def progress(self) -> tuple[int, int] | None:
-        """How far the slowest rank's load is; None if not all have said."""
+    def progress(self) -> Progress | None:
+        """How far the slowest rank's load is; None if not all have reported."""
         known = [rank.progress for rank in self.ranks if rank.progress is not None]
-        return min(known) if known and len(known) == len(self.ranks) else None
+        return min(known, key=lambda each: (each.done, each.total)) if known and len(known) == len(self.ranks) else None
 
-    def _note_begun(self) -> None:
+    def _on_progress(self, rank: Rank, report: Progress) -> None:
+        before, rank.progress = self.progress, report
+        if self.progress != before:
+            self._extend(time.monotonic() + self.settings.load_timeout_s)
+
+    def _on_begun(self, current: _Current) -> None:
         """Give a forward that the last rank has begun its own time.
 
         That counts from the end of the time before it: on a GPU forwards are launched while others still run.
         """
-        begun = min(rank.begun for rank in self.ranks if rank.index not in self._answers)
-        more, self._begun = max(begun - self._begun, 0), max(begun, self._begun)
+        begun = min(rank.begun for rank in self.ranks if rank.index not in current.answers)
+        more, current.begun = max(begun - current.begun, 0), max(begun, current.begun)
         if self.deadline is not None:
             self._extend(self.deadline + more * self.settings.step_timeout_s)
 
     def _extend(self, deadline: float) -> None:
         # Once a rank has failed, the others have their time to agree, and no more.
-        if self.deadline is not None and all(answer.type == "done" for answer in self._answers.values()):
+        answers = self._current.answers.values() if self._current is not None else ()
+        if self.deadline is not None and all(isinstance(answer, Done) for answer in answers):
             self.deadline = max(self.deadline, deadline)
 
-    def _collect(self, rank: Rank, message: Message) -> Answer | None:
-        self._answers[rank.index] = message
-        if message.type == "broken":
+    def _collect(self, current: _Current, rank: Rank, report: Final) -> Answer | None:
+        current.answers[rank.index] = report
+        if isinstance(report, Broken):
             # A rank raises too when another one dies under it, and that is then the reason.
-            self._processes.check(rank for rank in self.ranks if rank.index not in self._answers)
-            raise self._raised(rank.index)
-        rank.memory_used_bytes = message.body["memory_used_bytes"]
-        if len(self._answers) < len(self.ranks):
-            if message.type != "done" and self.deadline is not None:
+            self._processes.check(rank for rank in self.ranks if rank.index not in current.answers)
+            raise self._raised(rank.index, report)
+        rank.memory_used_bytes = report.memory_used_bytes
+        if len(current.answers) < len(self.ranks):
+            if not isinstance(report, Done) and self.deadline is not None:
                 self.deadline = min(self.deadline, time.monotonic() + AGREE_S)
             return None
         self.state = State.IDLE
         self.deadline = None
         if self._processes.arena is not None:
             self._processes.arena.shrink()
-        answer = self._agree(time.monotonic() - self._started_s)
-        # A result may be large, and the next work item far.
-        self._answers.clear()
-        return answer
+        self._current = None
+        return self._agree(current, time.monotonic() - current.started_s)
 
-    def _agree(self, elapsed_s: float) -> Answer:
-        first = self._answers[0]
-        raised = self._first("raised")
-        if raised is not None:
-            if len({_alike(answer) for answer in self._answers.values()}) > 1:
-                raise self._raised(raised)
+    def _agree(self, current: _Current, elapsed_s: float) -> Answer:
+        if (raised := current.first(Raised)) is not None:
+            if len(set(map(_alike, current.answers.values()))) > 1:
+                raise self._raised(*raised)
             error = EngineError(
-                f"{self._verb} failed on all ranks alike, which go on: {first.body['what']}; this is a fault of tacod "
-                "with such a request: please report it with the daemon's log"
+                f"{current.command.verb} failed on all ranks alike, which go on: {raised[1].what}; this is a fault of "
+                "tacod with such a request: please report it with the daemon's log"
             )
-            return Answer(error=error, elapsed_s=elapsed_s)
-        codes = {
-            (answer.type, answer.body["error"]["code"] if answer.type == "failed" else "")
-            for answer in self._answers.values()
-        }
-        if len(codes) > 1:
-            told = "; ".join(f"rank {index}: {answer.type}" for index, answer in sorted(self._answers.items()))
-            reason = f"the ranks disagree about one work item ({told})"
-            raise GroupLost(reason, self._error(), cause=reason)
-        if first.type == "failed":
-            return Answer(error=self._error(), elapsed_s=elapsed_s)
-        return Answer(body=first.body, elapsed_s=elapsed_s)
+            return Answer(elapsed_s, error=error)
+        if len(set(map(_alike, current.answers.values()))) > 1:
+            kinds = "; ".join(f"rank {index}: {answer.kind}" for index, answer in sorted(current.answers.items()))
+            reason = f"the ranks disagree about one work item ({kinds})"
+            raise GroupLost(reason, current.error, cause=reason)
+        first = current.answers[0]
+        return Answer(elapsed_s, first if isinstance(first, Done) else None, current.error)
 
 
-def _alike(answer: Message) -> tuple[Any, ...]:
-    """What ranks must say alike of an error that they raised, for none of them to wait for another."""
-    return (answer.type, *(answer.body.get(key) for key in ("what", "place", "exchanges")))
+def _alike(answer: Final) -> tuple[Any, ...]:
+    """What ranks must answer alike; of an error that they raised, so that none of them waits for another."""
+    if isinstance(answer, Raised):
+        return answer.kind, answer.what, answer.place, answer.exchanges
+    return answer.kind, type(answer.error) if isinstance(answer, Failed) else None

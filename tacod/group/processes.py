@@ -14,10 +14,10 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tacod import config
 from tacod.group.arena import PACKET_BYTES, Arena
+from tacod.group.work import Fault, Progress
 from tacod_client.errors import TacodError
 
 __all__ = ["ON_GPUS", "GroupLost", "Processes", "Rank", "devices"]
@@ -51,8 +51,8 @@ class Rank:
     mute: bool = False
     """Whether it has closed its end, which it does by ending."""
     memory_used_bytes: int = 0
-    progress: tuple[int, int] | None = None
-    """Bytes done and bytes in all, of the load that it works on."""
+    progress: Progress | None = None
+    """Of the load that it works on."""
     begun: int = 0
     """Forwards of its work item that it has begun after the first."""
 
@@ -128,7 +128,7 @@ class Processes:
         self._epoch = ""
         """In the names of their files: what one generation left is nothing to the next one."""
 
-    def spawn(self, settings: config.Group, fault: dict[str, Any] | None = None) -> None:
+    def spawn(self, settings: config.Group, fault: Fault | None = None) -> None:
         """Start a new epoch of ranks, with a ``fault`` on purpose; they report when they are ready."""
         assert not self.ranks
         self._epoch = secrets.token_hex(8)
@@ -146,7 +146,7 @@ class Processes:
                     *(() if settings.cuda_graphs else ("--no-cuda-graphs",)),
                     *(() if settings.peer_memory else ("--no-peer-memory",)),
                     *(() if settings.warm_up else ("--no-warm-up",)),
-                    *(("--fault", json.dumps(fault)) if fault is not None else ()),
+                    *(("--fault", json.dumps(fault.body())) if fault is not None else ()),
                 ],
                 env=_environment(settings.device, self.devices),
                 pass_fds=(other.fileno(), self.arena.fd),

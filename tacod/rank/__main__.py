@@ -1,4 +1,4 @@
-"""A rank: join the group, prove that it computes, then do what the supervisor says until its end."""
+"""Entry point of a rank: join the process group, run the self-test, then do the supervisor's commands."""
 
 from __future__ import annotations
 
@@ -16,29 +16,39 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from typing import Any
 
 import torch
 
 from tacod import logs
 from tacod.group.arena import PACKET_BYTES, Arena
+from tacod.group.work import (
+    Begun,
+    Broken,
+    Envelope,
+    Failed,
+    Fault,
+    Final,
+    Progress,
+    Ready,
+    read_envelope,
+    report_message,
+)
 from tacod.heap import keep_freed_memory
 from tacod.rank.comm import process_groups
 from tacod.rank.comm.select import reach
 from tacod.rank.cores import usable_cores
 from tacod.rank.engine import Engine
 from tacod.rank.failure import failure
-from tacod.rank.fault import strike
+from tacod.rank.fault import inject
 from tacod.rank.parallel.topology import Topology
 from tacod.rank.selftest import selftest
 from tacod_client.errors import TacodError
-from tacod_client.wire import Message
 
 log = logging.getLogger("tacod.rank")
 
 PR_SET_PDEATHSIG = 1
-AWAKE_S = 0.02
-"""How long a GPU's rank stays awake for the next work item."""
+BUSY_POLL_S = 0.02
+"""How long a GPU's rank polls for the next command without sleeping."""
 
 
 def main() -> None:
@@ -52,7 +62,7 @@ def main() -> None:
     keep_freed_memory()
     logs.configure(os.environ.get("TACOD_LOG_LEVEL", "info"), prefix=f"rank {args.rank}: ")
     if args.fault is not None:
-        strike(args.fault, "before", args.rank)
+        inject(args.fault, "before", args.rank)
     device = torch.device("cuda", args.rank) if args.device == "cuda" else torch.device("cpu")
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(usable_cores() / args.world_size)))
@@ -75,14 +85,14 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--world-size", type=int, required=True)
     parser.add_argument("--device", choices=["cuda", "cpu"], required=True)
-    parser.add_argument("--channel", type=int, required=True, help="file descriptor by which the supervisor is heard")
+    parser.add_argument("--channel", type=int, required=True, help="file descriptor of the socket to the supervisor")
     parser.add_argument("--rendezvous", required=True)
-    parser.add_argument("--arena", type=int, required=True, help="file descriptor of the memory in common")
+    parser.add_argument("--arena", type=int, required=True, help="file descriptor of the shared memory")
     parser.add_argument("--stacks", type=argparse.FileType("w"), required=True, help="where SIGUSR1 writes them")
     parser.add_argument("--no-cuda-graphs", action="store_true")
     parser.add_argument("--no-peer-memory", action="store_true")
     parser.add_argument("--no-warm-up", action="store_true")
-    parser.add_argument("--fault", type=json.loads, help="what goes wrong on purpose, as JSON")
+    parser.add_argument("--fault", type=lambda text: Fault(**json.loads(text)), help="a fault on purpose, as JSON")
     return parser.parse_args()
 
 
@@ -104,30 +114,30 @@ def _die_with_the_supervisor(channel: socket.socket) -> None:
 
 
 def serve(engine: Engine, channel: socket.socket, arena: Arena) -> None:
-    """Answer work items as long as the supervisor lives. Between two the rank waits here, never in a collective."""
-    channel.send(arena.pack(Message("ready", {"memory_used_bytes": engine.memory_used_bytes})))
+    """Do commands as long as the supervisor lives. Between two the rank waits here, never in a collective."""
+    channel.send(arena.pack(report_message(Ready(engine.memory_used_bytes))))
     # Where every rank may keep a core to itself, and as many are left.
-    wakeful = engine.device.type == "cuda" and usable_cores() > 2 * engine.topology.world_size
+    busy_polls = engine.device.type == "cuda" and usable_cores() > 2 * engine.topology.world_size
     while True:
-        packet = (wakeful and _look_out(channel)) or channel.recv(PACKET_BYTES)
+        packet = (busy_polls and _busy_poll(channel)) or channel.recv(PACKET_BYTES)
         if not packet:
             return
         # What the supervisor sends is readable; if it isn't, this rank ends, and a new one starts with a clean slate.
-        message = arena.unpack(packet)
-        reporter = Reporter(channel, arena, message.id)
-        engine.report, engine.forwards.begins = reporter, reporter.begin_forward
-        kind, body = _answer(engine, message)
-        channel.send(arena.pack(Message(kind, body, message.id), start=arena.end))
-        if kind == "broken":
+        envelope = read_envelope(arena.unpack(packet))
+        reporter = Reporter(channel, arena, envelope.id)
+        engine.report, engine.forwards.begins = reporter.report_bytes, reporter.begin_forward
+        report = _do(engine, envelope)
+        reporter.send(report)
+        if isinstance(report, Broken):
             sys.exit(1)
 
 
-def _look_out(channel: socket.socket) -> bytes:
-    """Look for a packet without sleeping, for a while: a core that has slept takes a millisecond to be itself again.
+def _busy_poll(channel: socket.socket) -> bytes:
+    """Poll for a packet without sleeping, for `BUSY_POLL_S`: a core that slept takes a millisecond to reach its speed.
 
-    A sampler's next step is mostly there within it.
+    A sampler's next step mostly comes within that time.
     """
-    until = time.monotonic() + AWAKE_S
+    until = time.monotonic() + BUSY_POLL_S
     while time.monotonic() < until:
         with suppress(BlockingIOError):
             return channel.recv(PACKET_BYTES, socket.MSG_DONTWAIT)
@@ -135,48 +145,48 @@ def _look_out(channel: socket.socket) -> bytes:
 
 
 class Reporter:
-    """Tells the supervisor how far a load is, ten times a second at most, and of each forward that begins."""
+    """Sends reports about one command: its progress, ten times a second at most, each forward that begins, its end."""
 
     EVERY_S = 0.1
 
-    def __init__(self, channel: socket.socket, arena: Arena, work: int) -> None:
+    def __init__(self, channel: socket.socket, arena: Arena, envelope: int) -> None:
         self._channel = channel
         self._arena = arena
-        self._work = work
+        self._envelope = envelope
         self._next_s = 0.0
         self._begun = False
 
-    def __call__(self, done: int, total: int) -> None:
+    def report_bytes(self, done: int, total: int) -> None:
         """So many bytes of so many are loaded."""
         now = time.monotonic()
         if now >= self._next_s or done == total:
             self._next_s = now + self.EVERY_S
-            self._tell("progress", {"done": done, "total": total})
+            self.send(Progress(done, total))
 
     def begin_forward(self) -> None:
-        """A forward begins. That of the first is in the time of the work item, and isn't told."""
+        """A forward begins. The first one runs in the command's own time limit, and isn't reported."""
         if self._begun:
-            self._tell("begun", {})
+            self.send(Begun())
         self._begun = True
 
-    def _tell(self, kind: str, body: dict[str, int]) -> None:
-        self._channel.send(self._arena.pack(Message(kind, body, self._work), start=self._arena.end))
+    def send(self, report: Progress | Begun | Final) -> None:
+        """Send a report; its tensors lie behind the command's."""
+        self._channel.send(self._arena.pack(report_message(report, self._envelope), start=self._arena.end))
 
 
-def _answer(engine: Engine, message: Message) -> tuple[str, dict[str, Any]]:
-    fault = message.body.pop("fault", None)
-    rank, begun = engine.topology.rank, engine.topology.clock.begun
+def _do(engine: Engine, envelope: Envelope) -> Final:
+    fault, rank, begun = envelope.fault, engine.topology.rank, engine.topology.clock.begun
     try:
         if fault is not None:
-            strike(fault, "before", rank, engine)
-        body = engine.work(message.type, message.body)
+            inject(fault, "before", rank, engine)
+        done = engine.work(envelope)
         if fault is not None:
-            strike(fault, "after", rank, engine)
-        return "done", body
+            inject(fault, "after", rank, engine)
+        return done
     except TacodError as error:
-        return "failed", {"error": error.to_wire(), "memory_used_bytes": engine.memory_used_bytes}
+        return Failed(engine.memory_used_bytes, error)
     except Exception as error:
-        log.exception("%s failed", message.type)
+        log.exception("%s failed", envelope.command.verb)
         return failure(engine, error, begun)
 
 

@@ -16,6 +16,22 @@ import torch
 from torch import Tensor
 
 from tacod.checkpoint import read_checkpoint
+from tacod.group.work import (
+    Command,
+    Done,
+    Envelope,
+    Evict,
+    Facts,
+    Forward,
+    Load,
+    Loaded,
+    Result,
+    Sample,
+    SampleStep,
+    Stepped,
+    Unload,
+    with_tensors,
+)
 from tacod.plan import parse_request
 from tacod.rank.arguments import Kept, check_arguments, check_tokens, digest, load_arguments
 from tacod.rank.families.base import DiT, Output
@@ -62,7 +78,7 @@ class Resident:
     layout: Mapping[str, Place]
     shapes: Mapping[str, Sequence[int]]
     """Of the weights, by their names in the single file."""
-    description: dict[str, Any]
+    facts: Facts
 
 
 class Engine:
@@ -94,57 +110,53 @@ class Engine:
     def _process(self) -> psutil.Process:
         return psutil.Process()
 
-    def work(self, verb: str, body: dict[str, Any]) -> dict[str, Any]:
-        """Do one work item and return its answer.
+    def work(self, envelope: Envelope) -> Done:
+        """Do one command and report it.
 
-        Raises a `TacodError` that every rank raises alike, or whatever else, which means that this rank is broken.
+        Raises a `TacodError` that every rank raises alike, or any other error, which means that this rank is broken.
         """
-        for tensor in body.pop("store"):
+        for tensor in envelope.store:
             assert tensor.digest is not None
-            # What comes with a work item is there as long as that.
+            assert tensor.frames is not None
+            # The arena's memory is good for this command alone.
             self._tensors[tensor.digest] = replace(tensor, frames=tuple(map(bytes, tensor.frames)))
-        for job in body.pop("forget"):
+        for job in envelope.forget:
             self._end(job)
-        evict = body.pop("evict")
         try:
             with self.memory_errors():
-                answer = self._timed(verb, self._resolve(body))
+                done = self._timed(with_tensors(envelope.command, self._kept))
         finally:
-            for digest in evict:
+            for digest in envelope.evict:
                 self._tensors.pop(digest, None)
                 for key in [key for key in self._on_device if key[0] == digest]:
                     del self._on_device[key]
-        if evict:
-            answer["memory_used_bytes"] = self.memory_used_bytes
-        return answer
-
-    def _resolve(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Put the kept tensors where a body names them by digest."""
-        resolved: dict[str, Any] = map_tensors(body, lambda each: each if each.frames is not None else self._kept(each))
-        return resolved
+        return replace(done, memory_used_bytes=self.memory_used_bytes) if envelope.evict else done
 
     def _kept(self, named: wire.Tensor) -> wire.Tensor:
+        """The kept tensor that is named by digest; one that has its bytes, itself."""
+        if named.frames is not None:
+            return named
         assert named.digest is not None
         return self._tensors[named.digest]
 
-    def _timed(self, verb: str, body: dict[str, Any]) -> dict[str, Any]:
+    def _timed(self, command: Command) -> Done:
         started = time.perf_counter()
-        verbs: dict[str, Callable[..., dict[str, Any]]] = {
-            "load": self.load,
-            "unload": self.unload,
-            "evict": self.evict,
-            "forward": self.forward,
-            "sample": self.sample,
+        methods: dict[type[Command], Callable[..., Result]] = {
+            Load: self.load,
+            Unload: self.unload,
+            Evict: self.evict,
+            Forward: self.forward,
+            SampleStep: self.sample,
         }
         with torch.inference_mode():
-            answer = verbs[verb](**body)
-            # What can be told while a GPU still computes is told before it is waited for.
-            answer["memory_used_bytes"] = self.memory_used_bytes
+            result = methods[type(command)](**vars(command))
+            # Done while a GPU still computes.
+            memory_used_bytes = self.memory_used_bytes
             if self.device.type == "cuda":
                 self.topology.clock.wait()
         collective = self.topology.clock.take_s()
         busy = time.perf_counter() - started
-        return {**answer, "compute_s": max(busy - collective, 0.0), "collective_s": min(collective, busy)}
+        return Done(memory_used_bytes, max(busy - collective, 0.0), min(collective, busy), result)
 
     @contextmanager
     def memory_errors(
@@ -173,7 +185,7 @@ class Engine:
         base: str | None,
         evict_models: list[str],
         files: Mapping[str, str] = MappingProxyType({}),
-    ) -> dict[str, Any]:
+    ) -> Loaded:
         """Make a model resident under the id ``model``; nothing to do if it is already.
 
         With ``patches`` it shares with the model ``base``, which is loaded too, all that they leave alone. ``files``
@@ -192,7 +204,7 @@ class Engine:
             self.topology.clock.wait()
         # All of it or nothing: what the daemon doesn't hear of it can't unload.
         self.models |= loaded
-        return {"model": self.models[model].description, "base": plain.description}
+        return Loaded(self.models[model].facts, plain.facts)
 
     def _load_file(self, path: str, identity: str, dtype: str | None) -> Resident:
         checkpoint = read_checkpoint(path)
@@ -214,18 +226,18 @@ class Engine:
             with self.memory_errors(hint):
                 loaded.pace = warm_up(loaded, self.forwards, self.device)
                 self.topology.clock.wait()
-        description = {
-            "family": loaded.family,
-            "parameters": checkpoint.parameters,
-            "weight_bytes": weight_bytes(loaded),
-            "dtype": chosen,
-            "heads": loaded.heads,
-            "width": loaded.width,
-            "sampling": loaded.sampling(),
-        }
+        facts = Facts(
+            family=loaded.family,
+            parameters=checkpoint.parameters,
+            weight_bytes=weight_bytes(loaded),
+            dtype=chosen,
+            heads=loaded.heads,
+            width=loaded.width,
+            sampling=loaded.sampling(),
+        )
         with torch.device("meta"):
             shapes = {name: tuple(weight.shape) for name, weight in family(config).state_dict().items()}
-        return Resident(loaded, family.diffusers_layout(config), shapes, description)
+        return Resident(loaded, family.diffusers_layout(config), shapes, facts)
 
     def _patch(self, base: Resident, patches: Any, files: Mapping[str, str]) -> Resident:
         """The base's weights with patches merged in; only those that are patched take memory of their own."""
@@ -247,23 +259,21 @@ class Engine:
         own = weight_bytes(model, patched) - weight_bytes(model)
         if len(notes) > NOTES:
             notes[NOTES:] = [f"and {len(notes) - NOTES} more"]
-        told = {"weight_bytes": own, "notes": [shortened(encodable(note), NOTE_CHARACTERS) for note in notes]}
-        return replace(base, model=patched, description={**base.description, **told})
+        short = [shortened(encodable(note), NOTE_CHARACTERS) for note in notes]
+        return replace(base, model=patched, facts=replace(base.facts, weight_bytes=own, notes=short))
 
-    def unload(self, model: str, evict_models: list[str]) -> dict[str, Any]:
+    def unload(self, model: str, evict_models: list[str]) -> None:
         """Give a model's memory back, and that of those that share it."""
         self._resident(model)
         for gone in (model, *evict_models):
             self._drop(gone)
         self._give_memory_back()
-        return {}
 
-    def evict(self, models: list[str]) -> dict[str, Any]:
+    def evict(self, models: list[str]) -> None:
         """Give models' memory back for others' use; their runs keep what they have reached."""
         for gone in models:
             self._evict(gone)
         self._give_memory_back()
-        return {}
 
     def _drop(self, model: str) -> None:
         """Forget a model and its runs; their next step is not asked for."""
@@ -289,7 +299,7 @@ class Engine:
             raise ModelNotFound(f"no model {model!r} is loaded; `tacoctl models` lists them", model=model)
         return self.models[model]
 
-    def forward(self, model: str, plan: Any, arguments: dict[str, Any], session: bytes) -> dict[str, Any]:
+    def forward(self, model: str, plan: Any, arguments: dict[str, Any], session: bytes) -> Stepped:
         """One forward with the meaning of ComfyUI's ``diffusion_model(x, timestep, …)``.
 
         To the step cache, forwards of one ``session`` are steps of one run if only ``x`` and ``timestep`` differ, and a
@@ -310,13 +320,13 @@ class Engine:
             run_key = session, digest(conditioning)
         before = self.forwards.skipped
         out = self.forwards(Call(dit, chosen, inputs, run_key))
-        return {
-            "out": self._result(out),
-            "plan": str(chosen),
-            "ranks": chosen.layout.ranks,
-            "forwards": 1,
-            "skipped": self.forwards.skipped - before,
-        }
+        return Stepped(
+            out=self._result(out),
+            plan=str(chosen),
+            ranks=chosen.layout.ranks,
+            forwards=1,
+            skipped=self.forwards.skipped - before,
+        )
 
     def _result(self, out: Output) -> wire.Tensor | list[wire.Tensor] | None:
         """What goes back to the client, once the GPU is done; rank 0's answer carries it."""
@@ -332,10 +342,10 @@ class Engine:
             out = torch.empty(out.shape, dtype=out.dtype, pin_memory=True).copy_(out, non_blocking=True)
         return to_wire(out, "out")
 
-    def sample(self, job: str, step: int, **inputs: Any) -> dict[str, Any]:
-        """One step of the run ``job``; step 0 begins it, the last one carries the latent."""
-        if step == 0:
-            self.runs[job] = self._begin(job, **inputs)
+    def sample(self, job: str, step: int, inputs: Sample | None = None) -> Stepped:
+        """One step of the run ``job``; step 0 begins it with its ``inputs``, the last one carries the latent."""
+        if inputs is not None:
+            self.runs[job] = self._begin(job, **vars(inputs))
         walk = self.runs[job]
         if walk.denoise.model is None:
             walk.denoise.model = self._resident(walk.model).model
@@ -343,17 +353,17 @@ class Engine:
             walk.cached = {}
         before, skipped = walk.denoise.forwards, self.forwards.skipped
         x = next(walk.steps)
-        answer: dict[str, Any] = {
-            "sigma": walk.sigmas[step + 1],
-            "plan": str(walk.denoise.plan),
-            "ranks": walk.denoise.plan.layout.ranks,
-            "forwards": walk.denoise.forwards - before,
-            "skipped": self.forwards.skipped - skipped,
-        }
+        done = Stepped(
+            sigma=walk.sigmas[step + 1],
+            plan=str(walk.denoise.plan),
+            ranks=walk.denoise.plan.layout.ranks,
+            forwards=walk.denoise.forwards - before,
+            skipped=self.forwards.skipped - skipped,
+        )
         if step + 2 == len(walk.sigmas):
-            answer["out"] = self._result(walk.finish(x))
+            done = replace(done, out=self._result(walk.finish(x)))
             self._end(job)
-        return answer
+        return done
 
     def _end(self, job: str) -> None:
         self.runs.pop(job, None)

@@ -1,39 +1,39 @@
-"""What a rank says of an error that it didn't expect, and whether it can go on if all ranks had the same one."""
+"""Reports of errors that a rank didn't expect, and whether it can go on if all ranks met the same one."""
 
 from __future__ import annotations
 
 import traceback
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from tacod.group.work import Broken, Raised
 from tacod.rank.comm import group, peers, staging
 from tacod.rank.engine import Engine
 from tacod_client.text import encodable, shortened
 
 __all__ = ["failure"]
 
-TOLD_CHARACTERS = 6000
-"""What is told of a traceback: the end of it, which fits a packet."""
+TRACEBACK_CHARACTERS = 6000
+"""How much of a traceback is reported: its end, which fits a packet."""
 _EXCHANGES = {module.__file__ for module in (group, peers, staging)}
 
 
-def failure(engine: Engine, error: Exception, begun: int) -> tuple[str, dict[str, Any]]:
-    """How a work item ended that raised, and what is told of it; ``begun`` is the clock's count when it came.
+def failure(engine: Engine, error: Exception, begun: int) -> Raised | Broken:
+    """The report of a command that raised ``error``; ``begun`` is the clock's count when the command came.
 
-    ``raised`` means that this rank can go on, if all others have raised the same at the same place, after as many
-    exchanges: then none waits for another. ``broken`` means that it ends.
+    `Raised` means that this rank can go on, if all others have raised the same at the same place, after as many
+    exchanges: then none waits for another. `Broken` means that it ends.
     """
-    text = encodable("".join(traceback.format_exception(error, limit=-8)))[-TOLD_CHARACTERS:]
+    text = encodable("".join(traceback.format_exception(error, limit=-8)))[-TRACEBACK_CHARACTERS:]
     exchanges = engine.topology.clock.begun - begun
-    told = {"traceback": text, "what": shortened(encodable(f"{type(error).__name__}: {error}"), TOLD_CHARACTERS // 3)}
+    what = shortened(encodable(f"{type(error).__name__}: {error}"), TRACEBACK_CHARACTERS // 3)
     if not _can_go_on(engine, error, exchanges):
-        return "broken", told
+        return Broken(text, what)
     frames = traceback.extract_tb(error.__traceback__)
-    place = " ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)[-TOLD_CHARACTERS // 3 :]
-    return "raised", {**told, "place": place, "exchanges": exchanges, "memory_used_bytes": engine.memory_used_bytes}
+    place = " ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)[-TRACEBACK_CHARACTERS // 3 :]
+    return Raised(engine.memory_used_bytes, text, what, place, exchanges)
 
 
 def _can_go_on(engine: Engine, error: Exception, exchanges: int) -> bool:

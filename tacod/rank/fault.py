@@ -5,25 +5,25 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from typing import Any
 
 import torch
 
+from tacod.group.work import Fault
 from tacod.rank.engine import Engine
 
-__all__ = ["strike"]
+__all__ = ["inject"]
 
 EXIT_CODE = 3
 
 
-def strike(fault: dict[str, Any], when: str, rank: int, engine: Engine | None = None) -> None:
-    """Go wrong, if this fault is for this rank and moment. At the start there is no engine yet."""
-    if fault["when"] != when or fault["rank"] not in (None, rank):
+def inject(fault: Fault, when: str, rank: int, engine: Engine | None = None) -> None:
+    """Inject the fault, if it is for this rank and moment. At the start there is no engine yet."""
+    if fault.when != when or fault.rank not in (None, rank):
         return
-    kind = fault["kind"]
+    kind = fault.kind
     if kind == "raise":
         # That of all ranks is the same on each of them.
-        raise RuntimeError("a fault on purpose" + (f" in rank {rank}" if fault["rank"] is not None else ""))
+        raise RuntimeError("a fault on purpose" + (f" in rank {rank}" if fault.rank is not None else ""))
     if kind == "out_of_memory":
         assert engine is not None
         # More than any machine has, so that what is raised is what a device raises.

@@ -110,7 +110,7 @@ class Access:
         pairs = {"curve.secret_key": (old.secret, new.secret), "curve.clients": (old.clients, new.clients)}
         return [name for name, (was, comes) in pairs.items() if was != comes]
 
-    def attend(self) -> None:
+    def poll(self) -> None:
         """Answer what ZeroMQ asks."""
         while (frames := receive(self.socket)) is not None:
             _, request, domain, address, _, mechanism, *credentials = (frame.bytes for frame in frames)

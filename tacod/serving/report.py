@@ -1,40 +1,38 @@
-"""What the daemon tells about itself: the answers to ``status`` and ``stats``, and the source of what is exported."""
+"""The daemon's report on itself: the replies to ``status`` and ``stats``, and the source of what is exported."""
 
 from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tacod import __version__
-
-if TYPE_CHECKING:
-    from tacod.group.processes import Rank
-    from tacod.observe.monitor import Monitor
-    from tacod.serving.server import Server
+from tacod.group.processes import Rank
+from tacod.observe.monitor import Monitor
+from tacod.serving.state import State
 
 __all__ = ["stats", "status", "totals"]
 
 
-def status(server: Server) -> dict[str, Any]:
+def status(state: State) -> dict[str, Any]:
     """What is, now."""
-    executor = server.executor
+    executor = state.executor
     return {
         "state": executor.state,
         "version": __version__,
         "pid": os.getpid(),
-        "uptime_s": round(time.monotonic() - server.started_s, 3),
-        "boot_id": server.boot_id,
-        "endpoint": server.config.endpoint,
+        "uptime_s": round(time.monotonic() - state.started_s, 3),
+        "boot_id": state.boot_id,
+        "endpoint": state.config.endpoint,
         "group": {
-            "device": server.config.group.device,
+            "device": state.config.group.device,
             "world_size": executor.group.world_size,
             "restarts": executor.group.restarts,
-            "ranks": [_rank(rank, server.monitor) for rank in executor.group.ranks],
+            "ranks": [_rank(rank, state.monitor) for rank in executor.group.ranks],
         },
         "models": [model.to_wire() for model in executor.manifest],
         "queue": {"running": int(executor.scheduler.running is not None), "queued": len(executor.scheduler)},
-        "clients": len(server.sessions),
+        "clients": len(state.sessions),
     }
 
 
@@ -52,17 +50,17 @@ def _rank(rank: Rank, monitor: Monitor) -> dict[str, Any]:
     }
 
 
-def totals(server: Server) -> dict[str, Any]:
+def totals(state: State) -> dict[str, Any]:
     """What was counted since the start; costs the daemon's loop next to nothing."""
-    executor, store = server.executor, server.executor.store
+    executor, store = state.executor, state.executor.store
     return {
         **executor.metrics.totals(),
-        "tx_bytes": server.sessions.tx_bytes,
+        "tx_bytes": state.sessions.tx_bytes,
         "store": {"bytes": store.nbytes, "hits": store.hits, "misses": store.misses},
         "group_restarts": executor.group.restarts,
     }
 
 
-def stats(server: Server) -> dict[str, Any]:
+def stats(state: State) -> dict[str, Any]:
     """What was, since the start, with the times of the last steps."""
-    return {**server.executor.metrics.to_wire(), **totals(server)}
+    return {**state.executor.metrics.to_wire(), **totals(state)}

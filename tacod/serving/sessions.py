@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -10,11 +11,14 @@ from dataclasses import dataclass, field
 import zmq
 
 from tacod.serving.access import User
+from tacod_client import wire
 from tacod_client.errors import QueueFull
 from tacod_client.frames import send
-from tacod_client.wire import Buffer
+from tacod_client.wire import Buffer, Message
 
 __all__ = ["Session", "Sessions"]
+
+log = logging.getLogger(__name__)
 
 UNSENT_MESSAGES = 1024
 """A client that leaves more messages than this unread counts as gone."""
@@ -141,6 +145,20 @@ class Sessions:
             slow.append(most)
             del unsent[most.token]
         return slow
+
+    def reply(self, peer: bytes, token: bytes, message: Message) -> None:
+        """Answer a connection, in its session's order if the ``token`` is that of its session.
+
+        Without a session, one that is gone or doesn't read gets nothing.
+        """
+        session = self.find(token, peer)
+        if session is not None:
+            session.post(wire.encode(message))
+            return
+        try:
+            self.send(peer, wire.encode(message))
+        except zmq.ZMQError:
+            log.debug("an answer to a client that is gone or doesn't read was dropped")
 
     def send(self, peer: bytes, frames: Sequence[Buffer]) -> None:
         """Send to one connection without waiting; raises `zmq.Again` or EHOSTUNREACH."""

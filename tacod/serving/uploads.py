@@ -76,8 +76,8 @@ class Uploads:
         self._held: dict[tuple[str, bytes], float] = {}
         """Until when a file stays for a client."""
 
-    def go_by(self, folder: str | None, limit: int) -> None:
-        """Go by another configuration; uploads that are under way go on, if the folder is the same."""
+    def apply_config(self, folder: str | None, limit: int) -> None:
+        """Apply another configuration; uploads that are under way go on, if the folder is the same."""
         self.limit = limit
         if folder != (str(self.folder.path) if self.folder is not None else None):
             self.folder = UploadFolder(folder) if folder is not None else None

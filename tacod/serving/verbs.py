@@ -1,59 +1,99 @@
-"""What clients may ask, one method a verb: checked requests in, answers or jobs out."""
+"""Clients' requests, one method a verb: each is checked, and answered or queued as a job."""
 
 from __future__ import annotations
 
 import logging
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tacod import __version__
 from tacod.config import ConfigError
 from tacod.execution.manifest import Model
 from tacod.execution.scheduler import Job, Verb
-from tacod.execution.store import COUNT, digests_of, tensors_of
+from tacod.execution.store import COUNT, digests_of, tensors_of, without_claims
+from tacod.group.work import Forward, Sample, Unload
+from tacod.lifecycle import Lifecycle
 from tacod.serving import messages, report
 from tacod.serving.access import User
+from tacod.serving.server import Admit
 from tacod.serving.sessions import Session
+from tacod.serving.state import State
 from tacod_client import wire
-from tacod_client.errors import ArgumentError, ConfigInvalid, JobNotFound, NotAllowed, QueueFull
+from tacod_client.errors import (
+    ArgumentError,
+    ConfigInvalid,
+    JobNotFound,
+    MessageTooLarge,
+    NotAllowed,
+    ProtocolError,
+    QueueFull,
+)
 from tacod_client.wire import MAX_STEPS, Message, map_tensors
-
-if TYPE_CHECKING:
-    from tacod.serving.server import Server
 
 __all__ = ["Verbs"]
 
 log = logging.getLogger(__name__)
 
+OUTBOX_MESSAGES = 256
+"""What waits for a client that doesn't read; nothing more is done for it until it does."""
+
 
 class Verbs:
-    """The verbs of a server. One that returns None answers later, when its job ends."""
+    """The verbs of the daemon. One that returns None answers later, when its job ends."""
 
-    def __init__(self, server: Server) -> None:
-        self.server = server
+    def __init__(self, state: State, lifecycle: Lifecycle) -> None:
+        self.state = state
+        self.lifecycle = lifecycle
         self._jobs_made = 0
 
-    def answer(self, verb: str, session: Session, request: int, body: Any) -> dict[str, Any] | None:
-        """Do what a checked request asks; raises a `TacodError` if that can't be."""
-        answer: dict[str, Any] | None = getattr(self, verb)(session, request, body)
-        return answer
+    def answer(self, peer: bytes, message: Message, admit: Admit) -> None:
+        """Do what a message of the client at ``peer`` asks; raises a `TacodError` if that can't be."""
+        kind = messages.REQUESTS.get(message.type)
+        if kind is None:
+            known = ", ".join(messages.REQUESTS)
+            raise ProtocolError(f"type: unknown message {message.type!r:.40}; known are {known}")
+        self._check_size(message)
+        body = messages.parse(kind, without_claims(message.body))
+        if isinstance(body, messages.Hello):
+            self.hello(peer, message.id, body, *admit())
+            return
+        sessions = self.state.sessions
+        session = sessions.find(message.session, peer)
+        if session is None:
+            unknown = Message("unknown_session", {"boot_id": self.state.boot_id}, message.id)
+            sessions.reply(peer, message.session, unknown)
+            return
+        if len(session.outbox) >= OUTBOX_MESSAGES and message.type not in ("bye", "cancel"):
+            raise QueueFull(f"{len(session.outbox)} answers wait for this client to read them; read them first")
+        reply: dict[str, Any] | None = getattr(self, message.type)(session, message.id, body)
+        if reply is not None:
+            session.post(wire.encode(Message("done", reply, message.id)))
+
+    def _check_size(self, message: Message) -> None:
+        limit = self.state.config.limits.message_bytes
+        size = sum(tensor.nbytes for tensor in tensors_of(message.body) if tensor.frames is not None)
+        if size > limit:
+            raise MessageTooLarge(
+                f"a message of {size} bytes; limits.message_bytes is {limit}; send smaller batches or raise it",
+                limit=limit,
+            )
 
     def hello(self, peer: bytes, request: int, body: messages.Hello, user: User | None, socket: int) -> None:
         """Open a session, for a user who came by this socket; this is the one verb that comes without one."""
-        for old in self.server.sessions:
+        for old in self.state.sessions:
             if old.peer == peer:
-                self.server.end_session(old)
+                self.state.end_session(old)
         if user is None:
             raise NotAllowed("this client's key was taken off the allow-list; ask the operator for another")
         # It is shown in logs and terminals.
         name = "".join(each if each.isprintable() else "?" for each in body.client)
-        session = self.server.sessions.open(peer, name, body.pid, user, socket)
+        session = self.state.sessions.open(peer, name, body.pid, user, socket)
         log.info("client %s (pid %d, %s) is here", session.name, session.pid, user)
-        limits = self.server.config.limits
+        limits = self.state.config.limits
         welcome = {
             "session": session.token,
-            "boot_id": self.server.boot_id,
+            "boot_id": self.state.boot_id,
             "version": __version__,
             "limits": {"message_bytes": limits.message_bytes, "store_bytes": limits.store_bytes, "queue": limits.queue},
         }
@@ -61,22 +101,22 @@ class Verbs:
 
     def bye(self, session: Session, request: int, body: messages.Empty) -> None:
         """End the session, and what it has queued."""
-        self.server.end_session(session)
+        self.state.end_session(session)
 
     def ping(self, session: Session, request: int, body: messages.Empty) -> dict[str, Any]:
         """A sign of life."""
-        return {"boot_id": self.server.boot_id}
+        return {"boot_id": self.state.boot_id}
 
     def put(self, session: Session, request: int, body: messages.Put) -> dict[str, Any]:
         """Keep tensors by content."""
         for tensor in body.tensors:
             if tensor.frames is None:
                 raise ArgumentError("tensors: a tensor to keep must come with its bytes", argument="tensors")
-        return {"digests": self.server.executor.store.put_all(body.tensors, session.token, time.monotonic())}
+        return {"digests": self.state.executor.store.put_all(body.tensors, session.token, time.monotonic())}
 
     def begin_upload(self, session: Session, request: int, body: messages.BeginUpload) -> dict[str, Any]:
         """Announce a model file."""
-        uploads = self.server.uploads
+        uploads = self.state.uploads
         name, here = uploads.begin(body.nbytes, body.digests, session.token)
         return {
             "upload": name,
@@ -90,30 +130,30 @@ class Verbs:
         if body.data.frames is None:
             raise ArgumentError("data: a piece must come with its bytes", argument="data")
         piece = b"".join(body.data.frames)
-        return {"here": self.server.uploads.add(body.upload, body.offset, piece, session.token)}
+        return {"here": self.state.uploads.add(body.upload, body.offset, piece, session.token)}
 
     def load(self, session: Session, request: int, body: messages.Load) -> dict[str, Any] | None:
         """Have a model resident."""
-        manifest = self.server.executor.manifest
-        world_size = self.server.executor.group.world_size
+        manifest = self.state.executor.manifest
+        world_size = self.state.executor.group.world_size
         for path in (body.path, *(patch.get("path") for patch in body.patches or () if isinstance(patch, dict))):
             if isinstance(path, str):
-                self.server.uploads.check(path)
+                self.state.uploads.check(path)
         model = manifest.describe(body.path, body.dtype, body.patches, body.plan, world_size)
         told = None
         if model.id in manifest:
-            self.server.executor.residency.note_used(model.id, session.token, time.monotonic())
+            self.state.executor.residency.note_used(model.id, session.token, time.monotonic())
             told = {"model": manifest.find(model.id).planned(model.asked, world_size).to_wire()}
         else:
             stored = replace(model, patches=self._stored(session, model.patches))
-            self._submit(session, request, Verb.LOAD, model.id, stored)
+            self._submit(session, request, Verb.LOAD, model.id, stored, stored.patches)
         # Unless its patches' tensors are to come first.
-        self.server.uploads.note_load(self.server.executor.files.intersection(model.file_paths))
+        self.state.uploads.note_load(self.state.executor.files.intersection(model.file_paths))
         return told
 
     def _stored(self, session: Session, patches: Any) -> Any:
         """Patches whose tensors are all in the store, and named by digest: a model may be kept for long."""
-        store, now = self.server.executor.store, time.monotonic()
+        store, now = self.state.executor.store, time.monotonic()
         inline = [tensor for tensor in tensors_of(patches) if tensor.frames is not None]
         named = map_tensors(patches, lambda each: each.with_digest().without_bytes())
         if inline:
@@ -123,17 +163,18 @@ class Verbs:
 
     def unload(self, session: Session, request: int, body: messages.Unload) -> None:
         """Give a model's memory back."""
-        self.server.executor.check_model(body.model)
-        self._submit(session, request, Verb.UNLOAD, body.model, {"model": body.model})
+        self.state.executor.check_model(body.model)
+        self._submit(session, request, Verb.UNLOAD, body.model, Unload(body.model), dict(body))
 
     def forward(self, session: Session, request: int, body: messages.Forward) -> None:
         """One DiT forward."""
-        self.server.executor.check_model(body.model)
-        self._submit(session, request, Verb.FORWARD, body.model, dict(body))
+        self.state.executor.check_model(body.model)
+        forward = Forward(body.model, body.plan, body.arguments, session.token)
+        self._submit(session, request, Verb.FORWARD, body.model, forward, dict(body))
 
     def sample(self, session: Session, request: int, body: messages.Sample) -> None:
         """A whole sampling run."""
-        self.server.executor.check_model(body.model)
+        self.state.executor.check_model(body.model)
         if len(body.sigmas.shape) != 1 or body.sigmas.shape[0] < 2:
             raise ArgumentError(
                 f"sigmas: expected shape [steps + 1] with at least 1 step, got {list(body.sigmas.shape)}",
@@ -142,13 +183,21 @@ class Verbs:
         steps = body.sigmas.shape[0] - 1
         if steps > MAX_STEPS:
             raise ArgumentError(f"sigmas: {steps} steps; give {MAX_STEPS} at most", argument="sigmas")
-        self._submit(session, request, Verb.SAMPLE, body.model, dict(body), steps)
+        self._submit(session, request, Verb.SAMPLE, body.model, Sample(**dict(body)), dict(body), steps)
 
-    def _submit(self, session: Session, request: int, verb: Verb, model: str, body: Any, steps: int = 1) -> None:
-        """Queue a job, or tell the client which tensors the store lacks for it."""
-        store = self.server.executor.store
-        digests = body.digests if isinstance(body, Model) else digests_of(body)
-        named = body.patches if isinstance(body, Model) else body
+    def _submit(
+        self,
+        session: Session,
+        request: int,
+        verb: Verb,
+        model: str,
+        body: Model | Unload | Forward | Sample,
+        named: Any,
+        steps: int = 1,
+    ) -> None:
+        """Queue a job, or name to the client the tensors that the store lacks for it: those in ``named``."""
+        store = self.state.executor.store
+        digests = digests_of(named)
         store.check_fits(named)
         missing = store.missing(digests)
         if missing:
@@ -158,17 +207,17 @@ class Verbs:
         store.disclaim(session.token)
         store.check(named)
         self._check_share(session, digests)
-        limit = self.server.config.limits.queue_per_user
+        limit = self.state.config.limits.queue_per_user
         if self._jobs_of(session.user) >= limit:
             raise QueueFull(
                 f"{limit} jobs of {session.user} are queued, which is the limit (limits.queue_per_user); wait for one",
                 limit=limit,
             )
-        nbytes = sum(tensor.nbytes for tensor in tensors_of(body) if tensor.frames is not None)
+        nbytes = sum(tensor.nbytes for tensor in tensors_of(named) if tensor.frames is not None)
         self._check_room(nbytes)
         self._jobs_made += 1
         job = Job(
-            id=f"{self.server.boot_id[:4]}-{self._jobs_made}",
+            id=f"{self.state.boot_id[:4]}-{self._jobs_made}",
             session=session.token,
             request=request,
             verb=verb,
@@ -179,7 +228,7 @@ class Verbs:
             digests=digests,
             submitted_s=time.monotonic(),
         )
-        self.server.executor.submit(job)
+        self.state.executor.submit(job)
         if verb is Verb.SAMPLE:
             session.post(wire.encode(Message("accepted", {"job": job.id, "total": steps}, request)))
 
@@ -188,7 +237,7 @@ class Verbs:
 
         Raises `QueueFull`.
         """
-        executor = self.server.executor
+        executor = self.state.executor
         mine = {each for job in executor.scheduler.jobs if job.session == session.token for each in job.digests}
         if not mine or mine.issuperset(digests):
             return
@@ -203,8 +252,8 @@ class Verbs:
 
     def _check_room(self, nbytes: int) -> None:
         """Raise `QueueFull` if the jobs' own tensors, with so many bytes more, are over their share of the memory."""
-        limit = self.server.config.limits.share_bytes
-        queued = sum(job.nbytes for job in self.server.executor.scheduler.jobs)
+        limit = self.state.config.limits.share_bytes
+        queued = sum(job.nbytes for job in self.state.executor.scheduler.jobs)
         if queued and queued + nbytes > limit:
             raise QueueFull(
                 f"queued jobs hold {queued} bytes of tensors, and {nbytes} more are over their share of "
@@ -213,57 +262,55 @@ class Verbs:
             )
 
     def _jobs_of(self, user: User) -> int:
-        owners = (self.server.sessions.get(job.session) for job in self.server.executor.scheduler.jobs)
+        owners = (self.state.sessions.get(job.session) for job in self.state.executor.scheduler.jobs)
         return sum(owner is not None and owner.user == user for owner in owners)
 
     def cancel(self, session: Session, request: int, body: messages.Cancel) -> dict[str, Any]:
         """Cancel a job; another user's only for an admin."""
         job_id = body.job
-        for job in self.server.executor.scheduler.jobs:
-            owner = self.server.sessions.get(job.session)
+        for job in self.state.executor.scheduler.jobs:
+            owner = self.state.sessions.get(job.session)
             if job.id == job_id and owner is not None and owner.user != session.user:
                 self._check_admin(session, f"cancel a job of {owner.user}")
         if job_id is None:
             mine = (session.token, body.request)
             job_id = next(
-                (job.id for job in self.server.executor.scheduler.jobs if (job.session, job.request) == mine), None
+                (job.id for job in self.state.executor.scheduler.jobs if (job.session, job.request) == mine), None
             )
         if job_id is None:
             raise JobNotFound(f"request {body.request} is neither queued nor running", request=body.request)
-        done = self.server.executor.cancel(job_id)
+        done = self.state.executor.cancel(job_id)
         return {"job": job_id, "state": "cancelled" if done else "cancelling"}
 
     def _check_admin(self, session: Session, what: str) -> None:
-        if not self.server.access.is_admin(session.user):
+        if not self.state.listener.access.is_admin(session.user):
             how = "use sudo" if session.user.uid is not None else "curve.admins lacks this key"
             raise NotAllowed(f"{session.user} may not {what}: that is for root and for tacod's own user; {how}")
 
     def reload(self, session: Session, request: int, body: messages.Empty) -> dict[str, Any]:
         """Read the configuration again."""
         self._check_admin(session, "reload")
-        assert self.server.lifecycle is not None
         try:
-            return {"changed": self.server.lifecycle.reload()}
+            return {"changed": self.lifecycle.reload()}
         except ConfigError as error:
             raise ConfigInvalid(f"not reloaded: {error}") from None
 
     def drain(self, session: Session, request: int, body: messages.Empty) -> dict[str, Any]:
         """End what runs, take no new work, and stop."""
         self._check_admin(session, "drain")
-        assert self.server.lifecycle is not None
         log.info("%s (pid %d, %s) asks to drain", session.name, session.pid, session.user)
-        return {"jobs": self.server.lifecycle.drain()}
+        return {"jobs": self.lifecycle.drain()}
 
     def models(self, session: Session, request: int, body: messages.Empty) -> dict[str, Any]:
         """The loaded models."""
-        return {"models": [model.to_wire() for model in self.server.executor.manifest]}
+        return {"models": [model.to_wire() for model in self.state.executor.manifest]}
 
     def ps(self, session: Session, request: int, body: messages.Empty) -> dict[str, Any]:
         """The running job and the queued ones."""
-        scheduler = self.server.executor.scheduler
+        scheduler = self.state.executor.scheduler
         jobs = []
         for job in scheduler.jobs:
-            owner = self.server.sessions.get(job.session)
+            owner = self.state.sessions.get(job.session)
             jobs.append(
                 {
                     "job": job.id,
@@ -280,8 +327,8 @@ class Verbs:
 
     def status(self, session: Session, request: int, body: messages.Empty) -> dict[str, Any]:
         """What is, now."""
-        return report.status(self.server)
+        return report.status(self.state)
 
     def stats(self, session: Session, request: int, body: messages.Empty) -> dict[str, Any]:
         """What was, and how long it took."""
-        return report.stats(self.server)
+        return report.stats(self.state)

@@ -12,6 +12,7 @@ import torch
 from helpers import FLUX, FP32, relative_error
 
 from tacod.checkpoint import read_checkpoint
+from tacod.group.work import Envelope, Sample, SampleStep, Stepped
 from tacod.rank.engine import Engine
 from tacod.rank.parallel.topology import Topology
 from tacod_client.errors import ArgumentError, OutOfMemory
@@ -40,32 +41,30 @@ def difference(value: torch.Tensor) -> list[dict[str, Any]]:
     return [{"key": f"diffusion_model.{KEY}", "kind": "diff", "diff": to_wire(value, "diff"), "strength": 1.0}]
 
 
-def work(engine: Engine, verb: str, body: dict[str, Any]) -> dict[str, Any]:
-    return engine.work(verb, {**body, "store": [], "evict": [], "forget": []})
-
-
 def run(
     engine: Engine, job: str, step: int, model: str = "base", batch: int = 1, plan: Any = "auto", **more: Any
-) -> dict[str, Any]:
+) -> Stepped:
     """One step of a run of three."""
-    inputs = FLUX.inputs(batch=batch)
-    noise = inputs.pop("x")
-    del inputs["timestep"]
-    positive = pack({**inputs, **more}, "positive", {}, None)
-    negative = pack({**inputs, "context": -inputs["context"], **more}, "negative", {}, None)
-    body = {
-        "model": model,
-        "plan": plan,
-        "sampler": "euler",
-        "seed": 0,
-        "cfg": 3.0,
-        "noise": to_wire(noise, "noise"),
-        "latent": to_wire(torch.zeros_like(noise), "latent"),
-        "sigmas": to_wire(torch.linspace(1, 0, 4), "sigmas"),
-        "positive": positive,
-        "negative": negative,
-    }
-    return work(engine, "sample", {"job": job, "step": step, **(body if step == 0 else {})})
+    given = FLUX.inputs(batch=batch)
+    noise = given.pop("x")
+    del given["timestep"]
+    positive = pack({**given, **more}, "positive", {}, None)
+    negative = pack({**given, "context": -given["context"], **more}, "negative", {}, None)
+    inputs = Sample(
+        model=model,
+        plan=plan,
+        sampler="euler",
+        seed=0,
+        cfg=3.0,
+        noise=to_wire(noise, "noise"),
+        latent=to_wire(torch.zeros_like(noise), "latent"),
+        sigmas=to_wire(torch.linspace(1, 0, 4), "sigmas"),
+        positive=positive,
+        negative=negative,
+    )
+    result = engine.work(Envelope(1, SampleStep(job, step, inputs if step == 0 else None))).result
+    assert isinstance(result, Stepped)
+    return result
 
 
 def test_patches_that_fail_leave_no_base_behind(engine: Engine, path: str) -> None:
@@ -112,17 +111,17 @@ def test_a_run_goes_on_where_it_was_when_its_model_is_back(
     back()
     plan = {"step_cache": threshold}
     undisturbed = [run(engine, "undisturbed", step, model, plan=plan) for step in range(3)]
-    assert threshold == 0 or sum(told["skipped"] for told in undisturbed) > 0, "the step cache has something to keep"
+    assert threshold == 0 or sum(told.skipped for told in undisturbed) > 0, "the step cache has something to keep"
     for step in range(3):
         told = run(engine, "disturbed", step, model, plan=plan)
-        assert (told["sigma"], told["skipped"]) == (undisturbed[step]["sigma"], undisturbed[step]["skipped"])
+        assert (told.sigma, told.skipped) == (undisturbed[step].sigma, undisturbed[step].skipped)
         if step < 2:
             if step:
                 engine.evict([model])
             engine.load("other", path, read_checkpoint(path).identity, "fp32", None, None, [model, "base"])
             assert list(engine.models) == ["other"]
             back()
-    assert torch.equal(from_wire(told["out"], "torch"), from_wire(undisturbed[2]["out"], "torch"))
+    assert torch.equal(from_wire(told.out, "torch"), from_wire(undisturbed[2].out, "torch"))
     assert engine.runs == {}
     assert len(engine.forwards.step_caches) == 0
 
@@ -143,11 +142,11 @@ def test_a_mask_for_all_images_is_one_for_each_of_a_guided_batch(engine: Engine,
     for number, each in enumerate((mask, mask.expand(2, -1, -1))):
         for step in range(3):
             told = run(engine, str(number), step, batch=2, attention_mask=each)
-        outs.append(from_wire(told["out"], "torch"))
+        outs.append(from_wire(told.out, "torch"))
     assert relative_error(outs[0], outs[1]) <= FP32
     for step in range(3):
         told = run(engine, "unmasked", step, batch=2)
-    assert relative_error(from_wire(told["out"], "torch"), outs[1]) > 1e-3
+    assert relative_error(from_wire(told.out, "torch"), outs[1]) > 1e-3
 
 
 @pytest.mark.parametrize(

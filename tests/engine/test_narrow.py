@@ -102,8 +102,8 @@ def test_an_engine_loads_it(tmp_path: Path) -> None:
     path = FLUX.save(tmp_path)
     engine = Engine(torch.device("cpu"), Topology())
     identity = read_checkpoint(str(path)).identity
-    told = engine.load("m", str(path), identity, "fp8", None, None, [])["model"]
-    assert told["dtype"] == "fp8"
+    told = engine.load("m", str(path), identity, "fp8", None, None, []).model
+    assert told.dtype == "fp8"
     model = engine.models["m"].model
     assert model.dtype == torch.bfloat16
     assert isinstance(model.get_submodule("double_blocks.0.img_mlp.0"), NarrowLinear)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from tacod import embedded
 from tacod.checkpoint import read_checkpoint
+from tacod.group.work import Command, Envelope, Forward, Sample, SampleStep, Stepped
 from tacod.plan import Request
 from tacod.rank.arguments import digest
 from tacod.rank.engine import Engine
@@ -23,7 +25,7 @@ from tacod.rank.families import detect
 from tacod.rank.families.base import DiT
 from tacod.rank.families.control import Control
 from tacod.rank.families.inputs import Inputs
-from tacod.rank.families.stream import Forward, Stream
+from tacod.rank.families.stream import ForwardPass, Stream
 from tacod.rank.families.trunk import run_trunk
 from tacod.rank.forward.graphs import Forwards
 from tacod.rank.forward.run import Call, plan_for
@@ -131,11 +133,11 @@ def test_a_huge_threshold_computes_the_first_and_every_fifth(model: DiT) -> None
 
 def through(cache: StepCache | None, tokens: Tensor, *blocks: Callable[[Tensor], Tensor]) -> Tensor:
     """A stream of these tokens after these blocks."""
-    f = Forward(SequenceParallel())
+    f = ForwardPass(SequenceParallel())
     f.image = Stream(tokens, (tokens.shape[1],))
 
-    def act(change: Callable[[Tensor], Tensor]) -> Callable[[Forward], None]:
-        def block(f: Forward) -> None:
+    def act(change: Callable[[Tensor], Tensor]) -> Callable[[ForwardPass], None]:
+        def block(f: ForwardPass) -> None:
             f.image.tokens = change(f.image.tokens)
 
         return block
@@ -284,36 +286,32 @@ def asked(engine: Engine) -> Asked:
     def ask(level: float, prompt: str = embedded.PROMPTS[0], session: bytes = b"a", plan: Any = None) -> int:
         context, y = embedded.encode(prompt)
         arguments = {"x": torch.ones(1, 16, 8, 8), "timestep": torch.tensor([1000 * level]), "context": context, "y": y}
-        body = {
-            "model": "m",
-            "plan": plan or {"step_cache": ALL},
-            "arguments": {name: to_wire(value, name) for name, value in arguments.items()},
-            "session": session,
-        }
-        skipped: int = work(engine, "forward", body)["skipped"]
-        return skipped
+        packed = {name: to_wire(value, name) for name, value in arguments.items()}
+        return work(engine, Forward("m", plan or {"step_cache": ALL}, packed, session)).skipped
 
     return ask
 
 
-def work(engine: Engine, verb: str, body: dict[str, Any], forget: tuple[str, ...] = ()) -> dict[str, Any]:
-    return engine.work(verb, {**body, "store": [], "evict": [], "forget": list(forget)})
+def work(engine: Engine, command: Command, forget: tuple[str, ...] = ()) -> Stepped:
+    result = engine.work(Envelope(1, command, forget=list(forget))).result
+    assert isinstance(result, Stepped)
+    return result
 
 
-def sample_body(seed: int = 0, cfg: float = 4.0) -> dict[str, Any]:
+def sample(seed: int = 0, cfg: float = 4.0) -> Sample:
     (context, y), (no_context, no_y) = embedded.encode(embedded.PROMPTS[0]), embedded.encode("")
     noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(seed))
     tensors: dict[str, Any] = {"noise": noise, "latent": torch.zeros_like(noise), "sigmas": torch.linspace(1, 0, 8)}
     conditions = {"positive": {"context": context, "y": y}, "negative": {"context": no_context, "y": no_y}}
-    return {
-        "model": "m",
-        "plan": {"step_cache": ALL},
-        "sampler": "euler",
-        "seed": seed,
-        "cfg": cfg,
+    return Sample(
+        model="m",
+        plan={"step_cache": ALL},
+        sampler="euler",
+        seed=seed,
+        cfg=cfg,
         **{name: to_wire(value, name) for name, value in tensors.items()},
         **{name: {key: to_wire(value, key) for key, value in each.items()} for name, each in conditions.items()},
-    }
+    )
 
 
 def test_forwards_of_one_conditioning_and_session_are_a_run(asked: Asked) -> None:
@@ -333,25 +331,25 @@ def test_without_a_step_cache_nothing_is_kept(asked: Asked, engine: Engine) -> N
 
 def test_jobs_keep_to_themselves_and_leave_nothing(engine: Engine) -> None:
     """Two that alternate, one of which is given up; both skip as if they were alone."""
-    bodies = {"one": sample_body(0), "two": sample_body(1)}
+    inputs = {"one": sample(0), "two": sample(1)}
     told: dict[str, list[int]] = {"one": [], "two": []}
     for step in range(7):
-        for job in bodies if step < 4 else ["one"]:
+        for job in inputs if step < 4 else ["one"]:
             forget = ("two",) if step == 4 else ()
-            given = bodies[job] if step == 0 else {}
-            answer = work(engine, "sample", {"job": job, "step": step, **given}, forget)
-            told[job].append(answer["skipped"])
+            answer = work(engine, SampleStep(job, step, inputs[job] if step == 0 else None), forget)
+            told[job].append(answer.skipped)
         assert len(engine.forwards.step_caches) == (2 if step < 4 else 1 if step < 6 else 0)
     assert told == {"one": [0, 1, 1, 1, 1, 0, 1], "two": [0, 1, 1, 1]}
-    assert "step cache 1e+09" in answer["plan"]
+    assert "step cache 1e+09" in answer.plan
 
 
 def test_conditions_that_are_no_batch_have_a_cache_each(engine: Engine) -> None:
-    body = sample_body()
+    inputs = sample()
+    assert inputs.negative is not None
     context = torch.zeros(1, 9, 96)
-    body["negative"] = {"context": to_wire(context, "context"), "y": body["negative"]["y"]}
-    told = [work(engine, "sample", {"job": "j", "step": n, **(body if n == 0 else {})}) for n in range(3)]
-    assert [(answer["forwards"], answer["skipped"]) for answer in told] == [(2, 0), (2, 2), (2, 2)]
+    inputs = replace(inputs, negative={"context": to_wire(context, "context"), "y": inputs.negative["y"]})
+    told = [work(engine, SampleStep("j", n, inputs if n == 0 else None)) for n in range(3)]
+    assert [(answer.forwards, answer.skipped) for answer in told] == [(2, 0), (2, 2), (2, 2)]
     assert len(engine.forwards.step_caches) == 2
 
 

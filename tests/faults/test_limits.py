@@ -11,7 +11,7 @@ import pytest
 import zmq
 from helpers import SD3, SOON_S, Daemon, answered, eventually
 
-from tacod.serving.server import MAX_FRAME_BYTES
+from tacod.serving.listener import MAX_FRAME_BYTES
 from tacod_client import Cancelled, Client, MessageTooLarge, QueueFull, wire
 
 QUEUE = 3

@@ -7,6 +7,7 @@ import gc
 import time
 import weakref
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from helpers import FLUX
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import tacod.serving.server
+from tacod import daemon
 from tacod.config import Config
+from tacod.daemon import assemble
 from tacod.execution.manifest import Model
+from tacod.serving import listener
 from tacod.serving.access import User
 from tacod.serving.server import Server
+from tacod.serving.state import State
 from tacod_client.wire import Message, Tensor, decode, encode
 
 from .test_mutations import VALID, damage
@@ -33,8 +37,9 @@ PING = 123456789
 class Peer:
     """A client's bare socket, its session, and the server at the other end."""
 
-    def __init__(self, server: Server, socket: zmq.Socket[bytes]) -> None:
+    def __init__(self, server: Server, state: State, socket: zmq.Socket[bytes]) -> None:
         self.server = server
+        self.state = state
         self.socket = socket
         self.send(Message("hello", {"client": "test", "pid": 7, "version": "0"}, 1))
         (welcome,) = self.answers()
@@ -42,7 +47,7 @@ class Peer:
 
     def send(self, message: Message) -> None:
         """Have the server hear a message, as from its socket."""
-        self.server._hear(PEER, [bytes(frame) for frame in encode(message)], lambda: (User(0), 0))
+        self.server._on_message(PEER, [bytes(frame) for frame in encode(message)], lambda: (User(0), 0))
 
     def ask(self, kind: str, body: dict[str, Any] | None = None, request: int = 9) -> Message:
         """A request and its one answer."""
@@ -57,7 +62,7 @@ class Peer:
         got: list[Message] = []
         while len(got) < count:
             assert time.monotonic() < deadline
-            self.server.sessions.flush()
+            self.state.sessions.flush()
             if self.socket.poll(1):
                 got.append(decode(self.socket.recv_multipart()))
         return got
@@ -72,16 +77,15 @@ def peer(tmp_path: Path) -> Iterator[Peer]:
             "limits": {"message_bytes": 1 << 20, "queue": 2, "clients": 1 << 20},
         }
     )
-    server = Server(config, ["cpu:0"], [], tmp_path)
-    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+    with ExitStack() as ending, zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        state, server, _ = assemble(config, "", ["cpu:0"], [], tmp_path, None, ending)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.IDENTITY, PEER)
         socket.setsockopt(zmq.RCVHWM, 0)
         socket.connect(config.endpoint)
         socket.send(b"here")
-        server.socket.recv_multipart()
-        yield Peer(server, socket)
-    server.close()
+        state.listener.socket.recv_multipart()
+        yield Peer(server, state, socket)
 
 
 @pytest.mark.parametrize("part", ["UnixSocket", "Sessions", "Executor", "Monitor", "Uploads", "Guard", "Verbs"])
@@ -91,13 +95,13 @@ def test_a_server_that_cannot_be_made_leaves_nothing(
     def fail(*args: Any, **more: Any) -> None:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(tacod.serving.server, part, fail)
+    monkeypatch.setattr(listener if part == "UnixSocket" else daemon, part, fail)
     config = Config.model_validate({"endpoint": f"ipc://{tmp_path}/s", "group": {"device": "cpu"}})
     contexts = []
     make = zmq.Context
-    monkeypatch.setattr(tacod.serving.server.zmq, "Context", lambda: contexts.append(make()) or contexts[-1])
-    with pytest.raises(OSError, match="Too many open files"):
-        Server(config, ["cpu:0"], [], tmp_path)
+    monkeypatch.setattr(listener.zmq, "Context", lambda: contexts.append(make()) or contexts[-1])
+    with ExitStack() as ending, pytest.raises(OSError, match="Too many open files"):
+        assemble(config, "", ["cpu:0"], [], tmp_path, None, ending)
     assert [context.closed for context in contexts] == [True]
     assert list(tmp_path.iterdir()) == []
 
@@ -111,13 +115,13 @@ def test_damage_costs_its_sender_an_error_and_nothing_else(
         frames = [frame.replace(bytes(range(16)), peer.session) for frame in frames]
     for start in range(0, len(accidents) - 3, 4):
         frames = damage(frames, accidents[start : start + 4])
-    peer.server._hear(PEER, frames, lambda: (User(0), 0))
+    peer.server._on_message(PEER, frames, lambda: (User(0), 0))
     peer.send(Message("ping", {}, PING, peer.session))
     said: list[Message] = []
     while not said or said[-1].id != PING:
         said += peer.answers()
     # A hello that stayed sound has opened a new session in the place of the connection's old one.
-    (session,) = peer.server.sessions
+    (session,) = peer.state.sessions
     assert said[-1].type == ("done" if session.token == peer.session else "unknown_session")
     peer.session = session.token
 
@@ -142,8 +146,8 @@ def test_each_fault_has_its_own_error(peer: Peer) -> None:
 
 def test_jobs_that_wait_hold_their_share_of_the_memory(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is within limits.message_bytes, and the queue has room."""
-    peer.server.executor.manifest.add(Model("m", "/models/m", "i", None))
-    monkeypatch.setattr(type(peer.server.config.limits), "share_bytes", 3000)
+    peer.state.executor.manifest.add(Model("m", "/models/m", "i", None))
+    monkeypatch.setattr(type(peer.state.config.limits), "share_bytes", 3000)
     large = Tensor("U8", (2000,), (bytes(2000),))
     body = {"model": "m", "plan": "auto", "arguments": {"x": large}}
     peer.send(Message("forward", body, 10, peer.session))
@@ -153,20 +157,20 @@ def test_jobs_that_wait_hold_their_share_of_the_memory(peer: Peer, monkeypatch: 
     # What is small still finds room, and so does what comes alone.
     peer.send(Message("forward", {**body, "arguments": {}}, 12, peer.session))
     assert peer.ask("ping").type == "done"
-    assert [job.nbytes for job in peer.server.executor.scheduler.jobs] == [2000, 0]
+    assert [job.nbytes for job in peer.state.executor.scheduler.jobs] == [2000, 0]
 
 
 def test_tensors_that_come_with_a_load_are_the_stores(peer: Peer, tmp_path: Path) -> None:
     """They stay as long as the model does, so they count."""
     file = FLUX.save(tmp_path)
-    peer.server.executor.manifest.roots = [str(tmp_path)]
+    peer.state.executor.manifest.roots = [str(tmp_path)]
     up, alpha = Tensor("F32", (2048,), (bytes(8192),)), Tensor("F32", (), (bytes(4),))
     patch = {"key": "img_in.weight", "kind": "lora", "up": up, "down": up, "alpha": alpha}
     body = {"path": str(file), "dtype": None, "patches": [patch], "plan": "auto"}
     peer.send(Message("load", body, 10, peer.session))
-    (job,) = peer.server.executor.scheduler.jobs
+    (job,) = peer.state.executor.scheduler.jobs
     assert job.digests == [up.with_digest().digest, alpha.with_digest().digest]
-    assert peer.server.executor.store.nbytes == 8192 + 4
+    assert peer.state.executor.store.nbytes == 8192 + 4
 
 
 def test_errors_hold_nothing_of_their_messages(peer: Peer) -> None:
@@ -176,7 +180,7 @@ def test_errors_hold_nothing_of_their_messages(peer: Peer) -> None:
     gc.disable()
     try:
         for frames in ([b"TACO\x01", contents], [b"TACO\x01", *encode(Message("ping", {}, 1))[1:], contents]):
-            peer.server._hear(PEER, frames, lambda: (User(0), 0))
+            peer.server._on_message(PEER, frames, lambda: (User(0), 0))
         assert len(peer.answers(2)) == 2
         del contents, frames
         assert left() is None
@@ -185,13 +189,13 @@ def test_errors_hold_nothing_of_their_messages(peer: Peer) -> None:
 
 
 def test_unreadable_message_is_answered_with_id_0(peer: Peer) -> None:
-    peer.server._hear(PEER, [b"TACO\x01", b"\xc1"], lambda: (User(0), 0))
+    peer.server._on_message(PEER, [b"TACO\x01", b"\xc1"], lambda: (User(0), 0))
     (answer,) = peer.answers()
     assert (answer.type, answer.id, answer.body["code"]) == ("error", 0, "ProtocolError")
 
 
 def test_wrong_version_is_answered_in_the_right_one(peer: Peer) -> None:
-    peer.server._hear(PEER, [b"TACO\x09", b"whatever version 9 has here"], lambda: (User(0), 0))
+    peer.server._on_message(PEER, [b"TACO\x09", b"whatever version 9 has here"], lambda: (User(0), 0))
     (answer,) = peer.answers()
     assert answer.body["details"] == {"version": 1}
 
@@ -199,7 +203,7 @@ def test_wrong_version_is_answered_in_the_right_one(peer: Peer) -> None:
 def test_unknown_session_is_told_the_boot_id(peer: Peer) -> None:
     peer.session = b"of another boot"
     answer = peer.ask("ping")
-    assert (answer.type, answer.body) == ("unknown_session", {"boot_id": peer.server.boot_id})
+    assert (answer.type, answer.body) == ("unknown_session", {"boot_id": peer.state.boot_id})
 
 
 def test_bye_ends_the_session_in_silence(peer: Peer) -> None:
@@ -220,7 +224,7 @@ def test_a_fault_of_ours_costs_one_answer(peer: Peer, monkeypatch: pytest.Monkey
         raise ZeroDivisionError("nobody thought of this")
 
     with monkeypatch.context() as patch:
-        patch.setattr(peer.server._verbs, "answer", fail)
+        patch.setattr(peer.server, "_answer", fail)
         answer = peer.ask("ping")
     assert (answer.type, answer.body["code"]) == ("error", "TacodError")
     assert "ZeroDivisionError" in answer.body["message"]
@@ -230,5 +234,5 @@ def test_a_fault_of_ours_costs_one_answer(peer: Peer, monkeypatch: pytest.Monkey
 def test_a_name_writes_one_line(peer: Peer) -> None:
     """It is shown in logs, and on operators' terminals."""
     peer.send(Message("hello", {"client": "a\nb\x1b[31m\u202e c", "pid": 7, "version": "0"}, 1))
-    (session,) = peer.server.sessions
+    (session,) = peer.state.sessions
     assert session.name == "a?b?[31m? c"

@@ -11,10 +11,16 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 from unittest import mock
 
+from tacod.execution.manifest import Model
+from tacod.execution.scheduler import Verb
 from tacod.group.arena import PACKET_BYTES, Arena
-from tacod_client.wire import Message
+from tacod.group.work import Forward, Sample, Unload
+from tacod_client.wire import Message, Tensor
 
-__all__ = ["FACTS", "FakeRank", "descriptors", "fakes", "step"]
+__all__ = ["FACTS", "FakeRank", "body_of", "descriptors", "fakes", "step"]
+
+SESSION = b"s"
+TENSOR = Tensor("F32", (1,), (b"\0\0\0\0",))
 
 FACTS = {
     "family": "sd3",
@@ -26,6 +32,16 @@ FACTS = {
     "sampling": {"channels": 16, "prediction": "flow"},
 }
 """What a rank tells of a loaded model."""
+
+
+def body_of(verb: Verb, model: Model) -> Model | Unload | Forward | Sample:
+    """What a job of this verb is about."""
+    return {
+        Verb.LOAD: model,
+        Verb.UNLOAD: Unload(model.id),
+        Verb.FORWARD: Forward(model.id, "auto", {}, SESSION),
+        Verb.SAMPLE: Sample(model.id, "auto", "euler", 0, 1.0, TENSOR, TENSOR, TENSOR, {}, None),
+    }[verb]
 
 
 def step(ranks: int, **more: Any) -> dict[str, Any]:

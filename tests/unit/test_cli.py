@@ -15,7 +15,8 @@ from safetensors.numpy import save_file
 from tacod_client import errors
 from tacod_client.cli import bench, loaded, sample, verbs
 from tacod_client.cli.ending import EXIT_CODES
-from tacod_client.cli.main import main, parser
+from tacod_client.cli.main import main
+from tacod_client.cli.parser import parser
 from tacod_client.version import __version__
 
 VERBS = {

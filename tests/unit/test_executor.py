@@ -24,6 +24,7 @@ from tacod.execution.executor import Executor
 from tacod.execution.manifest import Model
 from tacod.execution.scheduler import Job, Outcome, Verb
 from tacod.group.group import AGREE_S, State
+from tacod.group.work import Stepped
 from tacod_client.errors import (
     Cancelled,
     EngineError,
@@ -39,7 +40,7 @@ from tacod_client.errors import (
 )
 from tacod_client.wire import Message, Tensor
 
-from .fake_ranks import FACTS, FakeRank, descriptors, fakes, step
+from .fake_ranks import FACTS, FakeRank, body_of, descriptors, fakes, step
 
 RANKS = 3
 LIMIT = 4
@@ -97,19 +98,20 @@ class Events(RuleBasedStateMachine):
         model = Model("m", "/models/m", "i", None)
         devices = [f"cpu:{index}" for index in range(RANKS)]
         self.executor = Executor(CONFIG, devices, [model] if loaded else [], self.folder, self.on_progress, self.on_end)
-        self.executor.attend()
+        self.executor.poll()
 
     def on_progress(self, job: Job, body: dict[str, Any]) -> None:
         assert all(job is not each for each in self.ended), "progress after the end"
 
-    def on_end(self, job: Job, answer: dict[str, Any]) -> None:
+    def on_end(self, job: Job, step: Stepped | None) -> None:
         assert all(job is not each for each in self.ended), "a job ended twice"
         assert (job.error is None) == (job.outcome is Outcome.RESULT)
-        if job.outcome is Outcome.RESULT and job.verb is Verb.LOAD and not answer:
-            assert job.model in self.executor.manifest, "it was there already"
-        elif job.outcome is Outcome.RESULT:
-            assert answer or job.verb is Verb.UNLOAD
-            assert self.said[self.executor.group._work] == {"done"}, "the ranks don't agree on a result"
+        if job.outcome is Outcome.RESULT and job.verb is Verb.LOAD:
+            assert job.model in self.executor.manifest
+        if job.outcome is Outcome.RESULT and job.verb in (Verb.FORWARD, Verb.SAMPLE):
+            assert step is not None
+        if job.outcome is Outcome.RESULT and self.alive[0].heard[-1].type == job.verb.value:
+            assert self.said[self.executor.group._commands] == {"done"}, "the ranks don't agree on a result"
         self.ended.append(job)
 
     @property
@@ -120,9 +122,7 @@ class Events(RuleBasedStateMachine):
 
     @rule(session=SESSIONS, verb=st.sampled_from(Verb), steps=st.integers(1, 3))
     def submit(self, session: bytes, verb: Verb, steps: int) -> None:
-        body: Any = {"model": "m", "arguments": {}}
-        if verb is Verb.LOAD:
-            body = Model("m", "/models/m", "i", None)
+        body = body_of(verb, Model("m", "/models/m", "i", None))
         job = Job(str(len(self.submitted)), session, 0, verb, "m", body, steps if verb is Verb.SAMPLE else 1)
         refused = Unavailable if self.executor.given_up else QueueFull
         if self.executor.given_up or len(self.executor.scheduler.jobs) == LIMIT:
@@ -131,7 +131,7 @@ class Events(RuleBasedStateMachine):
         else:
             self.executor.submit(job)
             self.submitted.append(job)
-        self.executor.attend()
+        self.executor.poll()
 
     @precondition(lambda self: self.submitted)
     @rule(data=st.data())
@@ -154,7 +154,7 @@ class Events(RuleBasedStateMachine):
         for rank in self.alive:
             if rank.index == index:
                 rank.greet()
-        self.executor.attend()
+        self.executor.poll()
 
     @rule()
     def all_report_ready(self) -> None:
@@ -171,18 +171,18 @@ class Events(RuleBasedStateMachine):
     @rule(index=RANK)
     def finish(self, index: int) -> None:
         self.answer(index, "done")
-        self.executor.attend()
+        self.executor.poll()
 
     @rule()
     def all_finish(self) -> None:
         for index in range(RANKS):
             self.answer(index, "done")
-        self.executor.attend()
+        self.executor.poll()
 
     @rule(index=RANK, error=st.sampled_from([OutOfMemory("no memory"), ModelUnsupported("a UNet")]))
     def fail(self, index: int, error: Any) -> None:
         self.answer(index, "failed", {"error": error.to_wire()})
-        self.executor.attend()
+        self.executor.poll()
 
     @rule(error=st.sampled_from([OutOfMemory("no memory"), ModelUnsupported("a UNet")]))
     def all_fail(self, error: Any) -> None:
@@ -190,19 +190,19 @@ class Events(RuleBasedStateMachine):
         busy = self.executor.group.state is State.BUSY and all(rank.unanswered for rank in self.alive)
         for index in range(RANKS):
             self.answer(index, "failed", {"error": error.to_wire()})
-        self.executor.attend()
+        self.executor.poll()
         if busy and all(rank.code is None for rank in self.alive):
             assert [rank.pid for rank in self.alive] == pids, "ranks that agree stay"
 
     @rule(index=RANK)
     def break_down(self, index: int) -> None:
         self.answer(index, "broken", {"traceback": "Traceback"})
-        self.executor.attend()
+        self.executor.poll()
 
     @rule(index=RANK, place=st.sampled_from(["a.py:1", "b.py:2"]))
     def raise_alone(self, index: int, place: str) -> None:
         self.answer(index, "raised", raised(place))
-        self.executor.attend()
+        self.executor.poll()
 
     @rule()
     def all_raise(self) -> None:
@@ -210,7 +210,7 @@ class Events(RuleBasedStateMachine):
         busy = self.executor.group.state is State.BUSY and all(rank.unanswered for rank in self.alive)
         for index in range(RANKS):
             self.answer(index, "raised", raised())
-        self.executor.attend()
+        self.executor.poll()
         if busy and all(rank.code is None for rank in self.alive):
             assert [rank.pid for rank in self.alive] == pids, "ranks that raise alike stay"
 
@@ -219,7 +219,7 @@ class Events(RuleBasedStateMachine):
         for rank in self.alive:
             if rank.index == index:
                 rank.die(code)
-        self.executor.attend()
+        self.executor.poll()
         assert all(rank.code is None for rank in self.alive), "a dead rank takes all others with it"
 
     @rule(
@@ -233,9 +233,9 @@ class Events(RuleBasedStateMachine):
         ended = len(self.ended)
         for rank in self.alive:
             if rank.index == index:
-                rank.say(kind, body, self.executor.group._work)
+                rank.say(kind, body, self.executor.group._commands)
                 rank.die(-9)
-        self.executor.attend()
+        self.executor.poll()
         assert all(rank.code is None for rank in self.alive), "a dead rank takes all others with it"
         assert all(job.error is not None for job in self.ended[ended:])
 
@@ -247,14 +247,14 @@ class Events(RuleBasedStateMachine):
                 for work in rank.unanswered:
                     rank.say("begun", {}, work.id)
                     rank.say("progress", {"done": done, "total": 3}, work.id)
-        self.executor.attend()
+        self.executor.poll()
 
     # --- the clock ------------------------------------------------------------------------------------------------
 
     @rule(seconds=st.sampled_from([0.01, 1.0, 6.0, 31.0]))
     def wait(self, seconds: float) -> None:
         self.clock.now += seconds
-        self.executor.attend()
+        self.executor.poll()
 
     # --- what always holds ----------------------------------------------------------------------------------------
 
@@ -272,8 +272,8 @@ class Events(RuleBasedStateMachine):
         if hasattr(self, "executor"):
             executor = self.executor
             busy = executor.group.state is State.BUSY
-            assert busy == (executor.scheduler.running is not None or executor.residency.restoring is not None)
-            assert not (executor.scheduler.running is not None and executor.residency.restoring is not None)
+            assert busy == (executor.current is not None)
+            assert executor.scheduler.running is (executor.current.job if executor.current is not None else None)
             latest = {rank.heard[-1].id for rank in self.alive if rank.heard}
             assert len(latest) <= 1, "all ranks have the same work"
             for rank in self.alive:
@@ -301,7 +301,7 @@ class Events(RuleBasedStateMachine):
                 if not self.executor.scheduler.jobs:
                     break
                 self.clock.now += 40 if not self.alive else 0.1
-                self.executor.attend()
+                self.executor.poll()
                 for rank in self.alive:
                     if not rank.unanswered and rank.greeted and self.executor.group.state is State.BUSY:
                         # It has answered already, in a way that holds the others up: their deadline ends that.
@@ -337,7 +337,7 @@ class Walk:
             config, devices, list(preload), folder, lambda *told: None, lambda job, _: self.ended.append(job)
         )
         stack.callback(self.executor.close)
-        self.executor.attend()
+        self.executor.poll()
 
     @property
     def alive(self) -> list[FakeRank]:
@@ -346,7 +346,7 @@ class Walk:
     def ready(self) -> None:
         for rank in self.alive:
             rank.greet()
-        self.executor.attend()
+        self.executor.poll()
 
     @property
     def work(self) -> Message:
@@ -357,20 +357,19 @@ class Walk:
         told = ANSWERS[self.work.type] if body is None else body
         for rank in self.alive[:ranks]:
             rank.answer(kind, told)
-        self.executor.attend()
+        self.executor.poll()
 
     def come_back(self) -> None:
         """The ranks are replaced."""
         gone = self.alive
         while not self.alive or self.alive[0] is gone[0]:
             self.clock.now += 1
-            self.executor.attend()
+            self.executor.poll()
         self.ready()
 
     def submit(self, verb: Verb, model: Model, job: str = "j", session: bytes = b"a") -> None:
-        body: Any = model if verb is Verb.LOAD else {"model": model.id, "arguments": {}}
-        self.executor.submit(Job(job, session, 1, verb, model.id, body, 1))
-        self.executor.attend()
+        self.executor.submit(Job(job, session, 1, verb, model.id, body_of(verb, model), 1))
+        self.executor.poll()
 
 
 @pytest.fixture
@@ -427,7 +426,7 @@ def test_one_that_raises_alone_is_waited_for_no_longer_than_ranks_have_to_agree(
     gone = walk.alive
     walk.answer("raised", raised(), ranks=1)
     walk.clock.now += AGREE_S + 0.1
-    walk.executor.attend()
+    walk.executor.poll()
     assert all(rank.reaped for rank in gone)
 
 
@@ -446,7 +445,7 @@ def test_jobs_that_end_the_ranks_each_time_are_not_held_against_them(walk: Walk)
         walk.alive[1].die(-9)
         walk.come_back()
     walk.alive[1].die(-9)
-    walk.executor.attend()
+    walk.executor.poll()
     assert "group.max_restarts" in str(walk.executor.given_up)
 
 
@@ -497,13 +496,13 @@ def test_a_rank_that_hangs_up_and_lives_on_is_out_of_time_at_last(walk: Walk) ->
     walk.submit(Verb.LOAD, BASE)
     before = set(walk.executor.group.sources)
     walk.alive[1].hang_up()
-    walk.executor.attend()  # what it left unread is an error first
-    walk.executor.attend()
+    walk.executor.poll()  # what it left unread is an error first
+    walk.executor.poll()
     assert len(before - set(walk.executor.group.sources)) == 1
     assert walk.executor.group.state is State.BUSY
     gone = walk.alive
     walk.clock.now += CONFIG.group.load_timeout_s + 1
-    walk.executor.attend()
+    walk.executor.poll()
     assert all(rank.reaped for rank in gone)
 
 
@@ -519,7 +518,7 @@ def busy_with(walk: Walk, verb: Verb) -> list[FakeRank]:
 
 def pass_by(walk: Walk, seconds: float) -> None:
     walk.clock.now += seconds
-    walk.executor.attend()
+    walk.executor.poll()
 
 
 @pytest.mark.parametrize("verb", [Verb.FORWARD, Verb.SAMPLE])
@@ -557,7 +556,7 @@ def test_a_rank_that_hangs_is_found_although_the_others_go_on(walk: Walk) -> Non
     for rank in ranks[1:]:
         for _ in range(9):
             rank.say("begun", {}, walk.work.id)
-    walk.executor.attend()
+    walk.executor.poll()
     ranks[2].answer("done", ANSWERS["sample"])
     pass_by(walk, CONFIG.group.step_timeout_s + 1)
     assert all(rank.reaped for rank in ranks)
@@ -569,7 +568,7 @@ def test_a_load_that_gets_on_has_all_the_time(walk: Walk) -> None:
     for done in range(1, 6):
         for rank in ranks:
             rank.say("progress", {"done": done, "total": 6}, walk.work.id)
-        walk.executor.attend()
+        walk.executor.poll()
         pass_by(walk, CONFIG.group.load_timeout_s - 1)
         assert walk.executor.group.state is State.BUSY
     for rank in ranks[:-1]:
@@ -584,7 +583,7 @@ def test_what_others_tell_does_not_give_more_time_to_agree_on_a_failure(walk: Wa
     for rank in ranks[1:]:
         for _ in range(3):
             rank.say("begun", {}, walk.work.id)
-    walk.executor.attend()
+    walk.executor.poll()
     pass_by(walk, 6)
     assert all(rank.reaped for rank in ranks)
 
@@ -597,7 +596,7 @@ def test_ranks_that_say_what_they_were_not_asked_are_replaced(walk: Walk, kind: 
         assert walk.work.id == 1
     gone = walk.alive
     walk.alive[0].say(kind, {"memory_used_bytes": 1, "done": 1, "total": 2}, work)
-    walk.executor.attend()
+    walk.executor.poll()
     assert all(rank.reaped for rank in gone)
 
 
@@ -677,7 +676,7 @@ def test_a_reload_does_not_load_again_what_is_being_loaded(tmp_path: Path) -> No
     with ExitStack() as stack:
         walk = Walk(stack, tmp_path, preload=(BASE,))
         walk.ready()
-        walk.executor.go_by(CONFIG, [BASE, OTHER])
+        walk.executor.apply_config(CONFIG, [BASE, OTHER])
         walk.answer()
         assert walk.work.body["model"] == "other"
         walk.answer()
@@ -714,9 +713,9 @@ def test_a_run_whose_model_went_and_came_back_begins_anew(walk: Walk) -> None:
     walk.ready()
     walk.submit(Verb.LOAD, BASE, "load")
     walk.answer()
-    run = Job("run", b"b", 1, Verb.SAMPLE, "base", {"model": "base"}, 3)
+    run = Job("run", b"b", 1, Verb.SAMPLE, "base", body_of(Verb.SAMPLE, BASE), 3)
     walk.executor.submit(run)
-    walk.executor.attend()
+    walk.executor.poll()
     walk.submit(Verb.UNLOAD, BASE, "unload")
     walk.submit(Verb.LOAD, BASE, "again", b"c")
     walk.answer()  # its first step
@@ -783,7 +782,7 @@ def test_what_it_is_patched_with_stays_until_its_turn(one: Walk) -> None:
     one.executor.store.put(content(5))
     one.answer()
     one.clock.now += 1
-    one.executor.attend()
+    one.executor.poll()
     assert fetched(one, 1)
 
 
@@ -797,7 +796,7 @@ def test_a_model_that_makes_room_while_a_job_waits_for_it_comes_back(one: Walk) 
     one.answer()
     one.executor.store.put_all([content(number) for number in range(5, 9)])
     one.clock.now += 1
-    one.executor.attend()
+    one.executor.poll()
     assert fetched(one, 0)
     one.answer()
     assert (one.work.type, one.work.body["model"]) == ("forward", "v0")
@@ -869,16 +868,16 @@ def test_a_model_whose_tensors_are_gone_is_not_restored(one: Walk) -> None:
 
 
 def test_a_run_goes_on_after_its_model_made_room(one: Walk) -> None:
-    run = Job("run", b"a", 1, Verb.SAMPLE, "v0", {"model": "v0"}, 3)
+    run = Job("run", b"a", 1, Verb.SAMPLE, "v0", body_of(Verb.SAMPLE, variant(0)), 3)
     one.executor.submit(run)
-    one.executor.attend()
+    one.executor.poll()
     one.submit(Verb.FORWARD, variant(1), "forward", b"b")
     done = []
     while run.outcome is None:
         done.append((one.work.type, one.work.body.get("step")))
         one.answer()
         one.clock.now += 1
-        one.executor.attend()
+        one.executor.poll()
     assert done == [("sample", 0), ("load", None), ("forward", None), ("load", None), ("sample", 1), ("sample", 2)]
 
 
@@ -907,7 +906,7 @@ def test_a_model_that_its_client_leaves_alone_makes_room_at_once(one: Walk) -> N
     assert one.executor.group.state is State.IDLE
     assert one.executor.wakes_at
     one.clock.now += 0.3
-    one.executor.attend()
+    one.executor.poll()
     assert fetched(one, 0)
 
 
@@ -947,9 +946,9 @@ def test_a_run_goes_on_after_its_model_made_room_for_anothers_step(walk: Walk) -
         walk.executor.store.put(content(number))
         walk.submit(Verb.LOAD, variant(number), f"load {number}")
         walk.answer()
-    run = Job("run", b"a", 1, Verb.SAMPLE, "v0", {"model": "v0"}, 2)
+    run = Job("run", b"a", 1, Verb.SAMPLE, "v0", body_of(Verb.SAMPLE, variant(0)), 2)
     walk.executor.submit(run)
-    walk.executor.attend()
+    walk.executor.poll()
     walk.submit(Verb.FORWARD, variant(1), "forward", b"b")
     walk.answer()
     assert (walk.work.type, walk.work.body["model"]) == ("forward", "v1")
@@ -974,7 +973,7 @@ def test_a_model_that_made_room_is_forgotten_by_an_unload(one: Walk) -> None:
 
 
 def test_roots_that_change_forget_what_made_room(one: Walk) -> None:
-    one.executor.go_by(ONE_VARIANT.model_copy(update={"models": Models(variants=1, roots=["/elsewhere"])}), [])
+    one.executor.apply_config(ONE_VARIANT.model_copy(update={"models": Models(variants=1, roots=["/elsewhere"])}), [])
     with pytest.raises(ModelNotFound):
         one.executor.check_model("v1")
 
@@ -1010,7 +1009,7 @@ class Turns(RuleBasedStateMachine):
     def executor(self) -> Executor:
         return self.walk.executor
 
-    def on_end(self, job: Job, answer: dict[str, Any]) -> None:
+    def on_end(self, job: Job, step: Stepped | None) -> None:
         assert self.asked.pop(job.session) is job
         if isinstance(job.error, ModelNotFound):
             self.reloads += 1
@@ -1032,13 +1031,12 @@ class Turns(RuleBasedStateMachine):
                     return
             self.executor.store.disclaim(session)
         self.jobs += 1
-        body: Any = model if verb is Verb.LOAD else {"model": model.id, "arguments": {}}
         steps = steps if verb is Verb.SAMPLE else 1
         digests = model.digests if verb is Verb.LOAD else []
-        job = Job(str(self.jobs), session, 0, verb, model.id, body, steps, digests=digests)
+        job = Job(str(self.jobs), session, 0, verb, model.id, body_of(verb, model), steps, digests=digests)
         self.executor.submit(job)
         self.asked[session] = job
-        self.executor.attend()
+        self.executor.poll()
 
     @rule(
         session=st.sampled_from(CLIENTS),
@@ -1081,7 +1079,7 @@ class Turns(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.01, 0.3, 6.0]))
     def wait(self, seconds: float) -> None:
         self.walk.clock.now += seconds
-        self.executor.attend()
+        self.executor.poll()
 
     @precondition(lambda self: self.walk.alive and self.executor.group.restarts < RESTARTS)
     @rule()
@@ -1128,7 +1126,7 @@ class Turns(RuleBasedStateMachine):
             if not self.asked and min(done[session] for session in CLIENTS) >= 6:
                 break
             self.walk.clock.now += 0.02 if self.walk.alive else 40
-            self.executor.attend()
+            self.executor.poll()
             self.walk.ready()
             if self.executor.group.state is State.BUSY:
                 self.check_work()

@@ -12,6 +12,7 @@ import pytest
 
 from tacod.execution import manifest as module
 from tacod.execution.manifest import Manifest, Model
+from tacod.group.work import Facts, Load
 from tacod_client import wire
 from tacod_client.errors import (
     ArgumentError,
@@ -121,18 +122,18 @@ def test_manifest_may_change_while_it_is_read(manifest: Manifest) -> None:
     assert list(manifest) == []
 
 
-def test_work_item_names_the_same_model(manifest: Manifest) -> None:
+def test_the_load_command_names_the_same_model(manifest: Manifest) -> None:
     model = describe(manifest, dtype="bf16")
-    assert model.work(["other"]) == {
-        "model": model.id,
-        "path": model.path,
-        "identity": model.identity,
-        "dtype": "bf16",
-        "patches": None,
-        "base": None,
-        "evict_models": ["other"],
-        "files": {},
-    }
+    assert model.load(["other"]) == Load(
+        model=model.id,
+        path=model.path,
+        identity=model.identity,
+        dtype="bf16",
+        patches=None,
+        base=None,
+        evict_models=["other"],
+        files={},
+    )
 
 
 def lora(strength: float, fill: int = 0) -> list[dict[str, Any]]:
@@ -145,7 +146,7 @@ def test_a_patched_model_has_an_id_of_file_and_patches_and_a_base_without_them(m
     patched = describe(manifest, patches=lora(1.0))
     assert describe(manifest, patches=[]) == plain
     assert patched.base == plain
-    assert patched.work()["base"] == plain.id
+    assert patched.load().base == plain.id
     assert describe(manifest, patches=lora(1.0)).id == patched.id
     others = {describe(manifest, patches=each).id for each in (lora(0.5), lora(1.0, 9), lora(1.0) * 2)}
     assert len({plain.id, patched.id} | others) == 5
@@ -158,7 +159,7 @@ def test_a_patch_from_a_file_is_another_when_the_file_changes(manifest: Manifest
     before = describe(manifest, patches=patches)
     assert before.patches[0]["path"] == before.path
     assert before.files == {before.path: before.identity}
-    assert before.work()["files"] == before.files, "for the ranks to see whether it is still so"
+    assert before.load().files == before.files, "for the ranks to see whether it is still so"
     os.utime(path, ns=(1, 1))
     after = describe(manifest, patches=patches)
     assert after.id != before.id
@@ -256,9 +257,8 @@ def test_a_further_set_of_patches_takes_the_place_of_the_oldest_of_the_same_base
 
 
 def test_loaded_model_tells_what_the_ranks_told(manifest: Manifest) -> None:
-    told = {"family": "flux", "parameters": 12, "weight_bytes": 24, "heads": 24, "width": 3072, "dtype": "bf16"}
-    told["sampling"] = {"channels": 16, "prediction": "flow"}
-    model = describe(manifest).loaded(told, 1.23456, 3)
+    facts = Facts("flux", 12, 24, "bf16", 24, 3072, sampling={"channels": 16, "prediction": "flow"})
+    model = describe(manifest).loaded(facts, 1.23456, 3)
     assert model.id == describe(manifest).id
     assert model.to_wire() == {
         "id": model.id,

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tacod.execution.scheduler import Job, Outcome, Scheduler, Verb
+from tacod.group.work import Unload
 from tacod_client.errors import (
     Cancelled,
     JobNotFound,
@@ -24,7 +25,7 @@ RETRIES = 2
 
 
 def job(name: str, session: bytes = b"a", steps: int = 1, verb: Verb = Verb.SAMPLE) -> Job:
-    return Job(name, session, 0, verb, "model", {}, steps)
+    return Job(name, session, 0, verb, "model", Unload("model"), steps)
 
 
 def queue(*jobs: Job, limit: int = 8) -> Scheduler:

@@ -23,12 +23,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tacod.config import Config
+from tacod.daemon import assemble
 from tacod.execution.manifest import Model
 from tacod.group.group import State
-from tacod.serving import server as server_module
 from tacod.serving import sessions as sessions_module
+from tacod.serving import verbs as verbs_module
 from tacod.serving.access import User
-from tacod.serving.server import Server
 from tacod_client import wire
 from tacod_client.errors import OutOfMemory
 from tacod_client.wire import Message, Tensor
@@ -45,8 +45,9 @@ FINAL = ("done", "error", "missing", "unknown_session", "welcome")
 X = Tensor("F32", (1, 1, 1, 1), (b"\0\0\0\0",))
 SIGMAS = Tensor("F32", (4,), (bytes(16),))
 TEXT = Tensor("F32", (1,), (b"\1\0\0\0",)).with_digest()
+TIMES = {"compute_s": 0.0, "collective_s": 0.0}
 STEP = step(RANKS, sigma=0.5, out=X)
-ANSWERS: dict[str, dict[str, Any]] = {"load": {"model": FACTS}, "forward": STEP, "sample": STEP}
+ANSWERS: dict[str, dict[str, Any]] = {"load": {"model": FACTS, "base": FACTS, **TIMES}, "forward": STEP, "sample": STEP}
 CONFIG = Config.model_validate(
     {
         "endpoint": "ipc:///tmp/never-bound",
@@ -140,7 +141,7 @@ class FakeAccess:
         self.keys = None
         self.socket = None
 
-    def attend(self) -> None:
+    def poll(self) -> None:
         pass
 
     def close(self) -> None:
@@ -187,18 +188,20 @@ class Events(RuleBasedStateMachine):
         self.stack.callback(logging.disable, logging.NOTSET)
         self.context = Context()
         for patch in (
-            mock.patch("tacod.serving.server.zmq.Context", return_value=self.context),
+            mock.patch("tacod.serving.listener.zmq.Context", return_value=self.context),
             mock.patch("tacod.serving.server.zmq.Poller", Poller),
-            mock.patch("tacod.serving.server.Monitor", mock.Mock()),
-            mock.patch("tacod.serving.server.Guard", mock.Mock()),
-            mock.patch("tacod.serving.server.UnixSocket", mock.Mock()),
+            mock.patch("tacod.daemon.Monitor", mock.Mock()),
+            mock.patch("tacod.daemon.Guard", mock.Mock()),
+            mock.patch("tacod.serving.listener.UnixSocket", mock.Mock()),
+            mock.patch("tacod.daemon.time", self.clock),
             mock.patch("tacod.serving.server.time", self.clock),
             mock.patch("tacod.serving.verbs.time", self.clock),
-            mock.patch("tacod.serving.server.Access", return_value=FakeAccess(self.context.clients.peers)),
-            mock.patch.object(server_module, "OUTBOX_MESSAGES", REFUSES_WORK),
+            mock.patch("tacod.serving.listener.Access", return_value=FakeAccess(self.context.clients.peers)),
+            mock.patch.object(verbs_module, "OUTBOX_MESSAGES", REFUSES_WORK),
             mock.patch.object(sessions_module, "UNSENT_MESSAGES", COUNTS_AS_GONE),
         ):
             self.stack.enter_context(patch)
+        self.ending = ExitStack()
         self.folder = Path(tempfile.mkdtemp(prefix="tacod-"))
         self.stack.callback(shutil.rmtree, self.folder)
         self.peers: list[Peer] = []
@@ -207,16 +210,17 @@ class Events(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         devices = [f"cpu:{index}" for index in range(RANKS)]
-        self.server = Server(CONFIG, devices, [Model("m", "/models/m", "i", None)], self.folder)
+        models = [Model("m", "/models/m", "i", None)]
+        self.state, self.server, _ = assemble(CONFIG, "", devices, models, self.folder, None, self.ending)
         self.turn()
         self.all_report_ready()
         self.all_finish()
-        assert self.server.executor.ready
+        assert self.state.executor.ready
 
     def turn(self) -> None:
         self.server.turn(0)
         for peer in self.peers:
-            if peer.token and self.server.sessions.get(peer.token) is None:
+            if peer.token and self.state.sessions.get(peer.token) is None:
                 peer.cut = True
 
     # --- clients --------------------------------------------------------------------------------------------------
@@ -243,7 +247,7 @@ class Events(RuleBasedStateMachine):
         peer = Peer(f"peer {len(self.peers)}".encode(), User(uid))
         self.peers.append(peer)
         self.context.clients.peers[peer.address] = peer
-        before = list(self.server.sessions)
+        before = list(self.state.sessions)
         request = self.ask(peer, "hello", {"client": "test", "pid": 1, "version": "1"})
         self.turn()
         (told,) = peer.told[request]
@@ -296,7 +300,7 @@ class Events(RuleBasedStateMachine):
         peer = self.a_peer(data)
         self.ask(peer, "bye")
         self.turn()
-        assert self.server.sessions.get(peer.token) is None
+        assert self.state.sessions.get(peer.token) is None
 
     @precondition(lambda self: self.connected)
     @rule(data=st.data())
@@ -369,13 +373,13 @@ class Events(RuleBasedStateMachine):
         waiting = {work.id for rank in self.alive for work in rank.unanswered}
         assert len(waiting) <= 1
         if waiting:
-            assert self.server.executor.group.state is State.BUSY
+            assert self.state.executor.group.state is State.BUSY
 
     @invariant()
     def bounds_are_kept(self) -> None:
-        if not hasattr(self, "server"):
+        if not hasattr(self, "state"):
             return
-        sessions, jobs = list(self.server.sessions), self.server.executor.scheduler.jobs
+        sessions, jobs = list(self.state.sessions), self.state.executor.scheduler.jobs
         assert len(jobs) <= QUEUE
         assert len(sessions) <= CLIENTS
         for user in {session.user for session in sessions}:
@@ -386,21 +390,19 @@ class Events(RuleBasedStateMachine):
 
     @invariant()
     def nobody_else_has_jobs(self) -> None:
-        if hasattr(self, "server"):
-            executor = self.server.executor
-            tokens = {session.token for session in self.server.sessions}
+        if hasattr(self, "state"):
+            executor = self.state.executor
+            tokens = {session.token for session in self.state.sessions}
             assert all(job.session in tokens or job.cancelling for job in executor.scheduler.jobs)
-            started = {job.id for job in executor.scheduler.jobs}
-            assert set(executor._step_ready_s) <= started
 
     @invariant()
     def what_was_asked_is_answered_or_still_to_be(self) -> None:
         """A request of a live session was answered once, waits in its outbox, or is a job on its way."""
-        if not hasattr(self, "server"):
+        if not hasattr(self, "state"):
             return
-        jobs = {(job.session, job.request) for job in self.server.executor.scheduler.jobs}
+        jobs = {(job.session, job.request) for job in self.state.executor.scheduler.jobs}
         for peer in self.connected:
-            session = self.server.sessions.get(peer.token) if peer.token else None
+            session = self.state.sessions.get(peer.token) if peer.token else None
             if session is None or peer.cut:
                 continue
             kept = [wire.decode([memoryview(bytes(frame)) for frame in each]) for each in session.outbox.values()]
@@ -412,7 +414,7 @@ class Events(RuleBasedStateMachine):
     def teardown(self) -> None:
         """However it went, all jobs come to their end, and with the sessions everything goes."""
         try:
-            if hasattr(self, "server"):
+            if hasattr(self, "state"):
                 self.read_again()
                 self.settle()
                 self.what_was_asked_is_answered_or_still_to_be()
@@ -423,12 +425,12 @@ class Events(RuleBasedStateMachine):
                 self.clock.now += 6  # the next sign of life finds that they are gone
                 self.turn()
                 self.turn()
-                executor = self.server.executor
-                assert len(self.server.sessions) == 0
+                executor = self.state.executor
+                assert len(self.state.sessions) == 0
                 assert executor.scheduler.jobs == []
                 assert not executor.store._pins
-                assert not executor._step_ready_s
-                self.server.close()
+                assert executor.current is None or executor.current.job is None
+                self.ending.close()
                 assert self.alive == []
                 assert list(self.folder.iterdir()) == []
         finally:
@@ -437,7 +439,7 @@ class Events(RuleBasedStateMachine):
     def settle(self) -> None:
         """Ranks that behave do what is left."""
         for _ in range(100):
-            if not self.server.executor.scheduler.jobs:
+            if not self.state.executor.scheduler.jobs:
                 return
             self.clock.now += 0 if self.alive else 40
             self.turn()

@@ -149,11 +149,11 @@ def test_another_configuration_goes_on_with_what_is_under_way(tmp_path: Path) ->
     taking = Uploads(str(tmp_path / "one"), 100)
     name = begin(taking, 1, 2, A)
     taking.add(name, 0, content(1, 2)[0], A)
-    taking.go_by(str(tmp_path / "one"), 50)
+    taking.apply_config(str(tmp_path / "one"), 50)
     assert taking.add(name, 8, content(1, 2)[1], A) == 16
-    taking.go_by(str(tmp_path / "two"), 50)
+    taking.apply_config(str(tmp_path / "two"), 50)
     assert send(taking, 1, 2).parent == tmp_path / "two"
-    taking.go_by(None, 50)
+    taking.apply_config(None, 50)
     with pytest.raises(ModelNotAllowed, match="uploads are off"):
         begin(taking, 1, 2, A)
     with pytest.raises(ModelNotAllowed, match="uploads are off"):
@@ -164,7 +164,7 @@ def test_a_limit_that_falls_ends_the_upload_that_is_over_it(tmp_path: Path) -> N
     taking = Uploads(str(tmp_path), 100)
     name = begin(taking, 1, 3, A)
     taking.add(name, 0, content(1, 3)[0], A)
-    taking.go_by(str(tmp_path), 20)
+    taking.apply_config(str(tmp_path), 20)
     with pytest.raises(TacodError, match=r"models\.upload_bytes"):
         taking.add(name, 8, content(1, 3)[1], A)
     assert list(tmp_path.iterdir()) == []

@@ -13,6 +13,7 @@ from typing import Any
 
 from tacod_client.cli import bench, doctor, install, keygen, loaded, sample, show, top
 from tacod_client.cli.output import document
+from tacod_client.cli.parser import parser
 from tacod_client.client import Client
 from tacod_client.errors import ConnectionFailed, RequestError, TacodError
 from tacod_client.version import __version__
@@ -189,8 +190,6 @@ def _needs(*modules: str) -> None:
 
 def _completion(args: argparse.Namespace) -> None:
     import shtab
-
-    from tacod_client.cli.main import parser
 
     script = shtab.complete(parser(), shell=args.shell)
     _print(args, {"shell": args.shell, "script": script}, lambda told: told["script"])

@@ -22,7 +22,7 @@ from tacod.rank.families.inputs import Argument, Inputs, Residuals, Spec
 from tacod.rank.families.kit.modulation import Modulation
 from tacod.rank.families.names import Names, Place
 from tacod.rank.families.noise import Process
-from tacod.rank.families.stream import Forward
+from tacod.rank.families.stream import ForwardPass
 from tacod.rank.families.trunk import BlockCache, run_trunk
 from tacod.rank.parallel.sequence import SequenceParallel
 
@@ -122,7 +122,7 @@ class DiT(nn.Module, abc.ABC):
         """
 
     @abc.abstractmethod
-    def begin(self, f: Forward, **arguments: Any) -> None:
+    def begin(self, f: ForwardPass, **arguments: Any) -> None:
         """Embed the arguments, and shard tokens into streams: ``f.image``, and others that blocks look for in ``f``.
 
         ``x`` is [B, C, H, W] (or more sizes, or a list) in the compute dtype, ``timestep`` [B] in fp32.
@@ -131,10 +131,10 @@ class DiT(nn.Module, abc.ABC):
     @property
     @abc.abstractmethod
     def trunk(self) -> Sequence[Any]:
-        """The blocks in their order: callables that take the `Forward` and change its streams."""
+        """The blocks in their order: callables that take the `ForwardPass` and change its streams."""
 
     @abc.abstractmethod
-    def end(self, f: Forward) -> Output:
+    def end(self, f: ForwardPass) -> Output:
         """Project the tokens of ``f.image`` and gather the output: of ``x``'s dtype and shape, with `out_channels`."""
 
     def forward(self, sequence: SequenceParallel, x: Any, timestep: Tensor, **arguments: Any) -> Output:
@@ -146,7 +146,7 @@ class DiT(nn.Module, abc.ABC):
 
     def run(self, sequence: SequenceParallel, inputs: Inputs, cache: BlockCache | None = None) -> Output:
         """`forward` of these inputs, with the step cache of the run that it is a step of."""
-        f = Forward(sequence)
+        f = ForwardPass(sequence)
         values = {name: value for name, value in inputs.items() if not isinstance(inputs.specs.get(name), Residuals)}
         self.begin(f, **values)
         run_trunk(f, self.trunk, self._residual_places() if inputs.control else {}, inputs.control, cache)

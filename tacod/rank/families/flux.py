@@ -21,7 +21,7 @@ from tacod.rank.families.config import choice, count_blocks, fixed, integer, num
 from tacod.rank.families.inputs import Argument, Number, Numbers, Residuals, Spec
 from tacod.rank.families.names import Names
 from tacod.rank.families.noise import Flow
-from tacod.rank.families.stream import Forward, Stream
+from tacod.rank.families.stream import ForwardPass, Stream
 from tacod.rank.ops.fused import Projected as QKV
 from tacod.rank.ops.linear import linear_gelu, split_inputs, split_outputs
 from tacod_client.errors import ArgumentError, ModelUnsupported
@@ -58,7 +58,7 @@ class DoubleBlock(nn.Module):
             mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
             self.add_module(f"{stream}_mlp", mlp)
 
-    def forward(self, f: Forward) -> None:
+    def forward(self, f: ForwardPass) -> None:
         """Text and image one block further."""
         text, image = f.modulation(self.txt_mod.linear, 6), f.modulation(self.img_mod.linear, 6)
         attention = f.attend(
@@ -87,7 +87,7 @@ class SingleBlock(nn.Module):
         self.modulation = kit.Modulation(width, 3 * width)
         self.heads, self.width = heads, width
 
-    def forward(self, f: Forward) -> None:
+    def forward(self, f: ForwardPass) -> None:
         """All tokens one block further.
 
         Both matrices are used in two parts, so that the feed-forward is computed while queries, keys and values travel,
@@ -109,7 +109,7 @@ class SingleBlock(nn.Module):
         f.joint.add(gate, from_heads(attended, out))
 
 
-def _join(f: Forward) -> None:
+def _join(f: ForwardPass) -> None:
     f.joint = f.join(f.text, f.image)
 
 
@@ -245,7 +245,7 @@ class Flux(DiT):
         """See `DiT.timestep`."""
         return sigma
 
-    def begin(self, f: Forward, **arguments: Any) -> None:
+    def begin(self, f: ForwardPass, **arguments: Any) -> None:
         """See `DiT.begin`."""
         x, y, guidance = arguments["x"], arguments.get("y"), arguments.get("guidance")
         c = self.time_in.numbers(1000 * arguments["timestep"].float(), x.dtype)
@@ -276,7 +276,7 @@ class Flux(DiT):
         """See `DiT.residual_blocks`."""
         return {"input": self.double_blocks, "output": self.single_blocks}
 
-    def end(self, f: Forward) -> Tensor:
+    def end(self, f: ForwardPass) -> Tensor:
         """See `DiT.end`."""
         latent: Tensor = f.grid.latent(self.final_layer(f))
         return latent

@@ -22,7 +22,7 @@ from tacod.rank.families.config import choice, count_blocks, fixed, integer, sha
 from tacod.rank.families.inputs import Argument, Spec
 from tacod.rank.families.names import Names
 from tacod.rank.families.noise import Epsilon
-from tacod.rank.families.stream import Forward
+from tacod.rank.families.stream import ForwardPass
 from tacod.rank.ops.table_cache import table
 from tacod_client.errors import ArgumentError, ModelUnsupported
 
@@ -61,7 +61,7 @@ class Block(nn.Module):
         self.mlp = Mlp(width, hidden, width)
         self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
 
-    def forward(self, f: Forward) -> None:
+    def forward(self, f: ForwardPass) -> None:
         """The image one block further; the modulation of all blocks is [B, 6, width]."""
         parts = (self.scale_shift_table + f.shared_modulation).chunk(6, dim=1)
         (attended,) = f.attend((f.image, lambda: self.attn(f.image.normed(*parts[:2])))).wait()
@@ -223,7 +223,7 @@ class PixArt(DiT):
         distances = sigma.float().log().unsqueeze(-1) - _log_levels(sigma.device)
         return distances.abs().argmin(-1).float()
 
-    def begin(self, f: Forward, **arguments: Any) -> None:
+    def begin(self, f: ForwardPass, **arguments: Any) -> None:
         """See `DiT.begin`. Raises `ArgumentError` for a size that PixArt has no positions for."""
         self.lengths(arguments)
         x = arguments["x"]
@@ -252,7 +252,7 @@ class PixArt(DiT):
         """See `DiT.trunk`."""
         return list(self.blocks)
 
-    def end(self, f: Forward) -> Tensor:
+    def end(self, f: ForwardPass) -> Tensor:
         """See `DiT.end`."""
         final = self.final_layer
         shift, scale = (final.scale_shift_table + f.conditioning[:, None]).chunk(2, dim=1)

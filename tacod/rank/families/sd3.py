@@ -20,7 +20,7 @@ from tacod.rank.families.config import choice, count_blocks, fixed, integer, sha
 from tacod.rank.families.inputs import Argument, Residuals, Spec
 from tacod.rank.families.names import Names
 from tacod.rank.families.noise import Flow
-from tacod.rank.families.stream import Forward, Stream
+from tacod.rank.families.stream import ForwardPass, Stream
 from tacod_client.errors import ArgumentError, ModelUnsupported
 
 __all__ = ["SD3"]
@@ -67,7 +67,7 @@ class JointBlock(nn.Module):
         self.x_block = Half(width, qk_norm, dual=dual)
         self.last, self.dual = last, dual
 
-    def forward(self, f: Forward) -> None:
+    def forward(self, f: ForwardPass) -> None:
         """Text and image one block further; the last block leaves the text as it is."""
         text, image = self.context_block, self.x_block
         text_mod, image_mod = (f.modulation(each.adaLN_modulation.linear, each.parts) for each in (text, image))
@@ -198,7 +198,7 @@ class SD3(DiT):
         """See `DiT.timestep`."""
         return sigma * 1000
 
-    def begin(self, f: Forward, **arguments: Any) -> None:
+    def begin(self, f: ForwardPass, **arguments: Any) -> None:
         """See `DiT.begin`. Raises `ArgumentError` if ``x`` is larger than the model's position table."""
         self.lengths(arguments)
         x = arguments["x"]
@@ -219,7 +219,7 @@ class SD3(DiT):
         """See `DiT.residual_blocks`."""
         return {"output": self.joint_blocks}
 
-    def end(self, f: Forward) -> Tensor:
+    def end(self, f: ForwardPass) -> Tensor:
         """See `DiT.end`."""
         latent: Tensor = f.grid.latent(self.final_layer(f), channels_last=True)
         return latent

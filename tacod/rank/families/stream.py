@@ -17,7 +17,7 @@ from tacod.rank.parallel.joint_attention import Attending as JointAttention
 from tacod.rank.parallel.modulation import modulations
 from tacod.rank.parallel.sequence import SequenceParallel
 
-__all__ = ["Attention", "Forward", "Stream"]
+__all__ = ["Attention", "ForwardPass", "Stream"]
 
 
 class Stream(Residual):
@@ -59,7 +59,7 @@ class Attention:
         return torch.split(self._attention.result(), self._sizes, dim=1)
 
 
-class Forward:
+class ForwardPass:
     """One forward on one rank. Families keep in attributes of their own what their blocks need besides."""
 
     image: Stream

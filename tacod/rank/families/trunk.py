@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tacod.rank.families.control import Control
-from tacod.rank.families.stream import Forward
+from tacod.rank.families.stream import ForwardPass
 from tacod.rank.parallel.sequence import SequenceParallel
 
 __all__ = ["BlockCache", "run_trunk"]
@@ -31,7 +31,7 @@ class BlockCache(Protocol):
 
 
 def run_trunk(
-    f: Forward,
+    f: ForwardPass,
     blocks: Sequence[Any],
     kinds: Mapping[int, tuple[str, int]],
     control: Control | None = None,
@@ -66,7 +66,7 @@ def run_trunk(
         cache.keep(f.image.tokens - after)
 
 
-def _clamp(f: Forward) -> None:
+def _clamp(f: ForwardPass) -> None:
     """Residual streams overflow in fp16, as in ComfyUI's Flux; other dtypes have room."""
     for stream in f.streams:
         stream.tokens = torch.nan_to_num(stream.tokens, nan=0.0, posinf=_LARGEST, neginf=-_LARGEST)

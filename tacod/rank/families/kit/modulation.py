@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tacod.rank.families.kit.attention import register
-from tacod.rank.families.stream import Forward
+from tacod.rank.families.stream import ForwardPass
 from tacod.rank.ops.norm import LAYER_NORM, Norm
 
 __all__ = ["AdaLN", "FinalLayer", "Modulation"]
@@ -46,7 +46,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = AdaLN(width, 2 * width)
         self._norm = norm
 
-    def forward(self, f: Forward) -> Tensor:
+    def forward(self, f: ForwardPass) -> Tensor:
         """The image's patches of all ranks, [B, N, outputs]."""
         shift, scale = f.modulation(self.adaLN_modulation.linear, 2)
         return f.gather(f.image, self.linear(f.image.normed(shift, scale, norm=self._norm)))

@@ -1,0 +1,358 @@
+"""Messages between the supervisor and its ranks: commands in an envelope down, reports up.
+
+Both sides are always of one version. How a message lies in an arena's `Message` is known here alone: a command's type
+is its verb, its fields and the envelope's are keys of one body.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, TypeVar
+
+from tacod_client.errors import ProtocolError, TacodError
+from tacod_client.wire import Message, Tensor, map_tensors
+
+__all__ = [
+    "Begun",
+    "Broken",
+    "Command",
+    "Done",
+    "Envelope",
+    "Evict",
+    "Facts",
+    "Failed",
+    "Fault",
+    "Final",
+    "Forward",
+    "Load",
+    "Loaded",
+    "Progress",
+    "Raised",
+    "Ready",
+    "Report",
+    "Sample",
+    "SampleStep",
+    "Stepped",
+    "Unload",
+    "read_envelope",
+    "read_report",
+    "report_message",
+    "with_tensors",
+]
+
+PartType = TypeVar("PartType", bound="Part")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part of a message: each field is a key of the body."""
+
+    def body(self) -> dict[str, Any]:
+        """The fields as the wire takes them."""
+        return dict(vars(self))
+
+    @classmethod
+    def read(cls: type[PartType], body: Mapping[str, Any]) -> PartType:
+        """The part that stands in a body, among other keys."""
+        return cls(**{each.name: body[each.name] for each in fields(cls) if each.name in body})
+
+
+# --- down -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Load(Part):
+    """Make a model resident, in the place of those in ``evict_models``."""
+
+    verb: ClassVar[str] = "load"
+    model: str
+    path: str
+    identity: str
+    """Of the file, as the supervisor saw it."""
+    dtype: str | None
+    patches: list[Any] | None
+    base: str | None
+    """The id of the model without patches, which is loaded too."""
+    evict_models: list[str]
+    files: dict[str, str] = field(default_factory=dict)
+    """The identity of each file that the patches name, by its path."""
+
+
+@dataclass(frozen=True)
+class Unload(Part):
+    """Give back a model's memory, and that of the models that were made of it; their runs end."""
+
+    verb: ClassVar[str] = "unload"
+    model: str
+    evict_models: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Evict(Part):
+    """Give back models' memory; their runs keep what they have reached."""
+
+    verb: ClassVar[str] = "evict"
+    models: list[str]
+
+
+@dataclass(frozen=True)
+class Forward(Part):
+    """One forward with the meaning of ComfyUI's ``diffusion_model(x, timestep, …)``."""
+
+    verb: ClassVar[str] = "forward"
+    model: str
+    plan: Any
+    arguments: dict[str, Any]
+    session: bytes
+    """To the step cache, the forwards of one session may be steps of one run."""
+
+
+@dataclass(frozen=True)
+class Sample(Part):
+    """The inputs of a sampling run."""
+
+    model: str
+    plan: Any
+    sampler: str
+    seed: int
+    cfg: float
+    noise: Tensor
+    latent: Tensor
+    sigmas: Tensor
+    positive: dict[str, Any]
+    negative: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class SampleStep(Part):
+    """One step of a sampling run; the first one, and no other, brings the inputs."""
+
+    verb: ClassVar[str] = "sample"
+    job: str
+    step: int
+    inputs: Sample | None = None
+
+    def body(self) -> dict[str, Any]:
+        """The fields, the inputs' among them."""
+        inputs = self.inputs.body() if self.inputs is not None else {}
+        return {"job": self.job, "step": self.step, **inputs}
+
+    @classmethod
+    def read(cls, body: Mapping[str, Any]) -> SampleStep:
+        """The step that stands in a body."""
+        return cls(body["job"], body["step"], Sample.read(body) if body["step"] == 0 else None)
+
+
+Command = Load | Unload | Evict | Forward | SampleStep
+_COMMANDS: dict[str, type[Command]] = {each.verb: each for each in (Load, Unload, Evict, Forward, SampleStep)}
+
+
+@dataclass(frozen=True)
+class Fault(Part):
+    """A fault on purpose, for tests; the configuration's ``testing.faults`` says what the fields mean."""
+
+    kind: str
+    when: str
+    rank: int | None
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """A command with what every one carries."""
+
+    id: int
+    command: Command
+    store: list[Tensor] = field(default_factory=list)
+    """Client tensors to keep, with their bytes; commands name them by digest."""
+    forget: list[str] = field(default_factory=list)
+    """Sampling runs to drop before the command."""
+    evict: list[bytes] = field(default_factory=list)
+    """Digests of kept tensors to drop after the command."""
+    fault: Fault | None = None
+
+    def message(self) -> Message:
+        """The envelope as a message."""
+        fault = self.fault.body() if self.fault is not None else None
+        envelope = {"store": self.store, "forget": self.forget, "evict": self.evict, "fault": fault}
+        return Message(self.command.verb, {**self.command.body(), **envelope}, self.id)
+
+
+def read_envelope(message: Message) -> Envelope:
+    """The envelope that a message of the supervisor holds."""
+    body = message.body
+    fault = Fault.read(body["fault"]) if body["fault"] is not None else None
+    command = _COMMANDS[message.type].read(body)
+    return Envelope(message.id, command, body["store"], body["forget"], body["evict"], fault)
+
+
+def with_tensors(command: Command, change: Callable[[Tensor], Tensor]) -> Command:
+    """The command with ``change(tensor)`` in the place of each of its tensors."""
+    return type(command).read(map_tensors(command.body(), change))
+
+
+# --- up ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Facts(Part):
+    """What ranks know of a model that they hold."""
+
+    family: str
+    parameters: int
+    weight_bytes: int
+    """On each rank, besides what it shares with its base."""
+    dtype: str
+    heads: int
+    width: int
+    sampling: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    """What was left out of its patches."""
+
+
+@dataclass(frozen=True)
+class Loaded(Part):
+    """The result of a load: the model and its base, which is the model itself if it has no patches."""
+
+    model: Facts
+    base: Facts
+
+    def body(self) -> dict[str, Any]:
+        """The facts as maps."""
+        return {"model": self.model.body(), "base": self.base.body()}
+
+    @classmethod
+    def read(cls, body: Mapping[str, Any]) -> Loaded:
+        """The result that stands in a body."""
+        return cls(Facts.read(body["model"]), Facts.read(body["base"]))
+
+
+@dataclass(frozen=True)
+class Stepped(Part):
+    """The result of a forward or of a step of a sampling run."""
+
+    plan: str
+    ranks: int
+    forwards: int
+    skipped: int
+    """Of these forwards, those that the step cache mostly skipped."""
+    sigma: float | None = None
+    """A sampling run's noise level after the step."""
+    out: Tensor | None = None
+    """From rank 0: the output, and of a sampling run the latent, with the last step."""
+
+
+Result = Loaded | Stepped | None
+_RESULTS: dict[type[Command], type[Loaded | Stepped]] = {Load: Loaded, Forward: Stepped, SampleStep: Stepped}
+
+
+@dataclass(frozen=True)
+class Ready(Part):
+    """The rank has passed its self-test."""
+
+    kind: ClassVar[str] = "ready"
+    memory_used_bytes: int
+
+
+@dataclass(frozen=True)
+class Progress(Part):
+    """How many bytes of how many a load has done."""
+
+    kind: ClassVar[str] = "progress"
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Begun(Part):
+    """A further forward of the command begins; the first one is not reported."""
+
+    kind: ClassVar[str] = "begun"
+
+
+@dataclass(frozen=True)
+class Done(Part):
+    """The command is done."""
+
+    kind: ClassVar[str] = "done"
+    memory_used_bytes: int
+    compute_s: float
+    collective_s: float
+    """Waiting for other ranks, in exchanges."""
+    result: Result = None
+
+    def body(self) -> dict[str, Any]:
+        """The fields, the result's among them."""
+        body = super().body()
+        del body["result"]
+        return {**body, **(self.result.body() if self.result is not None else {})}
+
+
+@dataclass(frozen=True)
+class Failed(Part):
+    """The command can't be done, which all ranks find alike."""
+
+    kind: ClassVar[str] = "failed"
+    memory_used_bytes: int
+    error: TacodError
+
+    def body(self) -> dict[str, Any]:
+        """The fields, the error as a map."""
+        return {**super().body(), "error": self.error.to_wire()}
+
+    @classmethod
+    def read(cls, body: Mapping[str, Any]) -> Failed:
+        """The failure that stands in a body."""
+        return cls(body["memory_used_bytes"], TacodError.from_wire(body["error"]))
+
+
+@dataclass(frozen=True)
+class Raised(Part):
+    """The rank met an error that it didn't expect, and can go on if all ranks met the same one at the same place."""
+
+    kind: ClassVar[str] = "raised"
+    memory_used_bytes: int
+    traceback: str
+    what: str
+    """The error's type and message."""
+    place: str
+    """The files and lines that it passed."""
+    exchanges: int
+    """Exchanges with other ranks that the command had begun."""
+
+
+@dataclass(frozen=True)
+class Broken(Part):
+    """The rank met an error that it didn't expect, and ends."""
+
+    kind: ClassVar[str] = "broken"
+    traceback: str
+    what: str = ""
+
+
+Final = Done | Failed | Raised | Broken
+"""What ends a command on one rank."""
+Report = Ready | Progress | Begun | Final
+_REPORTS: dict[str, type[Report]] = {each.kind: each for each in (Ready, Progress, Begun, Done, Failed, Raised, Broken)}
+
+
+def report_message(report: Report, envelope: int = 0) -> Message:
+    """A report as a message, about the envelope with this id."""
+    return Message(report.kind, report.body(), envelope)
+
+
+def read_report(message: Message, command: Command | None) -> Report:
+    """The report that a rank's message holds, while it is to do this ``command``.
+
+    Raises `ProtocolError`.
+    """
+    if message.type not in _REPORTS:
+        raise ProtocolError(f"unknown report {message.type!r:.40}")
+    kind = _REPORTS[message.type]
+    result = _RESULTS.get(type(command)) if command is not None and kind is Done else None
+    try:
+        if result is None:
+            return kind.read(message.body)
+        return Done.read({**message.body, "result": result.read(message.body)})
+    except (KeyError, TypeError) as error:
+        raise ProtocolError(f"report {message.type!r} with wrong fields: {error}") from None

@@ -1,0 +1,51 @@
+"""What clients are sent about their jobs: progress, and one result or error."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tacod.execution.executor import Executor
+from tacod.execution.manifest import Model
+from tacod.execution.scheduler import Job
+from tacod.group.work import Stepped
+from tacod.serving.sessions import Sessions
+from tacod_client import wire
+from tacod_client.wire import Message
+
+__all__ = ["send_end", "send_progress"]
+
+
+def send_progress(sessions: Sessions, job: Job, body: dict[str, Any]) -> None:
+    """Send how far a job is, in the place of what was not sent of that yet."""
+    session = sessions.get(job.session)
+    if session is not None:
+        session.post(wire.encode(Message("progress", body, job.request)), key=job.id)
+
+
+def send_end(sessions: Sessions, executor: Executor, job: Job, step: Stepped | None) -> None:
+    """Send an ended job's error, or its result, that of a forward or sampling run with its last ``step``."""
+    session = sessions.get(job.session)
+    if session is None:
+        return
+    if job.error is not None:
+        session.post(wire.encode(Message("error", job.error.to_wire(), job.request)))
+    else:
+        session.post(wire.encode(Message("done", _result(executor, job, step), job.request)))
+
+
+def _result(executor: Executor, job: Job, step: Stepped | None) -> dict[str, Any]:
+    if isinstance(job.body, Model):
+        model = executor.manifest.find(job.model)
+        return {"model": model.planned(job.body.asked, executor.group.world_size).to_wire()}
+    if step is None:
+        return {"model": job.model}
+    return {
+        "out": step.out,
+        "plan": step.plan,
+        "ranks": step.ranks,
+        "steps": job.steps,
+        "skipped": job.skipped,
+        "attempts": job.attempts,
+        "timing": job.times,
+        "single_rank_s": executor.single_rank_s(job),
+    }

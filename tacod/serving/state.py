@@ -1,0 +1,60 @@
+"""Everything that the supervisor holds, for those who serve, report and reload it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tacod.config import Config
+from tacod.execution.executor import Executor
+from tacod.execution.manifest import Model
+from tacod.observe.monitor import Monitor
+from tacod.serving.access import Keys
+from tacod.serving.guard import Guard
+from tacod.serving.listener import Listener
+from tacod.serving.sessions import Session, Sessions
+from tacod.serving.uploads import Uploads
+
+__all__ = ["State"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class State:
+    """The daemon's parts."""
+
+    config: Config
+    boot_id: str
+    started_s: float
+    """On the monotonic clock."""
+    listener: Listener
+    sessions: Sessions
+    executor: Executor
+    monitor: Monitor
+    uploads: Uploads
+    guard: Guard
+
+    def end_session(self, session: Session) -> None:
+        """Forget a client, and end what it has queued."""
+        self.sessions.close(session)
+        self.executor.drop(session.token)
+        self.uploads.release(session.token)
+
+    def apply_config(self, config: Config, preload: Iterable[Model], keys: Keys | None) -> None:
+        """Apply another configuration whose fixed keys (`lifecycle.FIXED`) are the same."""
+        self.config = config
+        self.sessions.limit, self.sessions.limit_per_user = config.limits.clients, config.limits.clients_per_user
+        self.sessions.unsent_bytes = config.limits.share_bytes
+        self.guard.limit = config.limits.held_bytes
+        self.uploads.apply_config(config.models.uploads, config.models.upload_bytes)
+        self.executor.apply_config(config, preload)
+        access = self.listener.access
+        old, access.keys = access.keys, keys
+        for session in self.sessions:
+            if not access.knows(session.user):
+                log.info("client %s (pid %d, %s) is allowed no more", session.name, session.pid, session.user)
+                self.end_session(session)
+        if config.curve is not None and keys is not None and old is not None and keys.secret != old.secret:
+            self.listener.rebind(config.curve.listen, keys)
