@@ -182,6 +182,23 @@ class DiT(nn.Module, abc.ABC):
 
     family: ClassVar[str]
     """The name that users see: ``flux``, ``sd3``."""
+    title: ClassVar[str]
+    """What people call the family: ``Flux.1``."""
+    models: ClassVar[tuple[str, ...]]
+    """The names of its models: ``dev``, ``schnell``."""
+    diffusers: ClassVar[Mapping[str, Any]] = {}
+    """diffusers' classes for it; each with a function of a `DiffusersConfig` that gives a config as `detect` does.
+
+    ``Transformer2DModel`` is a class of several models. It is named with its ``norm_type``: ``Transformer2DModel(…)``.
+    """
+    lora_marks: ClassVar[str] = ""
+    """A regular expression that finds this family's module names in a LoRA file; empty if there is none."""
+    tiny: ClassVar[Mapping[str, Any] | None] = None
+    """The configuration of a tiny model, for the self-test of a group. At least one family has one."""
+    usual_arguments: ClassVar[Mapping[str, float | None]] = {}
+    """Optional arguments that ComfyUI always passes, and the values of arguments that have a usual one."""
+    downscale: ClassVar[int] = 8
+    """Pixels per latent cell, along each side."""
     image_models: ClassVar[tuple[str, ...]]
     """The values of ``image_model`` in ComfyUI's ``unet_config`` that this family runs."""
     latent_format: LatentFormat | None = None
