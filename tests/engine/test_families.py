@@ -188,6 +188,8 @@ def test_what_a_file_says_overrides_what_is_detected() -> None:
 def test_families_are_found_by_their_files() -> None:
     assert {Flux, SD3} <= set(families())
     names = [family.family for family in families()]
+    assert all(family.title and family.models for family in families())
+    assert any(family.tiny is not None for family in families())
     assert names == sorted(names)
     assert len({model for family in families() for model in family.image_models}) == len(
         [model for family in families() for model in family.image_models]

@@ -195,8 +195,10 @@ class DiT(nn.Module, abc.ABC):
     """A regular expression that finds this family's module names in a LoRA file; empty if there is none."""
     tiny: ClassVar[Mapping[str, Any] | None] = None
     """The configuration of a tiny model, for the self-test of a group. At least one family has one."""
-    usual_arguments: ClassVar[Mapping[str, float | None]] = {}
-    """Optional arguments that ComfyUI always passes, and the values of arguments that have a usual one."""
+    usual_optional: ClassVar[tuple[str, ...]] = ()
+    """Optional arguments that ComfyUI always passes."""
+    usual_values: ClassVar[Mapping[str, float]] = {}
+    """Arguments that have a usual value; others are noise in a forward that is made up."""
     downscale: ClassVar[int] = 8
     """Pixels per latent cell, along each side."""
     image_models: ClassVar[tuple[str, ...]]

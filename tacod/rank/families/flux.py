@@ -219,7 +219,8 @@ class Flux(DiT):
     title = "Flux.1"
     models = ("dev", "schnell", "Kontext", "Fill", "Canny", "Depth")
     lora_marks = r"(double|single)_blocks[._]|single_transformer_blocks[._]"
-    usual_arguments: ClassVar[Mapping[str, float | None]] = {"y": None, "guidance": 3.5}
+    usual_optional = ("y",)
+    usual_values: ClassVar[Mapping[str, float]] = {"guidance": 3.5}
     diffusers: ClassVar[Mapping[str, Any]] = {
         "FluxTransformer2DModel": lambda c: {
             "image_model": "flux",

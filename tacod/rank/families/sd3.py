@@ -191,7 +191,6 @@ class SD3(DiT):
     title = "SD3 and SD3.5"
     models = ("SD3 medium", "SD3.5 large", "SD3.5 medium")
     lora_marks = r"joint_blocks[._]"
-    usual_arguments: ClassVar[Mapping[str, float | None]] = {"y": None}
     tiny: ClassVar[Mapping[str, Any]] = {
         "image_model": "sd3",
         "in_channels": 4,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ from tacod.rank.oom import let_go, shortage
 from tacod.rank.parallel.topology import Topology
 from tacod_client.errors import ArgumentError
 
-__all__ = ["usual_inputs", "warm_up"]
+__all__ = ["PIXELS", "SIGMA", "random_inputs", "usual_inputs", "warm_up"]
 
-SIDE = 128
-"""Of the latents of 1024 pixels."""
+PIXELS = 1024
+"""Both sides of a usual picture."""
 SIGMA = 0.7
 """The noise level of a forward that is made up."""
 
@@ -75,16 +76,9 @@ def usual_inputs(dit: DiT, device: torch.device) -> dict[str, Any] | None:
     """The arguments of a usual forward, random: with smaller latents if the model wants them, None if it takes none."""
     images, text = dit.usual
     generator = torch.Generator().manual_seed(0)
-    side = SIDE
+    side = PIXELS // dit.downscale
     while side >= 8:
-        sizes = {"B": images, "H": side, "W": side, "L": text}
-        inputs: dict[str, Any] = {}
-        for name, spec in dit.arguments().items():
-            if spec.required and isinstance(spec, Argument) and spec.shape is not None:
-                shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
-                dtype = torch.float32 if spec.fp32 else dit.dtype
-                inputs[name] = torch.randn(shape, generator=generator).to(device, dtype)
-        inputs["timestep"] = dit.timestep(torch.full((images,), SIGMA, device=device)).float()
+        inputs = random_inputs(dit, device, generator, {"B": images, "H": side, "W": side, "L": text})
         try:
             dit.lengths(inputs)
         except ArgumentError:
@@ -92,3 +86,17 @@ def usual_inputs(dit: DiT, device: torch.device) -> dict[str, Any] | None:
         else:
             return inputs
     return None
+
+
+def random_inputs(
+    dit: DiT, device: torch.device, generator: torch.Generator, sizes: Mapping[str, int]
+) -> dict[str, Any]:
+    """The tensors that a forward can't be without, random, at noise level `SIGMA`; ``sizes`` are the free ones."""
+    inputs: dict[str, Any] = {}
+    for name, spec in dit.arguments().items():
+        if spec.required and isinstance(spec, Argument) and spec.shape is not None:
+            shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
+            dtype = torch.float32 if spec.fp32 else dit.dtype
+            inputs[name] = torch.randn(shape, generator=generator).to(device, dtype)
+    inputs["timestep"] = dit.timestep(torch.full((sizes["B"],), SIGMA, device=device)).float()
+    return inputs
