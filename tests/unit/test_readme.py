@@ -1,4 +1,4 @@
-"""The READMEs hold the table that the families write, and name the same files as each other."""
+"""The READMEs hold the table that the families write, and a line for each benchmark."""
 
 from __future__ import annotations
 
@@ -36,3 +36,9 @@ def test_writing_twice_changes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_readme_without_markers_is_refused() -> None:
     with pytest.raises(ValueError, match="substring"):
         families.insert("# TACO-DiT\n", families.table("README.md"))
+
+
+def test_every_benchmark_has_one_line() -> None:
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        assert text.count(f"\n| `{path.name}` |") == 1, path.name
