@@ -29,7 +29,8 @@ _FUSED = {
 def identify(checkpoint: Checkpoint) -> tuple[type[DiT], dict[str, Any], Checkpoint]:
     """A checkpoint's family and configuration, and the same checkpoint under the names of the family's single file.
 
-    A file may have diffusers' names or ComfyUI's, and hold the model behind any prefix.
+    A file may have diffusers' names or ComfyUI's, and hold the model behind any prefix. The result may be identified again,
+    with the same result.
 
     Raises `ModelUnsupported` if no family knows it, or if it holds several models, and what `arrange` and `rename`
     raise.
@@ -38,7 +39,7 @@ def identify(checkpoint: Checkpoint) -> tuple[type[DiT], dict[str, Any], Checkpo
         checkpoint = replace(checkpoint, config=None, diffusers=False)
     if checkpoint.diffusers:
         family, config = detect(checkpoint.tensors, from_diffusers(checkpoint.path, checkpoint.config or {}))
-        return family, config, arrange(checkpoint, family.diffusers_layout(config))
+        return family, config, replace(arrange(checkpoint, family.diffusers_layout(config)), config=config)
     if not is_known(checkpoint.tensors):
         checkpoint = _look_deeper(checkpoint)
     layout = diffusers_layout(checkpoint.tensors)
