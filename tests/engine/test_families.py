@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import read_golden
+from helpers import golden_names, read_golden
 
 from tacod.checkpoint import TensorInfo
 from tacod.rank.families import detect, families
@@ -17,8 +17,7 @@ from tacod.rank.families.sd3 import SD3
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod_client.errors import ArgumentError, ModelUnsupported
 
-FLUX = ["flux_dev", "flux_dev_odd", "flux_schnell", "flux_kontext"]
-GOLDENS = [*FLUX, "sd35_large", "sd35_medium"]
+GOLDENS = golden_names()
 
 TINY_FLUX: dict[str, Any] = {
     "image_model": "flux",
@@ -58,6 +57,10 @@ TINY_SD3: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+def test_every_family_has_a_golden() -> None:
+    assert {read_golden(name).model().family for name in GOLDENS} == {family.family for family in families()}
 
 
 @pytest.mark.parametrize("name", GOLDENS)
