@@ -29,8 +29,8 @@ _FUSED = {
 def identify(checkpoint: Checkpoint) -> tuple[type[DiT], dict[str, Any], Checkpoint]:
     """A checkpoint's family and configuration, and the same checkpoint under the names of the family's single file.
 
-    A file may have diffusers' names or ComfyUI's, and hold the model behind any prefix. The result may be identified again,
-    with the same result.
+    A file may have diffusers' names or ComfyUI's, and hold the model behind any prefix. The result may be identified
+    again, with the same result.
 
     Raises `ModelUnsupported` if no family knows it, or if it holds several models, and what `arrange` and `rename`
     raise.
