@@ -1,4 +1,4 @@
-"""Client processes that ask for one forward after the other and tell of each: what `soak.py` and `load.py` share."""
+"""Client processes that ask for one forward after the other and tell of each: what `soak.py` and `stress.py` share."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     python benchmarks/hops.py [--ranks N] [--calls N]
 
-The embedded model on CPU ranks, which serves to see what the daemon does; ``peers.py --hops`` tells the same of its
+The embedded model on CPU ranks, which serves to see what the daemon does; ``rivals.py --hops`` tells the same of its
 daemon rows, on GPUs. In the client, the supervisor and rank 0, the functions that a forward passes are wrapped so that
 each notes the time, on the one clock that all processes of a machine share. That costs some microseconds each.
 """

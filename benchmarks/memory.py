@@ -110,13 +110,13 @@ def memory() -> dict[str, int]:
 
 def write(folder: Path, kind: str, gib: float) -> tuple[Path, int]:
     """Write a model of about this size; returns its path and its bytes."""
-    from tacod.checkpoint.diffusers import translate
     from tacod.checkpoint.header import BLOCKS
+    from tacod.rank.families import from_diffusers
 
     bytes_each = {"fp32": 4, "folder": 4, "bf16": 2, "fp8": 1}.get(kind) or BLOCKS[kind][1] / BLOCKS[kind][0]
     block = 15 * WIDTH**2 * bytes_each
     config = {**CONFIG, "num_single_layers": max(1, round((gib * (1 << 30) - 3 * block) / block))}
-    described = translate("benchmark", config)
+    described = from_diffusers("benchmark", config)
     if kind == "folder":
         path = folder / "folder"
         write_folder(path, config, described)

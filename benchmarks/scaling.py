@@ -1,8 +1,8 @@
-"""One forward at several numbers of GPUs: a table and a picture of runs that `peers.py` wrote down.
+"""One forward at several numbers of GPUs: a table and a picture of runs that `rivals.py` wrote down.
 
 Each point is as many times as fast as ours on one GPU in the same run, in which both were measured side by side.
 
-    for n in 2 3 4; do python benchmarks/peers.py --ranks $n --json $n.json; done
+    for n in 2 3 4; do python benchmarks/rivals.py --ranks $n --json $n.json; done
     python benchmarks/scaling.py 2.json 3.json 4.json [--plot scaling.png]
 
 For three of four GPUs, `--gpus 1,2,3` shows that any will do.
@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from peers_report import LABELS
+from rivals_report import LABELS
 
 ROWS = ("planned", "daemon", "context", "xfuser", "xfuser-batch")
 """What is there for several GPUs."""
@@ -23,13 +23,13 @@ ALONE = {"one": "planned", "daemon-one": "daemon"}
 """What stands for them at one GPU."""
 
 Points = dict[tuple[str, int], dict[str, dict[int, dict[str, Any]]]]
-"""By model and pixels, row, and GPUs: a row of `peers.py`."""
+"""By model and pixels, row, and GPUs: a row of `rivals.py`."""
 
 
 def main() -> None:
     """Print the table, and draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="FILE", help="what peers.py --json wrote, one for each number")
+    parser.add_argument("runs", nargs="+", metavar="FILE", help="what rivals.py --json wrote, one for each number")
     parser.add_argument("--plot", metavar="FILE", help="a picture, as PNG; needs matplotlib")
     options = parser.parse_args()
     runs, counts = [], []
@@ -38,7 +38,7 @@ def main() -> None:
             runs.append(json.loads(Path(name).read_text()))
             counts.append(runs[-1]["about"]["ranks"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            parser.error(f"{name} is nothing that peers.py --json wrote ({error!r}); run that first")
+            parser.error(f"{name} is nothing that rivals.py --json wrote ({error!r}); run that first")
     if len(set(counts)) < len(counts):
         parser.error(f"two runs have as many ranks: {', '.join(map(str, sorted(counts)))}")
     points = gather(runs)

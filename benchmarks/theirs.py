@@ -1,6 +1,6 @@
-"""The peers on our weights: diffusers' classes and xfuser's wrappers over views of our model's parameters.
+"""The rivals on our weights: diffusers' classes and xfuser's wrappers over views of our model's parameters.
 
-Each function returns a forward that takes nothing and gives the image [B, C, H, W]. Where a peer can't, it raises.
+Each function returns a forward that takes nothing and gives the image [B, C, H, W]. Where a rival can't, it raises.
 """
 
 from __future__ import annotations

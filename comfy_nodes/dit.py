@@ -27,7 +27,7 @@ __all__ = ["RemoteDiT", "remote_of"]
 VARIANTS = 4
 """Sets of patches whose handle is kept: both sides of a comparison, and two more."""
 _COPIED_LAYERS = ("x_embedder", "y_embedder")
-"""Small layers that SD3.5's ControlNets copy from the model that they control."""
+"""Small layers that ControlNets copy from the model that they control."""
 _SHOWN_LAYERS = ("img_in", "patch_embedding", *_COPIED_LAYERS)
 """Layers whose shapes ComfyUI looks at."""
 _WRAPPING = ("WrappersMP.DIFFUSION_MODEL", "get_all_wrappers", "WrapperExecutor.new_class_executor")

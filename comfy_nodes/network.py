@@ -62,7 +62,7 @@ class Network:
         self._inner = inner
         self._eps: dict[torch.dtype, float | None] = {}
         self.runs_wrappers = "WrappersMP.DIFFUSION_MODEL" in inspect.getsource(kind.forward)
-        """Whether EasyCache and its like are run around it. ComfyUI's SD3 and PixArt leave them out."""
+        """Whether EasyCache and its like are run around it. Some of ComfyUI's networks leave them out."""
         self.parameters = {
             name: parameter.default
             for name, parameter in list(inspect.signature(inner).parameters.items())[3:]

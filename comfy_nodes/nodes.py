@@ -144,8 +144,8 @@ class TACODiTModelLoader(_Loader):
     """A MODEL in, the same MODEL out, run by the daemon."""
 
     DESCRIPTION = (
-        "Runs a diffusion transformer (Flux, SD3, PixArt) on all GPUs of the TACO-DiT daemon. The daemon reads the "
-        "file itself; LoRAs and other patches go along. The result is the one that ComfyUI itself gives."
+        "Runs a diffusion transformer on all GPUs of the TACO-DiT daemon. The daemon reads the file itself; "
+        "LoRAs and other patches go along. The result is the one that ComfyUI itself gives."
     )
 
     @classmethod

@@ -84,7 +84,7 @@ class Source:
     def metadata(self) -> dict[str, str]:
         """What an upload says of itself: the configuration, so far as it is plain data.
 
-        Nothing for the families that ComfyUI doesn't name there (SD3): the daemon knows those by their tensors.
+        Nothing for the families that ComfyUI doesn't name there: the daemon knows those by their tensors.
         """
         if "image_model" not in self.config:
             return {}

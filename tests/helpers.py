@@ -425,6 +425,11 @@ class Golden:
         save_file(self.weights, path, metadata={"tacod.config": json.dumps(self.config)})
 
 
+def golden_names() -> list[str]:
+    """The golden forwards that there are, of every family."""
+    return sorted(path.stem for path in GOLDEN.glob("*.safetensors"))
+
+
 def read_golden(name: str) -> Golden:
     """A golden forward. Weights that are stored in 8 bits come in bf16, which holds them."""
     with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:

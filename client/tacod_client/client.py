@@ -367,8 +367,8 @@ class Model:
         Args:
             noise: [B, C, H, W], standard normal.
             latent: [B, C, H, W] in the VAE's space, as ComfyUI's LATENT; zeros for an empty canvas.
-            sigmas: [steps + 1], falling noise levels down to at least 0: of a flow from at most 1, of PixArt (epsilon)
-                from at most the level of its noisiest step in training, 157.
+            sigmas: [steps + 1], falling noise levels down to at least 0: from at most 1 for a flow, from at most the
+                level of the noisiest training step for a model that predicts the noise (157 for PixArt).
             positive: The forward's other arguments (``context``, ``y``, ``guidance``, …).
             negative: The same for the negative prompt; not looked at when ``cfg`` is 1.
             cfg: Guidance scale.

@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tacod.checkpoint.diffusers import translate
 from tacod.checkpoint.folder import is_folders, open_folder
 from tacod.checkpoint.gguf import is_gguf, read_gguf
 from tacod.checkpoint.header import PLAIN, File, Header, Part, TensorInfo
@@ -55,15 +54,15 @@ class Checkpoint:
     """The diffusion model's tensors, their keys without `prefix`; diffusers' own names where `diffusers` is true."""
     prefix: str
     config: Mapping[str, Any] | None
-    """What the model says of itself, in ComfyUI's ``unet_config`` vocabulary: a file's ``tacod.config``, or a
-    folder's ``config.json`` translated; None if nothing."""
+    """What the model says of itself: a file's ``tacod.config``, in ComfyUI's ``unet_config`` vocabulary, or a folder's
+    ``config.json``, in diffusers' vocabulary; None if nothing."""
     identity: str = field(repr=False)
     """Changes whenever a file does: a hash of paths, sizes, modification times, headers and samples of contents."""
     files: tuple[File, ...] = field(default=(), repr=False)
     parts: Mapping[str, tuple[Part, ...]] = field(default_factory=dict, repr=False)
     """The bytes of each tensor, in order."""
     diffusers: bool = False
-    """Whether the tensors have diffusers' names and order still (see `DiT.diffusers_layout`)."""
+    """Whether tensors and configuration are diffusers' (see `DiT.diffusers_layout` and `DiT.diffusers`)."""
     others: tuple[str, ...] = field(default=(), repr=False)
     """The names of other modules' tensors that lie beside the model's where these have no prefix."""
 
@@ -135,13 +134,12 @@ def _find_prefix(keys: Collection[str]) -> str:
 
 def _read_folder(path: str) -> Checkpoint:
     folder = open_folder(path)
-    config = translate(folder.path, folder.config)
     headers, entries = folder.read()
     return Checkpoint(
         path,
         {key: entry.info for key, entry in entries.items()},
         "",
-        config,
+        folder.config,
         _identify(path, folder.raw, headers),
         tuple(header.file for header in headers),
         {key: (entry.part,) for key, entry in entries.items()},

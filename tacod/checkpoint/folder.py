@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tacod.checkpoint.diffusers import is_known
 from tacod.checkpoint.header import Entry, Header
 from tacod.checkpoint.safetensors import read_safetensors
 from tacod_client.errors import ModelCorrupt, ModelError, ModelNotAllowed, ModelUnsupported
@@ -82,7 +81,8 @@ def is_folders(path: str) -> bool:
     if not name.endswith(".safetensors") or not os.path.isfile(path):
         return False
     try:
-        known = is_known(_read_json(config_path)[1])
+        kind = _read_json(config_path)[1].get("_class_name")
+        known = isinstance(kind, str) and "Transformer" in kind
         return known and any(each.startswith(_BLOCKS) for each in read_safetensors(path).entries)
     except (OSError, ModelError):
         return False

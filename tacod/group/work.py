@@ -238,8 +238,8 @@ class Stepped(Part):
     """Of these forwards, those that the step cache mostly skipped."""
     sigma: float | None = None
     """A sampling run's noise level after the step."""
-    out: Tensor | None = None
-    """From rank 0: the output, and of a sampling run the latent, with the last step."""
+    out: Tensor | list[Tensor] | None = None
+    """From rank 0: the output, one for each of several latents; of a sampling run the latent, with the last step."""
 
 
 Result = Loaded | Stepped | None

@@ -126,20 +126,27 @@ def _packages() -> Iterator[Finding]:
 
 
 def _groups() -> Iterator[Finding]:
-    """Whether xfuser's process groups really work here: a group of one, over gloo."""
+    """Whether process groups really work here, and whose are in use: a group of one, over gloo."""
+    advice = "`pip install -U 'taco-dit[daemon]'`; if it stays, the versions above don't fit each other"
     try:
         import torch
 
         from tacod.rank.comm import process_groups
 
+        cpu = torch.device("cpu")
+        reason = process_groups.why_not_xfuser(cpu)
+        whose = "torch's own" if reason else "xfuser's"
         with tempfile.TemporaryDirectory(prefix="tacod-") as folder:
-            process_groups.join(torch.device("cpu"), 0, 1, f"{folder}/rendezvous")
+            process_groups.join(cpu, 0, 1, f"{folder}/rendezvous")
             process_groups.leave()
     except Exception as error:
-        advice = "`pip install -U 'taco-dit[daemon]'`; if it stays, the versions above don't fit each other"
-        yield fail("groups", f"xfuser's process groups don't start: {type(error).__name__}: {error}", advice)
+        yield fail("groups", f"process groups don't start: {type(error).__name__}: {error}", advice)
+        return
+    message = f"{whose} process groups work (a group of one, over gloo)"
+    if reason:
+        yield warn("groups", f"{message}; xfuser's can't be imported: {reason}", advice)
     else:
-        yield ok("groups", "xfuser's process groups work (a group of one, over gloo)")
+        yield ok("groups", message)
 
 
 # --- files and memory -------------------------------------------------------------------------------------------------

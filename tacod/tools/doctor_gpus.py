@@ -56,7 +56,7 @@ def look(group: Group, status: Mapping[str, Any] | None, measure: bool) -> Itera
         message = f"{gpu.name}, {size(gpu.free)} of {size(gpu.total)} free"
         if gpu.total < 8 << 30:
             yield warn(
-                f"gpu {gpu.device}", message, "Flux.1 wants 8 GiB and more on each: use 8-bit weights (fp8, GGUF)"
+                f"gpu {gpu.device}", message, "large models want 8 GiB and more on each: use 8-bit weights (fp8, GGUF)"
             )
         elif status is None and gpu.free < gpu.total / 2:
             yield warn(f"gpu {gpu.device}", message, "something else holds it: `nvidia-smi` says what")

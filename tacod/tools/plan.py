@@ -43,7 +43,7 @@ def _plan(argv: Sequence[str] | None) -> int:
     family, config, checkpoint = identify(checkpoint)
     with torch.device("meta"):
         model = family(config)
-    width, height = (int(side) // family.pixels_per_latent for side in args.size.split("x"))
+    width, height = (int(side) // family.downscale for side in args.size.split("x"))
     text = family.usual["L"] if args.text is None else args.text
     sizes = {**family.usual, "B": args.batch, "H": height, "W": width, "L": text}
     given = {
@@ -62,6 +62,7 @@ def _plan(argv: Sequence[str] | None) -> int:
             "ring": plan.layout.ring,
             "tokens": plan.tokens,
             "text": text,
+            "downscale": family.downscale,
             "arguments": _arguments(model),
         }
         document(told)
@@ -71,12 +72,14 @@ def _plan(argv: Sequence[str] | None) -> int:
 
 
 def _arguments(model: DiT) -> dict[str, Any]:
-    """The tensors that a forward takes: their shapes, and of the timestep what the family makes of a noise level."""
+    """The tensors that a forward takes: shapes, whether a usual forward has them, and values of what isn't noise."""
     told: dict[str, Any] = {
-        name: {"shape": spec.shape, "required": spec.required}
+        name: {"shape": spec.shape, "required": spec.required, "usual": spec.required or name in model.usual_optional}
         for name, spec in model.arguments().items()
         if isinstance(spec, Argument) and spec.shape is not None and not (spec.many or spec.mask)
     }
+    for name, value in model.usual_values.items():
+        told[name]["value"] = value
     told["timestep"]["value"] = model.timestep(torch.tensor(SIGMA)).item()
     return told
 

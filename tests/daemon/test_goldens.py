@@ -9,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import FP32, GOLDEN, Daemon, Golden, read_golden, relative_error
+from helpers import FP32, GOLDEN, Daemon, Golden, golden_names, read_golden, relative_error
 from safetensors import safe_open
 from torch import Tensor
 
 from tacod_client import Client, Model, Progress
 
 FLUX = ["flux_dev", "flux_dev_odd", "flux_kontext", "flux_schnell"]
-SD3 = ["sd35_large", "sd35_medium"]
 RUNS = GOLDEN / "sampling" / "sd35_large.safetensors"
 RANKS = [1, 2, 3, 4]
 SAMPLERS = ["euler", "heun", "dpmpp_2m", "ddim", "lms", "res_multistep", "euler_ancestral"]
@@ -41,7 +40,7 @@ def load(models: Path) -> Load:
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("name", FLUX + SD3)
+@pytest.mark.parametrize("name", golden_names())
 def test_equals_comfyui_at_any_rank_count(daemons: Callable[[int], Daemon], load: Load, name: str, ranks: int) -> None:
     with daemons(ranks).client() as client:
         model, golden = load(client, name)

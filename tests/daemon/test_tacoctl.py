@@ -385,10 +385,13 @@ def test_plan_needs_no_daemon(tacoctl: Run, models: Path) -> None:
 
 
 def test_plan_tells_what_a_forward_takes(tacoctl: Run, models: Path) -> None:
-    told = as_json(tacoctl("plan", models / FLUX.file, "--ranks", 3, "--json"))["arguments"]
-    assert told["x"] == {"shape": ["B", 4, "H", "W"], "required": True}
-    assert told["y"] == {"shape": ["B", 6], "required": False}
-    assert told["timestep"] == {"shape": ["B"], "required": True, "value": pytest.approx(0.7)}
+    plan = as_json(tacoctl("plan", models / FLUX.file, "--ranks", 3, "--json"))
+    told = plan["arguments"]
+    assert plan["downscale"] == 8
+    assert told["x"] == {"shape": ["B", 4, "H", "W"], "required": True, "usual": True}
+    assert told["y"] == {"shape": ["B", 6], "required": False, "usual": True}
+    assert told["timestep"] == {"shape": ["B"], "required": True, "usual": True, "value": pytest.approx(0.7)}
+    assert told["guidance"] == {"shape": ["B"], "required": True, "usual": True, "value": 3.5}
     assert not {"ref_latents", "attention_mask", "control", "rope_options"} & set(told)
 
 

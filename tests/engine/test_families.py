@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import read_golden
+from helpers import golden_names, read_golden
 
 from tacod.checkpoint import TensorInfo
 from tacod.rank.families import detect, families
@@ -18,8 +18,7 @@ from tacod.rank.families.sd3 import SD3
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod_client.errors import ArgumentError, ModelUnsupported
 
-FLUX = ["flux_dev", "flux_dev_odd", "flux_schnell", "flux_kontext"]
-GOLDENS = [*FLUX, "sd35_large", "sd35_medium"]
+GOLDENS = golden_names()
 
 TINY_FLUX: dict[str, Any] = {
     "image_model": "flux",
@@ -59,6 +58,10 @@ TINY_SD3: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+def test_every_family_has_a_golden() -> None:
+    assert {read_golden(name).model().family for name in GOLDENS} == {family.family for family in families()}
 
 
 @pytest.mark.parametrize("name", GOLDENS)
@@ -189,6 +192,8 @@ def test_what_a_file_says_overrides_what_is_detected() -> None:
 def test_families_are_found_by_their_files() -> None:
     assert {Flux, SD3} <= set(families())
     names = [family.family for family in families()]
+    assert all(family.title and family.models for family in families())
+    assert any(family.tiny is not None for family in families())
     assert names == sorted(names)
     assert len({model for family in families() for model in family.image_models}) == len(
         [model for family in families() for model in family.image_models]

@@ -255,6 +255,7 @@ BESIDE: dict[str, str | bytes] = {
     "too deep": "[" * 100_000,
     "no object": "3",
     "another class": json.dumps({"_class_name": "MyThing"}),
+    "another transformer's": json.dumps({"_class_name": "OtherTransformer2DModel", "in_channels": 3}),
     "a VAE's": json.dumps({"_class_name": "AutoencoderKL", "in_channels": 3}),
     "no class but a number": json.dumps({"_class_name": 7}),
     "a text encoder's": json.dumps({"architectures": ["T5EncoderModel"]}),

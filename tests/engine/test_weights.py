@@ -18,9 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tacod.checkpoint import TensorInfo, locate, read_checkpoint
-from tacod.checkpoint.diffusers import translate
 from tacod.checkpoint.header import BLOCKS
-from tacod.rank.families import detect
+from tacod.rank.families import detect, from_diffusers
 from tacod.rank.families.base import DiT
 from tacod.rank.ops.quantized_linear import StoredLinear
 from tacod.rank.parallel.sequence import SequenceParallel
@@ -155,7 +154,7 @@ def run(model: DiT, inputs: dict[str, Any]) -> Tensor:
 def test_layout_has_a_place_for_every_parameter(name: str) -> None:
     """Names and sizes; and what the single file holds is covered without hole or overlap."""
     model = theirs(name)
-    family, config = detect({}, translate("here", {**model.config, "_class_name": type(model).__name__}))
+    family, config = detect({}, from_diffusers("here", {**model.config, "_class_name": type(model).__name__}))
     with torch.device("meta"):
         ours = {key: tuple(tensor.shape) for key, tensor in family(config).state_dict().items()}
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
@@ -227,7 +226,7 @@ def save_folder(model: DiT, config: dict[str, Any], folder: Path, shards: int = 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     weights = model.state_dict()
-    described = translate("here", config)
+    described = from_diffusers("here", config)
     tensors = {}
     for key, place in type(model).diffusers_layout(described).items():
         tensor = weights[place.key]

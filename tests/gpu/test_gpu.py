@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import FLUX, FP32, SD3, Daemon, Tiny, read_golden, relative_error, stopped
+from helpers import FLUX, FP32, SD3, Daemon, Tiny, golden_names, read_golden, relative_error, stopped
 from safetensors.torch import save_file
 from torch.nn.attention import sdpa_kernel
 
@@ -26,10 +26,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is available"),
 ]
 
-GOLDENS = [
-    *("flux_dev", "flux_dev_odd", "flux_kontext", "flux_schnell"),
-    *("sd35_large", "sd35_medium", "pixart_alpha", "pixart_sigma"),
-]
+GOLDENS = golden_names()
 ONE = {"sequence_parallel_degree": 1, "cfg_parallel": False}
 WORLDS = [count for count in (1, 2, 3, 4) if count <= torch.cuda.device_count()]
 

@@ -12,12 +12,12 @@ from rich.console import Console
 from tacod_client.cli import bench, show
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
-    "x": {"shape": ["B", 16, "H", "W"], "required": True},
-    "timestep": {"shape": ["B"], "required": True, "value": 0.7},
-    "context": {"shape": ["B", "L", 32], "required": True},
-    "y": {"shape": ["B", 8], "required": False},
-    "guidance": {"shape": ["B"], "required": True},
-    "c_size": {"shape": ["B", 2], "required": False},
+    "x": {"shape": ["B", 16, "H", "W"], "required": True, "usual": True},
+    "timestep": {"shape": ["B"], "required": True, "usual": True, "value": 0.7},
+    "context": {"shape": ["B", "L", 32], "required": True, "usual": True},
+    "y": {"shape": ["B", 8], "required": False, "usual": True},
+    "guidance": {"shape": ["B"], "required": True, "usual": True, "value": 3.5},
+    "c_size": {"shape": ["B", 2], "required": False, "usual": False},
 }
 LENGTHS = {"B": 2, "H": 12, "W": 20, "L": 7}
 
@@ -36,12 +36,13 @@ def test_inputs_have_the_shapes_and_the_bytes_of_comfyuis(dtype: str) -> None:
     assert inputs["x"].dtype == inputs["context"].dtype == (np.float32 if dtype == "fp32" else np.float16)
     assert inputs["timestep"].dtype == inputs["guidance"].dtype == np.float32
     assert inputs["timestep"][0] == pytest.approx(0.7)
+    assert inputs["guidance"][0] == pytest.approx(3.5)
 
 
 @pytest.mark.parametrize(("shape", "value"), [(["B"], 700.0), (["B", "L"], 0.25), ([1], 0.0)])
 def test_the_timestep_is_what_the_family_makes_of_it(shape: list[Any], value: float) -> None:
     """A flow by its sigma, a step of training to a thousand, a video's by frame: bench knows no family by its name."""
-    arguments = {"timestep": {"shape": shape, "required": True, "value": value}}
+    arguments = {"timestep": {"shape": shape, "required": True, "usual": True, "value": value}}
     timestep = bench._inputs(arguments, bench._shapes(arguments, LENGTHS), "bf16")["timestep"]
     assert timestep.dtype == np.float32
     assert np.all(timestep == value)

@@ -182,6 +182,19 @@ def test_packages_that_are_missing_or_too_old_are_named(monkeypatch: pytest.Monk
     assert (found["torch"].state, found["torch"].message) == ("fail", "1.0, but >=2.9 is needed")
 
 
+def test_torchs_own_process_groups_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tacod.rank.comm import process_groups
+
+    def moved(on_gpu: bool) -> None:
+        raise ImportError("its modules moved")
+
+    monkeypatch.setattr(process_groups, "_parallel_state", moved)
+    (found,) = engine._groups()
+    assert (found.check, found.state) == ("groups", "warn")
+    assert found.message.startswith("torch's own process groups work")
+    assert "ImportError: its modules moved" in found.message
+
+
 def test_gpus_without_a_driver_fail_with_what_to_do() -> None:
     import torch
 

@@ -39,17 +39,31 @@ def test_abstract_socket_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("address", [None, "", "/nowhere/notify"])
-def test_without_a_manager_nothing_happens(monkeypatch: pytest.MonkeyPatch, address: str | None) -> None:
+def test_without_a_manager_nothing_is_sent(
+    manager: socket.socket, monkeypatch: pytest.MonkeyPatch, address: str | None
+) -> None:
+    notify("STATUS=before")
     if address is None:
-        monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+        monkeypatch.delenv("NOTIFY_SOCKET")
     else:
         monkeypatch.setenv("NOTIFY_SOCKET", address)
     notify("READY=1")
+    assert manager.recv(1024) == b"STATUS=before"
+    manager.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        manager.recv(1024)
 
 
-def test_manager_that_went_away_is_no_fault(manager: socket.socket) -> None:
+def test_manager_that_went_away_is_no_fault(manager: socket.socket, tmp_path: Path) -> None:
+    """What is sent to nobody is lost, and the next manager at the same path is told again."""
     manager.close()
     notify("READY=1")
+    (tmp_path / "notify").unlink()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as another:
+        another.bind(str(tmp_path / "notify"))
+        another.settimeout(5)
+        notify("STATUS=again")
+        assert another.recv(1024) == b"STATUS=again"
 
 
 def test_no_descriptor_is_left_open(manager: socket.socket) -> None:

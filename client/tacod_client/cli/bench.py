@@ -22,7 +22,6 @@ from tacod_client.stats import Call
 
 __all__ = ["bound", "run"]
 
-GUIDANCE = 3.5
 ONE_RANK = {"sequence_parallel_degree": 1, "cfg_parallel": False}
 WARM_UPS = 2
 PARTS = ("queue", "wire", "compute", "collective")
@@ -41,11 +40,11 @@ def run(args: argparse.Namespace) -> int:
         model = _find(client, args.model, quiet)
         sizes = args.size or [(1024, 1024)]
         family = _family(model.path, world_size, sizes[0], args.batch, args.text)
-        text = family["text"]
+        text, downscale = family["text"], family["downscale"]
         rows = []
         with show.counting(len(sizes) * (1 + (world_size > 1)), quiet) as count:
             for width, height in sizes:
-                lengths = {"B": args.batch, "H": height // 8, "W": width // 8, "L": text}
+                lengths = {"B": args.batch, "H": height // downscale, "W": width // downscale, "L": text}
                 shapes = _shapes(family["arguments"], lengths)
                 loaded.check_size(client, list(shapes.values()))
                 given = _inputs(family["arguments"], shapes, model.dtype)
@@ -97,8 +96,7 @@ def _shapes(arguments: Arguments, lengths: Mapping[str, int]) -> dict[str, list[
     return {
         name: [lengths[size] if isinstance(size, str) else size for size in spec["shape"]]
         for name, spec in arguments.items()
-        # A pooled text is always there in ComfyUI, if the model takes one.
-        if spec["required"] or name == "y"
+        if spec["usual"]
     }
 
 
@@ -107,7 +105,7 @@ def _inputs(arguments: Arguments, shapes: Mapping[str, Sequence[int]], dtype: st
     rng = np.random.default_rng(0)
     inputs: dict[str, Any] = {}
     for name, shape in shapes.items():
-        value = arguments[name].get("value", GUIDANCE if name == "guidance" else None)
+        value = arguments[name].get("value")
         if value is not None:
             inputs[name] = np.full(shape, value, np.float32)
         else:

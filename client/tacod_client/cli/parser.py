@@ -133,9 +133,7 @@ def _add_sample(sample: argparse.ArgumentParser) -> None:
     )
     sample.add_argument("--sampler", default="euler", help="default euler; an unknown one is refused with the list")
     sample.add_argument("--steps", type=_steps, default=28, help="default 28; not used if the inputs hold sigmas")
-    sample.add_argument(
-        "--shift", type=_above_zero, help="a flow's timestep shift, default 3 (SD3's); for no other model"
-    )
+    sample.add_argument("--shift", type=_above_zero, help="a flow's timestep shift, default 3; for no other model")
     sample.add_argument("--cfg", type=_finite, default=1.0, help="guidance scale, default 1 (no negative)")
     sample.add_argument("--seed", type=_seed, default=0, help="of the noise, default 0")
     sample.add_argument("--size", type=_size, default=(1024, 1024), metavar="WxH", help="in pixels, default 1024x1024")

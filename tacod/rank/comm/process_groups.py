@@ -1,8 +1,8 @@
-"""xfuser's process groups, on GPUs over NCCL and on CPUs over gloo.
+"""xfuser's process groups, on GPUs over NCCL and on CPUs over gloo; torch's own where xfuser can't be imported.
 
 xfuser 0.7 imports its pipelines, diffusers and triton at `import xfuser` and refuses to run without an accelerator.
 A rank needs its `parallel_state` alone, so that module is imported under bare parent packages: two seconds instead
-of seven, and no kernels on a CPU.
+of seven, and no kernels on a CPU. Both kinds are `torch.distributed` groups of the same ranks and the same backend.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import sys
 import types
@@ -23,10 +24,14 @@ import torch.distributed as dist
 
 from tacod.rank.parallel.topology import MakeGroup
 
-__all__ = ["join", "leave"]
+__all__ = ["join", "leave", "why_not_xfuser"]
+
+_log = logging.getLogger(__name__)
 
 JOIN_TIMEOUT = timedelta(minutes=30)
 """How long ranks wait for each other, if nobody ends them before."""
+_USED = ("GroupCoordinator", "get_sp_group", "init_distributed_environment", "initialize_model_parallel")
+"""What is taken of xfuser's module; one that lacks any of it counts as not to be imported."""
 
 
 def join(device: torch.device, rank: int, world_size: int, rendezvous: str, local_rank: int = 0) -> MakeGroup:
@@ -38,11 +43,45 @@ def join(device: torch.device, rank: int, world_size: int, rendezvous: str, loca
     backend = "nccl" if device.type == "cuda" else "gloo"
     # A transfer that is to hide behind a matrix product must not wait for the product's last block.
     os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
-    state = _parallel_state(on_gpu=device.type == "cuda")
+    reason = why_not_xfuser(device)
     if not dist.is_initialized():
         store = dist.FileStore(os.fsencode(rendezvous), world_size)  # type: ignore[attr-defined, arg-type]
         store.set_timeout(JOIN_TIMEOUT)
         dist.init_process_group(backend, store=store, world_size=world_size, rank=rank)
+        # Groups are made in the same order by all ranks, so that all of them have xfuser's or none.
+        store.set(f"why not xfuser/{rank}", reason)
+        reasons = [store.get(f"why not xfuser/{each}").decode() for each in range(world_size)]
+        reason = next(filter(None, reasons), "")
+    if reason:
+        _log.warning("torch's own process groups are in use, as xfuser's can't be imported: %s", reason)
+        if device.type == "cuda":
+            torch.cuda.set_device(local_rank)
+        return _torch_groups(rank, world_size, backend)
+    return _xfuser_groups(_parallel_state(device.type == "cuda"), rank, world_size, backend, local_rank)
+
+
+def why_not_xfuser(device: torch.device) -> str:
+    """Why xfuser's process groups can't be imported; empty if they can."""
+    try:
+        _parallel_state(device.type == "cuda")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _torch_groups(rank: int, world_size: int, backend: str) -> MakeGroup:
+    def make_group(parts: list[list[int]]) -> dist.ProcessGroup:
+        if parts == [list(range(world_size))]:
+            assert dist.group.WORLD is not None
+            return dist.group.WORLD
+        groups = [dist.new_group(ranks, backend=backend) for ranks in parts]
+        mine: dist.ProcessGroup = next(group for group, ranks in zip(groups, parts, strict=True) if rank in ranks)
+        return mine
+
+    return make_group
+
+
+def _xfuser_groups(state: Any, rank: int, world_size: int, backend: str, local_rank: int) -> MakeGroup:
     # xfuser makes its groups of what is there.
     state.init_distributed_environment(
         world_size=world_size, rank=rank, distributed_init_method="", local_rank=local_rank, backend=backend
@@ -80,7 +119,10 @@ def _parallel_state(on_gpu: bool) -> Any:
             envs._is_cuda = lambda: False
         # The Ulysses and ring groups come from yunchang, which is installed with xfuser but only looked for on GPUs.
         envs.PACKAGES_CHECKER.packages_info["has_long_ctx_attn"] = True
-        return importlib.import_module("xfuser.core.distributed.parallel_state")
+        state: Any = importlib.import_module("xfuser.core.distributed.parallel_state")
+    for name in _USED:
+        getattr(state, name)
+    return state
 
 
 @contextmanager
@@ -88,7 +130,7 @@ def _bare(*names: str) -> Iterator[None]:
     """Within, these packages have a path and no code; afterwards they are as if never imported."""
     root = importlib.util.find_spec(names[0])
     if root is None or not root.submodule_search_locations:
-        raise ModuleNotFoundError("xfuser is not installed; run `pip install 'taco-dit[daemon]'`")
+        raise ModuleNotFoundError("it is not installed; `pip install 'taco-dit[daemon]'` installs it")
     base = root.submodule_search_locations[0]
     for name in names:
         package = types.ModuleType(name)

@@ -8,16 +8,17 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
 from tacod.checkpoint import TensorInfo
 from tacod.rank.families.base import DiT
+from tacod.rank.families.diffusers_config import DiffusersConfig
 from tacod.rank.families.names import FUSED_NAMES, Place
 from tacod_client.errors import ModelUnsupported
 
-__all__ = ["detect", "diffusers_layout", "families", "is_known"]
+__all__ = ["detect", "diffusers_layout", "families", "from_diffusers", "is_known", "is_known_class"]
 
 _KNOWN = 0.9
 """The part of a file's tensors that a family's table of names must know, if the file is of that family."""
@@ -94,12 +95,42 @@ def _apart(name: str) -> str:
     return name
 
 
+def from_diffusers(path: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration, in ComfyUI's ``unet_config`` vocabulary, of diffusers' ``config.json`` in the folder ``path``.
+
+    A class whose name contains a known one is taken for its subclass, with the same weights
+    (``FluxTransformer2DModelWithMasking``, as SimpleTuner has it); other weights are refused by their names.
+
+    Raises `ModelUnsupported`, naming the class or the key, for what no family runs.
+    """
+    translate = _translation(config)
+    if translate is None:
+        classes = sorted(name for family in families() for name in family.diffusers if "(" not in name)
+        raise ModelUnsupported(
+            f"{path}: config.json's _class_name is {config.get('_class_name')!r:.80}; "
+            f"this version reads folders of {', '.join(classes)}"
+        )
+    found: dict[str, Any] = translate(DiffusersConfig(config))
+    return found
+
+
+def is_known_class(config: Mapping[str, Any]) -> bool:
+    """Whether diffusers' ``config.json`` names a class of a family."""
+    return _translation(config) is not None
+
+
 def is_known(tensors: Mapping[str, TensorInfo]) -> bool:
     """Whether the keys are those of a family, in its own names or in diffusers'; they needn't be all there."""
     try:
         return diffusers_layout(tensors) is not None or any(_detect(each, tensors) is not None for each in families())
     except ModelUnsupported:
         return True
+
+
+def _translation(config: Mapping[str, Any]) -> Callable[[DiffusersConfig], dict[str, Any]] | None:
+    name = DiffusersConfig(config).class_name or ""
+    found = (translate for family in families() for known, translate in family.diffusers.items() if known in name)
+    return next(found, None)
 
 
 def _detect(family: type[DiT], tensors: Mapping[str, TensorInfo]) -> dict[str, Any] | None:

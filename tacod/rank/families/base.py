@@ -56,6 +56,25 @@ class DiT(nn.Module, abc.ABC):
 
     family: ClassVar[str]
     """The name that users see: ``flux``, ``sd3``."""
+    title: ClassVar[str]
+    """What people call the family: ``Flux.1``."""
+    models: ClassVar[tuple[str, ...]]
+    """The names of its models: ``dev``, ``schnell``."""
+    diffusers: ClassVar[Mapping[str, Any]] = {}
+    """diffusers' classes for it; each with a function of a `DiffusersConfig` that gives a config as `detect` does.
+
+    ``Transformer2DModel`` is a class of several models. It is named with its ``norm_type``: ``Transformer2DModel(…)``.
+    """
+    lora_marks: ClassVar[str] = ""
+    """A regular expression that finds this family's module names in a LoRA file; empty if there is none."""
+    tiny: ClassVar[Mapping[str, Any] | None] = None
+    """The configuration of a tiny model, for the self-test of a group. At least one family has one."""
+    usual_optional: ClassVar[tuple[str, ...]] = ()
+    """Optional arguments that ComfyUI always passes."""
+    usual_values: ClassVar[Mapping[str, float]] = {}
+    """Arguments that have a usual value; others are noise in a forward that is made up."""
+    downscale: ClassVar[int] = 8
+    """Pixels per latent cell, along each side."""
     image_models: ClassVar[tuple[str, ...]]
     """The values of ``image_model`` in ComfyUI's ``unet_config`` that this family runs."""
     latent_format: LatentFormat | None = None
@@ -64,8 +83,6 @@ class DiT(nn.Module, abc.ABC):
     """What the output means."""
     usual: ClassVar[Mapping[str, int]]
     """The free sizes of a usual forward, by their names in `arguments`, with which a load warms up."""
-    pixels_per_latent: ClassVar[int] = 8
-    """Pixels of a picture's side for each number of a latent's."""
     names: ClassVar[Names] = Names("")
     """Each parameter's name in diffusers' class for this family; empty if there is no such class."""
     spellings: ClassVar[Mapping[str, str]] = {}

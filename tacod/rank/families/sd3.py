@@ -94,6 +94,45 @@ class SD3(DiT):
     """
 
     family: ClassVar[str] = "sd3"
+    title = "SD3 and SD3.5"
+    models = ("SD3 medium", "SD3.5 large", "SD3.5 medium")
+    lora_marks = r"joint_blocks[._]"
+    tiny: ClassVar[Mapping[str, Any]] = {
+        "image_model": "sd3",
+        "in_channels": 4,
+        "patch_size": 2,
+        "depth": 2,
+        "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 8, "out_features": 128}},
+        "adm_in_channels": 8,
+        "pos_embed_max_size": 16,
+        "qk_norm": "rms",
+        "x_block_self_attn_layers": [],
+    }
+    diffusers: ClassVar[Mapping[str, Any]] = {
+        "SD3Transformer2DModel": lambda c: {
+            "image_model": "sd3",
+            "in_channels": c.whole("in_channels", 16),
+            "patch_size": c.whole("patch_size", 2),
+            "out_channels": c.whole("out_channels", 16),
+            "depth": c.only("num_attention_heads", depth := c.whole("num_layers", 18), 18),
+            "input_size": None,
+            "adm_in_channels": c.whole("pooled_projection_dim", 2048),
+            "context_size": (context := c.whole("joint_attention_dim", 4096)),
+            "context_embedder_config": {
+                "target": "torch.nn.Linear",
+                "params": {
+                    "in_features": context,
+                    "out_features": c.only("caption_projection_dim", c.only("attention_head_dim", 64) * depth, 1152),
+                },
+            },
+            "num_patches": c.whole("pos_embed_max_size", 96) ** 2,
+            "pos_embed_max_size": c.whole("pos_embed_max_size", 96),
+            "pos_embed_scaling_factor": None,
+            "context_processor_layers": None,
+            "qk_norm": "rms" if c.get("qk_norm") == "rms_norm" else c.get("qk_norm"),
+            "x_block_self_attn_layers": c.items("dual_attention_layers", ()),
+        }
+    }
     usual: ClassVar[Mapping[str, int]] = {"B": 2, "H": 128, "W": 128, "L": 154}
     image_models: ClassVar[tuple[str, ...]] = ("sd3",)
     process = Flow()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from tacod.rank.oom import let_go, shortage
 from tacod.rank.parallel.topology import Topology
 from tacod_client.errors import ArgumentError
 
-__all__ = ["usual_inputs", "warm_up"]
+__all__ = ["SIGMA", "random_inputs", "usual_inputs", "warm_up"]
 
 SMALLEST = 8
 """No side of the latents that are tried is shorter."""
@@ -71,29 +72,34 @@ def _fits_alone(dit: DiT, topology: Topology, inputs: Inputs, shape: Shape) -> b
 
 def usual_inputs(dit: DiT, device: torch.device) -> Inputs | None:
     """The arguments of a usual forward, random: with smaller latents if the model wants them, None if it takes none."""
-    generator = torch.Generator().manual_seed(0)
     sizes, sides = dict(dit.usual), [side for side in dit.canvas[2:] if isinstance(side, str)]
+    generator = torch.Generator().manual_seed(0)
+    while max(sizes[side] for side in sides) >= SMALLEST:
+        inputs = random_inputs(dit, device, generator, sizes)
+        try:
+            dit.lengths(inputs)
+        except ArgumentError:
+            for side in sides:
+                sizes[side] = max(sizes[side] // 2, 1)
+        else:
+            return inputs
+    return None
+
+
+def random_inputs(dit: DiT, device: torch.device, generator: torch.Generator, sizes: Mapping[str, int]) -> Inputs:
+    """The tensors that a forward can't be without, random, at noise level `SIGMA`; ``sizes`` are the free ones."""
     specs = dit.arguments()
 
-    def randn(spec: Argument) -> Tensor:
+    def tensor(spec: Argument) -> Tensor:
         assert spec.shape is not None
         shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
         if spec.keys:
             return torch.ones(shape, dtype=torch.bool, device=device)
         return torch.randn(shape, generator=generator).to(device, torch.float32 if spec.fp32 else dit.dtype)
 
-    while max(sizes[side] for side in sides) >= SMALLEST:
-        values: dict[str, Any] = {}
-        for name, spec in specs.items():
-            if spec.required and isinstance(spec, Argument) and spec.shape is not None:
-                values[name] = [randn(spec)] if spec.many else randn(spec)
-        sigma = torch.full(values["timestep"].shape, SIGMA, device=device)
-        values["timestep"] = dit.timestep(sigma).float()
-        try:
-            dit.lengths(values)
-        except ArgumentError:
-            for side in sides:
-                sizes[side] = max(sizes[side] // 2, 1)
-        else:
-            return Inputs(values, specs)
-    return None
+    values: dict[str, Any] = {}
+    for name, spec in specs.items():
+        if spec.required and isinstance(spec, Argument) and spec.shape is not None:
+            values[name] = [tensor(spec)] if spec.many else tensor(spec)
+    values["timestep"] = dit.timestep(torch.full(values["timestep"].shape, SIGMA, device=device)).float()
+    return Inputs(values, specs)

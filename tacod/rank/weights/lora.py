@@ -27,6 +27,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from tacod.checkpoint import is_gguf, read_checkpoint
+from tacod.rank.families import families
 from tacod.rank.families.names import Place
 from tacod.rank.weights.changes import Change, Diff, LoHa, LoKr, LoRA, Set
 from tacod.rank.weights.misfit import Misfit
@@ -62,15 +63,14 @@ _REFUSED = {
     re.compile(r"\.reshape_weight$"): "a patch that reshapes its weight",
     re.compile(r"\.lora_magnitude_vector(\.[^.]+)*$"): "PEFT's DoRA, whose norms are not those of .dora_scale",
 }
-_FAMILIES = {
+_STRANGERS = {
     re.compile(r"(down|up|input|output|mid|middle)_blocks?[._]"): "a UNet (Stable Diffusion 1.x, 2.x or XL)",
-    re.compile(r"joint_blocks[._]"): "SD3",
-    re.compile(r"(double|single)_blocks[._]|single_transformer_blocks[._]"): "Flux",
     re.compile(r"joint_transformer_blocks[._]|double_layers[._]"): "AuraFlow",
     re.compile(r"(context|noise)_refiner[._]"): "Lumina 2 or Z-Image",
     re.compile(r"(^|[._])blocks[._]\d+[._](cross|self)_attn"): "Wan",
     re.compile(r"transformer_blocks[._]\d+[._](img|txt)_m(lp|od)"): "Qwen-Image",
 }
+"""Marks in LoRA files for what no family here runs; a family's own are its `DiT.lora_marks`."""
 _SHOWN = 8
 _TOLD = 256
 """How many unmatched names a message shows, and its details hold."""
@@ -303,7 +303,9 @@ def _refuse(tensors: Iterable[str], title: str) -> None:
 
 
 def _stranger(title: str, unmatched: Sequence[str], total: int) -> str:
-    looks = next((name for pattern, name in _FAMILIES.items() if any(map(pattern.search, unmatched))), None)
+    known = {re.compile(family.lora_marks): family.title for family in families() if family.lora_marks}
+    marks = {**known, **_STRANGERS}
+    looks = next((name for pattern, name in marks.items() if any(map(pattern.search, unmatched))), None)
     shown = ", ".join(name[:120] for name in unmatched[:_SHOWN])
     shown += f" and {len(unmatched) - _SHOWN} more" if len(unmatched) > _SHOWN else ""
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from tacod.checkpoint import Checkpoint, TensorInfo, read_checkpoint
 from tacod.checkpoint.checkpoint import FEW
 from tacod.checkpoint.header import Part
-from tacod.rank.families import detect, diffusers_layout, is_known
+from tacod.rank.families import detect, diffusers_layout, from_diffusers, is_known, is_known_class
 from tacod.rank.families.base import DiT
 from tacod.rank.families.names import FUSED_NAMES, Place
 from tacod_client.errors import ModelCorrupt, ModelUnsupported
@@ -23,14 +24,17 @@ _DEPTH = 4
 def identify(checkpoint: Checkpoint) -> tuple[type[DiT], dict[str, Any], Checkpoint]:
     """A checkpoint's family and configuration, and the same checkpoint under the names of the family's single file.
 
-    A file may have diffusers' names or ComfyUI's, and hold the model behind any prefix.
+    A file may have diffusers' names or ComfyUI's, and hold the model behind any prefix. The result may be identified
+    again, with the same result.
 
     Raises `ModelUnsupported` if no family knows it, or if it holds several models, and what `arrange` and `rename`
     raise.
     """
+    if checkpoint.diffusers and _is_beside_a_stranger(checkpoint):
+        checkpoint = replace(checkpoint, config=None, diffusers=False)
     if checkpoint.diffusers:
-        family, config = detect(checkpoint.tensors, checkpoint.config)
-        return family, config, arrange(checkpoint, family.diffusers_layout(config))
+        family, config = detect(checkpoint.tensors, from_diffusers(checkpoint.path, checkpoint.config or {}))
+        return family, config, replace(arrange(checkpoint, family.diffusers_layout(config)), config=config)
     if not is_known(checkpoint.tensors):
         checkpoint = _look_deeper(checkpoint)
     layout = diffusers_layout(checkpoint.tensors, checkpoint.config)
@@ -38,6 +42,15 @@ def identify(checkpoint: Checkpoint) -> tuple[type[DiT], dict[str, Any], Checkpo
         checkpoint = arrange(checkpoint, layout)
     family, config = detect(checkpoint.tensors, checkpoint.config)
     return family, config, rename(checkpoint, family.canonical)
+
+
+def _is_beside_a_stranger(checkpoint: Checkpoint) -> bool:
+    """Whether this is a weight file, and the configuration beside it is that of no family: it describes another."""
+    return (
+        os.path.isfile(checkpoint.path)
+        and checkpoint.path.endswith(".safetensors")
+        and not is_known_class(checkpoint.config or {})
+    )
 
 
 def _look_deeper(checkpoint: Checkpoint) -> Checkpoint:

@@ -9,7 +9,7 @@ rank does this, all at the same moment, one thing after the other and each twice
 
 The first time takes what a fresh process takes (pinned buffers, the allocator's first blocks), the second one doesn't.
 
-    python benchmarks/loading.py [--gib 1.0] [--ranks N] [--device cpu|cuda] [--folder /dev/shm]
+    python benchmarks/model_load.py [--gib 1.0] [--ranks N] [--device cpu|cuda] [--folder /dev/shm]
 """
 
 from __future__ import annotations

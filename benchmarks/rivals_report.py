@@ -1,4 +1,4 @@
-"""What peers.py has measured, as cases with speed-ups and errors, and as tables."""
+"""What rivals.py has measured, as cases with speed-ups and errors, and as tables."""
 
 from __future__ import annotations
 

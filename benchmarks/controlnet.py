@@ -1,6 +1,6 @@
 """What a ControlNet's residuals cost on their way to the ranks, at the size of Flux.1's at 1024².
 
-    python benchmarks/control.py [--rounds N]
+    python benchmarks/controlnet.py [--rounds N]
 
 The daemon is the real one; its ranks are `echo_rank.py`, which take what a rank takes of the residuals and answer with
 x. ``in`` is the way from the client to the supervisor and back, ``out`` from the supervisor to all ranks and back,

@@ -1,6 +1,6 @@
 """Ours beside diffusers and xfuser: one forward, the same weights, side by side in one process group and one run.
 
-    python benchmarks/peers.py [--models flux,sd35_large,pixart] [--sizes 1024,2048] [--ranks N | --gpus 1,2,3]
+    python benchmarks/rivals.py [--models flux,sd35_large,pixart] [--sizes 1024,2048] [--ranks N | --gpus 1,2,3]
                                [--rows one,planned,…] [--without compiled] [--rounds 7] [--reference]
                                [--json FILE] [--plot FILE]
 
@@ -45,7 +45,7 @@ import plans
 import theirs
 import torch
 import torch.distributed as dist
-from peers_report import LABELS, OURS, Step, make_case, show_about, show_case
+from rivals_report import LABELS, OURS, Step, make_case, show_about, show_case
 from safetensors.torch import load_file, save_file
 from torch import Tensor, multiprocessing
 
@@ -556,12 +556,12 @@ def run_model(name: str, options: argparse.Namespace, gpus: Sequence[str]) -> tu
     rows = [row for row in options.rows if _fits(row, batch, options.ranks)]
     served = [row for row in rows if row in SERVED]
     steps = [(pixels, "reference") for pixels in sizes if options.reference]
-    # Ours at all sizes first: what we compile serves all of them, and a peer's compiling throws it away.
+    # Ours at all sizes first: what we compile serves all of them, and a rival's compiling throws it away.
     for some in (OURS, PEERS):
         steps += [(pixels, row) for pixels in sizes for row in rows if row in some]
     steps += [(sizes[0], "save")] if served else []
     results: dict[Step, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory(prefix="peers-", dir=_room(name, options)) as folder:
+    with tempfile.TemporaryDirectory(prefix="rivals-", dir=_room(name, options)) as folder:
         job = Job(name, tuple(sizes), tuple(steps), options.ranks, options.rounds, options.dtype, folder)
         about: dict[str, Any] = {}
         whole = False
@@ -590,7 +590,7 @@ def _room(name: str, options: argparse.Namespace) -> str:
     for folder in folders:
         if shutil.disk_usage(folder).free > need:
             return str(folder)
-    raise SystemExit(f"peers: none of {', '.join(folders)} has {need / 2**30:.1f} GiB free; name one by --folder")
+    raise SystemExit(f"rivals: none of {', '.join(folders)} has {need / 2**30:.1f} GiB free; name one by --folder")
 
 
 def _commit() -> str:
@@ -633,7 +633,7 @@ def main() -> None:
     # Whoever ends it gets what there is, and no daemon stays behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if options.plot:
-        from peers_plot import plot
+        from rivals_plot import plot
     # Threads that spin while they wait are slow where ranks share cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -1,6 +1,6 @@
 """Clients that all ask at once, for a while: whether each gets its share, and what the wire costs then.
 
-    PYTHONPATH=tests python benchmarks/load.py [--clients N] [--seconds S] [--ranks N] [--loras [--room N]]
+    PYTHONPATH=tests python benchmarks/stress.py [--clients N] [--seconds S] [--ranks N] [--loras [--room N]]
 
 The daemon is a real one, with a tiny Flux.1 in fp32 on CPU ranks; each client is a process of its own that asks for one
 forward after the other, and holds each result against its undisturbed one. *Wire* is all of a forward that is neither

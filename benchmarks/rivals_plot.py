@@ -1,4 +1,4 @@
-"""Ours beside the peers as a picture: a panel for each case, a bar for each row."""
+"""Ours beside the rivals as a picture: a panel for each case, a bar for each row."""
 
 from __future__ import annotations
 

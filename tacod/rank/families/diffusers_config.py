@@ -1,0 +1,61 @@
+"""What diffusers' ``config.json`` says, for the tables `DiT.diffusers` that turn it into a family's configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tacod_client.errors import ModelUnsupported
+
+__all__ = ["DiffusersConfig"]
+
+
+@dataclass(frozen=True)
+class DiffusersConfig:
+    """A configuration with checks. All methods raise `ModelUnsupported`, naming the key, for values that can't be."""
+
+    values: Mapping[str, Any]
+
+    @property
+    def class_name(self) -> str | None:
+        """The class; ``Transformer2DModel``, which several models share, with its norm's type in brackets."""
+        name = self.values.get("_class_name")
+        if not isinstance(name, str):
+            return None
+        return f"{name}({self.values.get('norm_type')})" if name == "Transformer2DModel" else name
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A value as it stands there; the family checks it."""
+        return self.values.get(key, default)
+
+    def whole(
+        self, key: str, default: int, *, null: int | None = None, multiple: int = 1, choices: Sequence[int] = ()
+    ) -> int:
+        """A whole number, which is a multiple of ``multiple`` and one of ``choices``; ``null`` is what null means."""
+        value = self.values.get(key, default)
+        value = null if value is None else value
+        if type(value) is not int or not 0 <= value <= 1 << 20:
+            raise ModelUnsupported(f"config.json: {key} is {value!r:.80}; expected a whole number")
+        if value % multiple:
+            raise ModelUnsupported(f"config.json: {key} is {value}; expected a multiple of {multiple}")
+        if choices and value not in choices:
+            raise ModelUnsupported(f"config.json: {key} is {value}; expected {' or '.join(map(str, choices))}")
+        return value
+
+    def only(self, key: str, expected: int, default: int | None = None) -> int:
+        """The one value that this version runs; ``default`` is diffusers' own, if it is another."""
+        value = self.values.get(key, expected if default is None else default)
+        if value != expected:
+            raise ModelUnsupported(f"config.json: {key} is {value!r:.80}; this version runs {expected} here")
+        return expected
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Whether something is so; null means the default."""
+        value = self.values.get(key)
+        return default if value is None else bool(value)
+
+    def items(self, key: str, default: Sequence[int]) -> Any:
+        """A list; a value that is none as it stands there, for the family to refuse."""
+        value = self.values.get(key, default)
+        return list(value) if isinstance(value, list | tuple) else value

@@ -1,0 +1,104 @@
+"""Groups of ranks with xfuser and without it compute the same bits."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RANK = """
+import hashlib, sys
+import torch
+from tacod.plan import Layout, Plan, Shape
+from tacod.rank.comm import process_groups
+from tacod.rank.forward.run import run
+from tacod.rank.parallel.topology import Topology
+from helpers import SD3
+
+rank, rendezvous = int(sys.argv[1]), sys.argv[2]
+if "missing" in sys.argv[3:]:
+    sys.modules["xfuser"] = None
+topology = Topology(rank, 2, process_groups.join(torch.device("cpu"), rank, 2, rendezvous))
+inputs = SD3.inputs(batch=2, text=7)
+x, timestep = inputs.pop("x"), inputs.pop("timestep")
+digest = hashlib.sha256()
+with torch.inference_mode():
+    for layout in (Layout(1, 2, 1), Layout(1, 1, 2), Layout(2, 1, 1), Layout(1, 1, 1)):
+        out = run(SD3.model, Plan(layout, 2, Shape(SD3.model.heads, SD3.model.width)), topology, x, timestep, inputs)
+        digest.update(out.numpy().tobytes())
+process_groups.leave()
+print("digest", digest.hexdigest())
+"""
+WARNING = "torch's own process groups are in use"
+
+
+def two_ranks(folder: Path, paths: tuple[Path | None, Path | None], *options: str) -> tuple[set[str], list[str]]:
+    """The digests of two ranks' outputs, and what each said on stderr; each looks for xfuser first in its own path."""
+    folder.mkdir()
+    ranks = []
+    for rank, path in enumerate(paths):
+        found = [str(path)] if path is not None else []
+        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join(found + [each for each in sys.path if each])
+        command = [sys.executable, "-c", RANK, str(rank), str(folder / "rendezvous"), *options]
+        ranks.append(subprocess.Popen(command, stdout=-1, stderr=-1, env=environment, text=True))
+    told = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], told
+    # gloo reports its connections on stdout.
+    return {out.split("digest ")[1].strip() for out, _ in told}, [error for _, error in told]
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """The digest with xfuser's groups."""
+    digests, errors = two_ranks(tmp_path_factory.mktemp("xfuser") / "group", (None, None))
+    assert len(digests) == 1
+    assert not any(WARNING in error for error in errors)
+    return digests
+
+
+def broken(folder: Path, files: dict[str, str]) -> Path:
+    """A folder with an xfuser of these files."""
+    for name, text in files.items():
+        path = folder / "xfuser" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+BROKEN = {
+    "raises": ({"__init__.py": "", "envs.py": "raise RuntimeError('no such kernel')"}, "RuntimeError: no such kernel"),
+    "moved": ({"__init__.py": "", "elsewhere/parallel_state.py": ""}, "No module named 'xfuser.envs'"),
+    "another": (
+        {
+            "envs.py": "class PACKAGES_CHECKER:\n    packages_info = {}",
+            "core/distributed/parallel_state.py": "def get_sp_group(): ...",
+        },
+        "AttributeError: module 'xfuser.core.distributed.parallel_state' has no attribute 'GroupCoordinator'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_torchs_groups_compute_the_same_where_xfuser_breaks(name: str, expected: set[str], tmp_path: Path) -> None:
+    files, reason = BROKEN[name]
+    path = broken(tmp_path / "broken", {"__init__.py": "", **files})
+    digests, errors = two_ranks(tmp_path / "group", (path, path))
+    assert digests == expected
+    assert all(WARNING in error and reason in error for error in errors)
+
+
+def test_torchs_groups_compute_the_same_without_xfuser(expected: set[str], tmp_path: Path) -> None:
+    digests, errors = two_ranks(tmp_path / "group", (None, None), "missing")
+    assert digests == expected
+    assert all(WARNING in error and "it is not installed" in error for error in errors)
+
+
+def test_one_rank_that_lacks_xfuser_decides_for_all(expected: set[str], tmp_path: Path) -> None:
+    path = broken(tmp_path / "broken", BROKEN["raises"][0])
+    digests, errors = two_ranks(tmp_path / "group", (None, path))
+    assert digests == expected
+    assert all(WARNING in error and "no such kernel" in error for error in errors)

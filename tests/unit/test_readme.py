@@ -1,0 +1,44 @@
+"""The READMEs hold the table that the families write, and a line for each benchmark."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tacod.tools import families
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", families.LANGUAGES)
+def test_the_table_of_families_is_what_they_say(name: str) -> None:
+    """If this fails: ``python -m tacod.tools.families --write``."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert families.insert(text, families.table(name)) == text
+
+
+def test_the_table_has_a_line_for_each_family(capsys: pytest.CaptureFixture[str]) -> None:
+    assert families.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = [family.family for family in families.families()]
+    assert [line.split(" | ")[2].strip("`") for line in lines[2:]] == names
+
+
+def test_writing_twice_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in families.LANGUAGES:
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    assert families.main(["--write"]) == 0
+    assert all((tmp_path / name).read_bytes() == (ROOT / name).read_bytes() for name in families.LANGUAGES)
+
+
+def test_a_readme_without_markers_is_refused() -> None:
+    with pytest.raises(ValueError, match="substring"):
+        families.insert("# TACO-DiT\n", families.table("README.md"))
+
+
+def test_every_benchmark_has_one_line() -> None:
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        assert text.count(f"\n| `{path.name}` |") == 1, path.name
