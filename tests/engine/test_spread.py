@@ -165,11 +165,11 @@ def test_attention_equals_one_process(ranks: Ranks, layout: tuple[int, ...], **c
     assert max(ranks.run(layout, "attention", **case)) <= 2e-6
 
 
-@pytest.mark.parametrize(("meanwhile", "expected"), [(False, [1, 2]), (True, [3, 3])])
-def test_what_more_is_computed_beside_is_sent(ranks: Ranks, meanwhile: bool, expected: list[int]) -> None:
+@pytest.mark.parametrize(("overlap", "expected"), [(False, [1, 2]), (True, [3, 3])])
+def test_what_more_is_computed_beside_is_sent(ranks: Ranks, overlap: bool, expected: list[int]) -> None:
     """And the last result stored, unless something else follows; each rank has 10 of 20 tokens, in three results."""
     case = {"heads": 4, "batch": 1, "lengths": [20], "cuts": [5, 15], "seed": 0}
-    assert ranks.run((1, 2, 1), "sent", meanwhile=meanwhile, **case) == expected
+    assert ranks.run((1, 2, 1), "sent", overlap=overlap, **case) == expected
 
 
 @settings(max_examples=60, deadline=None)
@@ -180,7 +180,7 @@ def test_what_more_is_computed_beside_is_sent(ranks: Ranks, meanwhile: bool, exp
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=2).filter(sum),
     cuts=st.lists(st.integers(1, 79), max_size=3),
     sharing=st.booleans(),
-    meanwhile=st.booleans(),
+    overlap=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_results_that_come_one_after_the_other_find_their_ranks(
@@ -261,7 +261,7 @@ def test_one_process_needs_no_group() -> None:
     assert (alone.size, alone.sizes(7)) == (1, [7])
     q, k, v = torch.randn(3, 2, 7, 3, 8)
     expected = scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    assert torch.equal(alone.attend([projected(q, k, v)], (3, 4)).result(), expected.transpose(1, 2).reshape(2, 7, 24))
+    assert torch.equal(alone.attend([projected(q, k, v)], (3, 4)).wait(), expected.transpose(1, 2).reshape(2, 7, 24))
     assert torch.equal(alone.gather(alone.shard(q), 7), q)
 
 
@@ -325,7 +325,7 @@ class Rank:
         seed: int,
         cuts: Sequence[int] = (),
         sharing: bool = False,
-        meanwhile: bool = False,
+        overlap: bool = False,
     ) -> float | None:
         sequence = self._sequence(layout, sharing)
         if sequence is None:
@@ -338,14 +338,14 @@ class Rank:
 
         torch.manual_seed(seed)
         q, k, v = torch.randn(3, batch, sum(lengths), heads, 16)
-        expected = torch.split(SequenceParallel().attend([projected(q, k, v)], lengths).result(), lengths, dim=1)
+        expected = torch.split(SequenceParallel().attend([projected(q, k, v)], lengths).wait(), lengths, dim=1)
         local = [torch.cat([sequence.shard(part) for part in torch.split(t, lengths, dim=1)], dim=1) for t in (q, k, v)]
         with mock.patch("tacod.rank.parallel.joint_attention.attend_in_waves", in_runs):
             planned = sequence.planned(narrow=False, in_waves=bool(cuts))
-            attending = planned.attend([projected(*local)], lengths, meanwhile=meanwhile)
-            if meanwhile:
-                attending.run()
-            mine = attending.result().clone()
+            attending = planned.attend([projected(*local)], lengths, overlap=overlap)
+            if overlap:
+                attending.start()
+            mine = attending.wait().clone()
         outs = torch.split(mine, [sequence.sizes(length)[sequence.whole.rank] for length in lengths], dim=1)
         whole = [sequence.gather(out, length) for out, length in zip(outs, lengths, strict=True)]
         errors = [float((a - b).norm() / b.norm()) for a, b in zip(whole, expected, strict=True) if b.numel()]
@@ -449,7 +449,7 @@ class Rank:
         clock.take_s()
         begin = time.perf_counter()
         tokens = sequence.shard(torch.zeros(1, 10, 4, 8))
-        sequence.attend([projected(tokens, tokens, tokens)], [10]).result()
+        sequence.attend([projected(tokens, tokens, tokens)], [10]).wait()
         wall = time.perf_counter() - begin
         return clock.take_s(), wall, clock.take_s()
 

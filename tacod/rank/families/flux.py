@@ -141,7 +141,7 @@ class DoubleBlock(nn.Module):
             lambda: self.txt_attn(text.normed(*text_mod[:2]), rotations[0], epsilon),
             lambda: self.img_attn(image.normed(*image_mod[:2]), rotations[1], epsilon),
         )
-        attended = sequence.attend(streams, lengths, mask).result()
+        attended = sequence.attend(streams, lengths, mask).wait()
         to_text, to_image = torch.split(attended, [text.tokens.shape[1], image.tokens.shape[1]], dim=1)
 
         image = Residual(image.tokens, image_mod[2], self.img_attn.proj(to_image))
@@ -187,12 +187,12 @@ class SingleBlock(nn.Module):
             (lambda: Projected(to_heads(normed), self.heads, self.norm.scales, rotation, epsilon),),
             lengths,
             mask,
-            meanwhile=True,
+            overlap=True,
         )
         hidden = linear_gelu(to_hidden, normed)
-        attending.run()
+        attending.start()
         out = from_hidden(hidden)
-        return _finite(Residual(x.tokens, gate, from_heads(attending.result(), out)))
+        return _finite(Residual(x.tokens, gate, from_heads(attending.wait(), out)))
 
 
 class Final(nn.Module):

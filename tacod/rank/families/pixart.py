@@ -117,7 +117,7 @@ class Block(nn.Module):
         parts = (self.scale_shift_table + modulation).chunk(6, dim=1)
         arrived = x
         attending = sequence.attend((lambda: self.attn(norm_modulate(arrived, *parts[:2])),), lengths)
-        attended = attending.result()
+        attended = attending.wait()
         x = add_gated(x, parts[2], self.attn.proj(attended))
         x = x + self.cross_attn(x, text)
         return add_gated(x, parts[5], self.mlp(norm_modulate(x, *parts[3:5])))

@@ -142,13 +142,13 @@ class JointBlock(nn.Module):
                 lambda: image.attn(norm_modulate(arrived, *image_mod[:2])),
             ),
             lengths,
-            meanwhile=self.dual,
+            overlap=self.dual,
         )
         if self.dual:
             own = sequence.attend((lambda: image.attn2(norm_modulate(arrived, *image_mod[6:8])),), lengths[1:])
-            attending.run()
-            x = add_gated(x, image_mod[8], image.attn2.proj(own.result()))
-        to_text, to_image = torch.split(attending.result(), [context.shape[1], x.shape[1]], dim=1)
+            attending.start()
+            x = add_gated(x, image_mod[8], image.attn2.proj(own.wait()))
+        to_text, to_image = torch.split(attending.wait(), [context.shape[1], x.shape[1]], dim=1)
         x = image.feed_forward(x, to_image, image_mod)
         if not self.last:
             context = text.feed_forward(context, to_text, text_mod)

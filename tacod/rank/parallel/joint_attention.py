@@ -1,4 +1,4 @@
-"""Attention that ranks share, while it is under way: tokens for heads, attention, and back."""
+"""Asynchronous attention over tokens that ranks share: exchange tokens for heads, attend, and exchange back."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tacod.rank.ops.split_kv import attend_in_waves
 if TYPE_CHECKING:
     from tacod.rank.parallel.sequence import SequenceParallel
 
-__all__ = ["Attending"]
+__all__ = ["JointAttention"]
 
 
-class Attending:
-    """Attention under way. What its caller computes before `run`, and before `result`, hides an exchange.
+class JointAttention:
+    """The handle of an asynchronous attention. Work between its creation, `start` and `wait` overlaps communication.
 
-    Tokens come first in everything that is exchanged, so that what arrives from the ranks makes one tensor as it lies.
+    Tokens are the first dimension of everything that is exchanged, so parts that arrive form one tensor in place.
     """
 
     def __init__(
@@ -33,11 +33,11 @@ class Attending:
         streams: Sequence[Callable[[], Projected]],
         lengths: Sequence[int],
         mask: Tensor | None,
-        meanwhile: bool = False,
+        overlap: bool = False,
     ) -> None:
-        """Queries, keys and values set out, tokens for heads; the longest stream's while the others' are computed.
+        """Project each stream, the longest first, and send its heads while the next one is projected.
 
-        ``meanwhile`` says that the caller computes something before `run`, so that the last one's travels beside that.
+        ``overlap`` says that the caller computes something before `start`, so the last stream travels beside that.
         """
         size = sequence.ulysses.size
         counts = [sequence.sizes(length) for length in lengths]
@@ -52,13 +52,13 @@ class Attending:
         self._out: Tensor | None = None
         self._received: Tensor | None = None
         self._slot: Slot | None = None
-        self._has_run = False
+        self._started = False
         order = sorted(range(len(streams)), key=lambda index: -max(counts[index]))
         projected = {}
         for index in order:
             projected[index] = streams[index]()
             if sequence.size > 1 or has_kernels(projected[index].qkv):
-                self._send(projected.pop(index), index, meanwhile or index != order[-1])
+                self._send(projected.pop(index), index, overlap or index != order[-1])
         if projected:
             # What can be differentiated: nothing is written in place.
             joint = zip(*(projected[index].heads_now() for index in range(len(streams))), strict=True)
@@ -75,7 +75,7 @@ class Attending:
         group = self._sequence.ulysses
         return [(group.rank + turn) % group.size for turn in range(1, group.size)]
 
-    def _send(self, stream: Projected, index: int, meanwhile: bool) -> None:
+    def _send(self, stream: Projected, index: int, overlap: bool) -> None:
         """Set out this rank's heads of a stream for each rank of its run, and have them travel while it computes on.
 
         What nothing is computed beside is stored right where it is to be, if this rank reaches that.
@@ -98,11 +98,11 @@ class Attending:
             mine = slice(first[group.rank], first[group.rank] + counts[group.rank])
             targets = [self._slot.received(rank)[mine] for rank in range(group.size)]
             places = [
-                torch.empty_like(target) if meanwhile and rank != group.rank else target
+                torch.empty_like(target) if overlap and rank != group.rank else target
                 for rank, target in enumerate(targets)
             ]
             stream.pack(places)
-            for rank in self._others if meanwhile else ():
+            for rank in self._others if overlap else ():
                 self._slot.send(places[rank], targets[rank])
             return
         arriving = [self._received.narrow(0, *each) for each in zip(first, counts, strict=True)]
@@ -112,12 +112,12 @@ class Attending:
         if group.size > 1:
             self._coming.append(group.exchange(places, arriving, self._sequence.narrow))
 
-    def run(self) -> None:
-        """Attend, and send back, heads for tokens, while the caller computes something else."""
-        self._run(meanwhile=True)
+    def start(self) -> None:
+        """Attend and send the result back while the caller computes something else. Optional: `wait` does it too."""
+        self._start(overlap=True)
 
-    def _run(self, meanwhile: bool) -> None:
-        self._has_run = True
+    def _start(self, overlap: bool) -> None:
+        self._started = True
         ring, group = self._sequence.ring, self._sequence.ulysses
         for exchange in self._coming:
             exchange.wait()
@@ -130,7 +130,7 @@ class Attending:
             return
         results = self._results(q, k, v)
         if self._slot is not None:
-            self._store_back(self._slot, results, meanwhile)
+            self._store_back(self._slot, results, overlap)
             return
         first, *more = results
         leaving = list(torch.split(torch.cat((first, *more)) if more else first, self._tokens[ring.rank]))
@@ -152,13 +152,13 @@ class Attending:
     def _around_ring(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return _around(self._sequence.ring, q, k, v, list(map(sum, self._tokens)), self._mask)
 
-    def _store_back(self, slot: Slot, results: Iterator[Tensor], meanwhile: bool) -> None:
-        """Store what belongs to each rank's tokens there: by copy engines if something is computed meanwhile."""
+    def _store_back(self, slot: Slot, results: Iterator[Tensor], overlap: bool) -> None:
+        """Store what belongs to each rank's tokens there: by copy engines if something is computed overlap."""
         group, tokens = self._sequence.ulysses, self._tokens[self._sequence.ring.rank]
         heads = slice(sum(self._heads[: group.rank]), sum(self._heads[: group.rank + 1]))
         done, total = 0, sum(tokens)
         for result in results:
-            more = meanwhile or done + len(result) < total
+            more = overlap or done + len(result) < total
             for rank in (*self._others, group.rank):
                 # The part of this result that is that rank's.
                 begin = sum(tokens[:rank])
@@ -173,10 +173,15 @@ class Attending:
                     copy_heads(source, target)
             done += len(result)
 
-    def result(self) -> Tensor:
-        """For this rank's tokens, [B, S, H * D]; where ranks write into each other's memory, until others attend."""
-        if not self._has_run:
-            self._run(meanwhile=False)
+    def wait(self) -> Tensor:
+        """The attention output of this rank's tokens, [B, S, H * D].
+
+        Where ranks write into each other's memory this is a view of that memory. It stays valid until the next
+        attention in the same slot begins, at the earliest the next `SequenceParallel.attend` after this call, which
+        overwrites it. Consume it before, or clone it.
+        """
+        if not self._started:
+            self._start(overlap=False)
         if self._back is not None:
             self._back.wait()
             self._out = torch.cat(self._parts, dim=2).transpose(0, 1).flatten(2)

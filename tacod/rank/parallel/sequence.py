@@ -17,7 +17,7 @@ from tacod.plan import chunks
 from tacod.rank.comm.group import Group
 from tacod.rank.comm.peers import Peers
 from tacod.rank.ops.fused import Projected
-from tacod.rank.parallel.joint_attention import Attending
+from tacod.rank.parallel.joint_attention import JointAttention
 
 __all__ = ["SequenceParallel"]
 
@@ -94,13 +94,13 @@ class SequenceParallel:
         streams: Sequence[Callable[[], Projected]],
         lengths: Sequence[int],
         mask: Tensor | None = None,
-        meanwhile: bool = False,
-    ) -> Attending:
+        overlap: bool = False,
+    ) -> JointAttention:
         """Begin attention over the whole joint sequence, for this rank's tokens.
 
         ``streams`` give this rank's chunks, and ``lengths`` are the streams' whole token counts; a single one may be of
         all streams together. The gathered sequence is in the order of ranks, not of streams. It needs no sorting, for
         attention is equivariant under permutations of its tokens, and each rank gets its own tokens back. A ``mask`` is
-        what `in_order_of_ranks` gives, and ``meanwhile`` says that something is computed before its `Attending.run`.
+        what `in_order_of_ranks` gives. ``overlap`` says that the caller computes something before the handle's `start`.
         """
-        return Attending(self, streams, lengths, mask, meanwhile)
+        return JointAttention(self, streams, lengths, mask, overlap)
