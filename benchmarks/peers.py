@@ -51,7 +51,7 @@ from torch import Tensor, multiprocessing
 
 from tacod import __version__
 from tacod.group.processes import ON_GPUS
-from tacod.plan import AUTO, Layout, Plan, Shape, make_plan
+from tacod.plan import AUTO, AttentionPolicy, Layout, Plan, Shape, make_plan
 from tacod.rank.comm import process_groups
 from tacod.rank.comm.select import reach
 from tacod.rank.families.base import DiT
@@ -179,7 +179,8 @@ class Bench:
         layout = {"sequence": Layout(1, world, 1), "batch": Layout(2, world // 2, 1)}.get(row, planned.layout)
         if (row in ("sequence", "batch") and layout == planned.layout) or (row == "int8" and layout.ulysses == 1):
             return None
-        return ours(dit, Plan(layout, world, shape, narrow=row == "int8"), self.forwards, inputs), str(layout)
+        policy = AttentionPolicy(exchange="int8") if row == "int8" else AttentionPolicy()
+        return ours(dit, Plan(layout, world, shape, policy), self.forwards, inputs), str(layout)
 
     def measure(self, pixels: int, row: str) -> dict[str, Any] | None:
         """The milliseconds of each round, and of the first call with all its compiling; None to leave it out."""

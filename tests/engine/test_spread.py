@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from shared_block import SharedBlock, reach_shared
 from torch.nn.functional import scaled_dot_product_attention
 
-from tacod.plan import Layout, Plan, Shape, chunks
+from tacod.plan import DEFAULT_POLICY, AttentionPolicy, Layout, Plan, Shape, chunks
 from tacod.rank.forward.graphs import Forwards
 from tacod.rank.forward.run import run
 from tacod.rank.forward.warmup import warm_up
@@ -142,7 +142,7 @@ def test_a_forward_that_has_no_room_on_one_rank_is_warmed_up_on_all(ranks: Ranks
 @pytest.mark.parametrize("layout", [(1, 3, 1), (1, 2, 2)], ids=str)
 @pytest.mark.parametrize("name", ["flux_dev_odd", "sd35_medium"])
 def test_what_is_exchanged_in_8_bits_loses_little(ranks: Ranks, name: str, layout: tuple[int, ...]) -> None:
-    errors = ranks.run(layout, "golden", name=name, narrow=True)
+    errors = ranks.run(layout, "golden", name=name, exchange="int8")
     assert 2e-6 < max(errors) <= 1e-2
 
 
@@ -285,7 +285,7 @@ class Rank:
         self.sharing = Topology(rank, WORLD, make_group, reach_shared)
 
     def golden(
-        self, layout: Layout, name: str, dtype: str = "float32", sharing: bool = False, narrow: bool = False
+        self, layout: Layout, name: str, dtype: str = "float32", sharing: bool = False, exchange: Any = "exact"
     ) -> float:
         from helpers import read_golden, relative_error
 
@@ -293,13 +293,13 @@ class Rank:
         assert golden is not None
         kind = getattr(torch, dtype)
         return relative_error(
-            self._run(layout, golden.model(kind), golden.arguments(kind), sharing, narrow), golden.out
+            self._run(layout, golden.model(kind), golden.arguments(kind), sharing, exchange), golden.out
         )
 
     def _run(
-        self, layout: Layout, model: Any, inputs: dict[str, Any], sharing: bool = False, narrow: bool = False
+        self, layout: Layout, model: Any, inputs: dict[str, Any], sharing: bool = False, exchange: Any = "exact"
     ) -> Any:
-        plan = Plan(layout, WORLD, Shape(model.heads, model.width), narrow=narrow)
+        plan = Plan(layout, WORLD, Shape(model.heads, model.width), AttentionPolicy(exchange=exchange))
         rest = {name: value for name, value in inputs.items() if name not in ("x", "timestep")}
         topology = self.sharing if sharing else self.topology
         with torch.inference_mode():
@@ -312,9 +312,11 @@ class Rank:
             pace = warm_up(tiny.model, Forwards(self.topology), torch.device("cpu"))
         return [] if pace is None else [pace.flops, pace.bytes, pace.collective_s]
 
-    def _sequence(self, layout: Layout, sharing: bool = False) -> SequenceParallel | None:
+    def _sequence(
+        self, layout: Layout, sharing: bool = False, policy: AttentionPolicy = DEFAULT_POLICY
+    ) -> SequenceParallel | None:
         seat = (self.sharing if sharing else self.topology).seat(layout)
-        return None if seat is None else seat.sequence
+        return None if seat is None else seat.sequence(policy)
 
     def attention(
         self,
@@ -327,7 +329,7 @@ class Rank:
         sharing: bool = False,
         overlap: bool = False,
     ) -> float | None:
-        sequence = self._sequence(layout, sharing)
+        sequence = self._sequence(layout, sharing, AttentionPolicy(split_kv=bool(cuts)))
         if sequence is None:
             return None
 
@@ -341,8 +343,7 @@ class Rank:
         expected = torch.split(SequenceParallel().attend([projected(q, k, v)], lengths).wait(), lengths, dim=1)
         local = [torch.cat([sequence.shard(part) for part in torch.split(t, lengths, dim=1)], dim=1) for t in (q, k, v)]
         with mock.patch("tacod.rank.parallel.joint_attention.attend_in_waves", in_runs):
-            planned = sequence.planned(narrow=False, in_waves=bool(cuts))
-            attending = planned.attend([projected(*local)], lengths, overlap=overlap)
+            attending = sequence.attend([projected(*local)], lengths, overlap=overlap)
             if overlap:
                 attending.start()
             mine = attending.wait().clone()

@@ -13,6 +13,7 @@ import enum
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -66,13 +67,14 @@ class Forwards:
         if not self.graphs or not x.is_cuda or any(isinstance(value, Control) for value in given.values()):
             return self._run(dit, plan, x, timestep, arguments)
         kinds = self._kinds.setdefault(dit, OrderedDict())
-        kind = (plan.layout, plan.flash_attention, plan.narrow, _kind(given))
+        kind = (plan.layout, plan.attention, _kind(given))
         known = kinds.get(kind)
         if isinstance(known, Graph):
             kinds.move_to_end(kind)
             return known.replay(given)
         # Also where there will be no graph: the same forward is to give the same bits whenever it comes.
-        out = self._run(dit, plan, x, timestep, arguments, in_waves=True)
+        plan = replace(plan, attention=replace(plan.attention, split_kv=True))
+        out = self._run(dit, plan, x, timestep, arguments)
         if known is None:
             # The first one makes what is made at first use: kernels, communicators, tables.
             kinds[kind] = _Without.YET
@@ -108,11 +110,10 @@ class Forwards:
         x: Tensor,
         timestep: Tensor,
         arguments: Mapping[str, Any],
-        in_waves: bool = False,
     ) -> Tensor:
         """A forward as it comes."""
         try:
-            return run(dit, plan, self.topology, x, timestep, arguments, in_waves)
+            return run(dit, plan, self.topology, x, timestep, arguments)
         except TacodError:
             # All ranks refuse it alike, before they meet.
             raise
@@ -168,7 +169,7 @@ class Graph:
         try:
             # NCCL's own thread may look at events meanwhile.
             with holding() as self._tables, torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-                self._out = run(dit, plan, topology, self._given["x"], self._given["timestep"], rest, in_waves=True)
+                self._out = run(dit, plan, topology, self._given["x"], self._given["timestep"], rest)
         finally:
             # A capture that fails doesn't leave its own.
             torch.cuda.set_stream(stream)

@@ -36,12 +36,8 @@ def run(
     x: Tensor,
     timestep: Tensor,
     arguments: Mapping[str, Any],
-    in_waves: bool = False,
 ) -> Tensor:
-    """One forward; every rank passes the whole input and gets the whole output, one that the plan leaves idle too.
-
-    ``in_waves`` is for what becomes a CUDA graph (see `SequenceParallel`).
-    """
+    """One forward; every rank passes the whole input and gets the whole output, one that the plan leaves idle too."""
     layout, specs = plan.layout, dit.arguments()
     seat = topology.seat(layout)
     out: Tensor | None = None
@@ -49,9 +45,9 @@ def run(
         sizes = chunks(len(x), layout.batch)
         start = sum(sizes[: seat.batch.rank])
         mine = slice(start, start + sizes[seat.batch.rank])
-        sequence = seat.sequence.planned(plan.narrow, in_waves)
+        sequence = seat.sequence(plan.attention)
         try:
-            with sdpa_kernel(FAST, set_priority=True) if plan.flash_attention else sdpa_kernel(PLAIN):
+            with sdpa_kernel(FAST, set_priority=True) if plan.attention.flash else sdpa_kernel(PLAIN):
                 given = {"x": x, "timestep": timestep, **arguments}
                 out = dit(sequence, **{name: _images(specs.get(name), value, mine) for name, value in given.items()})
         except BaseException:

@@ -110,7 +110,7 @@ class JointAttention:
         places[group.rank] = arriving[group.rank]
         stream.pack(places)
         if group.size > 1:
-            self._coming.append(group.exchange(places, arriving, self._sequence.narrow))
+            self._coming.append(group.exchange(places, arriving, self._sequence.policy.exchange == "int8"))
 
     def start(self) -> None:
         """Attend and send the result back while the caller computes something else. Optional: `wait` does it too."""
@@ -138,13 +138,13 @@ class JointAttention:
         tokens, batch, _, width = kept.shape
         self._parts = [kept.new_empty(tokens, batch, count, width) for count in self._heads]
         self._parts[group.rank] = kept
-        self._back = group.exchange(leaving, self._parts, self._sequence.narrow)
+        self._back = group.exchange(leaving, self._parts, self._sequence.policy.exchange == "int8")
 
     def _results(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Tensor]:
         """This rank's heads for the run's tokens, in one result or several: [S', B, h, D], contiguous."""
         if self._sequence.ring.size > 1:
             yield self._around_ring(q, k, v).permute(2, 0, 1, 3).contiguous()
-        elif self._sequence.in_waves and self._mask is None:
+        elif self._sequence.policy.split_kv and self._mask is None:
             yield from attend_in_waves(q, k, v)
         else:
             yield attend(q, k, v, self._mask).permute(2, 0, 1, 3).contiguous()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tacod.plan import chunks
+from tacod.plan import DEFAULT_POLICY, AttentionPolicy, chunks
 from tacod.rank.comm.group import Group
 from tacod.rank.comm.peers import Peers
 from tacod.rank.ops.fused import Projected
@@ -34,29 +34,18 @@ class SequenceParallel:
         whole: Group | None = None,
         ulysses: Group | None = None,
         ring: Group | None = None,
-        narrow: bool = False,
-        in_waves: bool = False,
+        policy: AttentionPolicy = DEFAULT_POLICY,
     ) -> None:
-        """``narrow`` sends queries, keys, values and what comes back in 8 bits; a ring's neighbours are sent all.
-
-        ``in_waves`` computes what Ulysses' ranks share without a mask as `attend_in_waves` does, which is meant for a
-        CUDA graph.
-        """
-        self.narrow = narrow
-        self.in_waves = in_waves
+        self.policy = policy
         self.whole = whole or Group()
         self.ulysses = ulysses or Group()
         self.ring = ring or Group()
         assert self.ulysses.size * self.ring.size == self.whole.size
 
-    def planned(self, narrow: bool, in_waves: bool) -> SequenceParallel:
-        """The same ranks, which send in 8 bits and attend in waves, or not."""
-        return SequenceParallel(self.whole, self.ulysses, self.ring, narrow, in_waves)
-
     @property
     def peers(self) -> Peers | None:
         """The memory of Ulysses' ranks that this one writes into, if it does."""
-        return None if self.narrow else self.ulysses.peers
+        return None if self.policy.exchange == "int8" else self.ulysses.peers
 
     @property
     def size(self) -> int:

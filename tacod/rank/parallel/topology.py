@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from tacod.plan import Layout
+from tacod.plan import DEFAULT_POLICY, AttentionPolicy, Layout
 from tacod.rank.comm.group import Clock, Group
 from tacod.rank.parallel.sequence import SequenceParallel
 
@@ -24,7 +24,13 @@ class Seat:
 
     batch: Group
     """The ranks at the same place of the other batch groups; its rank is this rank's batch group."""
-    sequence: SequenceParallel
+    whole: Group
+    ulysses: Group
+    ring: Group
+
+    def sequence(self, policy: AttentionPolicy = DEFAULT_POLICY) -> SequenceParallel:
+        """The ranks that share a sequence, and how they attend."""
+        return SequenceParallel(self.whole, self.ulysses, self.ring, policy)
 
 
 class Topology:
@@ -87,7 +93,7 @@ class Topology:
         if self.reach is not None and ulysses.size > 1 and ulysses not in self._reached:
             self._reached.append(ulysses)
             self.reach(ulysses)
-        return Seat(batch, SequenceParallel(whole, ulysses, ring))
+        return Seat(batch, whole, ulysses, ring)
 
     def _group(self, parts: Sequence[Sequence[int]]) -> Group:
         """The group of ``parts`` that this rank is in; alone if it is in none, or in one of its own."""
