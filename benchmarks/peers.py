@@ -52,12 +52,11 @@ from torch import Tensor, multiprocessing
 from tacod import __version__
 from tacod.group.processes import ON_GPUS
 from tacod.plan import AUTO, AttentionPolicy, Layout, Plan, Shape, make_plan
-from tacod.rank.comm import process_groups
+from tacod.rank.comm import int8, process_groups
 from tacod.rank.comm.select import reach
 from tacod.rank.families.base import DiT
 from tacod.rank.forward.graphs import Forwards
-from tacod.rank.ops import fp8_linear, fused, linear
-from tacod.rank.parallel import joint_attention
+from tacod.rank.ops import fused, linear, qkv, quantize_rows
 from tacod.rank.parallel.topology import Topology
 from tacod.rank.weights.load import narrow_matrices, share
 from tacod_client import Client, ConnectionFailed
@@ -250,7 +249,7 @@ def plainly(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
     def plain() -> Tensor:
         with ExitStack() as stack:
-            for module in (joint_attention, fused, linear, fp8_linear):
+            for module in (fused, int8, linear, qkv, quantize_rows):
                 stack.enter_context(mock.patch.object(module, "has_kernels", _none_has))
             return forward()
 

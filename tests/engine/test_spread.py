@@ -32,7 +32,7 @@ from tacod.plan import DEFAULT_POLICY, AttentionPolicy, Layout, Plan, Shape, chu
 from tacod.rank.forward.graphs import Forwards
 from tacod.rank.forward.run import run
 from tacod.rank.forward.warmup import warm_up
-from tacod.rank.ops.fused import Projected
+from tacod.rank.ops.qkv import QKV
 from tacod.rank.ops.sdpa import attend
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.parallel.topology import Topology
@@ -186,7 +186,7 @@ def test_what_more_is_computed_beside_is_sent(ranks: Ranks, overlap: bool, expec
 def test_results_that_come_one_after_the_other_find_their_ranks(
     ranks: Ranks, layout: tuple[int, ...], **case: Any
 ) -> None:
-    """As from `attend_in_waves`, and of any runs of tokens: stored into the ranks' memory, or exchanged."""
+    """As from `attend_pieces`, and of any runs of tokens: stored into the ranks' memory, or exchanged."""
     assert max(ranks.run(layout, "attention", **case)) <= 2e-6
 
 
@@ -265,9 +265,9 @@ def test_one_process_needs_no_group() -> None:
     assert torch.equal(alone.gather(alone.shard(q), 7), q)
 
 
-def projected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Callable[[], Projected]:
+def projected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Callable[[], QKV]:
     """As a fused projection would give them."""
-    return lambda: Projected(torch.stack((q, k, v), dim=2).flatten(2), q.shape[2])
+    return lambda: QKV(torch.stack((q, k, v), dim=2).flatten(2), q.shape[2])
 
 
 class Rank:
@@ -333,16 +333,16 @@ class Rank:
         if sequence is None:
             return None
 
-        def in_runs(q: torch.Tensor, *others: torch.Tensor | None) -> Iterator[torch.Tensor]:
+        def in_runs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> Iterator[torch.Tensor]:
             edges = sorted({0, q.shape[2], *(cut for cut in cuts if cut < q.shape[2])})
             for begin, end in itertools.pairwise(edges) if len(edges) > 1 else [(0, 0)]:
-                yield attend(q[:, :, begin:end], *others).permute(2, 0, 1, 3).contiguous()
+                yield attend(q[:, :, begin:end], k, v)
 
         torch.manual_seed(seed)
         q, k, v = torch.randn(3, batch, sum(lengths), heads, 16)
         expected = torch.split(SequenceParallel().attend([projected(q, k, v)], lengths).wait(), lengths, dim=1)
         local = [torch.cat([sequence.shard(part) for part in torch.split(t, lengths, dim=1)], dim=1) for t in (q, k, v)]
-        with mock.patch("tacod.rank.parallel.joint_attention.attend_in_waves", in_runs):
+        with mock.patch("tacod.rank.parallel.joint_attention.attend_pieces", in_runs):
             attending = sequence.attend([projected(*local)], lengths, overlap=overlap)
             if overlap:
                 attending.start()

@@ -37,8 +37,9 @@ from tacod.rank.families.base import (
 )
 from tacod.rank.families.noise import Flow
 from tacod.rank.forward.step_cache import StepCache, last_tokens
-from tacod.rank.ops.fused import Projected, Residual, Rotation, norm_modulate
+from tacod.rank.ops.fused import Residual, norm_modulate
 from tacod.rank.ops.linear import linear_gelu, split_inputs, split_outputs
+from tacod.rank.ops.qkv import QKV, QKNorm, Rotation
 from tacod.rank.parallel.modulation import modulations
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod_client.errors import ArgumentError, ModelUnsupported
@@ -99,9 +100,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
         self.heads = heads
 
-    def forward(self, x: Tensor, rotation: Rotation, epsilon: float) -> Projected:
+    def forward(self, x: Tensor, rotation: Rotation, epsilon: float) -> QKV:
         """Queries, keys and values of ``x`` [B, S, width]."""
-        return Projected(self.qkv(x), self.heads, self.norm.scales, rotation, epsilon)
+        return QKV(self.qkv(x), self.heads, QKNorm(*self.norm.scales, epsilon), rotation)
 
 
 class Modulation(nn.Module):
@@ -128,7 +129,7 @@ class DoubleBlock(nn.Module):
         self,
         sequence: SequenceParallel,
         lengths: tuple[int, int],
-        rotations: tuple[Rotation, Rotation],
+        rotations: Sequence[Rotation],
         text: Residual,
         image: Residual,
         modulation: tuple[Tensor, Tensor],
@@ -184,7 +185,7 @@ class SingleBlock(nn.Module):
         to_heads, to_hidden = split_outputs(self.linear1, 3 * self.width)
         from_hidden, from_heads = split_inputs(self.linear2, self.width)
         attending = sequence.attend(
-            (lambda: Projected(to_heads(normed), self.heads, self.norm.scales, rotation, epsilon),),
+            (lambda: QKV(to_heads(normed), self.heads, QKNorm(*self.norm.scales, epsilon), rotation),),
             lengths,
             mask,
             overlap=True,
@@ -431,7 +432,7 @@ class Flux(DiT):
         text_at = image_at.new_zeros(lengths[0], len(self.axes))
         mine = [sequence.shard(positions, dim=0) for positions in (text_at, image_at)]
         rotation = self._rotation(torch.cat(mine))
-        rotations = tuple(zip(*(torch.split(each, [len(at) for at in mine]) for each in rotation), strict=True))
+        rotations = rotation.split([len(at) for at in mine])
         mask = None if attention_mask is None else sequence.in_order_of_ranks(attention_mask, lengths)
         control = control or Control({})
         epsilon = _QK_NORM_EPS if qk_norm_eps is None else qk_norm_eps
@@ -504,7 +505,7 @@ class Flux(DiT):
             exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.float64) / width
             angles.append(positions[:, axis, None].double() * self.theta**-exponents)
         angle = torch.cat(angles, dim=-1)
-        return angle.cos().float(), angle.sin().float()
+        return Rotation(angle.cos().float(), angle.sin().float())
 
 
 def _stretched(n: int, scale: float, shift: float, like: Tensor) -> Tensor:

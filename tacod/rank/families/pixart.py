@@ -34,8 +34,9 @@ from tacod.rank.families.base import (
 )
 from tacod.rank.families.noise import Epsilon
 from tacod.rank.forward.step_cache import StepCache, last_tokens
-from tacod.rank.ops.fused import Projected, add_gated, norm_modulate
+from tacod.rank.ops.fused import add_gated, norm_modulate
 from tacod.rank.ops.linear import linear_gelu
+from tacod.rank.ops.qkv import QKV
 from tacod.rank.ops.table_cache import table
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod_client.errors import ArgumentError, ModelUnsupported
@@ -64,9 +65,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
         self.heads = heads
 
-    def forward(self, x: Tensor) -> Projected:
+    def forward(self, x: Tensor) -> QKV:
         """Queries, keys and values of ``x`` [B, S, width]."""
-        return Projected(self.qkv(x), self.heads)
+        return QKV(self.qkv(x), self.heads)
 
 
 class CrossAttention(nn.Module):

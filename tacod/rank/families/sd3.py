@@ -34,8 +34,9 @@ from tacod.rank.families.base import (
 )
 from tacod.rank.families.noise import Flow
 from tacod.rank.forward.step_cache import StepCache, last_tokens
-from tacod.rank.ops.fused import Projected, add_gated, add_gated_norm, norm_modulate
+from tacod.rank.ops.fused import add_gated, add_gated_norm, norm_modulate
 from tacod.rank.ops.linear import linear_gelu
+from tacod.rank.ops.qkv import QKV, QKNorm
 from tacod.rank.parallel.modulation import modulations
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod_client.errors import ArgumentError, ModelUnsupported
@@ -63,16 +64,16 @@ class Attention(nn.Module):
         else:
             self.ln_q, self.ln_k = nn.Identity(), nn.Identity()
 
-    def forward(self, x: Tensor) -> Projected:
+    def forward(self, x: Tensor) -> QKV:
         """Queries, keys and values of ``x`` [B, S, width]."""
         qkv = self.qkv(x)
         heads = x.shape[-1] // _HEAD_WIDTH
         if isinstance(self.ln_q, nn.RMSNorm) and isinstance(self.ln_k, nn.RMSNorm):
-            return Projected(qkv, heads, (self.ln_q.weight, self.ln_k.weight))
+            return QKV(qkv, heads, QKNorm(self.ln_q.weight, self.ln_k.weight))
         if isinstance(self.ln_q, nn.LayerNorm):
             q, k, v = torch.unflatten(qkv, -1, (3, heads, -1)).unbind(2)
             qkv = torch.stack((self.ln_q(q), self.ln_k(k), v), dim=2).flatten(2)
-        return Projected(qkv, heads)
+        return QKV(qkv, heads)
 
 
 class Mlp(nn.Module):

@@ -51,8 +51,7 @@ def run(
                 given = {"x": x, "timestep": timestep, **arguments}
                 out = dit(sequence, **{name: _images(specs.get(name), value, mine) for name, value in given.items()})
         except BaseException:
-            if sequence.peers is not None:
-                sequence.peers.release()
+            sequence.transport.abort()
             raise
         out = seat.batch.gather(out, sizes, dim=0)
     if layout.ranks < topology.world_size:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from tacod.plan import DEFAULT_POLICY, AttentionPolicy, chunks
+from tacod.rank.comm.collective import Collective
 from tacod.rank.comm.group import Group
-from tacod.rank.comm.peers import Peers
-from tacod.rank.ops.fused import Projected
+from tacod.rank.comm.transport import Local, Transport
+from tacod.rank.ops.qkv import QKV
 from tacod.rank.parallel.joint_attention import JointAttention
 
 __all__ = ["SequenceParallel"]
@@ -35,17 +36,16 @@ class SequenceParallel:
         ulysses: Group | None = None,
         ring: Group | None = None,
         policy: AttentionPolicy = DEFAULT_POLICY,
+        transport: Transport | None = None,
     ) -> None:
+        """``transport`` is what the ranks of ``ulysses`` exchange by; by default collectives."""
         self.policy = policy
         self.whole = whole or Group()
         self.ulysses = ulysses or Group()
         self.ring = ring or Group()
         assert self.ulysses.size * self.ring.size == self.whole.size
-
-    @property
-    def peers(self) -> Peers | None:
-        """The memory of Ulysses' ranks that this one writes into, if it does."""
-        return None if self.policy.exchange == "int8" else self.ulysses.peers
+        alone = self.ulysses.size == 1
+        self.transport = transport or (Local(in_ring=self.ring.size > 1) if alone else Collective(self.ulysses))
 
     @property
     def size(self) -> int:
@@ -66,21 +66,23 @@ class SequenceParallel:
         return self.whole.gather(tokens, self.sizes(n), dim)
 
     def in_order_of_ranks(self, mask: Tensor, lengths: Sequence[int]) -> Tensor:
-        """A mask [B or 1, S, S] over the whole joint sequence, from the order of streams to that of `attend`'s.
+        """A mask over the whole joint sequence, from the order of streams to that of `attend`'s.
 
-        It comes as [B or 1, 1, S, S].
+        A dense mask [B or 1, S, S], which is added to the scores, becomes [B or 1, 1, S, S]. A key mask [B or 1, S] in
+        bool, True for the tokens that all others attend to, becomes [B or 1, 1, 1, S]; at least one key of an image is
+        True.
         """
-        mask = mask.unsqueeze(1)
+        mask = mask.unsqueeze(1) if mask.ndim == 3 else mask[:, None, None]
         if self.size == 1:
             return mask
         positions = torch.arange(sum(lengths), device=mask.device)
         streams = [torch.split(stream, self.sizes(len(stream))) for stream in torch.split(positions, list(lengths))]
         order = torch.cat([chunk for rank in zip(*streams, strict=True) for chunk in rank])
-        return mask[:, :, order][..., order]
+        return (mask[:, :, order] if mask.shape[2] > 1 else mask)[..., order]
 
     def attend(
         self,
-        streams: Sequence[Callable[[], Projected]],
+        streams: Sequence[Callable[[], QKV]],
         lengths: Sequence[int],
         mask: Tensor | None = None,
         overlap: bool = False,
