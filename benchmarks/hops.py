@@ -36,7 +36,7 @@ HOPS: dict[str, tuple[str, str, str]] = {
     "read": ("rank 0", "after", "tacod.group.arena:Arena.unpack"),
     "on the device": ("rank 0", "after", "tacod.rank.engine:load_arguments"),
     "launched": ("rank 0", "after", "tacod.rank.forward.graphs:Forwards.__call__"),
-    "computed, on the host": ("rank 0", "after", "tacod.rank.comm.group:Clock.take_s"),
+    "computed, on the host": ("rank 0", "after", "tacod.rank.comm.clock:Clock.take_s"),
     "timed": ("rank 0", "after", "tacod.rank.engine:Engine._timed"),
     "answered": ("rank 0", "after", "tacod.group.arena:Arena.pack"),
     "answered by all ranks": ("supervisor", "before", "tacod.group.group:RankGroup._agree"),

@@ -51,13 +51,12 @@ from torch import Tensor, multiprocessing
 
 from tacod import __version__
 from tacod.group.processes import ON_GPUS
-from tacod.plan import AUTO, Layout, Plan, Shape, make_plan
-from tacod.rank.comm import process_groups
+from tacod.plan import AUTO, AttentionPolicy, Layout, Plan, Shape, make_plan
+from tacod.rank.comm import int8, process_groups
 from tacod.rank.comm.select import reach
 from tacod.rank.families.base import DiT
 from tacod.rank.forward.graphs import Forwards
-from tacod.rank.ops import fp8_linear, fused, linear
-from tacod.rank.parallel import joint_attention
+from tacod.rank.ops import fused, linear, qkv, quantize_rows
 from tacod.rank.parallel.topology import Topology
 from tacod.rank.weights.load import narrow_matrices, share
 from tacod_client import Client, ConnectionFailed
@@ -179,7 +178,8 @@ class Bench:
         layout = {"sequence": Layout(1, world, 1), "batch": Layout(2, world // 2, 1)}.get(row, planned.layout)
         if (row in ("sequence", "batch") and layout == planned.layout) or (row == "int8" and layout.ulysses == 1):
             return None
-        return ours(dit, Plan(layout, world, shape, narrow=row == "int8"), self.forwards, inputs), str(layout)
+        policy = AttentionPolicy(exchange="int8") if row == "int8" else AttentionPolicy()
+        return ours(dit, Plan(layout, world, shape, policy), self.forwards, inputs), str(layout)
 
     def measure(self, pixels: int, row: str) -> dict[str, Any] | None:
         """The milliseconds of each round, and of the first call with all its compiling; None to leave it out."""
@@ -249,7 +249,7 @@ def plainly(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
     def plain() -> Tensor:
         with ExitStack() as stack:
-            for module in (joint_attention, fused, linear, fp8_linear):
+            for module in (fused, int8, linear, qkv, quantize_rows):
                 stack.enter_context(mock.patch.object(module, "has_kernels", _none_has))
             return forward()
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from tacod.rank.forward.run import FAST
-from tacod.rank.ops.sdpa import attend
-from tacod.rank.ops.split_kv import attend_in_waves, whole_waves
+from tacod.rank.ops.sdpa import attend, attend_pieces
+from tacod.rank.ops.split_kv import whole_waves
 
 TILES = (1, 11, 12, 22, 23, 33, 34, 36)
 WIDTHS = (128, 64, 72)
@@ -57,7 +57,7 @@ def main() -> None:
         print("\nheads tokens width  waves  shares  us at once  in waves")
         for heads, tokens, width in CASES:
             q, k, v = draw(heads, tokens // shrink, width, device)
-            ways = functools.partial(attend, q, k, v), lambda q=q, k=k, v=v: list(attend_in_waves(q, k, v))
+            ways = functools.partial(attend, q, k, v), lambda q=q, k=k, v=v: list(attend_pieces(q, k, v, split_kv=True))
             once, waves = took_us(ways)
             tiles = heads * math.ceil(tokens / TILE)
             # What would be on Hopper.

@@ -10,12 +10,14 @@ import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from tacod_client.errors import ArgumentError
 
 __all__ = [
     "AUTO",
+    "DEFAULT_POLICY",
+    "AttentionPolicy",
     "Layout",
     "Pace",
     "Plan",
@@ -131,16 +133,31 @@ AUTO = Request()
 
 
 @dataclass(frozen=True)
+class AttentionPolicy:
+    """How attention is computed and exchanged."""
+
+    flash: bool = True
+    """Whether the fastest attention kernel may run, or only the plain ones."""
+    exchange: Literal["exact", "int8"] = "exact"
+    """``"int8"`` sends queries, keys, values and outputs in 8 bits between Ulysses' ranks; a ring stays exact."""
+    split_kv: bool = False
+    """Whether Ulysses' ranks split the keys for the queries of the last, partial wave (`tacod.rank.ops.split_kv`).
+
+    The engine sets it for what may become a CUDA graph; nobody asks for it.
+    """
+
+
+DEFAULT_POLICY = AttentionPolicy()
+
+
+@dataclass(frozen=True)
 class Plan:
     """A layout for one forward, and what each rank gets by it."""
 
     layout: Layout
     world_size: int
     shape: Shape
-    flash_attention: bool = True
-    """Whether the fastest attention kernel may run, or only the plain ones."""
-    narrow: bool = False
-    """Whether Ulysses exchanges in 8 bits."""
+    attention: AttentionPolicy = DEFAULT_POLICY
     slower: float | None = None
     """Where ranks are left idle because they would not help: how many times as long all of them would take."""
     step_cache: float = 0.0
@@ -171,9 +188,9 @@ class Plan:
                 idle if self.slower is None else f"{idle}: with all it would take {self.slower:.2f} times as long"
             )
         said = said or [f"{shape.heads} heads on one rank"]
-        if not self.flash_attention:
+        if not self.attention.flash:
             said.append("no flash attention")
-        if self.narrow and layout.ulysses > 1:
+        if self.attention.exchange == "int8" and layout.ulysses > 1:
             said.append("exchanged in 8 bits")
         if self.step_cache:
             said.append(f"step cache {self.step_cache:g}")
@@ -253,17 +270,17 @@ def make_plan(asked: Request, world_size: int, shape: Shape, pace: Pace | None =
     layouts = [layout for layout in _layouts(world_size, shape.batch) if asked.allows(layout, shape.batch)]
     if not layouts:
         raise _refused(f"nothing on {world_size} ranks is like {asked}; ask for less, or for auto")
-    narrow = asked.exchange == "int8"
+    policy = AttentionPolicy(asked.flash_attention is not False, "int8" if asked.exchange == "int8" else "exact")
 
     def price(layout: Layout) -> float:
-        return cost(layout, shape, pace or USUAL, narrow)
+        return cost(layout, shape, pace or USUAL, policy.exchange)
 
     best = busiest = min(layouts, key=lambda layout: (-layout.ranks, price(layout), layout.ring))
     slower = None
     if pace is not None:
         best = min(layouts, key=lambda layout: (price(layout), -layout.ranks, layout.ring))
         slower = price(busiest) / price(best) if best.ranks < busiest.ranks else None
-    return Plan(best, world_size, shape, asked.flash_attention is not False, narrow, slower, asked.step_cache or 0.0)
+    return Plan(best, world_size, shape, policy, slower, asked.step_cache or 0.0)
 
 
 def _layouts(world_size: int, batch: int) -> Iterator[Layout]:
@@ -273,7 +290,7 @@ def _layouts(world_size: int, batch: int) -> Iterator[Layout]:
                 yield Layout(groups, ulysses, ring)
 
 
-def cost(layout: Layout, shape: Shape, pace: Pace = USUAL, narrow: bool = False) -> float:
+def cost(layout: Layout, shape: Shape, pace: Pace = USUAL, exchange: str = "exact") -> float:
     """Seconds of one block of one forward on the busiest rank.
 
     The matrices see its tokens, the attention its heads and all keys. A ring attends in parts, which takes longer, and
@@ -288,7 +305,9 @@ def cost(layout: Layout, shape: Shape, pace: Pace = USUAL, narrow: bool = False)
     attention_s = images * 4 * run * tokens * shape.width * heads / pace.flops
     if layout.ring > 1:
         attention_s *= RING_SLOWDOWN
-    exchanged = images * 4 * mine * shape.width * (layout.ulysses - 1) / layout.ulysses * (1 if narrow else BYTES)
+    exchanged = (
+        images * 4 * mine * shape.width * (layout.ulysses - 1) / layout.ulysses * (1 if exchange == "int8" else BYTES)
+    )
     passed = images * 2 * run * shape.width * heads * (layout.ring - 1) * BYTES
     waiting_s = exchanged / pace.bytes + max(0.0, passed / pace.bytes - attention_s / 2)
     collectives = 2 * (layout.ulysses > 1) + RING_COLLECTIVES * (layout.ring - 1)

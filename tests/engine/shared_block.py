@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tacod.rank.comm import cuda_driver
-from tacod.rank.comm.group import Clock, Group
-from tacod.rank.comm.peers import Peers
+from tacod.rank.comm.clock import Clock
+from tacod.rank.comm.group import Group
+from tacod.rank.comm.peers import Peer
 
 
 class SharedBlock:
@@ -56,6 +57,6 @@ class SharedBlock:
             dist.barrier(self.group.group)
 
 
-def reach_shared(group: Group) -> None:
+def reach_shared(group: Group) -> Peer:
     """As `tacod.rank.comm.select.reach` on GPUs."""
-    group.peers = Peers(lambda size: SharedBlock(group, size))
+    return Peer(group, lambda size: SharedBlock(group, size))

@@ -11,7 +11,7 @@ import torch
 from helpers import FLUX
 from torch import Tensor
 
-from tacod.plan import Layout, Plan, Shape
+from tacod.plan import AttentionPolicy, Layout, Plan, Shape
 from tacod.rank.families.control import Control
 from tacod.rank.families.inputs import Inputs
 from tacod.rank.forward import graphs as module
@@ -32,8 +32,8 @@ class World:
         self.ran: list[str] = []
         self.fails = False
 
-    def run(self, call: Call, topology: Topology, in_waves: bool, cache: Any) -> Tensor:
-        self.ran.append("run in waves" if in_waves else "run")
+    def run(self, call: Call, topology: Topology, cache: Any) -> Tensor:
+        self.ran.append("run, split_kv" if call.plan.attention.split_kv else "run")
         return 2 * call.inputs.latents[0]
 
 
@@ -80,11 +80,11 @@ def test_the_second_is_captured_and_later_ones_are_replayed(make: Any) -> None:
     world, forwards = make()
     for _ in range(4):
         forward(forwards)
-    assert world.ran == ["run in waves", "run in waves", "capture", "replay", "replay", "replay"]
+    assert world.ran == ["run, split_kv", "run, split_kv", "capture", "replay", "replay", "replay"]
     forward(forwards, size=4)
-    assert world.ran[-1] == "run in waves", "another shape is another kind"
-    forward(forwards, plan=Plan(Layout(1, 1, 1), 1, Shape(1, 16), narrow=True))
-    assert world.ran[-1] == "run in waves", "so is another plan"
+    assert world.ran[-1] == "run, split_kv", "another shape is another kind"
+    forward(forwards, plan=Plan(Layout(1, 1, 1), 1, Shape(1, 16), attention=AttentionPolicy(exchange="int8")))
+    assert world.ran[-1] == "run, split_kv", "so is another plan"
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -96,7 +96,7 @@ def test_each_forward_is_told_of_before_it_begins(make: Any, fails: bool) -> Non
     for _ in range(2):
         forward(forwards)
     last = ["capture"] if fails else ["capture", "replay"]
-    assert world.ran == ["told", "run in waves", "told", "run in waves", "told", *last]
+    assert world.ran == ["told", "run, split_kv", "told", "run, split_kv", "told", *last]
 
 
 def test_a_replay_that_differs_is_not_used(make: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -104,7 +104,7 @@ def test_a_replay_that_differs_is_not_used(make: Any, caplog: pytest.LogCaptureF
     with caplog.at_level(logging.WARNING):
         for _ in range(5):
             forward(forwards)
-    assert world.ran == ["run in waves", "run in waves", "capture", "replay", *["run in waves"] * 3]
+    assert world.ran == ["run, split_kv", "run, split_kv", "capture", "replay", *["run, split_kv"] * 3]
     assert "its replay differs by 5.0e-04" in caplog.text
 
 
@@ -114,7 +114,7 @@ def test_what_can_not_be_captured_runs_as_it_is(make: Any, caplog: pytest.LogCap
     with caplog.at_level(logging.WARNING):
         for _ in range(4):
             forward(forwards)
-    assert world.ran == ["run in waves", "run in waves", "capture", "run in waves", "run in waves"]
+    assert world.ran == ["run, split_kv", "run, split_kv", "capture", "run, split_kv", "run, split_kv"]
     assert "no CUDA graph for sequence 1" in caplog.text
     assert "out of memory" in caplog.text
 
@@ -128,7 +128,7 @@ def test_kinds_are_bounded(make: Any) -> None:
     forward(forwards, KINDS + 1)
     assert world.ran == ["replay"]
     forward(forwards, 1)
-    assert world.ran == ["replay", "run in waves"], "the one that was used the longest ago made room"
+    assert world.ran == ["replay", "run, split_kv"], "the one that was used the longest ago made room"
 
 
 def test_cleared_they_begin_anew(make: Any) -> None:
@@ -138,7 +138,7 @@ def test_cleared_they_begin_anew(make: Any) -> None:
     forwards.clear()
     world.ran.clear()
     forward(forwards)
-    assert world.ran == ["run in waves"]
+    assert world.ran == ["run, split_kv"]
 
 
 def test_never_without_being_asked_nor_with_residuals(make: Any) -> None:
@@ -178,7 +178,7 @@ def test_a_forward_that_breaks_off_takes_graphs_and_peers_along(make: Any, monke
     assert discarded == [[]]
     world.ran.clear()
     forward(forwards)
-    assert world.ran == ["run in waves"]
+    assert world.ran == ["run, split_kv"]
 
 
 def test_a_pool_in_which_a_capture_failed_is_not_used_again(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:

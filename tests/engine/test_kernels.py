@@ -20,16 +20,36 @@ import pytest
 import torch
 from helpers import relative_error
 
-from tacod.plan import chunks
 from tacod.rank.ops import fused
 from tacod.rank.ops.norm import LAYER_NORM, Norm
+from tacod.rank.ops.qkv import QKV, QKNorm, Rotation, deal_heads
 
 FP32 = 2e-6
 ROWS = [(3, 5, 72), (1, 4, 128), (2, 1, 1100)]
 PACKS = [
-    {"heads": heads, "width": width, "ranks": ranks, "batch": batch, "normed": normed, "turned": turned}
+    {"heads": heads, "width": width, "ranks": ranks, "batch": batch, "norm": norm, "turn": turn}
     for heads, width, ranks, batch in ((5, 16, 3, 2), (24, 32, 2, 1), (2, 20, 3, 1), (9, 72, 1, 2))
-    for normed, turned in ((True, True), (False, False), (True, False))
+    for norm, turn in (("head", "pairs"), ("", ""), ("head", ""))
+] + [
+    {"heads": 6, "width": 16, "ranks": 2, "batch": 2, "norm": "head", "turn": "halves"},
+    {"heads": 3, "width": 20, "ranks": 2, "batch": 1, "norm": "", "turn": "halves"},
+    {"heads": 6, "width": 16, "ranks": 2, "batch": 2, "norm": "head", "turn": "halves", "rotary": 6},
+    {"heads": 6, "width": 16, "ranks": 2, "batch": 2, "norm": "", "turn": "pairs", "rotary": 6},
+    {"heads": 5, "width": 72, "ranks": 3, "batch": 3, "norm": "head", "turn": "pairs", "by_image": True},
+    {"heads": 5, "width": 72, "ranks": 3, "batch": 3, "norm": "head", "turn": "halves", "rotary": 24, "by_image": True},
+    {"heads": 12, "width": 16, "ranks": 3, "batch": 2, "norm": "head", "turn": "pairs", "kv_heads": 4},
+    {
+        "heads": 6,
+        "width": 16,
+        "ranks": 4,
+        "batch": 2,
+        "norm": "head",
+        "turn": "halves",
+        "kv_heads": 2,
+        "split": True,
+    },
+    {"heads": 5, "width": 16, "ranks": 7, "batch": 1, "norm": "row", "turn": "pairs", "kv_heads": 1},
+    {"heads": 5, "width": 16, "ranks": 2, "batch": 2, "norm": "row", "turn": "halves", "split": True},
 ]
 
 WAVES = [(3, 400, 11, "float32", 2), (3, 400, 11, "bfloat16", 2), (2, 250, 9, "float32", 1), (2, 384, 6, "float32", 1)]
@@ -58,20 +78,38 @@ def rows(shape: list[int]) -> list[float]:
     return errors
 
 
-def pack(heads: int, width: int, ranks: int, batch: int, normed: bool, turned: bool) -> list[float]:
-    """Largest errors by rank; NaN where something was not written."""
-    from tacod.rank.ops import kernels
-
-    tokens = 7
-    norms = (torch.randn(width), torch.randn(width)) if normed else None
-    angle = torch.randn(tokens, width // 2)
-    rotation = (angle.cos(), angle.sin()) if turned else None
-    projected = fused.Projected(torch.randn(batch, tokens, 3 * heads * width), heads, norms, rotation)
-    shapes = [(tokens, batch, 3, count, width) for count in chunks(heads, ranks)]
+def pack(
+    heads: int,
+    width: int,
+    ranks: int,
+    batch: int,
+    norm: str,
+    turn: str,
+    rotary: int = 0,
+    by_image: bool = False,
+    kv_heads: int = 0,
+    split: bool = False,
+) -> list[float]:
+    """Largest errors by rank, of the kernel against PyTorch's operations; NaN where something was not written."""
+    tokens, kv_heads = 7, kv_heads or heads
+    counts = [heads * width, kv_heads * width, kv_heads * width]
+    norms = None
+    if norm:
+        sizes = counts[:2] if norm == "row" else [width, width]
+        norms = QKNorm(*map(torch.randn, sizes), epsilon=1e-3, across_heads=norm == "row")
+    # A longer table, of which this rank's tokens are a part.
+    angle = torch.randn(*([batch] if by_image else []), tokens + 2, (rotary or width) // 2)
+    rotation = Rotation(angle.cos(), angle.sin(), turn == "halves").split([2, tokens])[1] if turn else None
+    projected: Any = torch.randn(batch, tokens, sum(counts))
+    if split:
+        projected = tuple(torch.randn(batch, tokens, count + 3)[..., :count] for count in counts)
+    qkv = QKV(projected, heads, norms, rotation, kv_heads)
+    shares = deal_heads(heads, kv_heads, ranks)
+    shapes = [(tokens, batch, share.count, width) for share in shares]
     got, wanted = ([torch.full(shape, torch.nan) for shape in shapes] for _ in range(2))
-    projected.pack(wanted)
-    for part, place in zip(torch.split(projected.parts, chunks(heads, ranks), dim=3), got, strict=True):
-        kernels.pack(part, norms, rotation, 1e-6, place)
+    qkv.pack(wanted, shares)
+    with mock.patch("tacod.rank.ops.qkv.has_kernels", return_value=True):
+        qkv.pack(got, shares)
     return [relative_error(*each) for each in zip(got, wanted, strict=True) if each[0].numel()]
 
 
@@ -88,13 +126,13 @@ def copy() -> float:
 def narrow(rows: int, width: int) -> list[float]:
     """What int8 loses, and how far the kernels are from PyTorch's operations."""
     from tacod.rank.ops import kernels
-    from tacod.rank.ops.fp8_linear import quantise_rows
+    from tacod.rank.ops.quantize_rows import quantize_rows
 
     x, out = torch.randn(rows, width), torch.empty(rows, width)
     got, scales = torch.empty(rows, width, dtype=torch.int8), torch.empty(rows)
     kernels.quantise(x, got, scales)
     kernels.dequantise(got, scales, out)
-    wanted, theirs = quantise_rows(x, torch.int8)
+    wanted, theirs = quantize_rows(x, torch.int8)
     return [relative_error(out, x), float((got - wanted).abs().max()), relative_error(scales, theirs)]
 
 
@@ -113,8 +151,7 @@ def merged(parts: int, tokens: int, heads: int, width: int) -> float:
 
 def waves(heads: int, tokens: int, processors: int, dtype: str) -> tuple[int, float]:
     """How many results there are, and how far they are from attention at once; with cuDNN's kernel played."""
-    from tacod.rank.ops.sdpa import attend
-    from tacod.rank.ops.split_kv import attend_in_waves
+    from tacod.rank.ops.sdpa import attend, attend_pieces
 
     q, k, v = torch.randn(tokens, 1, 3, heads, 16, dtype=getattr(torch, dtype)).permute(2, 1, 3, 0, 4)
     k[:, :, : tokens // 3] *= 3
@@ -126,7 +163,7 @@ def waves(heads: int, tokens: int, processors: int, dtype: str) -> tuple[int, fl
         mock.patch("tacod.rank.ops.split_kv._OWN_COST", 0),
         mock.patch("torch.cuda.get_device_properties", return_value=count),
     ):
-        results = list(attend_in_waves(q, k, v))
+        results = [each.permute(2, 0, 1, 3) for each in attend_pieces(q, k, v, split_kv=True)]
     assert all(result.is_contiguous() for result in results)
     return len(results), relative_error(torch.cat(results), attend(q, k, v).permute(2, 0, 1, 3))
 

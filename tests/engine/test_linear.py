@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tacod.rank.ops import linear
-from tacod.rank.ops.fp8_linear import NarrowLinear
+from tacod.rank.ops.fp8_linear import Fp8Linear
 from tacod.rank.ops.linear import linear_gelu, split_inputs, split_outputs
 from tacod.rank.ops.quantized_linear import StoredLinear
 
@@ -27,8 +27,8 @@ def stored(bias: bool) -> StoredLinear:
     return StoredLinear(data, "F8_E4M3", layer.bias, torch.float32, None)
 
 
-def narrow(bias: bool) -> NarrowLinear:
-    return NarrowLinear.of(plain(bias))
+def narrow(bias: bool) -> Fp8Linear:
+    return Fp8Linear.of(plain(bias))
 
 
 @pytest.fixture

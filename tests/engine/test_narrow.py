@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tacod.checkpoint import read_checkpoint
+from tacod.rank.comm.int8 import decode, encode
 from tacod.rank.engine import Engine
-from tacod.rank.ops.fp8_linear import NarrowLinear, from_bytes, quantise_rows, to_bytes
+from tacod.rank.ops.fp8_linear import Fp8Linear
+from tacod.rank.ops.quantize_rows import quantize_rows
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.parallel.topology import Topology
 from tacod.rank.weights.load import get_weight, narrow_matrices, set_weight, share
@@ -26,7 +28,7 @@ def test_bytes_hold_every_row_by_its_largest_number(rows: int, width: int, dtype
     torch.manual_seed(seed)
     x = (torch.randn(rows, 2, width) * torch.logspace(-3, 3, rows)[:, None, None]).to(dtype)
     out = torch.empty_like(x)
-    from_bytes(to_bytes(x), out)
+    decode(encode(x), out)
     largest = x.float().abs().amax(dim=-1, keepdim=True)
     # Half a step of 127, and the rounding of the dtype that it comes back in.
     assert bool(((out.float() - x.float()).abs() <= largest * (0.5 / 127 + torch.finfo(dtype).eps)).all())
@@ -34,7 +36,7 @@ def test_bytes_hold_every_row_by_its_largest_number(rows: int, width: int, dtype
 
 def test_rows_of_zeros_stay_zeros() -> None:
     for dtype in (torch.int8, torch.float8_e4m3fn):
-        narrow, scales = quantise_rows(torch.zeros(2, 16), dtype)
+        narrow, scales = quantize_rows(torch.zeros(2, 16), dtype)
         assert not narrow.float().any()
         assert bool((scales > 0).all())
 
@@ -48,11 +50,11 @@ def narrowed(tiny: Tiny) -> nn.Module:
 @pytest.mark.parametrize("tiny", [FLUX, SD3], ids=lambda tiny: tiny.name)
 def test_the_blocks_matrices_and_nothing_else(tiny: Tiny) -> None:
     model = narrowed(tiny)
-    narrow = {name for name, layer in model.named_modules() if isinstance(layer, NarrowLinear)}
+    narrow = {name for name, layer in model.named_modules() if isinstance(layer, Fp8Linear)}
     assert narrow
     assert all("blocks." in name and "mod" not in name.split(".")[-2:][0] for name in narrow)
     assert not narrow & {name for name, layer in model.named_modules() if layer in model.modulating}
-    assert not any(isinstance(layer, NarrowLinear) for layer in tiny.model.modules()), "its own is whole"
+    assert not any(isinstance(layer, Fp8Linear) for layer in tiny.model.modules()), "its own is whole"
     shapes = {name: weight.shape for name, weight in tiny.model.state_dict().items()}
     told = {name: weight.shape for name, weight in model.state_dict().items()}
     assert told == shapes
@@ -72,7 +74,7 @@ def test_blocks_are_found_whatever_their_name(name: str) -> None:
     type_of = type(model)
     model.__class__ = type("Other", (type_of,), {"modulating": [], "trunk": property(lambda self: list(blocks))})
     narrow_matrices(model)
-    narrow = {each for each, layer in model.named_modules() if isinstance(layer, NarrowLinear)}
+    narrow = {each for each, layer in model.named_modules() if isinstance(layer, Fp8Linear)}
     assert narrow
     assert all(each.startswith(f"{name}.") for each in narrow)
     assert model.blocks_at == [f"{name}.{number}" for number in range(len(blocks))]
@@ -81,7 +83,7 @@ def test_blocks_are_found_whatever_their_name(name: str) -> None:
 def test_a_narrow_layer_is_used_in_parts() -> None:
     """Flux splits two of its matrices; in 8 bits that must not change what they mean."""
     torch.manual_seed(0)
-    layer = NarrowLinear.of(nn.Linear(32, 48).requires_grad_(False))
+    layer = Fp8Linear.of(nn.Linear(32, 48).requires_grad_(False))
     x = torch.randn(1, 5, 32)
     parts = torch.cat([layer.outputs(slice(16))(x), layer.outputs(slice(16, None))(x)], dim=-1)
     assert relative_error(parts, layer(x)) < 1e-6
@@ -92,7 +94,7 @@ def test_a_patched_weight_stays_narrow() -> None:
     before = get_weight(model, key)
     assert relative_error(before, get_weight(FLUX.model, key)) < 0.05
     set_weight(model, key, 2 * before)
-    assert isinstance(model.get_submodule("single_blocks.0.linear1"), NarrowLinear)
+    assert isinstance(model.get_submodule("single_blocks.0.linear1"), Fp8Linear)
     assert relative_error(get_weight(model, key), 2 * before) < 1e-6
     with pytest.raises(ValueError, match="can't replace"):
         set_weight(model, key, before[:-1])
@@ -106,4 +108,4 @@ def test_an_engine_loads_it(tmp_path: Path) -> None:
     assert told.dtype == "fp8"
     model = engine.models["m"].model
     assert model.dtype == torch.bfloat16
-    assert isinstance(model.get_submodule("double_blocks.0.img_mlp.0"), NarrowLinear)
+    assert isinstance(model.get_submodule("double_blocks.0.img_mlp.0"), Fp8Linear)

@@ -28,12 +28,12 @@ from hypothesis import strategies as st
 from shared_block import SharedBlock, reach_shared
 from torch.nn.functional import scaled_dot_product_attention
 
-from tacod.plan import Layout, Plan, Shape, chunks
+from tacod.plan import DEFAULT_POLICY, AttentionPolicy, Layout, Plan, Shape, chunks
 from tacod.rank.families.inputs import Inputs
 from tacod.rank.forward.graphs import Forwards
 from tacod.rank.forward.run import Call, run
 from tacod.rank.forward.warmup import warm_up
-from tacod.rank.ops.fused import Projected
+from tacod.rank.ops.qkv import QKV
 from tacod.rank.ops.sdpa import attend
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.parallel.topology import Topology
@@ -143,7 +143,7 @@ def test_a_forward_that_has_no_room_on_one_rank_is_warmed_up_on_all(ranks: Ranks
 @pytest.mark.parametrize("layout", [(1, 3, 1), (1, 2, 2)], ids=str)
 @pytest.mark.parametrize("name", ["flux_dev_odd", "sd35_medium"])
 def test_what_is_exchanged_in_8_bits_loses_little(ranks: Ranks, name: str, layout: tuple[int, ...]) -> None:
-    errors = ranks.run(layout, "golden", name=name, narrow=True)
+    errors = ranks.run(layout, "golden", name=name, exchange="int8")
     assert 2e-6 < max(errors) <= 1e-2
 
 
@@ -166,11 +166,11 @@ def test_attention_equals_one_process(ranks: Ranks, layout: tuple[int, ...], **c
     assert max(ranks.run(layout, "attention", **case)) <= 2e-6
 
 
-@pytest.mark.parametrize(("meanwhile", "expected"), [(False, [1, 2]), (True, [3, 3])])
-def test_what_more_is_computed_beside_is_sent(ranks: Ranks, meanwhile: bool, expected: list[int]) -> None:
+@pytest.mark.parametrize(("overlap", "expected"), [(False, [1, 2]), (True, [3, 3])])
+def test_what_more_is_computed_beside_is_sent(ranks: Ranks, overlap: bool, expected: list[int]) -> None:
     """And the last result stored, unless something else follows; each rank has 10 of 20 tokens, in three results."""
     case = {"heads": 4, "batch": 1, "lengths": [20], "cuts": [5, 15], "seed": 0}
-    assert ranks.run((1, 2, 1), "sent", meanwhile=meanwhile, **case) == expected
+    assert ranks.run((1, 2, 1), "sent", overlap=overlap, **case) == expected
 
 
 @settings(max_examples=60, deadline=None)
@@ -181,13 +181,13 @@ def test_what_more_is_computed_beside_is_sent(ranks: Ranks, meanwhile: bool, exp
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=2).filter(sum),
     cuts=st.lists(st.integers(1, 79), max_size=3),
     sharing=st.booleans(),
-    meanwhile=st.booleans(),
+    overlap=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_results_that_come_one_after_the_other_find_their_ranks(
     ranks: Ranks, layout: tuple[int, ...], **case: Any
 ) -> None:
-    """As from `attend_in_waves`, and of any runs of tokens: stored into the ranks' memory, or exchanged."""
+    """As from `attend_pieces`, and of any runs of tokens: stored into the ranks' memory, or exchanged."""
     assert max(ranks.run(layout, "attention", **case)) <= 2e-6
 
 
@@ -262,13 +262,13 @@ def test_one_process_needs_no_group() -> None:
     assert (alone.size, alone.sizes(7)) == (1, [7])
     q, k, v = torch.randn(3, 2, 7, 3, 8)
     expected = scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    assert torch.equal(alone.attend([projected(q, k, v)], (3, 4)).result(), expected.transpose(1, 2).reshape(2, 7, 24))
+    assert torch.equal(alone.attend([projected(q, k, v)], (3, 4)).wait(), expected.transpose(1, 2).reshape(2, 7, 24))
     assert torch.equal(alone.gather(alone.shard(q), 7), q)
 
 
-def projected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Callable[[], Projected]:
+def projected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Callable[[], QKV]:
     """As a fused projection would give them."""
-    return lambda: Projected(torch.stack((q, k, v), dim=2).flatten(2), q.shape[2])
+    return lambda: QKV(torch.stack((q, k, v), dim=2).flatten(2), q.shape[2])
 
 
 class Rank:
@@ -286,7 +286,7 @@ class Rank:
         self.sharing = Topology(rank, WORLD, make_group, reach_shared)
 
     def golden(
-        self, layout: Layout, name: str, dtype: str = "float32", sharing: bool = False, narrow: bool = False
+        self, layout: Layout, name: str, dtype: str = "float32", sharing: bool = False, exchange: Any = "exact"
     ) -> float:
         from helpers import read_golden, relative_error
 
@@ -294,13 +294,13 @@ class Rank:
         assert golden is not None
         kind = getattr(torch, dtype)
         return relative_error(
-            self._run(layout, golden.model(kind), golden.arguments(kind), sharing, narrow), golden.out
+            self._run(layout, golden.model(kind), golden.arguments(kind), sharing, exchange), golden.out
         )
 
     def _run(
-        self, layout: Layout, model: Any, inputs: dict[str, Any], sharing: bool = False, narrow: bool = False
+        self, layout: Layout, model: Any, inputs: dict[str, Any], sharing: bool = False, exchange: Any = "exact"
     ) -> Any:
-        plan = Plan(layout, WORLD, Shape(model.heads, model.width), narrow=narrow)
+        plan = Plan(layout, WORLD, Shape(model.heads, model.width), AttentionPolicy(exchange=exchange))
         topology = self.sharing if sharing else self.topology
         with torch.inference_mode():
             return run(Call(model, plan, Inputs(inputs, model.arguments())), topology)
@@ -312,9 +312,11 @@ class Rank:
             pace = warm_up(tiny.model, Forwards(self.topology), torch.device("cpu"))
         return [] if pace is None else [pace.flops, pace.bytes, pace.collective_s]
 
-    def _sequence(self, layout: Layout, sharing: bool = False) -> SequenceParallel | None:
+    def _sequence(
+        self, layout: Layout, sharing: bool = False, policy: AttentionPolicy = DEFAULT_POLICY
+    ) -> SequenceParallel | None:
         seat = (self.sharing if sharing else self.topology).seat(layout)
-        return None if seat is None else seat.sequence
+        return None if seat is None else seat.sequence(policy)
 
     def attention(
         self,
@@ -325,27 +327,26 @@ class Rank:
         seed: int,
         cuts: Sequence[int] = (),
         sharing: bool = False,
-        meanwhile: bool = False,
+        overlap: bool = False,
     ) -> float | None:
-        sequence = self._sequence(layout, sharing)
+        sequence = self._sequence(layout, sharing, AttentionPolicy(split_kv=bool(cuts)))
         if sequence is None:
             return None
 
-        def in_runs(q: torch.Tensor, *others: torch.Tensor | None) -> Iterator[torch.Tensor]:
+        def in_runs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> Iterator[torch.Tensor]:
             edges = sorted({0, q.shape[2], *(cut for cut in cuts if cut < q.shape[2])})
             for begin, end in itertools.pairwise(edges) if len(edges) > 1 else [(0, 0)]:
-                yield attend(q[:, :, begin:end], *others).permute(2, 0, 1, 3).contiguous()
+                yield attend(q[:, :, begin:end], k, v)
 
         torch.manual_seed(seed)
         q, k, v = torch.randn(3, batch, sum(lengths), heads, 16)
-        expected = torch.split(SequenceParallel().attend([projected(q, k, v)], lengths).result(), lengths, dim=1)
+        expected = torch.split(SequenceParallel().attend([projected(q, k, v)], lengths).wait(), lengths, dim=1)
         local = [torch.cat([sequence.shard(part) for part in torch.split(t, lengths, dim=1)], dim=1) for t in (q, k, v)]
-        with mock.patch("tacod.rank.parallel.joint_attention.attend_in_waves", in_runs):
-            planned = sequence.planned(narrow=False, in_waves=bool(cuts))
-            attending = planned.attend([projected(*local)], lengths, meanwhile=meanwhile)
-            if meanwhile:
-                attending.run()
-            mine = attending.result().clone()
+        with mock.patch("tacod.rank.parallel.joint_attention.attend_pieces", in_runs):
+            attending = sequence.attend([projected(*local)], lengths, overlap=overlap)
+            if overlap:
+                attending.start()
+            mine = attending.wait().clone()
         outs = torch.split(mine, [sequence.sizes(length)[sequence.whole.rank] for length in lengths], dim=1)
         whole = [sequence.gather(out, length) for out, length in zip(outs, lengths, strict=True)]
         errors = [float((a - b).norm() / b.norm()) for a, b in zip(whole, expected, strict=True) if b.numel()]
@@ -450,7 +451,7 @@ class Rank:
         clock.take_s()
         begin = time.perf_counter()
         tokens = sequence.shard(torch.zeros(1, 10, 4, 8))
-        sequence.attend([projected(tokens, tokens, tokens)], [10]).result()
+        sequence.attend([projected(tokens, tokens, tokens)], [10]).wait()
         wall = time.perf_counter() - begin
         return clock.take_s(), wall, clock.take_s()
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tacod.rank.ops.sdpa import attend
-from tacod.rank.ops.split_kv import attend_in_waves, whole_waves
+from tacod.rank.ops.sdpa import attend, attend_pieces
+from tacod.rank.ops.split_kv import whole_waves
 
 TILE = 128
 
@@ -51,5 +51,5 @@ def test_waves_are_full_and_the_rest_is_one(queries: int, keys: int, heads: int,
 
 def test_elsewhere_there_is_one_result() -> None:
     q, k, v = torch.randn(3, 2, 3, 9, 16)
-    (out,) = attend_in_waves(q, k, v)
-    assert torch.equal(out, attend(q, k, v).permute(2, 0, 1, 3))
+    (out,) = attend_pieces(q, k, v, split_kv=True)
+    assert torch.equal(out, attend(q, k, v))

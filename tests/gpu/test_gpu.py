@@ -17,8 +17,8 @@ from torch.nn.attention import sdpa_kernel
 
 from tacod.checkpoint import read_checkpoint
 from tacod.rank.forward.run import FAST, PLAIN
-from tacod.rank.ops.sdpa import attend, attend_part, merge
-from tacod.rank.ops.split_kv import attend_in_waves, whole_waves
+from tacod.rank.ops.sdpa import attend, attend_part, attend_pieces, merge
+from tacod.rank.ops.split_kv import whole_waves
 from tacod.rank.weights.reader import Reader
 
 pytestmark = [
@@ -230,6 +230,11 @@ HOPPER = pytest.mark.skipif(
 )
 
 
+def _pieces(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
+    """Results of whole waves, as they are sent: [S', B, H, D]."""
+    return [each.permute(2, 0, 1, 3).contiguous() for each in attend_pieces(q, k, v, split_kv=True)]
+
+
 @HOPPER
 @pytest.mark.parametrize(("heads", "runs"), [(12, 2), (8, 2), (24, 1), (1, 1)])
 @pytest.mark.parametrize(("tokens", "width"), [(4608, 128), (4500, 128), (4608, 64), (4608, 72)])
@@ -240,15 +245,14 @@ def test_attention_in_whole_waves(heads: int, runs: int, tokens: int, width: int
     k[:, :, : tokens // 3] *= 3  # so that the shares' weights differ
     expected = attend(q.double(), k.double(), v.double()).permute(2, 0, 1, 3)
     with sdpa_kernel(PLAIN):
-        (plain,) = attend_in_waves(q, k, v)
+        (plain,) = _pieces(q, k, v)
     with sdpa_kernel(FAST, set_priority=True):
         whole = attend(q, k, v).permute(2, 0, 1, 3)
-        results = list(attend_in_waves(q, k, v))
-        again = list(attend_in_waves(q, k, v))
+        results = _pieces(q, k, v)
+        again = _pieces(q, k, v)
     if torch.cuda.get_device_properties(0).multi_processor_count == 132:
         assert len(results) == runs
     assert all(torch.equal(*each) for each in zip(results, again, strict=True))
-    assert all(each.is_contiguous() for each in results)
     rows, parts = whole_waves(tokens, tokens, heads, 132)
     if parts == 1:
         assert torch.equal(torch.cat(results), whole)

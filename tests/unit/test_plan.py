@@ -213,13 +213,13 @@ def test_fast_links_are_used() -> None:
 def test_an_exchange_in_8_bits() -> None:
     asked = parse_request({"exchange": "int8"}, 2)
     plan = make_plan(asked, 2, FLUX)
-    assert plan.narrow
+    assert plan.attention.exchange == "int8"
     assert "exchanged in 8 bits" in str(plan)
     assert "8 bits" not in str(make_plan(asked, 1, FLUX)), "alone, nothing is exchanged"
-    assert cost(plan.layout, FLUX, narrow=True) < cost(plan.layout, FLUX)
+    assert cost(plan.layout, FLUX, exchange="int8") < cost(plan.layout, FLUX)
     # Links on which only half the bytes are worth it.
     between = next(speed for speed in range(40, 4, -1) if make_plan(AUTO, 2, FLUX, Pace(bytes=speed * 1e9)).slower)
     assert make_plan(asked, 2, FLUX, Pace(bytes=between * 1e9)).layout == Layout(1, 2, 1)
-    assert not make_plan(parse_request({"exchange": "exact"}, 2), 2, FLUX).narrow
+    assert make_plan(parse_request({"exchange": "exact"}, 2), 2, FLUX).attention.exchange == "exact"
     with pytest.raises(ArgumentError, match="plan: exchange: expected 'exact' or 'int8', got 'fp8'"):
         parse_request({"exchange": "fp8"}, 2)

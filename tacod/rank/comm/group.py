@@ -1,81 +1,21 @@
-"""Exchanges between ranks, and the time that they take."""
+"""Collectives between some ranks."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tacod.rank.comm.peers import Peers, Slot
-from tacod.rank.comm.staging import Staging
-from tacod.rank.ops.fp8_linear import from_bytes, narrow_bytes, to_bytes
+from tacod.rank.comm.clock import Clock
 
-__all__ = ["Clock", "Exchange", "Group"]
+__all__ = ["Group", "MakeGroup", "Passing"]
 
-
-class Clock:
-    """How long this rank was in collectives: wall time on a CPU; on a GPU the device's own, which it adds up itself.
-
-    Of a transfer that goes on while the rank computes, only what it still waits for counts.
-    """
-
-    def __init__(self) -> None:
-        self.begun = 0
-        """Exchanges of any kind that this rank has begun; ranks that have begun the same ones wait for nothing."""
-        self._seconds = 0.0
-        self._counter: Tensor | None = None
-        self._seen: Tensor | None = None
-        """What it showed when the host last waited for the GPU."""
-        self._counted = 0
-
-    @property
-    def counter(self) -> Tensor:
-        """The nanoseconds on the current GPU, int64 [1]: kernels add to it, those of a graph at each replay."""
-        if self._counter is None:
-            self._counter = torch.zeros(1, dtype=torch.int64, device="cuda")
-        return self._counter
-
-    @contextmanager
-    def counting(self, on_gpu: bool) -> Iterator[None]:
-        """Within, a collective or the wait for one."""
-        if not on_gpu:
-            started = time.perf_counter()
-            yield
-            self._seconds += time.perf_counter() - started
-            return
-        self._mark(-1)
-        try:
-            yield
-        finally:
-            # One mark alone would count for ages.
-            self._mark(1)
-
-    def _mark(self, sign: int) -> None:
-        from tacod.rank.ops import kernels
-
-        kernels.count_time(self.counter, sign)
-
-    def wait(self) -> None:
-        """Until the current GPU is done with what this stream was given; `take_s` counts up to here."""
-        if self._counter is not None:
-            if self._seen is None:
-                self._seen = torch.zeros(1, dtype=torch.int64, pin_memory=True)
-            self._seen.copy_(self._counter, non_blocking=True)
-        torch.cuda.current_stream().synchronize()
-        if self._seen is not None:
-            before, self._counted = self._counted, int(self._seen)
-            self._seconds += (self._counted - before) / 1e9
-
-    def take_s(self) -> float:
-        """Seconds since the last call."""
-        taken, self._seconds = self._seconds, 0.0
-        return taken
+MakeGroup = Callable[[list[list[int]]], dist.ProcessGroup]
+"""Splits all ranks into process groups and returns the one that this rank is in; every rank must call it alike."""
 
 
 class Group:
@@ -89,10 +29,6 @@ class Group:
         self.clock = clock or Clock()
         self.rank = dist.get_rank(group) if group is not None else 0
         self.size = dist.get_world_size(group) if group is not None else 1
-        self.peers: Peers | None = None
-        """Memory of its ranks that all of them write into, where they can."""
-        self.staging: Staging | None = None
-        """Memory of the host by which they exchange, where they can't."""
 
     def all_to_all(self, sent: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         """Exchange flat buffers: ``send[r]`` elements of ``sent`` go to rank r, ``receive[r]`` come from it."""
@@ -109,18 +45,6 @@ class Group:
                 group=self.group,
             )
         return received
-
-    def exchange(self, sent: Sequence[Tensor], received: Sequence[Tensor], narrow: bool = False) -> Exchange:
-        """Begin to send ``sent[r]`` to each other rank r, and to receive ``received[r]`` from it.
-
-        All are contiguous. ``narrow`` sends their rows in 8 bits.
-        """
-        return Exchange(self, sent, received, narrow)
-
-    def settle(self, slot: Slot) -> None:
-        """Wait until all that the ranks have written there has arrived."""
-        self.clock.begun += 1
-        slot.barrier(self.clock)
 
     def gather(self, part: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
         """The ranks' parts, of ``sizes`` along ``dim``, joined on every rank."""
@@ -159,56 +83,6 @@ class Group:
     def pass_on(self, sent: Tensor, count: int) -> Passing:
         """Begin to send a flat buffer to the next rank, and to receive ``count`` elements from the one before."""
         return Passing(self, sent, sent.new_empty(count))
-
-
-class Exchange:
-    """An all-to-all that, on GPUs, goes on while its rank computes.
-
-    What a rank has for itself stays where it is: it puts it there.
-    """
-
-    def __init__(self, group: Group, sent: Sequence[Tensor], received: Sequence[Tensor], narrow: bool) -> None:
-        self.group = group
-        group.clock.begun += 1
-        self._received = received
-        self._narrow = narrow
-        self._work: dist.Work | Staging | None = None
-        nothing = sent[0].new_empty(0, dtype=torch.uint8)
-        # As bytes, because gloo doesn't know every dtype in every version of torch, and nothing is added up here.
-        others = [rank != group.rank for rank in range(group.size)]
-        self._away = [self._bytes(each) if other else nothing for each, other in zip(sent, others, strict=True)]
-        self._coming = [self._place(each) if other else nothing for each, other in zip(received, others, strict=True)]
-        if group.staging is not None:
-            self._work = group.staging
-            group.staging.exchange(self._away, self._coming)
-            return
-        if sent[0].is_cuda:
-            self._work = dist.all_to_all(self._coming, self._away, group=group.group, async_op=True)
-            return
-        # gloo knows no lists.
-        sizes = [len(each) for each in self._coming]
-        arrived = group.all_to_all(torch.cat(self._away), [len(each) for each in self._away], sizes)
-        for each, part in zip(self._coming, torch.split(arrived, sizes), strict=True):
-            each.copy_(part)
-
-    def _bytes(self, sent: Tensor) -> Tensor:
-        return to_bytes(sent) if self._narrow else sent.view(-1).view(torch.uint8)
-
-    def _place(self, received: Tensor) -> Tensor:
-        if not self._narrow:
-            return received.view(-1).view(torch.uint8)
-        size = narrow_bytes(received.numel() // max(received.shape[-1], 1), received.shape[-1])
-        return received.new_empty(size, dtype=torch.uint8)
-
-    def wait(self) -> None:
-        """What is computed from here on finds what was received; the clock counts what was not hidden."""
-        if self._work is not None:
-            with self.group.clock.counting(on_gpu=True):
-                self._work.wait()
-        if self._narrow:
-            for coming, received in zip(self._coming, self._received, strict=True):
-                if len(coming):
-                    from_bytes(coming, received)
 
 
 class Passing:

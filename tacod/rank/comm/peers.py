@@ -10,19 +10,21 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from tacod.rank.comm import cuda_driver
+from tacod.rank.comm.clock import Clock
+from tacod.rank.comm.collective import Collective
+from tacod.rank.comm.group import Group
+from tacod.rank.comm.transport import Deal, Exchange
+from tacod.rank.ops.qkv import QKV, copy_heads
 
-if TYPE_CHECKING:
-    from tacod.rank.comm.group import Clock, Group
-
-__all__ = ["Peers", "Slot", "reach_peers"]
+__all__ = ["Peer", "reach_peers"]
 
 log = logging.getLogger(__name__)
 
@@ -92,11 +94,13 @@ class SymmetricBlock:
         kernels.barrier(self._handle.signal_pad_ptrs_dev, self._handle.rank, self._handle.world_size, clock.counter)
 
 
-class Peers:
-    """The blocks of one group's ranks; they grow, and each attention that is under way has one of its own."""
+class Peer:
+    """The transport through each other's memory: a block of each rank for each attention that is under way."""
 
-    def __init__(self, make_block: Callable[[int], Block]) -> None:
+    def __init__(self, group: Group, make_block: Callable[[int], Block]) -> None:
         """``make_block`` makes one of so many bytes on each rank; all call it at once."""
+        self.group = group
+        self._collective = Collective(group)
         self._make_block = make_block
         self._blocks: list[list[tuple[int, Block]]] = []
         """For each slot its blocks, with their sizes; graphs hold on to those that were outgrown."""
@@ -105,96 +109,137 @@ class Peers:
         self._busy: list[bool] = []
         self._views: dict[Any, Tensor] = {}
 
-    def open(self, tokens: Sequence[int], batch: int, heads: Sequence[int], width: int, dtype: torch.dtype) -> Slot:
-        """Room for one attention; ``tokens`` and ``heads`` are what each rank has. Every rank calls it alike."""
+    def open(self, deal: Deal, encoding: Literal["exact", "int8"]) -> Exchange:
+        """See `Transport.open`. What is sent in 8 bits goes by collectives."""
+        if encoding == "int8":
+            return self._collective.open(deal, encoding)
         # Since then every rank has answered, and before that waited for what it had under way: nobody writes there.
         self._retired.clear()
         slot = self._busy.index(False) if False in self._busy else len(self._busy)
         if slot == len(self._busy):
             self._busy.append(False)
             self._blocks.append([])
-        each = batch * width * dtype.itemsize
-        arriving = -(-sum(tokens) * 3 * max(heads) * each // _ALIGNED) * _ALIGNED
-        size = arriving + max(tokens) * sum(heads) * each
+        each = deal.batch * deal.width * deal.dtype.itemsize
+        most = max(share.count for share in deal.shares)
+        arriving = -(-sum(deal.tokens) * most * each // _ALIGNED) * _ALIGNED
+        size = arriving + max(deal.tokens) * sum(len(share.queries) for share in deal.shares) * each
         blocks = self._blocks[slot]
         if not blocks or blocks[-1][0] < size:
             grown = max(size, 2 * blocks[-1][0] if blocks else 0)
             blocks.append((grown, self._make_block(grown)))
         self._busy[slot] = True
-        return Slot(self, slot, blocks[-1][1], tokens, batch, heads, width, dtype, arriving)
+        return _PeerExchange(self, slot, blocks[-1][1], deal, arriving)
 
-    def release(self) -> None:
-        """No attention is under way: the forward has failed."""
+    def abort(self) -> None:
+        """See `Transport.abort`."""
         self._busy = [False] * len(self._busy)
 
-    def discard(self) -> None:
-        """Begin anew: a forward that failed may have left one rank waiting where another one isn't.
+    def reset(self) -> None:
+        """See `Transport.reset`.
 
-        Every graph that stores into these blocks must be gone, and what this rank stores be done; others' may still be
-        under way.
+        What this rank stores must be done; others' stores may still be under way, so their blocks stay a while.
         """
         self._retired += self._blocks
         self._blocks = []
         self._busy.clear()
         self._views.clear()
 
+    def view(self, block: Block, rank: int, shape: tuple[int, ...], dtype: torch.dtype, start: int) -> Tensor:
+        """See `Block.view`; made once."""
+        key = id(block), rank, shape, dtype, start
+        if key not in self._views:
+            self._views[key] = block.view(rank, shape, dtype, start)
+        return self._views[key]
+
     def close(self, slot: int) -> None:
         """That attention has what it needs; its memory is read until the next one in this slot begins."""
         self._busy[slot] = False
 
 
-class Slot:
-    """Where one attention's queries, keys and values arrive at each rank, and what comes back."""
+class _PeerExchange:
+    """One attention's exchange in one slot.
 
-    def __init__(
-        self,
-        peers: Peers,
-        number: int,
-        block: Block,
-        tokens: Sequence[int],
-        batch: int,
-        heads: Sequence[int],
-        width: int,
-        dtype: torch.dtype,
-        arriving: int,
-    ) -> None:
-        self._peers, self._number, self._block = peers, number, block
-        self._tokens, self._batch, self._heads, self._width = tokens, batch, heads, width
-        self._dtype, self._arriving = dtype, arriving
+    What no work overlaps is stored by a kernel right where it is to be; else copy engines take it there meanwhile.
+    """
+
+    def __init__(self, transport: Peer, slot: int, block: Block, deal: Deal, arriving: int) -> None:
+        self._transport, self._slot, self._block = transport, slot, block
+        self._deal, self._arriving = deal, arriving
         self._leaving: list[Tensor] = []
         """What is being copied from."""
 
-    def received(self, rank: int) -> Tensor:
-        """In that rank's memory: [all tokens, B, 3, its heads, D]."""
-        return self._view(rank, (sum(self._tokens), self._batch, 3, self._heads[rank], self._width), 0)
+    def _packed(self, rank: int) -> Tensor:
+        """In that rank's memory: [all tokens, B, its packed heads, D]."""
+        deal = self._deal
+        shape = sum(deal.tokens), deal.batch, deal.shares[rank].count, deal.width
+        return self._transport.view(self._block, rank, shape, deal.dtype, 0)
 
-    def returned(self, rank: int) -> Tensor:
-        """In that rank's memory: [its tokens, B, all heads, D]."""
-        return self._view(rank, (self._tokens[rank], self._batch, sum(self._heads), self._width), self._arriving)
+    def _returned(self, rank: int) -> Tensor:
+        """In that rank's memory: [its tokens, B, all query heads, D]."""
+        deal = self._deal
+        shape = deal.tokens[rank], deal.batch, sum(len(share.queries) for share in deal.shares), deal.width
+        return self._transport.view(self._block, rank, shape, deal.dtype, self._arriving)
 
-    def _view(self, rank: int, shape: tuple[int, ...], start: int) -> Tensor:
-        key = id(self._block), rank, shape, self._dtype, start
-        known = self._peers._views
-        if key not in known:
-            known[key] = self._block.view(rank, shape, self._dtype, start)
-        return known[key]
-
-    def send(self, source: Tensor, target: Tensor) -> None:
+    def _copy(self, source: Tensor, target: Tensor) -> None:
         """See `Block.send`; rows of [S, B, ...] to as many in another rank's memory."""
         self._leaving.append(source)
         self._block.send(source, target)
 
-    def barrier(self, clock: Clock) -> None:
-        """See `Block.barrier`."""
+    def _settle(self) -> None:
+        """Wait until all that the ranks have written here has arrived."""
+        clock = self._transport.group.clock
+        clock.begun += 1
         self._block.barrier(clock)
         self._leaving.clear()
 
-    def close(self) -> None:
-        """See `Peers.close`."""
-        self._peers.close(self._number)
+    def send(self, qkv: QKV, stream: int, overlap: bool) -> None:
+        """See `Exchange.send`."""
+        deal = self._deal
+        begin, count = deal.begins(stream)[deal.rank], deal.streams[stream][deal.rank]
+        targets = [self._packed(rank)[begin : begin + count] for rank in range(deal.ranks)]
+        places = [
+            torch.empty_like(target) if overlap and rank != deal.rank else target for rank, target in enumerate(targets)
+        ]
+        qkv.pack(places, deal.shares)
+        for rank in deal.others if overlap else ():
+            self._copy(places[rank], targets[rank])
+
+    def received(self) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Exchange.received`."""
+        self._settle()
+        return self._deal.share.unpack(self._packed(self._deal.rank))
+
+    def give_back(self, outputs: Iterable[Tensor], overlap: bool) -> None:
+        """See `Exchange.give_back`."""
+        deal = self._deal
+        tokens, heads = deal.tokens, slice(deal.share.queries.start, deal.share.queries.stop)
+        done, total = 0, sum(tokens)
+        for output in outputs:
+            result = output.permute(2, 0, 1, 3).contiguous()
+            more = overlap or done + len(result) < total
+            for rank in (*deal.others, deal.rank):
+                # The part of this result that is that rank's.
+                begin = sum(tokens[:rank])
+                first, last = max(done, begin), min(done + len(result), begin + tokens[rank])
+                if first >= last:
+                    continue
+                source = result[first - done : last - done]
+                target = self._returned(rank)[first - begin : last - begin, :, heads]
+                if more and rank != deal.rank:
+                    self._copy(source, target)
+                else:
+                    copy_heads(source, target)
+            done += len(result)
+
+    def result(self) -> Tensor:
+        """See `Exchange.result`."""
+        self._settle()
+        out = self._returned(self._deal.rank).transpose(0, 1).flatten(2)
+        self._transport.close(self._slot)
+        return out
 
 
-def reach_peers(group: Group) -> Peers | None:
+def reach_peers(group: Group) -> Peer | None:
     """Memory that this group's ranks can all write into; None, and why in the log, if they can't.
 
     Its ranks are on GPUs, and all of them call it.
@@ -217,7 +262,7 @@ def reach_peers(group: Group) -> Peers | None:
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
         if group.agree(arrived):
-            return Peers(lambda size: SymmetricBlock(group.group, size))
+            return Peer(group, lambda size: SymmetricBlock(group.group, size))
     log.warning("the GPUs don't write into each other's memory: %s", reason)
     return None
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tacod.rank.parallel.topology import MakeGroup
+from tacod.rank.comm.group import MakeGroup
 
 __all__ = ["join", "leave", "why_not_xfuser"]
 

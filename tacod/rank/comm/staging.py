@@ -13,15 +13,13 @@ import logging
 import mmap
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from tacod.rank.comm import cuda_driver
-
-if TYPE_CHECKING:
-    from tacod.rank.comm.group import Group
+from tacod.rank.comm.group import Group
 
 __all__ = ["EMPTY", "FULL", "SLOT_BYTES", "Device", "Letterboxes", "Staging", "exchange", "reach_host"]
 

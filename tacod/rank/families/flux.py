@@ -22,8 +22,8 @@ from tacod.rank.families.inputs import Argument, Number, Numbers, Residuals, Spe
 from tacod.rank.families.names import Names
 from tacod.rank.families.noise import Flow
 from tacod.rank.families.stream import ForwardPass, Stream
-from tacod.rank.ops.fused import Projected as QKV
 from tacod.rank.ops.linear import linear_gelu, split_inputs, split_outputs
+from tacod.rank.ops.qkv import QKV, QKNorm
 from tacod_client.errors import ArgumentError, ModelUnsupported
 
 __all__ = ["Flux"]
@@ -83,7 +83,7 @@ class SingleBlock(nn.Module):
         super().__init__()
         self.linear1 = nn.Linear(width, 3 * width + hidden)
         self.linear2 = nn.Linear(width + hidden, width)
-        self.norm = kit.QKNorm(width // heads, width // heads, _QK_NORMS)
+        self.norm = kit.QKNormWeights(width // heads, width // heads, _QK_NORMS)
         self.modulation = kit.Modulation(width, 3 * width)
         self.heads, self.width = heads, width
 
@@ -98,7 +98,10 @@ class SingleBlock(nn.Module):
         to_heads, to_hidden = split_outputs(self.linear1, 3 * self.width)
         from_hidden, from_heads = split_inputs(self.linear2, self.width)
         attention = f.attend(
-            (f.joint, lambda: QKV(to_heads(normed), self.heads, self.norm.weights, f.joint.rotation, f.epsilon)),
+            (
+                f.joint,
+                lambda: QKV(to_heads(normed), self.heads, QKNorm(*self.norm.weights, f.epsilon), f.joint.rotation),
+            ),
             mask=f.mask,
             overlap=True,
         )

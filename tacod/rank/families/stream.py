@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tacod.rank.ops.fused import Projected as QKV
-from tacod.rank.ops.fused import Residual, Rotation
-from tacod.rank.parallel.joint_attention import Attending as JointAttention
+from tacod.rank.ops.fused import Residual
+from tacod.rank.ops.qkv import QKV, Rotation
+from tacod.rank.parallel.joint_attention import JointAttention
 from tacod.rank.parallel.modulation import modulations
 from tacod.rank.parallel.sequence import SequenceParallel
 
@@ -52,11 +52,11 @@ class Attention:
 
     def start(self) -> None:
         """Attend, once everything has arrived, and begin to send results back."""
-        self._attention.run()
+        self._attention.start()
 
     def wait(self) -> tuple[Tensor, ...]:
         """For each stream, in order, what its tokens attended to: [B, S, H * D]. See `JointAttention.wait`."""
-        return torch.split(self._attention.result(), self._sizes, dim=1)
+        return torch.split(self._attention.wait(), self._sizes, dim=1)
 
 
 class ForwardPass:
@@ -131,7 +131,7 @@ class ForwardPass:
         joint = Stream(
             torch.cat([stream.tokens for stream in streams], dim=1),
             tuple(length for stream in streams for length in stream.lengths),
-            _concatenated(rotations) if rotations else None,
+            Rotation.concatenate(rotations) if rotations else None,
         )
         self.joined = joint, list(streams)
         return joint
@@ -159,8 +159,3 @@ class ForwardPass:
         if self.joined is not None:
             return [self.joined[0]]
         return [value for value in vars(self).values() if isinstance(value, Stream)]
-
-
-def _concatenated(rotations: Sequence[Rotation]) -> Rotation:
-    cosines, sines = zip(*rotations, strict=True)
-    return torch.cat(cosines), torch.cat(sines)

@@ -13,6 +13,7 @@ import enum
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -57,13 +58,15 @@ class Forwards:
         if not self.graphs or not inputs.latents[0].is_cuda or inputs.control is not None:
             return self._run(call)
         kinds = self._kinds.setdefault(call.dit, OrderedDict())
-        kind = (call.plan.layout, call.plan.flash_attention, call.plan.narrow, inputs.key)
+        kind = (call.plan.layout, call.plan.attention, inputs.key)
         known = kinds.get(kind)
         if isinstance(known, Graph):
             kinds.move_to_end(kind)
             return known.replay(inputs)
         # Also where there will be no graph: the same forward is to give the same bits whenever it comes.
-        out = self._run(call, in_waves=True)
+        attention = replace(call.plan.attention, split_kv=True)
+        call = call.replace(plan=replace(call.plan, attention=attention))
+        out = self._run(call)
         if known is None:
             # The first one makes what is made at first use: kernels, communicators, tables.
             kinds[kind] = _Without.YET
@@ -86,10 +89,10 @@ class Forwards:
         self.skipped += seat is not None and seat.batch.agree(cache.skipped)
         return out
 
-    def _run(self, call: Call, in_waves: bool = False, cache: StepCache | None = None) -> Output:
+    def _run(self, call: Call, cache: StepCache | None = None) -> Output:
         """A forward as it comes."""
         try:
-            return run(call, self.topology, in_waves, cache)
+            return run(call, self.topology, cache)
         except TacodError:
             # All ranks refuse it alike, before they meet.
             raise
@@ -144,7 +147,7 @@ class Graph:
         try:
             # NCCL's own thread may look at events meanwhile.
             with holding() as self._tables, torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-                self._out = run(call.replace(inputs=self._inputs), topology, in_waves=True)
+                self._out = run(call.replace(inputs=self._inputs), topology)
         finally:
             # A capture that fails doesn't leave its own.
             torch.cuda.set_stream(stream)

@@ -49,11 +49,8 @@ def plan_for(dit: DiT, asked: Request, world_size: int, arguments: Mapping[str, 
     return make_plan(asked, world_size, Shape(dit.heads, dit.width, images, dit.lengths(arguments)), dit.pace)
 
 
-def run(call: Call, topology: Topology, in_waves: bool = False, cache: BlockCache | None = None) -> Output:
-    """One forward; every rank passes the whole input and gets the whole output, one that the plan leaves idle too.
-
-    ``in_waves`` is for what becomes a CUDA graph (see `SequenceParallel`).
-    """
+def run(call: Call, topology: Topology, cache: BlockCache | None = None) -> Output:
+    """One forward; every rank passes the whole input and gets the whole output, one that the plan leaves idle too."""
     plan, inputs = call.plan, call.inputs
     layout = plan.layout
     seat = topology.seat(layout)
@@ -62,13 +59,12 @@ def run(call: Call, topology: Topology, in_waves: bool = False, cache: BlockCach
         sizes = chunks(inputs.batch, layout.batch)
         start = sum(sizes[: seat.batch.rank])
         mine = inputs.images(slice(start, start + sizes[seat.batch.rank]))
-        sequence = seat.sequence.planned(plan.narrow, in_waves)
+        sequence = seat.sequence(plan.attention)
         try:
-            with sdpa_kernel(FAST, set_priority=True) if plan.flash_attention else sdpa_kernel(PLAIN):
+            with sdpa_kernel(FAST, set_priority=True) if plan.attention.flash else sdpa_kernel(PLAIN):
                 out = call.dit.run(sequence, mine, cache)
         except BaseException:
-            if sequence.peers is not None:
-                sequence.peers.release()
+            sequence.transport.abort()
             raise
         outs = [seat.batch.gather(each, sizes, dim=0) for each in (out if isinstance(out, list) else [out])]
     if layout.ranks < topology.world_size:

@@ -6,31 +6,18 @@ Under autograd, as in training, the operations are used everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from tacod.rank.ops.norm import LAYER_NORM, Norm
 
 __all__ = [
-    "Projected",
     "Residual",
-    "Rotation",
     "add_gated",
     "add_gated_norm",
-    "copy_heads",
     "has_kernels",
     "norm_modulate",
 ]
-
-_EPSILON = 1e-6
-"""Of the norms of queries and keys, unless a forward asks for another."""
-
-Rotation = tuple[Tensor, Tensor]
-"""Cosines and sines in fp32, each [S, D / 2]: how far each pair of a head's channels turns at each token."""
 
 
 def has_kernels(x: Tensor) -> bool:
@@ -139,67 +126,3 @@ class Residual:
         branch, self._branch = self._branch, None
         self._tokens, normed = add_gated_norm(self._tokens, *branch, shift, scale, norm=norm, segments=self.segments)
         return normed
-
-
-@dataclass(frozen=True)
-class Projected:
-    """A stream's queries, keys and values as they come from its projection, and what is still to be done to them.
-
-    ``qkv`` is [B, S, 3 * H * D]. ``norms`` are the RMS scales of queries and keys, each [D], and ``epsilon`` is added
-    to the mean square; ``rotation`` is of this stream's tokens.
-    """
-
-    qkv: Tensor
-    heads: int
-    norms: tuple[Tensor, Tensor] | None = None
-    rotation: Rotation | None = None
-    epsilon: float = _EPSILON
-
-    @property
-    def parts(self) -> Tensor:
-        """As [B, S, 3, H, D]."""
-        return torch.unflatten(self.qkv, -1, (3, self.heads, -1))
-
-    def heads_now(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, normed and turned: each [B, S, H, D]."""
-        q, k, v = self.parts.unbind(2)
-        if self.norms is not None:
-            normed = zip((q, k), self.norms, strict=True)
-            q, k = (functional.rms_norm(x, x.shape[-1:], scale, self.epsilon) for x, scale in normed)
-        if self.rotation is not None:
-            q, k = _turn(q, self.rotation), _turn(k, self.rotation)
-        return q, k, v
-
-    def pack(self, places: Sequence[Tensor]) -> None:
-        """Put some heads after the others into each of ``places``: [S, B, 3, its heads, D], contiguous."""
-        first = 0
-        if has_kernels(self.qkv) and places[0].shape[-1] % 2 == 0:
-            from tacod.rank.ops import kernels
-
-            parts = self.parts
-            for place in places:
-                heads = parts[:, :, :, first : first + place.shape[3]]
-                kernels.pack(heads, self.norms, self.rotation, self.epsilon, place)
-                first += place.shape[3]
-            return
-        whole = torch.stack(self.heads_now(), dim=2).transpose(0, 1)
-        for place in places:
-            place.copy_(whole[:, :, :, first : first + place.shape[3]])
-            first += place.shape[3]
-
-
-def copy_heads(source: Tensor, target: Tensor) -> None:
-    """Copy [S, B, h, D] into as much of another tensor's heads."""
-    if has_kernels(source):
-        from tacod.rank.ops import kernels
-
-        kernels.copy(source.flatten(2).flatten(0, 1), target.flatten(2).flatten(0, 1))
-        return
-    target.copy_(source)
-
-
-def _turn(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn neighbouring channels of ``x`` [B, S, H, D] as pairs, in fp32 (Su et al., 2021, arXiv:2104.09864)."""
-    cos, sin = (each.unsqueeze(1) for each in rotation)
-    even, odd = torch.unflatten(x.float(), -1, (-1, 2)).unbind(-1)
-    return torch.stack((cos * even - sin * odd, sin * even + cos * odd), dim=-1).flatten(-2).to(x.dtype)

@@ -117,66 +117,97 @@ def _image_stride(x: Tensor) -> int:
     return x.stride(0) if x.shape[0] > 1 else 0
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "batch"])
+@triton.jit(do_not_specialize=["tokens", "heads", "kv_heads", "batch"])
 def _pack(
-    qkv, q_scale, k_scale, cosine, sine, target,
-    tokens, heads, batch, epsilon,
-    image_stride, token_stride, part_stride,
-    WIDTH: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    q, k, v, q_scale, k_scale, cosine, sine, target,
+    tokens, heads, kv_heads, batch, epsilon,
+    q_image, q_token, k_image, k_token, v_image, v_token, turn_image,
+    WIDTH: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr, HALVES: tl.constexpr, ROTARY: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Some heads of one token: norm and turn queries and keys, and put all three where they are wanted."""
+    """Some heads of one token: norm and rotate queries and keys, and store all three where they are wanted."""
     row = tl.program_id(0).to(tl.int64)
     image, token = row // tokens, row % tokens
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    channel, pair = tl.arange(0, 2 * HALF), tl.arange(0, HALF)
-    inside = (head[:, None] < heads) & (channel[None, :] < WIDTH)
+    channel = tl.arange(0, 2 * HALF)
     if TURN:
-        cos = tl.load(cosine + token * (WIDTH // 2) + pair, mask=pair < WIDTH // 2, other=0.0)[None, :]
-        sin = tl.load(sine + token * (WIDTH // 2) + pair, mask=pair < WIDTH // 2, other=0.0)[None, :]
+        # Channels from ROTARY on stay: their cosine is 1, their sine 0.
+        angle = image * turn_image + token * (ROTARY // 2)
+        if HALVES:
+            first = channel < ROTARY // 2
+            turned = channel < ROTARY
+            pair = tl.where(first, channel, channel - ROTARY // 2)
+            partner = tl.where(first, channel + ROTARY // 2, tl.where(turned, channel - ROTARY // 2, channel))
+            cos = tl.load(cosine + angle + pair, mask=turned, other=1.0)[None, :]
+            sin = tl.load(sine + angle + pair, mask=turned, other=0.0)
+            sin = tl.where(first, -sin, sin)[None, :]
+        else:
+            pair = tl.arange(0, HALF)
+            cos = tl.load(cosine + angle + pair, mask=pair < ROTARY // 2, other=1.0)[None, :]
+            sin = tl.load(sine + angle + pair, mask=pair < ROTARY // 2, other=0.0)[None, :]
     for part in tl.static_range(3):
-        source = qkv + image * image_stride + token * token_stride + part * part_stride
+        if part == 0:
+            source, count, begin = q + image * q_image + token * q_token, heads, 0
+        elif part == 1:
+            source, count, begin = k + image * k_image + token * k_token, kv_heads, heads
+        else:
+            source, count, begin = v + image * v_image + token * v_token, kv_heads, heads + kv_heads
+        inside = (head[:, None] < count) & (channel[None, :] < WIDTH)
         value = tl.load(source + head[:, None] * WIDTH + channel[None, :], mask=inside, other=0.0)
         if part < 2 and (NORM or TURN):
-            turned = value.to(tl.float32)
+            out = value.to(tl.float32)
             if NORM:
-                spread = tl.rsqrt(tl.sum(turned * turned, axis=1) / WIDTH + epsilon)
-                scale = tl.load((q_scale if part == 0 else k_scale) + channel, mask=channel < WIDTH, other=0.0)
-                turned = turned * spread[:, None] * scale.to(tl.float32)[None, :]
-            if TURN:
-                even, odd = tl.split(tl.reshape(turned, (HEADS, HALF, 2)))
-                turned = tl.reshape(tl.join(cos * even - sin * odd, sin * even + cos * odd), (HEADS, 2 * HALF))
-            value = turned.to(value.dtype)
-        # Tokens come first: [S, B, 3, H, D].
-        place = (((token * batch + image) * 3 + part) * heads + head) * WIDTH
+                weight = q_scale if part == 0 else k_scale
+                spread = tl.rsqrt(tl.sum(out * out, axis=1) / WIDTH + epsilon)
+                scale = tl.load(weight + channel, mask=channel < WIDTH, other=0.0)
+                out = out * spread[:, None] * scale.to(tl.float32)[None, :]
+            if TURN and HALVES:
+                other = tl.load(source + head[:, None] * WIDTH + partner[None, :], mask=inside, other=0.0)
+                other = other.to(tl.float32)
+                if NORM:
+                    scale = tl.load(weight + partner, mask=channel < WIDTH, other=0.0)
+                    other = other * spread[:, None] * scale.to(tl.float32)[None, :]
+                out = cos * out + sin * other
+            elif TURN:
+                even, odd = tl.split(tl.reshape(out, (HEADS, HALF, 2)))
+                out = tl.reshape(tl.join(cos * even - sin * odd, sin * even + cos * odd), (HEADS, 2 * HALF))
+            value = out.to(value.dtype)
+        # Tokens come first: [S, B, heads + 2 * kv_heads, D].
+        place = ((token * batch + image) * (heads + 2 * kv_heads) + begin + head) * WIDTH
         tl.store(target + place[:, None] + channel[None, :], value, mask=inside)
 
 
 def pack(
-    qkv: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     norms: tuple[Tensor, Tensor] | None,
     rotation: tuple[Tensor, Tensor] | None,
     epsilon: float,
     target: Tensor,
+    halves: bool = False,
 ) -> None:
-    """Queries, keys and values of some heads, normed and turned, into ``target`` [S, B, 3, H, D], which is contiguous.
+    """Some heads' queries, keys and values, normed and rotated, into ``target`` [S, B, H + 2 * G, D], contiguous.
 
-    ``qkv`` is [B, S, 3, H, D], with any but the last two strides, and D even. ``norms`` are the RMS scales of queries
-    and keys, ``rotation`` cosines and sines of [S, D / 2] in fp32.
+    ``q`` is [B, S, H, D], ``k`` and ``v`` are [B, S, G, D], each with any first two strides, and D even. ``norms`` are
+    the RMS weights [D] of queries and keys; ``rotation`` and ``halves`` are as in `qkv.Rotation`.
     """
-    batch, tokens, _, heads, width = qkv.shape
+    batch, tokens, heads, width = q.shape
     if not target.numel():
         return
-    assert qkv.stride(-1) == 1
-    assert qkv.stride(-2) == width
-    q_scale, k_scale = norms or (qkv, qkv)
-    cosine, sine = rotation or (qkv, qkv)
+    assert all(each.stride(-1) == 1 and each.stride(-2) == width for each in (q, k, v))
+    q_scale, k_scale = norms or (q, q)
+    cosine, sine = rotation or (q, q)
+    rotary = 2 * cosine.shape[-1]
+    turn_image = cosine.stride(0) if rotation is not None and cosine.ndim == 3 and len(cosine) > 1 else 0
+    assert rotation is None or all(each.stride(-1) == 1 and each.stride(-2) == rotary // 2 for each in rotation)
     # As few as can be that handle no head.
     many = min(_HEADS, key=lambda n: -heads % n)
     _pack[(batch * tokens, triton.cdiv(heads, many))](
-        qkv, q_scale, k_scale, cosine, sine, target,
-        tokens, heads, batch, epsilon,
-        *qkv.stride()[:3],
-        WIDTH=width, NORM=norms is not None, TURN=rotation is not None,
+        q, k, v, q_scale, k_scale, cosine, sine, target,
+        tokens, heads, k.shape[2], batch, epsilon,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], turn_image,
+        WIDTH=width, NORM=norms is not None, TURN=rotation is not None, HALVES=halves, ROTARY=rotary,
         HEADS=many, HALF=triton.next_power_of_2(width // 2), num_warps=many // 2,
     )  # fmt: skip
 

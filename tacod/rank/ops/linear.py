@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tacod.rank.ops.fp8_linear import NarrowLinear
+from tacod.rank.ops.fp8_linear import Fp8Linear
 from tacod.rank.ops.fused import has_kernels
 
 __all__ = ["linear_gelu", "split_inputs", "split_outputs"]
@@ -32,7 +32,7 @@ class Part:
 
 def split_outputs(layer: Any, first: int) -> tuple[Layer, Layer]:
     """A layer as two: its ``first`` outputs, and the others."""
-    if isinstance(layer, NarrowLinear):
+    if isinstance(layer, Fp8Linear):
         return layer.outputs(slice(first)), layer.outputs(slice(first, None))
     weight, bias = layer.weight, layer.bias
     head, tail = (None, None) if bias is None else (bias[:first], bias[first:])
@@ -41,7 +41,7 @@ def split_outputs(layer: Any, first: int) -> tuple[Layer, Layer]:
 
 def split_inputs(layer: Any, first: int) -> tuple[Layer, Callable[[Tensor, Tensor], Tensor]]:
     """A layer in two steps: one for all but its ``first`` inputs, and one for these, which gets what the other gave."""
-    if isinstance(layer, NarrowLinear):
+    if isinstance(layer, Fp8Linear):
         # A token has one scale for all of its numbers.
         return (lambda later: later), lambda x, later: layer(torch.cat((x, later), dim=-1))
     weight = layer.weight
@@ -59,7 +59,7 @@ def linear_gelu(layer: Any, x: Tensor) -> Tensor:
 
     On a GPU it is computed where the matrix product ends, before anything is rounded.
     """
-    if has_kernels(x) and not isinstance(layer, NarrowLinear):
+    if has_kernels(x) and not isinstance(layer, Fp8Linear):
         return _fused_gelu(layer.weight, layer.bias, x)
     hidden: Tensor = layer(x)
     return functional.gelu(hidden, approximate="tanh")

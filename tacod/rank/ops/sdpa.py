@@ -3,32 +3,56 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["attend", "attend_part", "merge"]
+from tacod.rank.ops.split_kv import merge_shares, split_tail
+
+__all__ = ["attend", "attend_part", "attend_pieces", "merge"]
 
 Part = tuple[Tensor, Tensor]
 """Attention over some of the keys: its output in fp32 [B, H, S, D], and the log-sum-exp of its scores [B, H, S]."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention on [B, H, S, D]; ``mask`` [B or 1, 1, S, S] is added to the scores."""
+    """Attention on [B, H, S, D].
+
+    ``mask`` [B or 1, 1, S or 1, S] is added to the scores, or if it is bool says which keys are attended to.
+    """
     if not q.numel():
         return torch.empty_like(q)
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+def attend_pieces(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, split_kv: bool = False
+) -> Iterator[Tensor]:
+    """`attend` as one result, or two for consecutive tokens: [B, H, S', D] each.
+
+    With ``split_kv`` the second is what `split_kv` makes of the last, partial wave; it is computed beside what is done
+    with the first.
+    """
+    tail = split_tail(q, k, v) if split_kv and mask is None else None
+    rows = q.shape[2] if tail is None else tail[0]
+    if rows or tail is None:
+        yield attend(q[:, :, :rows], k, v, mask)
+    if tail is not None:
+        yield merge_shares(*tail[1])
+
+
 def attend_part(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Part:
     """Attention of ``q`` [B, H, S, D] over some of its keys ``k``, ``v`` [B, H, T, D]; T may be 0.
 
-    ``mask`` [B or 1, 1, S, T] is added to the scores.
+    ``mask`` [B or 1, 1, S or 1, T] is as `attend`'s; of a query, or an image, it may hide all of these keys.
     """
     if not q.numel() or not k.numel():
         shape = q.shape[:-1]
         return q.new_zeros(q.shape, dtype=torch.float32), q.new_full(shape, -math.inf, dtype=torch.float32)
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -math.inf)
     scale = q.shape[-1] ** -0.5
     if not q.is_cuda:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)

@@ -1,27 +1,28 @@
-"""Attention that keeps a whole GPU busy to its end.
+"""Avoid wave quantisation: split the keys for the queries of the last, partial wave.
 
 On Hopper a multiprocessor takes 128 queries of one head at a time, and every such tile takes as long: 12 heads of 4608
 tokens are 432 tiles, for 132 multiprocessors 3.27 waves, and take the time of 4. Here only as many queries as fill
 waves are attended that way. For the others the keys are shared out among the multiprocessors, as in Flash-Decoding
-(Dao et al., 2023), and what each finds is merged.
+(Dao et al., 2023), and what each finds is merged. `sdpa.attend_pieces` is how it is called.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
 from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tacod.rank.ops.sdpa import attend
-
-__all__ = ["attend_in_waves", "whole_waves"]
+__all__ = ["Shares", "merge_shares", "split_tail", "whole_waves"]
 
 log = logging.getLogger(__name__)
+
+Shares = tuple[Tensor, Tensor, Tensor]
+"""Queries, keys and values as a batch, each entry with its share of one image's keys: [parts, H, S, D]."""
 
 _TILE = 128
 """Queries that a multiprocessor takes at a time."""
@@ -33,21 +34,6 @@ On an H100 12 us, which are 950 keys of width 128 and 1400 of 64 (docs/performan
 _HOPPER = (9, 0)
 _AGREES = 2e-2
 """How far, in bf16, what is merged may be from what is computed at once."""
-
-
-def attend_in_waves(q: Tensor, k: Tensor, v: Tensor) -> Iterator[Tensor]:
-    """Attention on [B, H, S, D] as one result or two, each [S', B, H, D] and contiguous, of tokens that follow.
-
-    The second is computed beside what is done with the first. It is one result for more than one image, in fp32, under
-    autograd, on what isn't Hopper, and where `whole_waves` says so.
-    """
-    rows, shared = _split(q, k, v)
-    if shared is None:
-        yield attend(q, k, v).permute(2, 0, 1, 3).contiguous()
-        return
-    if rows:
-        yield attend(q[:, :, :rows], k, v).permute(2, 0, 1, 3).contiguous()
-    yield _merge_shares(*shared)
 
 
 def whole_waves(queries: int, keys: int, heads: int, processors: int) -> tuple[int, int]:
@@ -64,16 +50,21 @@ def whole_waves(queries: int, keys: int, heads: int, processors: int) -> tuple[i
     return full * _TILE, parts
 
 
-def _split(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, tuple[Tensor, Tensor, Tensor] | None]:
-    """How many queries fill whole waves, and `_share_keys` for the others; None if all come at once."""
+def split_tail(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, Shares] | None:
+    """For attention on [B, H, S, D], how many queries fill whole waves, and the others with shares of the keys.
+
+    None if all are best attended at once: for more than one image, in fp32, under autograd, on what isn't Hopper, and
+    where `whole_waves` says so.
+    """
     if len(q) > 1 or torch.is_grad_enabled() or not _can_share(q.device):
-        return q.shape[2], None
+        return None
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     rows, parts = whole_waves(q.shape[2], k.shape[2], q.shape[1], processors)
-    return rows, None if parts == 1 else _share_keys(q[:, :, rows:], k, v, parts)
+    shares = None if parts == 1 else _share_keys(q[:, :, rows:], k, v, parts)
+    return None if shares is None else (rows, shares)
 
 
-def _share_keys(q: Tensor, k: Tensor, v: Tensor, parts: int) -> tuple[Tensor, Tensor, Tensor] | None:
+def _share_keys(q: Tensor, k: Tensor, v: Tensor, parts: int) -> Shares | None:
     """``q`` [1, H, S, D] as a batch of ``parts``, each with its share of the keys; None if cuDNN's kernel can't."""
     keys, values = (torch.unflatten(each[0], 1, (parts, -1)).transpose(0, 1) for each in (k, v))
     queries = q.expand(parts, -1, -1, -1)
@@ -81,12 +72,12 @@ def _share_keys(q: Tensor, k: Tensor, v: Tensor, parts: int) -> tuple[Tensor, Te
     return (queries, keys, values) if torch.backends.cuda.can_use_cudnn_attention(asked) else None
 
 
-def _merge_shares(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention [S, 1, H, D] of what `_share_keys` gives."""
+def merge_shares(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention [1, H, S, D] of `Shares`; its tokens are contiguous, [S, 1, H, D], in memory."""
     from tacod.rank.ops import kernels
 
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
-    return kernels.merge(out.transpose(1, 2).contiguous(), lse.squeeze(3).contiguous()).unsqueeze(1)
+    return kernels.merge(out.transpose(1, 2).contiguous(), lse.squeeze(3).contiguous()).transpose(0, 1).unsqueeze(0)
 
 
 @cache
@@ -107,13 +98,13 @@ def _trouble(device: torch.device) -> str:
     # So that the shares count for different parts, and tell different things.
     ramp = torch.linspace(0, 1, 2 * _TILE, device=device, dtype=k.dtype)[:, None]
     k, v = k * ramp, v + ramp
-    expected = attend(q, k, v).permute(2, 0, 1, 3)
+    expected = functional.scaled_dot_product_attention(q, k, v)
     try:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             shared = _share_keys(q, k, v, 2)
         if shared is None:
             return "cuDNN's kernel doesn't take them"
-        error = float((_merge_shares(*shared) - expected).norm() / expected.norm())
+        error = float((merge_shares(*shared) - expected).norm() / expected.norm())
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, AttributeError) as problem:

@@ -1,207 +1,128 @@
-"""Attention that ranks share, while it is under way: tokens for heads, attention, and back."""
+"""Asynchronous attention over tokens that ranks share: exchange tokens for heads, attend, and exchange back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from tacod.plan import chunks
-from tacod.rank.comm.group import Exchange, Group
-from tacod.rank.comm.peers import Slot
-from tacod.rank.ops.fused import Projected, copy_heads, has_kernels
-from tacod.rank.ops.sdpa import attend, attend_part, merge
-from tacod.rank.ops.split_kv import attend_in_waves
+from tacod.plan import AttentionPolicy
+from tacod.rank.comm.group import Group
+from tacod.rank.comm.transport import Deal, Exchange, Transport
+from tacod.rank.ops.qkv import QKV, HeadShare, deal_heads
+from tacod.rank.ops.sdpa import attend_part, attend_pieces, merge
 
-if TYPE_CHECKING:
-    from tacod.rank.parallel.sequence import SequenceParallel
-
-__all__ = ["Attending"]
+__all__ = ["JointAttention"]
 
 
-class Attending:
-    """Attention under way. What its caller computes before `run`, and before `result`, hides an exchange.
+class Ranks(Protocol):
+    """What attention needs of the ranks that share a sequence: see `SequenceParallel`."""
 
-    Tokens come first in everything that is exchanged, so that what arrives from the ranks makes one tensor as it lies.
-    """
+    @property
+    def ulysses(self) -> Group: ...
+
+    @property
+    def ring(self) -> Group: ...
+
+    @property
+    def policy(self) -> AttentionPolicy: ...
+
+    @property
+    def transport(self) -> Transport: ...
+
+    def sizes(self, n: int) -> list[int]: ...
+
+
+class JointAttention:
+    """The handle of an asynchronous attention. Work between its creation, `start` and `wait` overlaps communication."""
 
     def __init__(
         self,
-        sequence: SequenceParallel,
-        streams: Sequence[Callable[[], Projected]],
+        ranks: Ranks,
+        streams: Sequence[Callable[[], QKV]],
         lengths: Sequence[int],
         mask: Tensor | None,
-        meanwhile: bool = False,
+        overlap: bool = False,
     ) -> None:
-        """Queries, keys and values set out, tokens for heads; the longest stream's while the others' are computed.
+        """Project each stream, the longest first, and send its heads while the next one is projected.
 
-        ``meanwhile`` says that the caller computes something before `run`, so that the last one's travels beside that.
+        ``overlap`` says that the caller computes something before `start`, so the last stream travels beside that.
         """
-        size = sequence.ulysses.size
-        counts = [sequence.sizes(length) for length in lengths]
+        self._ranks, self._mask = ranks, mask
+        self._exchange: Exchange | None = None
+        self._started = False
+        counts = [ranks.sizes(length) for length in lengths]
         if len(streams) < len(lengths):
             counts = [[sum(each) for each in zip(*counts, strict=True)]]
-        self._streams = [[each[i : i + size] for each in counts] for i in range(0, sequence.size, size)]
-        """For each run of ranks, how many of each stream's tokens each of its ranks has."""
-        self._sequence = sequence
-        self._mask = mask
-        self._coming: list[Exchange] = []
-        self._back: Exchange | None = None
-        self._out: Tensor | None = None
-        self._received: Tensor | None = None
-        self._slot: Slot | None = None
-        self._has_run = False
+        size = ranks.ulysses.size
+        runs = [[each[i : i + size] for each in counts] for i in range(0, len(counts[0]), size)]
+        self._tokens = [sum(map(sum, run)) for run in runs]
+        """How many tokens each rank of the ring attends to in its turn: those of its Ulysses group."""
         order = sorted(range(len(streams)), key=lambda index: -max(counts[index]))
-        projected = {}
         for index in order:
-            projected[index] = streams[index]()
-            if sequence.size > 1 or has_kernels(projected[index].qkv):
-                self._send(projected.pop(index), index, meanwhile or index != order[-1])
-        if projected:
-            # What can be differentiated: nothing is written in place.
-            joint = zip(*(projected[index].heads_now() for index in range(len(streams))), strict=True)
-            self._qkv = torch.stack([torch.cat(parts, dim=1) for parts in joint]).transpose(2, 3)
+            qkv = streams[index]()
+            if self._exchange is None:
+                self._exchange = self._open(qkv, runs[ranks.ring.rank])
+            self._exchange.send(qkv, index, overlap or index != order[-1])
 
-    @property
-    def _tokens(self) -> list[list[int]]:
-        """For each run, how many tokens each of its ranks has."""
-        return [[sum(each) for each in zip(*run, strict=True)] for run in self._streams]
+    def _open(self, qkv: QKV, streams: Sequence[Sequence[int]]) -> Exchange:
+        group, tensor = self._ranks.ulysses, qkv.first
+        shares = deal_heads(qkv.heads, qkv.kv_heads, group.size)
+        self._share = shares[group.rank]
+        deal = Deal(group.rank, streams, shares, len(tensor), qkv.width, tensor.dtype, tensor.device)
+        return self._ranks.transport.open(deal, self._ranks.policy.exchange)
 
-    @property
-    def _others(self) -> list[int]:
-        """The other ranks of the run, from the next one on: no two ranks begin with the same."""
-        group = self._sequence.ulysses
-        return [(group.rank + turn) % group.size for turn in range(1, group.size)]
+    def start(self) -> None:
+        """Attend and send the result back while the caller computes something else. Optional: `wait` does it too."""
+        self._start(overlap=True)
 
-    def _send(self, stream: Projected, index: int, meanwhile: bool) -> None:
-        """Set out this rank's heads of a stream for each rank of its run, and have them travel while it computes on.
+    def _start(self, overlap: bool) -> None:
+        assert self._exchange is not None
+        self._started = True
+        self._exchange.give_back(self._attend(*self._exchange.received()), overlap)
 
-        What nothing is computed beside is stored right where it is to be, if this rank reaches that.
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Tensor]:
+        """This rank's heads for the tokens of its Ulysses group, in one result or several: [B, h, S', D]."""
+        ranks = self._ranks
+        if ranks.ring.size > 1:
+            yield _attend_ring(ranks.ring, self._share, q, k, v, self._tokens, self._mask)
+            return
+        # One rank alone would have to join what it splits.
+        split = ranks.policy.split_kv and ranks.ulysses.size > 1
+        yield from attend_pieces(q, self._share.repeat(k), self._share.repeat(v), self._mask, split)
+
+    def wait(self) -> Tensor:
+        """The attention output of this rank's tokens, [B, S, H * D].
+
+        Where ranks write into each other's memory this is a view of that memory. It stays valid until the next
+        attention in the same slot begins, at the earliest the next `SequenceParallel.attend` after this call, which
+        overwrites it. Consume it before, or clone it.
         """
-        group, ring = self._sequence.ulysses, self._sequence.ring
-        run, tokens = self._streams[ring.rank], self._tokens[ring.rank]
-        batch, width, dtype = len(stream.qkv), stream.parts.shape[-1], stream.qkv.dtype
-        if self._received is None:
-            self._heads = chunks(stream.heads, group.size)
-            if self._sequence.peers is not None:
-                self._slot = self._sequence.peers.open(tokens, batch, self._heads, width, dtype)
-                self._received = self._slot.received(group.rank)
-            else:
-                self._received = stream.qkv.new_empty(sum(tokens), batch, 3, self._heads[group.rank], width)
-            self._qkv = self._received.permute(2, 1, 3, 0, 4)
-        # Where, among all tokens, this stream's of each rank begin.
-        first = [sum(tokens[:rank]) + sum(each[rank] for each in run[:index]) for rank in range(group.size)]
-        counts = run[index]
-        if self._slot is not None:
-            mine = slice(first[group.rank], first[group.rank] + counts[group.rank])
-            targets = [self._slot.received(rank)[mine] for rank in range(group.size)]
-            places = [
-                torch.empty_like(target) if meanwhile and rank != group.rank else target
-                for rank, target in enumerate(targets)
-            ]
-            stream.pack(places)
-            for rank in self._others if meanwhile else ():
-                self._slot.send(places[rank], targets[rank])
-            return
-        arriving = [self._received.narrow(0, *each) for each in zip(first, counts, strict=True)]
-        places = [stream.qkv.new_empty(counts[group.rank], batch, 3, count, width) for count in self._heads]
-        places[group.rank] = arriving[group.rank]
-        stream.pack(places)
-        if group.size > 1:
-            self._coming.append(group.exchange(places, arriving, self._sequence.narrow))
-
-    def run(self) -> None:
-        """Attend, and send back, heads for tokens, while the caller computes something else."""
-        self._run(meanwhile=True)
-
-    def _run(self, meanwhile: bool) -> None:
-        self._has_run = True
-        ring, group = self._sequence.ring, self._sequence.ulysses
-        for exchange in self._coming:
-            exchange.wait()
-        if self._slot is not None:
-            group.settle(self._slot)
-        q, k, v = self._qkv
-        if group.size == 1:
-            out = self._around_ring(q, k, v) if ring.size > 1 else attend(q, k, v, self._mask)
-            self._out = out.transpose(1, 2).flatten(2)
-            return
-        results = self._results(q, k, v)
-        if self._slot is not None:
-            self._store_back(self._slot, results, meanwhile)
-            return
-        first, *more = results
-        leaving = list(torch.split(torch.cat((first, *more)) if more else first, self._tokens[ring.rank]))
-        kept = leaving[group.rank]
-        tokens, batch, _, width = kept.shape
-        self._parts = [kept.new_empty(tokens, batch, count, width) for count in self._heads]
-        self._parts[group.rank] = kept
-        self._back = group.exchange(leaving, self._parts, self._sequence.narrow)
-
-    def _results(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Tensor]:
-        """This rank's heads for the run's tokens, in one result or several: [S', B, h, D], contiguous."""
-        if self._sequence.ring.size > 1:
-            yield self._around_ring(q, k, v).permute(2, 0, 1, 3).contiguous()
-        elif self._sequence.in_waves and self._mask is None:
-            yield from attend_in_waves(q, k, v)
-        else:
-            yield attend(q, k, v, self._mask).permute(2, 0, 1, 3).contiguous()
-
-    def _around_ring(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _around(self._sequence.ring, q, k, v, list(map(sum, self._tokens)), self._mask)
-
-    def _store_back(self, slot: Slot, results: Iterator[Tensor], meanwhile: bool) -> None:
-        """Store what belongs to each rank's tokens there: by copy engines if something is computed meanwhile."""
-        group, tokens = self._sequence.ulysses, self._tokens[self._sequence.ring.rank]
-        heads = slice(sum(self._heads[: group.rank]), sum(self._heads[: group.rank + 1]))
-        done, total = 0, sum(tokens)
-        for result in results:
-            more = meanwhile or done + len(result) < total
-            for rank in (*self._others, group.rank):
-                # The part of this result that is that rank's.
-                begin = sum(tokens[:rank])
-                first, last = max(done, begin), min(done + len(result), begin + tokens[rank])
-                if first >= last:
-                    continue
-                source = result[first - done : last - done]
-                target = slot.returned(rank)[first - begin : last - begin, :, heads]
-                if more and rank != group.rank:
-                    slot.send(source, target)
-                else:
-                    copy_heads(source, target)
-            done += len(result)
-
-    def result(self) -> Tensor:
-        """For this rank's tokens, [B, S, H * D]; where ranks write into each other's memory, until others attend."""
-        if not self._has_run:
-            self._run(meanwhile=False)
-        if self._back is not None:
-            self._back.wait()
-            self._out = torch.cat(self._parts, dim=2).transpose(0, 1).flatten(2)
-        if self._slot is not None:
-            group = self._sequence.ulysses
-            group.settle(self._slot)
-            self._out = self._slot.returned(group.rank).transpose(0, 1).flatten(2)
-            self._slot.close()
-        assert self._out is not None
-        return self._out
+        if not self._started:
+            self._start(overlap=False)
+        assert self._exchange is not None
+        return self._exchange.result()
 
 
-def _around(group: Group, q: Tensor, k: Tensor, v: Tensor, tokens: list[int], mask: Tensor | None) -> Tensor:
+def _attend_ring(
+    ring: Group, share: HeadShare, q: Tensor, k: Tensor, v: Tensor, tokens: list[int], mask: Tensor | None
+) -> Tensor:
     """Attention of this rank's queries over the keys of the whole ring [B, h, S, D]; ``tokens`` are each rank's."""
-    rows = None if mask is None else torch.split(mask, tokens, dim=2)[group.rank]
-    masks = [None] * group.size if rows is None else torch.split(rows, tokens, dim=3)
+    if mask is not None and mask.shape[2] > 1:
+        mask = torch.split(mask, tokens, dim=2)[ring.rank]
+    masks = [None] * ring.size if mask is None else torch.split(mask, tokens, dim=3)
     batch, heads, _, width = k.shape
     block = torch.stack((k, v))
     part = None
-    for turn in range(group.size):
-        before = tokens[(group.rank - turn - 1) % group.size]
+    for turn in range(ring.size):
+        before = tokens[(ring.rank - turn - 1) % ring.size]
         passing = None
-        if turn < group.size - 1:
-            passing = group.pass_on(block.reshape(-1), 2 * batch * heads * before * width)
-        mine = attend_part(q, block[0], block[1], masks[(group.rank - turn) % group.size])
+        if turn < ring.size - 1:
+            passing = ring.pass_on(block.reshape(-1), 2 * batch * heads * before * width)
+        keys, values = share.repeat(block[0]), share.repeat(block[1])
+        mine = attend_part(q, keys, values, masks[(ring.rank - turn) % ring.size])
         part = mine if part is None else merge(part, mine)
         if passing is not None:
             block = passing.wait().view(2, batch, heads, before, width)

@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tacod.plan import chunks
+from tacod.plan import DEFAULT_POLICY, AttentionPolicy, chunks
+from tacod.rank.comm.collective import Collective
 from tacod.rank.comm.group import Group
-from tacod.rank.comm.peers import Peers
-from tacod.rank.ops.fused import Projected
-from tacod.rank.parallel.joint_attention import Attending
+from tacod.rank.comm.transport import Local, Transport
+from tacod.rank.ops.qkv import QKV
+from tacod.rank.parallel.joint_attention import JointAttention
 
 __all__ = ["SequenceParallel"]
 
@@ -34,29 +35,17 @@ class SequenceParallel:
         whole: Group | None = None,
         ulysses: Group | None = None,
         ring: Group | None = None,
-        narrow: bool = False,
-        in_waves: bool = False,
+        policy: AttentionPolicy = DEFAULT_POLICY,
+        transport: Transport | None = None,
     ) -> None:
-        """``narrow`` sends queries, keys, values and what comes back in 8 bits; a ring's neighbours are sent all.
-
-        ``in_waves`` computes what Ulysses' ranks share without a mask as `attend_in_waves` does, which is meant for a
-        CUDA graph.
-        """
-        self.narrow = narrow
-        self.in_waves = in_waves
+        """``transport`` is what the ranks of ``ulysses`` exchange by; by default collectives."""
+        self.policy = policy
         self.whole = whole or Group()
         self.ulysses = ulysses or Group()
         self.ring = ring or Group()
         assert self.ulysses.size * self.ring.size == self.whole.size
-
-    def planned(self, narrow: bool, in_waves: bool) -> SequenceParallel:
-        """The same ranks, which send in 8 bits and attend in waves, or not."""
-        return SequenceParallel(self.whole, self.ulysses, self.ring, narrow, in_waves)
-
-    @property
-    def peers(self) -> Peers | None:
-        """The memory of Ulysses' ranks that this one writes into, if it does."""
-        return None if self.narrow else self.ulysses.peers
+        alone = self.ulysses.size == 1
+        self.transport = transport or (Local(in_ring=self.ring.size > 1) if alone else Collective(self.ulysses))
 
     @property
     def size(self) -> int:
@@ -77,30 +66,32 @@ class SequenceParallel:
         return self.whole.gather(tokens, self.sizes(n), dim)
 
     def in_order_of_ranks(self, mask: Tensor, lengths: Sequence[int]) -> Tensor:
-        """A mask [B or 1, S, S] over the whole joint sequence, from the order of streams to that of `attend`'s.
+        """A mask over the whole joint sequence, from the order of streams to that of `attend`'s.
 
-        It comes as [B or 1, 1, S, S].
+        A dense mask [B or 1, S, S], which is added to the scores, becomes [B or 1, 1, S, S]. A key mask [B or 1, S] in
+        bool, True for the tokens that all others attend to, becomes [B or 1, 1, 1, S]; at least one key of an image is
+        True.
         """
-        mask = mask.unsqueeze(1)
+        mask = mask.unsqueeze(1) if mask.ndim == 3 else mask[:, None, None]
         if self.size == 1:
             return mask
         positions = torch.arange(sum(lengths), device=mask.device)
         streams = [torch.split(stream, self.sizes(len(stream))) for stream in torch.split(positions, list(lengths))]
         order = torch.cat([chunk for rank in zip(*streams, strict=True) for chunk in rank])
-        return mask[:, :, order][..., order]
+        return (mask[:, :, order] if mask.shape[2] > 1 else mask)[..., order]
 
     def attend(
         self,
-        streams: Sequence[Callable[[], Projected]],
+        streams: Sequence[Callable[[], QKV]],
         lengths: Sequence[int],
         mask: Tensor | None = None,
-        meanwhile: bool = False,
-    ) -> Attending:
+        overlap: bool = False,
+    ) -> JointAttention:
         """Begin attention over the whole joint sequence, for this rank's tokens.
 
         ``streams`` give this rank's chunks, and ``lengths`` are the streams' whole token counts; a single one may be of
         all streams together. The gathered sequence is in the order of ranks, not of streams. It needs no sorting, for
         attention is equivariant under permutations of its tokens, and each rank gets its own tokens back. A ``mask`` is
-        what `in_order_of_ranks` gives, and ``meanwhile`` says that something is computed before its `Attending.run`.
+        what `in_order_of_ranks` gives. ``overlap`` says that the caller computes something before the handle's `start`.
         """
-        return Attending(self, streams, lengths, mask, meanwhile)
+        return JointAttention(self, streams, lengths, mask, overlap)

@@ -6,16 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
-from tacod.plan import Layout
-from tacod.rank.comm.group import Clock, Group
+from tacod.plan import DEFAULT_POLICY, AttentionPolicy, Layout
+from tacod.rank.comm.clock import Clock
+from tacod.rank.comm.group import Group, MakeGroup
+from tacod.rank.comm.transport import Transport
 from tacod.rank.parallel.sequence import SequenceParallel
 
-__all__ = ["MakeGroup", "Seat", "Topology"]
-
-MakeGroup = Callable[[list[list[int]]], dist.ProcessGroup]
-"""Splits all ranks into process groups and returns the one that this rank is in; every rank must call it alike."""
+__all__ = ["Seat", "Topology"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,15 @@ class Seat:
 
     batch: Group
     """The ranks at the same place of the other batch groups; its rank is this rank's batch group."""
-    sequence: SequenceParallel
+    whole: Group
+    ulysses: Group
+    ring: Group
+    transport: Transport | None
+    """What Ulysses' ranks exchange by; None for the default."""
+
+    def sequence(self, policy: AttentionPolicy = DEFAULT_POLICY) -> SequenceParallel:
+        """The ranks that share a sequence, and how they attend."""
+        return SequenceParallel(self.whole, self.ulysses, self.ring, policy, self.transport)
 
 
 class Topology:
@@ -39,9 +45,9 @@ class Topology:
         rank: int = 0,
         world_size: int = 1,
         make_group: MakeGroup | None = None,
-        reach: Callable[[Group], None] | None = None,
+        reach: Callable[[Group], Transport] | None = None,
     ) -> None:
-        """``reach`` finds memory by which a group's ranks exchange without collectives, if there is any."""
+        """``reach`` finds the transport of a Ulysses group; without it, that is collectives."""
         self.rank = rank
         self.world_size = world_size
         self.clock = Clock()
@@ -49,7 +55,7 @@ class Topology:
         self._groups: dict[tuple[tuple[int, ...], ...], Group] = {}
         self._seats: dict[Layout, Seat | None] = {}
         self.reach = reach
-        self._reached: list[Group] = []
+        self._transports: dict[Group, Transport] = {}
         self.everyone = self._group([range(world_size)])
 
     def seat(self, layout: Layout) -> Seat | None:
@@ -68,11 +74,8 @@ class Topology:
             # Its waits are no later step's.
             self.clock.wait()
             self.clock.take_s()
-        for group in self._reached:
-            if group.peers is not None:
-                group.peers.discard()
-            if group.staging is not None:
-                group.staging.discard()
+        for transport in self._transports.values():
+            transport.reset()
 
     def _make_seat(self, layout: Layout) -> Seat | None:
         sequence = layout.sequence
@@ -84,10 +87,9 @@ class Topology:
         whole, ulysses, ring, batch = (self._group(parts) for parts in (wholes, runs, rings, across))
         if self.rank >= layout.ranks:
             return None
-        if self.reach is not None and ulysses.size > 1 and ulysses not in self._reached:
-            self._reached.append(ulysses)
-            self.reach(ulysses)
-        return Seat(batch, SequenceParallel(whole, ulysses, ring))
+        if self.reach is not None and ulysses.size > 1 and ulysses not in self._transports:
+            self._transports[ulysses] = self.reach(ulysses)
+        return Seat(batch, whole, ulysses, ring, self._transports.get(ulysses))
 
     def _group(self, parts: Sequence[Sequence[int]]) -> Group:
         """The group of ``parts`` that this rank is in; alone if it is in none, or in one of its own."""

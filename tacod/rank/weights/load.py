@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tacod.checkpoint import Checkpoint, TensorInfo
 from tacod.checkpoint.header import BLOCKS, PLAIN
 from tacod.rank.families.base import DiT
-from tacod.rank.ops.fp8_linear import NarrowLinear
+from tacod.rank.ops.fp8_linear import Fp8Linear
 from tacod.rank.ops.quantized_linear import STORED, StoredLinear, dequantise
 from tacod.rank.weights.reader import Reader
 from tacod.rank.weights.remap import identify, some
@@ -204,7 +204,7 @@ def get_weight(model: DiT, key: str) -> Tensor:
     owner, leaf = _find(model, key)
     if isinstance(owner, StoredLinear) and leaf == "weight":
         return owner.dequantised(torch.float32)
-    if isinstance(owner, NarrowLinear) and leaf == "weight":
+    if isinstance(owner, Fp8Linear) and leaf == "weight":
         return owner.weight
     tensor: Tensor = owner._parameters[leaf] if leaf in owner._parameters else owner._buffers[leaf]
     return tensor
@@ -217,19 +217,19 @@ def set_weight(model: DiT, key: str, tensor: Tensor) -> None:
     `KeyError` if the model has no such weight, `ValueError` if the shape is another.
     """
     owner, leaf = _find(model, key)
-    stored = isinstance(owner, StoredLinear | NarrowLinear) and leaf == "weight"
+    stored = isinstance(owner, StoredLinear | Fp8Linear) and leaf == "weight"
     old = owner.data if stored else owner._parameters.get(leaf, owner._buffers.get(leaf))
     shape = (owner.out_features, owner.in_features) if stored else tuple(old.shape)
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{key}: a tensor of {list(tensor.shape)} can't replace one of {list(shape)}")
     if stored:
         path = key.rpartition(".")[0]
-        narrow = isinstance(owner, NarrowLinear)
+        narrow = isinstance(owner, Fp8Linear)
         plain = nn.Linear(owner.in_features, owner.out_features, bias=False, device="meta").train(owner.training)
         plain.register_parameter("bias", owner.bias)
         owner = plain
         _assign(owner, leaf, tensor.detach().to(old.device, model.dtype))
-        model.set_submodule(path, NarrowLinear.of(plain) if narrow else plain)
+        model.set_submodule(path, Fp8Linear.of(plain) if narrow else plain)
         return
     _assign(owner, leaf, tensor.detach().to(old.device, model.dtype))
 
@@ -242,7 +242,7 @@ def _find(model: nn.Module, key: str) -> tuple[Any, str]:
     except AttributeError:
         raise KeyError(key) from None
     held = owner._parameters.get(leaf) is not None or owner._buffers.get(leaf) is not None
-    if isinstance(owner, StoredLinear | NarrowLinear):
+    if isinstance(owner, StoredLinear | Fp8Linear):
         held = leaf == "weight" or (leaf == "bias" and held)
     if not held:
         raise KeyError(key)
@@ -257,7 +257,7 @@ def narrow_matrices(model: DiT) -> None:
             linear = isinstance(layer, nn.Linear | StoredLinear) and id(layer) not in spared
             # The hardware's products take sixteen numbers at once.
             if linear and layer.in_features % 16 == layer.out_features % 16 == 0:
-                model.set_submodule(name, NarrowLinear.of(layer))
+                model.set_submodule(name, Fp8Linear.of(layer))
 
 
 def share(model: Module) -> Module:

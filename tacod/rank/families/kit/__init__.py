@@ -1,6 +1,6 @@
 """What families are made of. Each part works on any number of ranks and, where it helps, with kernels on a GPU."""
 
-from tacod.rank.families.kit.attention import CrossAttention, QKNorm, SelfAttention, attend_replicated
+from tacod.rank.families.kit.attention import CrossAttention, QKNormWeights, SelfAttention, attend_replicated
 from tacod.rank.families.kit.embed import MLPEmbedder, sinusoid
 from tacod.rank.families.kit.grid import Grid, PatchEmbed
 from tacod.rank.families.kit.mlp import feed_forward
@@ -15,7 +15,7 @@ __all__ = [
     "MLPEmbedder",
     "Modulation",
     "PatchEmbed",
-    "QKNorm",
+    "QKNormWeights",
     "SelfAttention",
     "attend_replicated",
     "feed_forward",

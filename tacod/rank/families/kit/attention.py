@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tacod.rank.ops.fused import Projected as QKV
-from tacod.rank.ops.fused import Rotation
+from tacod.rank.ops.qkv import QKV, QKNorm, Rotation
 
-__all__ = ["CrossAttention", "QKNorm", "SelfAttention", "attend_replicated", "register"]
+__all__ = ["CrossAttention", "QKNormWeights", "SelfAttention", "attend_replicated", "register"]
 
 
 def register(module: nn.Module, name: str, value: nn.Module | nn.Parameter) -> None:
@@ -28,7 +28,7 @@ def register(module: nn.Module, name: str, value: nn.Module | nn.Parameter) -> N
         owner.add_module(leaf, value)
 
 
-class QKNorm(nn.Module):
+class QKNormWeights(nn.Module):
     """The weights of the RMS norms of queries and keys: over each head's channels, or over all heads' (a row)."""
 
     def __init__(self, q_width: int, k_width: int, names: tuple[str, str]) -> None:
@@ -98,22 +98,24 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation | None = None, epsilon: float | None = None) -> QKV:
         """Queries, keys and values of ``x`` [B, S, W]; ``epsilon`` in place of the norms' own."""
-        parts = [self.get_submodule(name)(x) for name in self._layers]
+        q, *kv = (self.get_submodule(name)(x) for name in self._layers)
+        projected = (q, *kv) if kv else q
+        norm = None
         if self._norm == "layer":
-            parts = [self._layer_normed(parts[0])]
-        norms = None
-        if self._norm in ("head", "row"):
-            norms = self.get_parameter(self._norms[0]), self.get_parameter(self._norms[1])
-        (qkv,) = parts
-        return QKV(qkv, self.heads, norms, rotation, self.epsilon if epsilon is None else epsilon)
+            projected = self._layer_normed(projected)
+        elif self._norm is not None:
+            weights = self.get_parameter(self._norms[0]), self.get_parameter(self._norms[1])
+            norm = QKNorm(*weights, self.epsilon if epsilon is None else epsilon, across_heads=self._norm == "row")
+        return QKV(projected, self.heads, norm, rotation, self.kv_heads)
 
-    def _layer_normed(self, qkv: Tensor) -> Tensor:
-        q, k, v = torch.unflatten(qkv, -1, (3, self.heads, -1)).unbind(2)
+    def _layer_normed(self, projected: Any) -> Tensor:
+        """All three as one tensor, with layer norms of each head's queries and keys."""
+        q, k, v = QKV(projected, self.heads, kv_heads=self.kv_heads).by_heads()
         normed = []
         for x, name in zip((q, k), self._norms, strict=True):
             weight, bias = self.get_parameter(name), self.get_parameter(name.removesuffix("weight") + "bias")
             normed.append(functional.layer_norm(x, x.shape[-1:], weight, bias, self.epsilon))
-        return torch.stack((*normed, v), dim=2).flatten(2)
+        return torch.cat((*normed, v), dim=2).flatten(2)
 
     def project(self, attended: Tensor) -> Tensor:
         """The output layer of what this stream attended to, [B, S, H * D] to [B, S, W]."""
