@@ -25,9 +25,10 @@ from tacod.rank.comm import process_groups
 from tacod.rank.comm.select import reach
 from tacod.rank.families.base import DiT
 from tacod.rank.families.flux import Flux
+from tacod.rank.families.inputs import Inputs
 from tacod.rank.families.pixart import PixArt
 from tacod.rank.families.sd3 import SD3
-from tacod.rank.forward.run import run
+from tacod.rank.forward.run import Call, run
 from tacod.rank.parallel.topology import Topology
 
 FLUX = {
@@ -123,17 +124,18 @@ def measure(
 ) -> tuple[Tensor, list[float]]:
     """The output and the milliseconds of each round."""
     plan = Plan(layout, topology.world_size, Shape(model.heads, model.width))
-    rest = {key: value for key, value in inputs.items() if key not in ("x", "timestep")}
+    call = Call(model, plan, Inputs(inputs, model.arguments()))
     times = []
     for number in range(rounds + 2):
         if inputs["x"].is_cuda:
             torch.cuda.synchronize()
         started = time.perf_counter()
-        out = run(model, plan, topology, inputs["x"], inputs["timestep"], rest)
+        out = run(call, topology)
         if inputs["x"].is_cuda:
             torch.cuda.synchronize()
         if number >= 2:
             times.append((time.perf_counter() - started) * 1000)
+    assert isinstance(out, Tensor)
     return out, times
 
 

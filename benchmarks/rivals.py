@@ -55,7 +55,9 @@ from tacod.plan import AUTO, AttentionPolicy, Layout, Plan, Shape, make_plan
 from tacod.rank.comm import int8, process_groups
 from tacod.rank.comm.select import reach
 from tacod.rank.families.base import DiT
+from tacod.rank.families.inputs import Inputs
 from tacod.rank.forward.graphs import Forwards
+from tacod.rank.forward.run import Call
 from tacod.rank.ops import fused, linear, qkv, quantize_rows
 from tacod.rank.parallel.topology import Topology
 from tacod.rank.weights.load import narrow_matrices, share
@@ -239,9 +241,14 @@ class Bench:
 
 def ours(dit: DiT, plan: Plan, forwards: Forwards, inputs: Mapping[str, Any]) -> Callable[[], Tensor]:
     """Our forward by a plan."""
-    rest = {key: value for key, value in inputs.items() if key not in ("x", "timestep")}
+    call = Call(dit, plan, Inputs(inputs, dit.arguments()))
 
-    return lambda: forwards(dit, plan, inputs["x"], inputs["timestep"], rest)
+    def forward() -> Tensor:
+        out = forwards(call)
+        assert isinstance(out, Tensor)
+        return out
+
+    return forward
 
 
 def plainly(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
