@@ -22,6 +22,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from attention_cases import largest_error
 from helpers import FLUX, SD3, read_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,7 +34,7 @@ from tacod.rank.families.inputs import Inputs
 from tacod.rank.forward.graphs import Forwards
 from tacod.rank.forward.run import Call, run
 from tacod.rank.forward.warmup import warm_up
-from tacod.rank.ops.qkv import QKV
+from tacod.rank.ops.qkv import QKV, deal_heads
 from tacod.rank.ops.sdpa import attend
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.parallel.topology import Topology
@@ -191,6 +192,29 @@ def test_results_that_come_one_after_the_other_find_their_ranks(
     assert max(ranks.run(layout, "attention", **case)) <= 2e-6
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    layout=st.sampled_from([(1, 1, 1), *SEQUENCES]),
+    groups=st.tuples(st.integers(1, 6), st.integers(1, 4)),
+    batch=st.integers(1, 3),
+    lengths=st.lists(st.integers(0, 20), min_size=1, max_size=3).filter(sum),
+    norm=st.sampled_from(["", "head", "row"]),
+    turn=st.sampled_from(["", "pairs", "halves"]),
+    rotary=st.sampled_from([6, 16]),
+    by_image=st.booleans(),
+    separate=st.booleans(),
+    keys=st.sampled_from(["all", "some", "shared"]),
+    sharing=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_any_heads_norms_rotations_and_key_masks(
+    ranks: Ranks, layout: tuple[int, ...], groups: tuple[int, int], **case: Any
+) -> None:
+    """Also more ranks than key heads, whose groups then are split, and key masks that hide all of a rank's tokens."""
+    kv_heads, group = groups
+    assert max(ranks.run(layout, "variant", heads=kv_heads * group, kv_heads=kv_heads, **case)) <= 2e-6
+
+
 @pytest.mark.parametrize("layout", SEQUENCES, ids=str)
 @pytest.mark.parametrize(("heads", "lengths"), [(3, [2]), (1, [1, 1]), (2, [0, 3]), (24, [512, 99])])
 def test_ranks_without_tokens_or_heads_take_part(
@@ -247,6 +271,16 @@ def test_time_in_collectives_is_told_once(ranks: Ranks, layout: tuple[int, ...])
     for taken, wall, again in ranks.run(layout, "timing"):
         assert 0 < taken < wall
         assert again == 0
+
+
+@given(kv_heads=st.integers(1, 12), group=st.integers(1, 6), ranks=st.integers(1, 16))
+def test_each_query_head_has_one_rank_and_its_key_head_there(kv_heads: int, group: int, ranks: int) -> None:
+    shares = deal_heads(kv_heads * group, kv_heads, ranks)
+    assert [head for share in shares for head in share.queries] == list(range(kv_heads * group))
+    for share in shares:
+        assert set(share.keys) == {head // group for head in share.queries}, "those that it needs, and no other"
+    if kv_heads >= ranks:
+        assert sum(len(share.keys) for share in shares) == kv_heads, "whole groups: no key head is sent twice"
 
 
 @given(n=st.integers(0, 10_000), size=st.integers(1, 64))
@@ -351,6 +385,10 @@ class Rank:
         whole = [sequence.gather(out, length) for out, length in zip(outs, lengths, strict=True)]
         errors = [float((a - b).norm() / b.norm()) for a, b in zip(whole, expected, strict=True) if b.numel()]
         return max(errors) if all(map(math.isfinite, errors)) else math.inf
+
+    def variant(self, layout: Layout, sharing: bool, **case: Any) -> float | None:
+        sequence = self._sequence(layout, sharing)
+        return None if sequence is None else largest_error(sequence, **case)
 
     def sent(self, layout: Layout, **case: Any) -> int | None:
         """How often a copy engine is asked for."""

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tacod.rank.comm import int8
 from tacod.rank.comm.group import Group
+from tacod.rank.comm.int8 import decode, encode, encoded_bytes
 from tacod.rank.comm.staging import Staging
 from tacod.rank.comm.transport import Deal, Exchange
 from tacod.rank.ops.qkv import QKV
@@ -22,16 +22,16 @@ class AllToAll:
     """An all-to-all that, on GPUs, goes on while its rank computes.
 
     ``sent[r]`` goes to each other rank r, ``received[r]`` comes from it; all are contiguous. What a rank has for itself
-    it puts in place by itself. ``narrow`` sends rows in 8 bits.
+    it puts in place by itself. ``int8`` sends rows in 8 bits.
     """
 
     def __init__(
-        self, group: Group, staging: Staging | None, sent: Sequence[Tensor], received: Sequence[Tensor], narrow: bool
+        self, group: Group, staging: Staging | None, sent: Sequence[Tensor], received: Sequence[Tensor], int8: bool
     ) -> None:
         self._group = group
         group.clock.begun += 1
         self._received = received
-        self._narrow = narrow
+        self._int8 = int8
         self._work: dist.Work | Staging | None = None
         nothing = sent[0].new_empty(0, dtype=torch.uint8)
         # As bytes, because gloo doesn't know every dtype in every version of torch, and nothing is added up here.
@@ -52,12 +52,12 @@ class AllToAll:
             each.copy_(part)
 
     def _bytes(self, sent: Tensor) -> Tensor:
-        return int8.encode(sent) if self._narrow else sent.view(-1).view(torch.uint8)
+        return encode(sent) if self._int8 else sent.view(-1).view(torch.uint8)
 
     def _place(self, received: Tensor) -> Tensor:
-        if not self._narrow:
+        if not self._int8:
             return received.view(-1).view(torch.uint8)
-        size = int8.encoded_bytes(received.numel() // max(received.shape[-1], 1), received.shape[-1])
+        size = encoded_bytes(received.numel() // max(received.shape[-1], 1), received.shape[-1])
         return received.new_empty(size, dtype=torch.uint8)
 
     def wait(self) -> None:
@@ -65,10 +65,10 @@ class AllToAll:
         if self._work is not None:
             with self._group.clock.counting(on_gpu=True):
                 self._work.wait()
-        if self._narrow:
+        if self._int8:
             for coming, received in zip(self._coming, self._received, strict=True):
                 if len(coming):
-                    int8.decode(coming, received)
+                    decode(coming, received)
 
 
 class Collective:
@@ -92,13 +92,13 @@ class Collective:
 
 
 class _CollectiveExchange:
-    def __init__(self, transport: Collective, deal: Deal, narrow: bool) -> None:
-        self._transport, self._deal, self._narrow = transport, deal, narrow
+    def __init__(self, transport: Collective, deal: Deal, int8: bool) -> None:
+        self._transport, self._deal, self._int8 = transport, deal, int8
         self._received = deal.new_packed(sum(deal.tokens), deal.share)
         self._coming: list[AllToAll] = []
 
     def _exchange(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> AllToAll:
-        return AllToAll(self._transport.group, self._transport.staging, sent, received, self._narrow)
+        return AllToAll(self._transport.group, self._transport.staging, sent, received, self._int8)
 
     def send(self, qkv: QKV, stream: int, overlap: bool) -> None:
         """See `Exchange.send`."""

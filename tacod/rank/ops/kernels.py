@@ -1,8 +1,8 @@
 """Triton kernels for what a block does between its matrices; each reads and writes every number once.
 
 They compute in fp32 and round once, where PyTorch's separate operations round after each. What they mean is what
-`fused`, `narrow` and `attention` compute without them. Two more wait for other ranks and count time. This module is
-imported on GPUs only.
+`fused`, `qkv`, `quantize_rows`, `int8` and `sdpa` compute without them. Two more wait for other ranks and count time.
+This module is imported on GPUs only.
 """
 
 from __future__ import annotations
