@@ -1,4 +1,4 @@
-"""The command ``tacod``: read the configuration, take the endpoint, serve until told to stop."""
+"""The command ``tacod``: reads the configuration, takes the endpoint, assembles the supervisor and runs its loop."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ class Lifecycle:
         return changed
 
     def turn(self) -> int | None:
-        """Say what is to be said; returns the exit code once there is nothing left to do."""
+        """Notify systemd and stop what is due; returns the exit code once there is nothing left to do."""
         now = time.monotonic()
         executor, sessions = self.state.executor, self.state.sessions
         # Only from here: a loop that is stuck falls silent.

@@ -1,4 +1,4 @@
-"""Keeps the ranks at work: starts them, feeds them step by step, and replaces them when they are lost."""
+"""Runs jobs on the ranks: starts the ranks, gives them work step by step, and replaces them when they are lost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tacod.execution.scheduler import Job, Outcome, Scheduler, Verb
 from tacod.execution.store import Store
 from tacod.execution.work_item import Purpose, WorkItem
 from tacod.group.faults import Faults
-from tacod.group.group import Answer, RankGroup, State
+from tacod.group.group import Answer, GroupState, RankGroup
 from tacod.group.processes import GroupLost
 from tacod.group.restarts import RestartPolicy
 from tacod.group.work import Command, Evict, Forward, Loaded, SampleStep, Stepped, Unload
@@ -35,8 +35,8 @@ LOOK_S = 0.01
 class Executor:
     """Scheduler and ranks, and what each needs of the other.
 
-    ``on_progress`` hears of every step of a sampling job and of every stretch of a load, ``on_end`` once of every job's
-    end, with the result of its last step if it has one.
+    ``on_progress`` is called for every step of a sampling job and every stretch of a load, ``on_end`` once at every
+    job's end, with the result of its last step if it has one.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Executor:
         """``starting``, ``ready``, ``degraded`` (the ranks are being replaced or were given up) or ``draining``."""
         if self.scheduler.draining:
             return "draining"
-        if self.given_up is not None or (self.ready and self.group.state in (State.DOWN, State.STARTING)):
+        if self.given_up is not None or (self.ready and self.group.state in (GroupState.DOWN, GroupState.STARTING)):
             return "degraded"
         return "ready" if self.ready else "starting"
 
@@ -176,16 +176,16 @@ class Executor:
     # --- ranks ----------------------------------------------------------------------------------------------------
 
     def poll(self) -> None:
-        """Take in what the ranks have said, look after those that are gone or stuck, and hand out the next step."""
+        """Take in the ranks' reports, look after those that are gone or stuck, and hand out the next step."""
         now = time.monotonic()
         self._look_at = None
         try:
             answer = self.group.receive()
-            self._tell_load()
+            self._report_load()
             if answer is not None:
                 self._take(answer)
             self.group.check(now)
-            if self.group.state is State.IDLE:
+            if self.group.state is GroupState.IDLE:
                 self._dispatch()
         except GroupLost as lost:
             self._lose_group(lost, now)
@@ -193,7 +193,7 @@ class Executor:
             self._spawn_at = None
             self.group.spawn()
 
-    def _tell_load(self) -> None:
+    def _report_load(self) -> None:
         """Pass on how far the running load is, if it got further."""
         item, progress = self.current, self.group.progress
         if item is None or item.job is None or item.job.verb is not Verb.LOAD:

@@ -164,10 +164,10 @@ class Manifest:
             return base
         files: dict[str, str] = {}
         resolved = [self._resolve(index, patch, files) for index, patch in enumerate(patches)]
-        said = [_contents((patch, files.get(patch.get("path", ""), ""))) for patch in resolved]
+        contents = [_contents((patch, files.get(patch.get("path", ""), ""))) for patch in resolved]
         return replace(
             base,
-            id=_name(identity, dtype, said),
+            id=_name(identity, dtype, contents),
             patches=resolved,
             files=files,
             base=base,

@@ -39,7 +39,7 @@ from tacod.rank.forward.run import plan_for
 from tacod.rank.forward.step_cache import contents
 from tacod.rank.forward.warmup import warm_up
 from tacod.rank.inputs import Kept, check_arguments, check_tokens, load_arguments
-from tacod.rank.oom import let_go, shortage
+from tacod.rank.oom import clear_tracebacks, describe_oom
 from tacod.rank.parallel.topology import Topology
 from tacod.rank.sampling.sampling import Run, SampleRequest, begin
 from tacod.rank.weights.load import (
@@ -166,14 +166,14 @@ class Engine:
         try:
             yield
         except (RuntimeError, MemoryError) as error:
-            told = shortage(error)
-            if told is None:
+            text = describe_oom(error)
+            if text is None:
                 raise
-            let_go(error)
+            clear_tracebacks(error)
             self.forwards.clear()
             self._on_device.clear()
             self._give_memory_back()
-            raise OutOfMemory(f"{told}; {hint}") from None
+            raise OutOfMemory(f"{text}; {hint}") from None
 
     def load(
         self,

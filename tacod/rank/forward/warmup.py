@@ -12,7 +12,7 @@ from tacod.plan import AUTO, Layout, Pace, Plan, Request, Shape, make_plan, meas
 from tacod.rank.families.base import Argument, DiT
 from tacod.rank.forward.graphs import Forwards
 from tacod.rank.forward.run import run
-from tacod.rank.oom import let_go, shortage
+from tacod.rank.oom import clear_tracebacks, describe_oom
 from tacod.rank.parallel.topology import Topology
 from tacod_client.errors import ArgumentError
 
@@ -63,10 +63,10 @@ def _fits_alone(
         try:
             run(dit, Plan(Layout(1, 1, 1), 1, shape), Topology(), x, timestep, inputs)
         except (RuntimeError, MemoryError) as error:
-            if shortage(error) is None:
+            if describe_oom(error) is None:
                 raise
             fits = False
-            let_go(error)
+            clear_tracebacks(error)
             torch.cuda.empty_cache()
     return topology.everyone.agree(fits)
 
