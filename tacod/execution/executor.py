@@ -320,7 +320,7 @@ class Executor:
         if job is None:
             assert item.model is not None
             if answer.error is None:
-                self.metrics.loads.add(answer.elapsed_s)
+                self.metrics.loads.observe(answer.elapsed_s)
             self.residency.note_restored(item.model, answer.error or _loaded(answer), answer.elapsed_s, now)
             return
         if item.purpose is not Purpose.STEP:
@@ -348,7 +348,7 @@ class Executor:
             self._end([ended], step)
 
     def _note_loaded(self, job: Job, model: Model, answer: Answer) -> None:
-        self.metrics.loads.add(answer.elapsed_s)
+        self.metrics.loads.observe(answer.elapsed_s)
         now = time.monotonic()
         self.residency.note_loaded(model, _loaded(answer), answer.elapsed_s, now)
         self.residency.note_used(model.id, job.session, now)
