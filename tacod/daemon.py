@@ -166,7 +166,8 @@ def _serve(config: Config, config_path: str, folder: Path) -> int:
         while code is None:
             server.turn(signals.fileno())
             if exporter is not None and exporter.due(time.monotonic()):
-                exporter.publish(Reading.take(report.status(state), report.totals(state), state.executor.metrics))
+                metrics = state.executor.records.metrics
+                exporter.publish(Reading.take(report.status(state), report.totals(state), metrics))
             for caught in _caught(signals):
                 lifecycle.on_signal(caught)
             code = lifecycle.turn()

@@ -47,7 +47,7 @@ class Model:
     family: str = ""
     parameters: int = 0
     weight_bytes: int = 0
-    """On each rank, besides what it shares with its base; until the ranks tell, what the file's header says."""
+    """On each rank, besides what it shares with its base; until the ranks report it, what the file's header says."""
     sampling: dict[str, Any] = field(default_factory=dict)
     """What a client has to know to begin a run: the latent's channels, and the noise process."""
     loaded_s: float = 0.0

@@ -56,7 +56,7 @@ class Server:
         for session in state.sessions.flush():
             log.info("client %s (pid %d, %s) is gone", session.name, session.pid, session.user)
             state.end_session(session)
-        self._leftovers.attend(time.monotonic(), state.executor.metrics.rx_bytes + state.sessions.tx_bytes)
+        self._leftovers.attend(time.monotonic(), state.executor.records.metrics.rx_bytes + state.sessions.tx_bytes)
 
     def _patience_ms(self) -> int:
         moments = (self._next_probe_s, *self._state.executor.wakes_at)
@@ -80,7 +80,7 @@ class Server:
                 return
             peer, *frames = received
             buffers = [frame.buffer for frame in frames]
-            self._state.executor.metrics.rx_bytes += sum(len(buffer) for buffer in buffers)
+            self._state.executor.records.metrics.rx_bytes += sum(len(buffer) for buffer in buffers)
             self._on_message(peer.bytes, buffers, lambda first=peer: self._admit(first))  # type: ignore[misc]
 
     def _admit(self, first: zmq.Frame) -> tuple[User | None, int]:

@@ -265,7 +265,7 @@ class Events(RuleBasedStateMachine):
             assert sorted(job.id for job in here + self.ended) == sorted(job.id for job in self.submitted)
             assert len(here) <= LIMIT
             assert all(job.attempts <= RETRIES + 1 for job in self.submitted)
-            assert sum(self.executor.metrics.jobs_total.values()) == len(self.ended)
+            assert sum(self.executor.records.metrics.jobs_total.values()) == len(self.ended)
 
     @invariant()
     def one_work_item_is_with_the_ranks(self) -> None:
