@@ -110,8 +110,8 @@ class Engine:
     def _process(self) -> psutil.Process:
         return psutil.Process()
 
-    def work(self, envelope: Envelope) -> Done:
-        """Do one command and report it.
+    def work(self, envelope: Envelope, inject: Callable[[str], None] = lambda when: None) -> Done:
+        """Do one command and report it. ``inject`` may raise ``"before"`` and ``"after"`` it, in tests.
 
         Raises a `TacodError` that every rank raises alike, or any other error, which means that this rank is broken.
         """
@@ -123,8 +123,10 @@ class Engine:
         for job in envelope.forget:
             self._end(job)
         try:
+            inject("before")
             with self.memory_errors():
                 done = self._timed(with_tensors(envelope.command, self._kept))
+            inject("after")
         finally:
             for digest in envelope.evict:
                 self._tensors.pop(digest, None)
