@@ -14,7 +14,7 @@ __all__ = ["check_size", "find", "find_or_load", "the_one"]
 
 
 def find(client: Client, start: str) -> dict[str, Any] | None:
-    """What the daemon tells of the loaded model whose id begins so; None if there is no such model.
+    """The daemon's description of the loaded model whose id begins so; None if there is no such model.
 
     Raises `ModelNotFound` for what several ids begin with, and for an empty text, with which all do.
     """
