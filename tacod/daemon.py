@@ -1,4 +1,4 @@
-"""The command ``tacod``: read the configuration, take the endpoint, serve until told to stop."""
+"""The command ``tacod``: reads the configuration, takes the endpoint, assembles the supervisor and runs its loop."""
 
 from __future__ import annotations
 
@@ -166,7 +166,8 @@ def _serve(config: Config, config_path: str, folder: Path) -> int:
         while code is None:
             server.turn(signals.fileno())
             if exporter is not None and exporter.due(time.monotonic()):
-                exporter.publish(Reading.take(report.status(state), report.totals(state), state.executor.metrics))
+                metrics = state.executor.records.metrics
+                exporter.publish(Reading.take(report.status(state), report.totals(state), metrics))
             for caught in _caught(signals):
                 lifecycle.on_signal(caught)
             code = lifecycle.turn()

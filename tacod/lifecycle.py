@@ -25,7 +25,7 @@ log = logging.getLogger("tacod")
 FAREWELL_S = 5.0
 """After draining, how long clients that read slowly get for their last messages."""
 STATUS_S = 1.0
-"""How often systemd hears what is going on, at the most."""
+"""How often systemd gets the status, at the most."""
 PATIENCE_S = 60.0
 """How much longer systemd is to wait for a start or a stop, as long as the loop turns; its own limits end the rest."""
 FIXED = (
@@ -44,7 +44,7 @@ FIXED = (
 
 
 class Lifecycle:
-    """What signals and operators have the daemon do."""
+    """Does what signals and operators ask of the daemon: reload, drain, stop."""
 
     def __init__(self, state: State, config_path: str) -> None:
         self.state = state
@@ -112,7 +112,7 @@ class Lifecycle:
         return changed
 
     def turn(self) -> int | None:
-        """Say what is to be said; returns the exit code once there is nothing left to do."""
+        """Notify systemd and stop what is due; returns the exit code once there is nothing left to do."""
         now = time.monotonic()
         executor, sessions = self.state.executor, self.state.sessions
         # Only from here: a loop that is stuck falls silent.

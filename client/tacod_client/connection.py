@@ -18,7 +18,7 @@ from typing import Any
 import zmq
 
 from tacod_client import frames, wire
-from tacod_client.endpoint import Door, find_endpoint
+from tacod_client.endpoint import Endpoint, find_endpoint
 from tacod_client.errors import (
     ConnectionFailed,
     ConnectionLost,
@@ -73,7 +73,7 @@ class Connection:
         server_key: str | os.PathLike[str] | None = None,
     ) -> None:
         self.endpoint = find_endpoint(endpoint)
-        self._door = Door(self.endpoint, key, server_key)
+        self._endpoint = Endpoint(self.endpoint, key, server_key)
         self.timeout_s = timeout_s
         self.reconnect_s = reconnect_s
         self.on_wait = on_wait
@@ -103,7 +103,7 @@ class Connection:
             if self._socket is not None:
                 with suppress(zmq.ZMQError):
                     self._socket.send_multipart(wire.encode(Message("bye", {}, 0, self._session)), zmq.DONTWAIT)
-                self._door.close(self._socket, linger_ms=200)
+                self._endpoint.close(self._socket, linger_ms=200)
                 self._socket = None
             self._context.term()
 
@@ -243,7 +243,7 @@ class Connection:
         if self._closed:
             raise ConnectionFailed("this client is closed; make a new one")
         if self._socket is None:
-            self._socket = self._door.open(self._context, self.timeout_s)
+            self._socket = self._endpoint.open(self._context, self.timeout_s)
             self._socket.setsockopt(zmq.SNDTIMEO, int(SILENCE_S * 1000))
             self._heard_s = self._pinged_s = time.monotonic()
             self._unanswered_s = None
@@ -268,7 +268,7 @@ class Connection:
             self._socket_now().send_multipart(wire.encode(Message("hello", body, hello.id)))
             while not hello.replies:
                 self._read(SLICE_S)
-                self._door.check()
+                self._endpoint.check()
                 if self.on_wait is not None:
                     self.on_wait()
                 if time.monotonic() > deadline:
@@ -295,7 +295,7 @@ class Connection:
         """Give up the socket and the session; every open request is lost and will be asked again."""
         self._session = b""
         if self._socket is not None:
-            self._door.close(self._socket, linger_ms=0)
+            self._endpoint.close(self._socket, linger_ms=0)
             self._socket = None
         for request in self._waiting.values():
             request.lost = True

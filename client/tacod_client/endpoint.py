@@ -14,7 +14,7 @@ from tacod_client.curve import ClientKeys, find_keys
 from tacod_client.errors import ConnectionFailed, NotAllowed, ProtocolError
 from tacod_client.text import encodable
 
-__all__ = ["UNIX_PATH_BYTES", "Door", "find_endpoint"]
+__all__ = ["UNIX_PATH_BYTES", "Endpoint", "find_endpoint"]
 
 UNIX_PATH_BYTES = 107
 """What Linux has room for in a unix socket's address, less the zero behind it."""
@@ -32,8 +32,8 @@ def find_endpoint(endpoint: str | None = None) -> str:
     return DEFAULT_ENDPOINT
 
 
-class Door:
-    """An endpoint, and what opens it: nothing on a unix socket, CURVE keys over TCP."""
+class Endpoint:
+    """Where tacod listens, and how to connect there: a unix socket without keys, TCP with CURVE keys."""
 
     def __init__(
         self, endpoint: str, key: str | os.PathLike[str] | None, server_key: str | os.PathLike[str] | None
@@ -51,13 +51,13 @@ class Door:
         silence.
         """
         if self.endpoint.startswith("ipc://"):
-            _knock_at_unix(self.endpoint, _parse_unix(self.endpoint))
+            _probe_unix(self.endpoint, _parse_unix(self.endpoint))
             socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
         else:
             host, port = _parse_tcp(self.endpoint)
             # Read each time: keys may be replaced while a client lives.
             self._keys = find_keys(*self._named_keys)
-            family = _knock_at_tcp(self.endpoint, host, port, timeout_s)
+            family = _probe_tcp(self.endpoint, host, port, timeout_s)
             socket = context.socket(zmq.DEALER)
             socket.setsockopt(zmq.IPV6, family == sockets.AF_INET6)
             socket.curve_serverkey = self._keys.server
@@ -116,7 +116,7 @@ def _parse_unix(endpoint: str) -> bytes:
     return path
 
 
-def _knock_at_unix(endpoint: str, path: bytes) -> None:
+def _probe_unix(endpoint: str, path: bytes) -> None:
     with closing(sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM)) as probe:
         # One whose queue is full listens, if slowly.
         probe.setblocking(False)
@@ -141,7 +141,7 @@ def _parse_tcp(endpoint: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def _knock_at_tcp(endpoint: str, host: str, port: int, timeout_s: float) -> sockets.AddressFamily:
+def _probe_tcp(endpoint: str, host: str, port: int, timeout_s: float) -> sockets.AddressFamily:
     try:
         with closing(sockets.create_connection((host, port), timeout_s)) as probe:
             return sockets.AddressFamily(probe.family)

@@ -1,4 +1,4 @@
-"""Keeps the ranks at work: starts them, feeds them step by step, and replaces them when they are lost."""
+"""Runs jobs on the ranks: starts the ranks, gives them work step by step, and replaces them when they are lost."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from typing import Any
 
 from tacod.config import Config
 from tacod.execution.manifest import Manifest, Model
+from tacod.execution.records import Records
 from tacod.execution.residency import Residency
 from tacod.execution.scheduler import Job, Outcome, Scheduler, Verb
 from tacod.execution.store import Store
 from tacod.execution.work_item import Purpose, WorkItem
 from tacod.group.faults import Faults
-from tacod.group.group import Answer, RankGroup, State
+from tacod.group.group import Answer, GroupState, RankGroup
 from tacod.group.processes import GroupLost
 from tacod.group.restarts import RestartPolicy
 from tacod.group.work import Command, Evict, Forward, Loaded, SampleStep, Stepped, Unload
 from tacod.notify import notify
-from tacod.observe.baselines import Baselines
-from tacod.observe.metrics import Metrics, StepTimes
 from tacod_client.errors import ModelError, ModelNotFound, OutOfMemory, TacodError, Unavailable
 
 __all__ = ["Executor"]
@@ -35,8 +34,8 @@ LOOK_S = 0.01
 class Executor:
     """Scheduler and ranks, and what each needs of the other.
 
-    ``on_progress`` hears of every step of a sampling job and of every stretch of a load, ``on_end`` once of every job's
-    end, with the result of its last step if it has one.
+    ``on_progress`` is called for every step of a sampling job and every stretch of a load, ``on_end`` once at every
+    job's end, with the result of its last step if it has one.
     """
 
     def __init__(
@@ -51,8 +50,7 @@ class Executor:
         self.config = config
         self.manifest = Manifest(config.models.readable, config.group.device)
         self.store = Store(config.limits.store_bytes)
-        self.metrics = Metrics()
-        self.baselines = Baselines()
+        self.records = Records(self.manifest)
         self.scheduler = Scheduler(config.limits.queue, config.group.retries)
         self.group = RankGroup(config.group, devices, folder)
         self.residency = Residency(
@@ -77,7 +75,7 @@ class Executor:
         """``starting``, ``ready``, ``degraded`` (the ranks are being replaced or were given up) or ``draining``."""
         if self.scheduler.draining:
             return "draining"
-        if self.given_up is not None or (self.ready and self.group.state in (State.DOWN, State.STARTING)):
+        if self.given_up is not None or (self.ready and self.group.state in (GroupState.DOWN, GroupState.STARTING)):
             return "degraded"
         return "ready" if self.ready else "starting"
 
@@ -176,16 +174,16 @@ class Executor:
     # --- ranks ----------------------------------------------------------------------------------------------------
 
     def poll(self) -> None:
-        """Take in what the ranks have said, look after those that are gone or stuck, and hand out the next step."""
+        """Take in the ranks' reports, look after those that are gone or stuck, and hand out the next step."""
         now = time.monotonic()
         self._look_at = None
         try:
             answer = self.group.receive()
-            self._tell_load()
+            self._report_load()
             if answer is not None:
                 self._take(answer)
             self.group.check(now)
-            if self.group.state is State.IDLE:
+            if self.group.state is GroupState.IDLE:
                 self._dispatch()
         except GroupLost as lost:
             self._lose_group(lost, now)
@@ -193,7 +191,7 @@ class Executor:
             self._spawn_at = None
             self.group.spawn()
 
-    def _tell_load(self) -> None:
+    def _report_load(self) -> None:
         """Pass on how far the running load is, if it got further."""
         item, progress = self.current, self.group.progress
         if item is None or item.job is None or item.job.verb is not Verb.LOAD:
@@ -215,7 +213,7 @@ class Executor:
         running = item.job if item is not None else None
         restoring = item.model if item is not None and item.purpose is Purpose.RESTORE else None
         if running is not None and running.verb in (Verb.FORWARD, Verb.SAMPLE):
-            self.metrics.retried_forwards += 1
+            self.records.metrics.retried_forwards += 1
         self.group.kill()
         ended = self.scheduler.lose_group(reason, lost.error, lost.cause)
         self._end(ended)
@@ -320,7 +318,7 @@ class Executor:
         if job is None:
             assert item.model is not None
             if answer.error is None:
-                self.metrics.loads.add(answer.elapsed_s)
+                self.records.metrics.loads.observe(answer.elapsed_s)
             self.residency.note_restored(item.model, answer.error or _loaded(answer), answer.elapsed_s, now)
             return
         if item.purpose is not Purpose.STEP:
@@ -337,7 +335,7 @@ class Executor:
         elif job.verb is Verb.UNLOAD:
             self.residency.note_unloaded([*item.evicts, job.model])
         else:
-            step = self._note_step(job, answer, item.queue_s)
+            step = self.records.note_step(job, answer, item.queue_s)
             self.residency.note_used(job.model, job.session, now)
         ended = self.scheduler.finish_step()
         if job.verb is Verb.SAMPLE and step is not None and job.outcome in (None, Outcome.RESULT):
@@ -348,7 +346,7 @@ class Executor:
             self._end([ended], step)
 
     def _note_loaded(self, job: Job, model: Model, answer: Answer) -> None:
-        self.metrics.loads.add(answer.elapsed_s)
+        self.records.metrics.loads.observe(answer.elapsed_s)
         now = time.monotonic()
         self.residency.note_loaded(model, _loaded(answer), answer.elapsed_s, now)
         self.residency.note_used(model.id, job.session, now)
@@ -398,43 +396,11 @@ class Executor:
         self._hand_out(WorkItem(Purpose.CLEAR, Evict(evicts), self.config.group.step_timeout_s, job, evicts=evicts))
         return True
 
-    def _note_step(self, job: Job, answer: Answer, queue_s: float) -> Stepped:
-        assert answer.done is not None
-        step = answer.done.result
-        assert isinstance(step, Stepped)
-        compute_s, collective_s = answer.done.compute_s, answer.done.collective_s
-        times = StepTimes(
-            queue_s=queue_s,
-            wire_s=max(answer.elapsed_s - compute_s - collective_s, 0.0),
-            compute_s=compute_s,
-            collective_s=collective_s,
-        )
-        for name, seconds in vars(times).items():
-            job.times[name] = job.times.get(name, 0.0) + seconds
-        # A run that lost its ranks counts anew.
-        job.skipped = step.skipped + (job.skipped if job.step else 0)
-        self.metrics.add_step(times, step.forwards, step.ranks, step.skipped)
-        if isinstance(job.body, Forward) and step.ranks == 1 and not step.skipped:
-            self.baselines.note(self._kind_of(job), job.body.arguments, compute_s)
-        self.manifest.note_plan(job.model, step.plan)
-        return step
-
-    def single_rank_s(self, job: Job) -> float | None:
-        """What a forward like this job's took on one rank, as far as one was seen."""
-        return self.baselines.of(self._kind_of(job), job.body.arguments) if isinstance(job.body, Forward) else None
-
-    def _kind_of(self, job: Job) -> str:
-        """The file and dtype: patches change no time."""
-        if job.model not in self.manifest:
-            return job.model
-        model = self.manifest.find(job.model)
-        return f"{model.path} {model.dtype}"
-
     def _end(self, jobs: Iterable[Job], step: Stepped | None = None) -> None:
         """Every job passes here at its end, once."""
         for job in jobs:
             assert job.outcome is not None
-            self.metrics.jobs_total[job.outcome.value] += 1
+            self.records.metrics.jobs_total[job.outcome.value] += 1
             self.store.unpin(job.digests, job.verb is not Verb.SAMPLE)
             self._unpin_restores(job)
             if job.verb is Verb.SAMPLE and job.outcome is not Outcome.RESULT:

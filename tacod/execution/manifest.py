@@ -47,7 +47,7 @@ class Model:
     family: str = ""
     parameters: int = 0
     weight_bytes: int = 0
-    """On each rank, besides what it shares with its base; until the ranks tell, what the file's header says."""
+    """On each rank, besides what it shares with its base; until the ranks report it, what the file's header says."""
     sampling: dict[str, Any] = field(default_factory=dict)
     """What a client has to know to begin a run: the latent's channels, and the noise process."""
     loaded_s: float = 0.0
@@ -164,10 +164,10 @@ class Manifest:
             return base
         files: dict[str, str] = {}
         resolved = [self._resolve(index, patch, files) for index, patch in enumerate(patches)]
-        said = [_contents((patch, files.get(patch.get("path", ""), ""))) for patch in resolved]
+        contents = [_contents((patch, files.get(patch.get("path", ""), ""))) for patch in resolved]
         return replace(
             base,
-            id=_name(identity, dtype, said),
+            id=_name(identity, dtype, contents),
             patches=resolved,
             files=files,
             base=base,

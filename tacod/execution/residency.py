@@ -31,8 +31,8 @@ BETWEEN_S = 0.25
 class Residency:
     """What comes and goes with the work items (`WorkItem`), as they are handed out and answered.
 
-    Patches' tensors of the models that are here make room in the store only after others. ``on_gone`` hears of each
-    model that the ranks hold no more and that isn't remembered, ``on_evicted`` of each that makes room.
+    Patches' tensors of the models that are here make room in the store only after others. ``on_gone`` is called
+    for each model that the ranks no longer hold and that isn't remembered, ``on_evicted`` for each that makes room.
     """
 
     def __init__(

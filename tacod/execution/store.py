@@ -87,13 +87,13 @@ class Store:
 
         Raises `ArgumentError`.
         """
-        for said in tensors_of(value):
-            known = self._tensors.get(said.digest or b"")
-            if said.frames is not None or known is None:
+        for named in tensors_of(value):
+            known = self._tensors.get(named.digest or b"")
+            if named.frames is not None or known is None:
                 continue
-            if (said.dtype, said.shape) != (known.dtype, known.shape):
+            if (named.dtype, named.shape) != (known.dtype, known.shape):
                 raise ArgumentError(
-                    f"a tensor is said to be {said.dtype} {list(said.shape)}, but the one of its digest is "
+                    f"a tensor is said to be {named.dtype} {list(named.shape)}, but the one of its digest is "
                     f"{known.dtype} {list(known.shape)}; name it as it was sent, or send this one",
                     argument="tensors",
                 )

@@ -43,4 +43,4 @@ class WorkItem:
     queue_s: float = 0.0
     """How long the job's step has waited for its turn."""
     progress: Progress | None = None
-    """How far a load is, as its client was told last."""
+    """How far a load is, as its client was informed last."""

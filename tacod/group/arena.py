@@ -1,8 +1,8 @@
-"""Memory that the supervisor and its ranks have in common: a work item's tensors, and after them rank 0's answer.
+"""Memory that the supervisor and its ranks share: a command's tensors, and after them those of rank 0's report.
 
 Through a socket every rank would get a copy of its own of all of them, though of the large ones it reads only a part.
-There goes a packet, which says where they lie. One work item is under way at a time, so each begins where the one
-before began, and nothing is to be managed. What the other ranks answer fits a packet: they put nothing here.
+There goes a packet, which says where they lie. One command is under way at a time, so each begins where the one
+before began, and nothing is to be managed. What the other ranks report fits a packet: they put nothing here.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ __all__ = ["PACKET_BYTES", "Arena"]
 PACKET_BYTES = 32 << 10
 """The largest packet: a unix socket takes it whole, at once and without waiting."""
 HERE, THERE = b"\0", b"\1"
-"""How a packet begins: what it tells follows, or lies in the memory because it is too long."""
+"""How a packet begins: its contents follow, or lie in the memory because they are too long."""
 PLACE = struct.Struct("<QQ")
 """Where something begins, and how much it is."""
 ALIGNED_BYTES = 64
 KEPT_BYTES = 512 << 20
-"""What stays between two work items: a step's residuals, but not a model's patches."""
+"""What stays between two commands: a step's residuals, but not a model's patches."""
 
 
 class Arena:
     """One such stretch of memory, as one process sees it; it grows as needed and ends with the last that holds it.
 
-    What was read from it is good until the next work item.
+    What was read from it is good until the next command.
     """
 
     def __init__(self, fd: int | None = None) -> None:
@@ -43,7 +43,7 @@ class Arena:
         self._memory: mmap.mmap | None = None
 
     def close(self) -> None:
-        """Let go of it."""
+        """Unmap and close it."""
         os.close(self.fd)
         self._memory = None
 
@@ -52,39 +52,39 @@ class Arena:
         _, header, *contents = wire.encode(message)
         self.end = start
         sizes = self._put(contents)
-        told = PLACE.pack(start, len(sizes)) + struct.pack(f"<{len(sizes)}Q", *sizes) + header
-        if len(told) < PACKET_BYTES:
-            return HERE + told
+        head = PLACE.pack(start, len(sizes)) + struct.pack(f"<{len(sizes)}Q", *sizes) + header
+        if len(head) < PACKET_BYTES:
+            return HERE + head
         start = self.end
-        self._put([told])
-        return THERE + PLACE.pack(start, len(told))
+        self._put([head])
+        return THERE + PLACE.pack(start, len(head))
 
     def unpack(self, packet: bytes, copy: bool = False) -> Message:
         """The message of this packet, with its tensors where they lie or, to be kept, a ``copy`` of them.
 
         Raises `ProtocolError` for what `pack` can't have made.
         """
-        kind, told = packet[:1], packet[1:]
+        kind, head = packet[:1], packet[1:]
         behind = 0
         try:
             if kind == THERE:
-                start, size = PLACE.unpack(told)
-                told = bytes(*self._get(start, [size]))
+                start, size = PLACE.unpack(head)
+                head = bytes(*self._get(start, [size]))
                 behind = self.end
             elif kind != HERE:
                 raise ProtocolError(f"a packet of kind {kind!r}")
-            start, count = PLACE.unpack_from(told)
-            sizes = struct.unpack_from(f"<{count}Q", told, PLACE.size)
+            start, count = PLACE.unpack_from(head)
+            sizes = struct.unpack_from(f"<{count}Q", head, PLACE.size)
         except struct.error as error:
             raise ProtocolError(f"a packet of {len(packet)} bytes: {error}") from None
         contents = self._get(start, sizes)
         # Who answers leaves alone what another one may still read.
         self.end = max(self.end, behind)
-        header = told[PLACE.size + 8 * count :]
+        header = head[PLACE.size + 8 * count :]
         return wire.decode([wire.PREAMBLE, header, *(map(bytes, contents) if copy else contents)])
 
     def shrink(self) -> None:
-        """Give back what a large work item took; what was read is good no longer."""
+        """Give back what a large command took; what was read is good no longer."""
         if self._memory is not None and len(self._memory) > KEPT_BYTES:
             self._memory.madvise(mmap.MADV_REMOVE, KEPT_BYTES, len(self._memory) - KEPT_BYTES)
 
@@ -101,7 +101,7 @@ class Arena:
         """What lies there, from ``start`` on."""
         places, self.end = _lay_out(start, sizes)
         if self.end > os.fstat(self.fd).st_size:
-            raise ProtocolError(f"a packet tells of {sum(sizes)} bytes at {start}, behind the memory in common")
+            raise ProtocolError(f"a packet names {sum(sizes)} bytes at {start}, behind the shared memory")
         memory = self._reach(self.end)
         return [memory[place : place + size] for place, size in zip(places, sizes, strict=True)]
 

@@ -34,7 +34,7 @@ from tacod.group.work import (
 from tacod_client.errors import EngineError, ProtocolError, TacodError
 from tacod_client.wire import Tensor
 
-__all__ = ["Answer", "RankGroup", "State"]
+__all__ = ["Answer", "GroupState", "RankGroup"]
 
 AGREE_S = 5.0
 """After one rank reports a failure, the others have this long to say the same; else they count as stuck."""
@@ -45,7 +45,7 @@ _NUMBERS = re.compile(r"0x[0-9a-f]+|\d+")
 FinalType = TypeVar("FinalType", bound=Final)
 
 
-class State(enum.Enum):
+class GroupState(enum.Enum):
     """What the group is doing."""
 
     DOWN = "down"
@@ -94,7 +94,7 @@ class RankGroup:
 
     def __init__(self, settings: config.Group, devices: list[str], folder: Path) -> None:
         self.settings = settings
-        self.state = State.DOWN
+        self.state = GroupState.DOWN
         self.restarts = 0
         self.faults: Faults | None = None
         """What goes wrong on purpose."""
@@ -125,17 +125,17 @@ class RankGroup:
 
     def spawn(self) -> None:
         """Start a new epoch of ranks; they report when they are ready."""
-        assert self.state is State.DOWN
+        assert self.state is GroupState.DOWN
         self._resident.clear()
         self._forgotten.clear()
         self._processes.spawn(self.settings, self.faults.due("start") if self.faults is not None else None)
-        self.state = State.STARTING
+        self.state = GroupState.STARTING
         self.deadline = time.monotonic() + self.settings.start_timeout_s
 
     def kill(self) -> None:
         """End all ranks at once; nothing of them remains."""
         self._processes.kill()
-        self.state = State.DOWN
+        self.state = GroupState.DOWN
         self.deadline = None
         self._current = None
 
@@ -146,13 +146,13 @@ class RankGroup:
             missing = [rank for rank in self.ranks if not self._has_answered(rank)]
             names = ", ".join(f"rank {rank.index} (pid {rank.process.pid})" for rank in missing)
             self._processes.log_stacks(missing)
-            if self.state is State.STARTING:
+            if self.state is GroupState.STARTING:
                 raise GroupLost(f"{names} not ready after {self.settings.start_timeout_s:g} s (group.start_timeout_s)")
             current = self._current
             assert current is not None
             if (raised := current.first(Raised)) is not None:
                 raise self._raised(*raised)
-            info = f"; another rank said: {current.error.message}" if current.error is not None else ""
+            info = f"; another rank reported: {current.error.message}" if current.error is not None else ""
             waited_s = now - current.started_s
             reason = f"{names} stuck: no answer to {current.command.verb} within {waited_s:.1f} s{info}"
             raise GroupLost(reason, current.error)
@@ -163,7 +163,7 @@ class RankGroup:
         return GroupLost(reason, cause=_NUMBERS.sub("#", report.what))
 
     def _has_answered(self, rank: Rank) -> bool:
-        if self.state is State.STARTING:
+        if self.state is GroupState.STARTING:
             return rank.ready
         return self._current is not None and rank.index in self._current.answers
 
@@ -172,7 +172,7 @@ class RankGroup:
 
         Raises `GroupLost` if a rank is gone.
         """
-        assert self.state is State.IDLE
+        assert self.state is GroupState.IDLE
         self._commands += 1
         self._current = _Current(self._commands, command, time.monotonic())
         envelope = Envelope(
@@ -189,7 +189,7 @@ class RankGroup:
         for rank in self.ranks:
             rank.progress, rank.begun = None, 0
             rank.send(packet)
-        self.state = State.BUSY
+        self.state = GroupState.BUSY
         self.deadline = time.monotonic() + timeout_s
 
     def forget(self, job: str) -> None:
@@ -235,7 +235,7 @@ class RankGroup:
         except ProtocolError as error:
             raise GroupLost(f"rank {rank.index} sent what can't be read ({error.message})") from None
         if isinstance(report, Ready):
-            if self.state is State.STARTING:
+            if self.state is GroupState.STARTING:
                 self._on_ready(rank, report)
                 return None
         elif current is not None and message.id == current.id and rank.index not in current.answers:
@@ -253,7 +253,7 @@ class RankGroup:
         rank.ready = True
         rank.memory_used_bytes = report.memory_used_bytes
         if all(rank.ready for rank in self.ranks):
-            self.state = State.IDLE
+            self.state = GroupState.IDLE
             self.deadline = None
 
     @property
@@ -294,7 +294,7 @@ class RankGroup:
             if not isinstance(report, Done) and self.deadline is not None:
                 self.deadline = min(self.deadline, time.monotonic() + AGREE_S)
             return None
-        self.state = State.IDLE
+        self.state = GroupState.IDLE
         self.deadline = None
         if self._processes.arena is not None:
             self._processes.arena.shrink()

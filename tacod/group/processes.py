@@ -38,7 +38,7 @@ ON_GPUS = {
 
 @dataclass
 class Rank:
-    """One process and what it last said."""
+    """One process and what it last reported."""
 
     index: int
     device: str
@@ -47,7 +47,7 @@ class Rank:
     channel: socket.socket
     """One end of a pair of unix sockets; the rank has the other."""
     ready: bool = False
-    """Whether it has said so."""
+    """Whether it has reported so."""
     mute: bool = False
     """Whether it has closed its end, which it does by ending."""
     memory_used_bytes: int = 0
@@ -57,14 +57,14 @@ class Rank:
     """Forwards of its work item that it has begun after the first."""
 
     def send(self, packet: bytes) -> None:
-        """Tell it something, without waiting. Raises `GroupLost` if it doesn't take that."""
+        """Send it a packet, without waiting. Raises `GroupLost` if it doesn't take that."""
         try:
             self.channel.send(packet, socket.MSG_DONTWAIT)
         except OSError as error:
             raise GroupLost(f"rank {self.index} (pid {self.process.pid}) is not reachable: {error}") from None
 
     def receive(self) -> bytes | None:
-        """What it has said next, or None."""
+        """Its next packet, or None."""
         if self.mute:
             return None
         try:
@@ -123,7 +123,7 @@ class Processes:
         self.devices = devices
         self.ranks: list[Rank] = []
         self.arena: Arena | None = None
-        """What they have in common with the supervisor, as long as they run."""
+        """The memory that they share with the supervisor, as long as they run."""
         self._folder = folder
         self._epoch = ""
         """In the names of their files: what one generation left is nothing to the next one."""

@@ -1,4 +1,4 @@
-"""What forwards took on one rank, as far as that was seen: what a run on several is compared with."""
+"""Times of forwards on one rank, as far as some were seen: what several ranks are compared with."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Baselines:
 
 
 def _kind(model: str, arguments: Mapping[str, Any]) -> Any:
-    """What tells how much work a forward is: its model, and the shapes of what it gets."""
+    """A key for how much work a forward is: its model, and the shapes of its arguments."""
     return model, tuple(sorted((name, _shapes(value)) for name, value in arguments.items()))
 
 

@@ -17,17 +17,16 @@ from pathlib import Path
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-from prometheus_client import CollectorRegistry, Metric, ProcessCollector, make_wsgi_app
+from prometheus_client import CollectorRegistry, Histogram, Metric, ProcessCollector, make_wsgi_app
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
-    HistogramMetricFamily,
     InfoMetricFamily,
 )
 from prometheus_client.registry import Collector
 
 from tacod.config import ConfigError
-from tacod.observe.metrics import Histogram, Metrics
+from tacod.observe.metrics import Metrics
 from tacod.serving.unix_socket import PathTaken, UnixSocket
 
 __all__ = ["STATES", "Exporter", "Reading", "families"]
@@ -48,18 +47,20 @@ class Reading:
     status: Mapping[str, Any]
     totals: Mapping[str, Any]
     part_seconds: Mapping[str, float]
-    steps: tuple[list[tuple[str, float]], float]
-    loads: tuple[list[tuple[str, float]], float]
+    steps: Metric
+    loads: Metric
 
     @classmethod
     def take(cls, status: Mapping[str, Any], totals: Mapping[str, Any], metrics: Metrics) -> Reading:
         """Copy what still changes."""
-        return cls(status, totals, dict(metrics.part_seconds), _buckets(metrics.steps), _buckets(metrics.loads))
+        return cls(status, totals, dict(metrics.part_seconds), _copy(metrics.steps), _copy(metrics.loads))
 
 
-def _buckets(histogram: Histogram) -> tuple[list[tuple[str, float]], float]:
-    bounds = [*map(repr, histogram.bounds), "+Inf"]
-    return list(zip(bounds, map(float, histogram.cumulative), strict=True)), histogram.sum
+def _copy(histogram: Histogram) -> Metric:
+    """A histogram as it is now, without the time at which it was made: that is the daemon's start."""
+    (family,) = histogram.collect()
+    family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
+    return family
 
 
 def families(reading: Reading) -> Iterator[Metric]:
@@ -90,12 +91,12 @@ def families(reading: Reading) -> Iterator[Metric]:
     for outcome, count in sorted(stats["jobs_total"].items()):
         ended.add_metric([outcome], count)
     yield ended
-    yield HistogramMetricFamily("tacod_step_seconds", "Seconds of a step, waiting included.", *reading.steps)
+    yield reading.steps
     parts = CounterMetricFamily("tacod_step_part_seconds", "Seconds of all steps, by part.", labels=["part"])
     for part, seconds in reading.part_seconds.items():
         parts.add_metric([part.removesuffix("_s")], seconds)
     yield parts
-    yield HistogramMetricFamily("tacod_load_seconds", "Seconds that loads took in the ranks.", *reading.loads)
+    yield reading.loads
 
     yield _counter("received_bytes", "Bytes from clients.", stats["rx_bytes"])
     yield _counter("sent_bytes", "Bytes to clients.", stats["tx_bytes"])

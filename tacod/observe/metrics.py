@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import bisect
 import math
 import statistics
 from collections import Counter, deque
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-__all__ = ["Histogram", "Metrics", "StepTimes"]
+from prometheus_client import Histogram
+
+__all__ = ["Metrics", "StepTimes"]
 
 
 @dataclass(frozen=True)
@@ -35,29 +35,6 @@ class StepTimes:
 PARTS = tuple(part.name for part in fields(StepTimes))
 
 
-class Histogram:
-    """How many values were at most as large as each bound, and their sum."""
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self.bounds = tuple(bounds)
-        self.sum = 0.0
-        self._counts = [0] * (len(self.bounds) + 1)
-
-    def add(self, value: float) -> None:
-        """Count one value."""
-        self._counts[bisect.bisect_left(self.bounds, value)] += 1
-        self.sum += value
-
-    @property
-    def cumulative(self) -> list[int]:
-        """For each bound the values up to it, and at the end all of them."""
-        total, counts = 0, []
-        for count in self._counts:
-            total += count
-            counts.append(total)
-        return counts
-
-
 class Metrics:
     """Totals since the daemon's start, and the times of the last `WINDOW` steps."""
 
@@ -72,9 +49,10 @@ class Metrics:
         self.retried_forwards = 0
         self.jobs_total: Counter[str] = Counter(result=0, failed=0, cancelled=0)
         self.rx_bytes = 0
-        self.steps = Histogram(self.STEP_BOUNDS)
+        self.steps_total = 0
+        self.steps = _histogram("tacod_step_seconds", "Seconds of a step, waiting included.", self.STEP_BOUNDS)
         """Seconds of every step."""
-        self.loads = Histogram(self.LOAD_BOUNDS)
+        self.loads = _histogram("tacod_load_seconds", "Seconds that loads took in the ranks.", self.LOAD_BOUNDS)
         """Seconds of every load that a rank group did, those after a restart too."""
         self.part_seconds = dict.fromkeys(PARTS, 0.0)
         """Seconds of all steps, by what they went into."""
@@ -83,7 +61,8 @@ class Metrics:
     def add_step(self, times: StepTimes, forwards: int, ranks: int, skipped: int = 0) -> None:
         """One step of a forward or sampling job is done, with so many forwards in it, some of them mostly skipped."""
         self._recent.append(times)
-        self.steps.add(times.total_s)
+        self.steps_total += 1
+        self.steps.observe(times.total_s)
         for part in PARTS:
             self.part_seconds[part] += getattr(times, part)
         self.forwards_total += forwards
@@ -111,10 +90,14 @@ class Metrics:
                 "mean": _mean(seconds),
                 "p50": _percentile(seconds, 0.50),
                 "p95": _percentile(seconds, 0.95),
-                "count": self.steps.cumulative[-1],
+                "count": self.steps_total,
             },
             **{part: _mean([getattr(step, part) for step in self._recent]) for part in PARTS},
         }
+
+
+def _histogram(name: str, text: str, bounds: tuple[float, ...]) -> Histogram:
+    return Histogram(name, text, buckets=bounds, registry=None)
 
 
 def _mean(values: list[float]) -> float:

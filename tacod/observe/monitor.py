@@ -80,7 +80,7 @@ class _Cpus:
         for pid, _ in ranks:
             busy = None
             with suppress(psutil.Error):
-                # It tells the time used since it was last asked, so the object is kept.
+                # It gives the time used since the last call, so the object is kept.
                 process = known.get(pid) or psutil.Process(pid)
                 busy = min(process.cpu_percent() / 100 / (psutil.cpu_count() or 1), 1.0)
                 self._processes[pid] = process

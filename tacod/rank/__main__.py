@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from functools import partial
 
 import torch
 
@@ -175,14 +176,11 @@ class Reporter:
 
 
 def _do(engine: Engine, envelope: Envelope) -> Final:
-    fault, rank, begun = envelope.fault, engine.topology.rank, engine.topology.clock.begun
+    fault, begun = envelope.fault, engine.topology.clock.begun
     try:
-        if fault is not None:
-            inject(fault, "before", rank, engine)
-        done = engine.work(envelope)
-        if fault is not None:
-            inject(fault, "after", rank, engine)
-        return done
+        if fault is None:
+            return engine.work(envelope)
+        return engine.work(envelope, partial(inject, fault, rank=engine.topology.rank, engine=engine))
     except TacodError as error:
         return Failed(engine.memory_used_bytes, error)
     except Exception as error:

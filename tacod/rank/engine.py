@@ -39,7 +39,7 @@ from tacod.rank.families.names import Place
 from tacod.rank.forward.graphs import Forwards
 from tacod.rank.forward.run import Call, plan_for
 from tacod.rank.forward.warmup import warm_up
-from tacod.rank.oom import let_go, shortage
+from tacod.rank.oom import clear_tracebacks, describe_oom
 from tacod.rank.parallel.topology import Topology
 from tacod.rank.sampling.sampling import Run, SampleRequest, begin
 from tacod.rank.weights.load import (
@@ -110,8 +110,8 @@ class Engine:
     def _process(self) -> psutil.Process:
         return psutil.Process()
 
-    def work(self, envelope: Envelope) -> Done:
-        """Do one command and report it.
+    def work(self, envelope: Envelope, inject: Callable[[str], None] = lambda when: None) -> Done:
+        """Do one command and report it. ``inject`` may raise ``"before"`` and ``"after"`` it, in tests.
 
         Raises a `TacodError` that every rank raises alike, or any other error, which means that this rank is broken.
         """
@@ -123,8 +123,10 @@ class Engine:
         for job in envelope.forget:
             self._end(job)
         try:
+            inject("before")
             with self.memory_errors():
                 done = self._timed(with_tensors(envelope.command, self._kept))
+            inject("after")
         finally:
             for digest in envelope.evict:
                 self._tensors.pop(digest, None)
@@ -166,14 +168,14 @@ class Engine:
         try:
             yield
         except (RuntimeError, MemoryError) as error:
-            told = shortage(error)
-            if told is None:
+            text = describe_oom(error)
+            if text is None:
                 raise
-            let_go(error)
+            clear_tracebacks(error)
             self.forwards.clear()
             self._on_device.clear()
             self._give_memory_back()
-            raise OutOfMemory(f"{told}; {hint}") from None
+            raise OutOfMemory(f"{text}; {hint}") from None
 
     def load(
         self,

@@ -43,7 +43,7 @@ def _can_go_on(engine: Engine, error: Exception, exchanges: int) -> bool:
         return False
     if engine.device.type == "cpu":
         return True
-    # A GPU's own faults stay with its process, and what it was told to exchange may be on its way.
+    # A GPU's own faults stay with its process, and what it has begun to exchange may be on its way.
     if exchanges or "CUDA" in str(error) or isinstance(error, torch.AcceleratorError):
         return False
     with suppress(Exception):

@@ -1,4 +1,4 @@
-"""What an allocator says when there is no memory, by whatever error."""
+"""Out-of-memory errors: recognised by whatever type and text they come, and described."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import traceback
 import psutil
 import torch
 
-__all__ = ["let_go", "shortage"]
+__all__ = ["clear_tracebacks", "describe_oom"]
 
 
-def shortage(error: Exception) -> str | None:
-    """What was asked for and what is free, in short; None if this error is of another kind."""
+def describe_oom(error: Exception) -> str | None:
+    """What was asked for and what is free, in short; None if this is no out-of-memory error."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError):
         # The sentences on what was tried, and on what is free; its numbers of GPUs are not those of nvidia-smi.
@@ -29,6 +29,6 @@ def shortage(error: Exception) -> str | None:
     return None
 
 
-def let_go(error: Exception) -> None:
-    """Drop what the functions that failed still hold: an error keeps their tensors alive as long as it is handled."""
+def clear_tracebacks(error: Exception) -> None:
+    """Clear the local variables of the frames that an error passed: they keep tensors alive while it is handled."""
     traceback.clear_frames(error.__traceback__)

@@ -1,4 +1,4 @@
-"""What clients may ask: one frozen model a request (docs/protocol.md)."""
+"""Bodies of clients' requests: a frozen pydantic model each (docs/protocol.md)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = [
     "Load",
     "Piece",
     "Put",
-    "Request",
+    "RequestBody",
     "Sample",
     "Unload",
     "parse",
@@ -81,17 +81,17 @@ Plan = Annotated[Any, AfterValidator(_check_extent)]
 Arguments = Annotated[dict[str, Any], AfterValidator(_check_extent)]
 
 
-class Request(BaseModel):
+class RequestBody(BaseModel):
     """A request's body: no field may lack, none may be left over."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class Empty(Request):
+class Empty(RequestBody):
     """Nothing to say beyond the message's type."""
 
 
-class Hello(Request):
+class Hello(RequestBody):
     """Open a session."""
 
     client: Name
@@ -99,20 +99,20 @@ class Hello(Request):
     version: Name
 
 
-class Put(Request):
+class Put(RequestBody):
     """Keep these tensors by content."""
 
     tensors: Annotated[list[Tensor], Field(max_length=256)]
 
 
-class BeginUpload(Request):
+class BeginUpload(RequestBody):
     """Announce a model file, by its size and the digests of its pieces."""
 
     nbytes: Annotated[int, Field(ge=1)]
     digests: Annotated[list[bytes], Field(max_length=1 << 16)]
 
 
-class Piece(Request):
+class Piece(RequestBody):
     """A piece of an announced file."""
 
     upload: Name
@@ -120,7 +120,7 @@ class Piece(Request):
     data: Tensor
 
 
-class Load(Request):
+class Load(RequestBody):
     """Make a model resident."""
 
     path: Name
@@ -129,13 +129,13 @@ class Load(Request):
     plan: Plan
 
 
-class Unload(Request):
+class Unload(RequestBody):
     """Give a model's memory back."""
 
     model: Name
 
 
-class Forward(Request):
+class Forward(RequestBody):
     """One DiT forward."""
 
     model: Name
@@ -143,7 +143,7 @@ class Forward(Request):
     arguments: Arguments
 
 
-class Sample(Request):
+class Sample(RequestBody):
     """A whole sampling run."""
 
     model: Name
@@ -158,14 +158,14 @@ class Sample(Request):
     negative: Arguments | None
 
 
-class Cancel(Request):
+class Cancel(RequestBody):
     """Cancel a job by its id, or one of this session's requests by the message id."""
 
     job: Name | None
     request: int | None
 
 
-REQUESTS: dict[str, type[Request]] = {
+REQUESTS: dict[str, type[RequestBody]] = {
     "hello": Hello,
     "bye": Empty,
     "ping": Empty,
@@ -185,7 +185,7 @@ REQUESTS: dict[str, type[Request]] = {
     "drain": Empty,
 }
 
-Kind = TypeVar("Kind", bound=Request)
+Kind = TypeVar("Kind", bound=RequestBody)
 
 
 def parse(kind: type[Kind], body: dict[str, Any]) -> Kind:

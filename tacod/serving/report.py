@@ -54,7 +54,7 @@ def totals(state: State) -> dict[str, Any]:
     """What was counted since the start; costs the daemon's loop next to nothing."""
     executor, store = state.executor, state.executor.store
     return {
-        **executor.metrics.totals(),
+        **executor.records.metrics.totals(),
         "tx_bytes": state.sessions.tx_bytes,
         "store": {"bytes": store.nbytes, "hits": store.hits, "misses": store.misses},
         "group_restarts": executor.group.restarts,
@@ -63,4 +63,4 @@ def totals(state: State) -> dict[str, Any]:
 
 def stats(state: State) -> dict[str, Any]:
     """What was, since the start, with the times of the last steps."""
-    return {**state.executor.metrics.to_wire(), **totals(state)}
+    return {**state.executor.records.metrics.to_wire(), **totals(state)}

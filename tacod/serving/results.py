@@ -47,5 +47,5 @@ def _result(executor: Executor, job: Job, step: Stepped | None) -> dict[str, Any
         "skipped": job.skipped,
         "attempts": job.attempts,
         "timing": job.times,
-        "single_rank_s": executor.single_rank_s(job),
+        "single_rank_s": executor.records.single_rank_s(job),
     }

@@ -18,7 +18,7 @@ from tacod_client.errors import TacodError
 from tacod_client.frames import receive, widen
 from tacod_client.wire import Message
 
-__all__ = ["Admit", "Answer", "Server"]
+__all__ = ["Admit", "AnswerMessage", "Server"]
 
 log = logging.getLogger(__name__)
 
@@ -27,14 +27,14 @@ MESSAGES_A_TURN = 64
 
 Admit = Callable[[], tuple[User | None, int]]
 """Admits a newcomer: its user, None if the key is no longer allowed, and its socket, 0 if that is gone."""
-Answer = Callable[[bytes, Message, Admit], None]
+AnswerMessage = Callable[[bytes, Message, Admit], None]
 """Answers a message of the client at an address. Raises a `TacodError` to refuse it."""
 
 
 class Server:
     """Takes clients' messages in, moves the ranks' work on and sends what is to be sent, a `turn` at a time."""
 
-    def __init__(self, state: State, answer: Answer) -> None:
+    def __init__(self, state: State, answer: AnswerMessage) -> None:
         self._state = state
         self._answer = answer
         self._socket = state.listener.socket
@@ -56,7 +56,7 @@ class Server:
         for session in state.sessions.flush():
             log.info("client %s (pid %d, %s) is gone", session.name, session.pid, session.user)
             state.end_session(session)
-        self._leftovers.attend(time.monotonic(), state.executor.metrics.rx_bytes + state.sessions.tx_bytes)
+        self._leftovers.attend(time.monotonic(), state.executor.records.metrics.rx_bytes + state.sessions.tx_bytes)
 
     def _patience_ms(self) -> int:
         moments = (self._next_probe_s, *self._state.executor.wakes_at)
@@ -80,7 +80,7 @@ class Server:
                 return
             peer, *frames = received
             buffers = [frame.buffer for frame in frames]
-            self._state.executor.metrics.rx_bytes += sum(len(buffer) for buffer in buffers)
+            self._state.executor.records.metrics.rx_bytes += sum(len(buffer) for buffer in buffers)
             self._on_message(peer.bytes, buffers, lambda first=peer: self._admit(first))  # type: ignore[misc]
 
     def _admit(self, first: zmq.Frame) -> tuple[User | None, int]:

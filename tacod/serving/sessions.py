@@ -1,4 +1,4 @@
-"""Clients as the daemon knows them: a token, an address, and an outbox that holds what they have not taken yet."""
+"""Clients' sessions: a token, an address, and an outbox of messages that are not sent yet."""
 
 from __future__ import annotations
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from tacod.serving.unix_socket import kind_of
 from tacod_client.errors import ModelNotAllowed, Unavailable
 
-__all__ = ["OWN", "PART", "WHOLE", "Keep", "State", "UploadFolder", "state_of"]
+__all__ = ["OWN", "PART", "WHOLE", "FileState", "Keep", "UploadFolder", "state_of"]
 
 WHOLE, PART = ".tacod.safetensors", ".tacod.part"
 OWN = re.compile(rf"([0-9a-f]{{64}})({re.escape(WHOLE)}|{re.escape(PART)})")
 """Names of what tacod puts there. Others too name files by 64 digits, hub caches do, but not so."""
 
-State = tuple[int, int, int, int]
+FileState = tuple[int, int, int, int]
 """Of a file: see `state_of`."""
 
 
@@ -221,12 +221,12 @@ class UploadFolder:
 
     def _free(self) -> int:
         """Bytes that the disk has free for this user."""
-        told = os.statvfs(self.path)
+        found = os.statvfs(self.path)
         # Some network file systems don't tell.
-        return told.f_bavail * told.f_frsize if told.f_blocks else 1 << 62
+        return found.f_bavail * found.f_frsize if found.f_blocks else 1 << 62
 
 
-def state_of(found: os.stat_result) -> State:
+def state_of(found: os.stat_result) -> FileState:
     """What changes whenever a file does, its owner's `os.utime` among that."""
     return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 

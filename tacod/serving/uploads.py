@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tacod.serving.upload_folder import OWN, PART, WHOLE, Keep, State, UploadFolder, state_of
+from tacod.serving.upload_folder import OWN, PART, WHOLE, FileState, Keep, UploadFolder, state_of
 from tacod_client.errors import ArgumentError, ModelNotAllowed, ModelNotFound, Unavailable
 from tacod_client.upload import PIECE_BYTES, upload_id
 
@@ -38,7 +38,7 @@ class Pending:
     good: set[int] = field(default_factory=set)
     todo: list[int] = field(default_factory=list)
     """Pieces that lie there and were not compared yet, the first one last."""
-    state: State | None = None
+    state: FileState | None = None
     """The part's, as it was left."""
     _first: int = 0
 
@@ -49,7 +49,7 @@ class Pending:
             self._first += 1
         return min(self._first * PIECE_BYTES, self.nbytes)
 
-    def go_by(self, state: State | None) -> None:
+    def check_against(self, state: FileState | None) -> None:
         """Take the part for what it is now: if it isn't as it was left, all that is there is to be compared."""
         if state != self.state:
             there = 0 if state is None else -(-state[1] // PIECE_BYTES)
@@ -209,7 +209,7 @@ class Uploads:
 
     def _refresh(self, name: str, pending: Pending) -> None:
         found = self._used_folder().look(name)
-        pending.go_by(None if found is None else state_of(found))
+        pending.check_against(None if found is None else state_of(found))
 
     def _compare(self, name: str, pending: Pending) -> None:
         """Compare a few of the pieces that lie there with what was announced."""

@@ -140,16 +140,16 @@ class Verbs:
             if isinstance(path, str):
                 self.state.uploads.check(path)
         model = manifest.describe(body.path, body.dtype, body.patches, body.plan, world_size)
-        told = None
+        reply = None
         if model.id in manifest:
             self.state.executor.residency.note_used(model.id, session.token, time.monotonic())
-            told = {"model": manifest.find(model.id).planned(model.asked, world_size).to_wire()}
+            reply = {"model": manifest.find(model.id).planned(model.asked, world_size).to_wire()}
         else:
             stored = replace(model, patches=self._stored(session, model.patches))
             self._submit(session, request, Verb.LOAD, model.id, stored, stored.patches)
         # Unless its patches' tensors are to come first.
         self.state.uploads.note_load(self.state.executor.files.intersection(model.file_paths))
-        return told
+        return reply
 
     def _stored(self, session: Session, patches: Any) -> Any:
         """Patches whose tensors are all in the store, and named by digest: a model may be kept for long."""

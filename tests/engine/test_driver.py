@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tacod.rank.comm import cuda_driver
 from tacod.rank.comm.cuda_driver import rows_of
-from tacod.rank.oom import shortage
+from tacod.rank.oom import describe_oom
 
 few = st.integers(1, 4)
 
@@ -59,6 +59,6 @@ def test_errors_say_what_the_driver_says(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(cuda_driver, "_library", lambda: library)
     with pytest.raises(RuntimeError, match=r"cuMemHostRegister_v2: out of memory \(2\)") as caught:
         cuda_driver.map_host(4096, 4096)
-    assert shortage(caught.value) is not None, "a lack of memory is told as such"
+    assert describe_oom(caught.value) is not None, "a lack of memory is told as such"
     with pytest.raises(RuntimeError, match="has no cuMemHostUnregister; install"):
         cuda_driver.unmap_host(4096)

@@ -12,7 +12,7 @@ import torch
 from helpers import FLUX, FP32, relative_error
 
 from tacod.checkpoint import read_checkpoint
-from tacod.group.work import Envelope, Sample, SampleStep, Stepped
+from tacod.group.work import Envelope, Evict, Sample, SampleStep, Stepped
 from tacod.rank.engine import Engine
 from tacod.rank.parallel.topology import Topology
 from tacod_client.errors import ArgumentError, OutOfMemory
@@ -133,6 +133,18 @@ def test_unloaded_with_what_was_made_of_it(engine: Engine, path: str) -> None:
     gc.collect()
     assert engine.models == {}
     assert weight() is None
+
+
+def test_a_fault_before_a_command_leaves_its_tensors_kept(engine: Engine) -> None:
+    """The supervisor counts them as sent, and names them by digest from then on."""
+    tensor = to_wire(torch.ones(3), "x").with_digest()
+
+    def fail(when: str) -> None:
+        raise RuntimeError(f"a fault {when} the command")
+
+    with pytest.raises(RuntimeError, match="a fault before the command"):
+        engine.work(Envelope(1, Evict([]), store=[tensor]), fail)
+    assert torch.equal(from_wire(engine._kept(tensor.without_bytes()), "torch"), torch.ones(3))
 
 
 def test_a_mask_for_all_images_is_one_for_each_of_a_guided_batch(engine: Engine, path: str) -> None:

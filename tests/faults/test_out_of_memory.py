@@ -45,4 +45,4 @@ def test_on_one_rank_while_another_waits_for_it(sturdy: Daemon, client: Client, 
     with pytest.raises(OutOfMemory, match=ASKED):
         FLUX.check(model)
     eventually(lambda: client.status()["group"]["restarts"] == before + 1, STEP_TIMEOUT_S, "one restart")
-    assert "another rank said: host out of memory" in sturdy.log[begin:]
+    assert "another rank reported: host out of memory" in sturdy.log[begin:]

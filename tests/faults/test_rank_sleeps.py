@@ -22,5 +22,5 @@ def test_is_found_and_replaced(sturdy: Daemon, client: Client, inject: Inject) -
     assert "stuck: no answer to forward within" in log
     # faulthandler's view of the rank that sleeps, and of the one that waits for it.
     sleeping, waiting = log.split("rank 0: ")[-1].split("rank 1: ")
-    assert "in strike" in sleeping
+    assert "in inject" in sleeping
     assert "in all_to_all" in waiting

@@ -23,7 +23,7 @@ from tacod.config import Config, Models
 from tacod.execution.executor import Executor
 from tacod.execution.manifest import Model
 from tacod.execution.scheduler import Job, Outcome, Verb
-from tacod.group.group import AGREE_S, State
+from tacod.group.group import AGREE_S, GroupState
 from tacod.group.work import Stepped
 from tacod_client.errors import (
     Cancelled,
@@ -187,7 +187,7 @@ class Events(RuleBasedStateMachine):
     @rule(error=st.sampled_from([OutOfMemory("no memory"), ModelUnsupported("a UNet")]))
     def all_fail(self, error: Any) -> None:
         pids = [rank.pid for rank in self.alive]
-        busy = self.executor.group.state is State.BUSY and all(rank.unanswered for rank in self.alive)
+        busy = self.executor.group.state is GroupState.BUSY and all(rank.unanswered for rank in self.alive)
         for index in range(RANKS):
             self.answer(index, "failed", {"error": error.to_wire()})
         self.executor.poll()
@@ -207,7 +207,7 @@ class Events(RuleBasedStateMachine):
     @rule()
     def all_raise(self) -> None:
         pids = [rank.pid for rank in self.alive]
-        busy = self.executor.group.state is State.BUSY and all(rank.unanswered for rank in self.alive)
+        busy = self.executor.group.state is GroupState.BUSY and all(rank.unanswered for rank in self.alive)
         for index in range(RANKS):
             self.answer(index, "raised", raised())
         self.executor.poll()
@@ -265,13 +265,13 @@ class Events(RuleBasedStateMachine):
             assert sorted(job.id for job in here + self.ended) == sorted(job.id for job in self.submitted)
             assert len(here) <= LIMIT
             assert all(job.attempts <= RETRIES + 1 for job in self.submitted)
-            assert sum(self.executor.metrics.jobs_total.values()) == len(self.ended)
+            assert sum(self.executor.records.metrics.jobs_total.values()) == len(self.ended)
 
     @invariant()
     def one_work_item_is_with_the_ranks(self) -> None:
         if hasattr(self, "executor"):
             executor = self.executor
-            busy = executor.group.state is State.BUSY
+            busy = executor.group.state is GroupState.BUSY
             assert busy == (executor.current is not None)
             assert executor.scheduler.running is (executor.current.job if executor.current is not None else None)
             latest = {rank.heard[-1].id for rank in self.alive if rank.heard}
@@ -303,7 +303,7 @@ class Events(RuleBasedStateMachine):
                 self.clock.now += 40 if not self.alive else 0.1
                 self.executor.poll()
                 for rank in self.alive:
-                    if not rank.unanswered and rank.greeted and self.executor.group.state is State.BUSY:
+                    if not rank.unanswered and rank.greeted and self.executor.group.state is GroupState.BUSY:
                         # It has answered already, in a way that holds the others up: their deadline ends that.
                         self.clock.now += 31
                 self.all_report_ready()
@@ -499,7 +499,7 @@ def test_a_rank_that_hangs_up_and_lives_on_is_out_of_time_at_last(walk: Walk) ->
     walk.executor.poll()  # what it left unread is an error first
     walk.executor.poll()
     assert len(before - set(walk.executor.group.sources)) == 1
-    assert walk.executor.group.state is State.BUSY
+    assert walk.executor.group.state is GroupState.BUSY
     gone = walk.alive
     walk.clock.now += CONFIG.group.load_timeout_s + 1
     walk.executor.poll()
@@ -534,7 +534,7 @@ def test_each_forward_of_a_step_has_its_own_time(walk: Walk, verb: Verb) -> None
         for _ in range(2):
             rank.say("begun", {}, walk.work.id)
     pass_by(walk, 3 * CONFIG.group.step_timeout_s)
-    assert walk.executor.group.state is State.BUSY
+    assert walk.executor.group.state is GroupState.BUSY
     walk.answer()
     assert walk.ended[-1].outcome is Outcome.RESULT
     assert walk.ended[-1].attempts == 1
@@ -545,7 +545,7 @@ def test_a_rank_that_hangs_in_a_later_forward_is_found(walk: Walk) -> None:
     for rank in ranks:
         rank.say("begun", {}, walk.work.id)
     pass_by(walk, 2 * CONFIG.group.step_timeout_s - 1)
-    assert walk.executor.group.state is State.BUSY
+    assert walk.executor.group.state is GroupState.BUSY
     pass_by(walk, 2)
     assert all(rank.reaped for rank in ranks)
 
@@ -570,7 +570,7 @@ def test_a_load_that_gets_on_has_all_the_time(walk: Walk) -> None:
             rank.say("progress", {"done": done, "total": 6}, walk.work.id)
         walk.executor.poll()
         pass_by(walk, CONFIG.group.load_timeout_s - 1)
-        assert walk.executor.group.state is State.BUSY
+        assert walk.executor.group.state is GroupState.BUSY
     for rank in ranks[:-1]:
         rank.say("progress", {"done": 6, "total": 6}, walk.work.id)
     pass_by(walk, 2)
@@ -680,7 +680,7 @@ def test_a_reload_does_not_load_again_what_is_being_loaded(tmp_path: Path) -> No
         walk.answer()
         assert walk.work.body["model"] == "other"
         walk.answer()
-        assert walk.executor.group.state is State.IDLE
+        assert walk.executor.group.state is GroupState.IDLE
         assert (walk.executor.state, ids(walk)) == ("ready", ["base", "other"])
 
 
@@ -704,7 +704,7 @@ def test_a_model_that_came_meanwhile_is_not_loaded_again(walk: Walk) -> None:
         walk.submit(Verb.LOAD, BASE, job)
     walk.answer()
     assert [(job.id, job.outcome) for job in walk.ended] == [(job, Outcome.RESULT) for job in "abc"]
-    assert walk.executor.group.state is State.IDLE
+    assert walk.executor.group.state is GroupState.IDLE
     assert ids(walk) == ["base"]
 
 
@@ -820,7 +820,7 @@ def test_a_load_for_a_turn_that_fails_has_the_client_load_again(one: Walk, error
     with pytest.raises(ModelNotFound):
         one.executor.check_model("v1")
     assert not one.executor.store._pins
-    assert one.executor.group.state is State.IDLE
+    assert one.executor.group.state is GroupState.IDLE
 
 
 def test_a_load_for_a_turn_that_finds_no_memory_makes_more_room(one: Walk) -> None:
@@ -903,7 +903,7 @@ def test_a_model_that_its_client_leaves_alone_makes_room_at_once(one: Walk) -> N
     one.answer()
     one.answer()
     one.submit(Verb.FORWARD, variant(0), "yours", b"b")
-    assert one.executor.group.state is State.IDLE
+    assert one.executor.group.state is GroupState.IDLE
     assert one.executor.wakes_at
     one.clock.now += 0.3
     one.executor.poll()
@@ -1049,7 +1049,7 @@ class Turns(RuleBasedStateMachine):
 
     @rule(kind=st.sampled_from(["done", "done", "done", "failed"]))
     def answer(self, kind: str) -> None:
-        if self.executor.group.state is State.BUSY:
+        if self.executor.group.state is GroupState.BUSY:
             self.check_work()
             short = kind == "failed" and self.walk.work.type == "load" and len(ids(self.walk)) > 2
             self.walk.answer("failed", NO_MEMORY) if short else self.walk.answer()
@@ -1128,7 +1128,7 @@ class Turns(RuleBasedStateMachine):
             self.walk.clock.now += 0.02 if self.walk.alive else 40
             self.executor.poll()
             self.walk.ready()
-            if self.executor.group.state is State.BUSY:
+            if self.executor.group.state is GroupState.BUSY:
                 self.check_work()
                 self.walk.answer()
         else:

@@ -35,7 +35,7 @@ def reading(models: int = 0, clients: int = 2) -> Reading:
     metrics = Metrics()
     metrics.add_step(StepTimes(queue_s=0.25, wire_s=0.5, compute_s=1.0, collective_s=2.0), forwards=2, ranks=RANKS)
     metrics.add_step(StepTimes(0.0, 0.0, 0.01, 0.0), forwards=1, ranks=1)
-    metrics.loads.add(7.0)
+    metrics.loads.observe(7.0)
     metrics.jobs_total["failed"] += 1
     metrics.rx_bytes = 1000
     rank = {

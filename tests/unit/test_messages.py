@@ -20,7 +20,7 @@ from tacod.serving.messages import (
     Load,
     Piece,
     Put,
-    Request,
+    RequestBody,
     Sample,
     parse,
 )
@@ -43,7 +43,7 @@ SAMPLE = {
     "positive": {},
     "negative": None,
 }
-GOOD: list[tuple[type[Request], dict[str, Any]]] = [
+GOOD: list[tuple[type[RequestBody], dict[str, Any]]] = [
     (Hello, HELLO),
     (Empty, {}),
     (Put, {"tensors": []}),
@@ -59,7 +59,7 @@ GOOD: list[tuple[type[Request], dict[str, Any]]] = [
     (Cancel, {"job": "1", "request": None}),
     (Cancel, {"job": None, "request": 1}),
 ]
-BAD: list[tuple[type[Request], dict[str, Any], str]] = [
+BAD: list[tuple[type[RequestBody], dict[str, Any], str]] = [
     (Hello, {**HELLO, "pid": True}, "pid"),
     (Hello, {**HELLO, "pid": "7"}, "pid"),
     (Hello, {**HELLO, "pid": 7.0}, "pid"),
@@ -107,12 +107,12 @@ BAD: list[tuple[type[Request], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("kind", "body"), GOOD)
-def test_sound_body_is_taken_as_it_is(kind: type[Request], body: dict[str, Any]) -> None:
+def test_sound_body_is_taken_as_it_is(kind: type[RequestBody], body: dict[str, Any]) -> None:
     assert dict(parse(kind, body)) == body
 
 
 @pytest.mark.parametrize(("kind", "body", "field"), BAD)
-def test_fault_is_told_by_the_fields_name(kind: type[Request], body: dict[str, Any], field: str) -> None:
+def test_fault_is_told_by_the_fields_name(kind: type[RequestBody], body: dict[str, Any], field: str) -> None:
     with pytest.raises(ArgumentError) as caught:
         parse(kind, body)
     assert caught.value.argument == field
@@ -121,7 +121,7 @@ def test_fault_is_told_by_the_fields_name(kind: type[Request], body: dict[str, A
 
 
 @pytest.mark.parametrize("kind", REQUESTS.values(), ids=REQUESTS)
-def test_no_field_may_lack(kind: type[Request]) -> None:
+def test_no_field_may_lack(kind: type[RequestBody]) -> None:
     sound = next(body for each, body in GOOD if each is kind) if kind is not REQUESTS["unload"] else {"model": "id"}
     for field in kind.model_fields:
         with pytest.raises(ArgumentError, match="field required") as caught:

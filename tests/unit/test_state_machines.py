@@ -25,7 +25,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tacod.config import Config
 from tacod.daemon import assemble
 from tacod.execution.manifest import Model
-from tacod.group.group import State
+from tacod.group.group import GroupState
 from tacod.serving import sessions as sessions_module
 from tacod.serving import verbs as verbs_module
 from tacod.serving.access import User
@@ -373,7 +373,7 @@ class Events(RuleBasedStateMachine):
         waiting = {work.id for rank in self.alive for work in rank.unanswered}
         assert len(waiting) <= 1
         if waiting:
-            assert self.state.executor.group.state is State.BUSY
+            assert self.state.executor.group.state is GroupState.BUSY
 
     @invariant()
     def bounds_are_kept(self) -> None:

@@ -68,15 +68,15 @@ def run(args: argparse.Namespace) -> int:
     endpoint, findings = _engine(args)
     endpoint = getattr(args, "endpoint", None) or endpoint or find_endpoint()
     findings += _socket(endpoint)
-    told = None
+    reply = None
     try:
         with Client(endpoint, timeout_s=3.0, reconnect_s=3.0) as client:
-            told, stats = client.status(), client.stats()
-        findings += _daemon(told, stats)
+            reply, stats = client.status(), client.stats()
+        findings += _daemon(reply, stats)
     except TacodError as error:
         message, _, advice = error.message.partition("; ")
         findings.append(fail("daemon", message, advice or "see its log: `journalctl -u tacod`"))
-    findings += _system(told["pid"] if told else None)
+    findings += _system(reply["pid"] if reply else None)
     states = [finding.state for finding in findings]
     if "json" in args:
         worst = next(state for state in ("fail", "warn", "ok") if state in states)
@@ -119,7 +119,7 @@ def _engine(args: argparse.Namespace) -> tuple[str | None, list[Finding]]:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=PATIENCE_S, check=False
         )
-        told = json.loads(done.stdout)
+        reply = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
         advice = "a GPU or its driver may be stuck: see `nvidia-smi` and `dmesg`"
         return None, [fail("engine", f"the look at GPUs and packages did not end within {PATIENCE_S:g} s", advice)]
@@ -127,7 +127,7 @@ def _engine(args: argparse.Namespace) -> tuple[str | None, list[Finding]]:
         last = (done.stderr.strip().splitlines() or ["no word"])[-1]
         advice = "run `python -m tacod.tools.doctor` to see all of it"
         return None, [fail("engine", f"the look at GPUs and packages ended with {done.returncode}: {last}", advice)]
-    return told["endpoint"] if args.config else None, [Finding(**found) for found in told["findings"]]
+    return reply["endpoint"] if args.config else None, [Finding(**found) for found in reply["findings"]]
 
 
 # --- the daemon -------------------------------------------------------------------------------------------------------

@@ -186,7 +186,7 @@ def uninstall(service: Service) -> None:
 
 @contextlib.contextmanager
 def _told() -> Iterator[None]:
-    """Errors of the file system, told as ours."""
+    """Errors of the file system as ours."""
     try:
         yield
     except BrokenPipeError:

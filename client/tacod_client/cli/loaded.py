@@ -14,25 +14,25 @@ __all__ = ["check_size", "find", "find_or_load", "the_one"]
 
 
 def find(client: Client, start: str) -> dict[str, Any] | None:
-    """What the daemon tells of the loaded model whose id begins so; None if there is no such model.
+    """The daemon's description of the loaded model whose id begins so; None if there is no such model.
 
     Raises `ModelNotFound` for what several ids begin with, and for an empty text, with which all do.
     """
     if not start:
         raise ModelNotFound("an empty id stands for no model; `tacoctl models` lists them", model=start)
-    found = [told for told in client.models() if told["id"].startswith(start)]
+    found = [reply for reply in client.models() if reply["id"].startswith(start)]
     if len(found) > 1:
-        ids = ", ".join(told["id"] for told in found[:8])
+        ids = ", ".join(reply["id"] for reply in found[:8])
         raise ModelNotFound(f"{start!r} is not unique: {ids}; give more of the id", model=start)
     return found[0] if found else None
 
 
 def the_one(client: Client, start: str) -> dict[str, Any]:
     """As `find`; there must be one."""
-    told = find(client, start)
-    if told is None:
+    reply = find(client, start)
+    if reply is None:
         raise ModelNotFound(f"{start!r} is no loaded model; `tacoctl models` lists them", model=start)
-    return told
+    return reply
 
 
 def find_or_load(client: Client, name: str, quiet: bool) -> Model:
@@ -40,9 +40,9 @@ def find_or_load(client: Client, name: str, quiet: bool) -> Model:
 
     One that comes from a file loads itself again if the daemon has forgotten it, one that is known by its id can't.
     """
-    told = find(client, name)
-    if told is not None:
-        return client.model(told["id"])
+    reply = find(client, name)
+    if reply is not None:
+        return client.model(reply["id"])
     with show.loading(quiet) as progress:
         return client.load(name, progress=progress)
 

@@ -149,32 +149,35 @@ def counting(total: int, quiet: bool = False) -> Iterator[Callable[[], None]]:
         yield lambda: bar.advance(task)
 
 
-def status(told: dict[str, Any]) -> Any:
+def status(reply: dict[str, Any]) -> Any:
     """``tacoctl status``."""
-    group, queue = told["group"], told["queue"]
+    group, queue = reply["group"], reply["queue"]
     lines = [
-        ("tacod", f"{told['state']}, version {told['version']}, pid {told['pid']}, up {duration(told['uptime_s'])}"),
-        ("endpoint", told["endpoint"]),
+        (
+            "tacod",
+            f"{reply['state']}, version {reply['version']}, pid {reply['pid']}, up {duration(reply['uptime_s'])}",
+        ),
+        ("endpoint", reply["endpoint"]),
         ("group", f"{group['world_size']} ranks on {group['device']}, {group['restarts']} restarts"),
         ("queue", f"{queue['running']} running, {queue['queued']} queued"),
-        ("clients", str(told["clients"])),
+        ("clients", str(reply["clients"])),
     ]
     ranks = Columns(
         ("rank", "pid", "device", "memory"),
         ((rank["rank"], rank["pid"], rank["device"], size(rank["memory_used_bytes"])) for rank in group["ranks"]),
     )
-    return Group(Facts(lines), Text(), ranks, Text(), models(told["models"]))
+    return Group(Facts(lines), Text(), ranks, Text(), models(reply["models"]))
 
 
-def loaded(told: dict[str, Any], elapsed_s: float) -> str:
+def loaded(reply: dict[str, Any], elapsed_s: float) -> str:
     """``tacoctl load``."""
-    lines = [f"{told['id']}  {told['name']}: {told['family']}, ready in {elapsed_s:.1f} s"]
-    return "\n".join([*lines, *(f"a patch was left out: {printable(note)}" for note in told.get("notes", ()))])
+    lines = [f"{reply['id']}  {reply['name']}: {reply['family']}, ready in {elapsed_s:.1f} s"]
+    return "\n".join([*lines, *(f"a patch was left out: {printable(note)}" for note in reply.get("notes", ()))])
 
 
-def models(told: list[dict[str, Any]]) -> Any:
+def models(reply: list[dict[str, Any]]) -> Any:
     """``tacoctl models``."""
-    if not told:
+    if not reply:
         return Text("no model is loaded")
     return Columns(
         ("model", "name", "family", "parameters", "memory", "patches", "dtype", "loaded in", "plan"),
@@ -190,15 +193,15 @@ def models(told: list[dict[str, Any]]) -> Any:
                 f"{model['loaded_s']:.1f} s",
                 model["plan"],
             )
-            for model in told
+            for model in reply
         ),
         long=("name", "plan"),
     )
 
 
-def jobs(told: list[dict[str, Any]]) -> Any:
+def jobs(reply: list[dict[str, Any]]) -> Any:
     """``tacoctl ps``."""
-    if not told:
+    if not reply:
         return Text("nothing is running or queued")
     return Columns(
         ("job", "verb", "state", "step", "model", "client", "age"),
@@ -212,28 +215,28 @@ def jobs(told: list[dict[str, Any]]) -> Any:
                 job["client"] or "gone",
                 duration(job["age_s"]),
             )
-            for job in told
+            for job in reply
         ),
         long=("client",),
     )
 
 
-def stats(told: dict[str, Any]) -> Any:
+def stats(reply: dict[str, Any]) -> Any:
     """``tacoctl stats``."""
-    step, outcomes = told["step_s"], told["jobs_total"]
+    step, outcomes = reply["step_s"], reply["jobs_total"]
     lines = [
         (
             "forwards",
-            f"{told['forwards_total']}, {told['parallel_forwards_total']} of them on several ranks"
-            + (f", {skipped} mostly skipped" if (skipped := told.get("skipped_forwards_total")) else ""),
+            f"{reply['forwards_total']}, {reply['parallel_forwards_total']} of them on several ranks"
+            + (f", {skipped} mostly skipped" if (skipped := reply.get("skipped_forwards_total")) else ""),
         ),
         ("jobs", ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())),
-        ("retried", f"{told['retried_forwards']} forwards, {told['group_restarts']} group restarts"),
-        ("traffic", f"{size(told['rx_bytes'])} in, {size(told['tx_bytes'])} out"),
-        ("store", f"{size(told['store']['bytes'])}, {told['store']['hits']} hits, {told['store']['misses']} misses"),
+        ("retried", f"{reply['retried_forwards']} forwards, {reply['group_restarts']} group restarts"),
+        ("traffic", f"{size(reply['rx_bytes'])} in, {size(reply['tx_bytes'])} out"),
+        ("store", f"{size(reply['store']['bytes'])}, {reply['store']['hits']} hits, {reply['store']['misses']} misses"),
         ("step", f"mean {ms(step['mean'])}, p50 {ms(step['p50'])}, p95 {ms(step['p95'])} over {step['count']}"),
     ]
-    parts = [(name.removesuffix("_s"), told[name]) for name in ("queue_s", "wire_s", "compute_s", "collective_s")]
+    parts = [(name.removesuffix("_s"), reply[name]) for name in ("queue_s", "wire_s", "compute_s", "collective_s")]
     whole = sum(seconds for _, seconds in parts) or 1.0
     split = Columns(
         ("of a step", "mean", "share"),
@@ -242,16 +245,16 @@ def stats(told: dict[str, Any]) -> Any:
     return Group(Facts(lines), Text(), split)
 
 
-def bench(told: dict[str, Any]) -> Any:
+def bench(reply: dict[str, Any]) -> Any:
     """``tacoctl bench``."""
-    model, parts = told["model"], ("queue", "wire", "compute", "collective")
+    model, parts = reply["model"], ("queue", "wire", "compute", "collective")
     lines = [
         ("model", f"{model['name']}, {model['family']}, {model['dtype']}"),
-        ("forward", f"batch {told['batch']}, {told['text']} text tokens, median of {told['rounds']}"),
-        *((row["size"], row["plan"]) for row in told["sizes"]),
+        ("forward", f"batch {reply['batch']}, {reply['text']} text tokens, median of {reply['rounds']}"),
+        *((row["size"], row["plan"]) for row in reply["sizes"]),
     ]
     table = Columns(
-        ("size", "one rank", f"{told['ranks']} ranks", "speed-up", "error", *parts, "bound by"),
+        ("size", "one rank", f"{reply['ranks']} ranks", "speed-up", "error", *parts, "bound by"),
         (
             (
                 row["size"],
@@ -262,7 +265,7 @@ def bench(told: dict[str, Any]) -> Any:
                 *(ms(row["split"][f"{part}_s"]) for part in parts),
                 row["bound"],
             )
-            for row in told["sizes"]
+            for row in reply["sizes"]
         ),
         long=("bound by",),
     )
@@ -318,16 +321,16 @@ class Wrapped:
 class Facts:
     """Names and values, one a line; where that is too narrow, a value goes below its name."""
 
-    def __init__(self, told: Iterable[tuple[str, Any]]) -> None:
-        self.told = [(name, Wrapped(value)) for name, value in told]
+    def __init__(self, facts: Iterable[tuple[str, Any]]) -> None:
+        self.facts = [(name, Wrapped(value)) for name, value in facts]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = options.max_width
-        indent = max((len(name) for name, _ in self.told), default=0) + len(_GAP)
-        below = width - indent < _LEAST_WIDTH and any(indent + value.text.cell_len > width for _, value in self.told)
+        indent = max((len(name) for name, _ in self.facts), default=0) + len(_GAP)
+        below = width - indent < _LEAST_WIDTH and any(indent + value.text.cell_len > width for _, value in self.facts)
         if below:
             indent = len(_GAP)
-        for name, value in self.told:
+        for name, value in self.facts:
             head = Text(name, "bold")
             lines = value.lines(console, max(width - indent, 1))
             if below:

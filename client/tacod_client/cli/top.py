@@ -34,29 +34,29 @@ def run(args: argparse.Namespace) -> int:
     endpoint = find_endpoint(getattr(args, "endpoint", None))
     looks = _looks(endpoint)
     if args.once:
-        told = next(looks)
-        if told["error"] is not None:
-            raise ConnectionFailed(told["error"])
-        _print(args, told)
+        look = next(looks)
+        if look["error"] is not None:
+            raise ConnectionFailed(look["error"])
+        _print(args, look)
         return 0
     with suppress(KeyboardInterrupt):
         if "json" in args or not sys.stdout.isatty():
-            for told in looks:
-                _print(args, told)
+            for look in looks:
+                _print(args, look)
                 time.sleep(args.interval)
         screen = Live(console=show.console(), screen=True, auto_refresh=False, vertical_overflow="ellipsis")
         with stdout(), screen as display:
-            for told in looks:
-                display.update(Group(frame(told), Text("\nCtrl-C ends this", "dim")), refresh=True)
+            for look in looks:
+                display.update(Group(frame(look), Text("\nCtrl-C ends this", "dim")), refresh=True)
                 time.sleep(args.interval)
     return 0
 
 
-def _print(args: argparse.Namespace, told: dict[str, Any]) -> None:
+def _print(args: argparse.Namespace, look: dict[str, Any]) -> None:
     if "json" in args:
-        document(told, indent=2 if args.once else None)
+        document(look, indent=2 if args.once else None)
     else:
-        show.out(frame(told))
+        show.out(frame(look))
 
 
 def _looks(endpoint: str) -> Iterator[dict[str, Any]]:
@@ -64,20 +64,20 @@ def _looks(endpoint: str) -> Iterator[dict[str, Any]]:
     client: Client | None = None
     before: dict[str, Any] | None = None
     while True:
-        told: dict[str, Any] = {"time": time.time(), "endpoint": endpoint, "error": None, "rates": None}
+        look: dict[str, Any] = {"time": time.time(), "endpoint": endpoint, "error": None, "rates": None}
         try:
             if client is None:
                 client = Client(endpoint, timeout_s=PATIENCE_S, reconnect_s=PATIENCE_S)
-            told.update(status=client.status(), stats=client.stats(), jobs=client.jobs())
-            told["rates"] = _rates(before, told)
-            before = told
+            look.update(status=client.status(), stats=client.stats(), jobs=client.jobs())
+            look["rates"] = _rates(before, look)
+            before = look
         except TacodError as error:
-            told = {"time": told["time"], "endpoint": endpoint, "error": error.message}
+            look = {"time": look["time"], "endpoint": endpoint, "error": error.message}
             before = None
             if client is not None:
                 client.close()
                 client = None
-        yield told
+        yield look
 
 
 def _rates(before: dict[str, Any] | None, now: dict[str, Any]) -> dict[str, float] | None:
@@ -91,16 +91,16 @@ def _rates(before: dict[str, Any] | None, now: dict[str, Any]) -> dict[str, floa
     return {rate: (now["stats"][key] - before["stats"][key]) / elapsed_s for rate, key in keys.items()}
 
 
-def frame(told: dict[str, Any]) -> Any:
+def frame(look: dict[str, Any]) -> Any:
     """One look as text."""
-    clock = time.strftime("%H:%M:%S", time.localtime(told["time"]))
-    if told["error"] is not None:
+    clock = time.strftime("%H:%M:%S", time.localtime(look["time"]))
+    if look["error"] is not None:
         head = Text.assemble(("tacod", "bold"), "  ", ("not reachable, trying", "bold red"), f"  {clock}")
-        return Group(head, show.text(told["error"]))
-    status, stats = told["status"], told["stats"]
-    parts = [_head(status, clock), Text(), _ranks(status["group"]), Text(), *_work(status, stats, told["rates"])]
-    if told["jobs"]:
-        parts += [Text(), _jobs(told["jobs"])]
+        return Group(head, show.text(look["error"]))
+    status, stats = look["status"], look["stats"]
+    parts = [_head(status, clock), Text(), _ranks(status["group"]), Text(), *_work(status, stats, look["rates"])]
+    if look["jobs"]:
+        parts += [Text(), _jobs(look["jobs"])]
     if status["models"]:
         parts += [Text(), _models(status["models"])]
     return Group(*parts)

@@ -68,9 +68,9 @@ def _load(args: argparse.Namespace) -> None:
         started = time.perf_counter()
         with show.loading(quiet="json" in args) as progress:
             model = client.load(args.path, patches=_loras(args), dtype=args.dtype, progress=progress)
-        told = loaded.the_one(client, model.id)
+        reply = loaded.the_one(client, model.id)
         elapsed_s = time.perf_counter() - started
-        _print(args, told, lambda told: show.loaded(told, elapsed_s))
+        _print(args, reply, lambda reply: show.loaded(reply, elapsed_s))
 
 
 def _loras(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -81,7 +81,7 @@ def _unload(args: argparse.Namespace) -> None:
     with _client(args) as client:
         model = str(loaded.the_one(client, args.model)["id"])
         client.unload(model)
-        _print(args, {"model": model}, lambda told: f"{told['model']} unloaded")
+        _print(args, {"model": model}, lambda reply: f"{reply['model']} unloaded")
 
 
 def _ps(args: argparse.Namespace) -> None:
@@ -92,14 +92,14 @@ def _ps(args: argparse.Namespace) -> None:
 def _cancel(args: argparse.Namespace) -> None:
     with _client(args) as client:
         state = client.cancel(args.job)
-        _print(args, {"job": args.job, "state": state}, lambda told: f"{told['job']} {told['state']}")
+        _print(args, {"job": args.job, "state": state}, lambda reply: f"{reply['job']} {reply['state']}")
 
 
 def _ping(args: argparse.Namespace) -> None:
     with _client(args) as client:
         seconds = client.ping()
-        told = {"endpoint": client.endpoint, "round_trip_s": seconds}
-        _print(args, told, lambda told: f"{told['endpoint']}: {seconds * 1000:.2f} ms")
+        reply = {"endpoint": client.endpoint, "round_trip_s": seconds}
+        _print(args, reply, lambda reply: f"{reply['endpoint']}: {seconds * 1000:.2f} ms")
 
 
 def _install_service(args: argparse.Namespace) -> None:
@@ -117,14 +117,14 @@ def _install_service(args: argparse.Namespace) -> None:
 def _reload(args: argparse.Namespace) -> None:
     with _client(args) as client:
         changed = client.reload()
-    _print(args, {"changed": changed}, lambda told: "changed: " + (", ".join(told["changed"]) or "nothing"))
+    _print(args, {"changed": changed}, lambda reply: "changed: " + (", ".join(reply["changed"]) or "nothing"))
 
 
 def _drain(args: argparse.Namespace) -> None:
     with _client(args) as client:
         jobs = client.drain()
         drained = client.boot_id
-        _print(args, {"jobs": jobs}, lambda told: f"draining: {told['jobs']} jobs to end")
+        _print(args, {"jobs": jobs}, lambda reply: f"draining: {reply['jobs']} jobs to end")
     while args.wait and _boot_id(args) == drained:
         time.sleep(0.2)
 
@@ -140,13 +140,13 @@ def _boot_id(args: argparse.Namespace) -> str | None:
 
 
 def _version(args: argparse.Namespace) -> None:
-    told: dict[str, Any] = {"tacoctl": __version__, "tacod": None}
+    reply: dict[str, Any] = {"tacoctl": __version__, "tacod": None}
     try:
         with Client(getattr(args, "endpoint", None), timeout_s=1.0, reconnect_s=0.0) as client:
-            told["tacod"] = client.status()["version"]
+            reply["tacod"] = client.status()["version"]
     except ConnectionFailed:
         pass
-    _print(args, told, lambda told: f"tacoctl {told['tacoctl']}\ntacod {told['tacod'] or 'not reachable'}")
+    _print(args, reply, lambda reply: f"tacoctl {reply['tacoctl']}\ntacod {reply['tacod'] or 'not reachable'}")
 
 
 def _sample(args: argparse.Namespace) -> None:
@@ -192,7 +192,7 @@ def _completion(args: argparse.Namespace) -> None:
     import shtab
 
     script = shtab.complete(parser(), shell=args.shell)
-    _print(args, {"shell": args.shell, "script": script}, lambda told: told["script"])
+    _print(args, {"shell": args.shell, "script": script}, lambda reply: reply["script"])
 
 
 _VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {

@@ -14,7 +14,7 @@ from tacod.rank.families.base import DiT
 from tacod.rank.families.inputs import Argument, Inputs
 from tacod.rank.forward.graphs import Forwards
 from tacod.rank.forward.run import Call, run
-from tacod.rank.oom import let_go, shortage
+from tacod.rank.oom import clear_tracebacks, describe_oom
 from tacod.rank.parallel.topology import Topology
 from tacod_client.errors import ArgumentError
 
@@ -62,10 +62,10 @@ def _fits_alone(dit: DiT, topology: Topology, inputs: Inputs, shape: Shape) -> b
         try:
             run(Call(dit, Plan(Layout(1, 1, 1), 1, shape), inputs), Topology())
         except (RuntimeError, MemoryError) as error:
-            if shortage(error) is None:
+            if describe_oom(error) is None:
                 raise
             fits = False
-            let_go(error)
+            clear_tracebacks(error)
             torch.cuda.empty_cache()
     return topology.everyone.agree(fits)
 

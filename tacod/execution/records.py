@@ -1,0 +1,54 @@
+"""What jobs' steps and loads took: the daemon's metrics, and the times on one rank that speed-ups are told by."""
+
+from __future__ import annotations
+
+from tacod.execution.manifest import Manifest
+from tacod.execution.scheduler import Job
+from tacod.group.group import Answer
+from tacod.group.work import Forward, Stepped
+from tacod.observe.baselines import Baselines
+from tacod.observe.metrics import Metrics, StepTimes
+
+__all__ = ["Records"]
+
+
+class Records:
+    """Takes down each step: in the job, in the metrics, and its plan in the manifest."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.metrics = Metrics()
+        self._baselines = Baselines()
+        self._manifest = manifest
+
+    def note_step(self, job: Job, answer: Answer, queue_s: float) -> Stepped:
+        """A step of a forward or sampling job is done; it had waited ``queue_s`` for its turn. Returns its result."""
+        assert answer.done is not None
+        step = answer.done.result
+        assert isinstance(step, Stepped)
+        compute_s, collective_s = answer.done.compute_s, answer.done.collective_s
+        times = StepTimes(
+            queue_s=queue_s,
+            wire_s=max(answer.elapsed_s - compute_s - collective_s, 0.0),
+            compute_s=compute_s,
+            collective_s=collective_s,
+        )
+        for name, seconds in vars(times).items():
+            job.times[name] = job.times.get(name, 0.0) + seconds
+        # A run that lost its ranks counts anew.
+        job.skipped = step.skipped + (job.skipped if job.step else 0)
+        self.metrics.add_step(times, step.forwards, step.ranks, step.skipped)
+        if isinstance(job.body, Forward) and step.ranks == 1 and not step.skipped:
+            self._baselines.note(self._kind_of(job), job.body.arguments, compute_s)
+        self._manifest.note_plan(job.model, step.plan)
+        return step
+
+    def single_rank_s(self, job: Job) -> float | None:
+        """What a forward like this job's took on one rank, in seconds; None if none was seen."""
+        return self._baselines.of(self._kind_of(job), job.body.arguments) if isinstance(job.body, Forward) else None
+
+    def _kind_of(self, job: Job) -> str:
+        """The file and dtype: patches change no time."""
+        if job.model not in self._manifest:
+            return job.model
+        model = self._manifest.find(job.model)
+        return f"{model.path} {model.dtype}"
