@@ -8,7 +8,18 @@ from typing import Any
 from tacod.checkpoint import TensorInfo
 from tacod_client.errors import ModelUnsupported
 
-__all__ = ["choice", "count_blocks", "fixed", "integer", "number", "shape_of", "width_of_heads"]
+__all__ = [
+    "choice",
+    "count_blocks",
+    "fixed",
+    "integer",
+    "number",
+    "optional_integer",
+    "optional_number",
+    "rope_axes",
+    "shape_of",
+    "width_of_heads",
+]
 
 
 def integer(
@@ -53,6 +64,16 @@ def number(config: Mapping[str, Any], key: str, default: float | None = None) ->
     return float(value)
 
 
+def optional_integer(config: Mapping[str, Any], key: str, least: int = 1) -> int | None:
+    """A whole number, or None where a configuration has none; raises `ModelUnsupported`, naming the key."""
+    return None if config.get(key) is None else integer(config, key, least=least)
+
+
+def optional_number(config: Mapping[str, Any], key: str) -> float | None:
+    """A number above 0, or None where a configuration has none; raises `ModelUnsupported`, naming the key."""
+    return None if config.get(key) is None else number(config, key)
+
+
 def fixed(config: Mapping[str, Any], **values: Any) -> None:
     """Raise `ModelUnsupported`, naming the key, where a configuration says something else than these values."""
     for key, value in values.items():
@@ -65,3 +86,17 @@ def width_of_heads(config: Mapping[str, Any], width_key: str, heads_key: str) ->
     if width % heads:
         raise ModelUnsupported(f"config key {heads_key!r} is {heads}; it must divide {width_key!r}, which is {width}")
     return width, heads
+
+
+def rope_axes(config: Mapping[str, Any], key: str, count: int, head_width: int) -> list[int]:
+    """How many channels of a head each axis of the positions turns; raises `ModelUnsupported`, naming the key."""
+    axes = config.get(key)
+    if not isinstance(axes, list) or len(axes) != count or any(type(n) is not int or n < 0 or n % 2 for n in axes):
+        numbers = {2: "two", 3: "three", 4: "four"}[count]
+        raise ModelUnsupported(f"config key {key!r} is {axes!r:.80}; expected {numbers} even numbers")
+    if sum(axes) != head_width:
+        raise ModelUnsupported(
+            f"config key {key!r} is {axes}, which sums to {sum(axes)}; it must sum to the width of a head, "
+            f"which is {head_width} (the width of a token over the number of heads)"
+        )
+    return axes

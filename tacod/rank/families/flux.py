@@ -1,13 +1,11 @@
 """Flux.1 (Black Forest Labs): dev, schnell, Kontext, and those that take more channels (Fill, Canny, Depth).
 
-Double blocks after the MMDiT of Esser et al., 2024 (arXiv:2403.03206), single blocks after Dehghani et al., 2023
-(arXiv:2302.05442), rotary positions after Su et al., 2021 (arXiv:2104.09864). Parameters are named as in the authors'
-files (black-forest-labs/flux, Apache-2.0).
+Parameters are named as in the authors' files (black-forest-labs/flux, Apache-2.0).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -17,103 +15,29 @@ from torch.nn import functional
 from tacod.checkpoint import TensorInfo
 from tacod.rank.families import kit
 from tacod.rank.families.base import DiT, LatentFormat
-from tacod.rank.families.config import choice, count_blocks, fixed, integer, number, shape_of, width_of_heads
+from tacod.rank.families.config import (
+    choice,
+    count_blocks,
+    fixed,
+    integer,
+    number,
+    rope_axes,
+    shape_of,
+    width_of_heads,
+)
 from tacod.rank.families.inputs import Argument, Number, Numbers, Residuals, Spec
 from tacod.rank.families.names import Names
 from tacod.rank.families.noise import Flow
-from tacod.rank.families.stream import ForwardPass, Stream
-from tacod.rank.ops.linear import linear_gelu, split_inputs, split_outputs
-from tacod.rank.ops.qkv import QKV, QKNorm
-from tacod_client.errors import ArgumentError, ModelUnsupported
+from tacod.rank.families.stream import ForwardPass
+from tacod_client.errors import ArgumentError
 
 __all__ = ["Flux"]
 
-_METHODS = ("offset", "index", "uxo")
 _METHODS_OF_OTHERS = {"index_timestep_zero": "offset"}
 """What ComfyUI's menu offers for other models, and what Flux.1 made of it up to 0.16; since then it fails with it."""
-_ROPE_OPTIONS = ("scale_x", "scale_y", "scale_t", "shift_x", "shift_y", "shift_t")
 _QK_NORM_EPS = 1e-6
 """The authors', which ComfyUI had up to 0.13; since then it has PyTorch's smallest step, 1.2e-7 (docs/comfyui.md)."""
-_QK_NORMS = "query_norm.scale", "key_norm.scale"
 _EMBEDDER = "in_layer", "out_layer"
-
-
-class DoubleBlock(nn.Module):
-    """Text and image, each with its own weights, in one attention."""
-
-    img_mod: kit.Modulation
-    img_attn: kit.SelfAttention
-    img_mlp: nn.Sequential
-    txt_mod: kit.Modulation
-    txt_attn: kit.SelfAttention
-    txt_mlp: nn.Sequential
-
-    def __init__(self, width: int, heads: int, hidden: int, bias: bool) -> None:
-        super().__init__()
-        norms = "norm.query_norm.scale", "norm.key_norm.scale"
-        for stream in ("img", "txt"):
-            self.add_module(f"{stream}_mod", kit.Modulation(width, 6 * width))
-            attention = kit.SelfAttention(width, heads, norm="head", norms=norms, bias=bias)
-            self.add_module(f"{stream}_attn", attention)
-            mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
-            self.add_module(f"{stream}_mlp", mlp)
-
-    def forward(self, f: ForwardPass) -> None:
-        """Text and image one block further."""
-        text, image = f.modulation(self.txt_mod.linear, 6), f.modulation(self.img_mod.linear, 6)
-        attention = f.attend(
-            (f.text, lambda: self.txt_attn(f.text.normed(*text[:2]), f.text.rotation, f.epsilon)),
-            (f.image, lambda: self.img_attn(f.image.normed(*image[:2]), f.image.rotation, f.epsilon)),
-            mask=f.mask,
-        )
-        to_text, to_image = attention.wait()
-        self._after(f.image, image, self.img_attn, to_image, self.img_mlp)
-        self._after(f.text, text, self.txt_attn, to_text, self.txt_mlp)
-
-    @staticmethod
-    def _after(stream: Stream, modulation: Sequence[Tensor], attention: Any, attended: Tensor, mlp: Any) -> None:
-        stream.add(modulation[2], attention.project(attended))
-        stream.add(modulation[5], kit.feed_forward(mlp[0], mlp[2], stream.normed(*modulation[3:5])))
-
-
-class SingleBlock(nn.Module):
-    """Attention and feed-forward side by side, on text and image as one sequence."""
-
-    def __init__(self, width: int, heads: int, hidden: int) -> None:
-        super().__init__()
-        self.linear1 = nn.Linear(width, 3 * width + hidden)
-        self.linear2 = nn.Linear(width + hidden, width)
-        self.norm = kit.QKNormWeights(width // heads, width // heads, _QK_NORMS)
-        self.modulation = kit.Modulation(width, 3 * width)
-        self.heads, self.width = heads, width
-
-    def forward(self, f: ForwardPass) -> None:
-        """All tokens one block further.
-
-        Both matrices are used in two parts, so that the feed-forward is computed while queries, keys and values travel,
-        and the larger part of the second matrix while what was attended to comes back.
-        """
-        shift, scale, gate = f.modulation(self.modulation.linear, 3)
-        normed = f.joint.normed(shift, scale)
-        to_heads, to_hidden = split_outputs(self.linear1, 3 * self.width)
-        from_hidden, from_heads = split_inputs(self.linear2, self.width)
-        attention = f.attend(
-            (
-                f.joint,
-                lambda: QKV(to_heads(normed), self.heads, QKNorm(*self.norm.weights, f.epsilon), f.joint.rotation),
-            ),
-            mask=f.mask,
-            overlap=True,
-        )
-        hidden = linear_gelu(to_hidden, normed)
-        attention.start()
-        out = from_hidden(hidden)
-        (attended,) = attention.wait()
-        f.joint.add(gate, from_heads(attended, out))
-
-
-def _join(f: ForwardPass) -> None:
-    f.joint = f.join(f.text, f.image)
 
 
 class Flux(DiT):
@@ -185,10 +109,10 @@ class Flux(DiT):
         self.patch = integer(config, "patch_size", 2)
         self.channels, self.out_channels = integer(config, "in_channels"), integer(config, "out_channels", 16)
         self.context_width, self.pooled_width = integer(config, "context_in_dim"), integer(config, "vec_in_dim")
-        self.axes = _axes(config, width // heads)
+        self.axes = rope_axes(config, "axes_dim", 3, width // heads)
         self.theta = number(config, "theta", 10000)
         self.guided: bool = choice(config, "guidance_embed", False, True)
-        self.reference_method: str = choice(config, "default_ref_method", *_METHODS)
+        self.reference_method: str = choice(config, "default_ref_method", *kit.REFERENCE_METHODS)
         self.reference_index = number(config, "ref_index_scale", 1.0)
         bias: bool = choice(config, "qkv_bias", True, False)
         hidden = int(width * number(config, "mlp_ratio", 4.0))
@@ -200,8 +124,8 @@ class Flux(DiT):
         self.vector_in = kit.MLPEmbedder(self.pooled_width, width, _EMBEDDER)
         if self.guided:
             self.guidance_in = kit.MLPEmbedder(256, width, _EMBEDDER)
-        self.double_blocks = nn.ModuleList(DoubleBlock(width, heads, hidden, bias) for _ in range(double))
-        self.single_blocks = nn.ModuleList(SingleBlock(width, heads, hidden) for _ in range(single))
+        self.double_blocks = nn.ModuleList(kit.DoubleBlock(width, heads, hidden, bias) for _ in range(double))
+        self.single_blocks = nn.ModuleList(kit.SingleBlock(width, heads, hidden) for _ in range(single))
         self.final_layer = kit.FinalLayer(width, self.out_channels * self.patch**2)
 
     @classmethod
@@ -250,9 +174,11 @@ class Flux(DiT):
             "y": Argument(("B", self.pooled_width), required=False),
             "guidance": Argument(("B",), required=self.guided, fp32=True),
             "ref_latents": Argument(("B", self.channels, "h", "w"), required=False, many=True),
-            "ref_latents_method": Argument(None, required=False, choices=_METHODS, also=_METHODS_OF_OTHERS),
+            "ref_latents_method": Argument(
+                None, required=False, choices=kit.REFERENCE_METHODS, also=_METHODS_OF_OTHERS
+            ),
             "attention_mask": Argument(("B", "S", "S"), required=False, mask=True, shared=True),
-            "rope_options": Numbers(_ROPE_OPTIONS),
+            "rope_options": Numbers(kit.ROPE_OPTIONS),
             "rope_options_for": Argument(None, required=False, choices=("all", "image")),
             "qk_norm_eps": Number(0.0, 0.01),
             "control": Residuals(self.width, blocks),
@@ -289,7 +215,10 @@ class Flux(DiT):
         f.grid = grids[0]
         images = (x, *arguments.get("ref_latents", ()))
         patches = torch.cat([grid.patches(image) for grid, image in zip(grids, images, strict=True)], dim=1)
-        positions = self._positions(grids, arguments, x.device)
+        method = arguments.get("ref_latents_method") or self.reference_method
+        stretched = 1 if arguments.get("rope_options_for") == "image" else len(grids)
+        options = [arguments.get("rope_options") or {}] * stretched + [{}] * (len(grids) - stretched)
+        positions = kit.image_positions(grids, method, self.reference_index, options, x.device)
         f.image = f.shard(patches, self.img_in, self._rotation(positions))
         text_positions = positions.new_zeros(arguments["context"].shape[1], len(self.axes))
         f.text = f.shard(arguments["context"], self.txt_in, self._rotation(text_positions))
@@ -297,7 +226,7 @@ class Flux(DiT):
     @property
     def trunk(self) -> list[Any]:
         """See `DiT.trunk`."""
-        return [*self.double_blocks, _join, *self.single_blocks]
+        return [*self.double_blocks, kit.join_streams, *self.single_blocks]
 
     @property
     def residual_blocks(self) -> Mapping[str, Any]:
@@ -316,56 +245,3 @@ class Flux(DiT):
 
     def _rotation(self, positions: Tensor) -> Any:
         return lambda shard: kit.rope(shard(positions), self.axes, self.theta)
-
-    def _positions(self, grids: Sequence[kit.Grid], arguments: Mapping[str, Any], device: torch.device) -> Tensor:
-        """The (index, row, column) of each patch of the image and of its references: [N, 3] in fp32."""
-        method = arguments.get("ref_latents_method") or self.reference_method
-        origins = [(0.0, 0, 0), *_reference_origins(grids, method, self.patch, self.reference_index)]
-        stretched = 1 if arguments.get("rope_options_for") == "image" else len(grids)
-        positions = []
-        for number_, (grid, (index, top, left)) in enumerate(zip(grids, origins, strict=True)):
-            options = (arguments.get("rope_options") or {}) if number_ < stretched else {}
-            origin = top + options.get("shift_y", 0.0), left + options.get("shift_x", 0.0)
-            scale = options.get("scale_y", 1.0), options.get("scale_x", 1.0)
-            places = grid.positions(origin, scale, device)
-            positions.append(functional.pad(places, (1, 0), value=index + options.get("shift_t", 0.0)))
-        return torch.cat(positions)
-
-
-def _reference_origins(
-    grids: Sequence[kit.Grid], method: str, patch: int, scale: float
-) -> list[tuple[float, int, int]]:
-    """Where each reference lies beside the image: its index, and the row and column of its first patch.
-
-    ``offset`` lays them out beside each other on a plane of their own, as Kontext was trained; ``index`` gives each
-    its own plane; ``uxo`` goes on diagonally from the image's corner, in its plane.
-    """
-    rows, columns = grids[0].counts
-    origins: list[tuple[float, int, int]] = []
-    tall, wide = (rows * patch, columns * patch) if method == "uxo" else (0, 0)
-    for place, reference in enumerate(grids[1:], start=1):
-        height, width = reference.sides
-        if method == "index":
-            origins.append((scale * place, 0, 0))
-            continue
-        top, left = tall, wide
-        if method == "uxo":
-            tall, wide = tall + height, wide + width
-        else:
-            below = height + tall <= width + wide
-            top, left = (tall, 0) if below else (0, wide)
-            tall, wide = max(tall, top + height), max(wide, left + width)
-        origins.append((0.0 if method == "uxo" else 1.0, (top + patch // 2) // patch, (left + patch // 2) // patch))
-    return origins
-
-
-def _axes(config: Mapping[str, Any], head_width: int) -> list[int]:
-    axes = config.get("axes_dim")
-    if not isinstance(axes, list) or len(axes) != 3 or any(type(n) is not int or n < 0 or n % 2 for n in axes):
-        raise ModelUnsupported(f"config key 'axes_dim' is {axes!r:.80}; expected three even numbers")
-    if sum(axes) != head_width:
-        raise ModelUnsupported(
-            f"config key 'axes_dim' is {axes}, which sums to {sum(axes)}; it must sum to the width of a head, "
-            f"which is {head_width} ('hidden_size' over 'num_heads')"
-        )
-    return axes

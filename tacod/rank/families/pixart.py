@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from tacod.checkpoint import TensorInfo
 from tacod.rank.families import kit
 from tacod.rank.families.base import DiT, LatentFormat
-from tacod.rank.families.config import choice, count_blocks, fixed, integer, shape_of
+from tacod.rank.families.config import (
+    choice,
+    count_blocks,
+    fixed,
+    integer,
+    optional_integer,
+    optional_number,
+    shape_of,
+)
 from tacod.rank.families.inputs import Argument, Spec
 from tacod.rank.families.names import Names
 from tacod.rank.families.noise import Epsilon
@@ -152,15 +160,15 @@ class PixArt(DiT):
         self.context_width = integer(config, "caption_channels", 4096)
         self.outputs = self.channels * (2 if choice(config, "pred_sigma", True, False) else 1)
         self.sized = _is_sized(config)
-        self.interpolation = _number(config, "pe_interpolation")
-        self.precision = _optional(config, "pe_precision", least=0)
-        hidden = int(width * (_number(config, "mlp_ratio") or 4))
-        positions = _optional(config, "num_patches")
+        self.interpolation = optional_number(config, "pe_interpolation")
+        self.precision = optional_integer(config, "pe_precision", least=0)
+        hidden = int(width * (optional_number(config, "mlp_ratio") or 4))
+        positions = optional_integer(config, "num_patches")
 
         self.x_embedder = kit.PatchEmbed(self.channels, (self.patch, self.patch), width)
         self.t_embedder = kit.MLPEmbedder(256, width)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-        self.y_embedder = Caption(self.context_width, width, _optional(config, "model_max_length"))
+        self.y_embedder = Caption(self.context_width, width, optional_integer(config, "model_max_length"))
         if self.sized:
             self.csize_embedder = kit.MLPEmbedder(256, width // 3)
             self.ar_embedder = kit.MLPEmbedder(256, width // 3)
@@ -339,16 +347,3 @@ def _width(config: Mapping[str, Any], heads: int) -> int:
             "parts and micro-conditions in three"
         )
     return width
-
-
-def _optional(config: Mapping[str, Any], key: str, least: int = 1) -> int | None:
-    return None if config.get(key) is None else integer(config, key, least=least)
-
-
-def _number(config: Mapping[str, Any], key: str) -> float | None:
-    value = config.get(key)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
-        raise ModelUnsupported(f"config key {key!r} is {value!r:.80}; expected a number above 0, or none")
-    return value

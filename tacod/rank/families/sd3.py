@@ -20,7 +20,7 @@ from tacod.rank.families.config import choice, count_blocks, fixed, integer, sha
 from tacod.rank.families.inputs import Argument, Residuals, Spec
 from tacod.rank.families.names import Names
 from tacod.rank.families.noise import Flow
-from tacod.rank.families.stream import ForwardPass, Stream
+from tacod.rank.families.stream import ForwardPass
 from tacod_client.errors import ArgumentError, ModelUnsupported
 
 __all__ = ["SD3"]
@@ -51,12 +51,6 @@ class Half(nn.Module):
         self.parts = 2 if last else 9 if dual else 6
         self.adaLN_modulation = kit.AdaLN(width, self.parts * width)
 
-    def after(self, stream: Stream, modulation: Sequence[Tensor], attended: Tensor) -> None:
-        """The stream after its attention and its MLP."""
-        stream.add(modulation[2], self.attn.project(attended))
-        normed = stream.normed(*modulation[3:5])
-        stream.add(modulation[5], kit.feed_forward(self.mlp["fc1"], self.mlp["fc2"], normed))
-
 
 class JointBlock(nn.Module):
     """Text and image, each with its own weights, in one attention."""
@@ -81,9 +75,9 @@ class JointBlock(nn.Module):
             attention.start()
             f.image.add(image_mod[8], image.attn2.project(*own.wait()))
         to_text, to_image = attention.wait()
-        image.after(f.image, image_mod, to_image)
+        kit.after_attention(f.image, image_mod, image.attn, to_image, image.mlp["fc1"], image.mlp["fc2"])
         if not self.last:
-            text.after(f.text, text_mod, to_text)
+            kit.after_attention(f.text, text_mod, text.attn, to_text, text.mlp["fc1"], text.mlp["fc2"])
 
 
 class SD3(DiT):

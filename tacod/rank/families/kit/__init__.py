@@ -4,12 +4,17 @@ from tacod.rank.families.kit.attention import CrossAttention, QKNormWeights, Sel
 from tacod.rank.families.kit.embed import MLPEmbedder, sinusoid
 from tacod.rank.families.kit.grid import Grid, PatchEmbed
 from tacod.rank.families.kit.mlp import feed_forward
+from tacod.rank.families.kit.mmdit import DoubleBlock, SingleBlock, after_attention, join_streams
 from tacod.rank.families.kit.modulation import AdaLN, FinalLayer, Modulation
+from tacod.rank.families.kit.references import REFERENCE_METHODS, ROPE_OPTIONS, image_positions
 from tacod.rank.families.kit.rope import rope
 
 __all__ = [
+    "REFERENCE_METHODS",
+    "ROPE_OPTIONS",
     "AdaLN",
     "CrossAttention",
+    "DoubleBlock",
     "FinalLayer",
     "Grid",
     "MLPEmbedder",
@@ -17,8 +22,12 @@ __all__ = [
     "PatchEmbed",
     "QKNormWeights",
     "SelfAttention",
+    "SingleBlock",
+    "after_attention",
     "attend_replicated",
     "feed_forward",
+    "image_positions",
+    "join_streams",
     "rope",
     "sinusoid",
 ]
