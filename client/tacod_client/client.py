@@ -315,13 +315,15 @@ class Model:
     def forward(self, /, **arguments: Any) -> Any:
         """One DiT forward, with the names and meaning of ComfyUI's ``diffusion_model(x, timestep, context, …)``.
 
-        Tensors may be torch (on any device) or numpy; the output is of ``x``'s kind, dtype, shape and device.
+        Tensors may be torch (on any device) or numpy; the output is of ``x``'s kind, dtype, shape and device. A model of
+        several latents, such as video and audio, takes a list of them as ``x`` and gives one.
         ``control`` is ComfyUI's map of lists of residuals; one that stands in several places travels once.
 
         Raises `ArgumentError`, naming the argument, and `EngineError` if the ranks fail even after retries.
         """
         x = arguments.get("x")
-        if kind_of(x) is None:
+        latents = x if isinstance(x, list) and x else [x]
+        if any(kind_of(each) is None for each in latents):
             raise ArgumentError("x: missing, or neither a torch tensor nor a numpy array", argument="x")
         uploads: Uploads = {}
         if arguments.get("control") is not None:
@@ -345,7 +347,8 @@ class Model:
 
         started = time.perf_counter()
         *_, reply = self._converse("forward", body, uploads, holds)
-        out = like(reply.body["out"], x)
+        outs = reply.body["out"]
+        out = list(map(like, outs, latents)) if isinstance(x, list) else like(outs, x)
         self.stats.forwards += 1
         self.stats.add(reply.body, time.perf_counter() - started)
         return out

@@ -52,7 +52,9 @@ def check_arguments(given: Mapping[str, Any], specs: Mapping[str, Spec], family:
             if not isinstance(value, list):
                 raise ArgumentError(f"{name}: expected a list of tensors, got {_kind(value)}", argument=name)
             for item in value:
-                _check_tensor(name, item, spec, _batch(sizes))
+                known = _batch(sizes)
+                _check_tensor(name, item, spec, known)
+                sizes |= _batch(known)
         else:
             _check_tensor(name, value, spec, sizes)
 
