@@ -315,8 +315,8 @@ class Model:
     def forward(self, /, **arguments: Any) -> Any:
         """One DiT forward, with the names and meaning of ComfyUI's ``diffusion_model(x, timestep, context, …)``.
 
-        Tensors may be torch (on any device) or numpy; the output is of ``x``'s kind, dtype, shape and device. A model of
-        several latents, such as video and audio, takes a list of them as ``x`` and gives one.
+        Tensors may be torch (on any device) or numpy; the output is of ``x``'s kind, dtype, shape and device. A model
+        of several latents, such as video and audio, takes a list of them as ``x`` and gives one.
         ``control`` is ComfyUI's map of lists of residuals; one that stands in several places travels once.
 
         Raises `ArgumentError`, naming the argument, and `EngineError` if the ranks fail even after retries.
