@@ -327,6 +327,17 @@ class Tiny:
         return model.sample(noise=noise, latent=torch.zeros_like(noise), sigmas=sigmas, positive=inputs, **options)
 
 
+def in_diffusers(model: DiT, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A model's weights as diffusers would save them; `DiT.diffusers_layout` read backwards."""
+    weights, tensors = model.state_dict(), {}
+    for name, place in model.diffusers_layout(detect({}, config)[1]).items():
+        tensor = weights[place.key]
+        if place.rows is not None:
+            tensor = tensor[place.rows[0] : sum(place.rows)]
+        tensors[name] = torch.cat(tensor.chunk(2)[::-1]) if place.swap else tensor.clone()
+    return tensors
+
+
 @contextmanager
 def unharmed(client: Client) -> Iterator[Model]:
     """Within, something is refused at once; afterwards the next forward is right, and no model came or went."""

@@ -1,4 +1,4 @@
-"""ComfyUI's own code, to compare with."""
+"""ComfyUI's own code, to compare with, and the ranks that forwards are shared out to."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from rank_worker import Ranks
 
 COMFYUI = os.environ.get("COMFYUI_PATH", "")
 
@@ -47,3 +48,11 @@ def comfy() -> Iterator[Any]:
         for name in set(sys.modules) - before:
             if name.split(".")[0] == "comfy":
                 del sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """The processes of one gloo world, for all tests."""
+    started = Ranks(tmp_path_factory.mktemp("gloo"))
+    yield started
+    started.close()

@@ -18,7 +18,6 @@ from tacod.rank.comm.int8 import decode, encode
 from tacod.rank.engine import Engine
 from tacod.rank.ops.fp8_linear import Fp8Linear
 from tacod.rank.ops.quantize_rows import quantize_rows
-from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.parallel.topology import Topology
 from tacod.rank.weights.load import get_weight, narrow_matrices, set_weight, share
 
@@ -45,22 +44,6 @@ def narrowed(tiny: Tiny) -> nn.Module:
     model = share(tiny.model)
     narrow_matrices(model)
     return model
-
-
-@pytest.mark.parametrize("tiny", [FLUX, SD3], ids=lambda tiny: tiny.name)
-def test_the_blocks_matrices_and_nothing_else(tiny: Tiny) -> None:
-    model = narrowed(tiny)
-    narrow = {name for name, layer in model.named_modules() if isinstance(layer, Fp8Linear)}
-    assert narrow
-    assert all("blocks." in name and "mod" not in name.split(".")[-2:][0] for name in narrow)
-    assert not narrow & {name for name, layer in model.named_modules() if layer in model.modulating}
-    assert not any(isinstance(layer, Fp8Linear) for layer in tiny.model.modules()), "its own is whole"
-    shapes = {name: weight.shape for name, weight in tiny.model.state_dict().items()}
-    told = {name: weight.shape for name, weight in model.state_dict().items()}
-    assert told == shapes
-    with torch.inference_mode():
-        out = model(SequenceParallel(), **tiny.inputs())
-    assert 1e-4 < relative_error(out, tiny.forward(**tiny.inputs())) < 0.1
 
 
 @pytest.mark.parametrize("name", ["layers", "noise_refiner"])

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import helpers
 import pytest
 import torch
 from helpers import FLUX, SD3, Tiny
@@ -15,7 +16,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tacod.checkpoint import locate, read_checkpoint
-from tacod.rank.families import detect
 from tacod.rank.families.base import DiT
 from tacod.rank.weights.load import choose_dtype, load_model
 from tacod.rank.weights.remap import identify
@@ -69,14 +69,8 @@ PREFIXES = [
 
 
 def in_diffusers(tiny: Tiny, fused: bool = False) -> dict[str, Tensor]:
-    """Its weights as diffusers would save them; `diffusers_layout` read backwards."""
-    _, config = detect({}, tiny.config)
-    weights, tensors = tiny.model.state_dict(), {}
-    for name, place in type(tiny.model).diffusers_layout(config).items():
-        tensor = weights[place.key]
-        if place.rows is not None:
-            tensor = tensor[place.rows[0] : sum(place.rows)]
-        tensors[name] = torch.cat(tensor.chunk(2)[::-1]) if place.swap else tensor.clone()
+    """Its weights as diffusers would save them."""
+    tensors = helpers.in_diffusers(tiny.model, tiny.config)
     return fuse(tensors, crossing=tiny in (PIXART, ALPHA, BUFFERED)) if fused else tensors
 
 
@@ -116,14 +110,18 @@ def behind(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # --- diffusers' names -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prefix", ["", "transformer.", "model.diffusion_model.", "model."])
-@pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
 @pytest.mark.parametrize("tiny", [FLUX, SD3, SD3_PLAIN, PIXART, ALPHA, BUFFERED], ids=lambda tiny: tiny.name)
-def test_diffusers_names_are_the_plain_file(tiny: Tiny, fused: bool, prefix: str, tmp_path: Path) -> None:
-    tensors = in_diffusers(tiny, fused)
-    assert any("to_qkv" in name for name in tensors) == fused
-    path = save(tmp_path / "m.safetensors", behind(prefix, tensors), tiny.config)
-    assert is_plain(load(path), tiny)
+def test_fused_layers_of_diffusers_are_the_plain_file(tiny: Tiny, tmp_path: Path) -> None:
+    tensors = in_diffusers(tiny, fused=True)
+    assert any("to_qkv" in name for name in tensors)
+    assert is_plain(load(save(tmp_path / "m.safetensors", tensors, tiny.config)), tiny)
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", "model.diffusion_model.", "model."])
+@pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
+def test_diffusers_names_may_be_behind_a_prefix(fused: bool, prefix: str, tmp_path: Path) -> None:
+    path = save(tmp_path / "m.safetensors", behind(prefix, in_diffusers(BUFFERED, fused)), BUFFERED.config)
+    assert is_plain(load(path), BUFFERED)
 
 
 @pytest.mark.parametrize("tiny", [FLUX_128, SD3, SD3_PLAIN, PIXART, ALPHA], ids=lambda tiny: tiny.name)

@@ -1,4 +1,4 @@
-"""PixArt against ComfyUI's forwards and against diffusers' class; test_spread.py has it on several ranks."""
+"""What PixArt alone does, and the same forward by diffusers' class."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FP32, relative_error
+from helpers import FP32, in_diffusers, relative_error
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,9 +26,6 @@ from tacod.rank.sampling.sampling import SampleRequest, begin
 from tacod.rank.weights.load import load_model
 from tacod_client.errors import ArgumentError, ModelUnsupported
 from tacod_client.tensors import to_wire
-
-SIZES = (2, 3, 4, 5)
-WORLD = max(SIZES)
 
 ALPHA: dict[str, Any] = {
     "image_model": "pixart_alpha",
@@ -295,13 +292,6 @@ def test_timesteps_are_embedded_in_fp32() -> None:
     assert not torch.equal(near, far)
 
 
-def test_gradients_reach_every_parameter() -> None:
-    model = PixArt({**ALPHA, "pred_sigma": False})
-    forward(model, **inputs())
-    model(SequenceParallel(), **inputs()).square().mean().backward()
-    assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
-
-
 # --- noise levels -----------------------------------------------------------------------------------------------------
 
 
@@ -400,21 +390,10 @@ def test_diffusers_class_is_the_same_model_under_other_names(config: dict[str, A
             use_additional_conditions=config["micro_condition"],
         ).eval()
     ours = PixArt(config).eval()
-    weights, layout = ours.state_dict(), PixArt.diffusers_layout(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in theirs.state_dict().items()}
-    assert set(layout) == set(shapes)
-
-    taken = {}
-    covered = {key: torch.zeros(tensor.shape, dtype=torch.int) for key, tensor in weights.items()}
-    for name, place in layout.items():
-        rows = slice(place.rows[0], sum(place.rows)) if place.rows else slice(None)
-        taken[name] = weights[place.key][rows]
-        covered[place.key][rows] += 1
-        assert tuple(taken[name].shape) == shapes[name]
-    del covered["y_embedder.y_embedding"]
-    assert all(bool((count == 1).all()) for count in covered.values())
-
-    theirs.load_state_dict(taken)
+    weights = in_diffusers(ours, config)
+    shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in weights.items()} == shapes
+    theirs.load_state_dict(weights)
     arguments = inputs(64, 62)
     conditions = {"resolution": arguments["c_size"], "aspect_ratio": arguments["c_ar"]}
     with torch.inference_mode():
@@ -425,11 +404,3 @@ def test_diffusers_class_is_the_same_model_under_other_names(config: dict[str, A
             added_cond_kwargs=conditions if config is ALPHA else {"resolution": None, "aspect_ratio": None},
         ).sample[:, :4]
     assert relative_error(forward(ours, **arguments), expected) <= FP32
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_every_parameter_has_a_place_in_diffusers_layout(name: str) -> None:
-    config, _ = PUBLISHED[name]
-    with torch.device("meta"):
-        parameters = {key for key, _ in PixArt(config).named_parameters()}
-    assert {place.key for place in PixArt.diffusers_layout(config).values()} == parameters

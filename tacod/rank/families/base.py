@@ -67,8 +67,11 @@ class DiT(nn.Module, abc.ABC):
     """
     lora_marks: ClassVar[str] = ""
     """A regular expression that finds this family's module names in a LoRA file; empty if there is none."""
-    tiny: ClassVar[Mapping[str, Any] | None] = None
-    """The configuration of a tiny model, for the self-test of a group. At least one family has one."""
+    tiny: ClassVar[Mapping[str, Any]]
+    """The configuration of a tiny model, of which the tests ask all that they ask of every family.
+
+    It says what shapes don't tell. Its widths are multiples of 16, as fp8 needs them.
+    """
     usual_optional: ClassVar[tuple[str, ...]] = ()
     """Optional arguments that ComfyUI always passes."""
     usual_values: ClassVar[Mapping[str, float]] = {}

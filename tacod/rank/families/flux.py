@@ -51,6 +51,19 @@ class Flux(DiT):
     title = "Flux.1"
     models = ("dev", "schnell", "Kontext", "Fill", "Canny", "Depth")
     lora_marks = r"(double|single)_blocks[._]|single_transformer_blocks[._]"
+    tiny: ClassVar[Mapping[str, Any]] = {
+        "image_model": "flux",
+        "in_channels": 4,
+        "out_channels": 4,
+        "vec_in_dim": 8,
+        "context_in_dim": 8,
+        "hidden_size": 48,
+        "num_heads": 3,
+        "depth": 2,
+        "depth_single_blocks": 1,
+        "axes_dim": [4, 6, 6],
+        "guidance_embed": True,
+    }
     usual_optional = ("y",)
     usual_values: ClassVar[Mapping[str, float]] = {"guidance": 3.5}
     diffusers: ClassVar[Mapping[str, Any]] = {

@@ -110,6 +110,13 @@ class PixArt(DiT):
     family: ClassVar[str] = "pixart"
     title = "PixArt"
     models = ("alpha 512–1024", "Sigma 512–2K")
+    tiny: ClassVar[Mapping[str, Any]] = {
+        "image_model": _ALPHA,
+        "num_heads": 3,
+        "hidden_size": 48,
+        "depth": 2,
+        "caption_channels": 8,
+    }
     diffusers: ClassVar[Mapping[str, Any]] = dict.fromkeys(
         # The second is the name under which PixArt was published.
         ("PixArtTransformer2DModel", "Transformer2DModel(ada_norm_single)"),

@@ -100,7 +100,7 @@ class SD3(DiT):
         "adm_in_channels": 8,
         "pos_embed_max_size": 16,
         "qk_norm": "rms",
-        "x_block_self_attn_layers": [],
+        "x_block_self_attn_layers": [0],
     }
     diffusers: ClassVar[Mapping[str, Any]] = {
         "SD3Transformer2DModel": lambda c: {

@@ -1,0 +1,145 @@
+"""For the tests of every family: its tiny model, and every argument that it takes, made from its spec."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tacod.rank.families import families
+from tacod.rank.families.base import DiT
+from tacod.rank.families.control import Control
+from tacod.rank.families.inputs import Argument, Inputs, Number, Numbers, Residuals, Spec
+from tacod.rank.forward.warmup import random_inputs
+from tacod_client.errors import ArgumentError
+from tacod_client.tensors import to_wire
+
+CPU = torch.device("cpu")
+FAMILIES = {family.family: family for family in families()}
+_LARGEST_FACTOR = 64
+
+
+@functools.cache
+def tiny(name: str) -> DiT:
+    """The tiny model of a family, with the same random weights in every process."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return FAMILIES[name](FAMILIES[name].tiny).eval().requires_grad_(False)
+
+
+def required_inputs(dit: DiT, batch: int = 1, text: int = 5, sides: Sequence[int] = (1, 17), seed: int = 0) -> Inputs:
+    """What a forward can't be without.
+
+    ``sides`` are multiplied by the smallest number that makes a latent of a size that the model takes; sides that come
+    before them, such as a video's frames, are 3.
+    """
+    free = [side for side in dit.canvas[2:] if isinstance(side, str)]
+    drawn = [3] * (len(free) - len(sides)) + list(sides)
+    for factor in range(1, _LARGEST_FACTOR):
+        sizes = {**dict.fromkeys(dit.usual, text), "B": batch}
+        sizes |= {side: factor * size for side, size in zip(free, drawn, strict=True)}
+        inputs = random_inputs(dit, CPU, torch.Generator().manual_seed(seed), sizes)
+        try:
+            dit.lengths(inputs)
+        except ArgumentError:
+            continue
+        return inputs
+    raise AssertionError(f"{dit.family} takes no latents of {sides}, however often")
+
+
+def with_optional(
+    dit: DiT, inputs: Inputs, names: Sequence[str] | None = None, seed: int = 0, shared: bool = True
+) -> Inputs:
+    """The same inputs with these optional arguments, or with all; ``shared`` are of a batch of 1 where they may be."""
+    generator = torch.Generator().manual_seed(seed)
+    optional = [name for name, spec in dit.arguments().items() if not spec.required and name not in inputs]
+    chosen = [name for name in optional if names is None or name in names]
+    # Masks and residuals have as many tokens as everything else makes.
+    for name in sorted(chosen, key=lambda name: _turn(dit.arguments()[name])):
+        inputs = inputs.replace(**{name: _value(dit, dit.arguments()[name], inputs, generator, shared)})
+    return inputs
+
+
+def random_case(
+    dit: DiT, seed: int, batch: int, text: int, sides: Sequence[int], optional: Sequence[str], shared: bool
+) -> Inputs:
+    """Inputs as a test draws them; ``optional`` names arguments."""
+    inputs = required_inputs(dit, batch, text, sides, seed)
+    return with_optional(dit, inputs, optional, seed, shared)
+
+
+def _turn(spec: Spec) -> int:
+    if isinstance(spec, Residuals):
+        return 2
+    return 1 if isinstance(spec, Argument) and spec.mask else 0
+
+
+def _value(dit: DiT, spec: Spec, inputs: Inputs, generator: torch.Generator, shared: bool) -> Any:
+    def integer(most: int) -> int:
+        return int(torch.randint(1, most + 1, (), generator=generator))
+
+    if isinstance(spec, Number):
+        return spec.least + (spec.most - spec.least) * integer(9) / 10
+    if isinstance(spec, Numbers):
+        return {name: integer(20) / 10 for name in spec.names}
+    if isinstance(spec, Residuals):
+        return _residuals(dit, spec, inputs, generator)
+    if spec.shape is None:
+        return spec.choices[-1]
+
+    def tensor() -> Tensor:
+        assert spec.shape is not None
+        known = _sizes(dit, inputs)
+        if spec.mask:
+            known |= {size: sum(dit.lengths(inputs)) for size in spec.shape if size not in known}
+        if spec.shared and shared:
+            known["B"] = 1
+        own = {size: integer(7) for size in spec.shape if isinstance(size, str)}
+        shape = [({**own, **known}[size] if isinstance(size, str) else size) for size in spec.shape]
+        if spec.keys:
+            seen = torch.rand(shape, generator=generator) < 0.6
+            seen[..., 0] = True
+            return seen
+        values = torch.randn(shape, generator=generator)
+        if spec.mask:
+            # Of most other ranks' tokens a query sees none, but each sees itself.
+            values.masked_fill_(torch.rand(shape, generator=generator) < 0.7, -torch.inf)
+            values.diagonal(dim1=-2, dim2=-1).fill_(0.0)
+        return values
+
+    return [tensor() for _ in range(2)] if spec.many else tensor()
+
+
+def _residuals(dit: DiT, spec: Residuals, inputs: Inputs, generator: torch.Generator) -> Control:
+    """For every other block, of all of the image's tokens or of the first ones."""
+    tokens = dit.lengths(inputs)[-1]
+    n = tokens if spec.whole else max(tokens * 2 // 3, 1)
+    residual = to_wire(torch.randn(inputs.batch, n, spec.width, generator=generator), "control")
+    return Control({kind: [residual, None] * (blocks // 2 + 1) for kind, blocks in spec.blocks.items()})
+
+
+def _sizes(dit: DiT, inputs: Inputs) -> dict[Any, int]:
+    """The free sizes of what is there, by their names."""
+    sizes: dict[Any, int] = {}
+    for name, spec in dit.arguments().items():
+        value = inputs.get(name)
+        if isinstance(spec, Argument) and spec.shape is not None and isinstance(value, Tensor):
+            sizes |= dict(zip(spec.shape, value.shape, strict=True))
+    return {**sizes, "B": inputs.batch}
+
+
+def sent(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The same as a client sends it."""
+
+    def packed(value: Any) -> Any:
+        if isinstance(value, Control):
+            rows = {kind: [None if each is None else 0 for each in row] for kind, row in value.residuals.items()}
+            return {**rows, "tensors": [each for each in next(iter(value.residuals.values())) if each is not None][:1]}
+        if isinstance(value, list):
+            return list(map(packed, value))
+        return to_wire(value, "argument") if isinstance(value, Tensor) else value
+
+    return {name: packed(value) for name, value in inputs.items()}

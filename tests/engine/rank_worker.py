@@ -1,0 +1,286 @@
+"""One of the processes that tests run forwards on; `Ranks` starts them.
+
+Run as a script, this file is one rank: it reads cases as JSON lines and answers each with what it measured.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from attention_cases import largest_error
+from conformance import random_case, required_inputs, tiny, with_optional
+from helpers import FLUX, SD3, Golden, read_golden, relative_error
+from shared_block import SharedBlock, reach_shared
+
+from tacod.plan import DEFAULT_POLICY, AttentionPolicy, Layout, Plan, Shape
+from tacod.rank.families.inputs import Inputs
+from tacod.rank.forward.graphs import Forwards
+from tacod.rank.forward.run import Call, relative_difference, run
+from tacod.rank.forward.warmup import warm_up
+from tacod.rank.ops.qkv import QKV
+from tacod.rank.ops.sdpa import attend
+from tacod.rank.parallel.sequence import SequenceParallel
+from tacod.rank.parallel.topology import Topology
+
+WORLD = 5
+LAYOUTS = [
+    (batch, ulysses, ring)
+    for batch in range(1, WORLD + 1)
+    for ulysses in range(1, WORLD // batch + 1)
+    for ring in range(1, WORLD // batch // ulysses + 1)
+]
+"""Every layout of these ranks, as degrees of batch, Ulysses and ring."""
+
+
+class Ranks:
+    """The processes of one gloo world; every case runs on all of them, in a layout."""
+
+    def __init__(self, folder: Path) -> None:
+        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+        # Triton chooses its interpreter when it is imported.
+        environment["TRITON_INTERPRET"] = "1"
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, __file__, str(rank), f"file://{folder / 'rendezvous'}"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
+                text=True,
+            )
+            for rank in range(WORLD)
+        ]
+
+    def run(self, layout: tuple[int, ...], verb: str, **case: Any) -> list[Any]:
+        """What each rank measured; of those that the layout leaves idle, what they have to say."""
+        for process in self.processes:
+            assert process.stdin is not None
+            process.stdin.write(json.dumps({"layout": layout, "verb": verb, **case}) + "\n")
+            process.stdin.flush()
+        answers = [process.stdout.readline() for process in self.processes if process.stdout is not None]
+        assert all(answers), "a rank died; its traceback is on stderr"
+        return [answer for answer in map(json.loads, answers) if answer is not None]
+
+    def close(self) -> None:
+        """End the processes by closing their input."""
+        for process in self.processes:
+            assert process.stdin is not None
+            process.stdin.close()
+        for process in self.processes:
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+
+
+def projected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Callable[[], QKV]:
+    """As a fused projection would give them."""
+    return lambda: QKV(torch.stack((q, k, v), dim=2).flatten(2), q.shape[2])
+
+
+@functools.cache
+def golden_named(name: str) -> Golden:
+    """A golden forward, read once."""
+    return read_golden(name)
+
+
+class Rank:
+    """One rank's side of the cases; each verb returns what the test looks at."""
+
+    def __init__(self, rank: int, rendezvous: str) -> None:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", rendezvous, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
+
+        def make_group(parts: list[list[int]]) -> dist.ProcessGroup:
+            groups = [dist.new_group(part) for part in parts]
+            return next(group for group, part in zip(groups, parts, strict=True) if rank in part)
+
+        self.topology = Topology(rank, WORLD, make_group)
+        self.sharing = Topology(rank, WORLD, make_group, reach_shared)
+
+    def golden(
+        self, layout: Layout, name: str, dtype: str = "float32", sharing: bool = False, exchange: Any = "exact"
+    ) -> float:
+        golden, kind = golden_named(name), getattr(torch, dtype)
+        out = self._run(layout, golden.model(kind), golden.arguments(kind), sharing, exchange)
+        return relative_error(out, golden.out)
+
+    def _run(
+        self, layout: Layout, model: Any, inputs: Mapping[str, Any], sharing: bool = False, exchange: Any = "exact"
+    ) -> Any:
+        plan = Plan(layout, WORLD, Shape(model.heads, model.width), AttentionPolicy(exchange=exchange))
+        topology = self.sharing if sharing else self.topology
+        with torch.inference_mode():
+            return run(Call(model, plan, Inputs(inputs, model.arguments())), topology)
+
+    def warm_up(self, layout: Layout, family: str, fits: bool = True) -> list[float]:
+        tiny = {"flux": FLUX, "sd3": SD3}[family]
+        lack = mock.patch("tacod.rank.forward.warmup.run", side_effect=torch.OutOfMemoryError("CUDA out of memory"))
+        with nullcontext() if fits else lack:
+            pace = warm_up(tiny.model, Forwards(self.topology), torch.device("cpu"))
+        return [] if pace is None else [pace.flops, pace.bytes, pace.collective_s]
+
+    def _sequence(
+        self, layout: Layout, sharing: bool = False, policy: AttentionPolicy = DEFAULT_POLICY
+    ) -> SequenceParallel | None:
+        seat = (self.sharing if sharing else self.topology).seat(layout)
+        return None if seat is None else seat.sequence(policy)
+
+    def attention(
+        self,
+        layout: Layout,
+        heads: int,
+        batch: int,
+        lengths: list[int],
+        seed: int,
+        cuts: Sequence[int] = (),
+        sharing: bool = False,
+        overlap: bool = False,
+    ) -> float | None:
+        sequence = self._sequence(layout, sharing, AttentionPolicy(split_kv=bool(cuts)))
+        if sequence is None:
+            return None
+
+        def in_runs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> Iterator[torch.Tensor]:
+            edges = sorted({0, q.shape[2], *(cut for cut in cuts if cut < q.shape[2])})
+            for begin, end in itertools.pairwise(edges) if len(edges) > 1 else [(0, 0)]:
+                yield attend(q[:, :, begin:end], k, v)
+
+        torch.manual_seed(seed)
+        q, k, v = torch.randn(3, batch, sum(lengths), heads, 16)
+        expected = torch.split(SequenceParallel().attend([projected(q, k, v)], lengths).wait(), lengths, dim=1)
+        local = [torch.cat([sequence.shard(part) for part in torch.split(t, lengths, dim=1)], dim=1) for t in (q, k, v)]
+        with mock.patch("tacod.rank.parallel.joint_attention.attend_pieces", in_runs):
+            attending = sequence.attend([projected(*local)], lengths, overlap=overlap)
+            if overlap:
+                attending.start()
+            mine = attending.wait().clone()
+        outs = torch.split(mine, [sequence.sizes(length)[sequence.whole.rank] for length in lengths], dim=1)
+        whole = [sequence.gather(out, length) for out, length in zip(outs, lengths, strict=True)]
+        errors = [float((a - b).norm() / b.norm()) for a, b in zip(whole, expected, strict=True) if b.numel()]
+        return max(errors) if all(map(math.isfinite, errors)) else math.inf
+
+    def variant(self, layout: Layout, sharing: bool, **case: Any) -> float | None:
+        sequence = self._sequence(layout, sharing)
+        return None if sequence is None else largest_error(sequence, **case)
+
+    def sent(self, layout: Layout, **case: Any) -> int | None:
+        """How often a copy engine is asked for."""
+        with mock.patch.object(SharedBlock, "send", autospec=True, side_effect=SharedBlock.send) as send:
+            error = self.attention(layout, sharing=True, **case)
+        assert error is None or error <= 2e-6
+        return None if error is None else send.call_count
+
+    def forward(self, layout: Layout, family: str, seed: int, sharing: bool, **case: Any) -> float:
+        """How far a forward in a layout is from that on one rank."""
+        dit = tiny(family)
+        inputs = random_case(dit, seed, **case)
+        expected = self._from_first(lambda: dit.run(SequenceParallel(), inputs))
+        return relative_difference(self._run(layout, dit, inputs, sharing), expected)
+
+    def kernels(self, layout: Layout, family: str) -> tuple[float, int]:
+        """How far a forward with the GPU's kernels, interpreted, is from that without; and how many were run."""
+        dit = tiny(family)
+        inputs = with_optional(dit, required_inputs(dit, batch=2))
+        expected = self._from_first(lambda: dit.run(SequenceParallel(), inputs))
+        with ExitStack() as patches:
+            modules = ("fused", "qkv")
+            has = [mock.patch(f"tacod.rank.ops.{module}.has_kernels", return_value=True) for module in modules]
+            asked = [patches.enter_context(each) for each in has]
+            out = self._run(layout, dit, inputs, sharing=True)
+        return relative_difference(out, expected), sum(each.call_count for each in asked)
+
+    def steps(self, layout: Layout, family: str) -> tuple[list[bool], float, list[list[bool]]]:
+        """Of a run of some steps: which were skipped, the largest error, and which each group's images skip alone."""
+        dit = tiny(family)
+        start = required_inputs(dit, batch=2)
+        shape = Shape(dit.heads, dit.width)
+        levels = dit.timestep(torch.linspace(1, 0.1, 8)).tolist()
+
+        def walk(forwards: Forwards, layout: Layout, threshold: float, mine: slice) -> tuple[list[Any], list[bool]]:
+            plan = Plan(layout, forwards.topology.world_size, shape, step_cache=threshold)
+            outs, skipped = [], []
+            generator = torch.Generator().manual_seed(1)
+            for n, level in enumerate(levels):
+                x = start.latents[0] + 0.05 * n * torch.randn(start.latents[0].shape, generator=generator)
+                inputs = start.replace(x=x, timestep=torch.full_like(start["timestep"], level)).images(mine)
+                before = forwards.skipped
+                outs.append(forwards(Call(dit, plan, inputs)))
+                skipped.append(forwards.skipped > before)
+            return outs, skipped
+
+        def alone() -> Any:
+            """With the first threshold at which every group skips something."""
+            for threshold in (0.01 * 1.4**n for n in range(20)):
+                each = [walk(Forwards(Topology()), Layout(1, 1, 1), threshold, mine) for mine in groups]
+                if all(any(skipped) for _, skipped in each):
+                    return threshold, each
+            raise AssertionError("no threshold makes it skip")
+
+        groups = [slice(i, i + 2 // layout.batch) for i in range(0, 2, 2 // layout.batch)]
+        with torch.inference_mode():
+            threshold, expected = self._from_first(alone)
+            outs, skipped = walk(Forwards(self.topology), layout, threshold, slice(None))
+        wholes = [torch.cat(parts) for parts in zip(*(each for each, _ in expected), strict=True)]
+        error = max(relative_difference(*each) for each in zip(outs, wholes, strict=True))
+        return skipped, error, [each for _, each in expected]
+
+    def _from_first(self, compute: Callable[[], Any]) -> Any:
+        """What the first rank computes, on all."""
+        with torch.inference_mode():
+            found = [compute() if self.topology.rank == 0 else None]
+        dist.broadcast_object_list(found, src=0)
+        return found[0]
+
+    def gather(self, layout: Layout, dtype: str, shape: list[int], dim: int) -> bool | None:
+        sequence = self._sequence(layout)
+        if sequence is None:
+            return None
+        tokens = torch.arange(torch.Size(shape).numel()).reshape(shape).to(getattr(torch, dtype))
+        return torch.equal(sequence.gather(sequence.shard(tokens, dim), shape[dim], dim), tokens)
+
+    def timing(self, layout: Layout) -> tuple[float, float, float] | None:
+        sequence = self._sequence(layout)
+        if sequence is None:
+            return None
+        clock = self.topology.clock
+        clock.take_s()
+        begin = time.perf_counter()
+        tokens = sequence.shard(torch.zeros(1, 10, 4, 8))
+        sequence.attend([projected(tokens, tokens, tokens)], [10]).wait()
+        wall = time.perf_counter() - begin
+        return clock.take_s(), wall, clock.take_s()
+
+
+def main(number: str, rendezvous: str) -> None:
+    # gloo reports its connections on stdout, which is for answers here.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    rank = Rank(int(number), rendezvous)
+    for line in sys.stdin:
+        case = json.loads(line)
+        layout, verb = Layout(*case.pop("layout")), case.pop("verb")
+        print(json.dumps(getattr(rank, verb)(layout, **case)), file=answers, flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,440 @@
+"""What is asked of every family, of each that `families` finds, on its tiny model.
+
+A family's own tests hold it to its authors' numbers, and to what it alone does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conformance import CPU, FAMILIES, required_inputs, sent, tiny, with_optional
+from helpers import FP32, in_diffusers, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rank_worker import LAYOUTS, WORLD, Ranks
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tacod.checkpoint import TensorInfo, read_checkpoint
+from tacod.plan import Layout, Plan, Request, Shape
+from tacod.rank.arguments import check_arguments, check_tokens, load_arguments
+from tacod.rank.families import detect
+from tacod.rank.families.base import DiT
+from tacod.rank.families.inputs import Argument, Inputs, Number, Numbers, Residuals, Spec
+from tacod.rank.forward import graphs
+from tacod.rank.forward.graphs import Forwards
+from tacod.rank.forward.run import Call, plan_for, relative_difference
+from tacod.rank.forward.run import run as run_call
+from tacod.rank.forward.step_cache import MOST_IN_A_ROW
+from tacod.rank.ops.fp8_linear import Fp8Linear
+from tacod.rank.parallel.sequence import SequenceParallel
+from tacod.rank.parallel.topology import Topology
+from tacod.rank.weights.load import load_model, narrow_matrices, share
+from tacod.rank.weights.lora import read_lora
+from tacod.rank.weights.patches import apply
+from tacod_client import wire
+from tacod_client.errors import ArgumentError
+from tacod_client.tensors import from_wire, to_wire
+
+FAMILY = pytest.mark.parametrize("family", FAMILIES)
+NAMED = pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.names])
+ARGUMENT = pytest.mark.parametrize(
+    ("family", "name"), [(family, name) for family in FAMILIES for name in tiny(family).arguments()]
+)
+BATCH = 3
+
+
+def forward(dit: DiT, inputs: Mapping[str, Any]) -> Tensor:
+    """On one rank."""
+    with torch.inference_mode():
+        out = dit.run(SequenceParallel(), Inputs(inputs, dit.arguments()))
+    assert isinstance(out, Tensor)
+    return out
+
+
+def everything(dit: DiT, batch: int = BATCH) -> Inputs:
+    """Every argument."""
+    return with_optional(dit, required_inputs(dit, batch))
+
+
+# --- ranks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@FAMILY
+@settings(max_examples=4)
+@given(data=st.data())
+def test_every_layout_equals_one_rank(ranks: Ranks, family: str, layout: tuple[int, ...], data: st.DataObject) -> None:
+    optional = [name for name, spec in tiny(family).arguments().items() if not spec.required]
+    errors = ranks.run(
+        layout,
+        "forward",
+        family=family,
+        batch=layout[0] + data.draw(st.integers(0, 2), "more images"),
+        text=data.draw(st.integers(1, 9), "text"),
+        sides=data.draw(st.tuples(*[st.integers(1, 13)] * 2), "sides"),
+        optional=data.draw(st.lists(st.sampled_from(optional), unique=True) if optional else st.just([]), "optional"),
+        shared=data.draw(st.booleans(), "a batch of 1 where it may be"),
+        sharing=data.draw(st.booleans(), "ranks write into each other's memory"),
+        seed=data.draw(st.integers(0, 99), "seed"),
+    )
+    assert len(errors) == WORLD, "an idle rank gets the output too"
+    assert max(errors) <= FP32
+
+
+@pytest.mark.parametrize("layout", [(1, 1, 1), (1, 2, 1)], ids=str)
+@FAMILY
+def test_kernels_equal_plain_operations(ranks: Ranks, family: str, layout: tuple[int, ...]) -> None:
+    """In Triton's interpreter, a whole forward."""
+    for error, called in ranks.run(layout, "kernels", family=family)[: layout[1]]:
+        assert error <= FP32
+        assert called
+
+
+@pytest.mark.parametrize("layout", [(1, 3, 1), (1, 1, 3), (2, 1, 1), (2, 2, 1)], ids=str)
+@FAMILY
+def test_all_ranks_skip_the_same_steps(ranks: Ranks, family: str, layout: tuple[int, ...]) -> None:
+    """Each group of the batch as one process does with its images; what is left idle gets the result too."""
+    told = ranks.run(layout, "steps", family=family)
+    assert len(told) == WORLD
+    assert max(error for _, error, _ in told) <= FP32
+    skipped, _, alone = told[0]
+    # A group that skips waits for those that don't: what all skip is counted.
+    assert skipped == [all(each) for each in zip(*alone, strict=True)]
+    assert all({True, False} == set(group) for group in alone)
+    assert all(each[0] == skipped for each in told[: layout[0] * layout[1] * layout[2]])
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+def serve(dit: DiT, given: Mapping[str, Any]) -> Tensor:
+    """A forward of arguments as a client sends them, checked as the ranks do it."""
+    specs = dit.arguments()
+    check_arguments(given, specs, dit.family)
+    inputs = load_arguments(given, specs, torch.float32, CPU)
+    check_tokens(given, specs, dit.lengths(inputs)[-1])
+    return forward(dit, dit.prepare(inputs))
+
+
+def refused(dit: DiT, given: Mapping[str, Any], name: str) -> None:
+    """By the argument's name, or by the place in it."""
+    with pytest.raises(ArgumentError, match=f"^{name}") as caught:
+        serve(dit, given)
+    assert str(caught.value.argument).split(".")[0] == name
+
+
+@ARGUMENT
+def test_an_argument_that_is_left_out(family: str, name: str) -> None:
+    dit = tiny(family)
+    specs = dit.arguments()
+    if specs[name].required:
+        given = sent(everything(dit))
+        del given[name]
+        refused(dit, given, name)
+        return
+    others = [each for each, spec in specs.items() if each != name and not spec.required]
+    inputs = with_optional(dit, required_inputs(dit, BATCH), others)
+    assert name not in inputs
+    out = serve(dit, sent(inputs))
+    assert [tuple(out.shape)] == dit.output_shapes([tuple(inputs.latents[0].shape)])
+    assert out.isfinite().all()
+
+
+def wrong(spec: Spec, value: Any) -> list[Any]:
+    """What can't be instead of ``value``."""
+    if isinstance(spec, Number):
+        return [spec.most + 1, spec.least - 1, float("nan"), str(value), True]
+    if isinstance(spec, Numbers):
+        return [list(value.values()), {"nothing": 1.0}, {spec.names[0]: "1"}, {spec.names[0]: float("inf")}]
+    if isinstance(spec, Residuals):
+        batch, n, width = value["tensors"][0].shape
+        shapes = (batch, n, width + 1), (batch, n), (batch + 1, n, width), (batch, 999, width)
+        return [3, {"nothing": [0], "tensors": value["tensors"]}] + [
+            {**value, "tensors": [wire.Tensor("F32", shape, None)]} for shape in shapes
+        ]
+    if spec.shape is None:
+        return ["nothing"]
+    if spec.many:
+        one = replace(spec, many=False)
+        return [value[0], *([value[0], each] for each in wrong(one, value[0]))]
+    shapes = [(*value.shape, 1), value.shape[1:]]
+    for at, size in enumerate(spec.shape):
+        other = 0 if isinstance(size, str) else size + 1
+        shapes.append((*value.shape[:at], other, *value.shape[at + 1 :]))
+    dtypes = [] if spec.keys else ["I64"]
+    return ["nothing", *(wire.Tensor(value.dtype, shape, None) for shape in shapes)] + [
+        wire.Tensor(dtype, value.shape, None) for dtype in dtypes
+    ]
+
+
+@ARGUMENT
+def test_a_wrong_argument_is_refused_by_its_name(family: str, name: str) -> None:
+    dit = tiny(family)
+    given = sent(everything(dit))
+    for value in wrong(dit.arguments()[name], given[name]):
+        refused(dit, {**given, name: value}, name)
+
+
+@FAMILY
+def test_an_argument_of_no_such_name_is_refused(family: str) -> None:
+    refused(tiny(family), {**sent(everything(tiny(family))), "nothing": 1.0}, "nothing")
+
+
+def has_batch(spec: Spec) -> bool:
+    return isinstance(spec, Residuals) or (isinstance(spec, Argument) and spec.batch_axis is not None)
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [(family, name) for family in FAMILIES for name, spec in tiny(family).arguments().items() if has_batch(spec)],
+)
+def test_a_batch_of_1_among_larger_ones(family: str, name: str) -> None:
+    dit = tiny(family)
+    spec = dit.arguments()[name]
+    several = with_optional(dit, required_inputs(dit, BATCH), shared=False)
+    if isinstance(spec, Residuals):
+        given = sent(several)
+        values = from_wire(given[name]["tensors"][0], "torch")[:1]
+        tensors = [to_wire(each, name) for each in (values, values.repeat(BATCH, 1, 1))]
+        outs = [serve(dit, {**given, name: {**given[name], "tensors": [each]}}) for each in tensors]
+        assert relative_error(*outs) <= FP32
+        return
+    assert isinstance(spec, Argument)
+    if not spec.shared:
+        given = {**sent(several), name: sent(with_optional(dit, required_inputs(dit, 1)))[name]}
+        if name == "x":
+            # It is what the others are held to.
+            with pytest.raises(ArgumentError, match="its B is 3"):
+                serve(dit, given)
+            return
+        refused(dit, given, name)
+        return
+    axis = spec.batch_axis
+    assert axis is not None
+    alone = several[name].narrow(axis, 0, 1)
+    repeated = alone.repeat([BATCH if at == axis else 1 for at in range(alone.ndim)])
+    outs = [serve(dit, sent(several.replace(**{name: each}))) for each in (alone, repeated)]
+    assert relative_error(*outs) <= FP32
+
+
+# --- graphs -----------------------------------------------------------------------------------------------------------
+
+
+class FakeGraph:
+    """What stands for a captured forward: it runs again, on the inputs that it was captured with."""
+
+    def __init__(self, call: Call, topology: Topology, pool: Any) -> None:
+        self._call, self._topology = call.replace(inputs=call.inputs.map(torch.clone)), topology
+
+    def replay(self, inputs: Inputs) -> Any:
+        self._call.inputs.copy_(inputs)
+        return run_call(self._call, self._topology)
+
+
+def _moved(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
+
+
+@FAMILY
+def test_like_inputs_are_replayed_and_unlike_ones_are_not(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dit = tiny(family)
+    ran: list[str] = []
+
+    def run(call: Call, topology: Topology, cache: Any) -> Any:
+        ran.append("run")
+        return run_call(call, topology, cache)
+
+    monkeypatch.setattr(graphs, "run", run)
+    monkeypatch.setattr(graphs, "Graph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    # Latents look as if they were on a GPU; what is computed from them doesn't.
+    monkeypatch.setattr(Tensor, "is_cuda", property(lambda self: getattr(self, "on_gpu", False)))
+    residuals = [name for name, spec in dit.arguments().items() if isinstance(spec, Residuals)]
+    optional = [name for name in dit.arguments() if name not in residuals]
+
+    def inputs(batch: int, seed: int) -> Inputs:
+        found = with_optional(dit, required_inputs(dit, batch, seed=seed), optional, seed=1)
+        noise = torch.Generator().manual_seed(seed)
+        found = found.map(lambda each: _moved(each, noise))
+        found.latents[0].on_gpu = True  # type: ignore[attr-defined]
+        return found
+
+    forwards = Forwards(Topology())
+    plan = Plan(Layout(1, 1, 1), 1, Shape(dit.heads, dit.width))
+    with torch.inference_mode():
+        for seed in range(4):
+            given = inputs(2, seed)
+            out = forwards(Call(dit, plan, given))
+            assert relative_difference(out, dit.run(SequenceParallel(), given)) == 0
+    assert ran == ["run", "run"], "the third is a replay"
+    first = inputs(2, 0)
+    unlike = [inputs(1, 0), first.map(lambda each: each.double()), *(first.replace(**{name: None}) for name in first)]
+    assert first.key == inputs(2, 7).key
+    assert first.key not in {each.key for each in unlike}
+    with torch.inference_mode():
+        forwards(Call(dit, plan, unlike[0]))
+    assert ran == ["run"] * 3
+
+
+# --- step cache -------------------------------------------------------------------------------------------------------
+
+
+def walk(dit: DiT, threshold: float, steps: int = 12) -> tuple[list[Tensor], list[Tensor], list[bool]]:
+    """Along a run the outputs, what a forward by itself gives, and which were skipped."""
+    forwards, generator = Forwards(Topology()), torch.Generator().manual_seed(1)
+    inputs, exact, outs, skipped = required_inputs(dit), [], [], []
+    for level in torch.linspace(1, 0.1, steps).tolist():
+        timestep = dit.timestep(torch.full(inputs["timestep"].shape, level)).float()
+        noise = 0.1 * torch.randn(inputs["x"].shape, generator=generator)
+        inputs = inputs.replace(x=inputs["x"] + noise, timestep=timestep)
+        before = forwards.skipped
+        with torch.inference_mode():
+            out = forwards(Call(dit, plan_for(dit, Request(step_cache=threshold), 1, inputs), inputs))
+        assert isinstance(out, Tensor)
+        outs.append(out)
+        exact.append(forward(dit, inputs))
+        skipped.append(forwards.skipped > before)
+    return outs, exact, skipped
+
+
+@pytest.mark.parametrize("threshold", [0, 1e-9])
+@FAMILY
+def test_a_step_cache_that_skips_nothing_is_exact_to_the_bit(family: str, threshold: float) -> None:
+    outs, exact, skipped = walk(tiny(family), threshold)
+    assert not any(skipped)
+    assert all(map(torch.equal, outs, exact))
+
+
+@FAMILY
+def test_a_huge_threshold_computes_the_first_and_every_fifth(family: str) -> None:
+    outs, exact, skipped = walk(tiny(family), 1e9)
+    assert skipped == [n % (MOST_IN_A_ROW + 1) != 0 for n in range(len(outs))]
+    for out, expected, was_skipped in zip(outs, exact, skipped, strict=True):
+        assert torch.equal(out, expected) == (not was_skipped)
+        assert relative_error(out, expected) < 0.5
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+@FAMILY
+def test_fp8_is_for_the_blocks_linear_layers_and_nothing_else(family: str) -> None:
+    dit, twin = tiny(family), share(tiny(family))
+    narrow_matrices(twin)
+    blocks = [block for block in dit.trunk if isinstance(block, nn.Module)]
+    layers = {id(layer) for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)}
+    layers -= set(map(id, dit.modulating))
+    wanted = {name for name, layer in dit.named_modules() if id(layer) in layers}
+    assert {name for name, layer in twin.named_modules() if isinstance(layer, Fp8Linear)} == wanted
+    assert wanted
+    assert not any(isinstance(layer, Fp8Linear) for layer in dit.modules()), "its own is whole"
+    shapes = {name: weight.shape for name, weight in dit.state_dict().items()}
+    assert {name: weight.shape for name, weight in twin.state_dict().items()} == shapes
+    inputs = required_inputs(dit)
+    assert 1e-4 < relative_error(forward(twin, inputs), forward(dit, inputs)) < 0.1
+
+
+@FAMILY
+def test_gradients_reach_every_parameter(family: str) -> None:
+    dit = FAMILIES[family](FAMILIES[family].tiny)
+    out = dit.run(SequenceParallel(), everything(dit))
+    assert isinstance(out, Tensor)
+    out.square().mean().backward()
+    assert not [
+        name for name, parameter in dit.named_parameters() if parameter.requires_grad and parameter.grad is None
+    ]
+
+
+def header(dit: DiT) -> dict[str, TensorInfo]:
+    return {name: TensorInfo("F32", tuple(tensor.shape)) for name, tensor in dit.state_dict().items()}
+
+
+@FAMILY
+def test_a_model_is_detected_as_itself(family: str) -> None:
+    """From its tensors, and from what its configuration says that shapes don't tell."""
+    dit = tiny(family)
+    kind = type(dit)
+    tensors = header(dit)
+    assert detect(tensors)[0] is kind
+    found, config = detect(tensors, kind.tiny)
+    with torch.device("meta"):
+        again = found(config)
+    assert (found, header(again)) == (kind, tensors)
+    assert (again.heads, again.width, again.arguments()) == (dit.heads, dit.width, dit.arguments())
+    assert detect(header(again), kind.tiny) == (kind, config)
+
+
+@NAMED
+def test_diffusers_names_are_a_bijection(family: str) -> None:
+    """Each parameter has one name, or one for each part of its rows, without gap or overlap."""
+    dit = tiny(family)
+    shapes = {name: tuple(parameter.shape) for name, parameter in dit.named_parameters()}
+    layout = dit.names.layout(shapes)
+    assert layout == dit.diffusers_layout(detect({}, dit.tiny)[1])
+    rows: dict[str, list[int]] = {}
+    theirs = {}
+    for name, place in layout.items():
+        first, count = place.rows or (0, shapes[place.key][0])
+        theirs[name] = (count, *shapes[place.key][1:])
+        rows.setdefault(place.key, []).extend(range(first, first + count))
+    assert {name: sorted(each) for name, each in rows.items()} == {name: [*range(s[0])] for name, s in shapes.items()}
+    assert all(map(dit.names.knows, theirs))
+    assert dit.names.ours(theirs) == shapes
+
+
+@NAMED
+def test_weights_under_diffusers_names_are_the_same_bits(family: str, tmp_path: Path) -> None:
+    dit = tiny(family)
+    path = tmp_path / "m.safetensors"
+    save_file(in_diffusers(dit, dit.tiny), path, {"tacod.config": json.dumps(dit.tiny)})
+    loaded = load_model(read_checkpoint(str(path)), torch.float32, CPU)
+    ours = dit.state_dict()
+    assert loaded.state_dict().keys() == ours.keys()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in loaded.state_dict().items())
+
+
+@FAMILY
+def test_a_lora_is_the_same_in_every_naming(family: str) -> None:
+    """In the model's own names, in kohya's underscores, and in diffusers' names, where parts are patched apart."""
+    dit = tiny(family)
+    weights = dit.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    layout = dit.diffusers_layout(detect({}, dit.tiny)[1])
+    generator = torch.Generator().manual_seed(0)
+    factors = {
+        f"{name}.weight": [torch.randn(*size, generator=generator) for size in ((n, 2), (2, layer.in_features))]
+        for name, layer in dit.named_modules()
+        if isinstance(layer, nn.Linear) and (n := layer.out_features)
+    }
+    own, kohya, diffusers = {}, {}, {}
+    for key, (up, down) in factors.items():
+        module = key.removesuffix(".weight")
+        own |= {f"diffusion_model.{module}.lora_B.weight": up, f"diffusion_model.{module}.lora_A.weight": down}
+        flat = f"lora_unet_{module.replace('.', '_')}"
+        kohya |= {f"{flat}.lora_up.weight": up, f"{flat}.lora_down.weight": down}
+    for name, place in layout.items():
+        if place.key in factors:
+            up, down = factors[place.key]
+            part = up if place.rows is None else up[place.rows[0] : sum(place.rows)]
+            part = torch.cat(part.chunk(2)[::-1]) if place.swap else part
+            module = f"transformer.{name.removesuffix('.weight')}"
+            diffusers |= {f"{module}.lora_B.weight": part, f"{module}.lora_A.weight": down}
+
+    def patched(file: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        patches = read_lora(file, layout, shapes, 0.7, dit.spellings)
+        assert patches.keys() == factors.keys()
+        return {key: apply(weights[key], each, key) for key, each in patches.items()}
+
+    expected = {key: weights[key] + 0.7 * up @ down for key, (up, down) in factors.items()}
+    for file in filter(None, (own, kohya, diffusers)):
+        found = patched(file)
+        assert max(relative_error(found[key], expected[key]) for key in expected) <= FP32
