@@ -20,6 +20,7 @@ from tacod_client.tensors import to_wire
 CPU = torch.device("cpu")
 FAMILIES = {family.family: family for family in families()}
 _LARGEST_FACTOR = 64
+"""By how much the sides of a latent are multiplied at the most."""
 
 
 @functools.cache
@@ -68,7 +69,7 @@ def random_case(
 ) -> Inputs:
     """Inputs as a test draws them; ``optional`` names arguments."""
     inputs = required_inputs(dit, batch, text, sides, seed)
-    return with_optional(dit, inputs, optional, seed, shared)
+    return dit.prepare(with_optional(dit, inputs, optional, seed, shared))
 
 
 def _turn(spec: Spec) -> int:
@@ -86,9 +87,9 @@ def _value(dit: DiT, spec: Spec, inputs: Inputs, generator: torch.Generator, sha
     if isinstance(spec, Numbers):
         return {name: integer(20) / 10 for name in spec.names}
     if isinstance(spec, Residuals):
-        return _residuals(dit, spec, inputs, generator)
+        return _residuals(dit, spec, inputs, generator, shared)
     if spec.shape is None:
-        return spec.choices[-1]
+        return spec.choices[integer(len(spec.choices)) - 1]
 
     def tensor() -> Tensor:
         assert spec.shape is not None
@@ -113,11 +114,12 @@ def _value(dit: DiT, spec: Spec, inputs: Inputs, generator: torch.Generator, sha
     return [tensor() for _ in range(2)] if spec.many else tensor()
 
 
-def _residuals(dit: DiT, spec: Residuals, inputs: Inputs, generator: torch.Generator) -> Control:
+def _residuals(dit: DiT, spec: Residuals, inputs: Inputs, generator: torch.Generator, shared: bool) -> Control:
     """For every other block, of all of the image's tokens or of the first ones."""
     tokens = dit.lengths(inputs)[-1]
     n = tokens if spec.whole else max(tokens * 2 // 3, 1)
-    residual = to_wire(torch.randn(inputs.batch, n, spec.width, generator=generator), "control")
+    batch = 1 if shared else inputs.batch
+    residual = to_wire(torch.randn(batch, n, spec.width, generator=generator), "control")
     return Control({kind: [residual, None] * (blocks // 2 + 1) for kind, blocks in spec.blocks.items()})
 
 

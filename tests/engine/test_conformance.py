@@ -1,30 +1,27 @@
-"""What is asked of every family, of each that `families` finds, on its tiny model.
+"""What is asked of every family, of each that `families` finds, on its tiny model: its forwards.
+
+test_conformance_names.py has the names of its weights.
 
 A family's own tests hold it to its authors' numbers, and to what it alone does.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conformance import CPU, FAMILIES, required_inputs, sent, tiny, with_optional
-from helpers import FP32, in_diffusers, relative_error
+from helpers import FP32, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rank_worker import LAYOUTS, WORLD, Ranks
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tacod.checkpoint import TensorInfo, read_checkpoint
 from tacod.plan import Layout, Plan, Request, Shape
 from tacod.rank.arguments import check_arguments, check_tokens, load_arguments
-from tacod.rank.families import detect
 from tacod.rank.families.base import DiT
 from tacod.rank.families.inputs import Argument, Inputs, Number, Numbers, Residuals, Spec
 from tacod.rank.forward import graphs
@@ -35,15 +32,12 @@ from tacod.rank.forward.step_cache import MOST_IN_A_ROW
 from tacod.rank.ops.fp8_linear import Fp8Linear
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.parallel.topology import Topology
-from tacod.rank.weights.load import load_model, narrow_matrices, share
-from tacod.rank.weights.lora import read_lora
-from tacod.rank.weights.patches import apply
+from tacod.rank.weights.load import narrow_matrices, share
 from tacod_client import wire
 from tacod_client.errors import ArgumentError
 from tacod_client.tensors import from_wire, to_wire
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
-NAMED = pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.names])
 ARGUMENT = pytest.mark.parametrize(
     ("family", "name"), [(family, name) for family in FAMILIES for name in tiny(family).arguments()]
 )
@@ -352,89 +346,3 @@ def test_gradients_reach_every_parameter(family: str) -> None:
     assert not [
         name for name, parameter in dit.named_parameters() if parameter.requires_grad and parameter.grad is None
     ]
-
-
-def header(dit: DiT) -> dict[str, TensorInfo]:
-    return {name: TensorInfo("F32", tuple(tensor.shape)) for name, tensor in dit.state_dict().items()}
-
-
-@FAMILY
-def test_a_model_is_detected_as_itself(family: str) -> None:
-    """From its tensors, and from what its configuration says that shapes don't tell."""
-    dit = tiny(family)
-    kind = type(dit)
-    tensors = header(dit)
-    assert detect(tensors)[0] is kind
-    found, config = detect(tensors, kind.tiny)
-    with torch.device("meta"):
-        again = found(config)
-    assert (found, header(again)) == (kind, tensors)
-    assert (again.heads, again.width, again.arguments()) == (dit.heads, dit.width, dit.arguments())
-    assert detect(header(again), kind.tiny) == (kind, config)
-
-
-@NAMED
-def test_diffusers_names_are_a_bijection(family: str) -> None:
-    """Each parameter has one name, or one for each part of its rows, without gap or overlap."""
-    dit = tiny(family)
-    shapes = {name: tuple(parameter.shape) for name, parameter in dit.named_parameters()}
-    layout = dit.names.layout(shapes)
-    assert layout == dit.diffusers_layout(detect({}, dit.tiny)[1])
-    rows: dict[str, list[int]] = {}
-    theirs = {}
-    for name, place in layout.items():
-        first, count = place.rows or (0, shapes[place.key][0])
-        theirs[name] = (count, *shapes[place.key][1:])
-        rows.setdefault(place.key, []).extend(range(first, first + count))
-    assert {name: sorted(each) for name, each in rows.items()} == {name: [*range(s[0])] for name, s in shapes.items()}
-    assert all(map(dit.names.knows, theirs))
-    assert dit.names.ours(theirs) == shapes
-
-
-@NAMED
-def test_weights_under_diffusers_names_are_the_same_bits(family: str, tmp_path: Path) -> None:
-    dit = tiny(family)
-    path = tmp_path / "m.safetensors"
-    save_file(in_diffusers(dit, dit.tiny), path, {"tacod.config": json.dumps(dit.tiny)})
-    loaded = load_model(read_checkpoint(str(path)), torch.float32, CPU)
-    ours = dit.state_dict()
-    assert loaded.state_dict().keys() == ours.keys()
-    assert all(torch.equal(tensor, ours[name]) for name, tensor in loaded.state_dict().items())
-
-
-@FAMILY
-def test_a_lora_is_the_same_in_every_naming(family: str) -> None:
-    """In the model's own names, in kohya's underscores, and in diffusers' names, where parts are patched apart."""
-    dit = tiny(family)
-    weights = dit.state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    layout = dit.diffusers_layout(detect({}, dit.tiny)[1])
-    generator = torch.Generator().manual_seed(0)
-    factors = {
-        f"{name}.weight": [torch.randn(*size, generator=generator) for size in ((n, 2), (2, layer.in_features))]
-        for name, layer in dit.named_modules()
-        if isinstance(layer, nn.Linear) and (n := layer.out_features)
-    }
-    own, kohya, diffusers = {}, {}, {}
-    for key, (up, down) in factors.items():
-        module = key.removesuffix(".weight")
-        own |= {f"diffusion_model.{module}.lora_B.weight": up, f"diffusion_model.{module}.lora_A.weight": down}
-        flat = f"lora_unet_{module.replace('.', '_')}"
-        kohya |= {f"{flat}.lora_up.weight": up, f"{flat}.lora_down.weight": down}
-    for name, place in layout.items():
-        if place.key in factors:
-            up, down = factors[place.key]
-            part = up if place.rows is None else up[place.rows[0] : sum(place.rows)]
-            part = torch.cat(part.chunk(2)[::-1]) if place.swap else part
-            module = f"transformer.{name.removesuffix('.weight')}"
-            diffusers |= {f"{module}.lora_B.weight": part, f"{module}.lora_A.weight": down}
-
-    def patched(file: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        patches = read_lora(file, layout, shapes, 0.7, dit.spellings)
-        assert patches.keys() == factors.keys()
-        return {key: apply(weights[key], each, key) for key, each in patches.items()}
-
-    expected = {key: weights[key] + 0.7 * up @ down for key, (up, down) in factors.items()}
-    for file in filter(None, (own, kohya, diffusers)):
-        found = patched(file)
-        assert max(relative_error(found[key], expected[key]) for key in expected) <= FP32
