@@ -386,6 +386,11 @@ class Rank:
         errors = [float((a - b).norm() / b.norm()) for a, b in zip(whole, expected, strict=True) if b.numel()]
         return max(errors) if all(map(math.isfinite, errors)) else math.inf
 
+    def made_up(self, layout: Layout, **case: Any) -> float:
+        from made_up import error
+
+        return error(self.topology, layout, **case)
+
     def variant(self, layout: Layout, sharing: bool, **case: Any) -> float | None:
         sequence = self._sequence(layout, sharing)
         return None if sequence is None else largest_error(sequence, **case)
