@@ -54,7 +54,7 @@ class Argument:
         """The specs of a list's tensors; None for a list of any number of tensors of one shape."""
         if not self.others:
             return None
-        return [replace(self, shape=shape, others=()) for shape in (self.shape, *self.others)]
+        return [replace(self, shape=shape, many=False, others=()) for shape in (self.shape, *self.others)]
 
     def images(self, value: Any, part: slice) -> Any:
         """Some images' part of a tensor, or of each in a list; a batch of 1 that broadcasts stays whole."""
