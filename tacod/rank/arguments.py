@@ -51,10 +51,13 @@ def check_arguments(given: Mapping[str, Any], specs: Mapping[str, Spec], family:
         elif spec.many:
             if not isinstance(value, list):
                 raise ArgumentError(f"{name}: expected a list of tensors, got {_kind(value)}", argument=name)
-            for item in value:
-                known = _batch(sizes)
-                _check_tensor(name, item, spec, known)
-                sizes |= _batch(known)
+            members = spec.members or [spec] * len(value)
+            if len(value) != len(members):
+                raise ArgumentError(f"{name}: expected {_wanted(spec)}, got {len(value)} tensors", argument=name)
+            for item, member in zip(value, members, strict=True):
+                own = _batch(sizes)
+                _check_tensor(name, item, member, own)
+                sizes |= _batch(own)
         else:
             _check_tensor(name, value, spec, sizes)
 
@@ -168,6 +171,10 @@ def _wanted(spec: Spec) -> str:
         return f"a map of residuals for {', '.join(spec.blocks)}"
     if spec.shape is None:
         return "one of " + ", ".join(map(repr, spec.choices))
+    if spec.others:
+        return f"a list of {1 + len(spec.others)} tensors of shapes " + ", ".join(
+            f"[{', '.join(map(str, shape))}]" for shape in (spec.shape, *spec.others)
+        )
     shape = f"shape [{', '.join(map(str, spec.shape))}]"
     return f"a list of tensors of {shape}" if spec.many else shape
 

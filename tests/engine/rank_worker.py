@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import made_up
 import torch
 import torch.distributed as dist
 from attention_cases import largest_error
@@ -177,6 +178,9 @@ class Rank:
         whole = [sequence.gather(out, length) for out, length in zip(outs, lengths, strict=True)]
         errors = [float((a - b).norm() / b.norm()) for a, b in zip(whole, expected, strict=True) if b.numel()]
         return max(errors) if all(map(math.isfinite, errors)) else math.inf
+
+    def made_up(self, layout: Layout, **case: Any) -> float:
+        return made_up.error(self.topology, layout, **case)
 
     def variant(self, layout: Layout, sharing: bool, **case: Any) -> float | None:
         sequence = self._sequence(layout, sharing)

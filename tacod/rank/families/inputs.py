@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,9 @@ class Argument:
     required: bool = True
     many: bool = False
     """A list of such tensors; free sizes other than ``"B"`` may differ between its members."""
+    others: tuple[tuple[int | str, ...], ...] = ()
+    """With ``many``: the list has exactly one tensor of ``shape``, then one of each of these, such as video and sound.
+    Each has ``"B"`` where ``shape`` has it."""
     choices: tuple[str, ...] = ()
     """For ``shape=None``: the strings it may be."""
     also: Mapping[str, str] = field(default_factory=dict)
@@ -45,6 +48,13 @@ class Argument:
     def batch_axis(self) -> int | None:
         """The dimension that counts images; None if there is none."""
         return self.shape.index("B") if self.shape is not None and "B" in self.shape else None
+
+    @property
+    def members(self) -> list[Argument] | None:
+        """The specs of a list's tensors; None for a list of any number of tensors of one shape."""
+        if not self.others:
+            return None
+        return [replace(self, shape=shape, many=False, others=()) for shape in (self.shape, *self.others)]
 
     def images(self, value: Any, part: slice) -> Any:
         """Some images' part of a tensor, or of each in a list; a batch of 1 that broadcasts stays whole."""

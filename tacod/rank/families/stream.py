@@ -69,6 +69,8 @@ class ForwardPass:
         self.sequence = sequence
         self.joined: tuple[Stream, list[Stream]] | None = None
         """While streams are one: that one, and those that it was made of."""
+        self.outputs: tuple[Stream, ...] = ()
+        """Of a family with several latents the streams of all: ``image``, and others that aren't joined to it."""
         self._modulation: dict[Any, Tensor] = {}
 
     if TYPE_CHECKING:
@@ -116,10 +118,10 @@ class ForwardPass:
     def modulate(self, layers: Sequence[Any], conditioning: Tensor) -> None:
         """Compute every layer's modulation of ``conditioning`` [B, W] or, for M segments, [B, M, W].
 
-        The ranks share the layers out. `modulation` finds them.
+        The ranks share the layers out. `modulation` finds them. Layers with another conditioning take another call.
         """
         values = modulations(layers, conditioning, self.sequence)
-        self._modulation = dict(zip(layers, values, strict=True))
+        self._modulation.update(zip(layers, values, strict=True))
 
     def modulation(self, layer: Any, parts: int) -> tuple[Tensor, ...]:
         """A layer's modulation in so many parts (shift, scale, gate, …), each [B, M, W]."""
@@ -152,6 +154,11 @@ class ForwardPass:
             return self.image.tokens
         joint, _ = self.joined
         return joint.tokens[:, joint.size - self.image.size :]
+
+    @property
+    def output_tokens(self) -> list[Tensor]:
+        """This rank's tokens of each stream that the output is made of: the image's first."""
+        return [self.image_tokens, *(stream.tokens for stream in self.outputs[1:])]
 
     @property
     def streams(self) -> list[Stream]:

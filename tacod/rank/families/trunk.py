@@ -24,10 +24,11 @@ class BlockCache(Protocol):
         """What the other blocks are taken to add to the image's tokens; None if they must be computed.
 
         ``first`` [B, S, W] is what the first block has added. Every rank of a sequence skips, or none does.
+        Of several latents' streams it is one row of all their numbers.
         """
 
     def keep(self, others: Tensor) -> None:
-        """Remember what the other blocks have added, [B, S, W]."""
+        """Remember what the other blocks have added, in the shape of ``first``."""
 
 
 def run_trunk(
@@ -46,7 +47,7 @@ def run_trunk(
         control: A ControlNet's residuals.
         cache: The step cache of this run.
     """
-    before = f.image_tokens
+    before = f.output_tokens
     for number, block in enumerate(blocks):
         block(f)
         if f.image.dtype == torch.float16:
@@ -55,15 +56,23 @@ def run_trunk(
         if control is not None and kind is not None and control.find(*kind) is not None:
             control.add(*kind, f.sequence, f.image_tokens, sum(f.image.lengths))
         if cache is not None and number == 0:
-            after = f.image_tokens
-            skipped = cache.find(after - before, f.sequence)
+            after = f.output_tokens
+            skipped = cache.find(_added(after, before), f.sequence)
             if skipped is not None:
                 f.part()
-                f.image.tokens = after + skipped
+                parts = torch.split(skipped.flatten(), [tokens.numel() for tokens in after])
+                for stream, tokens, part in zip(f.outputs or (f.image,), after, parts, strict=True):
+                    stream.tokens = tokens + part.view(tokens.shape)
                 return
     f.part()
     if cache is not None:
-        cache.keep(f.image.tokens - after)
+        cache.keep(_added(f.output_tokens, after))
+
+
+def _added(after: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
+    """What was added to the tokens of one stream, [B, S, W], or of several, as one row."""
+    added = [one - other for one, other in zip(after, before, strict=True)]
+    return added[0] if len(added) == 1 else torch.cat([each.flatten() for each in added])
 
 
 def _clamp(f: ForwardPass) -> None:

@@ -100,6 +100,6 @@ def random_inputs(dit: DiT, device: torch.device, generator: torch.Generator, si
     values: dict[str, Any] = {}
     for name, spec in specs.items():
         if spec.required and isinstance(spec, Argument) and spec.shape is not None:
-            values[name] = [tensor(spec)] if spec.many else tensor(spec)
+            values[name] = [tensor(each) for each in spec.members or [spec]] if spec.many else tensor(spec)
     values["timestep"] = dit.timestep(torch.full(values["timestep"].shape, SIGMA, device=device)).float()
     return Inputs(values, specs)

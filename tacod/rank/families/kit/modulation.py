@@ -40,10 +40,10 @@ class AdaLN(Modulation):
 class FinalLayer(nn.Module):
     """A modulated norm and the projection to patches: ``linear`` and ``adaLN_modulation``."""
 
-    def __init__(self, width: int, outputs: int, norm: Norm = LAYER_NORM) -> None:
+    def __init__(self, width: int, outputs: int, norm: Norm = LAYER_NORM, bias: bool = True) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, outputs)
-        self.adaLN_modulation = AdaLN(width, 2 * width)
+        self.linear = nn.Linear(width, outputs, bias=bias)
+        self.adaLN_modulation = AdaLN(width, 2 * width, bias=bias)
         self._norm = norm
 
     def forward(self, f: ForwardPass) -> Tensor:
