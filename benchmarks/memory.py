@@ -214,7 +214,7 @@ def write_gguf(path: Path, kind: str, described: dict[str, Any]) -> None:
 
 
 def is_matrix(shape: tuple[int, ...], numbers: int) -> bool:
-    """Whether a tensor is of whole blocks, as tools quantise it."""
+    """Whether a tensor is of whole blocks, as tools quantize it."""
     return len(shape) > 1 and shape[-1] % numbers == 0
 
 

@@ -60,7 +60,7 @@ from tacod.rank.forward.graphs import Forwards
 from tacod.rank.forward.run import Call
 from tacod.rank.ops import fused, linear, qkv, quantize_rows
 from tacod.rank.parallel.topology import Topology
-from tacod.rank.weights.load import narrow_matrices, share
+from tacod.rank.weights.load import quantize_blocks, share
 from tacod_client import Client, ConnectionFailed
 from tacod_client.stats import ModelStats
 
@@ -125,7 +125,7 @@ class Bench:
     def narrow(self) -> DiT:
         """The same with its matrices in fp8."""
         twin = share(self.dit)
-        narrow_matrices(twin)
+        quantize_blocks(twin)
         return twin
 
     def inputs(self, pixels: int) -> dict[str, Any]:

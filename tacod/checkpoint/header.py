@@ -33,7 +33,7 @@ BLOCKS = {
     "IQ4_NL": (32, 18),
     "IQ4_XS": (256, 136),
 }
-"""GGUF's quantised kinds: numbers in a block, which lies within a row, and bytes of a block."""
+"""GGUF's quantized kinds: numbers in a block, which lies within a row, and bytes of a block."""
 
 
 class TensorInfo(NamedTuple):

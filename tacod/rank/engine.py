@@ -47,7 +47,7 @@ from tacod.rank.weights.load import (
     choose_dtype,
     get_weight,
     load_model,
-    narrow_matrices,
+    quantize_blocks,
     set_weight,
     share,
     weight_bytes,
@@ -221,7 +221,7 @@ class Engine:
             )
         loaded = load_model(checkpoint, DTYPES[chosen], self.device, self.report)
         if chosen == "fp8":
-            narrow_matrices(loaded)
+            quantize_blocks(loaded)
         # Before it is resident: a load that fails here leaves nothing behind.
         if self.device.type == "cuda" and self.warm:
             hint = "that was a forward at 1024² on all ranks, to warm up; unload a model, or set group.warm_up = false"

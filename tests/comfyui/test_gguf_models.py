@@ -66,7 +66,7 @@ def write(path: Path, model: TinyModel, most: str, some: str) -> None:
 
 
 def packed(weight: torch.Tensor, kind: str) -> np.ndarray:
-    """A matrix as blocks: quantised where the package can, else random ones whose numbers are as large as its own."""
+    """A matrix as blocks: quantized where the package can, else random ones whose numbers are as large as its own."""
     numbers = np.ascontiguousarray(weight.float().numpy())
     try:
         return gguf.quants.quantize(numbers, gguf.GGMLQuantizationType[kind])
@@ -119,7 +119,7 @@ def test_a_lora_on_it(both: Both, packed_comfyui: ComfyUI, where: str) -> None:
 
 
 def test_other_numbers_are_said(packed_comfyui: ComfyUI) -> None:
-    """By default the pack dequantises in fp16."""
+    """By default the pack dequantizes in fp16."""
     run = through_the_pack("flux_Q8_0")
     run.add("file", "UnetLoaderGGUF", unet_name="flux_Q8_0.gguf")
     run.load()
@@ -128,7 +128,7 @@ def test_other_numbers_are_said(packed_comfyui: ComfyUI) -> None:
     outcome = packed_comfyui.run(run.nodes)
     assert outcome.kind == "success", outcome.error
     assert (
-        "Note: the daemon dequantises GGUF weights in fp32, and ComfyUI-GGUF's loader in float16"
+        "Note: the daemon dequantizes GGUF weights in fp32, and ComfyUI-GGUF's loader in float16"
         in (outcome.texts["info"])
     )
 

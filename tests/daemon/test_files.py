@@ -112,7 +112,7 @@ def in_hubs_cache(models: Path, blob: Path, name: str) -> Path:
 
 @pytest.mark.parametrize("linked", [False, True], ids=["file", "linked"])
 def test_gguf(client: Client, models: Path, linked: bool) -> None:
-    path = models / ("0f1e2d3c" if linked else "quantised.gguf")
+    path = models / ("0f1e2d3c" if linked else "quantized.gguf")
     writer = gguf.GGUFWriter(path, "flux")
     writer.add_string("tacod.config", json.dumps(FLUX.config))
     weights = {}

@@ -32,7 +32,7 @@ from tacod.rank.forward.step_cache import MOST_IN_A_ROW
 from tacod.rank.ops.fp8_linear import Fp8Linear
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.parallel.topology import Topology
-from tacod.rank.weights.load import narrow_matrices, share
+from tacod.rank.weights.load import quantize_blocks, share
 from tacod_client import wire
 from tacod_client.errors import ArgumentError
 from tacod_client.tensors import from_wire, to_wire
@@ -323,7 +323,7 @@ def test_a_huge_threshold_computes_the_first_and_every_fifth(family: str) -> Non
 @FAMILY
 def test_fp8_is_for_the_blocks_linear_layers_and_nothing_else(family: str) -> None:
     dit, twin = tiny(family), share(tiny(family))
-    narrow_matrices(twin)
+    quantize_blocks(twin)
     blocks = [block for block in dit.trunk if isinstance(block, nn.Module)]
     layers = {id(layer) for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)}
     layers -= set(map(id, dit.modulating))

@@ -130,8 +130,8 @@ def narrow(rows: int, width: int) -> list[float]:
 
     x, out = torch.randn(rows, width), torch.empty(rows, width)
     got, scales = torch.empty(rows, width, dtype=torch.int8), torch.empty(rows)
-    kernels.quantise(x, got, scales)
-    kernels.dequantise(got, scales, out)
+    kernels.quantize(x, got, scales)
+    kernels.dequantize(got, scales, out)
     wanted, theirs = quantize_rows(x, torch.int8)
     return [relative_error(out, x), float((got - wanted).abs().max()), relative_error(scales, theirs)]
 

@@ -133,17 +133,17 @@ def test_an_embedder_has_its_files_names(bias: bool) -> None:
     assert torch.equal(embedder.numbers(t, torch.float32, 6), second(silu(first(kit.sinusoid(t, 6)))))
 
 
-@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("activation", ["gelu", "gelu_exact", "silu", "swiglu", "swiglu apart"])
-def test_feed_forward(activation: str, bias: bool, quantised: bool) -> None:
+def test_feed_forward(activation: str, bias: bool, quantized: bool) -> None:
     torch.manual_seed(0)
     kind, apart, _ = activation.partition(" ")
     fused = kind == "swiglu" and not apart
     layers: list[Any] = [nn.Linear(16, 64 if fused else 32, bias=bias), nn.Linear(32, 16, bias=bias)]
     layers += [nn.Linear(16, 32, bias=bias)] if apart else []
     layers = [layer.requires_grad_(False) for layer in layers]
-    if quantised:
+    if quantized:
         layers = [Fp8Linear.of(layer) for layer in layers]
     x = torch.randn(2, 5, 16)
 
@@ -158,8 +158,8 @@ def test_feed_forward(activation: str, bias: bool, quantised: bool) -> None:
         "swiglu": lambda: silu(hidden) * of(layers[2], x) if apart else silu(hidden[..., :32]) * hidden[..., 32:],
     }[kind]()
     out = kit.feed_forward(layers[0], layers[1], x, kind, layers[2] if apart else None)
-    # Quantised layers round the tokens too.
-    assert float((out - of(layers[1], wanted)).norm() / out.norm()) < (0.1 if quantised else 1e-6)
+    # Quantized layers round the tokens too.
+    assert float((out - of(layers[1], wanted)).norm() / out.norm()) < (0.1 if quantized else 1e-6)
 
 
 def test_an_activation_that_is_none_is_refused() -> None:

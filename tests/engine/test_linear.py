@@ -13,7 +13,7 @@ from torch.nn import functional
 from tacod.rank.ops import linear
 from tacod.rank.ops.fp8_linear import Fp8Linear
 from tacod.rank.ops.linear import linear_gelu, split_inputs, split_outputs
-from tacod.rank.ops.quantized_linear import StoredLinear
+from tacod.rank.ops.quantized_linear import QuantizedLinear
 
 
 def plain(bias: bool) -> nn.Linear:
@@ -21,10 +21,10 @@ def plain(bias: bool) -> nn.Linear:
     return nn.Linear(32, 48, bias=bias).requires_grad_(False)
 
 
-def stored(bias: bool) -> StoredLinear:
+def stored(bias: bool) -> QuantizedLinear:
     layer = plain(bias)
     data = layer.weight.to(torch.float8_e4m3fn).view(torch.uint8)
-    return StoredLinear(data, "F8_E4M3", layer.bias, torch.float32, None)
+    return QuantizedLinear(data, "F8_E4M3", layer.bias, torch.float32, None)
 
 
 def narrow(bias: bool) -> Fp8Linear:

@@ -31,7 +31,7 @@ from tacod.rank.forward.run import Call
 from tacod.rank.forward.warmup import usual_inputs, warm_up
 from tacod.rank.ops.fp8_linear import Fp8Linear
 from tacod.rank.parallel.topology import Topology
-from tacod.rank.weights.load import narrow_matrices
+from tacod.rank.weights.load import quantize_blocks
 from tacod_client.errors import ArgumentError
 from tacod_client.tensors import from_wire
 
@@ -123,7 +123,7 @@ def test_warms_up(name: str) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_the_blocks_are_multiplied_in_8_bits(name: str) -> None:
     made = model(name)
-    narrow_matrices(made)
+    quantize_blocks(made)
     narrow = {each for each, layer in made.named_modules() if isinstance(layer, Fp8Linear)}
     blocks = "layers" if name == "joint" else "blocks"
     assert narrow

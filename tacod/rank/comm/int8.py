@@ -34,6 +34,6 @@ def decode(received: Tensor, out: Tensor) -> None:
     if has_kernels(out):
         from tacod.rank.ops import kernels
 
-        kernels.dequantise(numbers, scales, rows)
+        kernels.dequantize(numbers, scales, rows)
         return
     rows.copy_(numbers.float() * scales[:, None])

@@ -16,7 +16,7 @@ __all__ = ["Fp8Linear"]
 class Fp8Linear(nn.Module):
     """`nn.Linear` whose product is computed in e4m3: a scale for each output's weights, and one for each token.
 
-    Tokens are quantised as they come. On a CPU the same numbers are multiplied in the compute dtype.
+    Tokens are quantized as they come. On a CPU the same numbers are multiplied in the compute dtype.
 
     Args:
         data: The weight in e4m3, [out_features, in_features].
@@ -39,7 +39,7 @@ class Fp8Linear(nn.Module):
 
     @staticmethod
     def of(layer: Any) -> Fp8Linear:
-        """A layer with a weight in the compute dtype, or a stored one, quantised."""
+        """A layer with a weight in the compute dtype, or a stored one, quantized."""
         weight = layer.weight.detach()
         return Fp8Linear(*quantize_rows(weight, torch.float8_e4m3fn), layer.bias, weight.dtype)
 

@@ -15,14 +15,14 @@ from triton.language.extra.cuda import globaltimer
 
 from tacod.rank.ops.norm import Norm
 
-__all__ = ["barrier", "copy", "count_time", "dequantise", "merge", "pack", "quantise", "rows"]
+__all__ = ["barrier", "copy", "count_time", "dequantize", "merge", "pack", "quantize", "rows"]
 
 _HEADS = 8, 4
 """Heads that one program of `pack` handles: the more, the wider it stores."""
 _MERGED = 8
 """Heads of tokens that one program of `merge` handles."""
 _NUMBERS = 4096
-"""About how many numbers one program of `quantise` and `dequantise` handles."""
+"""About how many numbers one program of `quantize` and `dequantize` handles."""
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -230,8 +230,8 @@ def copy(source: Tensor, target: Tensor) -> None:
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _quantise(
-    x, narrow, scales, rows, width, stride,
+def _quantize(
+    x, quantized, scales, rows, width, stride,
     LIMIT: tl.constexpr, ROUND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Some rows in 8 bits, and what they are to be multiplied by."""
@@ -243,43 +243,43 @@ def _quantise(
     value = value / scale[:, None]
     if ROUND:
         value = tl.floor(value + 0.5)
-    tl.store(narrow + row[:, None] * width + column[None, :], value.to(narrow.dtype.element_ty), mask=inside)
+    tl.store(quantized + row[:, None] * width + column[None, :], value.to(quantized.dtype.element_ty), mask=inside)
     tl.store(scales + row, scale, mask=row < rows)
 
 
-def quantise(x: Tensor, narrow: Tensor, scales: Tensor) -> None:
-    """Each row of ``x`` [n, W] in 8 bits, into ``narrow`` [n, W] (int8 or e4m3) times ``scales`` [n] in fp32."""
+def quantize(x: Tensor, quantized: Tensor, scales: Tensor) -> None:
+    """Each row of ``x`` [n, W] in 8 bits, into ``quantized`` [n, W] (int8 or e4m3) times ``scales`` [n] in fp32."""
     rows, width = x.shape
     x = _dense(x)
-    whole = narrow.dtype == torch.int8
+    whole = quantized.dtype == torch.int8
     block = triton.next_power_of_2(width)
     many = max(_NUMBERS // block, 1)
     if rows:
-        _quantise[(triton.cdiv(rows, many),)](
-            x, narrow, scales, rows, width, x.stride(0),
+        _quantize[(triton.cdiv(rows, many),)](
+            x, quantized, scales, rows, width, x.stride(0),
             LIMIT=127.0 if whole else 448.0, ROUND=whole, ROWS=many, BLOCK=block,
             num_warps=4 if block <= _NUMBERS else 8,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _dequantise(narrow, scales, out, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _dequantize(quantized, scales, out, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Some rows."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     inside = (row[:, None] < rows) & (column[None, :] < width)
-    value = tl.load(narrow + row[:, None] * width + column[None, :], mask=inside, other=0).to(tl.float32)
+    value = tl.load(quantized + row[:, None] * width + column[None, :], mask=inside, other=0).to(tl.float32)
     value *= tl.load(scales + row, mask=row < rows, other=0.0)[:, None]
     tl.store(out + row[:, None] * width + column[None, :], value.to(out.dtype.element_ty), mask=inside)
 
 
-def dequantise(narrow: Tensor, scales: Tensor, out: Tensor) -> None:
-    """Rows ``narrow`` [n, W] times ``scales`` [n], into ``out`` [n, W]."""
+def dequantize(quantized: Tensor, scales: Tensor, out: Tensor) -> None:
+    """Rows ``quantized`` [n, W] times ``scales`` [n], into ``out`` [n, W]."""
     rows, width = out.shape
     block = triton.next_power_of_2(width)
     many = max(_NUMBERS // block, 1)
     if rows:
-        _dequantise[(triton.cdiv(rows, many),)](narrow, scales, out, rows, width, ROWS=many, BLOCK=block, num_warps=4)
+        _dequantize[(triton.cdiv(rows, many),)](quantized, scales, out, rows, width, ROWS=many, BLOCK=block, num_warps=4)
 
 
 @triton.jit(do_not_specialize=["parts", "tokens", "heads"])

@@ -26,7 +26,7 @@ def quantize_rows(
     if has_kernels(x):
         from tacod.rank.ops import kernels
 
-        kernels.quantise(x, out, scales)
+        kernels.quantize(x, out, scales)
         return out, scales
     if x.numel():
         torch.div(x.abs().amax(dim=1).float().clamp_min(1e-12), _LIMITS[dtype], out=scales)

@@ -15,22 +15,22 @@ from torch.nn import functional
 
 from tacod.checkpoint.header import BLOCKS, FLOAT8
 
-__all__ = ["STORED", "StoredLinear", "dequantise"]
+__all__ = ["QUANTIZED", "QuantizedLinear", "dequantize"]
 
-STORED = (*FLOAT8, *BLOCKS)
+QUANTIZED = (*FLOAT8, *BLOCKS)
 """The kinds of weights that are kept as they are, named as in headers."""
 
 _FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 _BAND = 1 << 24
-"""How many numbers are dequantised at once: it bounds what lies beside the result."""
+"""How many numbers are dequantized at once: it bounds what lies beside the result."""
 
 
-class StoredLinear(nn.Module):
+class QuantizedLinear(nn.Module):
     """`nn.Linear` with a stored weight; everything else about it, its bias too, is in the compute dtype.
 
     Args:
         data: The weight's bytes, uint8 [out_features, bytes of a row].
-        kind: One of `STORED`.
+        kind: One of `QUANTIZED`.
         bias: [out_features] in the compute dtype, or None.
         dtype: The compute dtype.
         scale: What 8-bit floats are multiplied by: fp32, no dimensions; None for 1.
@@ -55,14 +55,14 @@ class StoredLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Of ``x`` [..., in_features] in the compute dtype, [..., out_features]."""
-        return functional.linear(x, self.dequantised(x.dtype), self.bias)
+        return functional.linear(x, self.dequantized(x.dtype), self.bias)
 
     @property
     def weight(self) -> Tensor:
         """The weight in the compute dtype, [out_features, in_features], made anew each time."""
-        return self.dequantised(self.dtype)
+        return self.dequantized(self.dtype)
 
-    def dequantised(self, dtype: torch.dtype) -> Tensor:
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight as numbers, [out_features, in_features]; computed in fp32, then rounded to ``dtype``."""
         step = max(_BAND // self.in_features, 1)
         if self.out_features <= step:
@@ -75,7 +75,7 @@ class StoredLinear(nn.Module):
     def _weight(self, data: Tensor, dtype: torch.dtype) -> Tensor:
         if self.kind in _FLOAT8 and self.scale is None:
             return data.view(_FLOAT8[self.kind]).to(dtype)
-        weight = dequantise(data, self.kind)
+        weight = dequantize(data, self.kind)
         return (weight if self.scale is None else weight * self.scale).to(dtype)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -89,8 +89,8 @@ class StoredLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.kind}"
 
 
-def dequantise(data: Tensor, kind: str) -> Tensor:
-    """Numbers in fp32, [..., n], from the bytes of their rows, uint8 [..., bytes]; ``kind`` is one of `STORED`."""
+def dequantize(data: Tensor, kind: str) -> Tensor:
+    """Numbers in fp32, [..., n], from the bytes of their rows, uint8 [..., bytes]; ``kind`` is one of `QUANTIZED`."""
     if kind in _FLOAT8:
         return data.view(_FLOAT8[kind]).float()
     blocks = data.reshape(-1, BLOCKS[kind][1])

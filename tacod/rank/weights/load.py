@@ -15,7 +15,7 @@ from tacod.checkpoint import Checkpoint, TensorInfo
 from tacod.checkpoint.header import BLOCKS, PLAIN
 from tacod.rank.families.base import DiT
 from tacod.rank.ops.fp8_linear import Fp8Linear
-from tacod.rank.ops.quantized_linear import STORED, StoredLinear, dequantise
+from tacod.rank.ops.quantized_linear import QUANTIZED, QuantizedLinear, dequantize
 from tacod.rank.weights.reader import Reader
 from tacod.rank.weights.remap import identify, some
 from tacod_client.errors import ModelCorrupt, ModelUnsupported
@@ -26,14 +26,14 @@ __all__ = [
     "choose_dtype",
     "get_weight",
     "load_model",
-    "narrow_matrices",
+    "quantize_blocks",
     "set_weight",
     "share",
     "weight_bytes",
 ]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
-"""By their names; fp8 is bf16 with the blocks' matrices multiplied in 8 bits (`narrow_matrices`)."""
+"""By their names; fp8 is bf16 with the blocks' matrices multiplied in 8 bits (`quantize_blocks`)."""
 _OF_FILE = {"F64": "fp32", "F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 _TORCH = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _SCALES = ("scale_weight", "weight_scale")
@@ -61,7 +61,7 @@ def choose_dtype(checkpoint: Checkpoint, asked: str | None, device: torch.device
     for info in checkpoint.tensors.values():
         if len(info.shape) > 1:
             numbers[info.dtype] += info.size
-    if any(kind in STORED for kind in numbers):
+    if any(kind in QUANTIZED for kind in numbers):
         return "bf16"
     return next((_OF_FILE[kind] for kind, _ in numbers.most_common() if kind in _OF_FILE), "bf16")
 
@@ -71,7 +71,7 @@ def load_model(
 ) -> DiT:
     """Build the family that the checkpoint holds and fill it, tensor by tensor.
 
-    Linear layers of 8 bits or fewer are kept so, as `StoredLinear`; everything else is cast to ``dtype``. Which
+    Linear layers of 8 bits or fewer are kept so, as `QuantizedLinear`; everything else is cast to ``dtype``. Which
     tensors were left out as other modules' is said in the log.
 
     Raises `ModelUnsupported` if the family or its weights are unknown, `ModelCorrupt` if tensors lack or don't fit, or
@@ -122,12 +122,12 @@ def _check(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]) -> dic
     if unknown:
         raise ModelUnsupported(
             f"{checkpoint.path} has tensors that this family doesn't use: {some(unknown)}; "
-            "it may be a variant or a quantised file that this version doesn't run"
+            "it may be a variant or a quantized file that this version doesn't run"
         )
     for name, shape in wanted.items():
         info = checkpoint.tensors[name]
-        if info.dtype not in PLAIN and info.dtype not in STORED:
-            known = ", ".join([*PLAIN, *STORED])
+        if info.dtype not in PLAIN and info.dtype not in QUANTIZED:
+            known = ", ".join([*PLAIN, *QUANTIZED])
             raise ModelUnsupported(f"{checkpoint.path}: {name} is {info.dtype}; this version reads {known}")
         if not _fits(info.shape, shape):
             raise ModelCorrupt(
@@ -165,7 +165,7 @@ def _decode(data: Tensor, info: TensorInfo) -> Tensor:
     """The numbers of a tensor, in its own dtype, or in fp32 if that is stored."""
     if info.dtype in _TORCH:
         return data.view(_TORCH[info.dtype]).reshape(info.shape)
-    return dequantise(data, info.dtype).reshape(info.shape)
+    return dequantize(data, info.dtype).reshape(info.shape)
 
 
 def _place(
@@ -175,10 +175,10 @@ def _place(
     owner = model.get_submodule(path)
     if scale is not None:
         scale = scale.reshape(())
-    if info.dtype in STORED and isinstance(owner, nn.Linear) and leaf == "weight" and _in_rows(info):
+    if info.dtype in QUANTIZED and isinstance(owner, nn.Linear) and leaf == "weight" and _in_rows(info):
         rows = data.reshape(info.shape[0], -1)
         bias: nn.Parameter | None = owner.bias
-        model.set_submodule(path, StoredLinear(rows, info.dtype, bias, dtype, scale))
+        model.set_submodule(path, QuantizedLinear(rows, info.dtype, bias, dtype, scale))
         return
     tensor = _decode(data, info)
     _assign(owner, leaf, (tensor if scale is None else tensor.float() * scale).to(dtype))
@@ -202,8 +202,8 @@ def get_weight(model: DiT, key: str) -> Tensor:
     Raises `KeyError` if the model has no such weight.
     """
     owner, leaf = _find(model, key)
-    if isinstance(owner, StoredLinear) and leaf == "weight":
-        return owner.dequantised(torch.float32)
+    if isinstance(owner, QuantizedLinear) and leaf == "weight":
+        return owner.dequantized(torch.float32)
     if isinstance(owner, Fp8Linear) and leaf == "weight":
         return owner.weight
     tensor: Tensor = owner._parameters[leaf] if leaf in owner._parameters else owner._buffers[leaf]
@@ -213,23 +213,23 @@ def get_weight(model: DiT, key: str) -> Tensor:
 def set_weight(model: DiT, key: str, tensor: Tensor) -> None:
     """Replace a weight by a tensor of its shape, cast to the compute dtype and moved to the weight's device.
 
-    A stored layer becomes a plain one, a narrow one stays narrow. What shares the old weight keeps it. Raises
+    A stored layer becomes a plain one, an fp8 layer stays fp8. What shares the old weight keeps it. Raises
     `KeyError` if the model has no such weight, `ValueError` if the shape is another.
     """
     owner, leaf = _find(model, key)
-    stored = isinstance(owner, StoredLinear | Fp8Linear) and leaf == "weight"
+    stored = isinstance(owner, QuantizedLinear | Fp8Linear) and leaf == "weight"
     old = owner.data if stored else owner._parameters.get(leaf, owner._buffers.get(leaf))
     shape = (owner.out_features, owner.in_features) if stored else tuple(old.shape)
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{key}: a tensor of {list(tensor.shape)} can't replace one of {list(shape)}")
     if stored:
         path = key.rpartition(".")[0]
-        narrow = isinstance(owner, Fp8Linear)
+        fp8 = isinstance(owner, Fp8Linear)
         plain = nn.Linear(owner.in_features, owner.out_features, bias=False, device="meta").train(owner.training)
         plain.register_parameter("bias", owner.bias)
         owner = plain
         _assign(owner, leaf, tensor.detach().to(old.device, model.dtype))
-        model.set_submodule(path, Fp8Linear.of(plain) if narrow else plain)
+        model.set_submodule(path, Fp8Linear.of(plain) if fp8 else plain)
         return
     _assign(owner, leaf, tensor.detach().to(old.device, model.dtype))
 
@@ -242,19 +242,19 @@ def _find(model: nn.Module, key: str) -> tuple[Any, str]:
     except AttributeError:
         raise KeyError(key) from None
     held = owner._parameters.get(leaf) is not None or owner._buffers.get(leaf) is not None
-    if isinstance(owner, StoredLinear | Fp8Linear):
+    if isinstance(owner, QuantizedLinear | Fp8Linear):
         held = leaf == "weight" or (leaf == "bias" and held)
     if not held:
         raise KeyError(key)
     return owner, leaf
 
 
-def narrow_matrices(model: DiT) -> None:
+def quantize_blocks(model: DiT) -> None:
     """Have the matrices of the blocks multiplied in 8 bits, but for the modulations, which see one token an image."""
     spared = set(map(id, model.modulating))
     for blocks in model.blocks_at:
         for name, layer in list(model.get_submodule(blocks).named_modules(prefix=blocks)):
-            linear = isinstance(layer, nn.Linear | StoredLinear) and id(layer) not in spared
+            linear = isinstance(layer, nn.Linear | QuantizedLinear) and id(layer) not in spared
             # The hardware's products take sixteen numbers at once.
             if linear and layer.in_features % 16 == layer.out_features % 16 == 0:
                 model.set_submodule(name, Fp8Linear.of(layer))

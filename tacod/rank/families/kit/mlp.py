@@ -13,7 +13,7 @@ __all__ = ["feed_forward"]
 
 
 def feed_forward(first: Any, second: Any, x: Tensor, activation: str = "gelu", gate: Any = None) -> Tensor:
-    """second(activation(first(x))) on [B, S, W]; layers may lack a bias, and be quantised.
+    """second(activation(first(x))) on [B, S, W]; layers may lack a bias, and be quantized.
 
     Args:
         first: From the width to the hidden width; for ``"swiglu"`` without ``gate`` to both of its halves.

@@ -26,7 +26,7 @@ class Modulation(nn.Module):
 
     @property
     def linear(self) -> Any:
-        """The layer; it may have been quantised."""
+        """The layer; it may have been quantized."""
         return self.get_submodule(self._layer)
 
 

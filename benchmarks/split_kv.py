@@ -3,7 +3,7 @@
 Queries, keys and values are random, in bf16, and lie as a rank receives them; µs in a CUDA graph of 20, medians. On a
 CPU they are few, and wall times, which say nothing: it is there to be tried.
 
-    python benchmarks/waves.py
+    python benchmarks/split_kv.py
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from tacod.rank.engine import Engine
 from tacod.rank.ops.fp8_linear import Fp8Linear
 from tacod.rank.ops.quantize_rows import quantize_rows
 from tacod.rank.parallel.topology import Topology
-from tacod.rank.weights.load import get_weight, narrow_matrices, set_weight, share
+from tacod.rank.weights.load import get_weight, quantize_blocks, set_weight, share
 
 
 @given(st.integers(0, 5), st.integers(1, 40), st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 99))
@@ -42,7 +42,7 @@ def test_rows_of_zeros_stay_zeros() -> None:
 
 def narrowed(tiny: Tiny) -> nn.Module:
     model = share(tiny.model)
-    narrow_matrices(model)
+    quantize_blocks(model)
     return model
 
 
@@ -56,7 +56,7 @@ def test_blocks_are_found_whatever_their_name(name: str) -> None:
     model.add_module("subblocks", nn.ModuleDict({"0": nn.Linear(16, 16)}))
     type_of = type(model)
     model.__class__ = type("Other", (type_of,), {"modulating": [], "trunk": property(lambda self: list(blocks))})
-    narrow_matrices(model)
+    quantize_blocks(model)
     narrow = {each for each, layer in model.named_modules() if isinstance(layer, Fp8Linear)}
     assert narrow
     assert all(each.startswith(f"{name}.") for each in narrow)
