@@ -171,6 +171,7 @@ class CrossAttention(nn.Module):
         """What tokens ``x`` [B, S, W] attend to in ``contexts`` [B, L, context_width], projected: [B, S, W].
 
         An absent context is left out. ``masks`` [B, L] are boolean and say of each context's tokens which count.
+        An image none of whose tokens in a context count gets zeros from it.
         """
         q = self._normed(self.get_submodule(self._q)(x), 0)
         attended: Tensor | None = None
