@@ -14,7 +14,8 @@ import hashlib, sys
 import torch
 from tacod.plan import Layout, Plan, Shape
 from tacod.rank.comm import process_groups
-from tacod.rank.forward.run import run
+from tacod.rank.families.inputs import Inputs
+from tacod.rank.forward.run import Call, run
 from tacod.rank.parallel.topology import Topology
 from helpers import SD3
 
@@ -22,12 +23,12 @@ rank, rendezvous = int(sys.argv[1]), sys.argv[2]
 if "missing" in sys.argv[3:]:
     sys.modules["xfuser"] = None
 topology = Topology(rank, 2, process_groups.join(torch.device("cpu"), rank, 2, rendezvous))
-inputs = SD3.inputs(batch=2, text=7)
-x, timestep = inputs.pop("x"), inputs.pop("timestep")
+inputs = Inputs(SD3.inputs(batch=2, text=7), SD3.model.arguments())
 digest = hashlib.sha256()
 with torch.inference_mode():
     for layout in (Layout(1, 2, 1), Layout(1, 1, 2), Layout(2, 1, 1), Layout(1, 1, 1)):
-        out = run(SD3.model, Plan(layout, 2, Shape(SD3.model.heads, SD3.model.width)), topology, x, timestep, inputs)
+        plan = Plan(layout, 2, Shape(SD3.model.heads, SD3.model.width))
+        out = run(Call(SD3.model, plan, inputs), topology)
         digest.update(out.numpy().tobytes())
 process_groups.leave()
 print("digest", digest.hexdigest())
