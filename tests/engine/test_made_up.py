@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,8 +14,8 @@ from helpers import FP32, relative_error
 from made_up import CASES, CONFIG, KINDS, engine_of, error, expected, inputs, model, packed
 from made_up_joint import Joint
 from made_up_video import Video
+from rank_worker import LAYOUTS, WORLD, Ranks
 from safetensors.torch import save_file
-from test_spread import LAYOUTS, WORLD, Ranks
 from torch import Tensor
 
 from tacod.checkpoint import read_checkpoint
@@ -36,13 +35,6 @@ from tacod_client.errors import ArgumentError
 from tacod_client.tensors import from_wire
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    started = Ranks(tmp_path_factory.mktemp("gloo"))
-    yield started
-    started.close()
 
 
 @pytest.mark.parametrize("case", CASES)

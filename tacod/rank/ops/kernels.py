@@ -279,7 +279,9 @@ def dequantize(quantized: Tensor, scales: Tensor, out: Tensor) -> None:
     block = triton.next_power_of_2(width)
     many = max(_NUMBERS // block, 1)
     if rows:
-        _dequantize[(triton.cdiv(rows, many),)](quantized, scales, out, rows, width, ROWS=many, BLOCK=block, num_warps=4)
+        _dequantize[(triton.cdiv(rows, many),)](
+            quantized, scales, out, rows, width, ROWS=many, BLOCK=block, num_warps=4
+        )
 
 
 @triton.jit(do_not_specialize=["parts", "tokens", "heads"])
