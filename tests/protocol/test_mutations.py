@@ -15,7 +15,7 @@ from tacod_client.wire import Message, Tensor, decode, encode, frame_sizes
 
 X = Tensor("F32", (1, 2, 2), (bytes(16),))
 HALF = Tensor("BF16", (3,), (bytes(6),))
-QUANTIZED = Tensor("F16", (2, 2), (bytes(8),)).with_digest()
+STORED = Tensor("F16", (2, 2), (bytes(8),)).with_digest()
 NONE = Tensor("I64", (0, 5), ())
 TOKEN = bytes(range(16))
 
@@ -24,7 +24,7 @@ VALID = [
     for message in (
         Message("hello", {"client": "test", "pid": 7, "version": "0.1.0"}, 1),
         Message("ping", {}, 2**63 - 1, TOKEN),
-        Message("put", {"tensors": [QUANTIZED, X]}, 3, TOKEN),
+        Message("put", {"tensors": [STORED, X]}, 3, TOKEN),
         Message(
             "load", {"path": "flux.safetensors", "dtype": None, "patches": None, "plan": {"sequence": 3}}, 4, TOKEN
         ),
@@ -33,7 +33,7 @@ VALID = [
             {
                 "model": "0123456789abcdef",
                 "plan": "auto",
-                "arguments": {"x": X, "timestep": HALF, "context": QUANTIZED.without_bytes(), "ref_latents": [X, NONE]},
+                "arguments": {"x": X, "timestep": HALF, "context": STORED.without_bytes(), "ref_latents": [X, NONE]},
             },
             5,
             TOKEN,
@@ -49,7 +49,7 @@ VALID = [
                 "noise": X,
                 "latent": X,
                 "sigmas": Tensor("F32", (3,), (bytes(12),)),
-                "positive": {"context": QUANTIZED.without_bytes()},
+                "positive": {"context": STORED.without_bytes()},
                 "negative": None,
             },
             6,

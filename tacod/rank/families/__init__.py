@@ -76,6 +76,8 @@ def diffusers_layout(
 
     ``config`` is what the file itself says.
     """
+    if any(mark in tensors for mark in _ELSEWHERE):
+        return None
     shapes = {_apart(name): info.shape for name, info in tensors.items()}
     for family in families():
         known = sum(map(family.names.knows, shapes))
