@@ -32,7 +32,7 @@ __all__ = ["Converted", "Settings", "convert", "open_file"]
 
 log = logging.getLogger(__name__)
 
-_NO_DIT = "it is no diffusion transformer but a UNet (SD 1.5, SDXL): run it in ComfyUI itself"
+_NO_DIT = "it is no diffusion transformer; UNets (SD 1.5, SDXL) run in ComfyUI itself"
 
 
 @dataclass(frozen=True)

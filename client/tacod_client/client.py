@@ -13,7 +13,7 @@ from typing import Any
 
 from tacod_client.connection import Connection
 from tacod_client.digests import Digests, Glance
-from tacod_client.errors import ArgumentError, JobNotFound, ModelNotFound
+from tacod_client.errors import ArgumentError, JobNotFound, ModelNotFound, ProtocolError
 from tacod_client.exchange import Uploads, converse, each_once, own, pack
 from tacod_client.job import Job
 from tacod_client.stats import ModelStats
@@ -348,7 +348,12 @@ class Model:
         started = time.perf_counter()
         *_, reply = self._converse("forward", body, uploads, holds)
         outs = reply.body["out"]
-        out = list(map(like, outs, latents)) if isinstance(x, list) else like(outs, x)
+        if not isinstance(x, list):
+            out = like(outs, x)
+        elif isinstance(outs, list) and len(outs) == len(latents):
+            out = list(map(like, outs, latents))
+        else:
+            raise ProtocolError(f"the daemon gave no {len(latents)} outputs for as many latents")
         self.stats.forwards += 1
         self.stats.add(reply.body, time.perf_counter() - started)
         return out

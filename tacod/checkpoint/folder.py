@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tacod.checkpoint.diffusers import check_class, is_known_class
 from tacod.checkpoint.header import Entry, Header
 from tacod.checkpoint.safetensors import read_safetensors
 from tacod_client.errors import ModelCorrupt, ModelError, ModelNotAllowed, ModelUnsupported
@@ -81,8 +82,7 @@ def is_folders(path: str) -> bool:
     if not name.endswith(".safetensors") or not os.path.isfile(path):
         return False
     try:
-        kind = _read_json(config_path)[1].get("_class_name")
-        known = isinstance(kind, str) and "Transformer" in kind
+        known = is_known_class(_read_json(config_path)[1])
         return known and any(each.startswith(_BLOCKS) for each in read_safetensors(path).entries)
     except (OSError, ModelError):
         return False
@@ -91,8 +91,8 @@ def is_folders(path: str) -> bool:
 def open_folder(path: str) -> Folder:
     """Read a folder's configuration and index.
 
-    Raises `ModelUnsupported` if it holds no model in diffusers' layout, `ModelNotAllowed` if its index leads out of
-    it, `ModelCorrupt` if a file is missing or malformed.
+    Raises `ModelUnsupported` if it holds no model in diffusers' layout, or one of a class that no family reads,
+    `ModelNotAllowed` if its index leads out of it, `ModelCorrupt` if a file is missing or malformed.
     """
     chosen = ""
     if os.path.isdir(path):
@@ -108,6 +108,7 @@ def open_folder(path: str) -> Folder:
             "give a weight file, or a folder in diffusers' layout (a transformer's, or a pipeline's)"
         )
     raw, config = _read_json(config_path)
+    check_class(path, config)
     weights = os.path.join(path, chosen or _choose(path))
     if weights.endswith(".safetensors"):
         if not os.path.isfile(weights):

@@ -1,7 +1,7 @@
 """The README's table of model families, written from what the families say of themselves.
 
 ``python -m tacod.tools.families`` prints it. ``--write`` puts it between the markers in README.md and README.zh.md,
-in this folder.
+in this folder, and the names of diffusers' classes into tacod's package (`tacod.checkpoint.diffusers`).
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tacod.checkpoint.diffusers import CLASSES_FILE
 from tacod.rank.families import families
 
-__all__ = ["LANGUAGES", "insert", "main", "table"]
+__all__ = ["LANGUAGES", "classes", "insert", "main", "table"]
 
 LANGUAGES = {
     "README.md": ("family", "models", "in `tacoctl`", "diffusers class"),
@@ -35,7 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in LANGUAGES:
         path = Path(name)
         path.write_text(insert(path.read_text(encoding="utf-8"), table(name)), encoding="utf-8")
+    CLASSES_FILE.write_text(classes(), encoding="utf-8")
     return 0
+
+
+def classes() -> str:
+    """The names of diffusers' classes, a line each."""
+    return "".join(f"{name}\n" for family in families() for name in family.diffusers)
 
 
 def table(name: str) -> str:

@@ -78,8 +78,8 @@ def _arguments(model: DiT) -> dict[str, Any]:
         for name, spec in model.arguments().items()
         if isinstance(spec, Argument) and spec.shape is not None and not (spec.many or spec.mask)
     }
-    for name, value in model.usual_values.items():
-        told[name]["value"] = value
+    for name in told.keys() & model.usual_values.keys():
+        told[name]["value"] = model.usual_values[name]
     told["timestep"]["value"] = model.timestep(torch.tensor(SIGMA)).item()
     return told
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tacod.checkpoint.diffusers import CLASSES
 from tacod.tools import families
 
 ROOT = Path(__file__).parents[2]
@@ -16,6 +17,11 @@ def test_the_table_of_families_is_what_they_say(name: str) -> None:
     """If this fails: ``python -m tacod.tools.families --write``."""
     text = (ROOT / name).read_text(encoding="utf-8")
     assert families.insert(text, families.table(name)) == text
+
+
+def test_the_supervisor_knows_the_families_classes() -> None:
+    """If this fails: ``python -m tacod.tools.families --write``."""
+    assert "".join(f"{name}\n" for name in CLASSES) == families.classes()
 
 
 def test_the_table_has_a_line_for_each_family(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,17 +8,17 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 from tacod.checkpoint import TensorInfo
+from tacod.checkpoint.diffusers import DiffusersConfig, check_class
 from tacod.rank.families.base import DiT
-from tacod.rank.families.diffusers_config import DiffusersConfig
 from tacod.rank.families.names import FUSED_NAMES, Place
 from tacod_client.errors import ModelUnsupported
 
-__all__ = ["detect", "diffusers_layout", "families", "from_diffusers", "is_known", "is_known_class"]
+__all__ = ["detect", "diffusers_layout", "families", "from_diffusers", "is_known"]
 
 _KNOWN = 0.9
 """The part of a file's tensors that a family's table of names must know, if the file is of that family."""
@@ -105,20 +105,12 @@ def from_diffusers(path: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises `ModelUnsupported`, naming the class or the key, for what no family runs.
     """
-    translate = _translation(config)
-    if translate is None:
-        classes = sorted(name for family in families() for name in family.diffusers if "(" not in name)
-        raise ModelUnsupported(
-            f"{path}: config.json's _class_name is {config.get('_class_name')!r:.80}; "
-            f"this version reads folders of {', '.join(classes)}"
-        )
-    found: dict[str, Any] = translate(DiffusersConfig(config))
+    check_class(path, config)
+    given = DiffusersConfig(config)
+    name = given.class_name or ""
+    translations = {known: translate for family in families() for known, translate in family.diffusers.items()}
+    found: dict[str, Any] = next(translate for known, translate in translations.items() if known in name)(given)
     return found
-
-
-def is_known_class(config: Mapping[str, Any]) -> bool:
-    """Whether diffusers' ``config.json`` names a class of a family."""
-    return _translation(config) is not None
 
 
 def is_known(tensors: Mapping[str, TensorInfo]) -> bool:
@@ -127,12 +119,6 @@ def is_known(tensors: Mapping[str, TensorInfo]) -> bool:
         return diffusers_layout(tensors) is not None or any(_detect(each, tensors) is not None for each in families())
     except ModelUnsupported:
         return True
-
-
-def _translation(config: Mapping[str, Any]) -> Callable[[DiffusersConfig], dict[str, Any]] | None:
-    name = DiffusersConfig(config).class_name or ""
-    found = (translate for family in families() for known, translate in family.diffusers.items() if known in name)
-    return next(found, None)
 
 
 def _detect(family: type[DiT], tensors: Mapping[str, TensorInfo]) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from tacod.checkpoint import Checkpoint, TensorInfo, read_checkpoint
 from tacod.checkpoint.checkpoint import FEW
 from tacod.checkpoint.header import Part
-from tacod.rank.families import detect, diffusers_layout, from_diffusers, is_known, is_known_class
+from tacod.rank.families import detect, diffusers_layout, from_diffusers, is_known
 from tacod.rank.families.base import DiT
 from tacod.rank.families.names import FUSED_NAMES, Place
 from tacod_client.errors import ModelCorrupt, ModelUnsupported
@@ -30,8 +29,6 @@ def identify(checkpoint: Checkpoint) -> tuple[type[DiT], dict[str, Any], Checkpo
     Raises `ModelUnsupported` if no family knows it, or if it holds several models, and what `arrange` and `rename`
     raise.
     """
-    if checkpoint.diffusers and _is_beside_a_stranger(checkpoint):
-        checkpoint = replace(checkpoint, config=None, diffusers=False)
     if checkpoint.diffusers:
         family, config = detect(checkpoint.tensors, from_diffusers(checkpoint.path, checkpoint.config or {}))
         return family, config, replace(arrange(checkpoint, family.diffusers_layout(config)), config=config)
@@ -42,15 +39,6 @@ def identify(checkpoint: Checkpoint) -> tuple[type[DiT], dict[str, Any], Checkpo
         checkpoint = arrange(checkpoint, layout)
     family, config = detect(checkpoint.tensors, checkpoint.config)
     return family, config, rename(checkpoint, family.canonical)
-
-
-def _is_beside_a_stranger(checkpoint: Checkpoint) -> bool:
-    """Whether this is a weight file, and the configuration beside it is that of no family: it describes another."""
-    return (
-        os.path.isfile(checkpoint.path)
-        and checkpoint.path.endswith(".safetensors")
-        and not is_known_class(checkpoint.config or {})
-    )
 
 
 def _look_deeper(checkpoint: Checkpoint) -> Checkpoint:

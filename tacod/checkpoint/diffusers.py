@@ -1,14 +1,23 @@
-"""What diffusers' ``config.json`` says, for the tables `DiT.diffusers` that turn it into a family's configuration."""
+"""diffusers' ``config.json``: whether its class is one that a family reads, and its values with checks.
+
+The families turn it into a configuration of theirs (`DiT.diffusers`). Their classes' names stand in
+``diffusers_classes.txt``, for the supervisor, which imports no family: ``python -m tacod.tools.families --write``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tacod_client.errors import ModelUnsupported
 
-__all__ = ["DiffusersConfig"]
+__all__ = ["CLASSES", "CLASSES_FILE", "DiffusersConfig", "check_class", "is_known_class"]
+
+CLASSES_FILE = Path(__file__).with_name("diffusers_classes.txt")
+CLASSES = tuple(CLASSES_FILE.read_text(encoding="utf-8").split())
+"""Every family's classes, as `DiffusersConfig.class_name` gives them."""
 
 
 @dataclass(frozen=True)
@@ -59,3 +68,19 @@ class DiffusersConfig:
         """A list; a value that is none as it stands there, for the family to refuse."""
         value = self.values.get(key, default)
         return list(value) if isinstance(value, list | tuple) else value
+
+
+def is_known_class(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` names a class of a family, or one that has such a name in its own."""
+    name = DiffusersConfig(config).class_name or ""
+    return any(known in name for known in CLASSES)
+
+
+def check_class(path: str, config: Mapping[str, Any]) -> None:
+    """Raise `ModelUnsupported`, naming the class, if no family reads what is in the folder ``path``."""
+    if not is_known_class(config):
+        known = ", ".join(name for name in CLASSES if "(" not in name)
+        raise ModelUnsupported(
+            f"{path}: config.json's _class_name is {config.get('_class_name')!r:.80}; "
+            f"this version reads folders of {known}"
+        )
