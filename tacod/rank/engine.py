@@ -312,10 +312,13 @@ class Engine:
         check_arguments(arguments, specs, dit.family)
         # What can't be is refused before anything is put on the device.
         asked = parse_request(plan, self.topology.world_size)
-        check_tokens(arguments, specs, dit.lengths(arguments)[-1])
+        chosen = plan_for(dit, asked, self.topology.world_size, arguments)
+        check_tokens(arguments, specs, chosen.shape.lengths[-1])
         kept = self._on_device if self.device.type == "cuda" else None
-        inputs = dit.prepare(load_arguments(arguments, specs, dit.dtype, self.device, kept))
-        chosen = plan_for(dit, asked, self.topology.world_size, inputs)
+        given = load_arguments(arguments, specs, dit.dtype, self.device, kept)
+        inputs = dit.prepare(given)
+        if inputs is not given:
+            chosen = plan_for(dit, asked, self.topology.world_size, inputs)
         run_key: tuple[Hashable, ...] = ()
         if chosen.step_cache:
             conditioning = {name: each for name, each in arguments.items() if name not in CHANGING}

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from tacod.group.work import Broken, Raised
-from tacod.rank.comm import group, peers, staging
+from tacod.rank.comm import collective, group, peers, staging
 from tacod.rank.engine import Engine
 from tacod_client.text import encodable, shortened
 
@@ -17,7 +17,7 @@ __all__ = ["failure"]
 
 TRACEBACK_CHARACTERS = 6000
 """How much of a traceback is reported: its end, which fits a packet."""
-_EXCHANGES = {module.__file__ for module in (group, peers, staging)}
+_EXCHANGES = {module.__file__ for module in (collective, group, peers, staging)}
 
 
 def failure(engine: Engine, error: Exception, begun: int) -> Raised | Broken:

@@ -138,6 +138,43 @@ def test_a_tensor_that_lacks_is_named_as_the_file_has_it(tmp_path: Path) -> None
         load(save(tmp_path / "m.safetensors", tensors, FLUX.config))
 
 
+@pytest.mark.parametrize(
+    ("tiny", "lacking"),
+    [
+        (FLUX_128, "context_embedder"),
+        (FLUX_128, "time_text_embed.text_embedder.linear_1"),
+        (FLUX_128, "x_embedder"),
+        (FLUX, "transformer_blocks.0.attn.norm_k"),
+        (SD3, "pos_embed.pos_embed"),
+        (SD3, "proj_out"),
+        (PIXART, "adaln_single.linear"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_a_layer_that_lacks_is_named_as_the_file_has_it(tiny: Tiny, lacking: str, tmp_path: Path) -> None:
+    """Also where the family is told by it."""
+    tensors = in_diffusers(tiny)
+    for kind in ("", ".weight", ".bias"):
+        tensors.pop(lacking + kind, None)
+    with pytest.raises(ModelCorrupt, match=rf"lacks {lacking}(\.weight)?[;, ].*download it again"):
+        load(save(tmp_path / "m.safetensors", tensors))
+
+
+def test_what_quantisers_leave_beside_weights_is_no_other_family(tmp_path: Path) -> None:
+    """It is the reader's to refuse, by name."""
+    tensors = in_diffusers(FLUX_128)
+    for name in [name for name in tensors if name.endswith(".weight")]:
+        tensors |= {f"{name}.{each}": torch.ones(3) for each in ("absmax", "quant_map", "nested_absmax")}
+    with pytest.raises(ModelError, match="absmax"):
+        load(save(tmp_path / "m.safetensors", tensors))
+
+
+def test_a_number_where_a_matrix_should_be_is_refused(tmp_path: Path) -> None:
+    tensors = {**in_diffusers(FLUX), "transformer_blocks.0.attn.to_q.weight": torch.tensor(1.0)}
+    with pytest.raises(ModelError, match=r"to_q\.weight"):
+        load(save(tmp_path / "m.safetensors", tensors, FLUX.config))
+
+
 def test_the_same_weights_twice_are_refused(tmp_path: Path) -> None:
     tensors = {**in_diffusers(FLUX), "transformer_blocks.0.attn.to_qkv.weight": torch.zeros(240, 80)}
     with pytest.raises(ModelUnsupported, match=r"doesn't use: transformer_blocks\.0\.attn\.to_qkv\.weight"):

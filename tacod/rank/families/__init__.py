@@ -16,12 +16,14 @@ from tacod.checkpoint import TensorInfo
 from tacod.checkpoint.diffusers import DiffusersConfig, check_class
 from tacod.rank.families.base import DiT
 from tacod.rank.families.names import FUSED_NAMES, Place
-from tacod_client.errors import ModelUnsupported
+from tacod_client.errors import ModelCorrupt, ModelUnsupported
 
 __all__ = ["detect", "diffusers_layout", "families", "from_diffusers", "is_known"]
 
-_KNOWN = 0.9
-"""The part of a file's tensors that a family's table of names must know, if the file is of that family."""
+_KNOWN = 0.5
+"""The part of a file's weights and biases that a family's table of names must know, if the file is of that family."""
+_LACKING = 2
+"""A file may lack as many of the table's names and still be of that family, damaged."""
 _UNETS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL", 1280: "the SDXL refiner"}
 _ELSEWHERE = {
     "double_stream_modulation_img.lin.weight": "Flux.2",
@@ -74,19 +76,30 @@ def diffusers_layout(
 ) -> dict[str, Place] | None:
     """Where the tensors of a file that has diffusers' names lie in a single file; None for one that hasn't.
 
-    ``config`` is what the file itself says.
+    ``config`` is what the file itself says. Raises `ModelCorrupt` for one that lacks little of what a family needs.
     """
     if any(mark in tensors for mark in _ELSEWHERE):
         return None
     shapes = {_apart(name): info.shape for name, info in tensors.items()}
+    layers = [name for name in shapes if name.endswith((".weight", ".bias"))]
+    damaged = []
     for family in families():
-        known = sum(map(family.names.knows, shapes))
-        if not known or known < _KNOWN * len(shapes):
+        known = sum(map(family.names.knows, layers))
+        if not known or known < _KNOWN * len(layers):
             continue
         ours = {name: TensorInfo("F32", shape) for name, shape in family.names.ours(shapes).items()}
-        detected = family.detect(ours)
+        try:
+            detected = family.detect(ours)
+        except ModelUnsupported:
+            detected = None
         if detected is not None:
             return family.diffusers_layout({**detected, **(config or {})})
+        lacking = [name for name in family.names.lacks(shapes) if name not in family.diffusers_optional]
+        if 0 < len(lacking) <= _LACKING:
+            damaged.append((len(lacking), -known, ", ".join(lacking)))
+    if damaged:
+        # Of the family that lacks least of it, and knows most of it.
+        raise ModelCorrupt(f"the file lacks {min(damaged)[2]}; download it again")
     return None
 
 
@@ -117,7 +130,7 @@ def is_known(tensors: Mapping[str, TensorInfo]) -> bool:
     """Whether the keys are those of a family, in its own names or in diffusers'; they needn't be all there."""
     try:
         return diffusers_layout(tensors) is not None or any(_detect(each, tensors) is not None for each in families())
-    except ModelUnsupported:
+    except (ModelCorrupt, ModelUnsupported):
         return True
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tacod.checkpoint import TensorInfo
 from tacod.plan import Pace
 from tacod.rank.families.inputs import Argument, Inputs, Residuals, Spec
+from tacod.rank.families.kit.attention import find
 from tacod.rank.families.kit.modulation import Modulation
 from tacod.rank.families.names import Names, Place
 from tacod.rank.families.noise import Process
@@ -76,6 +77,8 @@ class DiT(nn.Module, abc.ABC):
     """Optional arguments that ComfyUI always passes."""
     usual_values: ClassVar[Mapping[str, float]] = {}
     """Arguments that have a usual value; others are noise in a forward that is made up."""
+    clamps: ClassVar[bool] = False
+    """Whether its residual streams overflow in fp16, and are clamped after each block, as ComfyUI clamps Flux.1's."""
     downscale: ClassVar[int] = 8
     """Pixels per latent cell, along each side."""
     image_models: ClassVar[tuple[str, ...]]
@@ -88,6 +91,8 @@ class DiT(nn.Module, abc.ABC):
     """The free sizes of a usual forward, by their names in `arguments`, with which a load warms up."""
     names: ClassVar[Names] = Names("")
     """Each parameter's name in diffusers' class for this family; empty if there is no such class."""
+    diffusers_optional: ClassVar[frozenset[str]] = frozenset()
+    """Those of these names, of layers outside blocks, that some of its models lack."""
     spellings: ClassVar[Mapping[str, str]] = {}
     """How else files, uploads and patches may end a parameter's name, and how that name ends here."""
 
@@ -97,6 +102,7 @@ class DiT(nn.Module, abc.ABC):
     """Channels of a token, over all heads."""
     out_channels: int
     """Channels of the output."""
+    _modulating: list[str] | None = None
     pace: Pace | None = None
     """What it was measured to do on these devices."""
 
@@ -160,13 +166,21 @@ class DiT(nn.Module, abc.ABC):
     def forward(self, sequence: SequenceParallel, x: Any, timestep: Tensor, **arguments: Any) -> Output:
         """One forward with the meaning of ComfyUI's ``diffusion_model(x, timestep, …)``.
 
-        Every rank passes the same arguments and gets the whole output.
+        Every rank passes the same arguments and gets the whole output. Raises `TypeError` for names that it lacks or
+        doesn't know.
         """
-        return self.run(sequence, Inputs({"x": x, "timestep": timestep, **arguments}, self.arguments()))
+        specs = self.arguments()
+        wrong = arguments.keys() - specs.keys() | {
+            name for name, spec in specs.items() if spec.required and name not in ("x", "timestep", *arguments)
+        }
+        if wrong:
+            raise TypeError(f"{self.family} takes {', '.join(specs)}; unknown or missing: {', '.join(sorted(wrong))}")
+        return self.run(sequence, Inputs({"x": x, "timestep": timestep, **arguments}, specs))
 
     def run(self, sequence: SequenceParallel, inputs: Inputs, cache: BlockCache | None = None) -> Output:
         """`forward` of these inputs, with the step cache of the run that it is a step of."""
         f = ForwardPass(sequence)
+        f.clamps = self.clamps
         values = {name: value for name, value in inputs.items() if not isinstance(inputs.specs.get(name), Residuals)}
         self.begin(f, **values)
         run_trunk(f, self.trunk, self._residual_places() if inputs.control else {}, inputs.control, cache)
@@ -210,7 +224,9 @@ class DiT(nn.Module, abc.ABC):
     @property
     def modulating(self) -> list[Any]:
         """The linear layers whose input is the conditioning vector alone."""
-        return [module.linear for module in self.modules() if isinstance(module, Modulation)]
+        if self._modulating is None:
+            self._modulating = [name for name, each in self.named_modules() if isinstance(each, Modulation)]
+        return [find(self, name).linear for name in self._modulating]
 
     @property
     def dtype(self) -> torch.dtype:

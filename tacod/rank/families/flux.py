@@ -64,6 +64,7 @@ class Flux(DiT):
         "axes_dim": [4, 6, 6],
         "guidance_embed": True,
     }
+    clamps = True
     usual_optional = ("y",)
     usual_values: ClassVar[Mapping[str, float]] = {"guidance": 3.5}
     diffusers: ClassVar[Mapping[str, Any]] = {
@@ -90,6 +91,7 @@ class Flux(DiT):
     image_models: ClassVar[tuple[str, ...]] = ("flux",)
     process = Flow()
     latent_format = LatentFormat(0.3611, 0.1159)
+    diffusers_optional = frozenset(f"time_text_embed.guidance_embedder.linear_{n}" for n in (1, 2))
     # ComfyUI's, from 0.14 on, and so in what its nodes save or send.
     spellings: ClassVar[Mapping[str, str]] = {
         f".{part}_norm.weight": f".{part}_norm.scale" for part in ("query", "key")

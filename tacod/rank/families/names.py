@@ -16,7 +16,7 @@ the k-th part on. ``~`` exchanges the halves of the rows where there are two suc
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 __all__ = ["FUSED_NAMES", "Names", "Place"]
@@ -86,8 +86,21 @@ class Names:
                 if rule is not None:
                     found.setdefault(rule.ours.replace("*", number) + kind, []).append(shape)
         return {
-            key: (sum(part[0] for part in parts), *parts[0][1:]) if parts[0] else () for key, parts in found.items()
+            key: (sum(part[0] for part in parts), *parts[0][1:]) if all(parts) else () for key, parts in found.items()
         }
+
+    def lacks(self, names: Collection[str]) -> list[str]:
+        """What a file of theirs lacks of layers outside blocks, and of its first block that the second one has."""
+        given = set(names)
+
+        def has(pattern: str, number: str) -> bool:
+            return any(pattern.replace("*", number) + kind in given for kind in _KINDS)
+
+        return [
+            pattern.replace("*", "0")
+            for pattern in self._by_theirs
+            if not has(pattern, "0") and ("*" not in pattern or has(pattern, "1"))
+        ]
 
     def knows(self, name: str) -> bool:
         """Whether the table has a tensor's name of theirs."""

@@ -137,6 +137,9 @@ class PixArt(DiT):
     process = _PROCESS
     latent_format = LatentFormat(0.13025, 0.0)
     """Sigma's, which has the VAE of SDXL; an alpha's own is that of Stable Diffusion 1."""
+    diffusers_optional = frozenset(
+        f"adaln_single.emb.{kind}_embedder.linear_{n}" for kind in ("resolution", "aspect_ratio") for n in (1, 2)
+    )
     # The authors' ``y_embedding`` and ``pos_embed`` have no place in diffusers' files.
     names = Names("""
         pos_embed.proj                                                  x_embedder.proj

@@ -47,10 +47,11 @@ def run_trunk(
         control: A ControlNet's residuals.
         cache: The step cache of this run.
     """
-    before = f.output_tokens
+    # Without a cache nothing holds on to the tokens before the first block.
+    before = [] if cache is None else f.output_tokens
     for number, block in enumerate(blocks):
         block(f)
-        if f.image.dtype == torch.float16:
+        if f.clamps and f.image.dtype == torch.float16:
             _clamp(f)
         kind = kinds.get(id(block))
         if control is not None and kind is not None and control.find(*kind) is not None:
@@ -76,6 +77,6 @@ def _added(after: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
 
 
 def _clamp(f: ForwardPass) -> None:
-    """Residual streams overflow in fp16, as in ComfyUI's Flux; other dtypes have room."""
+    """Infinities and NaN become finite numbers."""
     for stream in f.streams:
         stream.tokens = torch.nan_to_num(stream.tokens, nan=0.0, posinf=_LARGEST, neginf=-_LARGEST)

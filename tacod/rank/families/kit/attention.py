@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from tacod.rank.ops.qkv import QKV, QKNorm, Rotation
 
-__all__ = ["CrossAttention", "QKNormWeights", "SelfAttention", "attend_replicated", "register"]
+__all__ = ["CrossAttention", "QKNormWeights", "SelfAttention", "attend_replicated", "find", "register"]
 
 
 def register(module: nn.Module, name: str, value: nn.Module | nn.Parameter) -> None:
@@ -28,6 +28,18 @@ def register(module: nn.Module, name: str, value: nn.Module | nn.Parameter) -> N
         owner.add_module(leaf, value)
 
 
+def find(module: nn.Module, name: str) -> Any:
+    """A layer or parameter of a module by its dotted name.
+
+    `nn.Module.get_submodule` checks each step of the way, which takes the host longer than some kernels run.
+    """
+    *folders, leaf = name.split(".")
+    owner: Any = module
+    for folder in folders:
+        owner = owner._modules[folder]
+    return owner._modules[leaf] if leaf in owner._modules else owner._parameters[leaf]
+
+
 class QKNormWeights(nn.Module):
     """The weights of the RMS norms of queries and keys: over each head's channels, or over all heads' (a row)."""
 
@@ -40,7 +52,7 @@ class QKNormWeights(nn.Module):
     @property
     def weights(self) -> tuple[Tensor, Tensor]:
         """Of queries and keys."""
-        return self.get_parameter(self._names[0]), self.get_parameter(self._names[1])
+        return find(self, self._names[0]), find(self, self._names[1])
 
 
 class SelfAttention(nn.Module):
@@ -98,13 +110,13 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation | None = None, epsilon: float | None = None) -> QKV:
         """Queries, keys and values of ``x`` [B, S, W]; ``epsilon`` in place of the norms' own."""
-        q, *kv = (self.get_submodule(name)(x) for name in self._layers)
+        q, *kv = (find(self, name)(x) for name in self._layers)
         projected = (q, *kv) if kv else q
         norm = None
         if self._norm == "layer":
             projected = self._layer_normed(projected)
         elif self._norm is not None:
-            weights = self.get_parameter(self._norms[0]), self.get_parameter(self._norms[1])
+            weights = find(self, self._norms[0]), find(self, self._norms[1])
             norm = QKNorm(*weights, self.epsilon if epsilon is None else epsilon, across_heads=self._norm == "row")
         return QKV(projected, self.heads, norm, rotation, self.kv_heads)
 
@@ -113,14 +125,14 @@ class SelfAttention(nn.Module):
         q, k, v = QKV(projected, self.heads, kv_heads=self.kv_heads).by_heads()
         normed = []
         for x, name in zip((q, k), self._norms, strict=True):
-            weight, bias = self.get_parameter(name), self.get_parameter(name.removesuffix("weight") + "bias")
+            weight, bias = find(self, name), find(self, name.removesuffix("weight") + "bias")
             normed.append(functional.layer_norm(x, x.shape[-1:], weight, bias, self.epsilon))
         return torch.cat((*normed, v), dim=2).flatten(2)
 
     def project(self, attended: Tensor) -> Tensor:
         """The output layer of what this stream attended to, [B, S, H * D] to [B, S, W]."""
         assert self._out is not None
-        out: Tensor = self.get_submodule(self._out)(attended)
+        out: Tensor = find(self, self._out)(attended)
         return out
 
 
@@ -173,24 +185,24 @@ class CrossAttention(nn.Module):
         An absent context is left out. ``masks`` [B, L] are boolean and say of each context's tokens which count.
         An image none of whose tokens in a context count gets zeros from it.
         """
-        q = self._normed(self.get_submodule(self._q)(x), 0)
+        q = self._normed(find(self, self._q)(x), 0)
         attended: Tensor | None = None
         for number, (context, names) in enumerate(zip(contexts, self._kv, strict=False)):
             if context is None:
                 continue
-            projected = [self.get_submodule(name)(context) for name in names]
+            projected = [find(self, name)(context) for name in names]
             k, v = projected if len(projected) == 2 else projected[0].chunk(2, dim=-1)
             mask = masks[number] if number < len(masks) else None
             part = attend_replicated(q, self._normed(k, 1 + number), v, self.heads, mask)
             attended = part if attended is None else attended + part
         assert attended is not None
-        out: Tensor = self.get_submodule(self._out)(attended)
+        out: Tensor = find(self, self._out)(attended)
         return out
 
     def _normed(self, x: Tensor, number: int) -> Tensor:
         if self._norm is None:
             return x
-        weight = self.get_parameter(self._norms[number])
+        weight = find(self, self._norms[number])
         rows = x if self._norm == "row" else torch.unflatten(x, -1, (self.heads, -1))
         return functional.rms_norm(rows, rows.shape[-1:], weight, self.epsilon).view(x.shape)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tacod.rank.families.kit.attention import register
+from tacod.rank.families.kit.attention import find, register
 
 __all__ = ["MLPEmbedder", "sinusoid"]
 
@@ -44,7 +44,7 @@ class MLPEmbedder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed vectors of the compute dtype."""
-        first, second = (self.get_submodule(name) for name in self._names)
+        first, second = (find(self, name) for name in self._names)
         embedded: Tensor = second(functional.silu(first(x)))
         return embedded
 

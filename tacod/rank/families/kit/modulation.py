@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tacod.rank.families.kit.attention import register
+from tacod.rank.families.kit.attention import find, register
 from tacod.rank.families.stream import ForwardPass
 from tacod.rank.ops.norm import LAYER_NORM, Norm
 
@@ -27,7 +27,7 @@ class Modulation(nn.Module):
     @property
     def linear(self) -> Any:
         """The layer; it may have been quantized."""
-        return self.get_submodule(self._layer)
+        return find(self, self._layer)
 
 
 class AdaLN(Modulation):
