@@ -353,7 +353,10 @@ class Model:
         elif isinstance(outs, list) and len(outs) == len(latents):
             out = list(map(like, outs, latents))
         else:
-            raise ProtocolError(f"the daemon gave no {len(latents)} outputs for as many latents")
+            raise ProtocolError(
+                f"x: {len(latents)} latents, but the daemon gave another number of outputs; "
+                "run tacod and this package in one version"
+            )
         self.stats.forwards += 1
         self.stats.add(reply.body, time.perf_counter() - started)
         return out

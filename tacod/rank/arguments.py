@@ -20,6 +20,8 @@ Kept = dict[tuple[bytes | None, torch.dtype], torch.Tensor]
 """Tensors on the device by digest and dtype."""
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
+HIDDEN = -1e4
+"""Added to a score, it leaves nothing of it in any dtype."""
 LOCKED_BYTES = 16 << 20
 """Arguments up to this size, a step's latents above all, reach a GPU through memory that is locked for it."""
 
@@ -196,15 +198,15 @@ def load_arguments(
     of their tokens only. What comes by digest is put on the device once and stays in ``kept``.
     """
 
-    def put(value: Any, spec: Spec) -> Any:
+    def put(name: str, value: Any, spec: Spec) -> Any:
         if isinstance(spec, Residuals):
             return _control(value)
         if isinstance(value, list):
-            return [put(item, spec) for item in value]
+            return [put(name, item, spec) for item in value]
         if not isinstance(value, wire.Tensor):
             return spec.also.get(value, value) if isinstance(spec, Argument) else value
         if isinstance(spec, Argument) and spec.keys:
-            return _key_mask(value, device)
+            return _key_mask(name, value, device)
         key = value.digest, torch.float32 if isinstance(spec, Argument) and spec.fp32 else dtype
         if kept is None or value.digest is None:
             return _on_device(value, key[1], device)
@@ -212,7 +214,7 @@ def load_arguments(
             kept[key] = _on_device(value, key[1], device)
         return kept[key]
 
-    return Inputs({name: put(value, specs[name]) for name, value in given.items() if value is not None}, specs)
+    return Inputs({name: put(name, value, specs[name]) for name, value in given.items() if value is not None}, specs)
 
 
 def digest(value: Any) -> Hashable:
@@ -224,10 +226,19 @@ def digest(value: Any) -> Hashable:
     return tuple(map(digest, value)) if isinstance(value, list) else value
 
 
-def _key_mask(value: wire.Tensor, device: torch.device) -> torch.Tensor:
+def _key_mask(name: str, value: wire.Tensor, device: torch.device) -> torch.Tensor:
     """Which tokens count: integers that aren't 0, floats that are 0, for these are added to scores."""
     mask: torch.Tensor = from_wire(value, "torch")
-    return (mask == 0 if mask.is_floating_point() else mask != 0).to(device)
+    if not mask.is_floating_point():
+        return (mask != 0).to(device)
+    counts = mask == 0
+    if not (counts | (mask <= HIDDEN)).all():
+        raise ArgumentError(
+            f"{name}: floats are added to scores: 0 where a token counts, {HIDDEN:g} or less where it is hidden; "
+            "give integers or booleans for 0 and 1",
+            argument=name,
+        )
+    return counts.to(device)
 
 
 def _on_device(value: wire.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

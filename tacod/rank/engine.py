@@ -237,9 +237,7 @@ class Engine:
             width=loaded.width,
             sampling=loaded.sampling(),
         )
-        with torch.device("meta"):
-            shapes = {name: tuple(weight.shape) for name, weight in family(config).state_dict().items()}
-        return Resident(loaded, family.diffusers_layout(config), shapes, facts)
+        return Resident(loaded, family.diffusers_layout(config), family.shapes(config), facts)
 
     def _patch(self, base: Resident, patches: Any, files: Mapping[str, str]) -> Resident:
         """The base's weights with patches merged in; only those that are patched take memory of their own."""

@@ -5,6 +5,7 @@ They are no families of the package: nothing finds them there.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import made_up_plain
@@ -99,7 +100,7 @@ def error(topology: Topology, layout: Layout, case: str, batch: int = 2) -> floa
         """Forwards in this layout, whose outputs every rank keeps, idle ones too."""
 
         def __call__(self, call: Call) -> Output:
-            out = super().__call__(call.replace(plan=Plan(layout, topology.world_size, call.plan.shape)))
+            out = super().__call__(replace(call, plan=Plan(layout, topology.world_size, call.plan.shape)))
             outs.extend(out if isinstance(out, list) else [out])
             return out
 

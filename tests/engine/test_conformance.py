@@ -225,7 +225,7 @@ class FakeGraph:
     """What stands for a captured forward: it runs again, on the inputs that it was captured with."""
 
     def __init__(self, call: Call, topology: Topology, pool: Any) -> None:
-        self._call, self._topology = call.replace(inputs=call.inputs.map(torch.clone)), topology
+        self._call, self._topology = replace(call, inputs=call.inputs.map(torch.clone)), topology
 
     def replay(self, inputs: Inputs) -> Any:
         self._call.inputs.copy_(inputs)

@@ -72,6 +72,13 @@ def test_a_key_mask_comes_in_any_dtype(case: str) -> None:
         assert relative_error(out, wanted) <= FP32
 
 
+def test_a_mask_of_floats_that_are_0_and_1_is_refused() -> None:
+    """As what is added to scores it would hide the tokens that count, and show the others."""
+    given = inputs("video")
+    with pytest.raises(ArgumentError, match="attention_mask: floats are added to scores"):
+        answer(model("video"), {**given, "attention_mask": given["attention_mask"].float()})
+
+
 def test_text_that_no_image_sees_is_not_computed() -> None:
     given, made = inputs("joint_masks"), model("joint")
     prepared = made.prepare(Inputs(given, made.arguments()))

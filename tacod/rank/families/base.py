@@ -9,8 +9,10 @@ The engine owns the loop over the blocks (`tacod.rank.families.trunk`); a family
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -128,9 +130,12 @@ class DiT(nn.Module, abc.ABC):
 
         ``config`` is as `detect` gives it. Empty for a family without such a class.
         """
-        with torch.device("meta"):
-            model = cls(config)
-        return cls.names.layout({name: tuple(each.shape) for name, each in model.named_parameters()})
+        return cls.names.layout(cls.shapes(config))
+
+    @classmethod
+    def shapes(cls, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """The shape of each weight and buffer of a model of this configuration, by its name."""
+        return dict(_shapes(cls, json.dumps(config, sort_keys=True)))
 
     @abc.abstractmethod
     def arguments(self) -> dict[str, Spec]:
@@ -180,10 +185,10 @@ class DiT(nn.Module, abc.ABC):
     def run(self, sequence: SequenceParallel, inputs: Inputs, cache: BlockCache | None = None) -> Output:
         """`forward` of these inputs, with the step cache of the run that it is a step of."""
         f = ForwardPass(sequence)
-        f.clamps = self.clamps
         values = {name: value for name, value in inputs.items() if not isinstance(inputs.specs.get(name), Residuals)}
         self.begin(f, **values)
-        run_trunk(f, self.trunk, self._residual_places() if inputs.control else {}, inputs.control, cache)
+        places = self._residual_places() if inputs.control else {}
+        run_trunk(f, self.trunk, places, inputs.control, cache, self.clamps)
         return self.end(f)
 
     def _residual_places(self) -> dict[int, tuple[str, int]]:
@@ -232,3 +237,10 @@ class DiT(nn.Module, abc.ABC):
     def dtype(self) -> torch.dtype:
         """The compute dtype, which is that of the weights."""
         return next(self.parameters()).dtype
+
+
+@lru_cache(maxsize=8)
+def _shapes(family: Callable[[Any], DiT], config: str) -> dict[str, tuple[int, ...]]:
+    # A load asks several times, and a large model takes a quarter of a second to make even without memory.
+    with torch.device("meta"):
+        return {name: tuple(each.shape) for name, each in family(json.loads(config)).state_dict().items()}

@@ -67,8 +67,6 @@ class ForwardPass:
 
     def __init__(self, sequence: SequenceParallel) -> None:
         self.sequence = sequence
-        self.clamps = False
-        """Whether streams are clamped after each block in fp16."""
         self.joined: tuple[Stream, list[Stream]] | None = None
         """While streams are one: that one, and those that it was made of."""
         self.outputs: tuple[Stream, ...] = ()

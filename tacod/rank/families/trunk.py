@@ -37,6 +37,7 @@ def run_trunk(
     kinds: Mapping[int, tuple[str, int]],
     control: Control | None = None,
     cache: BlockCache | None = None,
+    clamps: bool = False,
 ) -> None:
     """Run the blocks one after the other; afterwards no streams are joined.
 
@@ -46,12 +47,13 @@ def run_trunk(
         kinds: For the ``id`` of a block the ComfyUI name of its list of residuals, and its place in that list.
         control: A ControlNet's residuals.
         cache: The step cache of this run.
+        clamps: Whether streams are clamped after each block in fp16.
     """
     # Without a cache nothing holds on to the tokens before the first block.
     before = [] if cache is None else f.output_tokens
     for number, block in enumerate(blocks):
         block(f)
-        if f.clamps and f.image.dtype == torch.float16:
+        if clamps and f.image.dtype == torch.float16:
             _clamp(f)
         kind = kinds.get(id(block))
         if control is not None and kind is not None and control.find(*kind) is not None:

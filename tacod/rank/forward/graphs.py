@@ -65,7 +65,7 @@ class Forwards:
             return known.replay(inputs)
         # Also where there will be no graph: the same forward is to give the same bits whenever it comes.
         attention = replace(call.plan.attention, split_kv=True)
-        call = call.replace(plan=replace(call.plan, attention=attention))
+        call = replace(call, plan=replace(call.plan, attention=attention))
         out = self._run(call)
         if known is None:
             # The first one makes what is made at first use: kernels, communicators, tables.
@@ -147,7 +147,7 @@ class Graph:
         try:
             # NCCL's own thread may look at events meanwhile.
             with holding() as self._tables, torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-                self._out = run(call.replace(inputs=self._inputs), topology)
+                self._out = run(replace(call, inputs=self._inputs), topology)
         finally:
             # A capture that fails doesn't leave its own.
             torch.cuda.set_stream(stream)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from tacod.rank.families.inputs import Inputs
 from tacod.rank.families.trunk import BlockCache
 from tacod.rank.parallel.topology import Topology
 
-__all__ = ["Call", "plan_for", "run"]
+__all__ = ["Call", "clone", "equal", "plan_for", "relative_difference", "run"]
 
 FAST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """The attention kernels in the order in which those that can are taken: cuDNN's is the fastest on Hopper."""
@@ -33,10 +33,6 @@ class Call:
     inputs: Inputs
     run_key: tuple[Hashable, ...] = ()
     """For the step cache: which run this forward is a step of. Its first element says whose run it is."""
-
-    def replace(self, **changes: Any) -> Call:
-        """The same but for these fields."""
-        return replace(self, **changes)
 
 
 def plan_for(dit: DiT, asked: Request, world_size: int, arguments: Mapping[str, Any]) -> Plan:
