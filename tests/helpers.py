@@ -25,13 +25,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tacod.rank.arguments import check_arguments, load_arguments
 from tacod.rank.families import detect
 from tacod.rank.families.base import DiT
 from tacod.rank.families.control import Control
+from tacod.rank.families.inputs import Inputs
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod_client import Client, Job, Model, wire
 from tacod_client.errors import ConnectionFailed
 from tacod_client.exchange import pack
+from tacod_client.tensors import to_wire
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 """What a real ComfyUI computed; its README says how."""
@@ -327,10 +330,10 @@ class Tiny:
         return model.sample(noise=noise, latent=torch.zeros_like(noise), sigmas=sigmas, positive=inputs, **options)
 
 
-def in_diffusers(model: DiT, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A model's weights as diffusers would save them; `DiT.diffusers_layout` read backwards."""
+def in_diffusers(model: DiT) -> dict[str, Tensor]:
+    """A model's weights as diffusers would save them; its table of names read backwards."""
     weights, tensors = model.state_dict(), {}
-    for name, place in model.diffusers_layout(detect({}, config)[1]).items():
+    for name, place in model.names.layout({key: tensor.shape for key, tensor in weights.items()}).items():
         tensor = weights[place.key]
         if place.rows is not None:
             tensor = tensor[place.rows[0] : sum(place.rows)]
@@ -413,21 +416,28 @@ class Golden:
         family, config = detect({}, self.config)
         with torch.device("meta"):
             model = family(config)
-        model.load_state_dict({name: tensor.to(dtype) for name, tensor in self.weights.items()}, assign=True)
+        weights = {family.canonical(name): tensor.to(dtype) for name, tensor in self.weights.items()}
+        model.load_state_dict(weights, assign=True)
         return model.eval().requires_grad_(False)
 
-    def arguments(self, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-        """The forward's arguments: one number per image in fp32, the others in ``dtype``."""
+    def arguments(self, model: DiT) -> Inputs:
+        """The forward's arguments, as a client sends them and a rank of this model reads them."""
 
-        def cast(value: Any) -> Any:
-            return [cast(each) for each in value] if isinstance(value, list) else value.to(dtype)
+        def sent(value: Any) -> Any:
+            if isinstance(value, list):
+                return list(map(sent, value))
+            return to_wire(value, "argument") if isinstance(value, Tensor) else value
 
-        return {key: value if key in ("timestep", "guidance") else cast(value) for key, value in self.inputs.items()}
+        given, specs = {key: sent(value) for key, value in self.inputs.items()}, model.arguments()
+        check_arguments(given, specs, model.family)
+        return model.prepare(load_arguments(given, specs, model.dtype, torch.device("cpu")))
 
     def error(self, sequence: SequenceParallel, dtype: torch.dtype = torch.float32) -> float:
         """How far one forward of ours is from ComfyUI's."""
+        model = self.model(dtype)
         with torch.inference_mode():
-            out = self.model(dtype)(sequence, **self.arguments(dtype))
+            out = model.run(sequence, self.arguments(model))
+        assert isinstance(out, Tensor)
         assert out.dtype == dtype
         return relative_error(out, self.out)
 
@@ -444,17 +454,19 @@ def golden_names() -> list[str]:
 def read_golden(name: str) -> Golden:
     """A golden forward. Weights that are stored in 8 bits come in bf16, which holds them."""
     with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
-        config = json.loads(file.metadata()["config"])
+        metadata = file.metadata()
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     weights = {
         key.removeprefix("weights."): value.to(torch.bfloat16)
         for key, value in tensors.items()
         if key.startswith("weights.")
     }
-    inputs: dict[str, Any] = {}
+    inputs: dict[str, Any] = json.loads(metadata.get("args", "{}"))
     for key, value in sorted(tensors.items()):
-        if key.startswith("in.ref_latents."):
-            inputs.setdefault("ref_latents", []).append(value)
-        elif key.startswith("in."):
-            inputs[key.removeprefix("in.")] = value
-    return Golden(config, weights, inputs, tensors["out"])
+        kind, _, name = key.partition(".")
+        name, _, number = name.partition(".")
+        if kind == "in" and number:
+            inputs.setdefault(name, []).append(value)
+        elif kind == "in":
+            inputs[name] = value
+    return Golden(json.loads(metadata["config"]), weights, inputs, tensors["out"])

@@ -38,23 +38,16 @@ class DiffusersConfig:
         """A value as it stands there; the family checks it."""
         return self.values.get(key, default)
 
-    def whole(
-        self, key: str, default: int, *, null: int | None = None, multiple: int = 1, choices: Sequence[int] = ()
-    ) -> int:
-        """A whole number, which is a multiple of ``multiple`` and one of ``choices``; ``null`` is what null means."""
+    def whole(self, key: str, default: int) -> int:
+        """A whole number."""
         value = self.values.get(key, default)
-        value = null if value is None else value
         if type(value) is not int or not 0 <= value <= 1 << 20:
             raise ModelUnsupported(f"config.json: {key} is {value!r:.80}; expected a whole number")
-        if value % multiple:
-            raise ModelUnsupported(f"config.json: {key} is {value}; expected a multiple of {multiple}")
-        if choices and value not in choices:
-            raise ModelUnsupported(f"config.json: {key} is {value}; expected {' or '.join(map(str, choices))}")
         return value
 
-    def only(self, key: str, expected: int, default: int | None = None) -> int:
-        """The one value that this version runs; ``default`` is diffusers' own, if it is another."""
-        value = self.values.get(key, expected if default is None else default)
+    def only(self, key: str, expected: int) -> int:
+        """The one value that this version runs, which is diffusers' default too."""
+        value = self.values.get(key, expected)
         if value != expected:
             raise ModelUnsupported(f"config.json: {key} is {value!r:.80}; this version runs {expected} here")
         return expected

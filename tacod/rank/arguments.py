@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tacod.rank.families.control import Control
-from tacod.rank.families.inputs import Argument, Inputs, Number, Numbers, Residuals, Spec
+from tacod.rank.families.inputs import Argument, Inputs, Number, Numbers, Residuals, Spec, Unread
 from tacod_client import wire
 from tacod_client.errors import ArgumentError
 from tacod_client.tensors import from_wire
@@ -35,6 +35,8 @@ def check_arguments(given: Mapping[str, Any], specs: Mapping[str, Spec], family:
     sizes: dict[str, tuple[int, str]] = {}
     for name in sorted(specs, key=lambda name: _turn(name, specs[name])):
         value, spec = given.get(name), specs[name]
+        if isinstance(spec, Unread):
+            continue
         if value is None:
             if spec.required:
                 raise ArgumentError(f"{name}: missing; {family} needs it, as {_wanted(spec)}", argument=name)
@@ -171,6 +173,8 @@ def _wanted(spec: Spec) -> str:
         return f"a map of numbers, with any of {', '.join(spec.names)}"
     if isinstance(spec, Residuals):
         return f"a map of residuals for {', '.join(spec.blocks)}"
+    if isinstance(spec, Unread):
+        return "anything"
     if spec.shape is None:
         return "one of " + ", ".join(map(repr, spec.choices))
     if spec.others:
@@ -214,7 +218,8 @@ def load_arguments(
             kept[key] = _on_device(value, key[1], device)
         return kept[key]
 
-    return Inputs({name: put(name, value, specs[name]) for name, value in given.items() if value is not None}, specs)
+    read = {name: value for name, value in given.items() if not isinstance(specs[name], Unread)}
+    return Inputs({name: put(name, value, specs[name]) for name, value in read.items() if value is not None}, specs)
 
 
 def digest(value: Any) -> Hashable:

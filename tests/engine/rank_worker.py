@@ -120,8 +120,9 @@ class Rank:
     def golden(
         self, layout: Layout, name: str, dtype: str = "float32", sharing: bool = False, exchange: Any = "exact"
     ) -> float:
-        golden, kind = golden_named(name), getattr(torch, dtype)
-        out = self._run(layout, golden.model(kind), golden.arguments(kind), sharing, exchange)
+        golden = golden_named(name)
+        model = golden.model(getattr(torch, dtype))
+        out = self._run(layout, model, golden.arguments(model), sharing, exchange)
         return relative_error(out, golden.out)
 
     def _run(

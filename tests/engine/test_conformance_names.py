@@ -71,7 +71,7 @@ def test_diffusers_names_are_a_bijection(family: str) -> None:
 def test_weights_under_diffusers_names_are_the_same_bits(family: str, tmp_path: Path) -> None:
     dit = tiny(family)
     path = tmp_path / "m.safetensors"
-    save_file(in_diffusers(dit, dit.tiny), path, {"tacod.config": json.dumps(dit.tiny)})
+    save_file(in_diffusers(dit), path, {"tacod.config": json.dumps(dit.tiny)})
     loaded = load_model(read_checkpoint(str(path)), torch.float32, CPU)
     ours = dit.state_dict()
     assert loaded.state_dict().keys() == ours.keys()

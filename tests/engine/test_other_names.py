@@ -70,7 +70,7 @@ PREFIXES = [
 
 def in_diffusers(tiny: Tiny, fused: bool = False) -> dict[str, Tensor]:
     """Its weights as diffusers would save them."""
-    tensors = helpers.in_diffusers(tiny.model, tiny.config)
+    tensors = helpers.in_diffusers(tiny.model)
     return fuse(tensors, crossing=tiny in (PIXART, ALPHA, BUFFERED)) if fused else tensors
 
 

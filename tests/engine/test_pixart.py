@@ -390,7 +390,7 @@ def test_diffusers_class_is_the_same_model_under_other_names(config: dict[str, A
             use_additional_conditions=config["micro_condition"],
         ).eval()
     ours = PixArt(config).eval()
-    weights = in_diffusers(ours, config)
+    weights = in_diffusers(ours)
     shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items()}
     assert {name: tensor.shape for name, tensor in weights.items()} == shapes
     theirs.load_state_dict(weights)

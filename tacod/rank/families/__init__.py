@@ -87,11 +87,7 @@ def diffusers_layout(
         known = sum(map(family.names.knows, layers))
         if not known or known < _KNOWN * len(layers):
             continue
-        ours = {name: TensorInfo("F32", shape) for name, shape in family.names.ours(shapes).items()}
-        try:
-            detected = family.detect(ours)
-        except ModelUnsupported:
-            detected = None
+        detected = _detect_theirs(family, shapes)
         if detected is not None:
             return family.diffusers_layout({**detected, **(config or {})})
         lacking = [name for name in family.names.lacks(shapes) if name not in family.diffusers_optional]
@@ -110,20 +106,28 @@ def _apart(name: str) -> str:
     return name
 
 
-def from_diffusers(path: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration, in ComfyUI's ``unet_config`` vocabulary, of diffusers' ``config.json`` in the folder ``path``.
+def from_diffusers(path: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """The configuration, in ComfyUI's ``unet_config`` vocabulary, of a folder in diffusers' layout.
 
-    A class whose name contains a known one is taken for its subclass, with the same weights
+    It comes from the tensors' shapes, and from ``config``, the ``config.json`` in the folder ``path``, which says what
+    shapes don't tell. A class whose name contains a known one is taken for its subclass, with the same weights
     (``FluxTransformer2DModelWithMasking``, as SimpleTuner has it); other weights are refused by their names.
 
-    Raises `ModelUnsupported`, naming the class or the key, for what no family runs.
+    Raises `ModelUnsupported`, naming the class or the key, for what no family runs, and `ModelCorrupt`, naming the
+    tensors, if the folder lacks what the family is told by.
     """
     check_class(path, config)
     given = DiffusersConfig(config)
     name = given.class_name or ""
-    translations = {known: translate for family in families() for known, translate in family.diffusers.items()}
-    found: dict[str, Any] = next(translate for known, translate in translations.items() if known in name)(given)
-    return found
+    classes = [(family, *each) for family in families() for each in family.diffusers.items()]
+    family, _, told = next(each for each in classes if each[1] in name)
+    answer = told(given)
+    shapes = {_apart(name): info.shape for name, info in tensors.items()}
+    detected = _detect_theirs(family, shapes)
+    if detected is None:
+        lacking = [name for name in family.names.lacks(shapes) if name not in family.diffusers_optional]
+        raise ModelCorrupt(f"{path} lacks {', '.join(lacking[:5])}; download it again")
+    return {**detected, **answer}
 
 
 def is_known(tensors: Mapping[str, TensorInfo]) -> bool:
@@ -136,6 +140,14 @@ def is_known(tensors: Mapping[str, TensorInfo]) -> bool:
 
 def _detect(family: type[DiT], tensors: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
     return family.detect({family.canonical(name): info for name, info in tensors.items()})
+
+
+def _detect_theirs(family: type[DiT], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+    """The same for shapes by diffusers' names; None also if they lack what the family reads."""
+    try:
+        return family.detect({name: TensorInfo("F32", shape) for name, shape in family.names.ours(shapes).items()})
+    except ModelUnsupported:
+        return None
 
 
 def _refusal(tensors: Mapping[str, TensorInfo]) -> str:

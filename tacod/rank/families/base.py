@@ -64,7 +64,10 @@ class DiT(nn.Module, abc.ABC):
     models: ClassVar[tuple[str, ...]]
     """The names of its models: ``dev``, ``schnell``."""
     diffusers: ClassVar[Mapping[str, Any]] = {}
-    """diffusers' classes for it; each with a function of a `DiffusersConfig` that gives a config as `detect` does.
+    """diffusers' classes for it; each with a function of a `DiffusersConfig` that gives what shapes don't tell.
+
+    That is, keys of what `detect` gives, such as ``axes_dim``; and the number of blocks, so that a folder whose last
+    ones are missing is not taken for a smaller model.
 
     ``Transformer2DModel`` is a class of several models. It is named with its ``norm_type``: ``Transformer2DModel(…)``.
     """

@@ -69,22 +69,11 @@ class Flux(DiT):
     usual_values: ClassVar[Mapping[str, float]] = {"guidance": 3.5}
     diffusers: ClassVar[Mapping[str, Any]] = {
         "FluxTransformer2DModel": lambda c: {
-            "image_model": "flux",
-            "in_channels": c.whole("in_channels", 64, multiple=4) // 4,
-            "out_channels": c.whole("out_channels", inputs := c.whole("in_channels", 64), null=inputs, multiple=4) // 4,
-            "vec_in_dim": c.whole("pooled_projection_dim", 768),
-            "context_in_dim": c.whole("joint_attention_dim", 4096),
-            "hidden_size": c.whole("num_attention_heads", 24) * c.whole("attention_head_dim", 128),
-            "mlp_ratio": 4.0,
-            "num_heads": c.whole("num_attention_heads", 24),
             "depth": c.whole("num_layers", 19),
             "depth_single_blocks": c.whole("num_single_layers", 38),
             "axes_dim": c.items("axes_dims_rope", (16, 56, 56)),
-            "theta": 10000,
             "patch_size": 2 * c.only("patch_size", 1),
-            "qkv_bias": True,
             "guidance_embed": c.get("guidance_embeds", False),
-            "txt_ids_dims": [],
         }
     }
     usual: ClassVar[Mapping[str, int]] = {"B": 1, "H": 128, "W": 128, "L": 256}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tacod.rank.families.control import Control
 
-__all__ = ["Argument", "Inputs", "Number", "Numbers", "Residuals", "Spec"]
+__all__ = ["Argument", "Inputs", "Number", "Numbers", "Residuals", "Spec", "Unread"]
 
 
 @dataclass(frozen=True)
@@ -98,18 +98,29 @@ class Residuals:
     required: bool = False
 
 
-Spec = Argument | Number | Numbers | Residuals
+@dataclass(frozen=True)
+class Unread:
+    """An argument that ComfyUI passes and the network doesn't look at: whatever it holds is left out."""
+
+    required: bool = False
+
+
+Spec = Argument | Number | Numbers | Residuals | Unread
 """What one argument of a forward must look like."""
 
 
 class Inputs(Mapping[str, Any]):
-    """The arguments of one forward on this rank's device, by name; None is as good as absent.
+    """The arguments of one forward on this rank's device, by name; None and what is `Unread` are as good as absent.
 
     Values are tensors, lists of tensors, numbers, strings, maps of numbers, and a `Control`.
     """
 
     def __init__(self, values: Mapping[str, Any], specs: Mapping[str, Spec]) -> None:
-        self._values = {name: value for name, value in values.items() if value is not None}
+        self._values = {
+            name: value
+            for name, value in values.items()
+            if value is not None and not isinstance(specs.get(name), Unread)
+        }
         self.specs = specs
 
     def __getitem__(self, name: str) -> Any:

@@ -124,12 +124,7 @@ class PixArt(DiT):
             "micro_condition": (sized := c.flag("use_additional_conditions", c.whole("sample_size", 128) == 128)),
             "image_model": _ALPHA if sized else _SIGMA,
             "num_heads": c.whole("num_attention_heads", 16),
-            "patch_size": c.whole("patch_size", 2),
-            "hidden_size": c.whole("num_attention_heads", 16) * c.whole("attention_head_dim", 72),
-            "in_channels": (inputs := c.whole("in_channels", 4)),
             "depth": c.whole("num_layers", 28),
-            "caption_channels": c.whole("caption_channels", 4096),
-            "pred_sigma": c.whole("out_channels", 8, null=inputs, choices=(inputs, 2 * inputs)) != inputs,
         },
     )
     usual: ClassVar[Mapping[str, int]] = {"B": 2, "H": 128, "W": 128, "L": 120}

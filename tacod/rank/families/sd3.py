@@ -104,26 +104,7 @@ class SD3(DiT):
     }
     diffusers: ClassVar[Mapping[str, Any]] = {
         "SD3Transformer2DModel": lambda c: {
-            "image_model": "sd3",
-            "in_channels": c.whole("in_channels", 16),
-            "patch_size": c.whole("patch_size", 2),
-            "out_channels": c.whole("out_channels", 16),
-            "depth": c.only("num_attention_heads", depth := c.whole("num_layers", 18), 18),
-            "input_size": None,
-            "adm_in_channels": c.whole("pooled_projection_dim", 2048),
-            "context_size": (context := c.whole("joint_attention_dim", 4096)),
-            "context_embedder_config": {
-                "target": "torch.nn.Linear",
-                "params": {
-                    "in_features": context,
-                    "out_features": c.only("caption_projection_dim", c.only("attention_head_dim", 64) * depth, 1152),
-                },
-            },
-            "num_patches": c.whole("pos_embed_max_size", 96) ** 2,
-            "pos_embed_max_size": c.whole("pos_embed_max_size", 96),
-            "pos_embed_scaling_factor": None,
-            "context_processor_layers": None,
-            "qk_norm": "rms" if c.get("qk_norm") == "rms_norm" else c.get("qk_norm"),
+            "depth": c.only("attention_head_dim", _HEAD_WIDTH) and c.whole("num_layers", 18),
             "x_block_self_attn_layers": c.items("dual_attention_layers", ()),
         }
     }

@@ -30,7 +30,7 @@ def identify(checkpoint: Checkpoint) -> tuple[type[DiT], dict[str, Any], Checkpo
     raise.
     """
     if checkpoint.diffusers:
-        family, config = detect(checkpoint.tensors, from_diffusers(checkpoint.path, checkpoint.config or {}))
+        family, config = detect({}, from_diffusers(checkpoint.path, checkpoint.config or {}, checkpoint.tensors))
         return family, config, replace(arrange(checkpoint, family.diffusers_layout(config)), config=config)
     if not is_known(checkpoint.tensors):
         checkpoint = _look_deeper(checkpoint)
