@@ -108,7 +108,7 @@ def convert(
     dtype = DTYPES.get(stock) if comfy.model_management.get_torch_device().type != "cpu" else None
     converted = _connect(base, skeleton, source, settings, patches, dtype, model.load_device, progress)
     if any(getattr(each, GGUF_TYPE, None) is not None and each.dtype == torch.uint8 for each in state.values()):
-        _note_dequantisation(base, converted.network.remote)
+        _note_dequantization(base, converted.network.remote)
     if model.additional_models.get("multigpu"):
         log.warning("TACO-DiT: MultiGPU CFG Split has no effect: the daemon runs the model, on its own GPUs")
     carry_over(model, converted.patcher)
@@ -117,14 +117,14 @@ def convert(
     return converted
 
 
-def _note_dequantisation(base: BaseModel, remote: Remote) -> None:
+def _note_dequantization(base: BaseModel, remote: Remote) -> None:
     """Say where ComfyUI-GGUF makes other numbers of the file's blocks than the daemon does."""
     layer = getattr(getattr(base.model_config, "custom_operations", None), "Linear", None)
     dtype = getattr(layer, "dequant_dtype", None)
     if dtype != torch.float32:
         named = "the compute dtype" if dtype == "target" else str(dtype or torch.float16).removeprefix("torch.")
         remote.remark = (
-            f"the daemon dequantises GGUF weights in fp32, and ComfyUI-GGUF's loader in {named}; weights differ by up "
+            f"the daemon dequantizes GGUF weights in fp32, and ComfyUI-GGUF's loader in {named}; weights differ by up "
             "to 5e-4 of their size. For the same numbers set dequant_dtype to float32 in Unet Loader (GGUF/Advanced)"
         )
 
