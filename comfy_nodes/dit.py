@@ -16,7 +16,7 @@ from tacod_client import Model
 from tacod_client.errors import ModelNotFound
 
 from . import hooks
-from .errors import NotRemote, Refused, told
+from .errors import NotRemote, Refused, errors_explained
 from .network import Network
 from .patches import PREFIX, to_request
 from .record import Record
@@ -139,7 +139,7 @@ class RemoteDiT(torch.nn.Module):
         arguments = {name: value for name, value in named.items() if value is not None and self.network.reads(name)}
         arguments |= self.network.meanings(arguments, x.dtype)
         model = self._variant(x.dtype)
-        with told():
+        with errors_explained():
             try:
                 out: torch.Tensor = model.forward(x=x, timestep=timestep, **arguments)
             except ModelNotFound:
@@ -172,7 +172,7 @@ class RemoteDiT(torch.nn.Module):
         if key not in self._variants:
             if dtype not in DTYPES:
                 raise Refused(f"a compute dtype of {dtype}", f"the daemon computes in {', '.join(DTYPES.values())}")
-            with told():
+            with errors_explained():
                 wanted = None if dtype == self.dtype else DTYPES[dtype]
                 self._variants[key] = self.remote.load(to_request(patches, self.remote.source.names), wanted)
         self._variants.move_to_end(key)

@@ -84,20 +84,20 @@ class Network:
 
         Raises `Refused` for what only this version's network knows.
         """
-        told: dict[str, Any] = {}
+        meanings: dict[str, Any] = {}
         if arguments.get("rope_options") and arguments.get("ref_latents"):
-            told["rope_options_for"] = "all" if self.stretches_references else "image"
+            meanings["rope_options_for"] = "all" if self.stretches_references else "image"
         method = arguments.get("ref_latents_method")
         if isinstance(method, str) and self.reads("ref_latents_method"):
             if not self.reads(method):
                 # One that it doesn't know it lays out as what its last branch is for.
-                told["ref_latents_method"] = "offset"
+                meanings["ref_latents_method"] = "offset"
             elif method not in METHODS and arguments.get("ref_latents"):
                 raise Refused(f"ref_latents_method {method!r}", f"the daemon has {', '.join(METHODS)}; choose one")
         eps = self.qk_norm_eps(dtype)
         if eps is not None and abs(eps - AUTHORS_EPS) > 0.02 * AUTHORS_EPS:
-            told["qk_norm_eps"] = eps
-        return told
+            meanings["qk_norm_eps"] = eps
+        return meanings
 
     @functools.cached_property
     def stretches_references(self) -> bool:

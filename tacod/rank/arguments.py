@@ -160,10 +160,10 @@ def _check_tensor(name: str, value: Any, spec: Argument, sizes: dict[str, tuple[
         if isinstance(symbol, str):
             known, other = sizes.setdefault(symbol, (size, name))
             if size != known:
-                told = f"its {symbol} is {size}, but that of {other} is {known}; they must agree"
+                reason = f"its {symbol} is {size}, but that of {other} is {known}; they must agree"
                 if symbol == "B" and spec.shared:
-                    told = f"it is for {size} images, but {other} has {known} images; make it {known}, or 1 for all"
-                raise ArgumentError(f"{name}: {told}", argument=name)
+                    reason = f"it is for {size} images, but {other} has {known} images; make it {known}, or 1 for all"
+                raise ArgumentError(f"{name}: {reason}", argument=name)
 
 
 def _wanted(spec: Spec) -> str:

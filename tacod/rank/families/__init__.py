@@ -120,8 +120,8 @@ def from_diffusers(path: str, config: Mapping[str, Any], tensors: Mapping[str, T
     given = DiffusersConfig(config)
     name = given.class_name or ""
     classes = [(family, *each) for family in families() for each in family.diffusers.items()]
-    family, _, told = next(each for each in classes if each[1] in name)
-    answer = told(given)
+    family, _, answer_of = next(each for each in classes if each[1] in name)
+    answer = answer_of(given)
     shapes = {_apart(name): info.shape for name, info in tensors.items()}
     detected = _detect_theirs(family, shapes)
     if detected is None:
