@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tacod.rank.ops.norm import LAYER_NORM, Norm
 
@@ -15,6 +16,7 @@ __all__ = [
     "Residual",
     "add_gated",
     "add_gated_norm",
+    "gated_silu",
     "has_kernels",
     "norm_modulate",
 ]
@@ -78,6 +80,15 @@ def add_gated_norm(
         return kernels.rows(x, (gate, y), norm, (shift, scale), segments)
     x = add_gated(x, gate, y, segments)
     return x, norm_modulate(x, shift, scale, norm=norm, segments=segments)
+
+
+def gated_silu(one: Tensor, other: Tensor) -> Tensor:
+    """silu(one) * other, both [B, S, W]: what a SwiGLU (Shazeer, 2020, arXiv:2002.05202) has between its matrices."""
+    if has_kernels(one):
+        from tacod.rank.ops import kernels
+
+        return kernels.gated_silu(one, other)
+    return functional.silu(one) * other
 
 
 def _rows(modulation: Tensor, segments: Tensor | None) -> Tensor:

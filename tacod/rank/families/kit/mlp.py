@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
+from tacod.rank.ops.fused import gated_silu
 from tacod.rank.ops.linear import linear_gelu
 
 __all__ = ["feed_forward"]
@@ -31,7 +32,7 @@ def feed_forward(first: Any, second: Any, x: Tensor, activation: str = "gelu", g
         hidden = functional.silu(first(x))
     elif activation == "swiglu":
         one, other = first(x).chunk(2, dim=-1) if gate is None else (first(x), gate(x))
-        hidden = functional.silu(one) * other
+        hidden = gated_silu(one, other)
     else:
         raise ValueError(f"activation: {activation!r} is none of gelu, gelu_exact, silu and swiglu")
     out: Tensor = second(hidden)
