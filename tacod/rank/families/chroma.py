@@ -31,7 +31,7 @@ __all__ = ["Chroma", "ChromaRadiance"]
 _VECTORS = 344
 """Of the modulations that the approximator was made for: 3 for a single block, 12 for a double one, 2 for the end."""
 _NUMBERS = 64
-"""Into the approximator: a quarter of them is for the timestep, one for the guidance, and half for the vector's place."""
+"""Into the approximator: a quarter is for the timestep, a quarter for the guidance, and half for the vector's place."""
 _MOST_LAYERS = 16
 _TILE = 512
 """Patches whose weights are in memory at once: at the published size 100 kB each, for each layer."""
@@ -45,17 +45,21 @@ class Approximator(nn.Module):
         super().__init__()
         self.in_proj = nn.Linear(_NUMBERS, hidden)
         self.layers = nn.ModuleList(kit.MLPEmbedder(hidden, hidden, EMBEDDER) for _ in range(layers))
-        for number in range(layers):
-            register(self, f"norms.{number}.scale", nn.Parameter(torch.ones(hidden)))
+        for i in range(layers):
+            register(self, f"norms.{i}.scale", nn.Parameter(torch.ones(hidden)))
         self.out_proj = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, 64] to [B, S, width]."""
         x = self.in_proj(x)
-        for number, layer in enumerate(self.layers):
-            x = x + layer(functional.rms_norm(x, x.shape[-1:], find(self, f"norms.{number}.scale"), _EPSILON))
+        for i, layer in enumerate(self.layers):
+            x = x + layer(_rms_norm(x, find(self, f"norms.{i}.scale")))
         vectors: Tensor = self.out_proj(x)
         return vectors
+
+
+def _rms_norm(x: Tensor, scale: Tensor) -> Tensor:
+    return functional.rms_norm(x, x.shape[-1:], scale.to(x.dtype), _EPSILON)
 
 
 class Chroma(Flux):
@@ -67,7 +71,7 @@ class Chroma(Flux):
 
     family: ClassVar[str] = "chroma"
     title = "Chroma"
-    models = ("Chroma1 Base", "HD", "Flash")
+    models: ClassVar[tuple[str, ...]] = ("Chroma1 Base", "HD", "Flash")
     tiny: ClassVar[Mapping[str, Any]] = {
         "image_model": "chroma",
         "in_channels": 16,
@@ -218,7 +222,7 @@ class Chroma(Flux):
 
     def begin(self, f: ForwardPass, **arguments: Any) -> None:
         """See `DiT.begin`."""
-        parts = self._modulations(f, arguments).split(1, dim=1)
+        parts = torch.split(self._modulations(f, arguments), 1, dim=1)
         single, double = 3 * len(self.single_blocks), 6 * len(self.double_blocks)
         f.modulations = {block: parts[3 * i : 3 * i + 3] for i, block in enumerate(self.single_blocks)}
         for i, block in enumerate(self.double_blocks):
@@ -255,21 +259,26 @@ class PixelBlock(nn.Module):
         register(self, "norm.scale", nn.Parameter(torch.ones(channels)))
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
-        """Pixels ``x`` [N, pixels, channels] of the patches of ``tokens`` [N, width], one block further."""
-        count, _, channels = x.shape
+        """Pixels ``x`` [N, pixels, channels] in fp32 of the patches of ``tokens`` [N, width], one block further."""
         first, gate, second = self.param_generator(tokens).chunk(3, dim=-1)
-        shapes = (channels, -1), (channels, -1), (first.shape[-1] // channels, channels)
-        matrices = zip((first, gate, second), shapes, strict=True)
-        w1, w2, w3 = (functional.normalize(each.view(count, *shape), dim=-2) for each, shape in matrices)
-        normed = functional.rms_norm(x, x.shape[-1:], find(self, "norm.scale"), _EPSILON)
-        return x + torch.bmm(functional.silu(torch.bmm(normed, w1)) * torch.bmm(normed, w2), w3)
+
+        def multiply(x: Tensor, numbers: Tensor) -> Tensor:
+            """By a matrix whose columns have length 1; what they are divided by is taken from the product."""
+            matrix = numbers.view(len(x), x.shape[-1], -1)
+            lengths = matrix.float().norm(dim=1, keepdim=True).clamp_min(1e-12)
+            return torch.bmm(x.to(tokens.dtype), matrix).float() / lengths
+
+        normed = _rms_norm(x, find(self, "norm.scale"))
+        added: Tensor = multiply(functional.silu(multiply(normed, first)) * multiply(normed, gate), second)
+        return x + added
 
 
 class ChromaRadiance(Chroma):
     """Chroma Radiance, of 16 by 16 pixels a token.
 
     Its last convolution needs the border pixels of neighbouring patches, so each rank computes what its patches add to
-    their surroundings, and all is added up when it is gathered.
+    their surroundings, and all is added up when it is gathered. Pixels are fp32 between the matrices: what a token's
+    rounding costs is multiplied here.
     """
 
     family: ClassVar[str] = "chroma_radiance"
@@ -301,10 +310,10 @@ class ChromaRadiance(Chroma):
         channels, self.frequencies = integer(config, "nerf_hidden_size", 64), integer(config, "nerf_max_freqs", 8)
         ratio, depth = integer(config, "nerf_mlp_ratio", 4), integer(config, "nerf_depth", 4, most=1024)
         convolves = choice(config, "nerf_final_head_type", "conv", "linear") == "conv"
-        self.gives_clean: bool = choice(config, "use_x0", False, True)
+        self.predicts_clean: bool = choice(config, "use_x0", False, True)
         sequential: bool = choice(config, "use_sequential_txt_ids", False, True)
         self.text_axes = [0] if sequential else []
-        for name, told in (("__x0__", self.gives_clean), ("__sequential__", sequential)):
+        for name, told in (("__x0__", self.predicts_clean), ("__sequential__", sequential)):
             if told:
                 # What files say by it stands in the configuration.
                 self.register_buffer(name, torch.empty(0))
@@ -346,7 +355,7 @@ class ChromaRadiance(Chroma):
     def lengths(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
         """See `Flux.lengths`; a model of clean images takes whole patches alone, and the others fill up the last."""
         rows, columns = arguments["x"].shape[2:]
-        if self.gives_clean and (rows % self.patch or columns % self.patch):
+        if self.predicts_clean and (rows % self.patch or columns % self.patch):
             raise ArgumentError(
                 f"x: it is {rows} by {columns}; this model (x0) takes multiples of {self.patch}", argument="x"
             )
@@ -364,34 +373,36 @@ class ChromaRadiance(Chroma):
     def end(self, f: ForwardPass) -> Tensor:
         """See `DiT.end`."""
         last, pixels = find(self, self._last), f.sequence.shard(f.grid.patches(f.x))
-        tiles = zip(*(each.flatten(0, 1).split(_TILE) for each in (f.image.tokens, pixels)), strict=True)
+        tiles = zip(*(torch.split(each.flatten(0, 1), _TILE) for each in (f.image.tokens, pixels)), strict=True)
         # A convolution of 3 by 3 reaches one pixel beyond the patch on each side.
-        weight, reach = (last.weight, 1) if last.weight.ndim == 4 else (last.weight[:, :, None, None], 0)
+        weight, reach = (
+            (last.weight.float(), 1) if last.weight.ndim == 4 else (last.weight.float()[:, :, None, None], 0)
+        )
         parts = [functional.conv2d(self._pixels(*tile), weight, padding=2 * reach).flatten(1) for tile in tiles]
-        patches = f.gather(f.image, torch.unflatten(torch.cat(parts), 0, pixels.shape[:2])).float()
-        size = [count * self.patch for count in f.grid.counts]
+        patches = f.gather(f.image, torch.unflatten(torch.cat(parts), 0, pixels.shape[:2]))
+        size = tuple(count * self.patch for count in f.grid.counts)
         out = functional.fold(patches.mT, size, self.patch + 2 * reach, padding=reach, stride=self.patch)
         rows, columns = f.grid.sides
         out = (out + last.bias.float()[:, None, None])[:, :, :rows, :columns]
-        if self.gives_clean:
+        if self.predicts_clean:
             out = (f.x - out) / f.timestep[:, None, None, None]
-        return out.to(f.x.dtype)
+        image: Tensor = out.to(f.x.dtype)
+        return image
 
     def _pixels(self, tokens: Tensor, patches: Tensor) -> Tensor:
-        """The last layer's input for patches [N, C * patch] and their tokens [N, width]: [N, channels, rows, columns]."""
-        embedder = find(self, "nerf_image_embedder.embedder.0")
+        """The last layer's input, fp32 [N, channels, rows, columns], for patches [N, C * patch] and their tokens."""
         waves = _cosines(self.patch, self.frequencies, tokens.device).expand(len(tokens), -1, -1)
         x = torch.cat((torch.unflatten(patches, 1, (self.channels, -1)).mT.float(), waves), dim=-1)
-        x = functional.linear(x, embedder.weight.float(), embedder.bias.float()).to(tokens.dtype)
+        embedder = find(self, "nerf_image_embedder.embedder.0")
+        x = functional.linear(x, embedder.weight.float(), embedder.bias.float())
         for block in self.nerf_blocks:
             x = block(x, tokens)
-        x = functional.rms_norm(x, x.shape[-1:], find(self, self._last_norm), _EPSILON)
-        return torch.unflatten(x.mT, 2, (self.patch, self.patch))
+        return torch.unflatten(_rms_norm(x, find(self, self._last_norm)).mT, 2, (self.patch, self.patch))
 
 
 @functools.cache
 def _cosines(side: int, count: int, device: torch.device) -> Tensor:
-    """Products of cosines along columns and rows of a patch, the high ones damped: fp32 [side * side, count * count]."""
+    """Products of cosines along a patch's columns and rows, the high ones damped: fp32 [side * side, count * count]."""
     waves, places = torch.arange(count, dtype=torch.float32), torch.linspace(0, 1, side)
     line = torch.cos(places[:, None] * waves * torch.pi)
     products = line[None, :, :, None] * line[:, None, None, :] / (1 + waves[:, None] * waves)

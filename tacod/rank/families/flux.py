@@ -51,7 +51,7 @@ class Flux(DiT):
 
     family: ClassVar[str] = "flux"
     title = "Flux.1"
-    models = ("dev", "schnell", "Kontext", "Fill", "Canny", "Depth", "LongCat-Image")
+    models: ClassVar[tuple[str, ...]] = ("dev", "schnell", "Kontext", "Fill", "Canny", "Depth", "LongCat-Image")
     lora_marks = r"(double|single)_blocks[._]|single_transformer_blocks[._]"
     tiny: ClassVar[Mapping[str, Any]] = {
         "image_model": "flux",
@@ -67,7 +67,7 @@ class Flux(DiT):
         "guidance_embed": True,
     }
     clamps = True
-    usual_optional = ("y",)
+    usual_optional: ClassVar[tuple[str, ...]] = ("y",)
     usual_values: ClassVar[Mapping[str, float]] = {"guidance": 3.5}
     diffusers: ClassVar[Mapping[str, Any]] = {
         "FluxTransformer2DModel": lambda c: {
