@@ -26,8 +26,6 @@ _LACKING = 2
 """A file may lack as many of the table's names and still be of that family, damaged."""
 _UNETS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL", 1280: "the SDXL refiner"}
 _ELSEWHERE = {
-    "double_stream_modulation_img.lin.weight": "Flux.2",
-    "distilled_guidance_layer.norms.0.scale": "Chroma",
     "txt_in.individual_token_refiner.blocks.0.norm1.weight": "HunyuanVideo",
     "double_layers.0.attn.w1q.weight": "AuraFlow",
     "head.modulation": "Wan",

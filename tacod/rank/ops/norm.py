@@ -25,9 +25,10 @@ class Norm:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Normalise ``x`` [..., W]; the dtype stays."""
+        weight, bias = (None if each is None else each.to(x.dtype) for each in (self.weight, self.bias))
         if self.kind == "rms":
-            return functional.rms_norm(x, x.shape[-1:], self.weight, self.epsilon)
-        return functional.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.epsilon)
+            return functional.rms_norm(x, x.shape[-1:], weight, self.epsilon)
+        return functional.layer_norm(x, x.shape[-1:], weight, bias, self.epsilon)
 
 
 LAYER_NORM = Norm()

@@ -2,7 +2,7 @@
 
 from tacod.rank.families.kit.attention import CrossAttention, QKNormWeights, SelfAttention, attend_replicated
 from tacod.rank.families.kit.embed import MLPEmbedder, sinusoid
-from tacod.rank.families.kit.grid import Grid, PatchEmbed
+from tacod.rank.families.kit.grid import Grid, PatchEmbed, line
 from tacod.rank.families.kit.masks import drop_hidden
 from tacod.rank.families.kit.mlp import feed_forward
 from tacod.rank.families.kit.mmdit import DoubleBlock, SingleBlock, after_attention, join_streams
@@ -30,6 +30,7 @@ __all__ = [
     "feed_forward",
     "image_positions",
     "join_streams",
+    "line",
     "rope",
     "sinusoid",
 ]
