@@ -129,13 +129,7 @@ class QwenImage(DiT):
             "num_layers": c.whole("num_layers", 60),
             "axes_dims_rope": c.items("axes_dims_rope", (16, 56, 56)),
             "patch_size": c.only("patch_size", _PATCH),
-            "default_ref_method": (
-                "negative_index"
-                if c.flag("use_layer3d_rope", False)
-                else _AT_TIME_ZERO
-                if c.flag("zero_cond_t", False)
-                else "index"
-            ),
+            "default_ref_method": _usual_method(c.flag("use_layer3d_rope", False), c.flag("zero_cond_t", False)),
         }
     }
     diffusers_optional = frozenset({_LAYER.removesuffix(".weight")})
@@ -205,7 +199,7 @@ class QwenImage(DiT):
             "num_attention_heads": width // max(head_width, 1),
             "joint_attention_dim": context_width,
             "axes_dims_rope": [16, 56, 56],
-            "default_ref_method": "negative_index" if layered else _AT_TIME_ZERO if _MARK_2511 in tensors else "index",
+            "default_ref_method": _usual_method(layered, _MARK_2511 in tensors),
             "use_additional_t_cond": layered,
         }
 
@@ -303,6 +297,11 @@ class QwenImage(DiT):
         scale, shift = f.modulation(self.norm_out.linear, 2)
         latent: Tensor = f.grid.latent(f.gather(f.image, self.proj_out(f.image.normed(shift, scale))))
         return latent
+
+
+def _usual_method(layered: bool, at_time_zero: bool) -> str:
+    """Where a model's references lie if nobody says."""
+    return "negative_index" if layered else _AT_TIME_ZERO if at_time_zero else "index"
 
 
 def _positions(grids: Sequence[kit.Grid], method: str, device: torch.device) -> Tensor:
