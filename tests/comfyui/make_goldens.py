@@ -1,4 +1,4 @@
-"""Makes the goldens of SD3.5 and PixArt alpha in tests/data/golden with a real ComfyUI, on the CPU and in fp32.
+"""Makes goldens of SD3.5, PixArt alpha and Qwen-Image in tests/data/golden with a real ComfyUI, on the CPU and in fp32.
 
     PYTHONPATH=COMFYUI:tests/comfyui/stub/torchaudio python tests/comfyui/make_goldens.py tests/data/golden
 
@@ -7,6 +7,7 @@ Weights are random numbers that float8_e4m3fn holds, as which they are stored: h
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ import comfyui_version  # noqa: E402
 import torch  # noqa: E402
 from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT  # noqa: E402
 from comfy.ldm.pixart.pixartms import PixArtMS  # noqa: E402
+from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
@@ -77,6 +79,17 @@ PIXART = {
     "pe_interpolation": 1,
     "model_max_length": 30,
 }
+QWEN = {
+    "image_model": "qwen_image",
+    "in_channels": 16,
+    "out_channels": 4,
+    "patch_size": 2,
+    "num_layers": 2,
+    "joint_attention_dim": 24,
+    "num_attention_heads": 3,
+    "attention_head_dim": 12,
+    "axes_dims_rope": [4, 4, 4],
+}
 
 
 def build(kind: Any, config: dict[str, Any], drawn: torch.Generator) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -88,7 +101,8 @@ def build(kind: Any, config: dict[str, Any], drawn: torch.Generator) -> tuple[nn
         random = torch.randn(weight.shape, generator=drawn)
         if weight.ndim == 1:
             # Scales of norms are about 1, biases small.
-            random = 1 + 0.2 * random if name.endswith(("ln_q.weight", "ln_k.weight")) else 0.1 * random
+            scale = name.endswith(".weight") and ("norm" in name or name.split(".")[-2] in ("ln_q", "ln_k"))
+            random = 1 + 0.2 * random if scale else 0.1 * random
         elif "pos_embed" not in name and "scale_shift" not in name:
             random = random / weight[0].numel() ** 0.5
         stored[name] = random.to(torch.float8_e4m3fn)
@@ -102,8 +116,16 @@ def save(name: str, family: str, config: dict[str, Any], network: nn.Module, sto
     with torch.inference_mode():
         out = network(given["x"], given["timestep"], **rest)
     tensors = {f"weights.{key}": value for key, value in stored.items()}
-    tensors |= {f"in.{key}": value for key, value in given.items()} | {"out": out.clone().contiguous()}
+    plain = {key: value for key, value in given.items() if not isinstance(value, Tensor | list)}
+    for key, value in given.items():
+        if isinstance(value, list):
+            tensors |= {f"in.{key}.{number}": each for number, each in enumerate(value)}
+        elif isinstance(value, Tensor):
+            tensors[f"in.{key}"] = value
+    tensors["out"] = out.clone().contiguous()
     metadata = {"family": family, "case": name, "comfyui": comfyui_version.__version__, "config": json.dumps(config)}
+    if plain:
+        metadata["args"] = json.dumps(plain)
     save_file(tensors, OUT / f"{name}.safetensors", metadata)
 
 
@@ -132,6 +154,27 @@ def sample(name: str, stored: dict[str, Tensor], drawn: torch.Generator) -> None
     save_file(tensors, OUT / "sampling" / f"{name}.safetensors", metadata)
 
 
+def qwen_image() -> None:
+    """Layered with a row for each image, references beside each other, several frames beside references at time 0."""
+    drawn = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=drawn)
+
+    def make(name: str, sides: tuple[int, int, int], references: list[tuple[int, int, int]], **more: Any) -> None:
+        config = {**QWEN, **{key: more.pop(key) for key in list(more) if key in inspect.signature(kind).parameters}}
+        network, stored = build(kind, config, drawn)
+        given = {"x": noise(2, 4, *sides), "timestep": torch.tensor([0.7373, 0.251]), "context": noise(2, 7, 24)}
+        given |= {"ref_latents": [noise(2, 4, *each) for each in references], **more}
+        save(name, "qwen_image", config, network, stored, given)
+
+    kind = QwenImageTransformer2DModel
+    layered = {"default_ref_method": "negative_index", "use_additional_t_cond": True}
+    make("qwen_layered", (3, 7, 9), [(1, 7, 9), (1, 4, 5)], **layered, additional_t_cond=torch.tensor([1, 0]))
+    make("qwen_offset", (1, 8, 11), [(1, 5, 9), (1, 9, 4), (1, 3, 3)], ref_latents_method="offset")
+    make("qwen_frames_zero", (2, 5, 4), [(3, 4, 5), (1, 2, 9)], default_ref_method="index_timestep_zero")
+
+
 def main() -> None:
     """Make them all."""
     drawn = torch.Generator().manual_seed(0)
@@ -149,6 +192,7 @@ def main() -> None:
     given = {"x": noise(1, 4, 34, 46), "timestep": torch.tensor([421.0]), "context": noise(1, 30, 48)}
     given |= {"c_size": torch.tensor([[272.0, 368.0]]), "c_ar": torch.tensor([[0.74]])}
     save("pixart_alpha", "pixart", PIXART, network, stored, given)
+    qwen_image()
 
 
 main()
