@@ -147,7 +147,9 @@ def _check_tensor(name: str, value: Any, spec: Argument, sizes: dict[str, tuple[
     assert spec.shape is not None
     if not isinstance(value, wire.Tensor):
         raise ArgumentError(f"{name}: expected a tensor, {_wanted(spec)}; got {_kind(value)}", argument=name)
-    if value.dtype not in _FLOATS and not (spec.mask and value.dtype == "BOOL") and not spec.keys:
+    if spec.rows and value.dtype in _FLOATS:
+        raise ArgumentError(f"{name}: expected a tensor of whole numbers, got {value.dtype}", argument=name)
+    if value.dtype not in _FLOATS and not (spec.mask and value.dtype == "BOOL") and not (spec.keys or spec.rows):
         raise ArgumentError(f"{name}: expected a floating-point tensor, got {value.dtype}", argument=name)
     shape = spec.shape_for(len(value.shape))
     assert shape is not None
@@ -215,6 +217,8 @@ def load_arguments(
             return spec.also.get(value, value) if isinstance(spec, Argument) else value
         if isinstance(spec, Argument) and spec.keys:
             return _key_mask(name, value, device)
+        if isinstance(spec, Argument) and spec.rows:
+            return _row_numbers(name, value, spec.rows, device)
         key = value.digest, torch.float32 if isinstance(spec, Argument) and spec.fp32 else dtype
         if kept is None or value.digest is None:
             return _on_device(value, key[1], device)
@@ -248,6 +252,14 @@ def _key_mask(name: str, value: wire.Tensor, device: torch.device) -> torch.Tens
             argument=name,
         )
     return counts.to(device)
+
+
+def _row_numbers(name: str, value: wire.Tensor, rows: int, device: torch.device) -> torch.Tensor:
+    """Numbers of a table's rows, int64."""
+    numbers: torch.Tensor = from_wire(value, "torch").long()
+    if not ((numbers >= 0) & (numbers < rows)).all():
+        raise ArgumentError(f"{name}: expected whole numbers from 0 to {rows - 1}", argument=name)
+    return numbers.to(device)
 
 
 def _on_device(value: wire.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -106,6 +106,8 @@ def _value(dit: DiT, spec: Spec, inputs: Inputs, generator: torch.Generator, sha
             seen = torch.rand(shape, generator=generator) < 0.6
             seen[..., 0] = True
             return seen
+        if spec.rows:
+            return torch.randint(spec.rows, shape, generator=generator)
         values = torch.randn(shape, generator=generator)
         if spec.mask:
             # Of most other ranks' tokens a query sees none, but each sees itself.

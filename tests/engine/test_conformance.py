@@ -168,7 +168,7 @@ def wrong(spec: Spec, value: Any) -> list[Any]:
     for at, size in enumerate(spec.shape):
         other = 0 if isinstance(size, str) else size + 1
         shapes.append((*value.shape[:at], other, *value.shape[at + 1 :]))
-    dtypes = [] if spec.keys else ["I64"]
+    dtypes = [] if spec.keys else ["F32"] if spec.rows else ["I64"]
     return ["nothing", *(wire.Tensor(value.dtype, shape, None) for shape in shapes)] + [
         wire.Tensor(dtype, value.shape, None) for dtype in dtypes
     ]

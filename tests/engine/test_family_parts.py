@@ -75,6 +75,13 @@ def test_rows_of_a_single_part_are_not_exchanged() -> None:
     assert not TABLE.layout({"final.mod.weight": (8, 8)})["norm_out.weight"].swap
 
 
+def test_a_line_of_one_pattern_is_of_the_same_names() -> None:
+    table = Names("layers.*.to_{q,k}")
+    shapes = {f"layers.{i}.to_{part}.weight": (4, 4) for i in range(2) for part in "qk"}
+    assert table.layout(shapes) == {name: Place(name) for name in shapes}
+    assert table.ours(shapes) == shapes
+
+
 @pytest.mark.parametrize("line", ["a.{1,2} b.{1,2,3}", "a.{1,2} b", "to_{q,k} qkv[0,1,2]"])
 def test_choices_that_run_out_of_step_are_refused(line: str) -> None:
     with pytest.raises(ValueError, match="argument"):

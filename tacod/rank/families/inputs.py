@@ -43,6 +43,8 @@ class Argument:
     """It stays fp32, whatever the model computes in: what is embedded there, such as timesteps and guidance."""
     shared: bool = False
     """Its batch may also be 1, which broadcasts."""
+    rows: int = 0
+    """It numbers rows of a table of so many: whole numbers, which come as int64."""
     per: str = ""
     """A free size that ``shape`` may also end with: a timestep for each frame instead of one for all."""
 

@@ -10,7 +10,8 @@ Each line of a table is a pattern of theirs and one of ours, without ``.weight``
 
 ``*`` is a block's number. The choices in braces and brackets run in step: the first of theirs with the first of ours.
 ``[k]`` is the k-th part of the rows, each part with as many rows as the layer has inputs, and ``[k:]`` is all rows from
-the k-th part on. ``~`` exchanges the halves of the rows where there are two such parts: scale and shift.
+the k-th part on. ``~`` exchanges the halves of the rows where there are two such parts: scale and shift. A line of one
+pattern is of names that are the same here.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class Names:
         self._by_ours: dict[str, list[_Rule]] = {}
         self._by_theirs: dict[str, _Rule] = {}
         for line in filter(None, map(str.strip, table.splitlines())):
-            for rule in _rules(*line.split()):
+            sides = line.split()
+            for rule in _rules(sides[0], sides[-1]):
                 self._by_ours.setdefault(rule.ours, []).append(rule)
                 self._by_theirs[rule.theirs] = rule
 

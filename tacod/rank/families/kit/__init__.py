@@ -7,7 +7,7 @@ from tacod.rank.families.kit.masks import drop_hidden
 from tacod.rank.families.kit.mlp import feed_forward
 from tacod.rank.families.kit.mmdit import DoubleBlock, SingleBlock, after_attention, join_streams
 from tacod.rank.families.kit.modulation import AdaLN, FinalLayer, Modulation
-from tacod.rank.families.kit.references import REFERENCE_METHODS, ROPE_OPTIONS, image_positions
+from tacod.rank.families.kit.references import REFERENCE_METHODS, ROPE_OPTIONS, image_positions, reference_origins
 from tacod.rank.families.kit.rope import rope
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "feed_forward",
     "image_positions",
     "join_streams",
+    "reference_origins",
     "rope",
     "sinusoid",
 ]
