@@ -16,6 +16,7 @@ from tacod_client import Model
 from tacod_client.errors import ModelNotFound
 
 from . import hooks
+from .adapter import ADAPTER, METHOD, adapted, is_of_adapter
 from .errors import NotRemote, Refused, errors_explained
 from .network import Network
 from .patches import PREFIX, to_request
@@ -61,11 +62,13 @@ class RemoteDiT(torch.nn.Module):
         return out
 
     def __getattr__(self, name: str) -> Any:
-        """The real network's sizes and settings, and the shapes of its first layers; nothing that computes."""
+        """The real network's sizes and settings, and the shapes of its first layers; of what computes, a text's adapter."""
         network = vars(self).get("network")
         if network is None or name.startswith("_") or not hasattr(network.skeleton, name):
             return super().__getattr__(name)
         value = getattr(network.skeleton, name)
+        if name == METHOD and hasattr(network.skeleton, ADAPTER):
+            return adapted(network.skeleton, self.remote.source.state, lambda: self._patches(self.patcher))
         if name in _COPIED_LAYERS:
             return self._layer_with_weights(name, value)
         if name not in _SHOWN_LAYERS and (callable(value) or isinstance(value, torch.Tensor)):
@@ -90,7 +93,7 @@ class RemoteDiT(torch.nn.Module):
     def _layer_with_weights(self, name: str, layer: torch.nn.Module) -> torch.nn.Module:
         """A layer for others to copy; with the weights of the file, so not under patches of it."""
         patcher = self.patcher
-        if patcher is not None and any(key.startswith(f"{PREFIX}{name}.") for key in self._patches(patcher)):
+        if any(key.startswith(f"{PREFIX}{name}.") for key in self._patches(patcher)):
             raise Refused(f"a patch of {name} beside a ControlNet that copies it", "take one of the two off")
         copied = copy.deepcopy(layer).to_empty(device="cpu")
         state, prefix = self.remote.source.state(), f"{name}."
@@ -167,7 +170,7 @@ class RemoteDiT(torch.nn.Module):
     def _variant(self, dtype: torch.dtype) -> Model:
         """The model with the patches of the patcher that samples now."""
         patcher = self.patcher
-        patches = self._patches(patcher) if patcher is not None else {}
+        patches = {key: entries for key, entries in self._patches(patcher).items() if not is_of_adapter(key)}
         key = (_state(patcher) if patches else None, dtype)
         if key not in self._variants:
             if dtype not in DTYPES:
@@ -181,8 +184,10 @@ class RemoteDiT(torch.nn.Module):
         return self._variants[key]
 
     @staticmethod
-    def _patches(patcher: ModelPatcher) -> dict[str, list[Any]]:
+    def _patches(patcher: ModelPatcher | None) -> dict[str, list[Any]]:
         """Those on the model, and after them those that hooks on the conditioning put on for this call."""
+        if patcher is None:
+            return {}
         patches = {key: list(entries) for key, entries in patcher.patches.items()}
         combine = getattr(patcher, "get_combined_hook_patches", None)
         if combine is None:

@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tacod.checkpoint import TensorInfo
 from tacod.rank.arguments import check_arguments, load_arguments
 from tacod.rank.families import detect
 from tacod.rank.families.base import DiT
@@ -410,13 +411,17 @@ class Golden:
     weights: dict[str, Tensor]
     inputs: dict[str, Any]
     out: Tensor
+    bf16: float
+    """The error that a bf16 forward may have: 1e-2, or what ComfyUI's own has if that is more."""
 
     def model(self, dtype: torch.dtype = torch.float32) -> DiT:
         """The model, built without memory and filled by name, as the daemon does it."""
-        family, config = detect({}, self.config)
+        shapes = {name: TensorInfo("BF16", tuple(tensor.shape)) for name, tensor in self.weights.items()}
+        family, config = detect(shapes, self.config)
         with torch.device("meta"):
             model = family(config)
         weights = {family.canonical(name): tensor.to(dtype) for name, tensor in self.weights.items()}
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(family.beside)}
         model.load_state_dict(weights, assign=True)
         return model.eval().requires_grad_(False)
 
@@ -469,4 +474,5 @@ def read_golden(name: str) -> Golden:
             inputs.setdefault(name, []).append(value)
         elif kind == "in":
             inputs[name] = value
-    return Golden(json.loads(metadata["config"]), weights, inputs, tensors["out"])
+    bf16 = max(1e-2, float(metadata.get("bf16", 0)))
+    return Golden(json.loads(metadata["config"]), weights, inputs, tensors["out"], bf16)

@@ -151,12 +151,14 @@ def _check_tensor(name: str, value: Any, spec: Argument, sizes: dict[str, tuple[
         raise ArgumentError(f"{name}: expected a tensor of whole numbers, got {value.dtype}", argument=name)
     if value.dtype not in _FLOATS and not (spec.mask and value.dtype == "BOOL") and not (spec.keys or spec.rows):
         raise ArgumentError(f"{name}: expected a floating-point tensor, got {value.dtype}", argument=name)
-    fits = len(value.shape) == len(spec.shape)
-    for size, wanted in zip(value.shape, spec.shape, strict=False):
+    shape = spec.shape_for(len(value.shape))
+    assert shape is not None
+    fits = len(value.shape) == len(shape)
+    for size, wanted in zip(value.shape, shape, strict=False):
         fits = fits and size > 0 and (isinstance(wanted, str) or size == wanted)
     if not fits:
         raise ArgumentError(f"{name}: expected {_wanted(spec)}, got shape {list(value.shape)}", argument=name)
-    for size, symbol in zip(value.shape, spec.shape, strict=True):
+    for size, symbol in zip(value.shape, shape, strict=True):
         if symbol == "B" and spec.shared and size == 1:
             continue
         if isinstance(symbol, str):
@@ -184,6 +186,8 @@ def _wanted(spec: Spec) -> str:
             f"[{', '.join(map(str, shape))}]" for shape in (spec.shape, *spec.others)
         )
     shape = f"shape [{', '.join(map(str, spec.shape))}]"
+    if spec.per:
+        shape += f" or [{', '.join(map(str, (*spec.shape, spec.per)))}]"
     return f"a list of tensors of {shape}" if spec.many else shape
 
 

@@ -92,6 +92,10 @@ class DiT(nn.Module, abc.ABC):
     """Arguments that have a usual value; others are noise in a forward that is made up."""
     clamps: ClassVar[bool] = False
     """Whether its residual streams overflow in fp16, and are clamped after each block, as ComfyUI clamps Flux.1's."""
+    beside: ClassVar[tuple[str, ...]] = ()
+    """How names begin of tensors that files hold beside the network, for others: a load leaves them out."""
+    graphs: ClassVar[bool] = True
+    """Whether a forward may be one CUDA graph: not if the host looks at numbers in it."""
     downscale: ClassVar[int] = 8
     """Pixels per latent cell, along each side."""
     image_models: ClassVar[tuple[str, ...]]

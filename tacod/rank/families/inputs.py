@@ -45,6 +45,13 @@ class Argument:
     """Its batch may also be 1, which broadcasts."""
     rows: int = 0
     """It numbers rows of a table of so many: whole numbers, which come as int64."""
+    per: str = ""
+    """A free size that ``shape`` may also end with: a timestep for each frame instead of one for all."""
+
+    def shape_for(self, dims: int) -> tuple[int | str, ...] | None:
+        """``shape``, with ``per`` behind it for a tensor that has so many dimensions."""
+        with_each = self.shape is not None and self.per and dims == len(self.shape) + 1
+        return (*self.shape, self.per) if self.shape is not None and with_each else self.shape
 
     @property
     def batch_axis(self) -> int | None:

@@ -110,9 +110,8 @@ class ForwardPass:
         while the others are computed. ``mask`` is what `SequenceParallel.in_order_of_ranks` gives. ``overlap`` says
         that something is computed before `Attention.start`.
         """
-        lengths = [length for stream, _ in projections for length in stream.lengths]
         streams = [project for _, project in projections]
-        attention = self.sequence.attend(streams, lengths, mask, overlap)
+        attention = self.sequence.attend(streams, [stream.lengths for stream, _ in projections], mask, overlap)
         return Attention(attention, [stream.size for stream, _ in projections])
 
     def modulate(self, layers: Sequence[Any], conditioning: Tensor) -> None:
