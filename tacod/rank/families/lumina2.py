@@ -30,6 +30,7 @@ from tacod.rank.families.config import (
     width_of_heads,
 )
 from tacod.rank.families.inputs import Argument, Numbers, Spec, Unread
+from tacod.rank.families.kit.attention import find
 from tacod.rank.families.names import Names
 from tacod.rank.families.noise import Flow
 from tacod.rank.families.stream import ForwardPass, Stream
@@ -43,7 +44,7 @@ __all__ = ["Lumina2"]
 _EPSILON = 1e-5
 _QK_EPSILON = torch.finfo(torch.float32).eps
 """Of the norms of queries and keys in ComfyUI, in every dtype; diffusers has 1e-5."""
-_BLOCKS = ("layers", "noise_refiner", "context_refiner", "siglip_refiner")
+_BLOCK = "{layers,noise_refiner,context_refiner,siglip_refiner}.*"
 
 
 class Block(nn.Module):
@@ -77,7 +78,7 @@ class Block(nn.Module):
         stream.add(mlp_gate, norm_modulate(finite(out), norm=self._norm("ffn_norm2")))
 
     def _norm(self, name: str) -> Norm:
-        return Norm("rms", _EPSILON, self.get_submodule(name).weight)
+        return Norm("rms", _EPSILON, find(self, f"{name}.weight"))
 
 
 class FinalLayer(nn.Module):
@@ -159,46 +160,33 @@ class Lumina2(DiT):
     image_models: ClassVar[tuple[str, ...]] = ("lumina2",)
     process = Flow()
     latent_format = LatentFormat(0.3611, 0.1159)
-    # diffusers' ZImageTransformer2DModel, and its Lumina2Transformer2DModel.
+    # Of diffusers' ZImageTransformer2DModel, then of its Lumina2Transformer2DModel.
     names = Names(
         """
-        all_x_embedder.2-1                                        x_embedder
-        all_final_layer.2-1.{linear,adaLN_modulation.1}           final_layer.{linear,adaLN_modulation.1}
-        {x,cap,siglip}_pad_token                                  {x,cap,siglip}_pad_token
-        t_embedder.mlp.{0,2}                                      t_embedder.mlp.{0,2}
-        {cap,siglip}_embedder.0                                   {cap,siglip}_embedder.0
-        {cap,siglip}_embedder.1                                   {cap,siglip}_embedder.1
+        all_x_embedder.2-1                                x_embedder
+        all_final_layer.2-1.{linear,adaLN_modulation.1}   final_layer.{linear,adaLN_modulation.1}
+        {x,cap,siglip}_pad_token                          {x,cap,siglip}_pad_token
+        t_embedder.mlp.{0,2}                              t_embedder.mlp.{0,2}
+        {cap,siglip}_embedder.{0,1}                       {cap,siglip}_embedder.{0,1}
+        BLOCK.attention.to_{q,k,v}                        BLOCK.attention.qkv[q,k,v]
+        BLOCK.attention.{to_out.0,norm_q,norm_k}          BLOCK.attention.{out,q_norm,k_norm}
+        BLOCK.feed_forward.w{1,2,3}                       BLOCK.feed_forward.w{1,2,3}
+        BLOCK.{attention,ffn}_norm{1,2}                   BLOCK.{attention,ffn}_norm{1,2}
+        BLOCK.adaLN_modulation.0                          BLOCK.adaLN_modulation.0
+        """.replace("BLOCK", _BLOCK),
         """
-        + "".join(
-            f"""
-        {blocks}.*.attention.to_{{q,k,v}}                         {blocks}.*.attention.qkv[q,k,v]
-        {blocks}.*.attention.{{to_out.0,norm_q,norm_k}}           {blocks}.*.attention.{{out,q_norm,k_norm}}
-        {blocks}.*.feed_forward.w{{1,2,3}}                        {blocks}.*.feed_forward.w{{1,2,3}}
-        {blocks}.*.attention_norm{{1,2}}                          {blocks}.*.attention_norm{{1,2}}
-        {blocks}.*.ffn_norm{{1,2}}                                {blocks}.*.ffn_norm{{1,2}}
-        {blocks}.*.adaLN_modulation.0                             {blocks}.*.adaLN_modulation.0
-        """
-            for blocks in _BLOCKS
-        ),
-        """
-        x_embedder                                                x_embedder
-        norm_out.linear_{1,2}                                     final_layer.{adaLN_modulation.1,linear}
-        time_caption_embed.timestep_embedder.linear_{1,2}         t_embedder.mlp.{0,2}
-        time_caption_embed.caption_embedder.{0,1}                 cap_embedder.{0,1}
-        context_refiner.*.norm1                                   context_refiner.*.attention_norm1
-        layers.*.norm1.{norm,linear}                              layers.*.{attention_norm1,adaLN_modulation.1}
-        noise_refiner.*.norm1.{norm,linear}                       noise_refiner.*.{attention_norm1,adaLN_modulation.1}
-        """
-        + "".join(
-            f"""
-        {blocks}.*.attn.to_{{q,k,v}}                              {blocks}.*.attention.qkv[q,k,v]
-        {blocks}.*.attn.{{to_out.0,norm_q,norm_k}}                {blocks}.*.attention.{{out,q_norm,k_norm}}
-        {blocks}.*.feed_forward.linear_{{1,2,3}}                  {blocks}.*.feed_forward.w{{1,2,3}}
-        {blocks}.*.norm2                                          {blocks}.*.attention_norm2
-        {blocks}.*.ffn_norm{{1,2}}                                {blocks}.*.ffn_norm{{1,2}}
-        """
-            for blocks in _BLOCKS[:3]
-        ),
+        x_embedder                                        x_embedder
+        norm_out.linear_{1,2}                             final_layer.{adaLN_modulation.1,linear}
+        time_caption_embed.timestep_embedder.linear_{1,2} t_embedder.mlp.{0,2}
+        time_caption_embed.caption_embedder.{0,1}         cap_embedder.{0,1}
+        BLOCK.attn.to_{q,k,v}                             BLOCK.attention.qkv[q,k,v]
+        BLOCK.attn.{to_out.0,norm_q,norm_k}               BLOCK.attention.{out,q_norm,k_norm}
+        BLOCK.feed_forward.linear_{1,2,3}                 BLOCK.feed_forward.w{1,2,3}
+        BLOCK.{norm2,ffn_norm1,ffn_norm2}                 BLOCK.{attention_norm2,ffn_norm1,ffn_norm2}
+        {layers,noise_refiner}.*.norm1.norm               {layers,noise_refiner}.*.attention_norm1
+        {layers,noise_refiner}.*.norm1.linear             {layers,noise_refiner}.*.adaLN_modulation.1
+        context_refiner.*.norm1                           context_refiner.*.attention_norm1
+        """.replace("BLOCK", _BLOCK),
     )
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -344,7 +332,7 @@ class Lumina2(DiT):
             now = at == len(references)
             text = arguments["context"] if now else contexts[at] if at < len(contexts) else None
             if text is None and not self.multiple:
-                raise ArgumentError("ref_contexts: this model needs one for each of ref_latents", argument="ref_contexts")
+                raise ArgumentError("ref_contexts: this model needs one for each reference", argument="ref_contexts")
             if not now and any(side % self.patch for side in latent.shape[2:]):
                 raise ArgumentError(
                     f"ref_latents: its latents are {latent.shape[2]} by {latent.shape[3]}; "
@@ -436,9 +424,9 @@ class Lumina2(DiT):
         described: Callable[[Part], tuple[Tensor, Tensor]],
         references: bool,
     ) -> Stream:
-        """A stream of all parts and their pads; ``described`` gives a part's tokens, and positions with or without pads.
+        """A stream of all parts and their pads, which are a learned token.
 
-        The pads are a learned token, at position 0 if not said otherwise.
+        ``described`` gives a part's tokens [B, n, C] and their positions [n, 3]; pads have 0, or theirs follow these.
         """
         embedder, pad = getattr(self, f"{name}_embedder"), getattr(self, f"{name}_pad_token", None)
         whole = [
@@ -464,4 +452,5 @@ class Lumina2(DiT):
 
     def end(self, f: ForwardPass) -> Tensor:
         """See `DiT.end`."""
-        return -f.grid.latent(self.final_layer(f), channels_last=True)
+        latent: Tensor = f.grid.latent(self.final_layer(f), channels_last=True)
+        return -latent
