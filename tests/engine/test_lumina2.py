@@ -109,7 +109,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int, dict[str, tuple[int, ...]]]] = {
             "rope_theta": 10000.0,
             "ffn_dim_multiplier": 4.0,
         },
-        2_610_209_824,
+        2_609_769_152,
         {
             "t_embedder.mlp.2.weight": (1024, 1024),
             "layers.25.adaLN_modulation.1.weight": (9216, 1024),

@@ -216,16 +216,9 @@ class Lumina2(DiT):
         refiners = integer(config, "n_refiner_layers", 2, least=0, most=1024)
 
         def blocks(count: int, modulated: bool) -> nn.ModuleList:
-            return nn.ModuleList(
-                Block(
-                    width,
-                    heads,
-                    kv_heads,
-                    hidden,
-                    kit.Modulation(conditioning, 4 * width, layer) if modulated else None,
-                )
-                for _ in range(count)
-            )
+            sizes = width, heads, kv_heads, hidden
+            modulations = (kit.Modulation(conditioning, 4 * width, layer) if modulated else None for _ in range(count))
+            return nn.ModuleList(Block(*sizes, each) for each in modulations)
 
         def embedder(inputs: int) -> nn.Sequential:
             return nn.Sequential(nn.RMSNorm(inputs, _EPSILON), nn.Linear(inputs, width))
@@ -247,7 +240,7 @@ class Lumina2(DiT):
             self.time_text_embed = nn.Sequential(nn.SiLU(), nn.Linear(conditioning + pooled, conditioning))
         # The authors' files hold it.
         self.norm_final = nn.Module()
-        self.norm_final.register_buffer("weight", torch.ones(width))
+        self.norm_final.register_buffer("weight", torch.zeros(width))
 
     @classmethod
     def detect(cls, tensors: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
@@ -291,7 +284,7 @@ class Lumina2(DiT):
 
         ``ref_latents`` are clean images, each with the text before it (``ref_contexts``) and its features
         (``siglip_feats``); texts after those come behind ``context``. Without references both are unread. A model with
-        a pooled text takes no references.
+        a pooled text takes no references. ``rope_options`` stretch and shift references too.
         """
         specs: dict[str, Spec] = {
             "x": Argument(("B", self.channels, "H", "W")),
@@ -300,6 +293,7 @@ class Lumina2(DiT):
             "num_tokens": Unread(),
             "attention_mask": Unread(),
             "rope_options": Numbers(kit.ROPE_OPTIONS),
+            "rope_options_for": Argument(None, required=False, choices=("all",)),
             "clip_text_pooled": Unread(),
             "ref_contexts": Unread(),
             "siglip_feats": Unread(),
