@@ -10,11 +10,13 @@ Each line of a table is a pattern of theirs and one of ours, without ``.weight``
 
 ``*`` is a block's number. The choices in braces and brackets run in step: the first of theirs with the first of ours.
 ``[k]`` is the k-th part of the rows, each part with as many rows as the layer has inputs, and ``[k:]`` is all rows from
-the k-th part on. ``~`` exchanges the halves of the rows where there are two such parts: scale and shift.
+the k-th part on. ``~`` exchanges the halves of the rows where there are two such parts: scale and shift. ``|`` says
+that the single file has the rows of their table in one row.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +42,8 @@ class Place:
     """First row and number of rows, where the single file fuses what diffusers keeps apart (q, k, v)."""
     swap: bool = False
     """Whether the two halves of the rows are exchanged (scale and shift of a final modulation)."""
+    flat: bool = False
+    """Whether the single file has all rows as one (a table of modulations)."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class _Rule:
     part: str
     """``k`` or ``k:``; empty for all rows."""
     swap: bool
+    flat: bool
 
 
 class Names:
@@ -74,7 +79,8 @@ class Names:
                 for rule in self._by_ours.get(pattern, ()):
                     inputs = shapes.get(key.removesuffix(kind) + ".weight", (0, 0))[-1]
                     swap = rule.swap and shape[0] == 2 * inputs
-                    places[rule.theirs.replace("*", number) + kind] = Place(key, _rows(rule, shape[0], inputs), swap)
+                    place = Place(key, _rows(rule, shape[0], inputs), swap, rule.flat)
+                    places[rule.theirs.replace("*", number) + kind] = place
         return places
 
     def ours(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
@@ -84,7 +90,8 @@ class Names:
             for pattern, number, kind in _patterns(name):
                 rule = self._by_theirs.get(pattern)
                 if rule is not None:
-                    found.setdefault(rule.ours.replace("*", number) + kind, []).append(shape)
+                    whole = (math.prod(shape),) if rule.flat else shape
+                    found.setdefault(rule.ours.replace("*", number) + kind, []).append(whole)
         return {
             key: (sum(part[0] for part in parts), *parts[0][1:]) if all(parts) else () for key, parts in found.items()
         }
@@ -108,11 +115,11 @@ class Names:
 
 
 def _rules(theirs: str, ours: str) -> Iterator[_Rule]:
-    swap = ours.endswith("~")
-    sides = [_expanded(theirs), _expanded(ours.removesuffix("~"))]
+    swap, flat = ours.endswith("~"), ours.endswith("|")
+    sides = [_expanded(theirs), _expanded(ours.rstrip("~|"))]
     for one, other in zip(*sides, strict=True):
         ours, _, part = other.partition("[")
-        yield _Rule(one, ours, part, swap)
+        yield _Rule(one, ours, part, swap, flat)
 
 
 def _expanded(pattern: str) -> list[str]:
