@@ -145,8 +145,8 @@ class TextFusion(nn.Module):
         stream = Stream(torch.unflatten(context, -1, (self.layers, -1)).flatten(0, 1), (self.layers,))
         for block in self.layerwise_blocks:
             block.advance(stream, Alone)
-        fused: Tensor = self.projector(stream.tokens.transpose(1, 2))
-        return fused.view(*context.shape[:2], -1)
+        fused: Tensor = self.projector(stream.tokens.transpose(1, 2)).squeeze(-1)
+        return torch.unflatten(fused, 0, context.shape[:2])
 
 
 class LastLayer(nn.Module):
