@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tacod.rank.families.control import Control
-from tacod.rank.families.inputs import Argument, Inputs, Number, Numbers, Residuals, Spec, Unread
+from tacod.rank.families.inputs import Argument, Inputs, Number, Numbers, Places, Residuals, Spec, Unread
 from tacod_client import wire
 from tacod_client.errors import ArgumentError
 from tacod_client.tensors import from_wire
@@ -45,6 +45,8 @@ def check_arguments(given: Mapping[str, Any], specs: Mapping[str, Spec], family:
                 raise ArgumentError(f"{name}: expected {_wanted(spec)}, got {value!r:.40}", argument=name)
         elif isinstance(spec, Numbers):
             _check_numbers(name, value, spec)
+        elif isinstance(spec, Places):
+            _check_places(name, value, spec, sizes)
         elif isinstance(spec, Residuals):
             _check_residuals(name, value, spec, sizes)
         elif spec.shape is None:
@@ -94,6 +96,15 @@ def _check_numbers(name: str, value: Any, spec: Numbers) -> None:
             raise ArgumentError(f"{name}.{key!s:.40}: no such number; expected {_wanted(spec)}", argument=name)
         if not _is_number(number) or not abs(number) < 1e6:
             raise ArgumentError(f"{name}.{key}: expected a number below a million, got {number!r:.40}", argument=name)
+
+
+def _check_places(name: str, value: Any, spec: Places, sizes: Mapping[str, tuple[int, str]]) -> None:
+    length, other = sizes[spec.length]
+    fits = isinstance(value, list) and all(type(place) is int and 0 <= place <= length for place in value)
+    if not fits or value != sorted(value):
+        raise ArgumentError(
+            f"{name}: expected {_wanted(spec)}, which is {length} by {other}; got {value!r:.60}", argument=name
+        )
 
 
 def _is_number(value: Any) -> bool:
@@ -175,6 +186,8 @@ def _wanted(spec: Spec) -> str:
         return f"a number from {spec.least:g} to {spec.most:g}"
     if isinstance(spec, Numbers):
         return f"a map of numbers, with any of {', '.join(spec.names)}"
+    if isinstance(spec, Places):
+        return f"a list of whole numbers that don't fall, from 0 to {spec.length}"
     if isinstance(spec, Residuals):
         return f"a map of residuals for {', '.join(spec.blocks)}"
     if isinstance(spec, Unread):

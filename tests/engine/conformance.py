@@ -13,7 +13,7 @@ from torch import Tensor
 from tacod.rank.families import families
 from tacod.rank.families.base import DiT
 from tacod.rank.families.control import Control
-from tacod.rank.families.inputs import Argument, Inputs, Number, Numbers, Residuals, Spec, Unread
+from tacod.rank.families.inputs import Argument, Inputs, Number, Numbers, Places, Residuals, Spec, Unread
 from tacod.rank.forward.warmup import random_inputs
 from tacod_client.errors import ArgumentError
 from tacod_client.tensors import to_wire
@@ -100,6 +100,9 @@ def _value(dit: DiT, spec: Spec, inputs: Inputs, generator: torch.Generator, sha
         return {name: integer(20) / 10 for name in spec.names}
     if isinstance(spec, Residuals):
         return _residuals(dit, spec, inputs, generator, shared)
+    if isinstance(spec, Places):
+        length = _sizes(dit, inputs)[spec.length]
+        return sorted(integer(length + 1) - 1 for _ in range(2))
     if isinstance(spec, Unread):
         return None
     if spec.shape is None:

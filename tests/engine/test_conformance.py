@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tacod.plan import Layout, Plan, Request, Shape
 from tacod.rank.arguments import check_arguments, check_tokens, load_arguments
 from tacod.rank.families.base import DiT
-from tacod.rank.families.inputs import Argument, Inputs, Number, Numbers, Residuals, Spec, Unread
+from tacod.rank.families.inputs import Argument, Inputs, Number, Numbers, Places, Residuals, Spec, Unread
 from tacod.rank.forward import graphs
 from tacod.rank.forward.graphs import Forwards
 from tacod.rank.forward.run import Call, plan_for, relative_difference
@@ -153,6 +153,8 @@ def wrong(spec: Spec, value: Any) -> list[Any]:
         return [spec.most + 1, spec.least - 1, float("nan"), str(value), True]
     if isinstance(spec, Numbers):
         return [list(value.values()), {"nothing": 1.0}, {spec.names[0]: "1"}, {spec.names[0]: float("inf")}]
+    if isinstance(spec, Places):
+        return [3, "1", [-1], [0.5], [True], [1, 0], [0, 999]]
     if isinstance(spec, Residuals):
         batch, n, width = value["tensors"][0].shape
         shapes = (batch, n, width + 1), (batch, n), (batch + 1, n, width), (batch, 999, width)

@@ -20,7 +20,6 @@ from tacod.rank.parallel.sequence import SequenceParallel
 from tacod_client.errors import ArgumentError, ModelUnsupported
 
 GOLDENS = golden_names()
-
 TINY_FLUX: dict[str, Any] = {
     "image_model": "flux",
     "in_channels": 4,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tacod.rank.families.control import Control
 
-__all__ = ["Argument", "Inputs", "Number", "Numbers", "Residuals", "Spec", "Unread"]
+__all__ = ["Argument", "Inputs", "Number", "Numbers", "Places", "Residuals", "Spec", "Unread"]
 
 
 @dataclass(frozen=True)
@@ -108,13 +108,25 @@ class Residuals:
 
 
 @dataclass(frozen=True)
+class Places:
+    """An argument that is a list of places in a sequence: whole numbers that don't fall, from 0 to its length.
+
+    They are the same for all images of a forward.
+    """
+
+    length: str
+    """The free size that is the length, by its name in other arguments' shapes."""
+    required: bool = False
+
+
+@dataclass(frozen=True)
 class Unread:
     """An argument that ComfyUI passes and the network doesn't look at: whatever it holds is left out."""
 
     required: bool = False
 
 
-Spec = Argument | Number | Numbers | Residuals | Unread
+Spec = Argument | Number | Numbers | Places | Residuals | Unread
 """What one argument of a forward must look like."""
 
 

@@ -13,10 +13,12 @@ Each line of a table is a pattern of theirs and one of ours, without ``.weight``
 the k-th part on. ``[q,k,v]`` are queries, as many rows as inputs, and keys and values, which share the others: they may
 be fewer (grouped-query attention). ``~`` exchanges the halves of the rows where there are two such parts: scale and
 shift. A line of one pattern is of names that are the same here.
+``|`` says that the single file has the rows of their table in one row.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +45,8 @@ class Place:
     """First row and number of rows, where the single file fuses what diffusers keeps apart (q, k, v)."""
     swap: bool = False
     """Whether the two halves of the rows are exchanged (scale and shift of a final modulation)."""
+    flat: bool = False
+    """Whether the single file has all rows as one (a table of modulations)."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class _Rule:
     part: str
     """``0``, ``0:`` or ``q``; empty for all rows."""
     swap: bool
+    flat: bool
 
 
 class Names:
@@ -85,7 +90,8 @@ class Names:
                 for rule in self._by_ours.get(pattern, ()):
                     inputs = shapes.get(key.removesuffix(kind) + ".weight", (0, 0))[-1]
                     swap = rule.swap and shape[0] == 2 * inputs
-                    places[rule.theirs.replace("*", number) + kind] = Place(key, _rows(rule, shape[0], inputs), swap)
+                    place = Place(key, _rows(rule, shape[0], inputs), swap, rule.flat)
+                    places[rule.theirs.replace("*", number) + kind] = place
         return places
 
     def ours(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
@@ -96,7 +102,8 @@ class Names:
             for pattern, number, kind in _patterns(name):
                 rule = table._by_theirs.get(pattern)
                 if rule is not None:
-                    found.setdefault(rule.ours.replace("*", number) + kind, []).append(shape)
+                    whole = (math.prod(shape),) if rule.flat else shape
+                    found.setdefault(rule.ours.replace("*", number) + kind, []).append(whole)
         return {
             key: (sum(part[0] for part in parts), *parts[0][1:]) if all(parts) else () for key, parts in found.items()
         }
@@ -127,11 +134,11 @@ class Names:
 
 
 def _rules(theirs: str, ours: str) -> Iterator[_Rule]:
-    swap = ours.endswith("~")
-    sides = [_expanded(theirs), _expanded(ours.removesuffix("~"))]
+    swap, flat = ours.endswith("~"), ours.endswith("|")
+    sides = [_expanded(theirs), _expanded(ours.rstrip("~|"))]
     for one, other in zip(*sides, strict=True):
         ours, _, part = other.partition("[")
-        yield _Rule(one, ours, part, swap)
+        yield _Rule(one, ours, part, swap, flat)
 
 
 def _expanded(pattern: str) -> list[str]:
