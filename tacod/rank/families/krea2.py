@@ -33,7 +33,7 @@ _TEXT_BLOCKS = 2
 """Over a token's layers, and as many over the tokens."""
 _PUBLISHED = {"features": 6144, "heads": 48, "kvheads": 12, "txtdim": 2560, "txtheads": 20, "txtkvheads": 20}
 _METHODS = "index", "index_timestep_zero"
-_METHODS_OF_OTHERS = "offset", "uxo", "uno"
+_METHODS_OF_OTHERS = "offset", "uxo"
 """What ComfyUI's menu offers for other models; any but ``"index_timestep_zero"`` is as good as ``"index"`` here."""
 _UNMODULATED: tuple[Tensor | None, ...] = (None,) * 6
 
