@@ -264,9 +264,10 @@ class PixelBlock(nn.Module):
 
         def multiply(x: Tensor, numbers: Tensor) -> Tensor:
             """By a matrix whose columns have length 1; what they are divided by is taken from the product."""
-            matrix = numbers.view(len(x), x.shape[-1], -1)
+            matrix = torch.unflatten(numbers, -1, (x.shape[-1], -1))
             lengths = matrix.float().norm(dim=1, keepdim=True).clamp_min(1e-12)
-            return torch.bmm(x.to(tokens.dtype), matrix).float() / lengths
+            product: Tensor = torch.bmm(x.to(tokens.dtype), matrix).float() / lengths
+            return product
 
         normed = _rms_norm(x, find(self, "norm.scale"))
         added: Tensor = multiply(functional.silu(multiply(normed, first)) * multiply(normed, gate), second)
