@@ -36,6 +36,8 @@ _MOST_LAYERS = 16
 _TILE = 512
 """Patches whose weights are in memory at once: at the published size 100 kB each, for each layer."""
 _EPSILON = torch.finfo(torch.float32).eps
+_MARK = "distilled_guidance_layer.norms.0.scale"
+"""A tensor that only these models have."""
 
 
 class Approximator(nn.Module):
@@ -169,7 +171,7 @@ class Chroma(Flux):
     @classmethod
     def detect(cls, tensors: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
         """See `DiT.detect`."""
-        if "img_in.weight" not in tensors:
+        if _MARK not in tensors or "img_in.weight" not in tensors:
             return None
         return cls.detect_trunk(
             tensors,
@@ -182,7 +184,7 @@ class Chroma(Flux):
     @classmethod
     def detect_trunk(cls, tensors: Mapping[str, TensorInfo], **ends: Any) -> dict[str, Any] | None:
         """`detect` of what all of its models have, with what is told of their ``ends``."""
-        if "distilled_guidance_layer.norms.0.scale" not in tensors:
+        if _MARK not in tensors:
             return None
         width, context_width = shape_of(tensors, "txt_in.weight", 2)
         (head_width,) = shape_of(tensors, "double_blocks.0.img_attn.norm.key_norm.scale", 1)
@@ -264,7 +266,7 @@ class PixelBlock(nn.Module):
 
         def multiply(x: Tensor, numbers: Tensor) -> Tensor:
             """By a matrix whose columns have length 1; what they are divided by is taken from the product."""
-            matrix = numbers.view(len(x), x.shape[-1], -1)
+            matrix = torch.unflatten(numbers, -1, (x.shape[-1], -1))
             lengths = matrix.float().norm(dim=1, keepdim=True).clamp_min(1e-12)
             product: Tensor = torch.bmm(x.to(tokens.dtype), matrix).float() / lengths
             return product
