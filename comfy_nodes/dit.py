@@ -62,7 +62,7 @@ class RemoteDiT(torch.nn.Module):
         return out
 
     def __getattr__(self, name: str) -> Any:
-        """The real network's sizes and settings, and the shapes of its first layers; of what computes, a text's adapter."""
+        """The real network's sizes and settings, the shapes of its first layers, and a text's adapter."""
         network = vars(self).get("network")
         if network is None or name.startswith("_") or not hasattr(network.skeleton, name):
             return super().__getattr__(name)
