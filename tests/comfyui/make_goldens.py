@@ -26,6 +26,8 @@ import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfyui_version  # noqa: E402
 import torch  # noqa: E402
+from comfy.ldm.cosmos.predict2 import MiniTrainDIT  # noqa: E402
+from comfy.ldm.hidream.model import HiDreamImageTransformer2DModel  # noqa: E402
 from comfy.ldm.lumina.model import NextDiT  # noqa: E402
 from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT, TimestepEmbedder  # noqa: E402
 from comfy.ldm.pixart.pixartms import PixArtMS  # noqa: E402
@@ -66,6 +68,40 @@ SD35 = {
     "qk_norm": "rms",
     "pos_embed_scaling_factor": None,
     "input_size": None,
+}
+HIDREAM = {
+    "image_model": "hidream",
+    "in_channels": 16,
+    "patch_size": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "axes_dims_rope": [8, 4, 4],
+    "caption_channels": [24, 20],
+    "text_emb_dim": 12,
+    "llama_layers": [1, 0],
+    "num_layers": 1,
+    "num_single_layers": 1,
+}
+COSMOS = {
+    "image_model": "cosmos_predict2",
+    "max_img_h": 240,
+    "max_img_w": 240,
+    "max_frames": 128,
+    "in_channels": 17,
+    "out_channels": 16,
+    "patch_spatial": 2,
+    "patch_temporal": 1,
+    "model_channels": 80,
+    "num_heads": 5,
+    "num_blocks": 2,
+    "crossattn_emb_channels": 24,
+    "pos_emb_cls": "rope3d",
+    "use_adaln_lora": True,
+    "adaln_lora_dim": 16,
+    "rope_h_extrapolation_ratio": 2.0,
+    "rope_w_extrapolation_ratio": 2.0,
+    "rope_t_extrapolation_ratio": 5 / 6,
+    "rope_enable_fps_modulation": False,
 }
 PIXART = {
     "image_model": "pixart_alpha",
@@ -140,7 +176,6 @@ def build(kind: Any, config: dict[str, Any], drawn: torch.Generator) -> tuple[nn
         random = torch.randn(weight.shape, generator=drawn)
         if weight.ndim == 1:
             # Scales of norms are about 1, biases small.
-            # Scales of norms are about 1, biases small.
             about_1 = "norm" in name or name.split(".")[-2] in ("ln_q", "ln_k") or name.endswith("embedder.0.weight")
             random = 1 + 0.2 * random if about_1 and name.endswith(".weight") else 0.1 * random
         elif "pos_embed" not in name and "scale_shift" not in name:
@@ -181,6 +216,23 @@ def save(name: str, family: str, config: dict[str, Any], network: nn.Module, sto
     if error > BF16:
         metadata["bf16"] = f"{error:.4f}"
     save_file(tensors, OUT / f"{name}.safetensors", metadata)
+
+
+def given_pictures() -> None:
+    """HiDream with a wider picture beside the image, and Cosmos-Predict2 with a time for each frame of two videos."""
+    drawn = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=drawn)
+
+    network, stored = build(HiDreamImageTransformer2DModel, HIDREAM, drawn)
+    given = {"x": noise(2, 16, 7, 9), "timestep": torch.tensor([650.0, 33.25]), "image_cond": noise(2, 16, 7, 12)}
+    given |= {"context": noise(2, 5, 24), "encoder_hidden_states_llama3": noise(2, 2, 6, 20), "y": noise(2, 12)}
+    save("hidream_edit", "hidream", HIDREAM, network, stored, given)
+    network, stored = build(MiniTrainDIT, COSMOS, drawn)
+    times = torch.tensor([[0.0, 0.25, 0.5], [0.875, 0.875, 0.0]])
+    given = {"x": noise(2, 17, 3, 7, 10), "timestep": times, "context": noise(2, 5, 24), "fps": 16.0}
+    save("cosmos_predict2_frames", "cosmos_predict2", COSMOS, network, stored, given)
 
 
 def sample(name: str, stored: dict[str, Tensor], drawn: torch.Generator) -> None:
@@ -231,6 +283,7 @@ def qwen_image() -> None:
 
 def main() -> None:
     """Make them all."""
+    given_pictures()
     drawn = torch.Generator().manual_seed(0)
 
     def noise(*shape: int) -> Tensor:

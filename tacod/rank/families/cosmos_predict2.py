@@ -18,6 +18,7 @@ from tacod.rank.families.base import DiT
 from tacod.rank.families.config import count_blocks, fixed, integer, number, shape_of, width_of_heads
 from tacod.rank.families.inputs import Argument, Spec, Unread
 from tacod.rank.families.kit.attention import find, register
+from tacod.rank.families.latents import WAN21
 from tacod.rank.families.names import Names
 from tacod.rank.families.noise import Flow
 from tacod.rank.families.stream import ForwardPass
@@ -140,6 +141,7 @@ class CosmosPredict2(DiT):
     image_models: ClassVar[tuple[str, ...]] = ("anima", "cosmos_predict2")
     beside = ("llm_adapter.", "pos_embedder.", "accum_")
     process = Flow()
+    latent_format = WAN21
     names = Names("""
         patch_embed.proj                                 x_embedder.proj.1
         time_embed.t_embedder.linear_{1,2}               t_embedder.1.linear_{1,2}
@@ -224,7 +226,7 @@ class CosmosPredict2(DiT):
         return (kit.Grid(arguments["x"], _PATCH).length,)
 
     def timestep(self, sigma: Tensor) -> Tensor:
-        """See `DiT.timestep`."""
+        """See `DiT.timestep`. ComfyUI's levels of Cosmos-Predict2 are sigma / (1 - sigma), and mean the same."""
         return sigma
 
     def begin(self, f: ForwardPass, **arguments: Any) -> None:

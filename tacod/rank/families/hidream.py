@@ -17,7 +17,7 @@ from tacod.checkpoint import TensorInfo
 from tacod.rank.families import kit
 from tacod.rank.families.base import DiT, LatentFormat
 from tacod.rank.families.config import count_blocks, fixed, integer, rope_axes, shape_of
-from tacod.rank.families.inputs import Argument, Spec
+from tacod.rank.families.inputs import Argument, Spec, Unread
 from tacod.rank.families.kit.attention import find, register
 from tacod.rank.families.names import Names
 from tacod.rank.families.noise import Flow
@@ -196,7 +196,7 @@ class HiDream(DiT):
     image_models: ClassVar[tuple[str, ...]] = ("hidream",)
     process = Flow()
     latent_format = LatentFormat(0.3611, 0.1159)
-    names = Names("\n".join(f"{name} {name}" for name in _NAMES))
+    names = Names("\n".join(_NAMES))
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -272,6 +272,7 @@ class HiDream(DiT):
             "encoder_hidden_states_llama3": Argument(("B", max(self.layers) + 1, "M", self.states_width)),
             "y": Argument(("B", self.pooled_width)),
             "image_cond": Argument(("B", self.channels, "H", "w"), required=False),
+            "control": Unread(),
         }
 
     def lengths(self, arguments: Mapping[str, Any]) -> tuple[int, ...]:

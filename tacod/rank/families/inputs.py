@@ -50,8 +50,9 @@ class Argument:
 
     def shape_for(self, dims: int) -> tuple[int | str, ...] | None:
         """``shape``, with ``per`` behind it for a tensor that has so many dimensions."""
-        with_each = self.shape is not None and self.per and dims == len(self.shape) + 1
-        return (*self.shape, self.per) if self.shape is not None and with_each else self.shape
+        if self.shape is not None and self.per and dims == len(self.shape) + 1:
+            return (*self.shape, self.per)
+        return self.shape
 
     @property
     def batch_axis(self) -> int | None:
