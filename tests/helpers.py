@@ -410,6 +410,8 @@ class Golden:
     weights: dict[str, Tensor]
     inputs: dict[str, Any]
     out: Tensor
+    bf16: float
+    """The error that a bf16 forward may have: 1e-2, or a tenth more than ComfyUI's own has if that is more."""
 
     def model(self, dtype: torch.dtype = torch.float32) -> DiT:
         """The model, built without memory and filled by name, as the daemon does it."""
@@ -417,7 +419,9 @@ class Golden:
         with torch.device("meta"):
             model = family(config)
         weights = {family.canonical(name): tensor.to(dtype) for name, tensor in self.weights.items()}
-        model.load_state_dict(weights, assign=True)
+        lacking, unknown = model.load_state_dict(weights, strict=False, assign=True)
+        assert not unknown
+        assert set(lacking) <= {name for name, _ in model.named_buffers()}, "no forward looks at buffers"
         return model.eval().requires_grad_(False)
 
     def arguments(self, model: DiT) -> Inputs:
@@ -469,4 +473,5 @@ def read_golden(name: str) -> Golden:
             inputs.setdefault(name, []).append(value)
         elif kind == "in":
             inputs[name] = value
-    return Golden(json.loads(metadata["config"]), weights, inputs, tensors["out"])
+    bf16 = max(1e-2, 1.1 * float(metadata.get("bf16", 0)))
+    return Golden(json.loads(metadata["config"]), weights, inputs, tensors["out"], bf16)

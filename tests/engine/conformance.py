@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from tacod_client.tensors import to_wire
 
 CPU = torch.device("cpu")
 FAMILIES = {family.family: family for family in families()}
+_DRAWS = 999
 _LARGEST_FACTOR = 64
 """By how much the sides of a latent are multiplied at the most."""
 
@@ -60,8 +62,18 @@ def with_optional(
     chosen = [name for name in optional if names is None or name in names]
     # Masks and residuals have as many tokens as everything else makes.
     for name in sorted(chosen, key=lambda name: _turn(dit.arguments()[name])):
-        inputs = inputs.replace(**{name: _value(dit, dit.arguments()[name], inputs, generator, shared)})
+        inputs = _with(dit, name, inputs, generator, shared)
     return inputs
+
+
+def _with(dit: DiT, name: str, inputs: Inputs, generator: torch.Generator, shared: bool) -> Inputs:
+    """One more argument, drawn until it has sizes that the model takes."""
+    for _ in range(_DRAWS):
+        drawn = inputs.replace(**{name: _value(dit, dit.arguments()[name], inputs, generator, shared)})
+        with suppress(ArgumentError):
+            dit.lengths(drawn)
+            return drawn
+    raise AssertionError(f"{dit.family} takes no {name}, however often it is drawn")
 
 
 def random_case(

@@ -28,10 +28,11 @@ def test_patches_come_back_as_the_latent(sizes: list[tuple[int, int]], channels_
     patch, sides = [size for size, _ in sizes], [size + more for size, more in sizes]
     latent = torch.arange(2.0 * 3 * math.prod(sides)).view(2, 3, *sides)
     grid = kit.Grid(latent, patch)
-    patches = grid.patches(latent)
+    patches = grid.patches(latent, channels_last)
     assert patches.shape == (2, grid.length, 3 * math.prod(patch))
     if channels_last:
-        patches = patches.unflatten(-1, (3, -1)).transpose(-1, -2).flatten(2)
+        turned = grid.patches(latent).unflatten(-1, (3, -1)).transpose(-1, -2).flatten(2)
+        assert torch.equal(patches, turned)
     # What comes after the image's tokens, such as references', is left out.
     patches = torch.cat((patches, patches[:, :1]), dim=1)
     assert torch.equal(grid.latent(patches, channels_last), latent)
@@ -114,13 +115,15 @@ def test_a_sinusoid_is_cosines_then_sines_in_fp32() -> None:
     torch.testing.assert_close(told[0], torch.tensor(wanted), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("hidden", [None, 5])
 @pytest.mark.parametrize("bias", [True, False])
-def test_an_embedder_has_its_files_names(bias: bool) -> None:
-    embedder = kit.MLPEmbedder(6, 8, ("a.in_layer", "a.out_layer"), bias=bias)
+def test_an_embedder_has_its_files_names(bias: bool, hidden: int | None) -> None:
+    embedder = kit.MLPEmbedder(6, 8, ("a.in_layer", "a.out_layer"), bias=bias, hidden=hidden)
     layers = {"a.in_layer", "a.out_layer"}
     kinds = ("weight", "bias") if bias else ("weight",)
     assert set(embedder.state_dict()) == {f"{layer}.{kind}" for layer in layers for kind in kinds}
     first, second = (embedder.get_submodule(name) for name in ("a.in_layer", "a.out_layer"))
+    assert [tuple(each.weight.shape) for each in (first, second)] == [(hidden or 8, 6), (8, hidden or 8)]
     t = torch.rand(2, 3)
     assert torch.equal(embedder.numbers(t, torch.float32, 6), second(silu(first(kit.sinusoid(t, 6)))))
 

@@ -128,12 +128,17 @@ class ForwardPass:
         return self._modulation[layer].chunk(parts, dim=-1)
 
     def join(self, *streams: Stream) -> Stream:
-        """From here on these streams are one, in this order; `image` must be the last."""
+        """From here on these streams are one, in this order; `image` must be the last.
+
+        Either all of them have segments, with the same rows, or none has.
+        """
         rotations = [stream.rotation for stream in streams if stream.rotation is not None]
+        segments = [stream.segments for stream in streams if stream.segments is not None]
         joint = Stream(
             torch.cat([stream.tokens for stream in streams], dim=1),
             tuple(length for stream in streams for length in stream.lengths),
             Rotation.concatenate(rotations) if rotations else None,
+            torch.cat(segments) if segments else None,
         )
         self.joined = joint, list(streams)
         return joint

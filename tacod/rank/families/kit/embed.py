@@ -34,13 +34,23 @@ def _frequencies(count: int, device: torch.device) -> Tensor:
 
 
 class MLPEmbedder(nn.Module):
-    """Two linear layers with SiLU between, [..., inputs] to [..., width], named as the authors' files name them."""
+    """Two linear layers with SiLU between, [..., inputs] to [..., width], named as the authors' files name them.
 
-    def __init__(self, inputs: int, width: int, names: tuple[str, str] = ("mlp.0", "mlp.2"), bias: bool = True) -> None:
+    ``hidden`` channels are between them, by default ``width``.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        width: int,
+        names: tuple[str, str] = ("mlp.0", "mlp.2"),
+        bias: bool = True,
+        hidden: int | None = None,
+    ) -> None:
         super().__init__()
         self._names = names
-        register(self, names[0], nn.Linear(inputs, width, bias=bias))
-        register(self, names[1], nn.Linear(width, width, bias=bias))
+        register(self, names[0], nn.Linear(inputs, hidden or width, bias=bias))
+        register(self, names[1], nn.Linear(hidden or width, width, bias=bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed vectors of the compute dtype."""
