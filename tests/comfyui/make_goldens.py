@@ -1,4 +1,4 @@
-"""Makes the goldens of SD3.5 and PixArt alpha in tests/data/golden with a real ComfyUI, on the CPU and in fp32.
+"""Makes goldens of SD3.5, PixArt alpha and Lumina 2 in tests/data/golden with a real ComfyUI, on the CPU and in fp32.
 
     PYTHONPATH=COMFYUI:tests/comfyui/stub/torchaudio python tests/comfyui/make_goldens.py tests/data/golden
 
@@ -25,12 +25,15 @@ import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfyui_version  # noqa: E402
 import torch  # noqa: E402
-from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT  # noqa: E402
+from comfy.ldm.lumina.model import NextDiT  # noqa: E402
+from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT, TimestepEmbedder  # noqa: E402
 from comfy.ldm.pixart.pixartms import PixArtMS  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 STEPS, CFG, SEED = 8, 4.5, 42
+BF16 = 1e-2
+"""The error that a bf16 forward may have without a word of it in the golden."""
 RUNS = [
     "euler|normal",
     "euler|simple",
@@ -77,6 +80,42 @@ PIXART = {
     "pe_interpolation": 1,
     "model_max_length": 30,
 }
+LUMINA = {
+    "image_model": "lumina2",
+    "patch_size": 2,
+    "in_channels": 4,
+    "dim": 48,
+    "cap_feat_dim": 24,
+    "n_layers": 2,
+    "n_refiner_layers": 1,
+    "qk_norm": True,
+    "n_heads": 6,
+    "n_kv_heads": 3,
+    "axes_dims": [2, 2, 4],
+    "rope_theta": 10000.0,
+    "ffn_dim_multiplier": 1.5,
+    "multiple_of": 16,
+    "clip_text_dim": 20,
+}
+Z_IMAGE = {key: value for key, value in LUMINA.items() if key != "clip_text_dim"} | {
+    "n_heads": 4,
+    "n_kv_heads": 4,
+    "axes_dims": [4, 4, 4],
+    "rope_theta": 256.0,
+    "z_image_modulation": True,
+    "time_scale": 1000.0,
+    "pad_tokens_multiple": 32,
+    "siglip_feat_dim": 20,
+}
+
+
+def next_dit(**config: Any) -> nn.Module:
+    """ComfyUI's network. Its Z-Image embeds times in 256 channels, which are more than a tiny model has."""
+    network = NextDiT(**config)
+    if config.get("z_image_modulation"):
+        rest = {key: config[key] for key in ("dtype", "device", "operations")}
+        network.t_embedder = TimestepEmbedder(config["dim"], output_size=config["dim"], **rest)
+    return network
 
 
 def build(kind: Any, config: dict[str, Any], drawn: torch.Generator) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -88,7 +127,8 @@ def build(kind: Any, config: dict[str, Any], drawn: torch.Generator) -> tuple[nn
         random = torch.randn(weight.shape, generator=drawn)
         if weight.ndim == 1:
             # Scales of norms are about 1, biases small.
-            random = 1 + 0.2 * random if name.endswith(("ln_q.weight", "ln_k.weight")) else 0.1 * random
+            about_1 = "norm" in name or name.endswith(("ln_q.weight", "ln_k.weight", "embedder.0.weight"))
+            random = 1 + 0.2 * random if about_1 else 0.1 * random
         elif "pos_embed" not in name and "scale_shift" not in name:
             random = random / weight[0].numel() ** 0.5
         stored[name] = random.to(torch.float8_e4m3fn)
@@ -97,13 +137,33 @@ def build(kind: Any, config: dict[str, Any], drawn: torch.Generator) -> tuple[nn
 
 
 def save(name: str, family: str, config: dict[str, Any], network: nn.Module, stored: Any, given: Any) -> None:
-    """Run one forward, and write it with what it was made of."""
-    rest = {key: value for key, value in given.items() if key not in ("x", "timestep")}
-    with torch.inference_mode():
-        out = network(given["x"], given["timestep"], **rest)
-    tensors = {f"weights.{key}": value for key, value in stored.items()}
-    tensors |= {f"in.{key}": value for key, value in given.items()} | {"out": out.clone().contiguous()}
+    """Run one forward, and write it with what it was made of; ``given`` may hold lists, numbers and ROPE options."""
+
+    def run(dtype: torch.dtype) -> Tensor:
+        def cast(value: Any) -> Any:
+            return value.to(dtype) if isinstance(value, Tensor) else list(map(cast, value))
+
+        rest = {key: value for key, value in given.items() if key not in ("x", "timestep", *args)}
+        rest = {key: cast(value) for key, value in rest.items()} | args
+        if "rope_options" in rest:
+            rest["transformer_options"] = {"rope_options": rest.pop("rope_options")}
+        with torch.inference_mode():
+            out: Tensor = network.to(dtype)(cast(given["x"]), given["timestep"], **rest)
+        return out.clone().contiguous()
+
+    args = {key: value for key, value in given.items() if not isinstance(value, Tensor | list)}
+    tensors = {f"weights.{key}": value for key, value in stored.items()} | {"out": run(torch.float32)}
+    for key, value in given.items():
+        if isinstance(value, list):
+            tensors |= {f"in.{key}.{number}": each for number, each in enumerate(value)}
+        elif key not in args:
+            tensors[f"in.{key}"] = value
     metadata = {"family": family, "case": name, "comfyui": comfyui_version.__version__, "config": json.dumps(config)}
+    if args:
+        metadata["args"] = json.dumps(args)
+    error = float((run(torch.bfloat16) - tensors["out"]).norm() / tensors["out"].norm())
+    if error > BF16:
+        metadata["bf16"] = f"{error:.4f}"
     save_file(tensors, OUT / f"{name}.safetensors", metadata)
 
 
@@ -149,6 +209,16 @@ def main() -> None:
     given = {"x": noise(1, 4, 34, 46), "timestep": torch.tensor([421.0]), "context": noise(1, 30, 48)}
     given |= {"c_size": torch.tensor([[272.0, 368.0]]), "c_ar": torch.tensor([[0.74]])}
     save("pixart_alpha", "pixart", PIXART, network, stored, given)
+    network, stored = build(next_dit, LUMINA, drawn)
+    given = {"x": noise(2, 4, 8, 9), "timestep": torch.tensor([0.875, 0.125]), "context": noise(2, 10, 24)}
+    given |= {"clip_text_pooled": noise(2, 20), "num_tokens": 10}
+    save("lumina2_pooled", "lumina2", LUMINA, network, stored, given)
+    network, stored = build(next_dit, Z_IMAGE, drawn)
+    given = {"x": noise(1, 4, 13, 10), "timestep": torch.tensor([0.625]), "context": noise(1, 20, 24), "num_tokens": 20}
+    given |= {"ref_latents": [noise(1, 4, 8, 6), noise(1, 4, 6, 10)], "siglip_feats": [noise(1, 3, 4, 20)]}
+    given |= {"ref_contexts": [noise(1, 5, 24), noise(1, 40, 24), noise(1, 9, 24)]}
+    given |= {"rope_options": {"scale_x": 1.5, "scale_y": 0.75, "shift_x": -2.0, "shift_y": 3.0}}
+    save("z_image_omni", "lumina2", Z_IMAGE, network, stored, given)
 
 
 main()

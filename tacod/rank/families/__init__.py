@@ -31,7 +31,7 @@ _ELSEWHERE = {
     "txt_in.individual_token_refiner.blocks.0.norm1.weight": "HunyuanVideo",
     "double_layers.0.attn.w1q.weight": "AuraFlow",
     "head.modulation": "Wan",
-    "cap_embedder.1.weight": "Lumina 2 or Z-Image",
+    "dec_net.cond_embed.weight": "Z-Image of pixels",
     "controlnet_blocks.0.weight": "a ControlNet, which ComfyUI loads beside the model",
 }
 """A tensor that tells, and whose it is: to refuse by name what no family here has claimed."""
