@@ -151,6 +151,7 @@ def keep_exact(args: argparse.Namespace, name: str, device: torch.device) -> Non
         # The same rounded weights, computed with in fp32.
         model = model.float()
     for size in (size for each, size in cases(args) if each == name):
+        # A model on the meta device has arguments and sizes.
         inputs = make_inputs(name, model, size, device).map(lambda each: each.to(low) if each.ndim > 1 else each)
         torch.save({key: value.cpu() for key, value in inputs.items()}, f"{args.folder}/{name}.{size}.inputs.pt")
         if fits:

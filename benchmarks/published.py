@@ -131,7 +131,16 @@ PUBLISHED = {
         cut={"layers": 1, "features": 768, "heads": 6, "kvheads": 2},
     ),
     "qwen_image": Published(
-        {"image_model": "qwen_image", "in_channels": 64, "out_channels": 16, "num_layers": 60},
+        {
+            "image_model": "qwen_image",
+            "in_channels": 64,
+            "out_channels": 16,
+            "num_layers": 60,
+            "num_attention_heads": 24,
+            "attention_head_dim": 128,
+            "joint_attention_dim": 3584,
+            "axes_dims_rope": [16, 56, 56],
+        },
         "QwenImage",
         77,
         sizes=(1024, 1328),
@@ -164,7 +173,7 @@ def build(name: str, device: torch.device, dtype: torch.dtype) -> DiT:
 def fill(weights: Mapping[str, Tensor]) -> None:
     """Fill weights at random, each by its name alone: matrices keep what they multiply about as large as it was."""
     for name, weight in weights.items():
-        if not weight.is_floating_point() or not weight.numel():
+        if weight.is_meta or not weight.is_floating_point() or not weight.numel():
             continue
         generator = torch.Generator(weight.device).manual_seed(zlib.crc32(name.encode()))
         values = torch.randn(weight.shape, generator=generator, device=weight.device)
