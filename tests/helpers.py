@@ -47,12 +47,12 @@ START_S = 90.0
 """Ranks start in about 5 s; a busy machine may take longer."""
 
 
-def eventually(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
+def eventually(condition: Callable[[], Any], timeout_s: float, what: str, every_s: float = 0.02) -> Any:
     """Poll until the condition holds, and return what it came to."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
         assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
-        time.sleep(0.02)
+        time.sleep(every_s)
     return value
 
 
@@ -135,13 +135,15 @@ class Daemon:
                 env=self.environment,
             )
         if wait:
-            eventually(self._is_ready, START_S, "tacod is ready")
+            # Each look is a client of its own, whose work the start would have to wait for.
+            eventually(self._is_ready, START_S, "tacod is ready", every_s=0.1)
         return self
 
     def _is_ready(self) -> bool:
         assert self.running, f"tacod ended with {self.code}:\n{self.log}"
-        with suppress(ConnectionFailed), self.client(timeout_s=1.0) as client:
-            return bool(client.status()["state"] == "ready")
+        if self.socket.exists():
+            with suppress(ConnectionFailed), self.client(timeout_s=1.0) as client:
+                return bool(client.status()["state"] == "ready")
         return False
 
     def client(self, **options: Any) -> Client:

@@ -325,7 +325,7 @@ def walk(dit: DiT, threshold: float, steps: int = 12) -> tuple[list[Tensor], lis
 @pytest.mark.parametrize("threshold", [0, 1e-9])
 @FAMILY
 def test_a_step_cache_that_skips_nothing_is_exact_to_the_bit(family: str, threshold: float) -> None:
-    outs, exact, skipped = walk(tiny(family), threshold)
+    outs, exact, skipped = walk(tiny(family), threshold, steps=6)
     assert not any(skipped)
     assert all(map(torch.equal, outs, exact))
 
