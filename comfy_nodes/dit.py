@@ -164,6 +164,8 @@ class RemoteDiT(torch.nn.Module):
                     f"{kind} of {', '.join(map(repr, given))} (set_model_…patch)",
                     "it is code that reaches into the blocks, which run in the daemon; take that node off",
                 )
+        if options.get("chroma_radiance_options") and self.network.reads("chroma_radiance_options"):
+            raise Refused("ChromaRadianceOptions", "the daemon's network has none; take that node off")
         if options.get("optimized_attention_override") is not None and self.network.reads_attention_options:
             raise Refused("optimized_attention_override", "attention runs in the daemon; take that node off")
 

@@ -27,13 +27,15 @@ METHODS = ("offset", "index", "uxo")
 """The ways to place reference latents that the daemon has."""
 
 QWEN = "QwenImageTransformer2DModel"
+AT_ZERO = "index_timestep_zero"
+"""Places reference latents one behind the other, and takes them as clean: their timestep is 0."""
 METHODS_OF_QWEN = ("offset", "index", "index_timestep_zero", "negative_index")
 """Those that it has for Qwen-Image's network, which is called so."""
 
 _TEXT_MASK = "encoder_hidden_states_mask"
 
-AUTHORS_EPS = 1e-6
-"""What a network's own authors add to the mean square in the norms of queries and keys; the daemon does unless told."""
+_USUAL_EPS = 1e-6, torch.finfo(torch.float32).eps
+"""What networks add to the mean square in the norms of queries and keys: their authors, and PyTorch by default."""
 
 
 @functools.cache
@@ -92,9 +94,9 @@ class Network:
         """
         meanings: dict[str, Any] = {}
         if arguments.get("rope_options") and arguments.get("ref_latents"):
-            meanings["rope_options_for"] = "all" if self.stretches_references else "image"
+            meanings |= {} if self.stretches_references else {"rope_options_for": "image"}
         method = arguments.get("ref_latents_method")
-        methods = METHODS_OF_QWEN if self.is_qwen else METHODS
+        methods = self.reference_methods
         if isinstance(method, str) and self.reads("ref_latents_method"):
             if not self.reads(method):
                 # One that it doesn't know it lays out as what its last branch is for.
@@ -107,9 +109,19 @@ class Network:
         if arguments.get("attention_mask") is not None and not self.applies_text_mask:
             meanings["attention_mask"] = None
         eps = self.qk_norm_eps(dtype)
-        if eps is not None and abs(eps - AUTHORS_EPS) > 0.02 * AUTHORS_EPS:
+        if eps is not None:
             meanings["qk_norm_eps"] = eps
         return meanings
+
+    @property
+    def reference_methods(self) -> tuple[str, ...]:
+        """The ways to place reference latents that the daemon has for this network."""
+        if self.is_qwen:
+            return METHODS_OF_QWEN
+        at_zero = getattr(
+            getattr(self.skeleton, "params", None), "global_modulation", type(self.skeleton).__name__ != "Flux"
+        )
+        return (*METHODS, AT_ZERO) if at_zero else METHODS
 
     @property
     def is_qwen(self) -> bool:
@@ -151,4 +163,5 @@ def _measure_eps(norm: torch.nn.Module, dtype: torch.dtype) -> float:
     with torch.no_grad():
         out = float(norm(torch.full((1, *scale.shape), small, dtype=dtype, device=device)).double().mean())
     # out = x / sqrt(x² + eps)
-    return (small / out) ** 2 - small**2
+    eps = (small / out) ** 2 - small**2
+    return next((each for each in _USUAL_EPS if abs(eps - each) <= 0.02 * each), eps)
