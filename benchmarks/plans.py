@@ -14,9 +14,11 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from published import PUBLISHED
 from torch import Tensor, multiprocessing
 
 from tacod.group.processes import ON_GPUS
@@ -31,19 +33,7 @@ from tacod.rank.families.sd3 import SD3
 from tacod.rank.forward.run import Call, run
 from tacod.rank.parallel.topology import Topology
 
-FLUX = {
-    "image_model": "flux",
-    "in_channels": 16,
-    "out_channels": 16,
-    "vec_in_dim": 768,
-    "context_in_dim": 4096,
-    "hidden_size": 3072,
-    "num_heads": 24,
-    "depth": 19,
-    "depth_single_blocks": 38,
-    "axes_dim": [16, 56, 56],
-    "guidance_embed": True,
-}
+FLUX = PUBLISHED["flux"].config
 SD35_LARGE = {
     "image_model": "sd3",
     "in_channels": 16,
@@ -65,8 +55,8 @@ PIXART = {
     "micro_condition": False,
     "pe_interpolation": 2,
 }
-MODELS: dict[str, tuple[type[DiT], dict[str, Any], int, int, dict[str, Any]]] = {
-    "flux": (Flux, FLUX, 1, 512, {"hidden_size": 768, "num_heads": 6, "depth": 1, "depth_single_blocks": 1}),
+MODELS: dict[str, tuple[type[DiT], Mapping[str, Any], int, int, dict[str, Any]]] = {
+    "flux": (Flux, FLUX, 1, 512, dict(PUBLISHED["flux"].cut)),
     "sd35_large": (
         SD3,
         SD35_LARGE,
@@ -82,7 +72,7 @@ MODELS: dict[str, tuple[type[DiT], dict[str, Any], int, int, dict[str, Any]]] = 
 def configuration(name: str, device: torch.device) -> dict[str, Any]:
     """A model's configuration, cut down on a CPU."""
     _, config, _, _, cut = MODELS[name]
-    return config if device.type == "cuda" else {**config, **cut}
+    return {**config, **(cut if device.type == "cpu" else {})}
 
 
 def build(name: str, device: torch.device, dtype: torch.dtype | None = None) -> DiT:

@@ -19,7 +19,7 @@ from tacod_client import Client, Model
 from . import hooks
 from .clients import client_of
 from .dit import RemoteDiT
-from .errors import Failed, Refused, told
+from .errors import Failed, Refused, errors_explained
 from .names import Names, names_in_file, read_header
 from .network import Network, skeleton_layers
 from .origin import origin_of
@@ -135,7 +135,7 @@ def open_file(path: str, settings: Settings, progress: Progress | None = None) -
     Raises as `convert` does.
     """
     try:
-        with told():
+        with errors_explained():
             header = read_header(path)
     except SafetensorError as error:
         raise Failed(f"TACO-DiT: {path} can't be read ({error}); download it again") from error
@@ -170,7 +170,7 @@ def _connect(
 ) -> Converted:
     client = client_of(settings.endpoint)
     remote = Remote(client, source, settings.plan)
-    with told():
+    with errors_explained():
         model = remote.load(patches, dtype, progress)
     compute = next(ours for ours, name in DTYPES.items() if name == model.dtype)
     network = RemoteDiT(Network(skeleton), remote, compute)

@@ -16,7 +16,8 @@ from tacod_client import Model
 from tacod_client.errors import ModelNotFound
 
 from . import hooks
-from .errors import NotRemote, Refused, told
+from .adapter import ADAPTER, METHOD, adapted, is_of_adapter
+from .errors import NotRemote, Refused, errors_explained
 from .network import Network
 from .patches import PREFIX, to_request
 from .record import Record
@@ -61,11 +62,13 @@ class RemoteDiT(torch.nn.Module):
         return out
 
     def __getattr__(self, name: str) -> Any:
-        """The real network's sizes and settings, and the shapes of its first layers; nothing that computes."""
+        """The network's sizes and settings, shapes of its first layers, and a text's adapter; nothing else computes."""
         network = vars(self).get("network")
         if network is None or name.startswith("_") or not hasattr(network.skeleton, name):
             return super().__getattr__(name)
         value = getattr(network.skeleton, name)
+        if name == METHOD and hasattr(network.skeleton, ADAPTER):
+            return adapted(network.skeleton, self.remote.source.state, lambda: self._patches(self.patcher))
         if name in _COPIED_LAYERS:
             return self._layer_with_weights(name, value)
         if name not in _SHOWN_LAYERS and (callable(value) or isinstance(value, torch.Tensor)):
@@ -90,7 +93,7 @@ class RemoteDiT(torch.nn.Module):
     def _layer_with_weights(self, name: str, layer: torch.nn.Module) -> torch.nn.Module:
         """A layer for others to copy; with the weights of the file, so not under patches of it."""
         patcher = self.patcher
-        if patcher is not None and any(key.startswith(f"{PREFIX}{name}.") for key in self._patches(patcher)):
+        if any(key.startswith(f"{PREFIX}{name}.") for key in self._patches(patcher)):
             raise Refused(f"a patch of {name} beside a ControlNet that copies it", "take one of the two off")
         copied = copy.deepcopy(layer).to_empty(device="cpu")
         state, prefix = self.remote.source.state(), f"{name}."
@@ -139,7 +142,7 @@ class RemoteDiT(torch.nn.Module):
         arguments = {name: value for name, value in named.items() if value is not None and self.network.reads(name)}
         arguments |= self.network.meanings(arguments, x.dtype)
         model = self._variant(x.dtype)
-        with told():
+        with errors_explained():
             try:
                 out: torch.Tensor = model.forward(x=x, timestep=timestep, **arguments)
             except ModelNotFound:
@@ -161,18 +164,20 @@ class RemoteDiT(torch.nn.Module):
                     f"{kind} of {', '.join(map(repr, given))} (set_model_…patch)",
                     "it is code that reaches into the blocks, which run in the daemon; take that node off",
                 )
+        if options.get("chroma_radiance_options") and self.network.reads("chroma_radiance_options"):
+            raise Refused("ChromaRadianceOptions", "the daemon's network has none; take that node off")
         if options.get("optimized_attention_override") is not None and self.network.reads_attention_options:
             raise Refused("optimized_attention_override", "attention runs in the daemon; take that node off")
 
     def _variant(self, dtype: torch.dtype) -> Model:
         """The model with the patches of the patcher that samples now."""
         patcher = self.patcher
-        patches = self._patches(patcher) if patcher is not None else {}
+        patches = {key: entries for key, entries in self._patches(patcher).items() if not is_of_adapter(key)}
         key = (_state(patcher) if patches else None, dtype)
         if key not in self._variants:
             if dtype not in DTYPES:
                 raise Refused(f"a compute dtype of {dtype}", f"the daemon computes in {', '.join(DTYPES.values())}")
-            with told():
+            with errors_explained():
                 wanted = None if dtype == self.dtype else DTYPES[dtype]
                 self._variants[key] = self.remote.load(to_request(patches, self.remote.source.names), wanted)
         self._variants.move_to_end(key)
@@ -181,8 +186,10 @@ class RemoteDiT(torch.nn.Module):
         return self._variants[key]
 
     @staticmethod
-    def _patches(patcher: ModelPatcher) -> dict[str, list[Any]]:
+    def _patches(patcher: ModelPatcher | None) -> dict[str, list[Any]]:
         """Those on the model, and after them those that hooks on the conditioning put on for this call."""
+        if patcher is None:
+            return {}
         patches = {key: list(entries) for key, entries in patcher.patches.items()}
         combine = getattr(patcher, "get_combined_hook_patches", None)
         if combine is None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from tacod_client.errors import ConnectionFailed, TacodError, Unavailable
 
-__all__ = ["Failed", "NotAvailable", "NotRemote", "Refused", "told"]
+__all__ = ["Failed", "NotAvailable", "NotRemote", "Refused", "errors_explained"]
 
 
 class NotAvailable(RuntimeError):
@@ -33,7 +33,7 @@ class NotRemote(AttributeError):
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def errors_explained() -> Iterator[None]:
     """Raise what the client raises in the words of this package."""
     try:
         yield

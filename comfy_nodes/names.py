@@ -63,9 +63,9 @@ class Header:
     @classmethod
     def of_gguf(cls, checkpoint: Checkpoint) -> Header:
         """A GGUF file's."""
-        told = None if checkpoint.config is None else {"tacod.config": json.dumps(checkpoint.config)}
+        metadata = None if checkpoint.config is None else {"tacod.config": json.dumps(checkpoint.config)}
         kinds = {key: info.dtype if info.dtype in DTYPES else "F16" for key, info in checkpoint.tensors.items()}
-        return cls({key: _meta(kinds[key], info.shape) for key, info in checkpoint.tensors.items()}, told)
+        return cls({key: _meta(kinds[key], info.shape) for key, info in checkpoint.tensors.items()}, metadata)
 
     @cached_property
     def prefix(self) -> str:

@@ -26,8 +26,16 @@ __all__ = ["Network", "skeleton_layers"]
 METHODS = ("offset", "index", "uxo")
 """The ways to place reference latents that the daemon has."""
 
-AUTHORS_EPS = 1e-6
-"""What a network's own authors add to the mean square in the norms of queries and keys; the daemon does unless told."""
+QWEN = "QwenImageTransformer2DModel"
+AT_ZERO = "index_timestep_zero"
+"""Places reference latents one behind the other, and takes them as clean: their timestep is 0."""
+METHODS_OF_QWEN = ("offset", "index", "index_timestep_zero", "negative_index")
+"""Those that it has for Qwen-Image's network, which is called so."""
+
+_TEXT_MASK = "encoder_hidden_states_mask"
+
+_USUAL_EPS = 1e-6, torch.finfo(torch.float32).eps
+"""What networks add to the mean square in the norms of queries and keys: their authors, and PyTorch by default."""
 
 
 @functools.cache
@@ -84,20 +92,48 @@ class Network:
 
         Raises `Refused` for what only this version's network knows.
         """
-        told: dict[str, Any] = {}
+        meanings: dict[str, Any] = {}
         if arguments.get("rope_options") and arguments.get("ref_latents"):
-            told["rope_options_for"] = "all" if self.stretches_references else "image"
+            meanings |= {} if self.stretches_references else {"rope_options_for": "image"}
         method = arguments.get("ref_latents_method")
+        methods = self.reference_methods
         if isinstance(method, str) and self.reads("ref_latents_method"):
             if not self.reads(method):
                 # One that it doesn't know it lays out as what its last branch is for.
-                told["ref_latents_method"] = "offset"
-            elif method not in METHODS and arguments.get("ref_latents"):
-                raise Refused(f"ref_latents_method {method!r}", f"the daemon has {', '.join(METHODS)}; choose one")
+                meanings["ref_latents_method"] = "offset"
+            elif method not in methods and arguments.get("ref_latents"):
+                raise Refused(f"ref_latents_method {method!r}", f"the daemon has {', '.join(methods)}; choose one")
+        elif self.is_qwen and arguments.get("ref_latents"):
+            # What this version found in the file, which an older one doesn't know of Edit-2511 and Layered.
+            meanings["ref_latents_method"] = getattr(self.skeleton, "default_ref_method", "index")
+        if arguments.get("attention_mask") is not None and not self.applies_text_mask:
+            meanings["attention_mask"] = None
         eps = self.qk_norm_eps(dtype)
-        if eps is not None and abs(eps - AUTHORS_EPS) > 0.02 * AUTHORS_EPS:
-            told["qk_norm_eps"] = eps
-        return told
+        if eps is not None:
+            meanings["qk_norm_eps"] = eps
+        return meanings
+
+    @property
+    def reference_methods(self) -> tuple[str, ...]:
+        """The ways to place reference latents that the daemon has for this network."""
+        if self.is_qwen:
+            return METHODS_OF_QWEN
+        at_zero = getattr(
+            getattr(self.skeleton, "params", None), "global_modulation", type(self.skeleton).__name__ != "Flux"
+        )
+        return (*METHODS, AT_ZERO) if at_zero else METHODS
+
+    @property
+    def is_qwen(self) -> bool:
+        """Whether it is Qwen-Image's."""
+        return type(self.skeleton).__name__ == QWEN
+
+    @functools.cached_property
+    def applies_text_mask(self) -> bool:
+        """Whether a text's mask counts: up to 0.10 Qwen-Image's attention is handed it, and doesn't look at it."""
+        forwards = {type(part).forward for part in self.skeleton.modules()}
+        handed = [each for each in forwards if _TEXT_MASK in inspect.signature(each).parameters]
+        return all(inspect.getsource(each).count(_TEXT_MASK) > 1 for each in handed)
 
     @functools.cached_property
     def stretches_references(self) -> bool:
@@ -127,4 +163,5 @@ def _measure_eps(norm: torch.nn.Module, dtype: torch.dtype) -> float:
     with torch.no_grad():
         out = float(norm(torch.full((1, *scale.shape), small, dtype=dtype, device=device)).double().mean())
     # out = x / sqrt(x² + eps)
-    return (small / out) ** 2 - small**2
+    eps = (small / out) ** 2 - small**2
+    return next((each for each in _USUAL_EPS if abs(eps - each) <= 0.02 * each), eps)

@@ -14,7 +14,7 @@ from tacod_client import __version__
 from . import hooks
 from .convert import Converted, Settings, convert, open_file
 from .dit import RemoteDiT, remote_of
-from .errors import Refused, told
+from .errors import Refused, errors_explained
 from .listing import model_files
 from .record import Run, Totals
 from .shell import carry_over
@@ -115,7 +115,7 @@ def _say(text: str, node: str | None) -> None:
 
 def _info(made: Converted) -> dict[str, Any]:
     """What TACO_DIT_INFO holds."""
-    with told():
+    with errors_explained():
         status = made.client.status()
     remote = made.network.remote
     ages = version_text(status["version"], __version__)

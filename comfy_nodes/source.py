@@ -123,10 +123,10 @@ def load_here(path: str) -> ModelPatcher:
 def _stamp(path: str | None) -> tuple[int, int, int] | None:
     """What tells a file's state without reading it; None if there is none."""
     try:
-        told = os.stat(path) if path is not None else None
+        status = os.stat(path) if path is not None else None
     except OSError:
         return None
-    return (told.st_ino, told.st_size, told.st_mtime_ns) if told is not None else None
+    return (status.st_ino, status.st_size, status.st_mtime_ns) if status is not None else None
 
 
 def _plain(value: Any) -> bool:

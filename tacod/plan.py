@@ -158,7 +158,7 @@ class Plan:
     world_size: int
     shape: Shape
     attention: AttentionPolicy = DEFAULT_POLICY
-    slower: float | None = None
+    slowdown: float | None = None
     """Where ranks are left idle because they would not help: how many times as long all of them would take."""
     step_cache: float = 0.0
     """The threshold of the step cache; 0 is none."""
@@ -185,7 +185,7 @@ class Plan:
         if layout.ranks < self.world_size:
             idle = f"{self.world_size - layout.ranks} of {self.world_size} ranks idle"
             said.append(
-                idle if self.slower is None else f"{idle}: with all it would take {self.slower:.2f} times as long"
+                idle if self.slowdown is None else f"{idle}: with all it would take {self.slowdown:.2f} times as long"
             )
         said = said or [f"{shape.heads} heads on one rank"]
         if not self.attention.flash:
@@ -276,11 +276,11 @@ def make_plan(asked: Request, world_size: int, shape: Shape, pace: Pace | None =
         return cost(layout, shape, pace or USUAL, policy.exchange)
 
     best = busiest = min(layouts, key=lambda layout: (-layout.ranks, price(layout), layout.ring))
-    slower = None
+    slowdown = None
     if pace is not None:
         best = min(layouts, key=lambda layout: (price(layout), -layout.ranks, layout.ring))
-        slower = price(busiest) / price(best) if best.ranks < busiest.ranks else None
-    return Plan(best, world_size, shape, policy, slower, asked.step_cache or 0.0)
+        slowdown = price(busiest) / price(best) if best.ranks < busiest.ranks else None
+    return Plan(best, world_size, shape, policy, slowdown, asked.step_cache or 0.0)
 
 
 def _layouts(world_size: int, batch: int) -> Iterator[Layout]:

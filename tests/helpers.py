@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tacod.checkpoint import TensorInfo
 from tacod.rank.arguments import check_arguments, load_arguments
 from tacod.rank.families import detect
 from tacod.rank.families.base import DiT
@@ -46,12 +47,12 @@ START_S = 90.0
 """Ranks start in about 5 s; a busy machine may take longer."""
 
 
-def eventually(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
+def eventually(condition: Callable[[], Any], timeout_s: float, what: str, every_s: float = 0.02) -> Any:
     """Poll until the condition holds, and return what it came to."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
         assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
-        time.sleep(0.02)
+        time.sleep(every_s)
     return value
 
 
@@ -134,13 +135,15 @@ class Daemon:
                 env=self.environment,
             )
         if wait:
-            eventually(self._is_ready, START_S, "tacod is ready")
+            # Each look is a client of its own, whose work the start would have to wait for.
+            eventually(self._is_ready, START_S, "tacod is ready", every_s=0.1)
         return self
 
     def _is_ready(self) -> bool:
         assert self.running, f"tacod ended with {self.code}:\n{self.log}"
-        with suppress(ConnectionFailed), self.client(timeout_s=1.0) as client:
-            return bool(client.status()["state"] == "ready")
+        if self.socket.exists():
+            with suppress(ConnectionFailed), self.client(timeout_s=1.0) as client:
+                return bool(client.status()["state"] == "ready")
         return False
 
     def client(self, **options: Any) -> Client:
@@ -410,14 +413,20 @@ class Golden:
     weights: dict[str, Tensor]
     inputs: dict[str, Any]
     out: Tensor
+    bf16: float
+    """The error that a bf16 forward may have: 1e-2, or a tenth more than ComfyUI's own has if that is more."""
 
     def model(self, dtype: torch.dtype = torch.float32) -> DiT:
         """The model, built without memory and filled by name, as the daemon does it."""
-        family, config = detect({}, self.config)
+        shapes = {name: TensorInfo("BF16", tuple(tensor.shape)) for name, tensor in self.weights.items()}
+        family, config = detect(shapes, self.config)
         with torch.device("meta"):
             model = family(config)
         weights = {family.canonical(name): tensor.to(dtype) for name, tensor in self.weights.items()}
-        model.load_state_dict(weights, assign=True)
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(family.beside)}
+        lacking, unknown = model.load_state_dict(weights, strict=False, assign=True)
+        assert not unknown
+        assert set(lacking) <= {name for name, _ in model.named_buffers()}, "no forward looks at buffers"
         return model.eval().requires_grad_(False)
 
     def arguments(self, model: DiT) -> Inputs:
@@ -469,4 +478,5 @@ def read_golden(name: str) -> Golden:
             inputs.setdefault(name, []).append(value)
         elif kind == "in":
             inputs[name] = value
-    return Golden(json.loads(metadata["config"]), weights, inputs, tensors["out"])
+    bf16 = max(1e-2, 1.1 * float(metadata.get("bf16", 0)))
+    return Golden(json.loads(metadata["config"]), weights, inputs, tensors["out"], bf16)

@@ -173,10 +173,10 @@ class Client:
 
         It can't load itself again: once the daemon has forgotten it, calls raise `ModelNotFound`, as this does.
         """
-        told = next((each for each in self.models() if each["id"] == model), None)
-        if told is None:
+        described = next((each for each in self.models() if each["id"] == model), None)
+        if described is None:
             raise ModelNotFound(f"no model {model!r} is loaded; `tacoctl models` lists them", model=model)
-        return Model(self._connection, _Found(told["path"], None, None, plan, {}), told)
+        return Model(self._connection, _Found(described["path"], None, None, plan, {}), described)
 
     def upload(
         self,
@@ -255,13 +255,13 @@ class Loading:
     def run(self, connection: Connection, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
         """Load it, and return what the daemon tells about it."""
         body = {"path": self.path, "dtype": self.dtype, "patches": self.patches, "plan": self.plan}
-        told: dict[str, Any] = {}
+        described: dict[str, Any] = {}
         for reply in converse(connection, "load", lambda: body, self.uploads):
             if reply.type == "done":
-                told = reply.body["model"]
+                described = reply.body["model"]
             elif progress is not None:
                 progress(reply.body["done_bytes"], reply.body["total_bytes"])
-        return told
+        return described
 
 
 class _Found(Loading):
@@ -278,27 +278,27 @@ class Model:
     If its file or one of its patches' has changed by then, calls raise `ModelNotFound`.
     """
 
-    def __init__(self, connection: Connection, load: Loading, told: dict[str, Any]) -> None:
+    def __init__(self, connection: Connection, load: Loading, described: dict[str, Any]) -> None:
         self._connection = connection
         self._load = load
         self._digests = Digests()
-        self._tell(told)
+        self._describe(described)
         for note in self.notes:
             _log.warning("%s: a patch was left out: %s", self.name, note)
         self.stats = ModelStats()
         """Accumulated over this object's calls."""
 
-    def _tell(self, told: dict[str, Any]) -> None:
-        self.id: str = told["id"]
-        self.name: str = told["name"]
-        self.family: str = told["family"]
-        self.path: str = told["path"]
-        self.parameters: int = told["parameters"]
-        self.dtype: str = told["dtype"]
-        self.sampling: dict[str, Any] = dict(told.get("sampling", {}))
+    def _describe(self, described: dict[str, Any]) -> None:
+        self.id: str = described["id"]
+        self.name: str = described["name"]
+        self.family: str = described["family"]
+        self.path: str = described["path"]
+        self.parameters: int = described["parameters"]
+        self.dtype: str = described["dtype"]
+        self.sampling: dict[str, Any] = dict(described.get("sampling", {}))
         """Its noise process, by which `sample` runs: ``prediction``, ``channels``, …; the protocol names all keys."""
-        self.plan: str = told["plan"]
-        self.notes: tuple[str, ...] = tuple(told.get("notes", ()))
+        self.plan: str = described["plan"]
+        self.notes: tuple[str, ...] = tuple(described.get("notes", ()))
         """What was left out of the patches, and why; a line each."""
 
     def __repr__(self) -> str:
@@ -424,8 +424,8 @@ class Model:
                 yield from converse(self._connection, kind, build, uploads, holds)
                 return
             except ModelNotFound:
-                told = self._load.run(self._connection)
-                if told["id"] != self.id:
+                described = self._load.run(self._connection)
+                if described["id"] != self.id:
                     # What was asked of this model another one would answer.
                     patches = self._load.patches or ()
                     files = " or a file of its patches" if any("path" in each for each in patches) else ""
@@ -434,7 +434,7 @@ class Model:
                         "more; load it again",
                         model=self.id,
                     ) from None
-                self._tell(told)
+                self._describe(described)
         yield from converse(self._connection, kind, build, uploads, holds)
 
     def _cancel(self, job: str) -> None:

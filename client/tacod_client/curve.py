@@ -78,12 +78,12 @@ def make_keys(folder: Path, name: str) -> tuple[Path, Path]:
     taken = next((path for path in paths if os.path.lexists(path)), None)
     if taken is not None:
         raise RequestError(f"{taken} is there already, and keys are never overwritten; move it, or use another name")
-    told = _FORMAT.format(title="A CURVE public key, to be given to who asks for it.", name=name, public=public)
+    public_file = _FORMAT.format(title="A CURVE public key, to be given to who asks for it.", name=name, public=public)
     kept = _FORMAT.format(title="A CURVE secret key: whoever reads this can pass for you.", name=name, public=public)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         _write(paths[0], f'{kept}    secret-key = "{secret}"\n', 0o600)
-        _write(paths[1], told, 0o644)
+        _write(paths[1], public_file, 0o644)
     except OSError as error:
         raise RequestError(f"{error.filename}: {error.strerror}") from None
     return paths

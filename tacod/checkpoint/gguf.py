@@ -153,12 +153,16 @@ def _true_shape(cursor: _Cursor, name: str, shape: tuple[int, ...], metadata: Ma
     """A tensor's shape before the file's makers changed it."""
     key = f"{_SHAPE}{name}"
     if key in metadata:
-        told = metadata[key]
-        if not isinstance(told, tuple) or any(size < 0 for size in told) or math.prod(told) != math.prod(shape):
+        recorded = metadata[key]
+        if (
+            not isinstance(recorded, tuple)
+            or any(size < 0 for size in recorded)
+            or math.prod(recorded) != math.prod(shape)
+        ):
             raise cursor.corrupt(f"{key} is no shape of the tensor, which has {list(shape)} numbers")
-        return told
+        return recorded
     if name.endswith("pos_embed") and len(shape) == 2:
-        return (1, *shape)  # llama.cpp's tools drop leading sizes of one, and families are told by this one
+        return (1, *shape)  # llama.cpp's tools drop leading sizes of one, and families go by this one
     return shape
 
 

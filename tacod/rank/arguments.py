@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tacod.rank.families.control import Control
-from tacod.rank.families.inputs import Argument, Inputs, Number, Numbers, Residuals, Spec, Unread
+from tacod.rank.families.inputs import Argument, Inputs, Number, Numbers, Places, Residuals, Spec, Unread
 from tacod_client import wire
 from tacod_client.errors import ArgumentError
 from tacod_client.tensors import from_wire
@@ -45,6 +45,8 @@ def check_arguments(given: Mapping[str, Any], specs: Mapping[str, Spec], family:
                 raise ArgumentError(f"{name}: expected {_wanted(spec)}, got {value!r:.40}", argument=name)
         elif isinstance(spec, Numbers):
             _check_numbers(name, value, spec)
+        elif isinstance(spec, Places):
+            _check_places(name, value, spec, sizes)
         elif isinstance(spec, Residuals):
             _check_residuals(name, value, spec, sizes)
         elif spec.shape is None:
@@ -94,6 +96,15 @@ def _check_numbers(name: str, value: Any, spec: Numbers) -> None:
             raise ArgumentError(f"{name}.{key!s:.40}: no such number; expected {_wanted(spec)}", argument=name)
         if not _is_number(number) or not abs(number) < 1e6:
             raise ArgumentError(f"{name}.{key}: expected a number below a million, got {number!r:.40}", argument=name)
+
+
+def _check_places(name: str, value: Any, spec: Places, sizes: Mapping[str, tuple[int, str]]) -> None:
+    length, other = sizes[spec.length]
+    fits = isinstance(value, list) and all(type(place) is int and 0 <= place <= length for place in value)
+    if not fits or value != sorted(value):
+        raise ArgumentError(
+            f"{name}: expected {_wanted(spec)}, which is {length} by {other}; got {value!r:.60}", argument=name
+        )
 
 
 def _is_number(value: Any) -> bool:
@@ -147,23 +158,27 @@ def _check_tensor(name: str, value: Any, spec: Argument, sizes: dict[str, tuple[
     assert spec.shape is not None
     if not isinstance(value, wire.Tensor):
         raise ArgumentError(f"{name}: expected a tensor, {_wanted(spec)}; got {_kind(value)}", argument=name)
-    if value.dtype not in _FLOATS and not (spec.mask and value.dtype == "BOOL") and not spec.keys:
+    if spec.rows and value.dtype in _FLOATS:
+        raise ArgumentError(f"{name}: expected a tensor of whole numbers, got {value.dtype}", argument=name)
+    if value.dtype not in _FLOATS and not (spec.mask and value.dtype == "BOOL") and not (spec.keys or spec.rows):
         raise ArgumentError(f"{name}: expected a floating-point tensor, got {value.dtype}", argument=name)
-    fits = len(value.shape) == len(spec.shape)
-    for size, wanted in zip(value.shape, spec.shape, strict=False):
+    shape = spec.shape_for(len(value.shape))
+    assert shape is not None
+    fits = len(value.shape) == len(shape)
+    for size, wanted in zip(value.shape, shape, strict=False):
         fits = fits and size > 0 and (isinstance(wanted, str) or size == wanted)
     if not fits:
         raise ArgumentError(f"{name}: expected {_wanted(spec)}, got shape {list(value.shape)}", argument=name)
-    for size, symbol in zip(value.shape, spec.shape, strict=True):
+    for size, symbol in zip(value.shape, shape, strict=True):
         if symbol == "B" and spec.shared and size == 1:
             continue
         if isinstance(symbol, str):
             known, other = sizes.setdefault(symbol, (size, name))
             if size != known:
-                told = f"its {symbol} is {size}, but that of {other} is {known}; they must agree"
+                reason = f"its {symbol} is {size}, but that of {other} is {known}; they must agree"
                 if symbol == "B" and spec.shared:
-                    told = f"it is for {size} images, but {other} has {known} images; make it {known}, or 1 for all"
-                raise ArgumentError(f"{name}: {told}", argument=name)
+                    reason = f"it is for {size} images, but {other} has {known} images; make it {known}, or 1 for all"
+                raise ArgumentError(f"{name}: {reason}", argument=name)
 
 
 def _wanted(spec: Spec) -> str:
@@ -171,6 +186,8 @@ def _wanted(spec: Spec) -> str:
         return f"a number from {spec.least:g} to {spec.most:g}"
     if isinstance(spec, Numbers):
         return f"a map of numbers, with any of {', '.join(spec.names)}"
+    if isinstance(spec, Places):
+        return f"a list of whole numbers that don't fall, from 0 to {spec.length}"
     if isinstance(spec, Residuals):
         return f"a map of residuals for {', '.join(spec.blocks)}"
     if isinstance(spec, Unread):
@@ -182,6 +199,8 @@ def _wanted(spec: Spec) -> str:
             f"[{', '.join(map(str, shape))}]" for shape in (spec.shape, *spec.others)
         )
     shape = f"shape [{', '.join(map(str, spec.shape))}]"
+    if spec.per:
+        shape += f" or [{', '.join(map(str, (*spec.shape, spec.per)))}]"
     return f"a list of tensors of {shape}" if spec.many else shape
 
 
@@ -211,6 +230,8 @@ def load_arguments(
             return spec.also.get(value, value) if isinstance(spec, Argument) else value
         if isinstance(spec, Argument) and spec.keys:
             return _key_mask(name, value, device)
+        if isinstance(spec, Argument) and spec.rows:
+            return _row_numbers(name, value, spec.rows, device)
         key = value.digest, torch.float32 if isinstance(spec, Argument) and spec.fp32 else dtype
         if kept is None or value.digest is None:
             return _on_device(value, key[1], device)
@@ -244,6 +265,14 @@ def _key_mask(name: str, value: wire.Tensor, device: torch.device) -> torch.Tens
             argument=name,
         )
     return counts.to(device)
+
+
+def _row_numbers(name: str, value: wire.Tensor, rows: int, device: torch.device) -> torch.Tensor:
+    """Numbers of a table's rows, int64."""
+    numbers: torch.Tensor = from_wire(value, "torch").long()
+    if not ((numbers >= 0) & (numbers < rows)).all():
+        raise ArgumentError(f"{name}: expected whole numbers from 0 to {rows - 1}", argument=name)
+    return numbers.to(device)
 
 
 def _on_device(value: wire.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

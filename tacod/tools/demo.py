@@ -62,9 +62,9 @@ def _demo(argv: Sequence[str] | None) -> int:
             _daemon(args.ranks) as endpoint,
             Client(endpoint) as client,
         ):
-            told = _draw(client, args.prompt, inputs, output, picture)
+            report = _draw(client, args.prompt, inputs, output, picture)
         if args.json:
-            document(told)
+            document(report)
     return 0
 
 

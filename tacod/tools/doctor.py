@@ -60,18 +60,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _configuration(path: str | None, endpoint: str | None) -> tuple[Config, bool, list[Finding]]:
     """The configuration and whether it is the daemon's; if not, as much as a running daemon tells of its own."""
     if path is None and not os.path.exists(DEFAULT_CONFIG):
-        told = _status(endpoint or find_endpoint())
+        status = _status(endpoint or find_endpoint())
         found = warn("config", f"no {DEFAULT_CONFIG}; looked with the defaults", "pass --config FILE")
-        if told is None:
+        if status is None:
             return Config.model_validate({}), False, [found]
-        group = told["group"]
+        group = status["group"]
         values: dict[str, Any] = {"device": group["device"]}
         if group["device"] == "cpu":
             values["ranks"] = group["world_size"]
         else:
             names = [rank["device"] for rank in group["ranks"]]
             values["gpus"] = [int(name) if name.isdigit() else name for name in names] or None
-        config = Config.model_validate({"endpoint": told["endpoint"], "group": values})
+        config = Config.model_validate({"endpoint": status["endpoint"], "group": values})
         message = f"no {DEFAULT_CONFIG}; looked with the running daemon's devices"
         return config, False, [found._replace(message=message)]
     path = path or DEFAULT_CONFIG

@@ -53,7 +53,7 @@ def _plan(argv: Sequence[str] | None) -> int:
     }
     plan = plan_for(model, AUTO, args.ranks, given)
     if args.json:
-        told = {
+        report = {
             "family": family.family,
             "parameters": checkpoint.parameters,
             "plan": str(plan),
@@ -65,7 +65,7 @@ def _plan(argv: Sequence[str] | None) -> int:
             "downscale": family.downscale,
             "arguments": _arguments(model),
         }
-        document(told)
+        document(report)
     else:
         show.out(f"{family.family}, {checkpoint.parameters / 1e9:.2f} B parameters: {plan}")
     return 0
@@ -73,15 +73,15 @@ def _plan(argv: Sequence[str] | None) -> int:
 
 def _arguments(model: DiT) -> dict[str, Any]:
     """The tensors that a forward takes: shapes, whether a usual forward has them, and values of what isn't noise."""
-    told: dict[str, Any] = {
+    report: dict[str, Any] = {
         name: {"shape": spec.shape, "required": spec.required, "usual": spec.required or name in model.usual_optional}
         for name, spec in model.arguments().items()
         if isinstance(spec, Argument) and spec.shape is not None and not (spec.many or spec.mask)
     }
-    for name in told.keys() & model.usual_values.keys():
-        told[name]["value"] = model.usual_values[name]
-    told["timestep"]["value"] = model.timestep(torch.tensor(SIGMA)).item()
-    return told
+    for name in report.keys() & model.usual_values.keys():
+        report[name]["value"] = model.usual_values[name]
+    report["timestep"]["value"] = model.timestep(torch.tensor(SIGMA)).item()
+    return report
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Makes the goldens of SD3.5 and PixArt alpha in tests/data/golden with a real ComfyUI, on the CPU and in fp32.
+"""Makes goldens of several families in tests/data/golden with a real ComfyUI, on the CPU and in fp32.
 
     PYTHONPATH=COMFYUI:tests/comfyui/stub/torchaudio python tests/comfyui/make_goldens.py tests/data/golden
 
@@ -7,6 +7,7 @@ Weights are random numbers that float8_e4m3fn holds, as which they are stored: h
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -25,12 +26,18 @@ import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfyui_version  # noqa: E402
 import torch  # noqa: E402
-from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT  # noqa: E402
+from comfy.ldm.cosmos.predict2 import MiniTrainDIT  # noqa: E402
+from comfy.ldm.hidream.model import HiDreamImageTransformer2DModel  # noqa: E402
+from comfy.ldm.lumina.model import NextDiT  # noqa: E402
+from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT, TimestepEmbedder  # noqa: E402
 from comfy.ldm.pixart.pixartms import PixArtMS  # noqa: E402
+from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 STEPS, CFG, SEED = 8, 4.5, 42
+BF16 = 1e-2
+"""The error that a bf16 forward may have without a word of it in the golden."""
 RUNS = [
     "euler|normal",
     "euler|simple",
@@ -62,6 +69,40 @@ SD35 = {
     "pos_embed_scaling_factor": None,
     "input_size": None,
 }
+HIDREAM = {
+    "image_model": "hidream",
+    "in_channels": 16,
+    "patch_size": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "axes_dims_rope": [8, 4, 4],
+    "caption_channels": [24, 20],
+    "text_emb_dim": 12,
+    "llama_layers": [1, 0],
+    "num_layers": 1,
+    "num_single_layers": 1,
+}
+COSMOS = {
+    "image_model": "cosmos_predict2",
+    "max_img_h": 240,
+    "max_img_w": 240,
+    "max_frames": 128,
+    "in_channels": 17,
+    "out_channels": 16,
+    "patch_spatial": 2,
+    "patch_temporal": 1,
+    "model_channels": 80,
+    "num_heads": 5,
+    "num_blocks": 2,
+    "crossattn_emb_channels": 24,
+    "pos_emb_cls": "rope3d",
+    "use_adaln_lora": True,
+    "adaln_lora_dim": 16,
+    "rope_h_extrapolation_ratio": 2.0,
+    "rope_w_extrapolation_ratio": 2.0,
+    "rope_t_extrapolation_ratio": 5 / 6,
+    "rope_enable_fps_modulation": False,
+}
 PIXART = {
     "image_model": "pixart_alpha",
     "input_size": 64,
@@ -77,6 +118,53 @@ PIXART = {
     "pe_interpolation": 1,
     "model_max_length": 30,
 }
+QWEN = {
+    "image_model": "qwen_image",
+    "in_channels": 16,
+    "out_channels": 4,
+    "patch_size": 2,
+    "num_layers": 2,
+    "joint_attention_dim": 24,
+    "num_attention_heads": 3,
+    "attention_head_dim": 12,
+    "axes_dims_rope": [4, 4, 4],
+}
+LUMINA = {
+    "image_model": "lumina2",
+    "patch_size": 2,
+    "in_channels": 4,
+    "dim": 48,
+    "cap_feat_dim": 24,
+    "n_layers": 2,
+    "n_refiner_layers": 1,
+    "qk_norm": True,
+    "n_heads": 6,
+    "n_kv_heads": 3,
+    "axes_dims": [2, 2, 4],
+    "rope_theta": 10000.0,
+    "ffn_dim_multiplier": 1.5,
+    "multiple_of": 16,
+    "clip_text_dim": 20,
+}
+Z_IMAGE = {key: value for key, value in LUMINA.items() if key != "clip_text_dim"} | {
+    "n_heads": 4,
+    "n_kv_heads": 4,
+    "axes_dims": [4, 4, 4],
+    "rope_theta": 256.0,
+    "z_image_modulation": True,
+    "time_scale": 1000.0,
+    "pad_tokens_multiple": 32,
+    "siglip_feat_dim": 20,
+}
+
+
+def next_dit(**config: Any) -> nn.Module:
+    """ComfyUI's network. Its Z-Image embeds times in 256 channels, which are more than a tiny model has."""
+    network = NextDiT(**config)
+    if config.get("z_image_modulation"):
+        rest = {key: config[key] for key in ("dtype", "device", "operations")}
+        network.t_embedder = TimestepEmbedder(config["dim"], output_size=config["dim"], **rest)
+    return network
 
 
 def build(kind: Any, config: dict[str, Any], drawn: torch.Generator) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -88,7 +176,8 @@ def build(kind: Any, config: dict[str, Any], drawn: torch.Generator) -> tuple[nn
         random = torch.randn(weight.shape, generator=drawn)
         if weight.ndim == 1:
             # Scales of norms are about 1, biases small.
-            random = 1 + 0.2 * random if name.endswith(("ln_q.weight", "ln_k.weight")) else 0.1 * random
+            about_1 = "norm" in name or name.split(".")[-2] in ("ln_q", "ln_k") or name.endswith("embedder.0.weight")
+            random = 1 + 0.2 * random if about_1 and name.endswith(".weight") else 0.1 * random
         elif "pos_embed" not in name and "scale_shift" not in name:
             random = random / weight[0].numel() ** 0.5
         stored[name] = random.to(torch.float8_e4m3fn)
@@ -97,14 +186,53 @@ def build(kind: Any, config: dict[str, Any], drawn: torch.Generator) -> tuple[nn
 
 
 def save(name: str, family: str, config: dict[str, Any], network: nn.Module, stored: Any, given: Any) -> None:
-    """Run one forward, and write it with what it was made of."""
-    rest = {key: value for key, value in given.items() if key not in ("x", "timestep")}
-    with torch.inference_mode():
-        out = network(given["x"], given["timestep"], **rest)
-    tensors = {f"weights.{key}": value for key, value in stored.items()}
-    tensors |= {f"in.{key}": value for key, value in given.items()} | {"out": out.clone().contiguous()}
+    """Run one forward, and write it with what it was made of; ``given`` may hold lists, numbers and ROPE options."""
+
+    def run(dtype: torch.dtype) -> Tensor:
+        def cast(value: Any) -> Any:
+            if isinstance(value, list):
+                return list(map(cast, value))
+            return value.to(dtype) if value.is_floating_point() else value
+
+        rest = {key: value for key, value in given.items() if key not in ("x", "timestep", *args)}
+        rest = {key: cast(value) for key, value in rest.items()} | args
+        if "rope_options" in rest:
+            rest["transformer_options"] = {"rope_options": rest.pop("rope_options")}
+        with torch.inference_mode():
+            out: Tensor = network.to(dtype)(cast(given["x"]), given["timestep"], **rest)
+        return out.clone().contiguous()
+
+    args = {key: value for key, value in given.items() if not isinstance(value, Tensor | list)}
+    tensors = {f"weights.{key}": value for key, value in stored.items()} | {"out": run(torch.float32)}
+    for key, value in given.items():
+        if isinstance(value, list):
+            tensors |= {f"in.{key}.{number}": each for number, each in enumerate(value)}
+        elif key not in args:
+            tensors[f"in.{key}"] = value
     metadata = {"family": family, "case": name, "comfyui": comfyui_version.__version__, "config": json.dumps(config)}
+    if args:
+        metadata["args"] = json.dumps(args)
+    error = float((run(torch.bfloat16) - tensors["out"]).norm() / tensors["out"].norm())
+    if error > BF16:
+        metadata["bf16"] = f"{error:.4f}"
     save_file(tensors, OUT / f"{name}.safetensors", metadata)
+
+
+def given_pictures() -> None:
+    """HiDream with a wider picture beside the image, and Cosmos-Predict2 with a time for each frame of two videos."""
+    drawn = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=drawn)
+
+    network, stored = build(HiDreamImageTransformer2DModel, HIDREAM, drawn)
+    given = {"x": noise(2, 16, 7, 9), "timestep": torch.tensor([650.0, 33.25]), "image_cond": noise(2, 16, 7, 12)}
+    given |= {"context": noise(2, 5, 24), "encoder_hidden_states_llama3": noise(2, 2, 6, 20), "y": noise(2, 12)}
+    save("hidream_edit", "hidream", HIDREAM, network, stored, given)
+    network, stored = build(MiniTrainDIT, COSMOS, drawn)
+    times = torch.tensor([[0.0, 0.25, 0.5], [0.875, 0.875, 0.0]])
+    given = {"x": noise(2, 17, 3, 7, 10), "timestep": times, "context": noise(2, 5, 24), "fps": 16.0}
+    save("cosmos_predict2_frames", "cosmos_predict2", COSMOS, network, stored, given)
 
 
 def sample(name: str, stored: dict[str, Tensor], drawn: torch.Generator) -> None:
@@ -132,8 +260,30 @@ def sample(name: str, stored: dict[str, Tensor], drawn: torch.Generator) -> None
     save_file(tensors, OUT / "sampling" / f"{name}.safetensors", metadata)
 
 
+def qwen_image() -> None:
+    """Layered with a row for each image, references beside each other, several frames beside references at time 0."""
+    drawn = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=drawn)
+
+    def make(name: str, sides: tuple[int, int, int], references: list[tuple[int, int, int]], **more: Any) -> None:
+        config = {**QWEN, **{key: more.pop(key) for key in list(more) if key in inspect.signature(kind).parameters}}
+        network, stored = build(kind, config, drawn)
+        given = {"x": noise(2, 4, *sides), "timestep": torch.tensor([0.7373, 0.251]), "context": noise(2, 7, 24)}
+        given |= {"ref_latents": [noise(2, 4, *each) for each in references], **more}
+        save(name, "qwen_image", config, network, stored, given)
+
+    kind = QwenImageTransformer2DModel
+    layered = {"default_ref_method": "negative_index", "use_additional_t_cond": True}
+    make("qwen_layered", (3, 7, 9), [(1, 7, 9), (1, 4, 5)], **layered, additional_t_cond=torch.tensor([1, 0]))
+    make("qwen_offset", (1, 8, 11), [(1, 5, 9), (1, 9, 4), (1, 3, 3)], ref_latents_method="offset")
+    make("qwen_frames_zero", (2, 5, 4), [(3, 4, 5), (1, 2, 9)], default_ref_method="index_timestep_zero")
+
+
 def main() -> None:
     """Make them all."""
+    given_pictures()
     drawn = torch.Generator().manual_seed(0)
 
     def noise(*shape: int) -> Tensor:
@@ -149,6 +299,17 @@ def main() -> None:
     given = {"x": noise(1, 4, 34, 46), "timestep": torch.tensor([421.0]), "context": noise(1, 30, 48)}
     given |= {"c_size": torch.tensor([[272.0, 368.0]]), "c_ar": torch.tensor([[0.74]])}
     save("pixart_alpha", "pixart", PIXART, network, stored, given)
+    network, stored = build(next_dit, LUMINA, drawn)
+    given = {"x": noise(2, 4, 8, 9), "timestep": torch.tensor([0.875, 0.125]), "context": noise(2, 10, 24)}
+    given |= {"clip_text_pooled": noise(2, 20), "num_tokens": 10}
+    save("lumina2_pooled", "lumina2", LUMINA, network, stored, given)
+    network, stored = build(next_dit, Z_IMAGE, drawn)
+    given = {"x": noise(1, 4, 13, 10), "timestep": torch.tensor([0.625]), "context": noise(1, 20, 24), "num_tokens": 20}
+    given |= {"ref_latents": [noise(1, 4, 8, 6), noise(1, 4, 6, 10)], "siglip_feats": [noise(1, 3, 4, 20)]}
+    given |= {"ref_contexts": [noise(1, 5, 24), noise(1, 40, 24), noise(1, 9, 24)]}
+    given |= {"rope_options": {"scale_x": 1.5, "scale_y": 0.75, "shift_x": -2.0, "shift_y": 3.0}}
+    save("z_image_omni", "lumina2", Z_IMAGE, network, stored, given)
+    qwen_image()
 
 
 main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -12,13 +13,14 @@ from torch import Tensor
 from tacod.rank.families import families
 from tacod.rank.families.base import DiT
 from tacod.rank.families.control import Control
-from tacod.rank.families.inputs import Argument, Inputs, Number, Numbers, Residuals, Spec, Unread
+from tacod.rank.families.inputs import Argument, Inputs, Number, Numbers, Places, Residuals, Spec, Unread
 from tacod.rank.forward.warmup import random_inputs
 from tacod_client.errors import ArgumentError
 from tacod_client.tensors import to_wire
 
 CPU = torch.device("cpu")
 FAMILIES = {family.family: family for family in families()}
+_DRAWS = 999
 _LARGEST_FACTOR = 64
 """By how much the sides of a latent are multiplied at the most."""
 
@@ -60,8 +62,18 @@ def with_optional(
     chosen = [name for name in optional if names is None or name in names]
     # Masks and residuals have as many tokens as everything else makes.
     for name in sorted(chosen, key=lambda name: _turn(dit.arguments()[name])):
-        inputs = inputs.replace(**{name: _value(dit, dit.arguments()[name], inputs, generator, shared)})
+        inputs = _with(dit, name, inputs, generator, shared)
     return inputs
+
+
+def _with(dit: DiT, name: str, inputs: Inputs, generator: torch.Generator, shared: bool) -> Inputs:
+    """One more argument, drawn until it has sizes that the model takes."""
+    for _ in range(_DRAWS):
+        drawn = inputs.replace(**{name: _value(dit, dit.arguments()[name], inputs, generator, shared)})
+        with suppress(ArgumentError):
+            dit.lengths(drawn)
+            return drawn
+    raise AssertionError(f"{dit.family} takes no {name}, however often it is drawn")
 
 
 def random_case(
@@ -88,6 +100,9 @@ def _value(dit: DiT, spec: Spec, inputs: Inputs, generator: torch.Generator, sha
         return {name: integer(20) / 10 for name in spec.names}
     if isinstance(spec, Residuals):
         return _residuals(dit, spec, inputs, generator, shared)
+    if isinstance(spec, Places):
+        length = _sizes(dit, inputs)[spec.length]
+        return sorted(integer(length + 1) - 1 for _ in range(2))
     if isinstance(spec, Unread):
         return None
     if spec.shape is None:
@@ -106,6 +121,8 @@ def _value(dit: DiT, spec: Spec, inputs: Inputs, generator: torch.Generator, sha
             seen = torch.rand(shape, generator=generator) < 0.6
             seen[..., 0] = True
             return seen
+        if spec.rows:
+            return torch.randint(spec.rows, shape, generator=generator)
         values = torch.randn(shape, generator=generator)
         if spec.mask:
             # Of most other ranks' tokens a query sees none, but each sees itself.

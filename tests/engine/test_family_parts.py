@@ -75,11 +75,45 @@ def test_rows_of_a_single_part_are_not_exchanged() -> None:
     assert not TABLE.layout({"final.mod.weight": (8, 8)})["norm_out.weight"].swap
 
 
+def test_a_line_of_one_pattern_is_of_the_same_names() -> None:
+    table = Names("layers.*.to_{q,k}")
+    shapes = {f"layers.{i}.to_{part}.weight": (4, 4) for i in range(2) for part in "qk"}
+    assert table.layout(shapes) == {name: Place(name) for name in shapes}
+    assert table.ours(shapes) == shapes
+
+
 @pytest.mark.parametrize("line", ["a.{1,2} b.{1,2,3}", "a.{1,2} b", "to_{q,k} qkv[0,1,2]"])
 def test_choices_that_run_out_of_step_are_refused(line: str) -> None:
     with pytest.raises(ValueError, match="argument"):
         Names(line)
     assert not Names("")
+
+
+def test_keys_and_values_may_be_fewer_than_queries() -> None:
+    names = Names("blocks.*.to_{q,k,v}  layers.*.qkv[q,k,v]")
+    for kv in (8, 2):
+        shapes = {"layers.3.qkv.weight": (8 + 2 * kv, 8)}
+        layout = names.layout(shapes)
+        rows = {name: place.rows for name, place in layout.items()}
+        starts = {"q": (0, 8), "k": (8, kv), "v": (8 + kv, kv)}
+        assert rows == {f"blocks.3.to_{part}.weight": each for part, each in starts.items()}
+        assert names.ours({name: (count, 8) for name, (_, count) in rows.items()}) == shapes
+
+
+def test_of_several_tables_the_one_that_knows_most_counts() -> None:
+    one = "out  last\nblocks.*.{up,down,norm}  layers.*.{w1,w2,norm}"
+    other = "head  last\nblocks.*.{linear_1,linear_2,norm}  layers.*.{w1,w2,norm}\nblocks.*.gate  layers.*.w3"
+    names = Names(one, other)
+    shapes = dict.fromkeys(("last.weight", "layers.0.w1.weight", "layers.0.norm.weight"), (4, 4))
+    assert set(names.layout(shapes)) == {"out.weight", "blocks.0.up.weight", "blocks.0.norm.weight"}
+    gated = {**shapes, "layers.0.w3.weight": (4, 4)}
+    theirs = {"head.weight", "blocks.0.linear_1.weight", "blocks.0.norm.weight", "blocks.0.gate.weight"}
+    assert set(names.layout(gated)) == theirs
+    assert names.ours(dict.fromkeys(theirs, (4, 4))) == gated
+    assert all(map(names.knows, [*theirs, "out.weight"]))
+    assert not names.knows("in.weight")
+    assert names.lacks(["blocks.0.norm.weight", "blocks.0.gate.weight"]) == ["head"]
+    assert names.lacks(["blocks.0.norm.weight", "blocks.0.up.weight"]) == ["out"]
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
@@ -170,6 +204,17 @@ def test_layers_may_have_conditionings_of_their_own() -> None:
     f.modulate([other], torch.zeros(1, 2, 4))
     assert [tuple(each.shape) for each in f.modulation(one, 3)] == [(1, 1, 2)] * 3
     assert [tuple(each.shape) for each in f.modulation(other, 2)] == [(1, 2, 3)] * 2
+
+
+def test_joined_streams_keep_their_segments() -> None:
+    f = begun(3)
+    f.text = Stream(torch.zeros(1, 2, 2), (2,))
+    assert f.join(f.text, f.image).segments is None
+    f.part()
+    f.text.segments, f.image.segments = torch.tensor([1, 0]), torch.tensor([0, 0, 1])
+    joint = f.join(f.text, f.image)
+    assert joint.segments is not None
+    assert joint.segments.tolist() == [1, 0, 0, 0, 1]
 
 
 @pytest.mark.parametrize("length", [1, 3])

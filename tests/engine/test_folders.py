@@ -64,7 +64,7 @@ def test_a_subclass_is_its_class(name: str, tmp_path: Path) -> None:
     assert is_plain(load(make(tmp_path / "m", _class_name=name)), FLUX)
 
 
-@pytest.mark.parametrize("name", ["Flux2Transformer2DModel", "FluxControlNetModel", "Transformer2DModel", "flux", None])
+@pytest.mark.parametrize("name", ["MochiTransformer3DModel", "FluxControlNetModel", "Transformer2DModel", "flux", None])
 def test_another_class_is_refused_by_its_name(name: str | None, tmp_path: Path) -> None:
     refused(make(tmp_path / "m", _class_name=name), ModelUnsupported, f"_class_name is {name!r}")
 

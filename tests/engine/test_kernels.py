@@ -26,6 +26,7 @@ from tacod.rank.ops.qkv import QKV, QKNorm, Rotation, deal_heads
 
 FP32 = 2e-6
 ROWS = [(3, 5, 72), (1, 4, 128), (2, 1, 1100)]
+GATED = [*ROWS, (2, 3, 4100)]
 PACKS = [
     {"heads": heads, "width": width, "ranks": ranks, "batch": batch, "norm": norm, "turn": turn}
     for heads, width, ranks, batch in ((5, 16, 3, 2), (24, 32, 2, 1), (2, 20, 3, 1), (9, 72, 1, 2))
@@ -111,6 +112,18 @@ def pack(
     with mock.patch("tacod.rank.ops.qkv.has_kernels", return_value=True):
         qkv.pack(got, shares)
     return [relative_error(*each) for each in zip(got, wanted, strict=True) if each[0].numel()]
+
+
+def gated_silu(shape: list[int]) -> list[float]:
+    """Errors for two tensors, and for the halves of one; of numbers whose exponentials overflow too."""
+    from tacod.rank.ops import kernels
+
+    whole = torch.randn(*shape[:-1], 2 * shape[-1])
+    whole[..., 0] = 200 * torch.randn(shape[:-1])
+    one, other = whole.chunk(2, dim=-1)
+    wanted = fused.gated_silu(one, other)
+    got = kernels.gated_silu(one, other), kernels.gated_silu(one.contiguous(), other)
+    return [relative_error(each, wanted) for each in got]
 
 
 def copy() -> float:
@@ -220,6 +233,11 @@ def test_heads_are_packed_for_their_ranks(interpreted: dict[str, Any], case: int
     assert all(error <= FP32 for error in interpreted["pack"][case])
 
 
+@pytest.mark.parametrize("case", range(len(GATED)))
+def test_silu_times_another(interpreted: dict[str, Any], case: int) -> None:
+    assert max(interpreted["gated_silu"][case]) <= FP32
+
+
 def test_rows_are_copied_into_wider_ones(interpreted: dict[str, Any]) -> None:
     assert interpreted["copy"] == 0
 
@@ -254,6 +272,7 @@ def test_numbers_in_8_bits(interpreted: dict[str, Any]) -> None:
 if __name__ == "__main__":
     torch.manual_seed(0)
     told = {
+        "gated_silu": [gated_silu(list(shape)) for shape in GATED],
         "rows": [rows(list(shape)) for shape in ROWS],
         "pack": [pack(**case) for case in PACKS],
         "copy": copy(),

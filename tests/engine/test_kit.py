@@ -28,10 +28,11 @@ def test_patches_come_back_as_the_latent(sizes: list[tuple[int, int]], channels_
     patch, sides = [size for size, _ in sizes], [size + more for size, more in sizes]
     latent = torch.arange(2.0 * 3 * math.prod(sides)).view(2, 3, *sides)
     grid = kit.Grid(latent, patch)
-    patches = grid.patches(latent)
+    patches = grid.patches(latent, channels_last)
     assert patches.shape == (2, grid.length, 3 * math.prod(patch))
     if channels_last:
-        patches = patches.unflatten(-1, (3, -1)).transpose(-1, -2).flatten(2)
+        turned = grid.patches(latent).unflatten(-1, (3, -1)).transpose(-1, -2).flatten(2)
+        assert torch.equal(patches, turned)
     # What comes after the image's tokens, such as references', is left out.
     patches = torch.cat((patches, patches[:, :1]), dim=1)
     assert torch.equal(grid.latent(patches, channels_last), latent)
@@ -114,13 +115,25 @@ def test_a_sinusoid_is_cosines_then_sines_in_fp32() -> None:
     torch.testing.assert_close(told[0], torch.tensor(wanted), rtol=0, atol=1e-4)
 
 
+def test_a_sinusoids_scale_is_of_its_angles() -> None:
+    """The fastest turns by 1 times t, so nothing is rounded there; a slower one shows where the factor went."""
+    t = torch.tensor([0.7373])
+    angle = 1000 * (t * torch.exp(torch.tensor(-math.log(10000) / 2)))
+    told = kit.sinusoid(t, 4, scale=1000.0)
+    assert torch.equal(told[0], torch.cat(((1000 * t).cos(), angle.cos(), (1000 * t).sin(), angle.sin())))
+    embedder = kit.MLPEmbedder(4, 8)
+    assert torch.equal(embedder.numbers(t, torch.float32, 4, scale=1000.0), embedder(told))
+
+
+@pytest.mark.parametrize("hidden", [None, 5])
 @pytest.mark.parametrize("bias", [True, False])
-def test_an_embedder_has_its_files_names(bias: bool) -> None:
-    embedder = kit.MLPEmbedder(6, 8, ("a.in_layer", "a.out_layer"), bias=bias)
+def test_an_embedder_has_its_files_names(bias: bool, hidden: int | None) -> None:
+    embedder = kit.MLPEmbedder(6, 8, ("a.in_layer", "a.out_layer"), bias=bias, hidden=hidden)
     layers = {"a.in_layer", "a.out_layer"}
     kinds = ("weight", "bias") if bias else ("weight",)
     assert set(embedder.state_dict()) == {f"{layer}.{kind}" for layer in layers for kind in kinds}
     first, second = (embedder.get_submodule(name) for name in ("a.in_layer", "a.out_layer"))
+    assert [tuple(each.weight.shape) for each in (first, second)] == [(hidden or 8, 6), (8, hidden or 8)]
     t = torch.rand(2, 3)
     assert torch.equal(embedder.numbers(t, torch.float32, 6), second(silu(first(kit.sinusoid(t, 6)))))
 
@@ -157,6 +170,29 @@ def test_feed_forward(activation: str, bias: bool, quantized: bool) -> None:
 def test_an_activation_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match="'relu' is none of"):
         kit.feed_forward(nn.Linear(2, 2), nn.Linear(2, 2), torch.zeros(1, 1, 2), "relu")
+
+
+def test_a_modulations_layer_may_have_any_name() -> None:
+    made = kit.Modulation(4, 8, "linear")
+    assert set(made.state_dict()) == {"linear.weight", "linear.bias"}
+    assert made.get_submodule("linear") is made.linear
+    made.set_submodule("linear", nn.Linear(4, 8, bias=False))
+    assert set(made.state_dict()) == {"linear.weight"}
+
+
+@pytest.mark.parametrize(
+    ("method", "scale", "wanted"),
+    [
+        ("index", -1.0, [(-1.0, 0, 0), (-2.0, 0, 0), (-3.0, 0, 0)]),
+        # 5 by 9 below the image's corner as it is the less tall; 9 by 4 and 3 by 3 then where they make less of a side.
+        ("offset", 1.0, [(1.0, 0, 0), (1.0, 0, 5), (1.0, 5, 0)]),
+    ],
+)
+def test_references_of_videos_are_placed_by_their_pictures(method: str, scale: float, wanted: Any) -> None:
+    sides = [(8, 11), (5, 9), (9, 4), (3, 3)]
+    flat = [kit.Grid(torch.zeros(1, 1, *each), 2) for each in sides]
+    deep = [kit.Grid(torch.zeros(1, 1, 3, *each), (1, 2, 2)) for each in sides]
+    assert kit.reference_origins(deep, method, scale) == kit.reference_origins(flat, method, scale) == wanted
 
 
 # --- attention --------------------------------------------------------------------------------------------------------

@@ -840,7 +840,7 @@ def test_what_matches_nothing_is_listed() -> None:
         (["transformer.single_transformer_blocks.40.attn.to_q"], "Flux"),
         (["diffusion_model.blocks.0.cross_attn.q"], "Wan"),
         (["transformer.transformer_blocks.9.img_mlp.net.2"], "Qwen-Image"),
-        (["diffusion_model.noise_refiner.0.attention.qkv"], "Lumina 2 or Z-Image"),
+        (["diffusion_model.noise_refiner.0.attention.qkv"], "Z-Image, Lumina 2"),
     ],
 )
 def test_another_familys_lora_is_told(names: list[str], family: str) -> None:

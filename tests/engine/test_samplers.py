@@ -243,10 +243,11 @@ def test_guidance() -> None:
 @pytest.mark.parametrize("family", families(), ids=lambda family: family.family)
 def test_latent_format(family: type[DiT]) -> None:
     latents = family.latent_format
-    latent = torch.randn(1, 16, 2, 2)
+    latent, zeros = torch.randn(1, 16, 2, 2), torch.zeros(1, 16, 2, 2)
     assert torch.allclose(latents.out_of_model(latents.into_model(latent)), latent, atol=1e-6)
-    assert torch.equal(latents.into_model(torch.zeros(2)), torch.zeros(2))
-    assert torch.allclose(latents.out_of_model(torch.zeros(2)), torch.full((2,), latents.shift))
+    assert torch.equal(latents.into_model(zeros), zeros)
+    shift = torch.tensor(latents.shift).view(1, -1, 1, 1)
+    assert torch.allclose(latents.out_of_model(zeros), shift.expand_as(zeros))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ test_conformance.py has the forwards of every family, this file attention, colle
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,10 +14,15 @@ from helpers import golden_names, read_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rank_worker import LAYOUTS, WORLD, Ranks, projected
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from tacod.plan import chunks
-from tacod.rank.ops.qkv import deal_heads
+from tacod.rank.comm.clock import Clock
+from tacod.rank.comm.group import Group
+from tacod.rank.comm.peers import Peer
+from tacod.rank.comm.transport import Deal, Exchange
+from tacod.rank.ops.qkv import QKV, deal_heads
 from tacod.rank.parallel.sequence import SequenceParallel
 
 SEQUENCES = [layout for layout in LAYOUTS if layout[0] == 1 and layout != (1, 1, 1)]
@@ -31,6 +37,37 @@ def test_equals_comfyui_on_several_ranks(ranks: Ranks, name: str, layout: tuple[
     errors = ranks.run(layout, "golden", name=name, sharing=sharing)
     assert len(errors) == WORLD, "an idle rank gets the output too"
     assert max(errors) <= 2e-6
+
+
+class OneMemory:
+    """A block of two ranks in one process, in which nothing travels."""
+
+    def __init__(self, size: int) -> None:
+        self._memory = torch.zeros(2, size, dtype=torch.uint8)
+
+    def view(self, rank: int, shape: Sequence[int], dtype: torch.dtype, start: int) -> Tensor:
+        size = torch.Size(shape).numel() * dtype.itemsize
+        return self._memory[rank, start : start + size].view(dtype).view(list(shape))
+
+    def send(self, source: Tensor, target: Tensor) -> None:
+        target.copy_(source)
+
+    def barrier(self, clock: Clock) -> None:
+        pass
+
+
+def test_what_returned_stays_while_the_next_attentions_heads_arrive() -> None:
+    """A slower rank still reads it; the next one may be larger, as a text's is that is refined before the image."""
+    peer = Peer(Group(), OneMemory)
+
+    def begin(tokens: int) -> Exchange:
+        deal = Deal(0, [[tokens] * 2], deal_heads(2, 2, 2), 1, 16, torch.float32, torch.device("cpu"))
+        return peer.open(deal, "exact")
+
+    begin(64).result()
+    returned = begin(2).result().fill_(1.0)
+    begin(64).send(QKV(torch.full((1, 64, 96), 7.0), 2), 0, overlap=False)
+    assert (returned == 1).all()
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3"])

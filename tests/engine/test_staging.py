@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tacod.rank.comm import staging
-from tacod.rank.comm.staging import EMPTY, FULL, Letterboxes, exchange
+from tacod.rank.comm.staging import EMPTY, FULL, Mailboxes, exchange
 
 SLOT = 4
 
@@ -76,7 +76,7 @@ def test_all_arrives_in_whatever_order_streams_go_on(
 ) -> None:
     """Also of exchanges that begin before earlier ones end, and of parts that are empty or longer than all slots."""
     order = random.Random(seed)
-    host, boxes = Host(), Letterboxes(ranks)
+    host, boxes = Host(), Mailboxes(ranks)
     gpus = [FakeGPU(host, queues) for _ in range(ranks)]
     expected: list[tuple[Tensor, Tensor]] = []
     for _ in range(exchanges):
@@ -94,12 +94,12 @@ def test_all_arrives_in_whatever_order_streams_go_on(
         gpu, stream = order.choice(able)
         gpu.do(stream)
     assert all(torch.equal(got, wanted) for got, wanted in expected)
-    assert not any(host.flags.values()), "every letterbox is empty again"
+    assert not any(host.flags.values()), "every mailbox is empty again"
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 8])
 def test_no_two_slots_overlap(ranks: int) -> None:
-    boxes = Letterboxes(ranks)
+    boxes = Mailboxes(ranks)
     places = [boxes.slot(a, b, n) for a in range(ranks) for b in range(ranks) for n in range(staging.SLOTS)]
     flags, slots = (sorted(each) for each in zip(*places, strict=True))
     assert all(b - a >= staging.FLAG_BYTES for a, b in itertools.pairwise(flags))

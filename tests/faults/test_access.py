@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ def as_user(daemon: Daemon, uid: int, *calls: list[Any], gid: int = NOBODY) -> l
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.fixture
-def open_daemon(models: Path) -> Any:
+@pytest.fixture(scope="module")
+def open_daemon(models: Path) -> Iterator[Daemon]:
     """A daemon whose socket anyone may reach."""
     with Daemon(1, [models], {"limits.queue_per_user": 1, "limits.clients_per_user": 3}) as daemon:
         daemon.folder.chmod(0o755)
@@ -47,13 +48,30 @@ def open_daemon(models: Path) -> Any:
         yield daemon
 
 
-def test_the_socket_is_for_its_group(models: Path) -> None:
+@pytest.fixture(scope="module")
+def daemon(models: Path) -> Iterator[Daemon]:
+    """One with nothing but the defaults."""
     with Daemon(1, [models]) as daemon:
-        assert daemon.socket.stat().st_mode & 0o777 == 0o660
-        assert daemon.folder.stat().st_mode & 0o077 == 0
-        refused = as_user(daemon, NOBODY, ["status"])
-        assert refused[0][0] == "ConnectionFailed"
-        assert "permission denied" in refused[0][1]
+        yield daemon
+
+
+@pytest.fixture
+def own(daemon: Daemon) -> Iterator[Daemon]:
+    """The same; after the test it has its configuration back."""
+    text = daemon.config.read_text()
+    yield daemon
+    daemon.config.write_text(text)
+    if daemon.running:
+        with daemon.client() as client:
+            client.reload()
+
+
+def test_the_socket_is_for_its_group(own: Daemon) -> None:
+    assert own.socket.stat().st_mode & 0o777 == 0o660
+    assert own.folder.stat().st_mode & 0o077 == 0
+    refused = as_user(own, NOBODY, ["status"])
+    assert refused[0][0] == "ConnectionFailed"
+    assert "permission denied" in refused[0][1]
 
 
 def test_what_concerns_others_is_for_admins(open_daemon: Daemon) -> None:
@@ -106,12 +124,6 @@ def test_one_users_jobs_and_clients_leave_room_for_others(open_daemon: Daemon) -
         job.cancel()
 
 
-@pytest.fixture
-def own(models: Path) -> Any:
-    with Daemon(1, [models]) as daemon:
-        yield daemon
-
-
 def rewrite(daemon: Daemon, **values: Any) -> None:
     """Other values in the configuration."""
     lines = [line for line in daemon.config.read_text().splitlines() if line.split(" = ")[0] not in values]
@@ -125,7 +137,6 @@ def test_reload(own: Daemon, tmp_path: Path) -> None:
         assert client.reload() == []
         with pytest.raises(Exception, match="outside"):
             client.load(str(SD3.save(tmp_path)))
-        old = own.config.read_text()
         values = {
             "models.roots": [str(tmp_path)],
             "limits.queue": 3,
@@ -153,22 +164,23 @@ def test_reload(own: Daemon, tmp_path: Path) -> None:
         client.unload(client.load(SD3.file).id)
         assert client.reload() == ["models.preload"]
         eventually(lambda: [model["name"] for model in client.models()] == [SD3.file], 20, "the preload is there")
-        own.config.write_text(old)
 
 
 def test_sighup_reloads_too(own: Daemon) -> None:
+    begin = len(own.log)
     rewrite(own, **{"limits.queue": 5})
     os.kill(own.pid, signal.SIGHUP)
-    eventually(lambda: "reloaded" in own.log, 5, "it was reloaded")
-    assert "limits.queue" in own.log
+    eventually(lambda: "reloaded" in own.log[begin:], 5, "it was reloaded")
+    assert "limits.queue" in own.log[begin:]
     rewrite(own, **{"limits.queue": "many"})
     os.kill(own.pid, signal.SIGHUP)
-    eventually(lambda: "not reloaded" in own.log, 5, "it said why not")
+    eventually(lambda: "not reloaded" in own.log[begin:], 5, "it said why not")
     with own.client() as client:
         assert client.status()["state"] == "ready"
 
 
 def test_drain_ends_what_runs_and_stops(own: Daemon) -> None:
+    """The last test of this daemon."""
     with own.client() as client, own.client() as other:
         model = client.load(SD3.file)
         expected = SD3.sample(model, 250).result()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -20,9 +21,28 @@ from torch import Tensor
 from tacod_client import ConnectionLost
 
 
-def test_the_job_goes_on_with_the_next_daemon(models: Path) -> None:
+@pytest.fixture(scope="module")
+def killed(models: Path) -> Iterator[Daemon]:
+    """The daemon of one rank that tests kill."""
+    with Daemon(1, [models]) as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def daemon(killed: Daemon) -> Daemon:
+    """The same; it runs, whatever the last test did to it."""
+    return killed if killed.running else killed.start()
+
+
+def test_jobs_go_on_with_the_next_daemon(models: Path) -> None:
+    """On several ranks; as they were asked for, whatever their caller has done with the tensors since."""
     steps = 40
-    with Daemon(2, [models]) as daemon, daemon.client() as client, ThreadPoolExecutor(1) as pool:
+    with (
+        Daemon(2, [models]) as daemon,
+        daemon.client() as client,
+        daemon.client() as other,
+        ThreadPoolExecutor(1) as pool,
+    ):
         model = client.load(SD3.file)
         undisturbed = SD3.sample(model, steps).result()
         boot_id = client.boot_id
@@ -37,6 +57,14 @@ def test_the_job_goes_on_with_the_next_daemon(models: Path) -> None:
             out: Tensor = job.result()
             return out
 
+        inputs = SD3.inputs()
+        noise, _ = inputs.pop("x"), inputs.pop("timestep")
+        y, sigmas = inputs["y"], torch.linspace(1, 0, steps + 1)
+        theirs = other.load(SD3.file)
+        changed = theirs.sample(noise=noise, latent=torch.zeros_like(noise), sigmas=sigmas, positive=inputs)
+        next(iter(changed))
+        for each in (noise, y, sigmas):
+            each.zero_()
         result = pool.submit(run)
         assert under_way.wait(START_S)
         daemon.signal(signal.SIGKILL)
@@ -44,18 +72,19 @@ def test_the_job_goes_on_with_the_next_daemon(models: Path) -> None:
         eventually(lambda: not daemon.processes(), 10, "no rank survives")
         daemon.start()
         assert torch.equal(result.result(START_S), undisturbed)
-        assert client.boot_id != boot_id
+        assert torch.equal(changed.result(), undisturbed)
+        assert boot_id not in (client.boot_id, other.boot_id)
         assert seen[-steps:] == list(range(1, steps + 1))
         assert len(seen) > steps
         FLUX.check(client.load(FLUX.file))
 
 
-def test_a_run_of_tacoctl_from_a_file_goes_on_with_the_next_daemon(models: Path, tmp_path: Path) -> None:
+def test_a_run_of_tacoctl_from_a_file_goes_on_with_the_next_daemon(daemon: Daemon, tmp_path: Path) -> None:
     """It loads the file again, as every client does."""
     inputs, outputs = tmp_path / "inputs", [tmp_path / name for name in ("undisturbed", "disturbed")]
     given = SD3.inputs()
     save_file({f"positive.{key}": given[key] for key in ("context", "y")}, inputs)
-    with Daemon(1, [models]) as daemon, daemon.client() as client:
+    with daemon.client() as client:
 
         def sample(output: Path) -> subprocess.Popen[str]:
             code = "import sys; from tacod_client.cli import main; sys.exit(main())"
@@ -79,8 +108,8 @@ def test_a_run_of_tacoctl_from_a_file_goes_on_with_the_next_daemon(models: Path,
     assert torch.equal(first, second)
 
 
-def test_one_that_stays_away_is_an_error_that_says_so(models: Path) -> None:
-    with Daemon(1, [models]) as daemon, daemon.client(reconnect_s=1.0) as client:
+def test_one_that_stays_away_is_an_error_that_says_so(daemon: Daemon) -> None:
+    with daemon.client(reconnect_s=1.0) as client:
         model = client.load(SD3.file)
         daemon.signal(signal.SIGKILL)
         daemon.wait()
@@ -89,22 +118,3 @@ def test_one_that_stays_away_is_an_error_that_says_so(models: Path) -> None:
             SD3.check(model)
         assert 1 <= time.monotonic() - started < 6
         eventually(lambda: not daemon.processes(), 10, "no rank survives")
-
-
-def test_a_run_that_is_asked_for_again_is_the_one_that_was_asked_for(models: Path) -> None:
-    """Whatever its caller has done with the tensors since."""
-    with Daemon(2, [models]) as daemon, daemon.client() as client:
-        model = client.load(SD3.file)
-        undisturbed = SD3.sample(model, 40).result()
-        inputs = SD3.inputs()
-        noise, _ = inputs.pop("x"), inputs.pop("timestep")
-        y, sigmas = inputs["y"], torch.linspace(1, 0, 41)
-        job = model.sample(noise=noise, latent=torch.zeros_like(noise), sigmas=sigmas, positive=inputs)
-        next(iter(job))
-        for each in (noise, y, sigmas):
-            each.zero_()
-        daemon.signal(signal.SIGKILL)
-        daemon.wait()
-        eventually(lambda: not daemon.processes(), 10, "no rank survives")
-        daemon.start()
-        assert torch.equal(job.result(), undisturbed)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 
 import pytest
-from helpers import FLUX, FP32, SD3, START_S, Daemon, eventually, relative_error
+from helpers import FLUX, FP32, SD3, START_S, Daemon, eventually, relative_error, stopped
 from torch import Tensor
 
 from tacod_client import Model, Unavailable
@@ -42,23 +41,24 @@ def one_run(model: Model, under_way: Event) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("work", [forwards, one_run])
-def test_the_job_goes_on_with_the_next_daemon(models: Path, work: Callable[[Model, Event], Tensor]) -> None:
+def test_jobs_go_on_with_the_next_daemon(models: Path) -> None:
     """Another client's long run is what it would drain for; that one is given up after `drain_timeout_s`."""
     with (
         Daemon(1, [models], {"drain_timeout_s": DRAIN_S}) as daemon,
-        daemon.client() as client,
+        daemon.client() as asks_for_forwards,
+        daemon.client() as asks_for_a_run,
         daemon.client(reconnect_s=0) as other,
-        ThreadPoolExecutor(1) as pool,
+        ThreadPoolExecutor(2) as pool,
     ):
-        model = client.load(SD3.file)
-        undisturbed = work(model, Event())
-        boot_id = client.boot_id
+        asks = {forwards: asks_for_forwards, one_run: asks_for_a_run}
+        models_of = {work: client.load(SD3.file) for work, client in asks.items()}
+        undisturbed = {work: work(model, Event()) for work, model in models_of.items()}
+        boot_id = asks_for_a_run.boot_id
         long = SD3.sample(other.load(SD3.file), 20000)
         next(iter(long))
-        under_way = Event()
-        result = pool.submit(work, model, under_way)
-        assert under_way.wait(START_S)
+        under_way = {work: Event() for work in asks}
+        results = {work: pool.submit(work, model, under_way[work]) for work, model in models_of.items()}
+        assert all(event.wait(START_S) for event in under_way.values())
         daemon.signal(signal.SIGTERM)
         with pytest.raises(Unavailable, match="safe to ask again"):
             long.result()
@@ -66,25 +66,15 @@ def test_the_job_goes_on_with_the_next_daemon(models: Path, work: Callable[[Mode
         daemon.check_leavings()
         time.sleep(0.5)
         daemon.start()
-        assert relative_error(result.result(START_S), undisturbed) <= FP32
-        assert client.boot_id != boot_id
-        FLUX.check(client.load(FLUX.file))
+        for work, client in asks.items():
+            assert relative_error(results[work].result(START_S), undisturbed[work]) <= FP32
+            assert client.boot_id != boot_id
+        FLUX.check(asks_for_a_run.load(FLUX.file))
 
 
-def test_who_has_asked_for_nothing_yet_is_refused_at_once(models: Path) -> None:
-    with Daemon(1, [models]) as daemon, daemon.client() as client, daemon.client() as late:
-        job = SD3.sample(client.load(SD3.file), 400)
-        next(iter(job))
-        late.ping()
-        daemon.signal(signal.SIGTERM)
-        eventually(lambda: late.status()["state"] == "draining", 5, "it drains")
-        with pytest.raises(Unavailable, match="draining"):
-            late.load(FLUX.file)
-        assert job.result().isfinite().all()
-        assert daemon.wait() == 0
+def test_while_it_drains(models: Path) -> None:
+    """Who has asked for nothing yet is refused at once; who waits for the next daemon can still cancel."""
 
-
-def test_a_click_on_cancel_is_heard_meanwhile(models: Path) -> None:
     class Interrupted(Exception):
         pass
 
@@ -94,14 +84,23 @@ def test_a_click_on_cancel_is_heard_meanwhile(models: Path) -> None:
         if clicked.is_set():
             raise Interrupted
 
-    with Daemon(1, [models]) as daemon, daemon.client() as busy, daemon.client(on_wait=on_wait) as client:
+    with (
+        Daemon(1, [models]) as daemon,
+        daemon.client() as busy,
+        daemon.client() as late,
+        daemon.client(on_wait=on_wait) as client,
+    ):
         model = client.load(SD3.file)
         SD3.check(model)
-        job = SD3.sample(busy.load(SD3.file), 400)
+        job = SD3.sample(busy.load(SD3.file), 20)
         next(iter(job))
-        with ThreadPoolExecutor(1) as pool:
+        late.ping()
+        # The rank stands still while we look, so that draining takes as long as that.
+        with stopped(daemon.rank_pids()[0]), ThreadPoolExecutor(1) as pool:
             daemon.signal(signal.SIGTERM)
-            eventually(lambda: busy.status()["state"] == "draining", 5, "it drains")
+            eventually(lambda: late.status()["state"] == "draining", 5, "it drains")
+            with pytest.raises(Unavailable, match="draining"):
+                late.load(FLUX.file)
             forward = pool.submit(SD3.check, model)
             time.sleep(0.5)
             assert not forward.done()
@@ -109,5 +108,5 @@ def test_a_click_on_cancel_is_heard_meanwhile(models: Path) -> None:
             with pytest.raises(Interrupted):
                 forward.result(5)
         clicked.clear()
-        job.result()
+        assert job.result().isfinite().all()
         assert daemon.wait() == 0

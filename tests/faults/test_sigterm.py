@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import FLUX, SD3, Daemon, eventually, stopped
+from helpers import FLUX, SD3, START_S, Daemon, eventually, stopped
 
 from tacod_client import Unavailable
 
@@ -80,10 +80,8 @@ def test_draining_ends_in_time(models: Path) -> None:
 
 
 def test_while_the_ranks_start(models: Path) -> None:
-    with Daemon(2, [models]) as daemon_never_started:
-        daemon_never_started.stop()
-        daemon = daemon_never_started.start(wait=False)
-        eventually(lambda: "starting 2 ranks" in daemon.log.split("stopped")[-1], 10, "its ranks start")
+    with Daemon(2, [models], wait=False) as daemon:
+        eventually(lambda: "starting 2 ranks" in daemon.log, START_S, "its ranks start")
         daemon.signal(signal.SIGTERM)
         assert daemon.wait(5) == 0
         daemon.check_leavings()

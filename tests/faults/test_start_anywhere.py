@@ -69,7 +69,7 @@ def test_without_streams(models: Path, closed: str) -> None:
 
 def test_a_start_folder_that_goes(models: Path, tmp_path: Path) -> None:
     """What was named relative to it is known still."""
-    daemon = Daemon(2, [models])
+    daemon = Daemon(1, [models])
     here = daemon.start_folder = tmp_path / "checkout"
     here.mkdir()
     real, daemon.config = daemon.config, Path(os.path.relpath(daemon.config, here))
@@ -83,7 +83,7 @@ def test_a_start_folder_that_goes(models: Path, tmp_path: Path) -> None:
 
 
 def test_a_start_folder_that_is_gone(models: Path, tmp_path: Path) -> None:
-    daemon = Daemon(2, [models])
+    daemon = Daemon(1, [models])
     here = daemon.start_folder = tmp_path / "gone"
     here.mkdir()
     daemon.wrapper = ["sh", "-c", f'rmdir {here}; exec "$0" "$@"']

@@ -82,3 +82,13 @@ def test_supervisor_imports_no_torch() -> None:
     loaded = loaded_by("import tacod.daemon")
     assert "pydantic" in loaded
     assert loaded.isdisjoint({"torch", "xfuser", "diffusers", "safetensors"})
+
+
+def test_a_model_without_memory_is_made_without_the_compiler() -> None:
+    """Every rank makes one at every load; the import would take it seconds."""
+    loaded = loaded_by(
+        "import torch; from tacod.rank.families import families\n"
+        "with torch.device('meta'): made = [family(family.tiny) for family in families()]"
+    )
+    assert "torch" in loaded
+    assert loaded.isdisjoint({"sympy"})

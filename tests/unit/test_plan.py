@@ -196,7 +196,7 @@ def test_more_ranks_that_would_be_slower_are_left_idle_and_said() -> None:
     slow = Pace(bytes=5e9)
     plan = make_plan(AUTO, 2, FLUX, slow)
     assert plan.layout == Layout(1, 1, 1)
-    assert plan.slower == pytest.approx(cost(Layout(1, 2, 1), FLUX, slow) / cost(Layout(1, 1, 1), FLUX, slow))
+    assert plan.slowdown == pytest.approx(cost(Layout(1, 2, 1), FLUX, slow) / cost(Layout(1, 1, 1), FLUX, slow))
     assert re.search(r"1 of 2 ranks idle: with all it would take \d\.\d\d times as long", str(plan))
 
 
@@ -218,7 +218,7 @@ def test_an_exchange_in_8_bits() -> None:
     assert "8 bits" not in str(make_plan(asked, 1, FLUX)), "alone, nothing is exchanged"
     assert cost(plan.layout, FLUX, exchange="int8") < cost(plan.layout, FLUX)
     # Links on which only half the bytes are worth it.
-    between = next(speed for speed in range(40, 4, -1) if make_plan(AUTO, 2, FLUX, Pace(bytes=speed * 1e9)).slower)
+    between = next(speed for speed in range(40, 4, -1) if make_plan(AUTO, 2, FLUX, Pace(bytes=speed * 1e9)).slowdown)
     assert make_plan(asked, 2, FLUX, Pace(bytes=between * 1e9)).layout == Layout(1, 2, 1)
     assert make_plan(parse_request({"exchange": "exact"}, 2), 2, FLUX).attention.exchange == "exact"
     with pytest.raises(ArgumentError, match="plan: exchange: expected 'exact' or 'int8', got 'fp8'"):

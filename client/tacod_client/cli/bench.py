@@ -87,8 +87,8 @@ def _family(path: str, ranks: int, size: tuple[int, int], batch: int, text: int 
         raise RequestError(
             f"{lines[-1].removeprefix('tacoctl: ')} (bench reads the model's file for the shapes of its inputs)"
         )
-    told: dict[str, Any] = json.loads(done.stdout)
-    return told
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
 
 
 def _shapes(arguments: Arguments, lengths: Mapping[str, int]) -> dict[str, list[int]]:

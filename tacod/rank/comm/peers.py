@@ -11,6 +11,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -94,6 +95,25 @@ class SymmetricBlock:
         kernels.barrier(self._handle.signal_pad_ptrs_dev, self._handle.rank, self._handle.world_size, clock.counter)
 
 
+@dataclass(frozen=True)
+class _Room:
+    """A block in two parts: what arrives, and behind it what returns.
+
+    A rank may still read what returned when the next attention's heads arrive, so the parts are fixed, whatever sizes
+    the attentions have.
+    """
+
+    arriving: int
+    """Bytes."""
+    returning: int
+    block: Any
+
+
+def _grown(old: int, wanted: int) -> int:
+    """Bytes of a part that must hold so many: as it is, or at least twice as large."""
+    return max(wanted, 2 * old) if wanted > old else old
+
+
 class Peer:
     """The transport through each other's memory: a block of each rank for each attention that is under way."""
 
@@ -102,9 +122,9 @@ class Peer:
         self.group = group
         self._collective = Collective(group)
         self._make_block = make_block
-        self._blocks: list[list[tuple[int, Block]]] = []
-        """For each slot its blocks, with their sizes; graphs hold on to those that were outgrown."""
-        self._retired: list[list[tuple[int, Block]]] = []
+        self._blocks: list[list[_Room]] = []
+        """For each slot its blocks; graphs hold on to those that were outgrown."""
+        self._retired: list[list[_Room]] = []
         """Those of before a failure."""
         self._busy: list[bool] = []
         self._views: dict[Any, Tensor] = {}
@@ -122,13 +142,14 @@ class Peer:
         each = deal.batch * deal.width * deal.dtype.itemsize
         most = max(share.count for share in deal.shares)
         arriving = -(-sum(deal.tokens) * most * each // _ALIGNED) * _ALIGNED
-        size = arriving + max(deal.tokens) * sum(len(share.queries) for share in deal.shares) * each
-        blocks = self._blocks[slot]
-        if not blocks or blocks[-1][0] < size:
-            grown = max(size, 2 * blocks[-1][0] if blocks else 0)
-            blocks.append((grown, self._make_block(grown)))
+        returning = max(deal.tokens) * sum(len(share.queries) for share in deal.shares) * each
+        rooms = self._blocks[slot]
+        if not rooms or rooms[-1].arriving < arriving or rooms[-1].returning < returning:
+            old = rooms[-1] if rooms else _Room(0, 0, None)
+            arrives, returns = _grown(old.arriving, arriving), _grown(old.returning, returning)
+            rooms.append(_Room(arrives, returns, self._make_block(arrives + returns)))
         self._busy[slot] = True
-        return _PeerExchange(self, slot, blocks[-1][1], deal, arriving)
+        return _PeerExchange(self, slot, rooms[-1].block, deal, rooms[-1].arriving)
 
     def abort(self) -> None:
         """See `Transport.abort`."""

@@ -1,7 +1,7 @@
 """Exchanges through the host's memory, between GPUs that don't reach each other's.
 
 NCCL does the same with kernels, which wait until a matrix product leaves them room, and with proxies on the host. Here
-a GPU's copy engines put what leaves into letterboxes in memory that all ranks share, and fetch what is for them, while
+a GPU's copy engines put what leaves into mailboxes in memory that all ranks share, and fetch what is for them, while
 both compute: each pair of ranks has its own for each direction, of a few slots. A slot's flag says whether it is full;
 GPUs wait for flags, and set them, without a kernel and without the host, also within a CUDA graph.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 from tacod.rank.comm import cuda_driver
 from tacod.rank.comm.group import Group
 
-__all__ = ["EMPTY", "FULL", "SLOT_BYTES", "Device", "Letterboxes", "Staging", "exchange", "reach_host"]
+__all__ = ["EMPTY", "FULL", "SLOT_BYTES", "Device", "Mailboxes", "Staging", "exchange", "reach_host"]
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ EMPTY, FULL = 0, 1
 _TRY_BYTES = 3 * SLOT_BYTES + 16
 
 
-class Letterboxes:
+class Mailboxes:
     """Where in the common memory each slot and its flag lie, for so many ranks."""
 
     def __init__(self, ranks: int) -> None:
@@ -65,7 +65,7 @@ class Device(Protocol):
         """What is computed from here on finds what was fetched."""
 
 
-def exchange(rank: int, boxes: Letterboxes, device: Device, sent: Sequence[Tensor], received: Sequence[Tensor]) -> None:
+def exchange(rank: int, boxes: Mailboxes, device: Device, sent: Sequence[Tensor], received: Sequence[Tensor]) -> None:
     """Begin to send ``sent[r]`` to each other rank r, and to receive ``received[r]`` from it: flat, in uint8.
 
     Every rank calls it alike. `Device.join` ends it.
@@ -128,11 +128,11 @@ class GPU:
 
 
 class Staging:
-    """The letterboxes between a group's GPUs, seen from one of its ranks."""
+    """The mailboxes between a group's GPUs, seen from one of its ranks."""
 
     def __init__(self, group: Group) -> None:
         self._group = group
-        self._boxes = Letterboxes(group.size)
+        self._boxes = Mailboxes(group.size)
         self._gpu: GPU | None = None
 
     def exchange(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> None:

@@ -26,12 +26,10 @@ _LACKING = 2
 """A file may lack as many of the table's names and still be of that family, damaged."""
 _UNETS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL", 1280: "the SDXL refiner"}
 _ELSEWHERE = {
-    "double_stream_modulation_img.lin.weight": "Flux.2",
-    "distilled_guidance_layer.norms.0.scale": "Chroma",
     "txt_in.individual_token_refiner.blocks.0.norm1.weight": "HunyuanVideo",
     "double_layers.0.attn.w1q.weight": "AuraFlow",
     "head.modulation": "Wan",
-    "cap_embedder.1.weight": "Lumina 2 or Z-Image",
+    "dec_net.cond_embed.weight": "Z-Image of pixels",
     "controlnet_blocks.0.weight": "a ControlNet, which ComfyUI loads beside the model",
 }
 """A tensor that tells, and whose it is: to refuse by name what no family here has claimed."""
@@ -120,8 +118,8 @@ def from_diffusers(path: str, config: Mapping[str, Any], tensors: Mapping[str, T
     given = DiffusersConfig(config)
     name = given.class_name or ""
     classes = [(family, *each) for family in families() for each in family.diffusers.items()]
-    family, _, told = next(each for each in classes if each[1] in name)
-    answer = told(given)
+    family, _, answer_of = next(each for each in classes if each[1] in name)
+    answer = answer_of(given)
     shapes = {_apart(name): info.shape for name, info in tensors.items()}
     detected = _detect_theirs(family, shapes)
     if detected is None:

@@ -37,18 +37,26 @@ Output = Tensor | list[Tensor]
 
 @dataclass(frozen=True)
 class LatentFormat:
-    """The affine map between the latents that users hold (a VAE's) and those that the model sees."""
+    """The affine map between the latents that users hold (a VAE's) and those that the model sees.
 
-    scale: float
-    shift: float
+    ``scale`` and ``shift`` are numbers, or one number for each channel.
+    """
+
+    scale: float | tuple[float, ...]
+    shift: float | tuple[float, ...]
 
     def into_model(self, latent: Tensor) -> Tensor:
         """The model's view of a latent; one of zeros is an empty canvas and stays zeros."""
-        return (latent - self.shift) * self.scale if latent.any() else latent
+        return (latent - _like(self.shift, latent)) * _like(self.scale, latent) if latent.any() else latent
 
     def out_of_model(self, x: Tensor) -> Tensor:
         """The user's view of what a sampler made."""
-        return x / self.scale + self.shift
+        return x / _like(self.scale, x) + _like(self.shift, x)
+
+
+def _like(values: float | tuple[float, ...], latent: Tensor) -> Tensor | float:
+    """Numbers of channels as a tensor that goes with a latent [B, C, ...]; one number as it is."""
+    return latent.new_tensor(values).view(-1, *[1] * (latent.ndim - 2)) if isinstance(values, tuple) else values
 
 
 class DiT(nn.Module, abc.ABC):
@@ -84,6 +92,10 @@ class DiT(nn.Module, abc.ABC):
     """Arguments that have a usual value; others are noise in a forward that is made up."""
     clamps: ClassVar[bool] = False
     """Whether its residual streams overflow in fp16, and are clamped after each block, as ComfyUI clamps Flux.1's."""
+    beside: ClassVar[tuple[str, ...]] = ()
+    """How names begin of tensors that files hold beside the network, for others: a load leaves them out."""
+    graphs: ClassVar[bool] = True
+    """Whether a forward may be one CUDA graph: not if the host looks at numbers in it."""
     downscale: ClassVar[int] = 8
     """Pixels per latent cell, along each side."""
     image_models: ClassVar[tuple[str, ...]]

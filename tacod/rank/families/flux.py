@@ -1,5 +1,6 @@
 """Flux.1 (Black Forest Labs): dev, schnell, Kontext, and those that take more channels (Fill, Canny, Depth).
 
+LongCat-Image (Meituan, 2025) is this network without a pooled text, with text and image on one diagonal of positions.
 Parameters are named as in the authors' files (black-forest-labs/flux, Apache-2.0).
 """
 
@@ -25,23 +26,24 @@ from tacod.rank.families.config import (
     shape_of,
     width_of_heads,
 )
-from tacod.rank.families.inputs import Argument, Number, Numbers, Residuals, Spec
+from tacod.rank.families.inputs import Argument, Number, Numbers, Residuals, Spec, Unread
 from tacod.rank.families.names import Names
 from tacod.rank.families.noise import Flow
 from tacod.rank.families.stream import ForwardPass
 from tacod_client.errors import ArgumentError
 
-__all__ = ["Flux"]
+__all__ = ["EMBEDDER", "Flux"]
 
 _METHODS_OF_OTHERS = {"index_timestep_zero": "offset"}
 """What ComfyUI's menu offers for other models, and what Flux.1 made of it up to 0.16; since then it fails with it."""
-_QK_NORM_EPS = 1e-6
-"""The authors', which ComfyUI had up to 0.13; since then it has PyTorch's smallest step, 1.2e-7 (docs/comfyui.md)."""
-_EMBEDDER = "in_layer", "out_layer"
+EMBEDDER = "in_layer", "out_layer"
+"""The layers of `kit.MLPEmbedder` in these files."""
+_LONGCAT_AXES, _LONGCAT_CONTEXT = [1, 2], 3584
+"""The axes along which LongCat-Image's text advances, and its text's width, by which its files are told."""
 
 
 class Flux(DiT):
-    """Flux.1 dev, schnell and Kontext.
+    """Flux.1 dev, schnell and Kontext; LongCat-Image, whose ``txt_ids_dims`` are the axes along which text advances.
 
     ``config`` is ComfyUI's ``unet_config``. Raises `ModelUnsupported`, naming the key, for a configuration that can't
     be.
@@ -49,7 +51,7 @@ class Flux(DiT):
 
     family: ClassVar[str] = "flux"
     title = "Flux.1"
-    models = ("dev", "schnell", "Kontext", "Fill", "Canny", "Depth")
+    models: ClassVar[tuple[str, ...]] = ("dev", "schnell", "Kontext", "Fill", "Canny", "Depth", "LongCat-Image")
     lora_marks = r"(double|single)_blocks[._]|single_transformer_blocks[._]"
     tiny: ClassVar[Mapping[str, Any]] = {
         "image_model": "flux",
@@ -65,7 +67,7 @@ class Flux(DiT):
         "guidance_embed": True,
     }
     clamps = True
-    usual_optional = ("y",)
+    usual_optional: ClassVar[tuple[str, ...]] = ("y",)
     usual_values: ClassVar[Mapping[str, float]] = {"guidance": 3.5}
     diffusers: ClassVar[Mapping[str, Any]] = {
         "FluxTransformer2DModel": lambda c: {
@@ -105,14 +107,23 @@ class Flux(DiT):
         single_transformer_blocks.*.proj_out                             single_blocks.*.linear2
     """)
 
+    pooled_width: int | None
+    epsilon: float
+    """Of the norms of queries and keys: the authors', which ComfyUI had up to 0.13 (docs/comfyui.md)."""
+
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
+        self.epsilon = 1e-6
         fixed(config, global_modulation=False, mlp_silu_act=False, yak_mlp=False, txt_norm=False)
-        fixed(config, ops_bias=True, txt_ids_dims=[])
+        fixed(config, ops_bias=True)
         self.width, self.heads = width, heads = width_of_heads(config, "hidden_size", "num_heads")
         self.patch = integer(config, "patch_size", 2)
         self.channels, self.out_channels = integer(config, "in_channels"), integer(config, "out_channels", 16)
-        self.context_width, self.pooled_width = integer(config, "context_in_dim"), integer(config, "vec_in_dim")
+        self.context_width = integer(config, "context_in_dim")
+        self.text_axes: list[int] = choice(config, "txt_ids_dims", [], _LONGCAT_AXES)
+        if self.text_axes:
+            fixed(config, vec_in_dim=None)
+        self.pooled_width = None if self.text_axes else integer(config, "vec_in_dim")
         self.axes = rope_axes(config, "axes_dim", 3, width // heads)
         self.theta = number(config, "theta", 10000)
         self.guided: bool = choice(config, "guidance_embed", False, True)
@@ -124,10 +135,11 @@ class Flux(DiT):
 
         self.img_in = nn.Linear(self.channels * self.patch**2, width)
         self.txt_in = nn.Linear(self.context_width, width)
-        self.time_in = kit.MLPEmbedder(256, width, _EMBEDDER)
-        self.vector_in = kit.MLPEmbedder(self.pooled_width, width, _EMBEDDER)
+        self.time_in = kit.MLPEmbedder(256, width, EMBEDDER)
+        if self.pooled_width is not None:
+            self.vector_in = kit.MLPEmbedder(self.pooled_width, width, EMBEDDER)
         if self.guided:
-            self.guidance_in = kit.MLPEmbedder(256, width, _EMBEDDER)
+            self.guidance_in = kit.MLPEmbedder(256, width, EMBEDDER)
         self.double_blocks = nn.ModuleList(kit.DoubleBlock(width, heads, hidden, bias) for _ in range(double))
         self.single_blocks = nn.ModuleList(kit.SingleBlock(width, heads, hidden) for _ in range(single))
         self.final_layer = kit.FinalLayer(width, self.out_channels * self.patch**2)
@@ -136,19 +148,22 @@ class Flux(DiT):
     def detect(cls, tensors: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
         """See `DiT.detect`."""
         key_norm = "double_blocks.0.img_attn.norm.key_norm.scale"
-        others = ("double_stream_modulation_img.lin.weight", "distilled_guidance_layer.norms.0.scale", "txt_norm.scale")
-        if key_norm not in tensors or "img_in.weight" not in tensors or any(key in tensors for key in others):
+        marks = key_norm, "img_in.weight", "double_blocks.0.img_mod.lin.weight"
+        others = "double_stream_modulation_img.", "distilled_guidance_layer.", "txt_norm."
+        if any(mark not in tensors for mark in marks) or any(key.startswith(others) for key in tensors):
             return None
         width, inputs = shape_of(tensors, "img_in.weight", 2)
         outputs, _ = shape_of(tensors, "final_layer.linear.weight", 2)
         (head_width,) = shape_of(tensors, key_norm, 1)
+        _, context_width = shape_of(tensors, "txt_in.weight", 2)
+        pooled = any(key.startswith("vector_in.") for key in tensors)
         patch = 2
         return {
             "image_model": "flux",
             "in_channels": inputs // patch**2,
             "out_channels": outputs // patch**2,
-            "vec_in_dim": shape_of(tensors, "vector_in.in_layer.weight", 2)[1],
-            "context_in_dim": shape_of(tensors, "txt_in.weight", 2)[1],
+            "vec_in_dim": shape_of(tensors, "vector_in.in_layer.weight", 2)[1] if pooled else None,
+            "context_in_dim": context_width,
             "hidden_size": width,
             "mlp_ratio": 4.0,
             "num_heads": width // max(head_width, 1),
@@ -159,7 +174,7 @@ class Flux(DiT):
             "patch_size": patch,
             "qkv_bias": "double_blocks.0.img_attn.qkv.bias" in tensors,
             "guidance_embed": "guidance_in.in_layer.weight" in tensors,
-            "txt_ids_dims": [],
+            "txt_ids_dims": [] if pooled or context_width != _LONGCAT_CONTEXT else _LONGCAT_AXES,
         }
 
     def arguments(self) -> dict[str, Spec]:
@@ -167,15 +182,16 @@ class Flux(DiT):
 
         ``guidance`` is not used by models that are not distilled for it. ``attention_mask`` is added to the scores over
         text and image. ``rope_options`` stretch and shift the positions of the image and its references, or of the
-        image alone (``rope_options_for="image"``). ``qk_norm_eps`` is added to the mean square in the norms of queries
-        and keys, 1e-6 by default.
+        image alone (``rope_options_for="image"``); those of LongCat-Image lie behind its text, as ComfyUI has it, if
+        they don't say otherwise. ``qk_norm_eps`` is added to the mean square in the norms of queries
+        and keys, by default `epsilon`.
         """
         blocks = {"input": len(self.double_blocks), "output": len(self.single_blocks), "middle": 0}
         return {
             "x": Argument(("B", self.channels, "H", "W")),
             "timestep": Argument(("B",), fp32=True),
             "context": Argument(("B", "L", self.context_width)),
-            "y": Argument(("B", self.pooled_width), required=False),
+            "y": Unread() if self.pooled_width is None else Argument(("B", self.pooled_width), required=False),
             "guidance": Argument(("B",), required=self.guided, fp32=True),
             "ref_latents": Argument(("B", self.channels, "h", "w"), required=False, many=True),
             "ref_latents_method": Argument(
@@ -190,7 +206,7 @@ class Flux(DiT):
 
     def lengths(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
         """Tokens of the text, and of the image with its references. Raises `ArgumentError` for a mask of others."""
-        text, image = arguments["context"].shape[1], sum(grid.length for grid in self._grids(arguments))
+        text, image = arguments["context"].shape[1], sum(grid.length for grid in self.grids(arguments))
         mask = arguments.get("attention_mask")
         if mask is not None and mask.shape[1] != text + image:
             raise ArgumentError(
@@ -205,27 +221,49 @@ class Flux(DiT):
 
     def begin(self, f: ForwardPass, **arguments: Any) -> None:
         """See `DiT.begin`."""
-        x, y, guidance = arguments["x"], arguments.get("y"), arguments.get("guidance")
-        c = self.time_in.numbers(1000 * arguments["timestep"].float(), x.dtype)
-        if self.guided and guidance is not None:
-            c = c + self.guidance_in.numbers(1000 * guidance.float(), x.dtype)
-        c = c + self.vector_in(x.new_zeros(len(x), self.pooled_width) if y is None else y)
+        x, y = arguments["x"], arguments.get("y")
+        c = self.embed_times(arguments["timestep"], arguments)
+        if self.pooled_width is not None:
+            c = c + self.vector_in(x.new_zeros(len(x), self.pooled_width) if y is None else y)
         f.modulate(self.modulating, functional.silu(c))
-        f.epsilon = arguments.get("qk_norm_eps", _QK_NORM_EPS)
-        mask = arguments.get("attention_mask")
-        f.mask = None if mask is None else f.sequence.in_order_of_ranks(mask, self.lengths(arguments))
+        self.begin_streams(f, arguments, arguments.get("ref_latents_method") or self.reference_method)
 
-        grids = self._grids(arguments)
+    def embed_times(self, timestep: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+        """The conditioning of ``timestep`` [B] and of guidance: [B, width]."""
+        dtype, guidance = arguments["x"].dtype, arguments.get("guidance")
+        c: Tensor = self.time_in.numbers(1000 * timestep.float(), dtype)
+        if self.guided and guidance is not None:
+            c = c + self.guidance_in.numbers(1000 * guidance.float(), dtype)
+        return c
+
+    def embed_patches(self, patches: Tensor) -> Tensor:
+        """Tokens of some patches of the image, [B, S, C * patch] to [B, S, width]."""
+        tokens: Tensor = self.img_in(patches)
+        return tokens
+
+    def begin_streams(
+        self, f: ForwardPass, arguments: Mapping[str, Any], method: str, segments: Tensor | None = None
+    ) -> None:
+        """Text and image, of which ``segments`` are, with references placed by ``method``; and the attention's mask."""
+        x, context, mask = arguments["x"], arguments["context"], arguments.get("attention_mask")
+        f.epsilon = arguments.get("qk_norm_eps", self.epsilon)
+        f.mask = None if mask is None else f.sequence.in_order_of_ranks(mask, self.lengths(arguments))
+        grids = self.grids(arguments)
         f.grid = grids[0]
-        images = (x, *arguments.get("ref_latents", ()))
+        images = (x, *(arguments.get("ref_latents") or ()))
         patches = torch.cat([grid.patches(image) for grid, image in zip(grids, images, strict=True)], dim=1)
-        method = arguments.get("ref_latents_method") or self.reference_method
+        text = kit.line(context.shape[1], 0, 1, x.device)
+        behind = {"shift_t": 1.0, "shift_y": len(text), "shift_x": len(text)}
+        options = (behind if self.text_axes == _LONGCAT_AXES else {}) | (arguments.get("rope_options") or {})
         stretched = 1 if arguments.get("rope_options_for") == "image" else len(grids)
-        options = [arguments.get("rope_options") or {}] * stretched + [{}] * (len(grids) - stretched)
-        positions = kit.image_positions(grids, method, self.reference_index, options, x.device)
-        f.image = f.shard(patches, self.img_in, self._rotation(positions))
-        text_positions = positions.new_zeros(arguments["context"].shape[1], len(self.axes))
-        f.text = f.shard(arguments["context"], self.txt_in, self._rotation(text_positions))
+        each = [options] * stretched + [{}] * (len(grids) - stretched)
+        places = kit.image_positions(grids, method, self.reference_index, each, x.device)
+        places = functional.pad(places, (0, len(self.axes) - places.shape[1]))
+        f.image = f.shard(patches, self.embed_patches, self._rotation(places), segments)
+        places = places.new_zeros(len(text), len(self.axes))
+        for axis in self.text_axes:
+            places[:, axis] = text
+        f.text = f.shard(context, self.txt_in, self._rotation(places))
 
     @property
     def trunk(self) -> list[Any]:
@@ -242,7 +280,7 @@ class Flux(DiT):
         latent: Tensor = f.grid.latent(self.final_layer(f))
         return latent
 
-    def _grids(self, arguments: Mapping[str, Any]) -> list[kit.Grid]:
+    def grids(self, arguments: Mapping[str, Any]) -> list[kit.Grid]:
         """Of the image, and of each reference."""
         images = [("x", arguments["x"]), *(("ref_latents", each) for each in arguments.get("ref_latents") or ())]
         return [kit.Grid(image, self.patch, name) for name, image in images]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tacod.rank.families.control import Control
 
-__all__ = ["Argument", "Inputs", "Number", "Numbers", "Residuals", "Spec", "Unread"]
+__all__ = ["Argument", "Inputs", "Number", "Numbers", "Places", "Residuals", "Spec", "Unread"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,16 @@ class Argument:
     """It stays fp32, whatever the model computes in: what is embedded there, such as timesteps and guidance."""
     shared: bool = False
     """Its batch may also be 1, which broadcasts."""
+    rows: int = 0
+    """It numbers rows of a table of so many: whole numbers, which come as int64."""
+    per: str = ""
+    """A free size that ``shape`` may also end with: a timestep for each frame instead of one for all."""
+
+    def shape_for(self, dims: int) -> tuple[int | str, ...] | None:
+        """``shape``, with ``per`` behind it for a tensor that has so many dimensions."""
+        if self.shape is not None and self.per and dims == len(self.shape) + 1:
+            return (*self.shape, self.per)
+        return self.shape
 
     @property
     def batch_axis(self) -> int | None:
@@ -99,13 +109,25 @@ class Residuals:
 
 
 @dataclass(frozen=True)
+class Places:
+    """An argument that is a list of places in a sequence: whole numbers that don't fall, from 0 to its length.
+
+    They are the same for all images of a forward.
+    """
+
+    length: str
+    """The free size that is the length, by its name in other arguments' shapes."""
+    required: bool = False
+
+
+@dataclass(frozen=True)
 class Unread:
     """An argument that ComfyUI passes and the network doesn't look at: whatever it holds is left out."""
 
     required: bool = False
 
 
-Spec = Argument | Number | Numbers | Residuals | Unread
+Spec = Argument | Number | Numbers | Places | Residuals | Unread
 """What one argument of a forward must look like."""
 
 

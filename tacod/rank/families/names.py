@@ -10,11 +10,15 @@ Each line of a table is a pattern of theirs and one of ours, without ``.weight``
 
 ``*`` is a block's number. The choices in braces and brackets run in step: the first of theirs with the first of ours.
 ``[k]`` is the k-th part of the rows, each part with as many rows as the layer has inputs, and ``[k:]`` is all rows from
-the k-th part on. ``~`` exchanges the halves of the rows where there are two such parts: scale and shift.
+the k-th part on. ``[q,k,v]`` are queries, as many rows as inputs, and keys and values, which share the others: they may
+be fewer (grouped-query attention). ``~`` exchanges the halves of the rows where there are two such parts: scale and
+shift. A line of one pattern is of names that are the same here.
+``|`` says that the single file has the rows of their table in one row.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +32,7 @@ FUSED_NAMES = {
 }
 """Layers into which diffusers puts others together (``fuse_qkv_projections``), their rows in this order."""
 _KINDS = (".weight", ".bias", "")
+_HEADS = ("q", "k", "v")
 _CHOICES = re.compile(r"\{([^}]*)\}|\[([^\]]*)\]")
 
 
@@ -40,6 +45,8 @@ class Place:
     """First row and number of rows, where the single file fuses what diffusers keeps apart (q, k, v)."""
     swap: bool = False
     """Whether the two halves of the rows are exchanged (scale and shift of a final modulation)."""
+    flat: bool = False
+    """Whether the single file has all rows as one (a table of modulations)."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +54,25 @@ class _Rule:
     theirs: str
     ours: str
     part: str
-    """``k`` or ``k:``; empty for all rows."""
+    """``0``, ``0:`` or ``q``; empty for all rows."""
     swap: bool
+    flat: bool
 
 
 class Names:
-    """A table of names."""
+    """A table of names; or several, for models of one family that are spelled in several ways.
 
-    def __init__(self, table: str) -> None:
-        """Read a table. Raises `ValueError` for a line whose sides don't run in step."""
+    Of several that one counts that has most of the names which are asked for.
+    """
+
+    def __init__(self, table: str, *others: str) -> None:
+        """Read tables. Raises `ValueError` for a line whose sides don't run in step."""
+        self._tables: list[Names] = [self, *map(Names, others)]
         self._by_ours: dict[str, list[_Rule]] = {}
         self._by_theirs: dict[str, _Rule] = {}
         for line in filter(None, map(str.strip, table.splitlines())):
-            for rule in _rules(*line.split()):
+            sides = line.split()
+            for rule in _rules(sides[0], sides[-1]):
                 self._by_ours.setdefault(rule.ours, []).append(rule)
                 self._by_theirs[rule.theirs] = rule
 
@@ -68,23 +81,29 @@ class Names:
 
     def layout(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Place]:
         """Their name of each parameter, and where it lies, for a model's own names and shapes."""
+        return max((table._layout(shapes) for table in self._tables), key=len)
+
+    def _layout(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Place]:
         places = {}
         for key, shape in shapes.items():
             for pattern, number, kind in _patterns(key):
                 for rule in self._by_ours.get(pattern, ()):
                     inputs = shapes.get(key.removesuffix(kind) + ".weight", (0, 0))[-1]
                     swap = rule.swap and shape[0] == 2 * inputs
-                    places[rule.theirs.replace("*", number) + kind] = Place(key, _rows(rule, shape[0], inputs), swap)
+                    place = Place(key, _rows(rule, shape[0], inputs), swap, rule.flat)
+                    places[rule.theirs.replace("*", number) + kind] = place
         return places
 
     def ours(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
         """Our names and shapes of a file's tensors under their names; what the table hasn't is left out."""
         found: dict[str, list[Sequence[int]]] = {}
+        table = self._table(shapes)
         for name, shape in shapes.items():
             for pattern, number, kind in _patterns(name):
-                rule = self._by_theirs.get(pattern)
+                rule = table._by_theirs.get(pattern)
                 if rule is not None:
-                    found.setdefault(rule.ours.replace("*", number) + kind, []).append(shape)
+                    whole = (math.prod(shape),) if rule.flat else shape
+                    found.setdefault(rule.ours.replace("*", number) + kind, []).append(whole)
         return {
             key: (sum(part[0] for part in parts), *parts[0][1:]) if all(parts) else () for key, parts in found.items()
         }
@@ -98,21 +117,28 @@ class Names:
 
         return [
             pattern.replace("*", "0")
-            for pattern in self._by_theirs
+            for pattern in self._table(given)._by_theirs
             if not has(pattern, "0") and ("*" not in pattern or has(pattern, "1"))
         ]
 
     def knows(self, name: str) -> bool:
-        """Whether the table has a tensor's name of theirs."""
+        """Whether a table has a tensor's name of theirs."""
+        return any(table._has(name) for table in self._tables)
+
+    def _has(self, name: str) -> bool:
         return any(pattern in self._by_theirs for pattern, _, _ in _patterns(name))
+
+    def _table(self, theirs: Collection[str]) -> Names:
+        """The one that counts for a file of these names."""
+        return max(self._tables, key=lambda table: sum(map(table._has, theirs)))
 
 
 def _rules(theirs: str, ours: str) -> Iterator[_Rule]:
-    swap = ours.endswith("~")
-    sides = [_expanded(theirs), _expanded(ours.removesuffix("~"))]
+    swap, flat = ours.endswith("~"), ours.endswith("|")
+    sides = [_expanded(theirs), _expanded(ours.rstrip("~|"))]
     for one, other in zip(*sides, strict=True):
         ours, _, part = other.partition("[")
-        yield _Rule(one, ours, part, swap)
+        yield _Rule(one, ours, part, swap, flat)
 
 
 def _expanded(pattern: str) -> list[str]:
@@ -141,5 +167,9 @@ def _patterns(name: str) -> Iterator[tuple[str, str, str]]:
 def _rows(rule: _Rule, rows: int, inputs: int) -> tuple[int, int] | None:
     if not rule.part:
         return None
+    if rule.part in _HEADS:
+        others = (rows - inputs) // 2
+        at = _HEADS.index(rule.part)
+        return (inputs + (at - 1) * others, others) if at else (0, inputs)
     first = int(rule.part.removesuffix(":")) * inputs
     return first, rows - first if rule.part.endswith(":") else inputs

@@ -67,7 +67,7 @@ class Block(nn.Module):
         self.attn = kit.SelfAttention(width, heads)
         self.cross_attn = kit.CrossAttention(width, heads)
         self.mlp = Mlp(width, hidden, width)
-        self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
+        self.scale_shift_table = kit.drawn(6, width)
 
     def forward(self, f: ForwardPass) -> None:
         """The image one block further; the modulation of all blocks is [B, 6, width]."""
@@ -97,7 +97,7 @@ class Final(nn.Module):
     def __init__(self, width: int, outputs: int) -> None:
         super().__init__()
         self.linear = nn.Linear(width, outputs)
-        self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
+        self.scale_shift_table = kit.drawn(2, width)
 
 
 class PixArt(DiT):

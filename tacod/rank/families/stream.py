@@ -110,9 +110,8 @@ class ForwardPass:
         while the others are computed. ``mask`` is what `SequenceParallel.in_order_of_ranks` gives. ``overlap`` says
         that something is computed before `Attention.start`.
         """
-        lengths = [length for stream, _ in projections for length in stream.lengths]
         streams = [project for _, project in projections]
-        attention = self.sequence.attend(streams, lengths, mask, overlap)
+        attention = self.sequence.attend(streams, [stream.lengths for stream, _ in projections], mask, overlap)
         return Attention(attention, [stream.size for stream, _ in projections])
 
     def modulate(self, layers: Sequence[Any], conditioning: Tensor) -> None:
@@ -128,12 +127,17 @@ class ForwardPass:
         return self._modulation[layer].chunk(parts, dim=-1)
 
     def join(self, *streams: Stream) -> Stream:
-        """From here on these streams are one, in this order; `image` must be the last."""
+        """From here on these streams are one, in this order; `image` must be the last.
+
+        Where one of them has segments, tokens of those without have the first row of a modulation.
+        """
         rotations = [stream.rotation for stream in streams if stream.rotation is not None]
+        segments = [stream.segments for stream in streams]
         joint = Stream(
             torch.cat([stream.tokens for stream in streams], dim=1),
             tuple(length for stream in streams for length in stream.lengths),
             Rotation.concatenate(rotations) if rotations else None,
+            _joined_segments(segments, [stream.size for stream in streams]),
         )
         self.joined = joint, list(streams)
         return joint
@@ -166,3 +170,12 @@ class ForwardPass:
         if self.joined is not None:
             return [self.joined[0]]
         return [value for value in vars(self).values() if isinstance(value, Stream)]
+
+
+def _joined_segments(segments: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor | None:
+    """Of streams of these sizes as one; None where none has any."""
+    given = next((each for each in segments if each is not None), None)
+    if given is None:
+        return None
+    parts = [given.new_zeros(size) if each is None else each for each, size in zip(segments, sizes, strict=True)]
+    return torch.cat(parts)

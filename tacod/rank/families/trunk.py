@@ -12,7 +12,7 @@ from tacod.rank.families.control import Control
 from tacod.rank.families.stream import ForwardPass
 from tacod.rank.parallel.sequence import SequenceParallel
 
-__all__ = ["BlockCache", "run_trunk"]
+__all__ = ["BlockCache", "finite", "run_trunk"]
 
 _LARGEST = torch.finfo(torch.float16).max
 
@@ -54,7 +54,8 @@ def run_trunk(
     for number, block in enumerate(blocks):
         block(f)
         if clamps and f.image.dtype == torch.float16:
-            _clamp(f)
+            for stream in f.streams:
+                stream.tokens = finite(stream.tokens)
         kind = kinds.get(id(block))
         if control is not None and kind is not None and control.find(*kind) is not None:
             control.add(*kind, f.sequence, f.image_tokens, sum(f.image.lengths))
@@ -78,7 +79,8 @@ def _added(after: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
     return added[0] if len(added) == 1 else torch.cat([each.flatten() for each in added])
 
 
-def _clamp(f: ForwardPass) -> None:
-    """Infinities and NaN become finite numbers."""
-    for stream in f.streams:
-        stream.tokens = torch.nan_to_num(stream.tokens, nan=0.0, posinf=_LARGEST, neginf=-_LARGEST)
+def finite(x: Tensor) -> Tensor:
+    """In fp16 infinities and NaN become finite numbers; other dtypes stay as they are."""
+    if x.dtype != torch.float16:
+        return x
+    return torch.nan_to_num(x, nan=0.0, posinf=_LARGEST, neginf=-_LARGEST)

@@ -4,7 +4,8 @@ A graph replays a forward's kernels and collectives without the host, which at 1
 GPUs run them. Nothing else changes: a graph is used only if its first replay equals, to the bit and on every rank, what
 the same inputs gave without it.
 
-With a step cache there is none: whether a forward skips its blocks is decided on the host.
+With a step cache there is none: whether a forward skips its blocks is decided on the host. Nor is there one of a family
+whose forwards ask the GPU for numbers, such as which experts tokens go to (`DiT.graphs`).
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class Forwards:
         if call.plan.step_cache:
             return self._cached(call)
         inputs = call.inputs
-        if not self.graphs or not inputs.latents[0].is_cuda or inputs.control is not None:
+        graphs = self.graphs and call.dit.graphs
+        if not graphs or not inputs.latents[0].is_cuda or inputs.control is not None:
             return self._run(call)
         kinds = self._kinds.setdefault(call.dit, OrderedDict())
         kind = (call.plan.layout, call.plan.attention, inputs.key)

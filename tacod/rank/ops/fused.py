@@ -1,6 +1,6 @@
 """What a block does between its matrices: in one pass by `kernels` on a GPU, by PyTorch's operations elsewhere.
 
-On a GPU these compute in fp32 and round once, so they are nearer to exact arithmetic than the operations one by one.
+Both compute in fp32 and round once, so they are nearer to exact arithmetic than the operations one by one in bf16.
 Under autograd, as in training, the operations are used everywhere.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tacod.rank.ops.norm import LAYER_NORM, Norm
 
@@ -15,6 +16,7 @@ __all__ = [
     "Residual",
     "add_gated",
     "add_gated_norm",
+    "gated_silu",
     "has_kernels",
     "norm_modulate",
 ]
@@ -42,11 +44,13 @@ def norm_modulate(
         from tacod.rank.ops import kernels
 
         return kernels.rows(x, None, norm, (shift, scale), segments)[1]
-    out = norm(x)
+    out = norm(x.float())
     if scale is not None:
-        scale = 1 + _rows(scale, segments)
-        return out * scale if shift is None else torch.addcmul(_rows(shift, segments), out, scale)
-    return out if shift is None else out + _rows(shift, segments)
+        factor = 1 + _rows(scale, segments)
+        out = out * factor if shift is None else torch.addcmul(_rows(shift, segments), out, factor)
+    elif shift is not None:
+        out = out + _rows(shift, segments)
+    return out.to(x.dtype)
 
 
 def add_gated(x: Tensor, gate: Tensor | None, y: Tensor, segments: Tensor | None = None) -> Tensor:
@@ -58,7 +62,7 @@ def add_gated(x: Tensor, gate: Tensor | None, y: Tensor, segments: Tensor | None
         from tacod.rank.ops import kernels
 
         return kernels.rows(x, (gate, y), segments=segments)[0]
-    return x + y if gate is None else x + _rows(gate, segments) * y
+    return (x.float() + (y if gate is None else _rows(gate, segments) * y.float())).to(x.dtype)
 
 
 def add_gated_norm(
@@ -80,8 +84,18 @@ def add_gated_norm(
     return x, norm_modulate(x, shift, scale, norm=norm, segments=segments)
 
 
+def gated_silu(one: Tensor, other: Tensor) -> Tensor:
+    """silu(one) * other, both [B, S, W]: what a SwiGLU (Shazeer, 2020, arXiv:2002.05202) has between its matrices."""
+    if has_kernels(one):
+        from tacod.rank.ops import kernels
+
+        return kernels.gated_silu(one, other)
+    return functional.silu(one) * other
+
+
 def _rows(modulation: Tensor, segments: Tensor | None) -> Tensor:
-    """A modulation [B, M, W] for each token; as it is if it has one row."""
+    """A modulation [B, M, W] in fp32 for each token; as it is if it has one row."""
+    modulation = modulation.float()
     return modulation if segments is None else modulation[:, segments]
 
 

@@ -15,10 +15,12 @@ from triton.language.extra.cuda import globaltimer
 
 from tacod.rank.ops.norm import Norm
 
-__all__ = ["barrier", "copy", "count_time", "dequantize", "merge", "pack", "quantize", "rows"]
+__all__ = ["barrier", "copy", "count_time", "dequantize", "gated_silu", "merge", "pack", "quantize", "rows"]
 
 _HEADS = 8, 4
 """Heads that one program of `pack` handles: the more, the wider it stores."""
+_GATED = 2048
+"""The most channels that one program of `gated_silu` handles."""
 _MERGED = 8
 """Heads of tokens that one program of `merge` handles."""
 _NUMBERS = 4096
@@ -105,6 +107,31 @@ def rows(
             num_warps=8 if width > 1024 else 4,
         )  # fmt: skip
     return total, normed
+
+
+@triton.jit(do_not_specialize=["one_row", "other_row"])
+def _gated_silu(one, other, out, width, one_row, other_row, BLOCK: tl.constexpr):
+    """Some channels of one token: silu(one) * other."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    first = tl.load(one + row * one_row + column, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(other + row * other_row + column, mask=inside, other=0.0).to(tl.float32)
+    value = first * tl.sigmoid(first) * second
+    tl.store(out + row * width + column, value.to(out.dtype.element_ty), mask=inside)
+
+
+def gated_silu(one: Tensor, other: Tensor) -> Tensor:
+    """silu(one) * other, both [B, S, W]; they may be parts of wider rows."""
+    rows, others = (_dense(each).flatten(0, -2) for each in (one, other))
+    out = torch.empty(one.shape, dtype=one.dtype, device=one.device)
+    count, width = rows.shape
+    block = min(triton.next_power_of_2(width), _GATED)
+    if out.numel():
+        _gated_silu[(count, triton.cdiv(width, block))](
+            rows, others, out, width, rows.stride(0), others.stride(0), BLOCK=block
+        )
+    return out
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["LAYER_NORM", "Norm"]
+__all__ = ["LAYER_NORM", "Norm", "rms_norm"]
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
+    """RMS norm of ``x`` [..., W] (Zhang and Sennrich, 2019, arXiv:1910.07467); the dtype stays.
+
+    A ``weight`` of another dtype, such as fp32, counts in fp32, and the product is rounded once.
+    """
+    if weight is None or weight.dtype == x.dtype:
+        return functional.rms_norm(x, x.shape[-1:], weight, epsilon)
+    return functional.rms_norm(x.float(), x.shape[-1:], weight.float(), epsilon).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -26,8 +36,9 @@ class Norm:
     def __call__(self, x: Tensor) -> Tensor:
         """Normalise ``x`` [..., W]; the dtype stays."""
         if self.kind == "rms":
-            return functional.rms_norm(x, x.shape[-1:], self.weight, self.epsilon)
-        return functional.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.epsilon)
+            return rms_norm(x, self.weight, self.epsilon)
+        weight, bias = (None if each is None else each.to(x.dtype) for each in (self.weight, self.bias))
+        return functional.layer_norm(x, x.shape[-1:], weight, bias, self.epsilon)
 
 
 LAYER_NORM = Norm()

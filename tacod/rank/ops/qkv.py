@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from tacod.plan import chunks
 from tacod.rank.ops.fused import has_kernels
+from tacod.rank.ops.norm import rms_norm
 
 __all__ = ["QKV", "HeadShare", "QKNorm", "Rotation", "copy_heads", "deal_heads"]
 
@@ -158,8 +158,8 @@ class QKV:
         else:
             q, k, v = self.projected
         if self.norm is not None and self.norm.across_heads:
-            q = functional.rms_norm(q, q.shape[-1:], self.norm.query, self.norm.epsilon)
-            k = functional.rms_norm(k, k.shape[-1:], self.norm.key, self.norm.epsilon)
+            q = rms_norm(q, self.norm.query, self.norm.epsilon)
+            k = rms_norm(k, self.norm.key, self.norm.epsilon)
         q, k, v = (torch.unflatten(each, -1, (n, -1)) for each, n in zip((q, k, v), counts, strict=True))
         return q, k, v
 
@@ -167,8 +167,8 @@ class QKV:
         """Queries [B, S, heads, D], keys and values [B, S, kv_heads, D], normed and rotated; differentiable."""
         q, k, v = self._by_heads()
         if self.norm is not None and not self.norm.across_heads:
-            q = functional.rms_norm(q, q.shape[-1:], self.norm.query, self.norm.epsilon)
-            k = functional.rms_norm(k, k.shape[-1:], self.norm.key, self.norm.epsilon)
+            q = rms_norm(q, self.norm.query, self.norm.epsilon)
+            k = rms_norm(k, self.norm.key, self.norm.epsilon)
         if self.rotation is not None:
             q, k = self.rotation.apply(q), self.rotation.apply(k)
         return q, k, v

@@ -42,7 +42,7 @@ class JointAttention:
         self,
         ranks: Ranks,
         streams: Sequence[Callable[[], QKV]],
-        lengths: Sequence[int],
+        lengths: Sequence[Sequence[int]],
         mask: Tensor | None,
         overlap: bool = False,
     ) -> None:
@@ -53,9 +53,7 @@ class JointAttention:
         self._ranks, self._mask = ranks, mask
         self._exchange: Exchange | None = None
         self._started = False
-        counts = [ranks.sizes(length) for length in lengths]
-        if len(streams) < len(lengths):
-            counts = [[sum(each) for each in zip(*counts, strict=True)]]
+        counts = [[sum(each) for each in zip(*map(ranks.sizes, parts), strict=True)] for parts in lengths]
         size = ranks.ulysses.size
         runs = [[each[i : i + size] for each in counts] for i in range(0, len(counts[0]), size)]
         self._tokens = [sum(map(sum, run)) for run in runs]

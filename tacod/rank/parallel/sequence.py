@@ -83,15 +83,19 @@ class SequenceParallel:
     def attend(
         self,
         streams: Sequence[Callable[[], QKV]],
-        lengths: Sequence[int],
+        lengths: Sequence[int | tuple[int, ...]],
         mask: Tensor | None = None,
         overlap: bool = False,
     ) -> JointAttention:
         """Begin attention over the whole joint sequence, for this rank's tokens.
 
-        ``streams`` give this rank's chunks, and ``lengths`` are the streams' whole token counts; a single one may be of
-        all streams together. The gathered sequence is in the order of ranks, not of streams. It needs no sorting, for
-        attention is equivariant under permutations of its tokens, and each rank gets its own tokens back. A ``mask`` is
-        what `in_order_of_ranks` gives. ``overlap`` says that the caller computes something before the handle's `start`.
+        ``streams`` give this rank's chunks, and ``lengths`` are the streams' whole token counts: several of a stream
+        whose parts were sharded each by itself; a single stream may be of all parts together. The gathered sequence is
+        in the order of ranks, not of streams. It needs no sorting, for attention is equivariant under permutations of
+        its tokens, and each rank gets its own tokens back. A ``mask`` is what `in_order_of_ranks` gives. ``overlap``
+        says that the caller computes something before the handle's `start`.
         """
-        return JointAttention(self, streams, lengths, mask, overlap)
+        parts = [length if isinstance(length, tuple) else (length,) for length in lengths]
+        if len(streams) == 1:
+            parts = [tuple(length for part in parts for length in part)]
+        return JointAttention(self, streams, parts, mask, overlap)

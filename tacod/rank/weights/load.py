@@ -86,7 +86,7 @@ def load_model(
         # No forward looks at it: diffusers' files have none.
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner).register_buffer(leaf, torch.zeros(wanted.pop(name), dtype=dtype, device=device))
-    scales = _check(checkpoint, wanted)
+    scales = _check(checkpoint, wanted, family.beside)
     if others := checkpoint.others:
         _log.info("%s: %d tensors are other modules', and left out: %s", checkpoint.path, len(others), some(others))
     sizes = {name: sum(part.stop - part.start for part in checkpoint.parts[name]) for name in wanted}
@@ -107,8 +107,13 @@ def load_model(
     return model.eval().requires_grad_(False)
 
 
-def _check(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """Compare a file's tensors with those that are wanted; returns the names of the weights' scales."""
+def _check(
+    checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]], beside: tuple[str, ...] = ()
+) -> dict[str, str]:
+    """Compare a file's tensors with those that are wanted; returns the names of the weights' scales.
+
+    Those whose names begin with one of ``beside`` aren't looked at.
+    """
     absent = [name for name in wanted if name not in checkpoint.tensors]
     if absent:
         if len(absent) == len(wanted):
@@ -119,6 +124,7 @@ def _check(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]) -> dic
         raise ModelCorrupt(f"{checkpoint.path} lacks {some(absent)}; download the file again")
     scales, unknown = _sort_out(checkpoint, wanted)
     # Behind a prefix that was taken off, all is the model's.
+    unknown = [name for name in unknown if not name.startswith(beside)]
     if unknown:
         raise ModelUnsupported(
             f"{checkpoint.path} has tensors that this family doesn't use: {some(unknown)}; "
@@ -251,7 +257,7 @@ def _find(model: nn.Module, key: str) -> tuple[Any, str]:
 
 def quantize_blocks(model: DiT) -> None:
     """Have the matrices of the blocks multiplied in 8 bits, but for the modulations, which see one token an image."""
-    spared = set(map(id, model.modulating))
+    spared = {id(layer) for modulating in model.modulating for layer in modulating.modules()}
     for blocks in model.blocks_at:
         for name, layer in list(model.get_submodule(blocks).named_modules(prefix=blocks)):
             linear = isinstance(layer, nn.Linear | QuantizedLinear) and id(layer) not in spared

@@ -66,9 +66,7 @@ _REFUSED = {
 _STRANGERS = {
     re.compile(r"(down|up|input|output|mid|middle)_blocks?[._]"): "a UNet (Stable Diffusion 1.x, 2.x or XL)",
     re.compile(r"joint_transformer_blocks[._]|double_layers[._]"): "AuraFlow",
-    re.compile(r"(context|noise)_refiner[._]"): "Lumina 2 or Z-Image",
     re.compile(r"(^|[._])blocks[._]\d+[._](cross|self)_attn"): "Wan",
-    re.compile(r"transformer_blocks[._]\d+[._](img|txt)_m(lp|od)"): "Qwen-Image",
 }
 """Marks in LoRA files for what no family here runs; a family's own are its `DiT.lora_marks`."""
 _SHOWN = 8

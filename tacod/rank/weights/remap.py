@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -122,8 +123,9 @@ def rename(checkpoint: Checkpoint, canonical: Callable[[str], str]) -> Checkpoin
 
 def _fuse(checkpoint: Checkpoint, key: str, places: Mapping[str, Place]) -> TensorInfo:
     infos = [checkpoint.tensors[name] for name in places]
-    if len(infos) == 1 and next(iter(places.values())).rows is None:
-        return infos[0]
+    first = next(iter(places.values()))
+    if len(infos) == 1 and first.rows is None:
+        return infos[0]._replace(shape=(math.prod(infos[0].shape),)) if first.flat else infos[0]
     row = 0
     for (name, place), info in zip(places.items(), infos, strict=True):
         assert place.rows is not None

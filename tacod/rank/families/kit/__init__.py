@@ -2,12 +2,12 @@
 
 from tacod.rank.families.kit.attention import CrossAttention, QKNormWeights, SelfAttention, attend_replicated
 from tacod.rank.families.kit.embed import MLPEmbedder, sinusoid
-from tacod.rank.families.kit.grid import Grid, PatchEmbed
+from tacod.rank.families.kit.grid import Grid, PatchEmbed, line
 from tacod.rank.families.kit.masks import drop_hidden
 from tacod.rank.families.kit.mlp import feed_forward
 from tacod.rank.families.kit.mmdit import DoubleBlock, SingleBlock, after_attention, join_streams
-from tacod.rank.families.kit.modulation import AdaLN, FinalLayer, Modulation
-from tacod.rank.families.kit.references import REFERENCE_METHODS, ROPE_OPTIONS, image_positions
+from tacod.rank.families.kit.modulation import AdaLN, FinalLayer, Modulation, drawn
+from tacod.rank.families.kit.references import REFERENCE_METHODS, ROPE_OPTIONS, image_positions, reference_origins
 from tacod.rank.families.kit.rope import rope
 
 __all__ = [
@@ -26,10 +26,13 @@ __all__ = [
     "SingleBlock",
     "after_attention",
     "attend_replicated",
+    "drawn",
     "drop_hidden",
     "feed_forward",
     "image_positions",
     "join_streams",
+    "line",
+    "reference_origins",
     "rope",
     "sinusoid",
 ]

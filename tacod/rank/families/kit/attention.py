@@ -25,7 +25,8 @@ def register(module: nn.Module, name: str, value: nn.Module | nn.Parameter) -> N
     if isinstance(value, nn.Parameter):
         owner.register_parameter(leaf, value)
     else:
-        owner.add_module(leaf, value)
+        # Not by add_module, which refuses the name of a property: a Modulation's layer may be called "linear".
+        owner._modules[leaf] = value
 
 
 def find(module: nn.Module, name: str) -> Any:

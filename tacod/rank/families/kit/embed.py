@@ -14,12 +14,13 @@ from tacod.rank.families.kit.attention import find, register
 __all__ = ["MLPEmbedder", "sinusoid"]
 
 
-def sinusoid(t: Tensor, width: int = 256) -> Tensor:
+def sinusoid(t: Tensor, width: int = 256, scale: float = 1.0) -> Tensor:
     """The sinusoidal embedding of ``t`` [...], computed and returned in fp32 [..., width]: cosines, then sines.
 
     Vaswani et al., 2017, as in guided-diffusion. Rounding ``t`` to bf16 before it costs tens of percent of accuracy.
+    ``scale`` multiplies the angles, not ``t``: of angles up to 1000 the order of the products shows in the output.
     """
-    angles = t.float()[..., None] * _frequencies(width // 2, t.device)
+    angles = scale * (t.float()[..., None] * _frequencies(width // 2, t.device))
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
@@ -34,13 +35,23 @@ def _frequencies(count: int, device: torch.device) -> Tensor:
 
 
 class MLPEmbedder(nn.Module):
-    """Two linear layers with SiLU between, [..., inputs] to [..., width], named as the authors' files name them."""
+    """Two linear layers with SiLU between, [..., inputs] to [..., width], named as the authors' files name them.
 
-    def __init__(self, inputs: int, width: int, names: tuple[str, str] = ("mlp.0", "mlp.2"), bias: bool = True) -> None:
+    ``hidden`` channels are between them, by default ``width``.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        width: int,
+        names: tuple[str, str] = ("mlp.0", "mlp.2"),
+        bias: bool = True,
+        hidden: int | None = None,
+    ) -> None:
         super().__init__()
         self._names = names
-        register(self, names[0], nn.Linear(inputs, width, bias=bias))
-        register(self, names[1], nn.Linear(width, width, bias=bias))
+        register(self, names[0], nn.Linear(inputs, hidden or width, bias=bias))
+        register(self, names[1], nn.Linear(hidden or width, width, bias=bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed vectors of the compute dtype."""
@@ -48,7 +59,7 @@ class MLPEmbedder(nn.Module):
         embedded: Tensor = second(functional.silu(first(x)))
         return embedded
 
-    def numbers(self, t: Tensor, dtype: torch.dtype, width: int = 256) -> Tensor:
+    def numbers(self, t: Tensor, dtype: torch.dtype, width: int = 256, scale: float = 1.0) -> Tensor:
         """Embed numbers [...] by their `sinusoid`, which is cast to ``dtype``: [..., width of this embedder]."""
-        embedded: Tensor = self(sinusoid(t, width).to(dtype))
+        embedded: Tensor = self(sinusoid(t, width, scale).to(dtype))
         return embedded

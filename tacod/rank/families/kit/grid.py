@@ -56,13 +56,17 @@ class Grid:
             padding[2 * at + 1] = -side % size
         return functional.pad(latent, padding, mode="circular") if any(padding) else latent
 
-    def patches(self, latent: Tensor) -> Tensor:
-        """The latent's patches in order, [B, N, C * patch]: a channel's numbers lie together."""
+    def patches(self, latent: Tensor, channels_last: bool = False) -> Tensor:
+        """The latent's patches in order, [B, N, C * patch].
+
+        A channel's numbers lie together, or with ``channels_last`` a pixel's channels.
+        """
         latent = self.pad(latent)
         for at, (count, size) in enumerate(zip(self.counts, self.patch, strict=True)):
             latent = torch.unflatten(latent, 2 + 2 * at, (count, size))
         dims = len(self.sides)
-        order = [0, *range(2, 2 + 2 * dims, 2), 1, *range(3, 3 + 2 * dims, 2)]
+        rows, pixels = range(2, 2 + 2 * dims, 2), range(3, 3 + 2 * dims, 2)
+        order = [0, *rows, *pixels, 1] if channels_last else [0, *rows, 1, *pixels]
         return latent.permute(order).flatten(1, dims).flatten(2)
 
     def latent(self, patches: Tensor, channels_last: bool = False) -> Tensor:

@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
+from tacod.rank.ops.fused import gated_silu
 from tacod.rank.ops.linear import linear_gelu
 
-__all__ = ["feed_forward"]
+__all__ = ["activated", "feed_forward"]
 
 
 def feed_forward(first: Any, second: Any, x: Tensor, activation: str = "gelu", gate: Any = None) -> Tensor:
@@ -23,16 +24,20 @@ def feed_forward(first: Any, second: Any, x: Tensor, activation: str = "gelu", g
             arXiv:2002.05202), which is silu of one half, or of ``first``, times the other half, or ``gate``.
         gate: The layer that the activation is multiplied by, where files have it apart.
     """
-    if activation == "gelu":
-        hidden = linear_gelu(first, x)
-    elif activation == "gelu_exact":
-        hidden = functional.gelu(first(x))
-    elif activation == "silu":
-        hidden = functional.silu(first(x))
-    elif activation == "swiglu":
-        one, other = first(x).chunk(2, dim=-1) if gate is None else (first(x), gate(x))
-        hidden = functional.silu(one) * other
-    else:
-        raise ValueError(f"activation: {activation!r} is none of gelu, gelu_exact, silu and swiglu")
-    out: Tensor = second(hidden)
+    out: Tensor = second(activated(first, x, activation, gate))
     return out
+
+
+def activated(first: Any, x: Tensor, activation: str, gate: Any = None) -> Tensor:
+    """What `feed_forward` has between its layers: activation(first(x)), of the hidden width."""
+    if activation == "gelu":
+        return linear_gelu(first, x)
+    hidden: Tensor = first(x)
+    if activation == "gelu_exact":
+        return functional.gelu(hidden)
+    if activation == "silu":
+        return functional.silu(hidden)
+    if activation == "swiglu":
+        one, other = hidden.chunk(2, dim=-1) if gate is None else (hidden, gate(x))
+        return gated_silu(one, other)
+    raise ValueError(f"activation: {activation!r} is none of gelu, gelu_exact, silu and swiglu")

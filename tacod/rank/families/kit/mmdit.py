@@ -2,6 +2,10 @@
 
 Double blocks after Esser et al., 2024 (arXiv:2403.03206), single blocks after Dehghani et al., 2023
 (arXiv:2302.05442), as Flux.1 has both. Parameters are named as in its authors' files.
+
+Both read of the forward ``f.mask``, the attention's mask or None, and ``f.epsilon``, that of the norms of queries and
+keys; without modulation layers of their own also ``f.modulations``, which has for each block shift, scale and gate of
+each of its branches: of a double block a pair, the text's and the image's.
 """
 
 from __future__ import annotations
@@ -12,59 +16,91 @@ from typing import Any
 from torch import Tensor, nn
 
 from tacod.rank.families.kit.attention import QKNormWeights, SelfAttention
-from tacod.rank.families.kit.mlp import feed_forward
+from tacod.rank.families.kit.mlp import activated, feed_forward
 from tacod.rank.families.kit.modulation import Modulation
 from tacod.rank.families.stream import ForwardPass, Stream
-from tacod.rank.ops.linear import linear_gelu, split_inputs, split_outputs
+from tacod.rank.ops.linear import split_inputs, split_outputs
 from tacod.rank.ops.qkv import QKV, QKNorm
 
 __all__ = ["DoubleBlock", "SingleBlock", "after_attention", "join_streams"]
 
 
 def after_attention(
-    stream: Stream, modulation: Sequence[Tensor], attention: SelfAttention, attended: Tensor, first: Any, second: Any
+    stream: Stream,
+    modulation: Sequence[Tensor],
+    attention: SelfAttention,
+    attended: Tensor,
+    first: Any,
+    second: Any,
+    activation: str = "gelu",
 ) -> None:
     """A stream's second half of a block: its attention's output, then its MLP, each gated.
 
-    ``modulation`` is shift, scale and gate, twice; ``first`` and ``second`` are the layers of the MLP.
+    ``modulation`` is shift, scale and gate, twice; ``first``, ``second`` and ``activation`` are of the MLP, as in
+    `feed_forward`.
     """
     stream.add(modulation[2], attention.project(attended))
-    stream.add(modulation[5], feed_forward(first, second, stream.normed(*modulation[3:5])))
+    stream.add(modulation[5], feed_forward(first, second, stream.normed(*modulation[3:5]), activation))
 
 
 class DoubleBlock(nn.Module):
-    """Text and image, each with its own weights, in one attention: ``f.text`` and ``f.image``.
-
-    ``f.mask`` is the attention's mask or None, ``f.epsilon`` that of the norms of queries and keys.
-    """
+    """Text and image, each with its own weights, in one attention: ``f.text`` and ``f.image``."""
 
     img_mod: Modulation
     img_attn: SelfAttention
-    img_mlp: nn.Sequential
+    img_mlp: nn.ModuleDict
     txt_mod: Modulation
     txt_attn: SelfAttention
-    txt_mlp: nn.Sequential
+    txt_mlp: nn.ModuleDict
 
-    def __init__(self, width: int, heads: int, hidden: int, qkv_bias: bool = True) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        qkv_bias: bool = True,
+        *,
+        bias: bool = True,
+        activation: str = "gelu",
+        modulated: bool = True,
+    ) -> None:
+        """Make the layers.
+
+        Args:
+            width: Channels of a token.
+            heads: Attention heads.
+            hidden: Channels within the MLP.
+            qkv_bias: Whether the projections to queries, keys and values have biases.
+            bias: Whether the layers after them have.
+            activation: Of the MLP: ``"gelu"`` or ``"swiglu"``, both as in `feed_forward`.
+            modulated: Whether it has modulation layers of its own.
+        """
         super().__init__()
+        self.activation, self.modulated = activation, modulated
         norms = "norm.query_norm.scale", "norm.key_norm.scale"
         for stream in ("img", "txt"):
-            self.add_module(f"{stream}_mod", Modulation(width, 6 * width))
-            attention = SelfAttention(width, heads, norm="head", norms=norms, bias=qkv_bias)
+            if modulated:
+                self.add_module(f"{stream}_mod", Modulation(width, 6 * width))
+            attention = SelfAttention(width, heads, norm="head", norms=norms, bias=qkv_bias, out_bias=bias)
             self.add_module(f"{stream}_attn", attention)
-            mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+            first = nn.Linear(width, _outputs(hidden, activation), bias=bias)
+            mlp = nn.ModuleDict({"0": first, "2": nn.Linear(hidden, width, bias=bias)})
             self.add_module(f"{stream}_mlp", mlp)
 
     def forward(self, f: ForwardPass) -> None:
         """Text and image one block further."""
-        text, image = f.modulation(self.txt_mod.linear, 6), f.modulation(self.img_mod.linear, 6)
+        if self.modulated:
+            text, image = f.modulation(self.txt_mod.linear, 6), f.modulation(self.img_mod.linear, 6)
+        else:
+            text, image = f.modulations[self]
         to_text, to_image = f.attend(
             (f.text, lambda: self.txt_attn(f.text.normed(*text[:2]), f.text.rotation, f.epsilon)),
             (f.image, lambda: self.img_attn(f.image.normed(*image[:2]), f.image.rotation, f.epsilon)),
             mask=f.mask,
         ).wait()
-        after_attention(f.image, image, self.img_attn, to_image, self.img_mlp[0], self.img_mlp[2])
-        after_attention(f.text, text, self.txt_attn, to_text, self.txt_mlp[0], self.txt_mlp[2])
+        image_mlp, text_mlp = self.img_mlp, self.txt_mlp
+        after_attention(f.image, image, self.img_attn, to_image, image_mlp["0"], image_mlp["2"], self.activation)
+        after_attention(f.text, text, self.txt_attn, to_text, text_mlp["0"], text_mlp["2"], self.activation)
 
 
 def join_streams(f: ForwardPass) -> None:
@@ -75,13 +111,24 @@ def join_streams(f: ForwardPass) -> None:
 class SingleBlock(nn.Module):
     """Attention and feed-forward side by side, on text and image as one sequence: ``f.joint``."""
 
-    def __init__(self, width: int, heads: int, hidden: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        *,
+        bias: bool = True,
+        activation: str = "gelu",
+        modulated: bool = True,
+    ) -> None:
+        """Make the layers; see `DoubleBlock`."""
         super().__init__()
-        self.linear1 = nn.Linear(width, 3 * width + hidden)
-        self.linear2 = nn.Linear(width + hidden, width)
+        self.linear1 = nn.Linear(width, 3 * width + _outputs(hidden, activation), bias=bias)
+        self.linear2 = nn.Linear(width + hidden, width, bias=bias)
         self.norm = QKNormWeights(width // heads, width // heads, ("query_norm.scale", "key_norm.scale"))
-        self.modulation = Modulation(width, 3 * width)
-        self.heads, self.width = heads, width
+        if modulated:
+            self.modulation = Modulation(width, 3 * width)
+        self.heads, self.width, self.activation, self.modulated = heads, width, activation, modulated
 
     def forward(self, f: ForwardPass) -> None:
         """All tokens one block further.
@@ -89,7 +136,7 @@ class SingleBlock(nn.Module):
         Both matrices are used in two parts, so that the feed-forward is computed while queries, keys and values travel,
         and the larger part of the second matrix while what was attended to comes back.
         """
-        shift, scale, gate = f.modulation(self.modulation.linear, 3)
+        shift, scale, gate = f.modulation(self.modulation.linear, 3) if self.modulated else f.modulations[self]
         normed = f.joint.normed(shift, scale)
         to_heads, to_hidden = split_outputs(self.linear1, 3 * self.width)
         from_hidden, from_heads = split_inputs(self.linear2, self.width)
@@ -97,8 +144,13 @@ class SingleBlock(nn.Module):
         attention = f.attend(
             (f.joint, lambda: QKV(to_heads(normed), self.heads, norm, f.joint.rotation)), mask=f.mask, overlap=True
         )
-        hidden = linear_gelu(to_hidden, normed)
+        hidden = activated(to_hidden, normed, self.activation)
         attention.start()
         out = from_hidden(hidden)
         (attended,) = attention.wait()
         f.joint.add(gate, from_heads(attended, out))
+
+
+def _outputs(hidden: int, activation: str) -> int:
+    """Of an MLP's first layer, for so many channels behind the activation."""
+    return 2 * hidden if activation == "swiglu" else hidden

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tacod.rank.families.kit.attention import find, register
 from tacod.rank.families.stream import ForwardPass
 from tacod.rank.ops.norm import LAYER_NORM, Norm
 
-__all__ = ["AdaLN", "FinalLayer", "Modulation"]
+__all__ = ["AdaLN", "FinalLayer", "Modulation", "drawn"]
+
+
+def drawn(rows: int, width: int) -> nn.Parameter:
+    """A table that is added to modulations, of small random numbers; files replace it.
+
+    None are drawn for a model without memory: for that torch would import its compiler, which takes seconds.
+    """
+    table = torch.empty(rows, width)
+    return nn.Parameter(table if table.is_meta else table.normal_(std=width**-0.5))
 
 
 class Modulation(nn.Module):

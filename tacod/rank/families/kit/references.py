@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from tacod.rank.families.kit.grid import Grid
 
-__all__ = ["REFERENCE_METHODS", "ROPE_OPTIONS", "image_positions"]
+__all__ = ["REFERENCE_METHODS", "ROPE_OPTIONS", "image_positions", "reference_origins"]
 
 REFERENCE_METHODS = ("offset", "index", "uxo")
 """Where references lie: beside each other on a plane of their own, as Kontext was trained; each on its own plane; or
@@ -32,7 +32,7 @@ def image_positions(
         device: Where the positions are made.
     """
     positions = []
-    origins = [(0.0, 0, 0), *_reference_origins(grids, method, index_scale)]
+    origins = [(0.0, 0, 0), *reference_origins(grids, method, index_scale)]
     for grid, (index, top, left), each in zip(grids, origins, options, strict=True):
         origin = top + each.get("shift_y", 0.0), left + each.get("shift_x", 0.0)
         places = grid.positions(origin, (each.get("scale_y", 1.0), each.get("scale_x", 1.0)), device)
@@ -40,14 +40,17 @@ def image_positions(
     return torch.cat(positions)
 
 
-def _reference_origins(grids: Sequence[Grid], method: str, index_scale: float) -> list[tuple[float, int, int]]:
-    """Of each reference its index, and the row and column of its first patch."""
-    patch = grids[0].patch[0]
-    rows, columns = grids[0].counts
+def reference_origins(grids: Sequence[Grid], method: str, index_scale: float) -> list[tuple[float, int, int]]:
+    """Of each reference its index, and the row and column of its first patch.
+
+    Of ``grids``, the image's first, the last two sides count. See `image_positions` for the rest.
+    """
+    patch = grids[0].patch[-1]
+    rows, columns = grids[0].counts[-2:]
     origins: list[tuple[float, int, int]] = []
     tall, wide = (rows * patch, columns * patch) if method == "uxo" else (0, 0)
     for number, reference in enumerate(grids[1:], start=1):
-        height, width = reference.sides
+        height, width = reference.sides[-2:]
         if method == "index":
             origins.append((index_scale * number, 0, 0))
             continue

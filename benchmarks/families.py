@@ -1,0 +1,232 @@
+"""Published models on one GPU by ComfyUI's own network, and by ours on one to all, in one run.
+
+    [COMFYUI_PATH=…] python benchmarks/families.py [--ranks 1,2,3,4] [--models flux,z_image] [--rounds 7]
+
+Each has random bf16 weights, the same for all. Ours runs as in the daemon, by CUDA graphs and with the planner's
+layout. Errors are relative to our forward in fp32 on one GPU, where that has room. On a CPU the models are cut to a
+block or two, and ComfyUI's network is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from published import PUBLISHED, Published, build, fill, make_inputs
+from torch import Tensor, multiprocessing
+
+from tacod.group.processes import ON_GPUS
+from tacod.plan import AUTO, Shape, make_plan
+from tacod.rank.comm import process_groups
+from tacod.rank.comm.select import reach
+from tacod.rank.families import detect
+from tacod.rank.families.base import DiT
+from tacod.rank.forward.graphs import Forwards
+from tacod.rank.forward.run import Call
+from tacod.rank.parallel.sequence import SequenceParallel
+from tacod.rank.parallel.topology import Topology
+
+WARM_UPS = 4
+"""Forwards before one is measured: as they come, captured, and replayed."""
+ROOM = 0.6
+"""The part of a GPU's memory that fp32 weights may take."""
+
+
+def main() -> None:
+    """Run ComfyUI's networks, then ours on each number of ranks, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", default=",".join(str(n + 1) for n in range(torch.cuda.device_count() or 2)))
+    parser.add_argument("--models", default=",".join(PUBLISHED))
+    parser.add_argument("--sizes", default="", help="sides in pixels; by default each model's own")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--comfyui", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.comfyui:
+        comfyui(args)
+        return
+    os.environ.update(ON_GPUS)
+    counts = list(map(int, args.ranks.split(",")))
+    with tempfile.TemporaryDirectory() as folder:
+        args.folder = folder
+        for count in counts:
+            rendezvous = f"{folder}/rendezvous{count}"
+            multiprocessing.spawn(rank_main, (args, count, rendezvous), count)  # type: ignore[no-untyped-call]
+            if count == counts[0] and "COMFYUI_PATH" in os.environ and torch.cuda.is_available():
+                for name in args.models.split(","):
+                    sys.stdout.flush()
+                    subprocess.run([sys.executable, *sys.argv, "--folder", folder, "--comfyui", name], check=False)
+        show(args, counts, Path(folder))
+
+
+def cases(args: argparse.Namespace) -> list[tuple[str, int]]:
+    """Each model with each size."""
+    sizes = list(map(int, args.sizes.split(","))) if args.sizes else []
+    return [(name, size) for name in args.models.split(",") for size in sizes or PUBLISHED[name].sizes]
+
+
+def times_of(forward: Callable[[], Any], rounds: int) -> float:
+    """The median of so many forwards, in ms."""
+    took = []
+    for number in range(WARM_UPS + rounds):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        forward()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if number >= WARM_UPS:
+            took.append((time.perf_counter() - started) * 1000)
+    return statistics.median(took)
+
+
+def note(folder: str, name: str, size: int, kind: str, **values: Any) -> None:
+    """Keep what was found of one case."""
+    Path(folder, f"{name}.{size}.{kind}.json").write_text(json.dumps(values))
+
+
+def error_of(folder: str, name: str, size: int, out: Tensor) -> float | None:
+    """How far an output is from that in fp32, if there is one."""
+    file = Path(folder, f"{name}.{size}.exact.pt")
+    if not file.exists():
+        return None
+    exact = torch.load(file)
+    return float((out.float().cpu() - exact).norm() / exact.norm())
+
+
+def rank_main(rank: int, args: argparse.Namespace, count: int, rendezvous: str) -> None:
+    """One rank's life; rank 0 keeps what is found."""
+    cuda = torch.cuda.is_available()
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
+    make_group = process_groups.join(device, rank, count, rendezvous, local_rank=rank if cuda else 0)
+    forwards = Forwards(Topology(rank, count, make_group, reach if cuda else None))
+    with torch.inference_mode():
+        for name in args.models.split(","):
+            if count == 1:
+                keep_exact(args, name, device)
+            model = build(name, device, torch.bfloat16 if cuda else torch.float32)
+            for size in (size for each, size in cases(args) if each == name):
+                inputs = model.prepare(make_inputs(name, model, size, device))
+                shape = Shape(model.heads, model.width, inputs.batch, model.lengths(inputs))
+                call = Call(model, make_plan(AUTO, count, shape), inputs)
+                ms = times_of(lambda call=call: forwards(call), args.rounds)  # type: ignore[misc]
+                if rank == 0:
+                    out = forwards(call)
+                    error = error_of(args.folder, name, size, out)
+                    memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+                    plan = str(call.plan)
+                    note(args.folder, name, size, str(count), ms=ms, error=error, memory=memory, plan=plan)
+                    print(f"{name} {size}² on {count}: {ms:.1f} ms, {plan}", flush=True)
+                else:
+                    forwards(call)
+                forwards.clear()
+            del model, call, inputs
+            if cuda:
+                torch.cuda.empty_cache()
+    process_groups.leave()
+
+
+def keep_exact(args: argparse.Namespace, name: str, device: torch.device) -> None:
+    """Keep the inputs in the compute dtype, and the output in fp32 if there is room for it."""
+    low = torch.bfloat16 if device.type == "cuda" else torch.float32
+    parameters = sum(value.numel() for value in _shaped(PUBLISHED[name], device).values())
+    fits = device.type == "cpu" or 4 * parameters < ROOM * torch.cuda.mem_get_info()[1]
+    model = build(name, device if fits else torch.device("meta"), low)
+    if fits:
+        # The same rounded weights, computed with in fp32.
+        model = model.float()
+    for size in (size for each, size in cases(args) if each == name):
+        # A model on the meta device has arguments and sizes.
+        inputs = make_inputs(name, model, size, device).map(lambda each: each.to(low) if each.ndim > 1 else each)
+        torch.save({key: value.cpu() for key, value in inputs.items()}, f"{args.folder}/{name}.{size}.inputs.pt")
+        if fits:
+            exact = model.run(SequenceParallel(), model.prepare(inputs.map(torch.Tensor.float)))
+            torch.save(exact.float().cpu(), f"{args.folder}/{name}.{size}.exact.pt")  # type: ignore[union-attr]
+    del model
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _shaped(model: Published, device: torch.device) -> dict[str, Tensor]:
+    family, config = detect({}, {**model.config, **(model.cut if device.type == "cpu" else {})})
+    with torch.device("meta"):
+        return family(config).state_dict()
+
+
+def comfyui(args: argparse.Namespace) -> None:
+    """ComfyUI's network of one model, in a process of its own."""
+    sys.argv = sys.argv[:1]
+    sys.path.insert(0, os.environ["COMFYUI_PATH"])
+    from comfy import supported_models
+
+    name = args.comfyui
+    model = PUBLISHED[name]
+    device = torch.device("cuda")
+    config = getattr(supported_models, model.comfyui)(dict(model.config))
+    config.set_inference_dtype(torch.bfloat16, None)
+    network = config.get_model({}, "", device=device).diffusion_model.eval().requires_grad_(False).to(device)
+    family: type[DiT] = detect({}, dict(model.config))[0]
+    fill({family.canonical(key): value.data for key, value in network.state_dict(keep_vars=True).items()})
+    with torch.inference_mode():
+        for size in (size for each, size in cases(args) if each == name):
+            given = torch.load(f"{args.folder}/{name}.{size}.inputs.pt")
+            x, timestep = given.pop("x").to(device), given.pop("timestep").to(device)
+            rest = {**{key: value.to(device) for key, value in given.items()}, **model.extra}
+
+            def forward(x: Tensor = x, timestep: Tensor = timestep, rest: dict[str, Any] = rest) -> Tensor:
+                out: Tensor = network(x, timestep, **rest, transformer_options={})
+                return out
+
+            ms = times_of(forward, args.rounds)
+            memory = torch.cuda.max_memory_allocated() / 2**30
+            note(
+                args.folder,
+                name,
+                size,
+                "comfyui",
+                ms=ms,
+                error=error_of(args.folder, name, size, forward()),
+                memory=memory,
+            )
+            print(f"{name} {size}² by ComfyUI's network: {ms:.1f} ms", flush=True)
+
+
+def show(args: argparse.Namespace, counts: list[int], folder: Path) -> None:
+    """Print a row for each case: times, their ratios to ComfyUI's and to one rank's, and errors."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    print(f"\n{max(counts)} × {device}, torch {torch.__version__}; ms of a forward, medians of {args.rounds}\n")
+    heads = ["model", "size", "ComfyUI", *(f"{count} GPU{'s' * (count > 1)}" for count in counts)]
+    heads += ["error, ComfyUI", *(f"error, {count}" for count in counts)]
+    print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
+    for name, size in cases(args):
+        found: dict[str, Any] = {}
+        for kind in ("comfyui", *map(str, counts)):
+            file = folder / f"{name}.{size}.{kind}.json"
+            found[kind] = json.loads(file.read_text()) if file.exists() else {"ms": None, "error": None}
+        stock, alone = found["comfyui"]["ms"], found[str(counts[0])]["ms"]
+        row = [name, f"{size}²", "–" if stock is None else f"{stock:.1f}"]
+        for count in counts:
+            ms = found[str(count)]["ms"]
+            ratios = [f"{base / ms:.2f}×" for base in (stock, alone if count != counts[0] else None) if base and ms]
+            row.append("–" if ms is None else f"{ms:.1f} ({', '.join(ratios)})" if ratios else f"{ms:.1f}")
+        row += ["–" if each["error"] is None else f"{each['error']:.1e}" for each in found.values()]
+        print(f"| {' | '.join(row)} |")
+
+
+if __name__ == "__main__":
+    main()

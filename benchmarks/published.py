@@ -1,0 +1,203 @@
+"""Published models by their configurations, for benchmarks with random weights."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tacod.rank.families import detect
+from tacod.rank.families.base import DiT
+from tacod.rank.families.inputs import Argument, Inputs
+
+__all__ = ["PUBLISHED", "Published", "build", "fill", "make_inputs"]
+
+
+@dataclass(frozen=True)
+class Published:
+    """A model, and what a usual forward of it is."""
+
+    config: Mapping[str, Any]
+    """ComfyUI's ``unet_config``."""
+    comfyui: str
+    """The name of its class in ComfyUI's ``comfy.supported_models``."""
+    text: int
+    """Tokens of the text."""
+    sizes: tuple[int, ...] = (1024, 2048)
+    """Sides in pixels."""
+    cut: Mapping[str, Any] = field(default_factory=dict)
+    """What it is cut to on a CPU."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments that ComfyUI's network needs besides, and ours doesn't read."""
+    values: Mapping[str, float] = field(default_factory=dict)
+    """Arguments of one number per image."""
+
+
+def _flux2(width: int, heads: int, double: int, single: int, context: int, guided: bool) -> dict[str, Any]:
+    return {
+        "image_model": "flux2",
+        "in_channels": 128,
+        "patch_size": 1,
+        "out_channels": 128,
+        "vec_in_dim": None,
+        "context_in_dim": context,
+        "hidden_size": width,
+        "mlp_ratio": 3.0,
+        "num_heads": heads,
+        "depth": double,
+        "depth_single_blocks": single,
+        "axes_dim": [32, 32, 32, 32],
+        "theta": 2000,
+        "qkv_bias": False,
+        "guidance_embed": guided,
+        "global_modulation": True,
+        "mlp_silu_act": True,
+        "txt_ids_dims": [3],
+        "ops_bias": False,
+        "default_ref_method": "index",
+        "ref_index_scale": 10.0,
+        "txt_norm": False,
+        "yak_mlp": False,
+    }
+
+
+PUBLISHED = {
+    "flux": Published(
+        {
+            "image_model": "flux",
+            "in_channels": 16,
+            "patch_size": 2,
+            "out_channels": 16,
+            "vec_in_dim": 768,
+            "context_in_dim": 4096,
+            "hidden_size": 3072,
+            "mlp_ratio": 4.0,
+            "num_heads": 24,
+            "depth": 19,
+            "depth_single_blocks": 38,
+            "axes_dim": [16, 56, 56],
+            "theta": 10000,
+            "qkv_bias": True,
+            "guidance_embed": True,
+            "txt_ids_dims": [],
+        },
+        "Flux",
+        512,
+        cut={"hidden_size": 768, "num_heads": 6, "depth": 1, "depth_single_blocks": 1},
+        values={"guidance": 3.5},
+    ),
+    "z_image": Published(
+        {
+            "image_model": "lumina2",
+            "patch_size": 2,
+            "in_channels": 16,
+            "dim": 3840,
+            "cap_feat_dim": 2560,
+            "n_layers": 30,
+            "qk_norm": True,
+            "n_heads": 30,
+            "n_kv_heads": 30,
+            "axes_dims": [32, 48, 48],
+            "axes_lens": [1536, 512, 512],
+            "rope_theta": 256.0,
+            "ffn_dim_multiplier": 8 / 3,
+            "z_image_modulation": True,
+            "time_scale": 1000.0,
+            "pad_tokens_multiple": 32,
+        },
+        "ZImage",
+        77,
+        cut={"n_layers": 1},
+        extra={"num_tokens": 77},
+    ),
+    "krea2": Published(
+        {
+            "image_model": "krea2",
+            "features": 6144,
+            "channels": 16,
+            "patch": 2,
+            "layers": 28,
+            "heads": 48,
+            "kvheads": 12,
+            "txtlayers": 12,
+            "txtdim": 2560,
+        },
+        "Krea2",
+        77,
+        cut={"layers": 1, "features": 768, "heads": 6, "kvheads": 2},
+    ),
+    "qwen_image": Published(
+        {
+            "image_model": "qwen_image",
+            "in_channels": 64,
+            "out_channels": 16,
+            "num_layers": 60,
+            "num_attention_heads": 24,
+            "attention_head_dim": 128,
+            "joint_attention_dim": 3584,
+            "axes_dims_rope": [16, 56, 56],
+        },
+        "QwenImage",
+        77,
+        sizes=(1024, 1328),
+        cut={"num_layers": 1},
+    ),
+    "flux2_klein_9b": Published(
+        _flux2(4096, 32, 8, 24, 12288, False), "Flux2", 512, cut={"depth": 1, "depth_single_blocks": 1}
+    ),
+    "flux2_dev": Published(
+        _flux2(6144, 48, 8, 48, 15360, True),
+        "Flux2",
+        512,
+        cut={"depth": 1, "depth_single_blocks": 1},
+        values={"guidance": 4.0},
+    ),
+}
+
+
+def build(name: str, device: torch.device, dtype: torch.dtype) -> DiT:
+    """A model with random weights, the same in every process; on a CPU it is cut to a block or two."""
+    model = PUBLISHED[name]
+    family, config = detect({}, {**model.config, **(model.cut if device.type == "cpu" else {})})
+    with torch.device("meta"):
+        dit = family(config).to(dtype)
+    dit = dit.to_empty(device=device)
+    fill({key: value.data for key, value in dit.state_dict(keep_vars=True).items()})
+    return dit.eval().requires_grad_(False)
+
+
+def fill(weights: Mapping[str, Tensor]) -> None:
+    """Fill weights at random, each by its name alone: matrices keep what they multiply about as large as it was."""
+    for name, weight in weights.items():
+        if weight.is_meta or not weight.is_floating_point() or not weight.numel():
+            continue
+        generator = torch.Generator(weight.device).manual_seed(zlib.crc32(name.encode()))
+        values = torch.randn(weight.shape, generator=generator, device=weight.device)
+        if weight.ndim > 1:
+            values *= weight[0].numel() ** -0.5
+        else:
+            values = 0.02 * values + (0.0 if name.endswith("bias") else 1.0)
+        weight.copy_(values)
+
+
+def make_inputs(name: str, dit: DiT, pixels: int, device: torch.device) -> Inputs:
+    """A usual forward's arguments at this size, at noise level 0.7, in the model's dtype."""
+    model = PUBLISHED[name]
+    generator = torch.Generator().manual_seed(1)
+    side = pixels // dit.downscale
+    sizes = {**dict.fromkeys(dit.usual, 1), "H": side, "W": side, "L": model.text}
+    specs = dit.arguments()
+    values: dict[str, Any] = {}
+    for key, spec in specs.items():
+        if not isinstance(spec, Argument) or spec.shape is None or spec.keys:
+            continue
+        if spec.required or key in dit.usual_optional:
+            shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
+            values[key] = torch.randn(shape, generator=generator).to(device, dit.dtype)
+    values["timestep"] = dit.timestep(torch.full((1,), 0.7)).float().to(device)
+    values |= {key: torch.full((1,), value, device=device) for key, value in model.values.items()}
+    return Inputs(values, specs)

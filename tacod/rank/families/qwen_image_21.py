@@ -1,0 +1,298 @@
+"""Qwen-Image 2.1 (Qwen team): one causal sequence of text and reference images, and the image that attends to it.
+
+Text and references are modulated as at time 0 and don't see the image. Parameters are named as in ComfyUI's files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tacod.checkpoint import TensorInfo
+from tacod.rank.families import kit
+from tacod.rank.families.base import DiT
+from tacod.rank.families.config import choice, count_blocks, fixed, integer, rope_axes, shape_of
+from tacod.rank.families.inputs import Argument, Places, Spec
+from tacod.rank.families.names import Names
+from tacod.rank.families.noise import Flow
+from tacod.rank.families.stream import ForwardPass, Stream
+from tacod.rank.ops.norm import rms_norm
+
+__all__ = ["QwenImage21"]
+
+_EPSILON = 1e-6
+_AXES = [16, 56, 56]
+_THETA = 10000
+
+
+class SwiGLU(nn.Module):
+    """SwiGLU, whose first two layers files have as one or apart."""
+
+    def __init__(self, width: int, hidden: int, fused: bool) -> None:
+        super().__init__()
+        self.fused = fused
+        if fused:
+            self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        else:
+            self.gate_layer = nn.Linear(width, hidden, bias=False)
+            self.proj = nn.Linear(width, hidden, bias=False)
+        self.out = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """On [B, S, W]."""
+        if self.fused:
+            return kit.feed_forward(self.gate_up, self.out, x, "swiglu")
+        return kit.feed_forward(self.gate_layer, self.out, x, "swiglu", gate=self.proj)
+
+
+class Block(nn.Module):
+    """Attention and SwiGLU with the weights and modulations that all tokens, and all blocks, share."""
+
+    def __init__(self, width: int, heads: int, hidden: int, fused: bool) -> None:
+        super().__init__()
+        self.attn = kit.SelfAttention(
+            width,
+            heads,
+            layers=("to_q", "to_k", "to_v"),
+            out="to_out.0",
+            norm="head",
+            norms=("norm_q.weight", "norm_k.weight"),
+            bias=False,
+            out_bias=False,
+            epsilon=_EPSILON,
+        )
+        self.img_mlp = SwiGLU(width, hidden, fused)
+
+    def forward(self, f: ForwardPass) -> None:
+        """The prefix and the image one block further, each in an attention of its own: only the first has a mask."""
+        normed = f.image.normed(None, f.image_modulation[0])
+        prefix = self.attn(f.prefix.normed(None, f.prefix_modulation[0]), f.prefix.rotation)
+        (attended,) = f.attend((f.prefix, lambda: prefix), mask=f.mask).wait()
+        self._after(f.prefix, attended, f.prefix_modulation)
+        image = (f.image, lambda: self.attn(normed, f.image.rotation))
+        _, attended = f.attend((f.prefix, lambda: prefix), image).wait()
+        self._after(f.image, attended, f.image_modulation)
+
+    def _after(self, stream: Stream, attended: Tensor, modulation: Sequence[Tensor]) -> None:
+        _, gate, scale, mlp_gate = modulation
+        stream.add(gate, self.attn.project(attended))
+        stream.add(mlp_gate, self.img_mlp(stream.normed(None, scale)))
+
+
+class TextIn(nn.Module):
+    """The text's embedder; its norm's weight is stored minus 1 and counts in fp32."""
+
+    def __init__(self, context_width: int, width: int) -> None:
+        super().__init__()
+        self.text_norm = nn.Module()
+        self.text_norm.weight = nn.Parameter(torch.zeros(context_width))
+        self.in_layer = nn.Linear(context_width, width, bias=False)
+        self.out_layer = nn.Linear(width, width, bias=False)
+
+    def forward(self, context: Tensor) -> Tensor:
+        """[B, L, context_width] to [B, L, width]."""
+        weight = self.text_norm.weight
+        assert isinstance(weight, Tensor)
+        return kit.feed_forward(self.in_layer, self.out_layer, rms_norm(context, 1 + weight.float(), _EPSILON))
+
+
+class QwenImage21(DiT):
+    """``config`` is ComfyUI's ``unet_config``. Raises `ModelUnsupported`, naming the key, for one that can't be."""
+
+    family: ClassVar[str] = "qwen_image_21"
+    title = "Qwen-Image-2.1"
+    models = ("generation and editing", "Turbo")
+    lora_marks = r"transformer_blocks[._]\d+[._]img_mlp[._](gate_layer|gate_up|proj|out)[._]"
+    tiny: ClassVar[Mapping[str, Any]] = {
+        "image_model": "qwen_image21",
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 3,
+        "context_in_dim": 32,
+        "mlp_ratio": 2,
+        "axes_dims_rope": [4, 6, 6],
+        "fused_mlp": False,
+    }
+    diffusers: ClassVar[Mapping[str, Any]] = {
+        "QwenImage21Transformer2DModel": lambda c: {
+            "num_layers": c.only("patch_size", 1) and c.whole("num_layers", 32),
+            "axes_dims_rope": c.items("axes_dims_rope", _AXES),
+            "eps": c.get("eps", _EPSILON),
+            "causal_condition": c.get("causal_condition", True),
+        }
+    }
+    usual: ClassVar[Mapping[str, int]] = {"B": 1, "H": 64, "W": 64, "L": 256}
+    downscale = 16
+    image_models: ClassVar[tuple[str, ...]] = ("qwen_image21",)
+    process = Flow()
+    # The authors' names are diffusers'; ComfyUI's files have two layers as one.
+    names = Names("""
+        img_in                                                   img_in
+        txt_in.{text_norm,in_layer,out_layer}                    txt_in.{text_norm,in_layer,out_layer}
+        time_text_embed.timestep_embedder.linear_{1,2}           time_text_embed.timestep_embedder.linear_{1,2}
+        modulation.1                                             modulation.1
+        transformer_blocks.*.attn.to_{q,k,v,out.0}               transformer_blocks.*.attn.to_{q,k,v,out.0}
+        transformer_blocks.*.attn.norm_{q,k}                     transformer_blocks.*.attn.norm_{q,k}
+        transformer_blocks.*.img_mlp.{gate_layer,proj}           transformer_blocks.*.img_mlp.{gate_layer,proj}
+        transformer_blocks.*.img_mlp.{out,gate_up}               transformer_blocks.*.img_mlp.{out,gate_up}
+        norm_out.linear                                          norm_out.linear
+        proj_out                                                 proj_out
+    """)
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        fixed(config, eps=_EPSILON, causal_condition=True)
+        self.heads = integer(config, "num_attention_heads", 32)
+        head_width = integer(config, "attention_head_dim", 128)
+        self.width = width = self.heads * head_width
+        self.axes = rope_axes({"axes_dims_rope": _AXES, **config}, "axes_dims_rope", 3, head_width)
+        self.channels, self.out_channels = integer(config, "in_channels", 64), integer(config, "out_channels", 64)
+        self.context_width = integer(config, "context_in_dim", 4096)
+        hidden = width * integer(config, "mlp_ratio", 3)
+        fused: bool = choice(config, "fused_mlp", True, False)
+
+        self.img_in = nn.Linear(self.channels, width, bias=False)
+        self.txt_in = TextIn(self.context_width, width)
+        names = "timestep_embedder.linear_1", "timestep_embedder.linear_2"
+        self.time_text_embed = kit.MLPEmbedder(256, width, names, bias=False)
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 4 * width, bias=False))
+        self.transformer_blocks = nn.ModuleList(
+            Block(width, self.heads, hidden, fused) for _ in range(integer(config, "num_layers", 32, most=1024))
+        )
+        self.norm_out = nn.ModuleDict({"linear": nn.Linear(width, width, bias=False)})
+        self.proj_out = nn.Linear(width, self.out_channels, bias=False)
+
+    @classmethod
+    def detect(cls, tensors: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
+        """See `DiT.detect`."""
+        if "txt_in.text_norm.weight" not in tensors or "modulation.1.weight" not in tensors:
+            return None
+        block = "transformer_blocks.0"
+        width, channels = shape_of(tensors, "img_in.weight", 2)
+        (head_width,) = shape_of(tensors, f"{block}.attn.norm_q.weight", 1)
+        return {
+            "image_model": "qwen_image21",
+            "in_channels": channels,
+            "out_channels": shape_of(tensors, "proj_out.weight", 2)[0],
+            "num_layers": count_blocks(tensors, "transformer_blocks"),
+            "attention_head_dim": head_width,
+            "num_attention_heads": width // max(head_width, 1),
+            "context_in_dim": shape_of(tensors, "txt_in.text_norm.weight", 1)[0],
+            "mlp_ratio": shape_of(tensors, f"{block}.img_mlp.out.weight", 2)[1] // max(width, 1),
+            "fused_mlp": f"{block}.img_mlp.gate_up.weight" in tensors,
+        }
+
+    def arguments(self) -> dict[str, Spec]:
+        """See `DiT.arguments`.
+
+        ``image_slots`` has for each reference the place in the text before which it stands; the last ones may be left
+        out and then stand behind the text.
+        """
+        return {
+            "x": Argument(("B", self.channels, "H", "W")),
+            "timestep": Argument(("B",), fp32=True),
+            "context": Argument(("B", "L", self.context_width)),
+            "ref_latents": Argument(("B", self.channels, "h", "w"), required=False, many=True),
+            "image_slots": Places("L"),
+        }
+
+    def lengths(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
+        """See `DiT.lengths`: text with its references, image."""
+        references = sum(kit.Grid(each, 1).length for each in arguments.get("ref_latents") or ())
+        return arguments["context"].shape[1] + references, kit.Grid(arguments["x"], 1).length
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """See `DiT.timestep`."""
+        return sigma
+
+    def begin(self, f: ForwardPass, **arguments: Any) -> None:
+        """See `DiT.begin`."""
+        x, dtype = arguments["x"], arguments["x"].dtype
+        # The authors round the time to the compute dtype, times 1000 and then by itself; training had it so.
+        rounded = ((arguments["timestep"] * 1000).to(dtype) / 1000).to(dtype).float()
+        times = torch.stack((rounded, 0 * rounded), dim=1)
+        vectors = functional.silu(self.time_text_embed.numbers(1000 * times, dtype))
+        f.scale = self.norm_out["linear"](vectors[:, :1])
+        f.image_modulation, f.prefix_modulation = map(_gated, self.modulation[1](vectors).split(1, dim=1))
+
+        f.grid = kit.Grid(x, 1)
+        prefix, places, runs, place = self._prefix(f.grid, **arguments)
+        f.prefix = f.shard(prefix, rotation=self._rotation(places))
+        positions = _around(f.grid, f.grid, place, x.device)
+        f.image = f.shard(f.grid.patches(x), self.img_in, self._rotation(positions))
+        f.mask = f.sequence.in_order_of_ranks(_causal(runs, x.device)[None], [len(places)])
+
+    def _prefix(
+        self, target: kit.Grid, context: Tensor, ref_latents: Sequence[Tensor] = (), image_slots: Any = (), **_: Any
+    ) -> tuple[Tensor, Tensor, list[tuple[int, bool]], int]:
+        """The text with its references, [B, P, width], its positions [P, 3], its runs, and the position behind it.
+
+        A run is a number of tokens, and whether they are an image's. Every rank embeds all: it is little.
+        """
+        length = context.shape[1]
+        ends = [*image_slots, *[length] * len(ref_latents)][: len(ref_latents)]
+        text, device = self.txt_in(context), context.device
+        tokens, places, runs = [], [], []
+        start = place = 0
+        for end, latent in zip([*ends, length], [*ref_latents, None], strict=True):
+            tokens.append(text[:, start:end])
+            line = torch.arange(place, place + end - start, device=device, dtype=torch.float32)
+            places.append(line[:, None].expand(-1, 3))
+            runs.append((end - start, False))
+            place, start = place + end - start, end
+            if latent is not None:
+                grid = kit.Grid(latent, 1)
+                tokens.append(self.img_in(grid.patches(latent)))
+                places.append(_around(grid, target, place, device))
+                runs.append((grid.length, True))
+                place += max(grid.counts)
+        return torch.cat(tokens, dim=1), torch.cat(places), runs, place
+
+    @property
+    def trunk(self) -> Sequence[Any]:
+        """See `DiT.trunk`."""
+        return list(self.transformer_blocks)
+
+    def end(self, f: ForwardPass) -> Tensor:
+        """See `DiT.end`."""
+        latent: Tensor = f.grid.latent(f.gather(f.image, self.proj_out(f.image.normed(None, f.scale))))
+        return latent
+
+    def _rotation(self, positions: Tensor) -> Any:
+        return lambda shard: kit.rope(shard(positions), self.axes, _THETA)
+
+
+def _gated(modulation: Tensor) -> tuple[Tensor, ...]:
+    """Scale and gate, twice, [B, 1, W] each."""
+    scale, gate, mlp_scale, mlp_gate = modulation.chunk(4, dim=-1)
+    return scale, gate.tanh(), mlp_scale, mlp_gate.tanh()
+
+
+def _around(grid: kit.Grid, target: kit.Grid, place: int, device: torch.device) -> Tensor:
+    """The position of each token of an image: ``place``, row and column from its middle, [N, 3] in fp32.
+
+    Where a side is odd and the target's even, or the other way round, it is half a token off, so that both have the
+    same middle.
+    """
+    origin = [
+        side // 2 - side + 0.5 * (side % 2 - other % 2) for side, other in zip(grid.counts, target.counts, strict=True)
+    ]
+    return functional.pad(grid.positions(origin, device=device), (1, 0), value=place)
+
+
+def _causal(runs: Sequence[tuple[int, bool]], device: torch.device) -> Tensor:
+    """What each token attends to, boolean [P, P]: what comes before it, and all of its own image."""
+    total = sum(count for count, _ in runs)
+    seen = torch.ones(total, total, dtype=torch.bool, device=device).tril()
+    start = 0
+    for count, image in runs:
+        if image:
+            seen[start : start + count, start : start + count] = True
+        start += count
+    return seen
