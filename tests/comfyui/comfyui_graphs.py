@@ -13,7 +13,20 @@ from typing import Any
 from helpers import Tiny
 from safetensors.torch import save_file
 
-__all__ = ["BROAD", "CANNY", "FILL", "FLUX", "MODELS", "PIXART", "SD3", "WHOLE_BLOCKS", "Pair", "TinyModel", "save"]
+__all__ = [
+    "BROAD",
+    "CANNY",
+    "FILL",
+    "FLUX",
+    "MODELS",
+    "PIXART",
+    "SD3",
+    "WEAKER",
+    "WHOLE_BLOCKS",
+    "Pair",
+    "TinyModel",
+    "save",
+]
 
 _fresh = itertools.count(1)
 

@@ -52,8 +52,9 @@ def detect(state_dict: Any, key_prefix: str, metadata: Any = None) -> Any:
     metadata = metadata or _last
     if config is not None and "tacod.config" in metadata:
         told = json.loads(metadata["tacod.config"])
-        # ComfyUI knows SD3 by other means than by this key.
-        config |= {key: value for key, value in told.items() if key != "image_model" or key in config}
+        # ComfyUI knows SD3 by other means than by this key; a dtype is none in a file's metadata.
+        told = {key: value for key, value in told.items() if key != "image_model" or key in config}
+        config |= {key: value for key, value in told.items() if not isinstance(config.get(key), torch.dtype)}
     return config
 
 
@@ -115,11 +116,16 @@ class TestLatent:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         whole = ("INT", {"default": 1, "min": 0, "max": 2**31})
         names = ("seed", "batch", "channels", "height", "width")
-        return {"required": {**dict.fromkeys(names, whole), "scale": ("FLOAT", {"default": 1.0})}}
+        scale = ("FLOAT", {"default": 1.0})
+        frames = ("INT", {"default": 0, "min": 0})
+        return {"required": {**dict.fromkeys(names, whole), "scale": scale}, "optional": {"frames": frames}}
 
-    def make(self, seed: int, batch: int, channels: int, height: int, width: int, scale: float) -> tuple[Any]:
+    def make(
+        self, seed: int, batch: int, channels: int, height: int, width: int, scale: float, frames: int = 0
+    ) -> tuple[Any]:
         random = torch.Generator().manual_seed(seed)
-        return ({"samples": scale * torch.randn(batch, channels, height, width, generator=random)},)
+        sides = (frames, height, width) if frames else (height, width)
+        return ({"samples": scale * torch.randn(batch, channels, *sides, generator=random)},)
 
 
 class TestMask:
