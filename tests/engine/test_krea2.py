@@ -16,6 +16,7 @@ from torch import Tensor
 from tacod.checkpoint import TensorInfo, read_checkpoint
 from tacod.rank.families import detect
 from tacod.rank.families.krea2 import Krea2
+from tacod.rank.families.latents import WAN21
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.weights.load import load_model
 from tacod_client.errors import ModelUnsupported
@@ -212,3 +213,14 @@ def test_the_text_has_no_order() -> None:
 def test_the_timestep_is_the_noise_level() -> None:
     levels = torch.tensor([0.0, 0.37, 1.0])
     assert torch.equal(made().timestep(levels), levels)
+
+
+def test_latents_are_those_of_wans_vae() -> None:
+    """With one frame; by the means and deviations of the first and the last channel."""
+    latents = Krea2.latent_format
+    assert latents is WAN21
+    latent = torch.ones(1, 16, 1, 2, 2)
+    inside = latents.into_model(latent)
+    torch.testing.assert_close(inside[0, 0], torch.full((1, 2, 2), (1 + 0.7571) / 2.8184))
+    torch.testing.assert_close(inside[0, 15], torch.full((1, 2, 2), (1 + 0.2921) / 1.9160))
+    torch.testing.assert_close(latents.out_of_model(inside), latent)

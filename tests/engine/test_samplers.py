@@ -243,7 +243,8 @@ def test_guidance() -> None:
 @pytest.mark.parametrize("family", families(), ids=lambda family: family.family)
 def test_latent_format(family: type[DiT]) -> None:
     latents = family.latent_format
-    latent, zeros = torch.randn(1, 16, 2, 2), torch.zeros(1, 16, 2, 2)
+    channels = len(latents.shift) if isinstance(latents.shift, tuple) else 16
+    latent, zeros = torch.randn(1, channels, 2, 2), torch.zeros(1, channels, 2, 2)
     assert torch.allclose(latents.out_of_model(latents.into_model(latent)), latent, atol=1e-6)
     assert torch.equal(latents.into_model(zeros), zeros)
     shift = torch.tensor(latents.shift).view(1, -1, 1, 1)

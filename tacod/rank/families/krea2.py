@@ -18,6 +18,7 @@ from tacod.rank.families import kit
 from tacod.rank.families.base import DiT
 from tacod.rank.families.config import choice, count_blocks, fixed, integer, number, rope_axes, shape_of, width_of_heads
 from tacod.rank.families.inputs import Argument, Spec
+from tacod.rank.families.latents import WAN21
 from tacod.rank.families.names import Names
 from tacod.rank.families.noise import Flow
 from tacod.rank.families.stream import ForwardPass, Stream
@@ -33,8 +34,10 @@ _TEXT_BLOCKS = 2
 """Over a token's layers, and as many over the tokens."""
 _PUBLISHED = {"features": 6144, "heads": 48, "kvheads": 12, "txtdim": 2560, "txtheads": 20, "txtkvheads": 20}
 _METHODS = "index", "index_timestep_zero"
-_METHODS_OF_OTHERS = "offset", "uxo"
-"""What ComfyUI's menu offers for other models; any but ``"index_timestep_zero"`` is as good as ``"index"`` here."""
+_AS_INDEX = {"offset": "index", "uxo": "index"}
+"""What ComfyUI's menu offers for other models."""
+_THEIRS = "{transformer,text_fusion.layerwise,text_fusion.refiner}_blocks.*"
+_OURS = "{blocks,txtfusion.layerwise_blocks,txtfusion.refiner_blocks}.*"
 _UNMODULATED: tuple[Tensor | None, ...] = (None,) * 6
 
 
@@ -85,13 +88,8 @@ class Block(nn.Module):
         hidden = -(-int(2 * width / 3) * multiplier // 128) * 128
         self.prenorm, self.postnorm = CentredScale(width), CentredScale(width)
         self.attn = Attention(width, heads, kv_heads)
-        self.mlp = nn.ModuleDict(
-            {
-                "gate": nn.Linear(width, hidden, bias=False),
-                "up": nn.Linear(width, hidden, bias=False),
-                "down": nn.Linear(hidden, width, bias=False),
-            }
-        )
+        sizes = {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
+        self.mlp = nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()})
         if modulated:
             self.mod = nn.ParameterDict({"lin": torch.zeros(6 * width)})
 
@@ -193,30 +191,22 @@ class Krea2(DiT):
     usual: ClassVar[Mapping[str, int]] = {"B": 1, "H": 128, "W": 128, "L": 256}
     image_models: ClassVar[tuple[str, ...]] = ("krea2",)
     process = Flow()
-    names = Names("""
+    latent_format = WAN21
+    names = Names(
+        """
         img_in                                              first
         time_embed.linear_{1,2}                             tmlp.{0,2}
         time_mod_proj                                       tproj.1
-        txt_in.norm.weight                                  txtmlp.0.scale
-        txt_in.linear_{1,2}                                 txtmlp.{1,3}
+        txt_in.{norm.weight,linear_1,linear_2}              txtmlp.{0.scale,1,3}
         text_fusion.projector                               txtfusion.projector
-        text_fusion.layerwise_blocks.*.norm{1,2}.weight     txtfusion.layerwise_blocks.*.{prenorm,postnorm}.scale
-        text_fusion.layerwise_blocks.*.attn.to_{q,k,v,gate,out.0}  txtfusion.layerwise_blocks.*.attn.{wq,wk,wv,gate,wo}
-        text_fusion.layerwise_blocks.*.attn.norm_{q,k}.weight   txtfusion.layerwise_blocks.*.attn.qknorm.{q,k}norm.scale
-        text_fusion.layerwise_blocks.*.ff.{gate,up,down}    txtfusion.layerwise_blocks.*.mlp.{gate,up,down}
-        text_fusion.refiner_blocks.*.norm{1,2}.weight       txtfusion.refiner_blocks.*.{prenorm,postnorm}.scale
-        text_fusion.refiner_blocks.*.attn.to_{q,k,v,gate,out.0}  txtfusion.refiner_blocks.*.attn.{wq,wk,wv,gate,wo}
-        text_fusion.refiner_blocks.*.attn.norm_{q,k}.weight     txtfusion.refiner_blocks.*.attn.qknorm.{q,k}norm.scale
-        text_fusion.refiner_blocks.*.ff.{gate,up,down}      txtfusion.refiner_blocks.*.mlp.{gate,up,down}
         transformer_blocks.*.scale_shift_table              blocks.*.mod.lin|
-        transformer_blocks.*.norm{1,2}.weight               blocks.*.{prenorm,postnorm}.scale
-        transformer_blocks.*.attn.to_{q,k,v,gate,out.0}     blocks.*.attn.{wq,wk,wv,gate,wo}
-        transformer_blocks.*.attn.norm_{q,k}.weight         blocks.*.attn.qknorm.{q,k}norm.scale
-        transformer_blocks.*.ff.{gate,up,down}              blocks.*.mlp.{gate,up,down}
-        final_layer.scale_shift_table                       last.modulation.lin
-        final_layer.norm.weight                             last.norm.scale
-        final_layer.linear                                  last.linear
-    """)
+        final_layer.{scale_shift_table,norm.weight,linear}  last.{modulation.lin,norm.scale,linear}
+        THEIRS.norm{1,2}.weight                             OURS.{pre,post}norm.scale
+        THEIRS.attn.to_{q,k,v,gate,out.0}                   OURS.attn.{wq,wk,wv,gate,wo}
+        THEIRS.attn.norm_{q,k}.weight                       OURS.attn.qknorm.{q,k}norm.scale
+        THEIRS.ff.{gate,up,down}                            OURS.mlp.{gate,up,down}
+        """.replace("THEIRS", _THEIRS).replace("OURS", _OURS)
+    )
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -285,9 +275,7 @@ class Krea2(DiT):
             "timestep": Argument(("B",), fp32=True),
             "context": Argument(("B", "L", self.text_layers * self.text_width)),
             "ref_latents": Argument(("B", self.channels, 1, "h", "w"), required=False, many=True),
-            "ref_latents_method": Argument(
-                None, required=False, choices=_METHODS, also=dict.fromkeys(_METHODS_OF_OTHERS, "index")
-            ),
+            "ref_latents_method": Argument(None, required=False, choices=_METHODS, also=_AS_INDEX),
         }
 
     def lengths(self, arguments: Mapping[str, Any]) -> tuple[int, ...]:
@@ -350,10 +338,8 @@ class Krea2(DiT):
     def _grids(self, arguments: Mapping[str, Any]) -> list[kit.Grid]:
         """Of the image, and of each reference that counts: ComfyUI leaves them out where no method is given."""
         references = arguments.get("ref_latents") if self._method(arguments) is not None else None
-        return [
-            kit.Grid(arguments["x"], _PATCH),
-            *(kit.Grid(each, _PATCH, "ref_latents") for each in references or ()),
-        ]
+        image = kit.Grid(arguments["x"], _PATCH)
+        return [image, *(kit.Grid(each, _PATCH, "ref_latents") for each in references or ())]
 
     def _rotation(self, positions: Tensor) -> Any:
         return lambda shard: kit.rope(shard(positions), self.axes, self.theta)

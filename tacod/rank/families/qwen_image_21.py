@@ -17,6 +17,7 @@ from tacod.rank.families import kit
 from tacod.rank.families.base import DiT
 from tacod.rank.families.config import choice, count_blocks, fixed, integer, rope_axes, shape_of
 from tacod.rank.families.inputs import Argument, Places, Spec
+from tacod.rank.families.latents import QWEN_IMAGE_21
 from tacod.rank.families.names import Names
 from tacod.rank.families.noise import Flow
 from tacod.rank.families.stream import ForwardPass, Stream
@@ -131,18 +132,14 @@ class QwenImage21(DiT):
     downscale = 16
     image_models: ClassVar[tuple[str, ...]] = ("qwen_image21",)
     process = Flow()
+    latent_format = QWEN_IMAGE_21
     # The authors' names are diffusers'; ComfyUI's files have two layers as one.
     names = Names("""
-        img_in                                                   img_in
-        txt_in.{text_norm,in_layer,out_layer}                    txt_in.{text_norm,in_layer,out_layer}
-        time_text_embed.timestep_embedder.linear_{1,2}           time_text_embed.timestep_embedder.linear_{1,2}
-        modulation.1                                             modulation.1
-        transformer_blocks.*.attn.to_{q,k,v,out.0}               transformer_blocks.*.attn.to_{q,k,v,out.0}
-        transformer_blocks.*.attn.norm_{q,k}                     transformer_blocks.*.attn.norm_{q,k}
-        transformer_blocks.*.img_mlp.{gate_layer,proj}           transformer_blocks.*.img_mlp.{gate_layer,proj}
-        transformer_blocks.*.img_mlp.{out,gate_up}               transformer_blocks.*.img_mlp.{out,gate_up}
-        norm_out.linear                                          norm_out.linear
-        proj_out                                                 proj_out
+        {img_in,modulation.1,norm_out.linear,proj_out}
+        txt_in.{text_norm,in_layer,out_layer}
+        time_text_embed.timestep_embedder.linear_{1,2}
+        transformer_blocks.*.attn.{to_q,to_k,to_v,to_out.0,norm_q,norm_k}
+        transformer_blocks.*.img_mlp.{gate_layer,proj,gate_up,out}
     """)
 
     def __init__(self, config: Mapping[str, Any]) -> None:
