@@ -28,6 +28,7 @@ import comfyui_version  # noqa: E402
 import torch  # noqa: E402
 from comfy.ldm.cosmos.predict2 import MiniTrainDIT  # noqa: E402
 from comfy.ldm.hidream.model import HiDreamImageTransformer2DModel  # noqa: E402
+from comfy.ldm.krea2.model import SingleStreamDiT  # noqa: E402
 from comfy.ldm.lumina.model import NextDiT  # noqa: E402
 from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT, TimestepEmbedder  # noqa: E402
 from comfy.ldm.pixart.pixartms import PixArtMS  # noqa: E402
@@ -128,6 +129,20 @@ QWEN = {
     "num_attention_heads": 3,
     "attention_head_dim": 12,
     "axes_dims_rope": [4, 4, 4],
+}
+KREA2 = {
+    "image_model": "krea2",
+    "features": 64,
+    "channels": 4,
+    "patch": 2,
+    "layers": 2,
+    "heads": 4,
+    "kvheads": 2,
+    "txtlayers": 4,
+    "txtdim": 16,
+    "txtheads": 2,
+    "txtkvheads": 1,
+    "multiplier": 1,
 }
 LUMINA = {
     "image_model": "lumina2",
@@ -281,6 +296,28 @@ def qwen_image() -> None:
     make("qwen_frames_zero", (2, 5, 4), [(3, 4, 5), (1, 2, 9)], default_ref_method="index_timestep_zero")
 
 
+def krea2() -> None:
+    """Groups of heads in text and image, references at time 0, and heads as wide as the published model's."""
+    drawn = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=drawn)
+
+    def make(name: str, batch: int, sides: tuple[int, int], references: list[tuple[int, int]], **more: Any) -> None:
+        config = {**KREA2, **more}
+        network, stored = build(SingleStreamDiT, config, drawn)
+        given = {"x": noise(batch, 4, 1, *sides), "timestep": torch.tensor([0.7373, 0.251])[:batch]}
+        given["context"] = noise(batch, 11, config["txtlayers"] * config["txtdim"])
+        if references:
+            given["ref_latents"] = [noise(batch, 4, 1, *each) for each in references]
+            given["ref_latents_method"] = "index_timestep_zero"
+        save(name, "krea2", config, network, stored, given)
+
+    make("krea2_gqa", 2, (9, 14), [])
+    make("krea2_zero", 2, (7, 12), [(9, 8), (5, 11)])
+    make("krea2_128", 1, (10, 9), [(9, 12), (8, 7)], features=128, heads=1, kvheads=1, layers=1, txtheads=1)
+
+
 def main() -> None:
     """Make them all."""
     given_pictures()
@@ -310,6 +347,7 @@ def main() -> None:
     given |= {"rope_options": {"scale_x": 1.5, "scale_y": 0.75, "shift_x": -2.0, "shift_y": 3.0}}
     save("z_image_omni", "lumina2", Z_IMAGE, network, stored, given)
     qwen_image()
+    krea2()
 
 
 main()

@@ -236,3 +236,28 @@ def test_the_time_is_rounded_to_the_compute_dtype() -> None:
     outs = [forward(whole, {**golden.inputs, "timestep": each}) for each in near]
     assert not torch.equal(*outs)
     assert torch.equal(whole.timestep(near[0]), near[0])
+
+
+@pytest.mark.parametrize("name", ["qwen_image_21", "qwen_image_21_edit"])
+def test_in_bf16_all_but_the_rounded_time_is_near(name: str) -> None:
+    """The rounding alone is what the golden's metadata says of bf16, and the rest is as near as in other families."""
+    golden = read_golden(name)
+    given, time = golden.inputs, golden.inputs["timestep"]
+    rounded = ((time * 1000).bfloat16() / 1000).bfloat16().float()
+    exact = forward(golden.model(), {**given, "timestep": rounded})
+    moved = relative_error(exact, golden.out)
+    assert 0.04 < moved < golden.bf16 < 1.2 * moved
+    sent = {**given, "x": given["x"].bfloat16(), "context": given["context"].bfloat16()}
+    if "ref_latents" in given:
+        sent["ref_latents"] = [each.bfloat16() for each in given["ref_latents"]]
+    assert relative_error(forward(golden.model(torch.bfloat16), sent), exact) <= 1e-2
+
+
+def test_latents_are_those_of_its_own_vae() -> None:
+    """By the means and deviations of the first and the last channel."""
+    latents = QwenImage21.latent_format
+    latent = torch.ones(1, 64, 2, 2)
+    inside = latents.into_model(latent)
+    torch.testing.assert_close(inside[0, 0], torch.full((2, 2), (1 - 0.5126) / 3.2001))
+    torch.testing.assert_close(inside[0, 63], torch.full((2, 2), (1 - 0.0304) / 3.8161))
+    torch.testing.assert_close(latents.out_of_model(inside), latent)
