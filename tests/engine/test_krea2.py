@@ -70,6 +70,7 @@ PUBLISHED: dict[str, Any] = {
     "txtdim": 2560,
     "txtheads": 20,
     "txtkvheads": 20,
+    "multiplier": 4,
     "tdim": 256,
 }
 SHAPES = {
@@ -99,6 +100,15 @@ def test_the_published_file_is_detected() -> None:
     assert {key: tensors[key].shape for key in SHAPES} == SHAPES
     assert detect(tensors) == (Krea2, PUBLISHED)
     assert model.axes == [32, 48, 48]
+
+
+@pytest.mark.parametrize("multiplier", [1, 3, 5])
+def test_the_width_of_feed_forward_is_told_by_shapes(multiplier: int) -> None:
+    """Of text and blocks, whose widths differ; one of several multipliers that give the same is as good as another."""
+    with torch.device("meta"):
+        model = Krea2({**TINY, "features": 192, "txtdim": 320, "multiplier": multiplier})
+        found = detect(header(model))[1]
+        assert header(Krea2(found)) == header(model)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ _EPSILON = 1e-5
 _PATCH = (1, 2, 2)
 _TEXT_BLOCKS = 2
 """Over a token's layers, and as many over the tokens."""
+_MULTIPLIER = 4
 _PUBLISHED = {"features": 6144, "heads": 48, "kvheads": 12, "txtdim": 2560, "txtheads": 20, "txtkvheads": 20}
 _METHODS = "index", "index_timestep_zero"
 _AS_INDEX = {"offset": "index", "uxo": "index"}
@@ -85,7 +86,7 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, kv_heads: int, multiplier: int, modulated: bool) -> None:
         super().__init__()
-        hidden = -(-int(2 * width / 3) * multiplier // 128) * 128
+        hidden = _hidden(width, multiplier)
         self.prenorm, self.postnorm = CentredScale(width), CentredScale(width)
         self.attn = Attention(width, heads, kv_heads)
         sizes = {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
@@ -222,7 +223,7 @@ class Krea2(DiT):
         self.theta = number(config, "theta", 1000)
         self.reference_method: str | None = choice(config, "default_ref_method", None, *_METHODS)
         self.time_width = integer(config, "tdim", 256)
-        multiplier = integer(config, "multiplier", 4)
+        multiplier = integer(config, "multiplier", _MULTIPLIER)
 
         self.first = nn.Linear(self.channels * 4, width)
         self.tmlp = nn.Sequential(nn.Linear(self.time_width, width), nn.GELU("tanh"), nn.Linear(width, width))
@@ -249,6 +250,8 @@ class Krea2(DiT):
         width, inputs = shape_of(tensors, "first.weight", 2)
         heads, kv_heads = _heads(tensors, "blocks.0.attn")
         text_heads, text_kv_heads = _heads(tensors, text)
+        text_width = shape_of(tensors, f"{text}.wq.weight", 2)[1]
+        hidden = [shape_of(tensors, f"{mlp}.0.mlp.up.weight", 2)[0] for mlp in ("blocks", "txtfusion.layerwise_blocks")]
         return {
             "image_model": "krea2",
             "features": width,
@@ -258,9 +261,13 @@ class Krea2(DiT):
             "heads": heads,
             "kvheads": kv_heads,
             "txtlayers": shape_of(tensors, "txtfusion.projector.weight", 2)[1],
-            "txtdim": shape_of(tensors, f"{text}.wq.weight", 2)[1],
+            "txtdim": text_width,
             "txtheads": text_heads,
             "txtkvheads": text_kv_heads,
+            # Where widths are small several give the same.
+            "multiplier": next(
+                (n for n in range(1, 65) if hidden == [_hidden(width, n), _hidden(text_width, n)]), _MULTIPLIER
+            ),
             "tdim": shape_of(tensors, "tmlp.0.weight", 2)[1],
         }
 
@@ -343,6 +350,11 @@ class Krea2(DiT):
 
     def _rotation(self, positions: Tensor) -> Any:
         return lambda shard: kit.rope(shard(positions), self.axes, self.theta)
+
+
+def _hidden(width: int, multiplier: int) -> int:
+    """The hidden width of a feed-forward part, in whole 128s."""
+    return -(-int(2 * width / 3) * multiplier // 128) * 128
 
 
 def _heads(tensors: Mapping[str, TensorInfo], attention: str) -> tuple[int, int]:
