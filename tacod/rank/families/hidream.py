@@ -194,6 +194,7 @@ class HiDream(DiT):
     }
     usual: ClassVar[Mapping[str, int]] = {"B": 1, "H": 128, "W": 128, "L": 128, "M": 128}
     image_models: ClassVar[tuple[str, ...]] = ("hidream",)
+    graphs = False
     process = Flow()
     latent_format = LatentFormat(0.3611, 0.1159)
     names = Names("\n".join(_NAMES))
