@@ -77,7 +77,7 @@ class Experts(nn.Module):
         self.active = active
         self.shared_experts = SwiGLU(width, shared)
         self.experts = nn.ModuleList(SwiGLU(width, hidden) for _ in range(experts))
-        register(self, "gate.weight", nn.Parameter(torch.randn(experts, width) / width**0.5))
+        register(self, "gate.weight", kit.drawn(experts, width))
 
     def forward(self, x: Tensor) -> Tensor:
         """Of ``x`` [B, S, W]. The host waits for the numbers of tokens that experts get."""

@@ -165,7 +165,7 @@ class QwenImage(DiT):
         names = "timestep_embedder.linear_1", "timestep_embedder.linear_2"
         self.time_text_embed = kit.MLPEmbedder(256, width, names)
         if self.layered:
-            register(self, _LAYER, nn.Parameter(torch.randn(2, width)))
+            register(self, _LAYER, kit.drawn(2, width))
         self.txt_norm = nn.RMSNorm(self.context_width, eps=1e-6)
         self.img_in, self.txt_in = nn.Linear(inputs, width), nn.Linear(self.context_width, width)
         self.transformer_blocks = nn.ModuleList(Block(width, self.heads, i == layers - 1) for i in range(layers))

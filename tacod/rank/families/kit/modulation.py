@@ -15,9 +15,9 @@ __all__ = ["AdaLN", "FinalLayer", "Modulation", "drawn"]
 
 
 def drawn(rows: int, width: int) -> nn.Parameter:
-    """A table that is added to modulations, of small random numbers; files replace it.
+    """A table [rows, width] of small random numbers, until a file replaces them.
 
-    None are drawn for a model without memory: for that torch would import its compiler, which takes seconds.
+    None are drawn on the meta device: for that torch would import its compiler, which takes seconds.
     """
     table = torch.empty(rows, width)
     return nn.Parameter(table if table.is_meta else table.normal_(std=width**-0.5))
