@@ -38,6 +38,7 @@ class Flux2(Flux):
     family: ClassVar[str] = "flux2"
     title = "FLUX.2"
     models = ("dev", "klein 4B", "klein 9B")
+    lora_marks = r"(double|single)_stream_modulation|[._]to_qkv_mlp_proj"
     tiny: ClassVar[Mapping[str, Any]] = {
         "image_model": "flux2",
         "in_channels": 4,
