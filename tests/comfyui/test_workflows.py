@@ -63,7 +63,7 @@ def graph(request: pytest.FixtureRequest, comfyui: ComfyUI) -> Graph:
 def test_there_is_one_for_each_family_and_use() -> None:
     assert {path.stem for path in WORKFLOWS} == {
         *("flux1_basic", "sd35_basic", "pixart_sigma_basic", "flux1_lora", "flux1_kontext"),
-        *("z_image_turbo", "qwen_image", "krea2_turbo", "flux2_klein", "qwen_image_edit"),
+        *("z_image_turbo", "qwen_image", "krea2_turbo", "flux2_klein", "qwen_image_edit", "chroma"),
     }
     for path in WORKFLOWS:
         assert path.with_suffix(".jpg").is_file()
