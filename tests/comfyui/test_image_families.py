@@ -79,24 +79,29 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=CASES, ids=lambda case: case.golden)
-def case(request: pytest.FixtureRequest, comfyui_models: Path) -> Case:
-    """A model whose file lies where ComfyUI looks for it, with a LoRA."""
-    case: Case = request.param
+def write(case: Case, models: Path) -> None:
+    """A model's file where ComfyUI looks for it, with a LoRA; unless it is there."""
     if not Path(PATH, "comfy/ldm", case.module).is_dir():
         pytest.skip(f"this version of ComfyUI has no {case.module}")
-    path = comfyui_models / "diffusion_models" / case.file
+    path = models / "diffusion_models" / case.file
     if not path.exists():
         golden = case.model()
         _save(golden, path)
-        (comfyui_models / "loras").mkdir(exist_ok=True)
+        (models / "loras").mkdir(exist_ok=True)
         random = torch.Generator().manual_seed(0)
         tensors = {}
         for layer in case.lora:
             outputs, inputs = golden.weights[f"{layer}.weight"].shape
             tensors[f"diffusion_model.{layer}.lora_B.weight"] = 0.1 * torch.randn(outputs, 4, generator=random)
             tensors[f"diffusion_model.{layer}.lora_A.weight"] = 0.1 * torch.randn(4, inputs, generator=random)
-        save_file(tensors, comfyui_models / "loras" / case.file)
+        save_file(tensors, models / "loras" / case.file)
+
+
+@pytest.fixture(params=CASES, ids=lambda case: case.golden)
+def case(request: pytest.FixtureRequest, comfyui_models: Path) -> Case:
+    """A model whose file lies where ComfyUI looks for it, with a LoRA."""
+    case: Case = request.param
+    write(case, comfyui_models)
     return case
 
 
@@ -111,15 +116,14 @@ def _save(golden: Golden, path: Path) -> None:
 @pytest.fixture
 def run(case: Case, endpoints: Callable[[int], Daemon]) -> Pair:
     """A graph with this model, and branches through daemons of 1, 2 and 3 ranks."""
-    width = read_golden(case.golden).inputs["context"].shape[-1]
-    return Pair(_Sizes(case, width), {f"taco{n}": (n, endpoints(n).endpoint) for n in (1, 2)})  # type: ignore[arg-type]
+    return Pair(Sizes(case), {f"taco{n}": (n, endpoints(n).endpoint) for n in (1, 2)})  # type: ignore[arg-type]
 
 
-class _Sizes:
+class Sizes:
     """What a graph asks of a `TinyModel`."""
 
-    def __init__(self, case: Case, width: int) -> None:
-        self.tiny, self.width, self.pooled = case, width, 0
+    def __init__(self, case: Case) -> None:
+        self.tiny, self.width, self.pooled = case, read_golden(case.golden).inputs["context"].shape[-1], 0
         self.channels, self.size = case.channels, case.size
 
 

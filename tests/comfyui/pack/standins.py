@@ -11,12 +11,18 @@ __all__ = ["NODES"]
 
 
 class Clip:
-    """What CLIPTextEncode uses of a text encoder: random conditioning by the text's length."""
+    """What nodes use of a text encoder: random conditioning by the text's length."""
 
     def __init__(self, width: int, pooled: int) -> None:
         self.width, self.pooled = width, pooled
 
-    def tokenize(self, text: str) -> str:
+    def clone(self) -> Clip:
+        return Clip(self.width, self.pooled)
+
+    def set_tokenizer_option(self, name: str, value: int) -> None:
+        """They change nothing here."""
+
+    def tokenize(self, text: str, **beside: Any) -> str:
         return text
 
     def encode_from_tokens_scheduled(self, text: str) -> Any:
@@ -28,14 +34,15 @@ class Clip:
 class VAE:
     """What VAEDecode and VAEEncode use of a VAE."""
 
-    def __init__(self, channels: int) -> None:
-        self.channels = channels
+    def __init__(self, channels: int, frames: bool = False) -> None:
+        self.channels, self.frames = channels, frames
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
         return latent[:, :3].movedim(1, -1).sigmoid()
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(len(pixels), self.channels, pixels.shape[1] // 8, pixels.shape[2] // 8)
+        latent = torch.zeros(len(pixels), self.channels, pixels.shape[1] // 8, pixels.shape[2] // 8)
+        return latent.unsqueeze(2) if self.frames else latent
 
 
 class TestClip:
@@ -63,10 +70,11 @@ class TestImageVAE:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"channels": ("INT", {"default": 16, "min": 1, "max": 64})}}
+        channels = ("INT", {"default": 16, "min": 1, "max": 128})
+        return {"required": {"channels": channels, "frames": ("BOOLEAN", {"default": False})}}
 
-    def make(self, channels: int) -> tuple[Any]:
-        return (VAE(channels),)
+    def make(self, channels: int, frames: bool) -> tuple[Any]:
+        return (VAE(channels, frames),)
 
 
 class TestCheckpoint:
