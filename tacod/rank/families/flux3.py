@@ -123,6 +123,9 @@ class Flux3(DiT):
         .replace("OURS", _OURS)
     )
 
+    content_mode_blocks: Any
+    final_layer: Any
+
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         fixed(config, eps=_EPSILON)
