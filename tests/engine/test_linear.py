@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from tacod.rank.ops import linear
 from tacod.rank.ops.fp8_linear import Fp8Linear
-from tacod.rank.ops.linear import linear_gelu, split_inputs, split_outputs
+from tacod.rank.ops.linear import linear_add, linear_gelu, split_inputs, split_outputs
 from tacod.rank.ops.quantized_linear import QuantizedLinear
 
 
@@ -45,6 +45,14 @@ def test_parts_make_the_whole(make: Any, bias: bool, x: Tensor) -> None:
     later, first = split_inputs(layer, 8)
     assert relative_error(first(x[..., :8].contiguous(), later(x[..., 8:].contiguous())), layer(x)) < 1e-6
     assert relative_error(linear_gelu(tail, x), functional.gelu(layer(x)[..., 16:], approximate="tanh")) < 1e-6
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("make", [plain, stored, narrow])
+def test_a_layer_adds_to_what_is_there(make: Any, bias: bool, x: Tensor) -> None:
+    layer = make(bias)
+    there = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(2))
+    assert relative_error(linear_add(layer, x, there.clone()), layer(x) + there) < 1e-6
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -102,6 +102,8 @@ class DiT(nn.Module, abc.ABC):
     """The values of ``image_model`` in ComfyUI's ``unet_config`` that this family runs."""
     latent_format: LatentFormat | None = None
     """Of the latents that `sample` takes and gives; a family without one runs forwards alone."""
+    unsampled: str = ""
+    """What this model's forwards take that `sample` doesn't give them, in words; empty if it gives them all."""
     process: ClassVar[Process]
     """What the output means."""
     usual: ClassVar[Mapping[str, int]]

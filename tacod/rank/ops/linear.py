@@ -13,7 +13,7 @@ from torch.nn import functional
 from tacod.rank.ops.fp8_linear import Fp8Linear
 from tacod.rank.ops.fused import has_kernels
 
-__all__ = ["linear_gelu", "split_inputs", "split_outputs"]
+__all__ = ["linear_add", "linear_gelu", "split_inputs", "split_outputs"]
 
 Layer = Callable[[Tensor], Tensor]
 """From [B, S, inputs] to [B, S, outputs]."""
@@ -45,13 +45,17 @@ def split_inputs(layer: Any, first: int) -> tuple[Layer, Callable[[Tensor, Tenso
         # A token has one scale for all of its numbers.
         return (lambda later: later), lambda x, later: layer(torch.cat((x, later), dim=-1))
     weight = layer.weight
-    head = weight[:, :first].t()
+    head = Part(weight[:, :first], None)
+    return Part(weight[:, first:], layer.bias), lambda x, later: linear_add(head, x, later)
 
-    def add(x: Tensor, out: Tensor) -> Tensor:
-        out.view(-1, out.shape[-1]).addmm_(x.flatten(0, -2), head)
-        return out
 
-    return Part(weight[:, first:], layer.bias), add
+def linear_add(layer: Any, x: Tensor, out: Tensor) -> Tensor:
+    """A linear layer of ``x`` plus ``out``, which it may overwrite: rounded once, but for a bias and in fp8."""
+    if isinstance(layer, Fp8Linear) or layer.bias is not None:
+        added: Tensor = layer(x) + out
+        return added
+    out.view(-1, out.shape[-1]).addmm_(x.flatten(0, -2), layer.weight.t())
+    return out
 
 
 def linear_gelu(layer: Any, x: Tensor) -> Tensor:

@@ -105,14 +105,19 @@ def condition_specs(dit: DiT) -> dict[str, Spec]:
 def check_samples(dit: DiT) -> LatentFormat:
     """See that a model can be sampled, and return what its latents are.
 
-    Raises `ArgumentError` for one whose forwards take more than a noisy latent as ``x``, or of a family that tells
-    nothing of latents.
+    Raises `ArgumentError` for one whose forwards take more than a noisy latent as ``x``, or what only the caller
+    knows of each step, or of a family that tells nothing of latents.
     """
     channels = dit.canvas[1]
     if channels != dit.out_channels:
         raise ArgumentError(
             f"model: its x has {channels} channels and its output {dit.out_channels}: beside the noisy latent it takes "
             "an image or a mask at every step, which sample has no place for; call forward for each step",
+            argument="model",
+        )
+    if dit.unsampled:
+        raise ArgumentError(
+            f"model: its forwards take {dit.unsampled}, which sample doesn't give; call forward for each step",
             argument="model",
         )
     if dit.latent_format is None:
