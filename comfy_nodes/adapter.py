@@ -15,14 +15,19 @@ from .errors import Refused
 from .network import skeleton_layers
 from .patches import PREFIX
 
-__all__ = ["ADAPTER", "METHOD", "adapted", "is_of_adapter"]
+__all__ = ["ADAPTER", "METHOD", "adapted", "without_adapter"]
 
 METHOD = "preprocess_text_embeds"
 ADAPTER = "llm_adapter"
+_PACKED = {torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8}
 
 
-def is_of_adapter(key: str) -> bool:
-    """Whether a weight, by ComfyUI's name in a MODEL, is the adapter's: the daemon has none of them."""
+def without_adapter(patches: Mapping[str, Any]) -> dict[str, Any]:
+    """Patches by ComfyUI's names of weights in a MODEL, but for the adapter's: the daemon has none of its weights."""
+    return {key: entries for key, entries in patches.items() if not _is_of_adapter(key)}
+
+
+def _is_of_adapter(key: str) -> bool:
     return key.startswith(f"{PREFIX}{ADAPTER}.")
 
 
@@ -57,14 +62,18 @@ def _filled(
     """The adapter with the weights of a file, in the file's dtype, and patches of them as ComfyUI merges them."""
     prefix = f"{ADAPTER}."
     weights = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
-    if set(weights) != set(shapes.state_dict()) or any(each.dtype.itemsize == 1 for each in weights.values()):
-        raise Refused(f"an {ADAPTER} in 8 bits", "it runs in ComfyUI; take a file that has it in bf16, fp16 or fp32")
-    (dtype,) = {each.dtype for each in weights.values() if each.ndim > 1}
+    dtypes = {each.dtype for each in weights.values() if each.ndim > 1}
+    if set(weights) != set(shapes.state_dict()) or len(dtypes) != 1 or dtypes & _PACKED:
+        raise Refused(
+            f"an {ADAPTER} that is quantized or not whole",
+            "it runs in ComfyUI; take a file that has all of it in bf16, fp16 or fp32",
+        )
+    (dtype,) = dtypes
     # Made anew: the shapes' own tables of angles are without contents.
     adapter: torch.nn.Module = type(shapes)(device="cpu", dtype=dtype, operations=skeleton_layers())
     adapter.requires_grad_(False)
     adapter.load_state_dict(weights)
-    patched = {key: entries for key, entries in patches.items() if is_of_adapter(key)}
+    patched = {key: entries for key, entries in patches.items() if _is_of_adapter(key)}
     if patched:
         root = torch.nn.Module()
         root.diffusion_model = torch.nn.Module()

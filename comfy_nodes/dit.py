@@ -16,7 +16,7 @@ from tacod_client import Model
 from tacod_client.errors import ModelNotFound
 
 from . import hooks
-from .adapter import ADAPTER, METHOD, adapted, is_of_adapter
+from .adapter import ADAPTER, METHOD, adapted, without_adapter
 from .errors import NotRemote, Refused, errors_explained
 from .network import Network
 from .patches import PREFIX, to_request
@@ -172,7 +172,7 @@ class RemoteDiT(torch.nn.Module):
     def _variant(self, dtype: torch.dtype) -> Model:
         """The model with the patches of the patcher that samples now."""
         patcher = self.patcher
-        patches = {key: entries for key, entries in self._patches(patcher).items() if not is_of_adapter(key)}
+        patches = without_adapter(self._patches(patcher))
         key = (_state(patcher) if patches else None, dtype)
         if key not in self._variants:
             if dtype not in DTYPES:

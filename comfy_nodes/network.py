@@ -29,7 +29,7 @@ METHODS = ("offset", "index", "uxo")
 QWEN = "QwenImageTransformer2DModel"
 AT_ZERO = "index_timestep_zero"
 """Places reference latents one behind the other, and takes them as clean: their timestep is 0."""
-METHODS_OF_QWEN = ("offset", "index", "index_timestep_zero", "negative_index")
+METHODS_OF_QWEN = ("offset", "index", AT_ZERO, "negative_index")
 """Those that it has for Qwen-Image's network, which is called so."""
 
 _TEXT_MASK = "encoder_hidden_states_mask"

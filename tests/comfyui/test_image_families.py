@@ -148,9 +148,8 @@ def test_a_batch_and_a_mask(both: Both, run: Pair) -> None:
     both(run, "_batch", "_mask")
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.method], indirect=True, ids=lambda case: case.golden)
 def test_references(comfyui: ComfyUI, both: Both, run: Pair, case: Case) -> None:
-    if not case.method:
-        pytest.skip("it takes no references")
     how = comfyui.nodes["FluxKontextMultiReferenceLatentMethod"]["input"]["required"]["reference_latents_method"]
     if case.method not in str(how):
         pytest.skip(f"this version of ComfyUI has no {case.method}")
