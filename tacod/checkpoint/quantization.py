@@ -18,7 +18,7 @@ from typing import IO, Any
 from tacod.checkpoint.header import FLOAT8, PLAIN, Entry, TensorInfo
 from tacod_client.errors import ModelCorrupt, ModelUnsupported
 
-__all__ = ["FORMATS", "SIDES", "Quantization", "beside", "read_quantization"]
+__all__ = ["FORMATS", "SCALED", "SIDES", "Quantization", "beside", "read_quantization"]
 
 FORMATS = (
     "float8_e4m3fn",
@@ -30,6 +30,9 @@ FORMATS = (
     "asym_w4a8_int8",
 )
 """The formats that are read, as ``comfy_quant`` names them."""
+SCALED = "scaled"
+"""The format of a weight of 16 bits or more that has a scale beside it nevertheless."""
+
 _DESCRIPTION = "comfy_quant"
 _METADATA = "_quantization_metadata"
 _MARKER = "scaled_fp8"
@@ -54,7 +57,7 @@ class Quantization:
     """How the weight of one layer is packed."""
 
     format: str
-    """One of `FORMATS`."""
+    """One of `FORMATS`, or `SCALED`."""
     rotation: int = 0
     """ConvRot: how many columns are rotated together; 0 for none."""
     group: int = 16
@@ -107,18 +110,23 @@ def read_quantization(
     """
     kept = {name: entry for name, entry in entries.items() if name.rpartition(".")[2] != _DESCRIPTION}
     described = _descriptions(path, entries, texts, prefix)
+    old: dict[str, Any] = {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
     if _MARKER in kept and _METADATA not in texts:
-        full = kept[_MARKER].info.size == 2
-        old = {"format": "float8_e4m3fn", "full_precision_matrix_mult": full}
+        old["full_precision_matrix_mult"] = kept[_MARKER].info.size == 2
         described |= {layer: old for layer, leaf in map(_split, kept) if leaf == "scale_weight"}
     kept.pop(_MARKER, None)
     kept = _todays(path, kept)
+    layers = {}
     for layer, leaf in map(_split, kept):
         info = kept[f"{layer}.weight"].info if f"{layer}.weight" in kept else None
-        if leaf == "weight_scale" and layer not in described and info is not None and info.dtype in FLOAT8:
-            # Some tools write no description: what the dtype and the scale say is that these are to be multiplied.
+        if leaf != "weight_scale" or info is None or (layer in described and described[layer] is not old):
+            continue
+        # Some tools write no description: what the dtype and the scale say is that these are to be multiplied.
+        if info.dtype in FLOAT8 and layer not in described:
             described[layer] = {"format": _FLOAT8_FORMATS[info.dtype], "full_precision_matrix_mult": True}
-    layers = {}
+        elif info.dtype in PLAIN and kept[f"{layer}.{leaf}"].info.size == 1:
+            described.pop(layer, None)
+            layers[f"{layer}.weight"] = Quantization(SCALED, sides=(leaf,))
     for layer, description in described.items():
         weight = f"{layer}.weight"
         if weight not in kept:
@@ -183,7 +191,7 @@ def _todays(path: str, entries: Mapping[str, Entry]) -> dict[str, Entry]:
     renamed: dict[str, Entry] = {}
     for name, entry in entries.items():
         layer, leaf = _split(name)
-        ours = f"{layer}.{_OLD[leaf]}" if leaf in _OLD else name
+        ours = f"{layer}.{_OLD[leaf]}" if leaf in _OLD and f"{layer}.weight" in entries else name
         if ours in renamed or (ours != name and ours in entries):
             raise ModelCorrupt(f"{path} has both {name} and {ours}, which are the same scale")
         renamed[ours] = entry

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tacod.checkpoint import Checkpoint, TensorInfo
 from tacod.checkpoint.header import BLOCKS, FLOAT8, PLAIN
-from tacod.checkpoint.quantization import beside
+from tacod.checkpoint.quantization import FORMATS, SCALED, beside
 from tacod.rank.families.base import DiT
 from tacod.rank.ops.packed.base import PackedLinear
 from tacod.rank.ops.packed.float8 import FLOAT8_DTYPES
@@ -82,7 +82,7 @@ def choose_dtype(checkpoint: Checkpoint, asked: str | None, device: torch.device
     for info in checkpoint.tensors.values():
         if len(info.shape) > 1:
             numbers[info.dtype] += info.size
-    if checkpoint.quantization or any(kind in PACKED for kind in numbers):
+    if any(kind in (*PACKED, *FORMATS) for kind in numbers):
         return "bf16"
     return next((_OF_FILE[kind] for kind, _ in numbers.most_common() if kind in _OF_FILE), "bf16")
 
@@ -209,6 +209,10 @@ def _place(
     info, quantization = checkpoint.tensors[name], checkpoint.quantization.get(name)
     linear = isinstance(owner, nn.Linear) and leaf == "weight"
     packed: PackedLinear | None = None
+    if quantization is not None and quantization.format == SCALED:
+        (scale,) = sides.values()
+        _assign(owner, leaf, (_decode(data, TensorInfo(info.dtype, shape)).float() * scale.float()).to(dtype))
+        return
     if quantization is not None:
         leaves = {each.rpartition(".")[2]: tensor for each, tensor in sides.items()}
         where, bias = f"{checkpoint.path}: {path}", owner.bias if linear else None

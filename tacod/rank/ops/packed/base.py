@@ -31,16 +31,13 @@ class PackedLinear(nn.Module, abc.ABC):
 
     data: Tensor
     bias: nn.Parameter | None
-    up: Tensor | None
-    down: Tensor | None
     rowwise: ClassVar[tuple[str, ...]] = ()
     """Those buffers, beside ``data``, that have a row for each output where they have more than one number."""
 
     def __init__(self, data: Tensor, in_features: int, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.out_features, self.in_features, self.dtype = len(data), in_features, dtype
-        for name, each in (("data", data), ("up", None), ("down", None)):
-            self.register_buffer(name, each, persistent=False)
+        self.register_buffer("data", data, persistent=False)
         self.register_parameter("bias", bias)
 
     @property
@@ -56,7 +53,7 @@ class PackedLinear(nn.Module, abc.ABC):
     @property
     def plain(self) -> bool:
         """Whether it is the product with its `weight`, which may be used in parts."""
-        return self.down is None and not self.quantizes
+        return self._low_rank is None and not self.quantizes
 
     @abc.abstractmethod
     def numbers(self, rows: slice, dtype: torch.dtype) -> Tensor:
@@ -65,9 +62,10 @@ class PackedLinear(nn.Module, abc.ABC):
     def forward(self, x: Tensor) -> Tensor:
         """Of ``x`` [..., in_features] in the compute dtype, [..., out_features]."""
         out = self.product(x)
-        if self.down is None or self.up is None:
+        if self._low_rank is None:
             return out
-        return out + functional.linear(functional.linear(x, self.down), self.up)
+        up, down = self._low_rank
+        return out + functional.linear(functional.linear(x, down), up)
 
     def product(self, x: Tensor) -> Tensor:
         """`forward` without what `adapted` adds."""
@@ -81,9 +79,10 @@ class PackedLinear(nn.Module, abc.ABC):
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight as numbers, [out_features, in_features], rounded to ``dtype``; with what `adapted` adds."""
         weight = self._effective(dtype)
-        if self.down is None or self.up is None:
+        if self._low_rank is None:
             return weight
-        return torch.addmm(weight, self.up.to(dtype), self.down.to(dtype))
+        up, down = self._low_rank
+        return torch.addmm(weight, up.to(dtype), down.to(dtype))
 
     def _effective(self, dtype: torch.dtype) -> Tensor:
         """What `product` comes to multiply ``x`` by."""
@@ -101,7 +100,7 @@ class PackedLinear(nn.Module, abc.ABC):
     def outputs(self, rows: slice) -> Self:
         """Some of its outputs, on the same memory."""
         part = self._twin()
-        for name in ("data", "up", *self.rowwise):
+        for name in {"data", "up", *self.rowwise} & self._buffers.keys():
             part._buffers[name] = sliced(self._buffers[name], rows)
         bias = None if self.bias is None else nn.Parameter(self.bias[rows], requires_grad=False)
         part._parameters = {"bias": bias}
@@ -117,6 +116,11 @@ class PackedLinear(nn.Module, abc.ABC):
         twin._buffers["up"] = up.to(self.data.device, self.dtype)
         twin._buffers["down"] = down.to(self.data.device, self.dtype)
         return twin
+
+    @property
+    def _low_rank(self) -> tuple[Tensor, Tensor] | None:
+        up, down = self._buffers.get("up"), self._buffers.get("down")
+        return None if up is None or down is None else (up, down)
 
     def _twin(self) -> Self:
         twin = copy.copy(self)

@@ -171,7 +171,7 @@ class Nvfp4Linear(PackedLinear):
     ) -> None:
         super().__init__(data, in_features, bias, dtype)
         levels = torch.tensor([*_E2M1, *(-each for each in _E2M1)], device=data.device)
-        for name, each in (("blocks", blocks), ("scale", scale), ("smoothing", smoothing), ("levels", levels)):
+        for name, each in (("blocks", blocks), ("scale", scale), ("levels", levels), ("smoothing", smoothing)):
             self.register_buffer(name, each, persistent=False)
 
     @property
