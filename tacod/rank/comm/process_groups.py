@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 JOIN_TIMEOUT = timedelta(minutes=30)
 """How long ranks wait for each other, if nobody ends them before."""
-_USED = ("GroupCoordinator", "get_sp_group", "init_distributed_environment", "initialize_model_parallel")
+_USED = ("GroupCoordinator", "get_world_group", "init_distributed_environment")
 """What is taken of xfuser's module; one that lacks any of it counts as not to be imported."""
 
 
@@ -86,18 +86,26 @@ def _xfuser_groups(state: Any, rank: int, world_size: int, backend: str, local_r
     state.init_distributed_environment(
         world_size=world_size, rank=rank, distributed_init_method="", local_rank=local_rank, backend=backend
     )
-    state.initialize_model_parallel(
-        sequence_parallel_degree=world_size, ulysses_degree=world_size, ring_degree=1, backend=backend
-    )
+    whole = _device_group(state.get_world_group())
 
     def make_group(parts: list[list[int]]) -> dist.ProcessGroup:
         if parts == [list(range(world_size))]:
-            whole: dist.ProcessGroup = state.get_sp_group().ulysses_group
             return whole
-        group: dist.ProcessGroup = state.GroupCoordinator(parts, local_rank, backend).device_group
-        return group
+        return _device_group(state.GroupCoordinator(parts, local_rank, backend))
 
     return make_group
+
+
+def _device_group(coordinator: Any) -> dist.ProcessGroup:
+    """A coordinator's group on the device.
+
+    Its second group, gloo's between the CPUs, ends: nothing here uses it, and its thread wakes 100 times a second.
+    """
+    dist.destroy_process_group(coordinator.cpu_group)
+    # The thread ends with the last reference.
+    coordinator.cpu_group = None
+    group: dist.ProcessGroup = coordinator.device_group
+    return group
 
 
 def leave() -> None:
