@@ -7,14 +7,42 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import FLUX, SD3, Daemon
 from hypothesis import HealthCheck, settings
 
+from tacod.rank.cores import usable_cores
 from tacod_client import Client
 
 # A machine that is busy with something else is no fault of a test's.
 settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy machine")
+
+TESTS = Path(__file__).parent
+ALONE = "faults"
+"""The folder whose tests measure how soon something is noticed: they run one after the other on one worker."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The workers of pytest-xdist share the cores."""
+    if (worker := getattr(config, "workerinput", None)) is not None:
+        torch.set_num_threads(max(1, int(usable_cores() / worker["workercount"])))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """For pytest-xdist: a file stays on one worker, as its tests share daemons. What takes longest comes first."""
+    if hasattr(config, "workerinput"):
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(group_of(item)))
+        items.sort(key=lambda item: (group_of(item) != ALONE, item.path.relative_to(TESTS).parts[0] == "unit"))
+
+
+def group_of(item: pytest.Item) -> str:
+    """Which tests stay with this one, in its order: those of its file, or of the whole folder `ALONE`."""
+    path = item.path.relative_to(TESTS)
+    return ALONE if path.parts[0] == ALONE else path.as_posix()
+
 
 Daemons = Callable[[int], Daemon]
 

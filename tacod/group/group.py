@@ -38,6 +38,8 @@ __all__ = ["Answer", "GroupState", "RankGroup"]
 
 AGREE_S = 5.0
 """After one rank reports a failure, the others have this long to say the same; else they count as stuck."""
+EXIT_S = 1.0
+"""After one rank reports that it is broken, another one's exit within this time counts as the cause."""
 CACHE_TENSORS = 8192
 """Client tensors that each rank keeps, however small."""
 
@@ -71,13 +73,18 @@ class _Current:
     command: Command
     started_s: float
     answers: dict[int, Final] = field(default_factory=dict)
-    """By rank."""
+    """By rank, in the order in which they came."""
     begun: int = 0
     """Forwards after the first that all ranks have begun; each has its own time."""
 
     def first(self, kind: type[FinalType]) -> tuple[int, FinalType] | None:
         """The first rank that has answered so, and its answer."""
         return next(((rank, each) for rank, each in sorted(self.answers.items()) if isinstance(each, kind)), None)
+
+    @property
+    def broken(self) -> tuple[int, Broken] | None:
+        """The rank that was the first to report that it is broken, and its report."""
+        return next(((rank, each) for rank, each in self.answers.items() if isinstance(each, Broken)), None)
 
     @property
     def error(self) -> TacodError | None:
@@ -141,8 +148,12 @@ class RankGroup:
 
     def check(self, now: float) -> None:
         """Raise `GroupLost` if a rank ended or is over its deadline."""
-        self._processes.check(self.ranks)
+        broken = self._current.broken if self._current is not None else None
+        # One that is broken ends too, and is not the cause of itself.
+        self._processes.check(rank for rank in self.ranks if broken is None or not self._has_answered(rank))
         if self.deadline is not None and now > self.deadline:
+            if broken is not None:
+                raise self._raised(*broken)
             missing = [rank for rank in self.ranks if not self._has_answered(rank)]
             names = ", ".join(f"rank {rank.index} (pid {rank.process.pid})" for rank in missing)
             self._processes.log_stacks(missing)
@@ -285,15 +296,17 @@ class RankGroup:
 
     def _collect(self, current: _Current, rank: Rank, report: Final) -> Answer | None:
         current.answers[rank.index] = report
-        if isinstance(report, Broken):
-            # A rank raises too when another one dies under it, and that is then the reason.
-            self._processes.check(rank for rank in self.ranks if rank.index not in current.answers)
-            raise self._raised(rank.index, report)
-        rank.memory_used_bytes = report.memory_used_bytes
+        if not isinstance(report, Broken):
+            rank.memory_used_bytes = report.memory_used_bytes
         if len(current.answers) < len(self.ranks):
             if not isinstance(report, Done) and self.deadline is not None:
-                self.deadline = min(self.deadline, time.monotonic() + AGREE_S)
+                # An exchange breaks off as soon as the kernel closes a dying rank's sockets, which may be well before
+                # that rank's exit can be seen.
+                patience_s = EXIT_S if isinstance(report, Broken) else AGREE_S
+                self.deadline = min(self.deadline, time.monotonic() + patience_s)
             return None
+        if current.broken is not None:
+            raise self._raised(*current.broken)
         self.state = GroupState.IDLE
         self.deadline = None
         if self._processes.arena is not None:

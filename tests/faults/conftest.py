@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from helpers import FLUX, SD3, START_S, Daemon, eventually, shared_memory
 
@@ -47,12 +46,12 @@ def two_ranks(models: Path) -> Iterator[Daemon]:
 @pytest.fixture
 def sturdy(two_ranks: Daemon) -> Iterator[Daemon]:
     """The daemon with two ranks; after the test nothing is left of it, and the next job is right."""
-    # A count taken while the last client's connection goes may be too low for a moment.
-    counts = [holdings(two_ranks)]
+    # What is held while the last client's connection goes may be too little for a moment.
+    looks = [holdings(two_ranks)]
     for _ in range(2):
         time.sleep(0.05)
-        counts.append(holdings(two_ranks))
-    before = {name: max(each[name] for each in counts) for name in counts[0]}
+        looks.append(holdings(two_ranks))
+    before = {kind: max((look[kind] for look in looks), key=len) for kind in looks[0]}
     yield two_ranks
     with two_ranks.client() as client:
         eventually(lambda: client.status()["state"] == "ready", START_S, "the ranks are back")
@@ -62,30 +61,61 @@ def sturdy(two_ranks: Daemon) -> Iterator[Daemon]:
     assert len(two_ranks.processes()) == 1 + RANKS
     with suppress(AssertionError):
         eventually(lambda: not growth(before, holdings(two_ranks)), 10, "it holds no more than before")
-    assert not growth(before, holdings(two_ranks)), descriptors(two_ranks)
+    if more := growth(before, holdings(two_ranks)):
+        # Not by assert, whose message pytest would cut.
+        pytest.fail(f"the daemon holds more than before the test:\n{more}\nIts log:\n{two_ranks.log[-2000:]}")
 
 
-def descriptors(daemon: Daemon) -> list[str]:
-    """What the supervisor's descriptors are, to be shown where there are too many."""
-    folder = Path(f"/proc/{daemon.pid}/fd")
-    return sorted(str(each.readlink()) for each in folder.iterdir())
+Holdings = dict[str, list[str]]
+"""The names of what a daemon holds, by kind."""
 
 
-def holdings(daemon: Daemon) -> dict[str, int]:
+def holdings(daemon: Daemon) -> Holdings:
     """What a daemon without clients or work holds: descriptors, threads, files, shared memory."""
-    supervisor = psutil.Process(daemon.pid)
+    process = Path(f"/proc/{daemon.pid}")
     return {
-        "descriptors": supervisor.num_fds(),
-        "threads": supervisor.num_threads(),
+        "descriptors": descriptors(process),
+        "threads": entries(process / "task", lambda each: (each / "comm").read_text().strip()),
         # The rendezvous of each generation of ranks has a name of its own.
-        "files": len(list(daemon.folder.rglob("*"))),
-        "shared memory": len(shared_memory(daemon.processes())),
+        "files": [str(path.relative_to(daemon.folder)) for path in daemon.folder.rglob("*")],
+        "shared memory": list(shared_memory(daemon.processes())),
     }
 
 
-def growth(before: dict[str, int], now: dict[str, int]) -> dict[str, int]:
-    """What is held more than before."""
-    return {name: now[name] - before[name] for name in before if now[name] > before[name]}
+def descriptors(process: Path) -> list[str]:
+    """A process's descriptors by number and name; a unix socket with the path that it is bound to."""
+    # A connection that was accepted has its listener's path.
+    rows = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
+    sockets = {f"socket:[{row[6]}]": " ".join(row[7:]) for row in rows}
+
+    def tell(each: Path) -> str:
+        name = str(each.readlink())
+        return f"{name} {sockets.get(name, '')}".rstrip()
+
+    return entries(process / "fd", tell)
+
+
+def entries(folder: Path, tell: Callable[[Path], str]) -> list[str]:
+    """What is in a folder of a process's, by number and name; without what goes while this looks."""
+    found = []
+    for each in folder.iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):
+            found.append(f"{each.name} {tell(each)}")
+    return found
+
+
+def growth(before: Holdings, now: Holdings) -> str:
+    """Of what there is more than before: what is new, what is gone, and what has stayed, by name."""
+    lines = []
+    for kind, old in before.items():
+        new = now[kind]
+        if len(new) > len(old):
+            stayed = set(old) & set(new)
+            lines.append(f"{kind}: {len(old)} before, {len(new)} now")
+            lines += [f"  new: {each}" for each in new if each not in stayed]
+            lines += [f"  gone: {each}" for each in old if each not in stayed]
+            lines += [f"  as before: {each}" for each in old if each in stayed]
+    return "\n".join(lines)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from tacod.config import Config, Models
 from tacod.execution.executor import Executor
 from tacod.execution.manifest import Model
 from tacod.execution.scheduler import Job, Outcome, Verb
-from tacod.group.group import AGREE_S, GroupState
+from tacod.group.group import AGREE_S, EXIT_S, GroupState
 from tacod.group.work import Stepped
 from tacod_client.errors import (
     Cancelled,
@@ -220,7 +220,15 @@ class Events(RuleBasedStateMachine):
             if rank.index == index:
                 rank.die(code)
         self.executor.poll()
-        assert all(rank.code is None for rank in self.alive), "a dead rank takes all others with it"
+        self.none_outlives_it()
+
+    def none_outlives_it(self) -> None:
+        """A dead rank takes all others with it; if it had said that it is broken, after a moment for their exits."""
+        current = self.executor.group._current
+        if current is not None and current.broken is not None:
+            self.clock.now += EXIT_S + 0.1
+            self.executor.poll()
+        assert all(rank.code is None for rank in self.alive)
 
     @rule(
         index=RANK,
@@ -236,7 +244,7 @@ class Events(RuleBasedStateMachine):
                 rank.say(kind, body, self.executor.group._commands)
                 rank.die(-9)
         self.executor.poll()
-        assert all(rank.code is None for rank in self.alive), "a dead rank takes all others with it"
+        self.none_outlives_it()
         assert all(job.error is not None for job in self.ended[ended:])
 
     @rule(index=RANK, done=st.integers(0, 3))
@@ -427,6 +435,68 @@ def test_one_that_raises_alone_is_waited_for_no_longer_than_ranks_have_to_agree(
     walk.answer("raised", raised(), ranks=1)
     walk.clock.now += AGREE_S + 0.1
     walk.executor.poll()
+    assert all(rank.reaped for rank in gone)
+
+
+BROKEN = {"traceback": "RuntimeError: Connection closed by peer", "what": "RuntimeError: Connection closed by peer"}
+
+
+def lost(walk: Walk, caplog: pytest.LogCaptureFixture) -> str:
+    """Why the ranks were lost, as the log tells it once."""
+    (line,) = [each.getMessage() for each in caplog.records if "ending all ranks" in each.getMessage()]
+    return line
+
+
+@pytest.mark.parametrize("after_s", [None, 0.0, EXIT_S / 2])
+def test_a_rank_that_ends_is_the_cause_and_not_the_exchange_that_broke_off(
+    walk: Walk, caplog: pytest.LogCaptureFixture, after_s: float | None
+) -> None:
+    """Whether its exit is seen before the other rank's report, with it or after it; that rank exits too."""
+    walk.ready()
+    walk.submit(Verb.LOAD, BASE)
+    gone = walk.alive
+    if after_s is None:
+        gone[1].die(3)
+    gone[0].answer("broken", BROKEN)
+    if after_s:
+        walk.executor.poll()
+        gone[0].die(1)
+        walk.clock.now += after_s
+        walk.executor.poll()
+        assert walk.alive == gone, "the cause may be seen in a moment"
+    gone[1].die(3)
+    walk.executor.poll()
+    assert lost(walk, caplog) == f"rank 1 (cpu:1, pid {gone[1].pid}) exited with code 3; ending all ranks"
+    assert all(rank.reaped for rank in gone)
+
+
+def test_a_rank_that_is_broken_itself_is_the_cause_after_a_moment(walk: Walk, caplog: pytest.LogCaptureFixture) -> None:
+    walk.ready()
+    walk.submit(Verb.LOAD, BASE)
+    gone = walk.alive
+    gone[1].answer("broken", BROKEN)
+    walk.executor.poll()
+    gone[1].die(1)
+    walk.executor.poll()
+    assert walk.alive == gone
+    walk.clock.now += EXIT_S + 0.1
+    walk.executor.poll()
+    assert lost(walk, caplog).startswith("rank 1 (cpu:1) raised:\nRuntimeError: Connection closed by peer")
+    assert all(rank.reaped for rank in gone)
+
+
+@pytest.mark.parametrize("first", range(RANKS))
+def test_the_first_of_those_that_are_broken_is_the_cause(
+    walk: Walk, caplog: pytest.LogCaptureFixture, first: int
+) -> None:
+    """All have answered, so none is waited for."""
+    walk.ready()
+    walk.submit(Verb.LOAD, BASE)
+    gone = walk.alive
+    for rank in sorted(gone, key=lambda each: each.index != first):
+        rank.answer("broken", BROKEN)
+        walk.executor.poll()
+    assert lost(walk, caplog).startswith(f"rank {first} (cpu:{first}) raised:")
     assert all(rank.reaped for rank in gone)
 
 

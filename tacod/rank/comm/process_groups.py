@@ -17,7 +17,6 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 JOIN_TIMEOUT = timedelta(minutes=30)
 """How long ranks wait for each other, if nobody ends them before."""
-_USED = ("GroupCoordinator", "get_sp_group", "init_distributed_environment", "initialize_model_parallel")
+_USED = ("GroupCoordinator", "get_world_group", "init_distributed_environment")
 """What is taken of xfuser's module; one that lacks any of it counts as not to be imported."""
 
 
@@ -48,8 +47,7 @@ def join(device: torch.device, rank: int, world_size: int, rendezvous: str, loca
     if not dist.is_initialized():
         store = dist.FileStore(os.fsencode(rendezvous), world_size)  # type: ignore[attr-defined, arg-type]
         store.set_timeout(JOIN_TIMEOUT)
-        with _one_gloo_device():
-            dist.init_process_group(backend, store=store, world_size=world_size, rank=rank)
+        dist.init_process_group(backend, store=store, world_size=world_size, rank=rank)
         # Groups are made in the same order by all ranks, so that all of them have xfuser's or none.
         store.set(f"why not xfuser/{rank}", reason)
         reasons = [store.get(f"why not xfuser/{each}").decode() for each in range(world_size)]
@@ -59,9 +57,7 @@ def join(device: torch.device, rank: int, world_size: int, rendezvous: str, loca
         if device.type == "cuda":
             torch.cuda.set_device(local_rank)
         return _torch_groups(rank, world_size, backend)
-    state = _parallel_state(device.type == "cuda")
-    with _one_gloo_device():
-        return _xfuser_groups(state, rank, world_size, backend, local_rank)
+    return _xfuser_groups(_parallel_state(device.type == "cuda"), rank, world_size, backend, local_rank)
 
 
 def why_not_xfuser(device: torch.device) -> str:
@@ -78,8 +74,7 @@ def _torch_groups(rank: int, world_size: int, backend: str) -> MakeGroup:
         if parts == [list(range(world_size))]:
             assert dist.group.WORLD is not None
             return dist.group.WORLD
-        with _one_gloo_device():
-            groups = [dist.new_group(ranks, backend=backend) for ranks in parts]
+        groups = [dist.new_group(ranks, backend=backend) for ranks in parts]
         mine: dist.ProcessGroup = next(group for group, ranks in zip(groups, parts, strict=True) if rank in ranks)
         return mine
 
@@ -91,49 +86,26 @@ def _xfuser_groups(state: Any, rank: int, world_size: int, backend: str, local_r
     state.init_distributed_environment(
         world_size=world_size, rank=rank, distributed_init_method="", local_rank=local_rank, backend=backend
     )
-    state.initialize_model_parallel(
-        sequence_parallel_degree=world_size, ulysses_degree=world_size, ring_degree=1, backend=backend
-    )
+    whole = _device_group(state.get_world_group())
 
     def make_group(parts: list[list[int]]) -> dist.ProcessGroup:
         if parts == [list(range(world_size))]:
-            whole: dist.ProcessGroup = state.get_sp_group().ulysses_group
             return whole
-        with _one_gloo_device():
-            group: dist.ProcessGroup = state.GroupCoordinator(parts, local_rank, backend).device_group
-        return group
+        return _device_group(state.GroupCoordinator(parts, local_rank, backend))
 
     return make_group
 
 
-@contextmanager
-def _one_gloo_device() -> Iterator[None]:
-    """Within, all groups over gloo are made on one device, which has one thread.
+def _device_group(coordinator: Any) -> dist.ProcessGroup:
+    """A coordinator's group on the device.
 
-    PyTorch gives each group a device of its own. Its thread wakes up a hundred times a second, whatever there is to do,
-    and xfuser makes some twenty groups: that is 3 % of a core for each rank that idles.
+    Its second group, gloo's between the CPUs, ends: nothing here uses it, and its thread wakes 100 times a second.
     """
-    c10d: Any = dist.distributed_c10d
-    original = c10d.ProcessGroupGloo
-    c10d.ProcessGroupGloo = _on_one_device(original)
-    try:
-        yield
-    finally:
-        c10d.ProcessGroupGloo = original
-
-
-@cache
-def _on_one_device(original: Any) -> Any:
-    """A class of gloo's groups that share a device."""
-    device = original.create_default_device()
-
-    class OnOneDevice(original):  # type: ignore[misc]
-        def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
-            options = original._Options()
-            options._devices, options._threads, options._timeout = [device], 2, timeout
-            super().__init__(store, rank, size, options)
-
-    return OnOneDevice
+    dist.destroy_process_group(coordinator.cpu_group)
+    # The thread ends with the last reference.
+    coordinator.cpu_group = None
+    group: dist.ProcessGroup = coordinator.device_group
+    return group
 
 
 def leave() -> None:
