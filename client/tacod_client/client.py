@@ -155,7 +155,9 @@ class Client:
                 forwards, the cache is too, and the run may come out other than undisturbed, by about its error).
             progress: Hears, now and then, how many bytes of how many the slowest rank has loaded.
             dtype: The compute dtype, ``fp32``, ``bf16`` or ``fp16``; by default fp32 on CPUs, the file's own on GPUs.
-                ``fp8`` is bf16 with the blocks' matrices multiplied in 8 bits: faster, and less exact.
+                ``fp8`` is bf16 with the blocks' matrices multiplied in 8 bits: faster, and less exact. With
+                ``_weight_only`` behind one of the first three, a quantized model's activations stay as they are, where
+                ComfyUI quantizes them too: nearer to the model that was quantized, and not equal to ComfyUI.
 
         Idempotent: the same file in the same state, patches and dtype give the same model id, and load once.
         Raises a `ModelError` if the file can't be served.

@@ -74,7 +74,7 @@ def _check_patches(patches: list[Any] | None) -> list[Any] | None:
     return patches
 
 
-Dtype = Literal["fp32", "bf16", "fp16", "fp8"]
+Dtype = Literal["fp32", "bf16", "fp16", "fp8", "fp32_weight_only", "bf16_weight_only", "fp16_weight_only"]
 Tensor = InstanceOf[wire.Tensor]
 Name = Annotated[str, Field(max_length=4096)]
 Plan = Annotated[Any, AfterValidator(_check_extent)]

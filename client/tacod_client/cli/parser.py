@@ -70,7 +70,11 @@ def parser() -> argparse.ArgumentParser:
         "path", type=_name, help="a model file or diffusers folder, absolute or relative to one of models.roots"
     )
     load.add_argument(
-        "--dtype", choices=["fp32", "bf16", "fp16", "fp8"], help="compute dtype (default: as the device suits)"
+        "--dtype",
+        choices=["fp32", "bf16", "fp16", "fp8", *(f"{name}_weight_only" for name in ("fp32", "bf16", "fp16"))],
+        metavar="DTYPE",
+        help="compute dtype: fp32, bf16, fp16, or fp8 for the blocks' matrices (default: as the device suits); with "
+        "_weight_only behind it, a quantized model's activations are never quantized",
     )
     load.add_argument(
         "--lora",

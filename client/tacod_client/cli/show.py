@@ -175,6 +175,13 @@ def loaded(reply: dict[str, Any], elapsed_s: float) -> str:
     return "\n".join([*lines, *(f"a patch was left out: {printable(note)}" for note in reply.get("notes", ()))])
 
 
+def computed_in(model: dict[str, Any]) -> str:
+    """The compute dtype, and the format of most of its layers if the model is quantized."""
+    formats: dict[str, int] = model.get("quantization") or {}
+    usual = max(formats, key=lambda name: formats[name], default="")
+    return f"{model['dtype']}, {usual}" if usual else str(model["dtype"])
+
+
 def models(reply: list[dict[str, Any]]) -> Any:
     """``tacoctl models``."""
     if not reply:
@@ -189,7 +196,7 @@ def models(reply: list[dict[str, Any]]) -> Any:
                 _count(model["parameters"]),
                 size(model["weight_bytes"]),
                 model["patches"],
-                model["dtype"],
+                computed_in(model),
                 f"{model['loaded_s']:.1f} s",
                 model["plan"],
             )

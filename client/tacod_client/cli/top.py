@@ -188,7 +188,7 @@ def _models(models: list[dict[str, Any]]) -> Any:
     for model in models:
         weights = show.size(model["weight_bytes"])
         patched = f" + {model['patches']} patches" if model["patches"] else ""
-        rows.append((model["name"] + patched, model["family"], weights, model["dtype"], model["plan"]))
+        rows.append((model["name"] + patched, model["family"], weights, show.computed_in(model), model["plan"]))
     return show.Columns(("model", "family", "memory", "dtype", "plan"), rows, long=("model", "plan"))
 
 
