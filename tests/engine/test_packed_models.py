@@ -9,17 +9,26 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import quantized_golden_names, read_golden, relative_error
+from helpers import FLUX, quantized_golden_names, read_golden, relative_error
 from rank_worker import WORLD, Ranks
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tacod.checkpoint import read_checkpoint
+from tacod.rank.families.names import Place
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.weights.load import formats, load_model, weight_bytes
 from tacod_client.errors import ModelCorrupt, ModelUnsupported
 
 CPU = torch.device("cpu")
+FLUX_JSON: dict[str, Any] = {
+    "_class_name": "FluxTransformer2DModel",
+    "axes_dims_rope": FLUX.config["axes_dim"],
+    "guidance_embeds": FLUX.config["guidance_embed"],
+    "num_attention_heads": FLUX.config["num_heads"],
+    "num_layers": FLUX.config["depth"],
+    "num_single_layers": FLUX.config["depth_single_blocks"],
+}
 GOLDENS = quantized_golden_names()
 FLOATS = ("quantised/z_image_fp8", "quantised/flux2_klein_nvfp4", "quantised/z_image_mxfp8")
 
@@ -196,3 +205,55 @@ def test_a_model_behind_a_prefix(tmp_path: Path) -> None:
     with torch.inference_mode():
         out = model.run(SequenceParallel(), golden.arguments(model))
     assert relative_error(out, golden.out) <= golden.fp32
+
+
+def packed_folder(folder: Path, by_row: bool) -> tuple[Path, Path]:
+    """Flux.1 in int8, as one file under the authors' names, and as a folder under diffusers'; in that order."""
+    tensors: dict[str, torch.Tensor] = {}
+    for key, tensor in FLUX.model.state_dict().items():
+        if tensor.ndim != 2 or "block" not in key:
+            tensors[key] = tensor
+            continue
+        largest = tensor.abs().amax(dim=1, keepdim=True) if by_row else tensor.abs().max()
+        tensors[key] = (tensor / largest * 127).round().to(torch.int8)
+        tensors[key.replace(".weight", ".weight_scale")] = largest / 127
+        tensors[key.replace(".weight", ".comfy_quant")] = described({"format": "int8_tensorwise"})
+    single, theirs = folder / "single.safetensors", folder / "diffusers"
+    save_file(tensors, single, metadata={"tacod.config": json.dumps(FLUX.config)})
+    theirs.mkdir()
+    renamed: dict[str, torch.Tensor] = {}
+    for name, place in type(FLUX.model).diffusers_layout(FLUX.config).items():
+
+        def part(key: str, place: Place = place) -> torch.Tensor:
+            rows = tensors[key]
+            if place.rows is not None and rows.ndim and len(rows) > 1:
+                rows = rows.narrow(0, *place.rows)
+            return torch.cat(rows.chunk(2)[::-1]).contiguous() if place.swap else rows.contiguous()
+
+        renamed[name] = part(place.key)
+        if tensors[place.key].dtype == torch.int8:
+            layer, ours = name.removesuffix(".weight"), place.key.removesuffix(".weight")
+            renamed[f"{layer}.weight_scale"] = part(f"{ours}.weight_scale")
+            renamed[f"{layer}.comfy_quant"] = tensors[f"{ours}.comfy_quant"]
+    renamed = {name: each.clone() for name, each in renamed.items()}
+    save_file(renamed, theirs / "diffusion_pytorch_model.safetensors")
+    (theirs / "config.json").write_text(json.dumps(FLUX_JSON))
+    return single, theirs
+
+
+def test_a_diffusers_folder_with_a_scale_for_each_row_is_the_single_file(tmp_path: Path) -> None:
+    single, theirs = (
+        load_model(read_checkpoint(str(path)), torch.float32, CPU) for path in packed_folder(tmp_path, True)
+    )
+    assert formats(single) == formats(theirs)
+    assert set(formats(single)) == {"int8_rowwise"}
+    inputs = FLUX.inputs()
+    with torch.inference_mode():
+        one, other = (model(SequenceParallel(), **inputs) for model in (single, theirs))
+    assert torch.equal(one, other)
+
+
+def test_a_diffusers_folder_with_one_scale_a_layer_cant_be_put_together(tmp_path: Path) -> None:
+    _, theirs = packed_folder(tmp_path, False)
+    with pytest.raises(ModelUnsupported, match=r"weight_scale.* can't be put together in .*qkv"):
+        load_model(read_checkpoint(str(theirs)), torch.float32, CPU)
