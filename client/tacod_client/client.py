@@ -376,8 +376,8 @@ class Model:
         """Start a whole sampling run in the ranks, and return the job.
 
         Args:
-            noise: [B, C, H, W], standard normal.
-            latent: [B, C, H, W] in the VAE's space, as ComfyUI's LATENT; zeros for an empty canvas.
+            noise: [B, C, H, W], or [B, C, T, H, W] as `Model.sampling` tells; standard normal.
+            latent: Of the same shape, in the VAE's space, as ComfyUI's LATENT; zeros for an empty canvas.
             sigmas: [steps + 1], falling noise levels down to at least 0: from at most 1 for a flow, from at most the
                 level of the noisiest training step for a model that predicts the noise (157 for PixArt).
             positive: The forward's other arguments (``context``, ``y``, ``guidance``, …).

@@ -13,11 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FLUX, FP32, PIXART, SD3, Daemon, relative_error
+from helpers import FLUX, FP32, PIXART, SD3, Daemon, Tiny, relative_error
 from safetensors.torch import load, load_file, save, save_file
 
+from tacod.rank.families import families
+from tacod.rank.families.base import DiT
+from tacod.rank.forward.warmup import random_inputs
 from tacod_client import Client, ModelNotFound
 from tacod_client.cli.loaded import find_or_load
+from tacod_client.cli.sample import noise_levels
 
 TACOCTL = [sys.executable, "-c", "import sys; from tacod_client.cli import main; sys.exit(main())"]
 VERBS = (
@@ -346,6 +350,8 @@ def test_sample_takes_its_noise_from_the_family(
     sampling = next(one["sampling"] for one in client.models() if one["name"] == PIXART.file)
     assert sampling == {
         "channels": 4,
+        "latent": ["B", 4, "H", "W"],
+        "downscale": 8,
         "prediction": "epsilon",
         "beta_schedule": "linear",
         "beta_start": 1e-4,
@@ -363,7 +369,40 @@ def test_sample_takes_its_noise_from_the_family(
     assert "--shift is for flows" in tacoctl(*arguments, "--shift", 3, code=1).stderr
     assert client.load(SD3.file).id
     told = next(one["sampling"] for one in client.models() if one["name"] == SD3.file)
-    assert told == {"channels": 4, "prediction": "flow"}
+    latent = {"latent": ["B", 4, "H", "W"], "downscale": 8}
+    assert told == {"channels": 4, **latent, "prediction": "flow"}
+
+
+SAMPLED = [family for family in families() if family.latent_format is not None]
+
+
+@pytest.mark.parametrize("family", SAMPLED, ids=lambda family: family.family)
+def test_sample_and_bench_know_the_latents_of_every_family(
+    tacoctl: Run, client: Client, models: Path, tmp_path: Path, family: type[DiT]
+) -> None:
+    """Some have an axis of frames, of which a picture has one, or other pixels per cell than 8."""
+    tiny = Tiny(f"sampled_{family.family}", dict(family.tiny))
+    tiny.save(models)
+    cells = 8
+    sizes = {**dict.fromkeys(family.usual, 7), "B": 1, "T": 1, "H": cells, "W": 2 * cells}
+    given = dict(random_inputs(tiny.model, torch.device("cpu"), torch.Generator().manual_seed(1), sizes))
+    noise = torch.randn(given.pop("x").shape, generator=torch.Generator().manual_seed(0))
+    del given["timestep"]
+    inputs, output = tmp_path / "inputs.safetensors", tmp_path / "latent.safetensors"
+    save_file({f"positive.{key}": value for key, value in given.items()}, inputs)
+    size = f"{2 * cells * family.downscale}x{cells * family.downscale}"
+    unsampled = tiny.model.unsampled
+    arguments = ("sample", tiny.file, inputs, "--size", size, "--steps", 2, "--output", output)
+    done = tacoctl(*arguments, code=1 if unsampled else 0)
+    if unsampled:
+        assert unsampled in done.stderr
+    else:
+        model = client.load(tiny.file)
+        job = model.sample(noise=noise, latent=torch.zeros_like(noise), sigmas=noise_levels(model, 2), positive=given)
+        assert relative_error(load_file(output)["latent"], job.result()) <= FP32
+    row = as_json(tacoctl("bench", tiny.file, "--size", size, "--text", 7, "--rounds", 1, "--json"))["sizes"][0]
+    assert row["error"] <= 10 * FP32
+    client.unload(client.load(tiny.file).id)
 
 
 def test_names_are_shown_as_they_are(tacoctl: Run, client: Client, models: Path) -> None:

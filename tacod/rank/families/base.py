@@ -222,8 +222,9 @@ class DiT(nn.Module, abc.ABC):
         """What ComfyUI passes as ``timestep`` at noise level ``sigma`` (fp32, any shape)."""
 
     def sampling(self) -> dict[str, Any]:
-        """What a client has to know to begin a run: the latent's channels, and the noise process."""
-        return {"channels": self.out_channels, **self.process.describe()}
+        """What a client has to know to begin a run: the latent's channels and shape, and the noise process."""
+        latent = {"channels": self.out_channels, "latent": list(self.latent), "downscale": self.downscale}
+        return {**latent, **self.process.describe()}
 
     def output_shapes(self, latents: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
         """The shape of each output, for the shape of each latent."""
@@ -236,6 +237,11 @@ class DiT(nn.Module, abc.ABC):
         assert isinstance(spec, Argument)
         assert spec.shape is not None
         return spec.shape
+
+    @property
+    def latent(self) -> tuple[int | str, ...]:
+        """The shape of a latent that `sample` takes and gives: the canvas with the output's channels."""
+        return ("B", self.out_channels, *self.canvas[2:])
 
     @property
     def blocks_at(self) -> list[str]:

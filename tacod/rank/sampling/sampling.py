@@ -62,7 +62,7 @@ class SampleRequest:
                 f"sampler: {self.sampler!r} is for flows, and {dit.family} is none; use euler, heun or dpmpp_2m",
                 argument="sampler",
             )
-        latent = Argument(("B", dit.out_channels, *dit.canvas[2:]))
+        latent = Argument(dit.latent)
         canvas: dict[str, Spec] = {"noise": latent, "latent": latent}
         given = {"noise": self.noise, "latent": self.latent}
         check_arguments({**given, "sigmas": self.sigmas}, {**canvas, "sigmas": Argument(("steps + 1",))}, dit.family)
