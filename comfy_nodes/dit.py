@@ -31,6 +31,8 @@ _COPIED_LAYERS = ("x_embedder", "y_embedder")
 """Small layers that ControlNets copy from the model that they control."""
 _SHOWN_LAYERS = ("img_in", "patch_embedding", *_COPIED_LAYERS)
 """Layers whose shapes ComfyUI looks at."""
+_OF_A_RUN = "reset_prefix_cache"
+"""Qwen-Image-2.1's, called as a run begins and ends, for what the network keeps within it: nothing is kept here."""
 _WRAPPING = ("WrappersMP.DIFFUSION_MODEL", "get_all_wrappers", "WrapperExecutor.new_class_executor")
 
 
@@ -69,6 +71,8 @@ class RemoteDiT(torch.nn.Module):
         value = getattr(network.skeleton, name)
         if name == METHOD and hasattr(network.skeleton, ADAPTER):
             return adapted(network.skeleton, self.remote.source.state, lambda: self._patches(self.patcher))
+        if name == _OF_A_RUN:
+            return _nothing
         if name in _COPIED_LAYERS:
             return self._layer_with_weights(name, value)
         if name not in _SHOWN_LAYERS and (callable(value) or isinstance(value, torch.Tensor)):
@@ -139,7 +143,7 @@ class RemoteDiT(torch.nn.Module):
         self._check(options)
         if options.get("rope_options"):
             named["rope_options"] = options["rope_options"]
-        arguments = {name: value for name, value in named.items() if value is not None and self.network.reads(name)}
+        arguments = {name: value for name, value in named.items() if value is not None and self.network.takes(name)}
         arguments |= self.network.meanings(arguments, x.dtype)
         model = self._variant(x.dtype)
         with errors_explained():
@@ -160,12 +164,24 @@ class RemoteDiT(torch.nn.Module):
         for kind in ("patches", "patches_replace"):
             given = [name for name, patches in (options.get(kind) or {}).items() if patches]
             if given and self.network.reads(kind):
+                makers = sorted({_maker(patch) for name in given for patch in _patches_in(options[kind][name])})
                 raise Refused(
-                    f"{kind} of {', '.join(map(repr, given))} (set_model_…patch)",
-                    "it is code that reaches into the blocks, which run in the daemon; take that node off",
+                    f"{kind} of {', '.join(map(repr, given))} ({', '.join(makers)}, by set_model_…patch)",
+                    "it is code that reaches into the blocks, which run in the daemon; take off the node that puts it "
+                    "there, or run this MODEL without the TACO-DiT Model Loader",
                 )
-        if options.get("chroma_radiance_options") and self.network.reads("chroma_radiance_options"):
-            raise Refused("ChromaRadianceOptions", "the daemon's network has none; take that node off")
+        # The size of tiles changes what ComfyUI holds at once, and no number.
+        others = {*(options.get("chroma_radiance_options") or {})} - {"nerf_tile_size"}
+        if others and self.network.reads("chroma_radiance_options"):
+            raise Refused(
+                f"{', '.join(sorted(others))} of ChromaRadianceOptions",
+                "the daemon's network goes by its file; turn it off",
+            )
+        cache = options.get("qwen_image21_cache") or {}
+        if cache.get("dtype", "default") != "default" and self.network.reads("qwen_image21_cache"):
+            raise Refused(
+                f"a prefix cache in {cache['dtype']}", "the daemon keeps no rounded keys and values; choose default"
+            )
         if options.get("optimized_attention_override") is not None and self.network.reads_attention_options:
             raise Refused("optimized_attention_override", "attention runs in the daemon; take that node off")
 
@@ -199,6 +215,21 @@ class RemoteDiT(torch.nn.Module):
         for key, entries in combine(patcher.current_hooks).items():
             patches.setdefault(key, []).extend(entries)
         return patches
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def _patches_in(given: Any) -> list[Any]:
+    """The code in a list of patches, or in a map of replacements by block."""
+    return list(given.values() if isinstance(given, Mapping) else given)
+
+
+def _maker(patch: Any) -> str:
+    """What a patch is called: its class, or the function's name."""
+    name: str = getattr(patch, "__qualname__", type(patch).__qualname__)
+    return name
 
 
 def _state(patcher: ModelPatcher) -> Any:

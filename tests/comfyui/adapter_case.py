@@ -1,6 +1,6 @@
 """What Anima's text adapter gives by ComfyUI's own network, and by the nodes without that; run by ComfyUI's Python.
 
-    PYTHONPATH=COMFYUI:PROJECT:PROJECT/client python tests/comfyui/adapter_case.py
+    PYTHONPATH=COMFYUI:PROJECT:PROJECT/client:tests/comfyui/pack python tests/comfyui/adapter_case.py
 
 Prints a JSON map: for each compute dtype and with or without a LoRA whether the two are equal to the bit, and how far a
 LoRA moves the text.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import sys
-from functools import partialmethod
 
 sys.argv = [sys.argv[0], "--cpu"]
 
@@ -20,6 +19,7 @@ comfy.options.enable_args_parsing()
 
 import comfy.ldm.anima.model as anima  # noqa: E402
 import comfy.ops  # noqa: E402
+import small_anima  # noqa: E402
 import torch  # noqa: E402
 from comfy.model_patcher import ModelPatcher  # noqa: E402
 from comfy.weight_adapter.lora import LoRAAdapter  # noqa: E402
@@ -47,15 +47,9 @@ CONFIG = {
 KEY = "diffusion_model.llm_adapter.blocks.0.cross_attn.k_proj.weight"
 
 
-class SmallAdapter(anima.LLMAdapter):
-    """The same with few channels."""
-
-    __init__ = partialmethod(anima.LLMAdapter.__init__, source_dim=20, target_dim=24, model_dim=24, num_heads=3)
-
-
 def main() -> None:
     """Print what was compared."""
-    anima.LLMAdapter = SmallAdapter
+    small_anima.shrink()
     torch.manual_seed(0)
     skeleton = anima.Anima(**CONFIG, device="meta", operations=skeleton_layers())
     shapes = {name: tuple(each.shape) for name, each in skeleton.state_dict().items()}

@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_adapter_gives_what_the_network_does() -> None:
     if not (Path(PATH) / "comfy" / "ldm" / "anima").is_dir():
         pytest.skip("this version of ComfyUI has no Anima")
-    stub = Path(__file__).parent / "stub"
-    path = os.pathsep.join(map(str, (PATH, ROOT, ROOT / "client", *stub.iterdir())))
-    case = Path(__file__).parent / "adapter_case.py"
+    here = Path(__file__).parent
+    path = os.pathsep.join(map(str, (PATH, ROOT, ROOT / "client", here / "pack", *(here / "stub").iterdir())))
+    case = here / "adapter_case.py"
     run = subprocess.run(
         [PYTHON, str(case)], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
     )
