@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +18,6 @@ from tacod_client import Model
 from tacod_client.errors import ModelNotFound
 
 from . import hooks
-from .adapter import ADAPTER, METHOD, adapted, without_adapter
 from .errors import NotRemote, Refused, errors_explained
 from .network import Network
 from .patches import PREFIX, to_request
@@ -31,6 +32,8 @@ _COPIED_LAYERS = ("x_embedder", "y_embedder")
 """Small layers that ControlNets copy from the model that they control."""
 _SHOWN_LAYERS = ("img_in", "patch_embedding", *_COPIED_LAYERS)
 """Layers whose shapes ComfyUI looks at."""
+_CALLED = {"preprocess_text_embeds": {"text_embeds": "context", "text_ids": "t5xxl_ids"}}
+"""Methods that ComfyUI calls outside of a forward, and the daemon's names of their arguments where they differ."""
 _OF_A_RUN = "reset_prefix_cache"
 """Qwen-Image-2.1's, called as a run begins and ends, for what the network keeps within it: nothing is kept here."""
 _WRAPPING = ("WrappersMP.DIFFUSION_MODEL", "get_all_wrappers", "WrapperExecutor.new_class_executor")
@@ -64,13 +67,13 @@ class RemoteDiT(torch.nn.Module):
         return out
 
     def __getattr__(self, name: str) -> Any:
-        """The network's sizes and settings, shapes of its first layers, and a text's adapter; nothing else computes."""
+        """The network's sizes and settings, shapes of its first layers, and what makes contexts of texts."""
         network = vars(self).get("network")
         if network is None or name.startswith("_") or not hasattr(network.skeleton, name):
             return super().__getattr__(name)
         value = getattr(network.skeleton, name)
-        if name == METHOD and hasattr(network.skeleton, ADAPTER):
-            return adapted(network.skeleton, self.remote.source.state, lambda: self._patches(self.patcher))
+        if name in _CALLED:
+            return functools.partial(self._call, name)
         if name == _OF_A_RUN:
             return _nothing
         if name in _COPIED_LAYERS:
@@ -145,19 +148,31 @@ class RemoteDiT(torch.nn.Module):
             named["rope_options"] = options["rope_options"]
         arguments = {name: value for name, value in named.items() if value is not None and self.network.takes(name)}
         arguments |= self.network.meanings(arguments, x.dtype)
-        model = self._variant(x.dtype)
+        out, model = self._asked(x.dtype, lambda model: model.forward(x=x, timestep=timestep, **arguments))
+        self.record.add(model)
+        return out
+
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """What the network does outside of a forward, in the daemon."""
+        given = inspect.signature(getattr(self.network.skeleton, method)).bind(*args, **kwargs).arguments
+        names = _CALLED[method]
+        arguments = {names.get(name, name): value for name, value in given.items()}
+        out, _ = self._asked(arguments["context"].dtype, lambda model: model.call(method, **arguments))
+        return out
+
+    def _asked(self, dtype: torch.dtype, ask: Callable[[Model], torch.Tensor]) -> tuple[torch.Tensor, Model]:
+        """What the model with the patches of now answers, and that model."""
+        model = self._variant(dtype)
         with errors_explained():
             try:
-                out: torch.Tensor = model.forward(x=x, timestep=timestep, **arguments)
+                return ask(model), model
             except ModelNotFound:
                 if not self.remote.was_sent(model):
                     raise
                 # The weights have made room for others' in the daemon: send them again.
                 self._variants = OrderedDict(each for each in self._variants.items() if each[1] is not model)
-                model = self._variant(x.dtype)
-                out = model.forward(x=x, timestep=timestep, **arguments)
-        self.record.add(model)
-        return out
+                model = self._variant(dtype)
+                return ask(model), model
 
     def _check(self, options: Mapping[str, Any]) -> None:
         """Raise `Refused` for options that the real network would have followed, and that are code."""
@@ -188,7 +203,7 @@ class RemoteDiT(torch.nn.Module):
     def _variant(self, dtype: torch.dtype) -> Model:
         """The model with the patches of the patcher that samples now."""
         patcher = self.patcher
-        patches = without_adapter(self._patches(patcher))
+        patches = self._patches(patcher)
         key = (_state(patcher) if patches else None, dtype)
         if key not in self._variants:
             if dtype not in DTYPES:

@@ -29,7 +29,7 @@ from tacod.rank.families.stream import ForwardPass
 from tacod.rank.families.trunk import BlockCache, run_trunk
 from tacod.rank.parallel.sequence import SequenceParallel
 
-__all__ = ["DiT", "LatentFormat", "Output"]
+__all__ = ["DiT", "LatentFormat", "Method", "Output"]
 
 Output = Tensor | list[Tensor]
 """What a forward gives: a tensor, or one for each of several latents."""
@@ -52,6 +52,14 @@ class LatentFormat:
     def out_of_model(self, x: Tensor) -> Tensor:
         """The user's view of what a sampler made."""
         return x / _like(self.scale, x) + _like(self.shift, x)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a network does outside of a forward: the arguments that it takes, and the function of them."""
+
+    arguments: Mapping[str, Spec]
+    run: Callable[..., Output]
 
 
 def _like(values: float | tuple[float, ...], latent: Tensor) -> Tensor | float:
@@ -157,6 +165,13 @@ class DiT(nn.Module, abc.ABC):
     @abc.abstractmethod
     def arguments(self) -> dict[str, Spec]:
         """The arguments that a forward takes, ``x`` and ``timestep`` among them."""
+
+    def methods(self) -> Mapping[str, Method]:
+        """What the network does outside of a forward, by ComfyUI's names of these methods.
+
+        Each rank does it whole, so it is little: what an adapter makes of a text, once for a run.
+        """
+        return {}
 
     def prepare(self, inputs: Inputs) -> Inputs:
         """The same inputs, simplified by what they hold, such as a mask that hides nothing; before they are planned."""
