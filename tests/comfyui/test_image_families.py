@@ -1,6 +1,7 @@
 """The image families that came after Flux.1, SD3 and PixArt: the same graphs by ComfyUI alone and through the daemon.
 
-Models are the goldens'; Z-Image's embeds times in 256 channels in ComfyUI, so that one is a wider one.
+Models are the goldens', but for two: in ComfyUI Z-Image embeds times in 256 channels, and HiDream's experts have widths
+that follow from the model's.
 """
 
 from __future__ import annotations
@@ -103,6 +104,7 @@ CASES = [
         "hidream",
         lora=("double_stream_blocks.0.block.attn1.to_q_t", "single_stream_blocks.1.block.ff_i.experts.2.w2"),
         text={"llama_layers": 3, "llama_width": 28},
+        config={"attention_head_dim": 16, "num_attention_heads": 3, "axes_dims_rope": [8, 4, 4]},
     ),
 ]
 
