@@ -102,7 +102,11 @@ CASES = [
     Case(
         "hidream",
         "hidream",
-        lora=("double_stream_blocks.0.block.attn1.to_q_t", "single_stream_blocks.1.block.ff_i.experts.2.w2"),
+        lora=(
+            "double_stream_blocks.0.block.attn1.to_q_t",
+            "double_stream_blocks.1.block.ff_i.shared_experts.w2",
+            "single_stream_blocks.1.block.ff_i.experts.2.w2",
+        ),
         text={"llama_layers": 3, "llama_width": 28},
         config={"attention_head_dim": 16, "num_attention_heads": 3, "axes_dims_rope": [8, 4, 4]},
     ),
@@ -228,17 +232,19 @@ def test_a_picture_beside_the_image(both: Both, run: Pair) -> None:
 
 
 @pytest.mark.parametrize("case", named("chroma_radiance"), indirect=True, ids=lambda case: case.golden)
-def test_options_of_chroma_radiance(comfyui: ComfyUI, both: Both, run: Pair) -> None:
+@pytest.mark.parametrize("sequential", [False, True], ids=["tiles", "positions"])
+def test_options_of_chroma_radiance(comfyui: ComfyUI, both: Both, run: Pair, sequential: bool) -> None:
     """The size of tiles changes no number; what changes the text's positions is refused."""
     if "force_sequential_txt_ids" not in str(comfyui.nodes.get("ChromaRadianceOptions")):
         pytest.skip("this version of ComfyUI has no such options")
     options = {"preserve_wrapper": True, "start_sigma": 1.0, "end_sigma": 0.0, "nerf_tile_size": 4}
     run.load()
-    run.on_model("ChromaRadianceOptions", **options, force_sequential_txt_ids=False)
-    run.sample(cfg=1.0, save="_tiles", steps=2)
-    both(run, "_tiles")
-    run.on_model("ChromaRadianceOptions", **options, force_sequential_txt_ids=True)
-    assert "TACO-DiT can't honour use_sequential_txt_ids of ChromaRadianceOptions: " in refused(comfyui, run)
+    run.on_model("ChromaRadianceOptions", **options, force_sequential_txt_ids=sequential)
+    if sequential:
+        assert "TACO-DiT can't honour use_sequential_txt_ids of ChromaRadianceOptions: " in refused(comfyui, run)
+    else:
+        run.sample(cfg=1.0, steps=2)
+        both(run)
 
 
 PATCHED = {
