@@ -32,6 +32,9 @@ _COPIED_LAYERS = ("x_embedder", "y_embedder")
 """Small layers that ControlNets copy from the model that they control."""
 _SHOWN_LAYERS = ("img_in", "patch_embedding", *_COPIED_LAYERS)
 """Layers whose shapes ComfyUI looks at."""
+_WITHOUT_WEIGHTS = ("process_img", "pe_embedder")
+_RUN_LAYERS = ("img_in", "txt_norm", "txt_in", "time_text_embed")
+"""What Qwen-Image's Fun ControlNet runs of the model that it controls: methods without weights, and small layers."""
 _CALLED = {"preprocess_text_embeds": {"text_embeds": "context", "text_ids": "t5xxl_ids"}}
 """Methods that ComfyUI calls outside of a forward, and the daemon's names of their arguments where they differ."""
 _OF_A_RUN = "reset_prefix_cache"
@@ -56,6 +59,7 @@ class RemoteDiT(torch.nn.Module):
         self.shell: weakref.ref[BaseModel] | None = None
         """The model around this one, set by who makes it."""
         self._variants: OrderedDict[Any, Model] = OrderedDict()
+        self._lent: dict[Any, torch.nn.Module] = {}
         self.network = network
 
     # --- what ComfyUI looks at ------------------------------------------------------------------------------------
@@ -78,6 +82,10 @@ class RemoteDiT(torch.nn.Module):
             return _nothing
         if name in _COPIED_LAYERS:
             return self._layer_with_weights(name, value)
+        if network.is_qwen and name in _WITHOUT_WEIGHTS:
+            return value
+        if network.is_qwen and name in _RUN_LAYERS:
+            return Lent(value, functools.partial(self._lend, name, value))
         if name not in _SHOWN_LAYERS and (callable(value) or isinstance(value, torch.Tensor)):
             raise NotRemote(
                 f"TACO-DiT can't honour a use of diffusion_model.{name}: the network is in the daemon; "
@@ -98,14 +106,30 @@ class RemoteDiT(torch.nn.Module):
         vars(self)[name] = value
 
     def _layer_with_weights(self, name: str, layer: torch.nn.Module) -> torch.nn.Module:
-        """A layer for others to copy; with the weights of the file, so not under patches of it."""
-        patcher = self.patcher
-        if any(key.startswith(f"{PREFIX}{name}.") for key in self._patches(patcher)):
-            raise Refused(f"a patch of {name} beside a ControlNet that copies it", "take one of the two off")
+        """A layer for others to copy or run; with the weights of the file, so not under patches of it."""
+        self._check_unpatched(name)
         copied = copy.deepcopy(layer).to_empty(device="cpu")
         state, prefix = self.remote.source.state(), f"{name}."
-        copied.load_state_dict({key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)})
+        weights = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
+        if set(weights) != set(copied.state_dict()):
+            raise Refused(
+                f"a ControlNet that copies {name}, which is quantized here",
+                "take a file that has this layer in bf16, fp16 or fp32",
+            )
+        copied.load_state_dict(weights)
         return copied
+
+    def _check_unpatched(self, name: str) -> None:
+        if any(key.startswith(f"{PREFIX}{name}.") for key in self._patches(self.patcher)):
+            raise Refused(f"a patch of {name} beside a ControlNet that copies it", "take one of the two off")
+
+    def _lend(self, name: str, layer: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+        """The layer with its weights where and as it is to run; it stays there."""
+        self._check_unpatched(name)
+        key = name, device, dtype
+        if key not in self._lent:
+            self._lent[key] = self._layer_with_weights(name, layer).to(device, dtype)
+        return self._lent[key]
 
     @property
     def patcher(self) -> ModelPatcher | None:
@@ -230,6 +254,25 @@ class RemoteDiT(torch.nn.Module):
         for key, entries in combine(patcher.current_hooks).items():
             patches.setdefault(key, []).extend(entries)
         return patches
+
+
+class Lent:
+    """A layer without weights, by its attributes; where others run it, it is given them.
+
+    Args:
+        layer: The layer on the meta device.
+        lend: Gives it with weights, on a device and in a dtype.
+    """
+
+    def __init__(self, layer: torch.nn.Module, lend: Callable[[torch.device, torch.dtype], torch.nn.Module]) -> None:
+        self._layer, self._lend = layer, lend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run it where, and in the dtype in which, its last input is."""
+        return self._lend(inputs[-1].device, inputs[-1].dtype)(*inputs)
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -270,18 +270,21 @@ def test_a_controlnet_between_blocks_is_refused(comfyui: ComfyUI, run: Pair, cas
 
 
 @pytest.mark.parametrize("case", named("qwen_image"), indirect=True, ids=lambda case: case.golden)
-def test_a_controlnet_that_runs_the_networks_layers_is_refused(comfyui: ComfyUI, run: Pair, case: Case) -> None:
-    """QwenFunControlNet: it embeds the latent and the text by the network that it controls."""
+def test_a_controlnet_that_runs_layers_of_the_network(comfyui: ComfyUI, both: Both, run: Pair, case: Case) -> None:
+    """Qwen-Image's Fun ControlNet embeds latent, text and time by the network that it controls."""
     if "class QwenFunControlNet" not in Path(PATH, "comfy/controlnet.py").read_text():
         pytest.skip("this version of ComfyUI has no QwenFunControlNet")
     run.add("net", "TestControlNet", sort="qwen_fun", config=json.dumps(case.model().config))
     run.add("vae", "TestVAE")
     run.add("image", "TestImage", height=104, width=80)
     given = {"positive": "@positive", "negative": "@negative", "control_net": "@net", "image": "@image", "vae": "@vae"}
-    run.add("led", "ControlNetApplyAdvanced", **given, strength=1.0, start_percent=0.0, end_percent=1.0)
+    run.add("led", "ControlNetApplyAdvanced", **given, strength=0.9, start_percent=0.0, end_percent=0.7)
     run.load()
-    error = refused(comfyui, run, positive="@led", negative="@led#1")
-    assert "TACO-DiT can't honour a use of diffusion_model.process_img: the network is in the daemon" in error
+    run.sample(save="_without")
+    run.sample(save="_with", positive="@led", negative="@led#1")
+    both(run, "_without", "_with")
+    without, led = (comfyui.latent(run.file("taco", save)) for save in ("_without", "_with"))
+    assert (led - without).norm() > 1e-3 * without.norm()
 
 
 def refused(comfyui: ComfyUI, run: Pair, **inputs: Any) -> str:
