@@ -45,6 +45,11 @@ class LatentFormat:
     scale: float | tuple[float, ...]
     shift: float | tuple[float, ...]
 
+    @property
+    def channels(self) -> int | None:
+        """The channels that there are numbers for; None if one number is for all."""
+        return next((len(each) for each in (self.scale, self.shift) if isinstance(each, tuple)), None)
+
     def into_model(self, latent: Tensor) -> Tensor:
         """The model's view of a latent; one of zeros is an empty canvas and stays zeros."""
         return (latent - _like(self.shift, latent)) * _like(self.scale, latent) if latent.any() else latent

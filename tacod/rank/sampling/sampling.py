@@ -125,6 +125,13 @@ def check_samples(dit: DiT) -> LatentFormat:
             f"model: {dit.family} tells nothing of its latents, which sample needs; call forward for each step",
             argument="model",
         )
+    means = dit.latent_format.channels
+    if means not in (None, channels):
+        raise ArgumentError(
+            f"model: its latents have {channels} channels, and those of {dit.family} {means}; call forward for each "
+            "step",
+            argument="model",
+        )
     return dit.latent_format
 
 
