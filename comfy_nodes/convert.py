@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from tacod_client import Client, Model
 
 from . import hooks
-from .adapter import without_adapter
 from .clients import client_of
 from .dit import RemoteDiT
 from .errors import Failed, Refused, errors_explained
@@ -99,7 +98,7 @@ def convert(
         config=config,
         model=weakref.ref(model),
     )
-    patches = to_request(without_adapter(model.patches), names)
+    patches = to_request(model.patches, names)
     settle = dict(config)
     for unwanted in ("disable_unet_model_creation", "dtype", "device", "operations"):
         settle.pop(unwanted, None)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +18,6 @@ from tacod_client import Model
 from tacod_client.errors import ModelNotFound
 
 from . import hooks
-from .adapter import ADAPTER, METHOD, adapted, without_adapter
 from .errors import NotRemote, Refused, errors_explained
 from .network import Network
 from .patches import PREFIX, to_request
@@ -31,6 +32,13 @@ _COPIED_LAYERS = ("x_embedder", "y_embedder")
 """Small layers that ControlNets copy from the model that they control."""
 _SHOWN_LAYERS = ("img_in", "patch_embedding", *_COPIED_LAYERS)
 """Layers whose shapes ComfyUI looks at."""
+_WITHOUT_WEIGHTS = ("process_img", "pe_embedder")
+_RUN_LAYERS = ("img_in", "txt_norm", "txt_in", "time_text_embed")
+"""What Qwen-Image's Fun ControlNet runs of the model that it controls: methods without weights, and small layers."""
+_CALLED = {"preprocess_text_embeds": {"text_embeds": "context", "text_ids": "t5xxl_ids"}}
+"""Methods that ComfyUI calls outside of a forward, and the daemon's names of their arguments where they differ."""
+_OF_A_RUN = "reset_prefix_cache"
+"""Qwen-Image-2.1's, called as a run begins and ends, for what the network keeps within it: nothing is kept here."""
 _WRAPPING = ("WrappersMP.DIFFUSION_MODEL", "get_all_wrappers", "WrapperExecutor.new_class_executor")
 
 
@@ -51,6 +59,7 @@ class RemoteDiT(torch.nn.Module):
         self.shell: weakref.ref[BaseModel] | None = None
         """The model around this one, set by who makes it."""
         self._variants: OrderedDict[Any, Model] = OrderedDict()
+        self._lent: dict[Any, torch.nn.Module] = {}
         self.network = network
 
     # --- what ComfyUI looks at ------------------------------------------------------------------------------------
@@ -62,15 +71,21 @@ class RemoteDiT(torch.nn.Module):
         return out
 
     def __getattr__(self, name: str) -> Any:
-        """The network's sizes and settings, shapes of its first layers, and a text's adapter; nothing else computes."""
+        """The network's sizes and settings, shapes of its first layers, and what makes contexts of texts."""
         network = vars(self).get("network")
         if network is None or name.startswith("_") or not hasattr(network.skeleton, name):
             return super().__getattr__(name)
         value = getattr(network.skeleton, name)
-        if name == METHOD and hasattr(network.skeleton, ADAPTER):
-            return adapted(network.skeleton, self.remote.source.state, lambda: self._patches(self.patcher))
+        if name in _CALLED:
+            return functools.partial(self._call, name)
+        if name == _OF_A_RUN:
+            return _nothing
         if name in _COPIED_LAYERS:
             return self._layer_with_weights(name, value)
+        if network.is_qwen and name in _WITHOUT_WEIGHTS:
+            return value
+        if network.is_qwen and name in _RUN_LAYERS:
+            return Lent(value, functools.partial(self._lend, name, value))
         if name not in _SHOWN_LAYERS and (callable(value) or isinstance(value, torch.Tensor)):
             raise NotRemote(
                 f"TACO-DiT can't honour a use of diffusion_model.{name}: the network is in the daemon; "
@@ -91,14 +106,30 @@ class RemoteDiT(torch.nn.Module):
         vars(self)[name] = value
 
     def _layer_with_weights(self, name: str, layer: torch.nn.Module) -> torch.nn.Module:
-        """A layer for others to copy; with the weights of the file, so not under patches of it."""
-        patcher = self.patcher
-        if any(key.startswith(f"{PREFIX}{name}.") for key in self._patches(patcher)):
-            raise Refused(f"a patch of {name} beside a ControlNet that copies it", "take one of the two off")
+        """A layer for others to copy or run; with the weights of the file, so not under patches of it."""
+        self._check_unpatched(name)
         copied = copy.deepcopy(layer).to_empty(device="cpu")
         state, prefix = self.remote.source.state(), f"{name}."
-        copied.load_state_dict({key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)})
+        weights = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
+        if set(weights) != set(copied.state_dict()):
+            raise Refused(
+                f"a ControlNet that copies {name}, which is quantized here",
+                "take a file that has this layer in bf16, fp16 or fp32",
+            )
+        copied.load_state_dict(weights)
         return copied
+
+    def _check_unpatched(self, name: str) -> None:
+        if any(key.startswith(f"{PREFIX}{name}.") for key in self._patches(self.patcher)):
+            raise Refused(f"a patch of {name} beside a ControlNet that copies it", "take one of the two off")
+
+    def _lend(self, name: str, layer: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+        """The layer with its weights where and as it is to run; it stays there."""
+        self._check_unpatched(name)
+        key = name, device, dtype
+        if key not in self._lent:
+            self._lent[key] = self._layer_with_weights(name, layer).to(device, dtype)
+        return self._lent[key]
 
     @property
     def patcher(self) -> ModelPatcher | None:
@@ -139,40 +170,64 @@ class RemoteDiT(torch.nn.Module):
         self._check(options)
         if options.get("rope_options"):
             named["rope_options"] = options["rope_options"]
-        arguments = {name: value for name, value in named.items() if value is not None and self.network.reads(name)}
+        arguments = {name: value for name, value in named.items() if value is not None and self.network.takes(name)}
         arguments |= self.network.meanings(arguments, x.dtype)
-        model = self._variant(x.dtype)
+        out, model = self._asked(x.dtype, lambda model: model.forward(x=x, timestep=timestep, **arguments))
+        self.record.add(model)
+        return out
+
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """What the network does outside of a forward, in the daemon."""
+        given = inspect.signature(getattr(self.network.skeleton, method)).bind(*args, **kwargs).arguments
+        names = _CALLED[method]
+        arguments = {names.get(name, name): value for name, value in given.items()}
+        out, _ = self._asked(arguments["context"].dtype, lambda model: model.call(method, **arguments))
+        return out
+
+    def _asked(self, dtype: torch.dtype, ask: Callable[[Model], torch.Tensor]) -> tuple[torch.Tensor, Model]:
+        """What the model with the patches of now answers, and that model."""
+        model = self._variant(dtype)
         with errors_explained():
             try:
-                out: torch.Tensor = model.forward(x=x, timestep=timestep, **arguments)
+                return ask(model), model
             except ModelNotFound:
                 if not self.remote.was_sent(model):
                     raise
                 # The weights have made room for others' in the daemon: send them again.
                 self._variants = OrderedDict(each for each in self._variants.items() if each[1] is not model)
-                model = self._variant(x.dtype)
-                out = model.forward(x=x, timestep=timestep, **arguments)
-        self.record.add(model)
-        return out
+                model = self._variant(dtype)
+                return ask(model), model
 
     def _check(self, options: Mapping[str, Any]) -> None:
         """Raise `Refused` for options that the real network would have followed, and that are code."""
         for kind in ("patches", "patches_replace"):
             given = [name for name, patches in (options.get(kind) or {}).items() if patches]
             if given and self.network.reads(kind):
+                makers = sorted({_maker(patch) for name in given for patch in _patches_in(options[kind][name])})
                 raise Refused(
-                    f"{kind} of {', '.join(map(repr, given))} (set_model_…patch)",
-                    "it is code that reaches into the blocks, which run in the daemon; take that node off",
+                    f"{kind} of {', '.join(map(repr, given))} ({', '.join(makers)}, by set_model_…patch)",
+                    "it is code that reaches into the blocks, which run in the daemon; take off the node that puts it "
+                    "there, or run this MODEL without the TACO-DiT Model Loader",
                 )
-        if options.get("chroma_radiance_options") and self.network.reads("chroma_radiance_options"):
-            raise Refused("ChromaRadianceOptions", "the daemon's network has none; take that node off")
+        # The size of tiles changes what ComfyUI holds at once, and no number.
+        others = {*(options.get("chroma_radiance_options") or {})} - {"nerf_tile_size"}
+        if others and self.network.reads("chroma_radiance_options"):
+            raise Refused(
+                f"{', '.join(sorted(others))} of ChromaRadianceOptions",
+                "the daemon's network goes by its file; turn it off",
+            )
+        cache = options.get("qwen_image21_cache") or {}
+        if cache.get("dtype", "default") != "default" and self.network.reads("qwen_image21_cache"):
+            raise Refused(
+                f"a prefix cache in {cache['dtype']}", "the daemon keeps no rounded keys and values; choose default"
+            )
         if options.get("optimized_attention_override") is not None and self.network.reads_attention_options:
             raise Refused("optimized_attention_override", "attention runs in the daemon; take that node off")
 
     def _variant(self, dtype: torch.dtype) -> Model:
         """The model with the patches of the patcher that samples now."""
         patcher = self.patcher
-        patches = without_adapter(self._patches(patcher))
+        patches = self._patches(patcher)
         key = (_state(patcher) if patches else None, dtype)
         if key not in self._variants:
             if dtype not in DTYPES:
@@ -199,6 +254,40 @@ class RemoteDiT(torch.nn.Module):
         for key, entries in combine(patcher.current_hooks).items():
             patches.setdefault(key, []).extend(entries)
         return patches
+
+
+class Lent:
+    """A layer without weights, by its attributes; where others run it, it is given them.
+
+    Args:
+        layer: The layer on the meta device.
+        lend: Gives it with weights, on a device and in a dtype.
+    """
+
+    def __init__(self, layer: torch.nn.Module, lend: Callable[[torch.device, torch.dtype], torch.nn.Module]) -> None:
+        self._layer, self._lend = layer, lend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run it where, and in the dtype in which, its last input is."""
+        return self._lend(inputs[-1].device, inputs[-1].dtype)(*inputs)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
+def _patches_in(given: Any) -> list[Any]:
+    """The code in a list of patches, or in a map of replacements by block."""
+    return list(given.values() if isinstance(given, Mapping) else given)
+
+
+def _maker(patch: Any) -> str:
+    """What a patch is called: its class, or the function's name."""
+    name: str = getattr(patch, "__qualname__", type(patch).__qualname__)
+    return name
 
 
 def _state(patcher: ModelPatcher) -> Any:

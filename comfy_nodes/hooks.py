@@ -87,7 +87,6 @@ HOOKS = (
     Hook("comfy.model_patcher.ModelPatcher.get_key_patches", _SAVING),
     Hook("comfy.model_base.BaseModel.state_dict_for_saving", _SAVING),
     Hook("comfy.model_patcher.ModelPatcher.remove_wrappers_with_key", _COMPILED),
-    Hook("comfy.model_patcher.ModelPatcher.patch_weight_to_device", "LoRAs of Anima's text adapter fail"),
     Hook("comfy.model_management.current_loaded_models", _RELEASE),
     Hook("comfy.model_management.soft_empty_cache", _RELEASE),
     Hook(

@@ -12,7 +12,7 @@ import functools
 import inspect
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import comfy.model_management
@@ -53,6 +53,10 @@ def skeleton_layers() -> Any:
     return type("SkeletonLayers", (comfy.ops.disable_weight_init,), layers)
 
 
+def _source_of(modules: Iterable[str]) -> str:
+    return "\n".join(inspect.getsource(sys.modules[name]) for name in sorted(modules))
+
+
 def _fill(module: torch.nn.Module, *args: Any) -> None:
     torch.nn.Module._load_from_state_dict(module, *args)
 
@@ -65,7 +69,10 @@ class Network:
         kind = type(skeleton)
         modules = {type(part).__module__ for part in skeleton.modules()}
         modules = {name for name in modules if name.split(".")[0] == kind.__module__.split(".")[0]} | {kind.__module__}
-        self._source = "\n".join(inspect.getsource(sys.modules[name]) for name in sorted(modules) if "ops" not in name)
+        self._source = _source_of({name for name in modules if "ops" not in name})
+        self._own = _source_of(
+            {each.__module__ for each in kind.__mro__ if issubclass(each, torch.nn.Module)} & modules
+        )
         inner = getattr(kind, "_forward", kind.forward)
         self._inner = inner
         self._eps: dict[torch.dtype, float | None] = {}
@@ -78,9 +85,13 @@ class Network:
         }
         """What it takes after x and the timestep, in order, with the defaults."""
 
+    def takes(self, name: str) -> bool:
+        """Whether it looks at an argument of this name; parts of it see none but those that it hands on."""
+        return name in self.parameters or f'"{name}"' in self._own
+
     def reads(self, name: str) -> bool:
-        """Whether it looks at an argument or an option of this name."""
-        return name in self.parameters or f'"{name}"' in self._source
+        """Whether it, or a part of it, looks at an option of this name."""
+        return f'"{name}"' in self._source
 
     @property
     def reads_attention_options(self) -> bool:
@@ -97,7 +108,7 @@ class Network:
             meanings |= {} if self.stretches_references else {"rope_options_for": "image"}
         method = arguments.get("ref_latents_method")
         methods = self.reference_methods
-        if isinstance(method, str) and self.reads("ref_latents_method"):
+        if isinstance(method, str) and self.takes("ref_latents_method"):
             if not self.reads(method):
                 # One that it doesn't know it lays out as what its last branch is for.
                 meanings["ref_latents_method"] = "offset"

@@ -243,7 +243,7 @@ class Fault(_Section):
 
     kind: Literal["raise", "out_of_memory", "exit", "segfault", "sleep", "collective"]
     """``collective`` waits for an exchange that no other rank takes part in, for ever, as ``sleep`` does in Python."""
-    at: Literal["start", "load", "unload", "forward", "sample"] = "forward"
+    at: Literal["start", "load", "unload", "forward", "call", "sample"] = "forward"
     """In which work; each step of a sampling run is one."""
     when: Literal["before", "after"] = "before"
     """Before the rank's part of the work, so that the others wait for it, or once it has done it."""

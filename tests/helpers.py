@@ -501,3 +501,11 @@ def read_golden(name: str) -> Golden:
             inputs[name] = value
     bf16 = max(1e-2, 1.1 * float(metadata.get("bf16", 0)))
     return Golden(json.loads(metadata["config"]), weights, inputs, tensors["out"], bf16, fp32)
+
+
+def animas_text() -> tuple[dict[str, Tensor], Tensor]:
+    """What Anima's ``preprocess_text_embeds`` gets in its golden, and what came out."""
+    with safe_open(GOLDEN / "anima.safetensors", "pt") as file:
+        text, ids, weights = (file.get_tensor(f"pre.{name}") for name in ("cross_attn", "t5xxl_ids", "t5xxl_weights"))
+        out = file.get_tensor("in.context")
+    return {"context": text, "t5xxl_ids": ids[None], "t5xxl_weights": weights[None, :, None]}, out

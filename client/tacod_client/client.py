@@ -341,7 +341,7 @@ class Model:
                 if value is not None
             }
 
-        body = {"arguments": packed()}
+        body = {"plan": self._load.plan, "arguments": packed()}
 
         def holds() -> bool:
             if not glance.holds():
@@ -365,6 +365,27 @@ class Model:
         self.stats.add(reply.body, time.perf_counter() - started)
         return out
 
+    def call(self, method: str, /, **arguments: Any) -> Any:
+        """What the model's network does outside of a forward, such as ``preprocess_text_embeds`` of Anima.
+
+        Args:
+            method: ComfyUI's name of the network's method.
+            arguments: Tensors (torch or numpy) and what else the method takes; ``context`` is the text.
+
+        The output is of the kind, dtype and device of ``context``. Patches, retries and limits are those of `forward`.
+
+        Raises `ArgumentError`, naming the argument, also for a method that the network doesn't have.
+        """
+        context = arguments.get("context")
+        if kind_of(context) is None:
+            raise ArgumentError("context: missing, or neither a torch tensor nor a numpy array", argument="context")
+        uploads: Uploads = {}
+        packed = {
+            name: pack(value, name, uploads, self._digests.of) for name, value in arguments.items() if value is not None
+        }
+        *_, reply = self._converse("call", {"method": method, "arguments": packed}, uploads)
+        return like(reply.body["out"], context)
+
     def sample(
         self,
         *,
@@ -380,8 +401,8 @@ class Model:
         """Start a whole sampling run in the ranks, and return the job.
 
         Args:
-            noise: [B, C, H, W], standard normal.
-            latent: [B, C, H, W] in the VAE's space, as ComfyUI's LATENT; zeros for an empty canvas.
+            noise: [B, C, H, W], or [B, C, T, H, W] as `Model.sampling` tells; standard normal.
+            latent: Of the same shape, in the VAE's space, as ComfyUI's LATENT; zeros for an empty canvas.
             sigmas: [steps + 1], falling noise levels down to at least 0: from at most 1 for a flow, from at most the
                 level of the noisiest training step for a model that predicts the noise (157 for PixArt).
             positive: The forward's other arguments (``context``, ``y``, ``guidance``, …).
@@ -402,6 +423,7 @@ class Model:
             }
 
         asked = {
+            "plan": self._load.plan,
             "sampler": pack(sampler, "sampler", uploads, None),
             "seed": pack(int(seed), "seed", uploads, None),
             "cfg": float(cfg),
@@ -421,7 +443,7 @@ class Model:
         """As `converse`, and loading the model again if the daemon doesn't have it any more."""
 
         def build() -> dict[str, Any]:
-            return {"model": self.id, "plan": self._load.plan, **body}
+            return {"model": self.id, **body}
 
         for _ in range(RELOADS):
             try:

@@ -12,14 +12,14 @@ from tacod.config import Config
 from tacod.execution.manifest import Manifest, Model
 from tacod.execution.records import Records
 from tacod.execution.residency import Residency
-from tacod.execution.scheduler import Job, Outcome, Scheduler, Verb
+from tacod.execution.scheduler import ON_MODEL, Job, Outcome, Scheduler, Verb
 from tacod.execution.store import Store
 from tacod.execution.work_item import Purpose, WorkItem
 from tacod.group.faults import Faults
 from tacod.group.group import Answer, GroupState, RankGroup
 from tacod.group.processes import GroupLost
 from tacod.group.restarts import RestartPolicy
-from tacod.group.work import Command, Evict, Forward, Loaded, SampleStep, Stepped, Unload
+from tacod.group.work import Command, Evict, Forward, Loaded, MethodCall, SampleStep, Stepped, Unload
 from tacod.notify import notify
 from tacod_client.errors import ModelError, ModelNotFound, OutOfMemory, TacodError, Unavailable
 
@@ -145,7 +145,7 @@ class Executor:
     def _keep_for_turns(self, model: Model) -> None:
         """A model isn't here: what it takes to load it for the turns of jobs that wait stays in the store."""
         for job in self.scheduler.jobs:
-            waits = job.model == model.id and job.verb in (Verb.FORWARD, Verb.SAMPLE)
+            waits = job.model == model.id and job.verb in ON_MODEL
             if waits and not job.restores and not self.store.lacks(model.digests):
                 job.restores = model.digests
                 self.store.pin(job.restores, job.verb is not Verb.SAMPLE)
@@ -212,7 +212,7 @@ class Executor:
         item, self.current = self.current, None
         running = item.job if item is not None else None
         restoring = item.model if item is not None and item.purpose is Purpose.RESTORE else None
-        if running is not None and running.verb in (Verb.FORWARD, Verb.SAMPLE):
+        if running is not None and running.verb in ON_MODEL:
             self.records.metrics.retried_forwards += 1
         self.group.kill()
         ended = self.scheduler.lose_group(reason, lost.error, lost.cause)
@@ -301,7 +301,7 @@ class Executor:
         if isinstance(job.body, Unload):
             evicts = self.manifest.patched(job.model)
             command = Unload(job.model, evicts)
-        elif isinstance(job.body, Forward):
+        elif isinstance(job.body, Forward | MethodCall):
             command = job.body
         else:
             command = SampleStep(job.id, job.step, job.body if job.step == 0 else None)
@@ -373,7 +373,7 @@ class Executor:
                 job.evict_next = other.id
                 self.scheduler.repeat_step()
                 return
-        elif job.verb in (Verb.FORWARD, Verb.SAMPLE) and short and self._clear_for(job):
+        elif job.verb in ON_MODEL and short and self._clear_for(job):
             return
         if item.model is not None and item.purpose is Purpose.FETCH:
             self.residency.forget(item.model.id)

@@ -21,7 +21,7 @@ class Records:
         self._manifest = manifest
 
     def note_step(self, job: Job, answer: Answer, queue_s: float) -> Stepped:
-        """A step of a forward or sampling job is done; it had waited ``queue_s`` for its turn. Returns its result."""
+        """A step of a job on a model is done; it had waited ``queue_s`` for its turn. Returns its result."""
         assert answer.done is not None
         step = answer.done.result
         assert isinstance(step, Stepped)
@@ -39,7 +39,8 @@ class Records:
         self.metrics.add_step(times, step.forwards, step.ranks, step.skipped)
         if isinstance(job.body, Forward) and step.ranks == 1 and not step.skipped:
             self._baselines.note(self._kind_of(job), job.body.arguments, compute_s)
-        self._manifest.note_plan(job.model, step.plan)
+        if step.forwards:
+            self._manifest.note_plan(job.model, step.plan)
         return step
 
     def single_rank_s(self, job: Job) -> float | None:

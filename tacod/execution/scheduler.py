@@ -13,10 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tacod.execution.manifest import Model
-from tacod.group.work import Forward, Sample, Unload
+from tacod.group.work import Forward, MethodCall, Sample, Unload
 from tacod_client.errors import Cancelled, JobNotFound, OutOfMemory, QueueFull, RankFailed, TacodError, Unavailable
 
-__all__ = ["Job", "Outcome", "Scheduler", "Verb"]
+__all__ = ["ON_MODEL", "Job", "Outcome", "Scheduler", "Verb", "Work"]
+
+Work = Model | Unload | Forward | MethodCall | Sample
+"""What a job is about."""
 
 
 class Verb(enum.Enum):
@@ -25,7 +28,12 @@ class Verb(enum.Enum):
     LOAD = "load"
     UNLOAD = "unload"
     FORWARD = "forward"
+    CALL = "call"
     SAMPLE = "sample"
+
+
+ON_MODEL = Verb.FORWARD, Verb.CALL, Verb.SAMPLE
+"""Those whose model is loaded for their turn, if it isn't there."""
 
 
 class Outcome(enum.Enum):
@@ -45,7 +53,7 @@ class Job:
     request: int
     verb: Verb
     model: str
-    body: Model | Unload | Forward | Sample
+    body: Work
     """What is to be loaded, or what the ranks get; of a sampling run, the inputs."""
     steps: int
     nbytes: int = 0

@@ -27,6 +27,7 @@ __all__ = [
     "Forward",
     "Load",
     "Loaded",
+    "MethodCall",
     "Progress",
     "Raised",
     "Ready",
@@ -109,6 +110,16 @@ class Forward(Part):
 
 
 @dataclass(frozen=True)
+class MethodCall(Part):
+    """What a model's network does outside of a forward, by ComfyUI's name of the method."""
+
+    verb: ClassVar[str] = "call"
+    model: str
+    method: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Sample(Part):
     """The inputs of a sampling run."""
 
@@ -144,8 +155,10 @@ class SampleStep(Part):
         return cls(body["job"], body["step"], Sample.read(body) if body["step"] == 0 else None)
 
 
-Command = Load | Unload | Evict | Forward | SampleStep
-_COMMANDS: dict[str, type[Command]] = {each.verb: each for each in (Load, Unload, Evict, Forward, SampleStep)}
+Command = Load | Unload | Evict | Forward | MethodCall | SampleStep
+_COMMANDS: dict[str, type[Command]] = {
+    each.verb: each for each in (Load, Unload, Evict, Forward, MethodCall, SampleStep)
+}
 
 
 @dataclass(frozen=True)
@@ -231,7 +244,7 @@ class Loaded(Part):
 
 @dataclass(frozen=True)
 class Stepped(Part):
-    """The result of a forward or of a step of a sampling run."""
+    """The result of a forward, a call or a step of a sampling run."""
 
     plan: str
     ranks: int
@@ -245,7 +258,10 @@ class Stepped(Part):
 
 
 Result = Loaded | Stepped | None
-_RESULTS: dict[type[Command], type[Loaded | Stepped]] = {Load: Loaded, Forward: Stepped, SampleStep: Stepped}
+_RESULTS: dict[type[Command], type[Loaded | Stepped]] = {
+    Load: Loaded,
+    **dict.fromkeys((Forward, MethodCall, SampleStep), Stepped),
+}
 
 
 @dataclass(frozen=True)

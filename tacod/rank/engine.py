@@ -25,6 +25,7 @@ from tacod.group.work import (
     Forward,
     Load,
     Loaded,
+    MethodCall,
     Result,
     Sample,
     SampleStep,
@@ -152,6 +153,7 @@ class Engine:
             Unload: self.unload,
             Evict: self.evict,
             Forward: self.forward,
+            MethodCall: self.call,
             SampleStep: self.sample,
         }
         with torch.inference_mode():
@@ -340,6 +342,19 @@ class Engine:
             forwards=1,
             skipped=self.forwards.skipped - before,
         )
+
+    def call(self, model: str, method: str, arguments: dict[str, Any]) -> Stepped:
+        """What a model's network does outside of a forward, whole on each rank."""
+        dit = self._resident(model).model
+        methods = dit.methods()
+        if method not in methods:
+            known = f"it has {', '.join(methods)}" if methods else "this model has none"
+            raise ArgumentError(f"method: {dit.family} has no {method!r:.60}; {known}", argument="method")
+        specs = methods[method].arguments
+        check_arguments(arguments, specs, method)
+        given = load_arguments(arguments, specs, dit.dtype, self.device)
+        out = methods[method].run(**given)
+        return Stepped(out=self._result(out), plan="whole on each rank", ranks=1, forwards=0, skipped=0)
 
     def _result(self, out: Output) -> wire.Tensor | list[wire.Tensor] | None:
         """What goes back to the client, once the GPU is done; rank 0's answer carries it."""

@@ -143,6 +143,14 @@ class Forward(RequestBody):
     arguments: Arguments
 
 
+class Call(RequestBody):
+    """What a network does outside of a forward."""
+
+    model: Name
+    method: Name
+    arguments: Arguments
+
+
 class Sample(RequestBody):
     """A whole sampling run."""
 
@@ -175,6 +183,7 @@ REQUESTS: dict[str, type[RequestBody]] = {
     "load": Load,
     "unload": Unload,
     "forward": Forward,
+    "call": Call,
     "sample": Sample,
     "cancel": Cancel,
     "status": Empty,

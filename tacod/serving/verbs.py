@@ -9,10 +9,9 @@ from typing import Any
 
 from tacod import __version__
 from tacod.config import ConfigError
-from tacod.execution.manifest import Model
-from tacod.execution.scheduler import Job, Verb
+from tacod.execution.scheduler import Job, Verb, Work
 from tacod.execution.store import COUNT, digests_of, tensors_of, without_claims
-from tacod.group.work import Forward, Sample, Unload
+from tacod.group.work import Forward, MethodCall, Sample, Unload
 from tacod.lifecycle import Lifecycle
 from tacod.serving import messages, report
 from tacod.serving.access import User
@@ -172,6 +171,11 @@ class Verbs:
         forward = Forward(body.model, body.plan, body.arguments, session.token)
         self._submit(session, request, Verb.FORWARD, body.model, forward, dict(body))
 
+    def call(self, session: Session, request: int, body: messages.Call) -> None:
+        """What a network does outside of a forward."""
+        self.state.executor.check_model(body.model)
+        self._submit(session, request, Verb.CALL, body.model, MethodCall(**dict(body)), dict(body))
+
     def sample(self, session: Session, request: int, body: messages.Sample) -> None:
         """A whole sampling run."""
         self.state.executor.check_model(body.model)
@@ -191,7 +195,7 @@ class Verbs:
         request: int,
         verb: Verb,
         model: str,
-        body: Model | Unload | Forward | Sample,
+        body: Work,
         named: Any,
         steps: int = 1,
     ) -> None:

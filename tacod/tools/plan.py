@@ -63,6 +63,7 @@ def _plan(argv: Sequence[str] | None) -> int:
             "tokens": plan.tokens,
             "text": text,
             "downscale": family.downscale,
+            "usual": family.usual,
             "arguments": _arguments(model),
         }
         document(report)

@@ -25,6 +25,9 @@ GOLDENS = {
     "krea2": "krea2",
     "flux-2-klein": "flux2_klein",
     "Chroma": "chroma",
+    "anima": "anima",
+    "hidream_i1": "hidream",
+    "NetaYume": "lumina2",
 }
 """The goldens whose models stand in for files whose names begin so; the first that fits."""
 SMALL = {"upscale_method": "area", "width": 64, "height": 64, "crop": "disabled"}
@@ -64,6 +67,7 @@ def test_there_is_one_for_each_family_and_use() -> None:
     assert {path.stem for path in WORKFLOWS} == {
         *("flux1_basic", "sd35_basic", "pixart_sigma_basic", "flux1_lora", "flux1_kontext"),
         *("z_image_turbo", "qwen_image", "krea2_turbo", "flux2_klein", "qwen_image_edit", "chroma"),
+        *("anima", "hidream_i1", "lumina2"),
     }
     for path in WORKFLOWS:
         assert path.with_suffix(".jpg").is_file()
@@ -80,7 +84,8 @@ def test_only_files_are_missing(comfyui: ComfyUI, graph: Graph) -> None:
 
 def tiny_model(graph: Graph, models: Path) -> TinyModel | Sizes:
     """What stands in for the graph's model; its file is there."""
-    files = [str(node["inputs"]["unet_name"]) for node in graph.values() if "unet_name" in node["inputs"]]
+    given = [(key, value) for node in graph.values() for key, value in node["inputs"].items()]
+    files = [str(value) for key, value in given if key in ("unet_name", "ckpt_name")]
     for start, golden in GOLDENS.items():
         if any(file.startswith(start) for file in files):
             case = next(case for case in CASES if case.golden == golden)
@@ -93,6 +98,7 @@ def with_stand_ins(graph: Graph, models: Path) -> Graph:
     """The graph with tiny loaders, text encoders and VAEs, and small pictures; the rest is as it was saved."""
     tiny = tiny_model(graph, models)
     frames = isinstance(tiny, Sizes) and tiny.tiny.frames > 0
+    text = {"width": tiny.width, "pooled": tiny.pooled, **(tiny.tiny.text if isinstance(tiny, Sizes) else {})}
     shapes = any("sd3.5" in str(node["inputs"]) for node in graph.values())
     size = 256 if shapes else 320 if tiny is PIXART else 64
     for node in graph.values():
@@ -101,11 +107,11 @@ def with_stand_ins(graph: Graph, models: Path) -> Graph:
             shutil.copy(embedded.PATH, models / "checkpoints")
             inputs["ckpt_name"] = embedded.PATH.name
         elif kind == "CheckpointLoaderSimple":
-            node |= {"class_type": "TestCheckpoint", "inputs": {"unet_name": tiny.tiny.file}}
+            node |= {"class_type": "TestCheckpoint", "inputs": {"unet_name": tiny.tiny.file, **text}}
         elif kind in ("TACODiTUNETLoader", "UNETLoader"):
             inputs["unet_name"] = tiny.tiny.file
-        elif kind in ("CLIPLoader", "DualCLIPLoader"):
-            node |= {"class_type": "TestClip", "inputs": {"width": tiny.width, "pooled": tiny.pooled}}
+        elif kind in ("CLIPLoader", "DualCLIPLoader", "QuadrupleCLIPLoader"):
+            node |= {"class_type": "TestClip", "inputs": text}
         elif kind == "VAELoader":
             node |= {"class_type": "TestImageVAE", "inputs": {"channels": tiny.channels, "frames": frames}}
         elif kind == "LoadImage":

@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FLUX, FP32, PIXART, SD3, Daemon, relative_error
+from helpers import FLUX, FP32, PIXART, SD3, Daemon, Tiny, read_golden, relative_error
 from safetensors.torch import load, load_file, save, save_file
 
-from tacod_client import Client, ModelNotFound
+from tacod.rank.families.krea2 import Krea2
+from tacod_client import ArgumentError, Client, ModelNotFound
 from tacod_client.cli.loaded import find_or_load
+from tacod_client.cli.sample import noise_levels
 
 TACOCTL = [sys.executable, "-c", "import sys; from tacod_client.cli import main; sys.exit(main())"]
 VERBS = (
@@ -346,6 +348,8 @@ def test_sample_takes_its_noise_from_the_family(
     sampling = next(one["sampling"] for one in client.models() if one["name"] == PIXART.file)
     assert sampling == {
         "channels": 4,
+        "latent": ["B", 4, "H", "W"],
+        "downscale": 8,
         "prediction": "epsilon",
         "beta_schedule": "linear",
         "beta_start": 1e-4,
@@ -363,7 +367,55 @@ def test_sample_takes_its_noise_from_the_family(
     assert "--shift is for flows" in tacoctl(*arguments, "--shift", 3, code=1).stderr
     assert client.load(SD3.file).id
     told = next(one["sampling"] for one in client.models() if one["name"] == SD3.file)
-    assert told == {"channels": 4, "prediction": "flow"}
+    latent = {"latent": ["B", 4, "H", "W"], "downscale": 8}
+    assert told == {"channels": 4, **latent, "prediction": "flow"}
+
+
+LATENTS = {
+    "qwen_image": ((16, 1), 8),
+    "krea2": ((16, 1), 8),
+    "anima": ((16, 1), 8),
+    "hidream": ((16,), 8),
+    "flux2_klein": ((128,), 16),
+    "qwen_image_21": ((64,), 16),
+    "chroma_radiance": ((3,), 1),
+}
+"""Channels, and frames where the latent has them, and pixels per cell, of goldens' models."""
+
+
+@pytest.mark.parametrize("name", LATENTS)
+def test_sample_and_bench_know_each_familys_latents(
+    tacoctl: Run, client: Client, models: Path, tmp_path: Path, name: str
+) -> None:
+    sides, downscale = LATENTS[name]
+    golden, file = read_golden(name), f"sampled_{name}.safetensors"
+    golden.save(models / file)
+    needed = golden.model().arguments()
+    given = {key: value for key, value in golden.inputs.items() if key in needed and needed[key].required}
+    noise = torch.randn(len(given.pop("x")), *sides, 16, 32, generator=torch.Generator().manual_seed(0))
+    del given["timestep"]
+    inputs, output = tmp_path / "inputs.safetensors", tmp_path / "latent.safetensors"
+    save_file({f"positive.{key}": value for key, value in given.items()}, inputs)
+    size = f"{32 * downscale}x{16 * downscale}"
+    tacoctl("sample", file, inputs, "--size", size, "--steps", 2, "--output", output)
+    model = client.load(file)
+    job = model.sample(noise=noise, latent=torch.zeros_like(noise), sigmas=noise_levels(model, 2), positive=given)
+    assert relative_error(load_file(output)["latent"], job.result()) <= FP32
+    row = as_json(tacoctl("bench", file, "--size", size, "--text", 7, "--rounds", 1, "--json"))["sizes"][0]
+    assert row["error"] <= 10 * FP32
+    client.unload(model.id)
+
+
+def test_latents_of_other_channels_than_the_familys_are_refused(client: Client, models: Path) -> None:
+    """They are known by their means, one for each channel."""
+    tiny = Tiny("few_channels", dict(Krea2.tiny))
+    tiny.save(models)
+    noise = torch.randn(1, 4, 1, 8, 8)
+    text = torch.randn(1, 7, tiny.model.arguments()["context"].shape[-1])
+    model = client.load(tiny.file)
+    with pytest.raises(ArgumentError, match="model: its latents have 4 channels, and those of krea2 16"):
+        model.sample(noise=noise, latent=noise, sigmas=torch.tensor([1.0, 0.0]), positive={"context": text}).result()
+    client.unload(model.id)
 
 
 def test_names_are_shown_as_they_are(tacoctl: Run, client: Client, models: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FP32, in_diffusers, read_golden, relative_error
+from helpers import FP32, animas_text, in_diffusers, read_golden, relative_error
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -75,7 +75,13 @@ PUBLISHED = {
     "cosmos_predict2_14B_t2i": (published("cosmos_predict2", 5120, 36, 16, (1.0, 4.0, 4.0)), 14_265_265_152),
     "cosmos_predict2_2B_video2world": (published("cosmos_predict2", 2048, 28, 17, (1.0, 3.0, 3.0)), 1_956_413_440),
     "cosmos_predict2_14B_video2world": (published("cosmos_predict2", 5120, 36, 17, (5 / 6, 2.0, 2.0)), 14_265_285_632),
-    "anima": (published("anima", 2048, 28, 16, (1.0, 4.0, 4.0)), 1_956_405_248),
+    "anima": (
+        {
+            **published("anima", 2048, 28, 16, (1.0, 4.0, 4.0)),
+            "llm_adapter": {"words": 32128, "width": 1024, "heads": 16, "layers": 6, "source_width": 1024},
+        },
+        2_091_068_928,
+    ),
 }
 
 
@@ -104,16 +110,13 @@ def test_published_models_are_detected(name: str) -> None:
     }
     assert {key: tensors[key].shape for key in shapes} == shapes
     assert sum(tensor.numel() for tensor in model.state_dict().values()) == parameters
-    if name == "anima":
-        tensors["llm_adapter.blocks.0.cross_attn.q_proj.weight"] = TensorInfo("BF16", (1024, 1024))
     assert detect(tensors) == (CosmosPredict2, config)
 
 
 def test_a_file_loads_without_what_is_for_others(tmp_path: Path) -> None:
-    """Anima's adapter, and what Cosmos' authors left in their files; a tensor that nobody knows is refused."""
+    """What Cosmos' authors left in their files; a tensor that nobody knows is refused."""
     model = made()
     others = {
-        "llm_adapter.embed.weight": torch.zeros(8, 4),
         "pos_embedder.seq": torch.zeros(4),
         "accum_iteration": torch.zeros(1, dtype=torch.int64),
     }
@@ -130,11 +133,42 @@ def test_a_file_loads_without_what_is_for_others(tmp_path: Path) -> None:
         load_model(read_checkpoint(str(path)), torch.float32, torch.device("cpu"))
 
 
-def test_a_lora_of_the_adapter_is_refused_by_its_names() -> None:
-    """The adapter isn't run here."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in made().state_dict().items()}
+ADAPTER = {"words": 97, "width": 24, "heads": 3, "layers": 2, "source_width": 20}
+
+
+def test_an_adapter_is_told_by_its_tensors_and_gives_the_goldens_context() -> None:
+    golden = read_golden("anima")
+    shapes = {name: TensorInfo("BF16", tuple(each.shape)) for name, each in golden.weights.items()}
+    _, config = detect(shapes, golden.config)
+    assert config["llm_adapter"] == ADAPTER
+    given, expected = animas_text()
+    with torch.inference_mode():
+        out = golden.model().methods()["preprocess_text_embeds"].run(**given)
+    assert isinstance(out, Tensor)
+    assert relative_error(out, expected) <= FP32
+    lacking = {name: info for name, info in shapes.items() if "cross_attn.k_proj" not in name}
+    with pytest.raises(ModelUnsupported, match=r"llm_adapter\.blocks\.0\.cross_attn\.k_proj"):
+        detect(lacking)
+
+
+@pytest.mark.parametrize("key", ADAPTER)
+def test_impossible_sizes_of_an_adapter_are_refused_by_their_keys(key: str) -> None:
+    with torch.device("meta"), pytest.raises(ModelUnsupported, match=f"'{key}'"):
+        made(llm_adapter={**ADAPTER, key: 0})
+
+
+def test_a_network_without_an_adapter_has_no_method_of_it() -> None:
+    assert made().methods() == {}
+    assert list(made(llm_adapter=ADAPTER).methods()) == ["preprocess_text_embeds"]
+
+
+def test_a_lora_of_the_adapter_is_read_by_its_names() -> None:
+    """Without an adapter it is refused."""
     module = "diffusion_model.llm_adapter.blocks.0.mlp.0"
-    lora = {f"{module}.lora_A.weight": torch.randn(2, 4), f"{module}.lora_B.weight": torch.randn(8, 2)}
+    lora = {f"{module}.lora_A.weight": torch.randn(2, 24), f"{module}.lora_B.weight": torch.randn(96, 2)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in made(llm_adapter=ADAPTER).state_dict().items()}
+    assert list(read_lora(lora, {}, shapes, 1.0, {})) == ["llm_adapter.blocks.0.mlp.0.weight"]
+    shapes = {name: tuple(tensor.shape) for name, tensor in made().state_dict().items()}
     with pytest.raises(ModelUnsupported, match=r"llm_adapter\.blocks\.0\.mlp\.0"):
         read_lora(lora, {}, shapes, 1.0, {})
 

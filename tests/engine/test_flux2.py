@@ -134,7 +134,7 @@ def test_a_reference_at_timestep_0_is_one_like_any_where_the_image_is_clean() ->
 def test_the_timestep_is_the_noise_level() -> None:
     dit = tiny("flux2")
     assert dit.timestep(torch.tensor(0.25)) == 0.25
-    assert dit.sampling() == {"channels": 4, "prediction": "flow"}
+    assert dit.sampling() == {"channels": 4, "latent": ["B", 4, "H", "W"], "downscale": 16, "prediction": "flow"}
     latent = torch.randn(1, 4, 2, 2)
     assert dit.latent_format is not None
     assert torch.equal(dit.latent_format.into_model(latent), latent)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from helpers import FLUX, Daemon
+from helpers import FLUX, FP32, Daemon, animas_text, read_golden, relative_error
 
 from tacod_client import Client
 
@@ -28,3 +30,15 @@ def test_in_a_forward(sturdy: Daemon, client: Client, inject: Inject, kind: str,
     # The other rank's exchange broke off too; what is told is the cause.
     assert f"rank {rank} (cpu:{rank}, pid {victim}) {words[0]}" in log
     assert all(each in log for each in words)
+
+
+def test_in_a_call(sturdy: Daemon, client: Client, inject: Inject, models: Path) -> None:
+    """What a network does outside of a forward is done again, too."""
+    read_golden("anima").save(models / "anima_crash.safetensors")
+    model = client.load("anima_crash.safetensors")
+    inject(kind="exit", at="call", rank=1)
+    restarts = client.status()["group"]["restarts"]
+    given, expected = animas_text()
+    assert relative_error(model.call("preprocess_text_embeds", **given), expected) <= FP32
+    assert client.status()["group"]["restarts"] == restarts + 1
+    client.unload(model.id)

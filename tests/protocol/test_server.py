@@ -136,6 +136,7 @@ def test_each_fault_has_its_own_error(peer: Peer) -> None:
         ("load", {"path": "/etc/passwd", "dtype": None, "patches": None, "plan": "auto"}, "ModelNotAllowed"),
         ("unload", {"model": "none"}, "ModelNotFound"),
         ("forward", {"model": "none", "plan": "auto", "arguments": {}}, "ModelNotFound"),
+        ("call", {"model": "none", "method": "m", "arguments": {}}, "ModelNotFound"),
         ("cancel", {"job": "none", "request": None}, "JobNotFound"),
         ("cancel", {"job": None, "request": 5}, "JobNotFound"),
         ("cancel", {"job": None, "request": None}, "JobNotFound"),

@@ -14,7 +14,7 @@ from unittest import mock
 from tacod.execution.manifest import Model
 from tacod.execution.scheduler import Verb
 from tacod.group.arena import PACKET_BYTES, Arena
-from tacod.group.work import Forward, Sample, Unload
+from tacod.group.work import Forward, MethodCall, Sample, Unload
 from tacod_client.wire import Message, Tensor
 
 __all__ = ["FACTS", "FakeRank", "body_of", "descriptors", "fakes", "step"]
@@ -34,12 +34,13 @@ FACTS = {
 """What a rank tells of a loaded model."""
 
 
-def body_of(verb: Verb, model: Model) -> Model | Unload | Forward | Sample:
+def body_of(verb: Verb, model: Model) -> Model | Unload | Forward | MethodCall | Sample:
     """What a job of this verb is about."""
     return {
         Verb.LOAD: model,
         Verb.UNLOAD: Unload(model.id),
         Verb.FORWARD: Forward(model.id, "auto", {}, SESSION),
+        Verb.CALL: MethodCall(model.id, "preprocess_text_embeds", {}),
         Verb.SAMPLE: Sample(model.id, "auto", "euler", 0, 1.0, TENSOR, TENSOR, TENSOR, {}, None),
     }[verb]
 

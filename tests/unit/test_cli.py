@@ -346,6 +346,28 @@ def test_noise_of_a_process_that_is_not_known_is_asked_for(sampling: Any, shift:
 
 
 @pytest.mark.parametrize(
+    ("sampling", "channels", "shape"),
+    [
+        (FLOW.sampling, None, (2, 16, 96, 128)),
+        (FLOW.sampling, 4, (2, 4, 96, 128)),
+        ({"latent": ["B", 128, "H", "W"], "downscale": 16}, None, (2, 128, 48, 64)),
+        ({"latent": ["B", 16, "T", "H", "W"], "downscale": 8}, 12, (2, 12, 1, 96, 128)),
+        ({"latent": ["B", 16, 1, "H", "W"], "downscale": 8}, None, (2, 16, 1, 96, 128)),
+        ({}, None, "give --channels"),
+        ({"latent": ["B", 16, "K"]}, None, "put noise into the inputs"),
+    ],
+)
+def test_the_shape_of_latents_is_what_the_daemon_tells(sampling: Any, channels: int | None, shape: Any) -> None:
+    """An older daemon tells the channels alone, or nothing."""
+    model = with_process(sampling)
+    if isinstance(shape, str):
+        with pytest.raises(errors.RequestError, match=shape):
+            sample.latent_shape(model, 2, (1024, 768), channels)
+    else:
+        assert sample.latent_shape(model, 2, (1024, 768), channels) == shape
+
+
+@pytest.mark.parametrize(
     "end", [errors.ConnectionFailed("gone"), errors.ConnectionLost("gone while it was asked"), "next"]
 )
 def test_drain_waits_for_this_daemons_end_and_for_no_other(monkeypatch: pytest.MonkeyPatch, end: Any) -> None:

@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tacod.config import Config, Models
 from tacod.execution.executor import Executor
 from tacod.execution.manifest import Model
-from tacod.execution.scheduler import Job, Outcome, Verb
+from tacod.execution.scheduler import ON_MODEL, Job, Outcome, Verb
 from tacod.group.group import AGREE_S, EXIT_S, GroupState
 from tacod.group.work import Stepped
 from tacod_client.errors import (
@@ -53,6 +53,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "unload": {"compute_s": 0.0, "collective_s": 0.0},
     "evict": {"compute_s": 0.0, "collective_s": 0.0},
     "forward": step(RANKS),
+    "call": {**step(1), "forwards": 0},
     "sample": step(RANKS, sigma=0.5),
 }
 CONFIG = Config.model_validate(
@@ -108,7 +109,7 @@ class Events(RuleBasedStateMachine):
         assert (job.error is None) == (job.outcome is Outcome.RESULT)
         if job.outcome is Outcome.RESULT and job.verb is Verb.LOAD:
             assert job.model in self.executor.manifest
-        if job.outcome is Outcome.RESULT and job.verb in (Verb.FORWARD, Verb.SAMPLE):
+        if job.outcome is Outcome.RESULT and job.verb in ON_MODEL:
             assert step is not None
         if job.outcome is Outcome.RESULT and self.alive[0].heard[-1].type == job.verb.value:
             assert self.said[self.executor.group._commands] == {"done"}, "the ranks don't agree on a result"
@@ -723,7 +724,7 @@ def test_a_restore_that_works_starts_the_count_anew(tmp_path: Path) -> None:
         assert ids(walk) == ["base"]
 
 
-@pytest.mark.parametrize("verb", [Verb.LOAD, Verb.FORWARD, Verb.SAMPLE])
+@pytest.mark.parametrize("verb", [Verb.LOAD, *ON_MODEL])
 def test_want_of_memory_on_one_rank_is_not_held_against_the_ranks(walk: Walk, verb: Verb) -> None:
     """GPUs seldom have the same memory free; the other ranks wait for the one that has none."""
     walk.ready()

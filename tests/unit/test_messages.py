@@ -13,6 +13,7 @@ from tacod.serving.messages import (
     REQUESTS,
     VALUES,
     BeginUpload,
+    Call,
     Cancel,
     Empty,
     Forward,
@@ -31,6 +32,7 @@ X = Tensor("F32", (2,), (bytes(8),))
 HELLO = {"client": "test", "pid": 7, "version": "0.1.0"}
 LOAD = {"path": "flux.safetensors", "dtype": None, "patches": None, "plan": "auto"}
 FORWARD = {"model": "id", "plan": "auto", "arguments": {"x": X}}
+CALL = {"model": "id", "method": "preprocess_text_embeds", "arguments": {"context": X}}
 SAMPLE = {
     "model": "id",
     "plan": "auto",
@@ -53,6 +55,7 @@ GOOD: list[tuple[type[RequestBody], dict[str, Any]]] = [
     (Load, LOAD),
     (Load, {**LOAD, "dtype": "bf16", "patches": [1], "plan": {"sequence": 3}}),
     (Forward, FORWARD),
+    (Call, CALL),
     (Sample, SAMPLE),
     (Forward, {**FORWARD, "plan": "x" * 256, "arguments": {"x": [X] * 507, "k" * 256: None}}),
     (Sample, {**SAMPLE, "seed": 2**64 - 1, "cfg": 7, "negative": {"context": X}}),
@@ -75,6 +78,10 @@ BAD: list[tuple[type[RequestBody], dict[str, Any], str]] = [
     (BeginUpload, {"nbytes": 1, "digests": ["x"]}, "digests.0"),
     (Piece, {"upload": "x", "offset": -1, "data": X}, "offset"),
     (Piece, {"upload": "x", "offset": 0, "data": b"x"}, "data"),
+    (Call, {**CALL, "method": 3}, "method"),
+    (Call, {**CALL, "method": "x" * 4097}, "method"),
+    (Call, {**CALL, "plan": "auto"}, "plan"),
+    (Call, {**CALL, "arguments": []}, "arguments"),
     (Load, {**LOAD, "dtype": "fp64"}, "dtype"),
     (Load, {**LOAD, "patches": {}}, "patches"),
     (Load, {**LOAD, "patches": [{"up": X}] * 6001}, "patches"),

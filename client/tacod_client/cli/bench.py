@@ -44,8 +44,8 @@ def run(args: argparse.Namespace) -> int:
         rows = []
         with show.counting(len(sizes) * (1 + (world_size > 1)), quiet) as count:
             for width, height in sizes:
-                lengths = {"B": args.batch, "H": height // downscale, "W": width // downscale, "L": text}
-                shapes = _shapes(family["arguments"], lengths)
+                sides = {"H": height // downscale, "W": width // downscale}
+                shapes = _shapes(family["arguments"], {**family["usual"], "B": args.batch, **sides, "L": text})
                 loaded.check_size(client, list(shapes.values()))
                 given = _inputs(family["arguments"], shapes, model.dtype)
                 alone, expected = _measure(model.with_plan(ONE_RANK), given, args.rounds)

@@ -13,10 +13,12 @@ from tacod_client.errors import RequestError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["noise_levels", "run"]
+__all__ = ["latent_shape", "noise_levels", "run"]
 
 KNOWN = {"noise", "latent", "sigmas"}
 SHIFT = 3.0
+DOWNSCALE = 8
+"""Pixels per latent cell of a model whose daemon, an older one, tells nothing of it."""
 
 
 def run(args: argparse.Namespace) -> None:
@@ -68,11 +70,7 @@ def _inputs(args: argparse.Namespace, given: dict[str, torch.Tensor], model: Mod
     noise = given.get("noise")
     if noise is None:
         batch = max((value.shape[0] for value in positive.values() if value.ndim), default=1)
-        width, height = args.size
-        channels = args.channels or model.sampling.get("channels")
-        if channels is None:
-            raise RequestError(f"{model.name}: the daemon doesn't tell how many channels it has; give --channels")
-        shape = (batch, channels, height // 8, width // 8)
+        shape = latent_shape(model, batch, args.size, args.channels)
         loaded.check_size(client, [shape, shape])
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed))
     return {
@@ -86,6 +84,26 @@ def _inputs(args: argparse.Namespace, given: dict[str, torch.Tensor], model: Mod
 
 def _under(prefix: str, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key.removeprefix(prefix): value for key, value in given.items() if key.startswith(prefix)}
+
+
+def latent_shape(model: Model, batch: int, size: tuple[int, int], channels: int | None = None) -> tuple[int, ...]:
+    """The shape of the latents of ``batch`` pictures of ``size`` (width and height in pixels), of one frame each.
+
+    ``channels`` stands for the model's own. Raises `RequestError` if the daemon doesn't tell enough of the model.
+    """
+    told = model.sampling
+    shape: list[int | str | None] = list(told.get("latent") or ("B", told.get("channels"), "H", "W"))
+    width, height = (side // told.get("downscale", DOWNSCALE) for side in size)
+    sizes = {"B": batch, "T": 1, "H": height, "W": width}
+    shape[1] = channels or shape[1]
+    if shape[1] is None:
+        raise RequestError(f"{model.name}: the daemon doesn't tell how many channels it has; give --channels")
+    known = [sizes.get(side) if isinstance(side, str) else side for side in shape]
+    if None in known:
+        raise RequestError(
+            f"{model.name}: latents of the shape {shape} are new to this tacoctl; put noise into the inputs"
+        )
+    return tuple(side for side in known if side is not None)
 
 
 def noise_levels(model: Model, steps: int, shift: float | None = None) -> torch.Tensor:

@@ -29,7 +29,7 @@ from tacod.rank.families.stream import ForwardPass
 from tacod.rank.families.trunk import BlockCache, run_trunk
 from tacod.rank.parallel.sequence import SequenceParallel
 
-__all__ = ["DiT", "LatentFormat", "Output"]
+__all__ = ["DiT", "LatentFormat", "Method", "Output"]
 
 Output = Tensor | list[Tensor]
 """What a forward gives: a tensor, or one for each of several latents."""
@@ -45,6 +45,11 @@ class LatentFormat:
     scale: float | tuple[float, ...]
     shift: float | tuple[float, ...]
 
+    @property
+    def channels(self) -> int | None:
+        """The channels that there are numbers for; None if one number is for all."""
+        return next((len(each) for each in (self.scale, self.shift) if isinstance(each, tuple)), None)
+
     def into_model(self, latent: Tensor) -> Tensor:
         """The model's view of a latent; one of zeros is an empty canvas and stays zeros."""
         return (latent - _like(self.shift, latent)) * _like(self.scale, latent) if latent.any() else latent
@@ -52,6 +57,14 @@ class LatentFormat:
     def out_of_model(self, x: Tensor) -> Tensor:
         """The user's view of what a sampler made."""
         return x / _like(self.scale, x) + _like(self.shift, x)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a network does outside of a forward: the arguments that it takes, and the function of them."""
+
+    arguments: Mapping[str, Spec]
+    run: Callable[..., Output]
 
 
 def _like(values: float | tuple[float, ...], latent: Tensor) -> Tensor | float:
@@ -158,6 +171,13 @@ class DiT(nn.Module, abc.ABC):
     def arguments(self) -> dict[str, Spec]:
         """The arguments that a forward takes, ``x`` and ``timestep`` among them."""
 
+    def methods(self) -> Mapping[str, Method]:
+        """What the network does outside of a forward, by ComfyUI's names of these methods.
+
+        Each rank does it whole, so it is little: what an adapter makes of a text, once for a run.
+        """
+        return {}
+
     def prepare(self, inputs: Inputs) -> Inputs:
         """The same inputs, simplified by what they hold, such as a mask that hides nothing; before they are planned."""
         return inputs
@@ -222,8 +242,9 @@ class DiT(nn.Module, abc.ABC):
         """What ComfyUI passes as ``timestep`` at noise level ``sigma`` (fp32, any shape)."""
 
     def sampling(self) -> dict[str, Any]:
-        """What a client has to know to begin a run: the latent's channels, and the noise process."""
-        return {"channels": self.out_channels, **self.process.describe()}
+        """What a client has to know to begin a run: the latent's channels and shape, and the noise process."""
+        latent = {"channels": self.out_channels, "latent": list(self.latent), "downscale": self.downscale}
+        return {**latent, **self.process.describe()}
 
     def output_shapes(self, latents: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
         """The shape of each output, for the shape of each latent."""
@@ -236,6 +257,11 @@ class DiT(nn.Module, abc.ABC):
         assert isinstance(spec, Argument)
         assert spec.shape is not None
         return spec.shape
+
+    @property
+    def latent(self) -> tuple[int | str, ...]:
+        """The shape of a latent that `sample` takes and gives: the canvas with the output's channels."""
+        return ("B", self.out_channels, *self.canvas[2:])
 
     @property
     def blocks_at(self) -> list[str]:

@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from tacod.checkpoint import TensorInfo
 from tacod.rank.families import kit
-from tacod.rank.families.base import DiT
+from tacod.rank.families.anima_adapter import Adapter
+from tacod.rank.families.base import DiT, Method
 from tacod.rank.families.config import count_blocks, fixed, integer, number, shape_of, width_of_heads
 from tacod.rank.families.inputs import Argument, Spec, Unread
 from tacod.rank.families.kit.attention import find, register
@@ -108,8 +109,8 @@ class Block(nn.Module):
 class CosmosPredict2(DiT):
     """Cosmos-Predict2 text-to-image and video-to-world, 2B and 14B, and Anima.
 
-    ``config`` is ComfyUI's ``unet_config``. Anima's ``llm_adapter``, which makes its context, is not run here. Raises
-    `ModelUnsupported`, naming the key, for a configuration that can't be.
+    ``config`` is ComfyUI's ``unet_config``, and ``llm_adapter``, the sizes of Anima's `Adapter` if the file has one.
+    Raises `ModelUnsupported`, naming the key, for a configuration that can't be.
     """
 
     family: ClassVar[str] = "cosmos_predict2"
@@ -139,7 +140,7 @@ class CosmosPredict2(DiT):
     }
     usual: ClassVar[Mapping[str, int]] = {"B": 1, "T": 1, "H": 128, "W": 128, "L": 512}
     image_models: ClassVar[tuple[str, ...]] = ("anima", "cosmos_predict2")
-    beside = ("llm_adapter.", "pos_embedder.", "accum_")
+    beside = ("pos_embedder.", "accum_")
     process = Flow()
     latent_format = WAN21
     names = Names("""
@@ -183,6 +184,8 @@ class CosmosPredict2(DiT):
         )
         register(self, "final_layer.linear", nn.Linear(width, outputs, bias=False))
         register(self, "final_layer.adaln_modulation", LowRank(width, rank, 2 * width))
+        sizes = config.get("llm_adapter")
+        self.llm_adapter = Adapter(sizes) if isinstance(sizes, Mapping) else None
 
     @classmethod
     def detect(cls, tensors: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
@@ -195,8 +198,9 @@ class CosmosPredict2(DiT):
         channels = inputs // 4 - 1
         large = width >= 5120
         ratios = (1.0, 4.0, 4.0) if channels == 16 else (5 / 6, 2.0, 2.0) if large else (1.0, 3.0, 3.0)
+        adapter = Adapter.detect(tensors)
         return {
-            "image_model": "anima" if any(name.startswith("llm_adapter.") for name in tensors) else "cosmos_predict2",
+            "image_model": "anima" if adapter else "cosmos_predict2",
             "in_channels": channels,
             "out_channels": shape_of(tensors, "final_layer.linear.weight", 2)[0] // 4,
             "model_channels": width,
@@ -208,7 +212,13 @@ class CosmosPredict2(DiT):
             "concat_padding_mask": True,
             "extra_per_block_abs_pos_emb": False,
             **dict(zip(_RATIOS, ratios, strict=True)),
+            **({"llm_adapter": adapter} if adapter else {}),
         }
+
+    def methods(self) -> dict[str, Method]:
+        """See `DiT.methods`: of Anima, what makes the context of forwards of a text."""
+        adapter = self.llm_adapter
+        return {} if adapter is None else {"preprocess_text_embeds": Method(adapter.arguments(), adapter)}
 
     def arguments(self) -> dict[str, Spec]:
         """See `DiT.arguments`; where parts of a video are given, each frame has a timestep of its own."""

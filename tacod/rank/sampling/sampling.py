@@ -62,7 +62,7 @@ class SampleRequest:
                 f"sampler: {self.sampler!r} is for flows, and {dit.family} is none; use euler, heun or dpmpp_2m",
                 argument="sampler",
             )
-        latent = Argument(("B", dit.out_channels, *dit.canvas[2:]))
+        latent = Argument(dit.latent)
         canvas: dict[str, Spec] = {"noise": latent, "latent": latent}
         given = {"noise": self.noise, "latent": self.latent}
         check_arguments({**given, "sigmas": self.sigmas}, {**canvas, "sigmas": Argument(("steps + 1",))}, dit.family)
@@ -123,6 +123,13 @@ def check_samples(dit: DiT) -> LatentFormat:
     if dit.latent_format is None:
         raise ArgumentError(
             f"model: {dit.family} tells nothing of its latents, which sample needs; call forward for each step",
+            argument="model",
+        )
+    means = dit.latent_format.channels
+    if means not in (None, channels):
+        raise ArgumentError(
+            f"model: its latents have {channels} channels, and those of {dit.family} {means}; call forward for each "
+            "step",
             argument="model",
         )
     return dit.latent_format

@@ -19,7 +19,16 @@ import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from safetensors import safe_open
 
-from . import controlnets, shapes, standins
+from . import controlnets, qwen_image_21, shapes, standins
+
+try:
+    from . import small_anima
+except ImportError:
+    # This version of ComfyUI has no Anima.
+    pass
+else:
+    small_anima.shrink()
+qwen_image_21.register()
 
 __all__ = ["NODE_CLASS_MAPPINGS", "shapes"]
 
@@ -50,6 +59,8 @@ def detect(state_dict: Any, key_prefix: str, metadata: Any = None) -> Any:
     """ComfyUI's, with what a tiny model's own metadata says of its sizes."""
     config = _detect(state_dict, key_prefix, metadata=metadata)
     metadata = metadata or _last
+    if config is None and json.loads(metadata.get("tacod.config", "{}")).get("image_model") == qwen_image_21.NAME:
+        config = {"image_model": qwen_image_21.NAME}
     if config is not None and "tacod.config" in metadata:
         told = json.loads(metadata["tacod.config"])
         # ComfyUI knows SD3 by other means than by this key; a dtype is none in a file's metadata.
@@ -96,13 +107,26 @@ class TestConditioning:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         whole = ("INT", {"default": 0, "min": 0, "max": 2**31})
-        return {"required": {"seed": whole, "tokens": whole, "width": whole, "pooled": whole}}
+        names = ("seed", "tokens", "width", "pooled")
+        return {"required": dict.fromkeys(names, whole), "optional": dict.fromkeys(standins.BESIDE, whole)}
 
-    def make(self, seed: int, tokens: int, width: int, pooled: int) -> tuple[Any]:
-        random = torch.Generator().manual_seed(seed)
-        context = torch.randn(1, tokens, width, generator=random)
-        extra = {"pooled_output": torch.randn(1, pooled, generator=random)} if pooled else {}
-        return ([[context, extra]],)
+    def make(self, **sizes: int) -> tuple[Any]:
+        return (standins.conditioning(**sizes),)
+
+
+class TestValues:
+    """Values on a conditioning, as nodes of a family leave them; a JSON map."""
+
+    RETURN_TYPES = ("CONDITIONING",)
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"conditioning": ("CONDITIONING",), "values": ("STRING", {"default": "{}"})}}
+
+    def make(self, conditioning: Any, values: str) -> tuple[Any]:
+        return ([[context, {**extra, **json.loads(values)}] for context, extra in conditioning],)
 
 
 class TestLatent:
@@ -242,6 +266,8 @@ class TestReplace:
             model.set_model_patch(print, "post_input")
         elif what == "attention":
             model.model_options["transformer_options"]["optimized_attention_override"] = print
+        elif what == "rounded cache":
+            model.model_options["transformer_options"]["qwen_image21_cache"] = {"device": "auto", "dtype": "int8"}
         elif what == "object":
             model.add_object_patch("diffusion_model.double_blocks.0", torch.nn.Identity())
         elif what == "method":
@@ -402,6 +428,7 @@ _NODES = (
     TestUNet,
     TestSize,
     TestConditioning,
+    TestValues,
     TestLatent,
     TestMask,
     TestConcat,

@@ -12,6 +12,7 @@ import comfy.controlnet
 import comfy.latent_formats
 import comfy.ldm.flux.controlnet
 import comfy.ldm.flux.model
+import comfy.model_patcher
 import comfy.ops
 import torch
 
@@ -59,6 +60,18 @@ def _sd35(config: dict[str, Any], double: bool) -> comfy.controlnet.ControlNet:
     return comfy.controlnet.ControlNetSD35(net, **asked, **_ON_CPU)
 
 
+def _qwen_fun(config: dict[str, Any]) -> comfy.controlnet.ControlNet:
+    """One that embeds the latent with layers of the model that it controls."""
+    from comfy.ldm.qwen_image.controlnet import QwenImageFunControlNetModel
+
+    heads, head_width = config["num_attention_heads"], config["attention_head_dim"]
+    sizes = {"inner_dim": heads * head_width, "num_attention_heads": heads, "attention_head_dim": head_width}
+    blocks = {"num_control_blocks": 1, "main_model_double": config["num_layers"], "injection_layers": (0,)}
+    net = QwenImageFunControlNetModel(**sizes, **blocks, **_BUILD)
+    asked = {"compression_ratio": 1, "latent_format": comfy.latent_formats.Wan21()}
+    return comfy.controlnet.QwenFunControlNet(net, **asked, **_ON_CPU)
+
+
 _ON_CPU = {"load_device": torch.device("cpu"), "manual_cast_dtype": None}
 _KINDS = {
     "flux": lambda config: _flux(config, latent=False),
@@ -66,6 +79,7 @@ _KINDS = {
     "sd3": _sd3,
     "sd35": lambda config: _sd35(config, double=True),
     "sd35_single": lambda config: _sd35(config, double=False),
+    "qwen_fun": _qwen_fun,
 }
 
 
@@ -87,6 +101,34 @@ class TestControlNet:
         for each in (*control.control_model.parameters(), *control.control_model.buffers()):
             each.data = torch.randn(each.shape, generator=random) / max(1, each[0].numel()) ** 0.5
         return (control,)
+
+
+class TestModelPatch:
+    """A ControlNet of the sort that runs between a network's blocks, with random weights."""
+
+    RETURN_TYPES = ("MODEL_PATCH",)
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"sort": (["z_image", "qwen_image"],), "config": ("STRING", {"default": "{}"})}}
+
+    def make(self, sort: str, config: str) -> tuple[Any]:
+        from comfy.ldm.lumina.controlnet import ZImage_Control
+        from comfy_extras.nodes_model_patch import QwenImageBlockWiseControlNet
+
+        sizes = json.loads(config)
+        if sort == "z_image":
+            heads = sizes["n_heads"]
+            net = ZImage_Control(dim=sizes["dim"], n_heads=heads, n_kv_heads=heads, n_control_layers=2, **_BUILD)
+        else:
+            width = sizes["num_attention_heads"] * sizes["attention_head_dim"]
+            net = QwenImageBlockWiseControlNet(num_layers=sizes["num_layers"], dim=width, **_BUILD)
+        for weight in net.parameters():
+            weight.data = torch.zeros(weight.shape)
+        cpu = torch.device("cpu")
+        return (comfy.model_patcher.ModelPatcher(net, load_device=cpu, offload_device=cpu),)
 
 
 class TestImage:
@@ -131,4 +173,4 @@ class TestVAE:
         return (VAE(),)
 
 
-NODES = (TestControlNet, TestImage, TestVAE)
+NODES = (TestControlNet, TestModelPatch, TestImage, TestVAE)

@@ -7,17 +7,46 @@ from typing import Any
 import nodes
 import torch
 
-__all__ = ["NODES"]
+__all__ = ["BESIDE", "NODES", "conditioning"]
+
+_WHOLE = ("INT", {"default": 0, "min": 0, "max": 2**31})
+
+
+BESIDE = ("llama_layers", "llama_width", "t5_ids")
+"""Sizes of what a text encoder gives beside the text, if not 0."""
+WORDS = 32128
+"""Of T5's tokenizer."""
+
+
+def conditioning(
+    seed: int,
+    tokens: int,
+    width: int,
+    pooled: int,
+    llama_layers: int = 0,
+    llama_width: int = 0,
+    t5_ids: int = 0,
+) -> Any:
+    """Random conditioning; HiDream's also has the states of another encoder, Anima's the words of another tokenizer."""
+    random = torch.Generator().manual_seed(seed)
+    context = torch.randn(1, tokens, width, generator=random)
+    extra: dict[str, Any] = {"pooled_output": torch.randn(1, pooled, generator=random)} if pooled else {}
+    if llama_layers:
+        extra["conditioning_llama3"] = torch.randn(1, llama_layers, tokens + 2, llama_width, generator=random)
+    if t5_ids:
+        extra["t5xxl_ids"] = torch.randint(0, WORDS, (t5_ids,), generator=random)
+        extra["t5xxl_weights"] = 0.5 + torch.rand(t5_ids, generator=random)
+    return [[context, extra]]
 
 
 class Clip:
     """What nodes use of a text encoder: random conditioning by the text's length."""
 
-    def __init__(self, width: int, pooled: int) -> None:
-        self.width, self.pooled = width, pooled
+    def __init__(self, **sizes: int) -> None:
+        self.sizes = sizes
 
     def clone(self) -> Clip:
-        return Clip(self.width, self.pooled)
+        return Clip(**self.sizes)
 
     def set_tokenizer_option(self, name: str, value: int) -> None:
         """They change nothing here."""
@@ -26,9 +55,7 @@ class Clip:
         return text
 
     def encode_from_tokens_scheduled(self, text: str) -> Any:
-        random = torch.Generator().manual_seed(len(text))
-        context = torch.randn(1, 11, self.width, generator=random)
-        return [[context, {"pooled_output": torch.randn(1, self.pooled, generator=random)} if self.pooled else {}]]
+        return conditioning(len(text), 11, **self.sizes)
 
 
 class VAE:
@@ -54,11 +81,10 @@ class TestClip:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        whole = ("INT", {"default": 1, "min": 0, "max": 2**31})
-        return {"required": {"width": whole, "pooled": whole}}
+        return {"required": dict.fromkeys(("width", "pooled"), _WHOLE), "optional": dict.fromkeys(BESIDE, _WHOLE)}
 
-    def make(self, width: int, pooled: int) -> tuple[Any]:
-        return (Clip(width, pooled),)
+    def make(self, **sizes: int) -> tuple[Any]:
+        return (Clip(**sizes),)
 
 
 class TestImageVAE:
@@ -78,7 +104,7 @@ class TestImageVAE:
 
 
 class TestCheckpoint:
-    """A tiny Flux with its text encoder and VAE."""
+    """A tiny model with its text encoder and VAE."""
 
     RETURN_TYPES = ("MODEL", "CLIP", "VAE")
     FUNCTION = "make"
@@ -86,10 +112,10 @@ class TestCheckpoint:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"unet_name": ("STRING", {})}}
+        return {"required": {"unet_name": ("STRING", {}), "width": _WHOLE, "pooled": _WHOLE}}
 
-    def make(self, unet_name: str) -> tuple[Any, ...]:
-        return *nodes.UNETLoader().load_unet(unet_name, "default"), Clip(32, 24), VAE(16)
+    def make(self, unet_name: str, width: int, pooled: int) -> tuple[Any, ...]:
+        return *nodes.UNETLoader().load_unet(unet_name, "default"), Clip(width=width, pooled=pooled), VAE(16)
 
 
 NODES = (TestClip, TestImageVAE, TestCheckpoint)
