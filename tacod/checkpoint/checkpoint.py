@@ -13,8 +13,8 @@ from typing import Any
 
 from tacod.checkpoint.folder import is_folders, open_folder
 from tacod.checkpoint.gguf import is_gguf, read_gguf
-from tacod.checkpoint.header import PLAIN, File, Header, Part, TensorInfo
-from tacod.checkpoint.quantization import Quantization, beside, read_quantization
+from tacod.checkpoint.header import BLOCKS, FLOAT8, PLAIN, File, Header, Part, TensorInfo
+from tacod.checkpoint.quantization import FORMATS, Quantization, beside, read_quantization
 from tacod.checkpoint.safetensors import read_safetensors
 from tacod_client.errors import ModelCorrupt, ModelNotFound, ModelUnsupported
 
@@ -74,6 +74,18 @@ class Checkpoint:
         """How many numbers the diffusion model's tensors hold, but for what lies beside packed weights."""
         sides = self.sides
         return sum(info.size for name, info in self.tensors.items() if name not in sides)
+
+    @property
+    def formats(self) -> dict[str, int]:
+        """How many weights are packed in which format, by the names that users see; empty for plain weights."""
+        sides, packed = self.sides, (*FORMATS, *FLOAT8, *BLOCKS)
+        return dict(
+            Counter(
+                self.quantization[name].label if name in self.quantization else info.dtype
+                for name, info in self.tensors.items()
+                if len(info.shape) > 1 and info.dtype in packed and name not in sides
+            )
+        )
 
     @property
     def sides(self) -> set[str]:

@@ -20,9 +20,11 @@ from typing import Any
 import psutil
 from packaging.requirements import Requirement
 
+from tacod.checkpoint import read_checkpoint
 from tacod.config import Config, ConfigError, load_config
 from tacod.execution.manifest import Manifest
 from tacod.tools import doctor_gpus
+from tacod.tools.contents import contents
 from tacod_client import Client
 from tacod_client.cli.doctor import Finding, fail, ok, warn
 from tacod_client.cli.show import size
@@ -171,11 +173,12 @@ def _models(config: Config) -> Iterator[Finding]:
     manifest = Manifest(settings.readable, config.group.device)
     for path in settings.preload:
         try:
-            manifest.describe(path, None, None, "auto", 1)
+            model = manifest.describe(path, None, None, "auto", 1)
+            held = contents(read_checkpoint(model.path))
         except TacodError as error:
             yield fail("preload", error.message, "mend models.preload: tacod doesn't start with it")
         else:
-            yield ok("preload", path)
+            yield ok("preload", f"{path}: {held}")
     if settings.uploads is not None:
         yield from _disk("uploads", Path(settings.uploads), SPARE_BYTES)
 

@@ -17,6 +17,7 @@ from tacod.rank.families.inputs import Argument
 from tacod.rank.forward.run import plan_for
 from tacod.rank.forward.warmup import SIGMA
 from tacod.rank.weights.remap import identify
+from tacod.tools.contents import HALF_BYTES, contents
 from tacod_client import wire
 from tacod_client.cli import show
 from tacod_client.cli.ending import guarded
@@ -56,6 +57,8 @@ def _plan(argv: Sequence[str] | None) -> int:
         report = {
             "family": family.family,
             "parameters": checkpoint.parameters,
+            "weight_bytes": checkpoint.weight_bytes(HALF_BYTES),
+            "quantization": checkpoint.formats,
             "plan": str(plan),
             "batch": plan.layout.batch,
             "ulysses": plan.layout.ulysses,
@@ -68,7 +71,7 @@ def _plan(argv: Sequence[str] | None) -> int:
         }
         document(report)
     else:
-        show.out(f"{family.family}, {checkpoint.parameters / 1e9:.2f} B parameters: {plan}")
+        show.out(f"{family.family}, {checkpoint.parameters / 1e9:.2f} B parameters, {contents(checkpoint)}: {plan}")
     return 0
 
 

@@ -436,6 +436,15 @@ def test_plan_needs_no_daemon(tacoctl: Run, models: Path) -> None:
     assert told["plan"] in tacoctl(*arguments).stdout
 
 
+def test_plan_tells_what_a_file_is(tacoctl: Run, models: Path) -> None:
+    read_golden("quantised/krea2_asym_w4a8_int8").save(models / "w4a8.safetensors")
+    told = as_json(tacoctl("plan", models / "w4a8.safetensors", "--ranks", 1, "--json"))
+    assert set(told["quantization"]) == {"asym_w4a8_int8"}
+    assert 0 < told["weight_bytes"] < 2 * told["parameters"]
+    count = told["quantization"]["asym_w4a8_int8"]
+    assert f"{count} weights in asym_w4a8_int8" in tacoctl("plan", models / "w4a8.safetensors", "--ranks", 1).stdout
+
+
 def test_plan_tells_what_a_forward_takes(tacoctl: Run, models: Path) -> None:
     plan = as_json(tacoctl("plan", models / FLUX.file, "--ranks", 3, "--json"))
     told = plan["arguments"]

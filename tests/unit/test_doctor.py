@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import read_golden
 
 from tacod.config import Config
 from tacod.tools import doctor as engine
@@ -285,6 +286,14 @@ def test_models_uploads_and_memory(folder: Path) -> None:
     assert states(engine._memory(config({}))) == ["ok"]
     assert states(engine._memory(config({"limits": {"store_bytes": 1 << 60}}))) == ["warn"]
     assert states(engine._disk("uploads", folder, 1 << 60)) == ["warn"]
+
+
+def test_a_preloaded_models_file_is_told_of(folder: Path) -> None:
+    read_golden("quantised/krea2_int8_convrot").save(folder / "krea.safetensors")
+    given = config({"models": {"roots": [str(folder)], "preload": ["krea.safetensors"]}})
+    (found,) = [each for each in engine._models(given) if each.check == "preload"]
+    assert found.state == "ok"
+    assert re.fullmatch(r"krea\.safetensors: \d+ weights in int8_convrot, [0-9.]+ \wi?B on each device", found.message)
 
 
 def test_the_operators_page_explains_every_line() -> None:

@@ -1,0 +1,17 @@
+"""What a model's file is, in words."""
+
+from __future__ import annotations
+
+from tacod.checkpoint import Checkpoint
+from tacod_client.cli.show import size
+
+__all__ = ["HALF_BYTES", "contents"]
+
+HALF_BYTES = 2
+"""Of a number in bf16 or fp16."""
+
+
+def contents(checkpoint: Checkpoint) -> str:
+    """What its weights are in, and the memory that they take on a device where plain ones are in bf16 or fp16."""
+    formats = [f"{count} weights in {name}" for name, count in checkpoint.formats.items()]
+    return ", ".join([*formats, f"{size(checkpoint.weight_bytes(HALF_BYTES))} on each device"])
