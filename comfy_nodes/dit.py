@@ -22,8 +22,9 @@ from .network import Network
 from .patches import PREFIX, to_request
 from .record import Record
 from .remote import DTYPES, Remote
+from .source import Source
 
-__all__ = ["RemoteDiT", "remote_of"]
+__all__ = ["RemoteDiT", "refuse_weight_only", "remote_of"]
 
 VARIANTS = 4
 """Sets of patches whose handle is kept: both sides of a comparison, and two more."""
@@ -95,6 +96,11 @@ class RemoteDiT(torch.nn.Module):
         patcher = self.patcher
         if any(key.startswith(f"{PREFIX}{name}.") for key in self._patches(patcher)):
             raise Refused(f"a patch of {name} beside a ControlNet that copies it", "take one of the two off")
+        if any(layer == name or layer.startswith(f"{name}.") for layer in self.remote.source.layers):
+            raise Refused(
+                f"a ControlNet that copies {name}, which is quantized",
+                "it computes here; take a file that has this layer in bf16, fp16 or fp32",
+            )
         copied = copy.deepcopy(layer).to_empty(device="cpu")
         state, prefix = self.remote.source.state(), f"{name}."
         copied.load_state_dict({key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)})
@@ -172,6 +178,8 @@ class RemoteDiT(torch.nn.Module):
     def _variant(self, dtype: torch.dtype) -> Model:
         """The model with the patches of the patcher that samples now."""
         patcher = self.patcher
+        if patcher is not None and patcher.force_cast_weights:
+            refuse_weight_only(self.remote.source)
         patches = without_adapter(self._patches(patcher))
         key = (_state(patcher) if patches else None, dtype)
         if key not in self._variants:
@@ -205,6 +213,19 @@ def _state(patcher: ModelPatcher) -> Any:
     """What tells two sets of patches apart without looking at their tensors."""
     hooks = patcher.current_hooks.hooks if patcher.current_hooks is not None else ()
     return patcher.patches_uuid, tuple((hook.hook_ref, hook.strength) for hook in hooks)
+
+
+def refuse_weight_only(source: Source) -> None:
+    """Raise `Refused` if a compute dtype of the user's choice changes more than the dtype.
+
+    Quantized layers then leave their inputs as they are in ComfyUI, and round them in the daemon.
+    """
+    formats = sorted({layer.format for layer in source.layers.values() if not layer.weight_only})
+    if formats:
+        raise Refused(
+            f"ModelComputeDtype with layers in {', '.join(formats)}",
+            "ComfyUI then computes them without quantizing their inputs; take that node off, or set it to default",
+        )
 
 
 def remote_of(model: ModelPatcher) -> RemoteDiT | None:

@@ -19,7 +19,7 @@ import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from safetensors import safe_open
 
-from . import controlnets, shapes, standins
+from . import controlnets, quantized, shapes, standins
 
 __all__ = ["NODE_CLASS_MAPPINGS", "shapes"]
 
@@ -408,4 +408,4 @@ _NODES = (
     TestControl,
     TestAttentionMask,
 )
-NODE_CLASS_MAPPINGS = {kind.__name__: kind for kind in (*_NODES, *controlnets.NODES, *standins.NODES)}
+NODE_CLASS_MAPPINGS = {kind.__name__: kind for kind in (*_NODES, *controlnets.NODES, *quantized.NODES, *standins.NODES)}
