@@ -25,13 +25,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tacod.checkpoint import TensorInfo
+from tacod.checkpoint import TensorInfo, read_checkpoint
 from tacod.rank.arguments import check_arguments, load_arguments
 from tacod.rank.families import detect
 from tacod.rank.families.base import DiT
 from tacod.rank.families.control import Control
 from tacod.rank.families.inputs import Inputs
 from tacod.rank.parallel.sequence import SequenceParallel
+from tacod.rank.weights.load import load_model
 from tacod_client import Client, Job, Model, wire
 from tacod_client.errors import ConnectionFailed
 from tacod_client.exchange import pack
@@ -415,9 +416,21 @@ class Golden:
     out: Tensor
     bf16: float
     """The error that a bf16 forward may have: 1e-2, or a tenth more than ComfyUI's own has if that is more."""
+    fp32: float = 2e-6
+    """The error that an fp32 forward may have."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether its weights are quantized."""
+        return any(name.endswith(".comfy_quant") for name in self.weights)
 
     def model(self, dtype: torch.dtype = torch.float32) -> DiT:
         """The model, built without memory and filled by name, as the daemon does it."""
+        if self.packed:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "model.safetensors"
+                self.save(path)
+                return load_model(read_checkpoint(str(path)), dtype, torch.device("cpu"))
         shapes = {name: TensorInfo("BF16", tuple(tensor.shape)) for name, tensor in self.weights.items()}
         family, config = detect(shapes, self.config)
         with torch.device("meta"):
@@ -460,16 +473,24 @@ def golden_names() -> list[str]:
     return sorted(path.stem for path in GOLDEN.glob("*.safetensors"))
 
 
+def quantized_golden_names() -> list[str]:
+    """The golden forwards of whole quantized models."""
+    return sorted(f"quantised/{path.stem}" for path in (GOLDEN / "quantised").glob("[!q]*.safetensors"))
+
+
 def read_golden(name: str) -> Golden:
-    """A golden forward. Weights that are stored in 8 bits come in bf16, which holds them."""
+    """A golden forward. Weights that are stored in 8 bits come in bf16, which holds them, but for packed ones."""
     with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
         metadata = file.metadata()
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    weights = {
-        key.removeprefix("weights."): value.to(torch.bfloat16)
-        for key, value in tensors.items()
-        if key.startswith("weights.")
-    }
+    weights = {key.removeprefix("weights."): each for key, each in tensors.items() if key.startswith("weights.")}
+    fp32 = 2e-6
+    if "quantised" in metadata:
+        # A last bit may move an activation by a step of int8, and what follows with it.
+        jumps = float(metadata["rounding"])
+        fp32 = 1e-5 if jumps < 1e-5 else min(1.5 * jumps, 0.7 * float(metadata["error_dequantised"]))
+    else:
+        weights = {key: each.to(torch.bfloat16) for key, each in weights.items()}
     inputs: dict[str, Any] = json.loads(metadata.get("args", "{}"))
     for key, value in sorted(tensors.items()):
         kind, _, name = key.partition(".")
@@ -479,4 +500,4 @@ def read_golden(name: str) -> Golden:
         elif kind == "in":
             inputs[name] = value
     bf16 = max(1e-2, 1.1 * float(metadata.get("bf16", 0)))
-    return Golden(json.loads(metadata["config"]), weights, inputs, tensors["out"], bf16)
+    return Golden(json.loads(metadata["config"]), weights, inputs, tensors["out"], bf16, fp32)

@@ -300,6 +300,8 @@ class Model:
         self.plan: str = described["plan"]
         self.notes: tuple[str, ...] = tuple(described.get("notes", ()))
         """What was left out of the patches, and why; a line each."""
+        self.quantization: dict[str, int] = dict(described.get("quantization", {}))
+        """How many of its layers have which format, such as ``int8_convrot``; empty for a model of plain weights."""
 
     def __repr__(self) -> str:
         return f"<Model {self.id} {self.family} {self.name}>"

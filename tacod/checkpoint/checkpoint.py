@@ -14,6 +14,7 @@ from typing import Any
 from tacod.checkpoint.folder import is_folders, open_folder
 from tacod.checkpoint.gguf import is_gguf, read_gguf
 from tacod.checkpoint.header import PLAIN, File, Header, Part, TensorInfo
+from tacod.checkpoint.quantization import Quantization, beside, read_quantization
 from tacod.checkpoint.safetensors import read_safetensors
 from tacod_client.errors import ModelCorrupt, ModelNotFound, ModelUnsupported
 
@@ -65,11 +66,19 @@ class Checkpoint:
     """Whether tensors and configuration are diffusers' (see `DiT.diffusers_layout` and `DiT.diffusers`)."""
     others: tuple[str, ...] = field(default=(), repr=False)
     """The names of other modules' tensors that lie beside the model's where these have no prefix."""
+    quantization: Mapping[str, Quantization] = field(default_factory=dict, repr=False)
+    """How packed weights are packed, by their names. What lies beside them, such as scales, is among `tensors`."""
 
     @property
     def parameters(self) -> int:
-        """How many numbers the diffusion model's tensors hold."""
-        return sum(info.size for info in self.tensors.values())
+        """How many numbers the diffusion model's tensors hold, but for what lies beside packed weights."""
+        sides = self.sides
+        return sum(info.size for name, info in self.tensors.items() if name not in sides)
+
+    @property
+    def sides(self) -> set[str]:
+        """The names of what lies beside packed weights."""
+        return {beside(weight, leaf) for weight, each in self.quantization.items() for leaf in each.sides}
 
     def weight_bytes(self, plain_bytes: int | None) -> int:
         """The memory that the weights will take, where those of 16 bits and more are kept in ``plain_bytes`` each.
@@ -111,7 +120,7 @@ def _read_file(path: str, prefix: str | None, whole: bool) -> Checkpoint:
     own = {key: entry for key, entry in entries.items() if prefix or whole or key.partition(".")[0] not in _OTHERS}
     # A file of nothing else has its model among them.
     others = tuple(key for key in entries if key not in own) if own else ()
-    entries = own or entries
+    entries, quantization = read_quantization(path, own or entries, header.texts, prefix)
     return Checkpoint(
         path,
         {key: entry.info for key, entry in entries.items()},
@@ -121,6 +130,7 @@ def _read_file(path: str, prefix: str | None, whole: bool) -> Checkpoint:
         (header.file,),
         {key: (entry.part,) for key, entry in entries.items()},
         others=others,
+        quantization=quantization,
     )
 
 
@@ -135,6 +145,8 @@ def _find_prefix(keys: Collection[str]) -> str:
 def _read_folder(path: str) -> Checkpoint:
     folder = open_folder(path)
     headers, entries = folder.read()
+    texts = {key: text for header in headers for key, text in header.texts.items()}
+    entries, quantization = read_quantization(path, entries, texts, "")
     return Checkpoint(
         path,
         {key: entry.info for key, entry in entries.items()},
@@ -144,6 +156,7 @@ def _read_folder(path: str) -> Checkpoint:
         tuple(header.file for header in headers),
         {key: (entry.part,) for key, entry in entries.items()},
         diffusers=True,
+        quantization=quantization,
     )
 
 

@@ -57,6 +57,8 @@ class Model:
     plan: str = ""
     notes: tuple[str, ...] = ()
     """What the ranks left out of the patches."""
+    quantization: Mapping[str, int] = field(default_factory=dict)
+    """How many of its layers have which format."""
 
     @property
     def name(self) -> str:
@@ -96,6 +98,7 @@ class Model:
             dtype=facts.dtype,
             sampling=facts.sampling,
             notes=tuple(facts.notes),
+            quantization=facts.quantization,
             loaded_s=elapsed_s,
             shape=Shape(facts.heads, facts.width),
         ).planned(self.asked, world_size)
@@ -119,6 +122,7 @@ class Model:
             "plan": self.plan,
             "loaded_s": round(self.loaded_s, 3),
             "notes": list(self.notes),
+            "quantization": dict(self.quantization),
         }
 
 

@@ -208,6 +208,8 @@ class Facts(Part):
     sampling: dict[str, Any]
     notes: list[str] = field(default_factory=list)
     """What was left out of its patches."""
+    quantization: dict[str, int] = field(default_factory=dict)
+    """How many layers of the file have which format; empty for a model that isn't quantized."""
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,12 @@ from tacod.rank.parallel.topology import Topology
 from tacod.rank.sampling.sampling import Run, SampleRequest, begin
 from tacod.rank.weights.load import (
     DTYPES,
+    WEIGHT_ONLY,
+    adapt_weight,
     choose_dtype,
+    formats,
     get_weight,
+    is_packed,
     load_model,
     quantize_blocks,
     set_weight,
@@ -54,7 +58,7 @@ from tacod.rank.weights.load import (
 )
 from tacod.rank.weights.lora import read_lora
 from tacod.rank.weights.patch_request import parse_patches
-from tacod.rank.weights.patches import Patch, apply
+from tacod.rank.weights.patches import Patch, apply, factors
 from tacod.rank.weights.reader import changed
 from tacod.rank.weights.remap import identify
 from tacod_client import wire
@@ -219,7 +223,8 @@ class Engine:
             raise ArgumentError(
                 f"dtype: {name} can't multiply in 8 bits (Ada and Hopper can); use bf16", argument="dtype"
             )
-        loaded = load_model(checkpoint, DTYPES[chosen], self.device, self.report)
+        weight_only = chosen.endswith(WEIGHT_ONLY)
+        loaded = load_model(checkpoint, DTYPES[chosen], self.device, self.report, weight_only)
         if chosen == "fp8":
             quantize_blocks(loaded)
         # Before it is resident: a load that fails here leaves nothing behind.
@@ -236,6 +241,7 @@ class Engine:
             heads=loaded.heads,
             width=loaded.width,
             sampling=loaded.sampling(),
+            quantization=formats(loaded),
         )
         return Resident(loaded, family.diffusers_layout(config), family.shapes(config), facts)
 
@@ -250,6 +256,10 @@ class Engine:
 
         given = map_tensors(patches, lambda each: from_wire(each, "torch"))
         for key, each in parse_patches(given, read, base.shapes, type(base.model).canonical, notes).items():
+            low_rank = factors(each, base.shapes[key], key) if is_packed(model, key) else None
+            if low_rank is not None:
+                adapt_weight(patched, key, *low_rank)
+                continue
             weight = get_weight(model, key).to(model.dtype)
             merged = apply(weight, each, key)
             if merged.shape != weight.shape:

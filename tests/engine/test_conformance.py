@@ -29,7 +29,7 @@ from tacod.rank.forward.graphs import Forwards
 from tacod.rank.forward.run import Call, plan_for, relative_difference
 from tacod.rank.forward.run import run as run_call
 from tacod.rank.forward.step_cache import MOST_IN_A_ROW
-from tacod.rank.ops.fp8_linear import Fp8Linear
+from tacod.rank.ops.packed.fp8 import Fp8Linear
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.parallel.topology import Topology
 from tacod.rank.weights.load import quantize_blocks, share

@@ -16,7 +16,7 @@ from torch import nn
 from tacod.checkpoint import read_checkpoint
 from tacod.rank.comm.int8 import decode, encode
 from tacod.rank.engine import Engine
-from tacod.rank.ops.fp8_linear import Fp8Linear
+from tacod.rank.ops.packed.fp8 import Fp8Linear
 from tacod.rank.ops.quantize_rows import quantize_rows
 from tacod.rank.parallel.topology import Topology
 from tacod.rank.weights.load import get_weight, quantize_blocks, set_weight, share

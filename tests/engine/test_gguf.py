@@ -24,7 +24,8 @@ from tacod.checkpoint import TensorInfo, read_checkpoint
 from tacod.checkpoint.header import BLOCKS
 from tacod.rank.families import detect
 from tacod.rank.families.base import DiT
-from tacod.rank.ops.quantized_linear import QuantizedLinear, dequantize
+from tacod.rank.ops.packed.base import PackedLinear
+from tacod.rank.ops.packed.gguf import BlockLinear, dequantize_blocks
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.weights.load import choose_dtype, get_weight, load_model
 from tacod_client.errors import ModelCorrupt, ModelUnsupported
@@ -73,7 +74,7 @@ def test_any_blocks_are_the_numbers_that_gguf_reads_bit_for_bit(kind: str) -> No
     @settings(max_examples=40, deadline=None)
     @given(blocks(kind))
     def check(data: Bytes) -> None:
-        ours = dequantize(torch.from_numpy(data), kind)
+        ours = dequantize_blocks(torch.from_numpy(data), kind)
         assert ours.shape == (len(data), data.shape[1] // BLOCKS[kind][1] * BLOCKS[kind][0])
         assert same_bits(ours, gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind]))
 
@@ -86,14 +87,14 @@ def test_many_rows_are_the_numbers_that_gguf_reads_bit_for_bit(kind: str) -> Non
     expected = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
     assert 0.5 < expected.std() * 768**0.5 < 2
     assert abs(expected.mean()) < 0.5 * expected.std()
-    assert same_bits(dequantize(torch.from_numpy(data), kind), expected)
+    assert same_bits(dequantize_blocks(torch.from_numpy(data), kind), expected)
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("Q4_0", 4), ("Q4_1", 4), ("Q5_0", 5), ("Q5_1", 5), ("Q8_0", 8)])
 def test_what_gguf_quantizes_is_near_to_what_it_was(kind: str, bits: int) -> None:
     """Every number in its place, within a step of its block."""
     weight = torch.randn(33, 320)
-    ours = dequantize(torch.from_numpy(as_stored(weight, kind).data), kind)
+    ours = dequantize_blocks(torch.from_numpy(as_stored(weight, kind).data), kind)
     numbers, back = (each.reshape(-1, 32) for each in (weight, ours))
     step = (numbers.amax(1) - numbers.amin(1)) / (2**bits - 1)
     assert ((back - numbers).abs().amax(1) <= 1.1 * step).all()
@@ -104,10 +105,10 @@ def test_what_gguf_quantizes_is_near_to_what_it_was(kind: str, bits: int) -> Non
 def test_layers_are_dequantized_in_bands(kind: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many rows a band has, and with fewer numbers than a row in it too."""
     data = random_blocks(kind, 7, 512)
-    layer = QuantizedLinear(torch.from_numpy(data), kind, None, torch.float32)
+    layer = BlockLinear(torch.from_numpy(data), kind, None, torch.float32)
     whole = layer.weight
     assert same_bits(whole, gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind]))
-    monkeypatch.setattr("tacod.rank.ops.quantized_linear._BAND", rows * 512 - 1)
+    monkeypatch.setattr("tacod.rank.ops.packed.base._BAND", rows * 512 - 1)
     assert torch.equal(layer.weight, whole)
     assert torch.equal(layer.dequantized(torch.bfloat16), whole.bfloat16())
 
@@ -115,10 +116,8 @@ def test_layers_are_dequantized_in_bands(kind: str, rows: int, monkeypatch: pyte
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_layers_compile_in_one_piece(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first of their kind on a device, too: what they keep there is no tracer's stand-in."""
-    monkeypatch.setattr("tacod.rank.ops.quantized_linear._tables", {})
-    layers = [
-        QuantizedLinear(torch.from_numpy(random_blocks(kind, 64, 256, i)), kind, None, torch.float32) for i in (0, 1)
-    ]
+    monkeypatch.setattr("tacod.rank.ops.packed.gguf._tables", {})
+    layers = [BlockLinear(torch.from_numpy(random_blocks(kind, 64, 256, i)), kind, None, torch.float32) for i in (0, 1)]
     torch.compiler.reset()
     compiled = torch.compile(nn.Sequential(layers[0], nn.Linear(64, 256), layers[1]), backend="eager", fullgraph=True)
     x = torch.randn(3, 256)
@@ -175,7 +174,7 @@ def test_one_file_may_mix_all_kinds(tmp_path: Path) -> None:
     for key, stored in tensors.items():
         owner = model.get_submodule(key.rpartition(".")[0])
         kept = key.endswith(".weight") and stored.kind in BLOCKS
-        assert isinstance(owner, QuantizedLinear) == kept or not key.endswith(".weight"), key
+        assert isinstance(owner, PackedLinear) == kept or not key.endswith(".weight"), key
         if kept:
             assert (owner.kind, owner.bias.dtype) == (stored.kind, torch.float32)
 
@@ -210,9 +209,9 @@ def test_rearranged_tensors_are_read(kind: str, tmp_path: Path) -> None:
     model = load(write(tmp_path / "m.gguf", tensors, json.dumps(SD3.config), shapes))
     check_loaded(model, filled(SD3, tensors), SD3.inputs())
     # 192 numbers are whole blocks of 32, and of 256 they are not.
-    for layer in (module for module in model.modules() if isinstance(module, QuantizedLinear | nn.Linear)):
+    for layer in (module for module in model.modules() if isinstance(module, PackedLinear | nn.Linear)):
         if layer.in_features == 192:
-            assert isinstance(layer, QuantizedLinear) == (BLOCKS[kind][0] == 32)
+            assert isinstance(layer, PackedLinear) == (BLOCKS[kind][0] == 32)
 
 
 def test_position_table_without_its_leading_one_is_read(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, linear, scaled_dot_product_attention, silu
 
 from tacod.rank.families import kit
-from tacod.rank.ops.fp8_linear import Fp8Linear
+from tacod.rank.ops.packed.fp8 import Fp8Linear
 from tacod_client.errors import ArgumentError
 
 SIDES = st.lists(st.integers(1, 7), min_size=1, max_size=3)

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tacod.rank.ops import linear
-from tacod.rank.ops.fp8_linear import Fp8Linear
 from tacod.rank.ops.linear import linear_add, linear_gelu, split_inputs, split_outputs
-from tacod.rank.ops.quantized_linear import QuantizedLinear
+from tacod.rank.ops.packed.base import PackedLinear
+from tacod.rank.ops.packed.float8 import Float8Linear
+from tacod.rank.ops.packed.fp8 import Fp8Linear
+from tacod.rank.ops.packed.integers import Int8Linear
 
 
 def plain(bias: bool) -> nn.Linear:
@@ -21,10 +23,21 @@ def plain(bias: bool) -> nn.Linear:
     return nn.Linear(32, 48, bias=bias).requires_grad_(False)
 
 
-def stored(bias: bool) -> QuantizedLinear:
+def stored(bias: bool) -> PackedLinear:
     layer = plain(bias)
-    data = layer.weight.to(torch.float8_e4m3fn).view(torch.uint8)
-    return QuantizedLinear(data, "F8_E4M3", layer.bias, torch.float32, None)
+    return Float8Linear(layer.weight.to(torch.float8_e4m3fn), layer.bias, torch.float32)
+
+
+def whole(bias: bool) -> PackedLinear:
+    layer = plain(bias)
+    scale = layer.weight.abs().amax(dim=1, keepdim=True) / 127
+    data = (layer.weight / scale).round().to(torch.int8)
+    return Int8Linear(data, 32, scale, 16, layer.bias, torch.float32)
+
+
+def adapted(bias: bool) -> PackedLinear:
+    generator = torch.Generator().manual_seed(3)
+    return stored(bias).adapted(torch.randn(48, 2, generator=generator), torch.randn(2, 32, generator=generator))
 
 
 def narrow(bias: bool) -> Fp8Linear:
@@ -37,7 +50,7 @@ def x() -> Tensor:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("make", [plain, stored, narrow])
+@pytest.mark.parametrize("make", [plain, stored, narrow, whole, adapted])
 def test_parts_make_the_whole(make: Any, bias: bool, x: Tensor) -> None:
     layer = make(bias)
     head, tail = split_outputs(layer, 16)
@@ -48,7 +61,7 @@ def test_parts_make_the_whole(make: Any, bias: bool, x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("make", [plain, stored, narrow])
+@pytest.mark.parametrize("make", [plain, stored, narrow, whole, adapted])
 def test_a_layer_adds_to_what_is_there(make: Any, bias: bool, x: Tensor) -> None:
     layer = make(bias)
     there = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(2))

@@ -28,7 +28,7 @@ from tacod.rank.families.names import Place
 from tacod.rank.forward.graphs import Forwards
 from tacod.rank.forward.run import Call
 from tacod.rank.forward.warmup import usual_inputs, warm_up
-from tacod.rank.ops.fp8_linear import Fp8Linear
+from tacod.rank.ops.packed.fp8 import Fp8Linear
 from tacod.rank.parallel.topology import Topology
 from tacod.rank.weights.load import quantize_blocks
 from tacod_client.errors import ArgumentError

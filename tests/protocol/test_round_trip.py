@@ -234,7 +234,7 @@ def test_digest_is_needed_to_leave_the_bytes_behind() -> None:
         np.zeros(2, dtype=np.complex64),
         np.zeros(2, dtype=np.uint16),
         np.array(["text"]),
-        np.array([object()]),
+        np.array([None]),
         np.zeros(2, dtype="M8[s]"),
         np.zeros(2, dtype=[("a", "f4")]),
         torch.zeros(2, dtype=torch.complex64),

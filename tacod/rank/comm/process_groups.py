@@ -17,6 +17,7 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ def join(device: torch.device, rank: int, world_size: int, rendezvous: str, loca
     if not dist.is_initialized():
         store = dist.FileStore(os.fsencode(rendezvous), world_size)  # type: ignore[attr-defined, arg-type]
         store.set_timeout(JOIN_TIMEOUT)
-        dist.init_process_group(backend, store=store, world_size=world_size, rank=rank)
+        with _one_gloo_device():
+            dist.init_process_group(backend, store=store, world_size=world_size, rank=rank)
         # Groups are made in the same order by all ranks, so that all of them have xfuser's or none.
         store.set(f"why not xfuser/{rank}", reason)
         reasons = [store.get(f"why not xfuser/{each}").decode() for each in range(world_size)]
@@ -57,7 +59,9 @@ def join(device: torch.device, rank: int, world_size: int, rendezvous: str, loca
         if device.type == "cuda":
             torch.cuda.set_device(local_rank)
         return _torch_groups(rank, world_size, backend)
-    return _xfuser_groups(_parallel_state(device.type == "cuda"), rank, world_size, backend, local_rank)
+    state = _parallel_state(device.type == "cuda")
+    with _one_gloo_device():
+        return _xfuser_groups(state, rank, world_size, backend, local_rank)
 
 
 def why_not_xfuser(device: torch.device) -> str:
@@ -74,7 +78,8 @@ def _torch_groups(rank: int, world_size: int, backend: str) -> MakeGroup:
         if parts == [list(range(world_size))]:
             assert dist.group.WORLD is not None
             return dist.group.WORLD
-        groups = [dist.new_group(ranks, backend=backend) for ranks in parts]
+        with _one_gloo_device():
+            groups = [dist.new_group(ranks, backend=backend) for ranks in parts]
         mine: dist.ProcessGroup = next(group for group, ranks in zip(groups, parts, strict=True) if rank in ranks)
         return mine
 
@@ -94,10 +99,41 @@ def _xfuser_groups(state: Any, rank: int, world_size: int, backend: str, local_r
         if parts == [list(range(world_size))]:
             whole: dist.ProcessGroup = state.get_sp_group().ulysses_group
             return whole
-        group: dist.ProcessGroup = state.GroupCoordinator(parts, local_rank, backend).device_group
+        with _one_gloo_device():
+            group: dist.ProcessGroup = state.GroupCoordinator(parts, local_rank, backend).device_group
         return group
 
     return make_group
+
+
+@contextmanager
+def _one_gloo_device() -> Iterator[None]:
+    """Within, all groups over gloo are made on one device, which has one thread.
+
+    PyTorch gives each group a device of its own. Its thread wakes up a hundred times a second, whatever there is to do,
+    and xfuser makes some twenty groups: that is 3 % of a core for each rank that idles.
+    """
+    c10d: Any = dist.distributed_c10d
+    original = c10d.ProcessGroupGloo
+    c10d.ProcessGroupGloo = _on_one_device(original)
+    try:
+        yield
+    finally:
+        c10d.ProcessGroupGloo = original
+
+
+@cache
+def _on_one_device(original: Any) -> Any:
+    """A class of gloo's groups that share a device."""
+    device = original.create_default_device()
+
+    class OnOneDevice(original):  # type: ignore[misc]
+        def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+            options = original._Options()
+            options._devices, options._threads, options._timeout = [device], 2, timeout
+            super().__init__(store, rank, size, options)
+
+    return OnOneDevice
 
 
 def leave() -> None:

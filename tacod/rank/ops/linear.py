@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tacod.rank.ops.fp8_linear import Fp8Linear
 from tacod.rank.ops.fused import has_kernels
+from tacod.rank.ops.packed.base import PackedLinear
 
 __all__ = ["linear_add", "linear_gelu", "split_inputs", "split_outputs"]
 
@@ -30,9 +30,14 @@ class Part:
         return functional.linear(x, self.weight, self.bias)
 
 
+def _is_whole(layer: Any) -> bool:
+    """Whether a layer does more than multiply by its weight."""
+    return isinstance(layer, PackedLinear) and not layer.plain
+
+
 def split_outputs(layer: Any, first: int) -> tuple[Layer, Layer]:
     """A layer as two: its ``first`` outputs, and the others."""
-    if isinstance(layer, Fp8Linear):
+    if _is_whole(layer):
         return layer.outputs(slice(first)), layer.outputs(slice(first, None))
     weight, bias = layer.weight, layer.bias
     head, tail = (None, None) if bias is None else (bias[:first], bias[first:])
@@ -41,7 +46,7 @@ def split_outputs(layer: Any, first: int) -> tuple[Layer, Layer]:
 
 def split_inputs(layer: Any, first: int) -> tuple[Layer, Callable[[Tensor, Tensor], Tensor]]:
     """A layer in two steps: one for all but its ``first`` inputs, and one for these, which gets what the other gave."""
-    if isinstance(layer, Fp8Linear):
+    if _is_whole(layer):
         # A token has one scale for all of its numbers.
         return (lambda later: later), lambda x, later: layer(torch.cat((x, later), dim=-1))
     weight = layer.weight
@@ -50,8 +55,8 @@ def split_inputs(layer: Any, first: int) -> tuple[Layer, Callable[[Tensor, Tenso
 
 
 def linear_add(layer: Any, x: Tensor, out: Tensor) -> Tensor:
-    """A linear layer of ``x`` plus ``out``, which it may overwrite: rounded once, but for a bias and in fp8."""
-    if isinstance(layer, Fp8Linear) or layer.bias is not None:
+    """A linear layer of ``x`` plus ``out``, which it may overwrite; a plain layer without bias rounds once."""
+    if _is_whole(layer) or layer.bias is not None:
         added: Tensor = layer(x) + out
         return added
     out.view(-1, out.shape[-1]).addmm_(x.flatten(0, -2), layer.weight.t())
@@ -63,7 +68,7 @@ def linear_gelu(layer: Any, x: Tensor) -> Tensor:
 
     On a GPU it is computed where the matrix product ends, before anything is rounded.
     """
-    if has_kernels(x) and not isinstance(layer, Fp8Linear):
+    if has_kernels(x) and not _is_whole(layer):
         return _fused_gelu(layer.weight, layer.bias, x)
     hidden: Tensor = layer(x)
     return functional.gelu(hidden, approximate="tanh")

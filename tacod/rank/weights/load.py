@@ -12,19 +12,27 @@ import torch
 from torch import Tensor, nn
 
 from tacod.checkpoint import Checkpoint, TensorInfo
-from tacod.checkpoint.header import BLOCKS, PLAIN
+from tacod.checkpoint.header import BLOCKS, FLOAT8, PLAIN
+from tacod.checkpoint.quantization import beside
 from tacod.rank.families.base import DiT
-from tacod.rank.ops.fp8_linear import Fp8Linear
-from tacod.rank.ops.quantized_linear import QUANTIZED, QuantizedLinear, dequantize
+from tacod.rank.ops.packed.base import PackedLinear
+from tacod.rank.ops.packed.float8 import FLOAT8_DTYPES
+from tacod.rank.ops.packed.fp8 import Fp8Linear
+from tacod.rank.ops.packed.gguf import dequantize_blocks
+from tacod.rank.weights.packing import PACKED, Layer, pack, pack_plain
 from tacod.rank.weights.reader import Reader
 from tacod.rank.weights.remap import identify, some
 from tacod_client.errors import ModelCorrupt, ModelUnsupported
 
 __all__ = [
     "DTYPES",
+    "WEIGHT_ONLY",
     "Progress",
+    "adapt_weight",
     "choose_dtype",
+    "formats",
     "get_weight",
+    "is_packed",
     "load_model",
     "quantize_blocks",
     "set_weight",
@@ -32,13 +40,26 @@ __all__ = [
     "weight_bytes",
 ]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
-"""By their names; fp8 is bf16 with the blocks' matrices multiplied in 8 bits (`quantize_blocks`)."""
+_PLAIN_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WEIGHT_ONLY = "_weight_only"
+"""How the names of dtypes end with which activations are never quantized."""
+DTYPES = {
+    **_PLAIN_DTYPES,
+    "fp8": torch.bfloat16,
+    **{name + WEIGHT_ONLY: dtype for name, dtype in _PLAIN_DTYPES.items()},
+}
+"""By their names. fp8 is bf16 with the blocks' matrices multiplied in 8 bits (`quantize_blocks`); with ``_weight_only``
+a quantized model's activations stay as they are, though ComfyUI quantizes them too."""
 _OF_FILE = {"F64": "fp32", "F32": "fp32", "BF16": "bf16", "F16": "fp16"}
-_TORCH = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_SCALES = ("scale_weight", "weight_scale")
-_UNUSED = ("scale_input", "input_scale", "comfy_quant")
-"""What 8-bit files hold for arithmetic in 8 bits, or say of weights whose dtype says it too."""
+_TORCH = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    **FLOAT8_DTYPES,
+}
+_UNUSED = "input_scale"
+"""What files may hold beside weights of 8 bits without a scale, for arithmetic that isn't used."""
 
 _log = logging.getLogger(__name__)
 
@@ -61,18 +82,22 @@ def choose_dtype(checkpoint: Checkpoint, asked: str | None, device: torch.device
     for info in checkpoint.tensors.values():
         if len(info.shape) > 1:
             numbers[info.dtype] += info.size
-    if any(kind in QUANTIZED for kind in numbers):
+    if checkpoint.quantization or any(kind in PACKED for kind in numbers):
         return "bf16"
     return next((_OF_FILE[kind] for kind, _ in numbers.most_common() if kind in _OF_FILE), "bf16")
 
 
 def load_model(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None = None,
+    weight_only: bool = False,
 ) -> DiT:
     """Build the family that the checkpoint holds and fill it, tensor by tensor.
 
-    Linear layers of 8 bits or fewer are kept so, as `QuantizedLinear`; everything else is cast to ``dtype``. Which
-    tensors were left out as other modules' is said in the log.
+    Linear layers of 8 bits or fewer are kept so, as `PackedLinear`; everything else is cast to ``dtype``. With
+    ``weight_only`` activations are never quantized. Which tensors were left out as other modules' is said in the log.
 
     Raises `ModelUnsupported` if the family or its weights are unknown, `ModelCorrupt` if tensors lack or don't fit, or
     if a file changes meanwhile.
@@ -86,20 +111,24 @@ def load_model(
         # No forward looks at it: diffusers' files have none.
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner).register_buffer(leaf, torch.zeros(wanted.pop(name), dtype=dtype, device=device))
-    scales = _check(checkpoint, wanted, family.beside)
+    _check(checkpoint, wanted, family.beside)
     if others := checkpoint.others:
         _log.info("%s: %d tensors are other modules', and left out: %s", checkpoint.path, len(others), some(others))
+    sides = {
+        name: [beside(name, leaf) for leaf in each.sides]
+        for name, each in checkpoint.quantization.items()
+        if name in wanted
+    }
     sizes = {name: sum(part.stop - part.start for part in checkpoint.parts[name]) for name in wanted}
     done, total = 0, sum(sizes.values())
     # As they lie in the file, for disks that like to go on.
     order = sorted(wanted, key=checkpoint.parts.__getitem__)
     with Reader(checkpoint, device) as reader:
-        tensors = reader.read(each for name in order for each in (name, scales.get(name)) if each is not None)
+        tensors = reader.read(each for name in order for each in (name, *sides.get(name, ())))
         for name in order:
-            info, data, scale = TensorInfo(checkpoint.tensors[name].dtype, wanted[name]), next(tensors), None
-            if name in scales:
-                scale = _decode(next(tensors), checkpoint.tensors[scales[name]]).float()
-            _place(model, name, data, info, scale, dtype)
+            data = next(tensors)
+            found = {each: _decode(next(tensors), checkpoint.tensors[each]) for each in sides.get(name, ())}
+            _place(model, checkpoint, name, wanted[name], data, found, dtype, weight_only)
             done += sizes[name]
             if progress is not None:
                 progress(done, total)
@@ -107,12 +136,10 @@ def load_model(
     return model.eval().requires_grad_(False)
 
 
-def _check(
-    checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]], beside: tuple[str, ...] = ()
-) -> dict[str, str]:
-    """Compare a file's tensors with those that are wanted; returns the names of the weights' scales.
+def _check(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]], ignored: tuple[str, ...] = ()) -> None:
+    """Compare a file's tensors with those that are wanted.
 
-    Those whose names begin with one of ``beside`` aren't looked at.
+    Those whose names begin with one of ``ignored`` aren't looked at.
     """
     absent = [name for name in wanted if name not in checkpoint.tensors]
     if absent:
@@ -122,77 +149,86 @@ def _check(
                 f"{some(list(checkpoint.tensors))}; save it under the names of the authors' file, or of diffusers"
             )
         raise ModelCorrupt(f"{checkpoint.path} lacks {some(absent)}; download the file again")
-    scales, unknown = _sort_out(checkpoint, wanted)
     # Behind a prefix that was taken off, all is the model's.
-    unknown = [name for name in unknown if not name.startswith(beside)]
+    unknown = [name for name in _unknown(checkpoint, wanted) if not name.startswith(ignored)]
     if unknown:
         raise ModelUnsupported(
             f"{checkpoint.path} has tensors that this family doesn't use: {some(unknown)}; "
             "it may be a variant or a quantized file that this version doesn't run"
         )
     for name, shape in wanted.items():
-        info = checkpoint.tensors[name]
-        if info.dtype not in PLAIN and info.dtype not in QUANTIZED:
-            known = ", ".join([*PLAIN, *QUANTIZED])
-            raise ModelUnsupported(f"{checkpoint.path}: {name} is {info.dtype}; this version reads {known}")
-        if not _fits(info.shape, shape):
+        info, quantization = checkpoint.tensors[name], checkpoint.quantization.get(name)
+        if quantization is None and info.dtype not in PLAIN and info.dtype not in PACKED:
+            known = ", ".join([*PLAIN, *PACKED])
+            raise ModelUnsupported(
+                f"{checkpoint.path}: {name} is {info.dtype}, and nothing says how it is packed; this version reads "
+                f"{known}, and what comfy_quant describes"
+            )
+        if not _fits(info.shape, shape, 1 if quantization is None else quantization.padding):
             raise ModelCorrupt(
                 f"{checkpoint.path}: {name} is {list(info.shape)}, but its configuration asks for {list(shape)}"
             )
-    for name in scales.values():
-        info = checkpoint.tensors[name]
-        if info.dtype not in PLAIN or info.size != 1:
-            found = f"{info.dtype} {list(info.shape)}"
-            raise ModelUnsupported(f"{checkpoint.path}: {name} is {found}; this version knows one scale for a layer")
-    return scales
 
 
-def _fits(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Whether a tensor has the shape that is wanted, or lacks leading sizes of one, as in GGUF files it may."""
-    lost = len(wanted) - len(found)
-    return lost >= 0 and wanted == (1,) * lost + found
+def _fits(found: tuple[int, ...], wanted: tuple[int, ...], padding: int) -> bool:
+    """Whether a tensor has the shape that is wanted, padded to multiples of ``padding``.
+
+    It may lack leading sizes of one, as in GGUF files.
+    """
+    padded = tuple(-(-size // padding) * padding for size in wanted)
+    lost = len(padded) - len(found)
+    return lost >= 0 and padded == (1,) * lost + found
 
 
-def _sort_out(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, str], list[str]]:
-    """What a file holds besides: the scales by the weight that they belong to, and what nobody knows."""
-    scales: dict[str, str] = {}
-    unknown = []
-    for name in checkpoint.tensors:
-        layer, _, leaf = name.rpartition(".")
-        weight = f"{layer}.weight"
-        if leaf in _SCALES and weight in wanted and weight not in scales:
-            scales[weight] = name
-        elif name not in wanted and name != "scaled_fp8" and not (leaf in _UNUSED and weight in wanted):
-            unknown.append(name)
-    return scales, unknown
+def _unknown(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """The names that a file holds besides what is wanted, and what lies beside that."""
+    sides = checkpoint.sides
+    unused = {beside(name, _UNUSED) for name in wanted if checkpoint.tensors[name].dtype in FLOAT8}
+    return [name for name in checkpoint.tensors if name not in wanted and name not in sides and name not in unused]
 
 
 def _decode(data: Tensor, info: TensorInfo) -> Tensor:
-    """The numbers of a tensor, in its own dtype, or in fp32 if that is stored."""
-    if info.dtype in _TORCH:
-        return data.view(_TORCH[info.dtype]).reshape(info.shape)
-    return dequantize(data, info.dtype).reshape(info.shape)
+    """The numbers of a tensor, in its own dtype; in fp32 if they are in blocks, as bytes if torch can't be sure."""
+    if info.dtype in BLOCKS:
+        return dequantize_blocks(data, info.dtype).reshape(info.shape)
+    return data.view(_TORCH.get(info.dtype, torch.uint8)).reshape(info.shape)
 
 
 def _place(
-    model: nn.Module, name: str, data: Tensor, info: TensorInfo, scale: Tensor | None, dtype: torch.dtype
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    name: str,
+    shape: tuple[int, ...],
+    data: Tensor,
+    sides: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    weight_only: bool,
 ) -> None:
     path, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(path)
-    if scale is not None:
-        scale = scale.reshape(())
-    if info.dtype in QUANTIZED and isinstance(owner, nn.Linear) and leaf == "weight" and _in_rows(info):
-        rows = data.reshape(info.shape[0], -1)
-        bias: nn.Parameter | None = owner.bias
-        model.set_submodule(path, QuantizedLinear(rows, info.dtype, bias, dtype, scale))
+    owner: Any = model.get_submodule(path)
+    info, quantization = checkpoint.tensors[name], checkpoint.quantization.get(name)
+    linear = isinstance(owner, nn.Linear) and leaf == "weight"
+    packed: PackedLinear | None = None
+    if quantization is not None:
+        leaves = {each.rpartition(".")[2]: tensor for each, tensor in sides.items()}
+        where, bias = f"{checkpoint.path}: {path}", owner.bias if linear else None
+        rows, columns = shape[-2:]
+        packed = pack(Layer(where, quantization, data, leaves, (rows, columns), bias, dtype, weight_only))
+    elif info.dtype in PACKED and linear and _in_rows(info.dtype, shape):
+        packed = pack_plain(data, info.dtype, shape[0], owner.bias, dtype)
+    if packed is not None and linear:
+        model.set_submodule(path, packed)
         return
-    tensor = _decode(data, info)
-    _assign(owner, leaf, (tensor if scale is None else tensor.float() * scale).to(dtype))
+    if packed is not None:
+        # A table, whose rows are looked up.
+        _assign(owner, leaf, packed.weight.reshape(shape))
+        return
+    _assign(owner, leaf, _decode(data, TensorInfo(info.dtype, shape)).to(dtype))
 
 
-def _in_rows(info: TensorInfo) -> bool:
+def _in_rows(kind: str, shape: tuple[int, ...]) -> bool:
     """Whether every row of a matrix is whole blocks; where GGUF files tell another shape than they have, it needn't."""
-    return info.shape[-1] % BLOCKS.get(info.dtype, (1, 1))[0] == 0
+    return shape[-1] % BLOCKS.get(kind, (1, 1))[0] == 0
 
 
 def _assign(owner: Any, leaf: str, tensor: Tensor) -> None:
@@ -208,10 +244,8 @@ def get_weight(model: DiT, key: str) -> Tensor:
     Raises `KeyError` if the model has no such weight.
     """
     owner, leaf = _find(model, key)
-    if isinstance(owner, QuantizedLinear) and leaf == "weight":
+    if isinstance(owner, PackedLinear) and leaf == "weight":
         return owner.dequantized(torch.float32)
-    if isinstance(owner, Fp8Linear) and leaf == "weight":
-        return owner.weight
     tensor: Tensor = owner._parameters[leaf] if leaf in owner._parameters else owner._buffers[leaf]
     return tensor
 
@@ -223,7 +257,7 @@ def set_weight(model: DiT, key: str, tensor: Tensor) -> None:
     `KeyError` if the model has no such weight, `ValueError` if the shape is another.
     """
     owner, leaf = _find(model, key)
-    stored = isinstance(owner, QuantizedLinear | Fp8Linear) and leaf == "weight"
+    stored = isinstance(owner, PackedLinear) and leaf == "weight"
     old = owner.data if stored else owner._parameters.get(leaf, owner._buffers.get(leaf))
     shape = (owner.out_features, owner.in_features) if stored else tuple(old.shape)
     if tuple(tensor.shape) != shape:
@@ -240,6 +274,28 @@ def set_weight(model: DiT, key: str, tensor: Tensor) -> None:
     _assign(owner, leaf, tensor.detach().to(old.device, model.dtype))
 
 
+def adapt_weight(model: DiT, key: str, up: Tensor, down: Tensor) -> None:
+    """Have a packed layer add a product of low rank (`PackedLinear.adapted`); what shares it is left as it is.
+
+    Raises `KeyError` if the model has no such packed layer.
+    """
+    owner, leaf = _find(model, key)
+    if not isinstance(owner, PackedLinear) or leaf != "weight":
+        raise KeyError(key)
+    model.set_submodule(key.rpartition(".")[0], owner.adapted(up, down))
+
+
+def is_packed(model: DiT, key: str) -> bool:
+    """Whether a weight is packed. Raises `KeyError` if the model has no such weight."""
+    owner, leaf = _find(model, key)
+    return isinstance(owner, PackedLinear) and leaf == "weight"
+
+
+def formats(model: DiT) -> dict[str, int]:
+    """How many layers have which format, by the formats' names; empty for a model that isn't quantized."""
+    return dict(Counter(each.label for each in model.modules() if isinstance(each, PackedLinear)))
+
+
 def _find(model: nn.Module, key: str) -> tuple[Any, str]:
     """The module that holds a weight, and what it calls it."""
     path, _, leaf = key.rpartition(".")
@@ -248,7 +304,7 @@ def _find(model: nn.Module, key: str) -> tuple[Any, str]:
     except AttributeError:
         raise KeyError(key) from None
     held = owner._parameters.get(leaf) is not None or owner._buffers.get(leaf) is not None
-    if isinstance(owner, QuantizedLinear | Fp8Linear):
+    if isinstance(owner, PackedLinear):
         held = leaf == "weight" or (leaf == "bias" and held)
     if not held:
         raise KeyError(key)
@@ -260,7 +316,7 @@ def quantize_blocks(model: DiT) -> None:
     spared = {id(layer) for modulating in model.modulating for layer in modulating.modules()}
     for blocks in model.blocks_at:
         for name, layer in list(model.get_submodule(blocks).named_modules(prefix=blocks)):
-            linear = isinstance(layer, nn.Linear | QuantizedLinear) and id(layer) not in spared
+            linear = isinstance(layer, nn.Linear | PackedLinear) and id(layer) not in spared
             # The hardware's products take sixteen numbers at once.
             if linear and layer.in_features % 16 == layer.out_features % 16 == 0:
                 model.set_submodule(name, Fp8Linear.of(layer))

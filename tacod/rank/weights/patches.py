@@ -1,4 +1,4 @@
-"""Weight patches: a change and how it is put on a weight, and merging them.
+"""Weight patches: a change and how it is put on a weight; merging them, or what to add beside a packed weight.
 
 A patch has a strength, a factor for what was there before, perhaps a slice of the weight, and whether the change's
 halves are swapped. What a merge rounds, and in which order, is ComfyUI's, so that a merged weight has the bits that
@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from tacod.rank.weights.changes import Change, Diff, Set
+from tacod.rank.weights.changes import Change, Diff, LoRA, Set
 from tacod_client.errors import ArgumentError, ModelUnsupported
 
-__all__ = ["SWAP", "Patch", "apply"]
+__all__ = ["SWAP", "Patch", "apply", "factors"]
 
 SWAP = "swap_scale_shift"
 """The one function that a patch may name: exchange the first half of a change's rows with the second."""
@@ -88,6 +89,36 @@ def _swap(change: Tensor) -> Tensor:
 
 def _as_it_is(change: Tensor) -> Tensor:
     return change
+
+
+def factors(patches: Sequence[Patch], shape: Sequence[int], key: str) -> tuple[Tensor, Tensor] | None:
+    """The product of low rank that patches come to: up [rows, r] and down [r, columns] in fp32.
+
+    None if they come to something else than that, to nothing, or to more numbers than the weight of this ``shape`` has.
+    Raises `ArgumentError` as `apply` does.
+    """
+    ups, downs = [], []
+    for patch in patches:
+        if patch.idle:
+            continue
+        patch.check(shape, key)
+        change = patch.change
+        plain = isinstance(change, LoRA) and change.mid is None and change.dora_scale is None
+        if not isinstance(change, LoRA) or not plain or patch.strength_model != 1:
+            return None
+        up, down = change.up.float().flatten(1), change.down.float().flatten(1)
+        if patch.function == SWAP:
+            up = _swap(up)
+        scale = patch.strength if change.alpha is None else patch.strength * change.alpha / change.rank
+        sides = [(0, shape[0]), (0, shape[1])]
+        if patch.offset is not None:
+            sides[patch.offset[0]] = patch.offset[1:]
+        (row, _), (column, _) = sides
+        ups.append(functional.pad(scale * up, (0, 0, row, shape[0] - row - len(up))))
+        downs.append(functional.pad(down, (column, shape[1] - column - down.shape[1])))
+    if not ups or sum(map(len, downs)) * sum(shape) > math.prod(shape):
+        return None
+    return torch.cat(ups, dim=1), torch.cat(downs)
 
 
 def apply(weight: Tensor, patches: Sequence[Patch], key: str, dtype: torch.dtype = torch.float32) -> Tensor:

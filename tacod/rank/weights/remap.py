@@ -10,6 +10,7 @@ from typing import Any
 from tacod.checkpoint import Checkpoint, TensorInfo, read_checkpoint
 from tacod.checkpoint.checkpoint import FEW
 from tacod.checkpoint.header import Part
+from tacod.checkpoint.quantization import SIDES, Quantization, beside
 from tacod.rank.families import detect, diffusers_layout, from_diffusers, is_known
 from tacod.rank.families.base import DiT
 from tacod.rank.families.names import FUSED_NAMES, Place
@@ -82,10 +83,17 @@ def arrange(checkpoint: Checkpoint, layout: Mapping[str, Place]) -> Checkpoint:
     for key, names in pieces.items():
         tensors[key] = _fuse(checkpoint, key, {name: layout[name] for name in names})
         parts[key] = tuple(part for name in names for part in _order(checkpoint, name, layout[name]))
+    packed = {}
+    for key, names in pieces.items():
+        if any(name in checkpoint.quantization for name in names):
+            packed[key] = _fuse_sides(checkpoint, key, {name: layout[name] for name in names}, tensors, parts)
+    placed = {*layout, *(beside(name, leaf) for name in layout for leaf in SIDES)}
     for name in checkpoint.tensors:
-        if name not in layout:
+        if name not in placed:
             tensors[name], parts[name] = checkpoint.tensors[name], checkpoint.parts[name]
-    return replace(checkpoint, tensors=tensors, parts=parts, diffusers=False)
+            if name in checkpoint.quantization:
+                packed[name] = checkpoint.quantization[name]
+    return replace(checkpoint, tensors=tensors, parts=parts, quantization=packed, diffusers=False)
 
 
 def _with_fused(layout: Mapping[str, Place], tensors: Mapping[str, TensorInfo]) -> dict[str, Place]:
@@ -108,6 +116,8 @@ def rename(checkpoint: Checkpoint, canonical: Callable[[str], str]) -> Checkpoin
     Raises `ModelCorrupt` if it holds one tensor under two names.
     """
     names = {name: canonical(name) for name in checkpoint.tensors}
+    for weight, quantization in checkpoint.quantization.items():
+        names |= {beside(weight, leaf): beside(names[weight], leaf) for leaf in quantization.sides}
     if all(name == ours for name, ours in names.items()):
         return checkpoint
     first: dict[str, str] = {}
@@ -118,6 +128,7 @@ def rename(checkpoint: Checkpoint, canonical: Callable[[str], str]) -> Checkpoin
         checkpoint,
         tensors={ours: checkpoint.tensors[name] for name, ours in names.items()},
         parts={ours: checkpoint.parts[name] for name, ours in names.items()},
+        quantization={names[name]: each for name, each in checkpoint.quantization.items()},
     )
 
 
@@ -135,6 +146,42 @@ def _fuse(checkpoint: Checkpoint, key: str, places: Mapping[str, Place]) -> Tens
             raise ModelUnsupported(f"{checkpoint.path}: {' and '.join(places)} are not of one dtype")
         row += place.rows[1]
     return TensorInfo(infos[0].dtype, (row, *infos[0].shape[1:]))
+
+
+def _fuse_sides(
+    checkpoint: Checkpoint,
+    key: str,
+    places: Mapping[str, Place],
+    tensors: dict[str, TensorInfo],
+    parts: dict[str, tuple[Part, ...]],
+) -> Quantization:
+    """How the weight ``key`` is packed that ``places`` make; what lies beside it is put into ``tensors`` and ``parts``.
+
+    Raises `ModelUnsupported` if that can't be had from the file's bytes: for layers with one scale each, or scales in
+    tiles, that are to be one layer or exchange their halves.
+    """
+    first, *others = (checkpoint.quantization.get(name) for name in places)
+    moved = len(places) > 1 or any(place.swap for place in places.values())
+    if first is None or any(each != first for each in others):
+        raise ModelUnsupported(f"{checkpoint.path}: {' and '.join(places)} are to be one layer, and packed differently")
+    for leaf in first.sides:
+        names = [beside(name, leaf) for name in places]
+        infos = [checkpoint.tensors[name] for name in names]
+        rows = [checkpoint.tensors[name].shape[0] for name in places]
+        by_row = first.scales_rows(leaf) and all(info.size > 1 for info in infos)
+        if moved and not by_row and (len(places) > 1 or infos[0].size > 1):
+            raise ModelUnsupported(
+                f"{checkpoint.path}: {some(names)} can't be put together in {key}; load the file in the authors' layout"
+            )
+        row = (info.shape[:1] == (count,) for info, count in zip(infos, rows, strict=True))
+        shape = (sum(rows), *infos[0].shape[1:]) if by_row and all(row) else infos[0].shape
+        tensors[beside(key, leaf)] = TensorInfo(infos[0].dtype, shape)
+        parts[beside(key, leaf)] = tuple(
+            part
+            for name, place in zip(names, places.values(), strict=True)
+            for part in _order(checkpoint, name, place if by_row else Place(key))
+        )
+    return first
 
 
 def _order(checkpoint: Checkpoint, name: str, place: Place) -> tuple[Part, ...]:

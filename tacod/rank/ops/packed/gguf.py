@@ -1,98 +1,43 @@
-"""Linear layers whose weights stay as their file has them, in 8 bits or fewer, until they are used.
+"""Weights in GGUF's blocks, each with scales of its own.
 
-Floats of 8 bits after Micikevicius et al., 2022 (arXiv:2209.05433), with one scale for a layer or none; blocks as in
-GGUF, each with scales of its own (https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h).
+https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from tacod.checkpoint.header import BLOCKS, FLOAT8
+from tacod.checkpoint.header import BLOCKS
+from tacod.rank.ops.packed.base import PackedLinear
 
-__all__ = ["QUANTIZED", "QuantizedLinear", "dequantize"]
-
-QUANTIZED = (*FLOAT8, *BLOCKS)
-"""The kinds of weights that are kept as they are, named as in headers."""
-
-_FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-_BAND = 1 << 24
-"""How many numbers are dequantized at once: it bounds what lies beside the result."""
+__all__ = ["BlockLinear", "dequantize_blocks"]
 
 
-class QuantizedLinear(nn.Module):
-    """`nn.Linear` with a stored weight; everything else about it, its bias too, is in the compute dtype.
+class BlockLinear(PackedLinear):
+    """A linear layer whose rows are blocks of a ``kind`` of GGUF; dequantized in fp32, then rounded."""
 
-    Args:
-        data: The weight's bytes, uint8 [out_features, bytes of a row].
-        kind: One of `QUANTIZED`.
-        bias: [out_features] in the compute dtype, or None.
-        dtype: The compute dtype.
-        scale: What 8-bit floats are multiplied by: fp32, no dimensions; None for 1.
-    """
-
-    data: Tensor
-    scale: Tensor | None
-    bias: nn.Parameter | None
-
-    def __init__(
-        self, data: Tensor, kind: str, bias: nn.Parameter | None, dtype: torch.dtype, scale: Tensor | None = None
-    ) -> None:
-        super().__init__()
-        numbers, size = BLOCKS.get(kind, (1, 1))
-        self.out_features, self.in_features = data.shape[0], data.shape[1] // size * numbers
-        self.kind, self.dtype = kind, dtype
+    def __init__(self, data: Tensor, kind: str, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+        numbers, size = BLOCKS[kind]
+        super().__init__(data, data.shape[1] // size * numbers, bias, dtype)
+        self.kind = kind
         if kind in _OF_LEVELS:
             _levels(data.device)
-        self.register_buffer("data", data, persistent=False)
-        self.register_buffer("scale", scale, persistent=False)
-        self.register_parameter("bias", bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Of ``x`` [..., in_features] in the compute dtype, [..., out_features]."""
-        return functional.linear(x, self.dequantized(x.dtype), self.bias)
 
     @property
-    def weight(self) -> Tensor:
-        """The weight in the compute dtype, [out_features, in_features], made anew each time."""
-        return self.dequantized(self.dtype)
+    def label(self) -> str:
+        """See `PackedLinear.label`."""
+        return self.kind
 
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The weight as numbers, [out_features, in_features]; computed in fp32, then rounded to ``dtype``."""
-        step = max(_BAND // self.in_features, 1)
-        if self.out_features <= step:
-            return self._weight(self.data, dtype)
-        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.data.device)
-        for row in range(0, self.out_features, step):
-            weight[row : row + step] = self._weight(self.data[row : row + step], dtype)
-        return weight
-
-    def _weight(self, data: Tensor, dtype: torch.dtype) -> Tensor:
-        if self.kind in _FLOAT8 and self.scale is None:
-            return data.view(_FLOAT8[self.kind]).to(dtype)
-        weight = dequantize(data, self.kind)
-        return (weight if self.scale is None else weight * self.scale).to(dtype)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """A model's state has the weight's name and shape; its numbers are nowhere, so they are on no device."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        shape = (self.out_features, self.in_features)
-        destination[f"{prefix}weight"] = torch.empty(shape, dtype=self.dtype, device="meta")
-
-    def extra_repr(self) -> str:
-        """What printing shows."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.kind}"
+    def numbers(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """See `PackedLinear.numbers`."""
+        return dequantize_blocks(self.data[rows], self.kind).to(dtype)
 
 
-def dequantize(data: Tensor, kind: str) -> Tensor:
-    """Numbers in fp32, [..., n], from the bytes of their rows, uint8 [..., bytes]; ``kind`` is one of `QUANTIZED`."""
-    if kind in _FLOAT8:
-        return data.view(_FLOAT8[kind]).float()
+def dequantize_blocks(data: Tensor, kind: str) -> Tensor:
+    """Numbers in fp32, [..., n], from the bytes of their rows, uint8 [..., bytes]; ``kind`` is one of `BLOCKS`."""
     blocks = data.reshape(-1, BLOCKS[kind][1])
     return _BLOCKS[kind](blocks).reshape(*data.shape[:-1], -1)
 

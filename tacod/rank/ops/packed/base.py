@@ -1,0 +1,139 @@
+"""Linear layers whose weights stay packed, as their file has them, until they are used."""
+
+from __future__ import annotations
+
+import abc
+import copy
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from typing_extensions import Self
+
+__all__ = ["PackedLinear"]
+
+_BAND = 1 << 24
+"""How many numbers are dequantized at once: it bounds what lies beside the result."""
+
+
+class PackedLinear(nn.Module, abc.ABC):
+    """`nn.Linear` over a packed weight; everything else about it, its bias too, is in the compute dtype.
+
+    Here activations stay as they are and the weight is dequantized for each use. Subclasses may do otherwise.
+
+    Args:
+        data: The weight's bytes, uint8 or int8 [out_features, bytes of a row].
+        in_features: The numbers of a row.
+        bias: [out_features] in the compute dtype, or None.
+        dtype: The compute dtype.
+    """
+
+    data: Tensor
+    bias: nn.Parameter | None
+    up: Tensor | None
+    down: Tensor | None
+    rowwise: ClassVar[tuple[str, ...]] = ()
+    """Those buffers, beside ``data``, that have a row for each output where they have more than one number."""
+
+    def __init__(self, data: Tensor, in_features: int, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.out_features, self.in_features, self.dtype = len(data), in_features, dtype
+        for name, each in (("data", data), ("up", None), ("down", None)):
+            self.register_buffer(name, each, persistent=False)
+        self.register_parameter("bias", bias)
+
+    @property
+    @abc.abstractmethod
+    def label(self) -> str:
+        """The format, as users see it."""
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether it does anything to activations, such as quantizing each token by all of its numbers."""
+        return False
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the product with its `weight`, which may be used in parts."""
+        return self.down is None and not self.quantizes
+
+    @abc.abstractmethod
+    def numbers(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Rows of the packed weight, [rows, in_features] in ``dtype``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of ``x`` [..., in_features] in the compute dtype, [..., out_features]."""
+        out = self.product(x)
+        if self.down is None or self.up is None:
+            return out
+        return out + functional.linear(functional.linear(x, self.down), self.up)
+
+    def product(self, x: Tensor) -> Tensor:
+        """`forward` without what `adapted` adds."""
+        return functional.linear(x, self._unpacked(x.dtype), self.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in the compute dtype, [out_features, in_features], made anew each time."""
+        return self.dequantized(self.dtype)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight as numbers, [out_features, in_features], rounded to ``dtype``; with what `adapted` adds."""
+        weight = self._effective(dtype)
+        if self.down is None or self.up is None:
+            return weight
+        return torch.addmm(weight, self.up.to(dtype), self.down.to(dtype))
+
+    def _effective(self, dtype: torch.dtype) -> Tensor:
+        """What `product` comes to multiply ``x`` by."""
+        return self._unpacked(dtype)
+
+    def _unpacked(self, dtype: torch.dtype) -> Tensor:
+        step = max(_BAND // self.in_features, 1)
+        if self.out_features <= step:
+            return self.numbers(slice(None), dtype)
+        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.data.device)
+        for row in range(0, self.out_features, step):
+            weight[row : row + step] = self.numbers(slice(row, row + step), dtype)
+        return weight
+
+    def outputs(self, rows: slice) -> Self:
+        """Some of its outputs, on the same memory."""
+        part = self._twin()
+        for name in ("data", "up", *self.rowwise):
+            part._buffers[name] = sliced(self._buffers[name], rows)
+        bias = None if self.bias is None else nn.Parameter(self.bias[rows], requires_grad=False)
+        part._parameters = {"bias": bias}
+        part.out_features = len(part.data)
+        return part
+
+    def adapted(self, up: Tensor, down: Tensor) -> Self:
+        """The same layer plus a product of low rank (Hu et al., 2021, arXiv:2106.09685), on the same memory.
+
+        ``up`` is [out_features, r] and ``down`` [r, in_features], of any dtype: they are cast to the compute dtype.
+        """
+        twin = self._twin()
+        twin._buffers["up"] = up.to(self.data.device, self.dtype)
+        twin._buffers["down"] = down.to(self.data.device, self.dtype)
+        return twin
+
+    def _twin(self) -> Self:
+        twin = copy.copy(self)
+        twin._buffers, twin._parameters = dict(self._buffers), dict(self._parameters)
+        return twin
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """A model's state has the weight's name and shape; its numbers are nowhere, so they are on no device."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        shape = (self.out_features, self.in_features)
+        destination[f"{prefix}weight"] = torch.empty(shape, dtype=self.dtype, device="meta")
+
+    def extra_repr(self) -> str:
+        """What printing shows."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, format={self.label}"
+
+
+def sliced(scale: Tensor | None, rows: slice) -> Tensor | None:
+    """Rows of a scale that has one for each; one scale for all as it is."""
+    return scale if scale is None or scale.numel() == 1 else scale[rows]

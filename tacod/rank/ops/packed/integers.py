@@ -1,0 +1,211 @@
+"""Weights of whole numbers, whose activations are quantized to whole numbers too, each token with a scale of its own.
+
+The arithmetic is that of ComfyUI and comfy-kitchen (https://github.com/Comfy-Org/comfy-kitchen): products are summed
+in whole numbers, so they are exact, and scaled in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tacod.rank.ops.packed.base import PackedLinear, sliced
+from tacod.rank.ops.packed.rotation import hadamard, rotate
+
+__all__ = ["Int4Linear", "Int8Linear", "IntegerLinear", "W4A8Linear"]
+
+_ROWS_BYTES = 256 << 20
+"""How many bytes of sums are scaled at once."""
+
+
+class IntegerLinear(PackedLinear):
+    """A linear layer of whole numbers.
+
+    Args:
+        data: See `PackedLinear`.
+        in_features: See `PackedLinear`.
+        scale: Of the weight, fp32: no dimensions, or [out_features, 1].
+        group: How many columns are rotated together (see `rotate`); 0 for none.
+        bias: See `PackedLinear`.
+        dtype: See `PackedLinear`.
+        full_precision: Whether activations stay as they are.
+    """
+
+    scale: Tensor
+    rowwise: ClassVar[tuple[str, ...]] = ("scale",)
+
+    def __init__(
+        self,
+        data: Tensor,
+        in_features: int,
+        scale: Tensor,
+        group: int,
+        bias: nn.Parameter | None,
+        dtype: torch.dtype,
+        full_precision: bool = False,
+    ) -> None:
+        super().__init__(data, in_features, bias, dtype)
+        self.group, self.full_precision = group, full_precision
+        self.register_buffer("scale", scale, persistent=False)
+        if group:
+            for each in {dtype, torch.float32}:
+                # A copy to a GPU waits for it, and can't be part of a graph.
+                hadamard(group, each, data.device)
+
+    @property
+    def quantizes(self) -> bool:
+        """See `PackedLinear.quantizes`."""
+        return not self.full_precision
+
+    def whole(self, rows: slice) -> Tensor:
+        """Rows of the weight before scale and rotation: int8 [rows, in_features]."""
+        return self.data[rows]
+
+    def numbers(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """See `PackedLinear.numbers`; computed in fp32."""
+        scale = sliced(self.scale, rows)
+        assert scale is not None
+        weight = self.whole(rows).float() * scale
+        return (rotate(weight, self.group) if self.group else weight).to(dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """See `PackedLinear.product`."""
+        if self.full_precision:
+            return super().product(x)
+        tokens = x.flatten(0, -2)
+        out = self.multiply(rotate(tokens, self.group) if self.group else tokens)
+        if self.bias is not None:
+            out = out + self.bias
+        return torch.unflatten(out, 0, x.shape[:-1])
+
+    def multiply(self, tokens: Tensor) -> Tensor:
+        """Of tokens [n, in_features], rotated where the weight is, [n, out_features] in their dtype."""
+        quantized, scales = quantize_tokens(tokens)
+        sums = integer_product(quantized, self.whole(slice(None)))
+        out = torch.empty(sums.shape, dtype=tokens.dtype, device=tokens.device)
+        step = max(_ROWS_BYTES // (4 * self.out_features), 1)
+        for row in range(0, len(sums), step):
+            rows = slice(row, row + step)
+            out[rows] = sums[rows].float() * (scales[rows] * self.scale.reshape(1, -1))
+        return out
+
+
+class Int8Linear(IntegerLinear):
+    """A linear layer in int8, its data [out_features, in_features]."""
+
+    @property
+    def label(self) -> str:
+        """See `PackedLinear.label`."""
+        return "int8_convrot" if self.group else "int8_rowwise" if self.scale.numel() > 1 else "int8_tensorwise"
+
+
+class Int4Linear(IntegerLinear):
+    """A linear layer of signed numbers of 4 bits, two in a byte, the even column in the low nibble (``convrot_w4a4``).
+
+    Activations have 4 bits as well on a CPU and on the GPUs whose Tensor cores multiply them (compute capability 8.x),
+    but for layers that ask for 8; elsewhere they have 8 bits.
+    """
+
+    label = "convrot_w4a4"
+
+    def __init__(
+        self,
+        data: Tensor,
+        scale: Tensor,
+        group: int,
+        bias: nn.Parameter | None,
+        dtype: torch.dtype,
+        full_precision: bool = False,
+        int8_activations: bool = False,
+    ) -> None:
+        super().__init__(data, 2 * data.shape[1], scale, group, bias, dtype, full_precision)
+        has_int4 = data.is_cuda and torch.cuda.get_device_capability(data.device)[0] == 8
+        # Without a GPU ComfyUI doesn't look at what the layer asks for.
+        self.int4_activations = not data.is_cuda or (has_int4 and not int8_activations)
+
+    def whole(self, rows: slice) -> Tensor:
+        """See `IntegerLinear.whole`."""
+        packed = self.data[rows].view(torch.int8)
+        return torch.stack((packed << 4 >> 4, packed >> 4), dim=-1).flatten(1)
+
+    def multiply(self, tokens: Tensor) -> Tensor:
+        """See `IntegerLinear.multiply`; with activations of 4 bits, all in the tokens' dtype."""
+        if not self.int4_activations:
+            return super().multiply(tokens)
+        scales = tokens.abs().amax(dim=-1, keepdim=True).clamp(min=1e-10) / 7
+        quantized = (tokens / scales).round().clamp(-7, 7)
+        sums = quantized @ self.whole(slice(None)).to(tokens.dtype).t()
+        return sums * scales * self.scale.reshape(1, -1).to(tokens.dtype)
+
+
+class W4A8Linear(IntegerLinear):
+    """A linear layer of codes of 4 bits, which stand for numbers of 8 by group and level (``asym_w4a8_int8``).
+
+    Args:
+        data: Two codes in a byte, the even column in the low nibble, [out_features, in_features / 2].
+        relative: The groups' scales in e4m3, [out_features, in_features / columns of a group].
+        codebook: The 16 levels, fp32; None for -8 to 7.
+        scale: See `IntegerLinear`.
+        group: See `IntegerLinear`.
+        bias: See `PackedLinear`.
+        dtype: See `PackedLinear`.
+        full_precision: See `IntegerLinear`.
+    """
+
+    relative: Tensor
+    codebook: Tensor | None
+    rowwise = ("scale", "relative")
+    label = "asym_w4a8_int8"
+
+    def __init__(
+        self,
+        data: Tensor,
+        relative: Tensor,
+        codebook: Tensor | None,
+        scale: Tensor,
+        group: int,
+        bias: nn.Parameter | None,
+        dtype: torch.dtype,
+        full_precision: bool = False,
+    ) -> None:
+        super().__init__(data, 2 * data.shape[1], scale, group, bias, dtype, full_precision)
+        self.register_buffer("relative", relative, persistent=False)
+        self.register_buffer("codebook", codebook, persistent=False)
+
+    def whole(self, rows: slice) -> Tensor:
+        """See `IntegerLinear.whole`."""
+        packed = self.data[rows].view(torch.uint8)
+        codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)
+        if self.codebook is None:
+            levels = codes.float() - 8
+        else:
+            levels = self.codebook.index_select(0, codes.flatten().int()).view(codes.shape)
+        relative = self.relative[rows].float()
+        grouped = torch.unflatten(levels, 1, (relative.shape[1], -1)) * relative[:, :, None]
+        return grouped.round().clamp(-127, 127).to(torch.int8).flatten(1)
+
+
+def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [n, W] in int8, and their scales, fp32 [n, 1]: the largest number of each is 127.
+
+    The scale is rounded to the dtype of ``x`` before the division, and the quotient is rounded to even, as in ComfyUI.
+    """
+    scales = (x.abs().amax(dim=-1, keepdim=True).float() / 127).clamp(min=1e-30)
+    divisors = scales.to(x.dtype)
+    divisors = divisors.masked_fill(divisors == 0, torch.finfo(x.dtype).tiny)
+    return (x / divisors).round().clamp(-128, 127).to(torch.int8), scales
+
+
+def integer_product(x: Tensor, weight: Tensor) -> Tensor:
+    """X · weightᵀ of int8 [n, K] and [m, K], exactly: [n, m], in int32 on a GPU and in fp64 on a CPU."""
+    if not x.is_cuda:
+        # PyTorch's product of whole numbers is slow there; 53 bits hold every sum.
+        return x.double() @ weight.double().t()
+    # cuBLAS takes more than 16 rows, and multiples of 8.
+    (n, depth), m = x.shape, len(weight)
+    x = nn.functional.pad(x, (0, -depth % 8, 0, max(-n % 8, 24 - n)))
+    weight = nn.functional.pad(weight, (0, -depth % 8, 0, -m % 8))
+    out: Tensor = torch._int_mm(x, weight.t())
+    return out[:n, :m]

@@ -1,0 +1,178 @@
+"""Packed layers: ten formats as ComfyUI packs them, to the bit of what its own layers give on a CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import relative_error
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tacod.checkpoint import Checkpoint, read_checkpoint
+from tacod.checkpoint.quantization import beside
+from tacod.rank.ops.packed.base import PackedLinear
+from tacod.rank.ops.packed.float8 import Float8Linear
+from tacod.rank.ops.packed.integers import Int4Linear, IntegerLinear
+from tacod.rank.weights.packing import Layer, pack
+from tacod_client.errors import ModelCorrupt
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "quantised"
+FILES = sorted(path.stem.removeprefix("quant_") for path in GOLDEN.glob("quant_*.safetensors"))
+LAYERS = ("double_blocks.0.img_attn.qkv", "layers.0.feed_forward.w2", "single_blocks.0.linear2")
+BIT = [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+
+
+class Golden:
+    """A file of packed layers, and what ComfyUI's own layers made of them."""
+
+    def __init__(self, name: str) -> None:
+        self.path = GOLDEN / f"quant_{name}.safetensors"
+        self.checkpoint: Checkpoint = read_checkpoint(str(self.path))
+        with safe_open(self.path, framework="pt") as file:
+            self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            self.metadata = file.metadata()
+
+    @property
+    def packed(self) -> list[str]:
+        layers: list[str] = json.loads(self.metadata["golden.quantised"])
+        return layers
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[f"golden.{name}"]
+
+    def layer(self, name: str, dtype: torch.dtype, weight_only: bool = False) -> Any:
+        """The layer that computes with what the file has."""
+        bias = self.tensors.get(f"{name}.bias")
+        parameter = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
+        weight = f"{name}.weight"
+        shape = (self[f"{name}.y_fp32"].shape[-1], self[f"{name}.x"].shape[-1])
+        if weight not in self.checkpoint.quantization:
+            plain = nn.Linear(shape[1], shape[0], bias=bias is not None, dtype=dtype)
+            plain.weight, plain.bias = nn.Parameter(self.tensors[weight].to(dtype), requires_grad=False), parameter
+            return plain
+        quantization = self.checkpoint.quantization[weight]
+        sides = {leaf: self._side(name, leaf) for leaf in quantization.sides}
+        data = self.tensors[weight].reshape(-1).view(torch.uint8)
+        return pack(Layer(name, quantization, data, sides, shape, parameter, dtype, weight_only))
+
+    def _side(self, name: str, leaf: str) -> Tensor:
+        old = {"weight_scale": "scale_weight", "input_scale": "scale_input"}
+        found = self.tensors.get(f"{name}.{leaf}")
+        return found if found is not None else self.tensors[f"{name}.{old[leaf]}"]
+
+
+@pytest.fixture(params=FILES)
+def golden(request: pytest.FixtureRequest) -> Golden:
+    return Golden(request.param)
+
+
+@pytest.mark.parametrize(("named", "dtype"), BIT)
+def test_a_layer_gives_what_comfyuis_gives(golden: Golden, named: str, dtype: torch.dtype) -> None:
+    """To the bit on a processor like the one they were made on, with 2 threads; else sums may have another order."""
+    assert len(FILES) == 10
+    for name in LAYERS:
+        layer = golden.layer(name, dtype)
+        assert isinstance(layer, PackedLinear) == (name in golden.packed)
+        y = layer(golden[f"{name}.x"].to(dtype))
+        assert y.dtype == dtype
+        theirs = golden[f"{name}.y_{named}"].to(dtype)
+        if isinstance(layer, IntegerLinear) and not isinstance(layer, Int4Linear):
+            assert torch.equal(y, theirs), name
+        assert relative_error(y, theirs) <= (2e-7 if dtype == torch.float32 else 1e-3), name
+
+
+def test_a_weights_numbers_are_comfyuis(golden: Golden) -> None:
+    found = [name for name in golden.packed if f"golden.{name}.dequantised" in golden.tensors]
+    assert found
+    for name in found:
+        layer = golden.layer(name, torch.float32)
+        assert torch.equal(layer.dequantized(torch.float32), golden[f"{name}.dequantised"]), name
+        # In bands, as large ones are.
+        step = [layer.numbers(slice(row, row + 5), torch.float32) for row in range(0, layer.out_features, 5)]
+        # A rotation is a product, whose sums have another order for fewer rows.
+        assert relative_error(torch.cat(step), golden[f"{name}.dequantised"]) < 1e-6, name
+
+
+def test_activations_stay_as_they_are_if_asked(golden: Golden) -> None:
+    for name in golden.packed:
+        layer, x = golden.layer(name, torch.float32, weight_only=True), golden[f"{name}.x"].float()
+        assert not layer.quantizes
+        assert relative_error(layer(x), functional.linear(x, layer.weight, layer.bias)) < 1e-7
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("fp8")])
+@pytest.mark.parametrize(("named", "dtype"), BIT)
+def test_floats_of_8_bits_times_such(name: str, named: str, dtype: torch.dtype) -> None:
+    golden, seen = Golden(name), 0
+    for each in golden.packed:
+        given = golden.layer(each, dtype)
+        wanted = golden.tensors.get(f"golden.{each}.native_{named}")
+        quantization = golden.checkpoint.quantization[f"{each}.weight"]
+        assert (wanted is None) == quantization.full_precision
+        if wanted is None:
+            continue
+        seen += 1
+        scale = golden.tensors.get(f"{each}.input_scale")
+        layer = Float8Linear(given.data, given.bias, dtype, given.scale, scale, native=True)
+        assert layer.quantizes
+        error = relative_error(layer(golden[f"{each}.x"].to(dtype)), wanted.to(dtype))
+        assert error < (1e-6 if dtype == torch.float32 else 1e-2), each
+    assert seen == {"fp8_scaled": 0, "fp8mixed": 3, "fp8_e5m2": 2}[name]
+
+
+def test_parts_of_the_outputs_are_the_whole(golden: Golden) -> None:
+    for name in golden.packed:
+        layer, x = golden.layer(name, torch.float32), golden[f"{name}.x"].float()
+        layer = layer.adapted(golden[f"{name}.lora_up"], golden[f"{name}.lora_down"])
+        parts = [layer.outputs(slice(0, 8)), layer.outputs(slice(8, None))]
+        assert [part.out_features for part in parts] == [8, layer.out_features - 8]
+        assert relative_error(torch.cat([part(x) for part in parts], dim=-1), layer(x)) < 1e-6
+        assert torch.equal(torch.cat([part.weight for part in parts]), layer.weight)
+
+
+def test_a_lora_is_nearer_to_the_exact_merge_than_comfyuis(golden: Golden) -> None:
+    lora = json.loads(golden.metadata["golden.lora"])
+    for name in golden.packed:
+        x, base = golden[f"{name}.x"].float(), golden.layer(name, torch.float32)
+        up, down = golden[f"{name}.lora_up"], golden[f"{name}.lora_down"]
+        up = up * (lora["strength"] * lora["alpha"] / lora["rank"])
+        exact = functional.linear(x, base.weight + up @ down, base.bias)
+        ours = relative_error(base.adapted(up, down)(x), exact)
+        theirs = relative_error(golden[f"{name}.y_lora_fp32"], exact)
+        assert ours < theirs, (name, ours, theirs)
+        assert relative_error(base(x), golden[f"{name}.y_fp32"]) <= 2e-7, "the base is as it was"
+
+
+def test_a_layer_on_the_meta_device_says_its_shape(golden: Golden) -> None:
+    layer = golden.layer(golden.packed[0], torch.bfloat16)
+    state = layer.state_dict()
+    assert set(state) == {"weight", "bias"}
+    assert state["weight"].shape == (layer.out_features, layer.in_features)
+    assert state["weight"].device.type == "meta"
+    assert layer.label in repr(layer)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scales_that_are_no_numbers_are_refused(golden: Golden, value: float) -> None:
+    name = golden.packed[0]
+    for leaf in golden.checkpoint.quantization[f"{name}.weight"].sides:
+        whole = golden._side(name, leaf)
+        damaged = whole.clone()
+        if damaged.dtype == torch.uint8:
+            damaged.view(-1)[0] = 0xFF
+        elif damaged.dtype == torch.float8_e4m3fn:
+            damaged.view(torch.uint8).view(-1)[0] = 0x7F
+        else:
+            damaged.view(-1)[0] = value
+        side = beside(f"{name}.weight", leaf)
+        if side not in golden.tensors:
+            side = {"weight_scale": f"{name}.scale_weight", "input_scale": f"{name}.scale_input"}[leaf]
+        golden.tensors[side] = damaged
+        with pytest.raises(ModelCorrupt, match=f"{name}.{leaf} holds numbers that aren't finite"):
+            golden.layer(name, torch.float32)
+        golden.tensors[side] = whole

@@ -1,0 +1,198 @@
+"""Whole quantized models against ComfyUI's forwards of the same files, and files that aren't right."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import quantized_golden_names, read_golden, relative_error
+from rank_worker import WORLD, Ranks
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from tacod.checkpoint import read_checkpoint
+from tacod.rank.parallel.sequence import SequenceParallel
+from tacod.rank.weights.load import formats, load_model, weight_bytes
+from tacod_client.errors import ModelCorrupt, ModelUnsupported
+
+CPU = torch.device("cpu")
+GOLDENS = quantized_golden_names()
+FLOATS = ("quantised/z_image_fp8", "quantised/flux2_klein_nvfp4", "quantised/z_image_mxfp8")
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_equals_comfyui(name: str) -> None:
+    golden = read_golden(name)
+    assert golden.packed
+    assert golden.error(SequenceParallel()) <= golden.fp32
+
+
+@pytest.mark.parametrize("layout", [(1, 2, 1), (1, 3, 1), (1, 1, 2)], ids=str)
+@pytest.mark.parametrize("name", GOLDENS)
+def test_equals_comfyui_on_several_ranks(ranks: Ranks, name: str, layout: tuple[int, ...]) -> None:
+    errors = ranks.run(layout, "golden", name=name, sharing=False)
+    assert len(errors) == WORLD
+    assert max(errors) <= read_golden(name).fp32
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_what_is_packed_stays_packed(name: str) -> None:
+    golden = read_golden(name)
+    model = golden.model(torch.bfloat16)
+    told = Counter(
+        json.loads(bytes(golden.weights[key].numpy()))["format"]
+        for key in golden.weights
+        if key.endswith("comfy_quant")
+    )
+    found = formats(model)
+    assert sum(found.values()) == sum(told.values())
+    assert all(label in told or label.startswith("int8_") for label in found)
+    stored = sum(each.nbytes for key, each in golden.weights.items() if not key.endswith("comfy_quant"))
+    # nvfp4 has a table of 16 levels for each layer.
+    assert weight_bytes(model) <= stored + 64 * sum(found.values())
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_is_near_comfyui_in_bf16(name: str) -> None:
+    assert read_golden(name).error(SequenceParallel(), torch.bfloat16) <= 1.5e-2
+
+
+def test_activations_of_whole_numbers_stay_as_they_are_if_asked(tmp_path: Path) -> None:
+    golden = read_golden("quantised/krea2_int8_convrot")
+    path = tmp_path / "model.safetensors"
+    golden.save(path)
+    model = load_model(read_checkpoint(str(path)), torch.float32, CPU, weight_only=True)
+    with torch.inference_mode():
+        out = model.run(SequenceParallel(), golden.arguments(model))
+    with safe_open(
+        Path(__file__).parents[1] / "data" / "golden" / "quantised/krea2_int8_convrot.safetensors", "pt"
+    ) as file:
+        told = float(file.metadata()["error_dequantised"])
+    assert isinstance(out, torch.Tensor)
+    assert 0.7 * told < relative_error(out, golden.out) < 1.4 * told
+
+
+def whole(name: str) -> dict[str, torch.Tensor]:
+    return dict(read_golden(name).weights)
+
+
+def load(tmp_path: Path, name: str, weights: dict[str, torch.Tensor], **metadata: Any) -> Any:
+    path = tmp_path / "model.safetensors"
+    texts = {
+        "tacod.config": json.dumps(read_golden(name).config),
+        **{key: json.dumps(each) for key, each in metadata.items()},
+    }
+    save_file(weights, path, metadata=texts)
+    return load_model(read_checkpoint(str(path)), torch.float32, CPU)
+
+
+INT8 = "quantised/krea2_int8_convrot"
+W4A8 = "quantised/krea2_asym_w4a8_int8"
+NVFP4 = "quantised/flux2_klein_nvfp4"
+MXFP8 = "quantised/z_image_mxfp8"
+FP8 = "quantised/z_image_fp8"
+
+
+def first(weights: dict[str, torch.Tensor], leaf: str) -> str:
+    return next(key for key in sorted(weights) if key.endswith(f".{leaf}"))
+
+
+@pytest.mark.parametrize(
+    ("name", "leaf"),
+    [
+        (INT8, "weight_scale"),
+        (W4A8, "weight_s_rel"),
+        (W4A8, "weight_s_channel"),
+        (NVFP4, "weight_scale"),
+        (NVFP4, "weight_scale_2"),
+        (MXFP8, "weight_scale"),
+        (FP8, "weight_scale"),
+    ],
+)
+def test_a_scale_that_is_missing_of_another_shape_or_no_number(tmp_path: Path, name: str, leaf: str) -> None:
+    weights = whole(name)
+    key = first(weights, leaf)
+    good = weights[key]
+    layer = key.rpartition(".")[0]
+    with pytest.raises(ModelCorrupt, match=f"lacks {key}, and {layer} is packed as"):
+        load(tmp_path, name, {each: tensor for each, tensor in weights.items() if each != key})
+    with pytest.raises(ModelCorrupt, match=f"{key} is .*, but the layer is packed as"):
+        load(
+            tmp_path,
+            name,
+            {
+                **weights,
+                key: torch.cat((good.reshape(-1).view(torch.uint8).clone(), torch.zeros(9, dtype=torch.uint8))).view(
+                    torch.uint8
+                ),
+            },
+        )
+    bad = good.clone()
+    if bad.dtype.itemsize == 1:
+        bad.view(torch.uint8).view(-1)[0] = 0xFF
+    else:
+        bad.view(-1)[0] = float("nan")
+    with pytest.raises(ModelCorrupt, match=f"{key} holds numbers that aren't finite"):
+        load(tmp_path, name, {**weights, key: bad})
+
+
+def described(said: Any) -> torch.Tensor:
+    raw = said if isinstance(said, bytes) else json.dumps(said).encode()
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("said", "error", "words"),
+    [
+        ({"format": "int3_odd"}, ModelUnsupported, "is packed as 'int3_odd'; this version reads float8_e4m3fn"),
+        ({}, ModelUnsupported, "is packed as None"),
+        (b"{", ModelCorrupt, "is not JSON"),
+        (b"[1]", ModelCorrupt, "is no JSON object"),
+        ({"format": "nvfp4"}, ModelCorrupt, "whose weights are matrices of U8"),
+        ({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 24}, ModelCorrupt, "no groups of 24"),
+        ({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": "x"}, ModelCorrupt, "which is no size"),
+        ({"format": "int8_tensorwise", "num_experts": 4}, ModelUnsupported, "by experts"),
+    ],
+)
+def test_a_description_that_isnt_right_is_refused_by_layer(
+    tmp_path: Path, said: Any, error: type[Exception], words: str
+) -> None:
+    weights = whole(INT8)
+    key = first(weights, "comfy_quant")
+    with pytest.raises(error, match=words) as caught:
+        load(tmp_path, INT8, {**weights, key: described(said)})
+    assert key.rpartition(".")[0] in str(caught.value)
+
+
+def test_a_weight_without_a_description_is_refused(tmp_path: Path) -> None:
+    weights = whole(INT8)
+    key = first(weights, "comfy_quant")
+    del weights[key]
+    with pytest.raises(ModelUnsupported, match=key.rpartition(".")[0]):
+        load(tmp_path, INT8, weights)
+
+
+def test_the_metadata_says_it_too_and_goes_first(tmp_path: Path) -> None:
+    golden, weights = read_golden(INT8), whole(INT8)
+    names = [key for key in weights if key.endswith(".comfy_quant")]
+    said = {key.removesuffix(".comfy_quant"): json.loads(bytes(weights[key].numpy())) for key in names}
+    bare = {key: each for key, each in weights.items() if key not in names}
+    wrong = {key: described({"format": "int3_odd"}) for key in names}
+    for given in (bare, {**bare, **wrong}):
+        model = load(tmp_path, INT8, given, _quantization_metadata={"format_version": "1.0", "layers": said})
+        with torch.inference_mode():
+            out = model.run(SequenceParallel(), golden.arguments(model))
+        assert relative_error(out, golden.out) <= golden.fp32
+
+
+def test_a_model_behind_a_prefix(tmp_path: Path) -> None:
+    golden = read_golden(W4A8)
+    weights = {f"model.diffusion_model.{key}": each for key, each in golden.weights.items()}
+    model = load(tmp_path, W4A8, weights)
+    with torch.inference_mode():
+        out = model.run(SequenceParallel(), golden.arguments(model))
+    assert relative_error(out, golden.out) <= golden.fp32
