@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from tacod.checkpoint.quantization import FORMATS, SIDES
+
 from .errors import Refused
 
 __all__ = [
@@ -34,16 +36,7 @@ METADATA = "_quantization_metadata"
 MARK = "scaled_fp8"
 _SPELLINGS = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
 """What older files and versions call the scales."""
-_BESIDE = {
-    *_SPELLINGS,
-    *_SPELLINGS.values(),
-    NOTE,
-    "weight_scale_2",
-    "weight_s_rel",
-    "weight_s_channel",
-    "weight_codebook",
-    "pre_quant_scale",
-}
+_BESIDE = {*SIDES, *_SPELLINGS, NOTE}
 _FP8 = "TensorCoreFP8Layout"
 _LAYOUTS = {
     "float8_e4m3fn": (_FP8, "TensorCoreFP8E4M3Layout"),
@@ -54,8 +47,8 @@ _LAYOUTS = {
     "convrot_w4a4": ("TensorCoreConvRotW4A4Layout",),
     "asym_w4a8_int8": ("AsymW4A8Int8Layout",),
 }
-"""The formats that the daemon reads, and comfy-kitchen's layouts of their tensors."""
-_READS = f"the daemon reads {', '.join(_LAYOUTS)}; take a file in one of them, or in bf16"
+"""Comfy-kitchen's layouts of tensors in the formats that the daemon reads."""
+_READS = f"the daemon reads {', '.join(FORMATS)}; take a file in one of them, or in bf16"
 
 
 @dataclass(frozen=True)
@@ -115,11 +108,14 @@ def _notes(names: Iterable[str], read: Callable[[str], torch.Tensor]) -> dict[st
 
 def _object(text: str | bytes, name: str) -> dict[str, Any]:
     try:
-        said = json.loads(text)
-    except ValueError:
-        said = None
+        return _checked(json.loads(text), name)
+    except ValueError as error:
+        raise Refused(f"{name}, which is no JSON ({error})", "download the file again") from None
+
+
+def _checked(said: Any, name: str) -> dict[str, Any]:
     if not isinstance(said, dict):
-        raise Refused(f"{name}", "it should be a JSON object that names the layer's format; download the file again")
+        raise Refused(f"{name}, which is no JSON object", "download the file again")
     return said
 
 
@@ -139,7 +135,7 @@ def formats_in_file(
         layers = _object(metadata[METADATA], METADATA).get("layers")
         for layer, each in (layers if isinstance(layers, dict) else {}).items():
             key = layer if f"{layer}.weight" in tensors else prefix + layer
-            said[key] = _object(json.dumps(each), f"{METADATA} of {layer}")
+            said[key] = _checked(each, f"{METADATA} of {layer}")
         return said, False
     mark = tensors.get(f"{prefix}{MARK}")
     if mark is None:
@@ -188,7 +184,7 @@ def check_formats(parameters: Mapping[str, torch.Tensor], layers: Mapping[str, L
         layers: Its quantized layers.
     """
     for name, layer in layers.items():
-        if layer.format not in _LAYOUTS:
+        if layer.format not in FORMATS:
             raise Refused(f"layer {name} in format {layer.format!r}", _READS)
     for key, weight in parameters.items():
         layout, layer = _layout(weight), layers.get(key.rpartition(".")[0])

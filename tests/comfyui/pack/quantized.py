@@ -110,12 +110,12 @@ class TestLayout:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         text = ("STRING", {"default": ""})
-        return {"required": {"model": ("MODEL",), "layer": text, "kind": text, "layout": text}}
+        return {"required": {"model": ("MODEL",), "layer": text, "says": text, "layout": text}}
 
-    def make(self, model: Any, layer: str, kind: str, layout: str) -> tuple[Any]:
+    def make(self, model: Any, layer: str, says: str, layout: str) -> tuple[Any]:
         module = model.model.get_submodule(f"diffusion_model.{layer}")
-        if kind:
-            module.quant_format = kind
+        if says:
+            module.quant_format = says
         if layout:
             weight = module.weight
             register_layout_class(layout, type(layout, (weight.layout_cls,), {}))
