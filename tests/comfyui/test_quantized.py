@@ -85,7 +85,7 @@ def rotated(size: int) -> dict[str, Any]:
 
 Z_IMAGE = r"(layers|noise_refiner|context_refiner)\.\d\.(attention|feed_forward)\."
 FLUX_BLOCKS = r"(double|single)_blocks\.\d\.(img_attn\.|txt_attn\.|img_mlp|txt_mlp|linear)"
-# Of int8 with full_precision_matrix_mult ComfyUI rounds the inputs or doesn't, by where the layer lies (dynamic VRAM).
+# None in int8 with full_precision_matrix_mult: ComfyUI rounds its inputs in spite of it, and the daemon doesn't.
 PACKED = [
     Packed("fp8_scaled", "z_image", {Z_IMAGE: FP8}),
     Packed(
