@@ -18,9 +18,9 @@ from tacod_client import Client, Model
 
 from . import hooks
 from .clients import client_of
-from .dit import RemoteDiT
+from .dit import RemoteDiT, refuse_weight_only
 from .errors import Failed, Refused, errors_explained
-from .names import Names, names_in_file, read_header
+from .names import Names, layers_in_file, names_in_file, read_header
 from .network import Network, skeleton_layers
 from .origin import origin_of
 from .patches import to_request
@@ -96,8 +96,11 @@ def convert(
         path=path,
         names=names,
         config=config,
+        layers=state.layers,
         model=weakref.ref(model),
     )
+    if model.force_cast_weights:
+        refuse_weight_only(source)
     patches = to_request(model.patches, names)
     settle = dict(config)
     for unwanted in ("disable_unet_model_creation", "dtype", "device", "operations"):
@@ -109,6 +112,12 @@ def convert(
     converted = _connect(base, skeleton, source, settings, patches, dtype, model.load_device, progress)
     if any(getattr(each, GGUF_TYPE, None) is not None and each.dtype == torch.uint8 for each in state.values()):
         _note_dequantization(base, converted.network.remote)
+    fast = hooks.find("comfy.ops.fp8_ops.Linear")
+    if fast is not None and any(isinstance(module, fast) for module in base.diffusion_model.modules()):
+        converted.network.remote.remark = (
+            "the daemon leaves the inputs of fp8 weights as they are, and ComfyUI was told to round them to fp8 "
+            "(fp8_e4m3fn_fast in Load Diffusion Model, --fast fp8_matrix_mult)"
+        )
     if model.additional_models.get("multigpu"):
         log.warning("TACO-DiT: MultiGPU CFG Split has no effect: the daemon runs the model, on its own GPUs")
     carry_over(model, converted.patcher)
@@ -153,9 +162,11 @@ def open_file(path: str, settings: Settings, progress: Progress | None = None) -
     config.custom_operations = skeleton_layers()
     base = config.get_model(state, "", device="meta")
     names = names_in_file(header, config)
-    source = Source(os.path.basename(path), os.path.realpath(path), names, config.unet_config)
+    layers = layers_in_file(header, names)
+    source = Source(os.path.basename(path), os.path.realpath(path), names, config.unet_config, layers)
     device = comfy.model_management.get_torch_device()
-    return _connect(base, base.diffusion_model, source, settings, [], _usual_dtype(config, state), device, progress)
+    dtype = _usual_dtype(config, state, bool(layers))
+    return _connect(base, base.diffusion_model, source, settings, [], dtype, device, progress)
 
 
 def _connect(
@@ -181,17 +192,20 @@ def _connect(
     return Converted(patcher, network, model, client)
 
 
-def _usual_dtype(config: Any, state: dict[str, torch.Tensor]) -> str | None:
-    """What ComfyUI would compute these weights in; None on a CPU, where that says nothing of the daemon's devices."""
+def _usual_dtype(config: Any, state: dict[str, torch.Tensor], quantized: bool) -> str | None:
+    """What ComfyUI would compute these weights in; None on a CPU, where that says nothing of the daemon's devices.
+
+    With quantized layers that is what its card is fastest in, whatever the other weights are stored in.
+    """
     device = comfy.model_management.get_torch_device()
     if device.type == "cpu":
         return None
     supported = config.supported_inference_dtypes
     parameters = hooks.find("comfy.utils.calculate_parameters")(state)
-    stored = hooks.find("comfy.utils.weight_dtype")(state)
+    stored = None if quantized else hooks.find("comfy.utils.weight_dtype")(state)
     choose = hooks.find("comfy.model_management.unet_dtype")
     kept = choose(model_params=parameters, supported_dtypes=supported, weight_dtype=stored)
-    cast = hooks.find("comfy.model_management.unet_manual_cast")(kept, device, supported)
+    cast = hooks.find("comfy.model_management.unet_manual_cast")(None if quantized else kept, device, supported)
     return DTYPES.get(cast or kept)
 
 

@@ -23,8 +23,9 @@ from .network import Network
 from .patches import PREFIX, to_request
 from .record import Record
 from .remote import DTYPES, Remote
+from .source import Source
 
-__all__ = ["RemoteDiT", "remote_of"]
+__all__ = ["RemoteDiT", "refuse_weight_only", "remote_of"]
 
 VARIANTS = 4
 """Sets of patches whose handle is kept: both sides of a comparison, and two more."""
@@ -108,14 +109,14 @@ class RemoteDiT(torch.nn.Module):
     def _layer_with_weights(self, name: str, layer: torch.nn.Module) -> torch.nn.Module:
         """A layer for others to copy or run; with the weights of the file, so not under patches of it."""
         self._check_unpatched(name)
+        if any(layer == name or layer.startswith(f"{name}.") for layer in self.remote.source.layers):
+            raise Refused(
+                f"a ControlNet that copies {name}, which is quantized",
+                "it computes here; take a file that has this layer in bf16, fp16 or fp32",
+            )
         copied = copy.deepcopy(layer).to_empty(device="cpu")
         state, prefix = self.remote.source.state(), f"{name}."
         weights = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
-        if set(weights) != set(copied.state_dict()):
-            raise Refused(
-                f"a ControlNet that copies {name}, which is quantized here",
-                "take a file that has this layer in bf16, fp16 or fp32",
-            )
         copied.load_state_dict(weights)
         return copied
 
@@ -227,6 +228,8 @@ class RemoteDiT(torch.nn.Module):
     def _variant(self, dtype: torch.dtype) -> Model:
         """The model with the patches of the patcher that samples now."""
         patcher = self.patcher
+        if patcher is not None and patcher.force_cast_weights:
+            refuse_weight_only(self.remote.source)
         patches = self._patches(patcher)
         key = (_state(patcher) if patches else None, dtype)
         if key not in self._variants:
@@ -294,6 +297,19 @@ def _state(patcher: ModelPatcher) -> Any:
     """What tells two sets of patches apart without looking at their tensors."""
     hooks = patcher.current_hooks.hooks if patcher.current_hooks is not None else ()
     return patcher.patches_uuid, tuple((hook.hook_ref, hook.strength) for hook in hooks)
+
+
+def refuse_weight_only(source: Source) -> None:
+    """Raise `Refused` if a compute dtype of the user's choice changes more than the dtype.
+
+    Quantized layers then leave their inputs as they are in ComfyUI, and round them in the daemon.
+    """
+    formats = sorted({layer.format for layer in source.layers.values() if not layer.weight_only})
+    if formats:
+        raise Refused(
+            f"ModelComputeDtype with layers in {', '.join(formats)}",
+            "ComfyUI then computes them without quantizing their inputs; take that node off, or set it to default",
+        )
 
 
 def remote_of(model: ModelPatcher) -> RemoteDiT | None:

@@ -20,8 +20,9 @@ from tacod.checkpoint import Checkpoint, is_gguf, read_checkpoint
 from tacod_client.tensors import TORCH_NAMES
 
 from . import hooks
+from .quantized import Layer, formats_in_file
 
-__all__ = ["DTYPES", "SAFETENSORS", "Header", "Names", "is_gguf", "names_in_file", "read_header"]
+__all__ = ["DTYPES", "SAFETENSORS", "Header", "Names", "is_gguf", "layers_in_file", "names_in_file", "read_header"]
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +49,15 @@ class Names(Mapping[str, str]):
         return len(self.keys_in_file)
 
     def for_daemon(self, name: str) -> str:
-        """The daemon's name of a weight: the file's, without the prefix. One that the file lacks keeps its own."""
-        return self.keys_in_file[name].removeprefix(self.prefix) if name in self.keys_in_file else name
+        """The daemon's name of a weight: the file's, without the prefix.
+
+        What the file lacks stands beside the layer's weight in it, or else keeps its own name.
+        """
+        if name in self.keys_in_file:
+            return self.keys_in_file[name].removeprefix(self.prefix)
+        layer, _, leaf = name.rpartition(".")
+        weight = self.keys_in_file.get(f"{layer}.weight", "")
+        return weight.removeprefix(self.prefix).removesuffix("weight") + leaf if weight.endswith(".weight") else name
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,10 @@ class Header:
     tensors: Mapping[str, torch.Tensor]
     """By key, each without contents; bytes for a dtype that torch lacks, fp16 for GGUF's kinds."""
     metadata: Mapping[str, str] | None
+    layers: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    """The JSON of its quantized layers, by their keys."""
+    marked: bool = False
+    """Whether that is made of ``scaled_fp8``, and no layer has any in the file."""
 
     @classmethod
     def of_gguf(cls, checkpoint: Checkpoint) -> Header:
@@ -70,9 +82,7 @@ class Header:
     @cached_property
     def prefix(self) -> str:
         """What stands before the diffusion model's keys, as ComfyUI sees it; empty for bare keys."""
-        find = hooks.find("comfy.model_detection.unet_prefix_from_state_dict")
-        prefix: str = find(self.tensors) if find is not None else ""
-        return prefix if any(key.startswith(prefix) for key in self.tensors) else ""
+        return _prefix(self.tensors)
 
     @cached_property
     def bare(self) -> dict[str, torch.Tensor]:
@@ -84,14 +94,23 @@ class Header:
 def read_header(path: str) -> Header:
     """A safetensors or GGUF file's tensors, without their contents.
 
-    Raises what `safe_open` raises, or a `TacodError` for a GGUF file that can't be read.
+    Raises what `safe_open` raises, a `TacodError` for a GGUF file that can't be read, `Refused` if what it says of a
+    quantized layer can't.
     """
     if is_gguf(path):
         return Header.of_gguf(read_checkpoint(path))
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-        return Header({key: _meta(each.get_dtype(), each.get_shape()) for key, each in slices.items()}, metadata)
+        tensors = {key: _meta(each.get_dtype(), each.get_shape()) for key, each in slices.items()}
+        layers, marked = formats_in_file(tensors, metadata or {}, _prefix(tensors), file.get_tensor)
+        return Header(tensors, metadata, layers, marked)
+
+
+def _prefix(tensors: Mapping[str, torch.Tensor]) -> str:
+    find = hooks.find("comfy.model_detection.unet_prefix_from_state_dict")
+    prefix: str = find(tensors) if find is not None else ""
+    return prefix if any(key.startswith(prefix) for key in tensors) else ""
 
 
 def _meta(dtype: str, shape: Any) -> torch.Tensor:
@@ -117,3 +136,9 @@ def names_in_file(header: Header, config: Any) -> Names:
     marks = {id(each): key for key, each in bare.items()}
     found = {name: marks[id(each)] for name, each in renamed.items() if id(each) in marks}
     return Names({name: header.prefix + key for name, key in found.items()}, header.prefix)
+
+
+def layers_in_file(header: Header, names: Names) -> dict[str, Layer]:
+    """A file's quantized layers by ComfyUI's names."""
+    ours = {key.removesuffix(".weight"): name.removesuffix(".weight") for name, key in names.items()}
+    return {ours[key]: Layer.of(said) for key, said in header.layers.items() if key in ours}

@@ -127,6 +127,7 @@ def _info(made: Converted) -> dict[str, Any]:
         "family": made.model.family,
         "parameters": made.model.parameters,
         "dtype": made.model.dtype,
+        "quantization": made.model.quantization,
         "plan": made.model.plan,
         "note": remote.note,
         "remarks": [each for each in (ages, remote.remark) if each],

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from tacod.checkpoint.header import BLOCKS
 from tacod_client.errors import TacodError
 
 from . import hooks
-from .names import DTYPES, Header, Names, is_gguf, names_in_file, read_header
+from .errors import Refused
+from .names import DTYPES, Header, Names, is_gguf, layers_in_file, names_in_file, read_header
+from .quantized import NOTE, canonical, stands_beside
 from .source import GGUF_TYPE, State, plain
 
 __all__ = ["origin_of", "watch_loaders"]
@@ -33,10 +36,6 @@ NUMBERS = 64
 """How many numbers of each weight are compared with the file's."""
 DEPTH = 64
 """How far up the graph to look for a loader."""
-_SCALES = ("scale_weight", "weight_scale")
-"""What a file may call the scale of a layer's 8-bit weight; ComfyUI renames it, by version."""
-_NOTES = (*_SCALES, "scale_input", "input_scale", "comfy_quant")
-"""What stands beside weights in 8 bit; ComfyUI makes up what a file leaves out."""
 
 
 def watch_loaders() -> None:
@@ -155,29 +154,55 @@ def _names_if_held(path: str, state: State, config: Any) -> Names | None:
             return None
         if state.packed:
             return _names_if_held_packed(path, state, config)
-        names = names_in_file(read_header(path), config)
-        return names if _holds(path, names, state) else None
-    except (OSError, SafetensorError, TacodError):  # no model file after all, or one that is gone by now
+        header = read_header(path)
+        names = names_in_file(header, config)
+        return names if _same_formats(header, names, state) and _holds(path, names, state) else None
+    except (OSError, SafetensorError, TacodError, Refused):  # no model file after all, or one that is gone by now
         return None
 
 
-def _holds(path: str, names: Names, state: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a file holds these weights: names, shapes, and the first numbers of each as ComfyUI rounds them."""
+def _same_formats(header: Header, names: Names, state: State) -> bool:
+    """Whether a file and a network say the same of the layers that both quantize."""
+    theirs = layers_in_file(header, names)
+    if header.marked and not state.layers:
+        # Versions before 0.4.0 know scaled fp8 alone, and need no format to be said.
+        return True
+    return all(
+        theirs.get(layer) == state.layers.get(layer)
+        for layer in {**theirs, **state.layers}
+        if f"{layer}.weight" in state
+    )
+
+
+def _holds(path: str, names: Names, state: State) -> bool:
+    """Whether a file holds these weights: names, shapes, and the first numbers of each as ComfyUI rounds them.
+
+    Of quantized layers the packed numbers, and what stands beside them: either side may leave out a scale of 1.
+    """
+    weights = {key: weight for key, weight in state.items() if not stands_beside(key)}
+    beside = {canonical(key): each for key, each in state.items() if stands_beside(key)}
+    keys = {canonical(name): key for name, key in names.items()}
+    scaled = not state.layers and any(name.endswith(".weight_scale") for name in keys)
     with safe_open(path, framework="pt") as file:
-        weights = {key: weight for key, weight in state.items() if key.rpartition(".")[2] not in _NOTES}
         for key, weight in weights.items():
-            if key not in names or file.get_slice(names[key]).get_shape() != list(weight.shape):
+            if key not in keys or file.get_slice(keys[key]).get_shape() != list(weight.shape):
                 return False
-        scaled = any(key.endswith(_SCALES) for key in names)
-        for key in weights:
-            if not _same_start(file.get_slice(names[key]), weights[key], scaled):
+        for key, weight in weights.items():
+            if not _same_start(file.get_slice(keys[key]), weight, scaled):
                 return False
-            layer = key.removesuffix("weight")
-            theirs = [file.get_tensor(names[layer + scale]) for scale in _SCALES if layer + scale in names]
-            ours = [state[layer + scale] for scale in _SCALES if layer + scale in state]
-            if theirs and not (ours and torch.equal(theirs[0].float(), ours[0].float().cpu())):
+        for key in {**beside, **keys}:
+            layer, _, leaf = key.rpartition(".")
+            if f"{layer}.weight" not in weights or not stands_beside(key) or leaf == NOTE:
+                continue
+            if leaf == "input_scale" and key not in beside and not _rounds_inputs(state, layer):
+                continue
+            if not _same_scales(file.get_slice(keys[key]) if key in keys else None, beside.get(key)):
                 return False
     return True
+
+
+def _rounds_inputs(state: State, layer: str) -> bool:
+    return layer in state.layers and not state.layers[layer].weight_only
 
 
 def _same_start(stored: Any, weight: torch.Tensor, scaled: bool) -> bool:
@@ -185,26 +210,50 @@ def _same_start(stored: Any, weight: torch.Tensor, scaled: bool) -> bool:
 
     Of a file of scaled weights ComfyUI 0.3.64 keeps more in 8 bit than the file does, and nobody asked for that.
     """
-    # The first row holds them, of a matrix as of a vector; a single number is all of itself.
-    shape = stored.get_shape()
-    theirs = stored[:1].flatten()[:NUMBERS] if len(shape) > 1 else stored[:NUMBERS] if shape else stored[...]
+    theirs = _start(stored, stored.get_shape())
     if weight.dtype.itemsize == 1 and weight.dtype != theirs.dtype and not scaled:
         return False
-    ours = weight[:1].flatten()[:NUMBERS] if len(shape) > 1 else weight[:NUMBERS] if shape else weight
-    # As bytes: what is no number equals nothing, itself neither.
-    pair = (theirs.to(weight.dtype), ours.detach().cpu())
-    return torch.equal(*(each.reshape(-1).contiguous().view(torch.uint8) for each in pair))
+    return _same_bytes(theirs.to(weight.dtype), _start(weight, weight.shape))
+
+
+def _same_scales(stored: Any, ours: torch.Tensor | None) -> bool:
+    """Whether scales agree; a file may store those of 8 bits as bytes. One that is left out is 1."""
+    if stored is None or ours is None:
+        there = stored[...] if ours is None else ours
+        return there.dtype.itemsize > 1 and bool((there == 1).all())
+    if stored.get_shape() != list(ours.shape):
+        return False
+    theirs, ours = _start(stored, stored.get_shape()), _start(ours, ours.shape)
+    if theirs.dtype.itemsize == 1 or ours.dtype.itemsize == 1:
+        return theirs.dtype.itemsize == ours.dtype.itemsize and _same_bytes(theirs, ours)
+    return _same_bytes(theirs.to(ours.dtype), ours)
+
+
+def _start(tensor: Any, shape: Sequence[int]) -> torch.Tensor:
+    """The first numbers of a tensor, or of one in a file: those of its first rows."""
+    if not len(shape):
+        whole: torch.Tensor = tensor[...]
+        return whole.reshape(1)
+    rows = -(-NUMBERS // max(math.prod(shape[1:]), 1))
+    start: torch.Tensor = tensor[:rows].flatten()[:NUMBERS]
+    return start
+
+
+def _same_bytes(theirs: torch.Tensor, ours: torch.Tensor) -> bool:
+    # What is no number equals nothing, itself neither.
+    pair = (theirs, ours.detach().cpu())
+    return torch.equal(*(each.contiguous().view(torch.uint8) for each in pair))
 
 
 def _names_if_held_packed(path: str, state: State, config: Any) -> Names | None:
     """As `_names_if_held`, for a GGUF file: names, shapes, and the first bytes or numbers of each weight."""
     checkpoint = read_checkpoint(path)
     names = names_in_file(Header.of_gguf(checkpoint), config)
-    held = all(key in names and _same_bytes(checkpoint, names[key], weight) for key, weight in state.items())
+    held = all(key in names and _same_blocks(checkpoint, names[key], weight) for key, weight in state.items())
     return names if held else None
 
 
-def _same_bytes(checkpoint: Checkpoint, key: str, weight: torch.Tensor) -> bool:
+def _same_blocks(checkpoint: Checkpoint, key: str, weight: torch.Tensor) -> bool:
     info, (part,) = checkpoint.tensors[key], checkpoint.parts[key]
     if info.shape != tuple(weight.shape):
         return False

@@ -19,8 +19,9 @@ from safetensors import safe_open
 
 from . import hooks
 from .errors import Failed, Refused
-from .names import Names, is_gguf
+from .names import DTYPES, Names, is_gguf, read_header
 from .patches import PREFIX
+from .quantized import NOTE, Layer, check_formats, check_layouts, layers_of, note_of, parts_of
 
 __all__ = ["GGUF_TYPE", "FileState", "Source", "State", "plain", "state_of"]
 
@@ -42,6 +43,8 @@ class Source:
     """What ComfyUI's names are in the file."""
     config: Mapping[str, Any]
     """ComfyUI's ``unet_config``."""
+    layers: Mapping[str, Layer] = field(default_factory=dict)
+    """The quantized ones."""
     model: Callable[[], ModelPatcher | None] = lambda: None
 
     def __post_init__(self) -> None:
@@ -79,7 +82,13 @@ class Source:
                 "GGUF weights whose file isn't found",
                 "load the file with TACO-DiT UNET Loader, or put it into ComfyUI's folder diffusion_models",
             )
-        return _Renamed(state, {self.names.for_daemon(name): name for name in state})
+        notes: dict[str, torch.Tensor] = {}
+        if not isinstance(state, State) and self.file is not None:
+            # What stands in the file's metadata: an upload's tensors say it themselves.
+            header = read_header(self.file)
+            said = {} if header.marked else header.layers
+            notes = {f"{key.removeprefix(header.prefix)}.{NOTE}": note_of(each) for key, each in said.items()}
+        return _Sent(state, {self.names.for_daemon(name): name for name in state}, notes)
 
     def metadata(self) -> dict[str, str]:
         """What an upload says of itself: the configuration, so far as it is plain data.
@@ -146,6 +155,8 @@ class State(Mapping[str, torch.Tensor]):
     """Those that ComfyUI casts to 8 bits whenever it uses them: its loader was told to, and the file holds more."""
     packed: bool = False
     """Whether they are ComfyUI-GGUF's: blocks of bytes under the shape of the numbers."""
+    layers: Mapping[str, Layer] = field(default_factory=dict)
+    """The quantized layers, whose weights lie here as a file has them."""
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor = self.tensors[name]
@@ -161,26 +172,33 @@ class State(Mapping[str, torch.Tensor]):
 def state_of(model: ModelPatcher) -> State:
     """A MODEL's weights as they were loaded: what patches have altered in place is in its backup.
 
-    Of scaled 8-bit weights the 8 bits; the scale is beside them.
+    Those of quantized layers as a file has them: packed, with scales and ``comfy_quant`` beside them.
+
+    Raises `Refused` for a layer in a format that the daemon doesn't read.
     """
     network = model.model.diffusion_model
-    state = dict(network.state_dict())
     parameters = dict(network.named_parameters())
+    check_layouts(parameters)
+    state = dict(network.state_dict())
     packed = any(getattr(each, GGUF_TYPE, None) is not None for each in parameters.values())
     if packed:
         # Its state_dict is there to be counted, and not to be read.
         buffers = {name for name, _ in network.named_buffers()}
         state = {**{name: each for name, each in state.items() if name in buffers}, **parameters}
+    layers = layers_of(state)
+    check_formats(parameters, layers)
     for key, kept in model.backup.items():
         state[key.removeprefix(PREFIX)] = kept.weight
     for key, kept in getattr(model, "backup_buffers", {}).items():
         state[key.removeprefix(PREFIX)] = kept
     for key, kept in model.hook_backup.items():
         state[key.removeprefix(PREFIX)] = kept[0]
-    state = {key: getattr(weight, "_qdata", weight) for key, weight in state.items()}
+    for key, weight in list(state.items()):
+        # A backup's scales are its own: those of the layer are of what patches have made of it.
+        state |= parts_of(key, weight)
     dynamic = getattr(model, "is_dynamic", None)
     rounded = _rounded(network, state) if dynamic is not None and dynamic() and not packed else {}
-    return State(state, rounded, packed)
+    return State(state, rounded, packed, layers)
 
 
 def _rounded(network: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> dict[str, torch.dtype]:
@@ -228,20 +246,29 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().as_subclass(torch.Tensor)
 
 
-class _Renamed(Mapping[str, torch.Tensor]):
-    """Weights under other names."""
+class _Sent(Mapping[str, torch.Tensor]):
+    """Weights by the names under which they are sent, and what is said of their layers.
 
-    def __init__(self, state: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> None:
-        self._state, self._names = state, names
+    Dtypes that don't travel, such as scales that are powers of two (e8m0), go as bytes; so files have them, too.
+    """
+
+    def __init__(
+        self, state: Mapping[str, torch.Tensor], names: Mapping[str, str], notes: Mapping[str, torch.Tensor]
+    ) -> None:
+        self._state, self._names, self._notes = state, names, notes
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        return self._state[self._names[key]]
+        if key in self._notes:
+            return self._notes[key]
+        tensor = self._state[self._names[key]]
+        as_bytes = tensor.dtype.itemsize == 1 and tensor.dtype not in DTYPES.values()
+        return tensor.view(torch.uint8) if as_bytes else tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter({**self._names, **self._notes})
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len({**self._names, **self._notes})
 
 
 class FileState(Mapping[str, torch.Tensor]):

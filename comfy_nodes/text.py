@@ -30,6 +30,7 @@ def info_text(info: Mapping[str, Any]) -> str:
         f"Ranks: {info['world_size']} ({devices})",
         f"Plan: {info['plan']}",
         f"Weights: {info['weights']}",
+        *([f"Quantized: {_layers(info['quantization'])}"] if info["quantization"] else []),
         f"Daemon: tacod {info['version']} at {info['endpoint']}, {info['state']}",
     ]
     if info["patches"]:
@@ -85,6 +86,10 @@ def _speed(stats: Mapping[str, Any]) -> str:
 
 def _seconds(value: float) -> str:
     return f"{value * 1e3:.1f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def _layers(formats: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} ({count} layer{'s' * (count != 1)})" for name, count in formats.items())
 
 
 def _count(n: int) -> str:

@@ -19,7 +19,7 @@ import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from safetensors import safe_open
 
-from . import controlnets, qwen_image_21, shapes, standins
+from . import controlnets, quantized, qwen_image_21, shapes, standins
 
 try:
     from . import small_anima
@@ -435,4 +435,4 @@ _NODES = (
     TestControl,
     TestAttentionMask,
 )
-NODE_CLASS_MAPPINGS = {kind.__name__: kind for kind in (*_NODES, *controlnets.NODES, *standins.NODES)}
+NODE_CLASS_MAPPINGS = {kind.__name__: kind for kind in (*_NODES, *controlnets.NODES, *quantized.NODES, *standins.NODES)}
