@@ -5,16 +5,25 @@ from __future__ import annotations
 import pytest
 from helpers import FLUX, SD3, Daemon, eventually
 
-from tacod_client import Client, OutOfMemory
+from tacod_client import Client, Model, OutOfMemory
 
 from .conftest import STEP_TIMEOUT_S, Inject
 
 ASKED = r"tried to allocate \d+\.\d\d GiB, and \d+\.\d\d GiB are free; use a smaller image"
 
 
+def load_alone(client: Client, file: str) -> Model:
+    """The model, and no other: one that nobody uses would make room for it, and the step be done again."""
+    model = client.load(file)
+    for other in client.status()["models"]:
+        if other["id"] != model.id:
+            client.unload(other["id"])
+    return model
+
+
 def test_on_all_ranks(sturdy: Daemon, client: Client, inject: Inject) -> None:
     """They agree, so they stay."""
-    model = client.load(FLUX.file)
+    model = load_alone(client, FLUX.file)
     pids, restarts = sturdy.rank_pids(), client.status()["group"]["restarts"]
     inject(kind="out_of_memory")
     with pytest.raises(OutOfMemory, match=ASKED):
@@ -26,7 +35,7 @@ def test_on_all_ranks(sturdy: Daemon, client: Client, inject: Inject) -> None:
 
 
 def test_in_the_middle_of_a_run(sturdy: Daemon, client: Client, inject: Inject) -> None:
-    model = client.load(SD3.file)
+    model = load_alone(client, SD3.file)
     pids = sturdy.rank_pids()
     inject(kind="out_of_memory", at="sample", skip=3)
     job = SD3.sample(model, 8)
@@ -38,7 +47,7 @@ def test_in_the_middle_of_a_run(sturdy: Daemon, client: Client, inject: Inject) 
 
 def test_on_one_rank_while_another_waits_for_it(sturdy: Daemon, client: Client, inject: Inject) -> None:
     """The other is stuck and is replaced; to ask for the same memory again would be of no use."""
-    model = client.load(FLUX.file)
+    model = load_alone(client, FLUX.file)
     before = client.status()["group"]["restarts"]
     inject(kind="out_of_memory", rank=1)
     begin = len(sturdy.log)
