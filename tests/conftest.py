@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,6 @@ from tacod_client import Client
 settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy machine")
 
-TESTS = Path(__file__).parent
 ALONE = "faults"
 """The folder whose tests measure how soon something is noticed: they run one after the other on one worker."""
 
@@ -29,19 +29,27 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(max(1, int(usable_cores() / worker["workercount"])))
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """For pytest-xdist: a file stays on one worker, as its tests share daemons. What takes longest comes first."""
+    """For pytest-xdist: what takes longest comes first."""
     if hasattr(config, "workerinput"):
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(group_of(item)))
-        items.sort(key=lambda item: (group_of(item) != ALONE, item.path.relative_to(TESTS).parts[0] == "unit"))
+        items.sort(key=lambda item: (folder_of(item.nodeid) != ALONE, folder_of(item.nodeid) == "unit"))
 
 
-def group_of(item: pytest.Item) -> str:
-    """Which tests stay with this one, in its order: those of its file, or of the whole folder `ALONE`."""
-    path = item.path.relative_to(TESTS)
-    return ALONE if path.parts[0] == ALONE else path.as_posix()
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For pytest-xdist: a file stays on one worker, as its tests share daemons; and so does all of `ALONE`."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return ALONE if folder_of(nodeid) == ALONE else nodeid.partition("::")[0]
+
+    return ByFile(config, log)
+
+
+def folder_of(nodeid: str) -> str:
+    """The folder of a test under tests/."""
+    return nodeid.partition("tests/")[2].partition("/")[0]
 
 
 Daemons = Callable[[int], Daemon]
