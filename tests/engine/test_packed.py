@@ -17,7 +17,7 @@ from tacod.checkpoint import Checkpoint, read_checkpoint
 from tacod.checkpoint.quantization import beside
 from tacod.rank.ops.packed.base import PackedLinear
 from tacod.rank.ops.packed.float8 import Float8Linear
-from tacod.rank.ops.packed.integers import Int4Linear, IntegerLinear
+from tacod.rank.ops.packed.integers import Int4Linear, IntegerLinear, padded
 from tacod.rank.weights.packing import Layer, pack
 from tacod_client.errors import ModelCorrupt
 
@@ -176,3 +176,10 @@ def test_scales_that_are_no_numbers_are_refused(golden: Golden, value: float) ->
         with pytest.raises(ModelCorrupt, match=f"{name}.{leaf} holds numbers that aren't finite"):
             golden.layer(name, torch.float32)
         golden.tensors[side] = whole
+
+
+def test_a_matrix_is_copied_only_to_be_padded() -> None:
+    """A weight that fits a GPU's product must not be copied at each use."""
+    matrix = torch.arange(6, dtype=torch.int8).reshape(2, 3)
+    assert padded(matrix, 0, 0) is matrix
+    assert padded(matrix, 1, 2).tolist() == [[0, 1, 2, 0, 0], [3, 4, 5, 0, 0], [0, 0, 0, 0, 0]]

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tacod.rank.ops.packed.base import PackedLinear, sliced
 from tacod.rank.ops.packed.rotation import hadamard, rotate
@@ -205,7 +206,11 @@ def integer_product(x: Tensor, weight: Tensor) -> Tensor:
         return x.double() @ weight.double().t()
     # cuBLAS takes more than 16 rows, and multiples of 8.
     (n, depth), m = x.shape, len(weight)
-    x = nn.functional.pad(x, (0, -depth % 8, 0, max(-n % 8, 24 - n)))
-    weight = nn.functional.pad(weight, (0, -depth % 8, 0, -m % 8))
-    out: Tensor = torch._int_mm(x, weight.t())
+    x = padded(x, max(-n % 8, 24 - n), -depth % 8)
+    out: Tensor = torch._int_mm(x, padded(weight, -m % 8, -depth % 8).t())
     return out[:n, :m]
+
+
+def padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    """A matrix with so many rows and columns of zeros more; itself, not a copy, with none."""
+    return functional.pad(matrix, (0, columns, 0, rows)) if rows or columns else matrix
