@@ -86,9 +86,9 @@ class Quantization:
         return {"nvfp4": 16, "mxfp8": 32}.get(self.format, 1)
 
     def scales_rows(self, leaf: str) -> bool:
-        """Whether what lies beside the weight has numbers for each row, in the order of rows."""
+        """Whether what lies beside the weight may have numbers for each row, in the order of rows."""
         return leaf in ("weight_s_rel", "weight_s_channel") or (
-            leaf == "weight_scale" and self.format in ("int8_tensorwise", "convrot_w4a4")
+            leaf == "weight_scale" and self.format not in ("mxfp8", "nvfp4", SCALED)
         )
 
 
@@ -278,6 +278,9 @@ def _check(path: str, layer: str, quantization: Quantization, entries: Mapping[s
             raise corrupt(leaf, side, f"whose {leaf} is {' or '.join(dtypes)}")
         if side.size not in sizes:
             raise corrupt(leaf, side, f"whose {leaf} has {max(sizes)} numbers")
+        # In a square layer scales for columns would be as many.
+        if quantization.scales_rows(leaf) and side.size > 1 and side.shape[0] != rows:
+            raise corrupt(leaf, side, f"whose {leaf} has {rows} rows")
     rotation = quantization.rotation
     if rotation and (rotation < 4 or 4 ** round(math.log(rotation, 4)) != rotation or columns % rotation):
         raise ModelCorrupt(f"{path}: {layer} has {columns} columns, which are no groups of {rotation} (a power of 4)")
