@@ -130,6 +130,8 @@ def test_parts_of_the_outputs_are_the_whole(golden: Golden) -> None:
     for name in golden.packed:
         layer, x = golden.layer(name, torch.float32), golden[f"{name}.x"].float()
         layer = layer.adapted(golden[f"{name}.lora_up"], golden[f"{name}.lora_down"])
+        # Its state has the names of the layer before it was packed.
+        assert layer.state_dict().keys() <= {"weight", "bias"}
         parts = [layer.outputs(slice(0, 8)), layer.outputs(slice(8, None))]
         assert [part.out_features for part in parts] == [8, layer.out_features - 8]
         assert relative_error(torch.cat([part(x) for part in parts], dim=-1), layer(x)) < 1e-6

@@ -118,8 +118,8 @@ class PackedLinear(nn.Module, abc.ABC):
         ``up`` is [out_features, r] and ``down`` [r, in_features], of any dtype: they are cast to the compute dtype.
         """
         twin = self._twin()
-        twin._buffers["up"] = up.to(self.data.device, self.dtype)
-        twin._buffers["down"] = down.to(self.data.device, self.dtype)
+        for name, factor in (("up", up), ("down", down)):
+            twin.register_buffer(name, factor.to(self.data.device, self.dtype), persistent=False)
         return twin
 
     @property
@@ -130,6 +130,7 @@ class PackedLinear(nn.Module, abc.ABC):
     def _twin(self) -> Self:
         twin = copy.copy(self)
         twin._buffers, twin._parameters = dict(self._buffers), dict(self._parameters)
+        twin._non_persistent_buffers_set = set(self._non_persistent_buffers_set)
         return twin
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
