@@ -132,7 +132,7 @@ def _read_file(path: str, prefix: str | None, whole: bool) -> Checkpoint:
     own = {key: entry for key, entry in entries.items() if prefix or whole or key.partition(".")[0] not in _OTHERS}
     # A file of nothing else has its model among them.
     others = tuple(key for key in entries if key not in own) if own else ()
-    entries, quantization = read_quantization(path, own or entries, header.texts, prefix)
+    entries, quantization = read_quantization(path, own or entries, [header.texts], prefix)
     return Checkpoint(
         path,
         {key: entry.info for key, entry in entries.items()},
@@ -157,8 +157,7 @@ def _find_prefix(keys: Collection[str]) -> str:
 def _read_folder(path: str) -> Checkpoint:
     folder = open_folder(path)
     headers, entries = folder.read()
-    texts = {key: text for header in headers for key, text in header.texts.items()}
-    entries, quantization = read_quantization(path, entries, texts, "")
+    entries, quantization = read_quantization(path, entries, [header.texts for header in headers], "")
     return Checkpoint(
         path,
         {key: entry.info for key, entry in entries.items()},

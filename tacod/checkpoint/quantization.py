@@ -18,7 +18,7 @@ from typing import IO, Any
 from tacod.checkpoint.header import FLOAT8, PLAIN, Entry, TensorInfo
 from tacod_client.errors import ModelCorrupt, ModelUnsupported
 
-__all__ = ["FORMATS", "SCALED", "SIDES", "Quantization", "beside", "read_quantization"]
+__all__ = ["FORMATS", "INPUT_SCALE", "SCALED", "Quantization", "beside", "read_quantization"]
 
 FORMATS = (
     "float8_e4m3fn",
@@ -47,6 +47,8 @@ SIDES = (
     "weight_codebook",
 )
 """What may lie beside a layer's weight, after the layer's name."""
+INPUT_SCALE = "input_scale"
+"""That of `SIDES` which may be left out: where activations aren't quantized, or each token has a scale of its own."""
 _FLOAT8_FORMATS = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 _BYTES = ("U8", "I8")
 _MAX_DESCRIPTION = 1 << 16
@@ -84,21 +86,21 @@ class Quantization:
         return {"nvfp4": 16, "mxfp8": 32}.get(self.format, 1)
 
     def scales_rows(self, leaf: str) -> bool:
-        """Whether what lies beside the weight has numbers for each row, in the order of rows."""
+        """Whether what lies beside the weight may have numbers for each row, in the order of rows."""
         return leaf in ("weight_s_rel", "weight_s_channel") or (
-            leaf == "weight_scale" and self.format in ("int8_tensorwise", "convrot_w4a4")
+            leaf == "weight_scale" and self.format not in ("mxfp8", "nvfp4", SCALED)
         )
 
 
 def read_quantization(
-    path: str, entries: Mapping[str, Entry], texts: Mapping[str, str], prefix: str
+    path: str, entries: Mapping[str, Entry], texts: Sequence[Mapping[str, str]], prefix: str
 ) -> tuple[dict[str, Entry], dict[str, Quantization]]:
     """The tensors of safetensors files and how their layers are packed, by the name of the weight.
 
     Args:
         path: The file or folder, for messages.
         entries: The diffusion model's tensors, without ``prefix``.
-        texts: The files' metadata.
+        texts: The metadata of each file; shards may each describe their own layers.
         prefix: What stands before their names in the file.
 
     Returns:
@@ -109,9 +111,10 @@ def read_quantization(
     for weights and scales that aren't what it says.
     """
     kept = {name: entry for name, entry in entries.items() if name.rpartition(".")[2] != _DESCRIPTION}
-    described = _descriptions(path, entries, texts, prefix)
+    metadata = [each[_METADATA] for each in texts if _METADATA in each]
+    described = _descriptions(path, entries, metadata, prefix)
     old: dict[str, Any] = {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
-    if _MARKER in kept and _METADATA not in texts:
+    if _MARKER in kept and not metadata:
         old["full_precision_matrix_mult"] = kept[_MARKER].info.size == 2
         described |= {layer: old for layer, leaf in map(_split, kept) if leaf == "scale_weight"}
     kept.pop(_MARKER, None)
@@ -152,7 +155,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _descriptions(
-    path: str, entries: Mapping[str, Entry], texts: Mapping[str, str], prefix: str
+    path: str, entries: Mapping[str, Entry], metadata: Sequence[str], prefix: str
 ) -> dict[str, dict[str, Any]]:
     """What the file says of its layers, by their names without the prefix; the metadata goes before the tensors."""
     found = {}
@@ -168,8 +171,8 @@ def _descriptions(
                 files[part.file] = stack.enter_context(open(part.file, "rb"))
             raw = os.pread(files[part.file].fileno(), part.stop - part.start, part.start)
             found[layer] = _json(path, name, raw)
-    if _METADATA in texts:
-        layers = _json(path, _METADATA, texts[_METADATA].encode()).get("layers")
+    for text in metadata:
+        layers = _json(path, _METADATA, text.encode()).get("layers")
         if not isinstance(layers, dict) or not all(isinstance(each, dict) for each in layers.values()):
             raise ModelCorrupt(f"{path}: the metadata's {_METADATA} has no layers; download the file again")
         found |= {layer.removeprefix(prefix): each for layer, each in layers.items()}
@@ -258,7 +261,14 @@ def _check(path: str, layer: str, quantization: Quantization, entries: Mapping[s
     if info.dtype not in _STORED[form] or len(info.shape) != 2:
         raise corrupt("weight", info, f"whose weights are matrices of {' or '.join(_STORED[form])}")
     rows, columns = info.shape[0], info.shape[1] * (2 if form in _PAIRS else 1)
-    for leaf, (dtypes, sizes) in _sides(quantization, rows, columns).items():
+    wanted = _sides(quantization, rows, columns)
+    strange = [leaf for leaf in quantization.sides if leaf not in wanted and leaf != INPUT_SCALE]
+    if strange:
+        raise ModelUnsupported(
+            f"{path}: {layer}.{strange[0]} isn't read for the format {form}, and the layer's result depends on it; "
+            "take a file of this model without it"
+        )
+    for leaf, (dtypes, sizes) in wanted.items():
         if leaf not in quantization.sides:
             if leaf in _OPTIONAL.get(form, ()):
                 continue
@@ -268,6 +278,9 @@ def _check(path: str, layer: str, quantization: Quantization, entries: Mapping[s
             raise corrupt(leaf, side, f"whose {leaf} is {' or '.join(dtypes)}")
         if side.size not in sizes:
             raise corrupt(leaf, side, f"whose {leaf} has {max(sizes)} numbers")
+        # In a square layer scales for columns would be as many.
+        if quantization.scales_rows(leaf) and side.size > 1 and side.shape[0] != rows:
+            raise corrupt(leaf, side, f"whose {leaf} has {rows} rows")
     rotation = quantization.rotation
     if rotation and (rotation < 4 or 4 ** round(math.log(rotation, 4)) != rotation or columns % rotation):
         raise ModelCorrupt(f"{path}: {layer} has {columns} columns, which are no groups of {rotation} (a power of 4)")

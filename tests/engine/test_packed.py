@@ -15,9 +15,10 @@ from torch.nn import functional
 
 from tacod.checkpoint import Checkpoint, read_checkpoint
 from tacod.checkpoint.quantization import beside
+from tacod.rank.ops.packed import base as packed_base
 from tacod.rank.ops.packed.base import PackedLinear
 from tacod.rank.ops.packed.float8 import Float8Linear
-from tacod.rank.ops.packed.integers import Int4Linear, IntegerLinear
+from tacod.rank.ops.packed.integers import Int4Linear, IntegerLinear, padded
 from tacod.rank.weights.packing import Layer, pack
 from tacod_client.errors import ModelCorrupt
 
@@ -129,6 +130,8 @@ def test_parts_of_the_outputs_are_the_whole(golden: Golden) -> None:
     for name in golden.packed:
         layer, x = golden.layer(name, torch.float32), golden[f"{name}.x"].float()
         layer = layer.adapted(golden[f"{name}.lora_up"], golden[f"{name}.lora_down"])
+        # Its state has the names of the layer before it was packed.
+        assert layer.state_dict().keys() <= {"weight", "bias"}
         parts = [layer.outputs(slice(0, 8)), layer.outputs(slice(8, None))]
         assert [part.out_features for part in parts] == [8, layer.out_features - 8]
         assert relative_error(torch.cat([part(x) for part in parts], dim=-1), layer(x)) < 1e-6
@@ -176,3 +179,28 @@ def test_scales_that_are_no_numbers_are_refused(golden: Golden, value: float) ->
         with pytest.raises(ModelCorrupt, match=f"{name}.{leaf} holds numbers that aren't finite"):
             golden.layer(name, torch.float32)
         golden.tensors[side] = whole
+
+
+def test_a_matrix_is_copied_only_to_be_padded() -> None:
+    """A weight that fits a GPU's product must not be copied at each use."""
+    matrix = torch.arange(6, dtype=torch.int8).reshape(2, 3)
+    assert padded(matrix, 0, 0) is matrix
+    assert padded(matrix, 1, 2).tolist() == [[0, 1, 2, 0, 0], [3, 4, 5, 0, 0], [0, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("name", ["convrot_w4a4", "asym_w4a8_int8", "int8_convrot"])
+def test_whole_numbers_are_unpacked_in_bands(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    golden = Golden(name)
+    layer, x = golden.layer(golden.packed[0], torch.float32), golden[f"{golden.packed[0]}.x"].float()
+    expected, seen, unpack = layer(x), [], type(layer).whole
+
+    def whole(self: IntegerLinear, rows: slice) -> Tensor:
+        seen.append(len(unpack(self, rows)))
+        return unpack(self, rows)
+
+    monkeypatch.setattr(type(layer), "whole", whole)
+    monkeypatch.setattr(packed_base, "_BAND", 5 * layer.in_features)
+    assert torch.equal(layer(x), expected)
+    # What isn't packed is used as it lies.
+    assert max(seen, default=0) == (0 if name == "int8_convrot" else 5)
+    assert sum(seen) == (0 if name == "int8_convrot" else layer.out_features)

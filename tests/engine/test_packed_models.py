@@ -12,7 +12,7 @@ import torch
 from helpers import FLUX, quantized_golden_names, read_golden, relative_error
 from rank_worker import WORLD, Ranks
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tacod.checkpoint import read_checkpoint
 from tacod.rank.families.names import Place
@@ -257,3 +257,98 @@ def test_a_diffusers_folder_with_one_scale_a_layer_cant_be_put_together(tmp_path
     _, theirs = packed_folder(tmp_path, False)
     with pytest.raises(ModelUnsupported, match=r"weight_scale.* can't be put together in .*qkv"):
         load_model(read_checkpoint(str(theirs)), torch.float32, CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "leaf"),
+    [(INT8, "pre_quant_scale"), (FP8, "pre_quant_scale"), (MXFP8, "weight_scale_2"), (NVFP4, "weight_codebook")],
+)
+def test_what_a_format_has_no_use_for_is_refused_and_not_dropped(tmp_path: Path, name: str, leaf: str) -> None:
+    weights = whole(name)
+    layer = first(weights, "comfy_quant").rpartition(".")[0]
+    with pytest.raises(ModelUnsupported, match=rf"{layer}\.{leaf} isn't read for the format"):
+        load(tmp_path, name, {**weights, f"{layer}.{leaf}": torch.ones(())})
+
+
+def test_an_input_scale_beside_whole_numbers_isnt_used(tmp_path: Path) -> None:
+    golden, weights = read_golden(INT8), whole(INT8)
+    layer = first(weights, "comfy_quant").rpartition(".")[0]
+    model = load(tmp_path, INT8, {**weights, f"{layer}.input_scale": torch.tensor(7.0)})
+    with torch.inference_mode():
+        out = model.run(SequenceParallel(), golden.arguments(model))
+    assert relative_error(out, golden.out) <= golden.fp32
+
+
+def test_a_codebook_of_any_shape(tmp_path: Path) -> None:
+    golden, weights = read_golden(W4A8), whole(W4A8)
+    key = first(weights, "weight_codebook")
+    model = load(tmp_path, W4A8, {**weights, key: weights[key].reshape(1, 16)})
+    with torch.inference_mode():
+        out = model.run(SequenceParallel(), golden.arguments(model))
+    assert relative_error(out, golden.out) <= golden.fp32
+
+
+def flux_output(path: Path) -> torch.Tensor:
+    model = load_model(read_checkpoint(str(path)), torch.float32, CPU)
+    with torch.inference_mode():
+        out: torch.Tensor = model(SequenceParallel(), **FLUX.inputs())
+    return out
+
+
+def test_shards_may_each_describe_their_own_layers(tmp_path: Path) -> None:
+    single, theirs = packed_folder(tmp_path, True)
+    whole_file = theirs / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(whole_file)
+    whole_file.unlink()
+    said = {
+        key.removesuffix(".comfy_quant"): json.loads(bytes(tensors.pop(key).numpy()))
+        for key in sorted(tensors)
+        if key.endswith(".comfy_quant")
+    }
+    placed: dict[str, str] = {}
+    for at in range(2):
+        shard = f"diffusion_pytorch_model-0000{at + 1}-of-00002.safetensors"
+        # A layer's tensors may be in different shards.
+        own = {key: tensors[key] for key in sorted(tensors)[at::2]}
+        text = json.dumps({"layers": {layer: said[layer] for layer in sorted(said)[at::2]}})
+        save_file(own, theirs / shard, metadata={"_quantization_metadata": text})
+        placed |= dict.fromkeys(own, shard)
+    (theirs / f"{whole_file.name}.index.json").write_text(json.dumps({"weight_map": placed}))
+    assert torch.equal(flux_output(theirs), flux_output(single))
+
+
+def change(folder: Path, **tensors: torch.Tensor | None) -> None:
+    """Add tensors to a folder's weights or replace them; None takes one out."""
+    path = folder / "diffusion_pytorch_model.safetensors"
+    weights = {**load_file(path), **tensors}
+    save_file({name: each for name, each in weights.items() if each is not None}, path)
+
+
+def test_scales_that_are_put_together_are_of_one_dtype(tmp_path: Path) -> None:
+    single, theirs = packed_folder(tmp_path, True)
+    scales = load_file(theirs / "diffusion_pytorch_model.safetensors")
+    name = "transformer_blocks.0.attn.to_q.weight_scale"
+    # With and without a dimension of one.
+    change(theirs, **{name: scales[name].flatten()})
+    assert torch.equal(flux_output(theirs), flux_output(single))
+    name = "transformer_blocks.0.attn.to_k.weight_scale"
+    change(theirs, **{name: scales[name].bfloat16()})
+    with pytest.raises(ModelUnsupported, match=rf"{name}.* are not of one dtype"):
+        flux_output(theirs)
+
+
+@pytest.mark.parametrize("leaf", ["weight_scale", "pre_quant_scale", "input_scale"])
+def test_what_lies_beside_a_plain_weight_of_a_folder_isnt_dropped(tmp_path: Path, leaf: str) -> None:
+    _, theirs = packed_folder(tmp_path, True)
+    change(theirs, **{f"x_embedder.{leaf}": torch.full((2,), 3.0)})
+    with pytest.raises(ModelUnsupported, match=rf"doesn't use: x_embedder\.{leaf}"):
+        flux_output(theirs)
+
+
+def test_an_input_scale_beside_plain_fp8_in_a_folder_isnt_used(tmp_path: Path) -> None:
+    _, theirs = packed_folder(tmp_path, True)
+    weights = load_file(theirs / "diffusion_pytorch_model.safetensors")
+    change(theirs, **{"x_embedder.weight": weights["x_embedder.weight"].to(torch.float8_e4m3fn)})
+    before = flux_output(theirs)
+    change(theirs, **{"x_embedder.input_scale": torch.tensor(3.0)})
+    assert torch.equal(flux_output(theirs), before)

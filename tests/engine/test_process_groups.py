@@ -6,9 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import START_S
+
+from tacod.rank.comm import process_groups
 
 RANK = """
 import hashlib, sys
@@ -108,3 +111,13 @@ def test_one_rank_that_lacks_xfuser_decides_for_all(expected: set[str], tmp_path
     digests, errors = two_ranks(tmp_path / "group", (None, path))
     assert digests == expected
     assert all(WARNING in error and "no such kernel" in error for error in errors)
+
+
+def test_ranks_wait_for_each_other_before_an_unused_group_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a rank that still connects to it finds its sockets closed."""
+    done: list[tuple[str, str]] = []
+    for name in ("barrier", "destroy_process_group"):
+        monkeypatch.setattr(process_groups.dist, name, lambda group, name=name: done.append((name, group)))
+    coordinator = SimpleNamespace(cpu_group="gloo's", device_group="the device's")
+    assert process_groups._device_group(coordinator) == "the device's"
+    assert done == [("barrier", "gloo's"), ("destroy_process_group", "gloo's")]

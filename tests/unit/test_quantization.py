@@ -119,6 +119,24 @@ def test_a_layer_has_the_shape_of_its_numbers(tmp_path: Path, name: str) -> None
         assert checkpoint.parameters == shape[0] * shape[1]
 
 
+@pytest.mark.parametrize("name", ["int8 by row", "int4", "W4A8", "fp8 by row"])
+def test_scales_for_columns_are_no_scales_for_rows(tmp_path: Path, name: str) -> None:
+    """Where there are as many columns as rows, only the shape tells them apart."""
+    fp8: Tensors = named(weight=("F8_E4M3", [40, 40]), weight_scale=("F32", [40, 1]))
+    tensors, said = (fp8, {"format": "float8_e4m3fn"}) if name == "fp8 by row" else GOOD[name][:2]
+    path = tmp_path / "m.safetensors"
+    read_checkpoint(write(path, tensors, said))
+    for leaf in ("weight_scale", "weight_s_rel", "weight_s_channel"):
+        dtype, shape = tensors.get(f"{LAYER}.{leaf}", ("", []))
+        if shape:
+            turned: Tensors = {
+                **tensors,
+                f"{LAYER}.{leaf}": (dtype, [*shape[1:], shape[0]] if shape[1:] else [1, *shape]),
+            }
+            with pytest.raises(ModelCorrupt, match=rf"{LAYER}\.{leaf} is .* has 40 rows"):
+                read_checkpoint(write(path, turned, said))
+
+
 def test_every_format_is_among_them() -> None:
     assert {said["format"] for _, said, _, _ in GOOD.values()} | {"float8_e5m2"} == set(FORMATS)
 

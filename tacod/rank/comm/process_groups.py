@@ -101,6 +101,8 @@ def _device_group(coordinator: Any) -> dist.ProcessGroup:
 
     Its second group, gloo's between the CPUs, ends: nothing here uses it, and its thread wakes 100 times a second.
     """
+    # Its sockets must not close under a rank that still connects: to make a group waits for no other rank.
+    dist.barrier(group=coordinator.cpu_group)
     dist.destroy_process_group(coordinator.cpu_group)
     # The thread ends with the last reference.
     coordinator.cpu_group = None

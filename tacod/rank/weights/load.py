@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tacod.checkpoint import Checkpoint, TensorInfo
 from tacod.checkpoint.header import BLOCKS, FLOAT8, PLAIN
-from tacod.checkpoint.quantization import FORMATS, SCALED, beside
+from tacod.checkpoint.quantization import FORMATS, INPUT_SCALE, SCALED, beside
 from tacod.rank.families.base import DiT
 from tacod.rank.ops.packed.base import PackedLinear
 from tacod.rank.ops.packed.float8 import FLOAT8_DTYPES
@@ -58,8 +58,6 @@ _TORCH = {
     "F16": torch.float16,
     **FLOAT8_DTYPES,
 }
-_UNUSED = "input_scale"
-"""What files may hold beside weights of 8 bits without a scale, for arithmetic that isn't used."""
 
 _log = logging.getLogger(__name__)
 
@@ -183,7 +181,7 @@ def _fits(found: tuple[int, ...], wanted: tuple[int, ...], padding: int) -> bool
 def _unknown(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
     """The names that a file holds besides what is wanted, and what lies beside that."""
     sides = checkpoint.sides
-    unused = {beside(name, _UNUSED) for name in wanted if checkpoint.tensors[name].dtype in FLOAT8}
+    unused = {beside(name, INPUT_SCALE) for name in wanted if checkpoint.tensors[name].dtype in FLOAT8}
     return [name for name in checkpoint.tensors if name not in wanted and name not in sides and name not in unused]
 
 

@@ -157,10 +157,11 @@ def _int4(layer: Layer) -> PackedLinear:
 def _w4a8(layer: Layer) -> PackedLinear:
     relative = layer.sides["weight_s_rel"].view(torch.float8_e4m3fn).reshape(layer.out_features, -1)
     _check_finite(layer, "weight_s_rel", torch.isfinite(relative.float()))
+    codebook = layer.optional("weight_codebook")
     return W4A8Linear(
         layer.rows(torch.int8),
         relative,
-        layer.optional("weight_codebook"),
+        None if codebook is None else codebook.flatten(),
         layer.by_row("weight_s_channel"),
         layer.quantization.rotation,
         layer.bias,

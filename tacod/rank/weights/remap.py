@@ -9,8 +9,8 @@ from typing import Any
 
 from tacod.checkpoint import Checkpoint, TensorInfo, read_checkpoint
 from tacod.checkpoint.checkpoint import FEW
-from tacod.checkpoint.header import Part
-from tacod.checkpoint.quantization import SIDES, Quantization, beside
+from tacod.checkpoint.header import FLOAT8, Part
+from tacod.checkpoint.quantization import INPUT_SCALE, Quantization, beside
 from tacod.rank.families import detect, diffusers_layout, from_diffusers, is_known
 from tacod.rank.families.base import DiT
 from tacod.rank.families.names import FUSED_NAMES, Place
@@ -87,7 +87,12 @@ def arrange(checkpoint: Checkpoint, layout: Mapping[str, Place]) -> Checkpoint:
     for key, names in pieces.items():
         if any(name in checkpoint.quantization for name in names):
             packed[key] = _fuse_sides(checkpoint, key, {name: layout[name] for name in names}, tensors, parts)
-    placed = {*layout, *(beside(name, leaf) for name in layout for leaf in SIDES)}
+    placed = set(layout)
+    for name in layout:
+        if name in checkpoint.quantization:
+            placed |= {beside(name, leaf) for leaf in checkpoint.quantization[name].sides}
+        elif checkpoint.tensors[name].dtype in FLOAT8:
+            placed.add(beside(name, INPUT_SCALE))
     for name in checkpoint.tensors:
         if name not in placed:
             tensors[name], parts[name] = checkpoint.tensors[name], checkpoint.parts[name]
@@ -167,15 +172,14 @@ def _fuse_sides(
     for leaf in first.sides:
         names = [beside(name, leaf) for name in places]
         infos = [checkpoint.tensors[name] for name in names]
-        rows = [checkpoint.tensors[name].shape[0] for name in places]
         by_row = first.scales_rows(leaf) and all(info.size > 1 for info in infos)
         if moved and not by_row and (len(places) > 1 or infos[0].size > 1):
             raise ModelUnsupported(
                 f"{checkpoint.path}: {some(names)} can't be put together in {key}; load the file in the authors' layout"
             )
-        row = (info.shape[:1] == (count,) for info, count in zip(infos, rows, strict=True))
-        shape = (sum(rows), *infos[0].shape[1:]) if by_row and all(row) else infos[0].shape
-        tensors[beside(key, leaf)] = TensorInfo(infos[0].dtype, shape)
+        if any(info.dtype != infos[0].dtype for info in infos):
+            raise ModelUnsupported(f"{checkpoint.path}: {some(names)} are not of one dtype, and are to be one tensor")
+        tensors[beside(key, leaf)] = TensorInfo(infos[0].dtype, (sum(info.size for info in infos),))
         parts[beside(key, leaf)] = tuple(
             part
             for name, place in zip(names, places.values(), strict=True)

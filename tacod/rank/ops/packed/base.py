@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import copy
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from typing_extensions import Self
 __all__ = ["PackedLinear"]
 
 _BAND = 1 << 24
-"""How many numbers are dequantized at once: it bounds what lies beside the result."""
+"""How many numbers are unpacked at once: it bounds what lies beside the result."""
 
 
 class PackedLinear(nn.Module, abc.ABC):
@@ -89,12 +90,16 @@ class PackedLinear(nn.Module, abc.ABC):
         return self._unpacked(dtype)
 
     def _unpacked(self, dtype: torch.dtype) -> Tensor:
+        return self._in_bands(lambda rows: self.numbers(rows, dtype), dtype)
+
+    def _in_bands(self, unpack: Callable[[slice], Tensor], dtype: torch.dtype) -> Tensor:
+        """All rows of what ``unpack`` gives of some, [out_features, in_features], with bounded memory beside them."""
         step = max(_BAND // self.in_features, 1)
         if self.out_features <= step:
-            return self.numbers(slice(None), dtype)
+            return unpack(slice(None))
         weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.data.device)
         for row in range(0, self.out_features, step):
-            weight[row : row + step] = self.numbers(slice(row, row + step), dtype)
+            weight[row : row + step] = unpack(slice(row, row + step))
         return weight
 
     def outputs(self, rows: slice) -> Self:
@@ -113,8 +118,8 @@ class PackedLinear(nn.Module, abc.ABC):
         ``up`` is [out_features, r] and ``down`` [r, in_features], of any dtype: they are cast to the compute dtype.
         """
         twin = self._twin()
-        twin._buffers["up"] = up.to(self.data.device, self.dtype)
-        twin._buffers["down"] = down.to(self.data.device, self.dtype)
+        for name, factor in (("up", up), ("down", down)):
+            twin.register_buffer(name, factor.to(self.data.device, self.dtype), persistent=False)
         return twin
 
     @property
@@ -125,6 +130,7 @@ class PackedLinear(nn.Module, abc.ABC):
     def _twin(self) -> Self:
         twin = copy.copy(self)
         twin._buffers, twin._parameters = dict(self._buffers), dict(self._parameters)
+        twin._non_persistent_buffers_set = set(self._non_persistent_buffers_set)
         return twin
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tacod.rank.ops.packed.base import PackedLinear, sliced
 from tacod.rank.ops.packed.rotation import hadamard, rotate
@@ -63,6 +64,10 @@ class IntegerLinear(PackedLinear):
         """Rows of the weight before scale and rotation: int8 [rows, in_features]."""
         return self.data[rows]
 
+    def factor(self) -> Tensor:
+        """The `whole` of all rows, which tokens are multiplied by."""
+        return self._in_bands(self.whole, torch.int8)
+
     def numbers(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """See `PackedLinear.numbers`; computed in fp32."""
         scale = sliced(self.scale, rows)
@@ -83,7 +88,7 @@ class IntegerLinear(PackedLinear):
     def multiply(self, tokens: Tensor) -> Tensor:
         """Of tokens [n, in_features], rotated where the weight is, [n, out_features] in their dtype."""
         quantized, scales = quantize_tokens(tokens)
-        sums = integer_product(quantized, self.whole(slice(None)))
+        sums = integer_product(quantized, self.factor())
         out = torch.empty(sums.shape, dtype=tokens.dtype, device=tokens.device)
         step = max(_ROWS_BYTES // (4 * self.out_features), 1)
         for row in range(0, len(sums), step):
@@ -99,6 +104,10 @@ class Int8Linear(IntegerLinear):
     def label(self) -> str:
         """See `PackedLinear.label`."""
         return "int8_convrot" if self.group else "int8_rowwise" if self.scale.numel() > 1 else "int8_tensorwise"
+
+    def factor(self) -> Tensor:
+        """See `IntegerLinear.factor`; it isn't packed."""
+        return self.data
 
 
 class Int4Linear(IntegerLinear):
@@ -136,7 +145,7 @@ class Int4Linear(IntegerLinear):
             return super().multiply(tokens)
         scales = tokens.abs().amax(dim=-1, keepdim=True).clamp(min=1e-10) / 7
         quantized = (tokens / scales).round().clamp(-7, 7)
-        sums = quantized @ self.whole(slice(None)).to(tokens.dtype).t()
+        sums = quantized @ self.factor().to(tokens.dtype).t()
         return sums * scales * self.scale.reshape(1, -1).to(tokens.dtype)
 
 
@@ -205,7 +214,11 @@ def integer_product(x: Tensor, weight: Tensor) -> Tensor:
         return x.double() @ weight.double().t()
     # cuBLAS takes more than 16 rows, and multiples of 8.
     (n, depth), m = x.shape, len(weight)
-    x = nn.functional.pad(x, (0, -depth % 8, 0, max(-n % 8, 24 - n)))
-    weight = nn.functional.pad(weight, (0, -depth % 8, 0, -m % 8))
-    out: Tensor = torch._int_mm(x, weight.t())
+    x = padded(x, max(-n % 8, 24 - n), -depth % 8)
+    out: Tensor = torch._int_mm(x, padded(weight, -m % 8, -depth % 8).t())
     return out[:n, :m]
+
+
+def padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    """A matrix with so many rows and columns of zeros more; itself, not a copy, with none."""
+    return functional.pad(matrix, (0, columns, 0, rows)) if rows or columns else matrix
