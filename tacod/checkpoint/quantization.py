@@ -18,7 +18,7 @@ from typing import IO, Any
 from tacod.checkpoint.header import FLOAT8, PLAIN, Entry, TensorInfo
 from tacod_client.errors import ModelCorrupt, ModelUnsupported
 
-__all__ = ["FORMATS", "INPUT_SCALE", "SCALED", "Quantization", "beside", "read_quantization"]
+__all__ = ["FORMATS", "INPUT_SCALE", "SCALED", "SIDES", "Quantization", "beside", "read_quantization"]
 
 FORMATS = (
     "float8_e4m3fn",
