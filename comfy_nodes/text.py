@@ -34,7 +34,7 @@ def info_text(info: Mapping[str, Any]) -> str:
         f"Daemon: tacod {info['version']} at {info['endpoint']}, {info['state']}",
     ]
     if info["patches"]:
-        lines.insert(3, f"Patches: {info['patches']} (LoRA and the like), merged in the daemon")
+        lines.insert(3, f"Patches: {info['patches']} (LoRA and the like), applied in the daemon")
     if info["note"]:
         lines.append(f"Asked for, but not possible: {info['note']}")
         lines.append("Planned instead: what the daemon finds fastest")
