@@ -257,7 +257,8 @@ def test_a_further_set_of_patches_takes_the_place_of_the_oldest_of_the_same_base
 
 
 def test_loaded_model_tells_what_the_ranks_told(manifest: Manifest) -> None:
-    facts = Facts("flux", 12, 24, "bf16", 24, 3072, sampling={"channels": 16, "prediction": "flow"})
+    sampling, quantization = {"channels": 16, "prediction": "flow"}, {"int8_convrot": 3}
+    facts = Facts("flux", 12, 24, "bf16", 24, 3072, sampling=sampling, quantization=quantization)
     model = describe(manifest).loaded(facts, 1.23456, 3)
     assert model.id == describe(manifest).id
     assert model.to_wire() == {
@@ -273,6 +274,7 @@ def test_loaded_model_tells_what_the_ranks_told(manifest: Manifest) -> None:
         "plan": "sequence 3 (ulysses; 24 heads over 3 ranks: 8 each)",
         "loaded_s": 1.235,
         "notes": [],
+        "quantization": {"int8_convrot": 3},
     }
 
 
