@@ -14,7 +14,7 @@ from typing import Any
 from tacod.checkpoint.folder import is_folders, open_folder
 from tacod.checkpoint.gguf import is_gguf, read_gguf
 from tacod.checkpoint.header import BLOCKS, FLOAT8, PLAIN, File, Header, Part, TensorInfo
-from tacod.checkpoint.quantization import FORMATS, Quantization, beside, read_quantization
+from tacod.checkpoint.quantization import FLOAT8_FORMATS, FORMATS, Quantization, beside, read_quantization
 from tacod.checkpoint.safetensors import read_safetensors
 from tacod_client.errors import ModelCorrupt, ModelNotFound, ModelUnsupported
 
@@ -81,7 +81,9 @@ class Checkpoint:
         sides, packed = self.sides, (*FORMATS, *FLOAT8, *BLOCKS)
         return dict(
             Counter(
-                self.quantization[name].label if name in self.quantization else info.dtype
+                self.quantization[name].label
+                if name in self.quantization
+                else FLOAT8_FORMATS.get(info.dtype, info.dtype)
                 for name, info in self.tensors.items()
                 if len(info.shape) > 1 and info.dtype in packed and name not in sides
             )

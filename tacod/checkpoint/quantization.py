@@ -18,7 +18,7 @@ from typing import IO, Any
 from tacod.checkpoint.header import FLOAT8, PLAIN, Entry, TensorInfo
 from tacod_client.errors import ModelCorrupt, ModelUnsupported
 
-__all__ = ["FORMATS", "INPUT_SCALE", "SCALED", "SIDES", "Quantization", "beside", "read_quantization"]
+__all__ = ["FLOAT8_FORMATS", "FORMATS", "INPUT_SCALE", "SCALED", "SIDES", "Quantization", "beside", "read_quantization"]
 
 FORMATS = (
     "float8_e4m3fn",
@@ -49,7 +49,8 @@ SIDES = (
 """What may lie beside a layer's weight, after the layer's name."""
 INPUT_SCALE = "input_scale"
 """That of `SIDES` which may be left out: where activations aren't quantized, or each token has a scale of its own."""
-_FLOAT8_FORMATS = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+FLOAT8_FORMATS = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+"""The formats of floats of 8 bits, by safetensors' names of their dtypes."""
 _BYTES = ("U8", "I8")
 _MAX_DESCRIPTION = 1 << 16
 
@@ -126,7 +127,7 @@ def read_quantization(
             continue
         # Some tools write no description: what the dtype and the scale say is that these are to be multiplied.
         if info.dtype in FLOAT8 and layer not in described:
-            described[layer] = {"format": _FLOAT8_FORMATS[info.dtype], "full_precision_matrix_mult": True}
+            described[layer] = {"format": FLOAT8_FORMATS[info.dtype], "full_precision_matrix_mult": True}
         elif info.dtype in PLAIN and kept[f"{layer}.{leaf}"].info.size == 1:
             described.pop(layer, None)
             layers[f"{layer}.weight"] = Quantization(SCALED, sides=(leaf,))
@@ -212,9 +213,9 @@ def _parse(
         raise ModelUnsupported(f"{path}: {layer} is packed as {name!r:.60}; this version reads {known}")
     if said.get("num_experts") is not None:
         raise ModelUnsupported(f"{path}: {layer} is packed as {name} by experts, which this version doesn't read")
-    if name in _FLOAT8_FORMATS.values() and weight.dtype in FLOAT8:
+    if name in FLOAT8_FORMATS.values() and weight.dtype in FLOAT8:
         # Older files say e4m3 of both kinds.
-        name = _FLOAT8_FORMATS[weight.dtype]
+        name = FLOAT8_FORMATS[weight.dtype]
     rotated = name in ("convrot_w4a4", "asym_w4a8_int8") or (name == "int8_tensorwise" and bool(said.get("convrot")))
     linear = said.get("linear_dtype", "int4")
     if linear not in ("int4", "int8"):
@@ -303,7 +304,7 @@ def _sides(quantization: Quantization, rows: int, columns: int) -> dict[str, tup
     floats = tuple(PLAIN)
     one = (floats, (1,))
     form = quantization.format
-    if form in _FLOAT8_FORMATS.values():
+    if form in FLOAT8_FORMATS.values():
         return {"weight_scale": (floats, (1, rows)), "input_scale": one}
     if form == "mxfp8":
         return {"weight_scale": (("U8", "F8_E8M0"), (_blocked(rows, columns, 32),)), "input_scale": one}

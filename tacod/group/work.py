@@ -222,7 +222,7 @@ class Facts(Part):
     notes: list[str] = field(default_factory=list)
     """What was left out of its patches."""
     quantization: dict[str, int] = field(default_factory=dict)
-    """How many layers of the file have which format; empty for a model that isn't quantized."""
+    """How many weights of the file are in which format (`Checkpoint.formats`); empty for plain ones."""
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,6 @@ from tacod.rank.weights.load import (
     WEIGHT_ONLY,
     adapt_weight,
     choose_dtype,
-    formats,
     get_weight,
     is_packed,
     load_model,
@@ -243,7 +242,7 @@ class Engine:
             heads=loaded.heads,
             width=loaded.width,
             sampling=loaded.sampling(),
-            quantization=formats(loaded),
+            quantization=checkpoint.formats,
         )
         return Resident(loaded, family.diffusers_layout(config), family.shapes(config), facts)
 
@@ -258,6 +257,8 @@ class Engine:
 
         given = map_tensors(patches, lambda each: from_wire(each, "torch"))
         for key, each in parse_patches(given, read, base.shapes, type(base.model).canonical, notes).items():
+            if all(patch.idle for patch in each):
+                continue
             low_rank = factors(each, base.shapes[key], key) if is_packed(model, key) else None
             if low_rank is not None:
                 adapt_weight(patched, key, *low_rank)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Daemon, quantized_golden_names, read_golden, relative_error
+from helpers import FLUX, Daemon, quantized_golden_names, read_golden, relative_error
 from safetensors.torch import save_file
 from torch.nn import functional
 
 from tacod.rank.parallel.sequence import SequenceParallel
-from tacod_client import ModelCorrupt, ModelUnsupported
+from tacod_client import Client, ModelCorrupt, ModelUnsupported
 
 INT8 = "quantised/krea2_int8_convrot"
 KEY = "blocks.0.mlp.gate.weight"
@@ -39,6 +39,12 @@ def test_a_file_is_computed_as_comfyui_does(daemons: Callable[[int], Daemon], mo
         assert nearer <= golden.fp32 if name != INT8 else nearer > golden.fp32
         for each in (model, other):
             client.unload(each.id)
+
+
+def test_plain_weights_have_no_format_whatever_multiplies_them(client: Client, models: Path) -> None:
+    model = client.load(FLUX.file, dtype="fp8")
+    assert model.quantization == {}
+    client.unload(model.id)
 
 
 def golden_parameters(name: str) -> int:

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from tacod.checkpoint import read_checkpoint
 from tacod.rank.families.names import Place
+from tacod.rank.ops.packed.base import PackedLinear
 from tacod.rank.parallel.sequence import SequenceParallel
-from tacod.rank.weights.load import formats, load_model, weight_bytes
+from tacod.rank.weights.load import load_model, weight_bytes
 from tacod_client.errors import ModelCorrupt, ModelUnsupported
 
 CPU = torch.device("cpu")
@@ -83,6 +84,11 @@ def test_activations_of_whole_numbers_stay_as_they_are_if_asked(tmp_path: Path) 
         told = float(file.metadata()["error_dequantised"])
     assert isinstance(out, torch.Tensor)
     assert 0.7 * told < relative_error(out, golden.out) < 1.4 * told
+
+
+def formats(model: Any) -> Counter[str]:
+    """How many layers have which format."""
+    return Counter(each.label for each in model.modules() if isinstance(each, PackedLinear))
 
 
 def whole(name: str) -> dict[str, torch.Tensor]:

@@ -30,7 +30,6 @@ __all__ = [
     "Progress",
     "adapt_weight",
     "choose_dtype",
-    "formats",
     "get_weight",
     "is_packed",
     "load_model",
@@ -291,11 +290,6 @@ def is_packed(model: DiT, key: str) -> bool:
     """Whether a weight is packed. Raises `KeyError` if the model has no such weight."""
     owner, leaf = _find(model, key)
     return isinstance(owner, PackedLinear) and leaf == "weight"
-
-
-def formats(model: DiT) -> dict[str, int]:
-    """How many layers have which format, by the formats' names; empty for a model that isn't quantized."""
-    return dict(Counter(each.label for each in model.modules() if isinstance(each, PackedLinear)))
 
 
 def _find(model: nn.Module, key: str) -> tuple[Any, str]:
