@@ -10,6 +10,7 @@ import torch
 from helpers import Daemon, quantized_golden_names, read_golden, relative_error
 from packed_layers import FILES, Golden, layers
 
+from tacod.rank.ops.packed import kitchen
 from tacod.rank.ops.packed.float8 import Float8Linear, quantize_float8
 from tacod.rank.ops.packed.integers import Int4Linear, Int8Linear, IntegerLinear, W4A8Linear, quantize_tokens
 from tacod.rank.ops.packed.rotation import rotate
@@ -87,6 +88,20 @@ def test_products_of_whole_numbers(
     if dtype == torch.float32:
         assert error <= 2e-3, "a last bit may move an activation by a step"
     assert error <= max(relative_error(plain, exact), 2e-6)
+
+
+@pytest.mark.parametrize("group", [0, 16, 256])
+@torch.inference_mode()
+def test_products_by_comfy_kitchen(group: int) -> None:
+    """What other GPUs than Hopper's use, if it is installed."""
+    pytest.importorskip("comfy_kitchen")
+    x = torch.randn(300, 768).cuda().to(torch.bfloat16)
+    data = torch.randint(-127, 128, (512, 768), dtype=torch.int8).cuda()
+    if not kitchen.takes(data):
+        pytest.skip("comfy-kitchen has no kernels for this GPU or this CUDA")
+    layer = Int8Linear(data, 768, (torch.rand(512, 1) * 1e-3).cuda(), group, None, torch.bfloat16)
+    found = kitchen.int8_linear(x, data, layer.scale, None, group)
+    assert relative_error(found, layer(x)) <= 1.2e-2
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -97,8 +97,10 @@ class IntegerLinear(PackedLinear):
         """Of tokens [n, in_features], [n, out_features] in their dtype."""
         factor = self.factor()
         if has_kernels(tokens):
-            from tacod.rank.ops.packed import kernels
+            from tacod.rank.ops.packed import kernels, kitchen
 
+            if not kernels.takes(factor) and kitchen.takes(factor):
+                return kitchen.int8_linear(tokens, factor, self.scale, self.bias, self.group)
             quantized, scales = kernels.quantize_tokens(tokens, self.group)
             if kernels.takes(factor):
                 return kernels.multiply(quantized, scales, factor, self.scale, self.bias, tokens.dtype)

@@ -159,8 +159,12 @@ def _multiply(
 
 
 def takes(weight: Tensor) -> bool:
-    """Whether `multiply` can read an int8 ``weight`` [m, W] and write its outputs: both in rows of 16 bytes."""
-    return weight.shape[1] % 16 == 0 and len(weight) % 8 == 0 and weight.data_ptr() % 16 == 0 and weight.is_contiguous()
+    """Whether `multiply` is the way for an int8 ``weight`` [m, W]: on Hopper, with rows of 16 bytes.
+
+    Elsewhere Triton has no such product that is faster than bf16's.
+    """
+    fits = weight.shape[1] % 16 == 0 and len(weight) % 8 == 0 and weight.data_ptr() % 16 == 0 and weight.is_contiguous()
+    return fits and torch.cuda.get_device_capability(weight.device)[0] == 9
 
 
 def multiply(
