@@ -121,9 +121,15 @@ def test_layers_of_comfyui(name: str, dtype: torch.dtype) -> None:
             layer.int4_activations = torch.cuda.get_device_capability()[0] == 8
             if not layer.int4_activations:
                 continue
-        wanted = golden[f"{each}.y_{kind}"] if native is None else native
         found = layer.cuda()(golden[f"{each}.x"].cuda().to(dtype)).cpu()
-        assert relative_error(found, wanted) <= (2e-3 if dtype == torch.float32 else 1.2e-2), each
+        if isinstance(layer, IntegerLinear):
+            # Nearer to what fp32 gives with the same quantized activations than ComfyUI's on a CPU.
+            exact = golden[f"{each}.y_fp32"]
+            bar = relative_error(golden[f"{each}.y_{kind}"], exact)
+            assert relative_error(found, exact) <= max(bar, 2e-3), each
+        else:
+            wanted = golden[f"{each}.y_{kind}"] if native is None else native
+            assert relative_error(found, wanted) <= (2e-6 if dtype == torch.float32 else 1e-2), each
 
 
 @pytest.mark.parametrize("name", quantized_golden_names())
@@ -137,11 +143,13 @@ def test_whole_models(gpu_daemon: Daemon, models: Path, name: str) -> None:
         model = client.load("packed.safetensors", dtype="fp32" if alike else "fp32_weight_only", plan=everyone)
         outs = [model.forward(**golden.inputs) for _ in range(4)]
         assert all(torch.equal(out, outs[0]) for out in outs[1:])
-        assert relative_error(outs[0], golden.out) <= golden.fp32
+        # A last bit of the timestep's embedding differs from a CPU's, and moves other activations by a step of int8.
+        assert relative_error(outs[0], golden.out) <= max(1.5 * golden.fp32, 2e-5)
         native = client.load("packed.safetensors", dtype="bf16", plan=everyone)
+        together = native.forward(**golden.inputs)
         alone = client.load("packed.safetensors", dtype="bf16", plan={"sequence_parallel_degree": 1})
-        assert relative_error(native.forward(**golden.inputs), alone.forward(**golden.inputs)) <= 1.5e-2
+        assert relative_error(together, alone.forward(**golden.inputs)) <= 1.5e-2
         assert model.quantization == native.quantization != {}
-        for each in (model, native, alone):
-            client.unload(each.id)
+        for each in {model.id, native.id}:
+            client.unload(each)
     assert "no CUDA graph" not in gpu_daemon.log

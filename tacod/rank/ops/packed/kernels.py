@@ -75,8 +75,8 @@ def _quantize_tokens(x, quantized, scales, width, x_row, STAGES: tl.constexpr, B
     column = tl.arange(0, BLOCK)
     value = _load_reversed(x + row * x_row, 0, width, STAGES, BLOCK).to(tl.float32)
     value = _rotated(value, STAGES, BLOCK)
-    scale = tl.maximum(tl.max(tl.abs(value), axis=0) / 127.0, 1e-30)
-    value = (value / scale + _ROUND) - _ROUND
+    scale = tl.maximum(tl.div_rn(tl.max(tl.abs(value), axis=0), 127.0), 1e-30)
+    value = (tl.div_rn(value, scale) + _ROUND) - _ROUND
     tl.store(quantized + row * width + column, value.to(tl.int8), mask=column < width)
     tl.store(scales + row, scale)
 
@@ -204,7 +204,7 @@ def _quantize_float8(x, scale, out, count, LIMIT: tl.constexpr, BLOCK: tl.conste
     """Some numbers."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + place, mask=place < count, other=0.0)
-    factor = (1.0 / tl.load(scale)).to(value.dtype)
+    factor = tl.div_rn(1.0, tl.load(scale)).to(value.dtype)
     value = (value.to(tl.float32) * factor.to(tl.float32)).to(value.dtype).to(tl.float32)
     value = tl.clamp(value, -LIMIT, LIMIT)
     tl.store(out + place, value.to(out.dtype.element_ty), mask=place < count)
