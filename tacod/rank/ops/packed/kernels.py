@@ -16,6 +16,7 @@ __all__ = [
     "dequantize_float8",
     "dequantize_nvfp4",
     "has_float8",
+    "has_int8",
     "multiply",
     "quantize_float8",
     "quantize_tokens",
@@ -38,6 +39,11 @@ _ROUND = tl.constexpr(12582912.0)
 def has_float8(device: torch.device) -> bool:
     """Whether the GPU's kernels read e4m3."""
     return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def has_int8(device: torch.device) -> bool:
+    """Whether the GPU is a Hopper: on others Triton's product of whole numbers isn't faster than bf16's."""
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 @triton.jit
@@ -159,12 +165,9 @@ def _multiply(
 
 
 def takes(weight: Tensor) -> bool:
-    """Whether `multiply` is the way for an int8 ``weight`` [m, W]: on Hopper, with rows of 16 bytes.
-
-    Elsewhere Triton has no such product that is faster than bf16's.
-    """
+    """Whether `multiply` is the way for an int8 ``weight`` [m, W]: see `has_int8`. Rows have a multiple of 16 bytes."""
     fits = weight.shape[1] % 16 == 0 and len(weight) % 8 == 0 and weight.data_ptr() % 16 == 0 and weight.is_contiguous()
-    return fits and torch.cuda.get_device_capability(weight.device)[0] == 9
+    return fits and has_int8(weight.device)
 
 
 def multiply(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["int8_linear", "takes"]
+__all__ = ["int8_linear", "serves", "takes"]
 
 
 @lru_cache(maxsize=1)
@@ -30,7 +30,12 @@ def _library() -> Any:
 def takes(weight: Tensor) -> bool:
     """Whether `int8_linear` is there for an int8 ``weight`` [m, W] on a GPU."""
     fits = weight.shape[1] % 16 == 0 and len(weight) % 16 == 0 and weight.is_contiguous()
-    return fits and torch.cuda.get_device_capability(weight.device) >= (7, 5) and _library() is not None
+    return fits and serves(weight.device)
+
+
+def serves(device: torch.device) -> bool:
+    """Whether the package is installed with kernels for a GPU."""
+    return torch.cuda.get_device_capability(device) >= (7, 5) and _library() is not None
 
 
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, group: int) -> Tensor:
