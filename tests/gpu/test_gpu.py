@@ -83,6 +83,19 @@ def test_replays_equal_what_they_replay(gpu_daemon: Daemon, models: Path) -> Non
     assert "don't write into each other's memory" not in gpu_daemon.log
 
 
+def test_graphs_after_all_models_are_unloaded(gpu_daemon: Daemon) -> None:
+    """PyTorch ends the memory that graphs share with the last of them."""
+    with gpu_daemon.client() as client:
+        for each in client.status()["models"]:
+            client.unload(each["id"])
+        for tiny in (FLUX, SD3, FLUX):
+            model = client.load(tiny.file, dtype="fp32", plan=everyone(gpu_daemon))
+            outs = [model.forward(**tiny.inputs()) for _ in range(4)]
+            assert all(torch.equal(out, outs[0]) for out in outs[1:])
+            client.unload(model.id)
+    assert "no CUDA graph" not in gpu_daemon.log
+
+
 def test_graphs_of_large_images(gpu_daemon: Daemon) -> None:
     """What ranks gather then lies in several pieces of memory, which nobody may take for one."""
     with gpu_daemon.client() as client:

@@ -85,9 +85,11 @@ def test_products_of_whole_numbers(
     with torch.inference_mode(False), torch.enable_grad():
         plain = layer.multiply(x.clone())
     error = relative_error(found, exact)
-    if dtype == torch.float32:
-        assert error <= 2e-3, "a last bit may move an activation by a step"
-    assert error <= max(relative_error(plain, exact), 2e-6)
+    if dtype == torch.bfloat16:
+        assert error <= relative_error(plain, exact)
+    else:
+        # The sums of a rotation have another order, and a last bit may move an activation by a step.
+        assert error <= (1e-3 if group else 2e-6)
 
 
 @pytest.mark.parametrize("group", [0, 16, 256])
