@@ -98,9 +98,9 @@ def test_one_that_does_not_read_delays_nobody(sturdy: Daemon, client: Client) ->
         assert job.result().isfinite().all()
 
 
-def test_one_that_pauses_is_not_gone(models: Path) -> None:
+def test_one_that_pauses_is_not_gone(patient: Daemon) -> None:
     """Between two calls nobody listens; that is no reason to think the daemon dead and to ask again."""
-    with Daemon(1, [models], {"heartbeat_s": 60.0}) as daemon, daemon.client() as client:
+    with patient.client() as client:
         model = client.load(SD3.file)
         inputs = SD3.inputs(batch=8, size=(24, 24))
         model.forward(**inputs)
