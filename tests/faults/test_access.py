@@ -186,13 +186,14 @@ def test_drain_ends_what_runs_and_stops(own: Daemon) -> None:
     """The last test of this daemon."""
     with own.client() as client, own.client() as other:
         model = client.load(SD3.file)
-        expected = SD3.sample(model, 20).result()
-        job = SD3.sample(model, 20)
+        expected = SD3.sample(model, 40).result()
+        (rank,) = own.rank_pids()
+        job = SD3.sample(model, 40)
         next(iter(job))
         command = [Path(sys.executable).with_name("tacoctl"), "--endpoint", own.endpoint, "drain", "--wait"]
         done = threading.Thread(target=subprocess.run, args=(command,), kwargs={"check": True})
         # The rank stands still while we look, so that draining takes as long as that.
-        with stopped(own.rank_pids()[0]):
+        with stopped(rank):
             done.start()
             eventually(lambda: other.status()["state"] == "draining", 10, "it drains")
             with pytest.raises(Exception, match="draining"):

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tacod_client import Model, Unavailable
 
-FORWARDS = 60
-STEPS = 120
+FORWARDS = 80
+STEPS = 160
 """More than are done in `DRAIN_S`, while another client has its turns."""
 DRAIN_S = 0.2
 

@@ -29,6 +29,7 @@ def narrow(two_ranks: Daemon) -> Iterator[Daemon]:
         "limits.message_bytes": MESSAGE_BYTES,
         "limits.store_bytes": STORE_BYTES,
     }
+    two_ranks.empty()
     with two_ranks.changed(settings):
         yield two_ranks
 
