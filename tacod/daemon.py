@@ -37,7 +37,6 @@ from tacod.serving.state import State
 from tacod.serving.uploads import Uploads
 from tacod.serving.verbs import Verbs
 from tacod_client import streams
-from tacod_client.cli.output import stdout
 from tacod_client.errors import TacodError
 from tacod_client.text import encodable
 
@@ -82,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _say(text: str, **options: str) -> int:
     """Write a text to stdout; returns the exit code."""
     try:
-        with stdout():
+        with streams.stdout():
             if options and (reconfigure := getattr(sys.stdout, "reconfigure", None)) is not None:
                 reconfigure(**options)
             print(text, end="")

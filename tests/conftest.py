@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FLUX, SD3, Daemon
+from helpers import FLUX, OFTEN, SD3, Daemon
 from hypothesis import HealthCheck, settings
 
 from tacod.rank.cores import usable_cores
@@ -72,7 +72,7 @@ def daemons(models: Path) -> Iterator[Daemons]:
 
         def get(ranks: int) -> Daemon:
             if ranks not in started:
-                started[ranks] = stack.enter_context(Daemon(ranks, [models]))
+                started[ranks] = stack.enter_context(Daemon(ranks, [models], OFTEN))
             return started[ranks]
 
         yield get

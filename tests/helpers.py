@@ -33,7 +33,8 @@ from tacod.rank.families.control import Control
 from tacod.rank.families.inputs import Inputs
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.weights.load import load_model
-from tacod_client import Client, Job, Model, wire
+from tacod.rank.weights.unfilled import Unfilled
+from tacod_client import Client, Job, Model, ModelNotFound, wire
 from tacod_client.errors import ConnectionFailed
 from tacod_client.exchange import pack
 from tacod_client.tensors import to_wire
@@ -46,6 +47,11 @@ SOON_S = 2.0
 """What is at once, on a busy machine too."""
 START_S = 90.0
 """Ranks start in about 5 s; a busy machine may take longer."""
+OFTEN = {"group.max_restarts": 1000, "group.restart_window_s": 0.001}
+"""Settings with which ranks that are lost are replaced at once, each time.
+
+Many restarts in a short time would be spaced out more and more; with these, each is the first of its window.
+"""
 
 
 def eventually(condition: Callable[[], Any], timeout_s: float, what: str, every_s: float = 0.02) -> Any:
@@ -146,6 +152,33 @@ class Daemon:
             with suppress(ConnectionFailed), self.client(timeout_s=1.0) as client:
                 return bool(client.status()["state"] == "ready")
         return False
+
+    @contextmanager
+    def changed(self, settings: Mapping[str, Any], sections: str = "") -> Iterator[None]:
+        """Within, some settings are others, by a reload: far quicker than a daemon of one's own."""
+        text = self.config.read_text()
+        rest = [line for line in text.splitlines(keepends=True) if line.partition(" = ")[0] not in settings]
+        lines = [f"{key} = {json.dumps(value)}\n" for key, value in settings.items()]
+        self._reload("".join(lines + rest) + sections)
+        try:
+            yield
+        finally:
+            if self.running:
+                self._reload(text)
+
+    def empty(self) -> None:
+        """Unload all models, and see that what clients sent for them is gone from the store, too."""
+        # It shrinks when something new comes: a context that no test has.
+        with self.changed({"limits.store_bytes": 5000}), self.client() as client:
+            FLUX.check(client.load(FLUX.file), seed=time.time_ns())
+            for told in client.models():
+                with suppress(ModelNotFound):  # patched models go with the one that they are made of
+                    client.unload(told["id"])
+
+    def _reload(self, config: str) -> None:
+        self.config.write_text(config)
+        with self.client() as admin:
+            admin.reload()
 
     def client(self, **options: Any) -> Client:
         """A client of it."""
@@ -433,7 +466,7 @@ class Golden:
                 return load_model(read_checkpoint(str(path)), dtype, torch.device("cpu"))
         shapes = {name: TensorInfo("BF16", tuple(tensor.shape)) for name, tensor in self.weights.items()}
         family, config = detect(shapes, self.config)
-        with torch.device("meta"):
+        with torch.device("meta"), Unfilled():
             model = family(config)
         weights = {family.canonical(name): tensor.to(dtype) for name, tensor in self.weights.items()}
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(family.beside)}

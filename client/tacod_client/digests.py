@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from tacod_client.wire import Tensor, split
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = ["Digests", "Glance"]
 
@@ -88,6 +90,8 @@ class Glance:
 
 
 def _equal(one: Tensor, other: Tensor, at_a_glance: bool = False) -> bool:
+    import numpy as np
+
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     for a, b in zip(_words(one), _words(other), strict=True):
@@ -99,6 +103,8 @@ def _equal(one: Tensor, other: Tensor, at_a_glance: bool = False) -> bool:
 
 def _words(tensor: Tensor) -> Iterator[np.ndarray[tuple[int], np.dtype[np.generic]]]:
     """The contents as 8-byte words and a rest: a little of each frame first, for what differs mostly does so there."""
+    import numpy as np
+
     for frame in tensor.frames or ():
         raw = np.frombuffer(frame, np.uint8)
         whole = len(raw) // 8 * 8

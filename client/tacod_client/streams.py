@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
-__all__ = ["complain", "hold", "mute"]
+__all__ = ["complain", "hold", "mute", "stdout"]
 
 
 def hold() -> None:
@@ -31,6 +32,17 @@ def hold() -> None:
     for stream in (sys.stdout, sys.stderr):
         if (reconfigure := getattr(stream, "reconfigure", None)) is not None:
             reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def stdout() -> Iterator[None]:
+    """Within, stdout is written to; an error of the system's carries its name."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        error.filename = error.filename or "stdout"
+        raise
 
 
 def complain(lines: str) -> None:

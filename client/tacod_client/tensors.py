@@ -1,6 +1,6 @@
 """Between the wire's tensors and the caller's: torch or numpy in, the same kind out.
 
-torch is used only where the caller already does; importing this module doesn't import it.
+Both are used only where the caller already does, or a tensor comes; importing this module imports neither.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from tacod_client.errors import ArgumentError
 from tacod_client.wire import Buffer, Tensor, split
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+
+    Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 __all__ = ["TORCH_NAMES", "Kind", "from_wire", "kind_of", "like", "rows", "to_wire"]
 
 Kind = Literal["torch", "numpy"]
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 TORCH_NAMES = {
     "F64": "float64",
@@ -47,9 +47,9 @@ _FROM_NUMPY = {name: wire for wire, name in _NUMPY_NAMES.items()}
 
 def kind_of(value: Any) -> Kind | None:
     """Whether a value is a torch tensor or a numpy array; None if it is neither."""
-    if isinstance(value, np.ndarray):
+    numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
+    if numpy is not None and isinstance(value, numpy.ndarray):
         return "numpy"
-    torch = sys.modules.get("torch")
     return "torch" if torch is not None and isinstance(value, torch.Tensor) else None
 
 
@@ -58,12 +58,14 @@ def to_wire(value: Any, argument: str) -> Tensor:
 
     Raises `ArgumentError`, naming ``argument``, for a dtype that doesn't travel.
     """
-    if isinstance(value, np.ndarray):
+    if kind_of(value) == "numpy":
         return _from_numpy(value, argument)
     return _from_torch(value, argument)
 
 
 def _from_numpy(array: np.ndarray[Any, Any], argument: str) -> Tensor:
+    import numpy as np
+
     dtype = _FROM_NUMPY.get(array.dtype.name)
     if dtype is None:
         raise ArgumentError(
@@ -95,6 +97,8 @@ def from_wire(tensor: Tensor, kind: Kind, locked: bool = False) -> Any:
     """
     if tensor.frames is None:
         raise ValueError("a tensor that travelled by digest has no bytes to read")
+    import numpy as np
+
     if kind == "numpy":
         return _as_numpy(_fill(np.empty(tensor.nbytes, np.uint8), tensor.frames), tensor)
     import torch
@@ -112,6 +116,8 @@ def from_wire(tensor: Tensor, kind: Kind, locked: bool = False) -> Any:
 
 
 def _fill(room: Bytes, frames: Iterable[Buffer]) -> Bytes:
+    import numpy as np
+
     position = 0
     for frame in frames:
         size = len(memoryview(frame))
@@ -149,6 +155,8 @@ def like(tensor: Tensor, example: Any) -> Any:
 
 
 def _as_numpy(raw: np.ndarray[Any, Any], tensor: Tensor) -> np.ndarray[Any, Any]:
+    import numpy as np
+
     name = _NUMPY_NAMES.get(tensor.dtype)
     if name is not None:
         return raw.view(np.dtype(name)).reshape(tensor.shape)
@@ -160,6 +168,8 @@ def _as_numpy(raw: np.ndarray[Any, Any], tensor: Tensor) -> np.ndarray[Any, Any]
 
 def _float8(dtype: str) -> np.ndarray[Any, Any]:
     """The float32 value of each of the 256 codes of an 8-bit float (OCP FP8 formats, arXiv:2209.05433)."""
+    import numpy as np
+
     codes = np.arange(256)
     exponent_bits, bias = (4, 7) if dtype == "F8_E4M3" else (5, 15)
     mantissa_bits = 7 - exponent_bits

@@ -61,6 +61,7 @@ from tacod.rank.weights.patch_request import parse_patches
 from tacod.rank.weights.patches import Patch, apply, factors
 from tacod.rank.weights.reader import changed
 from tacod.rank.weights.remap import identify
+from tacod.rank.weights.unfilled import Unfilled
 from tacod_client import wire
 from tacod_client.errors import ArgumentError, ModelNotFound, OutOfMemory
 from tacod_client.tensors import from_wire, to_wire
@@ -217,7 +218,8 @@ class Engine:
         checkpoint = read_checkpoint(path)
         if checkpoint.identity != identity:
             raise changed(path)
-        family, config, checkpoint = identify(checkpoint)
+        with Unfilled():
+            family, config, checkpoint = identify(checkpoint)
         chosen = choose_dtype(checkpoint, dtype, self.device)
         if chosen == "fp8" and self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) < (8, 9):
             name = torch.cuda.get_device_name(self.device)
@@ -244,7 +246,8 @@ class Engine:
             sampling=loaded.sampling(),
             quantization=checkpoint.formats,
         )
-        return Resident(loaded, family.diffusers_layout(config), family.shapes(config), facts)
+        with Unfilled():
+            return Resident(loaded, family.diffusers_layout(config), family.shapes(config), facts)
 
     def _patch(self, base: Resident, patches: Any, files: Mapping[str, str]) -> Resident:
         """The base's weights with patches merged in; only those that are patched take memory of their own."""

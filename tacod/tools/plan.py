@@ -1,4 +1,7 @@
-"""``tacoctl plan``: how a model file would be spread over ranks, from its header alone."""
+"""``tacoctl plan``: how a model file would be spread over ranks, from its header alone.
+
+A file that can't be read is told before torch is imported, which takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +9,18 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from tacod.checkpoint import read_checkpoint
+from tacod.checkpoint import Checkpoint, read_checkpoint
 from tacod.plan import AUTO
-from tacod.rank.families.base import DiT
-from tacod.rank.families.inputs import Argument
-from tacod.rank.forward.run import plan_for
-from tacod.rank.forward.warmup import SIGMA
-from tacod.rank.weights.remap import identify
 from tacod.tools.contents import HALF_BYTES, contents
 from tacod_client import wire
 from tacod_client.cli import show
 from tacod_client.cli.ending import guarded
 from tacod_client.cli.output import document
+
+if TYPE_CHECKING:
+    from tacod.rank.families.base import DiT
 
 __all__ = ["main"]
 
@@ -40,10 +39,21 @@ def _plan(argv: Sequence[str] | None) -> int:
     parser.add_argument("--text", type=int, help="text tokens; by default those of the family's usual forward")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
-    checkpoint = read_checkpoint(os.path.realpath(args.file))
-    family, config, checkpoint = identify(checkpoint)
-    with torch.device("meta"):
-        model = family(config)
+    return _of_file(args, read_checkpoint(os.path.realpath(args.file)))
+
+
+def _of_file(args: argparse.Namespace, checkpoint: Checkpoint) -> int:
+    import torch
+
+    from tacod.rank.families.inputs import Argument
+    from tacod.rank.forward.run import plan_for
+    from tacod.rank.weights.remap import identify
+    from tacod.rank.weights.unfilled import Unfilled
+
+    with Unfilled():
+        family, config, checkpoint = identify(checkpoint)
+        with torch.device("meta"):
+            model = family(config)
     width, height = (int(side) // family.downscale for side in args.size.split("x"))
     text = family.usual["L"] if args.text is None else args.text
     sizes = {**family.usual, "B": args.batch, "H": height, "W": width, "L": text}
@@ -77,6 +87,11 @@ def _plan(argv: Sequence[str] | None) -> int:
 
 def _arguments(model: DiT) -> dict[str, Any]:
     """The tensors that a forward takes: shapes, whether a usual forward has them, and values of what isn't noise."""
+    import torch
+
+    from tacod.rank.families.inputs import Argument
+    from tacod.rank.forward.warmup import SIGMA
+
     report: dict[str, Any] = {
         name: {"shape": spec.shape, "required": spec.required, "usual": spec.required or name in model.usual_optional}
         for name, spec in model.arguments().items()

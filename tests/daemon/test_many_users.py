@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,21 @@ def from_file(models: Path, user: int) -> list[dict[str, Any]]:
     return [{"path": f"user{user}.safetensors", "strength": 1.0}]
 
 
-@contextmanager
-def started(models: Path, ranks: int = 1, **settings: Any) -> Iterator[Daemon]:
-    with Daemon(ranks, [models], {key.replace("__", "."): value for key, value in settings.items()}) as daemon:
-        yield daemon
+Started = Callable[..., AbstractContextManager[Daemon]]
+
+
+@pytest.fixture
+def started(daemons: Callable[[int], Daemon]) -> Started:
+    """The shared daemon with one rank, emptied, with other settings."""
+
+    @contextmanager
+    def started(**settings: Any) -> Iterator[Daemon]:
+        daemon = daemons(1)
+        daemon.empty()
+        with daemon.changed({key.replace("__", "."): value for key, value in settings.items()}):
+            yield daemon
+
+    return started
 
 
 def together(daemon: Daemon, work: Callable[[Client, int], Any], users: int = USERS) -> list[Any]:
@@ -83,9 +94,9 @@ def sample(model: Model, steps: int = 12) -> Tensor:
     ],
     ids=["one variant", "cramped store", "one of each", "memory of one"],
 )
-def test_users_with_a_lora_each_take_turns(models: Path, kind: str, settings: dict[str, Any]) -> None:
+def test_users_with_a_lora_each_take_turns(started: Started, models: Path, kind: str, settings: dict[str, Any]) -> None:
     patches = [lora(user) if kind == "tensors" else from_file(models, user) for user in range(USERS)]
-    with started(models, **settings) as daemon:
+    with started(**settings) as daemon:
         wanted = undisturbed(daemon, patches)
         assert all(relative_error(one, wanted[0]) > 1e-3 for one in wanted[1:])
 
@@ -96,9 +107,9 @@ def test_users_with_a_lora_each_take_turns(models: Path, kind: str, settings: di
         assert max(together(daemon, work)) <= FP32
 
 
-def test_runs_whose_models_make_room_for_each_other_all_get_done(models: Path) -> None:
+def test_runs_whose_models_make_room_for_each_other_all_get_done(started: Started) -> None:
     """And go on where they were: each counts its steps once."""
-    with started(models, models__variants=1) as daemon, daemon.client() as client:
+    with started(models__variants=1) as daemon, daemon.client() as client:
         wanted = [sample(client.load(FLUX.file, patches=lora(user))) for user in range(3)]
 
         def work(client: Client, user: int) -> tuple[float, list[int]]:
@@ -111,12 +122,12 @@ def test_runs_whose_models_make_room_for_each_other_all_get_done(models: Path) -
             assert steps == sorted(set(steps)), "no step is done twice"
 
 
-def test_whole_models_take_turns_too(models: Path) -> None:
+def test_whole_models_take_turns_too(started: Started, models: Path) -> None:
     tinies = [Tiny(f"turn{seed}", FLUX.config, seed) for seed in range(3)]
     for tiny in tinies:
         tiny.save(models)
     size = sum(weight.nbytes for weight in FLUX.model.state_dict().values())
-    with started(models, models__memory_bytes=int(1.5 * size)) as daemon:
+    with started(models__memory_bytes=int(1.5 * size)) as daemon:
 
         def work(client: Client, user: int) -> None:
             model = client.load(tinies[user].file)
@@ -128,9 +139,9 @@ def test_whole_models_take_turns_too(models: Path) -> None:
             assert len(client.models()) == 1
 
 
-def test_a_model_that_made_room_is_loaded_for_a_turn_by_its_id(models: Path) -> None:
+def test_a_model_that_made_room_is_loaded_for_a_turn_by_its_id(started: Started) -> None:
     """Also for a client that doesn't know what it was made of."""
-    with started(models, models__variants=1) as daemon, daemon.client() as client:
+    with started(models__variants=1) as daemon, daemon.client() as client:
         wanted = undisturbed(daemon, [lora(0)])[0]
         first = client.load(FLUX.file, patches=lora(0))
         found = client.model(first.id)
@@ -139,8 +150,8 @@ def test_a_model_that_made_room_is_loaded_for_a_turn_by_its_id(models: Path) -> 
         assert relative_error(found.forward(**FLUX.inputs()), wanted) <= FP32
 
 
-def test_a_lora_file_that_is_gone_is_told_at_the_turn(models: Path) -> None:
-    with started(models, models__variants=1) as daemon, daemon.client() as client:
+def test_a_lora_file_that_is_gone_is_told_at_the_turn(started: Started, models: Path) -> None:
+    with started(models__variants=1) as daemon, daemon.client() as client:
         patches = from_file(models, 40)
         model = client.load(FLUX.file, patches=patches)
         client.load(FLUX.file, patches=lora(1))
@@ -157,9 +168,9 @@ def back_after(client: Client, restarts: int) -> None:
 
 
 @pytest.mark.parametrize("users", [1, 2])
-def test_a_lora_that_fits_the_store_alone_is_taken_however_many_came_before(models: Path, users: int) -> None:
+def test_a_lora_that_fits_the_store_alone_is_taken_however_many_came_before(started: Started, users: int) -> None:
     """What idle models hold in the store makes room; the models stay, and a lost rank costs no more than an upload."""
-    with started(models, limits__store_bytes=int(1.5 * LORA_BYTES)) as daemon:
+    with started(limits__store_bytes=int(1.5 * LORA_BYTES)) as daemon:
         wanted = undisturbed(daemon, [lora(user) for user in range(3)])
         with daemon.client() as one, daemon.client() as two:
             clients = (one, two)[:users]
@@ -176,8 +187,8 @@ def test_a_lora_that_fits_the_store_alone_is_taken_however_many_came_before(mode
             assert one.stats()["store"]["bytes"] <= 1.5 * LORA_BYTES
 
 
-def test_a_lora_larger_than_the_store_is_refused_before_it_is_sent(models: Path) -> None:
-    with started(models, limits__store_bytes=int(0.8 * LORA_BYTES)) as daemon, daemon.client() as client:
+def test_a_lora_larger_than_the_store_is_refused_before_it_is_sent(started: Started) -> None:
+    with started(limits__store_bytes=int(0.8 * LORA_BYTES)) as daemon, daemon.client() as client:
         before = client.stats()["rx_bytes"]
         with pytest.raises(QueueFull, match="never fit"):
             client.load(FLUX.file, patches=lora(0))
@@ -185,10 +196,10 @@ def test_a_lora_larger_than_the_store_is_refused_before_it_is_sent(models: Path)
         FLUX.check(client.load(FLUX.file))
 
 
-def test_who_fills_the_store_is_told_and_others_go_on(models: Path) -> None:
+def test_who_fills_the_store_is_told_and_others_go_on(started: Started) -> None:
     """One client's runs hold half of the store at the most, so another one's conditioning finds room."""
     context = 4 * 8 * 129
-    with started(models, limits__store_bytes=int(4.5 * context)) as daemon, daemon.client() as one:
+    with started(limits__store_bytes=int(4.5 * context)) as daemon, daemon.client() as one:
         runs = [FLUX.sample(one.load(FLUX.file), 20000, seed) for seed in (1, 2)]
         with pytest.raises(QueueFull, match="may need half"):
             FLUX.sample(one.load(FLUX.file), 20000, 3)

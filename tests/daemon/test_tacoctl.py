@@ -1,4 +1,7 @@
-"""Every verb of ``tacoctl`` as a shell sees it: exit codes, one JSON document, plain text in a pipe."""
+"""Every verb of ``tacoctl`` as a shell sees it: exit codes, one JSON document, plain text in a pipe.
+
+Most are run in processes that are forked from one that has imported torch; some as a shell starts them.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import pytest
 import torch
 from helpers import FLUX, FP32, PIXART, SD3, Daemon, Tiny, read_golden, relative_error
 from safetensors.torch import load, load_file, save, save_file
+from warm_tacoctl import WarmTacoctl
 
 from tacod.rank.families.krea2 import Krea2
 from tacod_client import ArgumentError, Client, ModelNotFound
@@ -30,15 +34,26 @@ VERBS = (
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture
-def tacoctl(daemon: Daemon) -> Run:
-    """Run ``tacoctl`` on the shared daemon."""
+@pytest.fixture(scope="module")
+def warm() -> Iterator[WarmTacoctl]:
+    """A process that has imported what ``tacoctl`` needs."""
+    started = WarmTacoctl()
+    yield started
+    started.close()
 
-    def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "TACOD_ENDPOINT": daemon.endpoint}
-        done = subprocess.run(
-            [*TACOCTL, *map(str, arguments)], env=environment, capture_output=True, text=True, check=False, timeout=120
-        )
+
+@pytest.fixture
+def tacoctl(daemon: Daemon, warm: WarmTacoctl) -> Run:
+    """Run ``tacoctl`` on the shared daemon; ``cold`` starts it as a shell does."""
+
+    def run(*arguments: object, code: int = 0, cold: bool = False) -> subprocess.CompletedProcess[str]:
+        environment, texts = {**os.environ, "TACOD_ENDPOINT": daemon.endpoint}, list(map(str, arguments))
+        if cold:
+            done = subprocess.run(
+                [*TACOCTL, *texts], env=environment, capture_output=True, text=True, check=False, timeout=120
+            )
+        else:
+            done = warm.run(texts, environment)
         assert done.returncode == code, done.stderr
         assert "\x1b" not in done.stdout
         assert "Traceback" not in done.stderr
@@ -59,7 +74,7 @@ def test_status(tacoctl: Run, daemon: Daemon, client: Client) -> None:
     told = as_json(tacoctl("status", "--json"))
     assert set(told) == set(client.status())
     assert set(told["group"]) == set(client.status()["group"])
-    plain = tacoctl("status").stdout
+    plain = tacoctl("status", cold=True).stdout
     assert all(word in plain for word in ("ready", str(daemon.pid), daemon.endpoint, "cpu:1", SD3.file))
 
 
@@ -73,7 +88,7 @@ from tacod_client.cli import main
 encode, sent = wire.encode, []
 wire.encode = lambda message: sent.append(message.type) or encode(message)
 code = main(["--endpoint", {daemon.endpoint!r}, "status", "--json"])
-large = [name for name in ("torch", "xfuser", "diffusers", "tacod") if name in sys.modules]
+large = [name for name in ("numpy", "torch", "xfuser", "diffusers", "tacod") if name in sys.modules]
 print(*sent, *large, file=sys.stderr)
 sys.exit(code)
 """
@@ -150,7 +165,7 @@ def test_sample(tacoctl: Run, client: Client, tmp_path: Path) -> None:
         {"noise": given["x"], "sigmas": sigmas, **{f"positive.{key}": value for key, value in conditions.items()}},
         inputs,
     )
-    told = as_json(tacoctl("sample", model.id, inputs, "--output", output, "--sampler", "heun", "--json"))
+    told = as_json(tacoctl("sample", model.id, inputs, "--output", output, "--sampler", "heun", "--json", cold=True))
     assert (told["output"], told["steps"]) == (str(output), 4)
     assert relative_error(load_file(output)["latent"], job.result()) <= FP32
 
@@ -471,7 +486,7 @@ def test_bench_compares_one_rank_with_all_and_the_daemon_remembers(tacoctl: Run,
 
 def test_bench_takes_a_file_or_the_model_that_was_used_last(tacoctl: Run, client: Client) -> None:
     options = ("--size", "96x64", "--batch", 2, "--rounds", 1)
-    plain = tacoctl("bench", SD3.file, *options).stdout
+    plain = tacoctl("bench", SD3.file, *options, cold=True).stdout
     assert all(word in plain for word in (SD3.file, "96x64", "154 text tokens", "batch 2 × sequence 1", "2 ranks"))
     SD3.check(client.load(SD3.file))
     assert as_json(tacoctl("bench", *options, "--json"))["model"]["name"] == SD3.file

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import pytest
 from helpers import SD3, Daemon
@@ -39,10 +38,12 @@ def test_a_change_in_place_that_a_glance_overlooks_counts(client: Client) -> Non
 
 
 @pytest.fixture(scope="module")
-def cramped(models: Path) -> Iterator[Daemon]:
-    """A daemon whose store holds two contexts, and whose ranks keep one."""
+def cramped(daemons: Callable[[int], Daemon]) -> Iterator[Daemon]:
+    """The daemon with two ranks, while its store holds two contexts, and its ranks keep one."""
     settings = {"limits.store_bytes": 2 * CONTEXT_BYTES + 100, "group.cache_bytes": CONTEXT_BYTES + 100}
-    with Daemon(2, [models], settings) as daemon:
+    daemon = daemons(2)
+    daemon.empty()
+    with daemon.changed(settings):
         yield daemon
 
 

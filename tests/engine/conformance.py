@@ -21,6 +21,7 @@ from tacod_client.tensors import to_wire
 CPU = torch.device("cpu")
 FAMILIES = {family.family: family for family in families()}
 _DRAWS = 999
+_MANY = 100
 _LARGEST_FACTOR = 64
 """By how much the sides of a latent are multiplied at the most."""
 
@@ -53,23 +54,33 @@ def required_inputs(dit: DiT, batch: int = 1, text: int = 5, sides: Sequence[int
     raise AssertionError(f"{dit.family} takes no latents of {sides}, however often")
 
 
+def smallest_inputs(dit: DiT, batch: int, text: int) -> Inputs:
+    """As `required_inputs`, with few tokens that two ranks share unevenly."""
+    inputs = required_inputs(dit, batch, text, (1, 3))
+    # Of latents whose sides must add up to some length, PixArt's, the long ones have few tokens.
+    return inputs if sum(dit.lengths(inputs)) < _MANY else required_inputs(dit, batch, text, (1, 33))
+
+
 def with_optional(
-    dit: DiT, inputs: Inputs, names: Sequence[str] | None = None, seed: int = 0, shared: bool = True
+    dit: DiT, inputs: Inputs, names: Sequence[str] | None = None, seed: int = 0, shared: bool = True, most: int = 7
 ) -> Inputs:
-    """The same inputs with these optional arguments, or with all; ``shared`` are of a batch of 1 where they may be."""
+    """The same inputs with these optional arguments, or with all.
+
+    ``shared`` ones are of a batch of 1 where they may be; what has sizes of its own has them up to ``most``.
+    """
     generator = torch.Generator().manual_seed(seed)
     optional = [name for name, spec in dit.arguments().items() if not spec.required and name not in inputs]
     chosen = [name for name in optional if names is None or name in names]
     # Masks and residuals have as many tokens as everything else makes.
     for name in sorted(chosen, key=lambda name: _turn(dit.arguments()[name])):
-        inputs = _with(dit, name, inputs, generator, shared)
+        inputs = _with(dit, name, inputs, generator, shared, most)
     return inputs
 
 
-def _with(dit: DiT, name: str, inputs: Inputs, generator: torch.Generator, shared: bool) -> Inputs:
+def _with(dit: DiT, name: str, inputs: Inputs, generator: torch.Generator, shared: bool, most: int) -> Inputs:
     """One more argument, drawn until it has sizes that the model takes."""
     for _ in range(_DRAWS):
-        drawn = inputs.replace(**{name: _value(dit, dit.arguments()[name], inputs, generator, shared)})
+        drawn = inputs.replace(**{name: _value(dit, dit.arguments()[name], inputs, generator, shared, most)})
         with suppress(ArgumentError):
             dit.lengths(drawn)
             return drawn
@@ -90,7 +101,7 @@ def _turn(spec: Spec) -> int:
     return 1 if isinstance(spec, Argument) and spec.mask else 0
 
 
-def _value(dit: DiT, spec: Spec, inputs: Inputs, generator: torch.Generator, shared: bool) -> Any:
+def _value(dit: DiT, spec: Spec, inputs: Inputs, generator: torch.Generator, shared: bool, most: int) -> Any:
     def integer(most: int) -> int:
         return int(torch.randint(1, most + 1, (), generator=generator))
 
@@ -115,7 +126,7 @@ def _value(dit: DiT, spec: Spec, inputs: Inputs, generator: torch.Generator, sha
             known |= {size: sum(dit.lengths(inputs)) for size in spec.shape if size not in known}
         if spec.shared and shared:
             known["B"] = 1
-        own = {size: integer(7) for size in spec.shape if isinstance(size, str)}
+        own = {size: integer(most) for size in spec.shape if isinstance(size, str)}
         shape = [({**own, **known}[size] if isinstance(size, str) else size) for size in spec.shape]
         if spec.keys:
             seen = torch.rand(shape, generator=generator) < 0.6

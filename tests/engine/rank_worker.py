@@ -5,6 +5,7 @@ Run as a script, this file is one rank: it reads cases as JSON lines and answers
 
 from __future__ import annotations
 
+import bisect
 import functools
 import itertools
 import json
@@ -24,7 +25,7 @@ import made_up
 import torch
 import torch.distributed as dist
 from attention_cases import largest_error
-from conformance import random_case, required_inputs, tiny, with_optional
+from conformance import random_case, required_inputs, smallest_inputs, tiny, with_optional
 from helpers import FLUX, SD3, Golden, read_golden, relative_error
 from shared_block import SharedBlock, reach_shared
 from torch.distributed import distributed_c10d
@@ -118,6 +119,41 @@ class OnOneDevice(dist.ProcessGroupGloo):
         options._devices = [device()]
         options._timeout = timeout
         super().__init__(store, rank, size, options)
+
+
+Walk = tuple[list[Any], list[bool]]
+"""What each step of a run gave, and which were skipped."""
+
+
+def walk(family: str, forwards: Forwards, layout: Layout, threshold: float, mine: slice) -> Walk:
+    """Some steps of a run of two images, or of those of them that are ``mine``."""
+    dit = tiny(family)
+    start = required_inputs(dit, batch=2)
+    plan = Plan(layout, forwards.topology.world_size, Shape(dit.heads, dit.width), step_cache=threshold)
+    outs, skipped = [], []
+    generator = torch.Generator().manual_seed(1)
+    for n, level in enumerate(dit.timestep(torch.linspace(1, 0.1, 8)).tolist()):
+        x = start.latents[0] + 0.05 * n * torch.randn(start.latents[0].shape, generator=generator)
+        inputs = start.replace(x=x, timestep=torch.full_like(start["timestep"], level)).images(mine)
+        before = forwards.skipped
+        outs.append(forwards(Call(dit, plan, inputs)))
+        skipped.append(forwards.skipped > before)
+    return outs, skipped
+
+
+@functools.cache
+def first_that_skips(family: str, batch: int) -> tuple[float, list[Walk]]:
+    """The least of some thresholds at which each of ``batch`` groups of two images skips something alone; and how."""
+    groups = [slice(i, i + 2 // batch) for i in range(0, 2, 2 // batch)]
+    thresholds = [0.01 * 1.4**n for n in range(20)]
+
+    @functools.cache
+    def alone(threshold: float) -> list[Walk]:
+        return [walk(family, Forwards(Topology()), Layout(1, 1, 1), threshold, mine) for mine in groups]
+
+    # Until its first skip a walk is the same at every threshold, so what skips something at one does so at all above.
+    found = bisect.bisect_left(thresholds, True, key=lambda each: all(any(skipped) for _, skipped in alone(each)))
+    return thresholds[found], alone(thresholds[found])
 
 
 class Rank:
@@ -227,7 +263,7 @@ class Rank:
         """How far a forward with the GPU's kernels, interpreted, is from that without; and how many were run."""
         dit = tiny(family)
         # Few tokens: the interpreter takes each row of a kernel by itself.
-        inputs = with_optional(dit, required_inputs(dit, batch=2, text=3, sides=(1, 3)))
+        inputs = with_optional(dit, smallest_inputs(dit, batch=2, text=3), most=2)
         expected = self._from_first(lambda: dit.run(SequenceParallel(), inputs))
         with ExitStack() as patches:
             modules = ("fused", "qkv")
@@ -238,35 +274,9 @@ class Rank:
 
     def steps(self, layout: Layout, family: str) -> tuple[list[bool], float, list[list[bool]]]:
         """Of a run of some steps: which were skipped, the largest error, and which each group's images skip alone."""
-        dit = tiny(family)
-        start = required_inputs(dit, batch=2)
-        shape = Shape(dit.heads, dit.width)
-        levels = dit.timestep(torch.linspace(1, 0.1, 8)).tolist()
-
-        def walk(forwards: Forwards, layout: Layout, threshold: float, mine: slice) -> tuple[list[Any], list[bool]]:
-            plan = Plan(layout, forwards.topology.world_size, shape, step_cache=threshold)
-            outs, skipped = [], []
-            generator = torch.Generator().manual_seed(1)
-            for n, level in enumerate(levels):
-                x = start.latents[0] + 0.05 * n * torch.randn(start.latents[0].shape, generator=generator)
-                inputs = start.replace(x=x, timestep=torch.full_like(start["timestep"], level)).images(mine)
-                before = forwards.skipped
-                outs.append(forwards(Call(dit, plan, inputs)))
-                skipped.append(forwards.skipped > before)
-            return outs, skipped
-
-        def alone() -> Any:
-            """With the first threshold at which every group skips something."""
-            for threshold in (0.01 * 1.4**n for n in range(20)):
-                each = [walk(Forwards(Topology()), Layout(1, 1, 1), threshold, mine) for mine in groups]
-                if all(any(skipped) for _, skipped in each):
-                    return threshold, each
-            raise AssertionError("no threshold makes it skip")
-
-        groups = [slice(i, i + 2 // layout.batch) for i in range(0, 2, 2 // layout.batch)]
         with torch.inference_mode():
-            threshold, expected = self._from_first(alone)
-            outs, skipped = walk(Forwards(self.topology), layout, threshold, slice(None))
+            threshold, expected = self._from_first(lambda: first_that_skips(family, layout.batch))
+            outs, skipped = walk(family, Forwards(self.topology), layout, threshold, slice(None))
         wholes = [torch.cat(parts) for parts in zip(*(each for each, _ in expected), strict=True)]
         error = max(relative_difference(*each) for each in zip(outs, wholes, strict=True))
         return skipped, error, [each for _, each in expected]

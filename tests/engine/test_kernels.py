@@ -25,7 +25,7 @@ from tacod.rank.ops.norm import LAYER_NORM, Norm
 from tacod.rank.ops.qkv import QKV, QKNorm, Rotation, deal_heads
 
 FP32 = 2e-6
-ROWS = [(3, 5, 72), (1, 4, 128), (2, 1, 1100)]
+ROWS = [(2, 3, 72), (1, 2, 128), (2, 1, 1100)]
 GATED = [*ROWS, (2, 3, 4100)]
 PACKS = [
     {"heads": heads, "width": width, "ranks": ranks, "batch": batch, "norm": norm, "turn": turn}

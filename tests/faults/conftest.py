@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import FLUX, SD3, START_S, Daemon, eventually, shared_memory
+from helpers import FLUX, OFTEN, SD3, START_S, Daemon, eventually, shared_memory
 
 from tacod.config import I_KNOW
 from tacod_client import Cancelled, Client
@@ -29,9 +29,7 @@ def two_ranks(models: Path) -> Iterator[Daemon]:
     settings = {
         "heartbeat_s": 1.0,
         "group.step_timeout_s": STEP_TIMEOUT_S,
-        "group.max_restarts": 1000,
-        # Many restarts in a short time would be spaced out more and more; here each is the first of its window.
-        "group.restart_window_s": 0.001,
+        **OFTEN,
     }
     with Daemon(RANKS, [models], settings) as daemon:
         with daemon.client() as client:
@@ -40,6 +38,13 @@ def two_ranks(models: Path) -> Iterator[Daemon]:
             job.cancel()
             with pytest.raises(Cancelled):
                 job.result()
+        yield daemon
+
+
+@pytest.fixture(scope="session")
+def patient(models: Path) -> Iterator[Daemon]:
+    """One rank, and heartbeats so far apart that no client must answer one."""
+    with Daemon(1, [models], {"heartbeat_s": 60.0}) as daemon:
         yield daemon
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
 import psutil
 import pytest
@@ -29,17 +28,12 @@ GIVEN_BACK_S = 10.0
 
 
 @pytest.fixture(scope="module")
-def small(models: Path) -> Iterator[Daemon]:
-    """A daemon that holds little, with heartbeats so far apart that no client must answer one."""
-    settings = {
-        "heartbeat_s": 60.0,
-        "limits.store_bytes": STORE_BYTES,
-        "limits.message_bytes": MESSAGE_BYTES,
-    }
-    with Daemon(1, [models], settings) as daemon:
-        with daemon.client() as client:
+def small(patient: Daemon) -> Iterator[Daemon]:
+    """A daemon that holds little, and whose clients needn't answer."""
+    with patient.changed({"limits.store_bytes": STORE_BYTES, "limits.message_bytes": MESSAGE_BYTES}):
+        with patient.client() as client:
             SD3.check(client.load(SD3.file))
-        yield daemon
+        yield patient
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from helpers import SD3, Daemon, eventually
@@ -19,11 +18,14 @@ from tacod_client.connection import SILENCE_S
 
 SCRIPT = """
 import sys, time
-from helpers import SD3
+import numpy as np
 from tacod_client import Client
 client = Client(sys.argv[1])
-model = client.load(SD3.file)
-jobs = [SD3.sample(model, 20000) for _ in range(3)]
+model = client.load(sys.argv[2])
+latent = np.ones((1, 4, 9, 14), np.float32)
+condition = {"context": np.ones((1, 129, 8), np.float32), "y": np.ones((1, 6), np.float32)}
+levels = np.linspace(1, 0, 20001, dtype=np.float32)
+jobs = [model.sample(noise=latent, latent=latent, sigmas=levels, positive=condition) for _ in range(3)]
 print("queued", flush=True)
 time.sleep(600)
 """
@@ -33,8 +35,7 @@ time.sleep(600)
 def busy_client(daemon: Daemon) -> Iterator[subprocess.Popen[str]]:
     """A process with one run under way and two in the queue."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, daemon.endpoint],
-        cwd=Path(__file__).parents[1],
+        [sys.executable, "-c", SCRIPT, daemon.endpoint, SD3.file],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -98,9 +99,9 @@ def test_one_that_does_not_read_delays_nobody(sturdy: Daemon, client: Client) ->
         assert job.result().isfinite().all()
 
 
-def test_one_that_pauses_is_not_gone(models: Path) -> None:
+def test_one_that_pauses_is_not_gone(patient: Daemon) -> None:
     """Between two calls nobody listens; that is no reason to think the daemon dead and to ask again."""
-    with Daemon(1, [models], {"heartbeat_s": 60.0}) as daemon, daemon.client() as client:
+    with patient.client() as client:
         model = client.load(SD3.file)
         inputs = SD3.inputs(batch=8, size=(24, 24))
         model.forward(**inputs)

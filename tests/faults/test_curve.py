@@ -227,8 +227,8 @@ def test_a_new_key_of_the_daemons_is_the_one_that_counts(remote: Remote) -> None
     old = {suffix: (remote.keys / f"tacod{suffix}").read_bytes() for suffix in (".key", ".key_secret")}
     with remote.daemon.client() as operator, remote.client("alice", timeout_s=1.0, reconnect_s=60) as alice:
         model = alice.load(SD3.file)
-        expected = SD3.sample(model, 300).result()
-        job = SD3.sample(model, 300)
+        expected = SD3.sample(model, 120).result()
+        job = SD3.sample(model, 120)
         next(iter(job))
         for suffix in old:
             (remote.keys / f"tacod{suffix}").unlink()

@@ -20,6 +20,9 @@ from torch import Tensor
 
 from tacod_client import ConnectionLost
 
+STEPS = 150
+"""More than are done until a daemon is killed whose run has just begun."""
+
 
 @pytest.fixture(scope="module")
 def killed(models: Path) -> Iterator[Daemon]:
@@ -88,7 +91,17 @@ def test_a_run_of_tacoctl_from_a_file_goes_on_with_the_next_daemon(daemon: Daemo
 
         def sample(output: Path) -> subprocess.Popen[str]:
             code = "import sys; from tacod_client.cli import main; sys.exit(main())"
-            arguments = ["sample", SD3.file, str(inputs), "--size", "96x96", "--steps", "500", "--output", str(output)]
+            arguments = [
+                "sample",
+                SD3.file,
+                str(inputs),
+                "--size",
+                "96x96",
+                "--steps",
+                str(STEPS),
+                "--output",
+                str(output),
+            ]
             environment = {**os.environ, "TACOD_ENDPOINT": daemon.endpoint}
             command = [sys.executable, "-c", code, *arguments]
             return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)

@@ -47,6 +47,7 @@ def fill(folder: Path) -> Path:
 
 
 def test_work_goes_on(models: Path, small: Path) -> None:
+    """And it ends as ever."""
     daemon = Daemon(1, [models], {"models.uploads": str(small / "uploads"), "log_level": "debug"})
     daemon.log_path = small / "log"
     with daemon, daemon.client() as client:
@@ -62,6 +63,9 @@ def test_work_goes_on(models: Path, small: Path) -> None:
         assert len(daemon.log) < logged + 4096, "the disk was full"
         filler.unlink()
         FLUX.check(client.load(client.upload(FLUX.model.state_dict(), {"tacod.config": json.dumps(FLUX.config)})))
+        client.close()
+        fill(small)
+        daemon.stop()
 
 
 def test_an_upload_that_does_not_fit_leaves_the_disk_to_the_others(models: Path, small: Path) -> None:
@@ -78,13 +82,3 @@ def test_an_upload_that_does_not_fit_leaves_the_disk_to_the_others(models: Path,
             client.upload({**state, "img_in.bias": state["img_in.bias"] + number + 1}, notes)
         os.kill(daemon.rank_pids()[0], signal.SIGKILL)
         FLUX.check(model)
-
-
-def test_it_ends_as_ever(models: Path, small: Path) -> None:
-    daemon = Daemon(1, [models])
-    daemon.log_path = small / "log"
-    with daemon:
-        fill(small)
-        with daemon.client() as client:
-            SD3.check(client.load(SD3.file))
-        daemon.stop()

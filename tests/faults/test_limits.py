@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,17 +21,17 @@ STORE_BYTES = 6_000
 
 
 @pytest.fixture(scope="module")
-def narrow(models: Path) -> Iterator[Daemon]:
-    """A daemon that takes little."""
+def narrow(two_ranks: Daemon) -> Iterator[Daemon]:
+    """The daemon with two ranks, while it takes little."""
     settings = {
         "limits.queue": QUEUE,
         "limits.clients": CLIENTS,
         "limits.message_bytes": MESSAGE_BYTES,
         "limits.store_bytes": STORE_BYTES,
-        "heartbeat_s": 1.0,
     }
-    with Daemon(1, [models], settings) as daemon:
-        yield daemon
+    two_ranks.empty()
+    with two_ranks.changed(settings):
+        yield two_ranks
 
 
 @pytest.fixture

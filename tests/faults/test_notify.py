@@ -8,18 +8,23 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from helpers import Daemon
+from helpers import SD3, Daemon
 
 from tacod.notify import notify
 
 from .manager import MORE_TIME, Manager
 
 
-def test_it_is_told() -> None:
+def test_it_is_told(models: Path) -> None:
+    """Also of a SIGTERM while it is idle, which ends it at once."""
     with Manager() as manager:
-        with Daemon(1, environment=manager.environment(watchdog_s=4)) as daemon:
+        with Daemon(1, [models], environment=manager.environment(watchdog_s=4)) as daemon:
             manager.hears_more_pats(2, 4)
+            with daemon.client() as client:
+                SD3.check(client.load(SD3.file))
+            started = time.monotonic()
             daemon.stop()
+            assert time.monotonic() - started < 5
         phases = manager.texts
         everything = [text for _, text in manager.told]
     assert phases[:3] == ["STATUS=starting 1 rank", "READY=1", "STATUS=ready: 0 models on 1 rank; idle"]

@@ -17,6 +17,9 @@ from tacod_client import Client
 @pytest.mark.parametrize("rank", [0, 1])
 def test_under_a_forward(sturdy: Daemon, client: Client, rank: int) -> None:
     model = client.load(FLUX.file)
+    FLUX.check(model)
+    supervisor = psutil.Process(sturdy.pid)
+    open_before = supervisor.num_fds(), supervisor.num_threads()
     before, stats = client.status()["group"], client.stats()
     victim = before["ranks"][rank]["pid"]
     with ThreadPoolExecutor(1) as pool, sturdy.client() as watcher:
@@ -34,6 +37,8 @@ def test_under_a_forward(sturdy: Daemon, client: Client, rank: int) -> None:
     assert told["retried_forwards"] == stats["retried_forwards"] + 1
     assert told["group_restarts"] == after["restarts"]
     assert "was killed by SIGKILL" in sturdy.log
+    eventually(lambda: (supervisor.num_fds(), supervisor.num_threads()) == open_before, 5, "no descriptor stays open")
+    assert len(sturdy.processes()) == 3
 
 
 def test_under_a_sample(sturdy: Daemon, client: Client) -> None:
@@ -72,15 +77,3 @@ def test_what_other_clients_had_queued_goes_on(sturdy: Daemon, client: Client) -
         next(iter(mine))
         os.kill(sturdy.rank_pids()[1], signal.SIGKILL)
         assert torch.equal(mine.result(), theirs.result())
-
-
-def test_leaves_no_descriptor_open(sturdy: Daemon, client: Client) -> None:
-    model = client.load(FLUX.file)
-    FLUX.check(model)
-    supervisor = psutil.Process(sturdy.pid)
-    before = supervisor.num_fds(), supervisor.num_threads()
-    for rank in (0, 1):
-        os.kill(sturdy.rank_pids()[rank], signal.SIGKILL)
-        FLUX.check(model)
-    assert (supervisor.num_fds(), supervisor.num_threads()) == before
-    assert len(sturdy.processes()) == 3

@@ -16,7 +16,8 @@ from .conftest import Inject
 def test_each_time(sturdy: Daemon, client: Client, inject: Inject) -> None:
     model = client.load(FLUX.file)
     before = client.stats()
-    inject({"group.retries": 1}, kind="raise", rank=1, always=True)
+    # Twice the same is enough: what retries are left are not used.
+    inject({"group.retries": 3}, kind="raise", rank=1, always=True)
     with pytest.raises(RankFailed, match=r"forward failed 2 times") as caught:
         FLUX.check(model)
     assert "rank 1 (cpu:1) raised:" in caught.value.message
@@ -52,13 +53,3 @@ def test_all_of_them_alike(sturdy: Daemon, client: Client, inject: Inject) -> No
     after = client.status()["group"]
     assert after["restarts"] == before["restarts"]
     assert [rank["pid"] for rank in after["ranks"]] == [rank["pid"] for rank in before["ranks"]]
-
-
-def test_each_time_the_same_is_not_tried_to_the_end(sturdy: Daemon, client: Client, inject: Inject) -> None:
-    model = client.load(FLUX.file)
-    before = client.stats()["group_restarts"]
-    inject({"group.retries": 3}, kind="raise", rank=1, always=True)
-    with pytest.raises(RankFailed, match="forward failed 2 times") as caught:
-        FLUX.check(model)
-    assert caught.value.details["attempts"] == 2
-    assert client.stats()["group_restarts"] == before + 2

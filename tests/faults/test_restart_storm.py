@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,8 +28,28 @@ def kill_a_rank_under_a_forward(daemon: Daemon, expected: type[Exception], words
             forward.result(START_S)
 
 
-def test_fails_the_job_and_then_gives_up(models: Path) -> None:
-    with Daemon(1, [models], {"group.retries": 0, "group.max_restarts": 1}) as daemon:
+@pytest.fixture(scope="module")
+def daemon(models: Path) -> Iterator[Daemon]:
+    """One restart is allowed."""
+    with Daemon(1, [models], {"group.max_restarts": 1}) as daemon:
+        yield daemon
+
+
+def test_jobs_that_end_the_ranks_each_time_end_no_daemon(daemon: Daemon) -> None:
+    """Four restarts are needed: they are the jobs' fault, and not the ranks'."""
+    fault = on_purpose(kind="segfault", rank=0, always=True)
+    with daemon.changed({}, sections=fault), daemon.client() as client:
+        model = client.load(SD3.file)
+        for _ in range(2):
+            with pytest.raises(RankFailed, match="forward failed 2 times"):
+                SD3.check(model)
+        eventually(lambda: client.status()["state"] == "ready", START_S, "the ranks are back")
+        assert client.status()["group"]["restarts"] == 4
+
+
+def test_fails_the_job_and_then_gives_up(daemon: Daemon) -> None:
+    """The last test of this daemon."""
+    with daemon.changed({"group.retries": 0}):
         kill_a_rank_under_a_forward(daemon, RankFailed, "was killed by SIGKILL")
         with daemon.client() as client:
             eventually(lambda: client.status()["state"] == "ready", START_S, "the ranks are back")
@@ -44,15 +65,3 @@ def test_gives_up_at_once_without_restarts(models: Path) -> None:
         kill_a_rank_under_a_forward(daemon, Unavailable, r"group\.max_restarts.*SIGKILL")
         assert daemon.wait(5) == 1
         daemon.check_leavings()
-
-
-def test_jobs_that_end_the_ranks_each_time_end_no_daemon(models: Path) -> None:
-    """One restart is allowed, and four are needed: they are the jobs' fault, and not the ranks'."""
-    fault = on_purpose(kind="segfault", rank=0, always=True)
-    with Daemon(1, [models], {"group.max_restarts": 1}, sections=fault) as daemon, daemon.client() as client:
-        model = client.load(SD3.file)
-        for _ in range(2):
-            with pytest.raises(RankFailed, match="forward failed 2 times"):
-                SD3.check(model)
-        eventually(lambda: client.status()["state"] == "ready", START_S, "the ranks are back")
-        assert client.status()["group"]["restarts"] == 4

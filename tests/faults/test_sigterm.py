@@ -14,19 +14,6 @@ from helpers import FLUX, SD3, START_S, Daemon, eventually, stopped
 
 from tacod_client import Unavailable
 
-from .manager import Manager
-
-
-def test_idle(models: Path) -> None:
-    with Manager() as manager:
-        with Daemon(1, [models], environment=manager.environment(watchdog_s=4)) as daemon:
-            with daemon.client() as client:
-                SD3.check(client.load(SD3.file))
-            started = time.monotonic()
-            daemon.stop()
-            assert time.monotonic() - started < 5
-        assert "STOPPING=1\nSTATUS=draining" in manager.texts
-
 
 def test_running_and_queued_work_is_finished(models: Path) -> None:
     steps = 20

@@ -57,9 +57,9 @@ def test_a_socket_in_a_folder_of_any_name(models: Path) -> None:
         folder.rmdir()
 
 
-@pytest.mark.parametrize("closed", ["2>&-", "0<&- 1>&- 2>&-"])
-def test_without_streams(models: Path, closed: str) -> None:
-    daemon = Daemon(2, [models])
+@pytest.mark.parametrize(("closed", "ranks"), [("2>&-", 1), ("0<&- 1>&- 2>&-", 2)])
+def test_without_streams(models: Path, closed: str, ranks: int) -> None:
+    daemon = Daemon(ranks, [models])
     daemon.wrapper = ["sh", "-c", f'exec "$0" "$@" {closed}']
     with daemon:
         restored(daemon)

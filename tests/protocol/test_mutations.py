@@ -126,12 +126,13 @@ def check_request(kind: str, body: dict[str, Any]) -> None:
         assert refusal.message.startswith(f"{refusal.argument}: ")
 
 
-@given(st.sampled_from(VALID), st.binary(min_size=4, max_size=8))
-@settings(max_examples=10_000, deadline=None)
-def test_damaged_message_is_read_or_refused(frames: list[bytes], accidents: bytes) -> None:
-    for start in range(0, len(accidents) - 3, 4):
-        frames = damage(frames, accidents[start : start + 4])
-    event("read" if check(frames) else "refused")
+@given(st.lists(st.tuples(st.sampled_from(VALID), st.binary(min_size=4, max_size=8)), min_size=10, max_size=10))
+@settings(max_examples=1_000, deadline=None)
+def test_damaged_message_is_read_or_refused(messages: list[tuple[list[bytes], bytes]]) -> None:
+    for frames, accidents in messages:
+        for start in range(0, len(accidents) - 3, 4):
+            frames = damage(frames, accidents[start : start + 4])
+        event("read" if check(frames) else "refused")
 
 
 @given(st.lists(st.binary(max_size=40), max_size=4))

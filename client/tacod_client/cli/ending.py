@@ -9,8 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from tacod_client import errors, streams
-from tacod_client.cli.output import stdout
-from tacod_client.streams import mute
+from tacod_client.streams import mute, stdout
 from tacod_client.text import printable
 
 __all__ = ["EXIT_CODES", "complain", "exit_code", "guarded", "mute"]

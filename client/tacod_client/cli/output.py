@@ -8,27 +8,16 @@ import os
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tacod_client.errors import RequestError, TacodError
+from tacod_client.streams import stdout
 
-__all__ = ["Output", "document", "stdout"]
-
-
-@contextmanager
-def stdout() -> Iterator[None]:
-    """Within, stdout is written to; an error of the system's carries its name."""
-    try:
-        yield
-        sys.stdout.flush()
-    except OSError as error:
-        error.filename = error.filename or "stdout"
-        raise
+__all__ = ["Output", "document"]
 
 
 def document(value: Any, indent: int | None = 2) -> None:

@@ -8,7 +8,7 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-from tacod_client.cli.output import stdout
+from tacod_client.streams import stdout
 from tacod_client.text import typed
 
 __all__ = ["parser"]

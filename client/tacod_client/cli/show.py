@@ -22,8 +22,8 @@ from rich.progress import (
 from rich.text import Text
 
 from tacod_client.cli.ending import mute
-from tacod_client.cli.output import stdout
 from tacod_client.job import Job
+from tacod_client.streams import stdout
 from tacod_client.text import printable
 
 __all__ = [

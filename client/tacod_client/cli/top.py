@@ -14,10 +14,11 @@ from rich.live import Live
 from rich.text import Text
 
 from tacod_client.cli import show
-from tacod_client.cli.output import document, stdout
+from tacod_client.cli.output import document
 from tacod_client.client import Client
 from tacod_client.endpoint import find_endpoint
 from tacod_client.errors import ConnectionFailed, TacodError
+from tacod_client.streams import stdout
 
 __all__ = ["frame", "run"]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tacod_client.cli import bench, doctor, install, keygen, loaded, sample, show, top
+from tacod_client.cli import doctor, install, keygen, loaded, sample, show, top
 from tacod_client.cli.output import document
 from tacod_client.cli.parser import parser
 from tacod_client.client import Client
@@ -169,6 +169,9 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     _needs("tacod", "pydantic", "torch")
+    # It alone computes: the others are quicker without numpy.
+    from tacod_client.cli import bench
+
     return bench.run(args)
 
 

@@ -22,6 +22,7 @@ from tacod.rank.ops.packed.gguf import dequantize_blocks
 from tacod.rank.weights.packing import PACKED, Layer, pack, pack_plain
 from tacod.rank.weights.reader import Reader
 from tacod.rank.weights.remap import identify, some
+from tacod.rank.weights.unfilled import Unfilled
 from tacod_client.errors import ModelCorrupt, ModelUnsupported
 
 __all__ = [
@@ -99,9 +100,10 @@ def load_model(
     Raises `ModelUnsupported` if the family or its weights are unknown, `ModelCorrupt` if tensors lack or don't fit, or
     if a file changes meanwhile.
     """
-    family, config, checkpoint = identify(checkpoint)
-    with torch.device("meta"):
-        model = family(config)
+    with Unfilled():
+        family, config, checkpoint = identify(checkpoint)
+        with torch.device("meta"):
+            model = family(config)
     wanted = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
     lacking = [name for name, _ in model.named_buffers() if name not in checkpoint.tensors]
     for name in lacking:
