@@ -15,13 +15,14 @@ from tacod.checkpoint import locate, read_checkpoint
 from tacod.execution.store import digests_of, tensors_of
 from tacod.group.work import Facts, Load
 from tacod.plan import AUTO, Request, Shape, make_plan, parse_request
+from tacod_client.dtypes import of_numbers
 from tacod_client.errors import ArgumentError, ModelNotFound
 from tacod_client.wire import Tensor
 
 __all__ = ["Manifest", "Model"]
 
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
-"""Of a number while a file is loaded, by the first word of the dtype: fp8 is made of bf16."""
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Of a number while a file is loaded."""
 EVICTED = 64
 """Evicted models that are remembered, so that a turn can load them again."""
 EVICTED_TENSORS = 1 << 16
@@ -161,7 +162,7 @@ class Manifest:
         identity = checkpoint.identity
         # As the ranks choose it: fp32 on a CPU, the file's own on a GPU.
         compute = dtype or ("fp32" if self.device == "cpu" else None)
-        expected = checkpoint.weight_bytes(_BYTES[compute.partition("_")[0]] if compute else None)
+        expected = checkpoint.weight_bytes(_BYTES[of_numbers(compute)] if compute else None)
         base = Model(_name(identity, dtype), real, identity, dtype, weight_bytes=expected, asked=asked)
         base = replace(base, asked_name=_last_name(path))
         if not patches:

@@ -45,7 +45,6 @@ from tacod.rank.parallel.topology import Topology
 from tacod.rank.sampling.sampling import Run, SampleRequest, begin
 from tacod.rank.weights.load import (
     DTYPES,
-    WEIGHT_ONLY,
     adapt_weight,
     choose_dtype,
     get_weight,
@@ -62,6 +61,7 @@ from tacod.rank.weights.patches import Patch, apply, factors
 from tacod.rank.weights.reader import changed
 from tacod.rank.weights.remap import identify
 from tacod_client import wire
+from tacod_client.dtypes import is_weight_only
 from tacod_client.errors import ArgumentError, ModelNotFound, OutOfMemory
 from tacod_client.tensors import from_wire, to_wire
 from tacod_client.text import encodable, shortened
@@ -224,8 +224,7 @@ class Engine:
             raise ArgumentError(
                 f"dtype: {name} can't multiply in 8 bits (Ada and Hopper can); use bf16", argument="dtype"
             )
-        weight_only = chosen.endswith(WEIGHT_ONLY)
-        loaded = load_model(checkpoint, DTYPES[chosen], self.device, self.report, weight_only)
+        loaded = load_model(checkpoint, DTYPES[chosen], self.device, self.report, is_weight_only(chosen))
         if chosen == "fp8":
             quantize_blocks(loaded)
         # Before it is resident: a load that fails here leaves nothing behind.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, InstanceOf, ValidationError
 
 from tacod.execution.store import tensors_of
 from tacod_client import wire
+from tacod_client.dtypes import ComputeDtype
 from tacod_client.errors import ArgumentError
 
 __all__ = [
@@ -74,7 +75,6 @@ def _check_patches(patches: list[Any] | None) -> list[Any] | None:
     return patches
 
 
-Dtype = Literal["fp32", "bf16", "fp16", "fp8", "fp32_weight_only", "bf16_weight_only", "fp16_weight_only"]
 Tensor = InstanceOf[wire.Tensor]
 Name = Annotated[str, Field(max_length=4096)]
 Plan = Annotated[Any, AfterValidator(_check_extent)]
@@ -124,7 +124,7 @@ class Load(RequestBody):
     """Make a model resident."""
 
     path: Name
-    dtype: Dtype | None
+    dtype: ComputeDtype | None
     patches: Annotated[list[Any] | None, AfterValidator(_check_patches)]
     plan: Plan
 

@@ -17,6 +17,7 @@ import numpy as np
 from tacod_client.cli import loaded, show
 from tacod_client.cli.output import document
 from tacod_client.client import Client, Model
+from tacod_client.dtypes import of_numbers
 from tacod_client.errors import ModelNotFound, RequestError
 from tacod_client.stats import Call
 
@@ -110,7 +111,7 @@ def _inputs(arguments: Arguments, shapes: Mapping[str, Sequence[int]], dtype: st
             inputs[name] = np.full(shape, value, np.float32)
         else:
             noise = rng.standard_normal(shape, np.float32)
-            inputs[name] = noise if dtype == "fp32" else noise.astype(np.float16)
+            inputs[name] = noise if of_numbers(dtype) == "fp32" else noise.astype(np.float16)
     return inputs
 
 

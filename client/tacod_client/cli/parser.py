@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from tacod_client.cli.output import stdout
+from tacod_client.dtypes import COMPUTE_DTYPES
 from tacod_client.text import typed
 
 __all__ = ["parser"]
@@ -71,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     )
     load.add_argument(
         "--dtype",
-        choices=["fp32", "bf16", "fp16", "fp8", *(f"{name}_weight_only" for name in ("fp32", "bf16", "fp16"))],
+        choices=COMPUTE_DTYPES,
         metavar="DTYPE",
         help="compute dtype: fp32, bf16, fp16, or fp8 for the blocks' matrices (default: as the device suits); with "
         "_weight_only behind it, a quantized model's activations are never quantized",

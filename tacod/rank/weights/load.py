@@ -22,11 +22,11 @@ from tacod.rank.ops.packed.gguf import dequantize_blocks
 from tacod.rank.weights.packing import PACKED, Layer, pack, pack_plain
 from tacod.rank.weights.reader import Reader
 from tacod.rank.weights.remap import identify, some
+from tacod_client.dtypes import COMPUTE_DTYPES, of_numbers
 from tacod_client.errors import ModelCorrupt, ModelUnsupported
 
 __all__ = [
     "DTYPES",
-    "WEIGHT_ONLY",
     "Progress",
     "adapt_weight",
     "choose_dtype",
@@ -39,16 +39,9 @@ __all__ = [
     "weight_bytes",
 ]
 
-_PLAIN_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-WEIGHT_ONLY = "_weight_only"
-"""How the names of dtypes end with which activations are never quantized."""
-DTYPES = {
-    **_PLAIN_DTYPES,
-    "fp8": torch.bfloat16,
-    **{name + WEIGHT_ONLY: dtype for name, dtype in _PLAIN_DTYPES.items()},
-}
-"""By their names. fp8 is bf16 with the blocks' matrices multiplied in 8 bits (`quantize_blocks`); with ``_weight_only``
-a quantized model's activations stay as they are, though ComfyUI quantizes them too."""
+_NUMBERS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {name: _NUMBERS[of_numbers(name)] for name in COMPUTE_DTYPES}
+"""Torch's dtype of a model's numbers, by the compute dtype's name. For fp8 see also `quantize_blocks`."""
 _OF_FILE = {"F64": "fp32", "F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 _TORCH = {
     "F64": torch.float64,
