@@ -13,6 +13,7 @@ __all__ = [
     "count_blocks",
     "fixed",
     "integer",
+    "kv_heads_of",
     "number",
     "optional_integer",
     "optional_number",
@@ -86,6 +87,14 @@ def width_of_heads(config: Mapping[str, Any], width_key: str, heads_key: str) ->
     if width % heads:
         raise ModelUnsupported(f"config key {heads_key!r} is {heads}; it must divide {width_key!r}, which is {width}")
     return width, heads
+
+
+def kv_heads_of(config: Mapping[str, Any], key: str, heads: int) -> int:
+    """Heads of keys and values, by default as many as ``heads``, which they must divide; raises `ModelUnsupported`."""
+    count = optional_integer(config, key) or heads
+    if heads % count:
+        raise ModelUnsupported(f"config key {key!r} is {count}; it must divide the number of heads, which is {heads}")
+    return count
 
 
 def rope_axes(config: Mapping[str, Any], key: str, count: int, head_width: int) -> list[int]:

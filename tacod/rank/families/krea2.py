@@ -16,7 +16,17 @@ from torch.nn import functional
 from tacod.checkpoint import TensorInfo
 from tacod.rank.families import kit
 from tacod.rank.families.base import DiT
-from tacod.rank.families.config import choice, count_blocks, fixed, integer, number, rope_axes, shape_of, width_of_heads
+from tacod.rank.families.config import (
+    choice,
+    count_blocks,
+    fixed,
+    integer,
+    kv_heads_of,
+    number,
+    rope_axes,
+    shape_of,
+    width_of_heads,
+)
 from tacod.rank.families.inputs import Argument, Spec
 from tacod.rank.families.latents import WAN21
 from tacod.rank.families.names import Names
@@ -24,7 +34,6 @@ from tacod.rank.families.noise import Flow
 from tacod.rank.families.stream import ForwardPass, Stream
 from tacod.rank.ops.norm import Norm
 from tacod.rank.ops.qkv import QKV, Rotation
-from tacod_client.errors import ModelUnsupported
 
 __all__ = ["Krea2"]
 
@@ -89,8 +98,7 @@ class Block(nn.Module):
         hidden = _hidden(width, multiplier)
         self.prenorm, self.postnorm = CentredScale(width), CentredScale(width)
         self.attn = Attention(width, heads, kv_heads)
-        sizes = {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
-        self.mlp = nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()})
+        self.mlp = kit.MLP(width, hidden, ("gate", "down", "up"), "swiglu", bias=False)
         if modulated:
             self.mod = nn.ParameterDict({"lin": torch.zeros(6 * width)})
 
@@ -108,9 +116,7 @@ class Block(nn.Module):
         opened = self.attn.gate(normed).sigmoid()
         (attended,) = attention.wait()
         stream.add(gate, self.attn.project(attended * opened))
-        normed = stream.normed(mlp_shift, mlp_scale, norm=self.postnorm.norm)
-        mlp = self.mlp
-        stream.add(mlp_gate, kit.feed_forward(mlp["gate"], mlp["down"], normed, "swiglu", gate=mlp["up"]))
+        stream.add(mlp_gate, self.mlp(stream.normed(mlp_shift, mlp_scale, norm=self.postnorm.norm)))
 
 
 class Alone:
@@ -226,15 +232,15 @@ class Krea2(DiT):
         multiplier = integer(config, "multiplier", _MULTIPLIER)
 
         self.first = nn.Linear(self.channels * 4, width)
-        self.tmlp = nn.Sequential(nn.Linear(self.time_width, width), nn.GELU("tanh"), nn.Linear(width, width))
+        self.tmlp = kit.MLP(self.time_width, width, ("0", "2"), outputs=width)
         self.tproj = nn.Sequential(nn.GELU("tanh"), nn.Linear(width, 6 * width))
         self.txtfusion = TextFusion(
-            self.text_layers, text, text_heads, _kv_heads(config, "txtkvheads", text_heads), multiplier
+            self.text_layers, text, text_heads, kv_heads_of(config, "txtkvheads", text_heads), multiplier
         )
         self.txtmlp = nn.Sequential(
             CentredScale(text), nn.Linear(text, width), nn.GELU("tanh"), nn.Linear(width, width)
         )
-        kv_heads = _kv_heads(config, "kvheads", heads)
+        kv_heads = kv_heads_of(config, "kvheads", heads)
         self.blocks = nn.ModuleList(
             Block(width, heads, kv_heads, multiplier, modulated=True)
             for _ in range(integer(config, "layers", 28, most=1024))
@@ -303,7 +309,7 @@ class Krea2(DiT):
         now = arguments["timestep"]
         # Row 1 is that of references at time 0.
         times = torch.stack((now, 0 * now), dim=1) if still else now[:, None]
-        vectors = kit.feed_forward(self.tmlp[0], self.tmlp[2], kit.sinusoid(1000 * times, self.time_width).to(x.dtype))
+        vectors = self.tmlp(kit.sinusoid(1000 * times, self.time_width).to(x.dtype))
         f.modulations = self.tproj(vectors)
         f.conditioning = vectors[:, :1]
 
@@ -362,12 +368,3 @@ def _heads(tensors: Mapping[str, TensorInfo], attention: str) -> tuple[int, int]
     (head,) = shape_of(tensors, f"{attention}.qknorm.qnorm.scale", 1)
     queries, keys = (shape_of(tensors, f"{attention}.{layer}.weight", 2)[0] for layer in ("wq", "wk"))
     return queries // max(head, 1), keys // max(head, 1)
-
-
-def _kv_heads(config: Mapping[str, Any], key: str, heads: int) -> int:
-    kv_heads = integer(config, key)
-    if heads % kv_heads:
-        raise ModelUnsupported(
-            f"config key {key!r} is {kv_heads}; it must divide the number of heads, which is {heads}"
-        )
-    return kv_heads

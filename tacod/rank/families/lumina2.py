@@ -23,6 +23,7 @@ from tacod.rank.families.config import (
     count_blocks,
     fixed,
     integer,
+    kv_heads_of,
     number,
     optional_integer,
     rope_axes,
@@ -193,9 +194,7 @@ class Lumina2(DiT):
         super().__init__()
         fixed(config, qk_norm=True, norm_eps=_EPSILON)
         self.width, self.heads = width, heads = width_of_heads(config, "dim", "n_heads")
-        kv_heads = optional_integer(config, "n_kv_heads") or heads
-        if heads % kv_heads:
-            raise ModelUnsupported(f"config key 'n_kv_heads' is {kv_heads}; it must divide 'n_heads', which is {heads}")
+        kv_heads = kv_heads_of(config, "n_kv_heads", heads)
         self.patch = integer(config, "patch_size", 2)
         self.channels = self.out_channels = integer(config, "in_channels")
         self.context_width = integer(config, "cap_feat_dim")

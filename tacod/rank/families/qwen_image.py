@@ -38,19 +38,6 @@ _MARK_2511 = "__index_timestep_zero__"
 _LAYER = "time_text_embed.addition_t_embedding.weight"
 
 
-class FeedForward(nn.Module):
-    """The MLP of one stream."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        register(self, "net.0.proj", nn.Linear(width, 4 * width))
-        register(self, "net.2", nn.Linear(4 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, S, W] to [B, S, W]."""
-        return kit.feed_forward(find(self, "net.0.proj"), find(self, "net.2"), x)
-
-
 class Attention(kit.SelfAttention):
     """The image's layers; those of the text stand beside them."""
 
@@ -79,7 +66,7 @@ class Block(nn.Module):
         super().__init__()
         self.img_mod, self.txt_mod = kit.AdaLN(width, 6 * width), kit.AdaLN(width, 6 * width)
         self.attn = Attention(width, heads)
-        self.img_mlp, self.txt_mlp = FeedForward(width), FeedForward(width)
+        self.img_mlp, self.txt_mlp = (kit.MLP(width, 4 * width, ("net.0.proj", "net.2")) for _ in range(2))
         self.last = last
         if last:
             for unread in (self.txt_mlp, find(self.attn, "to_add_out")):
@@ -93,11 +80,9 @@ class Block(nn.Module):
             (f.image, lambda: self.attn(f.image.normed(*image[:2]), f.image.rotation)),
             mask=f.mask,
         ).wait()
-        f.image.add(image[2], self.attn.project(to_image))
-        f.image.add(image[5], self.img_mlp(f.image.normed(*image[3:5])))
+        kit.after_attention(f.image, image, self.attn.project(to_image), self.img_mlp)
         if not self.last:
-            f.text.add(text[2], find(self.attn, "to_add_out")(to_text))
-            f.text.add(text[5], self.txt_mlp(f.text.normed(*text[3:5])))
+            kit.after_attention(f.text, text, find(self.attn, "to_add_out")(to_text), self.txt_mlp)
 
 
 class QwenImage(DiT):
