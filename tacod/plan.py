@@ -18,15 +18,15 @@ __all__ = [
     "AUTO",
     "DEFAULT_POLICY",
     "AttentionPolicy",
+    "DeviceRates",
     "Layout",
-    "Pace",
     "Plan",
     "Request",
     "Shape",
     "chunks",
     "cost",
     "make_plan",
-    "measured_pace",
+    "measured_rates",
     "parse_request",
 ]
 
@@ -39,19 +39,22 @@ BYTES = 2
 
 
 @dataclass(frozen=True)
-class Pace:
-    """What a model was measured to do on these devices, hidden transfers and all."""
+class DeviceRates:
+    """How fast devices compute and exchange, by default as GPUs with fast links, in bf16.
+
+    Measured rates count only the part of a transfer that computation doesn't hide.
+    """
 
     flops: float = 400e12
-    """Arithmetic of a device in a second."""
+    """Of one device, in FLOP/s."""
     bytes: float = 150e9
-    """What a device exchanges in a second for which it waits."""
+    """What one device exchanges, in bytes/s of waiting."""
     collective_s: float = 2e-4
-    """What a collective takes whatever its size."""
+    """Seconds of a collective beside those of its bytes."""
 
 
-USUAL = Pace()
-"""Of GPUs with fast links, bf16: for plans before anything was measured."""
+USUAL = DeviceRates()
+"""For plans before anything was measured."""
 
 
 def chunks(n: int, parts: int) -> list[int]:
@@ -261,11 +264,11 @@ def _refused(reason: str) -> ArgumentError:
 
 
 @functools.lru_cache(maxsize=64)
-def make_plan(asked: Request, world_size: int, shape: Shape, pace: Pace | None = None) -> Plan:
-    """Of the layouts that do what was asked, the cheapest.
+def make_plan(asked: Request, world_size: int, shape: Shape, rates: DeviceRates | None = None) -> Plan:
+    """The cheapest layout that does what was asked.
 
-    Before a ``pace`` was measured, that is one of those which leave the fewest ranks idle; afterwards one that does so
-    is taken if it is faster. Raises `ArgumentError` if there is none.
+    With measured ``rates`` it may leave ranks idle, if that is faster; without them, it leaves as few idle as possible.
+    Raises `ArgumentError` if no layout does what was asked.
     """
     layouts = [layout for layout in _layouts(world_size, shape.batch) if asked.allows(layout, shape.batch)]
     if not layouts:
@@ -273,11 +276,11 @@ def make_plan(asked: Request, world_size: int, shape: Shape, pace: Pace | None =
     policy = AttentionPolicy(asked.flash_attention is not False, "int8" if asked.exchange == "int8" else "exact")
 
     def price(layout: Layout) -> float:
-        return cost(layout, shape, pace or USUAL, policy.exchange)
+        return cost(layout, shape, rates or USUAL, policy.exchange)
 
     best = busiest = min(layouts, key=lambda layout: (-layout.ranks, price(layout), layout.ring))
     slowdown = None
-    if pace is not None:
+    if rates is not None:
         best = min(layouts, key=lambda layout: (price(layout), -layout.ranks, layout.ring))
         slowdown = price(busiest) / price(best) if best.ranks < busiest.ranks else None
     return Plan(best, world_size, shape, policy, slowdown, asked.step_cache or 0.0)
@@ -290,46 +293,45 @@ def _layouts(world_size: int, batch: int) -> Iterator[Layout]:
                 yield Layout(groups, ulysses, ring)
 
 
-def cost(layout: Layout, shape: Shape, pace: Pace = USUAL, exchange: str = "exact") -> float:
+def cost(layout: Layout, shape: Shape, rates: DeviceRates = USUAL, exchange: str = "exact") -> float:
     """Seconds of one block of one forward on the busiest rank.
 
-    The matrices see its tokens, the attention its heads and all keys. A ring attends in parts, which takes longer, and
-    hides its transfers behind that as far as half of it lasts.
+    Its matrices multiply its tokens; its attention has its heads and all keys. A ring attends in parts, which takes
+    longer, and hides its transfers behind half of the attention.
     """
     tokens = sum(shape.lengths) or 4096
     images = math.ceil(shape.batch / layout.batch)
     mine = sum(math.ceil(length / layout.sequence) for length in shape.lengths) or math.ceil(tokens / layout.sequence)
     run = mine * layout.ulysses
     heads = math.ceil(shape.heads / layout.ulysses) / shape.heads
-    matrices_s = images * 24 * mine * shape.width**2 / pace.flops
-    attention_s = images * 4 * run * tokens * shape.width * heads / pace.flops
+    matrices_s = images * 24 * mine * shape.width**2 / rates.flops
+    attention_s = images * 4 * run * tokens * shape.width * heads / rates.flops
     if layout.ring > 1:
         attention_s *= RING_SLOWDOWN
     exchanged = (
         images * 4 * mine * shape.width * (layout.ulysses - 1) / layout.ulysses * (1 if exchange == "int8" else BYTES)
     )
     passed = images * 2 * run * shape.width * heads * (layout.ring - 1) * BYTES
-    waiting_s = exchanged / pace.bytes + max(0.0, passed / pace.bytes - attention_s / 2)
+    waiting_s = exchanged / rates.bytes + max(0.0, passed / rates.bytes - attention_s / 2)
     collectives = 2 * (layout.ulysses > 1) + RING_COLLECTIVES * (layout.ring - 1)
-    return matrices_s + attention_s + waiting_s + collectives * pace.collective_s
+    return matrices_s + attention_s + waiting_s + collectives * rates.collective_s
 
 
-def measured_pace(alone_s: float, layout: Layout, together_s: float, shape: Shape) -> Pace:
-    """The pace at which `cost` says of a forward what it took on one rank, and, as nearly as can be, in ``layout``.
+def measured_rates(alone_s: float, layout: Layout, together_s: float, shape: Shape) -> DeviceRates:
+    """The rates for which `cost` gives ``alone_s`` on one rank, and a time near ``together_s`` in ``layout``.
 
-    A collective counts as the bytes that take as long on usual links, so that links have one measure: how many times
-    as slow as usual they are.
+    Links have one unknown: how many times as slow as `USUAL` they are, for bytes and for collectives alike.
     """
     flops = USUAL.flops * cost(Layout(1, 1, 1), shape) / alone_s
 
-    def pace(slowness: float) -> Pace:
-        return Pace(flops, USUAL.bytes / slowness, USUAL.collective_s * slowness)
+    def rates(slowness: float) -> DeviceRates:
+        return DeviceRates(flops, USUAL.bytes / slowness, USUAL.collective_s * slowness)
 
     fast, slow = 1e-6, 1e6
     for _ in range(100):
         between = math.sqrt(fast * slow)
-        if cost(layout, shape, pace(between)) < together_s:
+        if cost(layout, shape, rates(between)) < together_s:
             fast = between
         else:
             slow = between
-    return pace(fast)
+    return rates(fast)

@@ -231,7 +231,7 @@ class Engine:
         if self.device.type == "cuda" and self.warm:
             hint = "that was a forward at 1024² on all ranks, to warm up; unload a model, or set group.warm_up = false"
             with self.memory_errors(hint):
-                loaded.pace = warm_up(loaded, self.forwards, self.device)
+                loaded.rates = warm_up(loaded, self.forwards, self.device)
                 self.topology.clock.wait()
         facts = Facts(
             family=loaded.family,

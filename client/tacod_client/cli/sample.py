@@ -91,9 +91,9 @@ def latent_shape(model: Model, batch: int, size: tuple[int, int], channels: int 
 
     ``channels`` stands for the model's own. Raises `RequestError` if the daemon doesn't tell enough of the model.
     """
-    told = model.sampling
-    shape: list[int | str | None] = list(told.get("latent") or ("B", told.get("channels"), "H", "W"))
-    width, height = (side // told.get("downscale", DOWNSCALE) for side in size)
+    sampling = model.sampling
+    shape: list[int | str | None] = list(sampling.get("latent") or ("B", sampling.get("channels"), "H", "W"))
+    width, height = (side // sampling.get("downscale", DOWNSCALE) for side in size)
     sizes = {"B": batch, "T": 1, "H": height, "W": width}
     shape[1] = channels or shape[1]
     if shape[1] is None:

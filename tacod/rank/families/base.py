@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tacod.checkpoint import TensorInfo
-from tacod.plan import Pace
+from tacod.plan import DeviceRates
 from tacod.rank.families.inputs import Argument, Inputs, Residuals, Spec
 from tacod.rank.families.kit.attention import find
 from tacod.rank.families.kit.modulation import Modulation
@@ -135,8 +135,8 @@ class DiT(nn.Module, abc.ABC):
     out_channels: int
     """Channels of the output."""
     _modulating: list[str] | None = None
-    pace: Pace | None = None
-    """What it was measured to do on these devices."""
+    rates: DeviceRates | None = None
+    """Measured on these devices by the warm-up."""
 
     @classmethod
     def canonical(cls, name: str) -> str:

@@ -42,7 +42,7 @@ def plan_for(dit: DiT, asked: Request, world_size: int, arguments: Mapping[str, 
     """
     x = arguments["x"]
     images = (x[0] if isinstance(x, list) else x).shape[0]
-    return make_plan(asked, world_size, Shape(dit.heads, dit.width, images, dit.lengths(arguments)), dit.pace)
+    return make_plan(asked, world_size, Shape(dit.heads, dit.width, images, dit.lengths(arguments)), dit.rates)
 
 
 def run(call: Call, topology: Topology, cache: BlockCache | None = None) -> Output:
