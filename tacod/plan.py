@@ -1,7 +1,7 @@
-"""How one forward is spread over the ranks: a value that can explain itself.
+"""How one forward is split over the ranks: a value that can explain itself.
 
-Two axes. The batch: whole images (CFG's two halves are a batch of two) go to different ranks, which exchange nothing
-until the end. The sequence: ranks share every image's tokens, by Ulysses, by a ring, or by both.
+There are two axes. Batch: whole images go to different ranks, which exchange nothing until the end (CFG's two halves
+are a batch of two). Sequence: ranks share every image's tokens, by Ulysses, by a ring, or by both.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ __all__ = [
 ]
 
 RING_COLLECTIVES = 4
-"""What a turn of a ring, with its merge, counts for."""
+"""How many collectives a turn of a ring counts as, its merge included."""
 RING_SLOWDOWN = 1.6
-"""Of attention in parts that are merged in fp32, against attention in one."""
+"""How many times as long attention takes in parts that are merged in fp32."""
 BYTES = 2
-"""Of a number on the wire, in bf16."""
+"""Bytes of a number in an exchange, in bf16."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def chunks(n: int, parts: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Layout:
-    """So many groups along the batch, each of ``ulysses`` × ``ring`` ranks that share a sequence."""
+    """A number of groups along the batch, each with ``ulysses`` × ``ring`` ranks that share a sequence."""
 
     batch: int
     ulysses: int
@@ -101,7 +101,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for; None leaves it to the planner."""
+    """What a client asked for; None leaves the choice to the planner."""
 
     sequence_parallel_degree: int | None = None
     cfg_parallel: bool | None = None
@@ -110,12 +110,12 @@ class Request:
     flash_attention: bool | None = None
     """False keeps to the plain attention kernels."""
     exchange: str | None = None
-    """``"int8"`` sends what Ulysses exchanges in 8 bits, which is for GPUs that don't reach each other's memory."""
+    """``"int8"`` halves the bytes of Ulysses' exchange, which helps GPUs without peer access."""
     step_cache: float | None = None
     """Relative change of the first block's residual below which a step skips the other blocks; 0 is exact."""
 
     def allows(self, layout: Layout, batch: int) -> bool:
-        """Whether a layout is what was asked for. A batch of one can't be split, whatever was asked."""
+        """Whether a layout does what was asked for. A batch of one is never split."""
         wanted = (
             (self.sequence_parallel_degree, layout.sequence),
             (self.ulysses, layout.ulysses),
@@ -126,7 +126,7 @@ class Request:
         return self.cfg_parallel is None or (layout.batch > 1) == (self.cfg_parallel and batch > 1)
 
     def without_ring(self) -> Request:
-        """The same without a ring. Raises `ArgumentError` if one was asked for."""
+        """The same request without a ring. Raises `ArgumentError` if it asks for one."""
         if self.ring is not None and self.ring > 1:
             raise _refused(f"ring {self.ring} can't be without flash attention; ask for ulysses, or auto")
         return replace(self, ring=1)
@@ -144,10 +144,8 @@ class AttentionPolicy:
     exchange: Literal["exact", "int8"] = "exact"
     """``"int8"`` sends queries, keys, values and outputs in 8 bits between Ulysses' ranks; a ring stays exact."""
     split_kv: bool = False
-    """Whether Ulysses' ranks split the keys for the queries of the last, partial wave (`tacod.rank.ops.split_kv`).
-
-    The engine sets it for what may become a CUDA graph; nobody asks for it.
-    """
+    """Whether Ulysses' ranks split the keys for the queries of the last, partial wave (`tacod.rank.ops.split_kv`). The
+    engine sets it for forwards that may become a CUDA graph; clients can't ask for it."""
 
 
 DEFAULT_POLICY = AttentionPolicy()
@@ -155,16 +153,16 @@ DEFAULT_POLICY = AttentionPolicy()
 
 @dataclass(frozen=True)
 class Plan:
-    """A layout for one forward, and what each rank gets by it."""
+    """A layout for one forward, and each rank's share."""
 
     layout: Layout
     world_size: int
     shape: Shape
     attention: AttentionPolicy = DEFAULT_POLICY
     slowdown: float | None = None
-    """Where ranks are left idle because they would not help: how many times as long all of them would take."""
+    """If ranks are left idle because they would not help: how many times as long all of them would take."""
     step_cache: float = 0.0
-    """The threshold of the step cache; 0 is none."""
+    """The threshold of the step cache; 0 turns it off."""
 
     @property
     def tokens(self) -> list[int]:
@@ -174,7 +172,7 @@ class Plan:
 
     @functools.cached_property
     def reason(self) -> str:
-        """What each rank gets."""
+        """Each rank's share."""
         layout, shape = self.layout, self.shape
         said = []
         if layout.batch > 1:
@@ -214,7 +212,7 @@ _EXCHANGES = ("exact", "int8")
 
 
 def parse_request(request: Any, world_size: int) -> Request:
-    """Read ``"auto"`` or a map of `Request`'s fields, and see that so many ranks can do it.
+    """Read ``"auto"`` or a map of `Request`'s fields, and check that this number of ranks can do it.
 
     Raises `ArgumentError`, which says why not and what would fit.
     """

@@ -1,4 +1,4 @@
-"""The command line of ``tacoctl``: its verbs, their arguments, and what values those take."""
+"""The command line of ``tacoctl``: its verbs, their arguments, and the values that these take."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from tacod_client.text import typed
 __all__ = ["parser"]
 
 MOST = 2**31 - 1
-"""No count is larger."""
+"""The largest count."""
 MOST_PIXELS = 2**20
-"""No side of a picture is longer."""
+"""The longest side of a picture."""
 MOST_RANKS = 4096
 MOST_STEPS = 10_000
 
@@ -27,7 +27,7 @@ exit codes: 0 ok, 1 failed, 2 usage, 3 daemon not reachable, 4 no such job or mo
 
 
 class _Parser(argparse.ArgumentParser):
-    """One whose help isn't lost in silence where it can't be written; argparse's own drops the error."""
+    """A parser that reports an error if its help can't be written; argparse's own drops it."""
 
     def print_help(self, file: Any = None) -> None:
         """Write the help to ``file``, by default to stdout. Raises `OSError`."""
@@ -194,7 +194,7 @@ def _names(text: str) -> list[str]:
 
 
 def _given(text: str) -> str:
-    """Of a variable that isn't set a shell makes an empty text: it names nothing, and never means a default."""
+    """Refuse an empty text, which a shell makes of a variable that isn't set: it never stands for a default."""
     if not text:
         raise argparse.ArgumentTypeError("is empty; give a name, or leave it out")
     return text

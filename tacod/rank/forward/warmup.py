@@ -1,4 +1,4 @@
-"""The first forwards of a model, at its load: so that no user's step pays for what is made once."""
+"""The warm-up: a model's first forwards, at its load, so that no user's step pays for what is made once."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from tacod_client.errors import ArgumentError
 __all__ = ["SIGMA", "random_inputs", "usual_inputs", "warm_up"]
 
 SMALLEST = 8
-"""No side of the latents that are tried is shorter."""
+"""The shortest side of a latent that is tried."""
 SIGMA = 0.7
-"""The noise level of a forward that is made up."""
+"""The noise level of made-up forwards."""
 
 
 def warm_up(dit: DiT, forwards: Forwards, device: torch.device) -> DeviceRates | None:
@@ -56,7 +56,7 @@ def warm_up(dit: DiT, forwards: Forwards, device: torch.device) -> DeviceRates |
 
 
 def _fits_alone(dit: DiT, topology: Topology, inputs: Inputs, shape: Shape) -> bool:
-    """Whether rank 0 has room for the whole forward; it is tried where no other rank waits for its end."""
+    """Whether rank 0 alone has room for the whole forward. No other rank waits for it while it tries."""
     fits = True
     if topology.rank == 0:
         try:
@@ -87,7 +87,7 @@ def usual_inputs(dit: DiT, device: torch.device) -> Inputs | None:
 
 
 def random_inputs(dit: DiT, device: torch.device, generator: torch.Generator, sizes: Mapping[str, int]) -> Inputs:
-    """The tensors that a forward can't be without, random, at noise level `SIGMA`; ``sizes`` are the free ones."""
+    """Random tensors for a forward's required arguments, at noise level `SIGMA`; ``sizes`` are the free sizes."""
     specs = dit.arguments()
 
     def tensor(spec: Argument) -> Tensor:
