@@ -83,9 +83,7 @@ class Store:
         return sum(self._tensors[digest].nbytes for digest in set(digests) if digest in self._tensors)
 
     def check(self, value: Any) -> None:
-        """Check that the dtypes and shapes in a body agree with the stored tensors that it names. Raises
-        `ArgumentError`.
-        """
+        """Check that a body describes the stored tensors that it names as they are. Raises `ArgumentError`."""
         for named in tensors_of(value):
             known = self._tensors.get(named.digest or b"")
             if named.frames is not None or known is None:
@@ -98,9 +96,9 @@ class Store:
                 )
 
     def check_fits(self, value: Any) -> None:
-        """Check that the store can hold what a body names by digest.
+        """Check that a body's named tensors fit into the store together.
 
-        Raises `QueueFull` if it never can.
+        Raises `QueueFull` if they never can.
         """
         named = {each.digest: each.nbytes for each in tensors_of(value) if each.frames is None}
         if max(named.values(), default=0) <= self.limit:

@@ -49,8 +49,9 @@ class Arena:
         self._memory = None
 
     def pack(self, message: Message, start: int = 0) -> bytes:
-        """The packet of a message to a process that shares this memory; the tensors are written there, from ``start``
-        on.
+        """The packet of a message to a process that shares this memory.
+
+        The tensors are written there, from ``start`` on.
         """
         _, header, *contents = wire.encode(message)
         self.end = start

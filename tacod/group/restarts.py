@@ -8,8 +8,9 @@ __all__ = ["RestartPolicy"]
 
 
 class RestartPolicy:
-    """At most ``limit`` restarts within ``window_s``; each waits twice as long as the one before, at most
-    ``longest_s``.
+    """At most ``limit`` restarts within ``window_s``.
+
+    Each waits twice as long as the one before, at most ``longest_s``.
     """
 
     def __init__(self, limit: int, window_s: float, first_s: float = 0.1, longest_s: float = 10.0) -> None:

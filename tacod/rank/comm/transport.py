@@ -103,7 +103,7 @@ class Local:
         self._in_ring = in_ring
 
     def open(self, deal: Deal, encoding: Literal["exact", "int8"]) -> Exchange:
-        """See `Transport.open`. Alone, on a CPU or under autograd, the exchange is differentiable; otherwise it packs."""
+        """See `Transport.open`. Alone, on a CPU or under autograd, it is differentiable; otherwise it packs all."""
         packed = self._in_ring or (deal.device.type == "cuda" and not torch.is_grad_enabled())
         return _Packed(deal) if packed else _Joined()
 
