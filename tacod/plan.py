@@ -128,7 +128,7 @@ class Request:
     def without_ring(self) -> Request:
         """The same request without a ring. Raises `ArgumentError` if it asks for one."""
         if self.ring is not None and self.ring > 1:
-            raise _refused(f"ring {self.ring} can't be without flash attention; ask for ulysses, or auto")
+            raise _refused(f"ring {self.ring} needs flash attention; ask for ulysses, or auto")
         return replace(self, ring=1)
 
 
@@ -270,7 +270,7 @@ def make_plan(asked: Request, world_size: int, shape: Shape, rates: DeviceRates 
     """
     layouts = [layout for layout in _layouts(world_size, shape.batch) if asked.allows(layout, shape.batch)]
     if not layouts:
-        raise _refused(f"nothing on {world_size} ranks is like {asked}; ask for less, or for auto")
+        raise _refused(f"no layout of {world_size} ranks does {asked}; ask for less, or for auto")
     policy = AttentionPolicy(asked.flash_attention is not False, "int8" if asked.exchange == "int8" else "exact")
 
     def price(layout: Layout) -> float:

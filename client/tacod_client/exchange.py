@@ -39,14 +39,16 @@ def pack(value: Any, name: str, uploads: Uploads, address: Callable[[Tensor], Te
     if isinstance(value, dict):
         if (odd := next((key for key in map(str, value) if encodable(key) != key), None)) is not None:
             raise ArgumentError(
-                f"{name}: the key {odd!r:.80} is no Unicode, and can't be sent to the daemon", argument=name
+                f"{name}: the key {odd!r:.80} is not valid Unicode, and can't be sent to the daemon", argument=name
             )
         return {key: pack(item, f"{name}.{key}", uploads, address) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [pack(item, name, uploads, address) for item in value]
     if kind_of(value) is None:
         if isinstance(value, str) and encodable(value) != value:
-            raise ArgumentError(f"{name}: {value!r:.80} is no Unicode, and can't be sent to the daemon", argument=name)
+            raise ArgumentError(
+                f"{name}: {value!r:.80} is not valid Unicode, and can't be sent to the daemon", argument=name
+            )
         if value is None or isinstance(value, (str, float, bool)):
             return value
         if isinstance(value, int) and -(2**63) <= value < 2**64:

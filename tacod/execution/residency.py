@@ -70,7 +70,9 @@ class Residency:
                 log.info("loading %s", model.path)
                 return model
             self.coming.pop(0)
-            log.info("%s: its patches have made room for others; who asks for it sends them again", model.path)
+            log.info(
+                "%s can't be loaded: its patches made room for others; its clients will send them again", model.path
+            )
             self.forget(model.id)
         return None
 

@@ -129,7 +129,7 @@ def _check_lock(path: Path) -> re.Match[bytes] | None:
     """What a lock holds; None if there is none. Raises `PathTaken` if something is there that can't be one."""
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
-            raise PathTaken(f"{path}, which is to be the lock, is {kind_of(path)}; {MOVE_IT}")
+            raise PathTaken(f"{path}, needed for the lock, is {kind_of(path)}; {MOVE_IT}")
         lock = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
@@ -143,7 +143,7 @@ def _content(lock: int, path: Path) -> re.Match[bytes]:
     found, content = os.fstat(lock), LOCK.fullmatch(os.pread(lock, 64, 0))
     # By a hard link it would be another file too that the pid is written to.
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or content is None:
-        raise PathTaken(f"{path}, which is to be the lock, is a file that tacod didn't make; {MOVE_IT}")
+        raise PathTaken(f"{path}, needed for the lock, is a file that tacod didn't make; {MOVE_IT}")
     return content
 
 
@@ -191,7 +191,7 @@ def _lock(lock: int, path: Path, endpoint: Path, made: bool) -> bool | None:
 
 def _held_by(pid: int | None, path: Path, endpoint: Path) -> str:
     if pid is None:
-        return f"another program holds {path}, which is to be the lock; end it, or set another endpoint"
+        return f"another program holds {path}, needed for the lock; end it, or set another endpoint"
     return f"tacod with pid {pid} already serves {endpoint}; stop it first, or set another endpoint"
 
 
@@ -205,13 +205,13 @@ def _own_files(folder: Path) -> list[Path] | None:
     except FileNotFoundError:
         return None
     if not stat.S_ISDIR(mode):
-        raise PathTaken(f"{folder}, which is to be tacod's private folder, is {kind_of(folder)}; {MOVE_IT}")
+        raise PathTaken(f"{folder}, needed for tacod's private folder, is {kind_of(folder)}; {MOVE_IT}")
     files = sorted(folder.iterdir())
     for path in files:
         if not PRIVATE.fullmatch(path.name) or not stat.S_ISREG(path.lstat().st_mode):
-            raise PathTaken(f"{path} is in what is to be tacod's private folder, and tacod didn't make it; {MOVE_IT}")
+            raise PathTaken(f"{path} is in tacod's private folder, and tacod didn't make it; {MOVE_IT}")
     if stat.S_IMODE(mode) & 0o777 != 0o700:
-        raise PathTaken(f"{folder}, which is to be tacod's private folder, is one that tacod didn't make; {MOVE_IT}")
+        raise PathTaken(f"{folder}, needed for tacod's private folder, is one that tacod didn't make; {MOVE_IT}")
     return files
 
 

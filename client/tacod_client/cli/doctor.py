@@ -122,11 +122,11 @@ def _engine(args: argparse.Namespace) -> tuple[str | None, list[Finding]]:
         reply = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
         advice = "a GPU or its driver may be stuck: see `nvidia-smi` and `dmesg`"
-        return None, [fail("engine", f"the look at GPUs and packages did not end within {PATIENCE_S:g} s", advice)]
+        return None, [fail("engine", f"the check of GPUs and packages did not end within {PATIENCE_S:g} s", advice)]
     except ValueError:
         last = (done.stderr.strip().splitlines() or ["no word"])[-1]
         advice = "run `python -m tacod.tools.doctor` to see all of it"
-        return None, [fail("engine", f"the look at GPUs and packages ended with {done.returncode}: {last}", advice)]
+        return None, [fail("engine", f"the check of GPUs and packages ended with {done.returncode}: {last}", advice)]
     return reply["endpoint"] if args.config else None, [Finding(**found) for found in reply["findings"]]
 
 

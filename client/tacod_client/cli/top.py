@@ -119,7 +119,7 @@ def _head(status: dict[str, Any], clock: str) -> Text:
 
 def _ranks(group: dict[str, Any]) -> Any:
     if not group["ranks"]:
-        return Text(f"no rank lives; {group['world_size']} are to be", style="red")
+        return Text(f"no rank is running; {group['world_size']} are configured", style="red")
     heads = ("rank", "pid", "device", "tensors", "device memory", "", "busy", "")
     rows = []
     for rank in group["ranks"]:

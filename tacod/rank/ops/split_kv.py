@@ -87,7 +87,7 @@ def _can_share(device: torch.device) -> bool:
         return False
     reason = _trouble(device)
     if reason:
-        log.warning("attention doesn't come in whole waves, for shares of the keys don't work: %s", reason)
+        log.warning("keys are not split in attention, which takes longer: %s", reason)
     return not reason
 
 

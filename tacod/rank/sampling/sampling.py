@@ -122,7 +122,7 @@ def check_samples(dit: DiT) -> LatentFormat:
         )
     if dit.latent_format is None:
         raise ArgumentError(
-            f"model: {dit.family} tells nothing of its latents, which sample needs; call forward for each step",
+            f"model: {dit.family} doesn't describe its latents, which sample needs; call forward for each step",
             argument="model",
         )
     means = dit.latent_format.channels
