@@ -30,5 +30,5 @@ def describe_oom(error: Exception) -> str | None:
 
 
 def clear_tracebacks(error: Exception) -> None:
-    """Clear the local variables in an error's traceback, because they keep tensors alive."""
+    """Clear the local variables of the frames that an error passed: they keep tensors alive while it is handled."""
     traceback.clear_frames(error.__traceback__)
