@@ -35,9 +35,9 @@ _LEAST_HEAD = 12
 
 
 class LowRank(kit.Modulation):
-    """A modulation through few channels, to which one is added that all blocks share.
+    """A modulation through few channels, plus one that all blocks share.
 
-    A layer's input is the conditioning [..., W] followed by the shared shift, scale and gate [..., 3 * W].
+    A layer's input is the conditioning [..., W], followed by the shared shift, scale and gate [..., 3 * W].
     """
 
     def __init__(self, width: int, rank: int, outputs: int) -> None:

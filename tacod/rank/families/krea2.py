@@ -40,7 +40,7 @@ __all__ = ["Krea2"]
 _EPSILON = 1e-5
 _PATCH = (1, 2, 2)
 _TEXT_BLOCKS = 2
-"""Over a token's layers, and as many over the tokens."""
+"""Blocks over a token's layers, and as many over the tokens."""
 _MULTIPLIER = 4
 _PUBLISHED = {"features": 6144, "heads": 48, "kvheads": 12, "txtdim": 2560, "txtheads": 20, "txtkvheads": 20}
 _METHODS = "index", "index_timestep_zero"
@@ -52,7 +52,7 @@ _UNMODULATED: tuple[Tensor | None, ...] = (None,) * 6
 
 
 class CentredScale(nn.Module):
-    """The weight of an RMS norm, which files hold minus 1 and which counts in fp32."""
+    """The weight of an RMS norm, which files store minus 1; it is used in fp32."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class CentredScale(nn.Module):
 
 
 class Attention(kit.SelfAttention):
-    """Self-attention whose output is gated, channel by channel, by what it attends from."""
+    """Self-attention whose output is gated, channel by channel, by a layer of its input."""
 
     def __init__(self, width: int, heads: int, kv_heads: int) -> None:
         super().__init__(
@@ -109,7 +109,7 @@ class Block(nn.Module):
     def advance(
         self, stream: Stream, attend: Callable[..., Any], modulation: Sequence[Tensor | None] = _UNMODULATED
     ) -> None:
-        """A stream one block further; ``attend`` is `ForwardPass.attend` or looks like it."""
+        """Change a stream by this block; ``attend`` is `ForwardPass.attend` or takes the same arguments."""
         scale, shift, gate, mlp_scale, mlp_shift, mlp_gate = modulation
         normed = stream.normed(shift, scale, norm=self.prenorm.norm)
         attention = attend((stream, lambda: self.attn(normed, stream.rotation)), overlap=True)
@@ -120,7 +120,7 @@ class Block(nn.Module):
 
 
 class Alone:
-    """Attention within sequences that this rank has whole; it stands for `ForwardPass.attend`."""
+    """Attention within sequences that this rank has whole, in the place of `ForwardPass.attend`."""
 
     def __init__(self, projection: tuple[Stream, Callable[[], QKV]], overlap: bool = False) -> None:
         self._qkv = projection[1]()
@@ -132,7 +132,7 @@ class Alone:
 
 
 class TextFusion(nn.Module):
-    """Makes one vector of a token's layers, and refines the tokens among themselves."""
+    """Makes one vector of each token's layers, and refines the tokens by attention among them."""
 
     layerwise_blocks: Any
     refiner_blocks: Any
@@ -146,7 +146,7 @@ class TextFusion(nn.Module):
         self.projector = nn.Linear(layers, 1, bias=False)
 
     def fuse(self, context: Tensor) -> Tensor:
-        """Some tokens [B, S, layers * width], each by itself: [B, S, width]."""
+        """Some tokens [B, S, layers * width], each on its own: [B, S, width]."""
         stream = Stream(torch.unflatten(context, -1, (self.layers, -1)).flatten(0, 1), (self.layers,))
         for block in self.layerwise_blocks:
             block.advance(stream, Alone)
@@ -349,7 +349,7 @@ class Krea2(DiT):
         return method
 
     def _grids(self, arguments: Mapping[str, Any]) -> list[kit.Grid]:
-        """Of the image, and of each reference that counts: ComfyUI leaves them out where no method is given."""
+        """The grids of the image and of its references; ComfyUI ignores references if no method is given."""
         references = arguments.get("ref_latents") if self._method(arguments) is not None else None
         image = kit.Grid(arguments["x"], _PATCH)
         return [image, *(kit.Grid(each, _PATCH, "ref_latents") for each in references or ())]

@@ -98,25 +98,25 @@ class FinalLayer(nn.Module):
 
 @dataclass(frozen=True)
 class Part:
-    """A text or an image in its stream, and the pads behind it."""
+    """A text or an image within its stream, with the padding behind it."""
 
     tensor: Any
-    """None if there are only pads."""
+    """None if there is only padding."""
     tokens: int
     pads: int
     index: int
     """Its position on the first axis; a text's first token is the next one."""
     now: bool
-    """Whether it has the forward's time; references have time 0."""
+    """Whether it has the forward's timestep; references have time 0."""
 
     @property
     def length(self) -> int:
-        """With its pads."""
+        """Its tokens with the padding."""
         return self.tokens + self.pads
 
 
 class Lumina2(DiT):
-    """``config`` is ComfyUI's ``unet_config``; its ``z_image_modulation`` tells Z-Image from Lumina 2."""
+    """``config`` is ComfyUI's ``unet_config``; its ``z_image_modulation`` distinguishes Z-Image from Lumina 2."""
 
     family: ClassVar[str] = "lumina2"
     title = "Z-Image, Lumina 2"

@@ -40,7 +40,7 @@ __all__ = ["PixArt"]
 _ALPHA, _SIGMA = "pixart_alpha", "pixart_sigma"
 _PUBLISHED = {"hidden_size": 1152, "num_heads": 16}
 _UNIT = 64
-"""The side in latents (512 pixels) that positions are counted in."""
+"""The unit of positions: a side of 64 latents (512 pixels)."""
 _PROCESS = Epsilon(1e-4, 2e-2)
 
 
@@ -73,9 +73,9 @@ class Block(nn.Module):
 
 
 class Caption(nn.Module):
-    """The text's features in the model's width.
+    """Projects the text's features to the model's width.
 
-    ``y_embedding`` stands for no text in training; files hold it, a forward doesn't look at it.
+    ``y_embedding`` stands for no text in training; files hold it, and forwards don't use it.
     """
 
     def __init__(self, inputs: int, width: int, tokens: int | None) -> None:
@@ -125,7 +125,7 @@ class PixArt(DiT):
     image_models: ClassVar[tuple[str, ...]] = (_ALPHA, _SIGMA)
     process = _PROCESS
     latent_format = LatentFormat(0.13025, 0.0)
-    """Sigma's, which has the VAE of SDXL; an alpha's own is that of Stable Diffusion 1."""
+    """Sigma's, with the VAE of SDXL; an alpha's own is that of Stable Diffusion 1."""
     diffusers_optional = frozenset(
         f"adaln_single.emb.{kind}_embedder.linear_{n}" for kind in ("resolution", "aspect_ratio") for n in (1, 2)
     )
@@ -307,7 +307,7 @@ def _side(x: Any) -> int:
 
 
 def _base(x: Any, patch: int) -> int:
-    """How far positions reach along either side, before interpolation: its patches if it were a whole unit, or so."""
+    """The largest position along a side before interpolation: the image's size in units, rounded, in patches."""
     return round(_side(x) / _UNIT) * _UNIT // patch
 
 

@@ -34,12 +34,12 @@ _METHODS = ("index", _AT_TIME_ZERO, "negative_index", "offset")
 """Where references lie: on planes 1, 2, …, the same with the modulation of time 0 (Edit-2511), on planes -1, -2, …
 (Layered), or beside each other on plane 1."""
 _MARK_2511 = "__index_timestep_zero__"
-"""An empty tensor by which ComfyUI's files of Edit-2511 are told."""
+"""An empty tensor that marks ComfyUI's files of Edit-2511."""
 _LAYER = "time_text_embed.addition_t_embedding.weight"
 
 
 class Attention(kit.SelfAttention):
-    """The image's layers; those of the text stand beside them."""
+    """The image's layers, with the text's layers in the same module."""
 
     def __init__(self, width: int, heads: int) -> None:
         norms = "norm_q.weight", "norm_k.weight"
@@ -207,7 +207,7 @@ class QwenImage(DiT):
         }
 
     def prepare(self, inputs: Inputs) -> Inputs:
-        """Without the end of the text that no image sees; a token's position is its place in the text."""
+        """Drop the end of the text that no image attends to; a token's position is its place in the text."""
         return kit.drop_hidden(inputs, "attention_mask", "context", only_last=True)
 
     def lengths(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
@@ -255,7 +255,7 @@ class QwenImage(DiT):
             f.mask = f.sequence.in_order_of_ranks(whole, lengths)
 
     def _conditioning(self, t: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-        """What the modulations are of at times ``t`` [B]: [B, W]."""
+        """The conditioning of the modulations at times ``t`` [B]: [B, W]."""
         embedded = self.time_text_embed.numbers(t, arguments["x"].dtype, scale=1000.0)
         if self.layered:
             row = arguments.get("additional_t_cond")
@@ -285,7 +285,7 @@ class QwenImage(DiT):
 
 
 def _usual_method(layered: bool, at_time_zero: bool) -> str:
-    """Where a model's references lie if nobody says."""
+    """Where a model's references lie by default."""
     return "negative_index" if layered else _AT_TIME_ZERO if at_time_zero else "index"
 
 

@@ -1,6 +1,7 @@
 """Qwen-Image 2.1 (Qwen team): one causal sequence of text and reference images, and the image that attends to it.
 
-Text and references are modulated as at time 0 and don't see the image. Parameters are named as in ComfyUI's files.
+Text and references have the modulation of time 0 and don't attend to the image. Parameters are named as in ComfyUI's
+files.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _THETA = 10000
 
 
 class Block(nn.Module):
-    """Attention and SwiGLU with the weights and modulations that all tokens, and all blocks, share."""
+    """Attention and SwiGLU; all blocks share one set of modulations."""
 
     def __init__(self, width: int, heads: int, hidden: int, fused: bool) -> None:
         super().__init__()
@@ -67,7 +68,7 @@ class Block(nn.Module):
 
 
 class TextIn(nn.Module):
-    """The text's embedder; its norm's weight is stored minus 1 and counts in fp32."""
+    """The text's embedder; its norm's weight is stored minus 1 and used in fp32."""
 
     def __init__(self, context_width: int, width: int) -> None:
         super().__init__()

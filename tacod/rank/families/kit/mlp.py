@@ -67,7 +67,7 @@ def feed_forward(first: Any, second: Any, x: Tensor, activation: str = "gelu", g
 
 
 def activated(first: Any, x: Tensor, activation: str, gate: Any = None) -> Tensor:
-    """What `feed_forward` has between its layers: activation(first(x)), of the hidden width."""
+    """The input of the second layer in `feed_forward`: activation(first(x)), of the hidden width."""
     if activation == "gelu":
         return linear_gelu(first, x)
     hidden: Tensor = first(x)
@@ -82,5 +82,5 @@ def activated(first: Any, x: Tensor, activation: str, gate: Any = None) -> Tenso
 
 
 def first_outputs(hidden: int, activation: str) -> int:
-    """How many outputs the first layer has for ``hidden`` channels behind the activation, if it makes the gate too."""
+    """The outputs of a first layer that makes the gate too, for ``hidden`` channels behind the activation."""
     return 2 * hidden if activation == "swiglu" else hidden
