@@ -1,10 +1,11 @@
-"""Forwards of two checkouts of TACO-DiT, turn by turn in one run on the same devices.
+"""Forwards of two checkouts of TACO-DiT, turn by turn in one run on the same devices. Both must be 1f5d86f or later.
 
     python benchmarks/commits.py OLD NEW [--ranks 2] [--models flux,sd35_large,pixart] [--sizes 1024,2048] [--rounds 15]
 
-Both have the model on every device at once, with the same random weights, and run it as the daemon does,
-by CUDA graphs and with the planner's layout. Only one of them computes at a time. Models are those of plans.py; on
-a CPU they are cut to a few blocks. The last column is the relative difference of the outputs.
+Each checkout has processes of its own, one for each device, which import that checkout. Both hold the model on every
+device at once, with the same random weights, and run it as the daemon does: by CUDA graphs, in the planner's layout.
+Only one checkout computes at a time. The models are those of plans.py; on a CPU they are cut to a few blocks. The last
+column is the relative difference of the outputs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 WARM_UPS = 4
-"""Forwards before one is measured: as they come, captured, and replayed."""
+"""Forwards before the first one that is measured. A CUDA graph is captured and checked among them."""
 
 
 def main() -> None:
@@ -86,7 +87,7 @@ class Side:
         ]
 
     def ask(self, what: str) -> float:
-        """Have all ranks do something; the longest time that one took, in ms."""
+        """Send all ranks a command; returns the longest time that one of them took, in ms."""
         for rank in self.ranks:
             assert rank.stdin is not None
             rank.stdin.write(what + "\n")
@@ -154,38 +155,27 @@ def fill(model: Any, device: torch.device) -> Any:
 
 
 def make_forwards(args: argparse.Namespace, device: torch.device) -> Any:
-    """What runs forwards, in whichever checkout this is."""
-    try:
-        from tacod.rank.comm import process_groups as groups
-        from tacod.rank.comm.select import reach
-        from tacod.rank.forward.graphs import Forwards
-        from tacod.rank.parallel.topology import Topology
-    except ImportError:  # before modules had rooms
-        from tacod.rank.forwards import Forwards  # type: ignore[import-not-found, no-redef]
-        from tacod.rank.reach import reach  # type: ignore[import-not-found, no-redef]
-        from tacod.rank.topology import Topology  # type: ignore[import-not-found, no-redef]
+    """What runs forwards, of the checkout that this process imports."""
+    from tacod.rank.comm import process_groups
+    from tacod.rank.comm.select import reach
+    from tacod.rank.forward.graphs import Forwards
+    from tacod.rank.parallel.topology import Topology
 
-        from tacod.rank import xdit as groups  # type: ignore[attr-defined, no-redef]
     cuda = device.type == "cuda"
-    make_group = groups.join(device, args.rank, args.ranks, args.folder, local_rank=args.rank if cuda else 0)
+    make_group = process_groups.join(device, args.rank, args.ranks, args.folder, local_rank=args.rank if cuda else 0)
     return Forwards(Topology(args.rank, args.ranks, make_group, reach if cuda else None))
 
 
 def forward(forwards: Any, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     """One forward by the plan that the planner has for it."""
     from tacod.plan import AUTO, Shape, make_plan
+    from tacod.rank.families.inputs import Inputs
+    from tacod.rank.forward.run import Call
 
     world = forwards.topology.world_size
     plan = make_plan(AUTO, world, Shape(model.heads, model.width, len(inputs["x"]), model.lengths(inputs)))
-    try:
-        from tacod.rank.families.inputs import Inputs
-        from tacod.rank.forward.run import Call
-    except ImportError:  # before a forward was a `Call`
-        rest = {key: value for key, value in inputs.items() if key not in ("x", "timestep")}
-        out: torch.Tensor = forwards(model, plan, inputs["x"], inputs["timestep"], rest)
-        return out
-    done: torch.Tensor = forwards(Call(model, plan, Inputs(inputs, model.arguments())))
-    return done
+    out: torch.Tensor = forwards(Call(model, plan, Inputs(inputs, model.arguments())))
+    return out
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Where a forward is, millisecond by millisecond, on its way from a client through the daemon to the ranks and back.
+"""When a forward is where, on its way from a client through the daemon to the ranks and back.
 
     python benchmarks/hops.py [--ranks N] [--calls N]
 
-The embedded model on CPU ranks, which serves to see what the daemon does; ``rivals.py --hops`` tells the same of its
-daemon rows, on GPUs. In the client, the supervisor and rank 0, the functions that a forward passes are wrapped so that
-each notes the time, on the one clock that all processes of a machine share. That costs some microseconds each.
+This runs the embedded model on CPU ranks, to show what the daemon does; ``rivals.py --hops`` does the same for its
+daemon rows, on GPUs. In the client, the supervisor and rank 0, the functions that a forward passes are wrapped to note
+the time, on the one clock that all processes of a machine share. That costs some microseconds for each.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ class Bench:
         return plans.build(self.job.model, self.device, self.dtype).float()
 
     @cached_property
-    def narrow(self) -> DiT:
+    def fp8(self) -> DiT:
         """The same with its matrices in fp8."""
         twin = share(self.dit)
         quantize_blocks(twin)
@@ -171,7 +171,7 @@ class Bench:
             return make[row](), ""
         shape = Shape(self.dit.heads, self.dit.width, len(inputs["x"]), self.dit.lengths(inputs))
         planned = make_plan(AUTO, world, shape)
-        dit = self.narrow if row.startswith("fp8") else self.dit
+        dit = self.fp8 if row.startswith("fp8") else self.dit
         alone = Plan(Layout(1, 1, 1), 1, shape)
         if row == "plain":
             return plainly(ours(dit, alone, Forwards(Topology(), graphs=False), inputs)), ""

@@ -1,7 +1,7 @@
-"""Attention on one GPU: what a few queries more cost, and what ranks save by whole waves (`tacod.rank.ops.split_kv`).
+"""Attention on one GPU: what a few more queries cost, and what ranks save by split keys (`tacod.rank.ops.split_kv`).
 
 Queries, keys and values are random, in bf16, and lie as a rank receives them; µs in a CUDA graph of 20, medians. On a
-CPU they are few, and wall times, which say nothing: it is there to be tried.
+CPU it has a few queries and wall times, which mean nothing: that is only for trying it.
 
     python benchmarks/split_kv.py
 """

@@ -102,10 +102,9 @@ def convert(
     if model.force_cast_weights:
         refuse_weight_only(source)
     patches = to_request(model.patches, names)
-    settle = dict(config)
-    for unwanted in ("disable_unet_model_creation", "dtype", "device", "operations"):
-        settle.pop(unwanted, None)
-    skeleton = type(base.diffusion_model)(**settle, device="meta", operations=skeleton_layers())
+    not_sizes = ("disable_unet_model_creation", "dtype", "device", "operations")
+    sizes = {key: value for key, value in config.items() if key not in not_sizes}
+    skeleton = type(base.diffusion_model)(**sizes, device="meta", operations=skeleton_layers())
     # On a GPU ComfyUI has chosen what this model computes in; on a CPU that says nothing of the daemon's devices.
     stock = base.manual_cast_dtype or base.get_dtype()
     dtype = DTYPES.get(stock) if comfy.model_management.get_torch_device().type != "cpu" else None

@@ -93,18 +93,19 @@ class Group(_Section):
     """Longest time without progress of a load."""
     start_timeout_s: PositiveFloat = 180.0
     retries: NonNegativeInt = 2
-    """How often a step is run again on new ranks before its job fails."""
+    """How many times a step is run again on new ranks before its job fails."""
     max_restarts: NonNegativeInt = 5
     """More restarts of the group than this within `restart_window_s`, and tacod gives up."""
     restart_window_s: PositiveFloat = 600.0
     cache_bytes: PositiveInt = 1 << 30
     """Client tensors that each rank keeps, so that a prompt's embeddings travel once."""
     cuda_graphs: bool = True
-    """Whether forwards that come again are replayed as CUDA graphs; off to see whether something is their doing."""
+    """Whether repeated forwards are replayed as CUDA graphs. Turn it off to see whether they cause a problem."""
     peer_memory: bool = True
-    """Whether GPUs exchange, within a Ulysses group, by memory of each other's or else the host's, and not by NCCL."""
+    """Whether a Ulysses group's GPUs exchange through each other's memory, or else the host's, instead of NCCL."""
     warm_up: bool = True
-    """Whether a load on GPUs runs forwards of 1024 pixels and measures them; off where only smaller ones fit."""
+    """Whether a load on GPUs runs and measures forwards of 1024 pixels. Turn it off for cards that have no room for
+    these."""
 
     @model_validator(mode="after")
     def _one_kind_of_device(self) -> Group:
@@ -118,23 +119,23 @@ class Group(_Section):
 
 
 class Models(_Section):
-    """Which files clients may have loaded."""
+    """The files that clients may load."""
 
     roots: list[Annotated[str, AfterValidator(_check_root)]] = []
     preload: list[str] = []
     uploads: Annotated[str, AfterValidator(_check_root)] | None = None
-    """A folder for model files that clients send, when tacod can't read theirs; by default none are taken."""
+    """A folder for model files that clients send because tacod can't read theirs; without it, uploads are off."""
     upload_bytes: PositiveInt = 64 << 30
-    """What the files in `uploads` may take; the least recently used make room."""
+    """Most bytes of the files in `uploads`; the least recently used make room."""
     memory_bytes: PositiveInt | None = None
-    """Weights that each rank holds at the most; the least recently used models make room. By default, what fits."""
+    """Most bytes of weights on each rank; the least recently used models make room. By default, what fits."""
     variants: PositiveInt = 8
-    """Patched models (LoRA) that are kept of each file; each holds the layers that its patches change. Where
-    memory lacks, the least recently used ones make room."""
+    """Most patched models (LoRA) of each file; each takes the memory of the layers that its patches change. The least
+    recently used make room."""
 
     @property
     def readable(self) -> list[str]:
-        """The folders whose files may be loaded: the roots, and where uploads go."""
+        """The folders whose files may be loaded: the roots and the folder of uploads."""
         return [*self.roots, *([self.uploads] if self.uploads is not None else [])]
 
 
@@ -142,18 +143,18 @@ class Limits(_Section):
     """Bounds on what clients can make tacod hold."""
 
     queue: Count = 64
-    """Jobs that wait or run, over all clients."""
+    """Most waiting and running jobs of all clients."""
     queue_per_user: Count = 48
-    """Of these, those of one user (uid)."""
+    """Most of these of one user (uid)."""
     clients: Count = 64
     clients_per_user: Count = 48
     store_bytes: Count = 2 << 30
-    """Client tensors kept by content in host memory."""
+    """Most bytes of client tensors stored by content in host memory."""
     message_bytes: Count = 512 << 20
     """Largest message, and largest tensor, from a client."""
     memory_bytes: Count | None = None
-    """All that clients can make the supervisor hold; beyond it connections end. By default, what the store and four
-    messages take, and 256 MiB; less is refused."""
+    """Most bytes that clients can make the supervisor hold; beyond it connections end. By default, what the store and
+    four messages take, and 256 MiB; less is refused."""
 
     @property
     def held_bytes(self) -> int:
@@ -162,9 +163,9 @@ class Limits(_Section):
 
     @property
     def share_bytes(self) -> int:
-        """What queued jobs may hold, and what unread answers may: a quarter each of what the store leaves.
+        """Most bytes of queued jobs, and most bytes of unread answers: a quarter each of what the store leaves.
 
-        The other half is for messages under way.
+        The other half is for messages in transit.
         """
         return (self.held_bytes - self.store_bytes) // 4
 
@@ -203,25 +204,25 @@ def _check_tcp(listen: str) -> str:
 
 
 class Curve(_Section):
-    """TCP, for clients on other machines: for those alone whose keys are known."""
+    """TCP for clients on other machines whose keys are known."""
 
     listen: Annotated[str, AfterValidator(_check_tcp)]
     """Such as ``tcp://0.0.0.0:5555``, beside the unix socket."""
     secret_key: Annotated[str, AfterValidator(_check_root)]
     """The daemon's own key, a file that ``tacoctl keygen`` made."""
     clients: Annotated[str, AfterValidator(_check_root)]
-    """Who may come in: a folder of public keys, ``NAME.key`` each, or a single one."""
+    """The allowed clients: a folder of public keys, ``NAME.key`` each, or a single key."""
     admins: list[str] = []
-    """Those of them, by name, that may do what else root and tacod's own user may."""
+    """Names of clients that may do what root and tacod's own user may."""
 
 
 class Metrics(_Section):
-    """Numbers for Prometheus, over HTTP without a password."""
+    """Metrics for Prometheus, over HTTP without a password."""
 
     listen: Annotated[str, AfterValidator(_check_listen)] | None = None
     """``127.0.0.1:9464``, or ``unix:/run/tacod/metrics.sock``; by default nothing is exported."""
     allow_remote: bool = False
-    """Whether `listen` may be an address that other machines reach: then whoever reaches it may read."""
+    """Whether `listen` may be an address that other machines reach, where anybody may read the metrics."""
 
     @model_validator(mode="after")
     def _on_loopback(self) -> Metrics:
@@ -239,20 +240,20 @@ I_KNOW = "this daemon fails on purpose"
 
 
 class Fault(_Section):
-    """One thing that goes wrong in a rank, on purpose."""
+    """One fault in a rank, on purpose."""
 
     kind: Literal["raise", "out_of_memory", "exit", "segfault", "sleep", "collective"]
     """``collective`` waits for an exchange that no other rank takes part in, for ever, as ``sleep`` does in Python."""
     at: Literal["start", "load", "unload", "forward", "call", "sample"] = "forward"
     """In which work; each step of a sampling run is one."""
     when: Literal["before", "after"] = "before"
-    """Before the rank's part of the work, so that the others wait for it, or once it has done it."""
+    """Before the rank's part of the work, so that the others wait for it, or after it."""
     rank: NonNegativeInt | None = None
     """Which rank; all of them if absent."""
     skip: NonNegativeInt = 0
-    """How often such work goes well first."""
+    """How many times such work goes well first."""
     always: bool = False
-    """From then on every time, not once."""
+    """Whether it happens every time from then on, not once."""
 
     @model_validator(mode="after")
     def _can_be(self) -> Fault:
@@ -262,7 +263,7 @@ class Fault(_Section):
 
 
 class Testing(_Section):
-    """Faults to be had on purpose, so that tests can watch how tacod takes them."""
+    """Faults on purpose, so that tests can watch how tacod handles them."""
 
     i_know: Literal["this daemon fails on purpose"]
     faults: list[Fault] = []
@@ -276,7 +277,7 @@ class Testing(_Section):
 
 
 class Config(_Section):
-    """Everything that tacod can be told."""
+    """All settings of tacod."""
 
     endpoint: Annotated[str, AfterValidator(_check_endpoint)] = "ipc:///run/tacod/tacod.sock"
     heartbeat_s: float = Field(5.0, ge=0.01, le=3600)
@@ -326,7 +327,7 @@ def _line(path: str | os.PathLike[str], fault: Any) -> str:
 
 
 def to_toml(config: Config) -> str:
-    """The configuration with all its defaults, as TOML that `load_config` reads back; what isn't set is a comment."""
+    """The configuration with all its defaults, as TOML that `load_config` reads; keys without a value are comments."""
     values = config.model_dump()
     del values["group"]["ranks" if config.group.device == "cuda" else "gpus"]
     tables = {key: value for key, value in values.items() if isinstance(value, dict)}

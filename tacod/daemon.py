@@ -118,12 +118,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _from_anywhere(path: str) -> str:
-    """A path that doesn't need the folder of the start; a link at its end stays one, so that it may be set anew."""
+    """An absolute path; a link at its end stays a link, so that it may be changed."""
     return path if os.path.isabs(path) else str(Path(path).parent.resolve() / Path(path).name)
 
 
 def _leave_the_folder() -> None:
-    """Depend no more on the folder of the start, which may go: torch can't be imported in one that is gone."""
+    """Change to ``/``, because the start's folder may be deleted, and torch can't be imported in a deleted one."""
     given = os.environ.get("PYTHONPATH")
     paths = given.split(os.pathsep) if given else []
     home = str(Path(tacod.__file__).parents[1])
@@ -182,7 +182,7 @@ def assemble(
     keys: Keys | None,
     ending: contextlib.ExitStack,
 ) -> tuple[State, Server, Lifecycle]:
-    """Make the supervisor's parts, each from those that it needs; ``ending`` closes them."""
+    """Make the supervisor's parts; ``ending`` closes them."""
     listener = Listener(config, keys)
     ending.callback(listener.close)
     limits = config.limits

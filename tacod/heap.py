@@ -1,4 +1,4 @@
-"""The C library's heap: what is asked for again at every step is kept, what a burst has left is given back."""
+"""The C library's heap: keeps memory that every step needs again, and gives back what a burst has left."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ LOOK_S = 3.0
 
 
 def keep_freed_memory() -> None:
-    """Have freed blocks of a latent's size used again.
+    """Keep freed blocks of a latent's size for reuse.
 
-    By default the kernel takes them back and, at every step, finds and clears each of their pages anew, which costs
-    more than to copy what they hold. Without glibc nothing is changed.
+    By default the kernel takes them back, and at every step finds and clears each of their pages again, which costs
+    more than copying their contents. Without glibc this does nothing.
     """
     with suppress(AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -42,11 +42,12 @@ def _info(number: type[ctypes.c_uint] | type[ctypes.c_size_t]) -> type[ctypes.St
 
 
 INFO = {"mallinfo2": _info(ctypes.c_size_t), "mallinfo": _info(ctypes.c_uint)}
-"""What glibc's functions of these names give (mallinfo(3)); the older one counts to 4 GiB, and then from 0 again."""
+"""The results of glibc's functions of these names (mallinfo(3)); the older one counts only up to 4 GiB and wraps
+around."""
 
 
 def _free_bytes() -> int:
-    """What lies free in the heap; 0 without glibc."""
+    """Free bytes in the heap; 0 without glibc."""
     library = ctypes.CDLL(None)
     for name, info in INFO.items():
         with suppress(AttributeError):
@@ -57,7 +58,7 @@ def _free_bytes() -> int:
 
 
 class Leftovers:
-    """Gives back what a burst of messages has left in the heap, and leaves alone what steps use again and again."""
+    """Gives back memory that a burst of messages has left in the heap, but none that steps use again and again."""
 
     def __init__(self) -> None:
         self._next_s = 0.0

@@ -23,11 +23,11 @@ __all__ = ["FIXED", "Lifecycle"]
 log = logging.getLogger("tacod")
 
 FAREWELL_S = 5.0
-"""After draining, how long clients that read slowly get for their last messages."""
+"""How long clients that read slowly have for their last messages, after draining."""
 STATUS_S = 1.0
-"""How often systemd gets the status, at the most."""
+"""The least time between two status messages to systemd."""
 PATIENCE_S = 60.0
-"""How much longer systemd is to wait for a start or a stop, as long as the loop turns; its own limits end the rest."""
+"""How much longer systemd is asked to wait for a start or a stop, as long as the loop turns; other limits end these."""
 FIXED = (
     "endpoint",
     "heartbeat_s",
@@ -112,7 +112,7 @@ class Lifecycle:
         return changed
 
     def turn(self) -> int | None:
-        """Notify systemd and stop what is due; returns the exit code once there is nothing left to do."""
+        """Notify systemd and stop what is due; returns the exit code when the daemon is done."""
         now = time.monotonic()
         executor, sessions = self.state.executor, self.state.sessions
         # Only from here: a loop that is stuck falls silent.
@@ -139,7 +139,7 @@ class Lifecycle:
         return 0
 
     def _describe(self) -> str:
-        """One line of what is going on, for ``systemctl status``."""
+        """The daemon's state in one line, for ``systemctl status``."""
         executor = self.state.executor
         ranks = _counted(executor.group.world_size, "rank")
         if executor.given_up is not None:

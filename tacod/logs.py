@@ -37,7 +37,7 @@ def configure(level: str, prefix: str = "") -> None:
 
 
 def complain(text: object) -> None:
-    """Print why there is no daemon, as it is; for journald each line is an error."""
+    """Print why the daemon can't start; for journald each line is an error."""
     mark = f"<{_PRIORITIES[logging.ERROR]}>" if _to_journal() else ""
     streams.complain("\n".join(f"{mark}{line}" for line in str(text).splitlines()))
 

@@ -1,7 +1,7 @@
-"""How one forward is spread over the ranks: a value that can explain itself.
+"""How one forward is split over the ranks: a value that can explain itself.
 
-Two axes. The batch: whole images (CFG's two halves are a batch of two) go to different ranks, which exchange nothing
-until the end. The sequence: ranks share every image's tokens, by Ulysses, by a ring, or by both.
+There are two axes. Batch: whole images go to different ranks, which exchange nothing until the end (CFG's two halves
+are a batch of two). Sequence: ranks share every image's tokens, by Ulysses, by a ring, or by both.
 """
 
 from __future__ import annotations
@@ -18,40 +18,43 @@ __all__ = [
     "AUTO",
     "DEFAULT_POLICY",
     "AttentionPolicy",
+    "DeviceRates",
     "Layout",
-    "Pace",
     "Plan",
     "Request",
     "Shape",
     "chunks",
     "cost",
     "make_plan",
-    "measured_pace",
+    "measured_rates",
     "parse_request",
 ]
 
 RING_COLLECTIVES = 4
-"""What a turn of a ring, with its merge, counts for."""
+"""How many collectives a turn of a ring counts as, its merge included."""
 RING_SLOWDOWN = 1.6
-"""Of attention in parts that are merged in fp32, against attention in one."""
+"""How many times as long attention takes in parts that are merged in fp32."""
 BYTES = 2
-"""Of a number on the wire, in bf16."""
+"""Bytes of a number in an exchange, in bf16."""
 
 
 @dataclass(frozen=True)
-class Pace:
-    """What a model was measured to do on these devices, hidden transfers and all."""
+class DeviceRates:
+    """How fast devices compute and exchange, by default as GPUs with fast links, in bf16.
+
+    Measured rates count only the part of a transfer that computation doesn't hide.
+    """
 
     flops: float = 400e12
-    """Arithmetic of a device in a second."""
+    """Of one device, in FLOP/s."""
     bytes: float = 150e9
-    """What a device exchanges in a second for which it waits."""
+    """What one device exchanges, in bytes/s of waiting."""
     collective_s: float = 2e-4
-    """What a collective takes whatever its size."""
+    """Seconds of a collective beside those of its bytes."""
 
 
-USUAL = Pace()
-"""Of GPUs with fast links, bf16: for plans before anything was measured."""
+USUAL = DeviceRates()
+"""For plans before anything was measured."""
 
 
 def chunks(n: int, parts: int) -> list[int]:
@@ -61,7 +64,7 @@ def chunks(n: int, parts: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Layout:
-    """So many groups along the batch, each of ``ulysses`` × ``ring`` ranks that share a sequence."""
+    """A number of groups along the batch, each with ``ulysses`` × ``ring`` ranks that share a sequence."""
 
     batch: int
     ulysses: int
@@ -98,7 +101,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for; None leaves it to the planner."""
+    """What a client asked for; None leaves the choice to the planner."""
 
     sequence_parallel_degree: int | None = None
     cfg_parallel: bool | None = None
@@ -107,12 +110,12 @@ class Request:
     flash_attention: bool | None = None
     """False keeps to the plain attention kernels."""
     exchange: str | None = None
-    """``"int8"`` sends what Ulysses exchanges in 8 bits, which is for GPUs that don't reach each other's memory."""
+    """``"int8"`` halves the bytes of Ulysses' exchange, which helps GPUs without peer access."""
     step_cache: float | None = None
     """Relative change of the first block's residual below which a step skips the other blocks; 0 is exact."""
 
     def allows(self, layout: Layout, batch: int) -> bool:
-        """Whether a layout is what was asked for. A batch of one can't be split, whatever was asked."""
+        """Whether a layout does what was asked for. A batch of one is never split."""
         wanted = (
             (self.sequence_parallel_degree, layout.sequence),
             (self.ulysses, layout.ulysses),
@@ -123,9 +126,9 @@ class Request:
         return self.cfg_parallel is None or (layout.batch > 1) == (self.cfg_parallel and batch > 1)
 
     def without_ring(self) -> Request:
-        """The same without a ring. Raises `ArgumentError` if one was asked for."""
+        """The same request without a ring. Raises `ArgumentError` if it asks for one."""
         if self.ring is not None and self.ring > 1:
-            raise _refused(f"ring {self.ring} can't be without flash attention; ask for ulysses, or auto")
+            raise _refused(f"ring {self.ring} needs flash attention; ask for ulysses, or auto")
         return replace(self, ring=1)
 
 
@@ -141,10 +144,8 @@ class AttentionPolicy:
     exchange: Literal["exact", "int8"] = "exact"
     """``"int8"`` sends queries, keys, values and outputs in 8 bits between Ulysses' ranks; a ring stays exact."""
     split_kv: bool = False
-    """Whether Ulysses' ranks split the keys for the queries of the last, partial wave (`tacod.rank.ops.split_kv`).
-
-    The engine sets it for what may become a CUDA graph; nobody asks for it.
-    """
+    """Whether Ulysses' ranks split the keys for the queries of the last, partial wave (`tacod.rank.ops.split_kv`). The
+    engine sets it for forwards that may become a CUDA graph; clients can't ask for it."""
 
 
 DEFAULT_POLICY = AttentionPolicy()
@@ -152,16 +153,16 @@ DEFAULT_POLICY = AttentionPolicy()
 
 @dataclass(frozen=True)
 class Plan:
-    """A layout for one forward, and what each rank gets by it."""
+    """A layout for one forward, and each rank's share."""
 
     layout: Layout
     world_size: int
     shape: Shape
     attention: AttentionPolicy = DEFAULT_POLICY
     slowdown: float | None = None
-    """Where ranks are left idle because they would not help: how many times as long all of them would take."""
+    """If ranks are left idle because they would not help: how many times as long all of them would take."""
     step_cache: float = 0.0
-    """The threshold of the step cache; 0 is none."""
+    """The threshold of the step cache; 0 turns it off."""
 
     @property
     def tokens(self) -> list[int]:
@@ -171,7 +172,7 @@ class Plan:
 
     @functools.cached_property
     def reason(self) -> str:
-        """What each rank gets."""
+        """Each rank's share."""
         layout, shape = self.layout, self.shape
         said = []
         if layout.batch > 1:
@@ -211,7 +212,7 @@ _EXCHANGES = ("exact", "int8")
 
 
 def parse_request(request: Any, world_size: int) -> Request:
-    """Read ``"auto"`` or a map of `Request`'s fields, and see that so many ranks can do it.
+    """Read ``"auto"`` or a map of `Request`'s fields, and check that this number of ranks can do it.
 
     Raises `ArgumentError`, which says why not and what would fit.
     """
@@ -261,23 +262,23 @@ def _refused(reason: str) -> ArgumentError:
 
 
 @functools.lru_cache(maxsize=64)
-def make_plan(asked: Request, world_size: int, shape: Shape, pace: Pace | None = None) -> Plan:
-    """Of the layouts that do what was asked, the cheapest.
+def make_plan(asked: Request, world_size: int, shape: Shape, rates: DeviceRates | None = None) -> Plan:
+    """The cheapest layout that does what was asked.
 
-    Before a ``pace`` was measured, that is one of those which leave the fewest ranks idle; afterwards one that does so
-    is taken if it is faster. Raises `ArgumentError` if there is none.
+    With measured ``rates`` it may leave ranks idle, if that is faster; without them, it leaves as few idle as possible.
+    Raises `ArgumentError` if no layout does what was asked.
     """
     layouts = [layout for layout in _layouts(world_size, shape.batch) if asked.allows(layout, shape.batch)]
     if not layouts:
-        raise _refused(f"nothing on {world_size} ranks is like {asked}; ask for less, or for auto")
+        raise _refused(f"no layout of {world_size} ranks does {asked}; ask for less, or for auto")
     policy = AttentionPolicy(asked.flash_attention is not False, "int8" if asked.exchange == "int8" else "exact")
 
     def price(layout: Layout) -> float:
-        return cost(layout, shape, pace or USUAL, policy.exchange)
+        return cost(layout, shape, rates or USUAL, policy.exchange)
 
     best = busiest = min(layouts, key=lambda layout: (-layout.ranks, price(layout), layout.ring))
     slowdown = None
-    if pace is not None:
+    if rates is not None:
         best = min(layouts, key=lambda layout: (price(layout), -layout.ranks, layout.ring))
         slowdown = price(busiest) / price(best) if best.ranks < busiest.ranks else None
     return Plan(best, world_size, shape, policy, slowdown, asked.step_cache or 0.0)
@@ -290,46 +291,45 @@ def _layouts(world_size: int, batch: int) -> Iterator[Layout]:
                 yield Layout(groups, ulysses, ring)
 
 
-def cost(layout: Layout, shape: Shape, pace: Pace = USUAL, exchange: str = "exact") -> float:
+def cost(layout: Layout, shape: Shape, rates: DeviceRates = USUAL, exchange: str = "exact") -> float:
     """Seconds of one block of one forward on the busiest rank.
 
-    The matrices see its tokens, the attention its heads and all keys. A ring attends in parts, which takes longer, and
-    hides its transfers behind that as far as half of it lasts.
+    Its matrices multiply its tokens; its attention has its heads and all keys. A ring attends in parts, which takes
+    longer, and hides its transfers behind half of the attention.
     """
     tokens = sum(shape.lengths) or 4096
     images = math.ceil(shape.batch / layout.batch)
     mine = sum(math.ceil(length / layout.sequence) for length in shape.lengths) or math.ceil(tokens / layout.sequence)
     run = mine * layout.ulysses
     heads = math.ceil(shape.heads / layout.ulysses) / shape.heads
-    matrices_s = images * 24 * mine * shape.width**2 / pace.flops
-    attention_s = images * 4 * run * tokens * shape.width * heads / pace.flops
+    matrices_s = images * 24 * mine * shape.width**2 / rates.flops
+    attention_s = images * 4 * run * tokens * shape.width * heads / rates.flops
     if layout.ring > 1:
         attention_s *= RING_SLOWDOWN
     exchanged = (
         images * 4 * mine * shape.width * (layout.ulysses - 1) / layout.ulysses * (1 if exchange == "int8" else BYTES)
     )
     passed = images * 2 * run * shape.width * heads * (layout.ring - 1) * BYTES
-    waiting_s = exchanged / pace.bytes + max(0.0, passed / pace.bytes - attention_s / 2)
+    waiting_s = exchanged / rates.bytes + max(0.0, passed / rates.bytes - attention_s / 2)
     collectives = 2 * (layout.ulysses > 1) + RING_COLLECTIVES * (layout.ring - 1)
-    return matrices_s + attention_s + waiting_s + collectives * pace.collective_s
+    return matrices_s + attention_s + waiting_s + collectives * rates.collective_s
 
 
-def measured_pace(alone_s: float, layout: Layout, together_s: float, shape: Shape) -> Pace:
-    """The pace at which `cost` says of a forward what it took on one rank, and, as nearly as can be, in ``layout``.
+def measured_rates(alone_s: float, layout: Layout, together_s: float, shape: Shape) -> DeviceRates:
+    """The rates for which `cost` gives ``alone_s`` on one rank, and a time near ``together_s`` in ``layout``.
 
-    A collective counts as the bytes that take as long on usual links, so that links have one measure: how many times
-    as slow as usual they are.
+    Links have one unknown: how many times as slow as `USUAL` they are, for bytes and for collectives alike.
     """
     flops = USUAL.flops * cost(Layout(1, 1, 1), shape) / alone_s
 
-    def pace(slowness: float) -> Pace:
-        return Pace(flops, USUAL.bytes / slowness, USUAL.collective_s * slowness)
+    def rates(slowness: float) -> DeviceRates:
+        return DeviceRates(flops, USUAL.bytes / slowness, USUAL.collective_s * slowness)
 
     fast, slow = 1e-6, 1e6
     for _ in range(100):
         between = math.sqrt(fast * slow)
-        if cost(layout, shape, pace(between)) < together_s:
+        if cost(layout, shape, rates(between)) < together_s:
             fast = between
         else:
             slow = between
-    return pace(fast)
+    return rates(fast)

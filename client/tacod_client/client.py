@@ -1,4 +1,4 @@
-"""The client: models on the daemon's devices, used as if they were here."""
+"""The client: use models on the daemon's devices as if they were local."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["Client", "Model"]
 _log = logging.getLogger(__name__)
 
 RELOADS = 8
-"""How often a call loads its model again because the daemon has lost it, before it gives up."""
+"""How many times a call loads its model again because the daemon lost it."""
 
 
 class Client:
@@ -74,16 +74,16 @@ class Client:
 
     @property
     def boot_id(self) -> str:
-        """Which run of the daemon this client talks to; empty before the first call."""
+        """Identifies the run of the daemon that this client talks to; empty before the first call."""
         return self._connection.boot_id
 
     @property
     def limits(self) -> dict[str, int]:
-        """The daemon's: ``message_bytes``, ``store_bytes``, ``queue``; empty before the first call."""
+        """The daemon's limits: ``message_bytes``, ``store_bytes``, ``queue``; empty before the first call."""
         return dict(self._connection.limits)
 
     def ping(self) -> float:
-        """Ask for a sign of life; returns the round trip in seconds."""
+        """Check that the daemon answers; returns the round trip in seconds."""
         self._connection.ask("ping")  # the first call also opens the session
         started = time.perf_counter()
         self._connection.ask("ping")
@@ -108,7 +108,10 @@ class Client:
         return jobs
 
     def cancel(self, job: str) -> str:
-        """Cancel a job by its id, anyone's; returns ``cancelled``, or ``cancelling`` if a step of it runs still."""
+        """Cancel a job by its id; returns ``cancelled``, or ``cancelling`` while a step of it still runs.
+
+        Another user's job is for root, the daemon's own user and its admins.
+        """
         if encodable(job) != job:
             raise JobNotFound(f"{job!r} is no job's id; `tacoctl ps` lists them", job=job)
         state: str = self._connection.ask("cancel", lambda: {"job": job, "request": None}).body["state"]
@@ -123,7 +126,7 @@ class Client:
         return changed
 
     def drain(self) -> int:
-        """Have the daemon end what it has, take no new work and stop; returns how many jobs it has to end.
+        """Have the daemon finish its running work, refuse new work and stop; returns how many jobs it has to finish.
 
         For root and the daemon's own user.
         """
@@ -171,7 +174,7 @@ class Client:
         return Model(self._connection, loading, loading.run(self._connection, progress))
 
     def model(self, model: str, plan: Any = "auto") -> Model:
-        """A model that is loaded already, by its id: with the patches and the dtype that it was loaded with.
+        """A loaded model by its id, with the patches and the dtype that it was loaded with.
 
         It can't load itself again: once the daemon has forgotten it, calls raise `ModelNotFound`, as this does.
         """
@@ -229,7 +232,7 @@ class Client:
         return path
 
     def _begin_upload(self, nbytes: int, digests: list[bytes]) -> dict[str, Any]:
-        """Announce a file, until the daemon has compared what it has of it."""
+        """Announce a file, as often as needed for the daemon to compare what it has of it."""
         left = None
         while True:
             begun = self._connection.ask("begin_upload", lambda: {"nbytes": nbytes, "digests": digests}).body
@@ -238,7 +241,7 @@ class Client:
                 return begun
 
     def unload(self, model: str) -> None:
-        """Give back the memory of a model, named by its id."""
+        """Unload a model by its id."""
         if encodable(model) != model:
             raise ModelNotFound(f"{model!r} is no model's id; `tacoctl models` lists them", model=model)
         self._connection.ask("unload", lambda: {"model": model})
@@ -246,7 +249,7 @@ class Client:
 
 @dataclass(frozen=True)
 class Loading:
-    """What it takes to load a model, again if need be."""
+    """How to load a model, the first time and again."""
 
     path: str
     dtype: str | None
@@ -255,7 +258,7 @@ class Loading:
     uploads: Uploads
 
     def run(self, connection: Connection, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
-        """Load it, and return what the daemon tells about it."""
+        """Load it, and return the daemon's description of it."""
         body = {"path": self.path, "dtype": self.dtype, "patches": self.patches, "plan": self.plan}
         described: dict[str, Any] = {}
         for reply in converse(connection, "load", lambda: body, self.uploads):
@@ -267,17 +270,18 @@ class Loading:
 
 
 class _Found(Loading):
-    """A model that was found by its id: what it was made of, who loaded it knows."""
+    """A model that was found by its id; how it was loaded isn't known here."""
 
     def run(self, connection: Connection, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
-        """See `Loading.run`; without patches and dtype it would be another model."""
+        """See `Loading.run`. Raises `ModelNotFound`, because another load could give another model."""
         raise ModelNotFound(f"the daemon holds this model of {self.path} no more; load its file again")
 
 
 class Model:
-    """A model that the daemon holds. It loads itself again if the daemon was restarted or has unloaded it.
+    """A model that the daemon holds.
 
-    If its file or one of its patches' has changed by then, calls raise `ModelNotFound`.
+    It loads itself again if the daemon was restarted or has unloaded it. If its file or a patch's file has changed by
+    then, calls raise `ModelNotFound`.
     """
 
     def __init__(self, connection: Connection, load: Loading, described: dict[str, Any]) -> None:
@@ -309,7 +313,7 @@ class Model:
         return f"<Model {self.id} {self.family} {self.name}>"
 
     def with_plan(self, plan: Any) -> Model:
-        """The same model with forwards spread otherwise, as `Client.load` takes a ``plan``; with stats of its own."""
+        """The same model with another ``plan``, as `Client.load` takes it, and with stats of its own."""
         other = copy.copy(self)
         other._load = replace(self._load, plan=plan)
         other._digests = Digests()
@@ -440,7 +444,7 @@ class Model:
     def _converse(
         self, kind: str, body: dict[str, Any], uploads: Uploads, holds: Callable[[], bool] = lambda: True
     ) -> Iterator[Message]:
-        """As `converse`, and loading the model again if the daemon doesn't have it any more."""
+        """As `converse`; loads the model again if the daemon no longer has it."""
 
         def build() -> dict[str, Any]:
             return {"model": self.id, **body}

@@ -1,7 +1,7 @@
-"""One client's conversation with the daemon: a session, requests with their replies, and coming back after a loss.
+"""One client's connection to the daemon: a session, requests with their replies, and reconnection.
 
-A daemon that was restarted knows neither the session nor what was sent to it. So every request that got no answer is
-sent again under a new session; that is safe, because a forward is a pure function and a load is idempotent.
+A restarted daemon knows neither the session nor earlier requests. So every request without a final reply is sent again
+in a new session. That is safe, because a forward is a pure function and a load is idempotent.
 """
 
 from __future__ import annotations
@@ -34,33 +34,33 @@ from tacod_client.wire import Message
 __all__ = ["Connection", "Request"]
 
 PING_S = 0.5
-"""After this long without a word from the daemon, ask whether it is there."""
+"""After this long without a message from the daemon, it is pinged."""
 SILENCE_S = 3.0
-"""After this long without an answer the connection counts as dead and is made anew."""
+"""After this long without an answer, the connection counts as dead, and a new one is made."""
 SLICE_S = 0.02
-"""How long one wait lasts before `on_wait` is called: a click on Cancel is seen within it."""
+"""How long one wait lasts before `on_wait` is called: a click on Cancel is noticed within this time."""
 STOPPING_S = 0.25
 """How often a daemon that is about to stop is asked again."""
 WORK = ("load", "forward", "sample")
 
 
 class Request:
-    """A request under way: its messages as they come, and what it takes to ask again."""
+    """A request under way: its replies as they come, and how to send it again."""
 
     def __init__(self, kind: str, build: Callable[[], dict[str, Any]]) -> None:
         self.kind = kind
         self.build = build
-        """Makes the body; called for each time that the request is sent."""
+        """Makes the body, each time that the request is sent."""
         self.id = 0
         self.replies: deque[Message] = deque()
         self.lost = False
-        """Whether the daemon that had it is gone."""
+        """Whether the connection on which it was sent is gone."""
 
 
 class Connection:
     """A DEALER socket, a session on it, and the requests that wait for replies.
 
-    Usable from several threads: each wait holds the socket for `SLICE_S` at a time.
+    Usable from several threads: each wait holds the socket for at most `SLICE_S`.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Connection:
         self.reconnect_s = reconnect_s
         self.on_wait = on_wait
         self.boot_id = ""
-        """Which run of the daemon this session is with; changes when it was restarted."""
+        """Identifies the run of the daemon that this session is with; it changes when the daemon is restarted."""
         self.limits: dict[str, int] = {}
         self._context: zmq.Context[Any] = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
@@ -88,9 +88,9 @@ class Connection:
         self._heard_s = 0.0
         self._pinged_s = 0.0
         self._has_worked = False
-        """Whether work of this client was done: a daemon that stops then is one to wait for."""
+        """Whether this daemon has done work for this client: if it then stops, the client waits for the next one."""
         self._unanswered_s: float | None = None
-        """When the first ping was sent after which no word came; None if there is no such ping."""
+        """When the first of the unanswered pings was sent; None if there is none."""
         self._lock = threading.RLock()
         self._closed = False
 
@@ -110,7 +110,7 @@ class Connection:
     # --- requests -------------------------------------------------------------------------------------------------
 
     def ask(self, kind: str, build: Callable[[], dict[str, Any]] = dict) -> Message:
-        """Send a request and wait for its one reply; asked again if the daemon is restarted in between.
+        """Send a request and wait for its one reply; it is sent again if the daemon is restarted in between.
 
         Raises the `TacodError` that the daemon answers, `ConnectionFailed` or `ConnectionLost`.
         """
@@ -143,24 +143,22 @@ class Connection:
         return request
 
     def cancel(self, request: Request) -> None:
-        """Have the daemon cancel a request, without waiting for what it says to that."""
+        """Have the daemon cancel a request, without waiting for its answer."""
         with self._lock, suppress(zmq.ZMQError):
             if self._socket is not None and not request.lost:
                 body = {"job": None, "request": request.id}
                 self._socket.send_multipart(wire.encode(Message("cancel", body, 0, self._session)), zmq.DONTWAIT)
 
     def forget(self, request: Request) -> None:
-        """Stop listening for a request's replies."""
+        """Ignore a request's further replies."""
         with self._lock:
             self._waiting.pop(request.id, None)
 
     def replies(self, request: Request) -> Iterator[Message]:
         """The replies to a request as they come, without end.
 
-        A daemon that stops refuses work, and may be back soon; that is waited for as its absence is, once it has done
-        work for this client.
-
-        Raises the error that the daemon answers.
+        A daemon that stops refuses work, and may be back soon. If it has done work for this client, this waits for it
+        as for a lost connection. Raises the error that the daemon answers.
         """
         deadline = time.monotonic() + self.reconnect_s
         stopping = ""
@@ -196,7 +194,7 @@ class Connection:
         return self._has_worked and isinstance(error, Unavailable) and bool(error.details.get("stopping"))
 
     def pause(self, seconds: float) -> None:
-        """Wait, as a call waits: `on_wait` is called meanwhile."""
+        """Wait like a call, with `on_wait` called."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             time.sleep(SLICE_S)
@@ -292,7 +290,7 @@ class Connection:
         self.limits = reply.body["limits"]
 
     def _drop_session(self) -> None:
-        """Give up the socket and the session; every open request is lost and will be asked again."""
+        """Give up the socket and the session; every open request is lost and will be sent again."""
         self._session = b""
         if self._socket is not None:
             self._endpoint.close(self._socket, linger_ms=0)
@@ -301,7 +299,7 @@ class Connection:
             request.lost = True
 
     def _listen(self) -> None:
-        """Wait one slice for messages; find out whether the daemon is still there."""
+        """Wait one slice for messages, and check whether the daemon is still there."""
         if self._socket is None:
             return
         self._read(SLICE_S)

@@ -1,6 +1,6 @@
-"""CURVE keys for connections over TCP: made, kept in files, found.
+"""CURVE keys for connections over TCP: how they are made, stored and found.
 
-The files are ZeroMQ's own certificates (https://rfc.zeromq.org/spec/26/ names the mechanism): a public key in
+The files are ZeroMQ's own certificates (https://rfc.zeromq.org/spec/26/ describes the mechanism): a public key in
 ``NAME.key``, and with its secret key in ``NAME.key_secret``.
 """
 
@@ -31,7 +31,7 @@ curve
 
 @dataclass(frozen=True)
 class ClientKeys:
-    """What a client needs to come in over TCP: its own pair, and the daemon's public key, each as Z85 text."""
+    """The keys for a connection over TCP: the client's own pair and the daemon's public key, each as Z85 text."""
 
     path: Path
     public: bytes
@@ -41,7 +41,7 @@ class ClientKeys:
 
 
 def own_folder() -> Path:
-    """Where a user's keys lie: ``$XDG_CONFIG_HOME/tacod``, which is ``~/.config/tacod`` by default."""
+    """The folder of a user's keys: ``$XDG_CONFIG_HOME/tacod``, by default ``~/.config/tacod``."""
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config", "tacod")
 
 

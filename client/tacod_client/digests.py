@@ -17,23 +17,23 @@ KEPT_BYTES = 128 << 20
 """Contents that are remembered; the least recently used go first."""
 KEPT_TENSORS = 64
 GLANCED_WORDS = 64
-"""How many words, from all over each frame and from its beginning, a glance takes in."""
+"""How many words of each frame a glance compares, some of them at its beginning."""
 
 
 class Digests:
     """Remembers the contents of the last tensors, each with its digest.
 
-    What is remembered is a copy, and a tensor is known by equal bytes alone: its caller may change it in place.
+    What is remembered is a copy, and a tensor is recognized only by equal bytes: its caller may change it in place.
     """
 
     def __init__(self, limit: int = KEPT_BYTES) -> None:
         self.limit = limit
         self._kept: list[Tensor] = []
-        """With their digests; the most recently used last."""
+        """With their digests, in the order of use; the most recently used is last."""
         self._lock = threading.Lock()
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The same tensor with its digest, and with bytes of its own if it is remembered."""
+        """The same tensor with its digest; if it is remembered, with bytes of its own."""
         with self._lock:
             found = next((place for place, each in enumerate(self._kept) if _equal(each, tensor)), None)
             if found is not None:
@@ -47,9 +47,9 @@ class Digests:
             return fresh
 
     def like(self, tensor: Tensor) -> Tensor | None:
-        """The remembered tensor that this one seems to be, at a glance; None if it seems to be new, or one of several.
+        """The remembered tensor that this one seems to be, at a glance; None if there is none.
 
-        To guess among several would be wrong every other time, and each time cost a forward.
+        None also if there are several: a guess among them would often be wrong, and each wrong guess costs a forward.
         """
         with self._lock:
             found = [place for place, each in enumerate(self._kept) if _equal(each, tensor, at_a_glance=True)]
@@ -62,20 +62,20 @@ class Digests:
 
 
 class Glance:
-    """The digests of one request's tensors, of which the known ones are told by a glance.
+    """The digests of one request's tensors; known tensors are recognized at a glance.
 
-    To compare megabytes takes as long as to send them, so it is done once the request is on its way: before `holds`
-    has said so, no digest is sure.
+    Comparing megabytes takes as long as sending them, so it is done after the request is sent: until `holds` returns,
+    digests are guesses.
     """
 
     def __init__(self, digests: Digests) -> None:
         self._digests = digests
         self._taken: list[tuple[Tensor, Tensor]] = []
-        """Each remembered tensor, and the one that was taken for it."""
+        """Pairs of a remembered tensor and the one that was taken for it."""
         self._trusted = True
 
     def of(self, tensor: Tensor) -> Tensor:
-        """As `Digests.of`; after a mistake, with certainty."""
+        """As `Digests.of`; after a wrong guess it compares all bytes."""
         known = self._digests.like(tensor) if self._trusted else None
         if known is None:
             return self._digests.of(tensor)
@@ -83,7 +83,7 @@ class Glance:
         return known
 
     def holds(self) -> bool:
-        """Whether all were what they seemed to be. If not, ask `of` again for every one."""
+        """Whether all guesses were right. If not, ask `of` again for every tensor."""
         self._trusted = all(_equal(*pair) for pair in self._taken)
         self._taken.clear()
         return self._trusted

@@ -17,7 +17,7 @@ from tacod_client.text import encodable
 __all__ = ["UNIX_PATH_BYTES", "Endpoint", "find_endpoint"]
 
 UNIX_PATH_BYTES = 107
-"""What Linux has room for in a unix socket's address, less the zero behind it."""
+"""Linux's limit for the path of a unix socket, without the zero at its end."""
 DEFAULT_ENDPOINT = "ipc:///run/tacod/tacod.sock"
 
 
@@ -42,7 +42,7 @@ class Endpoint:
         self._named_keys = (key, server_key)
         self._keys: ClientKeys | None = None
         self._monitor: zmq.Socket[bytes] | None = None
-        """Tells what became of the handshake."""
+        """Reports the handshake's outcome."""
 
     def open(self, context: zmq.Context[Any], timeout_s: float) -> zmq.Socket[bytes]:
         """A DEALER socket that connects there.
@@ -71,7 +71,7 @@ class Endpoint:
         return socket
 
     def close(self, socket: zmq.Socket[bytes], linger_ms: int) -> None:
-        """Close a socket that was opened here, and what watches it."""
+        """Close a socket that was opened here, and its monitor."""
         if self._monitor is not None:
             socket.disable_monitor()
             self._monitor.close(linger=0)
@@ -79,9 +79,10 @@ class Endpoint:
         socket.close(linger=linger_ms)
 
     def check(self) -> None:
-        """See whether the daemon has turned the keys down; ZeroMQ would try again for ever.
+        """Check whether the daemon has refused the keys; ZeroMQ would try again forever.
 
-        Raises `NotAllowed` for a key that it doesn't know, `ConnectionFailed` if it isn't the one with that public key.
+        Raises `NotAllowed` for a key that the daemon doesn't know, `ConnectionFailed` if the daemon doesn't have that
+        public key.
         """
         if self._keys is None or self._monitor is None or not self._monitor.poll(0):
             return

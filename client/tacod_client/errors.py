@@ -59,11 +59,11 @@ __all__ = [
 
 MESSAGE_CHARACTERS = 4000
 DETAIL_CHARACTERS = 1000
-"""What travels of an error's texts: a rank's answer has to fit a packet."""
+"""How much of an error's texts is sent: a rank's report must fit in a packet."""
 
 
 class TacodError(Exception):
-    """Base of every error of this package; ``details`` holds what a program may want to read."""
+    """Base of every error of this package; ``details`` holds values for programs."""
 
     def __init__(self, message: str, /, **details: Any) -> None:
         super().__init__(message)
@@ -71,7 +71,7 @@ class TacodError(Exception):
         self.details: dict[str, Any] = details
 
     def to_wire(self) -> dict[str, Any]:
-        """The error as a message body: ``code``, ``message``, ``details``; of long texts the beginning."""
+        """The error as a message body: ``code``, ``message``, ``details``; long texts are cut."""
         details = {
             name: shortened(encodable(each), DETAIL_CHARACTERS) if isinstance(each, str) else each
             for name, each in self.details.items()
@@ -111,7 +111,7 @@ class ModelError(TacodError):
 
 
 class ModelUnsupported(ModelError):
-    """The file is readable, but its family or its kind of weights isn't one the daemon runs."""
+    """The file is readable, but the daemon doesn't run its family or its kind of weights."""
 
 
 class ModelNotFound(ModelError):
@@ -127,7 +127,7 @@ class ModelCorrupt(ModelError):
 
 
 class RequestError(TacodError):
-    """The request is well-formed and asks for something that can't be done."""
+    """The request is well-formed, but asks for something that can't be done."""
 
 
 class ArgumentError(RequestError):
@@ -139,7 +139,7 @@ class ArgumentError(RequestError):
 
 
 class ConfigInvalid(RequestError):
-    """The configuration that was to be read again can't be used; the old one holds."""
+    """The new configuration can't be used; the old one stays in force."""
 
 
 class JobNotFound(RequestError):

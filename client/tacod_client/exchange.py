@@ -1,4 +1,4 @@
-"""Requests whose tensors travel by content: named by digest, uploaded when the daemon asks for them."""
+"""Requests whose tensors are sent by content: named by digest, and uploaded when the daemon asks for them."""
 
 from __future__ import annotations
 
@@ -19,34 +19,35 @@ BY_CONTENT_BYTES = 4096
 """Tensors from this size on are sent once and named by their digest after that."""
 PUT_BYTES = 32 << 20
 PUT_TENSORS = 256
-"""What one `put` carries at the most, if it is more than one tensor."""
+"""Most tensors in one `put`."""
 FULL_S = 0.05
-"""How long a request waits before it is sent again, where the daemon's store will soon have room."""
+"""How long a request waits before it is sent again if the daemon's store will soon have room."""
 TRIES = 8
-"""How often a request is sent again because the store lost a tensor meanwhile, before that counts as a failure."""
+"""How many times a request is sent again because the store lost a tensor."""
 
 Uploads = dict[bytes, Tensor]
 """A request's tensors by digest, to be sent if the daemon lacks them."""
 
 
 def pack(value: Any, name: str, uploads: Uploads, address: Callable[[Tensor], Tensor] | None) -> Any:
-    """A value as the wire takes it; its large tensors go to ``uploads`` and leave their digests.
+    """A value as it is sent; its large tensors are put into ``uploads`` and replaced by their digests.
 
-    ``address`` gives a tensor its digest; without it all stay, with their bytes.
-
-    Raises `ArgumentError`, naming the value, for what doesn't travel.
+    ``address`` gives a tensor its digest; without it, all tensors are sent with their bytes. Raises `ArgumentError`,
+    naming the value, for what can't be sent.
     """
     if isinstance(value, dict):
         if (odd := next((key for key in map(str, value) if encodable(key) != key), None)) is not None:
             raise ArgumentError(
-                f"{name}: the key {odd!r:.80} is no Unicode, and can't be sent to the daemon", argument=name
+                f"{name}: the key {odd!r:.80} is not valid Unicode, and can't be sent to the daemon", argument=name
             )
         return {key: pack(item, f"{name}.{key}", uploads, address) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [pack(item, name, uploads, address) for item in value]
     if kind_of(value) is None:
         if isinstance(value, str) and encodable(value) != value:
-            raise ArgumentError(f"{name}: {value!r:.80} is no Unicode, and can't be sent to the daemon", argument=name)
+            raise ArgumentError(
+                f"{name}: {value!r:.80} is not valid Unicode, and can't be sent to the daemon", argument=name
+            )
         if value is None or isinstance(value, (str, float, bool)):
             return value
         if isinstance(value, int) and -(2**63) <= value < 2**64:
@@ -63,7 +64,7 @@ def pack(value: Any, name: str, uploads: Uploads, address: Callable[[Tensor], Te
 
 
 def own(value: Any) -> Any:
-    """A packed value whose bytes are its own, and not its caller's."""
+    """A packed value with a copy of its bytes, which its caller can't change."""
 
     def copied(tensor: Tensor) -> Tensor:
         return tensor if tensor.frames is None else replace(tensor, frames=split(b"".join(tensor.frames)))

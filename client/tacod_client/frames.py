@@ -1,4 +1,4 @@
-"""Frames on a ZeroMQ socket: taken in and sent with as few copies, system calls and threads as they need."""
+"""Frames on a ZeroMQ socket, received and sent with few copies, system calls and threads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ piece of the rest both sides' threads have to wake."""
 
 
 def receive(socket: zmq.Socket[bytes]) -> list[zmq.Frame] | None:
-    """The next message, or None if there is none. To ask for it in vain would cost an exception at every turn."""
+    """The next message, or None if there is none; without the check, ZeroMQ would raise an exception each time."""
     if not int(socket.get(zmq.EVENTS)) & zmq.POLLIN:
         return None
     try:
@@ -32,13 +32,13 @@ def receive(socket: zmq.Socket[bytes]) -> list[zmq.Frame] | None:
 
 
 def send(socket: zmq.Socket[bytes], frames: Sequence[Buffer], flags: int = 0) -> None:
-    """Send a message. Large frames must not change until they are gone."""
+    """Send a message. Large frames must not change until they are sent."""
     socket.copy_threshold = COPIED_BYTES
     socket.send_multipart(frames, flags, copy=False)
 
 
 def widen(frame: zmq.Frame) -> None:
-    """Have room for a whole latent in what is sent over the unix socket that a frame came through."""
+    """Make the send buffer of the unix socket that a frame came through large enough for a latent."""
     # The kernel gives what it may (net.core.wmem_max). Over TCP it finds the best size itself.
     with suppress(OSError, zmq.ZMQError), ExitStack() as stack:
         fd = os.dup(int(frame.get(zmq.SRCFD)))

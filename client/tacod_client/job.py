@@ -19,12 +19,12 @@ class Progress:
     """A step of a sampling run is done."""
 
     step: int
-    """Counts from 1; begins again if the run had to (a rank died, or the daemon was restarted)."""
+    """Counts from 1; starts again if the run does (a rank died, or the daemon was restarted)."""
     total: int
     sigma: float
-    """The noise level that the latent now has."""
+    """The latent's noise level after the step."""
     elapsed_s: float
-    """Since the run's first step began."""
+    """Seconds since the run's first step began."""
 
 
 class Job:
@@ -46,11 +46,11 @@ class Job:
         self.id: str = ""
         """The daemon's name for it; empty until the daemon has accepted it."""
         self.total = 0
-        """Steps in all; 0 until the daemon has accepted it."""
+        """How many steps the run has; 0 until the daemon has accepted it."""
         self._advance()
 
     def _advance(self) -> Progress | None:
-        """Take in the next message; a `Progress` if it was one."""
+        """Receive the next message; returns a `Progress` if it was one."""
         if self._error is not None:
             raise self._error
         try:

@@ -1,4 +1,4 @@
-"""What a client's calls of one model came to."""
+"""The statistics of a client's calls of one model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Call", "ModelStats"]
 
 @dataclass(frozen=True)
 class Call:
-    """One answered call; seconds of wall time, and the four parts that they are made of."""
+    """One answered call: seconds of wall time, and its four parts."""
 
     seconds: float
     queue_s: float
@@ -23,14 +23,14 @@ class Call:
     ranks: int
     plan: str
     single_rank_s: float | None
-    """What the same work took on one rank, if the daemon has seen that."""
+    """Seconds of the same work on one rank, if the daemon knows."""
     skipped: int = 0
     """Forwards that the step cache mostly skipped."""
 
 
 @dataclass
 class ModelStats:
-    """What this client's calls of one model added up to; the parts of a step sum to `seconds`."""
+    """Sums over this client's calls of one model; the parts add up to `seconds`."""
 
     forwards: int = 0
     samples: int = 0
@@ -42,7 +42,7 @@ class ModelStats:
     """Wall time in this client's calls."""
     queue_s: float = 0.0
     wire_s: float = 0.0
-    """All that is neither waiting for a turn nor computing: both sockets, copies, the daemon."""
+    """Seconds of neither waiting for a turn nor computing: both sockets, copies, the daemon."""
     compute_s: float = 0.0
     collective_s: float = 0.0
     ranks: int = 0

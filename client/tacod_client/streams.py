@@ -36,7 +36,7 @@ def hold() -> None:
 
 @contextmanager
 def stdout() -> Iterator[None]:
-    """Within, stdout is written to; an error of the system's carries its name."""
+    """A context for writing to stdout; the system's errors in it name stdout."""
     try:
         yield
         sys.stdout.flush()

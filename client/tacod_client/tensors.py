@@ -1,6 +1,6 @@
-"""Between the wire's tensors and the caller's: torch or numpy in, the same kind out.
+"""Converts between the wire's tensors and the caller's: torch or numpy in, the same kind out.
 
-Both are used only where the caller already does, or a tensor comes; importing this module imports neither.
+Each of them is used only if the caller uses it; importing this module imports neither.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TORCH_NAMES = {
     "U8": "uint8",
     "BOOL": "bool",
 }
-"""Torch's names of dtypes by the wire's, which are safetensors'."""
+"""Torch's names of dtypes by the wire's names, which are safetensors'."""
 _NUMPY_NAMES = {
     wire: name for wire, name in TORCH_NAMES.items() if name not in ("bfloat16", "float8_e4m3fn", "float8_e5m2")
 }
@@ -54,9 +54,9 @@ def kind_of(value: Any) -> Kind | None:
 
 
 def to_wire(value: Any, argument: str) -> Tensor:
-    """A torch tensor (any device) or numpy array as a wire tensor; its bytes are copied only where they must be.
+    """A torch tensor (any device) or numpy array as a wire tensor; bytes are copied only if necessary.
 
-    Raises `ArgumentError`, naming ``argument``, for a dtype that doesn't travel.
+    Raises `ArgumentError`, naming ``argument``, for a dtype that can't be sent.
     """
     if kind_of(value) == "numpy":
         return _from_numpy(value, argument)
@@ -129,7 +129,7 @@ def _fill(room: Bytes, frames: Iterable[Buffer]) -> Bytes:
 
 
 def rows(tensor: Tensor, start: int, stop: int) -> Tensor:
-    """A run of a wire tensor's rows, counted over all its dimensions but the last: [stop - start, width].
+    """Some rows of a wire tensor, counted over all its dimensions but the last: [stop - start, width].
 
     Nothing is copied.
     """

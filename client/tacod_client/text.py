@@ -1,4 +1,4 @@
-"""Texts that travel, texts that are shown, and texts that aren't."""
+"""Texts for the wire and for terminals, whatever characters they hold."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _JOINERS = "\u200c\u200d"
 
 
 def encodable(text: str) -> str:
-    """A text as UTF-8 can have it: names of files, and in files, may hold what is no Unicode."""
+    """A text that UTF-8 can encode; names of files, and in files, may be no valid Unicode."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def printable(text: str) -> str:
-    """A text as one line of a terminal can have it: names may hold line ends, and what terminals take for commands."""
+    """A text as one line for a terminal: names may have line ends, and characters that terminals take for commands."""
     return "".join(
         each.encode("unicode_escape").decode()
         if unicodedata.category(each) in _HIDDEN and each not in _JOINERS
@@ -29,14 +29,14 @@ def printable(text: str) -> str:
 
 
 def shortened(text: str, characters: int) -> str:
-    """A text of so many characters at most; one that was longer ends in an ellipsis."""
+    """A text of at most this many characters; a longer one ends in an ellipsis."""
     return text if len(text) <= characters else text[: characters - 1] + "…"
 
 
 def typed(text: str) -> str:
-    """An argument of a command line as the daemon is to have it.
+    """A command-line argument as the daemon needs it.
 
-    Names of files are bytes, which Python reads by the locale's encoding. The daemon reads them as UTF-8.
+    Names of files are bytes, which Python decodes by the locale's encoding. The daemon decodes them as UTF-8.
     """
     try:
         return os.fsencode(text).decode()

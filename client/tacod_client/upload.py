@@ -1,4 +1,4 @@
-"""A state dict as a safetensors file in pieces, without ever being one file here."""
+"""A state dict as the pieces of a safetensors file that is never whole on this side."""
 
 from __future__ import annotations
 

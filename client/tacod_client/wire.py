@@ -26,7 +26,7 @@ from tacod_client.errors import ProtocolError
 __all__ = ["DTYPES", "FRAME_BYTES", "PROTOCOL", "Message", "Tensor", "decode", "encode", "map_tensors"]
 
 PROTOCOL = 1
-"""Version of the wire, apart from the package's: a daemon refuses any other."""
+"""Version of the protocol, independent of the package's: a daemon refuses any other."""
 
 MAGIC = b"TACO"
 PREAMBLE = MAGIC + bytes([PROTOCOL])
@@ -39,9 +39,9 @@ MAX_DIMS = 8
 MAX_DEPTH = 16
 MAX_TENSOR_BYTES = 1 << 40
 MAX_STEPS = 100_000
-"""Of one sampling run."""
+"""Most steps of one sampling run."""
 CHANGING = ("x", "timestep", "control")
-"""Arguments of a forward that differ from step to step of a run: they travel with it, and are not kept by content."""
+"""Arguments of a forward that differ from step to step of a run: they are sent whole, and not stored by content."""
 TENSOR_EXT = 1
 DIGEST_BYTES = 32
 
@@ -130,7 +130,7 @@ class Message:
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """A body with ``change(tensor)`` in the place of each of its tensors."""
+    """A body with ``change(tensor)`` in the place of each tensor."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
@@ -139,7 +139,7 @@ def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
 
 
 def encode(message: Message) -> list[Buffer]:
-    """The frames of a message, its tensors' bytes not copied."""
+    """The frames of a message; tensors' bytes are not copied."""
     tensors: list[Tensor] = []
 
     def pack(value: Any) -> Any:

@@ -41,9 +41,9 @@ _OTHERS = {
     *("clip_l", "clip_g", "t5xxl", "image_encoder"),
     *("ema", "ema_model", "model_ema", "optimizer"),
 }
-"""The first names of other modules' tensors, which may lie beside a model that has no prefix."""
+"""The first names of other modules' tensors, which may stand beside a model without a prefix."""
 FEW = 5
-"""As many keys with a prefix may be strays, in a file of more."""
+"""This many keys with a prefix may be strays, in a file with more."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Checkpoint:
 
     @property
     def formats(self) -> dict[str, int]:
-        """How many weights are packed in which format, by the names that users see; empty for plain weights."""
+        """How many weights are packed in which format, by the formats' public names; empty for plain weights."""
         sides, packed = self.sides, (*FORMATS, *FLOAT8, *BLOCKS)
         return dict(
             Counter(

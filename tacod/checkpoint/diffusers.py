@@ -1,7 +1,7 @@
-"""diffusers' ``config.json``: whether its class is one that a family reads, and its values with checks.
+"""diffusers' ``config.json``: whether a family reads its class, and its values with checks.
 
-The families turn it into a configuration of theirs (`DiT.diffusers`). Their classes' names stand in
-``diffusers_classes.txt``, for the supervisor, which imports no family: ``python -m tacod.tools.families --write``.
+The families turn it into a configuration of theirs (`DiT.diffusers`). The names of their classes are in
+``diffusers_classes.txt`` for the supervisor, which imports no family: ``python -m tacod.tools.families --write``.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class DiffusersConfig:
         return expected
 
     def flag(self, key: str, default: bool) -> bool:
-        """Whether something is so; null means the default."""
+        """A boolean; null means the default."""
         value = self.values.get(key)
         return default if value is None else bool(value)
 

@@ -33,7 +33,7 @@ KINDS = {
     40: "NVFP4",
     41: "Q1_0",
 }
-"""The kinds of tensors by their numbers (``ggml_type`` in ggml.h), those that aren't read among them: to name them."""
+"""All kinds of tensors by their numbers (``ggml_type`` in ggml.h), also those that can't be read, to name them."""
 _SHAPE = "comfy.gguf.orig_shape."
 """A field that begins so tells a tensor's shape: city96's tools lay out in rows of 256 what has other rows."""
 
@@ -150,7 +150,7 @@ def _read_tensor(cursor: _Cursor, name: str, metadata: Mapping[str, Any]) -> tup
 
 
 def _true_shape(cursor: _Cursor, name: str, shape: tuple[int, ...], metadata: Mapping[str, Any]) -> tuple[int, ...]:
-    """A tensor's shape before the file's makers changed it."""
+    """A tensor's shape before the tool that made the file changed it."""
     key = f"{_SHAPE}{name}"
     if key in metadata:
         recorded = metadata[key]

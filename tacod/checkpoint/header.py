@@ -1,4 +1,4 @@
-"""What a weight file's header says, whatever its format."""
+"""A weight file's header, whatever its format."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class TensorInfo(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Bytes of a file: all of a tensor, or some of its rows."""
+    """Bytes of a file: a whole tensor, or some of its rows."""
 
     file: str
     start: int
@@ -85,10 +85,10 @@ class Header:
 
 
 def sample(file: int, start: int, stop: int) -> bytes:
-    """SHA-256 of pieces spread over a stretch of an open file, its ends among them; of all of it if it is short.
+    """SHA-256 of pieces spread over a part of an open file, its ends among them; of all of it if it is short.
 
-    Training changes every weight, and neither the size nor the header. So this tells files apart that look alike
-    because a copy or an archive has set their times, without a look at all of their bytes.
+    Training changes every weight, but neither the size nor the header. So this tells files apart that look alike
+    because a copy or an archive has set their times, without reading all of their bytes.
     """
     hashed = hashlib.sha256()
     last = max(start, stop - _SAMPLE_BYTES)

@@ -1,4 +1,4 @@
-"""Where model files may lie."""
+"""Where model files may be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs jobs on the ranks: starts the ranks, gives them work step by step, and replaces them when they are lost."""
+"""Runs jobs on the ranks: starts the ranks, gives them work step by step, and replaces lost ones."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ __all__ = ["Executor"]
 log = logging.getLogger(__name__)
 
 LOOK_S = 0.01
-"""How often jobs that are put off are looked at again, while the ranks have nothing else to do."""
+"""How often jobs that are put off are checked again while the ranks are idle."""
 
 
 class Executor:
-    """Scheduler and ranks, and what each needs of the other.
+    """Connects the scheduler with the ranks.
 
-    ``on_progress`` is called for every step of a sampling job and every stretch of a load, ``on_end`` once at every
-    job's end, with the result of its last step if it has one.
+    ``on_progress`` is called for every step of a sampling job and for every progress of a load, ``on_end`` once at
+    every job's end, with the result of its last step if it has one.
     """
 
     def __init__(
@@ -58,11 +58,12 @@ class Executor:
         )
         self._plan_faults(config)
         self.current: WorkItem | None = None
-        """What the ranks work on."""
+        """What the ranks are working on."""
         self.ready = False
-        """Whether a forward has gone through all ranks and all preloaded models are there, since the daemon began."""
+        """Whether, since the daemon began, a forward has gone through all ranks and all preloaded models were loaded.
+        """
         self.given_up: str | None = None
-        """Why the ranks are not started again, once that is so."""
+        """Why the ranks are not started again; None as long as they are."""
         self._restarts = RestartPolicy(config.group.max_restarts, config.group.restart_window_s)
         self._on_progress = on_progress
         self._on_end = on_end
@@ -81,18 +82,18 @@ class Executor:
 
     @property
     def loading(self) -> Model | None:
-        """The model that the ranks load now, for a client or anew."""
+        """The model that the ranks are loading, for a client or after a restart."""
         return self.current.model if self.current is not None else None
 
     @property
     def files(self) -> set[str]:
-        """The real paths of what is loaded, of what is or is to be loading, and of what jobs need for their turns."""
+        """The real paths of all files that are loaded, that will be loaded, or that jobs need."""
         jobs = self.scheduler.jobs
         needed = [*self.manifest, *self.residency.coming, *map(self._model_of, jobs)]
         return {path for model in needed if model is not None for path in model.file_paths}
 
     def apply_config(self, config: Config, preload: Iterable[Model]) -> None:
-        """Apply another configuration of the same ranks; models that are to be there from now on are loaded next."""
+        """Apply another configuration of the same ranks; models that it adds to the preloaded ones are loaded next."""
         if config.testing != self.config.testing:
             self._plan_faults(config)
         if config.models.readable != self.config.models.readable:
@@ -125,7 +126,8 @@ class Executor:
     def submit(self, job: Job) -> None:
         """Queue a job; the tensors that it names by digest stay in the store until its end.
 
-        So do, until then, those of its model's patches, if that isn't loaded now. Raises `Unavailable` and `QueueFull`.
+        If its model isn't loaded now, the tensors of that model's patches stay too. Raises `Unavailable` and
+        `QueueFull`.
         """
         if self.given_up is not None:
             raise Unavailable(self.given_up)
@@ -143,7 +145,7 @@ class Executor:
             self.manifest.find(model_id)
 
     def _keep_for_turns(self, model: Model) -> None:
-        """A model isn't here: what it takes to load it for the turns of jobs that wait stays in the store."""
+        """A model was evicted: keep in the store what waiting jobs need to load it for their turns."""
         for job in self.scheduler.jobs:
             waits = job.model == model.id and job.verb in ON_MODEL
             if waits and not job.restores and not self.store.lacks(model.digests):
@@ -155,13 +157,13 @@ class Executor:
         job.restores = []
 
     def cancel(self, job_id: str) -> bool:
-        """Cancel a job; returns whether that is done already. Raises `JobNotFound`."""
+        """Cancel a job; returns whether it has ended already. Raises `JobNotFound`."""
         ended = self.scheduler.cancel(job_id)
         self._end(ended)
         return bool(ended)
 
     def drop(self, session: bytes) -> None:
-        """End what a session has queued, or was about to."""
+        """End a session's jobs and its uploads."""
         self.store.disclaim(session)
         self._end(self.scheduler.drop(session))
 
@@ -174,7 +176,7 @@ class Executor:
     # --- ranks ----------------------------------------------------------------------------------------------------
 
     def poll(self) -> None:
-        """Take in the ranks' reports, look after those that are gone or stuck, and hand out the next step."""
+        """Take the ranks' reports, check for lost and stuck ranks, and hand out the next step."""
         now = time.monotonic()
         self._look_at = None
         try:
@@ -192,7 +194,7 @@ class Executor:
             self.group.spawn()
 
     def _report_load(self) -> None:
-        """Pass on how far the running load is, if it got further."""
+        """Report the progress of the running load, if there is any."""
         item, progress = self.current, self.group.progress
         if item is None or item.job is None or item.job.verb is not Verb.LOAD:
             return
@@ -277,7 +279,7 @@ class Executor:
 
     @property
     def _needed(self) -> list[str]:
-        """The models of all jobs, that whose turn comes first first."""
+        """The models of all jobs, in the order of their turns."""
         return [job.model for job in self.scheduler.jobs]
 
     def _hand_out(self, item: WorkItem) -> None:
@@ -352,7 +354,7 @@ class Executor:
         self.residency.note_used(model.id, job.session, now)
 
     def _take_for_turn(self, item: WorkItem, job: Job, answer: Answer) -> None:
-        """The ranks have loaded what the running job's turn needs, or have given something up for it: now its step."""
+        """The ranks have loaded, or evicted, what the running job's step needs: start the step."""
         self.residency.note_evicted(item.evicts)
         if answer.error is not None:
             self._take_error(item, job, answer.error)
@@ -384,7 +386,7 @@ class Executor:
         self._end([self.scheduler.fail_step(error)])
 
     def _clear_for(self, job: Job) -> bool:
-        """Have the ranks give a patched model up for a step that found no memory; whether there is one."""
+        """For a step that found no memory, have the ranks evict a patched model; returns whether there is one."""
         cleared = self.residency.clear_for(job.model, self._needed)
         if cleared is None:
             return False
@@ -415,8 +417,8 @@ def _loaded(answer: Answer) -> Loaded:
 
 
 def _is_at_fault(job: Job) -> bool:
-    """Whether a job that ended with its ranks is what ended them.
+    """Whether a job caused the loss of the ranks that ended it.
 
-    Either new ranks had passed their self-test in between, or it needed more memory than there was.
+    That is so if new ranks had passed their self-test in between, or if it needed more memory than there is.
     """
     return job.outcome is Outcome.FAILED and (job.attempts > 1 or isinstance(job.error, OutOfMemory))

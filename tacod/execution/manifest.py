@@ -1,4 +1,4 @@
-"""The models that are to be resident: what is loaded now, and what a new group of ranks must load again."""
+"""The resident models, and what it takes to load them again."""
 
 from __future__ import annotations
 
@@ -15,44 +15,45 @@ from tacod.checkpoint import locate, read_checkpoint
 from tacod.execution.store import digests_of, tensors_of
 from tacod.group.work import Facts, Load
 from tacod.plan import AUTO, Request, Shape, make_plan, parse_request
+from tacod_client.dtypes import of_numbers
 from tacod_client.errors import ArgumentError, ModelNotFound
 from tacod_client.wire import Tensor
 
 __all__ = ["Manifest", "Model"]
 
-_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
-"""Of a number while a file is loaded, by the first word of the dtype: fp8 is made of bf16."""
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Bytes of a number of a model, by its dtype."""
 EVICTED = 64
-"""Evicted models that are remembered, so that a turn can load them again."""
+"""Most evicted models that are remembered, so that they can be loaded again."""
 EVICTED_TENSORS = 1 << 16
-"""Tensors that the patches of all of them may name."""
+"""Most tensors that the patches of all of them may name."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model by its file and how it is loaded; the rest is known once the ranks hold it."""
+    """A model: its file and how it is loaded. The remaining fields are known once the ranks have loaded it."""
 
     id: str
     path: str
     identity: str
     dtype: str | None
     patches: Any = None
-    """Weight patches as they came, the paths in them resolved."""
+    """Weight patches as the client sent them, with real paths."""
     files: Mapping[str, str] = field(default_factory=dict)
-    """The identity of each file that they name, by its path."""
+    """The identity of each file that the patches name, by its path."""
     asked_name: str = field(default="", compare=False)
-    """What the file was called where it was asked for; a hub's cache, to which links lead, has another name for it."""
+    """The file's name in the request; in a hub's cache, links lead to a file of another name."""
     base: Model | None = None
-    """The same model without patches, if it has any; the ranks hold that too, and share what isn't patched."""
+    """The same model without patches, if this one has any; the ranks hold both, and they share what isn't patched."""
     family: str = ""
     parameters: int = 0
     weight_bytes: int = 0
-    """On each rank, besides what it shares with its base; until the ranks report it, what the file's header says."""
+    """On each rank, without what it shares with its base; from the file's header until the ranks report it."""
     sampling: dict[str, Any] = field(default_factory=dict)
     """What a client has to know to begin a run: the latent's channels, and the noise process."""
     loaded_s: float = 0.0
     asked: Request = AUTO
-    """How its load request wants forwards to be spread."""
+    """How its load request wants forwards to be split."""
     shape: Shape | None = None
     plan: str = ""
     notes: tuple[str, ...] = ()
@@ -66,7 +67,7 @@ class Model:
         return self.asked_name or os.path.basename(self.path)
 
     def load(self, evict_models: Sequence[str] = ()) -> Load:
-        """The command that loads it, in the place of those in ``evict_models``."""
+        """The command that loads it and evicts ``evict_models``."""
         return Load(
             model=self.id,
             path=self.path,
@@ -104,7 +105,7 @@ class Model:
         ).planned(self.asked, world_size)
 
     def planned(self, asked: Request, world_size: int) -> Model:
-        """The same model with the plan that a request for it comes to, as far as that is known before a forward."""
+        """The same model with the plan for such a request, as far as it is known before a forward."""
         return self if self.shape is None else replace(self, plan=str(make_plan(asked, world_size, self.shape)))
 
     def to_wire(self) -> dict[str, Any]:
@@ -127,7 +128,7 @@ class Model:
 
 
 class Manifest:
-    """Loaded models by id, and what it takes to load those again that made room for others."""
+    """Loaded models by id, and evicted ones with what it takes to load them again."""
 
     def __init__(self, roots: Sequence[str], device: str = "cuda") -> None:
         self.roots = roots
@@ -161,7 +162,7 @@ class Manifest:
         identity = checkpoint.identity
         # As the ranks choose it: fp32 on a CPU, the file's own on a GPU.
         compute = dtype or ("fp32" if self.device == "cpu" else None)
-        expected = checkpoint.weight_bytes(_BYTES[compute.partition("_")[0]] if compute else None)
+        expected = checkpoint.weight_bytes(_BYTES[of_numbers(compute)] if compute else None)
         base = Model(_name(identity, dtype), real, identity, dtype, weight_bytes=expected, asked=asked)
         base = replace(base, asked_name=_last_name(path))
         if not patches:
@@ -192,21 +193,21 @@ class Manifest:
         return {**patch, "path": real}
 
     def recall(self, model_id: str) -> Model | None:
-        """A model that is loaded, or that was until it made room for another one and is remembered."""
+        """A loaded or a remembered model; None for any other id."""
         return self._models.get(model_id) or self._evicted.get(model_id)
 
     def add(self, model: Model) -> None:
-        """A model is resident."""
+        """Note that a model is resident."""
         self._evicted.pop(model.id, None)
         self._models[model.id] = model
 
     def remove(self, model_id: str) -> None:
-        """A model is resident no more, and nothing of it is remembered."""
+        """Forget a model."""
         self._models.pop(model_id, None)
         self._evicted.pop(model_id, None)
 
     def evict(self, model_id: str) -> None:
-        """A model is resident no more; how to load it again is remembered for as long as there is room for that."""
+        """A model is no longer resident; remember how to load it again, as far as there is room for that."""
         self._evicted[model_id] = self._models.pop(model_id)
         tensors = [sum(1 for _ in tensors_of(each.patches)) for each in self._evicted.values()]
         while len(tensors) > EVICTED or sum(tensors) > EVICTED_TENSORS:
@@ -214,26 +215,26 @@ class Manifest:
             tensors.pop(0)
 
     def forget_evicted(self) -> None:
-        """Remember no model but those that are loaded: others may be allowed now."""
+        """Forget all models that aren't loaded: the configuration may allow others now."""
         self._evicted.clear()
 
     def note_plan(self, model_id: str, plan: str) -> None:
-        """A model was used just now, and its forward spread by ``plan``."""
+        """A model was just used, with this ``plan``."""
         model = self._models.pop(model_id, None)
         if model is not None:
             self._models[model_id] = replace(model, plan=plan)
 
     def patched(self, model_id: str) -> list[str]:
-        """The models that were made of this one by patches; what it takes is theirs too."""
+        """The ids of the models that are this one with patches; they are unloaded with it."""
         return [each.id for each in self if each.base is not None and each.base.id == model_id]
 
     def to_evict(
         self, model: Model, budget: int | None, variants: int, needed: Sequence[str] = (), gone: Collection[str] = ()
     ) -> list[str]:
-        """The models that must go for ``model``, in the order in which they do; those ``gone`` go anyway.
+        """The models to evict for ``model``, in order; those ``gone`` are evicted in any case.
 
-        So that of one base no more than ``variants`` patched ones are there, and that all fit in a budget of bytes, as
-        far as its own base lets them. Models that are ``needed``, the most urgent first, go last.
+        Afterwards there are no more than ``variants`` patched models of one base, and all fit in the memory budget, as
+        far as the base allows. Models that are ``needed``, the most urgent first, go last.
         """
         evicted = list(gone)
         if model.base is not None:
@@ -249,23 +250,26 @@ class Manifest:
         return evicted
 
     def next_to_go(self, model: Model, gone: Collection[str] = (), needed: Sequence[str] = ()) -> Model | None:
-        """The first model that may go for ``model`` after those that are ``gone``, if there is one.
+        """The first model to evict for ``model`` after those that are ``gone``; None if there is none.
 
-        Itself and its own base stay, and so does the base of any patched model that stays: what they share would not
-        come free.
+        ``model`` and its base stay, and so does the base of any patched model that stays: evicting it would free
+        nothing.
         """
         staying = [each for each in self._in_order(needed) if each.id not in gone]
         kept = {model.id, *(each.base.id for each in (*staying, model) if each.base is not None)}
         return next((each for each in staying if each.id not in kept), None)
 
     def _in_order(self, needed: Sequence[str]) -> list[Model]:
-        """The models in the order in which they go: the least recently used first, and then the least urgent ones."""
+        """The models in the order of eviction.
+
+        The least recently used go first, then the needed ones, the least urgent first.
+        """
         places = {model_id: place for place, model_id in reversed(list(enumerate(needed)))}
         return sorted(self, key=lambda each: -places.get(each.id, len(places) + len(needed)))
 
 
 def _last_name(path: str) -> str:
-    """The last name of a path; empty if that names another folder than it says."""
+    """The last name of a path; empty if it ends in ``.`` or ``..``."""
     name = os.path.basename(path.rstrip("/"))
     return "" if name in (".", "..") else name
 
@@ -275,7 +279,7 @@ def _name(*parts: Any) -> str:
 
 
 def _contents(value: Any) -> Any:
-    """A body as JSON takes it, tensors by their digests."""
+    """A body as JSON, with digests in the place of tensors."""
     if isinstance(value, Tensor):
         digest = value.with_digest().digest
         assert digest is not None

@@ -1,4 +1,4 @@
-"""What jobs' steps and loads took: the daemon's metrics, and the times on one rank that speed-ups are told by."""
+"""What steps and loads took: the daemon's metrics, and times on one rank for speed-ups."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Records"]
 
 
 class Records:
-    """Takes down each step: in the job, in the metrics, and its plan in the manifest."""
+    """Records each step in its job, in the metrics and, with its plan, in the manifest."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.metrics = Metrics()
@@ -21,7 +21,7 @@ class Records:
         self._manifest = manifest
 
     def note_step(self, job: Job, answer: Answer, queue_s: float) -> Stepped:
-        """A step of a job on a model is done; it had waited ``queue_s`` for its turn. Returns its result."""
+        """Record a finished step of a job that waited ``queue_s`` for its turn; returns its result."""
         assert answer.done is not None
         step = answer.done.result
         assert isinstance(step, Stepped)
@@ -44,7 +44,7 @@ class Records:
         return step
 
     def single_rank_s(self, job: Job) -> float | None:
-        """What a forward like this job's took on one rank, in seconds; None if none was seen."""
+        """Seconds of a forward like this job's on one rank; None if there was none yet."""
         return self._baselines.of(self._kind_of(job), job.body.arguments) if isinstance(job.body, Forward) else None
 
     def _kind_of(self, job: Job) -> str:

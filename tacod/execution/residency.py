@@ -1,9 +1,9 @@
-"""Which models the ranks hold: what a load makes room for, and what new ranks must load again.
+"""Which models the ranks hold, which ones make room for a load, and which ones new ranks must load again.
 
-Models that make room are remembered. A job whose model isn't there at its turn has it loaded for that turn, so clients
-take turns however little memory there is. That costs a load each time, so a model that was loaded stays at least as
-long as its load took, while it is in use by others: loads don't follow each other step by step, and nobody waits for
-ever. What a device turns out not to hold (`OutOfMemory`) isn't foreseen, so there each turn may cost a load.
+Models that make room are remembered. If a job's model isn't resident at its turn, it is loaded for that turn, so
+clients take turns however little memory there is. Each such turn costs a load. A loaded model that others use therefore
+stays at least as long as its load took: loads don't follow each other step by step, and nobody waits forever. A device
+that turns out to hold less (`OutOfMemory`) isn't foreseen, so there each turn may cost a load.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ __all__ = ["Residency"]
 log = logging.getLogger(__name__)
 
 STAYS_S = (0.05, 30.0)
-"""How long a model stays at least and at most before it makes room while it is in use."""
+"""The least and the most seconds that a model in use stays before it makes room."""
 BETWEEN_S = 0.25
 """How long after a step its model counts as in use: a client that samples asks for the next one within this time."""
 
 
 class Residency:
-    """What comes and goes with the work items (`WorkItem`), as they are handed out and answered.
+    """Decides which models are loaded and evicted, and notes it as work items (`WorkItem`) are handed out and done.
 
-    Patches' tensors of the models that are here make room in the store only after others. ``on_gone`` is called
-    for each model that the ranks no longer hold and that isn't remembered, ``on_evicted`` for each that makes room.
+    In the store, the patches' tensors of resident models make room only after all others. ``on_gone`` is called for
+    each model that the ranks no longer hold and that isn't remembered, ``on_evicted`` for each that makes room.
     """
 
     def __init__(
@@ -47,50 +47,53 @@ class Residency:
         self._manifest = manifest
         self._store = store
         self.coming = list(preload)
-        """What the ranks are to load though no client asks, the first one until they have done so."""
+        """Models to load without a client's request, in order; the first one stays here until it is loaded."""
         self._world_size = world_size
         self._on_gone = on_gone
         self._on_evicted = on_evicted
         self._stays_until: dict[str, float] = {}
         self._losses: dict[str, tuple[int, str]] = {}
-        """How often the ranks were lost while they loaded each model though no client asked, and the last cause."""
+        """How often the ranks were lost while they loaded a model without a client's request, and the last cause."""
         self._used: dict[str, tuple[bytes, float]] = {}
         """By which session each model was used last, and when."""
 
     def want(self, models: Iterable[Model]) -> None:
-        """Models that are to be there from now on."""
+        """These models are to be resident from now on."""
         coming = {model.id for model in self.coming}
         self.coming += [model for model in models if model.id not in self._manifest and model.id not in coming]
 
     def restore_next(self) -> Model | None:
-        """The model that the ranks are to load next though no client asks, if there is one."""
+        """The next model to load without a client's request; None if there is none."""
         while self.coming:
             model = self.coming[0]
             if not self._store.lacks(model.digests):
                 log.info("loading %s", model.path)
                 return model
             self.coming.pop(0)
-            log.info("%s: its patches have made room for others; who asks for it sends them again", model.path)
+            log.info(
+                "%s can't be loaded: its patches made room for others; its clients will send them again", model.path
+            )
             self.forget(model.id)
         return None
 
     # --- turns ----------------------------------------------------------------------------------------------------
 
     def recall(self, model_id: str) -> Model | None:
-        """A model that is here, or that can be loaded again; None if clients have to."""
+        """A model that is resident or can be loaded again; None if its client has to load it."""
         model = self._manifest.recall(model_id)
         if model is None or (model_id not in self._manifest and self._store.lacks(model.digests)):
             return None
         return model
 
     def note_used(self, model_id: str, session: bytes, now: float) -> None:
-        """A session used a model that is here, or was told that it is."""
+        """A session used a resident model, or was told that it is resident."""
         self._used[model_id] = session, now
 
     def is_put_off(self, model: Model, session: bytes, limits: Models, needed: Sequence[str], now: float) -> bool:
-        """Whether a session's load waits: what would go for it is in use by others, and hasn't stayed long enough yet.
+        """Whether a session's load must wait for models that others use.
 
-        ``needed`` are the models of others' jobs, the most urgent first.
+        It waits while it would evict one of these that hasn't stayed long enough yet. ``needed`` are the models of
+        others' jobs, the most urgent first.
         """
 
         def is_in_use(model_id: str) -> bool:
@@ -101,17 +104,17 @@ class Residency:
         return any(now < self._stays_until.get(each, 0.0) and is_in_use(each) for each in going)
 
     def make_room(self, model: Model, limits: Models, needed: Sequence[str], first: str = "") -> list[str]:
-        """The models that go with the load of ``model``; the ``first`` one anyway, if it is here."""
+        """The models to evict for the load of ``model``; ``first`` is one of them in any case, if it is resident."""
         gone = [first] if first in self._manifest else []
         return self._manifest.to_evict(model, limits.memory_bytes, limits.variants, needed, gone)
 
     def clear_for(self, job_model: str, needed: Sequence[str]) -> Model | None:
-        """The patched model that goes because a step of ``job_model`` found no memory, if there is one."""
+        """The patched model to evict because a step of ``job_model`` found no memory; None if there is none."""
         bases = [each.id for each in self._manifest if each.base is None]
         return self._manifest.next_to_go(self._manifest.find(job_model), bases, needed)
 
     def note_evicted(self, evicts: Iterable[str]) -> None:
-        """The ranks have done a work item, and no longer hold the models that it evicts."""
+        """The ranks have done a work item and no longer hold the models that it evicts."""
         for model in [self._manifest.find(each) for each in evicts]:
             log.info("unloaded %s to make room", model.id)
             self._let_go(model)
@@ -140,7 +143,7 @@ class Residency:
                     log.warning("%s: a patch was left out: %s", resident.name, note)
 
     def note_restored(self, model: Model, result: Loaded | TacodError, elapsed_s: float, now: float) -> None:
-        """The ranks have loaded what no client asked for, or can't."""
+        """The ranks have loaded a model without a client's request, or could not."""
         self.coming.remove(model)
         self._losses.pop(model.id, None)
         if isinstance(result, Loaded):
@@ -153,7 +156,7 @@ class Residency:
         self.forget(model.id)
 
     def forget(self, model_id: str) -> None:
-        """The ranks hold a model no more, or can't load it."""
+        """The ranks no longer hold a model, or can't load it."""
         self._losses.pop(model_id, None)
         if model_id in self._manifest:
             self._let_go(self._manifest.find(model_id))
@@ -166,10 +169,10 @@ class Residency:
         self._used.pop(model.id, None)
 
     def lose_group(self, lost: GroupLost, retries: int, restoring: Model | None) -> bool:
-        """The ranks are gone: new ones load all that these held.
+        """The ranks are gone; new ones load all that these held.
 
-        The model that they were ``restoring`` is given up as a job is: at once for a lack of memory, the second
-        time by the same cause, or after ``retries`` more. Returns whether that is so.
+        The model that they were ``restoring`` is given up like a job: at once for a lack of memory, the second time for
+        the same cause, or after ``retries`` more tries. Returns whether it is given up.
         """
         given_up = restoring is not None and self._is_last(restoring.id, lost, retries)
         if restoring is not None and given_up:

@@ -1,8 +1,8 @@
 """Who runs next: a state machine without I/O.
 
-A job is a list of steps; a step is what all ranks do together, and one runs at a time. Sessions take turns step by
-step, so a long sampling run delays another client's forward by one step, not by itself. A job ends in exactly one
-of result, failed and cancelled, and every method that can end jobs returns those that it ended.
+A job is a list of steps. All ranks do a step together, and one step runs at a time. Sessions take turns step by step,
+so a long sampling run delays another client's forward by one step only. A job ends once: with a result, a failure or a
+cancellation. Every method that can end jobs returns those that it ended.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tacod_client.errors import Cancelled, JobNotFound, OutOfMemory, QueueFull, 
 __all__ = ["ON_MODEL", "Job", "Outcome", "Scheduler", "Verb", "Work"]
 
 Work = Model | Unload | Forward | MethodCall | Sample
-"""What a job is about."""
+"""What a job gives the ranks to do."""
 
 
 class Verb(enum.Enum):
@@ -54,19 +54,19 @@ class Job:
     verb: Verb
     model: str
     body: Work
-    """What is to be loaded, or what the ranks get; of a sampling run, the inputs."""
+    """The model to load, or what the ranks get; of a sampling run, its inputs."""
     steps: int
     nbytes: int = 0
-    """Of the tensors that came with it."""
+    """Bytes of the tensors that came with the request."""
     digests: list[bytes] = field(default_factory=list)
     """Tensors of the store that it needs."""
     restores: list[bytes] = field(default_factory=list)
-    """Tensors of the store that its model is patched with, if that is to be loaded again for the job's turn."""
+    """Stored tensors that its model's patches need if that model is loaded again for the job's turn."""
     submitted_s: float = 0.0
     ready_s: float | None = None
-    """When its current or next step could have begun, once the first one is done; a retry waits since then too."""
+    """When its next step could have begun, after the first step; a retry counts its wait from then too."""
     evict_next: str = ""
-    """The model that makes room when the job's load, which found no memory, is tried again."""
+    """The model to evict when the job's load is tried again after it found no memory."""
     step: int = 0
     attempts: int = 1
     cause: str = ""
@@ -76,12 +76,12 @@ class Job:
     outcome: Outcome | None = None
     error: TacodError | None = None
     times: dict[str, float] = field(default_factory=dict)
-    """Seconds of all its steps so far, by what they went into."""
+    """Seconds of all steps so far, by part (see docs/protocol.md, ``timing``)."""
     skipped: int = 0
-    """Forwards of its steps so far that were mostly skipped."""
+    """How many forwards so far a step cache mostly skipped."""
 
     def end(self, outcome: Outcome, error: TacodError | None = None) -> Job:
-        """Mark the one end of this job."""
+        """Record how the job ended; called once."""
         assert self.outcome is None, f"job {self.id} ended twice"
         self.outcome, self.error = outcome, error
         return self
@@ -103,7 +103,7 @@ class Scheduler:
 
     @property
     def jobs(self) -> list[Job]:
-        """The running job, then those that wait, in the order in which they would start."""
+        """The running job, then the waiting ones in the order in which they would start."""
         running = [self.running] if self.running else []
         queues = [list(queue) for queue in self._queues.values()]
         longest = max(map(len, queues), default=0)
@@ -127,9 +127,9 @@ class Scheduler:
         self._queues.setdefault(job.session, deque()).append(job)
 
     def next(self, now: float, is_put_off: Callable[[Job], bool] = lambda job: False) -> Job | None:
-        """Start a step of the next session's first job; None if one runs already or nothing waits.
+        """Start a step of the next session's first job; None if a step is running or no job can start.
 
-        Sessions whose first job is put off keep their place, and others go on without them.
+        A session whose first job is put off keeps its place while others go on.
         """
         if self.running is not None:
             return None
@@ -148,9 +148,10 @@ class Scheduler:
         return job
 
     def finish_step(self) -> Job | None:
-        """The running step is done. Ends the job if that was its last or it is to be cancelled, and returns it then.
+        """The running step is done.
 
-        Otherwise the job goes back to the head of its session's queue, and its session to the end of the round.
+        If it was the job's last, or the job is being cancelled, the job ends and is returned. Otherwise the job goes
+        back to the head of its session's queue, and its session to the end of the round.
         """
         job = self._take_running()
         job.step += 1
@@ -162,22 +163,22 @@ class Scheduler:
         return None
 
     def fail_step(self, error: TacodError) -> Job:
-        """The running step can't be done, and the ranks agree on why: the job ends."""
+        """The running step failed on all ranks alike: the job ends."""
         job = self._take_running()
         if job.cancelling:
             return job.end(Outcome.CANCELLED, _cancelled(job))
         return job.end(Outcome.FAILED, error)
 
     def repeat_step(self) -> None:
-        """The running step is to be done again, next."""
+        """Do the running step again, next."""
         self._put_back(self._take_running(), first=True)
 
     def lose_group(self, reason: str, error: TacodError | None = None, cause: str = "") -> list[Job]:
-        """The ranks are gone, and with them what jobs had reached: all started jobs begin again.
+        """The ranks are gone, and so is the progress of jobs: all started jobs begin again.
 
-        The running one counts the attempt; after ``retries`` more, or the second time by the same ``cause``, it fails,
-        with `RankFailed` or with the ``error`` that one of the ranks gave. A lack of memory is no fault of the ranks,
-        so that fails it at once. Returns the ended jobs.
+        This counts as an attempt of the running job. After ``retries`` more attempts, or the second time for the same
+        ``cause``, it fails, with `RankFailed` or with the ``error`` that one of the ranks gave. A lack of memory fails
+        it at once. Returns the ended jobs.
         """
         for queue in self._queues.values():
             for job in queue:
@@ -199,7 +200,7 @@ class Scheduler:
         return []
 
     def begin_anew(self, model: str) -> None:
-        """The ranks hold no more of what this model's waiting jobs had reached."""
+        """The ranks no longer hold the progress of this model's waiting jobs: these begin again."""
         for queue in self._queues.values():
             for job in queue:
                 if job.model == model:
@@ -226,7 +227,7 @@ class Scheduler:
         return [job.end(Outcome.CANCELLED, _cancelled(job)) for job in self._queues.pop(session, deque())]
 
     def fail_all(self, error: TacodError) -> list[Job]:
-        """Every job ends with ``error``: the group is given up, or draining took too long."""
+        """End every job with ``error``: the group was given up, or draining took too long."""
         jobs = self.jobs
         self.running = None
         self._queues.clear()

@@ -1,4 +1,4 @@
-"""Client tensors by content: bytes that travelled once and are used many times."""
+"""Client tensors, stored by content: sent once, used many times."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["Store", "digests_of", "tensors_of", "without_claims"]
 COUNT = 1 << 14
 """Most tensors that a store keeps: small ones cost more than their bytes."""
 CLAIM_S = 10.0
-"""How long a client that uploads what it was told is missing may pause before others get that room."""
+"""How long a client may pause while it uploads missing tensors, before others get the room kept for it."""
 CLAIM_MOST_S = 120.0
-"""How long it may take in all."""
+"""How long such an upload may take in all."""
 
 
 @dataclass
@@ -37,9 +37,9 @@ class _Claim:
 class Store:
     """A content-addressed store, least recently used out first, bounded by bytes and by count.
 
-    What a queued or running job refers to is pinned and stays. Of the rest goes first what nobody refers to, then what
-    loaded models were patched with, and last what other clients are uploading for a request. Of clients that upload at
-    once, the one that began first isn't disturbed by the others, so that each of them gets done.
+    Tensors that a queued or running job refers to are pinned and stay. Of the rest, those that nobody refers to go
+    first, then those of loaded models' patches, and last those that other clients are uploading for a request. Of
+    clients that upload at the same time, later ones don't disturb earlier ones, so each of them finishes.
     """
 
     def __init__(self, limit: int) -> None:
@@ -53,7 +53,7 @@ class Store:
         """Of the pins, those that end soon."""
         self._held: Counter[bytes] = Counter()
         self._claims: OrderedDict[bytes, _Claim] = OrderedDict()
-        """By whose they are, the oldest first."""
+        """Uploads under way, by client, the oldest first."""
 
     def __contains__(self, digest: bytes) -> bool:
         return digest in self._tensors
@@ -71,7 +71,7 @@ class Store:
         return absent
 
     def lacks(self, digests: Iterable[bytes]) -> bool:
-        """Whether any of these isn't here; counts as no use."""
+        """Whether any of these is missing; doesn't count as a use."""
         return any(digest not in self._tensors for digest in digests)
 
     def get(self, digest: bytes) -> Tensor:
@@ -79,14 +79,11 @@ class Store:
         return self._tensors[digest]
 
     def size_of(self, digests: Iterable[bytes]) -> int:
-        """Bytes that those of ``digests`` that are here take, each once."""
+        """Bytes of those ``digests`` that are stored, each counted once."""
         return sum(self._tensors[digest].nbytes for digest in set(digests) if digest in self._tensors)
 
     def check(self, value: Any) -> None:
-        """Check that what a body says of the tensors that it names is true of those that are here.
-
-        Raises `ArgumentError`.
-        """
+        """Check that a body describes the stored tensors that it names as they are. Raises `ArgumentError`."""
         for named in tensors_of(value):
             known = self._tensors.get(named.digest or b"")
             if named.frames is not None or known is None:
@@ -99,9 +96,9 @@ class Store:
                 )
 
     def check_fits(self, value: Any) -> None:
-        """Check that the tensors that a body names by digest, if each of them can be here, can be here together.
+        """Check that a body's named tensors fit into the store together.
 
-        Raises `QueueFull`, and then it is of no use to ask again.
+        Raises `QueueFull` if they never can.
         """
         named = {each.digest: each.nbytes for each in tensors_of(value) if each.frames is None}
         if max(named.values(), default=0) <= self.limit:
@@ -120,9 +117,9 @@ class Store:
         return self.put_all([tensor], owner, now)[0]
 
     def put_all(self, tensors: Iterable[Tensor], owner: bytes = b"", now: float = 0.0) -> list[bytes]:
-        """Keep tensors, making room if need be; returns their digests, computed here and not taken on trust.
+        """Store tensors, making room if need be; returns their digests, which are computed here.
 
-        Raises `QueueFull` if what is pinned, or claimed before ``owner``'s claim, leaves no room; then none is kept.
+        Raises `QueueFull` if pinned tensors, or claims older than ``owner``'s, leave no room; then none is stored.
         """
         known = [Tensor(each.dtype, each.shape, each.frames).with_digest() for each in tensors]
         given = {each.digest: each for each in known if each.digest is not None}
@@ -138,7 +135,7 @@ class Store:
         return [each.digest for each in known if each.digest is not None]
 
     def claim(self, owner: bytes, digests: Iterable[bytes], now: float) -> None:
-        """A client will upload what lacks of these, and then ask again; what is here of them is to stay till then."""
+        """A client will upload the missing ones of these and ask again; those that are stored stay until then."""
         self._drop_claims(now)
         claim = self._claims.setdefault(owner, _Claim(frozenset(), now, now))
         claim.digests = frozenset(digests)
@@ -149,7 +146,7 @@ class Store:
         self._claims.pop(owner, None)
 
     def pin(self, digests: Sequence[bytes], brief: bool = False) -> None:
-        """Keep these until they are unpinned as often; ``brief`` says that this will be soon."""
+        """Keep these until they are unpinned as many times; ``brief``: that will be soon."""
         self._pins.update(digests)
         if brief:
             self._brief.update(digests)
@@ -161,7 +158,7 @@ class Store:
             self._brief -= Counter(digests)
 
     def hold(self, digests: Iterable[bytes]) -> None:
-        """Let these go only after what nobody holds, until they are released as often."""
+        """Evict these only after tensors that nobody holds, until they are released as many times."""
         self._held.update(digests)
 
     def release(self, digests: Iterable[bytes]) -> None:
@@ -226,11 +223,11 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
 
 
 def without_claims(value: Any) -> Any:
-    """A body whose tensors that came with their bytes have no digests: those would be believed untested."""
+    """A body in which tensors that came with their bytes have no digests: nobody checked those."""
     return map_tensors(value, lambda each: each if each.frames is None else replace(each, digest=None))
 
 
 def digests_of(body: Any) -> list[bytes]:
-    """The digests, each once, of those tensors that a body names without their bytes."""
+    """The digests of the tensors that a body names without their bytes, each once."""
     found = (tensor.digest for tensor in tensors_of(body) if tensor.frames is None and tensor.digest is not None)
     return list(dict.fromkeys(found))

@@ -1,4 +1,4 @@
-"""A work item: what the executor has given to the ranks, and holds until their answer."""
+"""A work item: what the executor has given to the ranks, until they report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Purpose", "WorkItem"]
 
 
 class Purpose(enum.Enum):
-    """Why the ranks are to do something."""
+    """Why the ranks do something."""
 
     STEP = "step"
     """It is a step of a job."""
@@ -27,7 +27,7 @@ class Purpose(enum.Enum):
 
 @dataclass
 class WorkItem:
-    """One command, whose it is and what goes with it."""
+    """A command, the job that it is for, and what the executor needs when the ranks report."""
 
     purpose: Purpose
     command: Command
@@ -35,12 +35,12 @@ class WorkItem:
     job: Job | None = None
     """The running job; None for `Purpose.RESTORE`."""
     model: Model | None = None
-    """The model that it loads, if it loads one."""
+    """The model that the command loads, if any."""
     evicts: list[str] = field(default_factory=list)
-    """The models that go with it: a load takes their place, or what they were made of goes."""
+    """The models that the command removes: to make room, or because they share with the one that is unloaded."""
     digests: list[bytes] = field(default_factory=list)
     """The stored tensors that the command may name."""
     queue_s: float = 0.0
     """How long the job's step has waited for its turn."""
     progress: Progress | None = None
-    """How far a load is, as its client was informed last."""
+    """The progress of a load that its client was told last."""

@@ -1,8 +1,8 @@
-"""Memory that the supervisor and its ranks share: a command's tensors, and after them those of rank 0's report.
+"""Memory that the supervisor and its ranks share: a command's tensors, followed by those of rank 0's report.
 
-Through a socket every rank would get a copy of its own of all of them, though of the large ones it reads only a part.
-There goes a packet, which says where they lie. One command is under way at a time, so each begins where the one
-before began, and nothing is to be managed. What the other ranks report fits a packet: they put nothing here.
+Through a socket, every rank would get its own copy of all tensors, though it reads only a part of the large ones. So a
+packet goes through the socket and says where the tensors lie. One command is under way at a time, so each starts at the
+same place, and nothing needs to be managed. The other ranks' reports fit in packets: they write nothing here.
 """
 
 from __future__ import annotations
@@ -23,23 +23,24 @@ PACKET_BYTES = 32 << 10
 HERE, THERE = b"\0", b"\1"
 """How a packet begins: its contents follow, or lie in the memory because they are too long."""
 PLACE = struct.Struct("<QQ")
-"""Where something begins, and how much it is."""
+"""Where something begins, and its size in bytes."""
 ALIGNED_BYTES = 64
 KEPT_BYTES = 512 << 20
-"""What stays between two commands: a step's residuals, but not a model's patches."""
+"""What the memory keeps between two commands: enough for a step's residuals, but not for a model's patches."""
 
 
 class Arena:
-    """One such stretch of memory, as one process sees it; it grows as needed and ends with the last that holds it.
+    """A piece of shared memory, as one process sees it.
 
-    What was read from it is good until the next command.
+    It grows as needed, and is freed when no process has it any more. What was read from it is valid until the next
+    command.
     """
 
     def __init__(self, fd: int | None = None) -> None:
         self.fd = os.memfd_create("tacod") if fd is None else fd
-        """By which another process can share it."""
+        """The descriptor that another process needs to share it."""
         self.end = 0
-        """Where what belongs to the last message ends."""
+        """Where the last message's contents end."""
         self._memory: mmap.mmap | None = None
 
     def close(self) -> None:
@@ -48,7 +49,10 @@ class Arena:
         self._memory = None
 
     def pack(self, message: Message, start: int = 0) -> bytes:
-        """The packet of a message for one who shares this memory; its tensors lie there, from ``start`` on."""
+        """The packet of a message to a process that shares this memory.
+
+        The tensors are written there, from ``start`` on.
+        """
         _, header, *contents = wire.encode(message)
         self.end = start
         sizes = self._put(contents)
@@ -60,9 +64,9 @@ class Arena:
         return THERE + PLACE.pack(start, len(head))
 
     def unpack(self, packet: bytes, copy: bool = False) -> Message:
-        """The message of this packet, with its tensors where they lie or, to be kept, a ``copy`` of them.
+        """The message of this packet; its tensors are views of this memory, or copies by ``copy``.
 
-        Raises `ProtocolError` for what `pack` can't have made.
+        Raises `ProtocolError` for a packet that `pack` can't have made.
         """
         kind, head = packet[:1], packet[1:]
         behind = 0
@@ -84,12 +88,12 @@ class Arena:
         return wire.decode([wire.PREAMBLE, header, *(map(bytes, contents) if copy else contents)])
 
     def shrink(self) -> None:
-        """Give back what a large command took; what was read is good no longer."""
+        """Give back the memory of a large command; what was read is no longer valid."""
         if self._memory is not None and len(self._memory) > KEPT_BYTES:
             self._memory.madvise(mmap.MADV_REMOVE, KEPT_BYTES, len(self._memory) - KEPT_BYTES)
 
     def _put(self, contents: Sequence[Buffer]) -> list[int]:
-        """Lay these behind what is there; returns their sizes."""
+        """Append contents; returns their sizes."""
         sizes = [len(memoryview(each)) for each in contents]
         places, self.end = _lay_out(self.end, sizes)
         memory = self._reach(self.end)
@@ -98,7 +102,7 @@ class Arena:
         return sizes
 
     def _get(self, start: int, sizes: Sequence[int]) -> list[memoryview]:
-        """What lies there, from ``start`` on."""
+        """The contents from ``start`` on."""
         places, self.end = _lay_out(start, sizes)
         if self.end > os.fstat(self.fd).st_size:
             raise ProtocolError(f"a packet names {sum(sizes)} bytes at {start}, behind the shared memory")
@@ -106,7 +110,7 @@ class Arena:
         return [memory[place : place + size] for place, size in zip(places, sizes, strict=True)]
 
     def _reach(self, size: int) -> memoryview:
-        """The memory, of so many bytes at least."""
+        """The memory, grown to at least this many bytes."""
         if self._memory is None or len(self._memory) < size:
             whole = -(-max(size, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
             if os.fstat(self.fd).st_size < whole:

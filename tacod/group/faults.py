@@ -11,14 +11,14 @@ __all__ = ["Faults"]
 
 
 class Faults:
-    """Counts the work that goes to the ranks. It is done here, because ranks that fail forget."""
+    """Counts the work that goes to the ranks. The supervisor does this, because ranks that fail lose their counts."""
 
     def __init__(self, testing: Testing) -> None:
         self._faults = testing.faults
         self._seen: Counter[str] = Counter()
 
     def due(self, at: str) -> Fault | None:
-        """What goes wrong in the work that starts now, if anything does."""
+        """The fault of the work that starts now, if one is due."""
         count = self._seen[at]
         self._seen[at] += 1
         for fault in self._faults:

@@ -1,7 +1,6 @@
-"""The rank group: one command to all ranks, and the one answer on which they agree.
+"""The rank group: one command to all ranks, and one answer on which they agree.
 
-The group is the unit of recovery. A rank that dies, hangs or disagrees takes the others with it: SIGKILL all, reap,
-spawn anew.
+The group is the unit of recovery. If a rank dies, hangs or disagrees, all ranks end: SIGKILL, reap, spawn anew.
 """
 
 from __future__ import annotations
@@ -37,11 +36,11 @@ from tacod_client.wire import Tensor
 __all__ = ["Answer", "GroupState", "RankGroup"]
 
 AGREE_S = 5.0
-"""After one rank reports a failure, the others have this long to say the same; else they count as stuck."""
+"""After one rank reports a failure, the others have this long to report the same; otherwise they count as stuck."""
 EXIT_S = 1.0
 """After one rank reports that it is broken, another one's exit within this time counts as the cause."""
 CACHE_TENSORS = 8192
-"""Client tensors that each rank keeps, however small."""
+"""Most client tensors that each rank keeps, however small."""
 
 _NUMBERS = re.compile(r"0x[0-9a-f]+|\d+")
 FinalType = TypeVar("FinalType", bound=Final)
@@ -67,18 +66,18 @@ class Answer:
 
 @dataclass
 class _Current:
-    """The command that the ranks work on, and what they have reported of it."""
+    """The command that the ranks are working on, and their reports about it."""
 
     id: int
     command: Command
     started_s: float
     answers: dict[int, Final] = field(default_factory=dict)
-    """By rank, in the order in which they came."""
+    """By rank, in the order of arrival."""
     begun: int = 0
-    """Forwards after the first that all ranks have begun; each has its own time."""
+    """Forwards after the first that all ranks have begun; each has a time limit of its own."""
 
     def first(self, kind: type[FinalType]) -> tuple[int, FinalType] | None:
-        """The first rank that has answered so, and its answer."""
+        """The first rank with such an answer, and the answer."""
         return next(((rank, each) for rank, each in sorted(self.answers.items()) if isinstance(each, kind)), None)
 
     @property
@@ -88,7 +87,7 @@ class _Current:
 
     @property
     def error(self) -> TacodError | None:
-        """The error that a rank has answered with, if one has."""
+        """An error with which a rank has answered, if there is one."""
         failed = self.first(Failed)
         return failed[1].error if failed is not None else None
 
@@ -104,11 +103,11 @@ class RankGroup:
         self.state = GroupState.DOWN
         self.restarts = 0
         self.faults: Faults | None = None
-        """What goes wrong on purpose."""
+        """Faults on purpose, in tests."""
         self.deadline: float | None = None
         """When the ranks count as stuck, on the monotonic clock."""
         self._commands = 0
-        """How many were given since the start; a command's number is its envelope's id."""
+        """How many commands were given since the start; a command's number is its envelope's id."""
         self._current: _Current | None = None
         self._resident: OrderedDict[bytes, int] = OrderedDict()
         self._forgotten: list[str] = []
@@ -116,12 +115,12 @@ class RankGroup:
 
     @property
     def world_size(self) -> int:
-        """How many ranks there are to be."""
+        """The configured number of ranks."""
         return len(self._processes.devices)
 
     @property
     def ranks(self) -> list[Rank]:
-        """Those that run."""
+        """The running ranks."""
         return self._processes.ranks
 
     @property
@@ -169,7 +168,7 @@ class RankGroup:
             raise GroupLost(reason, current.error)
 
     def _raised(self, index: int, report: Raised | Broken) -> GroupLost:
-        """The loss of the group by what a rank raised."""
+        """The loss of the group because of an error that a rank raised."""
         reason = f"rank {index} ({self._processes.devices[index]}) raised:\n{report.traceback}"
         return GroupLost(reason, cause=_NUMBERS.sub("#", report.what))
 
@@ -204,11 +203,11 @@ class RankGroup:
         self.deadline = time.monotonic() + timeout_s
 
     def forget(self, job: str) -> None:
-        """Have the ranks drop what they hold of a sampling run, with the next command."""
+        """With the next command, have the ranks drop a sampling run."""
         self._forgotten.append(job)
 
     def _admit(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """Those tensors that the ranks don't keep yet: they travel with their bytes, once."""
+        """Those tensors that the ranks don't keep yet: they are sent with their bytes, once."""
         fresh = []
         for tensor in tensors:
             assert tensor.digest is not None
@@ -219,7 +218,7 @@ class RankGroup:
         return fresh
 
     def _evict(self) -> list[bytes]:
-        """Digests that the ranks are to drop after this command, least recently used first."""
+        """Digests of the tensors that the ranks drop after this command, least recently used first."""
         evicted = []
         while sum(self._resident.values()) > self.settings.cache_bytes or len(self._resident) > CACHE_TENSORS:
             evicted.append(self._resident.popitem(last=False)[0])
@@ -269,7 +268,7 @@ class RankGroup:
 
     @property
     def progress(self) -> Progress | None:
-        """How far the slowest rank's load is; None if not all have reported."""
+        """The progress of the slowest rank's load; None until all have reported."""
         known = [rank.progress for rank in self.ranks if rank.progress is not None]
         return min(known, key=lambda each: (each.done, each.total)) if known and len(known) == len(self.ranks) else None
 
@@ -279,9 +278,9 @@ class RankGroup:
             self._extend(time.monotonic() + self.settings.load_timeout_s)
 
     def _on_begun(self, current: _Current) -> None:
-        """Give a forward that the last rank has begun its own time.
+        """When the last rank has begun a forward, give that forward a time limit of its own.
 
-        That counts from the end of the time before it: on a GPU forwards are launched while others still run.
+        It counts from the end of the limit before it: on a GPU, forwards are launched while others still run.
         """
         begun = min(rank.begun for rank in self.ranks if rank.index not in current.answers)
         more, current.begun = max(begun - current.begun, 0), max(begun, current.begun)
@@ -332,7 +331,10 @@ class RankGroup:
 
 
 def _alike(answer: Final) -> tuple[Any, ...]:
-    """What ranks must answer alike; of an error that they raised, so that none of them waits for another."""
+    """What ranks must answer alike; for an error that they raised this includes place and exchanges.
+
+    If these agree, no rank waits for another.
+    """
     if isinstance(answer, Raised):
         return answer.kind, answer.what, answer.place, answer.exchanges
     return answer.kind, type(answer.error) if isinstance(answer, Failed) else None

@@ -25,7 +25,7 @@ __all__ = ["ON_GPUS", "GroupLost", "Processes", "Rank", "devices"]
 log = logging.getLogger(__name__)
 
 STACKS_S = 1.0
-"""How long ranks get to write their stacks; one that is stopped never does."""
+"""How long ranks have to write their stacks; a stopped one never does."""
 ON_GPUS = {
     "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
@@ -33,12 +33,12 @@ ON_GPUS = {
     # such segments is not: ranks then hang in a replay (https://github.com/pytorch/pytorch/issues/158029).
     "NCCL_GRAPH_REGISTER": "0",
 }
-"""What a GPU's rank finds in its environment."""
+"""Environment variables of a GPU's rank."""
 
 
 @dataclass
 class Rank:
-    """One process and what it last reported."""
+    """One process and its last reports."""
 
     index: int
     device: str
@@ -47,17 +47,17 @@ class Rank:
     channel: socket.socket
     """One end of a pair of unix sockets; the rank has the other."""
     ready: bool = False
-    """Whether it has reported so."""
+    """Whether it has reported that it is ready."""
     mute: bool = False
-    """Whether it has closed its end, which it does by ending."""
+    """Whether its end of the channel is closed, which happens when it ends."""
     memory_used_bytes: int = 0
     progress: Progress | None = None
     """Of the load that it works on."""
     begun: int = 0
-    """Forwards of its work item that it has begun after the first."""
+    """Forwards of its work item that it has begun, after the first."""
 
     def send(self, packet: bytes) -> None:
-        """Send it a packet, without waiting. Raises `GroupLost` if it doesn't take that."""
+        """Send it a packet, without waiting. Raises `GroupLost` if it can't take one."""
         try:
             self.channel.send(packet, socket.MSG_DONTWAIT)
         except OSError as error:
@@ -76,14 +76,14 @@ class Rank:
 
 
 class GroupLost(Exception):
-    """The ranks can't be trusted any more; says why."""
+    """The ranks can't be used any more; says why."""
 
     def __init__(self, reason: str, error: TacodError | None = None, cause: str = "") -> None:
         super().__init__(reason)
         self.error = error
-        """What one of them gave as the reason, if the others didn't agree."""
+        """The error that one rank reported, if the others didn't agree."""
         self.cause = cause
-        """What the same work would end in again, without numbers that differ; empty for what came from outside."""
+        """What would happen again with the same work, without numbers that vary; empty for a cause from outside."""
 
 
 def devices(group: config.Group) -> list[str]:
@@ -114,9 +114,9 @@ def devices(group: config.Group) -> list[str]:
 
 
 class Processes:
-    """One generation of ranks after the other; each has an epoch, and leaves nothing behind.
+    """The rank processes, one generation after the other. Each generation has an epoch, and leaves nothing behind.
 
-    ``folder`` is where they find each other.
+    ``folder`` is where the ranks of a generation find each other.
     """
 
     def __init__(self, devices: list[str], folder: Path) -> None:
@@ -126,7 +126,7 @@ class Processes:
         """The memory that they share with the supervisor, as long as they run."""
         self._folder = folder
         self._epoch = ""
-        """In the names of their files: what one generation left is nothing to the next one."""
+        """Part of the names of the ranks' files, so that one generation doesn't see what an earlier one left."""
 
     def spawn(self, settings: config.Group, fault: Fault | None = None) -> None:
         """Start a new epoch of ranks, with a ``fault`` on purpose; they report when they are ready."""
@@ -184,7 +184,7 @@ class Processes:
             raise GroupLost(reason, cause="" if -code in _FROM_OUTSIDE else ending)
 
     def log_stacks(self, ranks: Iterable[Rank]) -> None:
-        """Where these hang. Each has a file for that: in one log their lines would be mixed."""
+        """Log where these ranks hang. Each writes to a file of its own, so that their lines don't mix."""
         for rank in ranks:
             rank.process.send_signal(signal.SIGUSR1)
         time.sleep(STACKS_S)
@@ -208,9 +208,9 @@ _NOT_INHERITED = {
 
 
 def _environment(kind: str, devices: Sequence[str]) -> dict[str, str]:
-    """A rank's environment: the group's devices alone, and no settings meant for someone else's process.
+    """A rank's environment: it has the group's devices, and no settings meant for other programs.
 
-    Each rank uses the one at its own index; it sees the others to write into their memory.
+    Each rank uses the device at its own index; it sees the others so that it can write into their memory.
     """
     env = {key: value for key, value in os.environ.items() if key not in _NOT_INHERITED}
     if kind == "cuda":

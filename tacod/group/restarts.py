@@ -8,7 +8,10 @@ __all__ = ["RestartPolicy"]
 
 
 class RestartPolicy:
-    """At most ``limit`` restarts within ``window_s``, each after twice the wait of the last, up to ``longest_s``."""
+    """At most ``limit`` restarts within ``window_s``.
+
+    Each waits twice as long as the one before, at most ``longest_s``.
+    """
 
     def __init__(self, limit: int, window_s: float, first_s: float = 0.1, longest_s: float = 10.0) -> None:
         self.limit = limit
@@ -18,9 +21,9 @@ class RestartPolicy:
         self._starts: deque[tuple[float, str]] = deque()
 
     def next_start(self, now: float, job: str = "") -> float | None:
-        """When the ranks may start again, given that they were lost at ``now``; None to give up.
+        """When the ranks may start again after they were lost at ``now``; None to give up.
 
-        All losses under one ``job`` count as one: it may be its fault.
+        All losses under one ``job`` count as one, because the job may have caused them.
         """
         while self._starts and now - self._starts[0][0] > self.window_s:
             self._starts.popleft()
@@ -33,6 +36,6 @@ class RestartPolicy:
         return now + delay
 
     def forgive(self, job: str) -> None:
-        """The losses under this job are its own fault, and don't count."""
+        """Don't count the losses under this job: it caused them."""
         if job:
             self._starts = deque(each for each in self._starts if each[1] != job)

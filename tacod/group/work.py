@@ -1,7 +1,7 @@
-"""Messages between the supervisor and its ranks: commands in an envelope down, reports up.
+"""Messages between the supervisor and its ranks: commands go down in an envelope, reports come up.
 
-Both sides are always of one version. How a message lies in an arena's `Message` is known here alone: a command's type
-is its verb, its fields and the envelope's are keys of one body.
+Both sides always have the same version. Only this module knows how a message is laid out in an arena's `Message`: a
+command's type is its verb, and its fields and the envelope's are keys of one body.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ class Part:
     """Part of a message: each field is a key of the body."""
 
     def body(self) -> dict[str, Any]:
-        """The fields as the wire takes them."""
+        """The fields as they are sent."""
         return dict(vars(self))
 
     @classmethod
     def read(cls: type[PartType], body: Mapping[str, Any]) -> PartType:
-        """The part that stands in a body, among other keys."""
+        """The part that a body holds, among other keys."""
         return cls(**{each.name: body[each.name] for each in fields(cls) if each.name in body})
 
 
@@ -64,7 +64,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Load(Part):
-    """Make a model resident, in the place of those in ``evict_models``."""
+    """Make a model resident, and evict ``evict_models`` for it."""
 
     verb: ClassVar[str] = "load"
     model: str
@@ -74,7 +74,7 @@ class Load(Part):
     dtype: str | None
     patches: list[Any] | None
     base: str | None
-    """The id of the model without patches, which is loaded too."""
+    """The id of the model without patches, which is loaded too; None if there are no patches."""
     evict_models: list[str]
     files: dict[str, str] = field(default_factory=dict)
     """The identity of each file that the patches name, by its path."""
@@ -82,7 +82,7 @@ class Load(Part):
 
 @dataclass(frozen=True)
 class Unload(Part):
-    """Give back a model's memory, and that of the models that were made of it; their runs end."""
+    """Unload a model and those that are made of it by patches; their sampling runs end."""
 
     verb: ClassVar[str] = "unload"
     model: str
@@ -91,7 +91,7 @@ class Unload(Part):
 
 @dataclass(frozen=True)
 class Evict(Part):
-    """Give back models' memory; their runs keep what they have reached."""
+    """Unload models; their sampling runs keep their progress."""
 
     verb: ClassVar[str] = "evict"
     models: list[str]
@@ -137,7 +137,7 @@ class Sample(Part):
 
 @dataclass(frozen=True)
 class SampleStep(Part):
-    """One step of a sampling run; the first one, and no other, brings the inputs."""
+    """One step of a sampling run; only the first one has the inputs."""
 
     verb: ClassVar[str] = "sample"
     job: str
@@ -163,7 +163,7 @@ _COMMANDS: dict[str, type[Command]] = {
 
 @dataclass(frozen=True)
 class Fault(Part):
-    """A fault on purpose, for tests; the configuration's ``testing.faults`` says what the fields mean."""
+    """A fault on purpose, for tests; the configuration's ``testing.faults`` explains the fields."""
 
     kind: str
     when: str
@@ -172,7 +172,7 @@ class Fault(Part):
 
 @dataclass(frozen=True)
 class Envelope:
-    """A command with what every one carries."""
+    """A command, and what goes with every command."""
 
     id: int
     command: Command
@@ -192,7 +192,7 @@ class Envelope:
 
 
 def read_envelope(message: Message) -> Envelope:
-    """The envelope that a message of the supervisor holds."""
+    """The envelope that a message from the supervisor holds."""
     body = message.body
     fault = Fault.read(body["fault"]) if body["fault"] is not None else None
     command = _COMMANDS[message.type].read(body)
@@ -209,18 +209,18 @@ def with_tensors(command: Command, change: Callable[[Tensor], Tensor]) -> Comman
 
 @dataclass(frozen=True)
 class Facts(Part):
-    """What ranks know of a model that they hold."""
+    """What ranks report about a loaded model."""
 
     family: str
     parameters: int
     weight_bytes: int
-    """On each rank, besides what it shares with its base."""
+    """On each rank, without what it shares with its base."""
     dtype: str
     heads: int
     width: int
     sampling: dict[str, Any]
     notes: list[str] = field(default_factory=list)
-    """What was left out of its patches."""
+    """The patches that were left out, and why."""
     quantization: dict[str, int] = field(default_factory=dict)
     """How many weights of the file are in which format (`Checkpoint.formats`); empty for plain ones."""
 
@@ -250,11 +250,12 @@ class Stepped(Part):
     ranks: int
     forwards: int
     skipped: int
-    """Of these forwards, those that the step cache mostly skipped."""
+    """How many of these forwards the step cache mostly skipped."""
     sigma: float | None = None
     """A sampling run's noise level after the step."""
     out: Tensor | list[Tensor] | None = None
-    """From rank 0: the output, one for each of several latents; of a sampling run the latent, with the last step."""
+    """From rank 0: the output, or one output for each of several latents; for a sampling run the latent, with the last
+    step."""
 
 
 Result = Loaded | Stepped | None
@@ -296,7 +297,7 @@ class Done(Part):
     memory_used_bytes: int
     compute_s: float
     collective_s: float
-    """Waiting for other ranks, in exchanges."""
+    """Seconds of waiting for other ranks, in exchanges."""
     result: Result = None
 
     def body(self) -> dict[str, Any]:
@@ -308,7 +309,7 @@ class Done(Part):
 
 @dataclass(frozen=True)
 class Failed(Part):
-    """The command can't be done, which all ranks find alike."""
+    """The command can't be done, for a reason that is the same on all ranks."""
 
     kind: ClassVar[str] = "failed"
     memory_used_bytes: int
@@ -326,7 +327,7 @@ class Failed(Part):
 
 @dataclass(frozen=True)
 class Raised(Part):
-    """The rank met an error that it didn't expect, and can go on if all ranks met the same one at the same place."""
+    """The rank met an unexpected error. It can go on if all ranks met the same one at the same place."""
 
     kind: ClassVar[str] = "raised"
     memory_used_bytes: int
@@ -334,14 +335,14 @@ class Raised(Part):
     what: str
     """The error's type and message."""
     place: str
-    """The files and lines that it passed."""
+    """The files and lines of the traceback."""
     exchanges: int
     """Exchanges with other ranks that the command had begun."""
 
 
 @dataclass(frozen=True)
 class Broken(Part):
-    """The rank met an error that it didn't expect, and ends."""
+    """The rank met an unexpected error, and ends."""
 
     kind: ClassVar[str] = "broken"
     traceback: str
@@ -349,7 +350,7 @@ class Broken(Part):
 
 
 Final = Done | Failed | Raised | Broken
-"""What ends a command on one rank."""
+"""The reports that end a command on one rank."""
 Report = Ready | Progress | Begun | Final
 _REPORTS: dict[str, type[Report]] = {each.kind: each for each in (Ready, Progress, Begun, Done, Failed, Raised, Broken)}
 
@@ -360,10 +361,7 @@ def report_message(report: Report, envelope: int = 0) -> Message:
 
 
 def read_report(message: Message, command: Command | None) -> Report:
-    """The report that a rank's message holds, while it is to do this ``command``.
-
-    Raises `ProtocolError`.
-    """
+    """The report in a rank's message about this ``command``. Raises `ProtocolError`."""
     if message.type not in _REPORTS:
         raise ProtocolError(f"unknown report {message.type!r:.40}")
     kind = _REPORTS[message.type]

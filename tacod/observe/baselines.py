@@ -1,4 +1,4 @@
-"""Times of forwards on one rank, as far as some were seen: what several ranks are compared with."""
+"""Times of forwards on one rank, for comparison with several ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KINDS = 256
 
 
 class Baselines:
-    """Seconds of compute by model and shapes; the last time counts, for the first one warms up."""
+    """Compute seconds by model and shapes. The last time counts, because the first one includes a warm-up."""
 
     def __init__(self) -> None:
         self._seconds: OrderedDict[Any, float] = OrderedDict()
@@ -29,7 +29,7 @@ class Baselines:
             self._seconds.popitem(last=False)
 
     def of(self, model: str, arguments: Mapping[str, Any]) -> float | None:
-        """What a forward like this one took on one rank, in seconds; None if none was seen."""
+        """Seconds of a forward like this one on one rank; None if there was none yet."""
         return self._seconds.get(_kind(model, arguments))
 
 

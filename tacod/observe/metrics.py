@@ -1,4 +1,4 @@
-"""Counts and times of what the daemon did: the one place that `tacoctl stats` and Prometheus both read."""
+"""Counts and times of what the daemon did; `tacoctl stats` and Prometheus both read them here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Metrics", "StepTimes"]
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Where the seconds of one step went; they add up to the step."""
+    """Where the seconds of one step went; they add up to the whole step."""
 
     queue_s: float
     """Waiting for a turn."""
@@ -55,7 +55,7 @@ class Metrics:
         self.loads = _histogram("tacod_load_seconds", "Seconds that loads took in the ranks.", self.LOAD_BOUNDS)
         """Seconds of every load that a rank group did, those after a restart too."""
         self.part_seconds = dict.fromkeys(PARTS, 0.0)
-        """Seconds of all steps, by what they went into."""
+        """Seconds of all steps, by part."""
         self._recent: deque[StepTimes] = deque(maxlen=self.WINDOW)
 
     def add_step(self, times: StepTimes, forwards: int, ranks: int, skipped: int = 0) -> None:
@@ -71,7 +71,7 @@ class Metrics:
             self.parallel_forwards_total += forwards
 
     def totals(self) -> dict[str, Any]:
-        """Those of the stats that only grow."""
+        """The statistics that only grow."""
         return {
             "forwards_total": self.forwards_total,
             "parallel_forwards_total": self.parallel_forwards_total,

@@ -1,7 +1,6 @@
-"""How full and how busy the ranks' devices are, looked at once a second on a thread of its own.
+"""Memory and load of the ranks' devices, measured once a second on a thread of its own.
 
-A driver may take long to answer, or never answer for a GPU that is lost; the daemon's loop only reads what was last
-seen.
+A driver may take long to answer, or never answer for a lost GPU. So the daemon's loop only reads the last measurement.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ EVERY_S = 1.0
 
 @dataclass(frozen=True)
 class Load:
-    """One rank's device. What could not be found out is None."""
+    """Memory and load of one rank's device; None for what could not be measured."""
 
     name: str | None = None
     memory_used_bytes: int | None = None
@@ -39,7 +38,7 @@ Ranks = Iterable[tuple[int, str]]
 
 
 class Monitor:
-    """Knows the load of each rank; ``ranks`` gives their pids and devices, and is called on the monitor's thread."""
+    """Measures the load of each rank; ``ranks`` gives their pids and devices, and is called on the monitor's thread."""
 
     def __init__(self, kind: str, ranks: Callable[[], Ranks]) -> None:
         self._ranks = ranks
@@ -50,11 +49,11 @@ class Monitor:
         self._thread.start()
 
     def load(self, pid: int) -> Load:
-        """What was last seen of a rank."""
+        """The last measurement of a rank."""
         return self._loads.get(pid, Load())
 
     def close(self) -> None:
-        """Stop looking; a look that hangs in the driver is left to itself."""
+        """Stop measuring; a call that hangs in the driver is abandoned."""
         self._stop.set()
         self._thread.join(timeout=1.0)
 

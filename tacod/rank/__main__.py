@@ -53,7 +53,7 @@ BUSY_POLL_S = 0.02
 
 
 def main() -> None:
-    """The process's life."""
+    """Run the rank until the supervisor ends."""
     args = _parse()
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, file=args.stacks, all_threads=True)
@@ -98,10 +98,10 @@ def _parse() -> argparse.Namespace:
 
 
 def _die_with_the_supervisor(channel: socket.socket) -> None:
-    """However the supervisor ends: the kernel kills its children, a stopped one too.
+    """Have the kernel kill this process when the supervisor ends, even if this process is stopped.
 
-    It does so only for a supervisor that ends after this call. For the time before there is the channel, whose other
-    end the supervisor holds open as long as it lives.
+    The kernel does so only for a supervisor that ends after this call. Before that, the rank notices by the channel,
+    which closes when the supervisor ends.
     """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -115,7 +115,7 @@ def _die_with_the_supervisor(channel: socket.socket) -> None:
 
 
 def serve(engine: Engine, channel: socket.socket, arena: Arena) -> None:
-    """Do commands as long as the supervisor lives. Between two the rank waits here, never in a collective."""
+    """Do commands as long as the supervisor lives. Between two commands the rank waits here, never in a collective."""
     channel.send(arena.pack(report_message(Ready(engine.memory_used_bytes))))
     # Where every rank may keep a core to itself, and as many are left.
     busy_polls = engine.device.type == "cuda" and usable_cores() > 2 * engine.topology.world_size
@@ -134,7 +134,7 @@ def serve(engine: Engine, channel: socket.socket, arena: Arena) -> None:
 
 
 def _busy_poll(channel: socket.socket) -> bytes:
-    """Poll for a packet without sleeping, for `BUSY_POLL_S`: a core that slept takes a millisecond to reach its speed.
+    """Poll for a packet without sleeping, for `BUSY_POLL_S`: a core that slept takes a millisecond to reach full speed.
 
     A sampler's next step mostly comes within that time.
     """
@@ -158,20 +158,20 @@ class Reporter:
         self._begun = False
 
     def report_bytes(self, done: int, total: int) -> None:
-        """So many bytes of so many are loaded."""
+        """Report a load's progress in bytes."""
         now = time.monotonic()
         if now >= self._next_s or done == total:
             self._next_s = now + self.EVERY_S
             self.send(Progress(done, total))
 
     def begin_forward(self) -> None:
-        """A forward begins. The first one runs in the command's own time limit, and isn't reported."""
+        """Report that a forward begins. The first one runs in the command's own time limit, and isn't reported."""
         if self._begun:
             self.send(Begun())
         self._begun = True
 
     def send(self, report: Progress | Begun | Final) -> None:
-        """Send a report; its tensors lie behind the command's."""
+        """Send a report; its tensors are written after the command's."""
         self._channel.send(self._arena.pack(report_message(report, self._envelope), start=self._arena.end))
 
 

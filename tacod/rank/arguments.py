@@ -1,4 +1,4 @@
-"""A request's arguments, checked against what a family takes and put on the device as `Inputs`."""
+"""A request's arguments: checked against a family's specs, and put on the device as `Inputs`."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Kept = dict[tuple[bytes | None, torch.dtype], torch.Tensor]
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 HIDDEN = -1e4
-"""Added to a score, it leaves nothing of it in any dtype."""
+"""Added to an attention score, it hides the key in any dtype."""
 LOCKED_BYTES = 16 << 20
-"""Arguments up to this size, a step's latents above all, reach a GPU through memory that is locked for it."""
+"""Arguments up to this size, above all a step's latents, reach a GPU through page-locked memory."""
 
 
 def check_arguments(given: Mapping[str, Any], specs: Mapping[str, Spec], family: str) -> None:
-    """Check names, dtypes and shapes before a byte is touched. The order of the specs has no meaning.
+    """Check names, dtypes and shapes before any data is read; the order of the specs doesn't matter.
 
     Raises `ArgumentError`, naming the argument.
     """
@@ -69,7 +69,7 @@ def check_arguments(given: Mapping[str, Any], specs: Mapping[str, Spec], family:
 
 
 def check_names(given: Iterable[str], specs: Mapping[str, Spec], family: str) -> None:
-    """Raise `ArgumentError`, naming the argument, for one that there is no spec of."""
+    """Raise `ArgumentError`, naming the argument, for one without a spec."""
     for name in given:
         if name not in specs:
             raise ArgumentError(
@@ -78,7 +78,7 @@ def check_names(given: Iterable[str], specs: Mapping[str, Spec], family: str) ->
 
 
 def _turn(name: str, spec: Spec) -> int:
-    """Whose sizes the others are held to: the latent's first, then those of what must be there, then all."""
+    """The order of checks: the latent's sizes bind the other arguments, then those of required arguments do."""
     if name in ("x", "noise"):
         return 0
     return 1 if isinstance(spec, Argument) and spec.shape is not None and not (spec.many or spec.shared) else 2
@@ -142,10 +142,7 @@ def _residuals(name: str, value: Mapping[str, Any]) -> Iterator[tuple[str, Any]]
 
 
 def check_tokens(given: Mapping[str, Any], specs: Mapping[str, Spec], tokens: int) -> None:
-    """Check that residuals fit an image of so many tokens.
-
-    Raises `ArgumentError`, naming the residual.
-    """
+    """Check that residuals fit an image with this many tokens. Raises `ArgumentError`, naming the residual."""
     for name, spec in specs.items():
         if isinstance(spec, Residuals) and given.get(name) is not None:
             for where, tensor in _residuals(name, given[name]):
@@ -217,8 +214,8 @@ def load_arguments(
 ) -> Inputs:
     """The arguments as torch values on ``device``.
 
-    Tensors come in the compute dtype, or in fp32 where the spec says so. Residuals stay as they came: a rank needs some
-    of their tokens only. What comes by digest is put on the device once and stays in ``kept``.
+    Tensors are in the compute dtype, or in fp32 where the spec says so. Residuals stay in the host's memory, because a
+    rank needs only some of their tokens. A tensor with a digest is put on the device once and stays in ``kept``.
     """
 
     def put(name: str, value: Any, spec: Spec) -> Any:
@@ -244,7 +241,7 @@ def load_arguments(
 
 
 def digest(value: Any) -> Hashable:
-    """What an argument holds, to tell runs apart: of tensors their digests, which most came with."""
+    """A digest of an argument's contents, to tell runs apart; most tensors came with theirs."""
     if isinstance(value, wire.Tensor):
         return value.with_digest().digest
     if isinstance(value, Mapping):
@@ -253,7 +250,7 @@ def digest(value: Any) -> Hashable:
 
 
 def _key_mask(name: str, value: wire.Tensor, device: torch.device) -> torch.Tensor:
-    """Which tokens count: integers that aren't 0, floats that are 0, for these are added to scores."""
+    """Which tokens count, boolean: integers other than 0, and floats equal to 0, because these are added to scores."""
     mask: torch.Tensor = from_wire(value, "torch")
     if not mask.is_floating_point():
         return (mask != 0).to(device)
@@ -268,7 +265,7 @@ def _key_mask(name: str, value: wire.Tensor, device: torch.device) -> torch.Tens
 
 
 def _row_numbers(name: str, value: wire.Tensor, rows: int, device: torch.device) -> torch.Tensor:
-    """Numbers of a table's rows, int64."""
+    """Row numbers of a table, int64."""
     numbers: torch.Tensor = from_wire(value, "torch").long()
     if not ((numbers >= 0) & (numbers < rows)).all():
         raise ArgumentError(f"{name}: expected whole numbers from 0 to {rows - 1}", argument=name)

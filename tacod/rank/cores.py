@@ -1,4 +1,4 @@
-"""How many cores this process may keep busy: those that it may run on, and no more than its control groups allow."""
+"""How many cores this process may keep busy: by its affinity, and by the limits of its control groups."""
 
 from __future__ import annotations
 

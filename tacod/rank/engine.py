@@ -1,4 +1,4 @@
-"""What a rank can do: hold models, run forwards, walk samplers. The same on every rank, in the same order."""
+"""A rank's engine: holds models, runs forwards and sampling runs. Every rank does the same in the same order."""
 
 from __future__ import annotations
 
@@ -45,7 +45,6 @@ from tacod.rank.parallel.topology import Topology
 from tacod.rank.sampling.sampling import Run, SampleRequest, begin
 from tacod.rank.weights.load import (
     DTYPES,
-    WEIGHT_ONLY,
     adapt_weight,
     choose_dtype,
     get_weight,
@@ -63,6 +62,7 @@ from tacod.rank.weights.reader import changed
 from tacod.rank.weights.remap import identify
 from tacod.rank.weights.unfilled import Unfilled
 from tacod_client import wire
+from tacod_client.dtypes import is_weight_only
 from tacod_client.errors import ArgumentError, ModelNotFound, OutOfMemory
 from tacod_client.tensors import from_wire, to_wire
 from tacod_client.text import encodable, shortened
@@ -77,28 +77,31 @@ NOTE_CHARACTERS = 300
 
 @dataclass
 class Resident:
-    """A model that is loaded, and what the daemon tells about it."""
+    """A loaded model, and what the daemon reports about it."""
 
     model: DiT
     layout: Mapping[str, Place]
     shapes: Mapping[str, Sequence[int]]
-    """Of the weights, by their names in the single file."""
+    """The weights' shapes, by their names in the single file."""
     facts: Facts
 
 
 class Engine:
-    """The models and runs of one rank. No method leaves another rank waiting: what can fail, fails on all alike."""
+    """The models and runs of one rank.
+
+    No method leaves another rank waiting: what can fail, fails on all ranks alike.
+    """
 
     def __init__(self, device: torch.device, topology: Topology, graphs: bool = True, warm: bool = True) -> None:
         self.device = device
         self.warm = warm
-        """Whether a load on a GPU warms up."""
+        """Whether a load on a GPU warms up the model."""
         self.topology = topology
         self.forwards = Forwards(topology, graphs)
         self.models: dict[str, Resident] = {}
         self.runs: dict[str, Run] = {}
         self.report: Callable[[int, int], None] = lambda done, total: None
-        """Hears how many bytes of how many a load has done."""
+        """Called during a load, with the bytes that are loaded and the bytes that will be."""
         self._tensors: dict[bytes, wire.Tensor] = {}
         self._on_device: Kept = {}
 
@@ -140,7 +143,7 @@ class Engine:
         return replace(done, memory_used_bytes=self.memory_used_bytes) if envelope.evict else done
 
     def _kept(self, named: wire.Tensor) -> wire.Tensor:
-        """The kept tensor that is named by digest; one that has its bytes, itself."""
+        """The kept tensor that is named by digest; a tensor with bytes is returned as it is."""
         if named.frames is not None:
             return named
         assert named.digest is not None
@@ -170,7 +173,7 @@ class Engine:
     def memory_errors(
         self, hint: str = "use a smaller image or batch, or unload a model (`tacoctl unload`)"
     ) -> Iterator[None]:
-        """Within, a lack of memory is `OutOfMemory`, which says what was asked for, what is free and what to do."""
+        """A context in which a lack of memory raises `OutOfMemory`: what was asked for, what is free and what to do."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:
@@ -194,11 +197,11 @@ class Engine:
         evict_models: list[str],
         files: Mapping[str, str] = MappingProxyType({}),
     ) -> Loaded:
-        """Make a model resident under the id ``model``; nothing to do if it is already.
+        """Make a model resident under the id ``model``; does nothing if it is resident already.
 
-        With ``patches`` it shares with the model ``base``, which is loaded too, all that they leave alone. ``files``
-        has the identities of the files that they name, as they were when they were named. Runs of the models that it
-        evicts go on when those are loaded again.
+        With ``patches``, ``base`` is loaded too, and the two share the weights that aren't patched. ``files`` has the
+        identities that the files of the patches had when the request came. Runs of evicted models continue when those
+        are loaded again.
         """
         for evicted in evict_models:
             self._evict(evicted)
@@ -226,15 +229,14 @@ class Engine:
             raise ArgumentError(
                 f"dtype: {name} can't multiply in 8 bits (Ada and Hopper can); use bf16", argument="dtype"
             )
-        weight_only = chosen.endswith(WEIGHT_ONLY)
-        loaded = load_model(checkpoint, DTYPES[chosen], self.device, self.report, weight_only)
+        loaded = load_model(checkpoint, DTYPES[chosen], self.device, self.report, is_weight_only(chosen))
         if chosen == "fp8":
             quantize_blocks(loaded)
         # Before it is resident: a load that fails here leaves nothing behind.
         if self.device.type == "cuda" and self.warm:
             hint = "that was a forward at 1024² on all ranks, to warm up; unload a model, or set group.warm_up = false"
             with self.memory_errors(hint):
-                loaded.pace = warm_up(loaded, self.forwards, self.device)
+                loaded.rates = warm_up(loaded, self.forwards, self.device)
                 self.topology.clock.wait()
         facts = Facts(
             family=loaded.family,
@@ -250,7 +252,7 @@ class Engine:
             return Resident(loaded, family.diffusers_layout(config), family.shapes(config), facts)
 
     def _patch(self, base: Resident, patches: Any, files: Mapping[str, str]) -> Resident:
-        """The base's weights with patches merged in; only those that are patched take memory of their own."""
+        """The base's weights with patches applied; only patched weights take memory of their own."""
         model = base.model
         patched = share(model)
         notes: list[str] = []
@@ -279,26 +281,26 @@ class Engine:
         return replace(base, model=patched, facts=replace(base.facts, weight_bytes=own, notes=short))
 
     def unload(self, model: str, evict_models: list[str]) -> None:
-        """Give a model's memory back, and that of those that share it."""
+        """Unload a model and those that are made of it by patches."""
         self._resident(model)
         for gone in (model, *evict_models):
             self._drop(gone)
         self._give_memory_back()
 
     def evict(self, models: list[str]) -> None:
-        """Give models' memory back for others' use; their runs keep what they have reached."""
+        """Unload models to make room; their runs keep their progress."""
         for gone in models:
             self._evict(gone)
         self._give_memory_back()
 
     def _drop(self, model: str) -> None:
-        """Forget a model and its runs; their next step is not asked for."""
+        """Forget a model and its runs, whose next step will not come."""
         self.models.pop(model, None)
         for job in [job for job, run in self.runs.items() if run.model == model]:
             self._end(job)
 
     def _evict(self, model: str) -> None:
-        """Forget a model, and keep of its runs what they have reached."""
+        """Forget a model, but keep the progress of its runs."""
         gone = self.models.pop(model, None)
         for job, run in self.runs.items():
             if gone is not None and run.model == model and run.denoise.model is not None:
@@ -318,8 +320,8 @@ class Engine:
     def forward(self, model: str, plan: Any, arguments: dict[str, Any], session: bytes) -> Stepped:
         """One forward with the meaning of ComfyUI's ``diffusion_model(x, timestep, …)``.
 
-        To the step cache, forwards of one ``session`` are steps of one run if only ``x`` and ``timestep`` differ, and a
-        ControlNet's residuals.
+        For the step cache, forwards of one ``session`` are steps of one run if they differ only in ``x``, ``timestep``
+        and a ControlNet's residuals.
         """
         dit = self._resident(model).model
         specs = dit.arguments()
@@ -348,7 +350,7 @@ class Engine:
         )
 
     def call(self, model: str, method: str, arguments: dict[str, Any]) -> Stepped:
-        """What a model's network does outside of a forward, whole on each rank."""
+        """What a model's network does outside of a forward; each rank computes all of it."""
         dit = self._resident(model).model
         methods = dit.methods()
         if method not in methods:
@@ -361,7 +363,7 @@ class Engine:
         return Stepped(out=self._result(out), plan="whole on each rank", ranks=1, forwards=0, skipped=0)
 
     def _result(self, out: Output) -> wire.Tensor | list[wire.Tensor] | None:
-        """What goes back to the client, once the GPU is done; rank 0's answer carries it."""
+        """The output for the client, from rank 0; None on other ranks."""
         if self.topology.rank != 0:
             return None
         if isinstance(out, list):

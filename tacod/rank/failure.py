@@ -1,4 +1,4 @@
-"""Reports of errors that a rank didn't expect, and whether it can go on if all ranks met the same one."""
+"""Reports of unexpected errors, and whether a rank can go on if all ranks met the same one."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tacod_client.text import encodable, shortened
 __all__ = ["failure"]
 
 TRACEBACK_CHARACTERS = 6000
-"""How much of a traceback is reported: its end, which fits a packet."""
+"""How much of a traceback's end is reported, so that it fits in a packet."""
 _EXCHANGES = {module.__file__ for module in (collective, group, peers, staging)}
 
 
 def failure(engine: Engine, error: Exception, begun: int) -> Raised | Broken:
     """The report of a command that raised ``error``; ``begun`` is the clock's count when the command came.
 
-    `Raised` means that this rank can go on, if all others have raised the same at the same place, after as many
+    `Raised` means that this rank can go on if all others raised the same error at the same place, after as many
     exchanges: then none waits for another. `Broken` means that it ends.
     """
     text = encodable("".join(traceback.format_exception(error, limit=-8)))[-TRACEBACK_CHARACTERS:]

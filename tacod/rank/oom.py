@@ -1,4 +1,4 @@
-"""Out-of-memory errors: recognised by whatever type and text they come, and described."""
+"""Out-of-memory errors: recognized whatever their type and text, and described."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["clear_tracebacks", "describe_oom"]
 
 
 def describe_oom(error: Exception) -> str | None:
-    """What was asked for and what is free, in short; None if this is no out-of-memory error."""
+    """What was asked for and what is free; None if this is no out-of-memory error."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError):
         # The sentences on what was tried, and on what is free; its numbers of GPUs are not those of nvidia-smi.

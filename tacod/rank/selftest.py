@@ -1,4 +1,4 @@
-"""Before a group counts as ready, a forward has gone through all its ranks and come out right."""
+"""The self-test: before a group counts as ready, a forward goes through all ranks and must come out right."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["selftest"]
 _SIZES = {"B": 1, "H": 14, "W": 10, "L": 5}
 """The free sizes of the inputs."""
 _TOLERANCE = 1e-3
-"""Coarse on purpose: a GPU's TF32 passes, a token in the wrong place doesn't."""
+"""Coarse on purpose: a GPU's TF32 passes, but a token in the wrong place doesn't."""
 
 
 def selftest(engine: Engine) -> None:

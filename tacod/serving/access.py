@@ -24,17 +24,17 @@ log = logging.getLogger(__name__)
 ZAP = "inproc://zeromq.zap.01"
 ZAP_DOMAIN = b"tacod"
 REFUSALS_LOGGED_S = 1.0
-"""One line in this time: who is refused would else decide how much is logged."""
+"""Refusals are logged once in this time, so that strangers don't decide how much is logged."""
 
 
 @dataclass(frozen=True)
 class User:
-    """Whose process a client is: the kernel says so of a unix socket's other end, CURVE of a key's owner."""
+    """The user of a client: from the kernel on a unix socket, from the CURVE key over TCP."""
 
     uid: int | None = None
     key: bytes = field(default=b"", repr=False)
     name: str = ""
-    """The key's, which is the name of its file."""
+    """The key's name, which is that of its file."""
 
     def __str__(self) -> str:
         return f"uid {self.uid}" if self.uid is not None else f"key {self.name}"
@@ -42,7 +42,7 @@ class User:
 
 @dataclass(frozen=True)
 class Keys:
-    """The daemon's own pair of keys, and those that may come in: public keys, as Z85 text, to names."""
+    """The daemon's own pair of keys, and the names of the allowed clients by their public keys in Z85."""
 
     public: bytes
     secret: bytes = field(repr=False)
@@ -85,10 +85,10 @@ def _read_clients(path: Path) -> dict[bytes, str]:
 
 
 class Access:
-    """Decides who comes in.
+    """Decides which clients may connect.
 
     ZeroMQ asks about each key on a socket of its own (ZAP, https://rfc.zeromq.org/spec/27/). pyzmq's authenticator
-    would want a thread or asyncio for that; here it is one more socket of the daemon's loop.
+    needs a thread or asyncio for that; here it is one more socket in the daemon's loop.
     """
 
     def __init__(self, context: zmq.Context[Any], keys: Keys | None) -> None:
@@ -99,11 +99,11 @@ class Access:
         self._next_line_s = 0.0
 
     def close(self) -> None:
-        """Close the socket; from then on nobody comes in over TCP."""
+        """Close the socket; after that nobody can connect over TCP."""
         self.socket.close(linger=0)
 
     def changes(self, keys: Keys | None) -> list[str]:
-        """The configuration's keys whose files hold something else than what is in force."""
+        """The configuration's keys whose files have changed since they were read."""
         old, new = self.keys, keys
         if old is None or new is None:
             return []
@@ -111,7 +111,7 @@ class Access:
         return [name for name, (was, comes) in pairs.items() if was != comes]
 
     def poll(self) -> None:
-        """Answer what ZeroMQ asks."""
+        """Answer ZeroMQ's questions about keys."""
         while (frames := receive(self.socket)) is not None:
             _, request, domain, address, _, mechanism, *credentials = (frame.bytes for frame in frames)
             key = z85.encode(credentials[0]) if mechanism == b"CURVE" else b""
@@ -130,7 +130,7 @@ class Access:
             self._refused, self._next_line_s = 0, now + REFUSALS_LOGGED_S
 
     def user_of(self, frame: zmq.Frame) -> User | None:
-        """Whose process sent a frame; None if its key is allowed no more."""
+        """The user who sent a frame; None if its key is no longer allowed."""
         # "localhost:uid:gid:pid" on a unix socket, as the kernel told when it was connected; over TCP an address in
         # numbers. On a unix socket nobody checks a User-Id: the peer itself may send one.
         try:
@@ -144,11 +144,11 @@ class Access:
         return User(key=key, name=name) if name is not None else None
 
     def knows(self, user: User) -> bool:
-        """Whether a user who came in may stay."""
+        """Whether a connected user is still allowed."""
         return user.uid is not None or (self.keys is not None and self.keys.clients.get(user.key) == user.name)
 
     def is_admin(self, user: User) -> bool:
-        """Whether a user may do what concerns others: root, the daemon's own user, and ``curve.admins``."""
+        """Whether a user may act on others' jobs and on the daemon: root, the daemon's own user, ``curve.admins``."""
         if user.uid is not None:
             return user.uid in (0, os.geteuid())
         return self.knows(user) and self.keys is not None and user.name in self.keys.admins

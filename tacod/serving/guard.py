@@ -1,8 +1,8 @@
-"""How much the supervisor holds, watched: over its limit, connections end until it holds less.
+"""Watches the supervisor's memory: over its limit, connections end until it holds less.
 
-What is decoded and queued is counted where it is kept. But libzmq takes in a message whole before anybody sees it, and
-bounds each frame but not how many there are; so a peer that never ends its message could have it hold anything. Here
-that is seen by the process's own memory, twenty times a second, and whose it is by what goes when a connection ends.
+Decoded and queued messages are counted where they are kept. But libzmq receives a whole message before anybody sees it,
+and limits each frame but not their number: a peer that never ends its message could fill the memory. This module sees
+that in the process's own memory, twenty times a second. Whose memory it was shows when a connection ends.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ log = logging.getLogger(__name__)
 
 LOOK_S = 0.05
 IN_VAIN_S = 1.0
-"""How long nobody is cut off after all were, and it did not help."""
+"""How long no connection is ended after ending all of them did not help."""
 GONE_S = 0.3
-"""How long what a connection held may take to be free, once it has ended."""
+"""How long an ended connection's memory may take to be free."""
 STRANGERS = 256
-"""Connections without a session that there may be at once: each costs a descriptor and some memory."""
+"""Most connections without a session at the same time: each costs a descriptor and some memory."""
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 def own_bytes() -> int:
-    """The memory that this process has to itself: without what it shares with the ranks, and its program's files."""
+    """This process's memory without what it shares with the ranks and without its program's files."""
     with open("/proc/self/statm", "rb") as file:
         _, resident, shared, *_ = file.read().split()
     return (int(resident) - int(shared)) * _PAGE_BYTES
 
 
 def socket_of(fd: int) -> int:
-    """Which socket a descriptor is: a number that no other one has meanwhile. 0 if it is none or closed."""
+    """The number of the socket behind a descriptor, which no other open socket has; 0 if it is no socket or closed."""
     try:
         found = os.fstat(fd)
     except OSError:
@@ -54,20 +54,20 @@ def socket_of(fd: int) -> int:
 
 @dataclass(frozen=True)
 class Connection:
-    """One client's connection, with a descriptor of our own for it."""
+    """One client's connection, with a descriptor of our own for its socket."""
 
     end: socket.socket
     number: int
     busy: bool
-    """Whether bytes wait in it: its client sends faster than we take, or doesn't read."""
+    """Whether bytes wait in it: its client sends faster than tacod reads, or doesn't read."""
 
 
 class Guard:
     """Ends connections, on a thread of its own, while the process holds more than ``limit`` bytes beyond its start.
 
-    ``addresses`` are what clients' connections have on this side: a unix socket's path, or a TCP port. ``sessions``
-    gives the sockets (`socket_of`) that have a session. The others end first, then those in which bytes wait, then the
-    youngest. Whom that hits without reason comes back and asks again.
+    ``addresses`` are the daemon's ends of clients' connections: a unix socket's path, or a TCP port. ``sessions`` gives
+    the sockets (`socket_of`) that have a session. Those without a session end first, then those with waiting bytes,
+    then the youngest. A client that was not at fault connects again and repeats its request.
     """
 
     def __init__(self, limit: int, addresses: Collection[object], sessions: Callable[[], Iterable[int]]) -> None:
@@ -80,13 +80,13 @@ class Guard:
         self._thread.start()
 
     def close(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         self._stop.set()
         self._thread.join()
 
     @property
     def over(self) -> int:
-        """How many bytes are held beyond the limit, or less than none."""
+        """Bytes beyond the limit; negative below it."""
         return own_bytes() - self._base - self.limit
 
     def _watch(self) -> None:
@@ -125,7 +125,7 @@ class Guard:
                 connection.end.close()
 
     def _is_relieved(self) -> bool:
-        """Whether that was enough, once what was held had the time to go."""
+        """Whether ending connections was enough, after their memory had the time to become free."""
         for _ in range(int(GONE_S / LOOK_S)):
             if self._stop.wait(LOOK_S):
                 return True
@@ -176,7 +176,7 @@ def _descriptors() -> list[int]:
 
 
 def _end(end: socket.socket) -> None:
-    """End a connection under libzmq's hands, which then forgets all that it had of it."""
+    """End a connection by its descriptor; libzmq then frees all that it held for it."""
     with suppress(OSError):
         end.shutdown(socket.SHUT_RDWR)
 

@@ -1,4 +1,4 @@
-"""The sockets by which clients come in: a ROUTER socket on a unix socket and on TCP, and what decides who may."""
+"""The sockets by which clients connect: a ROUTER socket on a unix socket and on TCP, and the access check."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tacod_client import wire
 __all__ = ["MAX_FRAME_BYTES", "Listener"]
 
 MAX_FRAME_BYTES = 8 * wire.FRAME_BYTES
-"""Largest frame that is read at all, so that a client which doesn't split tensors is told so before it is cut off."""
+"""Largest frame that is read, so that a client which doesn't split tensors gets an error before it is disconnected."""
 REBIND_S = 2.0
-"""How long a port that was given up may take to be free."""
+"""How long a port may take to be free after it was closed."""
 
 
 class Listener:
@@ -74,7 +74,7 @@ class Listener:
         socket.setsockopt(zmq.HANDSHAKE_IVL, int(max(1.0, heartbeat_s) * 1000))
 
     def _bind_tcp(self, listen: str, keys: Keys) -> None:
-        """Serve TCP too. What is set here is for what is bound from here on: the unix socket asks for no keys."""
+        """Serve TCP too. Options set here apply to later binds only: the unix socket asks for no keys."""
         self.socket.curve_server = True
         self.socket.curve_secretkey = keys.secret
         self.socket.setsockopt(zmq.ZAP_DOMAIN, ZAP_DOMAIN)

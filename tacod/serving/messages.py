@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, InstanceOf, ValidationError
 
 from tacod.execution.store import tensors_of
 from tacod_client import wire
+from tacod_client.dtypes import ComputeDtype
 from tacod_client.errors import ArgumentError
 
 __all__ = [
@@ -35,11 +36,11 @@ PATCH_TENSORS = 6000
 """Most tensors that a load's patches may hold; the ranks get each twice in one message, by name and with its bytes."""
 
 PATCH_BYTES = 2 << 20
-"""Most bytes of names and numbers in them, each value counted with 9 beyond its text."""
+"""Most bytes of names and numbers in them; each value counts 9 bytes beyond its text."""
 
 
 def _check_extent(value: Any) -> Any:
-    """The supervisor adds to what it hands to the ranks, and they answer with names from it: all must fit the wire."""
+    """Limit a value's size: the supervisor adds to what it sends to the ranks, and all of it must fit in a message."""
     for seen, item in enumerate(_values_of(value), 1):
         if seen > VALUES:
             raise ValueError(f"holds more than {VALUES} values")
@@ -74,7 +75,6 @@ def _check_patches(patches: list[Any] | None) -> list[Any] | None:
     return patches
 
 
-Dtype = Literal["fp32", "bf16", "fp16", "fp8", "fp32_weight_only", "bf16_weight_only", "fp16_weight_only"]
 Tensor = InstanceOf[wire.Tensor]
 Name = Annotated[str, Field(max_length=4096)]
 Plan = Annotated[Any, AfterValidator(_check_extent)]
@@ -82,13 +82,13 @@ Arguments = Annotated[dict[str, Any], AfterValidator(_check_extent)]
 
 
 class RequestBody(BaseModel):
-    """A request's body: no field may lack, none may be left over."""
+    """A request's body: every field is required, and no other is allowed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class Empty(RequestBody):
-    """Nothing to say beyond the message's type."""
+    """A request without fields."""
 
 
 class Hello(RequestBody):
@@ -124,7 +124,7 @@ class Load(RequestBody):
     """Make a model resident."""
 
     path: Name
-    dtype: Dtype | None
+    dtype: ComputeDtype | None
     patches: Annotated[list[Any] | None, AfterValidator(_check_patches)]
     plan: Plan
 
@@ -198,10 +198,7 @@ Kind = TypeVar("Kind", bound=RequestBody)
 
 
 def parse(kind: type[Kind], body: dict[str, Any]) -> Kind:
-    """A checked request.
-
-    Raises `ArgumentError`, naming the first field at fault.
-    """
+    """The checked body of a request. Raises `ArgumentError`, naming the first field at fault."""
     try:
         return kind.model_validate(body)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""What tacod takes in the file system: sockets, a lock, a private folder. It removes nothing that others made."""
+"""The paths that tacod uses: sockets, a lock, a private folder. It removes nothing that others made."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ PRIVATE = re.compile(r"(rendezvous|stacks)-[0-9a-f]+(-\d+)?")
 
 
 def check(file: str, config: Config) -> None:
-    """See whether the paths that a configuration, whose file is ``file``, names can be taken; touches nothing.
+    """Check that the paths in a configuration, whose file is ``file``, are free; changes nothing.
 
-    What a tacod that runs by the same endpoint holds is no fault, nor is what this user may not look at. Raises
-    `ConfigError`, with a line for each path that is taken.
+    Paths that a running tacod at the same endpoint holds are no fault, nor are those that this user may not look at.
+    Raises `ConfigError`, with a line for each taken path.
     """
     path, listen, uploads = config.socket_path, config.metrics.listen, config.models.uploads
     holder = _holder(_lock_of(path))
@@ -66,7 +66,7 @@ def check(file: str, config: Config) -> None:
 
 @contextlib.contextmanager
 def hold(path: Path) -> Iterator[Path]:
-    """Hold an endpoint alone, and a private folder beside it; what a killed predecessor left there is removed.
+    """Hold an endpoint and a private folder beside it; what a killed predecessor left there is removed.
 
     Raises `ConfigError`.
     """
@@ -115,7 +115,7 @@ def _folder_of(path: Path) -> Path:
 
 
 def _holder(path: Path) -> int | None:
-    """Whose pid a lock tells, dead or alive."""
+    """The pid in a lock, dead or alive."""
     with contextlib.suppress(OSError, PathTaken):
         return _pid_in(_check_lock(path))
     return None
@@ -126,10 +126,10 @@ def _pid_in(content: re.Match[bytes] | None) -> int | None:
 
 
 def _check_lock(path: Path) -> re.Match[bytes] | None:
-    """What a lock holds; None if there is none. Raises `PathTaken` if something is there that can't be one."""
+    """The contents of a lock; None if there is none. Raises `PathTaken` if the path holds something else."""
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
-            raise PathTaken(f"{path}, which is to be the lock, is {kind_of(path)}; {MOVE_IT}")
+            raise PathTaken(f"{path}, needed for the lock, is {kind_of(path)}; {MOVE_IT}")
         lock = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
@@ -143,7 +143,7 @@ def _content(lock: int, path: Path) -> re.Match[bytes]:
     found, content = os.fstat(lock), LOCK.fullmatch(os.pread(lock, 64, 0))
     # By a hard link it would be another file too that the pid is written to.
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or content is None:
-        raise PathTaken(f"{path}, which is to be the lock, is a file that tacod didn't make; {MOVE_IT}")
+        raise PathTaken(f"{path}, needed for the lock, is a file that tacod didn't make; {MOVE_IT}")
     return content
 
 
@@ -191,7 +191,7 @@ def _lock(lock: int, path: Path, endpoint: Path, made: bool) -> bool | None:
 
 def _held_by(pid: int | None, path: Path, endpoint: Path) -> str:
     if pid is None:
-        return f"another program holds {path}, which is to be the lock; end it, or set another endpoint"
+        return f"another program holds {path}, needed for the lock; end it, or set another endpoint"
     return f"tacod with pid {pid} already serves {endpoint}; stop it first, or set another endpoint"
 
 
@@ -205,13 +205,13 @@ def _own_files(folder: Path) -> list[Path] | None:
     except FileNotFoundError:
         return None
     if not stat.S_ISDIR(mode):
-        raise PathTaken(f"{folder}, which is to be tacod's private folder, is {kind_of(folder)}; {MOVE_IT}")
+        raise PathTaken(f"{folder}, needed for tacod's private folder, is {kind_of(folder)}; {MOVE_IT}")
     files = sorted(folder.iterdir())
     for path in files:
         if not PRIVATE.fullmatch(path.name) or not stat.S_ISREG(path.lstat().st_mode):
-            raise PathTaken(f"{path} is in what is to be tacod's private folder, and tacod didn't make it; {MOVE_IT}")
+            raise PathTaken(f"{path} is in tacod's private folder, and tacod didn't make it; {MOVE_IT}")
     if stat.S_IMODE(mode) & 0o777 != 0o700:
-        raise PathTaken(f"{folder}, which is to be tacod's private folder, is one that tacod didn't make; {MOVE_IT}")
+        raise PathTaken(f"{folder}, needed for tacod's private folder, is one that tacod didn't make; {MOVE_IT}")
     return files
 
 
@@ -234,14 +234,14 @@ def _check_folder(folder: Path) -> None:
 
 
 def _check_parents(path: Path) -> None:
-    """See that the nearest folder of a path's that there is is one."""
+    """Check that the nearest existing parent of a path is a folder."""
     nearest = next(parent for parent in path.parents if os.path.lexists(parent))
     if not os.path.isdir(nearest):
         raise PathTaken(f"{nearest} is no folder but {kind_of(nearest)}; {MOVE_IT}")
 
 
 def _check_apart(path: Path, others: dict[str, list[Path]]) -> None:
-    """See that a path is none of what other keys have tacod make, and not within it."""
+    """Check that a path is not that of another key's socket or files, nor within it."""
     real = Path(os.path.realpath(path))
     for key, taken in others.items():
         if not {real, *real.parents}.isdisjoint(Path(os.path.realpath(each)) for each in taken):

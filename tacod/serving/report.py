@@ -15,7 +15,7 @@ __all__ = ["stats", "status", "totals"]
 
 
 def status(state: State) -> dict[str, Any]:
-    """What is, now."""
+    """The state of the daemon now."""
     executor = state.executor
     return {
         "state": executor.state,
@@ -51,7 +51,7 @@ def _rank(rank: Rank, monitor: Monitor) -> dict[str, Any]:
 
 
 def totals(state: State) -> dict[str, Any]:
-    """What was counted since the start; costs the daemon's loop next to nothing."""
+    """The counts since the start; they cost the daemon's loop next to nothing."""
     executor, store = state.executor, state.executor.store
     return {
         **executor.records.metrics.totals(),
@@ -62,5 +62,5 @@ def totals(state: State) -> dict[str, Any]:
 
 
 def stats(state: State) -> dict[str, Any]:
-    """What was, since the start, with the times of the last steps."""
+    """The counts since the start, with the times of the last steps."""
     return {**state.executor.records.metrics.to_wire(), **totals(state)}

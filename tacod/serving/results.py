@@ -16,14 +16,14 @@ __all__ = ["send_end", "send_progress"]
 
 
 def send_progress(sessions: Sessions, job: Job, body: dict[str, Any]) -> None:
-    """Send how far a job is, in the place of what was not sent of that yet."""
+    """Send a job's progress, which replaces progress that was not sent yet."""
     session = sessions.get(job.session)
     if session is not None:
         session.post(wire.encode(Message("progress", body, job.request)), key=job.id)
 
 
 def send_end(sessions: Sessions, executor: Executor, job: Job, step: Stepped | None) -> None:
-    """Send an ended job's error, or its result, that of a forward or sampling run with its last ``step``."""
+    """Send an ended job's error or result; a forward's or a sampling run's result is in its last ``step``."""
     session = sessions.get(job.session)
     if session is None:
         return

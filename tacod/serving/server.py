@@ -23,7 +23,7 @@ __all__ = ["Admit", "AnswerMessage", "Server"]
 log = logging.getLogger(__name__)
 
 MESSAGES_A_TURN = 64
-"""So that a flood from one client can't keep the ranks waiting."""
+"""Most messages read in a turn, so that one client's flood can't keep the ranks waiting."""
 
 Admit = Callable[[], tuple[User | None, int]]
 """Admits a newcomer: its user, None if the key is no longer allowed, and its socket, 0 if that is gone."""
@@ -32,7 +32,7 @@ AnswerMessage = Callable[[bytes, Message, Admit], None]
 
 
 class Server:
-    """Takes clients' messages in, moves the ranks' work on and sends what is to be sent, a `turn` at a time."""
+    """Receives clients' messages, moves the ranks' work on and sends waiting messages, a `turn` at a time."""
 
     def __init__(self, state: State, answer: AnswerMessage) -> None:
         self._state = state
@@ -43,7 +43,7 @@ class Server:
         self._next_probe_s = state.started_s + state.config.heartbeat_s
 
     def turn(self, wakeup: int) -> None:
-        """Wait for something to happen, on the sockets, to a rank or at the file descriptor ``wakeup``; act on it."""
+        """Wait for an event on the sockets, of a rank or at the file descriptor ``wakeup``, and act on it."""
         state = self._state
         poller = zmq.Poller()
         for source in (self._socket, self._access.socket, wakeup, *state.executor.group.sources):
@@ -66,7 +66,7 @@ class Server:
         return max(0, int(wait_s * 1000) + 1)
 
     def _probe(self) -> None:
-        """Say something to every client now and then: that is how one that is gone is noticed."""
+        """Send something to every client now and then, to notice those that are gone."""
         now = time.monotonic()
         if now >= self._next_probe_s:
             self._next_probe_s = now + self._state.config.heartbeat_s

@@ -35,25 +35,25 @@ class Session:
     pid: int
     user: User
     socket: int = 0
-    """By which it is connected (`socket_of`)."""
+    """The number of its connection's socket (`socket_of`)."""
     outbox: OrderedDict[object, Sequence[Buffer]] = field(default_factory=OrderedDict)
     """Messages by key, in order. Progress of a job has the job's key, so the latest replaces what was not sent."""
 
     def post(self, frames: Sequence[Buffer], key: object | None = None) -> None:
-        """Put a message in the outbox; with a ``key``, in the place of an unsent one with the same key."""
+        """Put a message in the outbox; it replaces an unsent one with the same ``key``."""
         self.outbox[key if key is not None else object()] = frames
 
     @property
     def unsent_bytes(self) -> int:
-        """What waits for the client to read it."""
+        """Bytes that wait for the client to read them."""
         return sum(len(memoryview(frame)) for frames in self.outbox.values() for frame in frames)
 
 
 class Sessions:
-    """All sessions, and the socket on which they are reached.
+    """All sessions, and the socket by which they are reached.
 
-    Of what they all leave unread ``unsent_bytes`` are kept: beyond that, who leaves most of it counts as gone. A
-    message that is the only one waits whatever its size.
+    At most ``unsent_bytes`` of unread messages are kept for all of them: beyond that, the client with the most of them
+    counts as gone. A client's only message waits whatever its size.
     """
 
     def __init__(self, socket: zmq.Socket[bytes], limit: int, limit_per_user: int, unsent_bytes: int) -> None:
@@ -71,7 +71,7 @@ class Sessions:
         return iter(list(self._sessions.values()))
 
     def sockets(self) -> list[int]:
-        """Those by which clients with a session are connected; may be asked for by another thread."""
+        """The sockets of clients that have a session; another thread may ask for them."""
         return [session.socket for session in self]
 
     def open(self, peer: bytes, name: str, pid: int, user: User, socket: int = 0) -> Session:
@@ -104,7 +104,7 @@ class Sessions:
         return session if session is not None and session.peer == peer else None
 
     def get(self, token: bytes) -> Session | None:
-        """The session with this token, if it lives."""
+        """The session with this token, if there still is one."""
         return self._sessions.get(token)
 
     def close(self, session: Session) -> None:
@@ -113,11 +113,11 @@ class Sessions:
 
     @property
     def pending(self) -> bool:
-        """Whether an outbox holds something that could not be sent yet."""
+        """Whether a message waits in an outbox."""
         return any(session.outbox for session in self._sessions.values())
 
     def flush(self) -> list[Session]:
-        """Send what can be sent without waiting. Returns the sessions whose clients are gone or listen no more."""
+        """Send what can be sent without waiting. Returns the sessions whose clients are gone or no longer read."""
         gone = []
         for session in self:
             while session.outbox:
@@ -135,7 +135,7 @@ class Sessions:
         return gone + self._slow([session for session in self if session.outbox and session not in gone])
 
     def _slow(self, sessions: Sequence[Session]) -> list[Session]:
-        """Those of these who leave too much unread."""
+        """Those of these sessions whose clients leave too much unread."""
         slow = [session for session in sessions if len(session.outbox) > UNSENT_MESSAGES]
         unsent = {session.token: session.unsent_bytes for session in sessions if session not in slow}
         while sum(unsent.values()) > self.unsent_bytes:

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class State:
-    """The daemon's parts."""
+    """The daemon's parts, for the modules that serve clients, report and reload."""
 
     config: Config
     boot_id: str
@@ -37,7 +37,7 @@ class State:
     guard: Guard
 
     def end_session(self, session: Session) -> None:
-        """Forget a client, and end what it has queued."""
+        """Forget a client, and end its queued jobs."""
         self.sessions.close(session)
         self.executor.drop(session.token)
         self.uploads.release(session.token)

@@ -1,4 +1,4 @@
-"""A unix socket at a path of the file system, which takes no place of others."""
+"""A unix socket at a path, which never replaces what others made."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class PathTaken(Exception):
 
 
 class UnixSocket:
-    """A socket that listens at a path, for its owner and their group.
+    """A listening socket at a path, for its owner and their group.
 
-    A socket that no process has any more is replaced, nothing else. (ZeroMQ's own bind removes whatever is there.)
+    It replaces a socket that no process has any more, and nothing else. (ZeroMQ's own bind removes whatever is there.)
     Raises `PathTaken`.
     """
 
@@ -65,7 +65,7 @@ class UnixSocket:
             raise PathTaken(f"{self.path}: {error.strerror}{there}; name another path") from None
 
     def remove(self) -> None:
-        """Take it away from its path; what somebody else has put there since stays."""
+        """Remove it from its path, unless somebody else has put something there since."""
         with contextlib.suppress(OSError):
             if _identity(self.path.lstat()) == self._made:
                 self.path.unlink()

@@ -1,4 +1,4 @@
-"""The folder of uploads on its disk: what lies there, whose it is, what is free, and what may make room."""
+"""The folder of uploads on its disk: its files, its free space, and which files may make room."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ FileState = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Keep:
-    """What is to be known of an upload while room is made for another one."""
+    """What is known of an upload while room is made for another one."""
 
     stays: bool = False
     """Somebody needs it."""
     last: bool = False
     """It goes after those that nobody asked for lately."""
     nbytes: int = 0
-    """The size that it is growing to, if it is under way."""
+    """If it is under way, its final size."""
 
 
 class UploadFolder:
@@ -49,15 +49,15 @@ class UploadFolder:
         self._last_ns = 0
 
     def whole(self, name: str) -> Path:
-        """Where a whole file lies."""
+        """The path of a whole file."""
         return self.path / f"{name}{WHOLE}"
 
     def part(self, name: str) -> Path:
-        """Where a file under way lies."""
+        """The path of a file under way."""
         return self.path / f"{name}{PART}"
 
     def make(self) -> None:
-        """Make the folder, for nobody else to read, if it isn't there."""
+        """Make the folder, readable by its owner alone, if it doesn't exist."""
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     # --- whole files ----------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ class UploadFolder:
         return False
 
     def intact(self, name: str) -> bool | None:
-        """Whether a file is as it was finished; None if there is none."""
+        """Whether a file is unchanged since it was finished; None if there is none."""
         try:
             found = self.whole(name).lstat()
         except OSError:
@@ -139,7 +139,7 @@ class UploadFolder:
             os.close(file)
 
     def discard(self, name: str) -> None:
-        """Give back what a file under way takes."""
+        """Delete a file under way."""
         with contextlib.suppress(OSError, Unavailable):
             if self.look(name) is not None:
                 self.part(name).unlink()
@@ -212,7 +212,7 @@ class UploadFolder:
         return [path for _, _, path, _ in sorted(found)], sum(taken for _, _, _, taken in found)
 
     def _entries(self) -> Iterator[tuple[os.DirEntry[str], os.stat_result]]:
-        """The regular files in the folder, links not among them."""
+        """The regular files in the folder, without links."""
         with os.scandir(self.path) as entries:
             for entry in entries:
                 with contextlib.suppress(FileNotFoundError):

@@ -19,32 +19,32 @@ from tacod_client.upload import PIECE_BYTES, upload_id
 __all__ = ["PART", "WHOLE", "Uploads"]
 
 PENDING = 64
-"""Files that may be under way at once. Who began the one that gives way to another begins it again, and goes on."""
+"""Most files under way at once. If one makes room for another, its client begins it again, and goes on where it was."""
 CHECKED = 4
-"""Pieces on the disk that one request has compared: it is done while everybody else waits."""
+"""Pieces on the disk that one request compares; other clients wait meanwhile."""
 UNDER_WAY_S = 30.0
-"""How long a file stays, though others want room, after its last piece."""
+"""How long a file under way stays after its last piece, though others want its room."""
 TO_BE_LOADED_S = 600.0
-"""How long a whole file stays for the client that sent it, until it is loaded."""
+"""How long a whole file stays for the client that sent it, before it is loaded."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass
 class Pending:
-    """A file under way: which of its pieces are on the disk as they were announced."""
+    """A file under way: which of its pieces are on the disk."""
 
     nbytes: int
     digests: Sequence[bytes]
     good: set[int] = field(default_factory=set)
     todo: list[int] = field(default_factory=list)
-    """Pieces that lie there and were not compared yet, the first one last."""
+    """Pieces on the disk that were not compared yet, the first one last."""
     state: FileState | None = None
     """The part's, as it was left."""
     _first: int = 0
 
     @property
     def here(self) -> int:
-        """How many bytes are right, from the beginning."""
+        """How many bytes, from the beginning, are right."""
         while self._first in self.good:
             self._first += 1
         return min(self._first * PIECE_BYTES, self.nbytes)
@@ -163,12 +163,12 @@ class Uploads:
         return self._used_folder().whole(name)
 
     def release(self, owner: bytes) -> None:
-        """A client is gone: what it sent stays no longer than others'."""
+        """A client is gone: its uploads stay no longer than others'."""
         for key in [key for key in self._held if key[1] == owner]:
             del self._held[key]
 
     def note_load(self, paths: Iterable[str]) -> None:
-        """Files are being loaded, and in use from now on."""
+        """Files are being loaded, and are in use from now on."""
         if self.folder is None:
             return
         names = set(map(self._name_of, paths)) - {None}

@@ -1,4 +1,4 @@
-"""Clients' requests, one method a verb: each is checked, and answered or queued as a job."""
+"""Clients' requests, a method for each verb: each request is checked, and answered or queued as a job."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ __all__ = ["Verbs"]
 log = logging.getLogger(__name__)
 
 OUTBOX_MESSAGES = 256
-"""What waits for a client that doesn't read; nothing more is done for it until it does."""
+"""Most unread replies of a client; requests beyond that are refused."""
 
 
 class Verbs:
-    """The verbs of the daemon. One that returns None answers later, when its job ends."""
+    """The daemon's verbs. A method that returns None is answered later, when its job ends."""
 
     def __init__(self, state: State, lifecycle: Lifecycle) -> None:
         self.state = state
@@ -47,7 +47,7 @@ class Verbs:
         self._jobs_made = 0
 
     def answer(self, peer: bytes, message: Message, admit: Admit) -> None:
-        """Do what a message of the client at ``peer`` asks; raises a `TacodError` if that can't be."""
+        """Do what a client's message asks; raises a `TacodError` if it can't be done."""
         kind = messages.REQUESTS.get(message.type)
         if kind is None:
             known = ", ".join(messages.REQUESTS)
@@ -79,7 +79,7 @@ class Verbs:
             )
 
     def hello(self, peer: bytes, request: int, body: messages.Hello, user: User | None, socket: int) -> None:
-        """Open a session, for a user who came by this socket; this is the one verb that comes without one."""
+        """Open a session; the only verb that needs none."""
         for old in self.state.sessions:
             if old.peer == peer:
                 self.state.end_session(old)
@@ -99,15 +99,15 @@ class Verbs:
         session.post(wire.encode(Message("welcome", welcome, request)))
 
     def bye(self, session: Session, request: int, body: messages.Empty) -> None:
-        """End the session, and what it has queued."""
+        """End the session and its queued jobs."""
         self.state.end_session(session)
 
     def ping(self, session: Session, request: int, body: messages.Empty) -> dict[str, Any]:
-        """A sign of life."""
+        """Answer, to show that the daemon lives."""
         return {"boot_id": self.state.boot_id}
 
     def put(self, session: Session, request: int, body: messages.Put) -> dict[str, Any]:
-        """Keep tensors by content."""
+        """Store tensors by content."""
         for tensor in body.tensors:
             if tensor.frames is None:
                 raise ArgumentError("tensors: a tensor to keep must come with its bytes", argument="tensors")
@@ -132,7 +132,7 @@ class Verbs:
         return {"here": self.state.uploads.add(body.upload, body.offset, piece, session.token)}
 
     def load(self, session: Session, request: int, body: messages.Load) -> dict[str, Any] | None:
-        """Have a model resident."""
+        """Queue the load of a model."""
         manifest = self.state.executor.manifest
         world_size = self.state.executor.group.world_size
         for path in (body.path, *(patch.get("path") for patch in body.patches or () if isinstance(patch, dict))):
@@ -161,23 +161,23 @@ class Verbs:
         return named
 
     def unload(self, session: Session, request: int, body: messages.Unload) -> None:
-        """Give a model's memory back."""
+        """Queue the unloading of a model."""
         self.state.executor.check_model(body.model)
         self._submit(session, request, Verb.UNLOAD, body.model, Unload(body.model), dict(body))
 
     def forward(self, session: Session, request: int, body: messages.Forward) -> None:
-        """One DiT forward."""
+        """Queue a forward."""
         self.state.executor.check_model(body.model)
         forward = Forward(body.model, body.plan, body.arguments, session.token)
         self._submit(session, request, Verb.FORWARD, body.model, forward, dict(body))
 
     def call(self, session: Session, request: int, body: messages.Call) -> None:
-        """What a network does outside of a forward."""
+        """Queue a call of a network's method outside of the forward."""
         self.state.executor.check_model(body.model)
         self._submit(session, request, Verb.CALL, body.model, MethodCall(**dict(body)), dict(body))
 
     def sample(self, session: Session, request: int, body: messages.Sample) -> None:
-        """A whole sampling run."""
+        """Queue a sampling run."""
         self.state.executor.check_model(body.model)
         if len(body.sigmas.shape) != 1 or body.sigmas.shape[0] < 2:
             raise ArgumentError(
@@ -199,7 +199,7 @@ class Verbs:
         named: Any,
         steps: int = 1,
     ) -> None:
-        """Queue a job, or name to the client the tensors that the store lacks for it: those in ``named``."""
+        """Queue a job, or reply with those tensors of ``named`` that the store lacks."""
         store = self.state.executor.store
         digests = digests_of(named)
         store.check_fits(named)
@@ -237,7 +237,7 @@ class Verbs:
             session.post(wire.encode(Message("accepted", {"job": job.id, "total": steps}, request)))
 
     def _check_share(self, session: Session, digests: list[bytes]) -> None:
-        """Check that the jobs of one client leave others room in the store: all but the first may need half of it.
+        """Check that one client's jobs leave room in the store: all but the first may need half of it together.
 
         Raises `QueueFull`.
         """
@@ -255,7 +255,7 @@ class Verbs:
             )
 
     def _check_room(self, nbytes: int) -> None:
-        """Raise `QueueFull` if the jobs' own tensors, with so many bytes more, are over their share of the memory."""
+        """Raise `QueueFull` if queued jobs' own tensors and this many bytes more exceed their share of the memory."""
         limit = self.state.config.limits.share_bytes
         queued = sum(job.nbytes for job in self.state.executor.scheduler.jobs)
         if queued and queued + nbytes > limit:
@@ -300,7 +300,7 @@ class Verbs:
             raise ConfigInvalid(f"not reloaded: {error}") from None
 
     def drain(self, session: Session, request: int, body: messages.Empty) -> dict[str, Any]:
-        """End what runs, take no new work, and stop."""
+        """Finish running work, refuse new work, and stop."""
         self._check_admin(session, "drain")
         log.info("%s (pid %d, %s) asks to drain", session.name, session.pid, session.user)
         return {"jobs": self.lifecycle.drain()}
@@ -330,9 +330,9 @@ class Verbs:
         return {"jobs": jobs}
 
     def status(self, session: Session, request: int, body: messages.Empty) -> dict[str, Any]:
-        """What is, now."""
+        """The state of the daemon now."""
         return report.status(self.state)
 
     def stats(self, session: Session, request: int, body: messages.Empty) -> dict[str, Any]:
-        """What was, and how long it took."""
+        """Counts and times since the start."""
         return report.stats(self.state)

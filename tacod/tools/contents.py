@@ -1,4 +1,4 @@
-"""What a model's file is, in words."""
+"""What a model's file contains, in words."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ HALF_BYTES = 2
 
 
 def contents(checkpoint: Checkpoint) -> str:
-    """What its weights are in, and the memory that they take on a device where plain ones are in bf16 or fp16."""
+    """The formats of its weights, and the memory that they take on a device where plain ones are in bf16 or fp16."""
     formats = [f"{count} weights in {name}" for name, count in checkpoint.formats.items()]
     return ", ".join([*formats, f"{size(checkpoint.weight_bytes(HALF_BYTES))} on each device"])

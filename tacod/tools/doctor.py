@@ -64,7 +64,7 @@ def _configuration(path: str | None, endpoint: str | None) -> tuple[Config, bool
     """The configuration and whether it is the daemon's; if not, as much as a running daemon tells of its own."""
     if path is None and not os.path.exists(DEFAULT_CONFIG):
         status = _status(endpoint or find_endpoint())
-        found = warn("config", f"no {DEFAULT_CONFIG}; looked with the defaults", "pass --config FILE")
+        found = warn("config", f"no {DEFAULT_CONFIG}; checked with the defaults", "pass --config FILE")
         if status is None:
             return Config.model_validate({}), False, [found]
         group = status["group"]
@@ -188,7 +188,7 @@ def _models(config: Config) -> Iterator[Finding]:
         yield warn("models", "no folder is configured, so nothing can be loaded", "name folders in models.roots")
     for root in settings.roots:
         if not os.path.isdir(root):
-            yield fail("models", f"{root} is no folder", "mend models.roots")
+            yield fail("models", f"{root} is no folder", "correct models.roots")
         elif not os.access(root, os.R_OK | os.X_OK):
             yield fail(
                 "models", f"{root} can't be read by this user", "let tacod's user read it (`chmod o+rx`, or a group)"
@@ -201,7 +201,7 @@ def _models(config: Config) -> Iterator[Finding]:
             model = manifest.describe(path, None, None, "auto", 1)
             held = contents(read_checkpoint(model.path))
         except TacodError as error:
-            yield fail("preload", error.message, "mend models.preload: tacod doesn't start with it")
+            yield fail("preload", error.message, "correct models.preload: tacod doesn't start with it")
         else:
             yield ok("preload", f"{path}: {held}")
     if settings.uploads is not None:

@@ -1,4 +1,4 @@
-"""What ``tacoctl doctor`` says of GPUs: the driver, the devices, the links between them."""
+"""The GPU lines of ``tacoctl doctor``: the driver, the devices, the links between them."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class Gpu:
 
 
 def look(group: Group, status: Mapping[str, Any] | None, measure: bool) -> Iterator[Finding]:
-    """Driver and CUDA, the GPUs seen and wanted, their memory, and the links between them.
+    """Driver and CUDA, the GPUs that are there and configured, their memory, and the links between them.
 
-    ``status`` is what the daemon says, if it runs: its memory is no fault, and its work is not disturbed.
+    ``status`` is a running daemon's: its memory is no fault, and its work is not disturbed.
     """
     try:
         wanted = devices(group)

@@ -1,7 +1,7 @@
-"""The README's table of model families, written from what the families say of themselves.
+"""The README's table of model families, written from the families' own attributes.
 
-``python -m tacod.tools.families`` prints it. ``--write`` puts it between the markers in README.md and README.zh.md,
-in this folder, and the names of diffusers' classes into tacod's package (`tacod.checkpoint.diffusers`).
+``python -m tacod.tools.families`` prints it. ``--write`` puts it between the markers in README.md and README.zh.md, in
+this folder, and the names of diffusers' classes into tacod's package (`tacod.checkpoint.diffusers`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""``tacoctl plan``: how a model file would be spread over ranks, from its header alone.
+"""``tacoctl plan``: how a model's forwards would be split over ranks, from the file's header alone.
 
-A file that can't be read is told before torch is imported, which takes seconds.
+Errors of the file are reported before torch is imported, which takes seconds.
 """
 
 from __future__ import annotations

@@ -195,8 +195,8 @@ class Rank:
         tiny = {"flux": FLUX, "sd3": SD3}[family]
         lack = mock.patch("tacod.rank.forward.warmup.run", side_effect=torch.OutOfMemoryError("CUDA out of memory"))
         with nullcontext() if fits else lack:
-            pace = warm_up(tiny.model, Forwards(self.topology), torch.device("cpu"))
-        return [] if pace is None else [pace.flops, pace.bytes, pace.collective_s]
+            rates = warm_up(tiny.model, Forwards(self.topology), torch.device("cpu"))
+        return [] if rates is None else [rates.flops, rates.bytes, rates.collective_s]
 
     def _sequence(
         self, layout: Layout, sharing: bool = False, policy: AttentionPolicy = DEFAULT_POLICY

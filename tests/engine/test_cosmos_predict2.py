@@ -272,7 +272,7 @@ def test_tokens_are_fp32_where_all_else_is_fp16() -> None:
     """They grow beyond what fp16 holds (65504), though no branch does."""
     model, given = made(), inputs()
     for block in model.blocks:
-        block.mlp["layer2"].weight.mul_(1000)
+        block.mlp.get_submodule("layer2").weight.mul_(1000)
         block.adaln_modulation_mlp.get_submodule("2").weight[-48:].mul_(300)
     expected = forward(model, given)
     model, largest = model.half(), []

@@ -116,7 +116,7 @@ def test_warms_up(name: str) -> None:
     with torch.inference_mode():
         out = Forwards(Topology())(Call(made, Plan(Layout(1, 1, 1), 1, Shape(made.heads, made.width)), usual))
     assert [tuple(each.shape) for each in (out if isinstance(out, list) else [out])] == shapes
-    assert warm_up(made, Forwards(Topology()), torch.device("cpu")) is None, "one rank alone has no pace to measure"
+    assert warm_up(made, Forwards(Topology()), torch.device("cpu")) is None, "one rank alone has no rates to measure"
 
 
 @pytest.mark.parametrize("name", KINDS)

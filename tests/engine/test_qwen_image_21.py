@@ -127,7 +127,7 @@ def plain(model: QwenImage21, given: dict[str, Any]) -> Tensor:
         attended = scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).flatten(2)
         h = h + gate.tanh() * linear(attended, w[f"{block}attn.to_out.0.weight"])
         normed = layer_norm(h, (WIDTH,), eps=1e-6) * (1 + mlp_scale)
-        if model.transformer_blocks[0].img_mlp.fused:
+        if f"{block}img_mlp.gate_up.weight" in w:
             opened, hidden = linear(normed, w[f"{block}img_mlp.gate_up.weight"]).chunk(2, dim=-1)
         else:
             opened, hidden = (linear(normed, w[f"{block}img_mlp.{name}.weight"]) for name in ("gate_layer", "proj"))

@@ -71,11 +71,11 @@ def test_what_returned_stays_while_the_next_attentions_heads_arrive() -> None:
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3"])
-def test_ranks_come_to_the_same_pace(ranks: Ranks, family: str) -> None:
-    paces = ranks.run((1, 1, 1), "warm_up", family=family)
-    assert len(paces) == WORLD
-    assert all(pace == paces[0] for pace in paces)
-    assert all(number > 0 for number in paces[0])
+def test_ranks_measure_the_same_rates(ranks: Ranks, family: str) -> None:
+    measured = ranks.run((1, 1, 1), "warm_up", family=family)
+    assert len(measured) == WORLD
+    assert all(rates == measured[0] for rates in measured)
+    assert all(number > 0 for number in measured[0])
 
 
 def test_a_forward_that_has_no_room_on_one_rank_is_warmed_up_on_all(ranks: Ranks) -> None:

@@ -301,5 +301,5 @@ def test_whole_waves_travel_while_the_rest_is_computed(gpu_daemon: Daemon) -> No
         assert model.stats.retries == 0, gpu_daemon.log
     assert all(torch.equal(out, outs[0]) for out in outs[1:])
     assert "no CUDA graph" not in gpu_daemon.log
-    assert "doesn't come in whole waves" not in gpu_daemon.log
+    assert "keys are not split" not in gpu_daemon.log
     assert relative_error(outs[0], exact) <= 1.1 * relative_error(alone, exact)

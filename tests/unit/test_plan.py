@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 
 from tacod.plan import (
     AUTO,
+    DeviceRates,
     Layout,
-    Pace,
     Plan,
     Request,
     Shape,
     chunks,
     cost,
     make_plan,
-    measured_pace,
+    measured_rates,
     parse_request,
 )
 from tacod_client.errors import ArgumentError
@@ -182,18 +182,18 @@ def test_what_cannot_be_is_not_guessed_at(request_: Any) -> None:
 @pytest.mark.parametrize("share", [0.8, 1.0, 3.0])
 def test_a_measured_pace_says_what_was_measured(layout: Layout, share: float) -> None:
     alone_s, together_s = 0.12, 0.12 * share
-    pace = measured_pace(alone_s, layout, together_s, FLUX)
-    assert cost(Layout(1, 1, 1), FLUX, pace) == pytest.approx(alone_s)
-    assert cost(layout, FLUX, pace) == pytest.approx(together_s)
+    rates = measured_rates(alone_s, layout, together_s, FLUX)
+    assert cost(Layout(1, 1, 1), FLUX, rates) == pytest.approx(alone_s)
+    assert cost(layout, FLUX, rates) == pytest.approx(together_s)
 
 
 def test_ranks_faster_than_can_be_have_links_that_cost_nothing() -> None:
-    pace = measured_pace(0.12, Layout(1, 2, 1), 0.01, FLUX)
-    assert cost(Layout(1, 2, 1), FLUX, pace) == pytest.approx(0.06, rel=1e-3)
+    rates = measured_rates(0.12, Layout(1, 2, 1), 0.01, FLUX)
+    assert cost(Layout(1, 2, 1), FLUX, rates) == pytest.approx(0.06, rel=1e-3)
 
 
 def test_more_ranks_that_would_be_slower_are_left_idle_and_said() -> None:
-    slow = Pace(bytes=5e9)
+    slow = DeviceRates(bytes=5e9)
     plan = make_plan(AUTO, 2, FLUX, slow)
     assert plan.layout == Layout(1, 1, 1)
     assert plan.slowdown == pytest.approx(cost(Layout(1, 2, 1), FLUX, slow) / cost(Layout(1, 1, 1), FLUX, slow))
@@ -201,13 +201,13 @@ def test_more_ranks_that_would_be_slower_are_left_idle_and_said() -> None:
 
 
 def test_what_was_asked_for_is_done_however_slow() -> None:
-    slow = Pace(bytes=5e9)
+    slow = DeviceRates(bytes=5e9)
     assert make_plan(Request(sequence_parallel_degree=2), 2, FLUX, slow).layout == Layout(1, 2, 1)
     assert make_plan(AUTO, 2, FLUX_CFG, slow).layout == Layout(2, 1, 1), "images of their own exchange nothing"
 
 
 def test_fast_links_are_used() -> None:
-    assert make_plan(AUTO, 3, FLUX, Pace()).layout == Layout(1, 3, 1)
+    assert make_plan(AUTO, 3, FLUX, DeviceRates()).layout == Layout(1, 3, 1)
 
 
 def test_an_exchange_in_8_bits() -> None:
@@ -218,8 +218,10 @@ def test_an_exchange_in_8_bits() -> None:
     assert "8 bits" not in str(make_plan(asked, 1, FLUX)), "alone, nothing is exchanged"
     assert cost(plan.layout, FLUX, exchange="int8") < cost(plan.layout, FLUX)
     # Links on which only half the bytes are worth it.
-    between = next(speed for speed in range(40, 4, -1) if make_plan(AUTO, 2, FLUX, Pace(bytes=speed * 1e9)).slowdown)
-    assert make_plan(asked, 2, FLUX, Pace(bytes=between * 1e9)).layout == Layout(1, 2, 1)
+    between = next(
+        speed for speed in range(40, 4, -1) if make_plan(AUTO, 2, FLUX, DeviceRates(bytes=speed * 1e9)).slowdown
+    )
+    assert make_plan(asked, 2, FLUX, DeviceRates(bytes=between * 1e9)).layout == Layout(1, 2, 1)
     assert make_plan(parse_request({"exchange": "exact"}, 2), 2, FLUX).attention.exchange == "exact"
     with pytest.raises(ArgumentError, match="plan: exchange: expected 'exact' or 'int8', got 'fp8'"):
         parse_request({"exchange": "fp8"}, 2)

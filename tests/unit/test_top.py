@@ -136,7 +136,7 @@ def test_a_group_that_is_down_and_a_daemon_that_did_nothing_are_shown() -> None:
     told["stats"]["step_s"] = {"mean": 0.0, "p50": 0.0, "p95": 0.0, "count": 0}
     text = shown(told)
     assert "degraded" in text
-    assert "no rank lives; 3 are to be" in text
+    assert "no rank is running; 3 are configured" in text
 
 
 def test_a_daemon_that_is_away_is_tried_again(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""``tacoctl bench``: one forward of a model on one rank and on all, and what bounds it.
+"""``tacoctl bench``: one forward of a model on one rank and on all, and its bottleneck.
 
-The daemon remembers what one rank took, and compares later forwards of these shapes with it.
+The daemon remembers the time on one rank, and compares later forwards of these shapes with it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from tacod_client.cli import loaded, show
 from tacod_client.cli.output import document
 from tacod_client.client import Client, Model
+from tacod_client.dtypes import of_numbers
 from tacod_client.errors import ModelNotFound, RequestError
 from tacod_client.stats import Call
 
@@ -26,10 +27,10 @@ ONE_RANK = {"sequence_parallel_degree": 1, "cfg_parallel": False}
 WARM_UPS = 2
 PARTS = ("queue", "wire", "compute", "collective")
 LARGE = 0.15
-"""From this share of a step on a part besides the computing counts as what bounds it."""
+"""A part of a step other than computing that takes at least this share counts as the bottleneck."""
 
 Arguments = Mapping[str, Mapping[str, Any]]
-"""What ``tacoctl plan --json`` tells of a model's arguments."""
+"""A model's arguments, as ``tacoctl plan --json`` gives them."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,7 +77,7 @@ def _find(client: Client, name: str | None, quiet: bool) -> Model:
 
 
 def _family(path: str, ranks: int, size: tuple[int, int], batch: int, text: int | None) -> dict[str, Any]:
-    """What the model's file tells to a program that comes with the daemon: the arguments of its family's forwards."""
+    """The arguments of the forwards of the model's family, as ``tacoctl plan`` reads them from the model's file."""
     width, height = size
     options = ["--ranks", ranks, "--size", f"{width}x{height}", "--batch", batch, "--json"]
     options += [] if text is None else ["--text", text]
@@ -110,12 +111,12 @@ def _inputs(arguments: Arguments, shapes: Mapping[str, Sequence[int]], dtype: st
             inputs[name] = np.full(shape, value, np.float32)
         else:
             noise = rng.standard_normal(shape, np.float32)
-            inputs[name] = noise if dtype == "fp32" else noise.astype(np.float16)
+            inputs[name] = noise if of_numbers(dtype) == "fp32" else noise.astype(np.float16)
     return inputs
 
 
 def _measure(model: Model, given: dict[str, Any], rounds: int) -> tuple[list[Call], Any]:
-    """The calls of so many rounds, and what came out."""
+    """The calls of so many rounds, and the output."""
     calls = []
     for _ in range(WARM_UPS + rounds):
         out = model.forward(**given)
@@ -156,7 +157,7 @@ def _error(out: Any, expected: Any) -> float:
 
 
 def bound(split: Mapping[str, float], speedup: float, ranks: int) -> str:
-    """What bounds a forward on so many ranks, from its split and its speed-up over one."""
+    """The bottleneck of a forward on so many ranks, from the split of its time and its speed-up over one."""
     whole = sum(split.values()) or 1.0
     shares = {part: split[f"{part}_s"] / whole for part in PARTS}
     part = max(("queue", "wire", "collective"), key=lambda part: shares[part])

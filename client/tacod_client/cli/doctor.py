@@ -1,7 +1,7 @@
-"""``tacoctl doctor``: what stands in the way, a line each, with what to do.
+"""``tacoctl doctor``: checks what could keep tacod from working; a line for each check, with advice.
 
-What can be seen with the client alone is looked at here; what needs the daemon's packages is looked at by
-``python -m tacod.tools.doctor``, in a process of its own that may not take longer than `PATIENCE_S`.
+The client alone makes some checks. Those that need the daemon's packages are made by ``python -m tacod.tools.doctor``,
+in a process of its own that may not take longer than `PATIENCE_S`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SHM_BYTES = 1 << 30
 
 
 class Finding(NamedTuple):
-    """One line of the doctor: what was looked at, how it is, and what to do about it."""
+    """One line of the doctor: what was checked, its state, and advice."""
 
     check: str
     state: Literal["ok", "warn", "fail"]
@@ -49,22 +49,22 @@ class Finding(NamedTuple):
 
 
 def ok(check: str, message: str) -> Finding:
-    """Nothing to do."""
+    """A finding that needs no action."""
     return Finding(check, "ok", message)
 
 
 def warn(check: str, message: str, advice: str) -> Finding:
-    """Works, but not as well as it could, or could not be looked at."""
+    """A finding that works, but not as well as it could, or that could not be checked."""
     return Finding(check, "warn", message, advice)
 
 
 def fail(check: str, message: str, advice: str) -> Finding:
-    """Doesn't work."""
+    """A finding that doesn't work."""
     return Finding(check, "fail", message, advice)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Look at everything; returns 1 if something fails, else 0."""
+    """Make all checks; returns 1 if one fails, else 0."""
     endpoint, findings = _engine(args)
     endpoint = getattr(args, "endpoint", None) or endpoint or find_endpoint()
     findings += _socket(endpoint)
@@ -122,11 +122,11 @@ def _engine(args: argparse.Namespace) -> tuple[str | None, list[Finding]]:
         reply = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
         advice = "a GPU or its driver may be stuck: see `nvidia-smi` and `dmesg`"
-        return None, [fail("engine", f"the look at GPUs and packages did not end within {PATIENCE_S:g} s", advice)]
+        return None, [fail("engine", f"the check of GPUs and packages did not end within {PATIENCE_S:g} s", advice)]
     except ValueError:
         last = (done.stderr.strip().splitlines() or ["no word"])[-1]
         advice = "run `python -m tacod.tools.doctor` to see all of it"
-        return None, [fail("engine", f"the look at GPUs and packages ended with {done.returncode}: {last}", advice)]
+        return None, [fail("engine", f"the check of GPUs and packages ended with {done.returncode}: {last}", advice)]
     return reply["endpoint"] if args.config else None, [Finding(**found) for found in reply["findings"]]
 
 
@@ -173,7 +173,7 @@ def _user() -> str:
 
 
 def _daemon(status: dict[str, Any], stats: dict[str, Any]) -> Iterator[Finding]:
-    """What a daemon that answers says of itself."""
+    """What a running daemon reports about itself."""
     group, state = status["group"], status["state"]
     message = f"{state}, version {status['version']}, pid {status['pid']}, up {show.duration(status['uptime_s'])}"
     advice = {

@@ -1,4 +1,4 @@
-"""How a program of ``tacoctl`` ends: its exit code, and one line on stderr where it failed; never a traceback."""
+"""How ``tacoctl`` ends: its exit code, and one line on stderr if it failed; never a traceback."""
 
 from __future__ import annotations
 

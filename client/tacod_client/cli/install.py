@@ -1,4 +1,4 @@
-"""``tacoctl install-service``: put the systemd unit and what belongs to it in place, or take it away again."""
+"""``tacoctl install-service``: install the systemd unit and what belongs to it, or remove it again."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ __all__ = ["Service", "install", "uninstall"]
 UNIT = "etc/systemd/system/tacod.service"
 CONFIG = "etc/tacod/config.toml"
 RECORD = "etc/tacod/.installed"
-"""What was put where, by digest, and the folders made for it: only that is taken away again."""
+"""What was installed where, by digest, and the folders made for it: only that is removed again."""
 COMMAND = "/usr/bin/tacod"
-"""What the shipped files call the daemon; the installed ones name the real one."""
+"""The daemon's command in the shipped files; installed files have the real path."""
 NEEDED = ("tacod", "tacod_client", "pydantic", "torch", "xfuser")
-"""Modules that tell whether this environment holds the daemon with all that it needs."""
+"""Modules whose presence shows that this environment holds the daemon with all that it needs."""
 BOOTED = Path("/run/systemd/system")
 """There if systemd runs this machine, as sd_booted(3) says."""
 

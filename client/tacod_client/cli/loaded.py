@@ -1,4 +1,4 @@
-"""The models that a verb may mean, and what of them fits a message."""
+"""Which loaded model a verb means, and whether its tensors fit in a message."""
 
 from __future__ import annotations
 

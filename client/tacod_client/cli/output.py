@@ -1,4 +1,4 @@
-"""What ``tacoctl`` hands over: JSON documents, and files that it makes."""
+"""What ``tacoctl`` writes: JSON documents and files."""
 
 from __future__ import annotations
 
@@ -43,11 +43,10 @@ def _finite(value: Any) -> Any:
 
 
 class Output:
-    """A file that is to be written when there is something to write; that it can be is found out before.
+    """A file that will be written later; entering the block checks that it can be.
 
-    An old file keeps its content until then. Leaving the block without `write` leaves no new file behind.
-
-    Raises `RequestError` where no such file can be.
+    An old file keeps its content until then. Leaving the block without `write` leaves no new file behind. Raises
+    `RequestError` if the file can't be made.
     """
 
     def __init__(self, path: str) -> None:
@@ -73,10 +72,7 @@ class Output:
             self._file.close()
 
     def write(self, content: bytes) -> None:
-        """Write the file.
-
-        What can't be written there (a disk is full) goes where temporary files do, and `TacodError` says so.
-        """
+        """Write the file. If that fails (a disk is full), write a temporary file instead; the `TacodError` names it."""
         try:
             self._put(content)
             if self._is_gone():
@@ -111,7 +107,7 @@ def _opened(path: str) -> FileIO:
 
 
 def _kept(path: str, content: bytes) -> str:
-    """Write what has no other place to a temporary file; returns what became of it."""
+    """Write to a temporary file; returns what became of it, in words."""
     try:
         number, kept = tempfile.mkstemp(prefix="tacoctl-", suffix=Path(path).suffix)
         with open(number, "wb") as file:

@@ -1,4 +1,4 @@
-"""The command line of ``tacoctl``: its verbs, their arguments, and what values those take."""
+"""The command line of ``tacoctl``: its verbs, their arguments, and the values that these take."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import sys
 from contextlib import suppress
 from typing import Any
 
+from tacod_client.dtypes import COMPUTE_DTYPES
 from tacod_client.streams import stdout
 from tacod_client.text import typed
 
 __all__ = ["parser"]
 
 MOST = 2**31 - 1
-"""No count is larger."""
+"""The largest count."""
 MOST_PIXELS = 2**20
-"""No side of a picture is longer."""
+"""The longest side of a picture."""
 MOST_RANKS = 4096
 MOST_STEPS = 10_000
 
@@ -26,7 +27,7 @@ exit codes: 0 ok, 1 failed, 2 usage, 3 daemon not reachable, 4 no such job or mo
 
 
 class _Parser(argparse.ArgumentParser):
-    """One whose help isn't lost in silence where it can't be written; argparse's own drops the error."""
+    """A parser that reports an error if its help can't be written; argparse's own drops it."""
 
     def print_help(self, file: Any = None) -> None:
         """Write the help to ``file``, by default to stdout. Raises `OSError`."""
@@ -71,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     )
     load.add_argument(
         "--dtype",
-        choices=["fp32", "bf16", "fp16", "fp8", *(f"{name}_weight_only" for name in ("fp32", "bf16", "fp16"))],
+        choices=COMPUTE_DTYPES,
         metavar="DTYPE",
         help="compute dtype: fp32, bf16, fp16, or fp8 for the blocks' matrices (default: as the device suits); with "
         "_weight_only behind it, a quantized model's activations are never quantized",
@@ -193,7 +194,7 @@ def _names(text: str) -> list[str]:
 
 
 def _given(text: str) -> str:
-    """Of a variable that isn't set a shell makes an empty text: it names nothing, and never means a default."""
+    """Refuse an empty text, which a shell makes of a variable that isn't set: it never stands for a default."""
     if not text:
         raise argparse.ArgumentTypeError("is empty; give a name, or leave it out")
     return text

@@ -1,4 +1,4 @@
-"""``tacoctl sample``: a sampler's run with conditions from a file; its latent goes into another."""
+"""``tacoctl sample``: a sampling run with conditions from a file; its latent goes into another file."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["latent_shape", "noise_levels", "run"]
 KNOWN = {"noise", "latent", "sigmas"}
 SHIFT = 3.0
 DOWNSCALE = 8
-"""Pixels per latent cell of a model whose daemon, an older one, tells nothing of it."""
+"""Pixels per latent cell, if an older daemon doesn't say."""
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run it. What can't be written is found out before, what can't be read too."""
+    """Run it. Whether the files can be read and written is checked before."""
     from safetensors.torch import save
 
     given, quiet = _read(args.inputs), "json" in args
@@ -89,11 +89,11 @@ def _under(prefix: str, given: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 def latent_shape(model: Model, batch: int, size: tuple[int, int], channels: int | None = None) -> tuple[int, ...]:
     """The shape of the latents of ``batch`` pictures of ``size`` (width and height in pixels), of one frame each.
 
-    ``channels`` stands for the model's own. Raises `RequestError` if the daemon doesn't tell enough of the model.
+    ``channels`` replaces the model's own. Raises `RequestError` if the daemon doesn't say enough about the model.
     """
-    told = model.sampling
-    shape: list[int | str | None] = list(told.get("latent") or ("B", told.get("channels"), "H", "W"))
-    width, height = (side // told.get("downscale", DOWNSCALE) for side in size)
+    sampling = model.sampling
+    shape: list[int | str | None] = list(sampling.get("latent") or ("B", sampling.get("channels"), "H", "W"))
+    width, height = (side // sampling.get("downscale", DOWNSCALE) for side in size)
     sizes = {"B": batch, "T": 1, "H": height, "W": width}
     shape[1] = channels or shape[1]
     if shape[1] is None:
@@ -107,10 +107,10 @@ def latent_shape(model: Model, batch: int, size: tuple[int, int], channels: int 
 
 
 def noise_levels(model: Model, steps: int, shift: float | None = None) -> torch.Tensor:
-    """The noise levels [steps + 1] of a run, down to 0, by the noise process that the daemon tells of the model.
+    """The noise levels [steps + 1] of a run, down to 0, by the noise process that the daemon reports for the model.
 
-    For a flow they are even in time, shifted. For a model of betas they are those that ComfyUI calls "normal": of even
-    steps between the last step of training and the first. Raises `RequestError` for a process that isn't known here.
+    For a flow they are even in time, shifted. For a model of betas they are ComfyUI's "normal" schedule: even steps
+    between the last step of training and the first. Raises `RequestError` for an unknown process.
     """
     import torch
 

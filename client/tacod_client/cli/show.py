@@ -50,9 +50,9 @@ __all__ = [
 
 _PIPE_WIDTH = 100_000
 _LEAST_WIDTH = 24
-"""Of a terminal: an id has 16 letters. What is narrower has to break lines itself."""
+"""Least width of a terminal: an id has 16 letters. A narrower one breaks lines itself."""
 _LAST = 32
-"""What a last column that may take several lines wants at the least."""
+"""Least width of a last column that may take several lines."""
 _GAP = "  "
 
 
@@ -60,7 +60,7 @@ _GAP = "  "
 
 
 def console() -> Console:
-    """Stdout: as wide as the terminal, or in a pipe as wide as it takes. What is shown is text, and never markup."""
+    """Stdout: as wide as the terminal, in a pipe as wide as needed. Everything is shown as text, never as markup."""
     width = None if sys.stdout.isatty() else _PIPE_WIDTH
     made = Console(width=width, highlight=False, markup=False, emoji=False)
     if made.width < _LEAST_WIDTH:
@@ -78,7 +78,7 @@ def out(shown: Any) -> None:
 
 
 class _Aside:
-    """Stderr for bars: if it can't be written to, the work goes on without them."""
+    """Stderr for progress bars: if it can't be written, the work goes on without them."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
@@ -113,7 +113,10 @@ def live(make: Callable[[], Any], every_s: float) -> None:
 
 
 def progress(job: Job, quiet: bool = False) -> None:
-    """Follow a sampling run to its end with a bar on stderr; what is no terminal gets it once, if all went well."""
+    """Follow a sampling run to its end with a bar on stderr.
+
+    If stderr is no terminal, the bar is written once, when the run has succeeded.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -133,7 +136,7 @@ def progress(job: Job, quiet: bool = False) -> None:
 
 @contextmanager
 def loading(quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal's stderr, and what tells it how many bytes of how many are loaded."""
+    """A progress bar of loaded bytes on a terminal's stderr, and the function that updates it."""
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=_aside(quiet or not sys.stderr.isatty()), transient=True) as bar:
         task = bar.add_task("loading", total=None)
@@ -142,7 +145,7 @@ def loading(quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def counting(total: int, quiet: bool = False) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal's stderr, and what tells it that one more of so many is done."""
+    """A progress bar of a count on a terminal's stderr, and the function that adds one to it."""
     columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=_aside(quiet or not sys.stderr.isatty()), transient=True) as bar:
         task = bar.add_task("measuring", total=total)
@@ -283,7 +286,7 @@ def bench(reply: dict[str, Any]) -> Any:
 
 
 def text(value: Any) -> Text:
-    """A value as a line of text: whole and as it is, but for what a terminal would obey, or its locale doesn't have."""
+    """A value as one line of text; what a terminal would obey, or its locale doesn't have, is replaced."""
     if isinstance(value, Text):
         return value
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
@@ -291,7 +294,7 @@ def text(value: Any) -> Text:
 
 
 def glyph(drawn: str, plain: str) -> str:
-    """A sign to draw with, or what stands for it where stdout's encoding doesn't have it."""
+    """A sign to draw with, or a substitute if stdout's encoding doesn't have it."""
     try:
         drawn.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeError:
@@ -326,7 +329,7 @@ class Wrapped:
 
 
 class Facts:
-    """Names and values, one a line; where that is too narrow, a value goes below its name."""
+    """Names and values, one a line; if a value doesn't fit beside its name, it goes below."""
 
     def __init__(self, facts: Iterable[tuple[str, Any]]) -> None:
         self.facts = [(name, Wrapped(value)) for name, value in facts]
@@ -350,8 +353,8 @@ class Facts:
 class Columns:
     """Rows under heads. No id, name or number is ever cut.
 
-    Where a row is too long, the columns that are for the eye alone (those without a head) go first; then the ``long``
-    ones go below their row, each on a line of its own; where that is too long still, every value has its own line.
+    If a row is too long, columns without a head (graphics only) are left out. If it is still too long, the ``long``
+    columns go below their row, each on a line of its own. If that is still too long, every value has its own line.
     """
 
     def __init__(self, heads: Sequence[str], rows: Iterable[Sequence[Any]], long: Sequence[str] = ()) -> None:
@@ -416,7 +419,7 @@ def _count(count: float) -> str:
 
 
 def _scaled(count: float, step: int, units: Sequence[str]) -> str:
-    """A number in the largest unit of which there is one, as it is shown; whole in the first."""
+    """A number in the largest unit that gives at least 1, as it is shown; in the first unit as a whole number."""
     for unit in units:
         shown = f"{count:.0f}" if unit == units[0] else f"{count:.1f}"
         if float(shown) < step or unit == units[-1]:

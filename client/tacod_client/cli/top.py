@@ -1,4 +1,4 @@
-"""``tacoctl top``: the daemon at a glance, again and again, over its restarts too."""
+"""``tacoctl top``: the daemon at a glance, refreshed again and again, also across restarts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tacod_client.streams import stdout
 __all__ = ["frame", "run"]
 
 PATIENCE_S = 2.0
-"""How long one look may take before the daemon counts as not reachable."""
+"""How long one refresh may take before the daemon counts as not reachable."""
 PARTS = (("queue_s", "yellow"), ("wire_s", "magenta"), ("compute_s", "green"), ("collective_s", "blue"))
 STATES = {"ready": "bold green", "degraded": "bold red"}
 BAR = 12
@@ -61,7 +61,7 @@ def _print(args: argparse.Namespace, look: dict[str, Any]) -> None:
 
 
 def _looks(endpoint: str) -> Iterator[dict[str, Any]]:
-    """What the daemon says each time; where it can't be reached, why, and a new try the next time."""
+    """The daemon's report each time; if it can't be reached, the reason."""
     client: Client | None = None
     before: dict[str, Any] | None = None
     while True:
@@ -93,7 +93,7 @@ def _rates(before: dict[str, Any] | None, now: dict[str, Any]) -> dict[str, floa
 
 
 def frame(look: dict[str, Any]) -> Any:
-    """One look as text."""
+    """One refresh as text."""
     clock = time.strftime("%H:%M:%S", time.localtime(look["time"]))
     if look["error"] is not None:
         head = Text.assemble(("tacod", "bold"), "  ", ("not reachable, trying", "bold red"), f"  {clock}")
@@ -120,7 +120,7 @@ def _head(status: dict[str, Any], clock: str) -> Text:
 
 def _ranks(group: dict[str, Any]) -> Any:
     if not group["ranks"]:
-        return Text(f"no rank lives; {group['world_size']} are to be", style="red")
+        return Text(f"no rank is running; {group['world_size']} are configured", style="red")
     heads = ("rank", "pid", "device", "tensors", "device memory", "", "busy", "")
     rows = []
     for rank in group["ranks"]:
@@ -161,7 +161,7 @@ def _work(status: dict[str, Any], stats: dict[str, Any], rates: dict[str, float]
 
 
 def _split(stats: dict[str, Any]) -> Any:
-    """Where a step's time goes: a bar of four colours on a terminal, and what each stands for."""
+    """Where a step's time goes: on a terminal a bar of four colours with its legend."""
     whole = sum(stats[part] for part, _ in PARTS) or 1.0
     bar, legend = Text(no_wrap=True, overflow="crop"), Text()
     end = 0.0

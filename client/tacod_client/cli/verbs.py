@@ -130,7 +130,7 @@ def _drain(args: argparse.Namespace) -> None:
 
 
 def _boot_id(args: argparse.Namespace) -> str | None:
-    """Of the daemon that answers now, if one does: nobody waits here for the next one."""
+    """The boot id of a daemon that answers now, if one does."""
     try:
         with Client(getattr(args, "endpoint", None), timeout_s=1.0, reconnect_s=0.0) as client:
             client.status()

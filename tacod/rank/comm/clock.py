@@ -13,30 +13,30 @@ __all__ = ["Clock"]
 
 
 class Clock:
-    """How long this rank was in collectives: wall time on a CPU; on a GPU the device's own, which it adds up itself.
+    """How long this rank was in exchanges: wall time on a CPU, the device's own time on a GPU.
 
-    Of a transfer that goes on while the rank computes, only what it still waits for counts.
+    If a rank computes during a transfer, only the time that it still waits counts.
     """
 
     def __init__(self) -> None:
         self.begun = 0
-        """Exchanges of any kind that this rank has begun; ranks that have begun the same ones wait for nothing."""
+        """How many exchanges this rank has begun. Ranks with equal numbers don't wait for each other."""
         self._seconds = 0.0
         self._counter: Tensor | None = None
         self._seen: Tensor | None = None
-        """What it showed when the host last waited for the GPU."""
+        """The counter's value when the host last waited for the GPU."""
         self._counted = 0
 
     @property
     def counter(self) -> Tensor:
-        """The nanoseconds on the current GPU, int64 [1]: kernels add to it, those of a graph at each replay."""
+        """The nanoseconds on the current GPU, int64 [1]. Kernels add to it, also at each replay of a graph."""
         if self._counter is None:
             self._counter = torch.zeros(1, dtype=torch.int64, device="cuda")
         return self._counter
 
     @contextmanager
     def counting(self, on_gpu: bool) -> Iterator[None]:
-        """Within, a collective or the wait for one."""
+        """A context for a collective, or for the wait for one."""
         if not on_gpu:
             started = time.perf_counter()
             yield
@@ -55,7 +55,7 @@ class Clock:
         kernels.count_time(self.counter, sign)
 
     def wait(self) -> None:
-        """Until the current GPU is done with what this stream was given; `take_s` counts up to here."""
+        """Wait until the current GPU has finished this stream's work; `take_s` counts up to here."""
         if self._counter is not None:
             if self._seen is None:
                 self._seen = torch.zeros(1, dtype=torch.int64, pin_memory=True)

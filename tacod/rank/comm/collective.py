@@ -1,4 +1,4 @@
-"""A Ulysses group's exchanges by collectives (NCCL, gloo), or through the host's memory in their place."""
+"""A Ulysses group's exchanges by collectives (NCCL, gloo), or instead through the host's memory."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["AllToAll", "Collective"]
 
 
 class AllToAll:
-    """An all-to-all that, on GPUs, goes on while its rank computes.
+    """An all-to-all that, on GPUs, runs while its rank computes.
 
-    ``sent[r]`` goes to each other rank r, ``received[r]`` comes from it; all are contiguous. What a rank has for itself
-    it puts in place by itself. ``int8`` sends rows in 8 bits.
+    ``sent[r]`` goes to each other rank r, ``received[r]`` comes from it; all are contiguous. A rank moves its own part
+    itself. ``int8`` sends rows in 8 bits.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class AllToAll:
         return received.new_empty(size, dtype=torch.uint8)
 
     def wait(self) -> None:
-        """What is computed from here on finds what was received; the clock counts what was not hidden."""
+        """Make later work on this stream see what was received; the clock counts the time that was not hidden."""
         if self._work is not None:
             with self._group.clock.counting(on_gpu=True):
                 self._work.wait()

@@ -1,7 +1,7 @@
-"""What the CUDA driver does on a stream without any of a GPU's processors, and PyTorch has no name for.
+"""CUDA driver calls that need none of a GPU's multiprocessors, and that PyTorch doesn't offer.
 
-A matrix product leaves no processor free for as long as it runs, so that a kernel beside it waits for its end; copy
-engines and waits for a number in memory don't. Calls go on the current stream, and into a graph that it captures.
+A matrix product leaves no multiprocessor free, so a kernel beside it waits for its end. Copy engines, and waits for a
+number in memory, don't. Calls go on the current stream, and into a graph that it captures.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _EQUAL = 1
 
 
 def _side(name: str) -> list[tuple[str, Any]]:
-    """Where one side of a copy lies."""
+    """One side of a copy."""
     return [
         (f"{name}_x", ctypes.c_size_t),
         (f"{name}_y", ctypes.c_size_t),
@@ -44,7 +44,7 @@ def _library() -> Any:
 
 
 def _call(name: str, *arguments: Any) -> None:
-    """Raises `RuntimeError` with the driver's own words."""
+    """Call the driver. Raises `RuntimeError` with the driver's message."""
     library = _library()
     if not hasattr(library, name):
         raise RuntimeError(f"this CUDA driver has no {name}; install one of CUDA 12 or newer")
@@ -60,17 +60,17 @@ def _stream() -> ctypes.c_void_p:
 
 
 def map_host(address: int, size: int) -> None:
-    """Have the current GPU reach pages of the host's memory, which stay where they are."""
+    """Give the current GPU access to pages of the host's memory; they stay where they are."""
     _call("cuMemHostRegister_v2", ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_uint(0))
 
 
 def unmap_host(address: int) -> None:
-    """The end of `map_host`."""
+    """Undo `map_host`."""
     _call("cuMemHostUnregister", ctypes.c_void_p(address))
 
 
 def copy_bytes(source: int, target: int, size: int) -> None:
-    """Copy between two addresses, on this GPU, on one that it reaches, or in host memory that it has mapped."""
+    """Copy between two addresses: on this GPU, on a GPU that it can access, or in mapped host memory."""
     _call("cuMemcpyAsync", ctypes.c_uint64(target), ctypes.c_uint64(source), ctypes.c_size_t(size), _stream())
 
 
@@ -107,10 +107,10 @@ def copy_rows(source: Tensor, target: Tensor) -> None:
 
 
 def write(address: int, value: int) -> None:
-    """Put a number of 32 bits where all who share that memory see it, once what comes before on this stream is done."""
+    """Write a 32-bit number after the earlier work on this stream, visible to all who share that memory."""
     _call("cuStreamWriteValue32_v2", _stream(), ctypes.c_uint64(address), ctypes.c_uint32(value), ctypes.c_uint(0))
 
 
 def wait_until(address: int, value: int) -> None:
-    """Have what comes after on this stream wait until that number stands there."""
+    """Have later work on this stream wait until that number is there."""
     _call("cuStreamWaitValue32_v2", _stream(), ctypes.c_uint64(address), ctypes.c_uint32(value), ctypes.c_uint(_EQUAL))

@@ -15,13 +15,13 @@ from tacod.rank.comm.clock import Clock
 __all__ = ["Group", "MakeGroup", "Passing"]
 
 MakeGroup = Callable[[list[list[int]]], dist.ProcessGroup]
-"""Splits all ranks into process groups and returns the one that this rank is in; every rank must call it alike."""
+"""Splits all ranks into process groups and returns this rank's; every rank must call it with the same groups."""
 
 
 class Group:
-    """Some ranks, seen from one of them. Every rank of a group must make the same calls in the same order.
+    """Some ranks, seen from one of them; every rank of a group must make the same calls in the same order.
 
-    Without a process group it is one process alone, and no call of it communicates.
+    Without a process group it stands for one process alone, and no call communicates.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, clock: Clock | None = None) -> None:
@@ -59,7 +59,7 @@ class Group:
         return torch.cat([part.view(shape) for part, shape in parts], dim)
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
-        """``tensor`` as the rank ``source`` has it, on every rank; elsewhere it says shape and dtype."""
+        """The ``tensor`` of the rank ``source``, on every rank; on the others, ``tensor`` gives shape and dtype."""
         self.clock.begun += 1
         flat = tensor.contiguous()
         with self.clock.counting(flat.is_cuda):
@@ -67,7 +67,7 @@ class Group:
         return flat
 
     def agree(self, verdict: bool) -> bool:
-        """Whether all ranks say so."""
+        """Whether it is true on all ranks."""
         if self.size == 1:
             return verdict
         self.clock.begun += 1
@@ -81,12 +81,12 @@ class Group:
         return self.group is not None and dist.get_backend(self.group) == "nccl"
 
     def pass_on(self, sent: Tensor, count: int) -> Passing:
-        """Begin to send a flat buffer to the next rank, and to receive ``count`` elements from the one before."""
+        """Begin to send a flat buffer to the next rank and to receive ``count`` elements from the previous one."""
         return Passing(self, sent, sent.new_empty(count))
 
 
 class Passing:
-    """A transfer around the ring that goes on while its rank computes."""
+    """A transfer around the ring that runs while its rank computes."""
 
     def __init__(self, group: Group, sent: Tensor, received: Tensor) -> None:
         self.group = group
@@ -104,7 +104,7 @@ class Passing:
         self._works = dist.batch_isend_irecv(operations) if operations else []
 
     def wait(self) -> Tensor:
-        """What came from the rank before."""
+        """What came from the previous rank."""
         with self.group.clock.counting(self.received.is_cuda):
             for work in self._works:
                 work.wait()

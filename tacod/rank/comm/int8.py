@@ -1,4 +1,4 @@
-"""The codec of exchanges in 8 bits: each row as int8 and a scale in fp32."""
+"""The codec of 8-bit exchanges: each row as int8 with a scale in fp32."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["decode", "encode", "encoded_bytes"]
 
 
 def encoded_bytes(rows: int, width: int) -> int:
-    """How many bytes `encode` makes of so many rows."""
+    """How many bytes `encode` makes of this many rows."""
     return rows * (4 + width)
 
 
 def encode(x: Tensor) -> Tensor:
-    """Rows [..., W] in 8 bits with their scales, flat in uint8: what is sent in their stead."""
+    """Rows [..., W] in 8 bits with their scales, flat in uint8."""
     flat = x.reshape(-1, x.shape[-1])
     rows = len(flat)
     sent = torch.empty(encoded_bytes(*flat.shape), dtype=torch.uint8, device=x.device)

@@ -1,8 +1,8 @@
-"""Memory that the ranks of a group write into directly: what they exchange is stored where it is read.
+"""Memory that the ranks of a group write into directly: each rank stores what it sends where it will be read.
 
-A collective copies what was packed once more, in a kernel that has to wait for a free processor. A rank that reaches
-the others' memory (over NVLink, or PCIe where the cards allow it) packs it there, or has a copy engine take it there
-while it computes on. Based on PyTorch's symmetric memory.
+A collective copies packed data once more, in a kernel that has to wait for a free multiprocessor. A rank that can
+access the others' memory (over NVLink, or PCIe where the cards allow it) packs data there, or has a copy engine move it
+there while it computes. Based on PyTorch's symmetric memory.
 """
 
 from __future__ import annotations
@@ -32,23 +32,20 @@ log = logging.getLogger(__name__)
 _ALIGNED = 256
 _TRY_BYTES = 1 << 16
 DISABLED = "NCCL_P2P_DISABLE"
-"""NCCL's own variable, which says that the GPUs are not to reach each other's memory."""
+"""NCCL's variable that turns access to other GPUs' memory off."""
 
 
 class Block(Protocol):
-    """As much memory of each rank, seen from one of them."""
+    """An equal piece of memory on each rank, seen from one of them."""
 
     def view(self, rank: int, shape: Sequence[int], dtype: torch.dtype, start: int) -> Tensor:
         """A tensor in the memory of ``rank``, from the byte ``start`` on."""
 
     def send(self, source: Tensor, target: Tensor) -> None:
-        """Copy rows into a rank's memory while this one computes on; ``source`` stays as it is until the barrier."""
+        """Copy rows into a rank's memory while this rank computes; ``source`` must not change until the barrier."""
 
     def barrier(self, clock: Clock) -> None:
-        """What is computed from here on finds what every rank has written or sent before its own call.
-
-        The clock counts the wait.
-        """
+        """Make later work see what every rank wrote or sent before its own call. The clock counts the wait."""
 
 
 class SymmetricBlock:
@@ -180,14 +177,15 @@ class Peer:
 class _PeerExchange:
     """One attention's exchange in one slot.
 
-    What no work overlaps is stored by a kernel right where it is to be; else copy engines take it there meanwhile.
+    If no work overlaps a transfer, a kernel stores the data at its final place; otherwise copy engines move it there
+    while the rank computes.
     """
 
     def __init__(self, transport: Peer, slot: int, block: Block, deal: Deal, arriving: int) -> None:
         self._transport, self._slot, self._block = transport, slot, block
         self._deal, self._arriving = deal, arriving
         self._leaving: list[Tensor] = []
-        """What is being copied from."""
+        """Sources of the copies under way."""
 
     def _packed(self, rank: int) -> Tensor:
         """In that rank's memory: [all tokens, B, its packed heads, D]."""
@@ -261,7 +259,7 @@ class _PeerExchange:
 
 
 def reach_peers(group: Group) -> Peer | None:
-    """Memory that this group's ranks can all write into; None, and why in the log, if they can't.
+    """Memory that this group's ranks can all write into; None if they can't, with the reason in the log.
 
     Its ranks are on GPUs, and all of them call it.
     """
@@ -289,7 +287,7 @@ def reach_peers(group: Group) -> Peer | None:
 
 
 def _arrives(block: Block, group: Group) -> bool:
-    """Whether each rank finds in its memory what every other one has for it, stored there and sent there."""
+    """Whether data that each rank stores or sends arrives in every other rank's memory."""
     rank, size = group.rank, group.size
     shape = (2, size, _TRY_BYTES // 16 // size)
     mine = block.view(rank, shape, torch.int64, 0)

@@ -29,9 +29,9 @@ __all__ = ["join", "leave", "why_not_xfuser"]
 _log = logging.getLogger(__name__)
 
 JOIN_TIMEOUT = timedelta(minutes=30)
-"""How long ranks wait for each other, if nobody ends them before."""
+"""How long ranks wait for each other before they give up."""
 _USED = ("GroupCoordinator", "get_world_group", "init_distributed_environment")
-"""What is taken of xfuser's module; one that lacks any of it counts as not to be imported."""
+"""The names that are used of xfuser's module; without one of them it counts as not importable."""
 
 
 def join(device: torch.device, rank: int, world_size: int, rendezvous: str, local_rank: int = 0) -> MakeGroup:
@@ -99,7 +99,7 @@ def _xfuser_groups(state: Any, rank: int, world_size: int, backend: str, local_r
 def _device_group(coordinator: Any) -> dist.ProcessGroup:
     """A coordinator's group on the device.
 
-    Its second group, gloo's between the CPUs, ends: nothing here uses it, and its thread wakes 100 times a second.
+    Its second group, gloo's between the CPUs, is ended: nothing uses it, and its thread wakes 100 times a second.
     """
     # Its sockets must not close under a rank that still connects: to make a group waits for no other rank.
     dist.barrier(group=coordinator.cpu_group)
@@ -137,7 +137,7 @@ def _parallel_state(on_gpu: bool) -> Any:
 
 @contextmanager
 def _bare(*names: str) -> Iterator[None]:
-    """Within, these packages have a path and no code; afterwards they are as if never imported."""
+    """A context in which these packages have a path but no code; afterwards they are as if never imported."""
     root = importlib.util.find_spec(names[0])
     if root is None or not root.submodule_search_locations:
         raise ModuleNotFoundError("it is not installed; `pip install 'taco-dit[daemon]'` installs it")
@@ -155,7 +155,7 @@ def _bare(*names: str) -> Iterator[None]:
 
 @contextmanager
 def _named_only(name: str) -> Iterator[None]:
-    """Within, importing ``name`` gives a module that knows its version and nothing else."""
+    """A context in which importing ``name`` gives a module with a version and nothing else."""
     if name in sys.modules:
         yield
         return

@@ -1,4 +1,4 @@
-"""The fastest transport between GPUs that works."""
+"""The fastest transport between GPUs that works here."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ __all__ = ["reach"]
 
 
 def reach(group: Group) -> Transport:
-    """The transport of a group of GPUs: each other's memory, else the host's, else NCCL. All of its ranks call it."""
+    """The transport of a group of GPUs: peer memory, else host memory, else NCCL. All of its ranks call it."""
     return reach_peers(group) or Collective(group, reach_host(group))

@@ -1,9 +1,9 @@
-"""Exchanges through the host's memory, between GPUs that don't reach each other's.
+"""Exchanges through the host's memory, between GPUs without peer access.
 
-NCCL does the same with kernels, which wait until a matrix product leaves them room, and with proxies on the host. Here
-a GPU's copy engines put what leaves into mailboxes in memory that all ranks share, and fetch what is for them, while
-both compute: each pair of ranks has its own for each direction, of a few slots. A slot's flag says whether it is full;
-GPUs wait for flags, and set them, without a kernel and without the host, also within a CUDA graph.
+NCCL does the same with kernels, which wait until a matrix product leaves them room, and with proxy threads on the host.
+Here a GPU's copy engines write what it sends into mailboxes in memory that all ranks share, and read what is sent to
+it, while both compute. Each pair of ranks has a mailbox for each direction, with a few slots. A slot's flag says
+whether it is full. GPUs wait for flags and set them without a kernel and without the host, also within a CUDA graph.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ __all__ = ["EMPTY", "FULL", "SLOT_BYTES", "Device", "Mailboxes", "Staging", "exc
 log = logging.getLogger(__name__)
 
 SLOTS = 2
-"""One is filled while the other is emptied."""
+"""Two, so that one is filled while the other is emptied."""
 SLOT_BYTES = 4 << 20
 FLAG_BYTES = 64
-"""A flag has a cache line of its own."""
+"""Each flag has a cache line of its own."""
 EMPTY, FULL = 0, 1
 _TRY_BYTES = 3 * SLOT_BYTES + 16
 
 
 class Mailboxes:
-    """Where in the common memory each slot and its flag lie, for so many ranks."""
+    """Where each slot and its flag lie in the shared memory, for this many ranks."""
 
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
@@ -44,25 +44,28 @@ class Mailboxes:
         self.size = self._slots + boxes * SLOT_BYTES
 
     def slot(self, source: int, target: int, number: int) -> tuple[int, int]:
-        """Offsets of the flag and of the slot for piece ``number`` of what one rank has for another."""
+        """Offsets of the flag and of the slot for piece ``number`` of what one rank sends to another."""
         box = (source * self.ranks + target) * SLOTS + number % SLOTS
         return box * FLAG_BYTES, self._slots + box * SLOT_BYTES
 
 
 class Device(Protocol):
-    """What copies and waits, in order on each of two streams that go on by themselves."""
+    """Copies and waits, in order on each of two streams that run beside the current one."""
 
     def begin(self) -> None:
-        """What is sent from here on finds what was computed before."""
+        """Make what is sent from here on include all earlier work of the current stream."""
 
     def leave(self, source: Tensor, flag: int, slot: int) -> None:
-        """Once the flag says empty, copy bytes into a slot, and say full; ``flag`` and ``slot`` are offsets."""
+        """Wait until the flag says empty, copy bytes into a slot, and set the flag to full.
+
+        ``flag`` and ``slot`` are offsets.
+        """
 
     def fetch(self, target: Tensor, flag: int, slot: int) -> None:
-        """Once the flag says full, copy bytes out of a slot, and say empty."""
+        """Wait until the flag says full, copy bytes out of a slot, and set the flag to empty."""
 
     def join(self) -> None:
-        """What is computed from here on finds what was fetched."""
+        """Make later work on the current stream see what was fetched."""
 
 
 def exchange(rank: int, boxes: Mailboxes, device: Device, sent: Sequence[Tensor], received: Sequence[Tensor]) -> None:
@@ -87,7 +90,7 @@ def _pieces(flat: Tensor) -> Sequence[Tensor]:
 
 
 class GPU:
-    """The current GPU, and memory of the host that it has mapped."""
+    """The current GPU with mapped host memory."""
 
     def __init__(self, fd: int, size: int) -> None:
         self._memory = mmap.mmap(fd, size)
@@ -96,7 +99,7 @@ class GPU:
         self._leaving, self._coming = (torch.cuda.Stream() for _ in range(2))  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
-        """Let go of the memory, once nothing is under way."""
+        """Release the memory, once no copy is under way."""
         torch.cuda.synchronize()
         cuda_driver.unmap_host(self._address)
 
@@ -136,13 +139,13 @@ class Staging:
         self._gpu: GPU | None = None
 
     def exchange(self, sent: Sequence[Tensor], received: Sequence[Tensor]) -> None:
-        """See `exchange`. Until `wait`, what is sent stays as it is and what is received isn't read."""
+        """See `exchange`. Until `wait`, what is sent must not change, and what is received must not be read."""
         if self._gpu is None:
             self._gpu = self._open()
         exchange(self._group.rank, self._boxes, self._gpu, sent, received)
 
     def wait(self) -> None:
-        """What is computed from here on finds what was received, and may write to what was sent."""
+        """Make later work see what was received; it may also overwrite what was sent."""
         assert self._gpu is not None
         self._gpu.join()
 
@@ -179,9 +182,9 @@ class Staging:
         raise problem
 
     def discard(self) -> None:
-        """Begin anew at the next exchange: a forward that failed may have left some of it.
+        """Start over at the next exchange, because a failed forward may have left some data.
 
-        Every graph that exchanges by it must be gone.
+        No graph may use it any more.
         """
         if self._gpu is not None:
             self._gpu.close()
@@ -189,7 +192,7 @@ class Staging:
 
 
 def reach_host(group: Group) -> Staging | None:
-    """Memory of the host by which this group's GPUs exchange; None, and why in the log, if they can't.
+    """Host memory by which this group's GPUs exchange; None if they can't, with the reason in the log.
 
     All of its ranks call it.
     """
@@ -210,7 +213,7 @@ def reach_host(group: Group) -> Staging | None:
 
 
 def _arrives(staging: Staging, group: Group) -> bool:
-    """Whether each rank gets what every other one has for it, in more pieces than there are slots."""
+    """Whether data that each rank sends arrives at every other rank, in more pieces than there are slots."""
     numbers = torch.arange(_TRY_BYTES // 8, device="cuda")
     sent = [(numbers * group.size + group.rank) * group.size + rank for rank in range(group.size)]
     received = [torch.zeros_like(numbers) for _ in sent]

@@ -1,7 +1,7 @@
 """How one attention's queries, keys, values and outputs travel between the ranks of a Ulysses group.
 
-Tokens are the first dimension of everything that is exchanged, so what arrives from the ranks forms one tensor in
-place: nothing is sorted, and nothing unpacked.
+Tokens are the first dimension of all exchanged tensors, so what the ranks send forms one tensor in place: nothing is
+sorted or unpacked.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ __all__ = ["Deal", "Exchange", "Local", "Transport"]
 
 @dataclass(frozen=True)
 class Deal:
-    """Who has what in one attention: tokens of all heads before and after it, heads of all tokens within it."""
+    """Who has what in one attention: tokens of all heads before and after it, heads of all tokens during it."""
 
     rank: int
-    """This rank, among those of the Ulysses group."""
+    """This rank in the Ulysses group."""
     streams: Sequence[Sequence[int]]
     """For each stream, how many of its tokens each rank has."""
     shares: Sequence[HeadShare]
@@ -41,7 +41,7 @@ class Deal:
 
     @property
     def others(self) -> list[int]:
-        """The other ranks, from the next one on: no two ranks begin with the same."""
+        """The other ranks, starting with the next one, so that no two ranks start with the same."""
         return [(self.rank + turn) % self.ranks for turn in range(1, self.ranks)]
 
     @property
@@ -55,17 +55,17 @@ class Deal:
         return [sum(each) for each in zip(*self.streams, strict=True)]
 
     def begins(self, stream: int) -> list[int]:
-        """Where each rank's tokens of a stream begin among all tokens: these are in the order of ranks."""
+        """Where each rank's tokens of a stream begin among all tokens, which are in the order of ranks."""
         tokens = self.tokens
         return [sum(tokens[:r]) + sum(each[r] for each in self.streams[:stream]) for r in range(self.ranks)]
 
     def new_packed(self, tokens: int, share: HeadShare) -> Tensor:
-        """Room for packed heads of so many tokens: [tokens, B, share.count, D]."""
+        """A tensor for packed heads of this many tokens: [tokens, B, share.count, D]."""
         return torch.empty(tokens, self.batch, share.count, self.width, dtype=self.dtype, device=self.device)
 
 
 class Exchange(Protocol):
-    """One attention's exchange, from tokens to heads and back. Its calls come in this order."""
+    """One attention's exchange, from tokens to heads and back. Its methods are called in this order."""
 
     def send(self, qkv: QKV, stream: int, overlap: bool) -> None:
         """Begin to send a stream's heads to their ranks; ``overlap`` says that work follows before `received`."""
@@ -90,17 +90,20 @@ class Transport(Protocol):
         """The forward has failed: no exchange is under way any more."""
 
     def reset(self) -> None:
-        """After a failure, leave behind what ranks may still write to or wait for. Every CUDA graph must be gone."""
+        """After a failure, stop using memory that ranks may still write to or wait for.
+
+        Every CUDA graph must be gone.
+        """
 
 
 class Local:
-    """The transport of a rank that has all heads: alone, or in a ring, which passes keys and values on by itself."""
+    """The transport of a rank that has all heads: alone, or in a ring, which passes keys and values on."""
 
     def __init__(self, in_ring: bool = False) -> None:
         self._in_ring = in_ring
 
     def open(self, deal: Deal, encoding: Literal["exact", "int8"]) -> Exchange:
-        """See `Transport.open`. Alone, on a CPU or under autograd, it can be differentiated; else all is packed."""
+        """See `Transport.open`. Alone, on a CPU or under autograd, it is differentiable; otherwise it packs all."""
         packed = self._in_ring or (deal.device.type == "cuda" and not torch.is_grad_enabled())
         return _Packed(deal) if packed else _Joined()
 
@@ -141,7 +144,7 @@ class _Packed(_Alone):
 
 
 class _Joined(_Alone):
-    """Nothing is written in place, so that autograd follows."""
+    """Writes nothing in place, so that autograd works."""
 
     def __init__(self) -> None:
         self._streams: dict[int, tuple[Tensor, Tensor, Tensor]] = {}

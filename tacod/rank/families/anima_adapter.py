@@ -1,4 +1,4 @@
-"""Anima's text adapter: words of T5's tokenizer attend to the states of another text encoder (Qwen3)."""
+"""Anima's text adapter: the words of T5's tokenizer attend to the states of another text encoder (Qwen3)."""
 
 from __future__ import annotations
 

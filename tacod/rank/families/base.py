@@ -1,7 +1,7 @@
-"""What a model family is: a module whose parameters carry the names of the published single files.
+"""What a model family is: a module whose parameters have the names of the authors' single files.
 
-A family keeps the key layout of its authors' single-file checkpoints, which is ComfyUI's too. So weights are
-copied by name, weight patches (LoRA) apply by name, and the arithmetic is in the order that ComfyUI has.
+ComfyUI has these names too. So weights are copied by name, weight patches (LoRA) apply by name, and the arithmetic is
+in ComfyUI's order.
 
 The engine owns the loop over the blocks (`tacod.rank.families.trunk`); a family gives what comes before and after it.
 """
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tacod.checkpoint import TensorInfo
-from tacod.plan import Pace
+from tacod.plan import DeviceRates
 from tacod.rank.families.inputs import Argument, Inputs, Residuals, Spec
 from tacod.rank.families.kit.attention import find
 from tacod.rank.families.kit.modulation import Modulation
@@ -32,12 +32,12 @@ from tacod.rank.parallel.sequence import SequenceParallel
 __all__ = ["DiT", "LatentFormat", "Method", "Output"]
 
 Output = Tensor | list[Tensor]
-"""What a forward gives: a tensor, or one for each of several latents."""
+"""The output of a forward: a tensor, or one for each of several latents."""
 
 
 @dataclass(frozen=True)
 class LatentFormat:
-    """The affine map between the latents that users hold (a VAE's) and those that the model sees.
+    """The affine map between users' latents (a VAE's) and the model's.
 
     ``scale`` and ``shift`` are numbers, or one number for each channel.
     """
@@ -47,35 +47,35 @@ class LatentFormat:
 
     @property
     def channels(self) -> int | None:
-        """The channels that there are numbers for; None if one number is for all."""
+        """How many channels have numbers of their own; None if one number is for all."""
         return next((len(each) for each in (self.scale, self.shift) if isinstance(each, tuple)), None)
 
     def into_model(self, latent: Tensor) -> Tensor:
-        """The model's view of a latent; one of zeros is an empty canvas and stays zeros."""
+        """A user's latent as the model sees it. Zeros are an empty canvas and stay zeros."""
         return (latent - _like(self.shift, latent)) * _like(self.scale, latent) if latent.any() else latent
 
     def out_of_model(self, x: Tensor) -> Tensor:
-        """The user's view of what a sampler made."""
+        """A sampler's result as a user's latent."""
         return x / _like(self.scale, x) + _like(self.shift, x)
 
 
 @dataclass(frozen=True)
 class Method:
-    """What a network does outside of a forward: the arguments that it takes, and the function of them."""
+    """A method of a network outside of the forward: its arguments' specs, and its function."""
 
     arguments: Mapping[str, Spec]
     run: Callable[..., Output]
 
 
 def _like(values: float | tuple[float, ...], latent: Tensor) -> Tensor | float:
-    """Numbers of channels as a tensor that goes with a latent [B, C, ...]; one number as it is."""
+    """Numbers of channels as a tensor that broadcasts with a latent [B, C, ...]; one number stays a number."""
     return latent.new_tensor(values).view(-1, *[1] * (latent.ndim - 2)) if isinstance(values, tuple) else values
 
 
 class DiT(nn.Module, abc.ABC):
     """A diffusion transformer; one subclass per model family.
 
-    Its parameters are all in a file. Buffers are what files may hold though no forward looks at it.
+    Files hold all of its parameters. Buffers are tensors that files may hold though no forward uses them.
     """
 
     family: ClassVar[str]
@@ -85,58 +85,58 @@ class DiT(nn.Module, abc.ABC):
     models: ClassVar[tuple[str, ...]]
     """The names of its models: ``dev``, ``schnell``."""
     diffusers: ClassVar[Mapping[str, Any]] = {}
-    """diffusers' classes for it; each with a function of a `DiffusersConfig` that gives what shapes don't tell.
+    """diffusers' classes for it. Each has a function of a `DiffusersConfig` that returns what shapes don't tell.
 
-    That is, keys of what `detect` gives, such as ``axes_dim``; and the number of blocks, so that a folder whose last
-    ones are missing is not taken for a smaller model.
+    These are keys of what `detect` returns, such as ``axes_dim``, and the number of blocks, so that a folder that lacks
+    the last blocks is not taken for a smaller model.
 
     ``Transformer2DModel`` is a class of several models. It is named with its ``norm_type``: ``Transformer2DModel(…)``.
     """
     lora_marks: ClassVar[str] = ""
-    """A regular expression that finds this family's module names in a LoRA file; empty if there is none."""
+    """A regular expression that finds this family's module names in a LoRA file; empty if there are none to find."""
     tiny: ClassVar[Mapping[str, Any]]
-    """The configuration of a tiny model, of which the tests ask all that they ask of every family.
+    """The configuration of a tiny model, for the tests of all families and for the self-test.
 
-    It says what shapes don't tell. Its widths are multiples of 16, as fp8 needs them.
+    It holds what shapes don't tell. Widths are multiples of 16, as fp8 needs them.
     """
     usual_optional: ClassVar[tuple[str, ...]] = ()
     """Optional arguments that ComfyUI always passes."""
     usual_values: ClassVar[Mapping[str, float]] = {}
-    """Arguments that have a usual value; others are noise in a forward that is made up."""
+    """Values of arguments in made-up forwards; other arguments are noise."""
     clamps: ClassVar[bool] = False
     """Whether its residual streams overflow in fp16, and are clamped after each block, as ComfyUI clamps Flux.1's."""
     beside: ClassVar[tuple[str, ...]] = ()
-    """How names begin of tensors that files hold beside the network, for others: a load leaves them out."""
+    """Prefixes of tensors that files hold for other modules: a load leaves them out."""
     graphs: ClassVar[bool] = True
-    """Whether a forward may be one CUDA graph: not if the host looks at numbers in it."""
+    """Whether forwards may be CUDA graphs; false if the host reads numbers within a forward."""
     downscale: ClassVar[int] = 8
     """Pixels per latent cell, along each side."""
     image_models: ClassVar[tuple[str, ...]]
     """The values of ``image_model`` in ComfyUI's ``unet_config`` that this family runs."""
     latent_format: LatentFormat | None = None
-    """Of the latents that `sample` takes and gives; a family without one runs forwards alone."""
+    """The format of the latents that `sample` takes and gives; a family without one has no `sample`."""
     unsampled: str = ""
-    """What this model's forwards take that `sample` doesn't give them, in words; empty if it gives them all."""
+    """In words, what this model's forwards need that `sample` doesn't give them; empty if it gives all."""
     process: ClassVar[Process]
     """What the output means."""
     usual: ClassVar[Mapping[str, int]]
-    """The free sizes of a usual forward, by their names in `arguments`, with which a load warms up."""
+    """The free sizes of a usual forward, by their names in `arguments`; the warm-up uses them."""
     names: ClassVar[Names] = Names("")
-    """Each parameter's name in diffusers' class for this family; empty if there is no such class."""
+    """Each parameter's name in diffusers' class for this family; empty if diffusers has none."""
     diffusers_optional: ClassVar[frozenset[str]] = frozenset()
-    """Those of these names, of layers outside blocks, that some of its models lack."""
+    """Names of diffusers' layers, outside of blocks, that some models of the family lack."""
     spellings: ClassVar[Mapping[str, str]] = {}
-    """How else files, uploads and patches may end a parameter's name, and how that name ends here."""
+    """Other ends of parameters' names in files, uploads and patches, each with the end that is used here."""
 
     heads: int
-    """Attention heads: what Ulysses hands out to ranks."""
+    """Attention heads, which Ulysses deals out to ranks."""
     width: int
     """Channels of a token, over all heads."""
     out_channels: int
     """Channels of the output."""
     _modulating: list[str] | None = None
-    pace: Pace | None = None
-    """What it was measured to do on these devices."""
+    rates: DeviceRates | None = None
+    """Measured on these devices by the warm-up."""
 
     @classmethod
     def canonical(cls, name: str) -> str:
@@ -174,24 +174,25 @@ class DiT(nn.Module, abc.ABC):
     def methods(self) -> Mapping[str, Method]:
         """What the network does outside of a forward, by ComfyUI's names of these methods.
 
-        Each rank does it whole, so it is little: what an adapter makes of a text, once for a run.
+        Each rank computes all of it, so it must be small, such as an adapter's work on a text, once for a run.
         """
         return {}
 
     def prepare(self, inputs: Inputs) -> Inputs:
-        """The same inputs, simplified by what they hold, such as a mask that hides nothing; before they are planned."""
+        """The same inputs, simplified by their values before they are planned: a mask that hides nothing is dropped."""
         return inputs
 
     @abc.abstractmethod
     def lengths(self, arguments: Mapping[str, Any]) -> tuple[int, ...]:
-        """The token count of each stream (text, image, …) that these arguments make; it sums to the joint sequence.
+        """The token count of each stream (text, image, …) for these arguments; their sum is the joint sequence.
 
-        Only shapes are looked at. The image's stream comes last. Raises `ArgumentError` for a size that can't be.
+        It depends only on shapes. The image's stream comes last. Raises `ArgumentError` for a size that the model can't
+        take.
         """
 
     @abc.abstractmethod
     def begin(self, f: ForwardPass, **arguments: Any) -> None:
-        """Embed the arguments, and shard tokens into streams: ``f.image``, and others that blocks look for in ``f``.
+        """Embed the arguments, and shard tokens into streams: ``f.image``, and others that the blocks read from ``f``.
 
         ``x`` is [B, C, H, W] (or more sizes, or a list) in the compute dtype, ``timestep`` [B] in fp32.
         """
@@ -199,7 +200,7 @@ class DiT(nn.Module, abc.ABC):
     @property
     @abc.abstractmethod
     def trunk(self) -> Sequence[Any]:
-        """The blocks in their order: callables that take the `ForwardPass` and change its streams."""
+        """The blocks in order: callables that take the `ForwardPass` and change its streams."""
 
     @abc.abstractmethod
     def end(self, f: ForwardPass) -> Output:
@@ -208,8 +209,8 @@ class DiT(nn.Module, abc.ABC):
     def forward(self, sequence: SequenceParallel, x: Any, timestep: Tensor, **arguments: Any) -> Output:
         """One forward with the meaning of ComfyUI's ``diffusion_model(x, timestep, …)``.
 
-        Every rank passes the same arguments and gets the whole output. Raises `TypeError` for names that it lacks or
-        doesn't know.
+        Every rank passes the same arguments and gets the whole output. Raises `TypeError` for missing and unknown
+        names.
         """
         specs = self.arguments()
         wrong = arguments.keys() - specs.keys() | {
@@ -220,7 +221,7 @@ class DiT(nn.Module, abc.ABC):
         return self.run(sequence, Inputs({"x": x, "timestep": timestep, **arguments}, specs))
 
     def run(self, sequence: SequenceParallel, inputs: Inputs, cache: BlockCache | None = None) -> Output:
-        """`forward` of these inputs, with the step cache of the run that it is a step of."""
+        """`forward` of these inputs, with the step cache of their run."""
         f = ForwardPass(sequence)
         values = {name: value for name, value in inputs.items() if not isinstance(inputs.specs.get(name), Residuals)}
         self.begin(f, **values)
@@ -242,7 +243,7 @@ class DiT(nn.Module, abc.ABC):
         """What ComfyUI passes as ``timestep`` at noise level ``sigma`` (fp32, any shape)."""
 
     def sampling(self) -> dict[str, Any]:
-        """What a client has to know to begin a run: the latent's channels and shape, and the noise process."""
+        """What a client needs to begin a run: the latent's channels and shape, and the noise process."""
         latent = {"channels": self.out_channels, "latent": list(self.latent), "downscale": self.downscale}
         return {**latent, **self.process.describe()}
 
@@ -265,7 +266,7 @@ class DiT(nn.Module, abc.ABC):
 
     @property
     def blocks_at(self) -> list[str]:
-        """The names of the trunk's blocks: what fp8 multiplies in 8 bits."""
+        """The names of the trunk's blocks, whose matrices fp8 multiplies in 8 bits."""
         names = {id(module): name for name, module in self.named_modules()}
         return [names[id(block)] for block in self.trunk if id(block) in names]
 

@@ -13,6 +13,7 @@ __all__ = [
     "count_blocks",
     "fixed",
     "integer",
+    "kv_heads_of",
     "number",
     "optional_integer",
     "optional_number",
@@ -42,7 +43,7 @@ def choice(config: Mapping[str, Any], key: str, *allowed: Any) -> Any:
 
 
 def shape_of(tensors: Mapping[str, TensorInfo], key: str, dims: int) -> tuple[int, ...]:
-    """The shape of a tensor that a family can't be without; raises `ModelUnsupported`, naming it."""
+    """The shape of a required tensor; raises `ModelUnsupported`, naming it, if it is missing or of other dimensions."""
     info = tensors.get(key)
     if info is None or len(info.shape) != dims:
         found = "it is missing" if info is None else f"its shape is {list(info.shape)}"
@@ -75,7 +76,7 @@ def optional_number(config: Mapping[str, Any], key: str) -> float | None:
 
 
 def fixed(config: Mapping[str, Any], **values: Any) -> None:
-    """Raise `ModelUnsupported`, naming the key, where a configuration says something else than these values."""
+    """Raise `ModelUnsupported`, naming the key, if a configuration has another value than these."""
     for key, value in values.items():
         choice(config, key, value)
 
@@ -88,8 +89,16 @@ def width_of_heads(config: Mapping[str, Any], width_key: str, heads_key: str) ->
     return width, heads
 
 
+def kv_heads_of(config: Mapping[str, Any], key: str, heads: int) -> int:
+    """Heads of keys and values, by default as many as ``heads``, which they must divide; raises `ModelUnsupported`."""
+    count = optional_integer(config, key) or heads
+    if heads % count:
+        raise ModelUnsupported(f"config key {key!r} is {count}; it must divide the number of heads, which is {heads}")
+    return count
+
+
 def rope_axes(config: Mapping[str, Any], key: str, count: int, head_width: int) -> list[int]:
-    """How many channels of a head each axis of the positions turns; raises `ModelUnsupported`, naming the key."""
+    """How many channels of a head rotate with each axis of the positions; raises `ModelUnsupported`, naming the key."""
     axes = config.get(key)
     if not isinstance(axes, list) or len(axes) != count or any(type(n) is not int or n < 0 or n % 2 for n in axes):
         numbers = {2: "two", 3: "three", 4: "four"}[count]

@@ -1,4 +1,4 @@
-"""A ControlNet's residuals, of which each rank reads its own tokens' part."""
+"""A ControlNet's residuals; each rank reads those of its own tokens."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["Control"]
 
 
 class Control:
-    """The residuals of one forward, as they came; a rank reads its own tokens' share of one when its block is done.
+    """The residuals of one forward, as they came. A rank reads its own tokens' part of each after its block.
 
-    ``images`` are the rank's, of those that a residual [B, N, width] is for.
+    ``images`` are this rank's images of those that a residual [B, N, width] is for.
     """
 
     def __init__(self, residuals: Mapping[str, Sequence[wire.Tensor | None]], images: slice = slice(None)) -> None:
@@ -26,12 +26,12 @@ class Control:
         self._last: tuple[wire.Tensor, Tensor] | None = None
 
     def find(self, name: str, block: int) -> wire.Tensor | None:
-        """The residual for after that block, if there is one."""
+        """The residual for this block; None if there is none."""
         each = self.residuals.get(name, ())
         return each[block] if block < len(each) else None
 
     def add(self, name: str, block: int, sequence: SequenceParallel, tokens: Tensor, n: int) -> None:
-        """Add the residual for after that block to ``tokens`` [B, S, width]: this rank's part of a stream of ``n``.
+        """Add this block's residual to ``tokens`` [B, S, width], this rank's part of a stream of ``n`` tokens.
 
         A residual for fewer tokens than the stream has is for the first ones.
         """

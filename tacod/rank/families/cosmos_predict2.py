@@ -35,9 +35,9 @@ _LEAST_HEAD = 12
 
 
 class LowRank(kit.Modulation):
-    """A modulation through few channels, to which one is added that all blocks share.
+    """A modulation through few channels, plus one that all blocks share.
 
-    A layer's input is the conditioning [..., W] followed by the shared shift, scale and gate [..., 3 * W].
+    A layer's input is the conditioning [..., W], followed by the shared shift, scale and gate [..., 3 * W].
     """
 
     def __init__(self, width: int, rank: int, outputs: int) -> None:
@@ -84,9 +84,7 @@ class Block(nn.Module):
             norms=norms,
             bias=False,
         )
-        self.mlp = nn.ModuleDict(
-            {"layer1": nn.Linear(width, hidden, bias=False), "layer2": nn.Linear(hidden, width, bias=False)}
-        )
+        self.mlp = kit.MLP(width, hidden, ("layer1", "layer2"), "gelu_exact", bias=False)
         self.adaln_modulation_self_attn = LowRank(width, rank, 3 * width)
         self.adaln_modulation_cross_attn = LowRank(width, rank, 3 * width)
         self.adaln_modulation_mlp = LowRank(width, rank, 3 * width)
@@ -101,8 +99,7 @@ class Block(nn.Module):
         attended = self.cross_attn(f.image.normed(shift, scale).to(f.dtype), f.text)
         f.image.add(gate, attended.to(f.image.dtype))
         shift, scale, gate = f.modulation(self.adaln_modulation_mlp, 3)
-        normed = f.image.normed(shift, scale).to(f.dtype)
-        out = kit.feed_forward(self.mlp["layer1"], self.mlp["layer2"], normed, "gelu_exact")
+        out = self.mlp(f.image.normed(shift, scale).to(f.dtype))
         f.image.add(gate, out.to(f.image.dtype))
 
 

@@ -35,7 +35,7 @@ from tacod_client.errors import ArgumentError
 __all__ = ["EMBEDDER", "Flux"]
 
 _METHODS_OF_OTHERS = {"index_timestep_zero": "offset"}
-"""What ComfyUI's menu offers for other models, and what Flux.1 made of it up to 0.16; since then it fails with it."""
+"""Methods of other models that ComfyUI's menu offers, and what Flux.1 did with them up to 0.16; later it fails."""
 EMBEDDER = "in_layer", "out_layer"
 """The layers of `kit.MLPEmbedder` in these files."""
 _LONGCAT_AXES, _LONGCAT_CONTEXT = [1, 2], 3584
@@ -109,7 +109,7 @@ class Flux(DiT):
 
     pooled_width: int | None
     epsilon: float
-    """Of the norms of queries and keys: the authors', which ComfyUI had up to 0.13 (docs/comfyui.md)."""
+    """Epsilon of the norms of queries and keys: the authors', which ComfyUI had up to 0.13 (docs/comfyui.md)."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -244,7 +244,10 @@ class Flux(DiT):
     def begin_streams(
         self, f: ForwardPass, arguments: Mapping[str, Any], method: str, segments: Tensor | None = None
     ) -> None:
-        """Text and image, of which ``segments`` are, with references placed by ``method``; and the attention's mask."""
+        """Make the streams of text and image, with references placed by ``method``, and the attention's mask.
+
+        ``segments`` are the image's.
+        """
         x, context, mask = arguments["x"], arguments["context"], arguments.get("attention_mask")
         f.epsilon = arguments.get("qk_norm_eps", self.epsilon)
         f.mask = None if mask is None else f.sequence.in_order_of_ranks(mask, self.lengths(arguments))
@@ -281,7 +284,7 @@ class Flux(DiT):
         return latent
 
     def grids(self, arguments: Mapping[str, Any]) -> list[kit.Grid]:
-        """Of the image, and of each reference."""
+        """The grids of the image and of each reference."""
         images = [("x", arguments["x"]), *(("ref_latents", each) for each in arguments.get("ref_latents") or ())]
         return [kit.Grid(image, self.patch, name) for name, image in images]
 

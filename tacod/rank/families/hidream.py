@@ -51,18 +51,8 @@ _NAMES = [
 ]
 
 
-class SwiGLU(nn.Module):
-    """A gated feed-forward without biases."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.w1 = nn.Linear(width, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, width, bias=False)
-        self.w3 = nn.Linear(width, hidden, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Of ``x`` [..., W]."""
-        return kit.feed_forward(self.w1, self.w2, x, "swiglu", gate=self.w3)
+def _swiglu(width: int, hidden: int) -> kit.MLP:
+    return kit.MLP(width, hidden, ("w1", "w2", "w3"), "swiglu", bias=False)
 
 
 class Experts(nn.Module):
@@ -75,8 +65,8 @@ class Experts(nn.Module):
     def __init__(self, width: int, experts: int, active: int, hidden: int, shared: int) -> None:
         super().__init__()
         self.active = active
-        self.shared_experts = SwiGLU(width, shared)
-        self.experts = nn.ModuleList(SwiGLU(width, hidden) for _ in range(experts))
+        self.shared_experts = _swiglu(width, shared)
+        self.experts = nn.ModuleList(_swiglu(width, hidden) for _ in range(experts))
         register(self, "gate.weight", kit.drawn(experts, width))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,7 +121,7 @@ class Block(nn.Module):
         self.attn1: Any = Attention(width, heads, ("", "_t")[: self.streams])
         self.ff_i = Experts(width, **experts)
         if text_hidden is not None:
-            self.ff_t = SwiGLU(width, text_hidden)
+            self.ff_t = _swiglu(width, text_hidden)
 
     def forward(self, f: ForwardPass) -> None:
         """Image and text one block further. The block's own text is only attended to."""
@@ -140,16 +130,11 @@ class Block(nn.Module):
             image, text = mod[:6], mod[6:]
             own = self.attn1(states, *text[:2], "_t"), self.attn1(f.text, *text[:2], "_t")
             _, to_text, to_image = f.attend(*own, self.attn1(f.image, *image[:2])).wait()
-            self._add(f.image, image, self.attn1.to_out(to_image), self.ff_i)
-            self._add(f.text, text, self.attn1.to_out_t(to_text), self.ff_t)
+            kit.after_attention(f.image, image, self.attn1.to_out(to_image), self.ff_i)
+            kit.after_attention(f.text, text, self.attn1.to_out_t(to_text), self.ff_t)
         else:
             _, attended = f.attend(self.attn1(states, *mod[:2]), self.attn1(f.joint, *mod[:2])).wait()
-            self._add(f.joint, mod, self.attn1.to_out(attended), self.ff_i)
-
-    @staticmethod
-    def _add(stream: Stream, mod: Sequence[Tensor], attended: Tensor, feed_forward: Any) -> None:
-        stream.add(mod[2], attended)
-        stream.add(mod[5], feed_forward(stream.normed(*mod[3:5])))
+            kit.after_attention(f.joint, mod, self.attn1.to_out(attended), self.ff_i)
 
 
 class HiDream(DiT):

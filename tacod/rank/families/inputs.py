@@ -1,4 +1,4 @@
-"""What a forward takes: a spec for each argument, and the values of one forward as one immutable `Inputs`."""
+"""The arguments of a forward: a spec for each, and the values of one forward as one immutable `Inputs`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["Argument", "Inputs", "Number", "Numbers", "Places", "Residuals", "Sp
 
 @dataclass(frozen=True)
 class Argument:
-    """What a forward's argument must look like.
+    """The spec of a forward's argument.
 
-    ``shape`` holds an int for a fixed size and a name for a free one; the same name means the same size in every
-    argument of one forward. ``"B"`` is the batch, along which images go to ranks; a tensor without it is whole on every
-    rank. ``None`` stands for a value that is no tensor.
+    ``shape`` has an int for a fixed size and a name for a free one; the same name means the same size in every argument
+    of one forward. ``"B"`` is the batch: ranks get images along it, and a tensor without it is whole on every rank.
+    ``None`` is for values that are not tensors.
     """
 
     shape: tuple[int | str, ...] | None
@@ -31,25 +31,25 @@ class Argument:
     """With ``many``: the list has exactly one tensor of ``shape``, then one of each of these, such as video and sound.
     Each has ``"B"`` where ``shape`` has it."""
     choices: tuple[str, ...] = ()
-    """For ``shape=None``: the strings it may be."""
+    """For ``shape=None``: the allowed strings."""
     also: Mapping[str, str] = field(default_factory=dict)
-    """Other strings that it may be, each with the choice that it stands for."""
+    """Other allowed strings, each with the choice that it means."""
     mask: bool = False
-    """Added to scores; it may be boolean too, where false hides what it stands for."""
+    """Added to scores; it may be boolean too, then false hides a key."""
     keys: bool = False
-    """A key mask, which says of each token whether it counts. It becomes boolean: integers are true if not 0, floats if
-    they are 0, for they are added to scores."""
+    """A key mask: whether each token counts. It becomes boolean: integers are true if not 0, and floats if they are 0,
+    because these are added to scores."""
     fp32: bool = False
-    """It stays fp32, whatever the model computes in: what is embedded there, such as timesteps and guidance."""
+    """It stays in fp32 whatever the compute dtype is, such as timesteps and guidance."""
     shared: bool = False
     """Its batch may also be 1, which broadcasts."""
     rows: int = 0
-    """It numbers rows of a table of so many: whole numbers, which come as int64."""
+    """Its values are row numbers of a table with this many rows, and become int64; 0 for other arguments."""
     per: str = ""
-    """A free size that ``shape`` may also end with: a timestep for each frame instead of one for all."""
+    """A free size that ``shape`` may have at its end: a timestep for each frame instead of one for all."""
 
     def shape_for(self, dims: int) -> tuple[int | str, ...] | None:
-        """``shape``, with ``per`` behind it for a tensor that has so many dimensions."""
+        """``shape``, with ``per`` at its end for a tensor with that many dimensions."""
         if self.shape is not None and self.per and dims == len(self.shape) + 1:
             return (*self.shape, self.per)
         return self.shape
@@ -61,13 +61,13 @@ class Argument:
 
     @property
     def members(self) -> list[Argument] | None:
-        """The specs of a list's tensors; None for a list of any number of tensors of one shape."""
+        """The specs of a list's tensors; None if the list may have any number of tensors of one shape."""
         if not self.others:
             return None
         return [replace(self, shape=shape, many=False, others=()) for shape in (self.shape, *self.others)]
 
     def images(self, value: Any, part: slice) -> Any:
-        """Some images' part of a tensor, or of each in a list; a batch of 1 that broadcasts stays whole."""
+        """Some images of a tensor, or of each in a list; a batch of 1 that broadcasts stays whole."""
         if isinstance(value, list):
             return [self.images(each, part) for each in value]
         axis = self.batch_axis
@@ -78,7 +78,7 @@ class Argument:
 
 @dataclass(frozen=True)
 class Numbers:
-    """An argument that is a map of numbers by these names; none of them has to be there."""
+    """An argument that is a map of numbers with these names; each may be left out."""
 
     names: tuple[str, ...]
     required: bool = False
@@ -95,22 +95,22 @@ class Number:
 
 @dataclass(frozen=True)
 class Residuals:
-    """What a ControlNet adds to the image's tokens after each block, as ComfyUI's ``control`` has it.
+    """What a ControlNet adds to the image's tokens after each block, as in ComfyUI's ``control``.
 
-    A map of lists of [B or 1, N, width] tensors or None, one for each block; the first ones count if there are more.
+    It is a map of lists of [B or 1, N, width] tensors or None, one for each block; a longer list's end is ignored.
     """
 
     width: int
     blocks: Mapping[str, int]
     """How many blocks each list is for."""
     whole: bool = False
-    """Each must be for all of the image's tokens; else it may be for the first ones."""
+    """Whether each must be for all of the image's tokens; otherwise it may be for the first ones."""
     required: bool = False
 
 
 @dataclass(frozen=True)
 class Places:
-    """An argument that is a list of places in a sequence: whole numbers that don't fall, from 0 to its length.
+    """An argument that is a list of places in a sequence: non-decreasing whole numbers from 0 to its length.
 
     They are the same for all images of a forward.
     """
@@ -122,17 +122,17 @@ class Places:
 
 @dataclass(frozen=True)
 class Unread:
-    """An argument that ComfyUI passes and the network doesn't look at: whatever it holds is left out."""
+    """An argument that ComfyUI passes and the network ignores: its value is dropped."""
 
     required: bool = False
 
 
 Spec = Argument | Number | Numbers | Places | Residuals | Unread
-"""What one argument of a forward must look like."""
+"""The spec of one argument of a forward."""
 
 
 class Inputs(Mapping[str, Any]):
-    """The arguments of one forward on this rank's device, by name; None and what is `Unread` are as good as absent.
+    """The arguments of one forward on this rank's device, by name; None and `Unread` values are left out.
 
     Values are tensors, lists of tensors, numbers, strings, maps of numbers, and a `Control`.
     """
@@ -176,11 +176,11 @@ class Inputs(Mapping[str, Any]):
 
     @property
     def key(self) -> Hashable:
-        """What a CUDA graph is for: shapes and dtypes of tensors, and all else as it is."""
+        """What a CUDA graph depends on: shapes and dtypes of tensors, and all other values."""
         return tuple((name, _key(value)) for name, value in sorted(self._values.items()))
 
     def replace(self, **values: Any) -> Inputs:
-        """The same with other values; None takes one away."""
+        """The same with other values; None removes one."""
         return Inputs({**self._values, **values}, self.specs)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
@@ -188,7 +188,7 @@ class Inputs(Mapping[str, Any]):
         return Inputs({name: _map(value, change) for name, value in self._values.items()}, self.specs)
 
     def images(self, part: slice) -> Inputs:
-        """Some images' part of everything."""
+        """The inputs of some images."""
         values = {}
         for name, value in self._values.items():
             spec = self.specs.get(name)
@@ -198,13 +198,13 @@ class Inputs(Mapping[str, Any]):
         return Inputs(values, self.specs)
 
     def copy_(self, other: Inputs) -> None:
-        """Fill the tensors of this one with those of another one of the same `key`."""
+        """Copy another one's tensors into this one's; both have the same `key`."""
         for mine, theirs in zip(self.tensors, (each for name in self for each in _tensors(other[name])), strict=True):
             mine.copy_(theirs)
 
     @staticmethod
     def stack(several: Sequence[Inputs], images: int) -> Inputs | None:
-        """Several inputs, of so many images each, as one batch; None if names, shapes or what they share differ."""
+        """Several inputs, each with this many images, as one batch; None if names, shapes or shared values differ."""
         first = several[0]
         if any(set(each) != set(first) for each in several):
             return None

@@ -16,7 +16,17 @@ from torch.nn import functional
 from tacod.checkpoint import TensorInfo
 from tacod.rank.families import kit
 from tacod.rank.families.base import DiT
-from tacod.rank.families.config import choice, count_blocks, fixed, integer, number, rope_axes, shape_of, width_of_heads
+from tacod.rank.families.config import (
+    choice,
+    count_blocks,
+    fixed,
+    integer,
+    kv_heads_of,
+    number,
+    rope_axes,
+    shape_of,
+    width_of_heads,
+)
 from tacod.rank.families.inputs import Argument, Spec
 from tacod.rank.families.latents import WAN21
 from tacod.rank.families.names import Names
@@ -24,14 +34,13 @@ from tacod.rank.families.noise import Flow
 from tacod.rank.families.stream import ForwardPass, Stream
 from tacod.rank.ops.norm import Norm
 from tacod.rank.ops.qkv import QKV, Rotation
-from tacod_client.errors import ModelUnsupported
 
 __all__ = ["Krea2"]
 
 _EPSILON = 1e-5
 _PATCH = (1, 2, 2)
 _TEXT_BLOCKS = 2
-"""Over a token's layers, and as many over the tokens."""
+"""Blocks over a token's layers, and as many over the tokens."""
 _MULTIPLIER = 4
 _PUBLISHED = {"features": 6144, "heads": 48, "kvheads": 12, "txtdim": 2560, "txtheads": 20, "txtkvheads": 20}
 _METHODS = "index", "index_timestep_zero"
@@ -43,7 +52,7 @@ _UNMODULATED: tuple[Tensor | None, ...] = (None,) * 6
 
 
 class CentredScale(nn.Module):
-    """The weight of an RMS norm, which files hold minus 1 and which counts in fp32."""
+    """The weight of an RMS norm, which files store minus 1; it is used in fp32."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -56,7 +65,7 @@ class CentredScale(nn.Module):
 
 
 class Attention(kit.SelfAttention):
-    """Self-attention whose output is gated, channel by channel, by what it attends from."""
+    """Self-attention whose output is gated, channel by channel, by a layer of its input."""
 
     def __init__(self, width: int, heads: int, kv_heads: int) -> None:
         super().__init__(
@@ -89,8 +98,7 @@ class Block(nn.Module):
         hidden = _hidden(width, multiplier)
         self.prenorm, self.postnorm = CentredScale(width), CentredScale(width)
         self.attn = Attention(width, heads, kv_heads)
-        sizes = {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
-        self.mlp = nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()})
+        self.mlp = kit.MLP(width, hidden, ("gate", "down", "up"), "swiglu", bias=False)
         if modulated:
             self.mod = nn.ParameterDict({"lin": torch.zeros(6 * width)})
 
@@ -101,20 +109,18 @@ class Block(nn.Module):
     def advance(
         self, stream: Stream, attend: Callable[..., Any], modulation: Sequence[Tensor | None] = _UNMODULATED
     ) -> None:
-        """A stream one block further; ``attend`` is `ForwardPass.attend` or looks like it."""
+        """Change a stream by this block; ``attend`` is `ForwardPass.attend` or takes the same arguments."""
         scale, shift, gate, mlp_scale, mlp_shift, mlp_gate = modulation
         normed = stream.normed(shift, scale, norm=self.prenorm.norm)
         attention = attend((stream, lambda: self.attn(normed, stream.rotation)), overlap=True)
         opened = self.attn.gate(normed).sigmoid()
         (attended,) = attention.wait()
         stream.add(gate, self.attn.project(attended * opened))
-        normed = stream.normed(mlp_shift, mlp_scale, norm=self.postnorm.norm)
-        mlp = self.mlp
-        stream.add(mlp_gate, kit.feed_forward(mlp["gate"], mlp["down"], normed, "swiglu", gate=mlp["up"]))
+        stream.add(mlp_gate, self.mlp(stream.normed(mlp_shift, mlp_scale, norm=self.postnorm.norm)))
 
 
 class Alone:
-    """Attention within sequences that this rank has whole; it stands for `ForwardPass.attend`."""
+    """Attention within sequences that this rank has whole, in the place of `ForwardPass.attend`."""
 
     def __init__(self, projection: tuple[Stream, Callable[[], QKV]], overlap: bool = False) -> None:
         self._qkv = projection[1]()
@@ -126,7 +132,7 @@ class Alone:
 
 
 class TextFusion(nn.Module):
-    """Makes one vector of a token's layers, and refines the tokens among themselves."""
+    """Makes one vector of each token's layers, and refines the tokens by attention among them."""
 
     layerwise_blocks: Any
     refiner_blocks: Any
@@ -140,7 +146,7 @@ class TextFusion(nn.Module):
         self.projector = nn.Linear(layers, 1, bias=False)
 
     def fuse(self, context: Tensor) -> Tensor:
-        """Some tokens [B, S, layers * width], each by itself: [B, S, width]."""
+        """Some tokens [B, S, layers * width], each on its own: [B, S, width]."""
         stream = Stream(torch.unflatten(context, -1, (self.layers, -1)).flatten(0, 1), (self.layers,))
         for block in self.layerwise_blocks:
             block.advance(stream, Alone)
@@ -226,15 +232,15 @@ class Krea2(DiT):
         multiplier = integer(config, "multiplier", _MULTIPLIER)
 
         self.first = nn.Linear(self.channels * 4, width)
-        self.tmlp = nn.Sequential(nn.Linear(self.time_width, width), nn.GELU("tanh"), nn.Linear(width, width))
+        self.tmlp = kit.MLP(self.time_width, width, ("0", "2"), outputs=width)
         self.tproj = nn.Sequential(nn.GELU("tanh"), nn.Linear(width, 6 * width))
         self.txtfusion = TextFusion(
-            self.text_layers, text, text_heads, _kv_heads(config, "txtkvheads", text_heads), multiplier
+            self.text_layers, text, text_heads, kv_heads_of(config, "txtkvheads", text_heads), multiplier
         )
         self.txtmlp = nn.Sequential(
             CentredScale(text), nn.Linear(text, width), nn.GELU("tanh"), nn.Linear(width, width)
         )
-        kv_heads = _kv_heads(config, "kvheads", heads)
+        kv_heads = kv_heads_of(config, "kvheads", heads)
         self.blocks = nn.ModuleList(
             Block(width, heads, kv_heads, multiplier, modulated=True)
             for _ in range(integer(config, "layers", 28, most=1024))
@@ -303,7 +309,7 @@ class Krea2(DiT):
         now = arguments["timestep"]
         # Row 1 is that of references at time 0.
         times = torch.stack((now, 0 * now), dim=1) if still else now[:, None]
-        vectors = kit.feed_forward(self.tmlp[0], self.tmlp[2], kit.sinusoid(1000 * times, self.time_width).to(x.dtype))
+        vectors = self.tmlp(kit.sinusoid(1000 * times, self.time_width).to(x.dtype))
         f.modulations = self.tproj(vectors)
         f.conditioning = vectors[:, :1]
 
@@ -343,7 +349,7 @@ class Krea2(DiT):
         return method
 
     def _grids(self, arguments: Mapping[str, Any]) -> list[kit.Grid]:
-        """Of the image, and of each reference that counts: ComfyUI leaves them out where no method is given."""
+        """The grids of the image and of its references; ComfyUI ignores references if no method is given."""
         references = arguments.get("ref_latents") if self._method(arguments) is not None else None
         image = kit.Grid(arguments["x"], _PATCH)
         return [image, *(kit.Grid(each, _PATCH, "ref_latents") for each in references or ())]
@@ -362,12 +368,3 @@ def _heads(tensors: Mapping[str, TensorInfo], attention: str) -> tuple[int, int]
     (head,) = shape_of(tensors, f"{attention}.qknorm.qnorm.scale", 1)
     queries, keys = (shape_of(tensors, f"{attention}.{layer}.weight", 2)[0] for layer in ("wq", "wk"))
     return queries // max(head, 1), keys // max(head, 1)
-
-
-def _kv_heads(config: Mapping[str, Any], key: str, heads: int) -> int:
-    kv_heads = integer(config, key)
-    if heads % kv_heads:
-        raise ModelUnsupported(
-            f"config key {key!r} is {kv_heads}; it must divide the number of heads, which is {heads}"
-        )
-    return kv_heads

@@ -16,7 +16,7 @@ _DEVIATION = (
 )  # fmt: skip
 
 WAN21 = LatentFormat(tuple(1 / deviation for deviation in _DEVIATION), _MEAN)
-"""Of the VAE of Wan 2.1 (16 channels, 8 pixels a cell), which Qwen-Image and Krea 2 have too."""
+"""Of Wan 2.1's VAE (16 channels, 8 pixels a cell), which Qwen-Image and Krea 2 use too."""
 
 _MEAN_21 = (
     0.5126, 0.7721, -0.0631, 1.3506, -0.7855, -2.1025, -0.3458, 1.3722,

@@ -23,6 +23,7 @@ from tacod.rank.families.config import (
     count_blocks,
     fixed,
     integer,
+    kv_heads_of,
     number,
     optional_integer,
     rope_axes,
@@ -97,25 +98,25 @@ class FinalLayer(nn.Module):
 
 @dataclass(frozen=True)
 class Part:
-    """A text or an image in its stream, and the pads behind it."""
+    """A text or an image within its stream, with the padding behind it."""
 
     tensor: Any
-    """None if there are only pads."""
+    """None if there is only padding."""
     tokens: int
     pads: int
     index: int
     """Its position on the first axis; a text's first token is the next one."""
     now: bool
-    """Whether it has the forward's time; references have time 0."""
+    """Whether it has the forward's timestep; references have time 0."""
 
     @property
     def length(self) -> int:
-        """With its pads."""
+        """Its tokens with the padding."""
         return self.tokens + self.pads
 
 
 class Lumina2(DiT):
-    """``config`` is ComfyUI's ``unet_config``; its ``z_image_modulation`` tells Z-Image from Lumina 2."""
+    """``config`` is ComfyUI's ``unet_config``; its ``z_image_modulation`` distinguishes Z-Image from Lumina 2."""
 
     family: ClassVar[str] = "lumina2"
     title = "Z-Image, Lumina 2"
@@ -193,9 +194,7 @@ class Lumina2(DiT):
         super().__init__()
         fixed(config, qk_norm=True, norm_eps=_EPSILON)
         self.width, self.heads = width, heads = width_of_heads(config, "dim", "n_heads")
-        kv_heads = optional_integer(config, "n_kv_heads") or heads
-        if heads % kv_heads:
-            raise ModelUnsupported(f"config key 'n_kv_heads' is {kv_heads}; it must divide 'n_heads', which is {heads}")
+        kv_heads = kv_heads_of(config, "n_kv_heads", heads)
         self.patch = integer(config, "patch_size", 2)
         self.channels = self.out_channels = integer(config, "in_channels")
         self.context_width = integer(config, "cap_feat_dim")

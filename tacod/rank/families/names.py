@@ -30,7 +30,7 @@ FUSED_NAMES = {
     "to_kv": ("to_k", "to_v"),
     "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
 }
-"""Layers into which diffusers puts others together (``fuse_qkv_projections``), their rows in this order."""
+"""Layers that diffusers makes of several (``fuse_qkv_projections``), whose rows they have in this order."""
 _KINDS = (".weight", ".bias", "")
 _HEADS = ("q", "k", "v")
 _CHOICES = re.compile(r"\{([^}]*)\}|\[([^\]]*)\]")
@@ -38,11 +38,11 @@ _CHOICES = re.compile(r"\{([^}]*)\}|\[([^\]]*)\]")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor of diffusers' layout lies in that of the single file: all of ``key``, or some of its rows."""
+    """Where a tensor of diffusers' layout is in the single file: all of ``key``, or some of its rows."""
 
     key: str
     rows: tuple[int, int] | None = None
-    """First row and number of rows, where the single file fuses what diffusers keeps apart (q, k, v)."""
+    """First row and number of rows, if the single file fuses layers that diffusers keeps apart (q, k, v)."""
     swap: bool = False
     """Whether the two halves of the rows are exchanged (scale and shift of a final modulation)."""
     flat: bool = False
@@ -60,9 +60,9 @@ class _Rule:
 
 
 class Names:
-    """A table of names; or several, for models of one family that are spelled in several ways.
+    """A table of names; or several, for models of one family with different spellings.
 
-    Of several that one counts that has most of the names which are asked for.
+    Of several tables, the one with most of the requested names is used.
     """
 
     def __init__(self, table: str, *others: str) -> None:
@@ -80,7 +80,7 @@ class Names:
         return bool(self._by_theirs)
 
     def layout(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Place]:
-        """Their name of each parameter, and where it lies, for a model's own names and shapes."""
+        """For a model's own names and shapes: diffusers' name of each parameter, and its place."""
         return max((table._layout(shapes) for table in self._tables), key=len)
 
     def _layout(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Place]:
@@ -95,7 +95,7 @@ class Names:
         return places
 
     def ours(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
-        """Our names and shapes of a file's tensors under their names; what the table hasn't is left out."""
+        """Our names and shapes of tensors under diffusers' names; those that the table lacks are left out."""
         found: dict[str, list[Sequence[int]]] = {}
         table = self._table(shapes)
         for name, shape in shapes.items():
@@ -109,7 +109,10 @@ class Names:
         }
 
     def lacks(self, names: Collection[str]) -> list[str]:
-        """What a file of theirs lacks of layers outside blocks, and of its first block that the second one has."""
+        """The names that a file of diffusers' lacks.
+
+        These are names of layers outside blocks, and of its first block if the second one has them.
+        """
         given = set(names)
 
         def has(pattern: str, number: str) -> bool:
@@ -122,14 +125,14 @@ class Names:
         ]
 
     def knows(self, name: str) -> bool:
-        """Whether a table has a tensor's name of theirs."""
+        """Whether a table has this name of diffusers'."""
         return any(table._has(name) for table in self._tables)
 
     def _has(self, name: str) -> bool:
         return any(pattern in self._by_theirs for pattern, _, _ in _patterns(name))
 
     def _table(self, theirs: Collection[str]) -> Names:
-        """The one that counts for a file of these names."""
+        """The table to use for a file with these names."""
         return max(self._tables, key=lambda table: sum(map(table._has, theirs)))
 
 

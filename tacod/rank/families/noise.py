@@ -15,19 +15,19 @@ class Process(abc.ABC):
     """Latents are in the model's space, in fp32; ``sigma`` is a scalar."""
 
     sigma_max: ClassVar[float]
-    """No noise level is above it."""
+    """The largest noise level."""
 
     @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What clients make noise levels by: ``prediction``, and for a schedule of training its terms in diffusers."""
+        """What clients need to make noise levels: ``prediction``, and a training schedule's terms as in diffusers."""
 
     @abc.abstractmethod
     def start(self, noise: Tensor, latent: Tensor, sigma: Tensor) -> Tensor:
-        """Where a run begins: ``latent`` with standard normal ``noise`` of level ``sigma``."""
+        """The first x of a run: ``latent`` with standard normal ``noise`` of level ``sigma``."""
 
     @abc.abstractmethod
     def finish(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The latent of a run that ended at ``sigma``."""
+        """The latent at the end of a run that ended at ``sigma``."""
 
     @abc.abstractmethod
     def scale(self, x: Tensor, sigma: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ class Process(abc.ABC):
 
     @abc.abstractmethod
     def clean(self, x: Tensor, sigma: Tensor, out: Tensor) -> Tensor:
-        """The clean latent that the model's output ``out`` means."""
+        """The clean latent for the model's output ``out``."""
 
 
 class Flow(Process):

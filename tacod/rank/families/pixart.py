@@ -26,6 +26,7 @@ from tacod.rank.families.config import (
     optional_integer,
     optional_number,
     shape_of,
+    width_of_heads,
 )
 from tacod.rank.families.inputs import Argument, Spec
 from tacod.rank.families.names import Names
@@ -37,8 +38,9 @@ from tacod_client.errors import ArgumentError, ModelUnsupported
 __all__ = ["PixArt"]
 
 _ALPHA, _SIGMA = "pixart_alpha", "pixart_sigma"
+_PUBLISHED = {"hidden_size": 1152, "num_heads": 16}
 _UNIT = 64
-"""The side in latents (512 pixels) that positions are counted in."""
+"""The unit of positions: a side of 64 latents (512 pixels)."""
 _PROCESS = Epsilon(1e-4, 2e-2)
 
 
@@ -47,16 +49,8 @@ def _log_levels(device: torch.device) -> Tensor:
     return _PROCESS.levels.log().float().to(device)
 
 
-class Mlp(nn.Module):
-    """The feed-forward part of a block, and the projection of the text."""
-
-    def __init__(self, inputs: int, hidden: int, width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(inputs, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return kit.feed_forward(self.fc1, self.fc2, x)
+_LAYERS = "fc1", "fc2"
+"""The layers of `kit.MLP` in these files."""
 
 
 class Block(nn.Module):
@@ -66,7 +60,7 @@ class Block(nn.Module):
         super().__init__()
         self.attn = kit.SelfAttention(width, heads)
         self.cross_attn = kit.CrossAttention(width, heads)
-        self.mlp = Mlp(width, hidden, width)
+        self.mlp = kit.MLP(width, hidden, _LAYERS)
         self.scale_shift_table = kit.drawn(6, width)
 
     def forward(self, f: ForwardPass) -> None:
@@ -79,14 +73,14 @@ class Block(nn.Module):
 
 
 class Caption(nn.Module):
-    """The text's features in the model's width.
+    """Projects the text's features to the model's width.
 
-    ``y_embedding`` stands for no text in training; files hold it, a forward doesn't look at it.
+    ``y_embedding`` stands for no text in training; files hold it, and forwards don't use it.
     """
 
     def __init__(self, inputs: int, width: int, tokens: int | None) -> None:
         super().__init__()
-        self.y_proj = Mlp(inputs, width, width)
+        self.y_proj = kit.MLP(inputs, width, _LAYERS, outputs=width)
         if tokens is not None:
             self.register_buffer("y_embedding", torch.zeros(tokens, inputs))
 
@@ -131,7 +125,7 @@ class PixArt(DiT):
     image_models: ClassVar[tuple[str, ...]] = (_ALPHA, _SIGMA)
     process = _PROCESS
     latent_format = LatentFormat(0.13025, 0.0)
-    """Sigma's, which has the VAE of SDXL; an alpha's own is that of Stable Diffusion 1."""
+    """Sigma's, with the VAE of SDXL; an alpha's own is that of Stable Diffusion 1."""
     diffusers_optional = frozenset(
         f"adaln_single.emb.{kind}_embedder.linear_{n}" for kind in ("resolution", "aspect_ratio") for n in (1, 2)
     )
@@ -158,8 +152,8 @@ class PixArt(DiT):
         fixed(config, qk_norm=False, kv_compress_config=None)
         if _model(config) == _ALPHA:
             self.latent_format = LatentFormat(0.18215, 0.0)
-        self.heads = integer(config, "num_heads", 16)
-        self.width = width = _width(config, self.heads)
+        self.width, self.heads = width, _ = width_of_heads({**_PUBLISHED, **config}, "hidden_size", "num_heads")
+        _check_width(config, width)
         self.patch = integer(config, "patch_size", 2, most=_UNIT)
         self.channels = self.out_channels = integer(config, "in_channels", 4)
         self.context_width = integer(config, "caption_channels", 4096)
@@ -313,7 +307,7 @@ def _side(x: Any) -> int:
 
 
 def _base(x: Any, patch: int) -> int:
-    """How far positions reach along either side, before interpolation: its patches if it were a whole unit, or so."""
+    """The largest position along a side before interpolation: the image's size in units, rounded, in patches."""
     return round(_side(x) / _UNIT) * _UNIT // patch
 
 
@@ -341,14 +335,10 @@ def _is_sized(config: Mapping[str, Any]) -> bool:
     return sized
 
 
-def _width(config: Mapping[str, Any], heads: int) -> int:
-    width = integer(config, "hidden_size", 1152)
-    if width % heads:
-        raise ModelUnsupported(f"config key 'num_heads' is {heads}; it must divide 'hidden_size', which is {width}")
+def _check_width(config: Mapping[str, Any], width: int) -> None:
     parts = 12 if _is_sized(config) else 4
     if width % parts:
         raise ModelUnsupported(
             f"config key 'hidden_size' is {width}; it must be a multiple of {parts}, for positions take it in four "
             "parts and micro-conditions in three"
         )
-    return width

@@ -34,25 +34,12 @@ _METHODS = ("index", _AT_TIME_ZERO, "negative_index", "offset")
 """Where references lie: on planes 1, 2, …, the same with the modulation of time 0 (Edit-2511), on planes -1, -2, …
 (Layered), or beside each other on plane 1."""
 _MARK_2511 = "__index_timestep_zero__"
-"""An empty tensor by which ComfyUI's files of Edit-2511 are told."""
+"""An empty tensor that marks ComfyUI's files of Edit-2511."""
 _LAYER = "time_text_embed.addition_t_embedding.weight"
 
 
-class FeedForward(nn.Module):
-    """The MLP of one stream."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        register(self, "net.0.proj", nn.Linear(width, 4 * width))
-        register(self, "net.2", nn.Linear(4 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, S, W] to [B, S, W]."""
-        return kit.feed_forward(find(self, "net.0.proj"), find(self, "net.2"), x)
-
-
 class Attention(kit.SelfAttention):
-    """The image's layers; those of the text stand beside them."""
+    """The image's layers, with the text's layers in the same module."""
 
     def __init__(self, width: int, heads: int) -> None:
         norms = "norm_q.weight", "norm_k.weight"
@@ -79,7 +66,7 @@ class Block(nn.Module):
         super().__init__()
         self.img_mod, self.txt_mod = kit.AdaLN(width, 6 * width), kit.AdaLN(width, 6 * width)
         self.attn = Attention(width, heads)
-        self.img_mlp, self.txt_mlp = FeedForward(width), FeedForward(width)
+        self.img_mlp, self.txt_mlp = (kit.MLP(width, 4 * width, ("net.0.proj", "net.2")) for _ in range(2))
         self.last = last
         if last:
             for unread in (self.txt_mlp, find(self.attn, "to_add_out")):
@@ -93,11 +80,9 @@ class Block(nn.Module):
             (f.image, lambda: self.attn(f.image.normed(*image[:2]), f.image.rotation)),
             mask=f.mask,
         ).wait()
-        f.image.add(image[2], self.attn.project(to_image))
-        f.image.add(image[5], self.img_mlp(f.image.normed(*image[3:5])))
+        kit.after_attention(f.image, image, self.attn.project(to_image), self.img_mlp)
         if not self.last:
-            f.text.add(text[2], find(self.attn, "to_add_out")(to_text))
-            f.text.add(text[5], self.txt_mlp(f.text.normed(*text[3:5])))
+            kit.after_attention(f.text, text, find(self.attn, "to_add_out")(to_text), self.txt_mlp)
 
 
 class QwenImage(DiT):
@@ -222,7 +207,7 @@ class QwenImage(DiT):
         }
 
     def prepare(self, inputs: Inputs) -> Inputs:
-        """Without the end of the text that no image sees; a token's position is its place in the text."""
+        """Drop the end of the text that no image attends to; a token's position is its place in the text."""
         return kit.drop_hidden(inputs, "attention_mask", "context", only_last=True)
 
     def lengths(self, arguments: Mapping[str, Any]) -> tuple[int, int]:
@@ -270,7 +255,7 @@ class QwenImage(DiT):
             f.mask = f.sequence.in_order_of_ranks(whole, lengths)
 
     def _conditioning(self, t: Tensor, arguments: Mapping[str, Any]) -> Tensor:
-        """What the modulations are of at times ``t`` [B]: [B, W]."""
+        """The conditioning of the modulations at times ``t`` [B]: [B, W]."""
         embedded = self.time_text_embed.numbers(t, arguments["x"].dtype, scale=1000.0)
         if self.layered:
             row = arguments.get("additional_t_cond")
@@ -300,7 +285,7 @@ class QwenImage(DiT):
 
 
 def _usual_method(layered: bool, at_time_zero: bool) -> str:
-    """Where a model's references lie if nobody says."""
+    """Where a model's references lie by default."""
     return "negative_index" if layered else _AT_TIME_ZERO if at_time_zero else "index"
 
 

@@ -1,6 +1,7 @@
 """Qwen-Image 2.1 (Qwen team): one causal sequence of text and reference images, and the image that attends to it.
 
-Text and references are modulated as at time 0 and don't see the image. Parameters are named as in ComfyUI's files.
+Text and references have the modulation of time 0 and don't attend to the image. Parameters are named as in ComfyUI's
+files.
 """
 
 from __future__ import annotations
@@ -30,28 +31,8 @@ _AXES = [16, 56, 56]
 _THETA = 10000
 
 
-class SwiGLU(nn.Module):
-    """SwiGLU, whose first two layers files have as one or apart."""
-
-    def __init__(self, width: int, hidden: int, fused: bool) -> None:
-        super().__init__()
-        self.fused = fused
-        if fused:
-            self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
-        else:
-            self.gate_layer = nn.Linear(width, hidden, bias=False)
-            self.proj = nn.Linear(width, hidden, bias=False)
-        self.out = nn.Linear(hidden, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """On [B, S, W]."""
-        if self.fused:
-            return kit.feed_forward(self.gate_up, self.out, x, "swiglu")
-        return kit.feed_forward(self.gate_layer, self.out, x, "swiglu", gate=self.proj)
-
-
 class Block(nn.Module):
-    """Attention and SwiGLU with the weights and modulations that all tokens, and all blocks, share."""
+    """Attention and SwiGLU; all blocks share one set of modulations."""
 
     def __init__(self, width: int, heads: int, hidden: int, fused: bool) -> None:
         super().__init__()
@@ -66,7 +47,9 @@ class Block(nn.Module):
             out_bias=False,
             epsilon=_EPSILON,
         )
-        self.img_mlp = SwiGLU(width, hidden, fused)
+        # Files have the MLP's first layer and its gate as one or apart.
+        names = ("gate_up", "out") if fused else ("gate_layer", "out", "proj")
+        self.img_mlp = kit.MLP(width, hidden, names, "swiglu", bias=False)
 
     def forward(self, f: ForwardPass) -> None:
         """The prefix and the image one block further, each in an attention of its own: only the first has a mask."""
@@ -85,7 +68,7 @@ class Block(nn.Module):
 
 
 class TextIn(nn.Module):
-    """The text's embedder; its norm's weight is stored minus 1 and counts in fp32."""
+    """The text's embedder; its norm's weight is stored minus 1 and used in fp32."""
 
     def __init__(self, context_width: int, width: int) -> None:
         super().__init__()

@@ -47,7 +47,7 @@ class Half(nn.Module):
         if dual:
             self.attn2 = attention("proj")
         if not last:
-            self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
+            self.mlp = kit.MLP(width, 4 * width, ("fc1", "fc2"))
         self.parts = 2 if last else 9 if dual else 6
         self.adaLN_modulation = kit.AdaLN(width, self.parts * width)
 
@@ -75,9 +75,9 @@ class JointBlock(nn.Module):
             attention.start()
             f.image.add(image_mod[8], image.attn2.project(*own.wait()))
         to_text, to_image = attention.wait()
-        kit.after_attention(f.image, image_mod, image.attn, to_image, image.mlp["fc1"], image.mlp["fc2"])
+        kit.after_attention(f.image, image_mod, image.attn.project(to_image), image.mlp)
         if not self.last:
-            kit.after_attention(f.text, text_mod, text.attn, to_text, text.mlp["fc1"], text.mlp["fc2"])
+            kit.after_attention(f.text, text_mod, text.attn.project(to_text), text.mlp)
 
 
 class SD3(DiT):

@@ -44,14 +44,14 @@ class Stream(Residual):
 
 
 class Attention:
-    """The handle of an attention that streams share; what is computed between its calls overlaps communication."""
+    """The handle of an attention that streams share; work between its calls overlaps communication."""
 
     def __init__(self, attention: JointAttention, sizes: Sequence[int]) -> None:
         self._attention = attention
         self._sizes = list(sizes)
 
     def start(self) -> None:
-        """Attend, once everything has arrived, and begin to send results back."""
+        """Attend, and begin to send results back."""
         self._attention.start()
 
     def wait(self) -> tuple[Tensor, ...]:
@@ -60,17 +60,18 @@ class Attention:
 
 
 class ForwardPass:
-    """One forward on one rank. Families keep in attributes of their own what their blocks need besides."""
+    """One forward on one rank. Families add attributes of their own for what their blocks share."""
 
     image: Stream
-    """The stream that the output is made of, and that residuals and the step cache are for."""
+    """The stream of the output; residuals and the step cache are for it."""
 
     def __init__(self, sequence: SequenceParallel) -> None:
         self.sequence = sequence
         self.joined: tuple[Stream, list[Stream]] | None = None
-        """While streams are one: that one, and those that it was made of."""
+        """While streams are joined: the joint stream, and those that it is made of."""
         self.outputs: tuple[Stream, ...] = ()
-        """Of a family with several latents the streams of all: ``image``, and others that aren't joined to it."""
+        """For a family with several latents, the streams of all of them: ``image``, and others that aren't joined to
+        it."""
         self._modulation: dict[Any, Tensor] = {}
 
     if TYPE_CHECKING:
@@ -88,8 +89,8 @@ class ForwardPass:
     ) -> Stream:
         """A stream of this rank's chunk of ``tokens`` [B, N, W], which every rank has whole.
 
-        ``embed`` is applied to the chunk alone. ``rotation`` gets a function that takes this rank's chunk of a tensor
-        [N, ...], and gives the rotation of these tokens. ``segments`` [N] has the row of the modulation of each token.
+        ``embed`` is applied to the chunk only. ``rotation`` gets a function that takes this rank's chunk of a tensor
+        [N, ...], and returns the rotation of these tokens. ``segments`` [N] has the row of each token's modulation.
         """
         mine = self.sequence.shard(tokens)
         mine = mine if embed is None else embed(mine)
@@ -115,21 +116,22 @@ class ForwardPass:
         return Attention(attention, [stream.size for stream, _ in projections])
 
     def modulate(self, layers: Sequence[Any], conditioning: Tensor) -> None:
-        """Compute every layer's modulation of ``conditioning`` [B, W] or, for M segments, [B, M, W].
+        """Compute the modulation of every layer for ``conditioning`` [B, W] or, for M segments, [B, M, W].
 
-        The ranks share the layers out. `modulation` finds them. Layers with another conditioning take another call.
+        The ranks share the layers out. `modulation` finds the results. Layers with another conditioning need another
+        call.
         """
         values = modulations(layers, conditioning, self.sequence)
         self._modulation.update(zip(layers, values, strict=True))
 
     def modulation(self, layer: Any, parts: int) -> tuple[Tensor, ...]:
-        """A layer's modulation in so many parts (shift, scale, gate, …), each [B, M, W]."""
+        """A layer's modulation in this many parts (shift, scale, gate, …), each [B, M, W]."""
         return self._modulation[layer].chunk(parts, dim=-1)
 
     def join(self, *streams: Stream) -> Stream:
-        """From here on these streams are one, in this order; `image` must be the last.
+        """Make one stream of these, in this order; `image` must be the last.
 
-        Where one of them has segments, tokens of those without have the first row of a modulation.
+        If one of them has segments, tokens of those without get the first row of a modulation.
         """
         rotations = [stream.rotation for stream in streams if stream.rotation is not None]
         segments = [stream.segments for stream in streams]
@@ -143,7 +145,7 @@ class ForwardPass:
         return joint
 
     def part(self) -> None:
-        """Undo `join`: each stream has its tokens back."""
+        """Undo `join`: each stream gets its tokens back."""
         if self.joined is not None:
             joint, streams = self.joined
             sizes = [stream.size for stream in streams]
@@ -161,12 +163,12 @@ class ForwardPass:
 
     @property
     def output_tokens(self) -> list[Tensor]:
-        """This rank's tokens of each stream that the output is made of: the image's first."""
+        """This rank's tokens of each output stream, the image's first."""
         return [self.image_tokens, *(stream.tokens for stream in self.outputs[1:])]
 
     @property
     def streams(self) -> list[Stream]:
-        """Those that blocks change now."""
+        """The streams that blocks change now."""
         if self.joined is not None:
             return [self.joined[0]]
         return [value for value in vars(self).values() if isinstance(value, Stream)]

@@ -1,4 +1,4 @@
-"""The loop over a family's blocks, with what every family gets by it: ControlNet residuals, step cache, fp16 clamp."""
+"""The loop over a family's blocks, with ControlNet residuals, step cache and fp16 clamp for all families."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _LARGEST = torch.finfo(torch.float16).max
 
 
 class BlockCache(Protocol):
-    """Decides after the first block whether the others are skipped (`tacod.rank.forward.step_cache`)."""
+    """Decides after the first block whether to skip the others (`tacod.rank.forward.step_cache`)."""
 
     def find(self, first: Tensor, sequence: SequenceParallel) -> Tensor | None:
-        """What the other blocks are taken to add to the image's tokens; None if they must be computed.
+        """The earlier addition of the other blocks to the image's tokens; None if they must be computed.
 
-        ``first`` [B, S, W] is what the first block has added. Every rank of a sequence skips, or none does.
-        Of several latents' streams it is one row of all their numbers.
+        ``first`` [B, S, W] is what the first block has added. All ranks of a sequence skip, or none does. The streams
+        of several latents are one row of all their numbers.
         """
 
     def keep(self, others: Tensor) -> None:
@@ -80,7 +80,7 @@ def _added(after: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
 
 
 def finite(x: Tensor) -> Tensor:
-    """In fp16 infinities and NaN become finite numbers; other dtypes stay as they are."""
+    """In fp16, replace infinities and NaN by finite numbers; other dtypes are unchanged."""
     if x.dtype != torch.float16:
         return x
     return torch.nan_to_num(x, nan=0.0, posinf=_LARGEST, neginf=-_LARGEST)

@@ -1,11 +1,11 @@
-"""Forwards on all ranks: the first ones of a kind as they come, later ones as one CUDA graph.
+"""Forwards on all ranks: the first ones of a kind without a CUDA graph, later ones as one graph.
 
 A graph replays a forward's kernels and collectives without the host, which at 1024² can't launch them as fast as two
-GPUs run them. Nothing else changes: a graph is used only if its first replay equals, to the bit and on every rank, what
-the same inputs gave without it.
+GPUs run them. Results don't change: a graph is used only if its first replay equals, to the bit and on every rank, the
+forward of the same inputs without it.
 
-With a step cache there is none: whether a forward skips its blocks is decided on the host. Nor is there one of a family
-whose forwards ask the GPU for numbers, such as which experts tokens go to (`DiT.graphs`).
+Two kinds of forward have no graph: those with a step cache, because the host decides whether blocks are skipped, and
+those of a family that reads numbers from the GPU, such as which experts tokens go to (`DiT.graphs`).
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ __all__ = ["Forwards"]
 log = logging.getLogger(__name__)
 
 KINDS = 6
-"""Kinds of forward that are kept as graphs of each model."""
+"""Most graphs of each model, one for each kind of forward."""
 
 
 class Forwards:
-    """Runs forwards. On every rank the same calls come in the same order, so that all have the same graphs."""
+    """Runs forwards. Every rank makes the same calls in the same order, so all have the same graphs."""
 
     def __init__(self, topology: Topology, graphs: bool = True) -> None:
         self.topology = topology
         self.graphs = graphs
         self.skipped = 0
-        """Forwards of which all of this rank's batch groups skipped all but the first block."""
+        """How many forwards all of this rank's batch groups skipped, except for the first block."""
         self.step_caches = StepCaches()
         self.begins: Callable[[], None] = lambda: None
-        """Called before each forward begins, also before the one that a graph is captured by."""
+        """Called before each forward, also before the one that captures a graph."""
         self._kinds: WeakKeyDictionary[DiT, OrderedDict[Hashable, Graph | _Without]] = WeakKeyDictionary()
         self._pool: Any = None
 
@@ -92,7 +92,7 @@ class Forwards:
         return out
 
     def _run(self, call: Call, cache: StepCache | None = None) -> Output:
-        """A forward as it comes."""
+        """A forward without a graph."""
         try:
             return run(call, self.topology, cache)
         except TacodError:
@@ -104,7 +104,7 @@ class Forwards:
             raise
 
     def clear(self) -> None:
-        """Give back what graphs and step caches hold."""
+        """Free the memory of graphs and step caches."""
         self._kinds.clear()
         self._pool = None
         self.step_caches.clear()
@@ -144,7 +144,7 @@ class _Without(enum.Enum):
 
 
 class Graph:
-    """One kind of forward, captured; its inputs and output have places of their own."""
+    """A captured forward of one kind; it has its own memory for inputs and output."""
 
     def __init__(self, call: Call, topology: Topology, pool: Any) -> None:
         self.pool = pool
@@ -161,7 +161,7 @@ class Graph:
             torch.cuda.set_stream(stream)
 
     def replay(self, inputs: Inputs) -> Output:
-        """The forward of other inputs of this kind."""
+        """The forward with other inputs of this kind."""
         self._inputs.copy_(inputs)
         self._graph.replay()
         return clone(self._out)

@@ -19,34 +19,35 @@ from tacod.rank.parallel.topology import Topology
 __all__ = ["Call", "clone", "equal", "plan_for", "relative_difference", "run"]
 
 FAST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""The attention kernels in the order in which those that can are taken: cuDNN's is the fastest on Hopper."""
+"""Attention kernels in order of preference; on Hopper, cuDNN's is the fastest."""
 PLAIN = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""The attention kernels that run without flash attention."""
+"""The attention kernels that are used without flash attention."""
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One forward to run: of which model, by which plan, on what."""
+    """One forward to run: a model, a plan and inputs."""
 
     dit: DiT
     plan: Plan
     inputs: Inputs
     run_key: tuple[Hashable, ...] = ()
-    """For the step cache: which run this forward is a step of. Its first element says whose run it is."""
+    """For the step cache: identifies the run that this forward is a step of. Its first element is the session or job.
+    """
 
 
 def plan_for(dit: DiT, asked: Request, world_size: int, arguments: Mapping[str, Any]) -> Plan:
-    """The plan of a forward with these arguments, of which only the shapes matter.
+    """The plan of a forward with these arguments; only their shapes matter.
 
     Raises `ArgumentError` if there is none, or if the model can't take this size.
     """
     x = arguments["x"]
     images = (x[0] if isinstance(x, list) else x).shape[0]
-    return make_plan(asked, world_size, Shape(dit.heads, dit.width, images, dit.lengths(arguments)), dit.pace)
+    return make_plan(asked, world_size, Shape(dit.heads, dit.width, images, dit.lengths(arguments)), dit.rates)
 
 
 def run(call: Call, topology: Topology, cache: BlockCache | None = None) -> Output:
-    """One forward; every rank passes the whole input and gets the whole output, one that the plan leaves idle too."""
+    """One forward. Every rank passes all inputs and gets the whole output, also one that the plan leaves idle."""
     plan, inputs = call.plan, call.inputs
     layout = plan.layout
     seat = topology.seat(layout)

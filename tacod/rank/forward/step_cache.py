@@ -1,8 +1,8 @@
-"""The step cache: of two neighbouring steps of a run that begin alike, the second skips most of its blocks.
+"""The step cache: if two neighbouring steps of a run begin alike, the second skips most of its blocks.
 
-Every forward runs its first block. If what that adds to the image's tokens has hardly changed since the last computed
-step of the run, the other blocks are taken to add what they added then. This is the first-block cache of ParaAttention
-(Cheng, 2024), a kin of TeaCache (Liu et al., 2024, arXiv:2411.19108). What is skipped is an error in the result.
+Every forward runs its first block. If that block adds almost the same to the image's tokens as at the last computed
+step of the run, the other blocks' additions are taken from that step. This is the first-block cache of ParaAttention
+(Cheng, 2024), related to TeaCache (Liu et al., 2024, arXiv:2411.19108). Skipping makes an error in the result.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from tacod.rank.parallel.sequence import SequenceParallel
 __all__ = ["MOST_IN_A_ROW", "RUNS", "StepCache", "StepCaches"]
 
 MOST_IN_A_ROW = 4
-"""Forwards that are skipped after each other before one is computed, however like they are."""
+"""After this many skipped forwards in a row, one is computed in any case."""
 RUNS = 4
-"""Runs of each model of which something is kept; the least recently used goes first."""
+"""Runs of each model that are kept; the least recently used one is dropped first."""
 
 
 class StepCache:
@@ -63,17 +63,17 @@ class StepCache:
 
 
 RunKey = tuple[Hashable, ...]
-"""A run's name: first whose it is, then all that its steps have in common."""
+"""Identifies a run: first its session or job, then what all of its steps have in common."""
 
 
 class StepCaches:
-    """Those of one rank. The same calls come on every rank, in the same order, so that all keep the same runs."""
+    """The step caches of one rank. Every rank makes the same calls in the same order, so all keep the same runs."""
 
     def __init__(self) -> None:
         self._runs: WeakKeyDictionary[nn.Module, OrderedDict[RunKey, StepCache]] = WeakKeyDictionary()
 
     def find(self, model: nn.Module, run: RunKey, threshold: float, level: float) -> StepCache:
-        """The cache of a run of ``model`` that is at the timestep ``level``; where noise rises, a new run begins."""
+        """The cache of a run of ``model`` at the timestep ``level``; if noise rises, a new run begins."""
         runs = self._runs.setdefault(model, OrderedDict())
         cache = runs.pop(run, None)
         if cache is None or not level <= cache.level:
@@ -85,24 +85,24 @@ class StepCaches:
         return cache
 
     def drop(self, *first: Hashable) -> None:
-        """Keep nothing any more of runs whose names begin so."""
+        """Forget the runs whose keys begin with these elements."""
         for runs in self._runs.values():
             for run in [run for run in runs if run[: len(first)] == first]:
                 del runs[run]
 
     def take(self, model: nn.Module, first: Hashable) -> dict[RunKey, StepCache]:
-        """Keep nothing any more of those runs of ``model`` whose names begin so, and return what was kept."""
+        """Remove and return the caches of those runs of ``model`` whose keys begin with ``first``."""
         runs = self._runs.get(model, OrderedDict[RunKey, StepCache]())
         return {run: runs.pop(run) for run in list(runs) if run[0] == first}
 
     def put(self, model: nn.Module, taken: dict[RunKey, StepCache]) -> None:
-        """Keep what was taken, of the same runs of the same model, which was loaded again."""
+        """Restore caches that were taken, for the same model, loaded again."""
         self._runs.setdefault(model, OrderedDict()).update(taken)
 
     def clear(self) -> None:
-        """Give back what is kept of all runs."""
+        """Forget all runs."""
         self._runs.clear()
 
     def __len__(self) -> int:
-        """Runs of which something is kept."""
+        """How many runs are kept."""
         return sum(map(len, self._runs.values()))

@@ -1,4 +1,4 @@
-"""The first forwards of a model, at its load: so that no user's step pays for what is made once."""
+"""The warm-up: a model's first forwards, at its load, so that no user's step pays for what is made once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tacod.plan import AUTO, Layout, Pace, Plan, Request, Shape, make_plan, measured_pace
+from tacod.plan import AUTO, DeviceRates, Layout, Plan, Request, Shape, make_plan, measured_rates
 from tacod.rank.families.base import DiT
 from tacod.rank.families.inputs import Argument, Inputs
 from tacod.rank.forward.graphs import Forwards
@@ -21,15 +21,15 @@ from tacod_client.errors import ArgumentError
 __all__ = ["SIGMA", "random_inputs", "usual_inputs", "warm_up"]
 
 SMALLEST = 8
-"""No side of the latents that are tried is shorter."""
+"""The shortest side of a latent that is tried."""
 SIGMA = 0.7
-"""The noise level of a forward that is made up."""
+"""The noise level of made-up forwards."""
 
 
-def warm_up(dit: DiT, forwards: Forwards, device: torch.device) -> Pace | None:
-    """Run usual forwards on one rank and on all, and measure them: every rank comes to the same pace.
+def warm_up(dit: DiT, forwards: Forwards, device: torch.device) -> DeviceRates | None:
+    """Run usual forwards on one rank and on all, and measure them. All ranks return the same rates.
 
-    None if there is one rank only, if one alone has no room for such a forward, or no size that the model takes.
+    None if there is only one rank, if one alone has no room for such a forward, or if the model takes no usual size.
     """
     inputs = usual_inputs(dit, device)
     if inputs is None:
@@ -41,7 +41,7 @@ def warm_up(dit: DiT, forwards: Forwards, device: torch.device) -> Pace | None:
     took = {}
     for layout in dict.fromkeys((*((alone,) if fits else ()), shared, make_plan(AUTO, world, shape).layout)):
         took[layout] = float("inf")
-        # As they come, then captured, then as they will be.
+        # Without a CUDA graph, then captured, then as later ones will be.
         for _ in range(4):
             started = time.perf_counter()
             forwards(Call(dit, Plan(layout, world, shape), inputs))
@@ -52,11 +52,11 @@ def warm_up(dit: DiT, forwards: Forwards, device: torch.device) -> Pace | None:
         return None
     mine = torch.tensor([took[alone], took[shared]], dtype=torch.float64, device=device)
     alone_s, shared_s = forwards.topology.everyone.broadcast(mine, source=0).tolist()
-    return measured_pace(alone_s, shared, shared_s, shape)
+    return measured_rates(alone_s, shared, shared_s, shape)
 
 
 def _fits_alone(dit: DiT, topology: Topology, inputs: Inputs, shape: Shape) -> bool:
-    """Whether rank 0 has room for the whole forward; it is tried where no other rank waits for its end."""
+    """Whether rank 0 alone has room for the whole forward. No other rank waits for it while it tries."""
     fits = True
     if topology.rank == 0:
         try:
@@ -87,7 +87,7 @@ def usual_inputs(dit: DiT, device: torch.device) -> Inputs | None:
 
 
 def random_inputs(dit: DiT, device: torch.device, generator: torch.Generator, sizes: Mapping[str, int]) -> Inputs:
-    """The tensors that a forward can't be without, random, at noise level `SIGMA`; ``sizes`` are the free ones."""
+    """Random tensors for a forward's required arguments, at noise level `SIGMA`; ``sizes`` are the free sizes."""
     specs = dit.arguments()
 
     def tensor(spec: Argument) -> Tensor:

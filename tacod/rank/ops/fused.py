@@ -1,7 +1,7 @@
 """What a block does between its matrices: in one pass by `kernels` on a GPU, by PyTorch's operations elsewhere.
 
-Both compute in fp32 and round once, so they are nearer to exact arithmetic than the operations one by one in bf16.
-Under autograd, as in training, the operations are used everywhere.
+Both compute in fp32 and round once, so they are nearer to exact arithmetic than separate operations in bf16. Under
+autograd, as in training, PyTorch's operations are used everywhere.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = [
 
 
 def has_kernels(x: Tensor) -> bool:
-    """Whether ``x`` is where the kernels run, and nothing is differentiated."""
+    """Whether the kernels can run on ``x``: it is on a GPU, and nothing is differentiated."""
     return x.is_cuda and not torch.is_grad_enabled()
 
 
@@ -54,7 +54,7 @@ def norm_modulate(
 
 
 def add_gated(x: Tensor, gate: Tensor | None, y: Tensor, segments: Tensor | None = None) -> Tensor:
-    """The residual stream one branch further: x + gate * y, with x, y [B, S, W] and gate as in `norm_modulate`.
+    """Add a branch to the residual stream: x + gate * y, with x, y [B, S, W] and gate as in `norm_modulate`.
 
     Without a gate it is x + y.
     """
@@ -75,7 +75,7 @@ def add_gated_norm(
     norm: Norm = LAYER_NORM,
     segments: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`add_gated`, and `norm_modulate` of what it gives."""
+    """`add_gated`, and `norm_modulate` of its result."""
     if has_kernels(x):
         from tacod.rank.ops import kernels
 
@@ -85,7 +85,7 @@ def add_gated_norm(
 
 
 def gated_silu(one: Tensor, other: Tensor) -> Tensor:
-    """silu(one) * other, both [B, S, W]: what a SwiGLU (Shazeer, 2020, arXiv:2002.05202) has between its matrices."""
+    """silu(one) * other, both [B, S, W]: the middle of a SwiGLU (Shazeer, 2020, arXiv:2002.05202)."""
     if has_kernels(one):
         from tacod.rank.ops import kernels
 
@@ -94,13 +94,13 @@ def gated_silu(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _rows(modulation: Tensor, segments: Tensor | None) -> Tensor:
-    """A modulation [B, M, W] in fp32 for each token; as it is if it has one row."""
+    """A modulation [B, M, W] in fp32 for each token; with one row, as it is."""
     modulation = modulation.float()
     return modulation if segments is None else modulation[:, segments]
 
 
 class Residual:
-    """A residual stream [B, S, W]; what its last branch adds may wait for the norm that follows, to be one pass."""
+    """A residual stream [B, S, W]. The last branch may be added together with the next norm, in one pass."""
 
     def __init__(self, tokens: Tensor, segments: Tensor | None = None) -> None:
         """``segments`` (int64 [S]) says which row of its modulations each token has; None if they have one row."""
@@ -110,17 +110,17 @@ class Residual:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its tokens."""
+        """The dtype of its tokens."""
         return self._tokens.dtype
 
     @property
     def size(self) -> int:
-        """How many tokens it has here."""
+        """How many tokens this rank has."""
         return self._tokens.shape[1]
 
     @property
     def tokens(self) -> Tensor:
-        """With all that was to be added."""
+        """The tokens, with all branches added."""
         if self._branch is not None:
             self._tokens, self._branch = add_gated(self._tokens, *self._branch, self.segments), None
         return self._tokens
@@ -130,7 +130,7 @@ class Residual:
         self._tokens, self._branch = tokens, None
 
     def add(self, gate: Tensor | None, branch: Tensor) -> None:
-        """Add gate * branch [B, S, W], with the gate as in `norm_modulate`; or the branch as it is."""
+        """Add gate * branch [B, S, W], with the gate as in `norm_modulate`; without a gate, add the branch."""
         self._tokens, self._branch = self.tokens, (gate, branch)
 
     def normed(self, shift: Tensor | None = None, scale: Tensor | None = None, *, norm: Norm = LAYER_NORM) -> Tensor:

@@ -1,4 +1,4 @@
-"""Linear layers otherwise than whole and alone: a part of the outputs or of the inputs, or with what follows."""
+"""Linear layers in two parts of their outputs or inputs, and together with what follows."""
 
 from __future__ import annotations
 

@@ -11,9 +11,9 @@ __all__ = ["LAYER_NORM", "Norm", "rms_norm"]
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
-    """RMS norm of ``x`` [..., W] (Zhang and Sennrich, 2019, arXiv:1910.07467); the dtype stays.
+    """RMS norm of ``x`` [..., W] (Zhang and Sennrich, 2019, arXiv:1910.07467), in the dtype of ``x``.
 
-    A ``weight`` of another dtype, such as fp32, counts in fp32, and the product is rounded once.
+    A ``weight`` of another dtype, such as fp32, is used in fp32, and the product is rounded once.
     """
     if weight is None or weight.dtype == x.dtype:
         return functional.rms_norm(x, x.shape[-1:], weight, epsilon)

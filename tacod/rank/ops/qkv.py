@@ -1,7 +1,7 @@
 """Queries, keys and values between their projection and attention: norms, rotary embeddings, and heads for ranks.
 
-On a GPU one kernel (`kernels.pack`) norms, rotates and stores them where a rank wants them; it computes in fp32 and
-rounds once. Under autograd and elsewhere PyTorch's operations do it.
+On a GPU, one kernel (`kernels.pack`) norms and rotates them and stores them where a rank needs them; it computes in
+fp32 and rounds once. Under autograd and elsewhere, PyTorch's operations do it.
 """
 
 from __future__ import annotations
@@ -122,11 +122,11 @@ def deal_heads(heads: int, kv_heads: int, ranks: int) -> list[HeadShare]:
 
 @dataclass(frozen=True)
 class QKV:
-    """A stream's queries, keys and values as projected, and what is still to be done to them.
+    """A stream's queries, keys and values as projected, with the norm and the rotation that are still to be applied.
 
-    ``projected`` is one tensor [B, S, (heads + 2 * kv_heads) * D], or three: [B, S, heads * D] and twice
-    [B, S, kv_heads * D]. ``rotation`` is of this stream's tokens. With fewer ``kv_heads``, which then divide ``heads``,
-    attention is grouped-query (Ainslie et al., 2023, arXiv:2305.13245).
+    ``projected`` is one tensor [B, S, (heads + 2 * kv_heads) * D], or three: [B, S, heads * D] and twice [B, S,
+    kv_heads * D]. ``rotation`` is of this stream's tokens. If there are fewer ``kv_heads``, which must divide
+    ``heads``, attention is grouped-query (Ainslie et al., 2023, arXiv:2305.13245).
     """
 
     projected: Tensor | tuple[Tensor, Tensor, Tensor]

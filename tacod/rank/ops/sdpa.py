@@ -30,10 +30,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 def attend_pieces(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, split_kv: bool = False
 ) -> Iterator[Tensor]:
-    """`attend` as one result, or two for consecutive tokens: [B, H, S', D] each.
+    """`attend` as one result, or as two for consecutive tokens: [B, H, S', D] each.
 
-    With ``split_kv`` the second is what `split_kv` makes of the last, partial wave; it is computed beside what is done
-    with the first.
+    With ``split_kv`` the second result is that of `split_kv` for the last, partial wave; what is done with the first
+    result overlaps it.
     """
     tail = split_tail(q, k, v) if split_kv and mask is None else None
     rows = q.shape[2] if tail is None else tail[0]
@@ -46,7 +46,7 @@ def attend_pieces(
 def attend_part(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Part:
     """Attention of ``q`` [B, H, S, D] over some of its keys ``k``, ``v`` [B, H, T, D]; T may be 0.
 
-    ``mask`` [B or 1, 1, S or 1, T] is as `attend`'s; of a query, or an image, it may hide all of these keys.
+    ``mask`` [B or 1, 1, S or 1, T] is as in `attend`; it may hide all of these keys from a query or an image.
     """
     if not q.numel() or not k.numel():
         shape = q.shape[:-1]

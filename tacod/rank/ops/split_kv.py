@@ -1,9 +1,9 @@
 """Avoid wave quantisation: split the keys for the queries of the last, partial wave.
 
-On Hopper a multiprocessor takes 128 queries of one head at a time, and every such tile takes as long: 12 heads of 4608
-tokens are 432 tiles, for 132 multiprocessors 3.27 waves, and take the time of 4. Here only as many queries as fill
-waves are attended that way. For the others the keys are shared out among the multiprocessors, as in Flash-Decoding
-(Dao et al., 2023), and what each finds is merged. `sdpa.attend_pieces` is how it is called.
+On Hopper a multiprocessor computes a tile of 128 queries of one head, and each tile takes the same time: 12 heads of
+4608 tokens are 432 tiles, which on 132 multiprocessors are 3.27 waves and take the time of 4. Here only as many queries
+as fill whole waves are computed that way. For the others the multiprocessors share the keys, as in Flash-Decoding (Dao
+et al., 2023), and their results are merged. `sdpa.attend_pieces` calls it.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ Shares = tuple[Tensor, Tensor, Tensor]
 _TILE = 128
 """Queries that a multiprocessor takes at a time."""
 _OWN_COST = 1500
-"""What the second kernel and the merging cost by themselves, in keys that a tile would go through meanwhile.
+"""The cost of the second kernel and of merging, in keys that a tile goes through in that time.
 
 On an H100 12 us, which are 950 keys of width 128 and 1400 of 64 (docs/performance.md).
 """
 _HOPPER = (9, 0)
 _AGREES = 2e-2
-"""How far, in bf16, what is merged may be from what is computed at once."""
+"""How far, in bf16, the merged result may be from that without splitting."""
 
 
 def whole_waves(queries: int, keys: int, heads: int, processors: int) -> tuple[int, int]:
-    """How many queries, from the first one on, fill waves, and in how many equal parts the others' keys are best.
+    """How many queries, from the first one on, fill whole waves, and in how many equal parts to split the others' keys.
 
-    All queries and 1 if nothing is won by it.
+    All queries and 1 if splitting saves nothing.
     """
     tiles = math.ceil(queries / _TILE)
     full = tiles * heads // processors * processors // heads if heads else tiles
@@ -51,10 +51,10 @@ def whole_waves(queries: int, keys: int, heads: int, processors: int) -> tuple[i
 
 
 def split_tail(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, Shares] | None:
-    """For attention on [B, H, S, D], how many queries fill whole waves, and the others with shares of the keys.
+    """For attention on [B, H, S, D], how many queries fill whole waves, and the others with their shares of the keys.
 
-    None if all are best attended at once: for more than one image, in fp32, under autograd, on what isn't Hopper, and
-    where `whole_waves` says so.
+    None if nothing is to be split: for more than one image, in fp32, under autograd, on other GPUs than Hopper, and if
+    `whole_waves` says so.
     """
     if len(q) > 1 or torch.is_grad_enabled() or not _can_share(q.device):
         return None
@@ -82,12 +82,12 @@ def merge_shares(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @cache
 def _can_share(device: torch.device) -> bool:
-    """Whether this GPU is one that attends in waves, and this PyTorch's cuDNN takes shares of the keys."""
+    """Whether this GPU computes attention in waves, and this PyTorch's cuDNN can attend to shares of the keys."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != _HOPPER:
         return False
     reason = _trouble(device)
     if reason:
-        log.warning("attention doesn't come in whole waves, for shares of the keys don't work: %s", reason)
+        log.warning("keys are not split in attention, which takes longer: %s", reason)
     return not reason
 
 

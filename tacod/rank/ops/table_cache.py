@@ -1,4 +1,4 @@
-"""Tables that forwards look things up in, such as positions: made once for a size, and kept on the device."""
+"""Tables that forwards use, such as positions: computed once for each size, and kept on the device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _holders: list[list[Tensor]] = []
 
 
 def table(kept: int) -> Callable[[Make], Make]:
-    """Keep the last ``kept`` tensors that a function has made, by its arguments."""
+    """Keep the last ``kept`` results of a function, by its arguments."""
 
     def decorate(make: Make) -> Make:
         known = functools.lru_cache(maxsize=kept)(make)
@@ -34,7 +34,7 @@ def table(kept: int) -> Callable[[Make], Make]:
 
 @contextmanager
 def holding() -> Iterator[list[Tensor]]:
-    """Every table that is used within, to be held for as long as a CUDA graph reads from where they lie."""
+    """A context that collects every table used in it, so that a CUDA graph can keep the memory that it reads."""
     held: list[Tensor] = []
     _holders.append(held)
     try:

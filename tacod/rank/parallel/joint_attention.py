@@ -1,4 +1,4 @@
-"""Asynchronous attention over tokens that ranks share: exchange tokens for heads, attend, and exchange back."""
+"""Asynchronous attention over tokens that ranks share: exchange tokens for heads, attend, exchange back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["JointAttention"]
 
 
 class Ranks(Protocol):
-    """What attention needs of the ranks that share a sequence: see `SequenceParallel`."""
+    """What attention needs to know of the ranks that share a sequence: see `SequenceParallel`."""
 
     @property
     def ulysses(self) -> Group: ...

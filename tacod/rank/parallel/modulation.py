@@ -1,4 +1,4 @@
-"""The modulations of all blocks: they depend on the conditioning alone, so that ranks can share them out."""
+"""The modulations of all blocks: they depend only on the conditioning, so ranks can share them out."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["modulations"]
 
 
 def modulations(layers: Sequence[Any], c: Tensor, sequence: SequenceParallel) -> list[Tensor]:
-    """What each linear layer makes of ``c`` [B, width] or [B, M, width]: [B, 1 or M, its outputs].
+    """The output of each linear layer for ``c`` [B, width] or [B, M, width]: [B, 1 or M, its outputs].
 
-    For one image a layer is read whole for one row of numbers, so that they take as long as their weights take to be
-    read. Each rank computes those of a run of layers, about as many outputs as the others, and all gather.
+    For one image, a layer multiplies a single row, so its time is that of reading its weights. Each rank computes
+    consecutive layers with about as many outputs as the other ranks, and all ranks gather the results.
     """
     sizes = [layer.out_features for layer in layers]
     total = sum(sizes)

@@ -1,4 +1,4 @@
-"""Where a rank sits: the groups that each layout of the ranks needs, made once and kept."""
+"""A rank's place: the groups that each layout of the ranks needs, made once and kept."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Seat:
     """A rank's place in a layout."""
 
     batch: Group
-    """The ranks at the same place of the other batch groups; its rank is this rank's batch group."""
+    """The ranks at the same place in all batch groups; this rank's number in it is that of its batch group."""
     whole: Group
     ulysses: Group
     ring: Group
     transport: Transport | None
-    """What Ulysses' ranks exchange by; None for the default."""
+    """The transport between Ulysses' ranks; None for the default."""
 
     def sequence(self, policy: AttentionPolicy = DEFAULT_POLICY) -> SequenceParallel:
         """The ranks that share a sequence, and how they attend."""
@@ -36,8 +36,8 @@ class Seat:
 class Topology:
     """All ranks, and their seats in any layout.
 
-    Groups are made when a layout is first used. All ranks plan alike and so use it at once; two layouts, such as 2 × 2
-    for a batch of two and 4 for one image, live side by side.
+    Groups are made when a layout is first used. All ranks plan alike, so they use it at the same time. Several layouts
+    exist side by side, such as 2 × 2 for a batch of two and 4 for one image.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Topology:
         return self._seats[layout]
 
     def begin_anew(self) -> None:
-        """A forward failed: nothing that it left in memory in common is found by the next one.
+        """After a failed forward, keep the next one from seeing what it left in shared memory.
 
         Every graph must be gone.
         """
@@ -92,7 +92,7 @@ class Topology:
         return Seat(batch, whole, ulysses, ring, self._transports.get(ulysses))
 
     def _group(self, parts: Sequence[Sequence[int]]) -> Group:
-        """The group of ``parts`` that this rank is in; alone if it is in none, or in one of its own."""
+        """Of ``parts``, the group with this rank; if there is none, or no other rank in it, a group of one."""
         if len(parts[0]) == 1:
             return Group(clock=self.clock)
         idle = range(sum(map(len, parts)), self.world_size)

@@ -1,4 +1,4 @@
-"""A sampling run: what was asked for, the guided denoiser, and the run between two of its steps."""
+"""A sampling run: its request, the guided denoiser, and its state between two steps."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class SampleRequest:
 
     @property
     def guided(self) -> dict[str, dict[str, Any]]:
-        """The conditions that a step looks at, the negative first, as ComfyUI stacks them."""
+        """The conditions of a step, the negative first, as ComfyUI stacks them."""
         if not samplers.needs_negative(self.cfg):
             return {"positive": self.positive}
         if self.negative is None:
@@ -122,7 +122,7 @@ def check_samples(dit: DiT) -> LatentFormat:
         )
     if dit.latent_format is None:
         raise ArgumentError(
-            f"model: {dit.family} tells nothing of its latents, which sample needs; call forward for each step",
+            f"model: {dit.family} doesn't describe its latents, which sample needs; call forward for each step",
             argument="model",
         )
     means = dit.latent_format.channels
@@ -137,25 +137,25 @@ def check_samples(dit: DiT) -> LatentFormat:
 
 @dataclass
 class Run:
-    """A run between two of its steps."""
+    """The state of a run between two steps."""
 
     denoise: Denoiser
     steps: Iterator[Tensor]
     sigmas: list[float]
     finish: Callable[[Tensor], Tensor]
-    """From the sampler's last x to the latent that the client gets."""
+    """From the sampler's last x to the client's latent."""
     model: str = ""
-    """The id of its model."""
+    """Its model's id."""
     cached: dict[tuple[Hashable, ...], StepCache] = field(default_factory=dict)
-    """What the step cache kept of it, while its model isn't here."""
+    """Its step caches, while its model is evicted."""
 
 
 def begin(
     request: SampleRequest, dit: DiT, asked: Request, forwards: Forwards, device: torch.device, job: str = ""
 ) -> Run:
-    """Start a checked run; nothing is computed before its first step. To the step cache it is known as ``job``.
+    """Start a checked run; nothing is computed before its first step. The step cache knows it as ``job``.
 
-    Raises `ArgumentError` if it can't be spread as ``asked``.
+    Raises `ArgumentError` if it can't be split as ``asked``.
     """
     latents = check_samples(dit)
     levels = _levels(request.sigmas, dit.process.sigma_max).to(device)
@@ -177,7 +177,7 @@ def begin(
 
 
 class Denoiser:
-    """A model as the samplers want it: predicted clean latent, guidance included."""
+    """A model as the samplers need it: it predicts the clean latent, guidance included."""
 
     def __init__(
         self,
@@ -200,7 +200,7 @@ class Denoiser:
         self.joint = Inputs.stack(conditions, images)
         self.forwards = 0
         self.plan: Plan
-        """Of the last forward."""
+        """The last forward's plan."""
 
     @property
     def dit(self) -> DiT:
@@ -209,7 +209,7 @@ class Denoiser:
         return self.model
 
     def prepare(self, x: Tensor) -> None:
-        """Plan the forwards on ``x``, so that what can't be done is refused before the first of them."""
+        """Plan the forwards on ``x``, so that an impossible one is refused before the first."""
         many = 1 if self.joint is None else len(self.conditions)
         for condition in [self.joint] if self.joint is not None else self.conditions:
             canvas = x.expand(many, *x.shape).flatten(0, 1)

@@ -28,20 +28,20 @@ from tacod_client.errors import ArgumentError
 __all__ = ["Change", "Diff", "Function", "LoHa", "LoKr", "LoRA", "Set"]
 
 Function = Callable[[Tensor], Tensor]
-"""What is done to a change before it is added."""
+"""Applied to a change before it is added."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Change(abc.ABC):
-    """What is done to a weight. Its tensors may be of whole numbers, which are cast.
+    """What a patch does to a weight. Integer tensors are cast.
 
-    Raises `ArgumentError` for complex tensors, and for such as don't go together.
+    Raises `ArgumentError` for complex tensors, and for tensors that don't go together.
     """
 
     kind: ClassVar[str]
     """Its name on the wire."""
     may_be_empty: ClassVar[bool] = True
-    """Whether its tensors may hold nothing: a product over a rank of 0 is zero."""
+    """Whether its tensors may be empty: a product of rank 0 is zero."""
 
     def __post_init__(self) -> None:
         for name, value in self.contents().items():
@@ -64,7 +64,7 @@ class Change(abc.ABC):
 
     @property
     def idle(self) -> bool:
-        """Whether it changes nothing, at whatever strength."""
+        """Whether it changes nothing at any strength."""
         return False
 
     @abc.abstractmethod
@@ -93,7 +93,7 @@ class Factored(Change):
     @property
     @abc.abstractmethod
     def rank(self) -> int | None:
-        """What ``alpha`` is divided by; None if nothing in it is of low rank, and alpha has no meaning."""
+        """What ``alpha`` is divided by; None if nothing in it has low rank, so that alpha has no meaning."""
 
     @abc.abstractmethod
     def product(self, device: torch.device) -> Tensor:
@@ -130,9 +130,10 @@ class Factored(Change):
 
 
 def _renorm(weight: Tensor, difference: Tensor, magnitude: Tensor) -> Tensor:
-    """The changed weight, its rows or columns brought to the magnitudes that were trained (DoRA).
+    """The changed weight, with its rows or columns scaled to the trained magnitudes (DoRA).
 
-    The paper norms the changed weight. ComfyUI does so for columns; for rows it takes the norms from before the change.
+    The paper takes the norms of the changed weight. ComfyUI does so for columns; for rows it takes those from before
+    the change.
     """
     changed = weight + difference
     if len(magnitude) == len(weight):
@@ -276,7 +277,7 @@ class LoKr(Factored):
 class Diff(Change):
     """A difference of the weight's own shape.
 
-    With ``pad_weight`` it may be larger: the weight grows to it, by zeros, at whatever strength.
+    With ``pad_weight`` it may be larger: the weight is padded with zeros to its size, at any strength.
     """
 
     kind: ClassVar[str] = "diff"
@@ -308,7 +309,7 @@ class Diff(Change):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Set(Change):
-    """Another weight in the place of this one: at whatever strength and with whatever function, as in ComfyUI."""
+    """Another weight in the place of this one, at any strength and with any function, as in ComfyUI."""
 
     kind: ClassVar[str] = "set"
     may_be_empty: ClassVar[bool] = False

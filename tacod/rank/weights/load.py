@@ -1,4 +1,4 @@
-"""Weights from a checkpoint into a model, by name; and out of it, for those who change them."""
+"""Loads weights from a checkpoint into a model, by name, and gives access to them for patches."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from tacod.rank.weights.packing import PACKED, Layer, pack, pack_plain
 from tacod.rank.weights.reader import Reader
 from tacod.rank.weights.remap import identify, some
 from tacod.rank.weights.unfilled import Unfilled
+from tacod_client.dtypes import COMPUTE_DTYPES, of_numbers
 from tacod_client.errors import ModelCorrupt, ModelUnsupported
 
 __all__ = [
     "DTYPES",
-    "WEIGHT_ONLY",
     "Progress",
     "adapt_weight",
     "choose_dtype",
@@ -40,16 +40,9 @@ __all__ = [
     "weight_bytes",
 ]
 
-_PLAIN_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-WEIGHT_ONLY = "_weight_only"
-"""How the names of dtypes end with which activations are never quantized."""
-DTYPES = {
-    **_PLAIN_DTYPES,
-    "fp8": torch.bfloat16,
-    **{name + WEIGHT_ONLY: dtype for name, dtype in _PLAIN_DTYPES.items()},
-}
-"""By their names. fp8 is bf16 with the blocks' matrices multiplied in 8 bits (`quantize_blocks`); with ``_weight_only``
-a quantized model's activations stay as they are, though ComfyUI quantizes them too."""
+_NUMBERS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {name: _NUMBERS[of_numbers(name)] for name in COMPUTE_DTYPES}
+"""Torch's dtype of a model's numbers, by the compute dtype's name. For fp8 see also `quantize_blocks`."""
 _OF_FILE = {"F64": "fp32", "F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 _TORCH = {
     "F64": torch.float64,
@@ -68,9 +61,9 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def choose_dtype(checkpoint: Checkpoint, asked: str | None, device: torch.device) -> str:
-    """The compute dtype: as asked; else fp32 on a CPU, as ComfyUI has it, and the file's own on CUDA.
+    """The compute dtype: as asked; otherwise fp32 on a CPU, as in ComfyUI, and the file's own on CUDA.
 
-    That is the one of most of its numbers; a file with weights of 8 bits or fewer is computed in bf16 there.
+    The file's own is the dtype of most of its numbers; for weights of 8 bits or fewer it is bf16.
     """
     if asked is not None:
         return asked
@@ -136,10 +129,7 @@ def load_model(
 
 
 def _check(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]], ignored: tuple[str, ...] = ()) -> None:
-    """Compare a file's tensors with those that are wanted.
-
-    Those whose names begin with one of ``ignored`` aren't looked at.
-    """
+    """Compare a file's tensors with the wanted ones; names that begin with one of ``ignored`` are not checked."""
     absent = [name for name in wanted if name not in checkpoint.tensors]
     if absent:
         if len(absent) == len(wanted):
@@ -180,7 +170,7 @@ def _fits(found: tuple[int, ...], wanted: tuple[int, ...], padding: int) -> bool
 
 
 def _unknown(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """The names that a file holds besides what is wanted, and what lies beside that."""
+    """The names in a file that are neither wanted nor lie beside a wanted one."""
     sides = checkpoint.sides
     unused = {beside(name, INPUT_SCALE) for name in wanted if checkpoint.tensors[name].dtype in FLOAT8}
     return [name for name in checkpoint.tensors if name not in wanted and name not in sides and name not in unused]
@@ -242,7 +232,7 @@ def _assign(owner: Any, leaf: str, tensor: Tensor) -> None:
 
 
 def get_weight(model: DiT, key: str) -> Tensor:
-    """A weight by its name in the single file: the parameter itself, or a stored one's numbers in fp32.
+    """A weight by its name in the single file: the parameter itself, or the numbers of a packed layer in fp32.
 
     Raises `KeyError` if the model has no such weight.
     """
@@ -256,8 +246,8 @@ def get_weight(model: DiT, key: str) -> Tensor:
 def set_weight(model: DiT, key: str, tensor: Tensor) -> None:
     """Replace a weight by a tensor of its shape, cast to the compute dtype and moved to the weight's device.
 
-    A stored layer becomes a plain one, an fp8 layer stays fp8. What shares the old weight keeps it. Raises
-    `KeyError` if the model has no such weight, `ValueError` if the shape is another.
+    A packed layer becomes a plain one, an fp8 layer stays fp8. Models that share the old weight keep it. Raises
+    `KeyError` if the model has no such weight, `ValueError` for another shape.
     """
     owner, leaf = _find(model, key)
     stored = isinstance(owner, PackedLinear) and leaf == "weight"
@@ -278,7 +268,7 @@ def set_weight(model: DiT, key: str, tensor: Tensor) -> None:
 
 
 def adapt_weight(model: DiT, key: str, up: Tensor, down: Tensor) -> None:
-    """Have a packed layer add a product of low rank (`PackedLinear.adapted`); what shares it is left as it is.
+    """Have a packed layer add a product of low rank (`PackedLinear.adapted`); models that share it don't change.
 
     Raises `KeyError` if the model has no such packed layer.
     """
@@ -295,7 +285,7 @@ def is_packed(model: DiT, key: str) -> bool:
 
 
 def _find(model: nn.Module, key: str) -> tuple[Any, str]:
-    """The module that holds a weight, and what it calls it."""
+    """The module that holds a weight, and the weight's name in it."""
     path, _, leaf = key.rpartition(".")
     try:
         owner: Any = model.get_submodule(path)
@@ -310,7 +300,7 @@ def _find(model: nn.Module, key: str) -> tuple[Any, str]:
 
 
 def quantize_blocks(model: DiT) -> None:
-    """Have the matrices of the blocks multiplied in 8 bits, but for the modulations, which see one token an image."""
+    """Multiply the blocks' matrices in 8 bits, except for modulations, which see one token per image."""
     spared = {id(layer) for modulating in model.modulating for layer in modulating.modules()}
     for blocks in model.blocks_at:
         for name, layer in list(model.get_submodule(blocks).named_modules(prefix=blocks)):
@@ -321,9 +311,9 @@ def quantize_blocks(model: DiT) -> None:
 
 
 def share(model: Module) -> Module:
-    """Another instance of a model over the same tensors: nothing is copied, and to set a weight leaves the first alone.
+    """Another instance of a model over the same tensors: nothing is copied.
 
-    A compiled module is shared as it was before it was compiled.
+    Setting its weights doesn't change the first. A compiled module is shared as it was before it was compiled.
     """
     twin = copy.copy(model)
     twin._parameters = dict(model._parameters)
@@ -333,7 +323,7 @@ def share(model: Module) -> Module:
 
 
 def weight_bytes(*models: nn.Module) -> int:
-    """The memory that the weights of models take, stored ones as they are; what models share counts once."""
+    """The memory that the weights of models take, packed ones as they are; shared weights count once."""
     tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
     storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type != "meta"]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -68,14 +68,14 @@ _STRANGERS = {
     re.compile(r"joint_transformer_blocks[._]|double_layers[._]"): "AuraFlow",
     re.compile(r"(^|[._])blocks[._]\d+[._](cross|self)_attn"): "Wan",
 }
-"""Marks in LoRA files for what no family here runs; a family's own are its `DiT.lora_marks`."""
+"""Marks of LoRA files for models that no family here runs; families' own marks are `DiT.lora_marks`."""
 _SHOWN = 8
 _TOLD = 256
-"""How many unmatched names a message shows, and its details hold."""
+"""How many unmatched names a message and its details list."""
 
 
 class _LeftOut(Exception):
-    """A module that changes nothing, of which ComfyUI says so on its console; ``error`` if it is all there is."""
+    """A module that changes nothing, which ComfyUI reports on its console; ``error`` if the file has no other."""
 
     def __init__(self, error: ModelError) -> None:
         super().__init__(error.message)
@@ -83,7 +83,7 @@ class _LeftOut(Exception):
 
 
 class _Part(NamedTuple):
-    """A tensor of a file by what it is there for."""
+    """A tensor of a file, by its role in a change."""
 
     module: str
     kind: str

@@ -1,4 +1,4 @@
-"""The errors of weight patches that don't fit: those that ComfyUI merges nothing of, and goes on."""
+"""Errors of weight patches that don't fit: ComfyUI leaves these out and goes on."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["Misfit", "misfit"]
 
 
 class Misfit(ArgumentError):
-    """A change whose factors don't go together, or that is of another size than its weight.
+    """A change whose factors don't go together, or of another size than its weight.
 
-    ComfyUI says so on its console, and draws with the other patches.
+    ComfyUI reports it on its console, and draws with the other patches.
     """
 
     def to_wire(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ _KINDS: dict[str, type[Change]] = {change.kind: change for change in (LoRA, LoHa
 _COMMON = ("key", "kind", "strength", "strength_model", "offset", "function", "reshape")
 
 Files = Callable[[str, float], Mapping[str, Sequence[Patch]]]
-"""What the file at a path makes at a strength."""
+"""The patches that the file at a path gives at a strength."""
 
 
 def parse_patches(

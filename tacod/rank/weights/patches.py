@@ -1,8 +1,7 @@
-"""Weight patches: a change and how it is put on a weight; merging them, or what to add beside a packed weight.
+"""Weight patches: a change and how it is applied; merging them, or adding them beside a packed weight.
 
-A patch has a strength, a factor for what was there before, perhaps a slice of the weight, and whether the change's
-halves are swapped. What a merge rounds, and in which order, is ComfyUI's, so that a merged weight has the bits that
-ComfyUI's has.
+A patch has a strength, a factor for the weight before it, perhaps a slice of the weight, and whether the change's
+halves are swapped. Rounding and order of a merge are ComfyUI's, so that a merged weight has the same bits as ComfyUI's.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ SWAP = "swap_scale_shift"
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """A change and how it is put on a weight.
+    """A change and how it is applied to a weight.
 
     Raises `ArgumentError` for numbers out of range, `ModelUnsupported` for an unknown function.
     """
@@ -34,11 +33,11 @@ class Patch:
     change: Change
     strength: float = 1.0
     strength_model: float = 1.0
-    """What is there before is multiplied by this."""
+    """Factor of the weight before the patch."""
     offset: tuple[int, int, int] | None = None
-    """Dimension, first index and length of the slice that is patched; None for all of the weight."""
+    """Dimension, first index and length of the patched slice; None for the whole weight."""
     function: str | None = None
-    """What is done to the change: nothing, or `SWAP`."""
+    """What is done to the change first: nothing, or `SWAP`."""
 
     def __post_init__(self) -> None:
         for name in ("strength", "strength_model"):
@@ -51,7 +50,7 @@ class Patch:
 
     @property
     def idle(self) -> bool:
-        """Whether it leaves every weight as it is."""
+        """Whether it leaves every weight unchanged."""
         always = isinstance(self.change, Set) or (isinstance(self.change, Diff) and self.change.pad_weight)
         return (self.strength == 0 or self.change.idle) and self.strength_model == 1 and not always
 
@@ -72,7 +71,7 @@ class Patch:
             raise ArgumentError(f"{key}: {SWAP} halves rows, and {sizes} has {sizes[0]}", argument="patches", key=key)
 
     def merge(self, weight: Tensor, key: str) -> Tensor:
-        """The weight, changed in place unless it has to grow."""
+        """The patched weight; it is changed in place unless it has to grow."""
         if isinstance(self.change, Diff) and self.change.pad_weight and self.offset is None:
             weight = self.change.pad(weight, key)
         self.check(weight.shape, key)
@@ -92,10 +91,10 @@ def _as_it_is(change: Tensor) -> Tensor:
 
 
 def factors(patches: Sequence[Patch], shape: Sequence[int], key: str) -> tuple[Tensor, Tensor] | None:
-    """The product of low rank that patches come to: up [rows, r] and down [r, columns] in fp32.
+    """The patches as one product of low rank: up [rows, r] and down [r, columns] in fp32.
 
-    None if they come to something else than that, to nothing, or to more numbers than the weight of this ``shape`` has.
-    Raises `ArgumentError` as `apply` does.
+    None if they are no such product, if they change nothing, or if it has more numbers than the weight of this
+    ``shape``. Raises `ArgumentError` as `apply` does.
     """
     ups, downs = [], []
     for patch in patches:

@@ -1,4 +1,4 @@
-"""Memory that reader threads fill: a host's in place, a GPU's through pinned buffers."""
+"""Memory that reader threads fill: a host's directly, a GPU's through pinned buffers."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ class Memory:
     """A host's memory. `fill` may be called from any thread, everything else from one."""
 
     def allocate(self, size: int) -> Tensor:
-        """``size`` bytes to be filled: uint8, one dimension."""
+        """New memory of ``size`` bytes to be filled: uint8, one dimension."""
         return torch.empty(size, dtype=torch.uint8)
 
     def fill(self, place: Tensor, read: Read) -> None:
-        """Read into a slice of what was allocated."""
+        """Read into a slice of allocated memory."""
         read(place.numpy().data)
 
     def arrive(self) -> None:
         """Called after `fill` and before the bytes are used, in the current stream."""
 
     def close(self) -> None:
-        """Called when no thread fills any more; then nothing is under way."""
+        """Called when no thread fills any more; afterwards no copy is under way."""
 
 
 class GpuMemory(Memory):

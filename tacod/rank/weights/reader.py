@@ -1,7 +1,7 @@
-"""Tensors from a checkpoint's files, read ahead by a few threads.
+"""Reads tensors from a checkpoint's files, ahead of their use, by a few threads.
 
-Files are read, not mapped: where a mapped file is cut short under a process, the process dies of it, and here it gets
-an error. So host memory holds what is on its way and nothing else, and the kernel keeps the pages.
+Files are read, not mapped: if a mapped file is cut short, the process dies, while a read gets an error. Host memory
+holds only what is being read, and the kernel keeps the pages.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from tacod_client.errors import ModelCorrupt
 __all__ = ["Reader", "changed", "read_file"]
 
 _THREADS = 4
-"""One alone copies out of the page cache more slowly than a GPU takes it in."""
+"""One thread alone copies out of the page cache more slowly than a GPU takes the data."""
 _PIECE = 16 << 20
-"""The most bytes that a thread reads at once."""
+"""Most bytes of one read."""
 _AHEAD = 2 * _THREADS * _PIECE
-"""Bytes that are begun behind the tensor that is waited for."""
+"""Bytes that are read ahead of the tensor that is waited for."""
 
 
 class _Begun(NamedTuple):
@@ -126,7 +126,7 @@ def read_file(file: File) -> bytes:
 
 
 def changed(path: str) -> ModelCorrupt:
-    """The error for a file that isn't in the state in which it was named."""
+    """The error for a file that has changed since the request."""
     return ModelCorrupt(f"{path} changed while it was being loaded; load it again")
 
 

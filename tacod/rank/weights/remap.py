@@ -1,4 +1,4 @@
-"""A checkpoint under the names of its family's single file, where it has others."""
+"""A checkpoint under the names of its family's single file, if it has others."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def identify(checkpoint: Checkpoint) -> tuple[type[DiT], dict[str, Any], Checkpo
 
 
 def _look_deeper(checkpoint: Checkpoint) -> Checkpoint:
-    """The same file with the one prefix behind which a family knows the tensors; as it is if there is none."""
+    """The same file without the one prefix behind which a family knows its tensors; unchanged if there is none."""
     whole = read_checkpoint(checkpoint.path, prefix="", whole=True)
     if whole.identity != checkpoint.identity:
         raise ModelCorrupt(f"{checkpoint.path} changed while it was being loaded; load it again")

@@ -4,13 +4,14 @@ from tacod.rank.families.kit.attention import CrossAttention, QKNormWeights, Sel
 from tacod.rank.families.kit.embed import MLPEmbedder, sinusoid
 from tacod.rank.families.kit.grid import Grid, PatchEmbed, line
 from tacod.rank.families.kit.masks import drop_hidden
-from tacod.rank.families.kit.mlp import feed_forward
+from tacod.rank.families.kit.mlp import MLP, feed_forward
 from tacod.rank.families.kit.mmdit import DoubleBlock, SingleBlock, after_attention, join_streams
 from tacod.rank.families.kit.modulation import AdaLN, FinalLayer, Modulation, drawn
 from tacod.rank.families.kit.references import REFERENCE_METHODS, ROPE_OPTIONS, image_positions, reference_origins
 from tacod.rank.families.kit.rope import rope
 
 __all__ = [
+    "MLP",
     "REFERENCE_METHODS",
     "ROPE_OPTIONS",
     "AdaLN",

@@ -15,7 +15,7 @@ __all__ = ["CrossAttention", "QKNormWeights", "SelfAttention", "attend_replicate
 
 
 def register(module: nn.Module, name: str, value: nn.Module | nn.Parameter) -> None:
-    """Put a layer or parameter into a module under a dotted name; modules on its way are made."""
+    """Put a layer or parameter into a module under a dotted name, and make the modules on the way."""
     folder, _, leaf = name.rpartition(".")
     owner = module
     for part in folder.split(".") if folder else ():
@@ -57,7 +57,10 @@ class QKNormWeights(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Queries, keys and values of one stream, for an attention that it may share with others, and its output layer."""
+    """The projections of one stream to queries, keys and values, and its output layer.
+
+    Several streams may share the attention between them.
+    """
 
     def __init__(
         self,
@@ -122,7 +125,7 @@ class SelfAttention(nn.Module):
         return QKV(projected, self.heads, norm, rotation, self.kv_heads)
 
     def _layer_normed(self, projected: Any) -> Tensor:
-        """All three as one tensor, with layer norms of each head's queries and keys."""
+        """Queries, keys and values as one tensor, with layer norms of each head's queries and keys."""
         q, k, v = QKV(projected, self.heads, kv_heads=self.kv_heads).by_heads()
         normed = []
         for x, name in zip((q, k), self._norms, strict=True):
@@ -131,14 +134,14 @@ class SelfAttention(nn.Module):
         return torch.cat((*normed, v), dim=2).flatten(2)
 
     def project(self, attended: Tensor) -> Tensor:
-        """The output layer of what this stream attended to, [B, S, H * D] to [B, S, W]."""
+        """The output layer of this stream's attention, [B, S, H * D] to [B, S, W]."""
         assert self._out is not None
         out: Tensor = find(self, self._out)(attended)
         return out
 
 
 class CrossAttention(nn.Module):
-    """Attention of this rank's tokens to texts or images that are whole on every rank: it needs no exchange."""
+    """Attention of this rank's tokens to texts or images that every rank has whole: it needs no exchange."""
 
     def __init__(
         self,

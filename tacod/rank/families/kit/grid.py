@@ -16,9 +16,9 @@ __all__ = ["Grid", "PatchEmbed"]
 
 
 class Grid:
-    """The patches of a latent [B, C, H, W] or [B, C, T, H, W], the last ones padded circularly.
+    """The patches of a latent [B, C, H, W] or [B, C, T, H, W]; the last ones are padded circularly.
 
-    Of a latent only the shape is kept, and it may be anything that has one.
+    Only the latent's shape is kept, so anything with a shape will do.
     """
 
     def __init__(self, latent: Any, patch: int | Sequence[int], name: str = "x") -> None:
@@ -27,7 +27,7 @@ class Grid:
         Raises `ArgumentError`, naming ``name``, if there is too little of the latent to pad it with.
         """
         self.sides: tuple[int, ...] = tuple(latent.shape[2:])
-        """Of the latent, unpadded."""
+        """The latent's sides, without padding."""
         self.patch = (patch,) * len(self.sides) if isinstance(patch, int) else tuple(patch)
         if any(-side % size > side for side, size in zip(self.sides, self.patch, strict=True)):
             sides, patches = (" by ".join(map(str, each)) for each in (self.sides, self.patch))
@@ -41,7 +41,7 @@ class Grid:
                 argument=name,
             )
         self.counts = tuple(-(-side // size) for side, size in zip(self.sides, self.patch, strict=True))
-        """Patches along each side: rows and columns; of a video frames, rows and columns."""
+        """Patches along each side: rows and columns, or frames, rows and columns."""
 
     @property
     def length(self) -> int:
@@ -95,7 +95,7 @@ class Grid:
         scale: Sequence[float] = (),
         device: torch.device | None = None,
     ) -> Tensor:
-        """The position of each patch along each side, [N, sides] in fp32, from ``origin`` on and ``scale`` apart."""
+        """Each patch's position along each side, [N, sides] in fp32, starting at ``origin``, ``scale`` apart."""
         lines = [
             line(count, origin[at] if origin else 0.0, scale[at] if scale else 1.0, device)
             for at, count in enumerate(self.counts)

@@ -1,4 +1,4 @@
-"""Key masks of texts: which tokens the others attend to."""
+"""Key masks of texts: which tokens others attend to."""
 
 from __future__ import annotations
 

@@ -10,13 +10,12 @@ each of its branches: of a double block a pair, the text's and the image's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
 from tacod.rank.families.kit.attention import QKNormWeights, SelfAttention
-from tacod.rank.families.kit.mlp import activated, feed_forward
+from tacod.rank.families.kit.mlp import MLP, activated, first_outputs
 from tacod.rank.families.kit.modulation import Modulation
 from tacod.rank.families.stream import ForwardPass, Stream
 from tacod.rank.ops.linear import split_inputs, split_outputs
@@ -26,21 +25,14 @@ __all__ = ["DoubleBlock", "SingleBlock", "after_attention", "join_streams"]
 
 
 def after_attention(
-    stream: Stream,
-    modulation: Sequence[Tensor],
-    attention: SelfAttention,
-    attended: Tensor,
-    first: Any,
-    second: Any,
-    activation: str = "gelu",
+    stream: Stream, modulation: Sequence[Tensor], attended: Tensor, mlp: Callable[[Tensor], Tensor]
 ) -> None:
-    """A stream's second half of a block: its attention's output, then its MLP, each gated.
+    """A stream's second half of a block: its attention's projected output, then its MLP, each gated.
 
-    ``modulation`` is shift, scale and gate, twice; ``first``, ``second`` and ``activation`` are of the MLP, as in
-    `feed_forward`.
+    ``modulation`` is shift, scale and gate of the attention, then of the MLP.
     """
-    stream.add(modulation[2], attention.project(attended))
-    stream.add(modulation[5], feed_forward(first, second, stream.normed(*modulation[3:5]), activation))
+    stream.add(modulation[2], attended)
+    stream.add(modulation[5], mlp(stream.normed(*modulation[3:5])))
 
 
 class DoubleBlock(nn.Module):
@@ -48,10 +40,10 @@ class DoubleBlock(nn.Module):
 
     img_mod: Modulation
     img_attn: SelfAttention
-    img_mlp: nn.ModuleDict
+    img_mlp: MLP
     txt_mod: Modulation
     txt_attn: SelfAttention
-    txt_mlp: nn.ModuleDict
+    txt_mlp: MLP
 
     def __init__(
         self,
@@ -76,16 +68,14 @@ class DoubleBlock(nn.Module):
             modulated: Whether it has modulation layers of its own.
         """
         super().__init__()
-        self.activation, self.modulated = activation, modulated
+        self.modulated = modulated
         norms = "norm.query_norm.scale", "norm.key_norm.scale"
         for stream in ("img", "txt"):
             if modulated:
                 self.add_module(f"{stream}_mod", Modulation(width, 6 * width))
             attention = SelfAttention(width, heads, norm="head", norms=norms, bias=qkv_bias, out_bias=bias)
             self.add_module(f"{stream}_attn", attention)
-            first = nn.Linear(width, _outputs(hidden, activation), bias=bias)
-            mlp = nn.ModuleDict({"0": first, "2": nn.Linear(hidden, width, bias=bias)})
-            self.add_module(f"{stream}_mlp", mlp)
+            self.add_module(f"{stream}_mlp", MLP(width, hidden, ("0", "2"), activation, bias=bias))
 
     def forward(self, f: ForwardPass) -> None:
         """Text and image one block further."""
@@ -98,9 +88,8 @@ class DoubleBlock(nn.Module):
             (f.image, lambda: self.img_attn(f.image.normed(*image[:2]), f.image.rotation, f.epsilon)),
             mask=f.mask,
         ).wait()
-        image_mlp, text_mlp = self.img_mlp, self.txt_mlp
-        after_attention(f.image, image, self.img_attn, to_image, image_mlp["0"], image_mlp["2"], self.activation)
-        after_attention(f.text, text, self.txt_attn, to_text, text_mlp["0"], text_mlp["2"], self.activation)
+        after_attention(f.image, image, self.img_attn.project(to_image), self.img_mlp)
+        after_attention(f.text, text, self.txt_attn.project(to_text), self.txt_mlp)
 
 
 def join_streams(f: ForwardPass) -> None:
@@ -123,7 +112,7 @@ class SingleBlock(nn.Module):
     ) -> None:
         """Make the layers; see `DoubleBlock`."""
         super().__init__()
-        self.linear1 = nn.Linear(width, 3 * width + _outputs(hidden, activation), bias=bias)
+        self.linear1 = nn.Linear(width, 3 * width + first_outputs(hidden, activation), bias=bias)
         self.linear2 = nn.Linear(width + hidden, width, bias=bias)
         self.norm = QKNormWeights(width // heads, width // heads, ("query_norm.scale", "key_norm.scale"))
         if modulated:
@@ -149,8 +138,3 @@ class SingleBlock(nn.Module):
         out = from_hidden(hidden)
         (attended,) = attention.wait()
         f.joint.add(gate, from_heads(attended, out))
-
-
-def _outputs(hidden: int, activation: str) -> int:
-    """Of an MLP's first layer, for so many channels behind the activation."""
-    return 2 * hidden if activation == "swiglu" else hidden
