@@ -62,15 +62,23 @@ class PackedLinear(nn.Module, abc.ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """Of ``x`` [..., in_features] in the compute dtype, [..., out_features]."""
-        out = self.product(x)
+        return self.outputs_of(x, self.prepared(x))
+
+    def outputs_of(self, x: Tensor, prepared: Tensor) -> Tensor:
+        """`forward`, for those who have what `prepared` gives of ``x`` already."""
+        out = self.product(prepared)
         if self._low_rank is None:
             return out
         up, down = self._low_rank
         return out + functional.linear(functional.linear(x, down), up)
 
-    def product(self, x: Tensor) -> Tensor:
+    def prepared(self, x: Tensor) -> Tensor:
+        """What `product` takes in the place of ``x``: the same for every part of the `outputs`."""
+        return x
+
+    def product(self, prepared: Tensor) -> Tensor:
         """`forward` without what `adapted` adds."""
-        return functional.linear(x, self._unpacked(x.dtype), self.bias)
+        return functional.linear(prepared, self._unpacked(self.dtype), self.bias)
 
     @property
     def weight(self) -> Tensor:
@@ -120,6 +128,16 @@ class PackedLinear(nn.Module, abc.ABC):
         twin = self._twin()
         for name, factor in (("up", up), ("down", down)):
             twin.register_buffer(name, factor.to(self.data.device, self.dtype), persistent=False)
+        return twin
+
+    def in_dtype(self, dtype: torch.dtype) -> Self:
+        """The same layer with another compute dtype, on the same memory but for bias and product of low rank."""
+        twin = self._twin()
+        twin.dtype = dtype
+        for name in {"up", "down"} & twin._buffers.keys():
+            twin.register_buffer(name, getattr(self, name).to(dtype), persistent=False)
+        bias = None if self.bias is None else nn.Parameter(self.bias.to(dtype), requires_grad=False)
+        twin._parameters = {"bias": bias}
         return twin
 
     @property
