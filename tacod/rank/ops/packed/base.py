@@ -42,11 +42,6 @@ class PackedLinear(nn.Module, abc.ABC):
         self.register_parameter("bias", bias)
 
     @property
-    @abc.abstractmethod
-    def label(self) -> str:
-        """The format, as users see it."""
-
-    @property
     def quantizes(self) -> bool:
         """Whether it does anything to activations, such as quantizing each token by all of its numbers."""
         return False
@@ -159,7 +154,7 @@ class PackedLinear(nn.Module, abc.ABC):
 
     def extra_repr(self) -> str:
         """What printing shows."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, format={self.label}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, dtype={self.dtype}"
 
 
 def sliced(scale: Tensor | None, rows: slice) -> Tensor | None:

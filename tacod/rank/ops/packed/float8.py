@@ -17,7 +17,6 @@ __all__ = ["FLOAT8_DTYPES", "Float8Linear", "Mxfp8Linear", "Nvfp4Linear", "unblo
 
 FLOAT8_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 """By safetensors' names."""
-_LABELS = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _LARGEST_BLOCK = torch.finfo(torch.float8_e4m3fn).max
 """Of the scales of nvfp4's blocks."""
@@ -54,11 +53,6 @@ class Float8Linear(PackedLinear):
             input_scale = torch.ones((), device=data.device)
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("input_scale", input_scale if native else None, persistent=False)
-
-    @property
-    def label(self) -> str:
-        """See `PackedLinear.label`."""
-        return _LABELS[self.data.dtype]
 
     @property
     def quantizes(self) -> bool:
@@ -133,7 +127,6 @@ class Mxfp8Linear(PackedLinear):
 
     scale: Tensor
     rowwise = ("scale",)
-    label = "mxfp8"
 
     def __init__(
         self,
@@ -196,7 +189,6 @@ class Nvfp4Linear(PackedLinear):
     input_scale: Tensor | None
     levels: Tensor
     rowwise = ("blocks",)
-    label = "nvfp4"
 
     def __init__(
         self,
