@@ -191,6 +191,19 @@ def test_a_description_that_isnt_right_is_refused_by_layer(
     assert key.rpartition(".")[0] in str(caught.value)
 
 
+@pytest.mark.parametrize("said", [{"format": "int3_odd"}, b"{"], ids=["another format", "no JSON"])
+@pytest.mark.parametrize("name", GOLDENS)
+def test_a_model_is_found_beside_one_that_is_packed_in_another_way(tmp_path: Path, name: str, said: Any) -> None:
+    golden = read_golden(name)
+    weights = {f"denoiser.{key}": each for key, each in golden.weights.items()}
+    layer = "text_encoders.words.0"
+    text = {f"{layer}.weight": torch.zeros(8, 4, dtype=torch.uint8), f"{layer}.comfy_quant": described(said)}
+    model = load(tmp_path, name, {**weights, **text})
+    with torch.inference_mode():
+        out = model.run(SequenceParallel(), golden.arguments(model))
+    assert relative_error(out, golden.out) <= golden.fp32
+
+
 def test_a_weight_without_a_description_is_refused(tmp_path: Path) -> None:
     weights = whole(INT8)
     key = first(weights, "comfy_quant")
