@@ -46,11 +46,11 @@ def split_outputs(layer: Any, first: int) -> tuple[Layer, Layer]:
     return Part(weight[:first], head), Part(weight[first:], tail)
 
 
-def _once(function: Layer) -> Layer:
+def _once(function: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
     """The same function, which remembers what it gave of the last tensor."""
-    last: list[Tensor] = []
+    last: list[Any] = []
 
-    def remembering(x: Tensor) -> Tensor:
+    def remembering(x: Tensor) -> Any:
         if not last or last[0] is not x:
             last[:] = x, function(x)
         return last[1]

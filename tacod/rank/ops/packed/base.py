@@ -59,7 +59,7 @@ class PackedLinear(nn.Module, abc.ABC):
         """Of ``x`` [..., in_features] in the compute dtype, [..., out_features]."""
         return self.outputs_of(x, self.prepared(x))
 
-    def outputs_of(self, x: Tensor, prepared: Tensor) -> Tensor:
+    def outputs_of(self, x: Tensor, prepared: Any) -> Tensor:
         """`forward`, for those who have what `prepared` gives of ``x`` already."""
         out = self.product(prepared)
         if self._low_rank is None:
@@ -67,11 +67,11 @@ class PackedLinear(nn.Module, abc.ABC):
         up, down = self._low_rank
         return out + functional.linear(functional.linear(x, down), up)
 
-    def prepared(self, x: Tensor) -> Tensor:
+    def prepared(self, x: Tensor) -> Any:
         """What `product` takes in the place of ``x``: the same for every part of the `outputs`."""
         return x
 
-    def product(self, prepared: Tensor) -> Tensor:
+    def product(self, prepared: Any) -> Tensor:
         """`forward` without what `adapted` adds."""
         return functional.linear(prepared, self._unpacked(self.dtype), self.bias)
 
