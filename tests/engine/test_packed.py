@@ -18,6 +18,7 @@ from tacod.checkpoint import Checkpoint, read_checkpoint
 from tacod.checkpoint.quantization import beside
 from tacod.rank.ops.linear import linear_fp32, split_outputs
 from tacod.rank.ops.packed import base as packed_base
+from tacod.rank.ops.packed import float8
 from tacod.rank.ops.packed.base import PackedLinear
 from tacod.rank.ops.packed.float8 import round_e2m1
 from tacod.rank.ops.packed.integers import Int4Linear, IntegerLinear, padded
@@ -138,6 +139,29 @@ def test_floats_of_8_bits_and_fewer_times_such(name: str, named: str, dtype: tor
         assert relative_error(torch.cat((parts[..., -8:], parts[..., :-8]), dim=-1), y) < 1e-6
         assert torch.equal(one(x + 1), split_outputs(layer, 8)[0](x + 1)), "of other tokens, others"
     assert seen == NATIVE[name]
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "nvfp4"])
+def test_activations_are_rounded_in_bands(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    golden = Golden(name)
+    with mock.patch("tacod.rank.weights.packing.has_product", return_value=True):
+        layers = {each: golden.layer(each, torch.bfloat16) for each in golden.packed}
+    for each, layer in layers.items():
+        x = golden[f"{each}.x"].bfloat16()
+        expected, wrote = layer.prepared(x), []
+        with monkeypatch.context() as patched:
+            patched.setattr(packed_base, "_BAND", 3 * layer.in_features)
+            patched.setattr(float8, f"round_{name}", spy(getattr(float8, f"round_{name}"), wrote))
+            assert torch.equal(layer.prepared(x), expected)
+        assert wrote == [3, 3, 3, 1]
+
+
+def spy(function: Any, lengths: list[int]) -> Any:
+    def spied(x: Tensor, *rest: Any) -> Any:
+        lengths.append(len(x))
+        return function(x, *rest)
+
+    return spied
 
 
 @pytest.mark.parametrize("capability", [(8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])

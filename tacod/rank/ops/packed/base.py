@@ -15,7 +15,7 @@ from typing_extensions import Self
 __all__ = ["PackedLinear"]
 
 _BAND = 1 << 24
-"""How many numbers are unpacked at once: it bounds what lies beside the result."""
+"""How many numbers are unpacked or rounded at once: it bounds what lies beside the result."""
 
 
 class PackedLinear(nn.Module, abc.ABC):
@@ -97,13 +97,7 @@ class PackedLinear(nn.Module, abc.ABC):
 
     def _in_bands(self, unpack: Callable[[slice], Tensor], dtype: torch.dtype) -> Tensor:
         """All rows of what ``unpack`` gives of some, [out_features, in_features], with bounded memory beside them."""
-        step = max(_BAND // self.in_features, 1)
-        if self.out_features <= step:
-            return unpack(slice(None))
-        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.data.device)
-        for row in range(0, self.out_features, step):
-            weight[row : row + step] = unpack(slice(row, row + step))
-        return weight
+        return in_bands(unpack, (self.out_features, self.in_features), dtype, self.data.device)
 
     def outputs(self, rows: slice) -> Self:
         """Some of its outputs, on the same memory."""
@@ -155,6 +149,20 @@ class PackedLinear(nn.Module, abc.ABC):
     def extra_repr(self) -> str:
         """What printing shows."""
         return f"in_features={self.in_features}, out_features={self.out_features}, dtype={self.dtype}"
+
+
+def in_bands(
+    make: Callable[[slice], Tensor], shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """All rows of what ``make`` gives of some, of a ``shape``, with bounded memory beside them."""
+    rows, columns = shape
+    step = max(_BAND // columns, 1)
+    if rows <= step:
+        return make(slice(None))
+    whole = torch.empty(shape, dtype=dtype, device=device)
+    for row in range(0, rows, step):
+        whole[row : row + step] = make(slice(row, row + step))
+    return whole
 
 
 def sliced(scale: Tensor | None, rows: slice) -> Tensor | None:

@@ -6,12 +6,14 @@ arithmetic is that of ComfyUI, which dequantizes in the compute dtype on a CPU, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from tacod.rank.ops.largest import largest
-from tacod.rank.ops.packed.base import PackedLinear, sliced
+from tacod.rank.ops.packed.base import PackedLinear, in_bands, sliced
 
 __all__ = ["FLOAT8_DTYPES", "Float8Linear", "Mxfp8Linear", "Nvfp4Linear", "unblocked"]
 
@@ -150,14 +152,7 @@ class Mxfp8Linear(PackedLinear):
         """See `PackedLinear.prepared`."""
         if not self.native:
             return x
-        blocks = _in_blocks(x, 32)
-        limit = torch.finfo(torch.float8_e4m3fn).max
-        needed = blocks.abs().amax(dim=-1, keepdim=True) / limit
-        # The least power of two by which the largest number of a block fits.
-        exponents = torch.log2(needed.clamp(min=2**-126)).ceil().clamp(max=127).int()
-        quantized = (blocks / torch.ldexp(torch.ones_like(needed), exponents)).clamp(-limit, limit)
-        numbers = torch.ldexp(quantized.to(torch.float8_e4m3fn).float(), exponents)
-        return numbers.to(x.dtype).flatten(-2)[..., : self.in_features]
+        return _token_by_token(x, round_mxfp8)
 
     def numbers(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """See `PackedLinear.numbers`."""
@@ -230,8 +225,7 @@ class Nvfp4Linear(PackedLinear):
         if scale is None:
             # The division is in the dtype of ``x``, as in ComfyUI.
             scale = (largest(x).to(x.dtype) / (_LARGEST_BLOCK * _E2M1[-1])).float()
-        numbers, blocks = quantize_nvfp4(_in_blocks(x, 16), scale)
-        return scaled_blocks(numbers, blocks, scale, x.dtype)[..., : self.in_features]
+        return _token_by_token(x, lambda tokens: round_nvfp4(tokens, scale))
 
     def _effective(self, dtype: torch.dtype) -> Tensor:
         weight = super()._effective(dtype)
@@ -253,6 +247,31 @@ def scaled_blocks(numbers: Tensor, blocks: Tensor, scale: Tensor, dtype: torch.d
     inner = torch.float32 if numbers.is_cuda else dtype
     scales = scale.to(inner) * blocks.to(inner)
     return (numbers.to(inner) * scales[..., None]).to(dtype).flatten(-2)
+
+
+def round_mxfp8(x: Tensor) -> Tensor:
+    """Tokens [n, W] as the nearest that mxfp8 holds, in their dtype."""
+    blocks = _in_blocks(x, 32)
+    limit = torch.finfo(torch.float8_e4m3fn).max
+    needed = blocks.abs().amax(dim=-1, keepdim=True) / limit
+    # The least power of two by which the largest number of a block fits.
+    exponents = torch.log2(needed.clamp(min=2**-126)).ceil().clamp(max=127).int()
+    quantized = (blocks / torch.ldexp(torch.ones_like(needed), exponents)).clamp(-limit, limit)
+    numbers = torch.ldexp(quantized.to(torch.float8_e4m3fn).float(), exponents)
+    return numbers.to(x.dtype).flatten(-2)[:, : x.shape[-1]]
+
+
+def round_nvfp4(x: Tensor, scale: Tensor) -> Tensor:
+    """Tokens [n, W] as the nearest that nvfp4 holds with this ``scale``, in their dtype."""
+    numbers, blocks = quantize_nvfp4(_in_blocks(x, 16), scale)
+    return scaled_blocks(numbers, blocks, scale, x.dtype)[:, : x.shape[-1]]
+
+
+def _token_by_token(x: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+    """What ``rounded`` gives of tokens, some [n, W] at a time, for ``x`` [..., W]."""
+    tokens = x.flatten(0, -2)
+    shape = (len(tokens), x.shape[-1])
+    return in_bands(lambda rows: rounded(tokens[rows]), shape, x.dtype, x.device).view(x.shape)
 
 
 def quantize_nvfp4(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
