@@ -156,6 +156,77 @@ PUBLISHED = {
         cut={"depth": 1, "depth_single_blocks": 1},
         values={"guidance": 4.0},
     ),
+    "chroma": Published(
+        {
+            "image_model": "chroma",
+            "in_channels": 64,
+            "out_channels": 64,
+            "patch_size": 2,
+            "vec_in_dim": None,
+            "context_in_dim": 4096,
+            "hidden_size": 3072,
+            "mlp_ratio": 4.0,
+            "num_heads": 24,
+            "depth": 19,
+            "depth_single_blocks": 38,
+            "axes_dim": [16, 56, 56],
+            "theta": 10000,
+            "qkv_bias": True,
+            "txt_ids_dims": [],
+            "in_dim": 64,
+            "out_dim": 3072,
+            "hidden_dim": 5120,
+            "n_layers": 5,
+        },
+        "Chroma",
+        256,
+        cut={"hidden_size": 768, "out_dim": 768, "num_heads": 6, "depth": 1, "depth_single_blocks": 1},
+        values={"guidance": 0.0},
+    ),
+    "lumina2": Published(
+        {
+            "image_model": "lumina2",
+            "patch_size": 2,
+            "in_channels": 16,
+            "dim": 2304,
+            "cap_feat_dim": 2304,
+            "n_layers": 26,
+            "qk_norm": True,
+            "n_heads": 24,
+            "n_kv_heads": 8,
+            "axes_dims": [32, 32, 32],
+            "axes_lens": [300, 512, 512],
+            "rope_theta": 10000.0,
+            "ffn_dim_multiplier": 4.0,
+        },
+        "Lumina2",
+        77,
+        cut={"n_layers": 1},
+        extra={"num_tokens": 77},
+    ),
+    "hidream": Published(
+        {
+            "image_model": "hidream",
+            "attention_head_dim": 128,
+            "axes_dims_rope": [64, 32, 32],
+            "caption_channels": [4096, 4096],
+            "max_resolution": [128, 128],
+            "in_channels": 16,
+            "llama_layers": [*range(32), *[31] * 16],
+            "num_attention_heads": 20,
+            "num_routed_experts": 4,
+            "num_activated_experts": 2,
+            "num_layers": 16,
+            "num_single_layers": 32,
+            "out_channels": 16,
+            "patch_size": 2,
+            "text_emb_dim": 2048,
+        },
+        "HiDream",
+        128,
+        sizes=(1024,),
+        cut={"num_layers": 1, "num_single_layers": 1, "llama_layers": [0, 31], "num_attention_heads": 4},
+    ),
 }
 
 
@@ -189,7 +260,7 @@ def make_inputs(name: str, dit: DiT, pixels: int, device: torch.device) -> Input
     model = PUBLISHED[name]
     generator = torch.Generator().manual_seed(1)
     side = pixels // dit.downscale
-    sizes = {**dict.fromkeys(dit.usual, 1), "H": side, "W": side, "L": model.text}
+    sizes = {**dict.fromkeys(dit.usual, 1), "H": side, "W": side, "L": model.text, "M": model.text}
     specs = dit.arguments()
     values: dict[str, Any] = {}
     for key, spec in specs.items():

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from helpers import relative_error
-from safetensors import safe_open
-from torch import Tensor, nn
+from packed_layers import FILES, Golden
+from torch import Tensor
 from torch.nn import functional
 
-from tacod.checkpoint import Checkpoint, read_checkpoint
 from tacod.checkpoint.quantization import beside
 from tacod.rank.ops.linear import linear_fp32, split_outputs
 from tacod.rank.ops.packed import base as packed_base
@@ -22,52 +20,11 @@ from tacod.rank.ops.packed import float8
 from tacod.rank.ops.packed.base import PackedLinear
 from tacod.rank.ops.packed.float8 import round_e2m1
 from tacod.rank.ops.packed.integers import Int4Linear, IntegerLinear, padded
-from tacod.rank.weights.packing import Layer, has_product, pack
+from tacod.rank.weights.packing import has_product
 from tacod_client.errors import ModelCorrupt
 
-GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "quantised"
-FILES = sorted(path.stem.removeprefix("quant_") for path in GOLDEN.glob("quant_*.safetensors"))
 LAYERS = ("double_blocks.0.img_attn.qkv", "layers.0.feed_forward.w2", "single_blocks.0.linear2")
 BIT = [("fp32", torch.float32), ("bf16", torch.bfloat16)]
-
-
-class Golden:
-    """A file of packed layers, and what ComfyUI's own layers made of them."""
-
-    def __init__(self, name: str) -> None:
-        self.path = GOLDEN / f"quant_{name}.safetensors"
-        self.checkpoint: Checkpoint = read_checkpoint(str(self.path))
-        with safe_open(self.path, framework="pt") as file:
-            self.tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            self.metadata = file.metadata()
-
-    @property
-    def packed(self) -> list[str]:
-        layers: list[str] = json.loads(self.metadata["golden.quantised"])
-        return layers
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[f"golden.{name}"]
-
-    def layer(self, name: str, dtype: torch.dtype, weight_only: bool = False) -> Any:
-        """The layer that computes with what the file has."""
-        bias = self.tensors.get(f"{name}.bias")
-        parameter = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
-        weight = f"{name}.weight"
-        shape = (self[f"{name}.y_fp32"].shape[-1], self[f"{name}.x"].shape[-1])
-        if weight not in self.checkpoint.quantization:
-            plain = nn.Linear(shape[1], shape[0], bias=bias is not None, dtype=dtype)
-            plain.weight, plain.bias = nn.Parameter(self.tensors[weight].to(dtype), requires_grad=False), parameter
-            return plain
-        quantization = self.checkpoint.quantization[weight]
-        sides = {leaf: self._side(name, leaf) for leaf in quantization.sides}
-        data = self.tensors[weight].reshape(-1).view(torch.uint8)
-        return pack(Layer(name, quantization, data, sides, shape, parameter, dtype, weight_only))
-
-    def _side(self, name: str, leaf: str) -> Tensor:
-        old = {"weight_scale": "scale_weight", "input_scale": "scale_input"}
-        found = self.tensors.get(f"{name}.{leaf}")
-        return found if found is not None else self.tensors[f"{name}.{old[leaf]}"]
 
 
 @pytest.fixture(params=FILES)

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -194,6 +195,36 @@ def test_torchs_own_process_groups_are_a_warning(monkeypatch: pytest.MonkeyPatch
     assert (found.check, found.state) == ("groups", "warn")
     assert found.message.startswith("torch's own process groups work")
     assert "ImportError: its modules moved" in found.message
+
+
+@pytest.mark.parametrize(
+    ("capability", "cuda", "installed", "state", "words"),
+    [
+        ((9, 0), "13.0", False, "ok", "the daemon's own kernels"),
+        ((8, 9), "13.0", True, "ok", "comfy-kitchen's kernels"),
+        ((8, 9), "13.0", False, "warn", "PyTorch's operations"),
+        ((8, 9), "12.8", True, "warn", "PyTorch's operations"),
+        ((7, 0), "13.0", True, "warn", "PyTorch's operations"),
+    ],
+)
+def test_what_multiplies_int8_layers(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], cuda: str, installed: bool, state: str, words: str
+) -> None:
+    import torch
+
+    from tacod.rank.ops.packed import kitchen
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    package = SimpleNamespace(list_backends=lambda: {"cuda": {"available": True}}) if installed else None
+    monkeypatch.setitem(sys.modules, "comfy_kitchen", package)
+    kitchen._library.cache_clear()
+    try:
+        (found,) = engine._int8()
+    finally:
+        kitchen._library.cache_clear()
+    assert (found.check, found.state, words in found.message) == ("int8", state, True)
 
 
 def test_gpus_without_a_driver_fail_with_what_to_do() -> None:

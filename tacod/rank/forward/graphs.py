@@ -13,7 +13,7 @@ from __future__ import annotations
 import enum
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -109,8 +109,13 @@ class Forwards:
         self._pool = None
         self.step_caches.clear()
 
+    def _captured(self) -> Iterator[Graph]:
+        """The graphs of all models."""
+        return (each for kinds in self._kinds.values() for each in kinds.values() if isinstance(each, Graph))
+
     def _capture(self, call: Call, expected: Output) -> Graph | _Without:
-        if self._pool is None:
+        if all(graph.pool != self._pool for graph in self._captured()):
+            # PyTorch ends a pool with the last graph in it.
             self._pool = torch.cuda.graph_pool_handle()
         everyone = self.topology.everyone
         self.begins()
@@ -142,6 +147,7 @@ class Graph:
     """One kind of forward, captured; its inputs and output have places of their own."""
 
     def __init__(self, call: Call, topology: Topology, pool: Any) -> None:
+        self.pool = pool
         self._inputs = call.inputs.map(torch.clone)
         self._graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()

@@ -30,7 +30,8 @@ def conditioning(
     """Random conditioning; HiDream's also has the states of another encoder, Anima's the words of another tokenizer."""
     random = torch.Generator().manual_seed(seed)
     context = torch.randn(1, tokens, width, generator=random)
-    extra: dict[str, Any] = {"pooled_output": torch.randn(1, pooled, generator=random)} if pooled else {}
+    # Text encoders that have none say so.
+    extra: dict[str, Any] = {"pooled_output": torch.randn(1, pooled, generator=random) if pooled else None}
     if llama_layers:
         extra["conditioning_llama3"] = torch.randn(1, llama_layers, tokens + 2, llama_width, generator=random)
     if t5_ids:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import Self
 
+from tacod.rank.ops.fused import has_kernels
+
 __all__ = ["PackedLinear"]
 
 _BAND = 1 << 24
@@ -65,7 +67,8 @@ class PackedLinear(nn.Module, abc.ABC):
         if self._low_rank is None:
             return out
         up, down = self._low_rank
-        return out + functional.linear(functional.linear(x, down), up)
+        out.view(-1, self.out_features).addmm_(functional.linear(x, down).flatten(0, -2), up.t())
+        return out
 
     def prepared(self, x: Tensor) -> Any:
         """What `product` takes in the place of ``x``: the same for every part of the `outputs`."""
@@ -93,7 +96,12 @@ class PackedLinear(nn.Module, abc.ABC):
         return self._unpacked(dtype)
 
     def _unpacked(self, dtype: torch.dtype) -> Tensor:
-        return self._in_bands(lambda rows: self.numbers(rows, dtype), dtype)
+        fast = self.unpacked_by_kernel(dtype) if has_kernels(self.data) else None
+        return self._in_bands(lambda rows: self.numbers(rows, dtype), dtype) if fast is None else fast
+
+    def unpacked_by_kernel(self, dtype: torch.dtype) -> Tensor | None:
+        """`numbers` of all rows on a GPU in one pass, or None where no kernel has it."""
+        return None
 
     def _in_bands(self, unpack: Callable[[slice], Tensor], dtype: torch.dtype) -> Tensor:
         """All rows of what ``unpack`` gives of some, [out_features, in_features], with bounded memory beside them."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tacod.rank.ops.fused import has_kernels
 from tacod.rank.ops.largest import largest
 from tacod.rank.ops.packed.base import PackedLinear, in_bands, sliced
 
@@ -65,6 +66,14 @@ class Float8Linear(PackedLinear):
         """See `PackedLinear.numbers`."""
         return scaled(self.data[rows], sliced(self.scale, rows), dtype)
 
+    def unpacked_by_kernel(self, dtype: torch.dtype) -> Tensor | None:
+        """See `PackedLinear.unpacked_by_kernel`."""
+        from tacod.rank.ops.packed import kernels
+
+        if not kernels.has_float8(self.data.device):
+            return None
+        return kernels.dequantize_float8(self.data, self.scale, self.in_features, dtype)
+
     def prepared(self, x: Tensor) -> Tensor:
         """See `PackedLinear.prepared`."""
         if not self.native:
@@ -110,6 +119,11 @@ def scaled(data: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 def quantize_float8(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``x`` divided by ``scale`` (fp32, no dimensions), in ``dtype``; what is too large becomes the largest number."""
+    if has_kernels(x):
+        from tacod.rank.ops.packed import kernels
+
+        if kernels.has_float8(x.device):
+            return kernels.quantize_float8(x, scale, dtype)
     limit = torch.finfo(dtype).max
     return (x * (1.0 / scale).to(x.dtype)).clamp(-limit, limit).to(dtype)
 
@@ -159,6 +173,14 @@ class Mxfp8Linear(PackedLinear):
         blocks = torch.unflatten(self.data[rows].float(), 1, (-1, 32))
         exponents = self.scale[rows].int() - 127
         return torch.ldexp(blocks, exponents[:, :, None]).to(dtype).flatten(1)[:, : self.in_features]
+
+    def unpacked_by_kernel(self, dtype: torch.dtype) -> Tensor | None:
+        """See `PackedLinear.unpacked_by_kernel`."""
+        from tacod.rank.ops.packed import kernels
+
+        if not kernels.has_float8(self.data.device):
+            return None
+        return kernels.dequantize_float8(self.data, self.scale, self.in_features, dtype)
 
 
 class Nvfp4Linear(PackedLinear):
@@ -237,6 +259,14 @@ class Nvfp4Linear(PackedLinear):
         codes = torch.stack((packed >> 4, packed & 15), dim=-1).flatten(1)
         numbers = self.levels.index_select(0, codes.flatten().int()).view(len(codes), -1, 16)
         return scaled_blocks(numbers, self.blocks[rows], self.scale, dtype)[:, : self.in_features]
+
+    def unpacked_by_kernel(self, dtype: torch.dtype) -> Tensor | None:
+        """See `PackedLinear.unpacked_by_kernel`."""
+        from tacod.rank.ops.packed import kernels
+
+        if not kernels.has_float8(self.data.device):
+            return None
+        return kernels.dequantize_nvfp4(self.data, self.blocks, self.scale, self.in_features, dtype)
 
 
 def scaled_blocks(numbers: Tensor, blocks: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

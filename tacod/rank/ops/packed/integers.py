@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tacod.rank.ops.fused import has_kernels
 from tacod.rank.ops.packed.base import PackedLinear, sliced
 from tacod.rank.ops.packed.rotation import hadamard, rotate
 
@@ -66,7 +67,12 @@ class IntegerLinear(PackedLinear):
 
     def factor(self) -> Tensor:
         """The `whole` of all rows, which tokens are multiplied by."""
-        return self._in_bands(self.whole, torch.int8)
+        fast = self.factor_by_kernel() if has_kernels(self.data) else None
+        return self._in_bands(self.whole, torch.int8) if fast is None else fast
+
+    def factor_by_kernel(self) -> Tensor | None:
+        """`factor` on a GPU in one pass, or None where no kernel has it."""
+        return None
 
     def numbers(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """See `PackedLinear.numbers`; computed in fp32."""
@@ -75,26 +81,43 @@ class IntegerLinear(PackedLinear):
         weight = self.whole(rows).float() * scale
         return (rotate(weight, self.group) if self.group else weight).to(dtype)
 
+    def unpacked_by_kernel(self, dtype: torch.dtype) -> Tensor:
+        """See `PackedLinear.unpacked_by_kernel`."""
+        from tacod.rank.ops.packed import kernels
+
+        return kernels.rotate(self.factor(), self.scale, self.group, dtype)
+
     def product(self, x: Tensor) -> Tensor:
         """See `PackedLinear.product`."""
         if self.full_precision:
             return super().product(x)
-        tokens = x.flatten(0, -2)
-        out = self.multiply(rotate(tokens, self.group) if self.group else tokens)
-        if self.bias is not None:
-            out = out + self.bias
-        return torch.unflatten(out, 0, x.shape[:-1])
+        return torch.unflatten(self.multiply(x.flatten(0, -2)), 0, x.shape[:-1])
 
     def multiply(self, tokens: Tensor) -> Tensor:
-        """Of tokens [n, in_features], rotated where the weight is, [n, out_features] in their dtype."""
-        quantized, scales = quantize_tokens(tokens)
-        sums = integer_product(quantized, self.factor())
+        """Of tokens [n, in_features], [n, out_features] in their dtype."""
+        factor = self.factor()
+        if has_kernels(tokens):
+            from tacod.rank.ops.packed import kernels, kitchen
+
+            if not kernels.takes(factor) and kitchen.takes(factor):
+                return kitchen.int8_linear(tokens, factor, self.scale, self.bias, self.group)
+            quantized, scales = kernels.quantize_tokens(tokens, self.group)
+            if kernels.takes(factor):
+                return kernels.multiply(quantized, scales, factor, self.scale, self.bias, tokens.dtype)
+            scales = scales[:, None]
+        else:
+            quantized, scales = quantize_tokens(self.rotated(tokens))
+        sums = integer_product(quantized, factor)
         out = torch.empty(sums.shape, dtype=tokens.dtype, device=tokens.device)
         step = max(_ROWS_BYTES // (4 * self.out_features), 1)
         for row in range(0, len(sums), step):
             rows = slice(row, row + step)
             out[rows] = sums[rows].float() * (scales[rows] * self.scale.reshape(1, -1))
-        return out
+        return out if self.bias is None else out + self.bias
+
+    def rotated(self, tokens: Tensor) -> Tensor:
+        """Tokens [n, in_features], rotated where the weight is."""
+        return rotate(tokens, self.group) if self.group else tokens
 
 
 class Int8Linear(IntegerLinear):
@@ -136,10 +159,18 @@ class Int4Linear(IntegerLinear):
         """See `IntegerLinear.multiply`; with activations of 4 bits, all in the tokens' dtype."""
         if not self.int4_activations:
             return super().multiply(tokens)
+        tokens = self.rotated(tokens)
         scales = tokens.abs().amax(dim=-1, keepdim=True).clamp(min=1e-10) / 7
         quantized = (tokens / scales).round().clamp(-7, 7)
         sums = quantized @ self.factor().to(tokens.dtype).t()
-        return sums * scales * self.scale.reshape(1, -1).to(tokens.dtype)
+        out = sums * scales * self.scale.reshape(1, -1).to(tokens.dtype)
+        return out if self.bias is None else out + self.bias
+
+    def factor_by_kernel(self) -> Tensor:
+        """See `IntegerLinear.factor_by_kernel`."""
+        from tacod.rank.ops.packed import kernels
+
+        return kernels.unpack_nibbles(self.data)
 
 
 class W4A8Linear(IntegerLinear):
@@ -186,6 +217,14 @@ class W4A8Linear(IntegerLinear):
         relative = self.relative[rows].float()
         grouped = torch.unflatten(levels, 1, (relative.shape[1], -1)) * relative[:, :, None]
         return grouped.round().clamp(-127, 127).to(torch.int8).flatten(1)
+
+    def factor_by_kernel(self) -> Tensor | None:
+        """See `IntegerLinear.factor_by_kernel`."""
+        from tacod.rank.ops.packed import kernels
+
+        if not kernels.has_float8(self.data.device):
+            return None
+        return kernels.unpack_codes(self.data.view(torch.uint8), self.relative, self.codebook)
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
