@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,10 +17,11 @@ import torch
 from safetensors import safe_open
 
 from tacod.checkpoint import Checkpoint, is_gguf, read_checkpoint
+from tacod.checkpoint.quantization import Quantization, descriptions
 from tacod_client.tensors import TORCH_NAMES
 
 from . import hooks
-from .quantized import Layer, formats_in_file
+from .quantized import read_layers
 
 __all__ = ["DTYPES", "SAFETENSORS", "Header", "Names", "is_gguf", "layers_in_file", "names_in_file", "read_header"]
 
@@ -68,7 +69,7 @@ class Header:
     """By key, each without contents; bytes for a dtype that torch lacks, fp16 for GGUF's kinds."""
     metadata: Mapping[str, str] | None
     layers: Mapping[str, dict[str, Any]] = field(default_factory=dict)
-    """The JSON of its quantized layers, by their keys."""
+    """The JSON of the diffusion model's quantized layers, by their keys without the prefix."""
     marked: bool = False
     """Whether that is made of ``scaled_fp8``, and no layer has any in the file."""
 
@@ -94,17 +95,20 @@ class Header:
 def read_header(path: str) -> Header:
     """A safetensors or GGUF file's tensors, without their contents.
 
-    Raises what `safe_open` raises, a `TacodError` for a GGUF file that can't be read, `Refused` if what it says of a
-    quantized layer can't.
+    Raises what `safe_open` raises, a `TacodError` for a GGUF file that can't be read, or if what it says of a quantized
+    layer can't.
     """
     if is_gguf(path):
         return Header.of_gguf(read_checkpoint(path))
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-        tensors = {key: _meta(each.get_dtype(), each.get_shape()) for key, each in slices.items()}
-        layers, marked = formats_in_file(tensors, metadata or {}, _prefix(tensors), file.get_tensor)
-        return Header(tensors, metadata, layers, marked)
+        header = Header({key: _meta(each.get_dtype(), each.get_shape()) for key, each in slices.items()}, metadata)
+        prefix, sizes = header.prefix, {key: each.numel() for key, each in header.bare.items()}
+        said, marked = descriptions(
+            path, sizes, [metadata or {}], prefix, lambda name: bytes(file.get_tensor(prefix + name).tolist())
+        )
+        return replace(header, layers={**said, **marked}, marked=bool(marked) and not said)
 
 
 def _prefix(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -138,7 +142,10 @@ def names_in_file(header: Header, config: Any) -> Names:
     return Names({name: header.prefix + key for name, key in found.items()}, header.prefix)
 
 
-def layers_in_file(header: Header, names: Names) -> dict[str, Layer]:
-    """A file's quantized layers by ComfyUI's names."""
-    ours = {key.removesuffix(".weight"): name.removesuffix(".weight") for name, key in names.items()}
-    return {ours[key]: Layer.of(said) for key, said in header.layers.items() if key in ours}
+def layers_in_file(header: Header, names: Names) -> dict[str, Quantization]:
+    """A file's quantized layers by ComfyUI's names. Raises `Refused` for what the daemon doesn't read."""
+    ours = {
+        key.removeprefix(names.prefix).removesuffix(".weight"): name.removesuffix(".weight")
+        for name, key in names.items()
+    }
+    return read_layers({ours[key]: said for key, said in header.layers.items() if key in ours})

@@ -18,12 +18,13 @@ from safetensors import SafetensorError, safe_open
 
 from tacod.checkpoint import Checkpoint, read_checkpoint
 from tacod.checkpoint.header import BLOCKS
+from tacod.checkpoint.quantization import DESCRIPTION
 from tacod_client.errors import TacodError
 
 from . import hooks
 from .errors import Refused
 from .names import DTYPES, Header, Names, is_gguf, layers_in_file, names_in_file, read_header
-from .quantized import NOTE, canonical, stands_beside
+from .quantized import canonical, stands_beside
 from .source import GGUF_TYPE, State, plain
 
 __all__ = ["origin_of", "watch_loaders"]
@@ -192,7 +193,7 @@ def _holds(path: str, names: Names, state: State) -> bool:
                 return False
         for key in {**beside, **keys}:
             layer, _, leaf = key.rpartition(".")
-            if f"{layer}.weight" not in weights or not stands_beside(key) or leaf == NOTE:
+            if f"{layer}.weight" not in weights or not stands_beside(key) or leaf == DESCRIPTION:
                 continue
             if leaf == "input_scale" and key not in beside and not _rounds_inputs(state, layer):
                 continue
@@ -202,7 +203,7 @@ def _holds(path: str, names: Names, state: State) -> bool:
 
 
 def _rounds_inputs(state: State, layer: str) -> bool:
-    return layer in state.layers and not state.layers[layer].weight_only
+    return layer in state.layers and not state.layers[layer].full_precision
 
 
 def _same_start(stored: Any, weight: torch.Tensor, scaled: bool) -> bool:

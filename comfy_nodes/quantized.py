@@ -1,42 +1,33 @@
-"""Weights that a model keeps packed: which layers of a network or of a file, in which of ComfyUI's formats.
+"""Weights that a network keeps packed: which of its layers, in which of ComfyUI's formats.
 
-A layer's format is JSON in a tensor ``LAYER.comfy_quant``, in a file also in the metadata; older files mark the whole
-model with ``scaled_fp8``. Its numbers are packed in ``LAYER.weight``, with scales and tables beside them.
+What is said of a layer is read as the daemon reads it (`tacod.checkpoint.quantization`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from tacod.checkpoint.quantization import FORMATS, SIDES
+from tacod.checkpoint.quantization import DESCRIPTION, FORMATS, OLD_SIDES, SIDES, Quantization, descriptions
+from tacod_client.errors import ModelCorrupt, ModelUnsupported
 
 from .errors import Refused
 
 __all__ = [
-    "METADATA",
-    "NOTE",
-    "Layer",
     "canonical",
     "check_formats",
     "check_layouts",
-    "formats_in_file",
     "layers_of",
     "note_of",
     "parts_of",
+    "read_layers",
     "stands_beside",
 ]
 
-NOTE = "comfy_quant"
-METADATA = "_quantization_metadata"
-MARK = "scaled_fp8"
-_SPELLINGS = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
-"""What older files and versions call the scales."""
-_BESIDE = {*SIDES, *_SPELLINGS, NOTE}
+_BESIDE = {*SIDES, *OLD_SIDES, DESCRIPTION}
 _FP8 = "TensorCoreFP8Layout"
 _LAYOUTS = {
     "float8_e4m3fn": (_FP8, "TensorCoreFP8E4M3Layout"),
@@ -51,40 +42,10 @@ _LAYOUTS = {
 _READS = f"the daemon reads {', '.join(FORMATS)}; take a file in one of them, or in bf16"
 
 
-@dataclass(frozen=True)
-class Layer:
-    """What decides how a layer computes, with ComfyUI's defaults for what its JSON leaves out."""
-
-    format: str
-    weight_only: bool
-    """Whether its inputs are left as they are (``full_precision_matrix_mult``)."""
-    rotation: int
-    """The size of ConvRot's groups; 0 without a rotation."""
-    group: int
-    """How many weights share a scale; 0 where the format says it."""
-    product: str
-    """What an int4 layer multiplies in; empty for other formats."""
-
-    @classmethod
-    def of(cls, said: Mapping[str, Any]) -> Layer:
-        """A layer's JSON, whose keys may also stand under ``params``."""
-        more = said.get("params")
-        said = {**(more if isinstance(more, dict) else {}), **said}
-        kind = str(said.get("format"))
-        rotates = kind in ("convrot_w4a4", "asym_w4a8_int8") or bool(kind == "int8_tensorwise" and said.get("convrot"))
-        return cls(
-            format=kind,
-            weight_only=bool(said.get("full_precision_matrix_mult")),
-            rotation=int(said.get("convrot_groupsize", 256)) if rotates else 0,
-            group=int(said.get("group_size", 16)) if kind == "asym_w4a8_int8" else 0,
-            product=str(said.get("linear_dtype", "int4")) if kind == "convrot_w4a4" else "",
-        )
-
-
 def canonical(name: str) -> str:
     """A tensor's name in ComfyUI's spelling of today."""
     layer, dot, leaf = name.rpartition(".")
-    return f"{layer}{dot}{_SPELLINGS.get(leaf, leaf)}"
+    return f"{layer}{dot}{OLD_SIDES.get(leaf, leaf)}"
 
 
 def stands_beside(name: str) -> bool:
@@ -97,59 +58,27 @@ def note_of(said: Mapping[str, Any]) -> torch.Tensor:
     return torch.frombuffer(bytearray(json.dumps(said).encode()), dtype=torch.uint8)
 
 
-def _notes(names: Iterable[str], read: Callable[[str], torch.Tensor]) -> dict[str, dict[str, Any]]:
-    found = {}
-    for name in names:
-        layer, _, leaf = name.rpartition(".")
-        if leaf == NOTE:
-            found[layer] = _object(bytes(read(name).tolist()), name)
-    return found
-
-
-def _object(text: str | bytes, name: str) -> dict[str, Any]:
+def layers_of(state: Mapping[str, torch.Tensor]) -> dict[str, Quantization]:
+    """A state dict's quantized layers by their names. Raises `Refused` for what the daemon doesn't read."""
+    sizes = {name: each.numel() for name, each in state.items()}
     try:
-        return _checked(json.loads(text), name)
-    except ValueError as error:
-        raise Refused(f"{name}, which is no JSON ({error})", "download the file again") from None
+        said, _ = descriptions("the MODEL", sizes, (), "", lambda name: bytes(state[name].tolist()))
+    except ModelCorrupt as error:
+        raise Refused("a quantized layer", f"{error.message}") from None
+    return read_layers(said)
 
 
-def _checked(said: Any, name: str) -> dict[str, Any]:
-    if not isinstance(said, dict):
-        raise Refused(f"{name}, which is no JSON object", "download the file again")
-    return said
-
-
-def formats_in_file(
-    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], prefix: str, read: Callable[[str], torch.Tensor]
-) -> tuple[dict[str, dict[str, Any]], bool]:
-    """The JSON of a file's quantized layers by their keys in it, and whether it is that of ``scaled_fp8`` alone.
-
-    Args:
-        tensors: The file's tensors by key, without contents.
-        metadata: The file's.
-        prefix: What stands before the diffusion model's keys; the metadata may leave it out.
-        read: Reads a tensor.
-    """
-    said = _notes(tensors, read)
-    if METADATA in metadata:
-        layers = _object(metadata[METADATA], METADATA).get("layers")
-        for layer, each in (layers if isinstance(layers, dict) else {}).items():
-            key = layer if f"{layer}.weight" in tensors else prefix + layer
-            said[key] = _checked(each, f"{METADATA} of {layer}")
-        return said, False
-    mark = tensors.get(f"{prefix}{MARK}")
-    if mark is None:
-        return said, False
-    marked: dict[str, Any] = {"format": "float8_e4m3fn"}
-    if mark.numel() == 2:
-        marked["full_precision_matrix_mult"] = True
-    scales = [key.removesuffix(".scale_weight") for key in tensors if key.endswith(".scale_weight")]
-    return {**said, **dict.fromkeys(scales, marked)}, not said
-
-
-def layers_of(state: Mapping[str, torch.Tensor]) -> dict[str, Layer]:
-    """A state dict's quantized layers by their names."""
-    return {layer: Layer.of(said) for layer, said in _notes(state, state.__getitem__).items()}
+def read_layers(said: Mapping[str, Mapping[str, Any]]) -> dict[str, Quantization]:
+    """Layers by what is said of each. Raises `Refused`, by name and format, for what the daemon doesn't read."""
+    found = {}
+    for name, each in said.items():
+        try:
+            found[name] = Quantization.of(name, each)
+        except ModelUnsupported:
+            raise Refused(f"layer {name} in format {each.get('format')!r}", _READS) from None
+        except ModelCorrupt as error:
+            raise Refused(f"layer {name}", error.message) from None
+    return found
 
 
 def parts_of(key: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -176,16 +105,13 @@ def check_layouts(parameters: Mapping[str, torch.Tensor]) -> None:
             raise Refused(f"{key}, quantized as {layout}", _READS)
 
 
-def check_formats(parameters: Mapping[str, torch.Tensor], layers: Mapping[str, Layer]) -> None:
-    """Raise `Refused`, by name and format, for a layer whose format isn't said, or is none that the daemon reads.
+def check_formats(parameters: Mapping[str, torch.Tensor], layers: Mapping[str, Quantization]) -> None:
+    """Raise `Refused`, by name and format, for a layer whose format isn't said, or isn't how its weight is packed.
 
     Args:
         parameters: A network's.
         layers: Its quantized layers.
     """
-    for name, layer in layers.items():
-        if layer.format not in FORMATS:
-            raise Refused(f"layer {name} in format {layer.format!r}", _READS)
     for key, weight in parameters.items():
         layout, layer = _layout(weight), layers.get(key.rpartition(".")[0])
         if layout is not None and (layer is None or layout not in _LAYOUTS[layer.format]):

@@ -17,11 +17,13 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from safetensors import safe_open
 
+from tacod.checkpoint.quantization import DESCRIPTION, Quantization
+
 from . import hooks
 from .errors import Failed, Refused
 from .names import DTYPES, Names, is_gguf, read_header
 from .patches import PREFIX
-from .quantized import NOTE, Layer, check_formats, check_layouts, layers_of, note_of, parts_of
+from .quantized import check_formats, check_layouts, layers_of, note_of, parts_of
 
 __all__ = ["GGUF_TYPE", "FileState", "Source", "State", "plain", "state_of"]
 
@@ -43,7 +45,7 @@ class Source:
     """What ComfyUI's names are in the file."""
     config: Mapping[str, Any]
     """ComfyUI's ``unet_config``."""
-    layers: Mapping[str, Layer] = field(default_factory=dict)
+    layers: Mapping[str, Quantization] = field(default_factory=dict)
     """The quantized ones."""
     model: Callable[[], ModelPatcher | None] = lambda: None
 
@@ -87,7 +89,7 @@ class Source:
             # What stands in the file's metadata: an upload's tensors say it themselves.
             header = read_header(self.file)
             said = {} if header.marked else header.layers
-            notes = {f"{key.removeprefix(header.prefix)}.{NOTE}": note_of(each) for key, each in said.items()}
+            notes = {f"{key}.{DESCRIPTION}": note_of(each) for key, each in said.items()}
         return _Sent(state, {self.names.for_daemon(name): name for name in state}, notes)
 
     def metadata(self) -> dict[str, str]:
@@ -155,7 +157,7 @@ class State(Mapping[str, torch.Tensor]):
     """Those that ComfyUI casts to 8 bits whenever it uses them: its loader was told to, and the file holds more."""
     packed: bool = False
     """Whether they are ComfyUI-GGUF's: blocks of bytes under the shape of the numbers."""
-    layers: Mapping[str, Layer] = field(default_factory=dict)
+    layers: Mapping[str, Quantization] = field(default_factory=dict)
     """The quantized layers, whose weights lie here as a file has them."""
 
     def __getitem__(self, name: str) -> torch.Tensor:

@@ -41,7 +41,7 @@ SLICE_S = 0.02
 """How long one wait lasts before `on_wait` is called: a click on Cancel is noticed within this time."""
 STOPPING_S = 0.25
 """How often a daemon that is about to stop is asked again."""
-WORK = ("load", "forward", "sample")
+WORK = ("load", "forward", "call", "sample")
 
 
 class Request:

@@ -113,6 +113,7 @@ def read_checkpoint(path: str, prefix: str | None = None, whole: bool = False) -
     A file may hold the model behind a prefix, with other models beside it. By default that is the one which most keys
     have of those that are usual (``model.diffusion_model.``, ``module.``, …). Where it has none, tensors that are other
     modules' by their first names (a VAE's, text encoders', a moving average) are left out, unless ``whole`` is true.
+    Packed layers that can't be read are then left as they lie, for they may be another module's.
 
     Raises `ModelNotFound` if a file can't be opened, `ModelCorrupt` if one is truncated or not what its name says,
     `ModelUnsupported` for a folder or a GGUF file of a kind that isn't read, and for what is neither file nor folder.
@@ -134,7 +135,7 @@ def _read_file(path: str, prefix: str | None, whole: bool) -> Checkpoint:
     own = {key: entry for key, entry in entries.items() if prefix or whole or key.partition(".")[0] not in _OTHERS}
     # A file of nothing else has its model among them.
     others = tuple(key for key in entries if key not in own) if own else ()
-    entries, quantization = read_quantization(path, own or entries, [header.texts], prefix)
+    entries, quantization = read_quantization(path, own or entries, [header.texts], prefix, strict=not whole)
     return Checkpoint(
         path,
         {key: entry.info for key, entry in entries.items()},

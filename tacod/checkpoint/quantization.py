@@ -10,15 +10,27 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import IO, Any
+from typing import Any
 
 from tacod.checkpoint.header import FLOAT8, PLAIN, Entry, TensorInfo
 from tacod_client.errors import ModelCorrupt, ModelUnsupported
 
-__all__ = ["FLOAT8_FORMATS", "FORMATS", "INPUT_SCALE", "SCALED", "SIDES", "Quantization", "beside", "read_quantization"]
+__all__ = [
+    "DESCRIPTION",
+    "FLOAT8_FORMATS",
+    "FORMATS",
+    "INPUT_SCALE",
+    "METADATA",
+    "OLD_SIDES",
+    "SCALED",
+    "SIDES",
+    "Quantization",
+    "beside",
+    "descriptions",
+    "read_quantization",
+]
 
 FORMATS = (
     "float8_e4m3fn",
@@ -33,10 +45,13 @@ FORMATS = (
 SCALED = "scaled"
 """The format of a weight of 16 bits or more that has a scale beside it nevertheless."""
 
-_DESCRIPTION = "comfy_quant"
-_METADATA = "_quantization_metadata"
+DESCRIPTION = "comfy_quant"
+"""How the name of a tensor ends that says how its layer is packed."""
+METADATA = "_quantization_metadata"
+"""Where a file's metadata says it."""
 _MARKER = "scaled_fp8"
-_OLD = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
+OLD_SIDES = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
+"""What older files call those of `SIDES`."""
 SIDES = (
     "weight_scale",
     "weight_scale_2",
@@ -51,6 +66,7 @@ INPUT_SCALE = "input_scale"
 """That of `SIDES` which may be left out: where activations aren't quantized, or each token has a scale of its own."""
 FLOAT8_FORMATS = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 """The formats of floats of 8 bits, by safetensors' names of their dtypes."""
+_FULL_PRECISION = "full_precision_matrix_mult"
 _BYTES = ("U8", "I8")
 _MAX_DESCRIPTION = 1 << 16
 
@@ -86,6 +102,35 @@ class Quantization:
         """Rows and columns are padded to multiples of this."""
         return {"nvfp4": 16, "mxfp8": 32}.get(self.format, 1)
 
+    @classmethod
+    def of(cls, where: str, description: Mapping[str, Any]) -> Quantization:
+        """What a layer's JSON says, with ComfyUI's defaults for what it leaves out; keys may stand under ``params``.
+
+        ``where`` is the layer, for messages. Raises `ModelUnsupported` for what isn't known, `ModelCorrupt` for sizes
+        that are none.
+        """
+        inner = description.get("params")
+        said = {**(inner if isinstance(inner, dict) else {}), **description}
+        name = said.get("format")
+        if name not in FORMATS:
+            known = ", ".join(FORMATS)
+            raise ModelUnsupported(f"{where} is packed as {name!r:.60}; this version reads {known}")
+        if said.get("num_experts") is not None:
+            raise ModelUnsupported(f"{where} is packed as {name} by experts, which this version doesn't read")
+        rotated = name in ("convrot_w4a4", "asym_w4a8_int8") or (
+            name == "int8_tensorwise" and bool(said.get("convrot"))
+        )
+        linear = said.get("linear_dtype", "int4") if name == "convrot_w4a4" else "int4"
+        if linear not in ("int4", "int8"):
+            raise ModelUnsupported(f"{where} asks for the linear_dtype {linear!r:.60}; int4 and int8 are known")
+        return cls(
+            name,
+            _number(where, said, "convrot_groupsize", 256) if rotated else 0,
+            _number(where, said, "group_size", 16) if name == "asym_w4a8_int8" else 16,
+            bool(said.get(_FULL_PRECISION, False)),
+            linear == "int8",
+        )
+
     def scales_rows(self, leaf: str) -> bool:
         """Whether what lies beside the weight may have numbers for each row, in the order of rows."""
         return leaf in ("weight_s_rel", "weight_s_channel") or (
@@ -94,7 +139,7 @@ class Quantization:
 
 
 def read_quantization(
-    path: str, entries: Mapping[str, Entry], texts: Sequence[Mapping[str, str]], prefix: str
+    path: str, entries: Mapping[str, Entry], texts: Sequence[Mapping[str, str]], prefix: str, strict: bool = True
 ) -> tuple[dict[str, Entry], dict[str, Quantization]]:
     """The tensors of safetensors files and how their layers are packed, by the name of the weight.
 
@@ -103,6 +148,7 @@ def read_quantization(
         entries: The diffusion model's tensors, without ``prefix``.
         texts: The metadata of each file; shards may each describe their own layers.
         prefix: What stands before their names in the file.
+        strict: Whether they are all of one model. If not, layers that can't be read are left as they lie.
 
     Returns:
         The tensors without descriptions, their scales under today's names, and a packed weight's shape that of the
@@ -111,23 +157,28 @@ def read_quantization(
     Raises `ModelUnsupported` for a format that isn't known, `ModelCorrupt` for a description that can't be read and
     for weights and scales that aren't what it says.
     """
-    kept = {name: entry for name, entry in entries.items() if name.rpartition(".")[2] != _DESCRIPTION}
-    metadata = [each[_METADATA] for each in texts if _METADATA in each]
-    described = _descriptions(path, entries, metadata, prefix)
-    old: dict[str, Any] = {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
-    if _MARKER in kept and not metadata:
-        old["full_precision_matrix_mult"] = kept[_MARKER].info.size == 2
-        described |= {layer: old for layer, leaf in map(_split, kept) if leaf == "scale_weight"}
+    kept = {name: entry for name, entry in entries.items() if name.rpartition(".")[2] != DESCRIPTION}
+
+    def read(name: str) -> bytes:
+        info, part = entries[name]
+        if info.dtype not in _BYTES:
+            raise ModelCorrupt(f"{path}: {name} is {info.dtype} {list(info.shape)}, which is no JSON text")
+        with open(part.file, "rb") as file:
+            return os.pread(file.fileno(), part.stop - part.start, part.start)
+
+    sizes = {name: entry.info.size for name, entry in entries.items()}
+    said, marked = descriptions(path, sizes, texts, prefix, read, strict)
+    described = {**said, **marked}
     kept.pop(_MARKER, None)
-    kept = _todays(path, kept)
+    kept = _todays(path, kept, strict)
     layers = {}
     for layer, leaf in map(_split, kept):
         info = kept[f"{layer}.weight"].info if f"{layer}.weight" in kept else None
-        if leaf != "weight_scale" or info is None or (layer in described and described[layer] is not old):
+        if leaf != "weight_scale" or info is None or (layer in described and layer not in marked):
             continue
         # Some tools write no description: what the dtype and the scale say is that these are to be multiplied.
         if info.dtype in FLOAT8 and layer not in described:
-            described[layer] = {"format": FLOAT8_FORMATS[info.dtype], "full_precision_matrix_mult": True}
+            described[layer] = {"format": FLOAT8_FORMATS[info.dtype], _FULL_PRECISION: True}
         elif info.dtype in PLAIN and kept[f"{layer}.{leaf}"].info.size == 1:
             described.pop(layer, None)
             layers[f"{layer}.weight"] = Quantization(SCALED, sides=(leaf,))
@@ -136,13 +187,29 @@ def read_quantization(
         if weight not in kept:
             # What describes a layer of another module, or of none.
             continue
-        sides = tuple(leaf for leaf in SIDES if f"{layer}.{leaf}" in kept)
-        quantization = _parse(path, layer, description, kept[weight].info, sides)
-        shape = _check(path, layer, quantization, kept)
-        by_row = quantization.format == "int8_tensorwise" and kept[f"{layer}.weight_scale"].info.size > 1
-        layers[weight] = replace(quantization, by_row=by_row)
-        kept[weight] = kept[weight]._replace(info=TensorInfo(quantization.format, shape))
+        try:
+            layers[weight], shape = _read(path, layer, description, kept)
+        except (ModelCorrupt, ModelUnsupported):
+            if strict:
+                raise
+            continue
+        kept[weight] = kept[weight]._replace(info=TensorInfo(layers[weight].format, shape))
     return kept, layers
+
+
+def _read(
+    path: str, layer: str, description: Mapping[str, Any], entries: Mapping[str, Entry]
+) -> tuple[Quantization, tuple[int, int]]:
+    """How a layer's weight is packed, and the shape of its numbers."""
+    found = Quantization.of(f"{path}: {layer}", description)
+    info = entries[f"{layer}.weight"].info
+    if found.format in FLOAT8_FORMATS.values() and info.dtype in FLOAT8:
+        # Older files say e4m3 of both kinds.
+        found = replace(found, format=FLOAT8_FORMATS[info.dtype])
+    found = replace(found, sides=tuple(leaf for leaf in SIDES if f"{layer}.{leaf}" in entries))
+    shape = _check(path, layer, found, entries)
+    by_row = found.format == "int8_tensorwise" and entries[f"{layer}.weight_scale"].info.size > 1
+    return replace(found, by_row=by_row), shape
 
 
 def beside(weight: str, leaf: str) -> str:
@@ -155,29 +222,51 @@ def _split(name: str) -> tuple[str, str]:
     return layer, leaf
 
 
-def _descriptions(
-    path: str, entries: Mapping[str, Entry], metadata: Sequence[str], prefix: str
-) -> dict[str, dict[str, Any]]:
-    """What the file says of its layers, by their names without the prefix; the metadata goes before the tensors."""
-    found = {}
-    with ExitStack() as stack:
-        files: dict[str, IO[bytes]] = {}
-        for name, (info, part) in entries.items():
-            layer, leaf = _split(name)
-            if leaf != _DESCRIPTION:
-                continue
-            if info.dtype not in _BYTES or info.size > _MAX_DESCRIPTION:
-                raise ModelCorrupt(f"{path}: {name} is {info.dtype} {list(info.shape)}, which is no JSON text")
-            if part.file not in files:
-                files[part.file] = stack.enter_context(open(part.file, "rb"))
-            raw = os.pread(files[part.file].fileno(), part.stop - part.start, part.start)
-            found[layer] = _json(path, name, raw)
+def descriptions(
+    path: str,
+    sizes: Mapping[str, int],
+    texts: Sequence[Mapping[str, str]],
+    prefix: str,
+    read: Callable[[str], bytes],
+    strict: bool = True,
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """What files say of their layers, by the layers' names.
+
+    Args:
+        path: Where, for messages.
+        sizes: How many numbers each of the diffusion model's tensors has, their names without ``prefix``.
+        texts: The metadata of each file; it goes before the tensors.
+        prefix: What stands before the names in the files.
+        read: Reads a tensor's bytes.
+        strict: See `read_quantization`.
+
+    Returns:
+        What is said of a layer by name; and of those that are so by the older marker of the whole model.
+
+    Raises `ModelCorrupt` for what can't be read.
+    """
+    said = {}
+    for name in sizes:
+        layer, leaf = _split(name)
+        if leaf != DESCRIPTION:
+            continue
+        try:
+            if sizes[name] > _MAX_DESCRIPTION:
+                raise ModelCorrupt(f"{path}: {name} has {sizes[name]} numbers, which are no JSON text")
+            said[layer] = _json(path, name, read(name))
+        except ModelCorrupt:
+            if strict:
+                raise
+    metadata = [each[METADATA] for each in texts if METADATA in each]
     for text in metadata:
-        layers = _json(path, _METADATA, text.encode()).get("layers")
+        layers = _json(path, METADATA, text.encode()).get("layers")
         if not isinstance(layers, dict) or not all(isinstance(each, dict) for each in layers.values()):
-            raise ModelCorrupt(f"{path}: the metadata's {_METADATA} has no layers; download the file again")
-        found |= {layer.removeprefix(prefix): each for layer, each in layers.items()}
-    return found
+            raise ModelCorrupt(f"{path}: the metadata's {METADATA} has no layers; download the file again")
+        said |= {layer.removeprefix(prefix): each for layer, each in layers.items()}
+    if metadata or _MARKER not in sizes:
+        return said, {}
+    old = {"format": "float8_e4m3fn", _FULL_PRECISION: sizes[_MARKER] == 2}
+    return said, {layer: old for layer, leaf in map(_split, sizes) if leaf == "scale_weight"}
 
 
 def _json(path: str, name: str, raw: bytes) -> dict[str, Any]:
@@ -190,50 +279,22 @@ def _json(path: str, name: str, raw: bytes) -> dict[str, Any]:
     return value
 
 
-def _todays(path: str, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+def _todays(path: str, entries: Mapping[str, Entry], strict: bool) -> dict[str, Entry]:
     """The same tensors, their scales under the names of today."""
     renamed: dict[str, Entry] = {}
     for name, entry in entries.items():
         layer, leaf = _split(name)
-        ours = f"{layer}.{_OLD[leaf]}" if leaf in _OLD and f"{layer}.weight" in entries else name
-        if ours in renamed or (ours != name and ours in entries):
+        ours = f"{layer}.{OLD_SIDES[leaf]}" if leaf in OLD_SIDES and f"{layer}.weight" in entries else name
+        if strict and (ours in renamed or (ours != name and ours in entries)):
             raise ModelCorrupt(f"{path} has both {name} and {ours}, which are the same scale")
         renamed[ours] = entry
     return renamed
 
 
-def _parse(
-    path: str, layer: str, description: Mapping[str, Any], weight: TensorInfo, sides: tuple[str, ...]
-) -> Quantization:
-    inner = description.get("params")
-    said = {**(inner if isinstance(inner, dict) else {}), **description}
-    name = said.get("format")
-    if name not in FORMATS:
-        known = ", ".join(FORMATS)
-        raise ModelUnsupported(f"{path}: {layer} is packed as {name!r:.60}; this version reads {known}")
-    if said.get("num_experts") is not None:
-        raise ModelUnsupported(f"{path}: {layer} is packed as {name} by experts, which this version doesn't read")
-    if name in FLOAT8_FORMATS.values() and weight.dtype in FLOAT8:
-        # Older files say e4m3 of both kinds.
-        name = FLOAT8_FORMATS[weight.dtype]
-    rotated = name in ("convrot_w4a4", "asym_w4a8_int8") or (name == "int8_tensorwise" and bool(said.get("convrot")))
-    linear = said.get("linear_dtype", "int4")
-    if linear not in ("int4", "int8"):
-        raise ModelUnsupported(f"{path}: {layer} asks for the linear_dtype {linear!r:.60}; int4 and int8 are known")
-    return Quantization(
-        name,
-        _number(path, layer, said, "convrot_groupsize", 256) if rotated else 0,
-        _number(path, layer, said, "group_size", 16) if name == "asym_w4a8_int8" else 16,
-        bool(said.get("full_precision_matrix_mult", False)),
-        linear == "int8",
-        sides,
-    )
-
-
-def _number(path: str, layer: str, said: Mapping[str, Any], key: str, usual: int) -> int:
+def _number(where: str, said: Mapping[str, Any], key: str, usual: int) -> int:
     value = said.get(key, usual)
     if type(value) is not int or value < 1:
-        raise ModelCorrupt(f"{path}: {layer} has the {key} {value!r:.60}, which is no size")
+        raise ModelCorrupt(f"{where} has the {key} {value!r:.60}, which is no size")
     return value
 
 

@@ -41,6 +41,7 @@ from tacod.rank.cores import usable_cores
 from tacod.rank.engine import Engine
 from tacod.rank.failure import failure
 from tacod.rank.fault import inject
+from tacod.rank.oom import clear_tracebacks
 from tacod.rank.parallel.topology import Topology
 from tacod.rank.selftest import selftest
 from tacod_client.errors import TacodError
@@ -182,6 +183,8 @@ def _do(engine: Engine, envelope: Envelope) -> Final:
             return engine.work(envelope)
         return engine.work(envelope, partial(inject, fault, rank=engine.topology.rank, engine=engine))
     except TacodError as error:
+        # The report lives until the next one, and with it would what a load had read of a file that it refused.
+        clear_tracebacks(error)
         return Failed(engine.memory_used_bytes, error)
     except Exception as error:
         log.exception("%s failed", envelope.command.verb)

@@ -31,4 +31,7 @@ def describe_oom(error: Exception) -> str | None:
 
 def clear_tracebacks(error: Exception) -> None:
     """Clear the local variables of the frames that an error passed: they keep tensors alive while it is handled."""
-    traceback.clear_frames(error.__traceback__)
+    passed: BaseException | None = error
+    while passed is not None:
+        traceback.clear_frames(passed.__traceback__)
+        passed = passed.__context__

@@ -29,16 +29,20 @@ from conformance import random_case, required_inputs, smallest_inputs, tiny, wit
 from helpers import FLUX, SD3, Golden, read_golden, relative_error
 from shared_block import SharedBlock, reach_shared
 from torch.distributed import distributed_c10d
+from torch.nn import functional
 
 from tacod.plan import DEFAULT_POLICY, AttentionPolicy, Layout, Plan, Shape
+from tacod.rank.comm.group import Group
 from tacod.rank.families.inputs import Inputs
 from tacod.rank.forward.graphs import Forwards
 from tacod.rank.forward.run import Call, relative_difference, run
 from tacod.rank.forward.warmup import warm_up
+from tacod.rank.ops.packed.float8 import Nvfp4Linear, quantize_nvfp4
 from tacod.rank.ops.qkv import QKV
 from tacod.rank.ops.sdpa import attend
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.parallel.topology import Topology
+from tacod.rank.weights.load import share
 
 WORLD = 5
 LAYOUTS = [
@@ -106,6 +110,34 @@ def golden_named(name: str) -> Golden:
 
 
 @functools.cache
+def native_golden(name: str) -> Any:
+    """A golden model as on a device that multiplies its format."""
+    with mock.patch("tacod.rank.weights.packing.has_product", return_value=True):
+        return golden_named(name).model()
+
+
+@functools.cache
+def native_tiny(family: str) -> Any:
+    """A family's tiny model, every linear layer of it in nvfp4, as on a device that multiplies it."""
+    dit = share(tiny(family))
+    for name, layer in list(dit.named_modules()):
+        if isinstance(layer, torch.nn.Linear):
+            dit.set_submodule(name, native_nvfp4(layer))
+    return dit
+
+
+def native_nvfp4(layer: torch.nn.Linear) -> Nvfp4Linear:
+    """A layer in nvfp4, whose tokens have one scale for all of them."""
+    scale = layer.weight.abs().amax() / 2688
+    padded = functional.pad(layer.weight, (0, -layer.in_features % 16))
+    numbers, blocks = quantize_nvfp4(torch.unflatten(padded, 1, (-1, 16)), scale)
+    levels = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    codes = (torch.searchsorted(levels, numbers.abs()) + 8 * (numbers < 0)).to(torch.uint8).flatten(1)
+    data = codes[:, ::2] << 4 | codes[:, 1::2]
+    return Nvfp4Linear(data, blocks, scale, layer.in_features, layer.bias, layer.weight.dtype, native=True)
+
+
+@functools.cache
 def device() -> Any:
     """What gloo's groups of this process send and receive by."""
     return dist.ProcessGroupGloo.create_device(interface="lo")
@@ -125,9 +157,11 @@ Walk = tuple[list[Any], list[bool]]
 """What each step of a run gave, and which were skipped."""
 
 
-def walk(family: str, forwards: Forwards, layout: Layout, threshold: float, mine: slice) -> Walk:
+def walk(
+    family: str, forwards: Forwards, layout: Layout, threshold: float, mine: slice, native: bool = False
+) -> Walk:
     """Some steps of a run of two images, or of those of them that are ``mine``."""
-    dit = tiny(family)
+    dit = native_tiny(family) if native else tiny(family)
     start = required_inputs(dit, batch=2)
     plan = Plan(layout, forwards.topology.world_size, Shape(dit.heads, dit.width), step_cache=threshold)
     outs, skipped = [], []
@@ -142,14 +176,14 @@ def walk(family: str, forwards: Forwards, layout: Layout, threshold: float, mine
 
 
 @functools.cache
-def first_that_skips(family: str, batch: int) -> tuple[float, list[Walk]]:
+def first_that_skips(family: str, batch: int, native: bool = False) -> tuple[float, list[Walk]]:
     """The least of some thresholds at which each of ``batch`` groups of two images skips something alone; and how."""
     groups = [slice(i, i + 2 // batch) for i in range(0, 2, 2 // batch)]
     thresholds = [0.01 * 1.4**n for n in range(20)]
 
     @functools.cache
     def alone(threshold: float) -> list[Walk]:
-        return [walk(family, Forwards(Topology()), Layout(1, 1, 1), threshold, mine) for mine in groups]
+        return [walk(family, Forwards(Topology()), Layout(1, 1, 1), threshold, mine, native) for mine in groups]
 
     # Until its first skip a walk is the same at every threshold, so what skips something at one does so at all above.
     found = bisect.bisect_left(thresholds, True, key=lambda each: all(any(skipped) for _, skipped in alone(each)))
@@ -259,6 +293,20 @@ class Rank:
         expected = self._from_first(lambda: dit.run(SequenceParallel(), inputs))
         return relative_difference(self._run(layout, dit, inputs, sharing), expected)
 
+    def native(self, layout: Layout, name: str, golden: bool = False, **case: Any) -> tuple[float, float]:
+        """How far a forward of floats in blocks times such is from that on one rank.
+
+        Of a golden model, or of a family's tiny one with everything in nvfp4. The second number is the same where every
+        rank scales by its own tokens.
+        """
+        dit = native_golden(name) if golden else native_tiny(name)
+        inputs = golden_named(name).arguments(dit) if golden else random_case(dit, **case)
+        with mock.patch("tacod.rank.families.chroma._TILE", 4):
+            expected = self._from_first(lambda: dit.run(SequenceParallel(), inputs))
+            error = relative_difference(self._run(layout, dit, inputs), expected)
+            with mock.patch.object(Group, "maximum", lambda self, number: number):
+                return error, relative_difference(self._run(layout, dit, inputs), expected)
+
     def kernels(self, layout: Layout, family: str) -> tuple[float, int]:
         """How far a forward with the GPU's kernels, interpreted, is from that without; and how many were run."""
         dit = tiny(family)
@@ -272,11 +320,11 @@ class Rank:
             out = self._run(layout, dit, inputs, sharing=True)
         return relative_difference(out, expected), sum(each.call_count for each in asked)
 
-    def steps(self, layout: Layout, family: str) -> tuple[list[bool], float, list[list[bool]]]:
+    def steps(self, layout: Layout, family: str, native: bool = False) -> tuple[list[bool], float, list[list[bool]]]:
         """Of a run of some steps: which were skipped, the largest error, and which each group's images skip alone."""
         with torch.inference_mode():
-            threshold, expected = self._from_first(lambda: first_that_skips(family, layout.batch))
-            outs, skipped = walk(family, Forwards(self.topology), layout, threshold, slice(None))
+            threshold, expected = self._from_first(lambda: first_that_skips(family, layout.batch, native))
+            outs, skipped = walk(family, Forwards(self.topology), layout, threshold, slice(None), native)
         wholes = [torch.cat(parts) for parts in zip(*(each for each, _ in expected), strict=True)]
         error = max(relative_difference(*each) for each in zip(outs, wholes, strict=True))
         return skipped, error, [each for _, each in expected]

@@ -6,15 +6,18 @@ import gc
 import weakref
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from helpers import FLUX, FP32, relative_error
+from helpers import FLUX, FP32, quantized_golden_names, read_golden, relative_error
 
 from tacod.checkpoint import read_checkpoint
-from tacod.group.work import Envelope, Evict, Sample, SampleStep, Stepped
+from tacod.group.work import Envelope, Evict, Failed, Load, Sample, SampleStep, Stepped
+from tacod.rank.__main__ import _do
 from tacod.rank.engine import Engine
 from tacod.rank.parallel.topology import Topology
+from tacod.rank.weights.load import _place
 from tacod_client.errors import ArgumentError, OutOfMemory
 from tacod_client.exchange import pack
 from tacod_client.tensors import from_wire, to_wire
@@ -78,6 +81,37 @@ def test_patches_that_fail_leave_no_base_behind(engine: Engine, path: str) -> No
     assert list(engine.models) == ["base"]
     load(engine, path, "patched", difference(torch.ones(FLUX.model.state_dict()[KEY].shape)))
     assert list(engine.models) == ["base", "patched"]
+
+
+@pytest.mark.parametrize("name", quantized_golden_names())
+def test_nothing_stays_of_a_file_that_is_refused_half_way(engine: Engine, tmp_path: Path, name: str) -> None:
+    """Whether a scale is a number is seen when the layer's turn comes. The report outlives the load."""
+    golden, file = read_golden(name), tmp_path / "model.safetensors"
+    golden.save(file)
+    checkpoint = read_checkpoint(str(file))
+    weight = max(checkpoint.quantization, key=lambda each: checkpoint.parts[each])
+    leaf = checkpoint.quantization[weight].sides[0]
+    part = checkpoint.parts[f"{weight.removesuffix('weight')}{leaf}"][0]
+    with open(file, "r+b") as opened:
+        opened.seek(part.start)
+        opened.write(b"\xff" * (part.stop - part.start))
+    seen: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+    placed = []
+
+    def place(model: Any, *arguments: Any) -> None:
+        seen.add(model)
+        placed.append(arguments[1])
+        _place(model, *arguments)
+
+    command = Load("bad", str(file), read_checkpoint(str(file)).identity, None, None, None, [])
+    with mock.patch("tacod.rank.weights.load._place", place):
+        report = _do(engine, Envelope(1, command))
+    assert isinstance(report, Failed)
+    assert f"{weight.removesuffix('weight')}{leaf} holds numbers that aren't finite" in report.error.message
+    assert placed[-1] == weight
+    assert len(placed) > len(checkpoint.tensors) / 4, "much had been read by then"
+    assert list(seen) == []
+    assert engine.models == {}
 
 
 @pytest.mark.parametrize("way", ["unload", "evict", "load"])

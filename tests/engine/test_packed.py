@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,10 +14,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from tacod.checkpoint.quantization import beside
+from tacod.rank.ops.linear import linear_fp32, split_outputs
 from tacod.rank.ops.packed import base as packed_base
+from tacod.rank.ops.packed import float8
 from tacod.rank.ops.packed.base import PackedLinear
-from tacod.rank.ops.packed.float8 import Float8Linear
+from tacod.rank.ops.packed.float8 import round_e2m1
 from tacod.rank.ops.packed.integers import Int4Linear, IntegerLinear, padded
+from tacod.rank.weights.packing import has_product
 from tacod_client.errors import ModelCorrupt
 
 LAYERS = ("double_blocks.0.img_attn.qkv", "layers.0.feed_forward.w2", "single_blocks.0.linear2")
@@ -61,24 +66,101 @@ def test_activations_stay_as_they_are_if_asked(golden: Golden) -> None:
         assert relative_error(layer(x), functional.linear(x, layer.weight, layer.bias)) < 1e-7
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("fp8")])
+NATIVE = {"fp8_scaled": 0, "fp8mixed": 3, "fp8_e5m2": 2, "mxfp8": 3, "nvfp4": 3}
+"""How many layers of a file have other outputs where the device multiplies their format."""
+
+
+@pytest.mark.parametrize("name", NATIVE)
 @pytest.mark.parametrize(("named", "dtype"), BIT)
-def test_floats_of_8_bits_times_such(name: str, named: str, dtype: torch.dtype) -> None:
+def test_floats_of_8_bits_and_fewer_times_such(name: str, named: str, dtype: torch.dtype) -> None:
     golden, seen = Golden(name), 0
-    for each in golden.packed:
-        given = golden.layer(each, dtype)
+    with mock.patch("tacod.rank.weights.packing.has_product", return_value=True):
+        layers = {each: golden.layer(each, dtype) for each in golden.packed}
+        plain = golden.layer(golden.packed[0], dtype, weight_only=True)
+    assert not plain.quantizes
+    for each, layer in layers.items():
         wanted = golden.tensors.get(f"golden.{each}.native_{named}")
         quantization = golden.checkpoint.quantization[f"{each}.weight"]
-        assert (wanted is None) == quantization.full_precision
+        assert (wanted is None) == quantization.full_precision == (not layer.quantizes)
         if wanted is None:
             continue
         seen += 1
-        scale = golden.tensors.get(f"{each}.input_scale")
-        layer = Float8Linear(given.data, given.bias, dtype, given.scale, scale, native=True)
-        assert layer.quantizes
-        error = relative_error(layer(golden[f"{each}.x"].to(dtype)), wanted.to(dtype))
-        assert error < (1e-6 if dtype == torch.float32 else 1e-2), each
-    assert seen == {"fp8_scaled": 0, "fp8mixed": 3, "fp8_e5m2": 2}[name]
+        x = golden[f"{each}.x"].to(dtype)
+        y = layer(x)
+        assert relative_error(y, wanted.to(dtype)) < (1e-6 if dtype == torch.float32 else 1e-2), each
+        # Parts of a layer share the quantized tokens.
+        with mock.patch.object(type(layer), "prepared", autospec=True, side_effect=type(layer).prepared) as prepared:
+            one, other = split_outputs(layer, 8)
+            parts = torch.cat((other(x), one(x)), dim=-1)
+            assert prepared.call_count == 1
+        assert relative_error(torch.cat((parts[..., -8:], parts[..., :-8]), dim=-1), y) < 1e-6
+        assert torch.equal(one(x + 1), split_outputs(layer, 8)[0](x + 1)), "of other tokens, others"
+    assert seen == NATIVE[name]
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "nvfp4"])
+def test_activations_are_rounded_in_bands(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    golden = Golden(name)
+    with mock.patch("tacod.rank.weights.packing.has_product", return_value=True):
+        layers = {each: golden.layer(each, torch.bfloat16) for each in golden.packed}
+    for each, layer in layers.items():
+        x = golden[f"{each}.x"].bfloat16()
+        expected, wrote = layer.prepared(x), []
+        with monkeypatch.context() as patched:
+            patched.setattr(packed_base, "_BAND", 3 * layer.in_features)
+            patched.setattr(float8, f"round_{name}", spy(getattr(float8, f"round_{name}"), wrote))
+            assert torch.equal(layer.prepared(x), expected)
+        assert wrote == [3, 3, 3, 1]
+
+
+def spy(function: Any, lengths: list[int]) -> Any:
+    def spied(x: Tensor, *rest: Any) -> Any:
+        lengths.append(len(x))
+        return function(x, *rest)
+
+    return spied
+
+
+@pytest.mark.parametrize("capability", [(8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+@pytest.mark.parametrize("name", NATIVE)
+def test_activations_are_quantized_where_a_gpu_multiplies_the_format(name: str, capability: tuple[int, int]) -> None:
+    golden, least = Golden(name), (10, 0) if name in ("mxfp8", "nvfp4") else (8, 9)
+    with mock.patch("torch.cuda.get_device_capability", return_value=capability):
+        assert has_product(torch.device("cuda"), least) == (capability >= least)
+        assert not has_product(torch.device("cpu"), least)
+    with mock.patch("tacod.rank.weights.packing.has_product", side_effect=lambda _, wanted: capability >= wanted):
+        quantizes = [golden.layer(each, torch.float32).quantizes for each in golden.packed]
+    assert sum(quantizes) == (NATIVE[name] if capability >= least else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_numbers_of_4_bits_are_the_nearest(dtype: torch.dtype) -> None:
+    levels = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    x = torch.linspace(-8, 8, 4097).to(dtype).float()
+    found = round_e2m1(x)
+    assert set(found.abs().tolist()) == set(levels.tolist())
+    away = (x.clamp(-6, 6).abs()[:, None] - levels).abs()
+    assert torch.equal((found.abs() - x.clamp(-6, 6).abs()).abs(), away.amin(dim=1))
+    assert torch.equal(found.sign() * found, found.abs())
+    # Between two that are as near, the one whose last bit is 0.
+    middles = (levels[1:] + levels[:-1]) / 2
+    assert round_e2m1(middles).tolist() == [0, 1, 1, 2, 2, 4, 4]
+    assert round_e2m1(torch.tensor(torch.nan)).isnan()
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp8"])
+def test_activations_of_nothing_and_of_no_numbers(name: str) -> None:
+    golden, each = Golden(name), LAYERS[1]
+    with mock.patch("tacod.rank.weights.packing.has_product", return_value=True):
+        layer = golden.layer(each, torch.float32)
+    x = golden[f"{each}.x"].float()
+    assert layer(x[:, :0]).shape == (2, 0, layer.out_features)
+    assert torch.equal(layer(torch.zeros_like(x)), torch.zeros(*x.shape[:-1], layer.out_features))
+    x[1, 2, 3] = torch.nan
+    y = layer(x)
+    assert y[1, 2].isnan().all()
+    # One scale for all is none then.
+    assert y[0].isnan().all() == (name == "nvfp4")
 
 
 def test_parts_of_the_outputs_are_the_whole(golden: Golden) -> None:
@@ -106,13 +188,23 @@ def test_a_lora_is_nearer_to_the_exact_merge_than_comfyuis(golden: Golden) -> No
         assert relative_error(base(x), golden[f"{name}.y_fp32"]) <= 2e-7, "the base is as it was"
 
 
+def test_a_layer_of_the_compute_dtype_in_fp32(golden: Golden) -> None:
+    for name in golden.packed:
+        layer, x = golden.layer(name, torch.bfloat16), golden[f"{name}.x"].float()
+        assert torch.equal(linear_fp32(layer, x), golden.layer(name, torch.float32)(x))
+        up, down = golden[f"{name}.lora_up"].bfloat16(), golden[f"{name}.lora_down"].bfloat16()
+        exact = golden.layer(name, torch.float32).adapted(up, down)(x)
+        assert torch.equal(linear_fp32(layer.adapted(up, down), x), exact)
+        assert layer.dtype == torch.bfloat16
+
+
 def test_a_layer_on_the_meta_device_says_its_shape(golden: Golden) -> None:
     layer = golden.layer(golden.packed[0], torch.bfloat16)
     state = layer.state_dict()
     assert set(state) == {"weight", "bias"}
     assert state["weight"].shape == (layer.out_features, layer.in_features)
     assert state["weight"].device.type == "meta"
-    assert layer.label in repr(layer)
+    assert repr(layer).startswith(f"{type(layer).__name__}(in_features={layer.in_features}, ")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from tacod.checkpoint import read_checkpoint
 from tacod.rank.families.names import Place
 from tacod.rank.ops.packed.base import PackedLinear
+from tacod.rank.ops.packed.float8 import Float8Linear, Mxfp8Linear, Nvfp4Linear
+from tacod.rank.ops.packed.integers import Int8Linear, W4A8Linear
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.weights.load import load_model, weight_bytes
 from tacod_client.errors import ModelCorrupt, ModelUnsupported
@@ -31,6 +33,13 @@ FLUX_JSON: dict[str, Any] = {
     "num_single_layers": FLUX.config["depth_single_blocks"],
 }
 GOLDENS = quantized_golden_names()
+KINDS: dict[str, type] = {
+    "float8_e4m3fn": Float8Linear,
+    "mxfp8": Mxfp8Linear,
+    "nvfp4": Nvfp4Linear,
+    "int8_tensorwise": Int8Linear,
+    "asym_w4a8_int8": W4A8Linear,
+}
 FLOATS = ("quantised/z_image_fp8", "quantised/flux2_klein_nvfp4", "quantised/z_image_mxfp8")
 
 
@@ -54,13 +63,12 @@ def test_what_is_packed_stays_packed(name: str) -> None:
     golden = read_golden(name)
     model = golden.model(torch.bfloat16)
     told = Counter(
-        json.loads(bytes(golden.weights[key].numpy()))["format"]
+        KINDS[json.loads(bytes(golden.weights[key].numpy()))["format"]]
         for key in golden.weights
         if key.endswith("comfy_quant")
     )
-    found = formats(model)
-    assert sum(found.values()) == sum(told.values())
-    assert all(label in told or label.startswith("int8_") for label in found)
+    found = kinds(model)
+    assert found == told
     stored = sum(each.nbytes for key, each in golden.weights.items() if not key.endswith("comfy_quant"))
     # nvfp4 has a table of 16 levels for each layer.
     assert weight_bytes(model) <= stored + 64 * sum(found.values())
@@ -86,9 +94,9 @@ def test_activations_of_whole_numbers_stay_as_they_are_if_asked(tmp_path: Path) 
     assert 0.7 * told < relative_error(out, golden.out) < 1.4 * told
 
 
-def formats(model: Any) -> Counter[str]:
-    """How many layers have which format."""
-    return Counter(each.label for each in model.modules() if isinstance(each, PackedLinear))
+def kinds(model: Any) -> Counter[type]:
+    """How many packed layers there are of which class."""
+    return Counter(type(each) for each in model.modules() if isinstance(each, PackedLinear))
 
 
 def whole(name: str) -> dict[str, torch.Tensor]:
@@ -183,6 +191,19 @@ def test_a_description_that_isnt_right_is_refused_by_layer(
     assert key.rpartition(".")[0] in str(caught.value)
 
 
+@pytest.mark.parametrize("said", [{"format": "int3_odd"}, b"{"], ids=["another format", "no JSON"])
+@pytest.mark.parametrize("name", GOLDENS)
+def test_a_model_is_found_beside_one_that_is_packed_in_another_way(tmp_path: Path, name: str, said: Any) -> None:
+    golden = read_golden(name)
+    weights = {f"denoiser.{key}": each for key, each in golden.weights.items()}
+    layer = "text_encoders.words.0"
+    text = {f"{layer}.weight": torch.zeros(8, 4, dtype=torch.uint8), f"{layer}.comfy_quant": described(said)}
+    model = load(tmp_path, name, {**weights, **text})
+    with torch.inference_mode():
+        out = model.run(SequenceParallel(), golden.arguments(model))
+    assert relative_error(out, golden.out) <= golden.fp32
+
+
 def test_a_weight_without_a_description_is_refused(tmp_path: Path) -> None:
     weights = whole(INT8)
     key = first(weights, "comfy_quant")
@@ -251,8 +272,8 @@ def test_a_diffusers_folder_with_a_scale_for_each_row_is_the_single_file(tmp_pat
     single, theirs = (
         load_model(read_checkpoint(str(path)), torch.float32, CPU) for path in packed_folder(tmp_path, True)
     )
-    assert formats(single) == formats(theirs)
-    assert set(formats(single)) == {"int8_rowwise"}
+    assert kinds(single) == kinds(theirs)
+    assert set(kinds(single)) == {Int8Linear}
     inputs = FLUX.inputs()
     with torch.inference_mode():
         one, other = (model(SequenceParallel(), **inputs) for model in (single, theirs))

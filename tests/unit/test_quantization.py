@@ -119,6 +119,72 @@ def test_a_layer_has_the_shape_of_its_numbers(tmp_path: Path, name: str) -> None
         assert checkpoint.parameters == shape[0] * shape[1]
 
 
+@pytest.mark.parametrize("name", GOOD)
+def test_the_metadata_goes_before_the_tensors(tmp_path: Path, name: str) -> None:
+    tensors, said, _, label = GOOD[name]
+    path = tmp_path / "m.safetensors"
+
+    def metadata(said: Any) -> dict[str, str]:
+        return {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": {LAYER: said}})}
+
+    other = {"format": "nvfp4" if label == "mxfp8" else "mxfp8"}
+    for instead in (said, other, {"format": "int3_odd"}, None):
+        found = read_checkpoint(write(path, tensors, instead, metadata(said)))
+        assert found.quantization[f"{LAYER}.weight"].label == label
+    with pytest.raises(ModelUnsupported, match=f"{LAYER} is packed as 'int3_odd'"):
+        read_checkpoint(write(path, tensors, said, metadata({"format": "int3_odd"})))
+    with pytest.raises((ModelCorrupt, ModelUnsupported), match=rf"{LAYER}\..* {other['format']}"):
+        read_checkpoint(write(path, tensors, said, metadata(other)))
+
+
+OPTIONAL = ("input_scale", "weight_codebook")
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_a_file_that_isnt_right_is_refused_by_the_layers_name(tmp_path: Path, name: str) -> None:
+    tensors, said, _, _ = GOOD[name]
+    path = tmp_path / "m.safetensors"
+    write(path, tensors, said)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ModelCorrupt, match="truncated"):
+        read_checkpoint(str(path))
+    with pytest.raises(ModelUnsupported, match=f"{LAYER} is packed as 'int3_odd'; this version reads float8_e4m3fn"):
+        read_checkpoint(write(path, tensors, {**said, "format": "int3_odd"}))
+    odd = "weight_s_rel" if said["format"] == "nvfp4" else "pre_quant_scale"
+    with pytest.raises(ModelUnsupported, match=rf"{LAYER}\.{odd} isn't read for the format"):
+        read_checkpoint(write(path, {**tensors, **named(**{odd: ("F32", [1])})}, said))
+    for side, (dtype, shape) in tensors.items():
+        leaf = side.rpartition(".")[2]
+        if leaf == "weight":
+            continue
+        less = {each: info for each, info in tensors.items() if each != side}
+        if leaf in OPTIONAL:
+            read_checkpoint(write(path, less, said))
+        else:
+            with pytest.raises(ModelCorrupt, match=rf"lacks {LAYER}\.{leaf}, and {LAYER} is packed as"):
+                read_checkpoint(write(path, less, said))
+        with pytest.raises(ModelCorrupt, match=rf"{LAYER}\.{leaf} is .*, but the layer is packed as"):
+            read_checkpoint(write(path, {**tensors, side: (dtype, [7, *shape])}, said))
+        with pytest.raises(ModelCorrupt, match=rf"{LAYER}\.{leaf} is F8_E5M2 .*, but the layer is packed as"):
+            read_checkpoint(write(path, {**tensors, side: ("F8_E5M2", shape)}, said))
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_how_other_modules_are_packed_is_nobodys_business(tmp_path: Path, name: str) -> None:
+    """A file of several is looked through as a whole to find the model."""
+    tensors, said, _, label = GOOD[name]
+    path = tmp_path / "m.safetensors"
+    odd: Tensors = {"text.weight": ("U8", [3, 5]), "text.comfy_quant": ("U8", [len(json.dumps(said))])}
+    doubled = named(weight=("F8_E4M3", [2, 2]), weight_scale=("F32", []), scale_weight=("F32", []))
+    for others in (odd, {name.replace(LAYER, "text"): info for name, info in doubled.items()}):
+        write(path, {**tensors, **others}, said)
+        with pytest.raises(ModelCorrupt, match=r"text(\.| is packed)"):
+            read_checkpoint(str(path))
+        found = read_checkpoint(str(path), prefix="", whole=True)
+        assert found.quantization[f"{LAYER}.weight"].label == label
+        assert found.tensors["text.weight"].shape == tuple(others["text.weight"][1])
+
+
 @pytest.mark.parametrize("name", ["int8 by row", "int4", "W4A8", "fp8 by row"])
 def test_scales_for_columns_are_no_scales_for_rows(tmp_path: Path, name: str) -> None:
     """Where there are as many columns as rows, only the shape tells them apart."""

@@ -75,6 +75,16 @@ class Group:
         dist.all_reduce(said, dist.ReduceOp.MIN, group=self.group)
         return bool(said.item())
 
+    def maximum(self, number: Tensor) -> Tensor:
+        """The largest of the ranks' numbers, fp32 of one shape, on every rank."""
+        if self.size == 1:
+            return number
+        self.clock.begun += 1
+        found = number.clone()
+        with self.clock.counting(found.is_cuda):
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
+        return found
+
     @cached_property
     def _on_gpu(self) -> bool:
         """Whether its collectives' tensors are on a GPU."""

@@ -27,6 +27,7 @@ from tacod.rank.families.names import Names, Place
 from tacod.rank.families.noise import Process
 from tacod.rank.families.stream import ForwardPass
 from tacod.rank.families.trunk import BlockCache, run_trunk
+from tacod.rank.ops.largest import sharing
 from tacod.rank.parallel.sequence import SequenceParallel
 
 __all__ = ["DiT", "LatentFormat", "Method", "Output"]
@@ -224,10 +225,11 @@ class DiT(nn.Module, abc.ABC):
         """`forward` of these inputs, with the step cache of their run."""
         f = ForwardPass(sequence)
         values = {name: value for name, value in inputs.items() if not isinstance(inputs.specs.get(name), Residuals)}
-        self.begin(f, **values)
-        places = self._residual_places() if inputs.control else {}
-        run_trunk(f, self.trunk, places, inputs.control, cache, self.clamps)
-        return self.end(f)
+        with sharing(sequence.whole.maximum, sequence.images.maximum):
+            self.begin(f, **values)
+            places = self._residual_places() if inputs.control else {}
+            run_trunk(f, self.trunk, places, inputs.control, cache, self.clamps)
+            return self.end(f)
 
     def _residual_places(self) -> dict[int, tuple[str, int]]:
         """See ``kinds`` of `run_trunk`."""

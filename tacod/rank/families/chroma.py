@@ -8,7 +8,7 @@ arXiv:2507.23268). Parameters are named as in the authors' files (lodestone-rock
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +24,8 @@ from tacod.rank.families.inputs import Argument, Number, Residuals, Spec, Unread
 from tacod.rank.families.kit.attention import find, register
 from tacod.rank.families.names import Names
 from tacod.rank.families.stream import ForwardPass
+from tacod.rank.ops.largest import sharing
+from tacod.rank.ops.linear import linear_fp32
 from tacod_client.errors import ArgumentError, ModelUnsupported
 
 __all__ = ["Chroma", "ChromaRadiance"]
@@ -312,7 +314,7 @@ class ChromaRadiance(Chroma):
         fixed(config, out_channels=self.channels, nerf_embedder_dtype="float32")
         channels, self.frequencies = integer(config, "nerf_hidden_size", 64), integer(config, "nerf_max_freqs", 8)
         ratio, depth = integer(config, "nerf_mlp_ratio", 4), integer(config, "nerf_depth", 4, most=1024)
-        convolves = choice(config, "nerf_final_head_type", "conv", "linear") == "conv"
+        self._convolves: bool = choice(config, "nerf_final_head_type", "conv", "linear") == "conv"
         self.predicts_clean: bool = choice(config, "use_x0", False, True)
         sequential: bool = choice(config, "use_sequential_txt_ids", False, True)
         self.text_axes = [0] if sequential else []
@@ -324,8 +326,8 @@ class ChromaRadiance(Chroma):
         embedder = nn.Linear(self.channels + self.frequencies**2, channels)
         register(self, "nerf_image_embedder.embedder.0", embedder)
         self.nerf_blocks = nn.ModuleList(PixelBlock(self.width, channels, ratio) for _ in range(depth))
-        last = nn.Conv2d(channels, self.channels, 3) if convolves else nn.Linear(channels, self.channels)
-        self._last = "nerf_final_layer_conv.conv" if convolves else "nerf_final_layer.linear"
+        last = nn.Conv2d(channels, self.channels, 3) if self._convolves else nn.Linear(channels, self.channels)
+        self._last = "nerf_final_layer_conv.conv" if self._convolves else "nerf_final_layer.linear"
         self._last_norm = self._last.rpartition(".")[0] + ".norm.scale"
         register(self, self._last_norm, nn.Parameter(torch.ones(channels)))
         register(self, self._last, last)
@@ -376,31 +378,53 @@ class ChromaRadiance(Chroma):
     def end(self, f: ForwardPass) -> Tensor:
         """See `DiT.end`."""
         last, pixels = find(self, self._last), f.sequence.shard(f.grid.patches(f.x))
-        tiles = zip(*(torch.split(each.flatten(0, 1), _TILE) for each in (f.image.tokens, pixels)), strict=True)
         # A convolution of 3 by 3 reaches one pixel beyond the patch on each side.
-        weight, reach = (
-            (last.weight.float(), 1) if last.weight.ndim == 4 else (last.weight.float()[:, :, None, None], 0)
-        )
-        parts = [functional.conv2d(self._pixels(*tile), weight, padding=2 * reach).flatten(1) for tile in tiles]
+        reach = 1 if self._convolves else 0
+
+        def project(x: Tensor) -> Tensor:
+            """The last layer's output for pixels [N, pixels, channels]: [N, channels, rows, columns]."""
+            sides = (self.patch, self.patch)
+            if not self._convolves:
+                return torch.unflatten(linear_fp32(last, x).mT, 2, sides)
+            return functional.conv2d(torch.unflatten(x.mT, 2, sides), last.weight.float(), padding=2 * reach)
+
+        # A tile is of one image, whose ranks all have a part of it, or nothing.
+        with sharing(f.sequence.whole.maximum):
+            parts = [project(self._pixels(*tile)).flatten(1) for tile in _tiles(f, f.image.tokens, pixels)]
         patches = f.gather(f.image, torch.unflatten(torch.cat(parts), 0, pixels.shape[:2]))
         size = tuple(count * self.patch for count in f.grid.counts)
         out = functional.fold(patches.mT, size, self.patch + 2 * reach, padding=reach, stride=self.patch)
         rows, columns = f.grid.sides
-        out = (out + last.bias.float()[:, None, None])[:, :, :rows, :columns]
+        out = out[:, :, :rows, :columns]
+        if self._convolves:
+            # What reaches into a patch from its neighbours has been added up now.
+            out = out + last.bias.float()[:, None, None]
         if self.predicts_clean:
             out = (f.x - out) / f.timestep[:, None, None, None]
         image: Tensor = out.to(f.x.dtype)
         return image
 
     def _pixels(self, tokens: Tensor, patches: Tensor) -> Tensor:
-        """The last layer's input, fp32 [N, channels, rows, columns], for patches [N, C * patch] and their tokens."""
+        """The last layer's input, fp32 [N, pixels, channels], for patches [N, C * patch] and their tokens."""
         waves = _cosines(self.patch, self.frequencies, tokens.device).expand(len(tokens), -1, -1)
         x = torch.cat((torch.unflatten(patches, 1, (self.channels, -1)).mT.float(), waves), dim=-1)
-        embedder = find(self, "nerf_image_embedder.embedder.0")
-        x = functional.linear(x, embedder.weight.float(), embedder.bias.float())
+        x = linear_fp32(find(self, "nerf_image_embedder.embedder.0"), x)
         for block in self.nerf_blocks:
             x = block(x, tokens)
-        return torch.unflatten(_rms_norm(x, find(self, self._last_norm)).mT, 2, (self.patch, self.patch))
+        return _rms_norm(x, find(self, self._last_norm))
+
+
+def _tiles(f: ForwardPass, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """What this rank has, [B, S, ...] each, as [patches, ...] of a part of an image at a time.
+
+    These parts are alike on all ranks, as their layers' scales are; a rank may have no patches of one.
+    """
+    count = sum(f.image.lengths)
+    begin, end = f.sequence.place(count)
+    for images in zip(*tensors, strict=True):
+        for start in range(0, count, _TILE):
+            first, last = (min(max(at, begin), end) - begin for at in (start, start + _TILE))
+            yield tuple(image[first:last] for image in images)
 
 
 @functools.cache

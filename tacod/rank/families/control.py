@@ -47,10 +47,8 @@ class Control:
             tokens[:, : mine.shape[1]] += mine
 
     def _read(self, residual: wire.Tensor, sequence: SequenceParallel, n: int) -> Tensor:
-        sizes = sequence.sizes(n)
         batch, length, _ = residual.shape
-        first = min(sum(sizes[: sequence.whole.rank]), length)
-        last = min(first + sizes[sequence.whole.rank], length)
+        first, last = (min(at, length) for at in sequence.place(n))
         # A batch of 1 broadcasts.
         images = range(batch)[self.images] if batch > 1 else range(1)
         parts: list[Tensor] = [

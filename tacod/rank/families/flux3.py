@@ -23,7 +23,7 @@ from tacod.rank.families.inputs import Argument, Spec
 from tacod.rank.families.names import Names
 from tacod.rank.families.noise import Flow
 from tacod.rank.families.stream import ForwardPass, Stream
-from tacod.rank.ops.linear import linear_add
+from tacod.rank.ops.linear import linear_add, linear_fp32
 from tacod.rank.ops.qkv import QKV, QKNorm
 
 __all__ = ["Flux3"]
@@ -244,9 +244,9 @@ class Flux3(DiT):
 
     def _embed(self, embedder: Any, times: Tensor) -> Tensor:
         """Times [...] in fp32 [..., W], by layers without biases: what is rounded here moves all tokens alike."""
-        first, second = (getattr(embedder, name).weight.float() for name in EMBEDDER)
-        hidden = functional.linear(kit.sinusoid(1000 * times, self.time_width), first)
-        return functional.linear(functional.silu(hidden), second)
+        first, second = (getattr(embedder, name) for name in EMBEDDER)
+        hidden = linear_fp32(first, kit.sinusoid(1000 * times, self.time_width))
+        return linear_fp32(second, functional.silu(hidden))
 
     @property
     def trunk(self) -> Sequence[Any]:

@@ -76,7 +76,7 @@ class Experts(nn.Module):
         counts = (chosen[..., None] == torch.arange(len(self.experts), device=x.device)).sum((0, 1)).tolist()
         order = chosen.flatten().argsort()
         rows = torch.split(tokens[order // self.active], counts)
-        outs = [expert(each) for expert, each in zip(self.experts, rows, strict=True) if len(each)]
+        outs = [expert(each) for expert, each in zip(self.experts, rows, strict=True)]
         mixed = torch.cat([tokens[:0], *outs])[order.argsort()]
         out: Tensor = (torch.unflatten(mixed, 0, weights.shape) * weights[..., None]).sum(1).view(
             x.shape

@@ -56,7 +56,8 @@ def run(call: Call, topology: Topology, cache: BlockCache | None = None) -> Outp
         sizes = chunks(inputs.batch, layout.batch)
         start = sum(sizes[: seat.batch.rank])
         mine = inputs.images(slice(start, start + sizes[seat.batch.rank]))
-        sequence = seat.sequence(plan.attention)
+        # With a step cache, each batch group decides by itself whether it skips blocks.
+        sequence = seat.sequence(plan.attention, in_step=cache is None)
         try:
             with sdpa_kernel(FAST, set_priority=True) if plan.attention.flash else sdpa_kernel(PLAIN):
                 out = call.dit.run(sequence, mine, cache)

@@ -13,7 +13,7 @@ from torch.nn import functional
 from tacod.rank.ops.fused import has_kernels
 from tacod.rank.ops.packed.base import PackedLinear
 
-__all__ = ["linear_add", "linear_gelu", "split_inputs", "split_outputs"]
+__all__ = ["linear_add", "linear_fp32", "linear_gelu", "split_inputs", "split_outputs"]
 
 Layer = Callable[[Tensor], Tensor]
 """From [B, S, inputs] to [B, S, outputs]."""
@@ -36,12 +36,26 @@ def _is_whole(layer: Any) -> bool:
 
 
 def split_outputs(layer: Any, first: int) -> tuple[Layer, Layer]:
-    """A layer as two: its ``first`` outputs, and the others."""
+    """A layer as two: its ``first`` outputs, and the others. Tokens that both get are quantized once."""
     if _is_whole(layer):
-        return layer.outputs(slice(first)), layer.outputs(slice(first, None))
+        prepare = _once(layer.prepared)
+        one, other = layer.outputs(slice(first)), layer.outputs(slice(first, None))
+        return (lambda x: one.outputs_of(x, prepare(x))), (lambda x: other.outputs_of(x, prepare(x)))
     weight, bias = layer.weight, layer.bias
     head, tail = (None, None) if bias is None else (bias[:first], bias[first:])
     return Part(weight[:first], head), Part(weight[first:], tail)
+
+
+def _once(function: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """The same function, which remembers what it gave of the last tensor."""
+    last: list[Any] = []
+
+    def remembering(x: Tensor) -> Any:
+        if not last or last[0] is not x:
+            last[:] = x, function(x)
+        return last[1]
+
+    return remembering
 
 
 def split_inputs(layer: Any, first: int) -> tuple[Layer, Callable[[Tensor, Tensor], Tensor]]:
@@ -61,6 +75,14 @@ def linear_add(layer: Any, x: Tensor, out: Tensor) -> Tensor:
         return added
     out.view(-1, out.shape[-1]).addmm_(x.flatten(0, -2), layer.weight.t())
     return out
+
+
+def linear_fp32(layer: Any, x: Tensor) -> Tensor:
+    """A linear layer in fp32, of ``x`` in fp32, whatever the dtype of its weight."""
+    if isinstance(layer, PackedLinear):
+        out: Tensor = layer.in_dtype(torch.float32)(x)
+        return out
+    return functional.linear(x, layer.weight.float(), None if layer.bias is None else layer.bias.float())
 
 
 def linear_gelu(layer: Any, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tacod.rank.ops.largest import sharing
 from tacod.rank.parallel.sequence import SequenceParallel
 
 __all__ = ["modulations"]
@@ -24,13 +25,15 @@ def modulations(layers: Sequence[Any], c: Tensor, sequence: SequenceParallel) ->
     shares = [0] * sequence.size
     outs = []
     done = 0
-    for layer, size in zip(layers, sizes, strict=True):
-        # Whose share the middle of this layer's outputs falls into.
-        owner = (2 * done + size) * sequence.size // (2 * total)
-        shares[owner] += size
-        if owner == sequence.whole.rank:
-            outs.append(layer(c))
-        done += size
+    # All ranks of a sequence have the same ``c``.
+    with sharing(sequence.images.maximum):
+        for layer, size in zip(layers, sizes, strict=True):
+            # Whose share the middle of this layer's outputs falls into.
+            owner = (2 * done + size) * sequence.size // (2 * total)
+            shares[owner] += size
+            if owner == sequence.whole.rank:
+                outs.append(layer(c))
+            done += size
     mine = torch.cat(outs, dim=-1) if outs else c.new_empty(*c.shape[:-1], 0)
     everyones = sequence.whole.gather(mine, shares, dim=-1)
     return list(torch.split(everyones.unsqueeze(1) if c.ndim == 2 else everyones, sizes, dim=-1))

@@ -37,12 +37,18 @@ class SequenceParallel:
         ring: Group | None = None,
         policy: AttentionPolicy = DEFAULT_POLICY,
         transport: Transport | None = None,
+        images: Group | None = None,
     ) -> None:
-        """``transport`` is what the ranks of ``ulysses`` exchange by; by default collectives."""
+        """Join the groups.
+
+        ``transport`` is what the ranks of ``ulysses`` exchange by; by default collectives. ``images`` are the ranks
+        that compute the other images of the same forward, block by block beside this one.
+        """
         self.policy = policy
         self.whole = whole or Group()
         self.ulysses = ulysses or Group()
         self.ring = ring or Group()
+        self.images = images or Group()
         assert self.ulysses.size * self.ring.size == self.whole.size
         alone = self.ulysses.size == 1
         self.transport = transport or (Local(in_ring=self.ring.size > 1) if alone else Collective(self.ulysses))
@@ -56,10 +62,16 @@ class SequenceParallel:
         """How many of ``n`` tokens each rank has: n // size, and one more for the first n % size ranks."""
         return chunks(n, self.size)
 
+    def place(self, n: int) -> tuple[int, int]:
+        """Where this rank's of ``n`` tokens begin and end."""
+        sizes = self.sizes(n)
+        begin = sum(sizes[: self.whole.rank])
+        return begin, begin + sizes[self.whole.rank]
+
     def shard(self, tokens: Tensor, dim: int = 1) -> Tensor:
         """This rank's chunk of a whole stream, as a view."""
-        sizes = self.sizes(tokens.shape[dim])
-        return tokens.narrow(dim, sum(sizes[: self.whole.rank]), sizes[self.whole.rank])
+        begin, end = self.place(tokens.shape[dim])
+        return tokens.narrow(dim, begin, end - begin)
 
     def gather(self, tokens: Tensor, n: int, dim: int = 1) -> Tensor:
         """The whole stream of ``n`` tokens, on every rank, from the ranks' chunks: the inverse of `shard`."""

@@ -28,9 +28,13 @@ class Seat:
     transport: Transport | None
     """The transport between Ulysses' ranks; None for the default."""
 
-    def sequence(self, policy: AttentionPolicy = DEFAULT_POLICY) -> SequenceParallel:
-        """The ranks that share a sequence, and how they attend."""
-        return SequenceParallel(self.whole, self.ulysses, self.ring, policy, self.transport)
+    def sequence(self, policy: AttentionPolicy = DEFAULT_POLICY, in_step: bool = True) -> SequenceParallel:
+        """The ranks that share a sequence, and how they attend.
+
+        ``in_step`` says that the other batch groups run every layer that this one does.
+        """
+        images = self.batch if in_step else None
+        return SequenceParallel(self.whole, self.ulysses, self.ring, policy, self.transport, images)
 
 
 class Topology:

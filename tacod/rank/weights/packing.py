@@ -16,10 +16,19 @@ from tacod.rank.ops.packed.gguf import BlockLinear
 from tacod.rank.ops.packed.integers import Int4Linear, Int8Linear, W4A8Linear
 from tacod_client.errors import ModelCorrupt
 
-__all__ = ["PACKED", "Layer", "pack", "pack_plain"]
+__all__ = ["PACKED", "Layer", "has_product", "pack", "pack_plain"]
 
 PACKED = (*FLOAT8, *BLOCKS)
 """The dtypes of weights that are kept as they are without a description, named as in headers."""
+
+
+_BLOCK_PRODUCTS = (10, 0)
+"""The compute capability from which on GPUs multiply blocks of floats that have scales of their own."""
+
+
+def has_product(device: torch.device, capability: tuple[int, int]) -> bool:
+    """Whether it is a GPU of this compute capability or more."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= capability
 
 
 def pack_plain(data: Tensor, kind: str, rows: int, bias: nn.Parameter | None, dtype: torch.dtype) -> PackedLinear:
@@ -48,7 +57,7 @@ class Layer:
     """The compute dtype."""
     weight_only: bool
     """Whether activations stay as they are. Else they are quantized where ComfyUI does so: for whole numbers always,
-    for floats of 8 bits on GPUs with a product for them."""
+    for floats on GPUs with a product for them (`has_product`)."""
 
     @property
     def out_features(self) -> int:
@@ -64,6 +73,10 @@ class Layer:
     def full_precision(self) -> bool:
         """Whether activations stay as they are."""
         return self.quantization.full_precision or self.weight_only
+
+    def native(self, capability: tuple[int, int]) -> bool:
+        """Whether activations of floats are quantized, where GPUs multiply them from a compute capability on."""
+        return not self.full_precision and has_product(self.data.device, capability)
 
     def rows(self, dtype: torch.dtype) -> Tensor:
         """The weight in a dtype of one byte, without the rows that are padding: [out_features, bytes of a row]."""
@@ -87,6 +100,11 @@ class Layer:
         """A `scale` of one number, without dimensions."""
         return self.scale(leaf).reshape(())
 
+    @property
+    def input_scale(self) -> Tensor | None:
+        """That of the activations, without dimensions, where the file has one."""
+        return self.one("input_scale") if "input_scale" in self.sides else None
+
     def by_row(self, leaf: str) -> Tensor:
         """One number, or one for each row."""
         found = self.scale(leaf)
@@ -100,23 +118,27 @@ class Layer:
 
 def _float8(layer: Layer) -> PackedLinear:
     kind = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}[layer.quantization.format]
-    device = layer.data.device
-    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-    input_scale = layer.optional("input_scale")
     return Float8Linear(
         layer.rows(FLOAT8_DTYPES[kind]),
         layer.bias,
         layer.dtype,
         layer.by_row("weight_scale"),
-        None if input_scale is None else input_scale.reshape(()),
-        fast and not layer.full_precision,
+        layer.input_scale,
+        layer.native((8, 9)),
     )
 
 
 def _mxfp8(layer: Layer) -> PackedLinear:
     powers = layer.blocks(layer.padded(layer.in_features) // 32)
     _check_finite(layer, "weight_scale", powers != 255)
-    return Mxfp8Linear(layer.rows(torch.float8_e4m3fn), powers, layer.in_features, layer.bias, layer.dtype)
+    return Mxfp8Linear(
+        layer.rows(torch.float8_e4m3fn),
+        powers,
+        layer.in_features,
+        layer.bias,
+        layer.dtype,
+        layer.native(_BLOCK_PRODUCTS),
+    )
 
 
 def _nvfp4(layer: Layer) -> PackedLinear:
@@ -133,6 +155,8 @@ def _nvfp4(layer: Layer) -> PackedLinear:
         layer.bias,
         layer.dtype,
         None if smoothing is None else smoothing.flatten(),
+        layer.input_scale,
+        layer.native(_BLOCK_PRODUCTS),
     )
 
 

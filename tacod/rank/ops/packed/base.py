@@ -17,7 +17,7 @@ from tacod.rank.ops.fused import has_kernels
 __all__ = ["PackedLinear"]
 
 _BAND = 1 << 24
-"""How many numbers are unpacked at once: it bounds what lies beside the result."""
+"""How many numbers are unpacked or rounded at once: it bounds what lies beside the result."""
 
 
 class PackedLinear(nn.Module, abc.ABC):
@@ -44,11 +44,6 @@ class PackedLinear(nn.Module, abc.ABC):
         self.register_parameter("bias", bias)
 
     @property
-    @abc.abstractmethod
-    def label(self) -> str:
-        """The format, as users see it."""
-
-    @property
     def quantizes(self) -> bool:
         """Whether it does anything to activations, such as quantizing each token by all of its numbers."""
         return False
@@ -64,16 +59,24 @@ class PackedLinear(nn.Module, abc.ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """Of ``x`` [..., in_features] in the compute dtype, [..., out_features]."""
-        out = self.product(x)
+        return self.outputs_of(x, self.prepared(x))
+
+    def outputs_of(self, x: Tensor, prepared: Any) -> Tensor:
+        """`forward`, for those who have what `prepared` gives of ``x`` already."""
+        out = self.product(prepared)
         if self._low_rank is None:
             return out
         up, down = self._low_rank
         out.view(-1, self.out_features).addmm_(functional.linear(x, down).flatten(0, -2), up.t())
         return out
 
-    def product(self, x: Tensor) -> Tensor:
+    def prepared(self, x: Tensor) -> Any:
+        """What `product` takes in the place of ``x``: the same for every part of the `outputs`."""
+        return x
+
+    def product(self, prepared: Any) -> Tensor:
         """`forward` without what `adapted` adds."""
-        return functional.linear(x, self._unpacked(x.dtype), self.bias)
+        return functional.linear(prepared, self._unpacked(self.dtype), self.bias)
 
     @property
     def weight(self) -> Tensor:
@@ -102,13 +105,7 @@ class PackedLinear(nn.Module, abc.ABC):
 
     def _in_bands(self, unpack: Callable[[slice], Tensor], dtype: torch.dtype) -> Tensor:
         """All rows of what ``unpack`` gives of some, [out_features, in_features], with bounded memory beside them."""
-        step = max(_BAND // self.in_features, 1)
-        if self.out_features <= step:
-            return unpack(slice(None))
-        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.data.device)
-        for row in range(0, self.out_features, step):
-            weight[row : row + step] = unpack(slice(row, row + step))
-        return weight
+        return in_bands(unpack, (self.out_features, self.in_features), dtype, self.data.device)
 
     def outputs(self, rows: slice) -> Self:
         """Some of its outputs, on the same memory."""
@@ -130,6 +127,16 @@ class PackedLinear(nn.Module, abc.ABC):
             twin.register_buffer(name, factor.to(self.data.device, self.dtype), persistent=False)
         return twin
 
+    def in_dtype(self, dtype: torch.dtype) -> Self:
+        """The same layer with another compute dtype, on the same memory but for bias and product of low rank."""
+        twin = self._twin()
+        twin.dtype = dtype
+        for name in {"up", "down"} & twin._buffers.keys():
+            twin.register_buffer(name, getattr(self, name).to(dtype), persistent=False)
+        bias = None if self.bias is None else nn.Parameter(self.bias.to(dtype), requires_grad=False)
+        twin._parameters = {"bias": bias}
+        return twin
+
     @property
     def _low_rank(self) -> tuple[Tensor, Tensor] | None:
         up, down = self._buffers.get("up"), self._buffers.get("down")
@@ -149,7 +156,21 @@ class PackedLinear(nn.Module, abc.ABC):
 
     def extra_repr(self) -> str:
         """What printing shows."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, format={self.label}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, dtype={self.dtype}"
+
+
+def in_bands(
+    make: Callable[[slice], Tensor], shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """All rows of what ``make`` gives of some, of a ``shape``, with bounded memory beside them."""
+    rows, columns = shape
+    step = max(_BAND // columns, 1)
+    if rows <= step:
+        return make(slice(None))
+    whole = torch.empty(shape, dtype=dtype, device=device)
+    for row in range(0, rows, step):
+        whole[row : row + step] = make(slice(row, row + step))
+    return whole
 
 
 def sliced(scale: Tensor | None, rows: slice) -> Tensor | None:

@@ -1,24 +1,28 @@
 """Weights in floats of 8 bits (Micikevicius et al., 2022, arXiv:2209.05433), and mxfp8 and nvfp4, which have blocks.
 
 mxfp8 and nvfp4: OCP Microscaling Formats (Rouhani et al., 2023, arXiv:2310.10537) and NVIDIA's variant for e2m1. The
-arithmetic is that of ComfyUI, which multiplies in the compute dtype on a CPU, and in fp32 with one rounding on a GPU.
+arithmetic is that of ComfyUI, which dequantizes in the compute dtype on a CPU, and in fp32 with one rounding on a GPU.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from tacod.rank.ops.fused import has_kernels
-from tacod.rank.ops.packed.base import PackedLinear, sliced
+from tacod.rank.ops.largest import largest
+from tacod.rank.ops.packed.base import PackedLinear, in_bands, sliced
 
 __all__ = ["FLOAT8_DTYPES", "Float8Linear", "Mxfp8Linear", "Nvfp4Linear", "unblocked"]
 
 FLOAT8_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 """By safetensors' names."""
-_LABELS = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_LARGEST_BLOCK = torch.finfo(torch.float8_e4m3fn).max
+"""Of the scales of nvfp4's blocks."""
 
 
 class Float8Linear(PackedLinear):
@@ -54,11 +58,6 @@ class Float8Linear(PackedLinear):
         self.register_buffer("input_scale", input_scale if native else None, persistent=False)
 
     @property
-    def label(self) -> str:
-        """See `PackedLinear.label`."""
-        return _LABELS[self.data.dtype]
-
-    @property
     def quantizes(self) -> bool:
         """See `PackedLinear.quantizes`."""
         return self.native
@@ -75,32 +74,37 @@ class Float8Linear(PackedLinear):
             return None
         return kernels.dequantize_float8(self.data, self.scale, self.in_features, dtype)
 
-    def product(self, x: Tensor) -> Tensor:
+    def prepared(self, x: Tensor) -> Tensor:
+        """See `PackedLinear.prepared`."""
+        if not self.native:
+            return x
+        assert self.input_scale is not None
+        return quantize_float8(x, self.input_scale, self.data.dtype)
+
+    def product(self, prepared: Tensor) -> Tensor:
         """See `PackedLinear.product`."""
         if not self.native:
-            return super().product(x)
+            return super().product(prepared)
+        if not self._multiplies:
+            return super().product(scaled(prepared, self.input_scale, self.dtype))
         assert self.input_scale is not None
-        quantized = quantize_float8(x.flatten(0, -2), self.input_scale, self.data.dtype)
-        if self._multiplies(x):
-            assert self.scale is not None
-            out: Tensor = torch._scaled_mm(
-                quantized,
-                self.data.t(),
-                scale_a=self.input_scale,
-                scale_b=self.scale,
-                bias=self.bias,
-                out_dtype=x.dtype,
-                use_fast_accum=False,
-            )
-        else:
-            tokens = scaled(quantized, self.input_scale, x.dtype)
-            out = functional.linear(tokens, self._unpacked(x.dtype), self.bias)
-        return torch.unflatten(out, 0, x.shape[:-1])
+        assert self.scale is not None
+        out: Tensor = torch._scaled_mm(
+            prepared.flatten(0, -2),
+            self.data.t(),
+            scale_a=self.input_scale,
+            scale_b=self.scale,
+            bias=self.bias,
+            out_dtype=self.dtype,
+            use_fast_accum=False,
+        )
+        return torch.unflatten(out, 0, prepared.shape[:-1])
 
-    def _multiplies(self, x: Tensor) -> bool:
+    @property
+    def _multiplies(self) -> bool:
         """Whether the GPU has a product for these operands; where it has none, ComfyUI multiplies them dequantized."""
         whole = self.in_features % 16 == self.out_features % 16 == 0
-        plain = x.is_cuda and x.dtype != torch.float32 and self.data.dtype == torch.float8_e4m3fn
+        plain = self.data.is_cuda and self.dtype != torch.float32 and self.data.dtype == torch.float8_e4m3fn
         return plain and whole and self.scale is not None and self.scale.numel() == 1
 
 
@@ -133,17 +137,36 @@ class Mxfp8Linear(PackedLinear):
         in_features: How many columns count; the others are padding.
         bias: See `PackedLinear`.
         dtype: See `PackedLinear`.
+        native: Whether activations are quantized too, as ComfyUI does on GPUs that multiply such blocks. The product
+            is that of the dequantized numbers.
     """
 
     scale: Tensor
     rowwise = ("scale",)
-    label = "mxfp8"
 
     def __init__(
-        self, data: Tensor, scale: Tensor, in_features: int, bias: nn.Parameter | None, dtype: torch.dtype
+        self,
+        data: Tensor,
+        scale: Tensor,
+        in_features: int,
+        bias: nn.Parameter | None,
+        dtype: torch.dtype,
+        native: bool = False,
     ) -> None:
         super().__init__(data, in_features, bias, dtype)
+        self.native = native
         self.register_buffer("scale", scale, persistent=False)
+
+    @property
+    def quantizes(self) -> bool:
+        """See `PackedLinear.quantizes`."""
+        return self.native
+
+    def prepared(self, x: Tensor) -> Tensor:
+        """See `PackedLinear.prepared`."""
+        if not self.native:
+            return x
+        return _token_by_token(x, round_mxfp8)
 
     def numbers(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """See `PackedLinear.numbers`."""
@@ -172,14 +195,17 @@ class Nvfp4Linear(PackedLinear):
         dtype: See `PackedLinear`.
         smoothing: What activations are multiplied by first, [in_features] (``pre_quant_scale``: Lin et al., 2023,
             arXiv:2306.00978); None for nothing.
+        input_scale: Of the activations, fp32 without dimensions, where they are quantized: None for that by which the
+            largest number of all tokens of all images fits.
+        native: Whether activations are quantized too; see `Mxfp8Linear`.
     """
 
     blocks: Tensor
     scale: Tensor
     smoothing: Tensor | None
+    input_scale: Tensor | None
     levels: Tensor
     rowwise = ("blocks",)
-    label = "nvfp4"
 
     def __init__(
         self,
@@ -190,20 +216,38 @@ class Nvfp4Linear(PackedLinear):
         bias: nn.Parameter | None,
         dtype: torch.dtype,
         smoothing: Tensor | None = None,
+        input_scale: Tensor | None = None,
+        native: bool = False,
     ) -> None:
         super().__init__(data, in_features, bias, dtype)
+        self.native = native
         levels = torch.tensor([*_E2M1, *(-each for each in _E2M1)], device=data.device)
-        for name, each in (("blocks", blocks), ("scale", scale), ("levels", levels), ("smoothing", smoothing)):
+        input_scale = input_scale if native else None
+        buffers = {
+            "blocks": blocks,
+            "scale": scale,
+            "levels": levels,
+            "smoothing": smoothing,
+            "input_scale": input_scale,
+        }
+        for name, each in buffers.items():
             self.register_buffer(name, each, persistent=False)
 
     @property
     def quantizes(self) -> bool:
         """See `PackedLinear.quantizes`."""
-        return self.smoothing is not None
+        return self.native or self.smoothing is not None
 
-    def product(self, x: Tensor) -> Tensor:
-        """See `PackedLinear.product`."""
-        return super().product(x if self.smoothing is None else x * self.smoothing.to(x.dtype))
+    def prepared(self, x: Tensor) -> Tensor:
+        """See `PackedLinear.prepared`."""
+        x = x if self.smoothing is None else x * self.smoothing.to(x.dtype)
+        if not self.native:
+            return x
+        scale = self.input_scale
+        if scale is None:
+            # The division is in the dtype of ``x``, as in ComfyUI.
+            scale = (largest(x).to(x.dtype) / (_LARGEST_BLOCK * _E2M1[-1])).float()
+        return _token_by_token(x, lambda tokens: round_nvfp4(tokens, scale))
 
     def _effective(self, dtype: torch.dtype) -> Tensor:
         weight = super()._effective(dtype)
@@ -213,11 +257,8 @@ class Nvfp4Linear(PackedLinear):
         """See `PackedLinear.numbers`."""
         packed = self.data[rows]
         codes = torch.stack((packed >> 4, packed & 15), dim=-1).flatten(1)
-        # On a GPU ComfyUI computes this in fp32.
-        inner = torch.float32 if packed.is_cuda else dtype
-        numbers = self.levels.to(inner).index_select(0, codes.flatten().int()).view(len(codes), -1, 16)
-        scales = self.scale.to(inner) * self.blocks[rows].to(inner)
-        return (numbers * scales[:, :, None]).to(dtype).flatten(1)[:, : self.in_features]
+        numbers = self.levels.index_select(0, codes.flatten().int()).view(len(codes), -1, 16)
+        return scaled_blocks(numbers, self.blocks[rows], self.scale, dtype)[:, : self.in_features]
 
     def unpacked_by_kernel(self, dtype: torch.dtype) -> Tensor | None:
         """See `PackedLinear.unpacked_by_kernel`."""
@@ -226,6 +267,67 @@ class Nvfp4Linear(PackedLinear):
         if not kernels.has_float8(self.data.device):
             return None
         return kernels.dequantize_nvfp4(self.data, self.blocks, self.scale, self.in_features, dtype)
+
+
+def scaled_blocks(numbers: Tensor, blocks: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers of e2m1, fp32 [..., blocks, 16], times the blocks' scales, e4m3 [..., blocks], and one for all.
+
+    On a CPU it is computed in ``dtype``, on a GPU in fp32, as in ComfyUI. [..., blocks * 16] in ``dtype``.
+    """
+    inner = torch.float32 if numbers.is_cuda else dtype
+    scales = scale.to(inner) * blocks.to(inner)
+    return (numbers.to(inner) * scales[..., None]).to(dtype).flatten(-2)
+
+
+def round_mxfp8(x: Tensor) -> Tensor:
+    """Tokens [n, W] as the nearest that mxfp8 holds, in their dtype."""
+    blocks = _in_blocks(x, 32)
+    limit = torch.finfo(torch.float8_e4m3fn).max
+    needed = blocks.abs().amax(dim=-1, keepdim=True) / limit
+    # The least power of two by which the largest number of a block fits.
+    exponents = torch.log2(needed.clamp(min=2**-126)).ceil().clamp(max=127).int()
+    quantized = (blocks / torch.ldexp(torch.ones_like(needed), exponents)).clamp(-limit, limit)
+    numbers = torch.ldexp(quantized.to(torch.float8_e4m3fn).float(), exponents)
+    return numbers.to(x.dtype).flatten(-2)[:, : x.shape[-1]]
+
+
+def round_nvfp4(x: Tensor, scale: Tensor) -> Tensor:
+    """Tokens [n, W] as the nearest that nvfp4 holds with this ``scale``, in their dtype."""
+    numbers, blocks = quantize_nvfp4(_in_blocks(x, 16), scale)
+    return scaled_blocks(numbers, blocks, scale, x.dtype)[:, : x.shape[-1]]
+
+
+def _token_by_token(x: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+    """What ``rounded`` gives of tokens, some [n, W] at a time, for ``x`` [..., W]."""
+    tokens = x.flatten(0, -2)
+    shape = (len(tokens), x.shape[-1])
+    return in_bands(lambda rows: rounded(tokens[rows]), shape, x.dtype, x.device).view(x.shape)
+
+
+def quantize_nvfp4(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks of fp32 [..., blocks, 16] as numbers of e2m1, in fp32, and the blocks' scales, e4m3 [..., blocks].
+
+    ``scale`` is the one for all, fp32 without dimensions.
+    """
+    wanted = x.abs().amax(dim=-1) / _E2M1[-1]
+    # Where all is zero, so is the scale.
+    blocks = (wanted / scale.masked_fill(scale == 0, 1)).clamp(max=_LARGEST_BLOCK).to(torch.float8_e4m3fn)
+    divisors = (scale * blocks.float())[..., None]
+    return round_e2m1(x / divisors.masked_fill(divisors == 0, torch.inf)), blocks
+
+
+def round_e2m1(x: Tensor) -> Tensor:
+    """The nearest number of e2m1, of two the even one, of too large ones the largest."""
+    x = x.clamp(-_E2M1[-1], _E2M1[-1])
+    size = x.abs()
+    steps = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+    return (x / steps).round() * steps
+
+
+def _in_blocks(x: Tensor, size: int) -> Tensor:
+    """``x`` [..., W] in fp32, in blocks of its last dimension, with zeros to fill the last one: [..., blocks, size]."""
+    padded = functional.pad(x, (0, -x.shape[-1] % size)) if x.shape[-1] % size else x
+    return torch.unflatten(padded.float(), -1, (-1, size))
 
 
 def unblocked(scales: Tensor, rows: int, columns: int) -> Tensor:

@@ -26,7 +26,6 @@ class Fp8Linear(PackedLinear):
 
     scales: Tensor
     rowwise = ("scales",)
-    label = "fp8"
     quantizes = True
 
     def __init__(self, data: Tensor, scales: Tensor, bias: nn.Parameter | None, dtype: torch.dtype) -> None:

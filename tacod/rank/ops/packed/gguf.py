@@ -26,11 +26,6 @@ class BlockLinear(PackedLinear):
         if kind in _OF_LEVELS:
             _levels(data.device)
 
-    @property
-    def label(self) -> str:
-        """See `PackedLinear.label`."""
-        return self.kind
-
     def numbers(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """See `PackedLinear.numbers`."""
         return dequantize_blocks(self.data[rows], self.kind).to(dtype)

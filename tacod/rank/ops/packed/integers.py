@@ -123,11 +123,6 @@ class IntegerLinear(PackedLinear):
 class Int8Linear(IntegerLinear):
     """A linear layer in int8, its data [out_features, in_features]."""
 
-    @property
-    def label(self) -> str:
-        """See `PackedLinear.label`."""
-        return "int8_convrot" if self.group else "int8_rowwise" if self.scale.numel() > 1 else "int8_tensorwise"
-
     def factor(self) -> Tensor:
         """See `IntegerLinear.factor`; it isn't packed."""
         return self.data
@@ -139,8 +134,6 @@ class Int4Linear(IntegerLinear):
     Activations have 4 bits as well on a CPU and on the GPUs whose Tensor cores multiply them (compute capability 8.x),
     but for layers that ask for 8; elsewhere they have 8 bits.
     """
-
-    label = "convrot_w4a4"
 
     def __init__(
         self,
@@ -197,7 +190,6 @@ class W4A8Linear(IntegerLinear):
     relative: Tensor
     codebook: Tensor | None
     rowwise = ("scale", "relative")
-    label = "asym_w4a8_int8"
 
     def __init__(
         self,
