@@ -11,8 +11,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from tacod.checkpoint import Checkpoint, read_checkpoint
+from tacod.checkpoint.header import BLOCKS
 from tacod.rank.ops.packed.base import PackedLinear
 from tacod.rank.ops.packed.float8 import Float8Linear, Mxfp8Linear, Nvfp4Linear
+from tacod.rank.ops.packed.gguf import BlockLinear, dequantize_blocks
 from tacod.rank.ops.packed.integers import Int4Linear, Int8Linear, W4A8Linear
 from tacod.rank.weights.packing import Layer, pack
 
@@ -69,6 +71,14 @@ def bytes_of(*shape: int) -> Tensor:
     return torch.randint(256, shape, dtype=torch.uint8)
 
 
+def blocks_of(kind: str, rows: int, count: int) -> Tensor:
+    """Rows of ``count`` random blocks of a kind of GGUF, whose numbers are finite: uint8 [rows, bytes]."""
+    data = bytes_of(rows * count, BLOCKS[kind][1])
+    while (odd := ~dequantize_blocks(data, kind).isfinite().all(1)).any():
+        data[odd] = bytes_of(int(odd.sum()), data.shape[1])
+    return data.view(rows, -1)
+
+
 def layers(dtype: torch.dtype) -> dict[str, PackedLinear]:
     """One of each format and kind of scale."""
     one, by_row = torch.rand(()), torch.rand(7, 1)
@@ -87,4 +97,6 @@ def layers(dtype: torch.dtype) -> dict[str, PackedLinear]:
         "int4": Int4Linear(bytes_of(7, 32).view(torch.int8), by_row, 16, None, dtype),
         "W4A8": W4A8Linear(bytes_of(7, 64), codes, book, by_row, 64, None, dtype),
         "W4A8, without a codebook": W4A8Linear(bytes_of(7, 64), codes, None, by_row, 64, None, dtype),
+        # More blocks than a program takes, and no multiple of them.
+        **{kind: BlockLinear(blocks_of(kind, 7, 19), kind, None, dtype) for kind in BLOCKS},
     }

@@ -18,6 +18,7 @@ import torch
 from helpers import relative_error
 from packed_layers import bytes_of, layers
 
+from tacod.checkpoint.header import BLOCKS
 from tacod.rank.ops.packed.base import PackedLinear
 from tacod.rank.ops.packed.float8 import quantize_float8
 from tacod.rank.ops.packed.integers import Int4Linear, W4A8Linear, quantize_tokens
@@ -37,6 +38,13 @@ def unpacked(layer: PackedLinear, dtype: torch.dtype) -> float:
     assert found is not None
     assert found.dtype == dtype
     return relative_error(found, wanted.to(dtype))
+
+
+def same_blocks(layer: PackedLinear) -> bool:
+    """Whether the kernel's numbers in fp32 are the layer's own to the bit: all of them, and those of some rows."""
+    parts = (layer, layer.outputs(slice(3, 4)), layer.outputs(slice(1, 6)))
+    pairs = [(part.unpacked_by_kernel(torch.float32), part.numbers(slice(None), torch.float32)) for part in parts]
+    return all(found is not None and found.numpy().tobytes() == wanted.numpy().tobytes() for found, wanted in pairs)
 
 
 def factors(layer: Int4Linear | W4A8Linear) -> int:
@@ -100,6 +108,7 @@ def interpret() -> dict[str, Any]:
     ):
         return {
             "unpacked": {name: [unpacked(layers(each)[name], each) for each in both] for name in layers(both[0])},
+            "blocks": {name: same_blocks(each) for name, each in layers(both[0]).items() if name in BLOCKS},
             "factors": list(map(factors, packed)),
             "tokens": [[tokens(*case, each) for each in both] for case in GROUPS],
             "products": [
@@ -124,6 +133,11 @@ def test_weights(interpreted: dict[str, Any], name: str) -> None:
     fp32, bf16 = interpreted["unpacked"][name]
     assert fp32 <= 3e-7
     assert bf16 <= 8e-3
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_blocks_of_gguf_to_the_bit(interpreted: dict[str, Any], kind: str) -> None:
+    assert interpreted["blocks"][kind]
 
 
 def test_whole_numbers(interpreted: dict[str, Any]) -> None:

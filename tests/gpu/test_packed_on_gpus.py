@@ -10,6 +10,7 @@ import torch
 from helpers import Daemon, quantized_golden_names, read_golden, relative_error
 from packed_layers import FILES, Golden, layers
 
+from tacod.checkpoint.header import BLOCKS
 from tacod.rank.ops.packed import kitchen
 from tacod.rank.ops.packed.float8 import Float8Linear, quantize_float8
 from tacod.rank.ops.packed.integers import Int4Linear, Int8Linear, IntegerLinear, W4A8Linear, quantize_tokens
@@ -49,6 +50,16 @@ def test_kernels_unpack_the_same_numbers(name: str, dtype: torch.dtype) -> None:
         whole = layer.factor_by_kernel()
         assert whole is not None
         assert torch.equal(whole, layer.whole(slice(None)))
+
+
+@pytest.mark.parametrize("rows", [slice(1, 6), slice(3, 4)], ids=["1-6", "3"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", BLOCKS)
+@torch.inference_mode()
+def test_kernels_unpack_blocks_from_any_byte_on(kind: str, dtype: torch.dtype, rows: slice) -> None:
+    """Rows of layers that are split: most are aligned to no more than two bytes."""
+    layer = layers(dtype)[kind].cuda()
+    assert torch.equal(layer.outputs(rows).unpacked_by_kernel(dtype), layer.numbers(rows, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

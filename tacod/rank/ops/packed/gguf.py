@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tacod.checkpoint.header import BLOCKS
 from tacod.rank.ops.packed.base import PackedLinear
 
-__all__ = ["BlockLinear", "dequantize_blocks"]
+__all__ = ["LEVELS", "BlockLinear", "dequantize_blocks"]
 
 
 class BlockLinear(PackedLinear):
@@ -29,6 +29,12 @@ class BlockLinear(PackedLinear):
     def numbers(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """See `PackedLinear.numbers`."""
         return dequantize_blocks(self.data[rows], self.kind).to(dtype)
+
+    def unpacked_by_kernel(self, dtype: torch.dtype) -> Tensor | None:
+        """See `PackedLinear.unpacked_by_kernel`."""
+        from tacod.rank.ops.packed import gguf_kernels
+
+        return gguf_kernels.dequantize_blocks(self.data, self.kind, dtype)
 
 
 def dequantize_blocks(data: Tensor, kind: str) -> Tensor:
@@ -126,14 +132,15 @@ _BLOCKS: dict[str, Callable[[Tensor], Tensor]] = {
 
 _OF_LEVELS = ("IQ4_NL", "IQ4_XS")
 """Their layers have `_levels` made before anything is traced."""
-_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+"""What 4 bits of them stand for (``kvalues_iq4nl``)."""
 _tables: dict[torch.device, Tensor] = {}
 
 
 def _levels(device: torch.device) -> Tensor:
-    """What 4 bits stand for, int8 [16] (``kvalues_iq4nl``); made once on a device, for a copy to a GPU waits for it."""
+    """`LEVELS`, int8 [16]; made once on a device, for a copy to a GPU waits for it."""
     if device not in _tables:
-        _tables[device] = torch.tensor(_LEVELS, dtype=torch.int8, device=device)
+        _tables[device] = torch.tensor(LEVELS, dtype=torch.int8, device=device)
     return _tables[device]
 
 
