@@ -157,9 +157,7 @@ Walk = tuple[list[Any], list[bool]]
 """What each step of a run gave, and which were skipped."""
 
 
-def walk(
-    family: str, forwards: Forwards, layout: Layout, threshold: float, mine: slice, native: bool = False
-) -> Walk:
+def walk(family: str, forwards: Forwards, layout: Layout, threshold: float, mine: slice, native: bool = False) -> Walk:
     """Some steps of a run of two images, or of those of them that are ``mine``."""
     dit = native_tiny(family) if native else tiny(family)
     start = required_inputs(dit, batch=2)
