@@ -100,15 +100,16 @@ def interpret() -> dict[str, Any]:
     torch.manual_seed(0)
     both = (torch.float32, torch.bfloat16)
     floats = (torch.float8_e4m3fn, torch.float8_e5m2)
-    packed = [each for each in layers(torch.float32).values() if isinstance(each, Int4Linear | W4A8Linear)]
+    made = {dtype: layers(dtype) for dtype in both}
+    packed = [each for each in made[torch.float32].values() if isinstance(each, Int4Linear | W4A8Linear)]
     with (
         torch.inference_mode(),
         mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)),
         mock.patch("torch.cuda.get_device_properties", return_value=SimpleNamespace(multi_processor_count=2)),
     ):
         return {
-            "unpacked": {name: [unpacked(layers(each)[name], each) for each in both] for name in layers(both[0])},
-            "blocks": {name: same_blocks(each) for name, each in layers(both[0]).items() if name in BLOCKS},
+            "unpacked": {name: [unpacked(made[each][name], each) for each in both] for name in made[torch.float32]},
+            "blocks": {kind: same_blocks(made[torch.float32][kind]) for kind in BLOCKS},
             "factors": list(map(factors, packed)),
             "tokens": [[tokens(*case, each) for each in both] for case in GROUPS],
             "products": [
