@@ -1,6 +1,6 @@
-"""Converts between the wire's tensors and the caller's: torch or numpy in, the same kind out.
+"""Between the wire's tensors and the caller's: torch or numpy in, the same kind out.
 
-torch is used only if the caller uses it; importing this module doesn't import torch.
+torch is used only where the caller already does; importing this module doesn't import it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``tacoctl plan``: how a model's forwards would be split over ranks, from the file's header alone."""
+"""``tacoctl plan``: how a model file would be spread over ranks, from its header alone."""
 
 from __future__ import annotations
 

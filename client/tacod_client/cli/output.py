@@ -22,7 +22,7 @@ __all__ = ["Output", "document", "stdout"]
 
 @contextmanager
 def stdout() -> Iterator[None]:
-    """A context for writing to stdout; the system's errors in it name stdout."""
+    """Within, stdout is written to; an error of the system's carries its name."""
     try:
         yield
         sys.stdout.flush()
