@@ -1,4 +1,4 @@
-"""Converts between the wire's tensors and the caller's: torch or numpy in, the same kind out.
+"""Between the wire's tensors and the caller's: torch or numpy in, the same kind out.
 
 Each of them is used only if the caller uses it; importing this module imports neither.
 """
