@@ -11,7 +11,8 @@ from helpers import read_golden
 
 from tacod.checkpoint import TensorInfo
 from tacod.rank.families import detect
-from tacod.rank.families.chroma import Chroma, ChromaRadiance
+from tacod.rank.families.chroma import Chroma
+from tacod.rank.families.chroma_radiance import ChromaRadiance
 from tacod.rank.families.inputs import Argument
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod_client.errors import ArgumentError, ModelUnsupported
