@@ -65,7 +65,7 @@ def tokens(group: int, width: int, dtype: torch.dtype) -> tuple[float, float]:
     wanted, wanted_scales = quantize_tokens(rotate(x, group) if group else x)
     assert found.dtype == torch.int8
     steps = float((found.float() - wanted.float()).abs().max())
-    return relative_error(scales, wanted_scales[:, 0]), steps
+    return relative_error(scales, wanted_scales), steps
 
 
 def product(shape: list[int], dtype: torch.dtype, by_row: bool, bias: bool) -> float:

@@ -6,7 +6,7 @@ in whole numbers, so they are exact, and scaled in fp32.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,17 @@ __all__ = ["Int4Linear", "Int8Linear", "IntegerLinear", "W4A8Linear"]
 
 _ROWS_BYTES = 256 << 20
 """How many bytes of sums are scaled at once."""
+
+
+class Tokens(NamedTuple):
+    """Tokens in int8, each with a scale."""
+
+    numbers: Tensor
+    """int8 [n, in_features]."""
+    scales: Tensor
+    """fp32 [n, 1]."""
+    shape: torch.Size
+    """How the n tokens lie."""
 
 
 class IntegerLinear(PackedLinear):
@@ -87,32 +98,48 @@ class IntegerLinear(PackedLinear):
 
         return kernels.rotate(self.factor(), self.scale, self.group, dtype)
 
-    def product(self, x: Tensor) -> Tensor:
+    def prepared(self, x: Tensor) -> Tensor | Tokens:
+        """See `PackedLinear.prepared`: `Tokens`, unless another library quantizes them."""
+        if self.full_precision or (has_kernels(x) and _is_kitchens(x.device)):
+            return x
+        return self.quantized(x)
+
+    def quantized(self, x: Tensor) -> Tokens:
+        """``x`` [..., in_features], rotated where the weight is, in int8."""
+        tokens = x.flatten(0, -2)
+        if has_kernels(x):
+            from tacod.rank.ops.packed import kernels
+
+            return Tokens(*kernels.quantize_tokens(tokens, self.group), x.shape[:-1])
+        return Tokens(*quantize_tokens(self.rotated(tokens)), x.shape[:-1])
+
+    def product(self, prepared: Tensor | Tokens) -> Tensor:
         """See `PackedLinear.product`."""
         if self.full_precision:
-            return super().product(x)
-        return torch.unflatten(self.multiply(x.flatten(0, -2)), 0, x.shape[:-1])
-
-    def multiply(self, tokens: Tensor) -> Tensor:
-        """Of tokens [n, in_features], [n, out_features] in their dtype."""
+            return super().product(prepared)
         factor = self.factor()
-        if has_kernels(tokens):
-            from tacod.rank.ops.packed import kernels, kitchen
+        if isinstance(prepared, Tensor):
+            from tacod.rank.ops.packed import kitchen
 
-            if not kernels.takes(factor) and kitchen.takes(factor):
-                return kitchen.int8_linear(tokens, factor, self.scale, self.bias, self.group)
-            quantized, scales = kernels.quantize_tokens(tokens, self.group)
+            if kitchen.takes(factor):
+                out = kitchen.int8_linear(prepared.flatten(0, -2), factor, self.scale, self.bias, self.group)
+                return torch.unflatten(out, 0, prepared.shape[:-1])
+            prepared = self.quantized(prepared)
+        return torch.unflatten(self.multiply(prepared, factor), 0, prepared.shape)
+
+    def multiply(self, tokens: Tokens, factor: Tensor) -> Tensor:
+        """Of n tokens and `factor`, [n, out_features] in the compute dtype."""
+        if has_kernels(factor):
+            from tacod.rank.ops.packed import kernels
+
             if kernels.takes(factor):
-                return kernels.multiply(quantized, scales, factor, self.scale, self.bias, tokens.dtype)
-            scales = scales[:, None]
-        else:
-            quantized, scales = quantize_tokens(self.rotated(tokens))
-        sums = integer_product(quantized, factor)
-        out = torch.empty(sums.shape, dtype=tokens.dtype, device=tokens.device)
+                return kernels.multiply(tokens.numbers, tokens.scales, factor, self.scale, self.bias, self.dtype)
+        sums = integer_product(tokens.numbers, factor)
+        out = torch.empty(sums.shape, dtype=self.dtype, device=factor.device)
         step = max(_ROWS_BYTES // (4 * self.out_features), 1)
         for row in range(0, len(sums), step):
             rows = slice(row, row + step)
-            out[rows] = sums[rows].float() * (scales[rows] * self.scale.reshape(1, -1))
+            out[rows] = sums[rows].float() * (tokens.scales[rows] * self.scale.reshape(1, -1))
         return out if self.bias is None else out + self.bias
 
     def rotated(self, tokens: Tensor) -> Tensor:
@@ -155,16 +182,20 @@ class Int4Linear(IntegerLinear):
         packed = self.data[rows].view(torch.int8)
         return torch.stack((packed << 4 >> 4, packed >> 4), dim=-1).flatten(1)
 
-    def multiply(self, tokens: Tensor) -> Tensor:
-        """See `IntegerLinear.multiply`; with activations of 4 bits, all in the tokens' dtype."""
-        if not self.int4_activations:
-            return super().multiply(tokens)
-        tokens = self.rotated(tokens)
+    def prepared(self, x: Tensor) -> Tensor | Tokens:
+        """See `PackedLinear.prepared`."""
+        return x if self.int4_activations else super().prepared(x)
+
+    def product(self, prepared: Tensor | Tokens) -> Tensor:
+        """See `PackedLinear.product`; with activations of 4 bits, all in their dtype."""
+        if self.full_precision or not isinstance(prepared, Tensor) or not self.int4_activations:
+            return super().product(prepared)
+        tokens = self.rotated(prepared.flatten(0, -2))
         scales = tokens.abs().amax(dim=-1, keepdim=True).clamp(min=1e-10) / 7
         quantized = (tokens / scales).round().clamp(-7, 7)
         sums = quantized @ self.factor().to(tokens.dtype).t()
         out = sums * scales * self.scale.reshape(1, -1).to(tokens.dtype)
-        return out if self.bias is None else out + self.bias
+        return torch.unflatten(out if self.bias is None else out + self.bias, 0, prepared.shape[:-1])
 
     def factor_by_kernel(self) -> Tensor:
         """See `IntegerLinear.factor_by_kernel`."""
@@ -225,6 +256,13 @@ class W4A8Linear(IntegerLinear):
         if not kernels.has_float8(self.data.device):
             return None
         return kernels.unpack_codes(self.data.view(torch.uint8), self.relative, self.codebook)
+
+
+def _is_kitchens(device: torch.device) -> bool:
+    """Whether comfy-kitchen multiplies on this GPU, and quantizes for it."""
+    from tacod.rank.ops.packed import kernels, kitchen
+
+    return not kernels.has_int8(device) and kitchen.serves(device)
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:

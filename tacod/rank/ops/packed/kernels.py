@@ -96,14 +96,14 @@ def _quantize_tokens(
 
 
 def quantize_tokens(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Tokens [n, W], each ``group`` of their columns rotated, in int8 [n, W], and their scales, fp32 [n].
+    """Tokens [n, W], each ``group`` of their columns rotated, in int8 [n, W], and their scales, fp32 [n, 1].
 
     ``group`` is a power of 4 that divides W, or 0 for no rotation.
     """
     x = x if x.stride(-1) == 1 else x.contiguous()
     count, width = x.shape
     quantized = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    scales = torch.empty(count, dtype=torch.float32, device=x.device)
+    scales = torch.empty(count, 1, dtype=torch.float32, device=x.device)
     if count:
         block = max(triton.next_power_of_2(width), group)
         _quantize_tokens[(count,)](
@@ -184,7 +184,7 @@ def multiply(
 ) -> Tensor:
     """Scales times int8 ``x`` [n, W] · ``weight``ᵀ [m, W], summed in whole numbers, plus ``bias``: [n, m] in ``dtype``.
 
-    ``x_scale`` is fp32 [n], ``weight_scale`` fp32 of one number or m, ``bias`` [m] or None. See `takes`.
+    ``x_scale`` is fp32 of n numbers, ``weight_scale`` fp32 of one number or m, ``bias`` [m] or None. See `takes`.
     """
     (tokens, inputs), outputs = x.shape, len(weight)
     out = torch.empty(tokens, outputs, dtype=dtype, device=x.device)
