@@ -299,7 +299,7 @@ class Rank:
         """
         dit = native_golden(name) if golden else native_tiny(name)
         inputs = golden_named(name).arguments(dit) if golden else random_case(dit, **case)
-        with mock.patch("tacod.rank.families.chroma._TILE", 4):
+        with mock.patch("tacod.rank.families.chroma_radiance._TILE", 4):
             expected = self._from_first(lambda: dit.run(SequenceParallel(), inputs))
             error = relative_difference(self._run(layout, dit, inputs), expected)
             with mock.patch.object(Group, "maximum", lambda self, number: number):
