@@ -69,10 +69,13 @@ def test_a_layer_adds_to_what_is_there(make: Any, bias: bool, x: Tensor) -> None
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("make", [plain, stored])
+@pytest.mark.parametrize("make", [plain, stored, narrow, whole, adapted])
 def test_gelu_in_one_operation(make: Any, bias: bool, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """What GPUs do: on a CPU the same operation has the exact GELU, which is near to its tanh form."""
     monkeypatch.setattr(linear, "has_kernels", lambda x: True)
     layer = make(bias)
     with torch.no_grad():
-        assert relative_error(linear_gelu(layer, x), functional.gelu(layer(x))) < 2e-3
+        wanted = functional.gelu(layer(x))
+        assert relative_error(linear_gelu(layer, x), wanted) < 2e-3
+        for part, outputs in zip(split_outputs(layer, 16), (wanted[..., :16], wanted[..., 16:]), strict=True):
+            assert relative_error(linear_gelu(part, x), outputs) < 2e-3

@@ -30,17 +30,27 @@ class Part:
         return functional.linear(x, self.weight, self.bias)
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """Some outputs of a packed layer, whose tokens may be quantized for others too."""
+
+    layer: PackedLinear
+    prepare: Callable[[Tensor], Any]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.layer.outputs_of(x, self.prepare(x))
+
+
 def _is_whole(layer: Any) -> bool:
     """Whether a layer does more than multiply by its weight."""
-    return isinstance(layer, PackedLinear) and not layer.plain
+    return isinstance(layer, Outputs) or (isinstance(layer, PackedLinear) and not layer.plain)
 
 
 def split_outputs(layer: Any, first: int) -> tuple[Layer, Layer]:
     """A layer as two: its ``first`` outputs, and the others. Tokens that both get are quantized once."""
     if _is_whole(layer):
         prepare = _once(layer.prepared)
-        one, other = layer.outputs(slice(first)), layer.outputs(slice(first, None))
-        return (lambda x: one.outputs_of(x, prepare(x))), (lambda x: other.outputs_of(x, prepare(x)))
+        return Outputs(layer.outputs(slice(first)), prepare), Outputs(layer.outputs(slice(first, None)), prepare)
     weight, bias = layer.weight, layer.bias
     head, tail = (None, None) if bias is None else (bias[:first], bias[first:])
     return Part(weight[:first], head), Part(weight[first:], tail)
