@@ -22,7 +22,7 @@ def kill_a_rank_under_a_forward(daemon: Daemon, expected: type[Exception], words
         model = client.load(SD3.file)
         with stopped(victim):
             forward = pool.submit(SD3.check, model)
-            eventually(lambda: watcher.status()["queue"]["running"], 3, "the forward runs")
+            eventually(lambda: watcher.status()["queue"]["running"], START_S, "the forward runs")
             os.kill(victim, signal.SIGKILL)
         with pytest.raises(expected, match=words):
             forward.result(START_S)
