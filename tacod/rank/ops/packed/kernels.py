@@ -147,7 +147,7 @@ def _stages(group: int) -> int:
     return max(group.bit_length() - 1, 0) // 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "programs"])
 def _multiply(
     x, weight, out, x_scale, weight_scale, bias, tokens, outputs, inputs, programs,
     TOKENS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, TOGETHER: tl.constexpr,
