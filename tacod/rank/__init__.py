@@ -5,7 +5,8 @@ import gc
 # What importing torch makes stays: to look for garbage in it meanwhile would take a tenth of that time.
 _collects = gc.isenabled()
 gc.disable()
-import torch  # noqa: E402, F401
-
-if _collects:
-    gc.enable()
+try:
+    import torch  # noqa: F401
+finally:
+    if _collects:
+        gc.enable()

@@ -163,9 +163,15 @@ def _int8() -> Iterator[Finding]:
     gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     if not gpus:
         return
-    from tacod.rank.ops.packed import kernels, kitchen
+    advice = "`pip install -U 'taco-dit[daemon]'`, and a driver that is new enough for torch"
+    try:
+        from tacod.rank.ops.packed import kernels, kitchen
 
-    others = [gpu for gpu in gpus if not kernels.has_int8(gpu)]
+        others = [gpu for gpu in gpus if not kernels.has_int8(gpu)]
+    except Exception as error:
+        # Such as a driver that counts GPUs and is too old for torch: what follows is to be looked at all the same.
+        yield fail("int8", f"kernels for packed models don't start: {type(error).__name__}: {error}", advice)
+        return
     if not others:
         yield ok("int8", "int8 models are multiplied by the daemon's own kernels")
     elif all(map(kitchen.serves, others)):

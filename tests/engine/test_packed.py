@@ -16,7 +16,7 @@ from torch.nn import functional
 from tacod.checkpoint.quantization import beside
 from tacod.rank.ops.linear import linear_fp32, split_outputs
 from tacod.rank.ops.packed import base as packed_base
-from tacod.rank.ops.packed import float8
+from tacod.rank.ops.packed import float8, kitchen
 from tacod.rank.ops.packed.base import PackedLinear
 from tacod.rank.ops.packed.float8 import round_e2m1
 from tacod.rank.ops.packed.integers import Int4Linear, IntegerLinear, padded
@@ -251,3 +251,11 @@ def test_whole_numbers_are_unpacked_in_bands(name: str, monkeypatch: pytest.Monk
     # What isn't packed is used as it lies.
     assert max(seen, default=0) == (0 if name == "int8_convrot" else 5)
     assert sum(seen) == (0 if name == "int8_convrot" else layer.out_features)
+
+
+def test_comfy_kitchen_is_not_asked_for_the_product_of_no_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank may have none; not every kernel takes that."""
+    monkeypatch.setattr(kitchen, "_library", lambda: pytest.fail("nothing is to be multiplied"))
+    weight = torch.zeros(32, 16, dtype=torch.int8)
+    out = kitchen.int8_linear(torch.zeros(0, 16, dtype=torch.bfloat16), weight, torch.ones(()), None, 0)
+    assert (out.shape, out.dtype) == ((0, 32), torch.bfloat16)

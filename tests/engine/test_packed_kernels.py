@@ -93,6 +93,26 @@ def activations(dtype: torch.dtype, target: torch.dtype) -> float:
     return relative_error(found.float(), quantize_float8(x, scale, target).float())
 
 
+def not_finite(group: int, dtype: torch.dtype) -> list[list[bool]]:
+    """Which tokens' scales aren't finite, by the kernel and by the layers' own arithmetic: of the second and third."""
+    from tacod.rank.ops.packed import kernels
+
+    x = torch.randn(4, 32, dtype=dtype)
+    x[1, 17], x[2, 3] = torch.nan, torch.inf
+    _, found = kernels.quantize_tokens(x, group)
+    _, wanted = quantize_tokens(rotate(x, group) if group else x)
+    return [(~scales.flatten().isfinite()).tolist() for scales in (found, wanted)]
+
+
+def limits(dtype: torch.dtype) -> list[str]:
+    """What becomes of NaN and infinities in e5m2. The interpreter's e4m3 has no NaN, as a GPU's has."""
+    from tacod.rank.ops.packed import kernels
+
+    x = torch.tensor([torch.nan, torch.inf, -torch.inf, 2.0], dtype=dtype)
+    found = kernels.quantize_float8(x, torch.tensor(0.5), torch.float8_e5m2)
+    return [str(each) for each in found.float().tolist()]
+
+
 def interpret() -> dict[str, Any]:
     """All answers."""
     from unittest import mock
@@ -117,6 +137,8 @@ def interpret() -> dict[str, Any]:
                 for shape in SHAPES
             ],
             "activations": [activations(each, kind) for each in both for kind in floats],
+            "not finite": [not_finite(group, each) for each in both for group in (0, 16)],
+            "limits": [limits(each) for each in both],
         }
 
 
@@ -152,6 +174,11 @@ def test_tokens(interpreted: dict[str, Any], case: int) -> None:
         assert steps <= 1, "what lies between two steps may go either way"
 
 
+def test_a_token_that_isnt_finite_has_no_finite_scale(interpreted: dict[str, Any]) -> None:
+    for found, wanted in interpreted["not finite"]:
+        assert found == wanted == [False, True, True, False]
+
+
 @pytest.mark.parametrize("case", range(len(SHAPES)), ids=lambda case: "-".join(map(str, SHAPES[case])))
 def test_products(interpreted: dict[str, Any], case: int) -> None:
     *fp32, one, by_row = interpreted["products"][case]
@@ -161,6 +188,10 @@ def test_products(interpreted: dict[str, Any], case: int) -> None:
 
 def test_activations_in_float8(interpreted: dict[str, Any]) -> None:
     assert max(interpreted["activations"]) <= 0.15
+
+
+def test_no_number_is_no_number_in_float8(interpreted: dict[str, Any]) -> None:
+    assert interpreted["limits"] == 2 * [["nan", "57344.0", "-57344.0", "4.0"]]
 
 
 if __name__ == "__main__":

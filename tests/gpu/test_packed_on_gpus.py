@@ -12,6 +12,7 @@ from packed_layers import FILES, Golden, layers
 
 from tacod.checkpoint.header import BLOCKS
 from tacod.rank.ops.packed import kitchen
+from tacod.rank.ops.packed.base import PackedLinear
 from tacod.rank.ops.packed.float8 import Float8Linear, quantize_float8
 from tacod.rank.ops.packed.integers import Int4Linear, Int8Linear, IntegerLinear, W4A8Linear, quantize_tokens
 from tacod.rank.ops.packed.rotation import rotate
@@ -69,6 +70,25 @@ def test_kernels_quantize_to_the_same_floats(dtype: torch.dtype, target: torch.d
     x, scale = (torch.randn(300, 500) * 300).to(dtype), torch.tensor(0.7)
     found = quantize_float8(x.cuda(), scale.cuda(), target).cpu()
     assert torch.equal(found.view(torch.uint8), quantize_float8(x, scale, target).view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["int8", "int8, rotated", "e4m3"])
+@torch.inference_mode()
+def test_a_token_that_is_no_number_stays_so(kind: str, dtype: torch.dtype) -> None:
+    """As on a CPU: no kernel makes a number of it, and the other tokens are as they were."""
+    width, scale = 256, torch.tensor(0.1).cuda()
+    data = torch.randint(-127, 128, (32, width), dtype=torch.int8).cuda()
+    layer: PackedLinear = Int8Linear(data, width, scale, 256 if kind == "int8, rotated" else 0, None, dtype)
+    if kind == "e4m3":
+        layer = Float8Linear(data.float().to(torch.float8_e4m3fn), None, dtype, scale, native=True)
+    x = torch.randn(2, 20, width).cuda().to(dtype)
+    wanted = layer(x)
+    x[1, 2, 3] = torch.nan
+    found = layer(x)
+    assert found[1, 2].isnan().all()
+    found[1, 2] = wanted[1, 2]
+    assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])

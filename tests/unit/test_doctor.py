@@ -227,6 +227,19 @@ def test_what_multiplies_int8_layers(
     assert (found.check, found.state, words in found.message) == ("int8", state, True)
 
 
+def test_gpus_that_dont_start_end_no_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def refuse(device: Any) -> tuple[int, int]:
+        raise RuntimeError("The NVIDIA driver on your system is too old")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", refuse)
+    (found,) = engine._int8()
+    assert (found.check, found.state) == ("int8", "fail")
+    assert "RuntimeError: The NVIDIA driver on your system is too old" in found.message
+
+
 def test_gpus_without_a_driver_fail_with_what_to_do() -> None:
     import torch
 

@@ -85,7 +85,10 @@ def _quantize_tokens(
     column = tl.arange(0, BLOCK)
     value = _load_reversed(x + row * x_row, 0, width, STAGES, BLOCK).to(tl.float32)
     value = _rotated(value, STAGES, BLOCK)
-    scale = tl.maximum(tl.div_rn(tl.max(tl.abs(value), axis=0), 127.0), 1e-30)
+    # Without the sign, the bits of floats are in their order, and those of NaN are the largest: a token has its NaN's.
+    largest = tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0).to(tl.float32, bitcast=True)
+    scale = tl.div_rn(largest, 127.0)
+    scale = tl.where(scale < 1e-30, 1e-30, scale)
     if EXACT:
         value = tl.div_rn(value, scale)
     else:
@@ -144,7 +147,7 @@ def _stages(group: int) -> int:
     return max(group.bit_length() - 1, 0) // 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "programs"])
 def _multiply(
     x, weight, out, x_scale, weight_scale, bias, tokens, outputs, inputs, programs,
     TOKENS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, TOGETHER: tl.constexpr,
@@ -217,7 +220,8 @@ def _quantize_float8(x, scale, out, count, LIMIT: tl.constexpr, BLOCK: tl.conste
     value = tl.load(x + place, mask=place < count, other=0.0)
     factor = tl.div_rn(1.0, tl.load(scale)).to(value.dtype)
     value = (value.to(tl.float32) * factor.to(tl.float32)).to(value.dtype).to(tl.float32)
-    value = tl.clamp(value, -LIMIT, LIMIT)
+    # NaN stays what it is.
+    value = tl.where(value > LIMIT, LIMIT, tl.where(value < -LIMIT, -LIMIT, value))
     tl.store(out + place, value.to(out.dtype.element_ty), mask=place < count)
 
 

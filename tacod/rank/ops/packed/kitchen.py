@@ -43,6 +43,9 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, g
 
     Tokens are quantized to int8, each with a scale of its own. ``scale`` is fp32, one number or [m, 1].
     """
+    if not len(x):
+        # A rank may have none of the tokens.
+        return x.new_empty(0, len(weight))
     library = _library()
     with library.use_backend("cuda"):
         out: Tensor = library.int8_linear(x.contiguous(), weight, scale, bias, x.dtype, bool(group), group or 256)
