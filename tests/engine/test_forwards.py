@@ -43,6 +43,7 @@ class FakeGraph:
     world: World
 
     def __init__(self, call: Call, topology: Topology, pool: Any) -> None:
+        self.pool = pool
         self.world.ran.append("capture")
         if self.world.fails:
             raise torch.OutOfMemoryError("CUDA out of memory")
