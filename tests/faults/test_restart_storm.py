@@ -20,6 +20,7 @@ def kill_a_rank_under_a_forward(daemon: Daemon, expected: type[Exception], words
     victim = daemon.rank_pids()[0]
     with daemon.client() as client, daemon.client() as watcher, ThreadPoolExecutor(1) as pool:
         model = client.load(SD3.file)
+        SD3.check(model)  # new ranks may still be loading it
         with stopped(victim):
             forward = pool.submit(SD3.check, model)
             eventually(lambda: watcher.status()["queue"]["running"], START_S, "the forward runs")
