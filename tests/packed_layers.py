@@ -84,6 +84,7 @@ def layers(dtype: torch.dtype) -> dict[str, PackedLinear]:
     one, by_row = torch.rand(()), torch.rand(7, 1)
     codes, book = float8(7, 8), torch.randn(16)
     powers = torch.randint(90, 150, (7, 3), dtype=torch.uint8)
+    powers[0] = torch.tensor([0, 1, 2])
     return {
         "e4m3": Float8Linear(float8(7, 80), None, dtype, one),
         "e4m3, by row": Float8Linear(float8(7, 80), None, dtype, by_row),

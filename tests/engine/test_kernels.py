@@ -149,6 +149,18 @@ def narrow(rows: int, width: int) -> list[float]:
     return [relative_error(out, x), float((got - wanted).abs().max()), relative_error(scales, theirs)]
 
 
+def not_finite() -> list[bool]:
+    """Of rows, one of which has a NaN: which come out with one."""
+    from tacod.rank.ops import kernels
+
+    x, out = torch.randn(3, 20), torch.empty(3, 20)
+    x[1, 7] = torch.nan
+    got, scales = torch.empty(3, 20, dtype=torch.int8), torch.empty(3)
+    kernels.quantize(x, got, scales)
+    kernels.dequantize(got, scales, out)
+    return [bool(row.isnan().any()) for row in out]
+
+
 def merged(parts: int, tokens: int, heads: int, width: int) -> float:
     """How far attention whose keys are shared out is from attention to all of them."""
     from tacod.rank.ops import kernels
@@ -269,6 +281,10 @@ def test_numbers_in_8_bits(interpreted: dict[str, Any]) -> None:
         assert scales <= FP32
 
 
+def test_a_row_with_a_nan_keeps_it(interpreted: dict[str, Any]) -> None:
+    assert interpreted["not_finite"] == [False, True, False]
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     told = {
@@ -279,6 +295,7 @@ if __name__ == "__main__":
         "merged": [merged(*case) for case in MERGES],
         "waves": [waves(*case) for *case, _ in WAVES],
         "trouble": trouble(),
+        "not_finite": not_finite(),
         "narrow": [narrow(5, 16), narrow(37, 128), narrow(3, 6000)],
     }
     print(json.dumps(told))

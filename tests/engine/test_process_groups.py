@@ -126,6 +126,14 @@ def test_torchs_groups_compute_the_same_without_xfuser(expected: set[str], tmp_p
     assert all(WARNING in error and "it is not installed" in error for error in errors)
 
 
+def test_torchs_groups_compute_the_same_with_an_xfuser_of_another_api(expected: set[str], tmp_path: Path) -> None:
+    files, reason = BROKEN["another"]
+    path = broken(tmp_path / "broken", {"__init__.py": "", **files})
+    digests, errors = two_ranks(tmp_path / "group", (path, path))
+    assert digests == expected
+    assert all(WARNING in error and reason in error for error in errors)
+
+
 def test_one_rank_that_lacks_xfuser_decides_for_all(expected: set[str], tmp_path: Path) -> None:
     path = broken(tmp_path / "broken", BROKEN["raises"][0])
     digests, errors = two_ranks(tmp_path / "group", (None, path))

@@ -266,7 +266,9 @@ def _quantize(
     column = tl.arange(0, BLOCK)
     inside = (row[:, None] < rows) & (column[None, :] < width)
     value = tl.load(x + row[:, None] * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(value), axis=1), 1e-12) / LIMIT
+    # Without the sign, the bits of floats are in their order, and those of NaN are the largest: a row has its NaN's.
+    largest = tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1).to(tl.float32, bitcast=True)
+    scale = tl.where(largest < 1e-12, 1e-12, largest) / LIMIT
     value = value / scale[:, None]
     if ROUND:
         value = tl.floor(value + 0.5)

@@ -250,8 +250,9 @@ def _dequantize_float8(
     elif SCALE == "row":
         value *= tl.load(scale + row, mask=row < rows, other=0.0)[:, None]
     elif SCALE == "block":
-        power = tl.load(scale + row[:, None] * scale_row + column[None, :] // 32, mask=inside, other=127)
-        value *= tl.exp2(power.to(tl.float32) - 127.0)
+        power = tl.load(scale + row[:, None] * scale_row + column[None, :] // 32, mask=inside, other=127).to(tl.int32)
+        # The bits of 2 ** (power - 127), of which the least isn't a normal number.
+        value *= tl.where(power > 0, power << 23, 1 << 22).to(tl.float32, bitcast=True)
     tl.store(out + row[:, None] * width + column[None, :], value.to(out.dtype.element_ty), mask=inside)
 
 
