@@ -34,6 +34,8 @@ BLOCKS = {
     "IQ4_XS": (256, 136),
 }
 """GGUF's quantized kinds: numbers in a block, which lies within a row, and bytes of a block."""
+LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+"""What 4 bits of IQ4_NL and IQ4_XS stand for (``kvalues_iq4nl``)."""
 
 
 class TensorInfo(NamedTuple):

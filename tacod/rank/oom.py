@@ -34,4 +34,4 @@ def clear_tracebacks(error: Exception) -> None:
     passed: BaseException | None = error
     while passed is not None:
         traceback.clear_frames(passed.__traceback__)
-        passed = passed.__context__
+        passed = passed.__cause__ or passed.__context__

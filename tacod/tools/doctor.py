@@ -49,7 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, known, findings = _configuration(args.config, args.endpoint)
     findings += _packages()
     findings += _groups()
-    findings += _int8()
     if config.group.device == "cuda":
         findings += doctor_gpus.look(config.group, _status(args.endpoint or config.endpoint), not args.no_bandwidth)
     if known:
@@ -152,36 +151,6 @@ def _groups() -> Iterator[Finding]:
         yield warn("groups", f"{message}; xfuser's can't be imported: {reason}", advice)
     else:
         yield ok("groups", message)
-
-
-def _int8() -> Iterator[Finding]:
-    """What multiplies int8 layers on the GPUs that are visible; nothing without a GPU."""
-    try:
-        import torch
-    except ImportError:
-        return
-    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    if not gpus:
-        return
-    advice = "`pip install -U 'taco-dit[daemon]'`, and a driver that is new enough for torch"
-    try:
-        from tacod.rank.ops.packed import kernels, kitchen
-
-        others = [gpu for gpu in gpus if not kernels.has_int8(gpu)]
-    except Exception as error:
-        # Such as a driver that counts GPUs and is too old for torch: what follows is to be looked at all the same.
-        yield fail("int8", f"kernels for packed models don't start: {type(error).__name__}: {error}", advice)
-        return
-    if not others:
-        yield ok("int8", "int8 models are multiplied by the daemon's own kernels")
-    elif all(map(kitchen.serves, others)):
-        yield ok("int8", "int8 models are multiplied by comfy-kitchen's kernels")
-    else:
-        message = "int8 models are multiplied by PyTorch's operations, which are slower than bf16"
-        advice = (
-            "`pip install 'taco-dit[daemon,quantised]'` adds comfy-kitchen's kernels; they need PyTorch for CUDA 13"
-        )
-        yield warn("int8", message, advice)
 
 
 # --- files and memory -------------------------------------------------------------------------------------------------

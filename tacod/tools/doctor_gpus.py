@@ -37,6 +37,7 @@ class Gpu:
     name: str
     free: int
     total: int
+    capability: tuple[int, int]
 
 
 def look(group: Group, status: Mapping[str, Any] | None, measure: bool) -> Iterator[Finding]:
@@ -62,6 +63,7 @@ def look(group: Group, status: Mapping[str, Any] | None, measure: bool) -> Itera
             yield warn(f"gpu {gpu.device}", message, "something else holds it: `nvidia-smi` says what")
         else:
             yield ok(f"gpu {gpu.device}", message)
+    yield _int8(gpus)
     for name, effect in SLOWED_BY.items():
         if os.environ.get(name, "0") not in ("", "0"):
             yield warn(name, f"is set: {effect}", "unset it where tacod starts, unless it is meant")
@@ -77,6 +79,20 @@ def look(group: Group, status: Mapping[str, Any] | None, measure: bool) -> Itera
         )
     else:
         yield from _links(wanted)
+
+
+def _int8(gpus: list[Gpu]) -> Finding:
+    """What multiplies int8 models' layers."""
+    from tacod.rank.ops.packed import kitchen
+
+    others = [gpu.capability for gpu in gpus if kitchen.needed(gpu.capability)]
+    if not others:
+        return ok("int8", "int8 models are multiplied by the daemon's own kernels")
+    if all(map(kitchen.serves, others)):
+        return ok("int8", "int8 models are multiplied by comfy-kitchen's kernels")
+    message = "int8 models are multiplied by PyTorch's operations, which are slower than bf16"
+    advice = "`pip install 'taco-dit[daemon,quantised]'` adds comfy-kitchen's kernels; they need PyTorch for CUDA 13"
+    return warn("int8", message, advice)
 
 
 def _driver() -> Iterator[Finding]:
@@ -119,7 +135,9 @@ def _find(wanted: list[str]) -> list[Gpu]:
             find = pynvml.nvmlDeviceGetHandleByIndex if by_index else pynvml.nvmlDeviceGetHandleByUUID
             handle = find(int(device) if by_index else device)
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-            found.append(Gpu(device, str(pynvml.nvmlDeviceGetName(handle)), int(memory.free), int(memory.total)))
+            major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+            name = str(pynvml.nvmlDeviceGetName(handle))
+            found.append(Gpu(device, name, int(memory.free), int(memory.total), (int(major), int(minor))))
         return found
     finally:
         pynvml.nvmlShutdown()

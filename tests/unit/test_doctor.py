@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -214,30 +215,26 @@ def test_what_multiplies_int8_layers(
 
     from tacod.rank.ops.packed import kitchen
 
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     package = SimpleNamespace(list_backends=lambda: {"cuda": {"available": True}}) if installed else None
     monkeypatch.setitem(sys.modules, "comfy_kitchen", package)
     kitchen._library.cache_clear()
     try:
-        (found,) = engine._int8()
+        found = devices._int8([replace(gpu, capability=capability) for gpu in GPUS])
     finally:
         kitchen._library.cache_clear()
     assert (found.check, found.state, words in found.message) == ("int8", state, True)
 
 
-def test_gpus_that_dont_start_end_no_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_gpu_is_started_to_say_what_multiplies_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would take memory of each, and a driver that is too old for torch would end the doctor."""
     import torch
 
     def refuse(device: Any) -> tuple[int, int]:
         raise RuntimeError("The NVIDIA driver on your system is too old")
 
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", refuse)
-    (found,) = engine._int8()
-    assert (found.check, found.state) == ("int8", "fail")
-    assert "RuntimeError: The NVIDIA driver on your system is too old" in found.message
+    assert devices._int8(GPUS).state == "ok"
 
 
 def test_gpus_without_a_driver_fail_with_what_to_do() -> None:
@@ -250,7 +247,7 @@ def test_gpus_without_a_driver_fail_with_what_to_do() -> None:
     assert 'set group.device = "cpu"' in found.message
 
 
-GPUS = [devices.Gpu("3", "RTX", 20 << 30, 24 << 30), devices.Gpu("5", "RTX", 20 << 30, 24 << 30)]
+GPUS = [devices.Gpu(name, "RTX", 20 << 30, 24 << 30, (9, 0)) for name in ("3", "5")]
 
 
 @pytest.fixture
@@ -292,7 +289,7 @@ def test_links(gpus: Callable[..., dict[str, doctor.Finding]], link: dict[str, A
 
 
 def test_links_are_not_measured_where_that_would_disturb(gpus: Callable[..., dict[str, doctor.Finding]]) -> None:
-    full = [GPUS[0], devices.Gpu("5", "RTX", 1 << 30, 24 << 30)]
+    full = [GPUS[0], replace(GPUS[1], free=1 << 30)]
     assert gpus(measure=False)["links"].message == "not measured"
     assert "at work" in gpus({"queue": {"running": 1}})["links"].message
     found = gpus(found=full)

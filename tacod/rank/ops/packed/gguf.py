@@ -10,10 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from tacod.checkpoint.header import BLOCKS
+from tacod.checkpoint.header import BLOCKS, LEVELS
 from tacod.rank.ops.packed.base import PackedLinear
 
-__all__ = ["LEVELS", "BlockLinear", "dequantize_blocks"]
+__all__ = ["BlockLinear", "dequantize_blocks"]
 
 
 class BlockLinear(PackedLinear):
@@ -132,8 +132,6 @@ _BLOCKS: dict[str, Callable[[Tensor], Tensor]] = {
 
 _OF_LEVELS = ("IQ4_NL", "IQ4_XS")
 """Their layers have `_levels` made before anything is traced."""
-LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-"""What 4 bits of them stand for (``kvalues_iq4nl``)."""
 _tables: dict[torch.device, Tensor] = {}
 
 

@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tacod.checkpoint.header import BLOCKS
-from tacod.rank.ops.packed.gguf import LEVELS
+from tacod.checkpoint.header import BLOCKS, LEVELS
 
 __all__ = ["dequantize_blocks"]
 

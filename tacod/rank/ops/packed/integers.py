@@ -260,9 +260,10 @@ class W4A8Linear(IntegerLinear):
 
 def _is_kitchens(device: torch.device) -> bool:
     """Whether comfy-kitchen multiplies on this GPU, and quantizes for it."""
-    from tacod.rank.ops.packed import kernels, kitchen
+    from tacod.rank.ops.packed import kitchen
 
-    return not kernels.has_int8(device) and kitchen.serves(device)
+    capability = torch.cuda.get_device_capability(device)
+    return kitchen.needed(capability) and kitchen.serves(capability)
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,11 +12,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from tacod.rank.ops.packed.kitchen import needed
+
 __all__ = [
     "dequantize_float8",
     "dequantize_nvfp4",
     "has_float8",
-    "has_int8",
     "multiply",
     "quantize_float8",
     "quantize_tokens",
@@ -27,9 +28,7 @@ __all__ = [
 ]
 
 _TILE, _WIDE = 4096, 1024
-"""About how many numbers one program unpacks, and how many of them at most lie in one row."""
-_CHUNK = 4096
-"""How many numbers one program of `rotate` handles."""
+"""About how many numbers one program unpacks or rotates, and how many of them at most lie in one row."""
 _DEEP = 128
 """How many inputs a program of `multiply` reads at once."""
 _SHALLOW = 4096
@@ -41,11 +40,6 @@ _ROUND = tl.constexpr(12582912.0)
 def has_float8(device: torch.device) -> bool:
     """Whether the GPU's kernels read e4m3."""
     return torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-def has_int8(device: torch.device) -> bool:
-    """Whether the GPU is a Hopper: on others Triton's product of whole numbers isn't faster than bf16's."""
-    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 @triton.jit
@@ -135,9 +129,9 @@ def _rotate(data, scale, out, count, width, STAGES: tl.constexpr, ROWWISE: tl.co
 def rotate(data: Tensor, scale: Tensor, group: int, dtype: torch.dtype) -> Tensor:
     """A weight [m, W] of whole numbers times its scale (fp32: one, or m), each ``group`` of its columns rotated."""
     out = torch.empty(data.shape, dtype=dtype, device=data.device)
-    grid = (triton.cdiv(data.numel(), _CHUNK),)
+    grid = (triton.cdiv(data.numel(), _TILE),)
     _rotate[grid](
-        data, scale, out, data.numel(), data.shape[1], STAGES=_stages(group), ROWWISE=scale.numel() > 1, CHUNK=_CHUNK
+        data, scale, out, data.numel(), data.shape[1], STAGES=_stages(group), ROWWISE=scale.numel() > 1, CHUNK=_TILE
     )
     return out
 
@@ -177,9 +171,9 @@ def _multiply(
 
 
 def takes(weight: Tensor) -> bool:
-    """Whether `multiply` is the way for an int8 ``weight`` [m, W]: see `has_int8`. Rows have a multiple of 16 bytes."""
+    """Whether `multiply` serves an int8 ``weight`` [m, W]: on Hopper (`kitchen.needed`), in rows of whole 16 bytes."""
     fits = weight.shape[1] % 16 == 0 and len(weight) % 8 == 0 and weight.data_ptr() % 16 == 0 and weight.is_contiguous()
-    return fits and has_int8(weight.device)
+    return fits and not needed(torch.cuda.get_device_capability(weight.device))
 
 
 def multiply(

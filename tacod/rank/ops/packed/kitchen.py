@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["int8_linear", "serves", "takes"]
+__all__ = ["int8_linear", "needed", "serves", "takes"]
 
 
 @lru_cache(maxsize=1)
@@ -30,12 +30,17 @@ def _library() -> Any:
 def takes(weight: Tensor) -> bool:
     """Whether `int8_linear` is there for an int8 ``weight`` [m, W] on a GPU."""
     fits = weight.shape[1] % 16 == 0 and len(weight) % 16 == 0 and weight.is_contiguous()
-    return fits and serves(weight.device)
+    return fits and serves(torch.cuda.get_device_capability(weight.device))
 
 
-def serves(device: torch.device) -> bool:
-    """Whether the package is installed with kernels for a GPU."""
-    return torch.cuda.get_device_capability(device) >= (7, 5) and _library() is not None
+def needed(capability: tuple[int, int]) -> bool:
+    """Whether GPUs of this compute capability need it: on all but Hopper our own product is slower than bf16's."""
+    return capability[0] != 9
+
+
+def serves(capability: tuple[int, int]) -> bool:
+    """Whether the package is installed with kernels for GPUs of this compute capability."""
+    return capability >= (7, 5) and _library() is not None
 
 
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, group: int) -> Tensor:
