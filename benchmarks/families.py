@@ -1,10 +1,11 @@
 """Published models on one GPU by ComfyUI's own network, and by ours on one to all, in one run.
 
-    [COMFYUI_PATH=…] python benchmarks/families.py [--ranks 1,2,3,4] [--models flux,z_image] [--rounds 7]
+    [COMFYUI_PATH=…] python benchmarks/families.py [--ranks 1,2,3,4] [--models flux,z_image] [--rounds 7] [--served 1,3]
 
 Each has random bf16 weights, the same for all. Ours runs as in the daemon, by CUDA graphs and with the planner's
-layout. Errors are relative to our forward in fp32 on one GPU, where that has room. On a CPU the models are cut to a
-block or two, and ComfyUI's network is left out.
+layout; with --served through a daemon and a client as well, on so many GPUs. TMPDIR then holds the models' files.
+Errors are relative to our forward in fp32 on one GPU, where that has room. On a CPU the models are cut to a block or
+two, and ComfyUI's network is left out.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from published import PUBLISHED, Published, build, fill, make_inputs
+from served import daemon, write_model
 from torch import Tensor, multiprocessing
 
 from tacod.group.processes import ON_GPUS
@@ -35,6 +37,7 @@ from tacod.rank.forward.graphs import Forwards
 from tacod.rank.forward.run import Call
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.parallel.topology import Topology
+from tacod_client import Client
 
 WARM_UPS = 4
 """Forwards before one is measured: as they come, captured, and replayed."""
@@ -49,6 +52,7 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(PUBLISHED))
     parser.add_argument("--sizes", default="", help="sides in pixels; by default each model's own")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--served", default="", help="numbers of GPUs that a daemon has, such as 1,3")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--comfyui", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -57,6 +61,9 @@ def main() -> None:
         return
     os.environ.update(ON_GPUS)
     counts = list(map(int, args.ranks.split(",")))
+    served = [int(count) for count in args.served.split(",") if count]
+    if served and counts[0] != 1:
+        parser.error("--served takes its inputs from one rank: let --ranks begin with 1")
     with tempfile.TemporaryDirectory() as folder:
         args.folder = folder
         for count in counts:
@@ -66,7 +73,9 @@ def main() -> None:
                 for name in args.models.split(","):
                     sys.stdout.flush()
                     subprocess.run([sys.executable, *sys.argv, "--folder", folder, "--comfyui", name], check=False)
-        show(args, counts, Path(folder))
+        for count in served:
+            serve(args, count)
+        show(args, counts, served, Path(folder))
 
 
 def cases(args: argparse.Namespace) -> list[tuple[str, int]]:
@@ -120,6 +129,9 @@ def rank_main(rank: int, args: argparse.Namespace, count: int, rendezvous: str) 
             if count == 1:
                 keep_exact(args, name, device)
             model = build(name, device, torch.bfloat16 if cuda else torch.float32)
+            if args.served and count == 1:
+                config = {**PUBLISHED[name].config, **({} if cuda else PUBLISHED[name].cut)}
+                write_model(Path(args.folder, f"{name}.safetensors"), model.state_dict(), config)
             for size in (size for each, size in cases(args) if each == name):
                 inputs = model.prepare(make_inputs(name, model, size, device))
                 shape = Shape(model.heads, model.width, inputs.batch, model.lengths(inputs))
@@ -206,23 +218,49 @@ def comfyui(args: argparse.Namespace) -> None:
             print(f"{name} {size}² by ComfyUI's network: {ms:.1f} ms", flush=True)
 
 
-def show(args: argparse.Namespace, counts: list[int], folder: Path) -> None:
+def serve(args: argparse.Namespace, count: int) -> None:
+    """Each case through a daemon on so many GPUs, as a client sees it: its tensors are on the CPU."""
+    cuda = torch.cuda.is_available()
+    with (
+        daemon(list(map(str, range(count))) if cuda else [], count, args.folder) as endpoint,
+        Client(endpoint) as client,
+    ):
+        for name in args.models.split(","):
+            model = client.load(f"{name}.safetensors")
+            for size in (size for each, size in cases(args) if each == name):
+                inputs = torch.load(f"{args.folder}/{name}.{size}.inputs.pt")
+                ms = times_of(lambda model=model, inputs=inputs: model.forward(**inputs), args.rounds)  # type: ignore[misc]
+                error = error_of(args.folder, name, size, model.forward(**inputs))
+                note(args.folder, name, size, f"served{count}", ms=ms, error=error)
+                print(f"{name} {size}² through a daemon with {count}: {ms:.1f} ms", flush=True)
+            client.unload(model.id)
+
+
+def show(args: argparse.Namespace, counts: list[int], served: list[int], folder: Path) -> None:
     """Print a row for each case: times, their ratios to ComfyUI's and to one rank's, and errors."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"\n{max(counts)} × {device}, torch {torch.__version__}; ms of a forward, medians of {args.rounds}\n")
-    heads = ["model", "size", "ComfyUI", *(f"{count} GPU{'s' * (count > 1)}" for count in counts)]
-    heads += ["error, ComfyUI", *(f"error, {count}" for count in counts)]
+    ours = {str(count): f"{count} GPU{'s' * (count > 1)}" for count in counts}
+    ours |= {f"served{count}": f"{count} GPU{'s' * (count > 1)}, served" for count in served}
+    heads = [
+        "model",
+        "size",
+        "ComfyUI",
+        *ours.values(),
+        "error, ComfyUI",
+        *(f"error, {each}" for each in ours.values()),
+    ]
     print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
     for name, size in cases(args):
         found: dict[str, Any] = {}
-        for kind in ("comfyui", *map(str, counts)):
+        for kind in ("comfyui", *ours):
             file = folder / f"{name}.{size}.{kind}.json"
             found[kind] = json.loads(file.read_text()) if file.exists() else {"ms": None, "error": None}
         stock, alone = found["comfyui"]["ms"], found[str(counts[0])]["ms"]
         row = [name, f"{size}²", "–" if stock is None else f"{stock:.1f}"]
-        for count in counts:
-            ms = found[str(count)]["ms"]
-            ratios = [f"{base / ms:.2f}×" for base in (stock, alone if count != counts[0] else None) if base and ms]
+        for kind in ours:
+            ms = found[kind]["ms"]
+            ratios = [f"{base / ms:.2f}×" for base in (stock, alone if kind != str(counts[0]) else None) if base and ms]
             row.append("–" if ms is None else f"{ms:.1f} ({', '.join(ratios)})" if ratios else f"{ms:.1f}")
         row += ["–" if each["error"] is None else f"{each['error']:.1e}" for each in found.values()]
         print(f"| {' | '.join(row)} |")

@@ -8,10 +8,6 @@ A Flux-shaped model of random weights and a LoRA file on all of its matrices, th
 from __future__ import annotations
 
 import argparse
-import os
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,9 +16,10 @@ from typing import Any
 import memory
 import torch
 from safetensors.torch import save_file
+from served import daemon
 
 from tacod.checkpoint import read_checkpoint
-from tacod_client import Client, TacodError
+from tacod_client import Client
 
 
 def main() -> None:
@@ -37,7 +34,8 @@ def main() -> None:
         folder = Path(name)
         path, size = memory.write(folder, "bf16", args.gib)
         patched = write_lora(path, folder / "lora.safetensors", args.rank, args.share)
-        with daemon(folder, args.ranks) as client:
+        gpus = list(map(str, range(args.ranks))) if torch.cuda.is_available() else []
+        with daemon(gpus, args.ranks, name) as endpoint, Client(endpoint) as client:
             rows = measure(client, path.name)
     print(f"{size / 2**30:.2f} GiB in bf16, {args.ranks} ranks, a LoRA of rank {args.rank} on {patched} matrices")
     whole = rows[0][1]
@@ -75,35 +73,6 @@ def measure(client: Client, file: str) -> list[tuple[str, float, int]]:
         held = next(told["weight_bytes"] for told in client.models() if told["id"] == model.id)
         rows.append((what, seconds, held))
     return rows
-
-
-class daemon:  # noqa: N801
-    """A tacod for the block, and a client of it."""
-
-    def __init__(self, folder: Path, ranks: int) -> None:
-        self.endpoint = f"ipc://{folder}/tacod.sock"
-        group = f"gpus = {list(range(ranks))}" if torch.cuda.is_available() else f'device = "cpu"\nranks = {ranks}'
-        self.config = folder / "config.toml"
-        self.config.write_text(
-            f'endpoint = "{self.endpoint}"\nlog_level = "warning"\n[group]\n{group}\n[models]\nroots = ["{folder}"]\n'
-        )
-
-    def __enter__(self) -> Client:
-        self.process = subprocess.Popen([sys.executable, "-m", "tacod.daemon", "--config", str(self.config)])
-        while True:
-            try:
-                self.client = Client(self.endpoint)
-                if self.client.status()["state"] == "ready":
-                    return self.client
-                self.client.close()
-            except TacodError:
-                assert self.process.poll() is None
-            time.sleep(0.2)
-
-    def __exit__(self, *error: object) -> None:
-        self.client.close()
-        os.kill(self.process.pid, signal.SIGTERM)
-        self.process.wait()
 
 
 if __name__ == "__main__":

@@ -20,18 +20,16 @@ import json
 import os
 import platform
 import queue as queues
-import re
 import resource
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -47,6 +45,7 @@ import torch
 import torch.distributed as dist
 from rivals_report import LABELS, OURS, Step, make_case, show_about, show_case
 from safetensors.torch import load_file, save_file
+from served import daemon, write_model
 from torch import Tensor, multiprocessing
 
 from tacod import __version__
@@ -61,7 +60,7 @@ from tacod.rank.forward.run import Call
 from tacod.rank.ops import fused, linear, qkv, quantize_rows
 from tacod.rank.parallel.topology import Topology
 from tacod.rank.weights.load import quantize_blocks, share
-from tacod_client import Client, ConnectionFailed
+from tacod_client import Client
 from tacod_client.stats import ModelStats
 
 HERE = Path(__file__).parent
@@ -71,9 +70,7 @@ PATIENCE_S = 300.0
 """How long one row, with its compilation, may take before its ranks are ended."""
 GRACE_S = 20.0
 """How long the others may go on with a row that a rank has failed in; they may wait for it in a collective."""
-START_S = 180.0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 ONE_RANK = {"sequence_parallel_degree": 1, "cfg_parallel": False}
 
 PEERS = ("diffusers", "compiled", "context", "xfuser", "xfuser-batch")
@@ -216,22 +213,7 @@ class Bench:
         """Weights as a file that describes itself, and the inputs of each size."""
         for pixels in self.job.sizes:
             self.keep(f"{pixels}-inputs", self.inputs(pixels))
-        weights = self.dit.state_dict()
-        header: dict[str, Any] = {"__metadata__": {"tacod.config": json.dumps(self.config)}}
-        end = 0
-        for key, weight in weights.items():
-            start, end = end, end + weight.nbytes
-            header[key] = {"dtype": NAMES[weight.dtype], "shape": list(weight.shape), "data_offsets": [start, end]}
-        head = json.dumps(header).encode()
-        head += b" " * (-len(head) % 8)
-        with Path(self.job.folder, "model.safetensors").open("wb") as file:
-            file.write(struct.pack("<Q", len(head)) + head)
-            # Through pinned memory, which a GPU fills many times as fast.
-            staging = torch.empty(1 << 26, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-            for weight in weights.values():
-                for part in torch.split(weight.contiguous().view(-1).view(torch.uint8), len(staging)):
-                    staged = staging[: len(part)].copy_(part)
-                    file.write(memoryview(staged.numpy()))
+        write_model(Path(self.job.folder, "model.safetensors"), self.dit.state_dict(), self.config)
 
     def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Tensors as a file, for the one that compares them."""
@@ -451,43 +433,6 @@ class Split(ModelStats):
         super().add(answer, elapsed_s)
         self.parts = {name.removesuffix("_s"): 1000 * seconds for name, seconds in answer["timing"].items()}
         self.parts["client"] = 1000 * elapsed_s - sum(self.parts.values())
-
-
-@contextmanager
-def daemon(gpus: Sequence[str], ranks: int, root: str, command: Sequence[str]) -> Iterator[str]:
-    """A tacod of our own on these devices."""
-    with tempfile.TemporaryDirectory(prefix="tacod-") as folder:
-        endpoint, config, log = f"ipc://{folder}/s", Path(folder, "c.toml"), Path(folder, "log")
-        named = json.dumps([int(gpu) if gpu.isdigit() else gpu for gpu in gpus])
-        group = f'device = "cuda"\ngpus = {named}' if gpus else f'device = "cpu"\nranks = {ranks}'
-        config.write_text(f'endpoint = "{endpoint}"\n[group]\n{group}\n[models]\nroots = ["{root}"]\n')
-        with log.open("wb") as output:
-            process = subprocess.Popen([sys.executable, *command, str(config)], stderr=output)
-        try:
-            deadline = time.monotonic() + START_S
-            while not _is_ready(endpoint):
-                if process.poll() is not None or time.monotonic() > deadline:
-                    last = (log.read_text(errors="replace").strip().splitlines() or ["nothing"])[-1]
-                    raise ConnectionFailed(f"tacod did not become ready; its last word was: {last}")
-                time.sleep(0.1)
-            yield endpoint
-        finally:
-            process.send_signal(signal.SIGTERM)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(60)
-            process.kill()
-            # What it was unhappy with, such as GPUs that don't reach each other.
-            print(*re.findall(r".*(?:warning|error).*\n", log.read_text(errors="replace"), re.I), file=sys.stderr)
-
-
-def _is_ready(endpoint: str) -> bool:
-    if not os.path.exists(endpoint.removeprefix("ipc://")):
-        return False
-    try:
-        with Client(endpoint, timeout_s=1.0) as client:
-            return bool(client.status()["state"] == "ready")
-    except ConnectionFailed:
-        return False
 
 
 def run_daemon(

@@ -78,7 +78,8 @@ def answered(socket: zmq.Socket[bytes], timeout_s: float) -> wire.Message:
 class Daemon:
     """A tacod of one's own, in a folder of its own; at its end it must have left nothing behind.
 
-    Settings are configuration keys such as ``{"limits.queue": 2}``; ``sections`` is TOML that comes after them.
+    Settings are configuration keys such as ``{"limits.queue": 2}``; ``sections`` is TOML that comes after them. With
+    ``gpus`` the ranks are on as many of the GPUs that CUDA_VISIBLE_DEVICES shows.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Daemon:
         roots: Sequence[Path] = (),
         settings: Mapping[str, Any] | None = None,
         environment: Mapping[str, str] | None = None,
-        gpus: Sequence[int] = (),
+        gpus: int = 0,
         sections: str = "",
         wait: bool = True,
     ) -> None:
@@ -99,7 +100,7 @@ class Daemon:
         self.config = self.folder / "config.toml"
         values = {
             "endpoint": self.endpoint,
-            **({"group.device": "cuda", "group.gpus": list(gpus)} if gpus else _on_cpu(ranks)),
+            **({"group.device": "cuda", "group.gpus": _visible_gpus()[:gpus]} if gpus else _on_cpu(ranks)),
             "models.roots": [str(root) for root in roots],
             **(settings or {}),
         }
@@ -257,6 +258,11 @@ class Daemon:
 
 def _on_cpu(ranks: int) -> dict[str, Any]:
     return {"group.device": "cpu", "group.ranks": ranks}
+
+
+def _visible_gpus() -> list[int]:
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [int(gpu) for gpu in shown.split(",")] if shown else list(range(torch.cuda.device_count()))
 
 
 def shared_memory(users: Sequence[psutil.Process] = ()) -> set[str]:

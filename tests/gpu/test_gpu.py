@@ -33,7 +33,7 @@ WORLDS = [count for count in (1, 2, 3, 4) if count <= torch.cuda.device_count()]
 
 @pytest.fixture(scope="module", params=WORLDS, ids=lambda count: f"{count}gpu")
 def gpu_daemon(request: pytest.FixtureRequest, models: Path) -> Iterator[Daemon]:
-    with Daemon(roots=[models], gpus=range(request.param), settings={"group.step_timeout_s": 20.0}) as daemon:
+    with Daemon(roots=[models], gpus=request.param, settings={"group.step_timeout_s": 20.0}) as daemon:
         yield daemon
 
 
@@ -113,7 +113,7 @@ def test_without_one_of_the_engines_ways(models: Path, key: str) -> None:
     golden = read_golden("flux_dev_odd")
     golden.save(models / "flux_dev_odd.safetensors")
     settings = {f"group.{key}": False}
-    with Daemon(roots=[models], gpus=range(WORLDS[-1]), settings=settings) as daemon, daemon.client() as client:
+    with Daemon(roots=[models], gpus=WORLDS[-1], settings=settings) as daemon, daemon.client() as client:
         model = client.load("flux_dev_odd.safetensors", dtype="fp32", plan=everyone(daemon))
         assert all(relative_error(model.forward(**golden.inputs), golden.out) <= FP32 for _ in range(4))
 
@@ -125,7 +125,7 @@ def test_through_the_hosts_memory(models: Path, exchange: str) -> None:
     golden = read_golden("flux_dev_odd")
     golden.save(models / "flux_dev_odd.safetensors")
     without = {"NCCL_P2P_DISABLE": "1"}
-    with Daemon(roots=[models], gpus=range(WORLDS[-1]), environment=without) as daemon, daemon.client() as client:
+    with Daemon(roots=[models], gpus=WORLDS[-1], environment=without) as daemon, daemon.client() as client:
         plan = {**everyone(daemon), "exchange": exchange}
         model = client.load("flux_dev_odd.safetensors", dtype="fp32", plan=plan)
         outs = [model.forward(**golden.inputs) for _ in range(5)]

@@ -31,7 +31,7 @@ FLOATS = ("z_image_fp8",)
 
 @pytest.fixture(scope="module", params=WORLDS, ids=lambda count: f"{count}gpu")
 def gpu_daemon(request: pytest.FixtureRequest, models: Path) -> Iterator[Daemon]:
-    with Daemon(roots=[models], gpus=range(request.param)) as daemon:
+    with Daemon(roots=[models], gpus=request.param) as daemon:
         yield daemon
 
 
