@@ -1,0 +1,85 @@
+"""A daemon of a benchmark's own, and the model files that it loads, for `rivals.py`, `families.py` and `patches.py`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tacod_client import Client, ConnectionFailed
+
+__all__ = ["daemon", "write_model"]
+
+START_S = 180.0
+NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+@contextmanager
+def daemon(
+    gpus: Sequence[str], ranks: int, root: str, command: Sequence[str] = ("-m", "tacod.daemon", "--config")
+) -> Iterator[str]:
+    """A tacod on these GPUs, or on so many CPU ranks if there are none; gives its endpoint."""
+    with tempfile.TemporaryDirectory(prefix="tacod-") as folder:
+        endpoint, config, log = f"ipc://{folder}/s", Path(folder, "c.toml"), Path(folder, "log")
+        named = json.dumps([int(gpu) if gpu.isdigit() else gpu for gpu in gpus])
+        group = f'device = "cuda"\ngpus = {named}' if gpus else f'device = "cpu"\nranks = {ranks}'
+        config.write_text(f'endpoint = "{endpoint}"\n[group]\n{group}\n[models]\nroots = ["{root}"]\n')
+        with log.open("wb") as output:
+            process = subprocess.Popen([sys.executable, *command, str(config)], stderr=output)
+        try:
+            deadline = time.monotonic() + START_S
+            while not _is_ready(endpoint):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    last = (log.read_text(errors="replace").strip().splitlines() or ["nothing"])[-1]
+                    raise ConnectionFailed(f"tacod did not become ready; its last word was: {last}")
+                time.sleep(0.1)
+            yield endpoint
+        finally:
+            process.send_signal(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(60)
+            process.kill()
+            # What it was unhappy with, such as GPUs that don't reach each other.
+            print(*re.findall(r".*(?:warning|error).*\n", log.read_text(errors="replace"), re.I), file=sys.stderr)
+
+
+def _is_ready(endpoint: str) -> bool:
+    if not os.path.exists(endpoint.removeprefix("ipc://")):
+        return False
+    try:
+        with Client(endpoint, timeout_s=1.0) as client:
+            return bool(client.status()["state"] == "ready")
+    except ConnectionFailed:
+        return False
+
+
+def write_model(path: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Weights on any device as a safetensors file that says its configuration."""
+    header: dict[str, Any] = {"__metadata__": {"tacod.config": json.dumps(config)}}
+    end = 0
+    for key, weight in weights.items():
+        start, end = end, end + weight.nbytes
+        header[key] = {"dtype": NAMES[weight.dtype], "shape": list(weight.shape), "data_offsets": [start, end]}
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(head)) + head)
+        # Through pinned memory, which a GPU fills many times as fast.
+        staging = torch.empty(1 << 26, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        for weight in weights.values():
+            for part in torch.split(weight.contiguous().view(-1).view(torch.uint8), len(staging)):
+                staged = staging[: len(part)].copy_(part)
+                file.write(memoryview(staged.numpy()))
