@@ -212,7 +212,8 @@ def test_a_picture_stands_on_the_right_of_the_image() -> None:
 
 
 def test_no_graph_is_captured_where_the_host_counts_tokens() -> None:
-    assert not HiDream.graphs
+    """On a CPU, as nothing runs without the host there; on a GPU a kernel counts."""
+    assert not made().graphs
 
 
 def test_timesteps_have_comfyuis_scale() -> None:

@@ -20,7 +20,9 @@ import pytest
 import torch
 from helpers import relative_error
 
+from tacod.rank.families.kit import MLP
 from tacod.rank.ops import fused
+from tacod.rank.ops.experts import mixture
 from tacod.rank.ops.norm import LAYER_NORM, Norm
 from tacod.rank.ops.qkv import QKV, QKNorm, Rotation, deal_heads
 
@@ -56,6 +58,9 @@ PACKS = [
 WAVES = [(3, 400, 11, "float32", 2), (3, 400, 11, "bfloat16", 2), (2, 250, 9, "float32", 1), (2, 384, 6, "float32", 1)]
 """Heads, tokens, multiprocessors, dtype and results: two; all with shared keys; all at once, for they fill a wave."""
 MERGES = [(2, 10, 3, 16), (3, 9, 1, 40), (5, 20, 2, 128)]
+
+EXPERTS = [(37, 96, 40, 4, 2), (5, 64, 128, 3, 1), (300, 64, 48, 4, 2), (1, 64, 64, 5, 3)]
+"""Tokens, channels, hidden channels, experts, and how many of them a token goes to."""
 
 
 def rows(shape: list[int]) -> list[float]:
@@ -193,6 +198,20 @@ def waves(heads: int, tokens: int, processors: int, dtype: str) -> tuple[int, fl
     return len(results), relative_error(torch.cat(results), attend(q, k, v).permute(2, 0, 1, 3))
 
 
+def experts(tokens: int, width: int, hidden: int, count: int, active: int, dtype: torch.dtype) -> float:
+    """How far the kernel's outputs of experts are from their layers' own."""
+    from tacod.rank.ops import expert_kernels
+
+    made = [MLP(width, hidden, ("w1", "w2", "w3"), "swiglu", bias=False).to(dtype) for _ in range(count)]
+    layers = [(each.w1, each.w2, each.w3) for each in made]
+    x, chosen = torch.randn(tokens, width, dtype=dtype), torch.randn(tokens, count).topk(active)[1]
+    chosen[: tokens // 2] = chosen[:1]  # so that some have many tokens, and others few or none
+    counts = (chosen[..., None] == torch.arange(count)).sum((0, 1))
+    with torch.inference_mode(), mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)):
+        found = expert_kernels.feed_forward(x, chosen.flatten().argsort(), counts, active, layers)
+        return relative_error(found, mixture(x, chosen, layers, made))
+
+
 def trouble() -> list[str]:
     """What is said of cuDNN's kernel: as it is, with other logarithms, without this argument, and where it can't."""
     from tacod.rank.ops.split_kv import _trouble
@@ -285,9 +304,17 @@ def test_a_row_with_a_nan_keeps_it(interpreted: dict[str, Any]) -> None:
     assert interpreted["not_finite"] == [False, True, False]
 
 
+@pytest.mark.parametrize("case", range(len(EXPERTS)), ids=lambda case: "-".join(map(str, EXPERTS[case])))
+def test_experts(interpreted: dict[str, Any], case: int) -> None:
+    fp32, fp16 = interpreted["experts"][case]
+    assert fp32 <= FP32
+    assert fp16 <= 1e-3
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     told = {
+        "experts": [[experts(*case, dtype) for dtype in (torch.float32, torch.float16)] for case in EXPERTS],
         "gated_silu": [gated_silu(list(shape)) for shape in GATED],
         "rows": [rows(list(shape)) for shape in ROWS],
         "pack": [pack(**case) for case in PACKS],

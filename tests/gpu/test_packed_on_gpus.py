@@ -179,9 +179,12 @@ def test_whole_models(gpu_daemon: Daemon, models: Path, name: str) -> None:
         # A last bit of the timestep's embedding differs from a CPU's, and moves other activations by a step of int8.
         assert relative_error(outs[0], golden.out) <= max(1.5 * golden.fp32, 2e-5)
         native = client.load("packed.safetensors", dtype="bf16", plan=everyone)
-        together = native.forward(**golden.inputs)
-        alone = client.load("packed.safetensors", dtype="bf16", plan={"sequence_parallel_degree": 1})
-        assert relative_error(together, alone.forward(**golden.inputs)) <= 1.5e-2
+        together = relative_error(native.forward(**golden.inputs), outs[0])
+        one = client.load("packed.safetensors", dtype="bf16", plan={"sequence_parallel_degree": 1})
+        alone = relative_error(one.forward(**golden.inputs), outs[0])
+        # What bf16 rounds moves activations by steps of 8 bits, with several GPUs others than with one: as far.
+        assert together <= 1.25 * alone + 2e-3
+        assert alone <= (8e-2 if name.endswith(FLOATS) else 4e-2)
         assert model.quantization == native.quantization != {}
         for each in {model.id, native.id}:
             client.unload(each)

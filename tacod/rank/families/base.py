@@ -108,8 +108,6 @@ class DiT(nn.Module, abc.ABC):
     """Whether its residual streams overflow in fp16, and are clamped after each block, as ComfyUI clamps Flux.1's."""
     beside: ClassVar[tuple[str, ...]] = ()
     """Prefixes of tensors that files hold for other modules: a load leaves them out."""
-    graphs: ClassVar[bool] = True
-    """Whether forwards may be CUDA graphs; false if the host reads numbers within a forward."""
     downscale: ClassVar[int] = 8
     """Pixels per latent cell, along each side."""
     image_models: ClassVar[tuple[str, ...]]
@@ -197,6 +195,11 @@ class DiT(nn.Module, abc.ABC):
 
         ``x`` is [B, C, H, W] (or more sizes, or a list) in the compute dtype, ``timestep`` [B] in fp32.
         """
+
+    @property
+    def graphs(self) -> bool:
+        """Whether forwards may be CUDA graphs; false if the host reads numbers within a forward."""
+        return True
 
     @property
     @abc.abstractmethod

@@ -22,6 +22,7 @@ from tacod.rank.families.kit.attention import find, register
 from tacod.rank.families.names import Names
 from tacod.rank.families.noise import Flow
 from tacod.rank.families.stream import ForwardPass, Stream
+from tacod.rank.ops.experts import mixture, stays_on_gpu
 from tacod.rank.ops.qkv import QKV, QKNorm
 from tacod_client.errors import ModelUnsupported
 
@@ -29,6 +30,8 @@ __all__ = ["HiDream"]
 
 _HEAD_WIDTH = 128
 _PATCH = 2
+_LAYERS = "w1", "w2", "w3"
+"""Of an expert: first, second and gate."""
 _LLAMA_LAYERS = 32
 """Of Llama 3.1 8B; blocks after the 32nd get the last one's states."""
 _EXPERT = "double_stream_blocks.0.block.ff_i.{}.w1.weight"
@@ -52,7 +55,7 @@ _NAMES = [
 
 
 def _swiglu(width: int, hidden: int) -> kit.MLP:
-    return kit.MLP(width, hidden, ("w1", "w2", "w3"), "swiglu", bias=False)
+    return kit.MLP(width, hidden, _LAYERS, "swiglu", bias=False)
 
 
 class Experts(nn.Module):
@@ -69,18 +72,17 @@ class Experts(nn.Module):
         self.experts = nn.ModuleList(_swiglu(width, hidden) for _ in range(experts))
         register(self, "gate.weight", kit.drawn(experts, width))
 
+    @property
+    def layers(self) -> list[Any]:
+        """The experts' layers, as `mixture` takes them."""
+        return [tuple(find(expert, name) for name in _LAYERS) for expert in self.experts]
+
     def forward(self, x: Tensor) -> Tensor:
-        """Of ``x`` [B, S, W]. The host waits for the numbers of tokens that experts get."""
+        """Of ``x`` [B, S, W]."""
         tokens = x.flatten(0, 1)
         weights, chosen = functional.linear(tokens, find(self, "gate").weight).softmax(-1).topk(self.active, dim=-1)
-        counts = (chosen[..., None] == torch.arange(len(self.experts), device=x.device)).sum((0, 1)).tolist()
-        order = chosen.flatten().argsort()
-        rows = torch.split(tokens[order // self.active], counts)
-        outs = [expert(each) for expert, each in zip(self.experts, rows, strict=True)]
-        mixed = torch.cat([tokens[:0], *outs])[order.argsort()]
-        out: Tensor = (torch.unflatten(mixed, 0, weights.shape) * weights[..., None]).sum(1).view(
-            x.shape
-        ) + self.shared_experts(x)
+        each = mixture(tokens, chosen, self.layers, list(self.experts))
+        out: Tensor = (each * weights[..., None]).sum(1).view(x.shape) + self.shared_experts(x)
         return out
 
 
@@ -179,7 +181,6 @@ class HiDream(DiT):
     }
     usual: ClassVar[Mapping[str, int]] = {"B": 1, "H": 128, "W": 128, "L": 128, "M": 128}
     image_models: ClassVar[tuple[str, ...]] = ("hidream",)
-    graphs = False
     process = Flow()
     latent_format = LatentFormat(0.3611, 0.1159)
     names = Names("\n".join(_NAMES))
@@ -291,6 +292,11 @@ class HiDream(DiT):
         f.states = [f.shard(llama[:, layer], captions[number]) for number, layer in enumerate(self.layers)]
         text = torch.cat((captions[-1](arguments["context"]), captions[-2](llama[:, self.layers[-1]])), dim=1)
         f.text = f.shard(text, rotation=rotation(positions.new_zeros(text.shape[1], 3)))
+
+    @property
+    def graphs(self) -> bool:
+        """See `DiT.graphs`. Where no kernel serves the experts, the host waits for their numbers of tokens."""
+        return all(stays_on_gpu(module.layers) for module in self.modules() if isinstance(module, Experts))
 
     @property
     def trunk(self) -> list[Any]:
