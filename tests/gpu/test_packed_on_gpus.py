@@ -14,6 +14,7 @@ from tacod.checkpoint.header import BLOCKS
 from tacod.rank.ops.packed import kitchen
 from tacod.rank.ops.packed.base import PackedLinear
 from tacod.rank.ops.packed.float8 import Float8Linear, quantize_float8
+from tacod.rank.ops.packed.fp8 import Fp8Linear
 from tacod.rank.ops.packed.integers import Int4Linear, Int8Linear, IntegerLinear, W4A8Linear, quantize_tokens
 from tacod.rank.ops.packed.rotation import rotate
 
@@ -70,6 +71,27 @@ def test_kernels_quantize_to_the_same_floats(dtype: torch.dtype, target: torch.d
     x, scale = (torch.randn(300, 500) * 300).to(dtype), torch.tensor(0.7)
     found = quantize_float8(x.cuda(), scale.cuda(), target).cpu()
     assert torch.equal(found.view(torch.uint8), quantize_float8(x, scale, target).view(torch.uint8))
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("native", [False, True], ids=["by row", "one scale"])
+@torch.inference_mode()
+def test_fp8_of_any_number_of_tokens(native: bool, bias: bool) -> None:
+    """A rank's share of a short text too: cuBLAS refuses some products of few tokens and many inputs."""
+    plain = torch.nn.Linear(12288, 1024, bias=bias, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+    layer: PackedLinear = Fp8Linear.of(plain)
+    if native:
+        scale = plain.weight.abs().amax().float() / 448
+        layer = Float8Linear(
+            (plain.weight / scale).to(torch.float8_e4m3fn), plain.bias, torch.bfloat16, scale, None, True
+        )
+    x = torch.randn(129, 12288, device="cuda", dtype=torch.bfloat16)
+    exact = plain.double()(x.double())
+    for tokens in (0, 1, 2, 25, 33, 48, 64, 127, 128, 129):
+        out = layer(x[:tokens])
+        assert out.shape == (tokens, 1024)
+        if tokens:
+            assert relative_error(out, exact[:tokens]) <= 6e-2
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -19,7 +19,7 @@ Layers = tuple[Any, Any, Any]
 def stays_on_gpu(experts: Sequence[Layers]) -> bool:
     """Whether `mixture` needs no number on the host, so that a CUDA graph may hold it: a kernel multiplies all experts.
 
-    The kernel takes plain layers in bf16 or fp16 on a GPU. Packed layers and fp32 have PyTorch's products.
+    The kernel takes plain layers in bf16 or fp16 on a GPU. For packed layers and fp32 there are PyTorch's products.
     """
     layers = [layer for expert in experts for layer in expert]
     return all(
@@ -27,7 +27,8 @@ def stays_on_gpu(experts: Sequence[Layers]) -> bool:
         and layer.bias is None
         and layer.weight.is_cuda
         and layer.weight.is_contiguous()
-        and layer.weight.dtype == layers[0].weight.dtype != torch.float32
+        and layer.weight.dtype == layers[0].weight.dtype
+        and layer.weight.dtype.itemsize == 2
         for layer in layers
     )
 

@@ -11,6 +11,9 @@ from tacod.rank.ops.quantize_rows import quantize_rows
 
 __all__ = ["Fp8Linear"]
 
+_FEW = 128
+"""Below so many tokens the bias is added apart: cuBLAS has no product with a bias for few tokens and many inputs."""
+
 
 class Fp8Linear(PackedLinear):
     """`nn.Linear` whose product is computed in e4m3: a scale for each output's weights, and one for each token.
@@ -46,15 +49,18 @@ class Fp8Linear(PackedLinear):
         """See `PackedLinear.product`."""
         quantized, scales = quantize_rows(x.flatten(0, -2), torch.float8_e4m3fn)
         if x.is_cuda:
+            few = len(quantized) < _FEW
             out: Tensor = torch._scaled_mm(
                 quantized,
                 self.data.t(),
                 scale_a=scales[:, None],
                 scale_b=self.scales[None, :],
-                bias=self.bias,
+                bias=None if few else self.bias,
                 out_dtype=x.dtype,
                 use_fast_accum=True,
             )
+            if few and self.bias is not None:
+                out += self.bias
         else:
             tokens = (quantized.float() * scales[:, None]).to(x.dtype)
             out = functional.linear(tokens, self._unpacked(x.dtype), self.bias)
