@@ -99,6 +99,9 @@ class Group(_Section):
     restart_window_s: PositiveFloat = 600.0
     cache_bytes: PositiveInt = 1 << 30
     """Client tensors that each rank keeps, so that a prompt's embeddings travel once."""
+    prefix_bytes: NonNegativeInt = 4 << 30
+    """Memory of each rank for what doesn't change from step to step, such as a text's keys and values (Qwen-Image-2.1);
+    CUDA graphs may take as much again. 0 computes it at each step, without CUDA graphs."""
     cuda_graphs: bool = True
     """Whether repeated forwards are replayed as CUDA graphs. Turn it off to see whether they cause a problem."""
     peer_memory: bool = True

@@ -35,6 +35,7 @@ FIXED = (
     "group.gpus",
     "group.ranks",
     "group.cuda_graphs",
+    "group.prefix_bytes",
     "group.peer_memory",
     "group.warm_up",
     "metrics.",

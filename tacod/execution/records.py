@@ -36,8 +36,8 @@ class Records:
             job.times[name] = job.times.get(name, 0.0) + seconds
         # A run that lost its ranks counts anew.
         job.skipped = step.skipped + (job.skipped if job.step else 0)
-        self.metrics.add_step(times, step.forwards, step.ranks, step.skipped)
-        if isinstance(job.body, Forward) and step.ranks == 1 and not step.skipped:
+        self.metrics.add_step(times, step.forwards, step.ranks, step.skipped, step.prefix_hits, step.prefix_misses)
+        if isinstance(job.body, Forward) and step.ranks == 1 and not step.skipped and not step.prefix_misses:
             self._baselines.note(self._kind_of(job), job.body.arguments, compute_s)
         if step.forwards:
             self._manifest.note_plan(job.model, step.plan)

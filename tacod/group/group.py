@@ -297,6 +297,8 @@ class RankGroup:
         current.answers[rank.index] = report
         if not isinstance(report, Broken):
             rank.memory_used_bytes = report.memory_used_bytes
+        if isinstance(report, Done):
+            rank.prefix_bytes = report.prefix_bytes
         if len(current.answers) < len(self.ranks):
             if not isinstance(report, Done) and self.deadline is not None:
                 # An exchange breaks off as soon as the kernel closes a dying rank's sockets, which may be well before

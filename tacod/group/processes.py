@@ -51,6 +51,8 @@ class Rank:
     mute: bool = False
     """Whether its end of the channel is closed, which happens when it ends."""
     memory_used_bytes: int = 0
+    prefix_bytes: int = 0
+    """Of these, bytes of the prefixes that it keeps."""
     progress: Progress | None = None
     """Of the load that it works on."""
     begun: int = 0
@@ -146,6 +148,7 @@ class Processes:
                     *(() if settings.cuda_graphs else ("--no-cuda-graphs",)),
                     *(() if settings.peer_memory else ("--no-peer-memory",)),
                     *(() if settings.warm_up else ("--no-warm-up",)),
+                    *("--prefix-bytes", str(settings.prefix_bytes)),
                     *(("--fault", json.dumps(fault.body())) if fault is not None else ()),
                 ],
                 env=_environment(settings.device, self.devices),

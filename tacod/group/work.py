@@ -251,6 +251,10 @@ class Stepped(Part):
     forwards: int
     skipped: int
     """How many of these forwards the step cache mostly skipped."""
+    prefix_hits: int = 0
+    """How many of these forwards found their prefix computed (`tacod.rank.forward.prefixes`)."""
+    prefix_misses: int = 0
+    """For how many of these forwards a prefix was computed."""
     sigma: float | None = None
     """A sampling run's noise level after the step."""
     out: Tensor | list[Tensor] | None = None
@@ -299,6 +303,8 @@ class Done(Part):
     collective_s: float
     """Seconds of waiting for other ranks, in exchanges."""
     result: Result = None
+    prefix_bytes: int = 0
+    """Bytes of the prefixes that the rank keeps."""
 
     def body(self) -> dict[str, Any]:
         """The fields, the result's among them."""

@@ -86,6 +86,8 @@ def families(reading: Reading) -> Iterator[Metric]:
     yield _counter("forwards", "Forwards done.", stats["forwards_total"])
     yield _counter("parallel_forwards", "Forwards done on several ranks.", stats["parallel_forwards_total"])
     yield _counter("skipped_forwards", "Forwards that a step cache mostly skipped.", stats["skipped_forwards_total"])
+    yield _counter("prefix_hits", "Forwards that found their prefix computed.", stats["prefix"]["hits"])
+    yield _counter("prefix_misses", "Forwards for which a prefix was computed.", stats["prefix"]["misses"])
     yield _counter("retried_forwards", "Steps begun again because the ranks were lost.", stats["retried_forwards"])
     ended = CounterMetricFamily("tacod_jobs", "Jobs ended, by outcome.", labels=["outcome"])
     for outcome, count in sorted(stats["jobs_total"].items()):
@@ -113,6 +115,7 @@ def families(reading: Reading) -> Iterator[Metric]:
             "rank_memory_used_bytes",
             "Device memory of a rank's tensors; on a CPU, its resident memory.",
         ),
+        ("prefix_bytes", "rank_prefix_bytes", "What a rank keeps of conditioning, so that it is computed once a run."),
         ("device_memory_used_bytes", "device_memory_used_bytes", "Memory of a rank's device in use, by whomever."),
         ("memory_total_bytes", "device_memory_total_bytes", "Memory of a rank's device."),
         ("utilization", "rank_utilization_ratio", "How busy the device is; on a CPU, the rank's share of all cores."),

@@ -46,6 +46,9 @@ class Metrics:
         self.forwards_total = 0
         self.parallel_forwards_total = 0
         self.skipped_forwards_total = 0
+        self.prefix_hits = 0
+        self.prefix_misses = 0
+        """Forwards that found their prefix computed, and those for which it was computed."""
         self.retried_forwards = 0
         self.jobs_total: Counter[str] = Counter(result=0, failed=0, cancelled=0)
         self.rx_bytes = 0
@@ -58,7 +61,15 @@ class Metrics:
         """Seconds of all steps, by part."""
         self._recent: deque[StepTimes] = deque(maxlen=self.WINDOW)
 
-    def add_step(self, times: StepTimes, forwards: int, ranks: int, skipped: int = 0) -> None:
+    def add_step(
+        self,
+        times: StepTimes,
+        forwards: int,
+        ranks: int,
+        skipped: int = 0,
+        prefix_hits: int = 0,
+        prefix_misses: int = 0,
+    ) -> None:
         """One step of a forward or sampling job is done, with so many forwards in it, some of them mostly skipped."""
         self._recent.append(times)
         self.steps_total += 1
@@ -67,6 +78,8 @@ class Metrics:
             self.part_seconds[part] += getattr(times, part)
         self.forwards_total += forwards
         self.skipped_forwards_total += skipped
+        self.prefix_hits += prefix_hits
+        self.prefix_misses += prefix_misses
         if ranks > 1:
             self.parallel_forwards_total += forwards
 
@@ -76,6 +89,7 @@ class Metrics:
             "forwards_total": self.forwards_total,
             "parallel_forwards_total": self.parallel_forwards_total,
             "skipped_forwards_total": self.skipped_forwards_total,
+            "prefix": {"hits": self.prefix_hits, "misses": self.prefix_misses},
             "jobs_total": dict(self.jobs_total),
             "rx_bytes": self.rx_bytes,
             "retried_forwards": self.retried_forwards,

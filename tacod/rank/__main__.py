@@ -77,7 +77,7 @@ def main() -> None:
     gc.freeze()
     by = reach if device.type == "cuda" and not args.no_peer_memory else None
     topology = Topology(args.rank, args.world_size, make_group, by)
-    engine = Engine(device, topology, graphs=not args.no_cuda_graphs, warm=not args.no_warm_up)
+    engine = Engine(device, topology, not args.no_cuda_graphs, not args.no_warm_up, args.prefix_bytes)
     selftest(engine)
     serve(engine, channel, Arena(args.arena))
 
@@ -94,6 +94,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--no-cuda-graphs", action="store_true")
     parser.add_argument("--no-peer-memory", action="store_true")
     parser.add_argument("--no-warm-up", action="store_true")
+    parser.add_argument("--prefix-bytes", type=int, required=True, help="limit for the prefixes that are kept")
     parser.add_argument("--fault", type=lambda text: Fault(**json.loads(text)), help="a fault on purpose, as JSON")
     return parser.parse_args()
 

@@ -37,7 +37,7 @@ from tacod.plan import parse_request
 from tacod.rank.arguments import Kept, check_arguments, check_tokens, digest, load_arguments
 from tacod.rank.families.base import DiT, Output
 from tacod.rank.families.names import Place
-from tacod.rank.forward.graphs import Forwards
+from tacod.rank.forward.graphs import PREFIX_BYTES, Forwards
 from tacod.rank.forward.run import Call, plan_for
 from tacod.rank.forward.warmup import warm_up
 from tacod.rank.oom import clear_tracebacks, describe_oom
@@ -92,12 +92,19 @@ class Engine:
     No method leaves another rank waiting: what can fail, fails on all ranks alike.
     """
 
-    def __init__(self, device: torch.device, topology: Topology, graphs: bool = True, warm: bool = True) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        topology: Topology,
+        graphs: bool = True,
+        warm: bool = True,
+        prefix_bytes: int = PREFIX_BYTES,
+    ) -> None:
         self.device = device
         self.warm = warm
         """Whether a load on a GPU warms up the model."""
         self.topology = topology
-        self.forwards = Forwards(topology, graphs)
+        self.forwards = Forwards(topology, graphs, prefix_bytes)
         self.models: dict[str, Resident] = {}
         self.runs: dict[str, Run] = {}
         self.report: Callable[[int, int], None] = lambda done, total: None
@@ -167,7 +174,8 @@ class Engine:
                 self.topology.clock.wait()
         collective = self.topology.clock.take_s()
         busy = time.perf_counter() - started
-        return Done(memory_used_bytes, max(busy - collective, 0.0), min(collective, busy), result)
+        compute = max(busy - collective, 0.0)
+        return Done(memory_used_bytes, compute, min(collective, busy), result, self.forwards.prefix_bytes)
 
     @contextmanager
     def memory_errors(
@@ -295,17 +303,24 @@ class Engine:
 
     def _drop(self, model: str) -> None:
         """Forget a model and its runs, whose next step will not come."""
-        self.models.pop(model, None)
+        self._take(model)
         for job in [job for job, run in self.runs.items() if run.model == model]:
             self._end(job)
 
     def _evict(self, model: str) -> None:
         """Forget a model, but keep the progress of its runs."""
-        gone = self.models.pop(model, None)
+        gone = self._take(model)
         for job, run in self.runs.items():
             if gone is not None and run.model == model and run.denoise.model is not None:
                 run.denoise.model = None
                 run.cached = self.forwards.step_caches.take(gone.model, job)
+
+    def _take(self, model: str) -> Resident | None:
+        """Remove a model, and what is kept of its forwards."""
+        gone = self.models.pop(model, None)
+        if gone is not None:
+            self.forwards.prefixes.drop(gone.model)
+        return gone
 
     def _give_memory_back(self) -> None:
         gc.collect()
@@ -335,19 +350,28 @@ class Engine:
         inputs = dit.prepare(given)
         if inputs is not given:
             chosen = plan_for(dit, asked, self.topology.world_size, inputs)
-        run_key: tuple[Hashable, ...] = ()
-        if chosen.step_cache:
-            conditioning = {name: each for name, each in arguments.items() if name not in CHANGING}
-            run_key = session, digest(conditioning)
-        before = self.forwards.skipped
-        out = self.forwards(Call(dit, chosen, inputs, run_key))
+        conditioning: Hashable = None
+        if chosen.step_cache or dit.has_prefix:
+            conditioning = digest({name: each for name, each in arguments.items() if name not in CHANGING})
+        before = self._counts()
+        out = self.forwards(Call(dit, chosen, inputs, (session, conditioning), conditioning))
         return Stepped(
             out=self._result(out),
             plan=str(chosen),
             ranks=chosen.layout.ranks,
             forwards=1,
-            skipped=self.forwards.skipped - before,
+            **self._counts(before),
         )
+
+    def _counts(self, before: Mapping[str, int] = MappingProxyType({})) -> dict[str, int]:
+        """Counts of what forwards found here, less those ``before``."""
+        forwards = self.forwards
+        now = {
+            "skipped": forwards.skipped,
+            "prefix_hits": forwards.prefixes.hits,
+            "prefix_misses": forwards.prefixes.misses,
+        }
+        return {name: count - before.get(name, 0) for name, count in now.items()}
 
     def call(self, model: str, method: str, arguments: dict[str, Any]) -> Stepped:
         """What a model's network does outside of a forward; each rank computes all of it."""
@@ -385,17 +409,18 @@ class Engine:
             walk.denoise.model = self._resident(walk.model).model
             self.forwards.step_caches.put(walk.denoise.model, walk.cached)
             walk.cached = {}
-        before, skipped = walk.denoise.forwards, self.forwards.skipped
+        before, counts = walk.denoise.forwards, self._counts()
         x = next(walk.steps)
+        last = step + 2 == len(walk.sigmas)
         done = Stepped(
+            out=self._result(walk.finish(x)) if last else None,
             sigma=walk.sigmas[step + 1],
             plan=str(walk.denoise.plan),
             ranks=walk.denoise.plan.layout.ranks,
             forwards=walk.denoise.forwards - before,
-            skipped=self.forwards.skipped - skipped,
+            **self._counts(counts),
         )
-        if step + 2 == len(walk.sigmas):
-            done = replace(done, out=self._result(walk.finish(x)))
+        if last:
             self._end(job)
         return done
 

@@ -44,6 +44,7 @@ def _rank(rank: Rank, monitor: Monitor) -> dict[str, Any]:
         "device": rank.device,
         "device_name": load.name,
         "memory_used_bytes": rank.memory_used_bytes,
+        "prefix_bytes": rank.prefix_bytes,
         "memory_total_bytes": load.memory_total_bytes,
         "device_memory_used_bytes": load.memory_used_bytes,
         "utilization": load.utilization,

@@ -27,7 +27,7 @@ def test_status_has_what_others_read(daemon: Daemon, client: Client) -> None:
     assert (group["device"], group["world_size"]) == ("cpu", 2)
     assert group["restarts"] == client.stats()["group_restarts"]
     required = {"rank", "pid", "device", "memory_used_bytes"}
-    added = {"device_name", "memory_total_bytes", "device_memory_used_bytes", "utilization"}
+    added = {"prefix_bytes", "device_name", "memory_total_bytes", "device_memory_used_bytes", "utilization"}
     assert [set(rank) for rank in group["ranks"]] == [required | added] * 2
     assert [(rank["rank"], rank["device"]) for rank in group["ranks"]] == [(0, "cpu:0"), (1, "cpu:1")]
     for rank in group["ranks"]:

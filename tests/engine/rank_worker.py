@@ -35,7 +35,7 @@ from tacod.plan import DEFAULT_POLICY, AttentionPolicy, Layout, Plan, Shape
 from tacod.rank.comm.group import Group
 from tacod.rank.families.inputs import Inputs
 from tacod.rank.forward.graphs import Forwards
-from tacod.rank.forward.run import Call, relative_difference, run
+from tacod.rank.forward.run import Call, compute_prefix, equal, relative_difference, run
 from tacod.rank.forward.warmup import warm_up
 from tacod.rank.ops.packed.float8 import Nvfp4Linear, quantize_nvfp4
 from tacod.rank.ops.qkv import QKV
@@ -326,6 +326,31 @@ class Rank:
         wholes = [torch.cat(parts) for parts in zip(*(each for each, _ in expected), strict=True)]
         error = max(relative_difference(*each) for each in zip(outs, wholes, strict=True))
         return skipped, error, [each for _, each in expected]
+
+    def prefixes(
+        self, layout: Layout, family: str, seed: int, sharing: bool, prompts: str, room: float, **case: Any
+    ) -> tuple[bool, list[bool], int]:
+        """Forwards along a run, one for each letter of ``prompts``, of which each is a conditioning of its own.
+
+        Whether all equal, to the bit, those that keep nothing; which found their prefix; and the bytes that are kept.
+        ``room`` is for so many prefixes.
+        """
+        dit = tiny(family)
+        inputs = {letter: random_case(dit, seed + place, **case) for place, letter in enumerate(sorted(set(prompts)))}
+        plan = Plan(layout, WORLD, Shape(dit.heads, dit.width))
+        topology = self.sharing if sharing else self.topology
+        one = compute_prefix(Call(dit, plan, inputs["a"]), topology).most_bytes
+        keeping, plain = Forwards(topology, prefix_bytes=int(room * one)), Forwards(topology, prefix_bytes=0)
+        exact, found = [], []
+        for step, letter in enumerate(prompts):
+            given = inputs[letter]
+            given = given.replace(x=given["x"] + 0.1 * step, timestep=given["timestep"] * (1 - 0.1 * step))
+            before = keeping.prefixes.hits
+            outs = [each(Call(dit, plan, given, conditioning=letter)) for each in (keeping, plain)]
+            exact.append(equal(*outs))
+            found.append(keeping.prefixes.hits > before)
+        assert plain.prefix_bytes == plain.prefixes.hits == 0
+        return all(exact), found, keeping.prefix_bytes
 
     def _from_first(self, compute: Callable[[], Any]) -> Any:
         """What the first rank computes, on all."""

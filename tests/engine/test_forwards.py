@@ -44,13 +44,14 @@ class FakeGraph:
 
     def __init__(self, call: Call, topology: Topology, pool: Any) -> None:
         self.pool = pool
+        self.most_bytes = self.prefix_bytes = 0 if call.prefix is None else call.prefix.most_bytes
         self.world.ran.append("capture")
         if self.world.fails:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    def replay(self, inputs: Inputs) -> Tensor:
+    def replay(self, call: Call) -> Tensor:
         self.world.ran.append("replay")
-        return self.world.replay(inputs.latents[0])
+        return self.world.replay(call.inputs.latents[0])
 
 
 @pytest.fixture

@@ -34,13 +34,14 @@ def reading(models: int = 0, clients: int = 2) -> Reading:
     """What a daemon with three ranks would publish."""
     metrics = Metrics()
     metrics.add_step(StepTimes(queue_s=0.25, wire_s=0.5, compute_s=1.0, collective_s=2.0), forwards=2, ranks=RANKS)
-    metrics.add_step(StepTimes(0.0, 0.0, 0.01, 0.0), forwards=1, ranks=1)
+    metrics.add_step(StepTimes(0.0, 0.0, 0.01, 0.0), forwards=1, ranks=1, prefix_hits=3, prefix_misses=4)
     metrics.loads.observe(7.0)
     metrics.jobs_total["failed"] += 1
     metrics.rx_bytes = 1000
     rank = {
         "device_name": "cpu",
         "memory_used_bytes": 10,
+        "prefix_bytes": 3,
         "memory_total_bytes": 40,
         "device_memory_used_bytes": 30,
         "utilization": 0.5,
@@ -128,6 +129,8 @@ def test_values_are_those_of_stats(exporter: Exporter) -> None:
         ("tacod_forwards_total",): 3,
         ("tacod_parallel_forwards_total",): 2,
         ("tacod_retried_forwards_total",): 0,
+        ("tacod_prefix_hits_total",): 3,
+        ("tacod_prefix_misses_total",): 4,
         ("tacod_jobs_total", "failed"): 1,
         ("tacod_jobs_total", "result"): 0,
         ("tacod_received_bytes_total",): 1000,
@@ -154,6 +157,7 @@ def test_values_are_those_of_stats(exporter: Exporter) -> None:
         ("tacod_world_size",): RANKS,
         ("tacod_ranks",): RANKS,
         ("tacod_rank_memory_used_bytes", "cpu:1", "1"): 10,
+        ("tacod_rank_prefix_bytes", "cpu:1", "1"): 3,
         ("tacod_device_memory_used_bytes", "cpu:1", "1"): 30,
         ("tacod_device_memory_total_bytes", "cpu:1", "1"): 40,
         ("tacod_rank_utilization_ratio", "cpu:2", "2"): 0.5,

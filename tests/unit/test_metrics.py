@@ -64,10 +64,11 @@ def test_each_part_is_told_under_its_own_name() -> None:
 
 def test_forwards_of_a_step_are_counted_and_those_on_several_ranks_apart() -> None:
     metrics = Metrics()
-    metrics.add_step(StepTimes(0, 0, 1, 0), forwards=2, ranks=3, skipped=1)
-    metrics.add_step(StepTimes(0, 0, 1, 0), forwards=1, ranks=1)
+    metrics.add_step(StepTimes(0, 0, 1, 0), forwards=2, ranks=3, skipped=1, prefix_hits=1, prefix_misses=1)
+    metrics.add_step(StepTimes(0, 0, 1, 0), forwards=1, ranks=1, prefix_hits=1)
     told = metrics.to_wire()
     assert (told["forwards_total"], told["parallel_forwards_total"], told["skipped_forwards_total"]) == (3, 2, 1)
+    assert told["prefix"] == {"hits": 2, "misses": 1}
 
 
 def test_totals_are_told_as_they_were_counted() -> None:

@@ -167,9 +167,15 @@ def status(reply: dict[str, Any]) -> Any:
     ]
     ranks = Columns(
         ("rank", "pid", "device", "memory"),
-        ((rank["rank"], rank["pid"], rank["device"], size(rank["memory_used_bytes"])) for rank in group["ranks"]),
+        ((rank["rank"], rank["pid"], rank["device"], _memory(rank)) for rank in group["ranks"]),
     )
     return Group(Facts(lines), Text(), ranks, Text(), models(reply["models"]))
+
+
+def _memory(rank: dict[str, Any]) -> str:
+    """What a rank uses, and what prefixes have of it."""
+    prefixes = rank.get("prefix_bytes")
+    return size(rank["memory_used_bytes"]) + (f", {size(prefixes)} for prefixes" if prefixes else "")
 
 
 def loaded(reply: dict[str, Any], elapsed_s: float) -> str:
@@ -239,6 +245,11 @@ def stats(reply: dict[str, Any]) -> Any:
             "forwards",
             f"{reply['forwards_total']}, {reply['parallel_forwards_total']} of them on several ranks"
             + (f", {skipped} mostly skipped" if (skipped := reply.get("skipped_forwards_total")) else ""),
+        ),
+        *(
+            [("prefixes", f"computed for {prefix['misses']} forwards, kept for {prefix['hits']} others")]
+            if (prefix := reply.get("prefix")) and any(prefix.values())
+            else []
         ),
         ("jobs", ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())),
         ("retried", f"{reply['retried_forwards']} forwards, {reply['group_restarts']} group restarts"),

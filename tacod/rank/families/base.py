@@ -29,6 +29,7 @@ from tacod.rank.families.stream import ForwardPass
 from tacod.rank.families.trunk import BlockCache, run_trunk
 from tacod.rank.ops.largest import sharing
 from tacod.rank.parallel.sequence import SequenceParallel
+from tacod_client.wire import CHANGING
 
 __all__ = ["DiT", "LatentFormat", "Method", "Output"]
 
@@ -189,6 +190,20 @@ class DiT(nn.Module, abc.ABC):
         take.
         """
 
+    def prefix(self, f: ForwardPass, **arguments: Any) -> Sequence[Tensor]:
+        """What depends on neither the time nor the values of ``x``, such as a text's keys and values.
+
+        The engine keeps it for later forwards with the same other arguments, and `begin` finds it as ``f.prefix``.
+        There is no ``timestep``, and ``x`` has its shape and dtype alone, on the device ``meta``. Each rank gives what
+        it holds itself; how much that is depends only on shapes. Most families have none.
+        """
+        return ()
+
+    @property
+    def has_prefix(self) -> bool:
+        """Whether this family has a `prefix`."""
+        return type(self).prefix is not DiT.prefix
+
     @abc.abstractmethod
     def begin(self, f: ForwardPass, **arguments: Any) -> None:
         """Embed the arguments, and shard tokens into streams: ``f.image``, and others that the blocks read from ``f``.
@@ -224,9 +239,29 @@ class DiT(nn.Module, abc.ABC):
             raise TypeError(f"{self.family} takes {', '.join(specs)}; unknown or missing: {', '.join(sorted(wrong))}")
         return self.run(sequence, Inputs({"x": x, "timestep": timestep, **arguments}, specs))
 
-    def run(self, sequence: SequenceParallel, inputs: Inputs, cache: BlockCache | None = None) -> Output:
-        """`forward` of these inputs, with the step cache of their run."""
+    def compute_prefix(self, sequence: SequenceParallel, inputs: Inputs) -> Sequence[Tensor]:
+        """This rank's `prefix` for these inputs."""
+        if not self.has_prefix:
+            return ()
+        lasting = {name: value for name, value in inputs.items() if name not in CHANGING}
+        x = inputs["x"]
+        shape = [each.to("meta") for each in x] if isinstance(x, list) else x.to("meta")
+        with sharing(sequence.whole.maximum, sequence.images.maximum):
+            return self.prefix(ForwardPass(sequence), x=shape, **lasting)
+
+    def run(
+        self,
+        sequence: SequenceParallel,
+        inputs: Inputs,
+        cache: BlockCache | None = None,
+        prefix: Sequence[Tensor] | None = None,
+    ) -> Output:
+        """`forward` of these inputs, with the step cache of their run.
+
+        ``prefix`` is what `compute_prefix` gives for them; it is computed if it is None.
+        """
         f = ForwardPass(sequence)
+        f.prefix = self.compute_prefix(sequence, inputs) if prefix is None else prefix
         values = {name: value for name, value in inputs.items() if not isinstance(inputs.specs.get(name), Residuals)}
         with sharing(sequence.whole.maximum, sequence.images.maximum):
             self.begin(f, **values)

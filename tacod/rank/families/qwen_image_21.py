@@ -1,7 +1,7 @@
 """Qwen-Image 2.1 (Qwen team): one causal sequence of text and reference images, and the image that attends to it.
 
-Text and references have the modulation of time 0 and don't attend to the image. Parameters are named as in ComfyUI's
-files.
+Text and references have the modulation of time 0 and don't attend to the image: they are the prefix, of which the image
+needs the keys and values in each block. Parameters are named as in ComfyUI's files.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from tacod.rank.families.inputs import Argument, Places, Spec
 from tacod.rank.families.latents import QWEN_IMAGE_21
 from tacod.rank.families.names import Names
 from tacod.rank.families.noise import Flow
-from tacod.rank.families.stream import ForwardPass, Stream
+from tacod.rank.families.stream import Attention, ForwardPass, Stream
 from tacod.rank.ops.norm import rms_norm
+from tacod.rank.parallel.joint_attention import KeysValues
 
 __all__ = ["QwenImage21"]
 
@@ -52,19 +53,21 @@ class Block(nn.Module):
         self.img_mlp = kit.MLP(width, hidden, names, "swiglu", bias=False)
 
     def forward(self, f: ForwardPass) -> None:
-        """The prefix and the image one block further, each in an attention of its own: only the first has a mask."""
-        normed = f.image.normed(None, f.image_modulation[0])
-        prefix = self.attn(f.prefix.normed(None, f.prefix_modulation[0]), f.prefix.rotation)
-        (attended,) = f.attend((f.prefix, lambda: prefix), mask=f.mask).wait()
-        self._after(f.prefix, attended, f.prefix_modulation)
-        image = (f.image, lambda: self.attn(normed, f.image.rotation))
-        _, attended = f.attend((f.prefix, lambda: prefix), image).wait()
-        self._after(f.image, attended, f.image_modulation)
+        """The image one block further; it attends to the prefix too."""
+        self._advance(f, f.image, before=f.keys_values[self])
 
-    def _after(self, stream: Stream, attended: Tensor, modulation: Sequence[Tensor]) -> None:
-        _, gate, scale, mlp_gate = modulation
+    def prefix(self, f: ForwardPass) -> Tensor:
+        """The prefix one block further; gives its keys and values."""
+        return self._advance(f, f.text, mask=f.mask, keep=True).kept.heads
+
+    def _advance(self, f: ForwardPass, stream: Stream, **how: Any) -> Attention:
+        scale, gate, mlp_scale, mlp_gate = f.modulations
+        normed = stream.normed(None, scale)
+        attention = f.attend((stream, lambda: self.attn(normed, stream.rotation)), **how)
+        (attended,) = attention.wait()
         stream.add(gate, self.attn.project(attended))
-        stream.add(mlp_gate, self.img_mlp(stream.normed(None, scale)))
+        stream.add(mlp_gate, self.img_mlp(stream.normed(None, mlp_scale)))
+        return attention
 
 
 class TextIn(nn.Module):
@@ -191,36 +194,16 @@ class QwenImage21(DiT):
         """See `DiT.timestep`."""
         return sigma
 
-    def begin(self, f: ForwardPass, **arguments: Any) -> None:
-        """See `DiT.begin`."""
-        x, dtype = arguments["x"], arguments["x"].dtype
-        # The authors round the time to the compute dtype, times 1000 and then by itself; training had it so.
-        rounded = ((arguments["timestep"] * 1000).to(dtype) / 1000).to(dtype).float()
-        times = torch.stack((rounded, 0 * rounded), dim=1)
-        vectors = functional.silu(self.time_text_embed.numbers(1000 * times, dtype))
-        f.scale = self.norm_out["linear"](vectors[:, :1])
-        f.image_modulation, f.prefix_modulation = map(_gated, self.modulation[1](vectors).split(1, dim=1))
+    def prefix(self, f: ForwardPass, **arguments: Any) -> list[Tensor]:
+        """See `DiT.prefix`: the keys and values of text and references in each block.
 
-        f.grid = kit.Grid(x, 1)
-        prefix, places, runs, place = self._prefix(f.grid, **arguments)
-        f.prefix = f.shard(prefix, rotation=self._rotation(places))
-        positions = _around(f.grid, f.grid, place, x.device)
-        f.image = f.shard(f.grid.patches(x), self.img_in, self._rotation(positions))
-        f.mask = f.sequence.in_order_of_ranks(_causal(runs, x.device)[None], [len(places)])
-
-    def _prefix(
-        self, target: kit.Grid, context: Tensor, ref_latents: Sequence[Tensor] = (), image_slots: Any = (), **_: Any
-    ) -> tuple[Tensor, Tensor, list[tuple[int, bool]], int]:
-        """The text with its references, [B, P, width], its positions [P, 3], its runs, and the position behind it.
-
-        A run is a number of tokens, and whether they are an image's. Every rank embeds all: it is little.
+        Every rank embeds all of the text and the references: it is little.
         """
-        length = context.shape[1]
-        ends = [*image_slots, *[length] * len(ref_latents)][: len(ref_latents)]
-        text, device = self.txt_in(context), context.device
+        x, context = arguments["x"], arguments["context"]
+        target, device = kit.Grid(x, 1), context.device
+        text, start, place = self.txt_in(context), 0, 0
         tokens, places, runs = [], [], []
-        start = place = 0
-        for end, latent in zip([*ends, length], [*ref_latents, None], strict=True):
+        for end, latent in _runs(**arguments):
             tokens.append(text[:, start:end])
             line = torch.arange(place, place + end - start, device=device, dtype=torch.float32)
             places.append(line[:, None].expand(-1, 3))
@@ -232,7 +215,30 @@ class QwenImage21(DiT):
                 places.append(_around(grid, target, place, device))
                 runs.append((grid.length, True))
                 place += max(grid.counts)
-        return torch.cat(tokens, dim=1), torch.cat(places), runs, place
+        f.modulations = _gated(self.modulation[1](self._conditioning(torch.zeros(1, device=device), x.dtype)))
+        f.text = f.shard(torch.cat(tokens, dim=1), rotation=self._rotation(torch.cat(places)))
+        f.mask = f.sequence.in_order_of_ranks(_causal(runs, device)[None], f.text.lengths)
+        return [block.prefix(f) for block in self.trunk]
+
+    def begin(self, f: ForwardPass, **arguments: Any) -> None:
+        """See `DiT.begin`."""
+        x, dtype = arguments["x"], arguments["x"].dtype
+        # The authors round the time to the compute dtype, times 1000 and then by itself; training had it so.
+        rounded = ((arguments["timestep"] * 1000).to(dtype) / 1000).to(dtype).float()
+        vectors = self._conditioning(rounded, dtype)
+        f.scale = self.norm_out["linear"](vectors)
+        f.modulations = _gated(self.modulation[1](vectors))
+        length, _ = self.lengths(arguments)
+        f.keys_values = {block: KeysValues(heads, (length,)) for block, heads in zip(self.trunk, f.prefix, strict=True)}
+        # The image's position is that behind the text and the longer side of each reference.
+        place = arguments["context"].shape[1] + sum(max(each.shape[2:]) for each in arguments.get("ref_latents") or ())
+        f.grid = kit.Grid(x, 1)
+        positions = _around(f.grid, f.grid, place, x.device)
+        f.image = f.shard(f.grid.patches(x), self.img_in, self._rotation(positions))
+
+    def _conditioning(self, time: Tensor, dtype: torch.dtype) -> Tensor:
+        """The vector of each time [B] in 0 to 1, [B, 1, width]."""
+        return functional.silu(self.time_text_embed.numbers(1000 * time[:, None], dtype))
 
     @property
     def trunk(self) -> Sequence[Any]:
@@ -246,6 +252,15 @@ class QwenImage21(DiT):
 
     def _rotation(self, positions: Tensor) -> Any:
         return lambda shard: kit.rope(shard(positions), self.axes, _THETA)
+
+
+def _runs(
+    context: Tensor, ref_latents: Sequence[Tensor] = (), image_slots: Sequence[int] = (), **_: Any
+) -> list[tuple[int, Tensor | None]]:
+    """Where each run of text ends, and the reference behind it; None behind the last one."""
+    length = context.shape[1]
+    ends = [*image_slots, *[length] * len(ref_latents)][: len(ref_latents)]
+    return list(zip([*ends, length], [*ref_latents, None], strict=True))
 
 
 def _gated(modulation: Tensor) -> tuple[Tensor, ...]:

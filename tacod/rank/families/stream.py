@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tacod.rank.ops.fused import Residual
 from tacod.rank.ops.qkv import QKV, Rotation
-from tacod.rank.parallel.joint_attention import JointAttention
+from tacod.rank.parallel.joint_attention import JointAttention, KeysValues
 from tacod.rank.parallel.modulation import modulations
 from tacod.rank.parallel.sequence import SequenceParallel
 
@@ -54,6 +54,11 @@ class Attention:
         """Attend, and begin to send results back."""
         self._attention.start()
 
+    @property
+    def kept(self) -> KeysValues:
+        """The keys and values of these tokens, of an attention that was begun with ``keep`` and started."""
+        return self._attention.kept
+
     def wait(self) -> tuple[Tensor, ...]:
         """For each stream, in order, what its tokens attended to: [B, S, H * D]. See `JointAttention.wait`."""
         return torch.split(self._attention.wait(), self._sizes, dim=1)
@@ -72,6 +77,8 @@ class ForwardPass:
         self.outputs: tuple[Stream, ...] = ()
         """For a family with several latents, the streams of all of them: ``image``, and others that aren't joined to
         it."""
+        self.prefix: Sequence[Tensor] = ()
+        """What `DiT.prefix` has given for this forward's arguments."""
         self._modulation: dict[Any, Tensor] = {}
 
     if TYPE_CHECKING:
@@ -103,16 +110,23 @@ class ForwardPass:
         return self.sequence.gather(tokens, sum(stream.lengths))
 
     def attend(
-        self, *projections: tuple[Stream, Callable[[], QKV]], mask: Tensor | None = None, overlap: bool = False
+        self,
+        *projections: tuple[Stream, Callable[[], QKV]],
+        mask: Tensor | None = None,
+        overlap: bool = False,
+        before: KeysValues | None = None,
+        keep: bool = False,
     ) -> Attention:
         """Begin attention over the tokens of these streams, on all ranks.
 
         Each projection gives a stream's queries, keys and values; the longest stream's is called first, and travels
         while the others are computed. ``mask`` is what `SequenceParallel.in_order_of_ranks` gives. ``overlap`` says
-        that something is computed before `Attention.start`.
+        that something is computed before `Attention.start`. With ``keep`` the handle has the tokens' keys and values
+        afterwards; passed as ``before`` to another attention, without a mask, its tokens attend to them too.
         """
         streams = [project for _, project in projections]
-        attention = self.sequence.attend(streams, [stream.lengths for stream, _ in projections], mask, overlap)
+        lengths = [stream.lengths for stream, _ in projections]
+        attention = self.sequence.attend(streams, lengths, mask, overlap, before, keep)
         return Attention(attention, [stream.size for stream, _ in projections])
 
     def modulate(self, layers: Sequence[Any], conditioning: Tensor) -> None:

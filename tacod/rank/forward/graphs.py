@@ -6,23 +6,27 @@ forward of the same inputs without it.
 
 Two kinds of forward have no graph: those with a step cache, because the host decides whether blocks are skipped, and
 those of a family that reads numbers from the GPU, such as which experts tokens go to (`DiT.graphs`).
+
+A family's prefix (`tacod.rank.forward.prefixes`) is computed before its forward and never within a graph. A graph has a
+copy of one prefix and overwrites it when a forward comes with another one.
 """
 
 from __future__ import annotations
 
 import enum
 import logging
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 
 from tacod.rank.families.base import DiT, Output
-from tacod.rank.families.inputs import Inputs
-from tacod.rank.forward.run import Call, clone, equal, relative_difference, run
+from tacod.rank.forward.prefixes import Prefix, Prefixes
+from tacod.rank.forward.run import Call, clone, compute_prefix, equal, relative_difference, run
 from tacod.rank.forward.step_cache import StepCache, StepCaches
 from tacod.rank.ops.table_cache import holding
 from tacod.rank.parallel.topology import Topology
@@ -32,19 +36,25 @@ __all__ = ["Forwards"]
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 KINDS = 6
 """Most graphs of each model, one for each kind of forward."""
+PREFIX_BYTES = 4 << 30
+"""The usual limit for prefixes."""
 
 
 class Forwards:
     """Runs forwards. Every rank makes the same calls in the same order, so all have the same graphs."""
 
-    def __init__(self, topology: Topology, graphs: bool = True) -> None:
+    def __init__(self, topology: Topology, graphs: bool = True, prefix_bytes: int = PREFIX_BYTES) -> None:
+        """``prefix_bytes`` is the limit for prefixes, and once more for those that the graphs of a model copy."""
         self.topology = topology
         self.graphs = graphs
         self.skipped = 0
         """How many forwards all of this rank's batch groups skipped, except for the first block."""
         self.step_caches = StepCaches()
+        self.prefixes = Prefixes(prefix_bytes)
         self.begins: Callable[[], None] = lambda: None
         """Called before each forward, also before the one that captures a graph."""
         self._kinds: WeakKeyDictionary[DiT, OrderedDict[Hashable, Graph | _Without]] = WeakKeyDictionary()
@@ -53,18 +63,20 @@ class Forwards:
     def __call__(self, call: Call) -> Output:
         """One forward, as `run` does it."""
         self.begins()
+        if call.dit.has_prefix:
+            call = replace(call, prefix=self._prefix(call))
         if call.plan.step_cache:
             return self._cached(call)
         inputs = call.inputs
         graphs = self.graphs and call.dit.graphs
-        if not graphs or not inputs.latents[0].is_cuda or inputs.control is not None:
+        if not graphs or not inputs.latents[0].is_cuda or inputs.control is not None or self._is_too_large(call.prefix):
             return self._run(call)
         kinds = self._kinds.setdefault(call.dit, OrderedDict())
         kind = (call.plan.layout, call.plan.attention, inputs.key)
         known = kinds.get(kind)
         if isinstance(known, Graph):
             kinds.move_to_end(kind)
-            return known.replay(inputs)
+            return known.replay(call)
         # Also where there will be no graph: the same forward is to give the same bits whenever it comes.
         attention = replace(call.plan.attention, split_kv=True)
         call = replace(call, plan=replace(call.plan, attention=attention))
@@ -75,8 +87,31 @@ class Forwards:
             while len(kinds) > KINDS:
                 kinds.popitem(last=False)
         elif known is _Without.YET:
+            more = 0 if call.prefix is None else call.prefix.most_bytes
+            while (
+                more + sum(each.most_bytes for each in kinds.values() if isinstance(each, Graph)) > self.prefixes.limit
+            ):
+                kinds.popitem(last=False)
             kinds[kind] = self._capture(call, out)
         return out
+
+    @property
+    def prefix_bytes(self) -> int:
+        """Bytes of prefixes on this rank, those that graphs copy among them."""
+        return self.prefixes.nbytes + sum(graph.prefix_bytes for graph in self._captured())
+
+    def _prefix(self, call: Call) -> Prefix:
+        """The prefix of a forward, kept for later ones if its conditioning has a digest."""
+        key = call.conditioning, call.plan.layout, call.plan.attention, *(x.shape for x in call.inputs.latents)
+        known = self.prefixes.find(call.dit, key)
+        if known is None:
+            known = self._guarded(lambda: compute_prefix(call, self.topology))
+            if call.conditioning is not None:
+                self.prefixes.keep(call.dit, key, known)
+        return known
+
+    def _is_too_large(self, prefix: Prefix | None) -> bool:
+        return prefix is not None and prefix.most_bytes > self.prefixes.limit
 
     def _cached(self, call: Call) -> Output:
         key = (*call.run_key, call.plan, *(each.shape for each in call.inputs.latents))
@@ -93,8 +128,12 @@ class Forwards:
 
     def _run(self, call: Call, cache: StepCache | None = None) -> Output:
         """A forward without a graph."""
+        return self._guarded(lambda: run(call, self.topology, cache))
+
+    def _guarded(self, compute: Callable[[], T]) -> T:
+        """Part of a forward; if it breaks off, nothing is left of earlier ones."""
         try:
-            return run(call, self.topology, cache)
+            return compute()
         except TacodError:
             # All ranks refuse it alike, before they meet.
             raise
@@ -104,10 +143,11 @@ class Forwards:
             raise
 
     def clear(self) -> None:
-        """Free the memory of graphs and step caches."""
+        """Free the memory of graphs, step caches and prefixes."""
         self._kinds.clear()
         self._pool = None
         self.step_caches.clear()
+        self.prefixes.clear()
 
     def _captured(self) -> Iterator[Graph]:
         """The graphs of all models."""
@@ -128,7 +168,7 @@ class Forwards:
             self._pool = None
         if everyone.agree(graph is not None):
             assert graph is not None
-            out = graph.replay(call.inputs)
+            out = graph.replay(call)
             if everyone.agree(equal(out, expected)):
                 return graph
             reason = f"its replay differs by {relative_difference(out, expected):.1e}, or another rank's"
@@ -144,24 +184,41 @@ class _Without(enum.Enum):
 
 
 class Graph:
-    """A captured forward of one kind; it has its own memory for inputs and output."""
+    """A captured forward of one kind; it has its own memory for inputs, prefix and output."""
 
     def __init__(self, call: Call, topology: Topology, pool: Any) -> None:
         self.pool = pool
         self._inputs = call.inputs.map(torch.clone)
+        self._prefix = call.prefix and replace(call.prefix, tensors=[each.clone() for each in call.prefix.tensors])
+        self._copied = call.prefix and weakref.ref(call.prefix)
+        """The prefix that `_prefix` is a copy of."""
         self._graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         stream = torch.cuda.current_stream()
         try:
             # NCCL's own thread may look at events meanwhile.
             with holding() as self._tables, torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-                self._out = run(replace(call, inputs=self._inputs), topology)
+                self._out = run(replace(call, inputs=self._inputs, prefix=self._prefix), topology)
         finally:
             # A capture that fails doesn't leave its own.
             torch.cuda.set_stream(stream)
 
-    def replay(self, inputs: Inputs) -> Output:
+    @property
+    def most_bytes(self) -> int:
+        """Bytes of its prefix on the rank that has the most of it."""
+        return 0 if self._prefix is None else self._prefix.most_bytes
+
+    @property
+    def prefix_bytes(self) -> int:
+        """Bytes of its prefix on this rank."""
+        return 0 if self._prefix is None else self._prefix.nbytes
+
+    def replay(self, call: Call) -> Output:
         """The forward with other inputs of this kind."""
-        self._inputs.copy_(inputs)
+        self._inputs.copy_(call.inputs)
+        if call.prefix is not None and self._prefix is not None and self._copied and call.prefix is not self._copied():
+            for mine, theirs in zip(self._prefix.tensors, call.prefix.tensors, strict=True):
+                mine.copy_(theirs)
+            self._copied = weakref.ref(call.prefix)
         self._graph.replay()
         return clone(self._out)

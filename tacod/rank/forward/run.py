@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,12 +14,16 @@ from tacod.plan import Plan, Request, Shape, chunks, make_plan
 from tacod.rank.families.base import DiT, Output
 from tacod.rank.families.inputs import Inputs
 from tacod.rank.families.trunk import BlockCache
-from tacod.rank.parallel.topology import Topology
+from tacod.rank.forward.prefixes import Prefix
+from tacod.rank.parallel.sequence import SequenceParallel
+from tacod.rank.parallel.topology import Seat, Topology
 
-__all__ = ["Call", "clone", "equal", "plan_for", "relative_difference", "run"]
+__all__ = ["Call", "clone", "compute_prefix", "equal", "plan_for", "relative_difference", "run"]
 
 FAST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Attention kernels in order of preference; on Hopper, cuDNN's is the fastest."""
+T = TypeVar("T")
+
 PLAIN = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """The attention kernels that are used without flash attention."""
 
@@ -34,6 +38,10 @@ class Call:
     run_key: tuple[Hashable, ...] = ()
     """For the step cache: identifies the run that this forward is a step of. Its first element is the session or job.
     """
+    conditioning: Hashable = None
+    """A digest of all arguments but those that change from step to step; None if the prefix isn't kept for others."""
+    prefix: Prefix | None = None
+    """What `compute_prefix` has given for a family with a prefix."""
 
 
 def plan_for(dit: DiT, asked: Request, world_size: int, arguments: Mapping[str, Any]) -> Plan:
@@ -48,22 +56,14 @@ def plan_for(dit: DiT, asked: Request, world_size: int, arguments: Mapping[str, 
 
 def run(call: Call, topology: Topology, cache: BlockCache | None = None) -> Output:
     """One forward. Every rank passes all inputs and gets the whole output, also one that the plan leaves idle."""
-    plan, inputs = call.plan, call.inputs
-    layout = plan.layout
+    inputs, layout = call.inputs, call.plan.layout
     seat = topology.seat(layout)
     outs: list[Tensor] | None = None
     if seat is not None:
-        sizes = chunks(inputs.batch, layout.batch)
-        start = sum(sizes[: seat.batch.rank])
-        mine = inputs.images(slice(start, start + sizes[seat.batch.rank]))
+        tensors = None if call.prefix is None else call.prefix.tensors
         # With a step cache, each batch group decides by itself whether it skips blocks.
-        sequence = seat.sequence(plan.attention, in_step=cache is None)
-        try:
-            with sdpa_kernel(FAST, set_priority=True) if plan.attention.flash else sdpa_kernel(PLAIN):
-                out = call.dit.run(sequence, mine, cache)
-        except BaseException:
-            sequence.transport.abort()
-            raise
+        out = _on_seat(call, seat, cache is None, lambda sequence, mine: call.dit.run(sequence, mine, cache, tensors))
+        sizes = chunks(inputs.batch, layout.batch)
         outs = [seat.batch.gather(each, sizes, dim=0) for each in (out if isinstance(out, list) else [out])]
     if layout.ranks < topology.world_size:
         latents = inputs.latents
@@ -72,6 +72,30 @@ def run(call: Call, topology: Topology, cache: BlockCache | None = None) -> Outp
         outs = [topology.everyone.broadcast(each, source=0) for each in outs]
     assert outs is not None
     return outs if isinstance(inputs["x"], list) else outs[0]
+
+
+def compute_prefix(call: Call, topology: Topology) -> Prefix:
+    """The prefix of a forward. Every rank makes the call; one that the plan leaves idle holds nothing of it."""
+    seat = topology.seat(call.plan.layout)
+    tensors = () if seat is None else _on_seat(call, seat, True, call.dit.compute_prefix)
+    mine = sum(each.nbytes for each in tensors)
+    most = topology.everyone.maximum(torch.tensor([mine], dtype=torch.float32, device=call.inputs.latents[0].device))
+    return Prefix(tensors, int(most.item()))
+
+
+def _on_seat(call: Call, seat: Seat, in_step: bool, compute: Callable[[SequenceParallel, Inputs], T]) -> T:
+    """``compute`` with this rank's sequence and its part of the images; see `Seat.sequence` for ``in_step``."""
+    plan, rank = call.plan, seat.batch.rank
+    sizes = chunks(call.inputs.batch, plan.layout.batch)
+    start = sum(sizes[:rank])
+    mine = call.inputs.images(slice(start, start + sizes[rank]))
+    sequence = seat.sequence(plan.attention, in_step)
+    try:
+        with sdpa_kernel(FAST, set_priority=True) if plan.attention.flash else sdpa_kernel(PLAIN):
+            return compute(sequence, mine)
+    except BaseException:
+        sequence.transport.abort()
+        raise
 
 
 def clone(out: Output) -> Output:

@@ -44,10 +44,11 @@ def warm_up(dit: DiT, forwards: Forwards, device: torch.device) -> DeviceRates |
         # Without a CUDA graph, then captured, then as later ones will be.
         for _ in range(4):
             started = time.perf_counter()
-            forwards(Call(dit, Plan(layout, world, shape), inputs))
+            forwards(Call(dit, Plan(layout, world, shape), inputs, conditioning="warm-up"))
             if device.type == "cuda":
                 forwards.topology.clock.wait()
             took[layout] = min(took[layout], time.perf_counter() - started)
+    forwards.prefixes.drop(dit)
     if world == 1 or not fits:
         return None
     mine = torch.tensor([took[alone], took[shared]], dtype=torch.float64, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -14,7 +15,7 @@ from tacod.rank.comm.transport import Deal, Exchange, Transport
 from tacod.rank.ops.qkv import QKV, HeadShare, deal_heads
 from tacod.rank.ops.sdpa import attend_part, attend_pieces, merge
 
-__all__ = ["JointAttention"]
+__all__ = ["JointAttention", "KeysValues"]
 
 
 class Ranks(Protocol):
@@ -35,6 +36,16 @@ class Ranks(Protocol):
     def sizes(self, n: int) -> list[int]: ...
 
 
+@dataclass(frozen=True)
+class KeysValues:
+    """Keys and values of tokens that the ranks share, kept for later attentions."""
+
+    heads: Tensor
+    """This rank's key heads for the tokens of its Ulysses group, and the values: [2, B, g, S, D]."""
+    lengths: tuple[int, ...]
+    """How many tokens all ranks have together, of each part that was sharded by itself."""
+
+
 class JointAttention:
     """The handle of an asynchronous attention. Work between its creation, `start` and `wait` overlaps communication."""
 
@@ -45,19 +56,28 @@ class JointAttention:
         lengths: Sequence[Sequence[int]],
         mask: Tensor | None,
         overlap: bool = False,
+        before: KeysValues | None = None,
+        keep: bool = False,
     ) -> None:
         """Project each stream, the longest first, and send its heads while the next one is projected.
 
-        ``overlap`` says that the caller computes something before `start`, so the last stream travels beside that.
+        ``overlap`` says that the caller computes something before `start`, so the last stream travels beside that. The
+        tokens attend to those of ``before`` too; then there is no mask. ``keep`` is for `kept`.
         """
+        assert before is None or mask is None
         self._ranks, self._mask = ranks, mask
+        self._before, self._keep = before, keep
         self._exchange: Exchange | None = None
         self._started = False
         counts = [[sum(each) for each in zip(*map(ranks.sizes, parts), strict=True)] for parts in lengths]
         size = ranks.ulysses.size
         runs = [[each[i : i + size] for each in counts] for i in range(0, len(counts[0]), size)]
+        self._lengths = tuple(length for each in lengths for length in each)
         self._tokens = [sum(map(sum, run)) for run in runs]
         """How many tokens each rank of the ring attends to in its turn: those of its Ulysses group."""
+        for length in () if before is None else before.lengths:
+            sizes = ranks.sizes(length)
+            self._tokens = [have + sum(sizes[i * size : (i + 1) * size]) for i, have in enumerate(self._tokens)]
         order = sorted(range(len(streams)), key=lambda index: -max(counts[index]))
         for index in order:
             qkv = streams[index]()
@@ -79,11 +99,17 @@ class JointAttention:
     def _start(self, overlap: bool) -> None:
         assert self._exchange is not None
         self._started = True
-        self._exchange.give_back(self._attend(*self._exchange.received()), overlap)
+        q, k, v = self._exchange.received()
+        if self._keep:
+            self.kept = KeysValues(torch.stack((k, v)), self._lengths)
+            """The keys and values of these tokens, once the attention is started with ``keep``."""
+        self._exchange.give_back(self._attend(q, k, v), overlap)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Tensor]:
         """This rank's heads for the tokens of its Ulysses group, in one result or several: [B, h, S', D]."""
         ranks = self._ranks
+        if self._before is not None:
+            k, v = (torch.cat(each, dim=2) for each in zip(self._before.heads, (k, v), strict=True))
         if ranks.ring.size > 1:
             yield _attend_ring(ranks.ring, self._share, q, k, v, self._tokens, self._mask)
             return

@@ -18,7 +18,7 @@ from tacod.rank.comm.collective import Collective
 from tacod.rank.comm.group import Group
 from tacod.rank.comm.transport import Local, Transport
 from tacod.rank.ops.qkv import QKV
-from tacod.rank.parallel.joint_attention import JointAttention
+from tacod.rank.parallel.joint_attention import JointAttention, KeysValues
 
 __all__ = ["SequenceParallel"]
 
@@ -98,6 +98,8 @@ class SequenceParallel:
         lengths: Sequence[int | tuple[int, ...]],
         mask: Tensor | None = None,
         overlap: bool = False,
+        before: KeysValues | None = None,
+        keep: bool = False,
     ) -> JointAttention:
         """Begin attention over the whole joint sequence, for this rank's tokens.
 
@@ -105,9 +107,10 @@ class SequenceParallel:
         whose parts were sharded each by itself; a single stream may be of all parts together. The gathered sequence is
         in the order of ranks, not of streams. It needs no sorting, for attention is equivariant under permutations of
         its tokens, and each rank gets its own tokens back. A ``mask`` is what `in_order_of_ranks` gives. ``overlap``
-        says that the caller computes something before the handle's `start`.
+        says that the caller computes something before the handle's `start`. ``before`` are keys and values that an
+        attention with ``keep`` has kept; these tokens attend to them too, and there is no mask then.
         """
         parts = [length if isinstance(length, tuple) else (length,) for length in lengths]
         if len(streams) == 1:
             parts = [tuple(length for part in parts for length in part)]
-        return JointAttention(self, streams, parts, mask, overlap)
+        return JointAttention(self, streams, parts, mask, overlap, before, keep)

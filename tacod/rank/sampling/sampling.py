@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tacod.plan import Plan, Request
-from tacod.rank.arguments import check_arguments, check_names, load_arguments
+from tacod.rank.arguments import check_arguments, check_names, digest, load_arguments
 from tacod.rank.families.base import DiT, LatentFormat
 from tacod.rank.families.inputs import Argument, Inputs, Spec
 from tacod.rank.families.noise import Flow
@@ -165,7 +165,8 @@ def begin(
     conditions = [dit.prepare(each) for each in loaded]
     noise, latent = (from_wire(value, "torch").to(device, torch.float32) for value in (request.noise, request.latent))
     x = dit.process.start(noise, latents.into_model(latent), levels[0])
-    denoise = Denoiser(dit, asked, forwards, conditions, len(noise), request.cfg, job)
+    digests = [digest(given) if dit.has_prefix else None for given in request.guided.values()]
+    denoise = Denoiser(dit, asked, forwards, conditions, digests, len(noise), request.cfg, job)
     denoise.prepare(x)
     steps = samplers.find(request.sampler)(denoise, x, levels, samplers.noise_source(request.seed, x))
 
@@ -185,6 +186,7 @@ class Denoiser:
         asked: Request,
         forwards: Forwards,
         conditions: list[Inputs],
+        digests: list[Hashable],
         images: int,
         cfg: float,
         job: str,
@@ -197,6 +199,8 @@ class Denoiser:
         self.cfg = cfg
         self.job = job
         self.conditions = conditions
+        self.digests = digests
+        """For the prefix: what tells each condition from others; None in a family without one."""
         self.joint = Inputs.stack(conditions, images)
         self.forwards = 0
         self.plan: Plan
@@ -219,18 +223,19 @@ class Denoiser:
         """``x`` [B, C, H, W] in fp32 at the scalar noise level ``sigma`` → the clean latent, in fp32."""
         if self.joint is not None:
             many = len(self.conditions)
-            outs = self._forward(torch.cat([x] * many), sigma, self.joint).chunk(many)
+            outs = self._forward(torch.cat([x] * many), sigma, self.joint, tuple(self.digests)).chunk(many)
         else:
-            outs = tuple(self._forward(x, sigma, condition, index) for index, condition in enumerate(self.conditions))
+            each = enumerate(zip(self.conditions, self.digests, strict=True))
+            outs = tuple(self._forward(x, sigma, condition, digest, index) for index, (condition, digest) in each)
         clean = [self.dit.process.clean(x, sigma, out) for out in outs]
         return samplers.guide(clean[-1], clean[0] if len(clean) > 1 else None, self.cfg)
 
-    def _forward(self, x: Tensor, sigma: Tensor, condition: Inputs, index: int = 0) -> Tensor:
+    def _forward(self, x: Tensor, sigma: Tensor, condition: Inputs, conditioning: Hashable, index: int = 0) -> Tensor:
         self.forwards += 1
         timestep = self.dit.timestep(sigma).float().expand(x.shape[0]).contiguous()
         inputs = condition.replace(x=self.dit.process.scale(x, sigma).to(self.dit.dtype), timestep=timestep)
         self.plan = plan_for(self.dit, self.asked, self.world_size, inputs)
-        out = self.run(Call(self.dit, self.plan, inputs, (self.job, index)))
+        out = self.run(Call(self.dit, self.plan, inputs, (self.job, index), conditioning))
         assert isinstance(out, Tensor)
         return out.float()
 
