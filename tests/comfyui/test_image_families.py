@@ -224,6 +224,28 @@ def test_references_between_words(comfyui: ComfyUI, both: Both, run: Pair, case:
 
 
 @pytest.mark.parametrize("case", named("qwen_image_21"), indirect=True, ids=lambda case: case.golden)
+def test_text_and_references_are_computed_once_a_run(both: Both, run: Pair, endpoints: Callable[[int], Daemon]) -> None:
+    """The conditioning travels and is computed at a run's first step; a second run with it computes nothing."""
+
+    def told() -> list[dict[str, int]]:
+        found = []
+        for ranks in (1, 2, 3):
+            with endpoints(ranks).client() as client:
+                found.append(client.stats()["prefix"])
+        return found
+
+    run.add("picture", "TestLatent", seed=5, height=6, width=7, channels=64)
+    run.add("shown", "ReferenceLatent", conditioning="@positive", latent="@picture")
+    run.load()
+    before = told()
+    run.sample(save="_1", positive="@shown", cfg=1.0)
+    run.sample(save="_2", positive="@shown", cfg=1.0, seed=4321, sampler_name="dpmpp_2m")
+    both(run, "_1", "_2")
+    for one, other in zip(before, told(), strict=True):
+        assert (other["hits"] - one["hits"], other["misses"] - one["misses"]) == (7, 1)
+
+
+@pytest.mark.parametrize("case", named("qwen_image_21"), indirect=True, ids=lambda case: case.golden)
 def test_a_rounded_prefix_cache_is_refused(comfyui: ComfyUI, run: Pair) -> None:
     run.load()
     run.on_model("TestReplace", what="rounded cache")

@@ -245,10 +245,11 @@ class FakeGraph:
 
     def __init__(self, call: Call, topology: Topology, pool: Any) -> None:
         self._call, self._topology = replace(call, inputs=call.inputs.map(torch.clone)), topology
+        self.most_bytes = self.prefix_bytes = 0
 
-    def replay(self, inputs: Inputs) -> Any:
-        self._call.inputs.copy_(inputs)
-        return run_call(self._call, self._topology)
+    def replay(self, call: Call) -> Any:
+        self._call.inputs.copy_(call.inputs)
+        return run_call(replace(self._call, prefix=call.prefix), self._topology)
 
 
 def _moved(tensor: Tensor, generator: torch.Generator) -> Tensor:

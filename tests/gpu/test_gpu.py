@@ -91,6 +91,23 @@ def test_replays_equal_what_they_replay(gpu_daemon: Daemon, models: Path) -> Non
     assert "don't write into each other's memory" not in gpu_daemon.log
 
 
+def test_a_graph_serves_all_prompts_of_a_length(gpu_daemon: Daemon, models: Path) -> None:
+    """It has a copy of what doesn't change from step to step, which another prompt's is copied over."""
+    golden = read_golden("qwen_image_21_edit")
+    golden.save(models / "qwen_image_21_edit.safetensors")
+    prompts = [golden.inputs["context"] + number for number in range(3)]
+    with gpu_daemon.client() as client:
+        model = client.load("qwen_image_21_edit.safetensors", dtype="fp32", plan=everyone(gpu_daemon))
+        before = client.stats()["prefix"]
+        outs = [[model.forward(**{**golden.inputs, "context": each}) for _ in range(4)] for each in prompts * 2]
+        after = client.stats()["prefix"]
+    assert all(torch.equal(out, some[0]) for some in outs for out in some)
+    assert all(torch.equal(one[0], two[0]) for one, two in zip(outs[:3], outs[3:], strict=True))
+    assert not torch.equal(outs[0][0], outs[1][0])
+    assert (after["hits"] - before["hits"], after["misses"] - before["misses"]) == (21, 3)
+    assert "no CUDA graph" not in gpu_daemon.log
+
+
 def test_graphs_after_all_models_are_unloaded(gpu_daemon: Daemon) -> None:
     """PyTorch ends the memory that graphs share with the last of them."""
     with gpu_daemon.client() as client:

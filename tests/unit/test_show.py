@@ -167,6 +167,26 @@ def test_a_load_tells_what_was_left_out_a_line_each() -> None:
     assert show.loaded(model(), 1.26) == first
 
 
+def test_prefixes_are_shown_where_there_are_any() -> None:
+    told = look()
+    told["status"]["models"] = [model()]
+    told["stats"] |= {"group_restarts": 0, "store": {"bytes": 1, "hits": 2, "misses": 3}}
+    one, *others = told["status"]["group"]["ranks"]
+    for each in others:
+        # A daemon that is older says nothing of them.
+        assert "prefix_bytes" not in each
+    one["prefix_bytes"] = 2 << 30
+    status = shown(show.status(told["status"]), 120)
+    assert any("3.0 GiB, 2.0 GiB for prefixes" in line for line in status)
+    assert sum("for prefixes" in line for line in status) == 1
+    assert not any("prefixes" in line for line in shown(show.stats(told["stats"]), 120))
+    told["stats"]["prefix"] = {"hits": 24, "misses": 1}
+    assert any(
+        re.fullmatch("prefixes +computed for 1 forwards, kept for 24 others", line)
+        for line in shown(show.stats(told["stats"]), 120)
+    )
+
+
 @pytest.mark.parametrize(
     ("count", "shown"),
     [
