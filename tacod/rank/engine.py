@@ -257,7 +257,7 @@ class Engine:
             quantization=checkpoint.formats,
         )
         with Unfilled():
-            return Resident(loaded, family.diffusers_layout(config), family.shapes(config), facts)
+            return Resident(loaded, family.lora_layout(config), family.shapes(config), facts)
 
     def _patch(self, base: Resident, patches: Any, files: Mapping[str, str]) -> Resident:
         """The base's weights with patches applied; only patched weights take memory of their own."""

@@ -123,6 +123,8 @@ class DiT(nn.Module, abc.ABC):
     """The free sizes of a usual forward, by their names in `arguments`; the warm-up uses them."""
     names: ClassVar[Names] = Names("")
     """Each parameter's name in diffusers' class for this family; empty if diffusers has none."""
+    lora_names: ClassVar[Names] = Names("")
+    """Further names of its layers, which LoRA files alone have."""
     diffusers_optional: ClassVar[frozenset[str]] = frozenset()
     """Names of diffusers' layers, outside of blocks, that some models of the family lack."""
     spellings: ClassVar[Mapping[str, str]] = {}
@@ -161,6 +163,11 @@ class DiT(nn.Module, abc.ABC):
         ``config`` is as `detect` gives it. Empty for a family without such a class.
         """
         return cls.names.layout(cls.shapes(config))
+
+    @classmethod
+    def lora_layout(cls, config: Mapping[str, Any]) -> dict[str, Place]:
+        """`diffusers_layout`, with the names that LoRA files alone have."""
+        return {**cls.lora_names.layout(cls.shapes(config)), **cls.diffusers_layout(config)}
 
     @classmethod
     def shapes(cls, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

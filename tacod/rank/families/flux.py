@@ -41,6 +41,27 @@ EMBEDDER = "in_layer", "out_layer"
 _LONGCAT_AXES, _LONGCAT_CONTEXT = [1, 2], 3584
 """The axes along which LongCat-Image's text advances, and its text's width, by which its files are told."""
 
+_NAMES = """
+    x_embedder                                                       img_in
+    context_embedder                                                 txt_in
+    time_text_embed.{timestep,text,guidance}_embedder.linear_{1,2}   {time,vector,guidance}_in.{in,out}_layer
+    norm_out.linear                                                  final_layer.adaLN_modulation.1~
+    proj_out                                                         final_layer.linear
+    transformer_blocks.*.{norm1,norm1_context}.linear                double_blocks.*.{img,txt}_mod.lin
+    transformer_blocks.*.attn.to_{q,k,v}                             double_blocks.*.img_attn.qkv[0,1,2]
+    transformer_blocks.*.attn.add_{q,k,v}_proj                       double_blocks.*.txt_attn.qkv[0,1,2]
+    transformer_blocks.*.attn.norm_{q,k}.weight         double_blocks.*.img_attn.norm.{query,key}_norm.scale
+    transformer_blocks.*.attn.norm_added_{q,k}.weight   double_blocks.*.txt_attn.norm.{query,key}_norm.scale
+    transformer_blocks.*.attn.{to_out.0,to_add_out}                  double_blocks.*.{img,txt}_attn.proj
+    transformer_blocks.*.{ff,ff_context}.net.{0.proj,2}              double_blocks.*.{img,txt}_mlp.{0,2}
+    single_transformer_blocks.*.norm.linear                          single_blocks.*.modulation.lin
+    single_transformer_blocks.*.attn.to_{q,k,v}                      single_blocks.*.linear1[0,1,2]
+    single_transformer_blocks.*.proj_mlp                             single_blocks.*.linear1[3:]
+    single_transformer_blocks.*.attn.norm_{q,k}.weight               single_blocks.*.norm.{query,key}_norm.scale
+    single_transformer_blocks.*.proj_out                             single_blocks.*.linear2
+"""
+"""diffusers' names; see `tacod.rank.families.names`."""
+
 
 class Flux(DiT):
     """Flux.1 dev, schnell and Kontext; LongCat-Image, whose ``txt_ids_dims`` are the axes along which text advances.
@@ -87,24 +108,12 @@ class Flux(DiT):
     spellings: ClassVar[Mapping[str, str]] = {
         f".{part}_norm.weight": f".{part}_norm.scale" for part in ("query", "key")
     }
-    names = Names("""
-        x_embedder                                                       img_in
-        context_embedder                                                 txt_in
-        time_text_embed.{timestep,text,guidance}_embedder.linear_{1,2}   {time,vector,guidance}_in.{in,out}_layer
-        norm_out.linear                                                  final_layer.adaLN_modulation.1~
-        proj_out                                                         final_layer.linear
-        transformer_blocks.*.{norm1,norm1_context}.linear                double_blocks.*.{img,txt}_mod.lin
-        transformer_blocks.*.attn.to_{q,k,v}                             double_blocks.*.img_attn.qkv[0,1,2]
-        transformer_blocks.*.attn.add_{q,k,v}_proj                       double_blocks.*.txt_attn.qkv[0,1,2]
-        transformer_blocks.*.attn.norm_{q,k}.weight         double_blocks.*.img_attn.norm.{query,key}_norm.scale
-        transformer_blocks.*.attn.norm_added_{q,k}.weight   double_blocks.*.txt_attn.norm.{query,key}_norm.scale
-        transformer_blocks.*.attn.{to_out.0,to_add_out}                  double_blocks.*.{img,txt}_attn.proj
-        transformer_blocks.*.{ff,ff_context}.net.{0.proj,2}              double_blocks.*.{img,txt}_mlp.{0,2}
-        single_transformer_blocks.*.norm.linear                          single_blocks.*.modulation.lin
-        single_transformer_blocks.*.attn.to_{q,k,v}                      single_blocks.*.linear1[0,1,2]
-        single_transformer_blocks.*.proj_mlp                             single_blocks.*.linear1[3:]
-        single_transformer_blocks.*.attn.norm_{q,k}.weight               single_blocks.*.norm.{query,key}_norm.scale
-        single_transformer_blocks.*.proj_out                             single_blocks.*.linear2
+    names = Names(_NAMES)
+    # Chroma and FLUX.2 have these too: ComfyUI takes each other's spellings.
+    lora_names = Names(f"""
+        {_NAMES}
+        transformer_blocks.*.{{ff,ff_context}}.linear_{{in,out}}  double_blocks.*.{{img,txt}}_mlp.{{0,2}}
+        single_transformer_blocks.*.attn.to_{{qkv_mlp_proj,out}}  single_blocks.*.linear{{1,2}}
     """)
 
     pooled_width: int | None

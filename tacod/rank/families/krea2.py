@@ -214,6 +214,7 @@ class Krea2(DiT):
         THEIRS.ff.{gate,up,down}                            OURS.mlp.{gate,up,down}
         """.replace("THEIRS", _THEIRS).replace("OURS", _OURS)
     )
+    lora_names = Names(f"{_THEIRS}.attn.to_out  {_OURS}.attn.wo")
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()

@@ -10,9 +10,9 @@ Each line of a table is a pattern of theirs and one of ours, without ``.weight``
 
 ``*`` is a block's number. The choices in braces and brackets run in step: the first of theirs with the first of ours.
 ``[k]`` is the k-th part of the rows, each part with as many rows as the layer has inputs, and ``[k:]`` is all rows from
-the k-th part on. ``[q,k,v]`` are queries, as many rows as inputs, and keys and values, which share the others: they may
-be fewer (grouped-query attention). ``~`` exchanges the halves of the rows where there are two such parts: scale and
-shift. A line of one pattern is of names that are the same here.
+the k-th part on. ``[k/n]`` is the k-th of n equal parts. ``[q,k,v]`` are queries, as many rows as inputs, and keys and
+values, which share the others: they may be fewer (grouped-query attention). ``~`` exchanges the halves of the rows
+where there are two such parts: scale and shift. A line of one pattern is of names that are the same here.
 ``|`` says that the single file has the rows of their table in one row.
 """
 
@@ -54,7 +54,7 @@ class _Rule:
     theirs: str
     ours: str
     part: str
-    """``0``, ``0:`` or ``q``; empty for all rows."""
+    """``0``, ``0:``, ``0/2`` or ``q``; empty for all rows."""
     swap: bool
     flat: bool
 
@@ -174,5 +174,8 @@ def _rows(rule: _Rule, rows: int, inputs: int) -> tuple[int, int] | None:
         others = (rows - inputs) // 2
         at = _HEADS.index(rule.part)
         return (inputs + (at - 1) * others, others) if at else (0, inputs)
+    if "/" in rule.part:
+        at, parts = map(int, rule.part.split("/"))
+        return at * rows // parts, rows // parts
     first = int(rule.part.removesuffix(":")) * inputs
     return first, rows - first if rule.part.endswith(":") else inputs

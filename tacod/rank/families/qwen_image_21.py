@@ -127,6 +127,9 @@ class QwenImage21(DiT):
         transformer_blocks.*.attn.{to_q,to_k,to_v,to_out.0,norm_q,norm_k}
         transformer_blocks.*.img_mlp.{gate_layer,proj,gate_up,out}
     """)
+    lora_names = Names("""
+        transformer_blocks.*.img_mlp.{gate_layer,proj}  transformer_blocks.*.img_mlp.gate_up[0/2,1/2]
+    """)
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ A tensor's name is a container's prefix, a module, and the tensor's part in the 
     double_blocks.0.processor.qkv_lora1.down.weight                          x-flux: 1 is the image, 2 the text
 
 Prefixes and parts combine freely. Modules are looked up among the model's own names, and among diffusers' through the
-family's `DiT.diffusers_layout`.
+family's `DiT.lora_layout`.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def read_lora(
 
     Args:
         source: A safetensors file, whose path the caller has found to be allowed, or its tensors.
-        layout: What the family's `DiT.diffusers_layout` says about the model.
+        layout: What the family's `DiT.lora_layout` says about the model.
         shapes: The model's own keys and their shapes.
         strength: Of every patch; at 0 there are none.
         spellings: What the family's `DiT.spellings` says.
