@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from conformance import required_inputs, tiny, with_optional
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tacod.rank.comm.transport import _Joined
 from tacod.rank.families import kit
 from tacod.rank.families.control import Control
 from tacod.rank.families.inputs import Argument, Inputs, Number
 from tacod.rank.families.names import Names, Place
 from tacod.rank.families.stream import ForwardPass, Stream
 from tacod.rank.families.trunk import run_trunk
+from tacod.rank.forward.run import relative_difference
 from tacod.rank.forward.step_cache import StepCache
+from tacod.rank.ops.fused import Residual
+from tacod.rank.ops.qkv import QKV
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod_client.tensors import to_wire
 
@@ -254,3 +260,66 @@ def test_a_skipped_step_moves_every_latent() -> None:
     assert cache.skipped
     assert all(map(torch.equal, computed, skipped))
     assert [float(each.mean()) for each in skipped] == [3.0, 30.0]
+
+
+# --- what is put off --------------------------------------------------------------------------------------------------
+
+
+def test_a_change_that_is_put_off_comes_before_the_next_use() -> None:
+    tokens = torch.randn(1, 3, 8)
+
+    def doubled(stream: Residual) -> Callable[[], None]:
+        return lambda: stream.add(None, stream.tokens.clone())
+
+    for use in (
+        lambda stream: stream.tokens,
+        lambda stream: stream.normed(),
+        lambda stream: (stream.add(None, torch.zeros_like(tokens)), stream.tokens)[1],
+        lambda stream: (stream.later(lambda: None), stream.tokens)[1],
+    ):
+        late, now = Residual(tokens), Residual(tokens)
+        late.later(doubled(late))
+        doubled(now)()
+        assert torch.equal(use(late), use(now))  # type: ignore[no-untyped-call]
+        assert torch.equal(late.tokens, 2 * tokens)
+    gone = Residual(tokens)
+    gone.later(doubled(gone))
+    gone.tokens = tokens
+    assert torch.equal(gone.tokens, tokens), "of tokens that are no more"
+
+
+@pytest.mark.parametrize("family", ["flux", "flux2", "chroma", "qwen_image", "sd3"])
+def test_a_texts_mlp_runs_while_the_images_heads_travel(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the next block, and no bit depends on it."""
+    dit = tiny(family)
+    inputs = with_optional(dit, required_inputs(dit, batch=2, sides=(9, 13)))
+    ran: list[str] = []
+
+    def is_put_off(ran: list[str]) -> bool:
+        """Whether the first block's MLP of the text comes after the second block has sent the image's heads."""
+        second = ran.index("image", ran.index("image") + 1)
+        return ran.index("mlp of text") > second
+
+    send, mlp = _Joined.send, kit.MLP.forward
+
+    def sending(self: Any, qkv: QKV, stream: int, overlap: bool) -> None:
+        ran.append(("text", "image")[stream])
+        send(self, qkv, stream, overlap)
+
+    def computing(self: Any, x: Tensor) -> Tensor:
+        ran.append(f"mlp of {'text' if x.shape[1] == length else 'image'}")
+        return mlp(self, x)
+
+    length = dit.lengths(inputs)[0]
+    monkeypatch.setattr(_Joined, "send", sending)
+    monkeypatch.setattr(kit.MLP, "forward", computing)
+    with torch.inference_mode():
+        out = dit.run(SequenceParallel(), inputs)
+    assert length < dit.lengths(inputs)[-1]
+    assert is_put_off(ran)
+    monkeypatch.setattr(Residual, "later", lambda self, change: change())
+    ran.clear()
+    with torch.inference_mode():
+        at_once = dit.run(SequenceParallel(), inputs)
+    assert not is_put_off(ran)
+    assert relative_difference(out, at_once) == 0

@@ -82,7 +82,7 @@ class Block(nn.Module):
         ).wait()
         kit.after_attention(f.image, image, self.attn.project(to_image), self.img_mlp)
         if not self.last:
-            kit.after_attention(f.text, text, find(self.attn, "to_add_out")(to_text), self.txt_mlp)
+            kit.after_attention(f.text, text, find(self.attn, "to_add_out")(to_text), self.txt_mlp, later=True)
 
 
 class QwenImage(DiT):

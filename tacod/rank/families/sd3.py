@@ -77,7 +77,7 @@ class JointBlock(nn.Module):
         to_text, to_image = attention.wait()
         kit.after_attention(f.image, image_mod, image.attn.project(to_image), image.mlp)
         if not self.last:
-            kit.after_attention(f.text, text_mod, text.attn.project(to_text), text.mlp)
+            kit.after_attention(f.text, text_mod, text.attn.project(to_text), text.mlp, later=True)
 
 
 class SD3(DiT):

@@ -6,6 +6,8 @@ autograd, as in training, PyTorch's operations are used everywhere.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -100,12 +102,16 @@ def _rows(modulation: Tensor, segments: Tensor | None) -> Tensor:
 
 
 class Residual:
-    """A residual stream [B, S, W]. The last branch may be added together with the next norm, in one pass."""
+    """A residual stream [B, S, W]. The last branch may be added together with the next norm, in one pass.
+
+    What `later` is given is done when the tokens are needed next.
+    """
 
     def __init__(self, tokens: Tensor, segments: Tensor | None = None) -> None:
         """``segments`` (int64 [S]) says which row of its modulations each token has; None if they have one row."""
         self._tokens = tokens
         self._branch: tuple[Tensor | None, Tensor] | None = None
+        self._later: Callable[[], None] | None = None
         self.segments = segments
 
     @property
@@ -121,13 +127,24 @@ class Residual:
     @property
     def tokens(self) -> Tensor:
         """The tokens, with all branches added."""
+        self._catch_up()
         if self._branch is not None:
             self._tokens, self._branch = add_gated(self._tokens, *self._branch, self.segments), None
         return self._tokens
 
     @tokens.setter
     def tokens(self, tokens: Tensor) -> None:
-        self._tokens, self._branch = tokens, None
+        self._tokens, self._branch, self._later = tokens, None, None
+
+    def later(self, change: Callable[[], None]) -> None:
+        """Put off a change of this stream until its tokens are needed, such as while another stream's heads travel."""
+        self._catch_up()
+        self._later = change
+
+    def _catch_up(self) -> None:
+        if self._later is not None:
+            change, self._later = self._later, None
+            change()
 
     def add(self, gate: Tensor | None, branch: Tensor) -> None:
         """Add gate * branch [B, S, W], with the gate as in `norm_modulate`; without a gate, add the branch."""
@@ -135,6 +152,7 @@ class Residual:
 
     def normed(self, shift: Tensor | None = None, scale: Tensor | None = None, *, norm: Norm = LAYER_NORM) -> Tensor:
         """`norm_modulate` of `tokens`."""
+        self._catch_up()
         if self._branch is None:
             return norm_modulate(self._tokens, shift, scale, norm=norm, segments=self.segments)
         branch, self._branch = self._branch, None

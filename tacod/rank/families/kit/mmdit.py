@@ -25,14 +25,27 @@ __all__ = ["DoubleBlock", "SingleBlock", "after_attention", "join_streams"]
 
 
 def after_attention(
-    stream: Stream, modulation: Sequence[Tensor], attended: Tensor, mlp: Callable[[Tensor], Tensor]
+    stream: Stream,
+    modulation: Sequence[Tensor],
+    attended: Tensor,
+    mlp: Callable[[Tensor], Tensor],
+    later: bool = False,
 ) -> None:
     """A stream's second half of a block: its attention's projected output, then its MLP, each gated.
 
-    ``modulation`` is shift, scale and gate of the attention, then of the MLP.
+    ``modulation`` is shift, scale and gate of the attention, then of the MLP. With ``later`` the MLP is computed when
+    the tokens are needed: a text's then runs in the next block, while the image's heads travel. A short text's MLP
+    takes the time of reading its weights, however few tokens a rank has.
     """
+
+    def add_mlp() -> None:
+        stream.add(modulation[5], mlp(stream.normed(*modulation[3:5])))
+
     stream.add(modulation[2], attended)
-    stream.add(modulation[5], mlp(stream.normed(*modulation[3:5])))
+    if later:
+        stream.later(add_mlp)
+    else:
+        add_mlp()
 
 
 class DoubleBlock(nn.Module):
@@ -89,7 +102,7 @@ class DoubleBlock(nn.Module):
             mask=f.mask,
         ).wait()
         after_attention(f.image, image, self.img_attn.project(to_image), self.img_mlp)
-        after_attention(f.text, text, self.txt_attn.project(to_text), self.txt_mlp)
+        after_attention(f.text, text, self.txt_attn.project(to_text), self.txt_mlp, later=True)
 
 
 def join_streams(f: ForwardPass) -> None:
