@@ -304,7 +304,7 @@ def refuse_weight_only(source: Source) -> None:
 
     Quantized layers then leave their inputs as they are in ComfyUI, and round them in the daemon.
     """
-    formats = sorted({layer.format for layer in source.layers.values() if not layer.full_precision})
+    formats = sorted({layer.format for layer in source.layers.values() if layer.quantizes})
     if formats:
         raise Refused(
             f"ModelComputeDtype with layers in {', '.join(formats)}",

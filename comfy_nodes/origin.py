@@ -203,7 +203,7 @@ def _holds(path: str, names: Names, state: State) -> bool:
 
 
 def _rounds_inputs(state: State, layer: str) -> bool:
-    return layer in state.layers and not state.layers[layer].full_precision
+    return layer in state.layers and state.layers[layer].quantizes
 
 
 def _same_start(stored: Any, weight: torch.Tensor, scaled: bool) -> bool:

@@ -42,6 +42,7 @@ FORMATS = (
     "asym_w4a8_int8",
 )
 """The formats that are read, as ``comfy_quant`` names them."""
+_INTEGERS = ("int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8")
 SCALED = "scaled"
 """The format of a weight of 16 bits or more that has a scale beside it nevertheless."""
 
@@ -82,7 +83,7 @@ class Quantization:
     group: int = 16
     """asym_w4a8_int8: how many columns share a scale."""
     full_precision: bool = False
-    """Whether activations are never quantized for it (``full_precision_matrix_mult``)."""
+    """Whether the file says ``full_precision_matrix_mult``; see `quantizes` for what that means."""
     int8_activations: bool = False
     """convrot_w4a4: whether the activations have 8 bits on every card (``linear_dtype``)."""
     sides: tuple[str, ...] = ()
@@ -96,6 +97,11 @@ class Quantization:
         if self.format != "int8_tensorwise":
             return self.format
         return "int8_convrot" if self.rotation else "int8_rowwise" if self.by_row else self.format
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether ComfyUI may quantize activations in the model's dtype for it: for whole numbers in any case."""
+        return not self.full_precision or self.format in _INTEGERS
 
     @property
     def padding(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -64,6 +65,24 @@ def test_activations_stay_as_they_are_if_asked(golden: Golden) -> None:
         layer, x = golden.layer(name, torch.float32, weight_only=True), golden[f"{name}.x"].float()
         assert not layer.quantizes
         assert relative_error(layer(x), functional.linear(x, layer.weight, layer.bias)) < 1e-7
+
+
+@pytest.mark.parametrize("name", ["int8_rowwise", "int8_convrot", "asym_w4a8_int8", "convrot_w4a4"])
+def test_whole_numbers_quantize_activations_of_the_models_dtype_whatever_the_file_says(name: str) -> None:
+    """As ComfyUI's do: their product quantizes by itself, and only weights of another dtype are dequantized."""
+    golden = Golden(name)
+    told = {key: replace(each, full_precision=True) for key, each in golden.checkpoint.quantization.items()}
+    for each in golden.packed:
+        plain, x = golden.layer(each, torch.bfloat16), golden[f"{each}.x"]
+        with mock.patch.object(golden, "checkpoint", replace(golden.checkpoint, quantization=told)):
+            layer = golden.layer(each, torch.bfloat16)
+        assert layer.quantizes
+        assert torch.equal(layer(x.bfloat16()), plain(x.bfloat16()))
+        other = layer.in_dtype(torch.float32)
+        assert not other.quantizes
+        assert relative_error(other(x.float()), functional.linear(x.float(), other.weight, other.bias)) < 1e-6
+        assert plain.in_dtype(torch.float32).quantizes
+        assert layer.in_dtype(torch.bfloat16).quantizes
 
 
 NATIVE = {"fp8_scaled": 0, "fp8mixed": 3, "fp8_e5m2": 2, "mxfp8": 3, "nvfp4": 3}

@@ -69,14 +69,10 @@ class Layer:
         """Columns of the weight, without padding."""
         return self.shape[1]
 
-    @property
-    def full_precision(self) -> bool:
-        """Whether activations stay as they are."""
-        return self.quantization.full_precision or self.weight_only
-
     def native(self, capability: tuple[int, int]) -> bool:
         """Whether activations of floats are quantized, where GPUs multiply them from a compute capability on."""
-        return not self.full_precision and has_product(self.data.device, capability)
+        quantizes = self.quantization.quantizes and not self.weight_only
+        return quantizes and has_product(self.data.device, capability)
 
     def rows(self, dtype: torch.dtype) -> Tensor:
         """The weight in a dtype of one byte, without the rows that are padding: [out_features, bytes of a row]."""
@@ -163,7 +159,16 @@ def _nvfp4(layer: Layer) -> PackedLinear:
 def _int8(layer: Layer) -> PackedLinear:
     rotation = layer.quantization.rotation
     scale, data = layer.by_row("weight_scale"), layer.rows(torch.int8)
-    return Int8Linear(data, layer.in_features, scale, rotation, layer.bias, layer.dtype, layer.full_precision)
+    return Int8Linear(
+        data,
+        layer.in_features,
+        scale,
+        rotation,
+        layer.bias,
+        layer.dtype,
+        layer.weight_only,
+        layer.quantization.full_precision,
+    )
 
 
 def _int4(layer: Layer) -> PackedLinear:
@@ -173,7 +178,8 @@ def _int4(layer: Layer) -> PackedLinear:
         layer.quantization.rotation,
         layer.bias,
         layer.dtype,
-        layer.full_precision,
+        layer.weight_only,
+        layer.quantization.full_precision,
         layer.quantization.int8_activations,
     )
 
@@ -190,7 +196,8 @@ def _w4a8(layer: Layer) -> PackedLinear:
         layer.quantization.rotation,
         layer.bias,
         layer.dtype,
-        layer.full_precision,
+        layer.weight_only,
+        layer.quantization.full_precision,
     )
 
 

@@ -11,6 +11,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from typing_extensions import Self
 
 from tacod.rank.ops.fused import has_kernels
 from tacod.rank.ops.packed.base import PackedLinear, sliced
@@ -43,7 +44,9 @@ class IntegerLinear(PackedLinear):
         group: How many columns are rotated together (see `rotate`); 0 for none.
         bias: See `PackedLinear`.
         dtype: See `PackedLinear`.
-        full_precision: Whether activations stay as they are.
+        weight_only: Whether activations stay as they are.
+        full_precision: Whether the file says ``full_precision_matrix_mult``. ComfyUI quantizes the activations of these
+            formats in spite of it, unless they are in another dtype than the model's.
     """
 
     scale: Tensor
@@ -57,10 +60,11 @@ class IntegerLinear(PackedLinear):
         group: int,
         bias: nn.Parameter | None,
         dtype: torch.dtype,
+        weight_only: bool = False,
         full_precision: bool = False,
     ) -> None:
         super().__init__(data, in_features, bias, dtype)
-        self.group, self.full_precision = group, full_precision
+        self.group, self.weight_only, self.full_precision = group, weight_only, full_precision
         self.register_buffer("scale", scale, persistent=False)
         if group:
             for each in {dtype, torch.float32}:
@@ -70,7 +74,13 @@ class IntegerLinear(PackedLinear):
     @property
     def quantizes(self) -> bool:
         """See `PackedLinear.quantizes`."""
-        return not self.full_precision
+        return not self.weight_only
+
+    def in_dtype(self, dtype: torch.dtype) -> Self:
+        """See `PackedLinear.in_dtype`; activations of another dtype stay as they are if the file asks for it."""
+        twin = super().in_dtype(dtype)
+        twin.weight_only = self.weight_only or (self.full_precision and dtype != self.dtype)
+        return twin
 
     def whole(self, rows: slice) -> Tensor:
         """Rows of the weight before scale and rotation: int8 [rows, in_features]."""
@@ -100,7 +110,7 @@ class IntegerLinear(PackedLinear):
 
     def prepared(self, x: Tensor) -> Tensor | Tokens:
         """See `PackedLinear.prepared`: `Tokens`, unless another library quantizes them."""
-        if self.full_precision or (has_kernels(x) and _is_kitchens(x.device)):
+        if self.weight_only or (has_kernels(x) and _is_kitchens(x.device)):
             return x
         return self.quantized(x)
 
@@ -115,7 +125,7 @@ class IntegerLinear(PackedLinear):
 
     def product(self, prepared: Tensor | Tokens) -> Tensor:
         """See `PackedLinear.product`."""
-        if self.full_precision:
+        if self.weight_only:
             return super().product(prepared)
         factor = self.factor()
         if isinstance(prepared, Tensor):
@@ -169,10 +179,11 @@ class Int4Linear(IntegerLinear):
         group: int,
         bias: nn.Parameter | None,
         dtype: torch.dtype,
+        weight_only: bool = False,
         full_precision: bool = False,
         int8_activations: bool = False,
     ) -> None:
-        super().__init__(data, 2 * data.shape[1], scale, group, bias, dtype, full_precision)
+        super().__init__(data, 2 * data.shape[1], scale, group, bias, dtype, weight_only, full_precision)
         has_int4 = data.is_cuda and torch.cuda.get_device_capability(data.device)[0] == 8
         # Without a GPU ComfyUI doesn't look at what the layer asks for.
         self.int4_activations = not data.is_cuda or (has_int4 and not int8_activations)
@@ -188,7 +199,7 @@ class Int4Linear(IntegerLinear):
 
     def product(self, prepared: Tensor | Tokens) -> Tensor:
         """See `PackedLinear.product`; with activations of 4 bits, all in their dtype."""
-        if self.full_precision or not isinstance(prepared, Tensor) or not self.int4_activations:
+        if self.weight_only or not isinstance(prepared, Tensor) or not self.int4_activations:
             return super().product(prepared)
         tokens = self.rotated(prepared.flatten(0, -2))
         scales = tokens.abs().amax(dim=-1, keepdim=True).clamp(min=1e-10) / 7
@@ -215,6 +226,7 @@ class W4A8Linear(IntegerLinear):
         group: See `IntegerLinear`.
         bias: See `PackedLinear`.
         dtype: See `PackedLinear`.
+        weight_only: See `IntegerLinear`.
         full_precision: See `IntegerLinear`.
     """
 
@@ -231,9 +243,10 @@ class W4A8Linear(IntegerLinear):
         group: int,
         bias: nn.Parameter | None,
         dtype: torch.dtype,
+        weight_only: bool = False,
         full_precision: bool = False,
     ) -> None:
-        super().__init__(data, 2 * data.shape[1], scale, group, bias, dtype, full_precision)
+        super().__init__(data, 2 * data.shape[1], scale, group, bias, dtype, weight_only, full_precision)
         self.register_buffer("relative", relative, persistent=False)
         self.register_buffer("codebook", codebook, persistent=False)
 
