@@ -66,6 +66,8 @@ class Checkpoint:
     """Whether tensors and configuration are diffusers' (see `DiT.diffusers_layout` and `DiT.diffusers`)."""
     others: tuple[str, ...] = field(default=(), repr=False)
     """The names of other modules' tensors that lie beside the model's where these have no prefix."""
+    notes: str | None = None
+    """JSON that publishers put beside a model (the metadata's ``config``); some families read it."""
     quantization: Mapping[str, Quantization] = field(default_factory=dict, repr=False)
     """How packed weights are packed, by their names. What lies beside them, such as scales, is among `tensors`."""
 
@@ -145,6 +147,7 @@ def _read_file(path: str, prefix: str | None, whole: bool) -> Checkpoint:
         (header.file,),
         {key: (entry.part,) for key, entry in entries.items()},
         others=others,
+        notes=header.texts.get("config"),
         quantization=quantization,
     )
 

@@ -41,7 +41,7 @@ def check_arguments(given: Mapping[str, Any], specs: Mapping[str, Spec], family:
             if spec.required:
                 raise ArgumentError(f"{name}: missing; {family} needs it, as {_wanted(spec)}", argument=name)
         elif isinstance(spec, Number):
-            if not _is_number(value) or not spec.least <= value <= spec.most:
+            if not _is_within(value, spec):
                 raise ArgumentError(f"{name}: expected {_wanted(spec)}, got {value!r:.40}", argument=name)
         elif isinstance(spec, Numbers):
             _check_numbers(name, value, spec)
@@ -109,6 +109,12 @@ def _check_places(name: str, value: Any, spec: Places, sizes: Mapping[str, tuple
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_within(value: Any, spec: Number) -> bool:
+    if spec.many and not isinstance(value, list):
+        return False
+    return all(_is_number(each) and spec.least <= each <= spec.most for each in (value if spec.many else [value]))
 
 
 def _check_residuals(name: str, value: Any, spec: Residuals, sizes: Mapping[str, tuple[int, str]]) -> None:
@@ -180,7 +186,8 @@ def _check_tensor(name: str, value: Any, spec: Argument, sizes: dict[str, tuple[
 
 def _wanted(spec: Spec) -> str:
     if isinstance(spec, Number):
-        return f"a number from {spec.least:g} to {spec.most:g}"
+        kind = "a list of numbers" if spec.many else "a number"
+        return f"{kind} from {spec.least:g} to {spec.most:g}"
     if isinstance(spec, Numbers):
         return f"a map of numbers, with any of {', '.join(spec.names)}"
     if isinstance(spec, Places):

@@ -20,6 +20,7 @@ import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
 
+import comfy.ldm.wan.model as wan_model  # noqa: E402
 import comfy.ops  # noqa: E402
 import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
@@ -171,6 +172,17 @@ Z_IMAGE = {key: value for key, value in LUMINA.items() if key != "clip_text_dim"
     "pad_tokens_multiple": 32,
     "siglip_feat_dim": 20,
 }
+WAN = {
+    "image_model": "wan2.1",
+    "model_type": "t2v",
+    "dim": 48,
+    "num_heads": 4,
+    "ffn_dim": 80,
+    "num_layers": 2,
+    "in_dim": 4,
+    "out_dim": 4,
+    "text_dim": 24,
+}
 
 
 def next_dit(**config: Any) -> nn.Module:
@@ -192,6 +204,7 @@ def build(kind: Any, config: dict[str, Any], drawn: torch.Generator) -> tuple[nn
         if weight.ndim == 1:
             # Scales of norms are about 1, biases small.
             about_1 = "norm" in name or name.split(".")[-2] in ("ln_q", "ln_k") or name.endswith("embedder.0.weight")
+            about_1 |= name.startswith("img_emb.proj.")
             random = 1 + 0.2 * random if about_1 and name.endswith(".weight") else 0.1 * random
         elif "pos_embed" not in name and "scale_shift" not in name:
             random = random / weight[0].numel() ** 0.5
@@ -213,14 +226,22 @@ def save(name: str, family: str, config: dict[str, Any], network: nn.Module, sto
         rest = {key: cast(value) for key, value in rest.items()} | args
         if "rope_options" in rest:
             rest["transformer_options"] = {"rope_options": rest.pop("rope_options")}
+        network.to(dtype)
+        for part in vars(network)["_modules"].keys() & {"patch_embedding", "vace_patch_embedding"}:
+            # Wan's are fp32 whatever the rest is.
+            network.get_submodule(part).float()
         with torch.inference_mode():
-            out: Tensor = network.to(dtype)(cast(given["x"]), given["timestep"], **rest)
+            out: Tensor = network(cast(given["x"]), given["timestep"], **rest)
         return out.clone().contiguous()
 
-    args = {key: value for key, value in given.items() if not isinstance(value, Tensor | list)}
+    args = {
+        key: value
+        for key, value in given.items()
+        if not all(isinstance(each, Tensor) for each in (value if isinstance(value, list) else [value]))
+    }
     tensors = {f"weights.{key}": value for key, value in stored.items()} | {"out": run(torch.float32)}
     for key, value in given.items():
-        if isinstance(value, list):
+        if isinstance(value, list) and key not in args:
             tensors |= {f"in.{key}.{number}": each for number, each in enumerate(value)}
         elif key not in args:
             tensors[f"in.{key}"] = value
@@ -318,6 +339,45 @@ def krea2() -> None:
     make("krea2_128", 1, (10, 9), [(9, 12), (8, 7)], features=128, heads=1, kvheads=1, layers=1, txtheads=1)
 
 
+def wan() -> None:
+    """What Fun control, cameras, VACE and first and last frames add, and videos beside the video."""
+    drawn = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=drawn)
+
+    def make(name: str, sides: tuple[int, int, int], kind: Any = wan_model.WanModel, **more: Any) -> None:
+        config = {**WAN, **{key: more.pop(key) for key in list(more) if key in inspect.signature(kind).parameters}}
+        network, stored = build(kind, config, drawn)
+        given = {"x": noise(2, config["in_dim"], *sides), "timestep": torch.tensor([737.0, 250.5])}
+        save(name, "wan", config, network, stored, {**given, "context": noise(2, 7, 24), **more})
+
+    # The width of CLIP's tokens is no setting.
+    clip = wan_model.MLPProj
+    wan_model.MLPProj = lambda width, *rest, **settings: clip(40, *rest, **settings)
+    seen = {"model_type": "i2v", "in_dim": 9, "clip_fea": noise(2, 10, 40)}
+    make("wan_flf", (2, 7, 9), **seen, flf_pos_embed_token_number=10)
+    make("wan_i2v_without_image", (1, 6, 5), model_type="i2v", in_dim=9)
+    seen |= {"in_dim": 12, "in_dim_ref_conv": 4, "reference_latent": noise(2, 4, 6, 8)}
+    make("wan_fun", (3, 6, 8), **seen)
+    times = torch.tensor([[0.0, 737.0, 368.5], [250.5, 250.5, 250.5]])
+    make("wan_fun_frames", (3, 4, 6), in_dim_ref_conv=4, reference_latent=noise(2, 4, 4, 6), timestep=times)
+    stretched = {"scale_t": 0.75, "shift_t": 1.0, "scale_x": 1.5, "scale_y": 0.5, "shift_x": -2.0, "shift_y": 3.0}
+    beside = {"time_dim_concat": noise(2, 4, 2, 5, 7), "context_latents": [noise(2, 4, 2, 5, 3), noise(2, 4, 1, 8, 6)]}
+    make("wan_beside", (3, 5, 7), **beside, timestep=times, rope_options=stretched)
+    camera = {
+        "kind": wan_model.CameraWanModel,
+        "in_dim_control_adapter": 3,
+        "camera_conditions": noise(2, 3, 3, 48, 64),
+    }
+    make("wan_camera", (3, 6, 8), **camera, model_type="camera", in_dim=8, clip_fea=noise(2, 5, 40))
+    make("wan_camera_22", (3, 6, 8), **camera, model_type="camera_2.2", in_dim=9)
+    vace = {"model_type": "vace", "num_layers": 4, "vace_layers": 2, "vace_in_dim": 12}
+    given = {"vace_context": noise(2, 2, 12, 3, 6, 8), "vace_strength": [1.0, 0.625]}
+    make("wan_vace", (3, 6, 8), kind=wan_model.VaceWanModel, **vace, **given)
+    wan_model.MLPProj = clip
+
+
 def main() -> None:
     """Make them all."""
     given_pictures()
@@ -348,6 +408,7 @@ def main() -> None:
     save("z_image_omni", "lumina2", Z_IMAGE, network, stored, given)
     qwen_image()
     krea2()
+    wan()
 
 
 main()

@@ -263,7 +263,7 @@ def test_unets_are_refused_by_name(name: str, prefix: str) -> None:
     ("key", "told"),
     [
         ("input_blocks.0.0.weight", "UNet;"),
-        ("head.modulation", "looks like Wan"),
+        ("double_layers.0.attn.w1q.weight", "looks like AuraFlow"),
         ("lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight", "LoRA"),
         ("first_stage_model.decoder.conv_in.weight", "flux, .*sd3"),
     ],

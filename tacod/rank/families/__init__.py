@@ -28,7 +28,6 @@ _UNETS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL
 _ELSEWHERE = {
     "txt_in.individual_token_refiner.blocks.0.norm1.weight": "HunyuanVideo",
     "double_layers.0.attn.w1q.weight": "AuraFlow",
-    "head.modulation": "Wan",
     "dec_net.cond_embed.weight": "Z-Image of pixels",
     "controlnet_blocks.0.weight": "a ControlNet, which ComfyUI loads beside the model",
 }

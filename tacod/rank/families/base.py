@@ -107,9 +107,11 @@ class DiT(nn.Module, abc.ABC):
     """Values of arguments in made-up forwards; other arguments are noise."""
     clamps: ClassVar[bool] = False
     """Whether its residual streams overflow in fp16, and are clamped after each block, as ComfyUI clamps Flux.1's."""
+    notes: ClassVar[bool] = False
+    """Whether ComfyUI lets the metadata's ``config`` go before what it detects in a file."""
     beside: ClassVar[tuple[str, ...]] = ()
     """Prefixes of tensors that files hold for other modules: a load leaves them out."""
-    downscale: ClassVar[int] = 8
+    downscale: int = 8
     """Pixels per latent cell, along each side."""
     image_models: ClassVar[tuple[str, ...]]
     """The values of ``image_model`` in ComfyUI's ``unet_config`` that this family runs."""

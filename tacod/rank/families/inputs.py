@@ -86,11 +86,13 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Number:
-    """An argument that is one number within bounds, the same for all images of a forward."""
+    """An argument that is one number within bounds, or a list of such, the same for all images of a forward."""
 
     least: float
     most: float
     required: bool = False
+    many: bool = False
+    """A list of them."""
 
 
 @dataclass(frozen=True)

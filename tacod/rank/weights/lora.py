@@ -66,7 +66,6 @@ _REFUSED = {
 _STRANGERS = {
     re.compile(r"(down|up|input|output|mid|middle)_blocks?[._]"): "a UNet (Stable Diffusion 1.x, 2.x or XL)",
     re.compile(r"joint_transformer_blocks[._]|double_layers[._]"): "AuraFlow",
-    re.compile(r"(^|[._])blocks[._]\d+[._](cross|self)_attn"): "Wan",
 }
 """Marks of LoRA files for models that no family here runs; families' own marks are `DiT.lora_marks`."""
 _SHOWN = 8

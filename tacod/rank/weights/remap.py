@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -40,7 +41,21 @@ def identify(checkpoint: Checkpoint) -> tuple[type[DiT], dict[str, Any], Checkpo
     if layout is not None:
         checkpoint = arrange(checkpoint, layout)
     family, config = detect(checkpoint.tensors, checkpoint.config)
+    if family.notes:
+        config = {**config, **_read_notes(checkpoint), **(checkpoint.config or {})}
     return family, config, rename(checkpoint, family.canonical)
+
+
+def _read_notes(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """What a file's metadata says of the network, for some families. Raises `ModelCorrupt` if it can't be read."""
+    try:
+        notes = json.loads(checkpoint.notes or "{}")
+        found = notes.get("transformer", {})
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ModelCorrupt(f"{checkpoint.path}: the metadata's config is no JSON object ({error})") from None
+    if not isinstance(found, dict):
+        raise ModelCorrupt(f"{checkpoint.path}: the metadata's config has {found!r:.80} for transformer, and no object")
+    return found
 
 
 def _look_deeper(checkpoint: Checkpoint) -> Checkpoint:

@@ -14,24 +14,26 @@ from tacod.rank.families.kit.attention import find, register
 __all__ = ["MLPEmbedder", "sinusoid"]
 
 
-def sinusoid(t: Tensor, width: int = 256, scale: float = 1.0) -> Tensor:
+def sinusoid(t: Tensor, width: int = 256, scale: float = 1.0, powers: bool = False) -> Tensor:
     """The sinusoidal embedding of ``t`` [...], computed and returned in fp32 [..., width]: cosines, then sines.
 
     Vaswani et al., 2017, as in guided-diffusion. Rounding ``t`` to bf16 before it costs tens of percent of accuracy.
-    ``scale`` multiplies the angles, not ``t``: of angles up to 1000 the order of the products shows in the output.
+    ``scale`` multiplies the angles, not ``t``: of angles up to 1000 the order of the products shows in the output, and
+    so does the rounding of frequencies, which with ``powers`` are powers of 10000, not exponentials.
     """
-    angles = scale * (t.float()[..., None] * _frequencies(width // 2, t.device))
+    angles = scale * (t.float()[..., None] * _frequencies(width // 2, t.device, powers))
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
 
 
 @functools.cache
-def _frequencies(count: int, device: torch.device) -> Tensor:
+def _frequencies(count: int, device: torch.device, powers: bool) -> Tensor:
     """Falling geometrically from 1 to 1e-4, fp32.
 
     Computed on the CPU for every device: a GPU's exp differs in the last bit, which at t = 3500 shows in the sixth
     digit of the model's output.
     """
-    return torch.exp(-math.log(10000) * torch.arange(count, dtype=torch.float32, device="cpu") / count).to(device)
+    places = torch.arange(count, dtype=torch.float32, device="cpu")
+    return (10000 ** -(places / count) if powers else torch.exp(-math.log(10000) * places / count)).to(device)
 
 
 class MLPEmbedder(nn.Module):

@@ -1,0 +1,330 @@
+"""Wan 2.1 and 2.2 (Alibaba, 2025, arXiv:2503.20314), and what Fun control, camera control and VACE add to it.
+
+Parameters are named as in the authors' files (Wan-Video/Wan2.1, Apache-2.0).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tacod.checkpoint import TensorInfo
+from tacod.rank.families import kit
+from tacod.rank.families.base import DiT
+from tacod.rank.families.config import (
+    fixed,
+    integer,
+    optional_integer,
+    width_of_heads,
+)
+from tacod.rank.families.inputs import Argument, Number, Numbers, Spec, Unread
+from tacod.rank.families.latents import WAN21, WAN22
+from tacod.rank.families.noise import Flow
+from tacod.rank.families.stream import ForwardPass, Stream
+from tacod.rank.families.wan_files import (
+    NAMES,
+    OPTIONAL_LAYERS,
+    SEEING,
+    detect_config,
+    of_diffusers,
+    of_diffusers_vace,
+    read_kind,
+    vace_distance,
+)
+from tacod.rank.families.wan_parts import PATCH, PIXELS, Block, CameraAdapter, Clip, Head, VaceBlock, embed_patches
+from tacod.rank.ops.qkv import Rotation
+from tacod_client.errors import ArgumentError, ModelUnsupported
+
+__all__ = ["Wan"]
+
+_THETA = 10000.0
+
+
+class Wan(DiT):
+    """Text to video, image to video, first and last frame, Fun control, camera control and VACE.
+
+    ``config`` is ComfyUI's ``unet_config``, and ``clip_dim``, the channels of CLIP's tokens. Raises `ModelUnsupported`,
+    naming the key, for a configuration that can't be.
+    """
+
+    family: ClassVar[str] = "wan"
+    title = "Wan"
+    models = ("2.1 T2V, I2V, FLF2V", "2.2 A14B and 5B", "VACE", "Fun control and camera")
+    notes = True
+    lora_marks = r"(^|[._])(vace_)?blocks[._]\d+[._]((self|cross)_attn[._](q|k|v|o)(_img)?([._]|$)|ffn[._][02]([._]|$))"
+    tiny: ClassVar[Mapping[str, Any]] = {
+        "image_model": "wan2.1",
+        "model_type": "i2v",
+        "dim": 48,
+        "num_heads": 3,
+        "ffn_dim": 80,
+        "num_layers": 2,
+        "in_dim": 5,
+        "out_dim": 4,
+        "text_dim": 16,
+        "clip_dim": 32,
+        "flf_pos_embed_token_number": 9,
+    }
+    diffusers: ClassVar[Mapping[str, Any]] = {
+        "WanTransformer3DModel": of_diffusers,
+        "WanVACETransformer3DModel": of_diffusers_vace,
+    }
+    usual: ClassVar[Mapping[str, int]] = {"B": 1, "T": 3, "H": 60, "W": 104, "L": 512, "V": 1}
+    image_models: ClassVar[tuple[str, ...]] = ("wan2.1",)
+    process = Flow()
+    diffusers_optional = OPTIONAL_LAYERS
+    names = NAMES
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        fixed(config, patch_size=list(PATCH), freq_dim=256, window_size=[-1, -1], eps=1e-6)
+        fixed(config, qk_norm=True, cross_attn_norm=True)
+        self.kind = read_kind(config)
+        self.width, self.heads = width, heads = width_of_heads(config, "dim", "num_heads")
+        head_width = width // heads
+        if head_width % 2:
+            raise ModelUnsupported(
+                f"config key 'num_heads' is {heads}; a head must have an even number of channels, of {width} in all"
+            )
+        side = head_width // 6 * 2
+        self.axes = (head_width - 2 * side, side, side)
+        self.channels = integer(config, "in_dim", 16)
+        self.out_channels = integer(config, "out_dim", 16)
+        self.latent_format = {16: WAN21, 48: WAN22}.get(self.out_channels)
+        self.downscale = 16 if self.latent_format is WAN22 else 8
+        self.context_width = integer(config, "text_dim", 4096)
+        hidden, layers = integer(config, "ffn_dim"), integer(config, "num_layers", most=1024)
+        sees_image = self.kind in SEEING
+
+        self.patch_embedding = nn.Conv3d(self.channels, width, PATCH, stride=PATCH)
+        self.text_embedding = kit.MLP(self.context_width, width, ("0", "2"), outputs=width)
+        self.time_embedding = kit.MLPEmbedder(256, width, ("0", "2"))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.blocks = nn.ModuleList(Block(width, heads, hidden, sees_image) for _ in range(layers))
+        self.head = Head(width, 4 * self.out_channels)
+        self.img_emb = self.ref_conv = self.control_adapter = None
+        if sees_image:
+            self.clip_width = integer(config, "clip_dim", 1280)
+            positions = optional_integer(config, "flf_pos_embed_token_number")
+            self.most_clip = math.inf if positions is None else positions
+            self.img_emb = Clip(self.clip_width, width, positions)
+        self.reference_channels = optional_integer(config, "in_dim_ref_conv")
+        if self.reference_channels is not None:
+            if self.kind not in ("t2v", "i2v"):
+                raise ModelUnsupported(
+                    f"config key 'in_dim_ref_conv': there is none where 'model_type' is {self.kind!r}"
+                )
+            self.ref_conv = nn.Conv2d(self.reference_channels, width, PATCH[1:], stride=PATCH[1:])
+        if self.kind in ("camera", "camera_2.2"):
+            self.control_adapter = CameraAdapter(integer(config, "in_dim_control_adapter", 24), width)
+        self.vace_blocks = nn.ModuleList()
+        if self.kind == "vace":
+            count = integer(config, "vace_layers")
+            self.every = vace_distance(layers, count)
+            self.vace_channels = integer(config, "vace_in_dim", 96)
+            self.vace_patch_embedding = nn.Conv3d(self.vace_channels, width, PATCH, stride=PATCH)
+            self.vace_blocks.extend(VaceBlock(width, heads, hidden, first=n == 0) for n in range(count))
+
+    @classmethod
+    def detect(cls, tensors: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
+        """See `DiT.detect`. Published models have 128 channels a head."""
+        return detect_config(tensors) if "head.modulation" in tensors else None
+
+    def arguments(self) -> dict[str, Spec]:
+        """See `DiT.arguments`.
+
+        Where a first image is given, each frame has a timestep of its own (``t2v`` and ``i2v``). ``clip_fea`` are
+        tokens of CLIP, ``time_dim_concat`` frames behind those of ``x``, ``reference_latent`` a frame before them, and
+        ``context_latents`` videos beside it. ``vace_context`` are VACE's given videos with their masks, and
+        ``vace_strength`` a number for each, by default 1.
+        """
+        plain = self.kind in ("t2v", "i2v")
+        specs: dict[str, Spec] = {
+            "x": Argument(("B", self.channels, "T", "H", "W")),
+            "timestep": Argument(("B",), fp32=True, per="T" if plain else ""),
+            "context": Argument(("B", "L", self.context_width)),
+            "clip_fea": Unread(),
+            "reference_latent": Unread(),
+            "rope_options": Numbers(kit.ROPE_OPTIONS),
+            "denoise_mask": Unread(),
+            "control": Unread(),
+        }
+        if self.img_emb is not None:
+            specs["clip_fea"] = Argument(("B", "K", self.clip_width), required=False)
+        if self.reference_channels is not None:
+            specs["reference_latent"] = Argument(("B", self.reference_channels, "H", "W"), required=False)
+        if plain:
+            specs["time_dim_concat"] = Argument(("B", self.channels, "R", "H", "W"), required=False)
+            specs["context_latents"] = Argument(("B", self.channels, "CT", "CH", "CW"), required=False, many=True)
+        if self.control_adapter is not None:
+            inputs = self.control_adapter.inputs
+            specs["camera_conditions"] = Argument(("B", inputs, "T", "CH", "CW"), required=False)
+        if self.kind == "vace":
+            specs["vace_context"] = Argument(("B", "V", self.vace_channels, "T", "H", "W"))
+            specs["vace_strength"] = Number(-1000.0, 1000.0, many=True)
+        return specs
+
+    def lengths(self, arguments: Mapping[str, Any]) -> tuple[int, ...]:
+        """See `DiT.lengths`: the tokens of a reference, the video and what is beside it, in this order.
+
+        The texts are whole on every rank, so they are no streams.
+        """
+        self._check(arguments)
+        video, *beside = self._grids(arguments)
+        before = math.prod(video.counts[1:]) if "reference_latent" in arguments else 0
+        tokens = before + sum(grid.length for grid in (video, *beside))
+        timestep = arguments["timestep"]
+        if len(timestep.shape) > 1 and timestep.shape[1] < tokens < 2 * timestep.shape[1]:
+            raise ArgumentError(
+                f"timestep: its {timestep.shape[1]} frames can't be told apart in {tokens} tokens; give one for all",
+                argument="timestep",
+            )
+        return (tokens,)
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """See `DiT.timestep`."""
+        return sigma * 1000
+
+    def begin(self, f: ForwardPass, **arguments: Any) -> None:
+        """See `DiT.begin`."""
+        (tokens,) = self.lengths(arguments)
+        x, timestep = arguments["x"], arguments["timestep"]
+        times = kit.sinusoid(timestep, powers=True).to(x.dtype)
+        f.conditioning = self.time_embedding(times).reshape(len(x), -1, self.width)
+        f.times = self.time_projection(f.conditioning)
+        f.text, f.picture = self._texts(arguments)
+        f.grid, f.frames = self._grids(arguments)[0], x.shape[2]
+        segments = None
+        if timestep.ndim > 1:
+            # ComfyUI deals tokens out to frames evenly, a reference's and other videos' too.
+            segments = torch.arange(tokens, device=x.device) // -(-tokens // timestep.shape[1])
+        f.before, patches = self._patches(f.grid, arguments)
+        f.image = f.shard(
+            patches,
+            lambda chunk: self._embed(chunk, max(f.before - f.sequence.place(tokens)[0], 0)),
+            lambda shard: self._rotation(arguments, shard),
+            segments,
+        )
+        if "camera_conditions" in arguments:
+            assert self.control_adapter is not None
+            first, last = f.sequence.place(tokens)
+            if first < last:
+                f.image.tokens = f.image.tokens + self.control_adapter(arguments["camera_conditions"], first, last)
+        if self.kind == "vace":
+            f.start = f.image.tokens
+            f.given = [self._given(f, each) for each in arguments["vace_context"].unbind(1)]
+            f.strengths = arguments.get("vace_strength") or [1.0] * len(f.given)
+
+    @property
+    def trunk(self) -> Sequence[Any]:
+        """See `DiT.trunk`; VACE's blocks follow those of the video that they change."""
+        order: list[Any] = []
+        for number, block in enumerate(self.blocks):
+            order.append(block)
+            if self.vace_blocks and number % self.every == 0:
+                order.append(self.vace_blocks[number // self.every])
+        return order
+
+    def end(self, f: ForwardPass) -> Tensor:
+        """See `DiT.end`."""
+        latent: Tensor = f.grid.latent(self.head(f)[:, f.before :], channels_last=True)
+        return latent[:, :, : f.frames]
+
+    def _check(self, arguments: Mapping[str, Any]) -> None:
+        """Raise `ArgumentError` for what ComfyUI's network has no place for."""
+        *_, height, width = arguments["x"].shape
+        for name in ("reference_latent", "camera_conditions", "vace_context"):
+            if name in arguments and (height % 2 or width % 2):
+                raise ArgumentError(
+                    f"x: its latents are {height} by {width}; with {name} both must be even, so make both sides of the "
+                    f"video multiples of {2 * self.downscale} pixels",
+                    argument="x",
+                )
+        camera, clip = arguments.get("camera_conditions"), arguments.get("clip_fea")
+        if camera is not None and tuple(camera.shape[3:]) != (PIXELS * height, PIXELS * width):
+            raise ArgumentError(
+                f"camera_conditions: expected {PIXELS * height} by {PIXELS * width} pixels, as the video has; got "
+                f"{camera.shape[3]} by {camera.shape[4]}",
+                argument="camera_conditions",
+            )
+        if clip is not None and clip.shape[1] > self.most_clip:
+            raise ArgumentError(
+                f"clip_fea: its K is {clip.shape[1]}, but this model has positions for {self.most_clip} tokens",
+                argument="clip_fea",
+            )
+        strengths = arguments.get("vace_strength")
+        if strengths is not None and len(strengths) != arguments["vace_context"].shape[1]:
+            raise ArgumentError(
+                f"vace_strength: expected {arguments['vace_context'].shape[1]} numbers, one for each video of "
+                f"vace_context; got {len(strengths)}",
+                argument="vace_strength",
+            )
+
+    def _grids(self, arguments: Mapping[str, Any]) -> list[kit.Grid]:
+        """Of the video with the frames behind it, and of each video beside it."""
+        batch, channels, frames, *sides = arguments["x"].shape
+        if "time_dim_concat" in arguments:
+            frames += arguments["time_dim_concat"].shape[2]
+        beside = [kit.Grid(each, PATCH, "context_latents") for each in arguments.get("context_latents", ())]
+        return [kit.Grid(torch.empty(batch, channels, frames, *sides, device="meta"), PATCH), *beside]
+
+    def _texts(self, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """What the blocks attend to as text and as image, each [B, L, width]."""
+        text = self.text_embedding(arguments["context"])
+        if self.img_emb is None:
+            return text, None
+        # Without an image ComfyUI takes the text for both.
+        return text, self.img_emb(arguments["clip_fea"]) if "clip_fea" in arguments else text
+
+    def _patches(self, grid: kit.Grid, arguments: Mapping[str, Any]) -> tuple[int, Tensor]:
+        """How many tokens a reference has, and the patches of everything in order, [B, N, 4 * channels]."""
+        video = [arguments[name] for name in ("x", "time_dim_concat") if name in arguments]
+        patches = [grid.patches(torch.cat(video, dim=2))]
+        for each in arguments.get("context_latents", ()):
+            patches.append(kit.Grid(each, PATCH).patches(each))
+        reference = arguments.get("reference_latent")
+        if reference is None:
+            return 0, torch.cat(patches, dim=1)
+        first = kit.Grid(reference, PATCH[1:]).patches(reference)
+        width = max(first.shape[-1], patches[0].shape[-1])
+        patches = [functional.pad(each, (0, width - each.shape[-1])) for each in (first, *patches)]
+        return first.shape[1], torch.cat(patches, dim=1)
+
+    def _embed(self, patches: Tensor, before: int) -> Tensor:
+        """Some patches, the first of which are a reference's as long as there are tokens ``before`` the others."""
+        video = embed_patches(self.patch_embedding, patches[:, before:, : 4 * self.channels])
+        if self.ref_conv is None or not before:
+            return video
+        assert self.reference_channels is not None
+        reference = patches[:, :before, : 4 * self.reference_channels]
+        return torch.cat((functional.linear(reference, self.ref_conv.weight.flatten(1), self.ref_conv.bias), video), 1)
+
+    def _rotation(self, arguments: Mapping[str, Any], shard: Callable[[Tensor], Tensor]) -> Rotation:
+        """Of this rank's tokens: by frame, row and column, and by the number of the video that is beside ``x``."""
+        device, options = arguments["x"].device, arguments.get("rope_options", {})
+        origin = [options.get(f"shift_{axis}", 0.0) for axis in "tyx"]
+        scale = [options.get(f"scale_{axis}", 1.0) for axis in "tyx"]
+        video, *beside = self._grids(arguments)
+        if "reference_latent" in arguments:
+            frames, *sides = video.sides
+            video = kit.Grid(torch.empty(1, 1, 1 + frames, *sides, device="meta"), PATCH)
+        places = [grid.positions(origin, scale, device) for grid in (video, *beside)]
+        turned = kit.rope(shard(torch.cat(places)), self.axes, _THETA)
+        if not beside:
+            return turned
+        numbers = torch.cat([each.new_full((len(each), 1), number) for number, each in enumerate(places)])
+        other = kit.rope(shard(numbers), (sum(self.axes),), _THETA)
+        return Rotation(
+            turned.cos * other.cos - turned.sin * other.sin, turned.sin * other.cos + turned.cos * other.sin
+        )
+
+    def _given(self, f: ForwardPass, video: Tensor) -> Stream:
+        """A stream of one of VACE's videos [B, C, T, H, W], at the places of ``x``."""
+        stream = f.shard(f.grid.patches(video), lambda chunk: embed_patches(self.vace_patch_embedding, chunk))
+        stream.rotation = f.image.rotation
+        return stream
