@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from published import PUBLISHED, Published, build, fill, make_inputs
+from published import PUBLISHED, Published, Size, build, fill, make_inputs
 from served import daemon, write_model
 from torch import Tensor, multiprocessing
 
@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", default=",".join(str(n + 1) for n in range(torch.cuda.device_count() or 2)))
     parser.add_argument("--models", default=",".join(PUBLISHED))
-    parser.add_argument("--sizes", default="", help="sides in pixels; by default each model's own")
+    parser.add_argument("--sizes", default="", help="1024 or 832x480x81, …; by default each model's own")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--served", default="", help="numbers of GPUs that a daemon has, such as 1,3")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -78,9 +78,9 @@ def main() -> None:
         show(args, counts, served, Path(folder))
 
 
-def cases(args: argparse.Namespace) -> list[tuple[str, int]]:
+def cases(args: argparse.Namespace) -> list[tuple[str, Size]]:
     """Each model with each size."""
-    sizes = list(map(int, args.sizes.split(","))) if args.sizes else []
+    sizes = list(map(Size.parse, args.sizes.split(","))) if args.sizes else []
     return [(name, size) for name in args.models.split(",") for size in sizes or PUBLISHED[name].sizes]
 
 
@@ -99,12 +99,12 @@ def times_of(forward: Callable[[], Any], rounds: int) -> float:
     return statistics.median(took)
 
 
-def note(folder: str, name: str, size: int, kind: str, **values: Any) -> None:
+def note(folder: str, name: str, size: Size, kind: str, **values: Any) -> None:
     """Keep what was found of one case."""
     Path(folder, f"{name}.{size}.{kind}.json").write_text(json.dumps(values))
 
 
-def error_of(folder: str, name: str, size: int, out: Tensor) -> float | None:
+def error_of(folder: str, name: str, size: Size, out: Tensor) -> float | None:
     """How far an output is from that in fp32, if there is one."""
     file = Path(folder, f"{name}.{size}.exact.pt")
     if not file.exists():
@@ -143,7 +143,7 @@ def rank_main(rank: int, args: argparse.Namespace, count: int, rendezvous: str) 
                     memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
                     plan = str(call.plan)
                     note(args.folder, name, size, str(count), ms=ms, error=error, memory=memory, plan=plan)
-                    print(f"{name} {size}² on {count}: {ms:.1f} ms, {plan}", flush=True)
+                    print(f"{name} {size} on {count}: {ms:.1f} ms, {plan}", flush=True)
                 else:
                     forwards(call)
                 forwards.clear()
@@ -215,7 +215,7 @@ def comfyui(args: argparse.Namespace) -> None:
                 error=error_of(args.folder, name, size, forward()),
                 memory=memory,
             )
-            print(f"{name} {size}² by ComfyUI's network: {ms:.1f} ms", flush=True)
+            print(f"{name} {size} by ComfyUI's network: {ms:.1f} ms", flush=True)
 
 
 def serve(args: argparse.Namespace, count: int) -> None:
@@ -232,7 +232,7 @@ def serve(args: argparse.Namespace, count: int) -> None:
                 ms = times_of(lambda model=model, inputs=inputs: model.forward(**inputs), args.rounds)  # type: ignore[misc]
                 error = error_of(args.folder, name, size, model.forward(**inputs))
                 note(args.folder, name, size, f"served{count}", ms=ms, error=error)
-                print(f"{name} {size}² through a daemon with {count}: {ms:.1f} ms", flush=True)
+                print(f"{name} {size} through a daemon with {count}: {ms:.1f} ms", flush=True)
             client.unload(model.id)
 
 
@@ -257,7 +257,7 @@ def show(args: argparse.Namespace, counts: list[int], served: list[int], folder:
             file = folder / f"{name}.{size}.{kind}.json"
             found[kind] = json.loads(file.read_text()) if file.exists() else {"ms": None, "error": None}
         stock, alone = found["comfyui"]["ms"], found[str(counts[0])]["ms"]
-        row = [name, f"{size}²", "–" if stock is None else f"{stock:.1f}"]
+        row = [name, str(size), "–" if stock is None else f"{stock:.1f}"]
         for kind in ours:
             ms = found[kind]["ms"]
             ratios = [f"{base / ms:.2f}×" for base in (stock, alone if kind != str(counts[0]) else None) if base and ms]

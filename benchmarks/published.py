@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,24 @@ from tacod.rank.families import detect
 from tacod.rank.families.base import DiT
 from tacod.rank.families.inputs import Argument, Inputs
 
-__all__ = ["PUBLISHED", "Published", "build", "fill", "make_inputs"]
+__all__ = ["PUBLISHED", "Published", "Size", "build", "fill", "make_inputs"]
+
+
+class Size(NamedTuple):
+    """Of a picture or a video."""
+
+    width: int
+    height: int
+    frames: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Size:
+        """Of ``1024``, ``1280x720`` or ``832x480x81``."""
+        sides = list(map(int, text.split("x")))
+        return cls(*(sides if len(sides) > 1 else 2 * sides))
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self if self.frames > 1 else self[:2]))
 
 
 @dataclass(frozen=True)
@@ -27,14 +44,16 @@ class Published:
     """The name of its class in ComfyUI's ``comfy.supported_models``."""
     text: int
     """Tokens of the text."""
-    sizes: tuple[int, ...] = (1024, 2048)
-    """Sides in pixels."""
+    sizes: tuple[Size, ...] = (Size(1024, 1024), Size(2048, 2048))
+    """In pixels and frames."""
     cut: Mapping[str, Any] = field(default_factory=dict)
     """What it is cut to on a CPU."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Arguments that ComfyUI's network needs besides, and ours doesn't read."""
     values: Mapping[str, float] = field(default_factory=dict)
     """Arguments of one number per image."""
+    frames_per_latent: int = 4
+    """Frames of a video that its latents have one for, but for the first."""
 
 
 def _flux2(width: int, heads: int, double: int, single: int, context: int, guided: bool) -> dict[str, Any]:
@@ -64,6 +83,22 @@ def _flux2(width: int, heads: int, double: int, single: int, context: int, guide
         "yak_mlp": False,
     }
 
+
+def _wan(width: int, hidden: int, layers: int, channels: int = 16) -> dict[str, Any]:
+    return {
+        "image_model": "wan2.1",
+        "model_type": "t2v",
+        "dim": width,
+        "ffn_dim": hidden,
+        "num_heads": width // 128,
+        "num_layers": layers,
+        "in_dim": channels,
+        "out_dim": channels,
+        "text_dim": 4096,
+    }
+
+
+_SMALL_WAN = {"dim": 256, "num_heads": 2, "ffn_dim": 512, "num_layers": 1}
 
 PUBLISHED = {
     "flux": Published(
@@ -143,7 +178,7 @@ PUBLISHED = {
         },
         "QwenImage",
         77,
-        sizes=(1024, 1328),
+        sizes=(Size(1024, 1024), Size(1328, 1328)),
         cut={"num_layers": 1},
     ),
     "flux2_klein_9b": Published(
@@ -224,9 +259,14 @@ PUBLISHED = {
         },
         "HiDream",
         128,
-        sizes=(1024,),
+        sizes=(Size(1024, 1024),),
         cut={"num_layers": 1, "num_single_layers": 1, "llama_layers": [0, 31], "num_attention_heads": 4},
     ),
+    "wan_1.3b": Published(_wan(1536, 8960, 30), "WAN21_T2V", 512, sizes=(Size(832, 480, 81),), cut=_SMALL_WAN),
+    "wan_14b": Published(
+        _wan(5120, 13824, 40), "WAN21_T2V", 512, sizes=(Size(832, 480, 81), Size(1280, 720, 81)), cut=_SMALL_WAN
+    ),
+    "wan_5b": Published(_wan(3072, 14336, 30, 48), "WAN22_T2V", 512, sizes=(Size(1280, 704, 121),), cut=_SMALL_WAN),
 }
 
 
@@ -255,19 +295,20 @@ def fill(weights: Mapping[str, Tensor]) -> None:
         weight.copy_(values)
 
 
-def make_inputs(name: str, dit: DiT, pixels: int, device: torch.device) -> Inputs:
+def make_inputs(name: str, dit: DiT, size: Size, device: torch.device) -> Inputs:
     """A usual forward's arguments at this size, at noise level 0.7, in the model's dtype."""
     model = PUBLISHED[name]
     generator = torch.Generator().manual_seed(1)
-    side = pixels // dit.downscale
-    sizes = {**dict.fromkeys(dit.usual, 1), "H": side, "W": side, "L": model.text, "M": model.text}
+    sizes = {**dict.fromkeys(dit.usual, 1), "L": model.text, "M": model.text}
+    sizes |= {"H": size.height // dit.downscale, "W": size.width // dit.downscale}
+    sizes["T"] = (size.frames - 1) // model.frames_per_latent + 1
     specs = dit.arguments()
     values: dict[str, Any] = {}
     for key, spec in specs.items():
         if not isinstance(spec, Argument) or spec.shape is None or spec.keys:
             continue
         if spec.required or key in dit.usual_optional:
-            shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
+            shape = [sizes[side] if isinstance(side, str) else side for side in spec.shape]
             values[key] = torch.randn(shape, generator=generator).to(device, dit.dtype)
     values["timestep"] = dit.timestep(torch.full((1,), 0.7)).float().to(device)
     values |= {key: torch.full((1,), value, device=device) for key, value in model.values.items()}
