@@ -32,6 +32,8 @@ __all__ = ["Converted", "Settings", "convert", "open_file"]
 
 log = logging.getLogger(__name__)
 
+_STATEFUL = {"CausalWanModel": "it keeps keys and values from frame to frame, and the daemon's forwards keep nothing"}
+"""Networks that aren't functions of their inputs, by their classes' names, and why."""
 _NO_DIT = "it is no diffusion transformer; UNets (SD 1.5, SDXL) run in ComfyUI itself"
 
 
@@ -178,6 +180,9 @@ def _connect(
     device: torch.device,
     progress: Progress | None,
 ) -> Converted:
+    kind = type(skeleton).__name__
+    if kind in _STATEFUL:
+        raise Refused(kind, _STATEFUL[kind])
     client = client_of(settings.endpoint)
     remote = Remote(client, source, settings.plan)
     with errors_explained():

@@ -84,10 +84,11 @@ class Network:
             if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         }
         """What it takes after x and the timestep, in order, with the defaults."""
+        self._handed = _handed_on(kind, inner)
 
     def takes(self, name: str) -> bool:
         """Whether it looks at an argument of this name; parts of it see none but those that it hands on."""
-        return name in self.parameters or f'"{name}"' in self._own
+        return name in self.parameters or name in self._handed or f'"{name}"' in self._own
 
     def reads(self, name: str) -> bool:
         """Whether it, or a part of it, looks at an option of this name."""
@@ -149,9 +150,7 @@ class Network:
     @functools.cached_property
     def stretches_references(self) -> bool:
         """Whether stretched positions are those of reference latents too: they are given the options (0.19 and on)."""
-        tree = ast.parse(textwrap.dedent(inspect.getsource(self._inner)))
-        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-        placing = [node for node in calls if isinstance(node.func, ast.Attribute) and node.func.attr == "process_img"]
+        placing = _calls_in(self._inner, "process_img")
         return all(any(given.arg == "transformer_options" for given in node.keywords) for node in placing)
 
     def qk_norm_eps(self, dtype: torch.dtype) -> float | None:
@@ -163,6 +162,21 @@ class Network:
             norms = [each for name, each in self.skeleton.named_modules() if name.endswith(".query_norm")]
             self._eps[dtype] = _measure_eps(norms[0], dtype) if norms else None
         return self._eps[dtype]
+
+
+def _calls_in(function: Any, method: str) -> list[ast.Call]:
+    """The calls of a method of this name in a function's source."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [node for node in calls if isinstance(node.func, ast.Attribute) and node.func.attr == method]
+
+
+def _handed_on(kind: type, inner: Any) -> set[str]:
+    """What ``forward_orig`` takes by name, if it is called with all that the network doesn't take itself."""
+    original = getattr(kind, "forward_orig", None)
+    if original is None or all(given.arg for call in _calls_in(inner, "forward_orig") for given in call.keywords):
+        return set()
+    return set(inspect.signature(original).parameters)
 
 
 def _measure_eps(norm: torch.nn.Module, dtype: torch.dtype) -> float:

@@ -19,7 +19,7 @@ import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from safetensors import safe_open
 
-from . import controlnets, quantized, qwen_image_21, shapes, standins
+from . import controlnets, quantized, qwen_image_21, shapes, standins, video
 
 try:
     from . import small_anima
@@ -29,6 +29,7 @@ except ImportError:
 else:
     small_anima.shrink()
 qwen_image_21.register()
+video.shrink()
 
 __all__ = ["NODE_CLASS_MAPPINGS", "shapes"]
 
@@ -66,6 +67,8 @@ def detect(state_dict: Any, key_prefix: str, metadata: Any = None) -> Any:
         # ComfyUI knows SD3 by other means than by this key; a dtype is none in a file's metadata.
         told = {key: value for key, value in told.items() if key != "image_model" or key in config}
         config |= {key: value for key, value in told.items() if not isinstance(config.get(key), torch.dtype)}
+        # No setting of ComfyUI's class.
+        config.pop("clip_dim", None)
     return config
 
 
@@ -435,4 +438,6 @@ _NODES = (
     TestControl,
     TestAttentionMask,
 )
-NODE_CLASS_MAPPINGS = {kind.__name__: kind for kind in (*_NODES, *controlnets.NODES, *quantized.NODES, *standins.NODES)}
+NODE_CLASS_MAPPINGS = {
+    kind.__name__: kind for kind in (*_NODES, *controlnets.NODES, *quantized.NODES, *standins.NODES, *video.NODES)
+}

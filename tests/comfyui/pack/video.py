@@ -1,0 +1,93 @@
+"""What stands in for the models around a video's: a VAE of frames, and an encoder of images."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import comfy.ldm.wan.model as wan
+import torch
+from torch.nn import functional
+
+__all__ = ["NODES", "VideoVAE", "shrink"]
+
+CLIP_WIDTH = 40
+"""Of the tokens of images in the goldens; ComfyUI's class has a fixed one."""
+_projection = wan.MLPProj
+
+
+def _small(width: int, *rest: Any, **settings: Any) -> Any:
+    return _projection(CLIP_WIDTH, *rest, **settings)
+
+
+def shrink() -> None:
+    """From now on Wan's networks take tokens of that width."""
+    wan.MLPProj = _small
+
+
+class VideoVAE:
+    """What nodes use of a video's VAE: latents are sums of the pixels' means, and every fourth frame has one."""
+
+    def __init__(self, channels: int, pixels: int) -> None:
+        self.latent_channels, self.pixels = channels, pixels
+        self.mixture = torch.randn(channels, 3, generator=torch.Generator().manual_seed(3))
+
+    def spacial_compression_encode(self) -> int:
+        return self.pixels
+
+    def encode(self, frames: torch.Tensor) -> torch.Tensor:
+        means = functional.avg_pool2d(frames[::4, :, :, :3].movedim(-1, 1) - 0.5, self.pixels)
+        return torch.einsum("ck,tkhw->cthw", self.mixture, means)[None]
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        return latent[:, :3].movedim(1, -1).sigmoid().repeat_interleave(4, dim=1)[:, 3:]
+
+
+class TestVideoVAE:
+    """A VAE of a tiny video model."""
+
+    RETURN_TYPES = ("VAE",)
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        whole = ("INT", {"default": 16, "min": 1, "max": 128})
+        return {"required": {"channels": whole, "pixels": whole}}
+
+    def make(self, channels: int, pixels: int) -> tuple[Any]:
+        return (VideoVAE(channels, pixels),)
+
+
+class TestFrames:
+    """Random frames."""
+
+    RETURN_TYPES = ("IMAGE",)
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": dict.fromkeys(("seed", "frames", "height", "width"), ("INT", {"max": 2**31}))}
+
+    def make(self, seed: int, frames: int, height: int, width: int) -> tuple[Any]:
+        return (torch.rand(frames, height, width, 3, generator=torch.Generator().manual_seed(seed)),)
+
+
+class TestClipVision:
+    """What an encoder of images gives of one."""
+
+    RETURN_TYPES = ("CLIP_VISION_OUTPUT",)
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": dict.fromkeys(("seed", "tokens"), ("INT", {"max": 2**31}))}
+
+    def make(self, seed: int, tokens: int) -> tuple[Any]:
+        random = torch.Generator().manual_seed(seed)
+        return (SimpleNamespace(penultimate_hidden_states=torch.randn(1, tokens, CLIP_WIDTH, generator=random)),)
+
+
+NODES = (TestVideoVAE, TestFrames, TestClipVision)
