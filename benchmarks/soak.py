@@ -70,6 +70,8 @@ def look(supervisor: psutil.Process) -> Holdings:
     rank = {"memory": 0, "descriptors": 0, "threads": 0}
     for process in supervisor.children():
         with suppress(psutil.Error):
+            if not process.name().startswith("tacod.rank"):
+                continue  # what they are forked from
             rank = {what: max(rank[what], value) for what, value in holdings(process).items()}
     return Holdings(time.monotonic(), holdings(supervisor), rank)
 

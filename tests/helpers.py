@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tacod.checkpoint import TensorInfo, read_checkpoint
+from tacod.group.fork_server import MODULE
 from tacod.rank.arguments import check_arguments, load_arguments
 from tacod.rank.families import detect
 from tacod.rank.families.base import DiT
@@ -211,8 +212,12 @@ class Daemon:
         with self.client() as client:
             return [rank["pid"] for rank in client.status()["group"]["ranks"]]
 
+    def fork_server(self) -> psutil.Process | None:
+        """What its ranks are forked from, if it runs now."""
+        return next((each for each in self.processes() if MODULE in each.cmdline()), None)
+
     def processes(self) -> list[psutil.Process]:
-        """Everything that runs and has this folder on its command line: supervisor and ranks, of any generation."""
+        """Everything that runs and has this folder on its command line: supervisor, fork server, ranks of any age."""
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):

@@ -119,7 +119,7 @@ class Executor:
 
     def close(self) -> None:
         """End the ranks."""
-        self.group.kill()
+        self.group.close()
 
     # --- jobs -----------------------------------------------------------------------------------------------------
 

@@ -125,9 +125,8 @@ class RankGroup:
 
     @property
     def sources(self) -> list[int]:
-        """File descriptors that become readable when a rank reports or ends."""
-        channels = [rank.channel.fileno() for rank in self.ranks if not rank.mute]
-        return channels + [rank.pidfd for rank in self.ranks]
+        """File descriptors that become readable when a rank begins, reports or ends."""
+        return self._processes.sources
 
     def spawn(self) -> None:
         """Start a new epoch of ranks; they report when they are ready."""
@@ -145,6 +144,11 @@ class RankGroup:
         self.deadline = None
         self._current = None
 
+    def close(self) -> None:
+        """End all ranks, and what they are forked from."""
+        self.kill()
+        self._processes.close()
+
     def check(self, now: float) -> None:
         """Raise `GroupLost` if a rank ended or is over its deadline."""
         broken = self._current.broken if self._current is not None else None
@@ -157,6 +161,7 @@ class RankGroup:
             names = ", ".join(f"rank {rank.index} (pid {rank.process.pid})" for rank in missing)
             self._processes.log_stacks(missing)
             if self.state is GroupState.STARTING:
+                names = names or f"{self.world_size} ranks"
                 raise GroupLost(f"{names} not ready after {self.settings.start_timeout_s:g} s (group.start_timeout_s)")
             current = self._current
             assert current is not None
@@ -229,6 +234,7 @@ class RankGroup:
 
         Raises `GroupLost` if they disagree, or if one says that it is broken.
         """
+        self._processes.admit()
         for rank in self.ranks:
             while (packet := rank.receive()) is not None:
                 answer = self._on_message(rank, packet)
@@ -262,7 +268,7 @@ class RankGroup:
     def _on_ready(self, rank: Rank, report: Ready) -> None:
         rank.ready = True
         rank.memory_used_bytes = report.memory_used_bytes
-        if all(rank.ready for rank in self.ranks):
+        if len(self.ranks) == self.world_size and all(rank.ready for rank in self.ranks):
             self.state = GroupState.IDLE
             self.deadline = None
 

@@ -1,15 +1,14 @@
-"""The ranks as processes: one per device, started together and ended together."""
+"""The ranks as processes: one per device, forked together and ended together."""
 
 from __future__ import annotations
 
+import bisect
 import json
 import logging
 import os
 import secrets
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from tacod import config
 from tacod.group.arena import PACKET_BYTES, Arena
+from tacod.group.fork_server import Child, ForkServer
 from tacod.group.work import Fault, Progress
 from tacod_client.errors import TacodError
 
@@ -42,8 +42,7 @@ class Rank:
 
     index: int
     device: str
-    process: subprocess.Popen[bytes]
-    pidfd: int
+    process: Child
     channel: socket.socket
     """One end of a pair of unix sockets; the rank has the other."""
     ready: bool = False
@@ -129,36 +128,51 @@ class Processes:
         self._folder = folder
         self._epoch = ""
         """Part of the names of the ranks' files, so that one generation doesn't see what an earlier one left."""
+        self._server: ForkServer | None = None
+        self._channels: dict[int, socket.socket] = {}
+        """Those of the ranks that are not there yet."""
+
+    @property
+    def sources(self) -> list[int]:
+        """File descriptors that become readable when ranks begin, report or end."""
+        channels = [rank.channel.fileno() for rank in self.ranks if not rank.mute]
+        server = self._server.sources if self._server is not None else []
+        return [*channels, *(rank.process.fd for rank in self.ranks), *server]
 
     def spawn(self, settings: config.Group, fault: Fault | None = None) -> None:
-        """Start a new epoch of ranks, with a ``fault`` on purpose; they report when they are ready."""
+        """Start a new epoch of ranks, with a ``fault`` on purpose.
+
+        `admit` takes them in as they begin; they report when they are ready.
+        """
         assert not self.ranks
+        self._check_server()
+        if self._server is None:
+            self._server = ForkServer(settings.device, self._folder, _environment(settings.device, self.devices))
         self._epoch = secrets.token_hex(8)
         self.arena = Arena()
-        for index, device in enumerate(self.devices):
-            channel, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            for end in (channel, other):
+        for index in range(len(self.devices)):
+            self._channels[index], other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            for end in (self._channels[index], other):
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * PACKET_BYTES)
-            process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "tacod.rank"),
-                    *("--rank", str(index), "--world-size", str(len(self.devices)), "--device", settings.device),
-                    *("--channel", str(other.fileno()), "--arena", str(self.arena.fd)),
-                    *("--rendezvous", str(self._rendezvous), "--stacks", str(self._stacks(index))),
-                    *(() if settings.cuda_graphs else ("--no-cuda-graphs",)),
-                    *(() if settings.peer_memory else ("--no-peer-memory",)),
-                    *(() if settings.warm_up else ("--no-warm-up",)),
-                    *("--prefix-bytes", str(settings.prefix_bytes)),
-                    *(("--fault", json.dumps(fault.body())) if fault is not None else ()),
-                ],
-                env=_environment(settings.device, self.devices),
-                pass_fds=(other.fileno(), self.arena.fd),
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-            other.close()
-            self.ranks.append(Rank(index, device, process, os.pidfd_open(process.pid), channel))
+            arguments = [
+                *("--rank", str(index), "--world-size", str(len(self.devices)), "--device", settings.device),
+                *("--rendezvous", str(self._rendezvous), "--stacks", str(self._stacks(index))),
+                *(() if settings.cuda_graphs else ("--no-cuda-graphs",)),
+                *(() if settings.peer_memory else ("--no-peer-memory",)),
+                *(() if settings.warm_up else ("--no-warm-up",)),
+                *("--prefix-bytes", str(settings.prefix_bytes)),
+                *(("--fault", json.dumps(fault.body())) if fault is not None else ()),
+            ]
+            with other:
+                self._server.fork(index, arguments, other.fileno(), self.arena.fd)
         log.info("starting %d ranks on %s", len(self.devices), ", ".join(self.devices))
+        self.admit()
+
+    def admit(self) -> None:
+        """Take in the ranks that have begun."""
+        for index, process in self._server.forked() if self._server is not None else ():
+            rank = Rank(index, self.devices[index], process, self._channels.pop(index))
+            bisect.insort(self.ranks, rank, key=lambda each: each.index)
 
     def kill(self) -> None:
         """End all ranks at once and reap them; nothing of this epoch remains."""
@@ -166,25 +180,44 @@ class Processes:
             rank.process.kill()
         for rank in self.ranks:
             rank.process.wait()
-            os.close(rank.pidfd)
             rank.channel.close()
-            self._stacks(rank.index).unlink(missing_ok=True)
         self.ranks.clear()
+        if self._channels:
+            # Some may have begun since the last look.
+            self.close()
+            for channel in self._channels.values():
+                channel.close()
+            self._channels.clear()
+        for index in range(len(self.devices)):
+            self._stacks(index).unlink(missing_ok=True)
         if self.arena is not None:
             self.arena.close()
             self.arena = None
         self._rendezvous.unlink(missing_ok=True)
         self._epoch = ""
 
+    def close(self) -> None:
+        """End the fork server; the next ranks start another one."""
+        if self._server is not None:
+            self._server.stop()
+
     def check(self, ranks: Iterable[Rank]) -> None:
-        """Raise `GroupLost` if one of these has ended."""
+        """Raise `GroupLost` if one of these has ended, or the fork server before they were all there."""
+        self._check_server()
         ended = [(rank, code) for rank in ranks if (code := rank.process.poll()) is not None]
         if ended:
             # Those that exit may have fallen over one that a signal ended.
             rank, code = min(ended, key=lambda each: each[1] >= 0)
-            ending = _ending(code)
-            reason = f"rank {rank.index} ({rank.device}, pid {rank.process.pid}) {ending}"
-            raise GroupLost(reason, cause="" if -code in _FROM_OUTSIDE else ending)
+            reason = f"rank {rank.index} ({rank.device}, pid {rank.process.pid}) {_ending(code)}"
+            raise GroupLost(reason, cause=_cause(code))
+
+    def _check_server(self) -> None:
+        if self._server is None or (code := self._server.poll()) is None:
+            return
+        reason = f"the process that ranks are forked from (pid {self._server.pid}) {_ending(code)}"
+        if self._channels:
+            raise GroupLost(reason, cause=_cause(code))
+        log.warning("%s; the next start of ranks takes longer", reason)
 
     def log_stacks(self, ranks: Iterable[Rank]) -> None:
         """Log where these ranks hang. Each writes to a file of its own, so that their lines don't mix."""
@@ -228,6 +261,11 @@ def _environment(kind: str, devices: Sequence[str]) -> dict[str, str]:
 
 _FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Signals by which people and the kernel end a process that did nothing wrong."""
+
+
+def _cause(code: int) -> str:
+    """The cause of a loss by such an exit code, if it would come again."""
+    return "" if -code in _FROM_OUTSIDE else _ending(code)
 
 
 def _ending(code: int) -> str:

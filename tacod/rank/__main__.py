@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import faulthandler
 import gc
 import json
@@ -15,12 +14,13 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 
 import torch
 
-from tacod import logs
+from tacod import logs, prctl
 from tacod.group.arena import PACKET_BYTES, Arena
 from tacod.group.work import (
     Begun,
@@ -48,14 +48,13 @@ from tacod_client.errors import TacodError
 
 log = logging.getLogger("tacod.rank")
 
-PR_SET_PDEATHSIG = 1
 BUSY_POLL_S = 0.02
 """How long a GPU's rank polls for the next command without sleeping."""
 
 
-def main() -> None:
-    """Run the rank until the supervisor ends."""
-    args = _parse()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the rank until the supervisor ends; ``arguments`` are those of the command line."""
+    args = _parse(arguments)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, file=args.stacks, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -82,7 +81,7 @@ def main() -> None:
     serve(engine, channel, Arena(args.arena))
 
 
-def _parse() -> argparse.Namespace:
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tacod.rank", description="One rank of tacod; tacod starts it.")
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--world-size", type=int, required=True)
@@ -96,16 +95,15 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--no-warm-up", action="store_true")
     parser.add_argument("--prefix-bytes", type=int, required=True, help="limit for the prefixes that are kept")
     parser.add_argument("--fault", type=lambda text: Fault(**json.loads(text)), help="a fault on purpose, as JSON")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def _die_with_the_supervisor(channel: socket.socket) -> None:
-    """Have the kernel kill this process when the supervisor ends, even if this process is stopped.
+    """Have this process end with the supervisor.
 
-    The kernel does so only for a supervisor that ends after this call. Before that, the rank notices by the channel,
-    which closes when the supervisor ends.
+    If that ends before the kernel has been asked for it, the rank notices by the channel, which closes.
     """
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl.die_with_parent()
 
     def wait() -> None:
         hangup = select.poll()

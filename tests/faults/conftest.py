@@ -17,6 +17,8 @@ from tacod_client import Cancelled, Client
 
 STEP_TIMEOUT_S = 4.0
 RANKS = 2
+PROCESSES = 2 + RANKS
+"""The supervisor, the fork server and the ranks."""
 MANY_STEPS = 20000
 """More than any test waits for; their sigmas are a large buffer."""
 
@@ -69,7 +71,7 @@ def sturdy(two_ranks: Daemon, grown: list[str]) -> Iterator[Daemon]:
         eventually(lambda: client.status()["clients"] == 1, 10, "the test's clients are gone")
         assert client.jobs() == []
         FLUX.check(client.load(FLUX.file), seed=99)
-    assert len(two_ranks.processes()) == 1 + RANKS
+    assert len(two_ranks.processes()) == PROCESSES
     with suppress(AssertionError):
         eventually(lambda: not growth(before, holdings(two_ranks)), 10, "it holds no more than before")
     if more := growth(before, holdings(two_ranks)):

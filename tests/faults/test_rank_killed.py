@@ -13,6 +13,8 @@ from helpers import FLUX, SD3, START_S, Daemon, eventually, stopped
 
 from tacod_client import Client
 
+from .conftest import PROCESSES
+
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_under_a_forward(sturdy: Daemon, client: Client, rank: int) -> None:
@@ -38,7 +40,7 @@ def test_under_a_forward(sturdy: Daemon, client: Client, rank: int) -> None:
     assert told["group_restarts"] == after["restarts"]
     assert "was killed by SIGKILL" in sturdy.log
     eventually(lambda: (supervisor.num_fds(), supervisor.num_threads()) == open_before, 5, "no descriptor stays open")
-    assert len(sturdy.processes()) == 3
+    assert len(sturdy.processes()) == PROCESSES
 
 
 def test_under_a_sample(sturdy: Daemon, client: Client) -> None:

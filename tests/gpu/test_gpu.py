@@ -274,6 +274,7 @@ def test_a_lost_rank_costs_time_and_nothing_else(gpu_daemon: Daemon, fault: str)
                 latent = job.result()
         assert client.status()["group"]["restarts"] == restarts + 1
     assert relative_error(latent, undisturbed) <= 1e-5
+    assert "has used CUDA" not in gpu_daemon.log, "the ranks could not be forked"
 
 
 def test_residuals_masks_and_plain_attention(gpu_daemon: Daemon) -> None:

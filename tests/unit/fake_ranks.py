@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -64,16 +63,42 @@ class Clock:
         self.now += seconds
 
 
+class FakeForkServer:
+    """What `tacod.group.fork_server.ForkServer` is: it has the ranks at once, and ends when a test says so."""
+
+    sources: ClassVar[list[int]] = []
+    pid = 99
+
+    def __init__(self, device: str, folder: Path, environment: Mapping[str, str]) -> None:
+        self._forked: list[FakeRank] = []
+
+    def fork(self, rank: int, arguments: Sequence[str], channel: int, arena: int) -> None:
+        self._forked.append(FakeRank(rank, arguments, channel, arena))
+
+    def forked(self) -> list[tuple[int, FakeRank]]:
+        found, self._forked = self._forked, []
+        return [(rank.index, rank) for rank in found]
+
+    def poll(self) -> int | None:
+        return None
+
+    def stop(self) -> None:
+        for _, rank in self.forked():
+            rank.kill()
+            rank.wait()
+
+
 class FakeRank:
-    """What `subprocess.Popen` gives: a process that speaks and ends when a test says so."""
+    """What `tacod.group.fork_server.Child` is: a process that speaks and ends when a test says so."""
 
     all: ClassVar[list[FakeRank]] = []
 
-    def __init__(self, command: Sequence[str], **options: Any) -> None:
-        options = dict(zip(command[3::2], command[4::2], strict=True))
-        self.index = int(options["--rank"])
+    def __init__(self, rank: int, arguments: Sequence[str], channel: int, arena: int) -> None:
+        options = dict(zip(arguments[::2], arguments[1::2], strict=True))
+        self.index = rank
         self.generation = options["--rendezvous"]
         self.pid = 100 + len(self.all)
+        self.fd = os.open(os.devnull, os.O_RDONLY)
         self.code: int | None = None
         self.reaped = False
         self.greeted = False
@@ -81,9 +106,9 @@ class FakeRank:
         self.answered = 0
         """The last work item that it has answered."""
         self._heard: list[Message] = []
-        self._arena = Arena(int(options["--arena"]))
+        self._arena = Arena(arena)
         # The supervisor closes what it gives to a process.
-        self._channel = socket.socket(fileno=os.dup(int(options["--channel"])))
+        self._channel = socket.socket(fileno=os.dup(channel))
         self._channel.setblocking(False)
         self.all.append(self)
 
@@ -135,6 +160,7 @@ class FakeRank:
     def wait(self) -> int:
         assert self.code is not None, "waits for a process that lives"
         self.reaped = True
+        os.close(self.fd)
         del self._arena
         return self.code
 
@@ -160,12 +186,8 @@ def fakes() -> Iterator[Clock]:
     clock = Clock()
     FakeRank.all.clear()
 
-    def pidfd_open(pid: int) -> int:
-        return os.open(os.devnull, os.O_RDONLY)
-
     with (
-        mock.patch("tacod.group.processes.subprocess", SimpleNamespace(Popen=FakeRank, DEVNULL=None)),
-        mock.patch("tacod.group.processes.os.pidfd_open", pidfd_open),
+        mock.patch("tacod.group.processes.ForkServer", FakeForkServer),
         mock.patch("tacod.group.processes.time", clock),
         mock.patch("tacod.group.group.time", clock),
         mock.patch("tacod.execution.executor.time", clock),
