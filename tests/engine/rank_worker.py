@@ -1,6 +1,7 @@
-"""One of the processes that tests run forwards on; `Ranks` starts them.
+"""The processes that tests run forwards on; `Ranks` starts them.
 
-Run as a script, this file is one rank: it reads cases as JSON lines and answers each with what it measured.
+Run as a script, this file imports what they need and forks them. Each reads cases as JSON lines and answers each with
+what it measured.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import itertools
 import json
 import math
 import os
+import select
+import signal
 import subprocess
 import sys
 import time
@@ -62,40 +65,38 @@ class Ranks:
         # Triton chooses its interpreter when it is imported.
         environment["TRITON_INTERPRET"] = "1"
         environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, __file__, str(rank), f"file://{folder / 'rendezvous'}"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=environment,
-                text=True,
-            )
-            for rank in range(WORLD)
-        ]
+        cases, answers = zip(*((os.pipe(), os.pipe()) for _ in range(WORLD)), strict=True)
+        self._cases = [os.fdopen(write, "w", buffering=1) for _, write in cases]
+        self._answers = [os.fdopen(read) for read, _ in answers]
+        theirs = [number for (read, _), (_, write) in zip(cases, answers, strict=True) for number in (read, write)]
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, f"file://{folder / 'rendezvous'}", *map(str, theirs)],
+            stdin=subprocess.DEVNULL,
+            pass_fds=theirs,
+            env=environment,
+            start_new_session=True,
+        )
+        for number in theirs:
+            os.close(number)
 
     def run(self, layout: tuple[int, ...], verb: str, **case: Any) -> list[Any]:
         """What each rank measured; of those that the layout leaves idle, what they have to say."""
-        for process in self.processes:
-            assert process.stdin is not None
-            process.stdin.write(json.dumps({"layout": layout, "verb": verb, **case}) + "\n")
-            process.stdin.flush()
-        answers = [process.stdout.readline() for process in self.processes if process.stdout is not None]
+        for cases in self._cases:
+            cases.write(json.dumps({"layout": layout, "verb": verb, **case}) + "\n")
+        answers = [each.readline() for each in self._answers]
         assert all(answers), "a rank died; its traceback is on stderr"
         return [answer for answer in map(json.loads, answers) if answer is not None]
 
     def close(self) -> None:
         """End the processes by closing their input."""
-        for process in self.processes:
-            assert process.stdin is not None
-            process.stdin.close()
-        for process in self.processes:
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            assert process.stdout is not None
-            process.stdout.close()
+        for cases in self._cases:
+            cases.close()
+        # Each rank closes its end when it ends.
+        for answers in self._answers:
+            if not select.select([answers], [], [], 10)[0]:
+                os.killpg(self._process.pid, signal.SIGKILL)
+            answers.close()
+        self._process.wait()
 
 
 def projected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Callable[[], QKV]:
@@ -379,18 +380,32 @@ class Rank:
         return clock.take_s(), wall, clock.take_s()
 
 
-def main(number: str, rendezvous: str) -> None:
-    # gloo reports its connections on stdout, which is for answers here.
-    answers = os.fdopen(os.dup(1), "w")
+def main(rendezvous: str, *numbers: str) -> None:
+    # gloo reports its connections on stdout.
     os.dup2(2, 1)
-    rank = Rank(int(number), rendezvous)
-    for line in sys.stdin:
-        case = json.loads(line)
-        layout, verb = Layout(*case.pop("layout")), case.pop("verb")
-        # As in the ranks: memory that they share is made by one case and written by others.
-        with torch.inference_mode():
-            answer = getattr(rank, verb)(layout, **case)
-        print(json.dumps(answer), file=answers, flush=True)
+    places = [(int(read), int(write)) for read, write in zip(numbers[::2], numbers[1::2], strict=True)]
+    for rank, (read, write) in enumerate(places):
+        if os.fork() == 0:
+            for number in {each for place in places for each in place} - {read, write}:
+                os.close(number)
+            serve(Rank(rank, rendezvous), read, write)
+            return
+    for place in places:
+        for number in place:
+            os.close(number)
+    for _ in places:
+        os.wait()
+
+
+def serve(rank: Rank, read: int, write: int) -> None:
+    with open(read) as cases, open(write, "w") as answers:
+        for line in cases:
+            case = json.loads(line)
+            layout, verb = Layout(*case.pop("layout")), case.pop("verb")
+            # As in the ranks: memory that they share is made by one case and written by others.
+            with torch.inference_mode():
+                answer = getattr(rank, verb)(layout, **case)
+            print(json.dumps(answer), file=answers, flush=True)
     dist.destroy_process_group()
 
 
