@@ -260,27 +260,36 @@ def test_an_output_that_can_not_be_is_known_before_the_run(
 
 
 def test_a_latent_that_can_not_be_written_is_kept(
-    daemon: Daemon, client: Client, conditions: Path, tmp_path: Path
+    daemon: Daemon, warm: WarmTacoctl, conditions: Path, tmp_path: Path
 ) -> None:
     """Neither a full disk at its end, nor a stderr that nobody reads, loses a run."""
-    script = " ".join(["exec", *(f"'{part}'" for part in TACOCTL), '"$@"'])
     sample = ["sample", SD3.file, str(conditions), "--size", "64x64", "--steps", "1", "--output"]
     environment = {**os.environ, "TACOD_ENDPOINT": daemon.endpoint, "TMPDIR": str(tmp_path)}
-
-    def run(script: str, output: str) -> subprocess.CompletedProcess[str]:
-        command = ["bash", "-c", script, "sh", *sample, output]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
-
-    done = run(script, "/dev/full")
+    done = warm.run([*sample, "/dev/full"], environment)
     (kept,) = tmp_path.glob("tacoctl-*")
     assert (done.returncode, "Traceback" in done.stderr) == (1, False)
     assert f"it was kept as {kept}" in done.stderr
     latent = kept.read_bytes()
-    for number, streams in enumerate(("2>/dev/full", ">&- 2>&-", "2> >(true)", ">/dev/full")):
-        output = tmp_path / f"latent-{number}"
-        done = run(f"{script} {streams}", str(output))
-        assert done.returncode == (1 if streams == ">/dev/full" else 0), streams
-        assert output.read_bytes() == latent, streams
+
+    def check(name: str, run: Callable[[list[str]], subprocess.CompletedProcess[str]], code: int) -> None:
+        output = tmp_path / name
+        assert run([*sample, str(output)]).returncode == code, name
+        assert output.read_bytes() == latent, name
+
+    read, unread = os.pipe()
+    os.close(read)
+    full = os.open("/dev/full", os.O_WRONLY)
+    for name, streams, code in (("full", {2: full}, 0), ("unread", {2: unread}, 0), ("full output", {1: full}, 1)):
+        check(name, lambda arguments, streams=streams: warm.run(arguments, environment, streams), code)
+    for number in (unread, full):
+        os.close(number)
+
+    def without_streams(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+        # Python looks at its streams when it starts.
+        command = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *TACOCTL, *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+
+    check("closed", without_streams, 0)
 
 
 def test_a_failed_run_leaves_the_output_as_it_was(tacoctl: Run, conditions: Path, tmp_path: Path) -> None:
