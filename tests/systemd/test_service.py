@@ -266,7 +266,7 @@ def test_a_stop_lets_work_end_however_long_that_takes(request: pytest.FixtureReq
         assert took_s > 2, "so the limit of the unit was passed"
     assert (show("ActiveState"), show("Result"), show("ExecMainStatus")) == ("inactive", "success", "0")
     assert not Path("/run/tacod").exists()
-    assert run("pgrep", "-f", "tacod.rank").returncode == 1, "no rank is left"
+    assert run("pgrep", "-f", "tacod[.](rank|group)").returncode == 1, "no rank is left, nor what they are forked from"
 
 
 def test_a_bad_configuration_is_not_tried_again() -> None:
