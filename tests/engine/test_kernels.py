@@ -208,7 +208,8 @@ def experts(tokens: int, width: int, hidden: int, count: int, active: int, dtype
     chosen[: tokens // 2] = chosen[:1]  # so that some have many tokens, and others few or none
     counts = (chosen[..., None] == torch.arange(count)).sum((0, 1))
     with torch.inference_mode(), mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)):
-        found = expert_kernels.feed_forward(x, chosen.flatten().argsort(), counts, active, layers)
+        weights = [tuple(layer.weight for layer in each) for each in zip(*layers, strict=True)]
+        found = expert_kernels.feed_forward(x, chosen.flatten().argsort(), counts, active, *weights)
         return relative_error(found, mixture(x, chosen, layers, made))
 
 

@@ -6,14 +6,10 @@ those without tokens end at once; the host waits for nothing. This module is imp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from tacod.rank.ops.experts import Layers
 
 __all__ = ["feed_forward"]
 
@@ -80,14 +76,21 @@ def _multiply(
     tl.store(out + to[:, None] * outputs + output[None, :], value, mask=real[:, None] & inside[None, :])
 
 
-def feed_forward(x: Tensor, order: Tensor, counts: Tensor, active: int, experts: Sequence[Layers]) -> Tensor:
+def feed_forward(
+    x: Tensor,
+    order: Tensor,
+    counts: Tensor,
+    active: int,
+    firsts: tuple[Tensor, ...],
+    seconds: tuple[Tensor, ...],
+    gates: tuple[Tensor, ...],
+) -> Tensor:
     """Each token of ``x`` [n, W] by each of its ``active`` experts: [n, active, W].
 
     ``order`` (int64 [n * active]) has the places of tokens' experts, expert by expert, and ``counts`` (int64) how many
-    each expert has.
+    each expert has. The others are the weights of all experts' layers: [F, W], [W, F] and [F, W].
     """
     x = x.contiguous()
-    firsts, seconds, gates = (tuple(layer.weight for layer in layers) for layers in zip(*experts, strict=True))
     hidden = x.new_empty(len(order), len(firsts[0]))
     out = x.new_empty(len(order), len(seconds[0]))
     if len(order):

@@ -52,7 +52,8 @@ def mixture(
     if has_kernels(x) and stays_on_gpu(experts) and experts[0][0].weight.dtype == x.dtype:
         from tacod.rank.ops import expert_kernels
 
-        return expert_kernels.feed_forward(x, order, counts, active, experts)
+        weights = [tuple(layer.weight for layer in layers) for layers in zip(*experts, strict=True)]
+        return expert_kernels.feed_forward(x, order, counts, active, *weights)
     rows = torch.split(x[order // active], counts.tolist())
     outs = [expert(each) for expert, each in zip(apply, rows, strict=True)]
     return torch.unflatten(torch.cat([x[:0], *outs])[order.argsort()], 0, chosen.shape)
