@@ -178,7 +178,7 @@ class ComfyUI:
             started = time.perf_counter()
             queued = self.post("/prompt", {"prompt": graph, "client_id": client})
             # It runs what it can, and leaves out the rest.
-            assert queued["node_errors"] == {}
+            assert queued["node_errors"] == {}, queued["node_errors"]
             prompt = queued["prompt_id"]
             while not outcome.kind:
                 message = page.recv(timeout=timeout_s)

@@ -1,149 +1,20 @@
-"""The image families that came after Flux.1, SD3 and PixArt: the same graphs by ComfyUI alone and through the daemon.
-
-Models are the goldens', but for two: in ComfyUI Z-Image embeds times in 256 channels, and HiDream's experts have widths
-that follow from the model's.
-"""
+"""The image families that came after Flux.1, SD3 and PixArt: the same graphs by ComfyUI and through the daemon."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from comfyui_graphs import WEAKER, Pair
+from comfyui_graphs import Pair
 from comfyui_server import ComfyUI, Outcome
 from conftest import PATH
-from helpers import Daemon, Golden, Tiny, read_golden
-from safetensors.torch import save_file
+from helpers import Daemon
+from image_cases import CASES, Case, Sizes, named, write
 
 Both = Callable[..., Outcome]
-WORDS = "llm_adapter.embed.weight"
-
-
-@dataclass(frozen=True)
-class Case:
-    """A golden's model in a graph."""
-
-    golden: str
-    module: str
-    """Of ComfyUI's network, under ``comfy/ldm``; empty if the tests' pack makes up for it where it lacks."""
-    channels: int = 16
-    size: tuple[int, int] = (13, 10)
-    """Height and width of the latent."""
-    lora: tuple[str, ...] = ()
-    """Layers with a LoRA."""
-    method: str = ""
-    """How a reference is placed, in the words of ComfyUI's node; empty if the model takes none."""
-    frames: int = 0
-    """Of a reference's latent; 0 for one that has no such axis."""
-    text: dict[str, int] = field(default_factory=dict)
-    """What else the test's conditioning takes, or takes in another size than the golden."""
-    config: dict[str, Any] = field(default_factory=dict)
-    """Of a model that is not the golden's."""
-
-    @property
-    def file(self) -> str:
-        """The model's, and its LoRA's."""
-        return f"{self.golden}.safetensors"
-
-    def model(self) -> Golden:
-        """Weights and configuration."""
-        golden = read_golden(self.golden)
-        if WORDS in golden.weights:
-            # ComfyUI's class has a fixed number of words.
-            words = torch.randn(32128, golden.weights[WORDS].shape[1], generator=torch.Generator().manual_seed(0))
-            golden.weights[WORDS] = words.bfloat16()
-        if not self.config:
-            return golden
-        config = {**golden.config, **self.config}
-        return replace(golden, config=config, weights=dict(Tiny(self.golden, config).model.state_dict()))
-
-
-CASES = [
-    Case(
-        "z_image",
-        "lumina",
-        lora=("layers.0.attention.qkv", "context_refiner.0.feed_forward.w2"),
-        config={"dim": 256, "n_heads": 4, "n_kv_heads": 4, "axes_dims": [16, 24, 24]},
-    ),
-    Case("lumina2", "lumina", lora=("layers.1.attention.out", "noise_refiner.0.feed_forward.w1")),
-    Case(
-        "qwen_image",
-        "qwen_image",
-        lora=("transformer_blocks.0.attn.to_q", "transformer_blocks.1.img_mlp.net.2"),
-        method="index",
-        frames=1,
-    ),
-    Case("qwen_edit_2511", "qwen_image", lora=("transformer_blocks.0.attn.add_k_proj",), method="index", frames=1),
-    Case("flux2_klein", "flux", 128, (5, 8), ("double_blocks.0.img_attn.qkv",), "index"),
-    Case("flux2_dev", "flux", 128, (5, 8), ("single_blocks.0.linear1",), "index_timestep_zero"),
-    Case("chroma", "chroma", lora=("double_blocks.0.img_attn.qkv", "single_blocks.0.linear2")),
-    Case("chroma_radiance", "chroma_radiance", 3, (48, 80), ("double_blocks.0.txt_attn.proj",)),
-    Case("krea2", "krea2", lora=("blocks.0.attn.wq", "blocks.1.mlp.down"), method="index_timestep_zero", frames=1),
-    Case("cosmos_predict2_t2i", "cosmos", lora=("blocks.0.self_attn.q_proj",)),
-    Case(
-        "qwen_image_21",
-        "",
-        64,
-        (9, 6),
-        ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.img_mlp.gate_layer"),
-    ),
-    Case("qwen_image_21_edit", "", 64, (8, 7), ("transformer_blocks.1.img_mlp.gate_up",)),
-    Case(
-        "anima",
-        "anima",
-        lora=("blocks.0.self_attn.q_proj", "llm_adapter.blocks.1.cross_attn.k_proj"),
-        text={"width": 20, "t5_ids": 14},
-    ),
-    Case(
-        "hidream",
-        "hidream",
-        lora=(
-            "double_stream_blocks.0.block.attn1.to_q_t",
-            "double_stream_blocks.1.block.ff_i.shared_experts.w2",
-            "single_stream_blocks.1.block.ff_i.experts.2.w2",
-        ),
-        text={"llama_layers": 3, "llama_width": 28},
-        config={"attention_head_dim": 16, "num_attention_heads": 3, "axes_dims_rope": [8, 4, 4]},
-    ),
-]
-
-
-NEWER = {
-    "chroma_radiance": ("comfy/ldm/chroma_radiance/model.py", "use_sequential_txt_ids"),
-    "cosmos_predict2_t2i": ("comfy/ldm/cosmos/predict2.py", "pad_to_patch_size"),
-}
-"""What a case needs of ComfyUI's networks that they haven't always had: an option of its config, odd sizes."""
-
-
-def named(*goldens: str) -> list[Case]:
-    """The cases of these goldens."""
-    return [case for case in CASES if case.golden in goldens]
-
-
-def write(case: Case, models: Path) -> None:
-    """A model's file where ComfyUI looks for it, with a LoRA; unless it is there."""
-    if not Path(PATH, "comfy/ldm", case.module).is_dir():
-        pytest.skip(f"this version of ComfyUI has no {case.module}")
-    for golden, (file, word) in NEWER.items():
-        if case.golden == golden and word not in Path(PATH, file).read_text():
-            pytest.skip(f"this version of ComfyUI lacks {word} in {file}")
-    path = models / "diffusion_models" / case.file
-    if not path.exists():
-        golden = case.model()
-        _save(golden, path)
-        (models / "loras").mkdir(exist_ok=True)
-        random = torch.Generator().manual_seed(0)
-        tensors = {}
-        for layer in case.lora:
-            outputs, inputs = golden.weights[f"{layer}.weight"].shape
-            tensors[f"diffusion_model.{layer}.lora_B.weight"] = 0.1 * torch.randn(outputs, 4, generator=random)
-            tensors[f"diffusion_model.{layer}.lora_A.weight"] = 0.1 * torch.randn(4, inputs, generator=random)
-        save_file(tensors, models / "loras" / case.file)
 
 
 @pytest.fixture(params=CASES, ids=lambda case: case.golden)
@@ -154,14 +25,6 @@ def case(request: pytest.FixtureRequest, comfyui_models: Path) -> Case:
     return case
 
 
-def _save(golden: Golden, path: Path) -> None:
-    """The last layer's weights are smaller: a run of several steps then doesn't amplify the last bit of fp32."""
-    for name in ("final_layer.linear.weight", "proj_out.weight", "last.linear.weight", "head.head.weight"):
-        if name in golden.weights:
-            golden.weights[name] = WEAKER * golden.weights[name]
-    golden.save(path)
-
-
 @pytest.fixture
 def run(case: Case, endpoints: Callable[[int], Daemon]) -> Pair:
     """A graph with this model, and branches through daemons of 1, 2 and 3 ranks."""
@@ -169,16 +32,6 @@ def run(case: Case, endpoints: Callable[[int], Daemon]) -> Pair:
     for name in ("positive", "negative"):
         pair.nodes[name]["inputs"] |= case.text
     return pair
-
-
-class Sizes:
-    """What a graph asks of a `TinyModel`."""
-
-    def __init__(self, case: Case) -> None:
-        given = read_golden(case.golden).inputs
-        self.tiny, self.width = case, given["context"].shape[-1]
-        self.pooled = given["y"].shape[-1] if "y" in given else 0
-        self.channels, self.size = case.channels, case.size
 
 
 def test_with_and_without_guidance_and_a_lora(comfyui: ComfyUI, both: Both, run: Pair, case: Case) -> None:
@@ -307,7 +160,7 @@ def test_a_controlnet_that_runs_layers_of_the_network(comfyui: ComfyUI, both: Bo
     if "class QwenFunControlNet" not in Path(PATH, "comfy/controlnet.py").read_text():
         pytest.skip("this version of ComfyUI has no QwenFunControlNet")
     run.add("net", "TestControlNet", sort="qwen_fun", config=json.dumps(case.model().config))
-    run.add("vae", "TestVAE")
+    run.add("vae", "TestImageVAE", channels=16)
     run.add("image", "TestImage", height=104, width=80)
     given = {"positive": "@positive", "negative": "@negative", "control_net": "@net", "image": "@image", "vae": "@vae"}
     run.add("led", "ControlNetApplyAdvanced", **given, strength=0.9, start_percent=0.0, end_percent=0.7)
@@ -331,16 +184,22 @@ def refused(comfyui: ComfyUI, run: Pair, **inputs: Any) -> str:
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.method], indirect=True, ids=lambda case: case.golden)
 def test_references(comfyui: ComfyUI, both: Both, run: Pair, case: Case) -> None:
-    how = comfyui.nodes["FluxKontextMultiReferenceLatentMethod"]["input"]["required"]["reference_latents_method"]
-    if case.method not in str(how):
+    menu = comfyui.nodes["FluxKontextMultiReferenceLatentMethod"]["input"]["required"]["reference_latents_method"]
+    if case.method != "default" and case.method not in str(menu):
         pytest.skip(f"this version of ComfyUI has no {case.method}")
     shape: dict[str, Any] = {"batch": 1, "channels": case.channels, "scale": 1.0, "frames": case.frames}
     run.add("first", "TestLatent", seed=5, height=6, width=7, **shape)
     run.add("second", "TestLatent", seed=6, height=9, width=4, **shape)
     run.add("one", "ReferenceLatent", conditioning="@positive", latent="@first")
     run.add("two", "ReferenceLatent", conditioning="@one", latent="@second")
-    run.add("how", "FluxKontextMultiReferenceLatentMethod", conditioning="@two", reference_latents_method=case.method)
+    positive = "@two"
+    if case.method != "default":
+        how = {"conditioning": positive, "reference_latents_method": case.method}
+        positive = run.add("how", "FluxKontextMultiReferenceLatentMethod", **how)
     run.load()
-    run.sample(save="_1", positive="@how", cfg=1.0)
-    run.sample(save="_4", positive="@how", cfg=4.0)
-    both(run, "_1", "_4")
+    run.sample(save="_without", cfg=1.0)
+    run.sample(save="_1", positive=positive, cfg=1.0)
+    run.sample(save="_4", positive=positive, cfg=4.0)
+    both(run, "_without", "_1", "_4")
+    without, led = (comfyui.latent(run.file("taco", save)) for save in ("_without", "_1"))
+    assert (led - without).norm() > 1e-3 * without.norm()

@@ -58,7 +58,7 @@ def test_a_controlnet(comfyui: ComfyUI, both: Both, pair: Pairs, kind: str) -> N
     run = pair(CONTROLNETS[kind])
     run.add("net", "TestControlNet", sort=kind, config=json.dumps(run.model.tiny.config))
     run.add("image", "TestImage", height=112, width=128)
-    run.add("vae", "TestVAE")
+    run.add("vae", "TestImageVAE", channels=16)
     given = {"control_net": "@net", "image": "@image", "vae": "@vae"}
     run.add(
         "led",

@@ -20,10 +20,10 @@ from comfyui_graphs import FLUX, MODELS, Pair, TinyModel
 from comfyui_server import ComfyUI, Outcome
 from conftest import PATH, PYTHON
 from helpers import Daemon, relative_error
+from image_cases import CASES as IMAGES
+from image_cases import Sizes, write
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_image_families import CASES as IMAGES
-from test_image_families import Sizes, write
 
 Both = Callable[..., Outcome]
 
@@ -41,7 +41,7 @@ class Packed:
 
     name: str
     model: str
-    """One of `MODELS`, or a golden's of `test_image_families`."""
+    """One of `MODELS`, or a golden's of `image_cases`."""
     layers: dict[str, dict[str, Any]]
     """By a pattern that a layer's name matches: its format and that format's options, as `TestPack` takes them."""
     spelling: str = "tensors"
@@ -505,7 +505,7 @@ def test_a_controlnet_that_copies_a_packed_layer(comfyui: ComfyUI, comfyui_model
     run = graph(packed)
     run.add("net", "TestControlNet", sort="sd35", config=json.dumps(packed.sizes.tiny.config))
     run.add("image", "TestImage", height=112, width=128)
-    run.add("vae", "TestVAE")
+    run.add("vae", "TestImageVAE", channels=16)
     given = {"control_net": "@net", "image": "@image", "vae": "@vae", "positive": "@positive", "negative": "@negative"}
     run.add("led", "ControlNetApplyAdvanced", strength=0.9, start_percent=0.0, end_percent=1.0, **given)
     run.load()

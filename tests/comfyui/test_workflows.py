@@ -11,9 +11,9 @@ import pytest
 import torch
 from comfyui_graphs import FLUX, PIXART, TinyModel
 from comfyui_server import NODES, ComfyUI, Graph
+from image_cases import CASES, Sizes, write
 from PIL import Image, ImageChops, ImageSequence
 from safetensors.torch import save_file
-from test_image_families import CASES, Sizes, write
 from test_wan import CASES as WAN
 
 from tacod import embedded

@@ -72,6 +72,16 @@ def _qwen_fun(config: dict[str, Any]) -> comfy.controlnet.ControlNet:
     return comfy.controlnet.QwenFunControlNet(net, **asked, **_ON_CPU)
 
 
+def _qwen(config: dict[str, Any], inpaint: bool) -> comfy.controlnet.ControlNet:
+    """InstantX's, of one block; that for inpainting takes a mask, too."""
+    from comfy.ldm.qwen_image.controlnet import QwenImageControlNetModel
+
+    sizes = {key: value for key, value in config.items() if key not in ("image_model", "num_layers")}
+    net = QwenImageControlNetModel(extra_condition_channels=4 if inpaint else 0, num_layers=1, **sizes, **_BUILD)
+    asked = {"compression_ratio": 1, "latent_format": comfy.latent_formats.Wan21(), "concat_mask": inpaint}
+    return comfy.controlnet.ControlNet(net, **asked, **_ON_CPU)
+
+
 _ON_CPU = {"load_device": torch.device("cpu"), "manual_cast_dtype": None}
 _KINDS = {
     "flux": lambda config: _flux(config, latent=False),
@@ -80,6 +90,8 @@ _KINDS = {
     "sd35": lambda config: _sd35(config, double=True),
     "sd35_single": lambda config: _sd35(config, double=False),
     "qwen_fun": _qwen_fun,
+    "qwen": lambda config: _qwen(config, inpaint=False),
+    "qwen_inpaint": lambda config: _qwen(config, inpaint=True),
 }
 
 
@@ -103,8 +115,48 @@ class TestControlNet:
         return (control,)
 
 
+def _z_image_patch(config: dict[str, Any]) -> torch.nn.Module:
+    from comfy.ldm.lumina.controlnet import ZImage_Control
+
+    heads = config["n_heads"]
+    return ZImage_Control(dim=config["dim"], n_heads=heads, n_kv_heads=heads, n_control_layers=2, **_BUILD)
+
+
+def _qwen_patch(config: dict[str, Any]) -> torch.nn.Module:
+    from comfy_extras.nodes_model_patch import QwenImageBlockWiseControlNet
+
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    return QwenImageBlockWiseControlNet(num_layers=config["num_layers"], dim=width, **_BUILD)
+
+
+def _anima_patch(config: dict[str, Any]) -> torch.nn.Module:
+    """LLLite's; its sizes are those of a file's tensors."""
+    from comfy.ldm.anima.lllite import AnimaLLLite
+
+    module = "lllite_dit_blocks_0_self_attn_q_proj"
+    shapes = {
+        "lllite_conditioning1.conv1.weight": (4, 3, 4, 4),
+        "lllite_conditioning1.conv3.weight": (8, 4, 4, 4),
+        "lllite_conditioning1.proj.weight": (8, 8, 1, 1),
+        f"{module}.down.weight": (6, config["model_channels"]),
+        f"{module}.cond_to_film.weight": (12, 8),
+    }
+    return AnimaLLLite({name: torch.empty(shape) for name, shape in shapes.items()}, {}, **_BUILD)
+
+
+def _uso_patch(config: dict[str, Any]) -> torch.nn.Module:
+    """USO's, for what `TestSeenImage` gives."""
+    from comfy_extras.nodes_model_patch import SigLIPMultiFeatProjModel
+
+    sizes = {"siglip_token_nums": 4, "style_token_nums": 3, "siglip_token_dims": 8}
+    return SigLIPMultiFeatProjModel(**sizes, hidden_size=config["hidden_size"], **_BUILD)
+
+
+_PATCHES = {"z_image": _z_image_patch, "qwen_image": _qwen_patch, "anima": _anima_patch, "uso": _uso_patch}
+
+
 class TestModelPatch:
-    """A ControlNet of the sort that runs between a network's blocks, with random weights."""
+    """A network that runs between another one's blocks, with random weights."""
 
     RETURN_TYPES = ("MODEL_PATCH",)
     FUNCTION = "make"
@@ -112,21 +164,13 @@ class TestModelPatch:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"sort": (["z_image", "qwen_image"],), "config": ("STRING", {"default": "{}"})}}
+        return {"required": {"sort": (list(_PATCHES),), "config": ("STRING", {"default": "{}"})}}
 
     def make(self, sort: str, config: str) -> tuple[Any]:
-        from comfy.ldm.lumina.controlnet import ZImage_Control
-        from comfy_extras.nodes_model_patch import QwenImageBlockWiseControlNet
-
-        sizes = json.loads(config)
-        if sort == "z_image":
-            heads = sizes["n_heads"]
-            net = ZImage_Control(dim=sizes["dim"], n_heads=heads, n_kv_heads=heads, n_control_layers=2, **_BUILD)
-        else:
-            width = sizes["num_attention_heads"] * sizes["attention_head_dim"]
-            net = QwenImageBlockWiseControlNet(num_layers=sizes["num_layers"], dim=width, **_BUILD)
+        net = _PATCHES[sort](json.loads(config))
+        random = torch.Generator().manual_seed(0)
         for weight in net.parameters():
-            weight.data = torch.zeros(weight.shape)
+            weight.data = torch.randn(weight.shape, generator=random) / max(1, weight[0].numel()) ** 0.5
         cpu = torch.device("cpu")
         return (comfy.model_patcher.ModelPatcher(net, load_device=cpu, offload_device=cpu),)
 
@@ -147,30 +191,4 @@ class TestImage:
         return (torch.rand(1, height, width, 3, generator=torch.Generator().manual_seed(1)),)
 
 
-class VAE:
-    """Folds an eighth of the image's sides into channels."""
-
-    def spacial_compression_encode(self) -> int:
-        return 8
-
-    def encode(self, image: torch.Tensor) -> torch.Tensor:
-        folded = torch.nn.functional.pixel_unshuffle(image.movedim(-1, 1), 8)
-        return folded[:, :16]
-
-
-class TestVAE:
-    """What a ControlNet asks of a VAE."""
-
-    RETURN_TYPES = ("VAE",)
-    FUNCTION = "make"
-    CATEGORY = "testing"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {}}
-
-    def make(self) -> tuple[Any]:
-        return (VAE(),)
-
-
-NODES = (TestControlNet, TestModelPatch, TestImage, TestVAE)
+NODES = (TestControlNet, TestModelPatch, TestImage)

@@ -60,17 +60,40 @@ class Clip:
 
 
 class VAE:
-    """What VAEDecode and VAEEncode use of a VAE."""
+    """What nodes use of a VAE; to encode, it folds squares of the image into channels."""
 
-    def __init__(self, channels: int, frames: bool = False) -> None:
-        self.channels, self.frames = channels, frames
+    def __init__(self, channels: int, frames: bool = False, side: int = 8) -> None:
+        self.channels, self.frames, self.side = channels, frames, side
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
         return latent[:, :3].movedim(1, -1).sigmoid()
 
+    def spacial_compression_encode(self) -> int:
+        return self.side
+
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        latent = torch.zeros(len(pixels), self.channels, pixels.shape[1] // 8, pixels.shape[2] // 8)
+        height, width = (self.side * (each // self.side) for each in pixels.shape[1:3])
+        folded = torch.nn.functional.pixel_unshuffle(pixels[:, :height, :width].movedim(-1, 1), self.side)
+        latent = folded[:, : self.channels]
         return latent.unsqueeze(2) if self.frames else latent
+
+
+class SeenImage:
+    """What nodes use of what a vision encoder made of an image: 4 tokens of 8 channels after each of 27 layers."""
+
+    def __init__(self) -> None:
+        self.all_hidden_states = torch.randn(1, 27, 4, 8, generator=torch.Generator().manual_seed(2))
+        self.penultimate_hidden_states = self.all_hidden_states[:, -2]
+
+
+class StyleModel:
+    """Turns an image into 5 tokens of text."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+
+    def get_cond(self, seen: SeenImage) -> torch.Tensor:
+        return torch.randn(1, 5, self.width, generator=torch.Generator().manual_seed(3))
 
 
 class TestClip:
@@ -98,10 +121,11 @@ class TestImageVAE:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         channels = ("INT", {"default": 16, "min": 1, "max": 128})
-        return {"required": {"channels": channels, "frames": ("BOOLEAN", {"default": False})}}
+        side = ("INT", {"default": 8, "min": 8, "max": 64})
+        return {"required": {"channels": channels, "frames": ("BOOLEAN", {"default": False}), "side": side}}
 
-    def make(self, channels: int, frames: bool) -> tuple[Any]:
-        return (VAE(channels, frames),)
+    def make(self, channels: int, frames: bool, side: int) -> tuple[Any]:
+        return (VAE(channels, frames, side),)
 
 
 class TestCheckpoint:
@@ -119,4 +143,34 @@ class TestCheckpoint:
         return *nodes.UNETLoader().load_unet(unet_name, "default"), Clip(width=width, pooled=pooled), VAE(16)
 
 
-NODES = (TestClip, TestImageVAE, TestCheckpoint)
+class TestSeenImage:
+    """What a vision encoder made of an image."""
+
+    RETURN_TYPES = ("CLIP_VISION_OUTPUT",)
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {}}
+
+    def make(self) -> tuple[Any]:
+        return (SeenImage(),)
+
+
+class TestStyleModel:
+    """What FLUX.1 Redux turns images into text with."""
+
+    RETURN_TYPES = ("STYLE_MODEL",)
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"width": _WHOLE}}
+
+    def make(self, width: int) -> tuple[Any]:
+        return (StyleModel(width),)
+
+
+NODES = (TestClip, TestImageVAE, TestCheckpoint, TestSeenImage, TestStyleModel)
