@@ -22,10 +22,15 @@ WORKFLOWS = sorted((NODES / "example_workflows").glob("*.json"))
 GOLDENS = {
     "z_image": "z_image",
     "qwen_image_edit": "qwen_edit_2511",
+    "qwen_image_2.1": "qwen_image_21_edit",
     "qwen_image": "qwen_image",
     "krea2": "krea2",
     "flux-2-klein": "flux2_klein",
+    "flux2_dev": "flux2_dev",
     "Chroma": "chroma",
+    "chroma-radiance": "chroma_radiance",
+    "longcat_image": "longcat_edit",
+    "cosmos_predict2": "cosmos_predict2_t2i",
     "anima": "anima",
     "hidream_i1": "hidream",
     "NetaYume": "lumina2",
@@ -69,7 +74,8 @@ def test_there_is_one_for_each_family_and_use() -> None:
     assert {path.stem for path in WORKFLOWS} == {
         *("flux1_basic", "sd35_basic", "pixart_sigma_basic", "flux1_lora", "flux1_kontext"),
         *("z_image_turbo", "qwen_image", "krea2_turbo", "flux2_klein", "qwen_image_edit", "chroma"),
-        *("anima", "hidream_i1", "lumina2", "wan22_image_to_video"),
+        *("anima", "hidream_i1", "lumina2", "longcat_image", "flux2_dev", "chroma_radiance", "qwen_image_21"),
+        *("cosmos_predict2", "wan22_image_to_video"),
     }
     for path in WORKFLOWS:
         assert path.with_suffix(".jpg").is_file()
@@ -99,7 +105,7 @@ def tiny_model(graph: Graph, models: Path) -> TinyModel | Sizes:
 def with_stand_ins(graph: Graph, models: Path) -> Graph:
     """The graph with tiny loaders, text encoders and VAEs, and small pictures; the rest is as it was saved."""
     tiny = tiny_model(graph, models)
-    frames = isinstance(tiny, Sizes) and tiny.tiny.frames > 0
+    frames = isinstance(tiny, Sizes) and tiny.tiny.has_frames
     text = {"width": tiny.width, "pooled": tiny.pooled, **(tiny.tiny.text if isinstance(tiny, Sizes) else {})}
     shapes = any("sd3.5" in str(node["inputs"]) for node in graph.values())
     size = 256 if shapes else 320 if tiny is PIXART else 64
@@ -120,7 +126,7 @@ def with_stand_ins(graph: Graph, models: Path) -> Graph:
             node |= {"class_type": "TestImageVAE", "inputs": {"channels": tiny.channels, "frames": frames}}
         elif kind == "LoadImage":
             node |= {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 9}}
-        elif kind == "FluxKontextImageScale":
+        elif kind in ("FluxKontextImageScale", "ImageScaleToTotalPixels"):
             node |= {"class_type": "ImageScale", "inputs": {**inputs, **SMALL}}
         elif kind == "LoraLoaderModelOnly":
             save_lora(FLUX, models / "loras" / inputs["lora_name"])
@@ -135,7 +141,7 @@ def with_stand_ins(graph: Graph, models: Path) -> Graph:
             inputs |= {"width": size, "height": size}
         elif kind == "CLIPTextEncode" and shapes and inputs["text"]:
             inputs["text"] = embedded.PROMPTS[0]
-        elif kind in ("TACODiTKSampler", "Flux2Scheduler"):
+        elif kind in ("TACODiTKSampler", "Flux2Scheduler", "BetaSamplingScheduler"):
             inputs["steps"] = 3
     return graph
 

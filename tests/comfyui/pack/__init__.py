@@ -438,6 +438,5 @@ _NODES = (
     TestControl,
     TestAttentionMask,
 )
-NODE_CLASS_MAPPINGS = {
-    kind.__name__: kind for kind in (*_NODES, *controlnets.NODES, *quantized.NODES, *standins.NODES, *video.NODES)
-}
+_OF_OTHERS = (*controlnets.NODES, *quantized.NODES, *qwen_image_21.NODES, *standins.NODES, *video.NODES)
+NODE_CLASS_MAPPINGS = {kind.__name__: kind for kind in (*_NODES, *_OF_OTHERS)}

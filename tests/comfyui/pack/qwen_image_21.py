@@ -1,4 +1,4 @@
-"""Qwen-Image-2.1 for a ComfyUI that is older than 0.37: what stands around the network there, and tacod's own network.
+"""Qwen-Image-2.1 for a ComfyUI that is older than 0.37: what stands around the network, its node, and tacod's network.
 
 So a graph shows what is between ComfyUI and the daemon. That the network computes what ComfyUI's does is shown by the
 goldens.
@@ -21,7 +21,7 @@ from tacod.rank.families.latents import QWEN_IMAGE_21
 from tacod.rank.families.qwen_image_21 import QwenImage21
 from tacod.rank.parallel.sequence import SequenceParallel
 
-__all__ = ["NAME", "register"]
+__all__ = ["NAME", "NODES", "register"]
 
 NAME = "qwen_image21"
 
@@ -118,7 +118,37 @@ class Config(comfy.supported_models_base.BASE):
         return Base(self, device=device)
 
 
+class TextEncodeQwenImage21:
+    """Texts with pictures before them, and an empty latent of the first picture's size."""
+
+    RETURN_TYPES = ("CONDITIONING", "CONDITIONING", "LATENT")
+    RETURN_NAMES = ("positive", "negative", "latent")
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        text = ("STRING", {"default": "", "multiline": True})
+        resolution = ("INT", {"default": 1024, "min": 0, "max": 4096})
+        required = {"clip": ("CLIP",), "prompt": text, "negative_prompt": text, "resolution": resolution}
+        return {"required": required, "optional": {"vae": ("VAE",), "images.image_1": ("IMAGE",)}}
+
+    def make(
+        self, clip: Any, prompt: str, negative_prompt: str, resolution: int, vae: Any = None, **images: torch.Tensor
+    ) -> tuple[Any, ...]:
+        latents = [vae.encode(image) for image in images.values()]
+        beside = {"reference_latents": latents, "image_slots": [0] * len(latents)} if latents else {}
+        texts = [clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, negative_prompt)]
+        made = [[[context, {**values, **beside}] for context, values in text] for text in texts]
+        sides = latents[0].shape[-2:] if latents else (resolution // 16,) * 2
+        return *made, {"samples": torch.zeros(1, Latents.latent_channels, *sides)}
+
+
+IS_THERE = find_spec("comfy.ldm.qwen_image21") is not None
+NODES = () if IS_THERE else (TextEncodeQwenImage21,)
+
+
 def register() -> None:
     """Make it known, unless this ComfyUI has the real one."""
-    if find_spec("comfy.ldm.qwen_image21") is None:
+    if not IS_THERE:
         comfy.supported_models.models.append(Config)
