@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 import torch
 from comfyui_graphs import FLUX, SD3, Pair, TinyModel
 from comfyui_server import ComfyUI, Outcome
-from helpers import Daemon
+from helpers import Daemon, in_diffusers
+from image_cases import CASES, Case, Sizes, write
 from safetensors.torch import save_file
 
 Both = Callable[..., Outcome]
@@ -34,6 +36,62 @@ FILES = {
     "diffusers": (FLUX, DIFFUSERS),
     "sd3": (SD3, DIFFUSERS_SD3),
 }
+
+
+_FLUXES = r"(single_)?transformer_blocks\.0\.(attn\.(to_[qv]|add_k_proj|to_out\.0|to_qkv_mlp_proj)|ff\.|proj_out)"
+_QWENS = r"transformer_blocks\.0\.(attn\.(to_q|add_k_proj|to_out\.0)|(img|txt)_mlp\.|img_mod)"
+IN_DIFFUSERS = {
+    "z_image": r"(layers|noise_refiner|context_refiner)\.0\.(attention\.to_|feed_forward)",
+    "qwen_image": _QWENS,
+    "qwen_edit": _QWENS,
+    "qwen_edit_2511": _QWENS,
+    "qwen_layered": _QWENS,
+    "flux2_klein": _FLUXES,
+    "flux2_dev": _FLUXES,
+    "longcat_edit": rf"{_FLUXES}|single_transformer_blocks\.1\.proj_mlp",
+    "chroma": _FLUXES,
+    "krea2": r"transformer_blocks\.[01]\.(attn\.to_|ff)",
+    "hidream": r"double_stream_blocks\.0\.block\.attn1\.to_|single_stream_blocks\.1\.block\.ff_i\.experts",
+}
+"""Layers by diffusers' names, for the families whose such names ComfyUI knows in LoRA files."""
+BY_DIFFUSERS_NAMES = ("z_image", "krea2")
+"""The families for which ai-toolkit writes diffusers' names behind its own prefix."""
+
+
+def _spellings(case: Case) -> dict[str, tuple[str, str, dict[str, torch.Tensor]]]:
+    """LoRA files as trainers write them: the endings of their two matrices, and the weights that they change."""
+    golden = case.model()
+    weights = {key.removesuffix(".weight"): value for key, value in golden.weights.items() if key.endswith(".weight")}
+    inner = [key for key, value in weights.items() if value.ndim == 2 and not re.search("final|embedding|embed$", key)]
+    named = {key: weights[key] for key in inner[::3]}  # a third, of unlike sorts
+    diffusers = {}
+    if case.golden in IN_DIFFUSERS:
+        every = in_diffusers(golden.model())
+        names = [key for key in every if re.match(IN_DIFFUSERS[case.golden], key) and every[key].ndim == 2]
+        diffusers = {key.removesuffix(".weight"): every[key] for key in names}
+        assert diffusers
+    behind = diffusers if case.golden in BY_DIFFUSERS_NAMES else named
+    kohya = {f"lora_unet_{key.replace('.', '_')}": value for key, value in named.items()}
+    files = {
+        "kohya": ("lora_up", "lora_down", kohya),
+        "ai_toolkit": ("lora_B", "lora_A", {f"diffusion_model.{key}": value for key, value in behind.items()}),
+        "diffusers": ("lora_B", "lora_A", {f"transformer.{key}": value for key, value in diffusers.items()}),
+    }
+    return {name: file for name, file in files.items() if file[2]}
+
+
+def _save(case: Case, models: Path) -> Iterable[str]:
+    for spelling, (up, down, weights) in _spellings(case).items():
+        random = torch.Generator().manual_seed(7)
+        tensors = {}
+        for key, weight in weights.items():
+            outputs, inputs = weight.shape
+            tensors[f"{key}.{up}.weight"] = 0.1 * torch.randn(outputs, 4, generator=random)
+            tensors[f"{key}.{down}.weight"] = 0.1 * torch.randn(4, inputs, generator=random)
+            if spelling == "kohya":
+                tensors[f"{key}.alpha"] = torch.tensor(2.0)
+        save_file(tensors, models / "loras" / f"{case.golden}_{spelling}.safetensors")
+        yield spelling
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -79,6 +137,30 @@ def test_a_lora_makes_a_difference(comfyui: ComfyUI, both: Both, pair: Pairs, na
     both(run, "_without", "_with")
     without, merged = (comfyui.latent(run.file("taco", save)) for save in ("_without", "_with"))
     assert (merged - without).norm() > 1e-3 * without.norm()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.golden)
+def test_spellings_of_trainers(comfyui: ComfyUI, both: Both, comfyui_models: Path, case: Case) -> None:
+    """kohya's, ai-toolkit's and diffusers' names for each of the families that came after Flux.1."""
+    write(case, comfyui_models)
+    # It has of `TinyModel` what a graph asks for.
+    run = Pair(Sizes(case))  # type: ignore[arg-type]
+    for name in ("positive", "negative"):
+        run.nodes[name]["inputs"] |= case.text
+    run.load()
+    run.sample(save="_without", cfg=1.0, steps=2)
+    heads = {branch: run.head(branch) for branch in run.branches}
+    saves = []
+    for spelling in _save(case, comfyui_models):
+        for branch, head in heads.items():
+            run.on(branch, head)
+        put_on(run, f"{case.golden}_{spelling}", 1.0)
+        run.sample(save=f"_{spelling}", cfg=1.0, steps=2)
+        saves.append(f"_{spelling}")
+    both(run, "_without", *saves)
+    without, *merged = (comfyui.latent(run.file("taco", save)) for save in ("_without", *saves))
+    for each in merged:
+        assert (each - without).norm() > 1e-3 * without.norm()
 
 
 @pytest.mark.parametrize("strength", [0.8, -0.4])
