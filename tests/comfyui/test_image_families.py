@@ -55,6 +55,21 @@ def test_a_batch_and_a_mask(both: Both, run: Pair) -> None:
     both(run, "_batch", "_mask")
 
 
+MASKED = ("lumina2", "z_image", "qwen_image", "qwen_edit", "qwen_edit_2511", "qwen_layered")
+"""Whose text encoders say which tokens are padding."""
+
+
+@pytest.mark.parametrize("case", named(*MASKED), indirect=True, ids=lambda case: case.golden)
+def test_a_text_with_padding(both: Both, run: Pair) -> None:
+    for name in ("positive", "negative"):
+        run.add(f"{name}_padded", "TestTextMask", conditioning=f"@{name}", hidden=4 if name == "positive" else 2)
+    padded = {"positive": "@positive_padded", "negative": "@negative_padded"}
+    run.load()
+    run.sample(save="_1", cfg=1.0, **padded)
+    run.sample(save="_4", cfg=4.0, **padded)
+    both(run, "_1", "_4")
+
+
 SLOTS = {"_between": "[4, 9]", "_partly": "[3]", "_behind": "[]"}
 """Places in the text, of 11 tokens, before which two references stand; those without one stand behind it."""
 
@@ -200,6 +215,10 @@ def test_references(comfyui: ComfyUI, both: Both, run: Pair, case: Case) -> None
     run.sample(save="_without", cfg=1.0)
     run.sample(save="_1", positive=positive, cfg=1.0)
     run.sample(save="_4", positive=positive, cfg=4.0)
-    both(run, "_without", "_1", "_4")
+    run.add("two_latents", "TestLatent", seed=8, height=case.size[0], width=case.size[1], **{**shape, "batch": 2})
+    # ComfyUI itself fails with a batch, references at time 0 and embedded guidance.
+    fails = case.golden == "flux2_dev"
+    run.sample(save="_batch", positive="@two" if fails else positive, cfg=4.0, latent_image="@two_latents")
+    both(run, "_without", "_1", "_4", "_batch")
     without, led = (comfyui.latent(run.file("taco", save)) for save in ("_without", "_1"))
     assert (led - without).norm() > 1e-3 * without.norm()

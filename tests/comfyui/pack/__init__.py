@@ -248,6 +248,26 @@ class TestAttentionMask:
         return (made,)
 
 
+class TestTextMask:
+    """Hides a text's last tokens, as encoders that pad leave it."""
+
+    RETURN_TYPES = ("CONDITIONING",)
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"conditioning": ("CONDITIONING",), "hidden": ("INT", {"default": 1, "min": 1})}}
+
+    def make(self, conditioning: Any, hidden: int) -> tuple[Any]:
+        made = []
+        for context, values in conditioning:
+            mask = torch.ones(context.shape[:2], dtype=torch.long)
+            mask[:, -hidden:] = 0
+            made.append([context, {**values, "attention_mask": mask}])
+        return (made,)
+
+
 class TestReplace:
     """Reaches into a model in one of the ways that nodes have."""
 
@@ -437,6 +457,7 @@ _NODES = (
     TestConcat,
     TestControl,
     TestAttentionMask,
+    TestTextMask,
 )
 _OF_OTHERS = (*controlnets.NODES, *quantized.NODES, *qwen_image_21.NODES, *standins.NODES, *video.NODES)
 NODE_CLASS_MAPPINGS = {kind.__name__: kind for kind in (*_NODES, *_OF_OTHERS)}
