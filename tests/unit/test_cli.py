@@ -367,6 +367,12 @@ def test_the_shape_of_latents_is_what_the_daemon_tells(sampling: Any, channels: 
         assert sample.latent_shape(model, 2, (1024, 768), channels) == shape
 
 
+def test_latents_of_a_video_have_the_frames_that_are_asked_for() -> None:
+    for latent, shape in ((["B", 16, "T", "H", "W"], (1, 16, 5, 96, 128)), (["B", 16, "H", "W"], (1, 16, 96, 128))):
+        model = with_process({"latent": latent, "downscale": 8})
+        assert sample.latent_shape(model, 1, (1024, 768), frames=5) == shape
+
+
 @pytest.mark.parametrize(
     "end", [errors.ConnectionFailed("gone"), errors.ConnectionLost("gone while it was asked"), "next"]
 )

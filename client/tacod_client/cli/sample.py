@@ -70,7 +70,7 @@ def _inputs(args: argparse.Namespace, given: dict[str, torch.Tensor], model: Mod
     noise = given.get("noise")
     if noise is None:
         batch = max((value.shape[0] for value in positive.values() if value.ndim), default=1)
-        shape = latent_shape(model, batch, args.size, args.channels)
+        shape = latent_shape(model, batch, args.size, args.channels, args.frames)
         loaded.check_size(client, [shape, shape])
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed))
     return {
@@ -86,15 +86,19 @@ def _under(prefix: str, given: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     return {key.removeprefix(prefix): value for key, value in given.items() if key.startswith(prefix)}
 
 
-def latent_shape(model: Model, batch: int, size: tuple[int, int], channels: int | None = None) -> tuple[int, ...]:
-    """The shape of the latents of ``batch`` pictures of ``size`` (width and height in pixels), of one frame each.
+def latent_shape(
+    model: Model, batch: int, size: tuple[int, int], channels: int | None = None, frames: int = 1
+) -> tuple[int, ...]:
+    """The shape of the latents of ``batch`` pictures of ``size`` (width and height in pixels).
 
-    ``channels`` replaces the model's own. Raises `RequestError` if the daemon doesn't say enough about the model.
+    Where latents have frames, there are so many. ``channels`` replaces the model's own.
+
+    Raises `RequestError` if the daemon doesn't say enough about the model.
     """
     sampling = model.sampling
     shape: list[int | str | None] = list(sampling.get("latent") or ("B", sampling.get("channels"), "H", "W"))
     width, height = (side // sampling.get("downscale", DOWNSCALE) for side in size)
-    sizes = {"B": batch, "T": 1, "H": height, "W": width}
+    sizes = {"B": batch, "T": frames, "H": height, "W": width}
     shape[1] = channels or shape[1]
     if shape[1] is None:
         raise RequestError(f"{model.name}: the daemon doesn't tell how many channels it has; give --channels")
