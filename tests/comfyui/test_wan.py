@@ -11,8 +11,9 @@ import pytest
 from comfyui_graphs import Pair
 from comfyui_server import ComfyUI, Outcome
 from helpers import Daemon
+from image_cases import Case, Sizes, write
 from safetensors.torch import save_file
-from test_image_families import Case, Sizes, refused, write
+from test_image_families import refused
 
 Both = Callable[..., Outcome]
 CASES = {
