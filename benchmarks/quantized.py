@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from families import times_of
-from published import build, make_inputs
+from published import Size, build, make_inputs
 from torch import Tensor, multiprocessing, nn
 from torch.nn import functional
 
@@ -257,13 +257,13 @@ def rank_main(rank: int, args: argparse.Namespace, count: int, folder: str) -> N
         torch.cuda.set_device(device)
     make_group = process_groups.join(device, rank, count, f"{folder}/rendezvous{count}", local_rank=rank if cuda else 0)
     forwards = Forwards(Topology(rank, count, make_group, reach if cuda else None))
-    dtype = torch.bfloat16 if cuda else torch.float32
+    dtype, side = (torch.bfloat16, 1024) if cuda else (torch.float32, 256)
     with torch.inference_mode():
         for name in args.models.split(","):
             found = {}
             for kind in args.formats:
                 model = packed(build(name, device, dtype), kind)
-                inputs = model.prepare(make_inputs(name, model, 1024 if cuda else 256, device))
+                inputs = model.prepare(make_inputs(name, model, Size(side, side), device))
                 shape = Shape(model.heads, model.width, inputs.batch, model.lengths(inputs))
                 call = Call(model, make_plan(AUTO, count, shape), inputs)
                 ms = times_of(lambda call=call: forwards(call), args.rounds)  # type: ignore[misc]

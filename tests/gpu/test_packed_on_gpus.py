@@ -28,6 +28,8 @@ DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(1, 768, 40), (77, 256, 24), (300, 1280, 520), (40, 256, 20)]
 FLOATS = ("z_image_fp8",)
 """Models whose activations are quantized on a GPU, and not on a CPU."""
+MIXED = ("wan21_t2v_mixed",)
+"""Models of which some layers' activations are quantized on both, and others' on a GPU only."""
 
 
 @pytest.fixture(scope="module", params=WORLDS, ids=lambda count: f"{count}gpu")
@@ -199,7 +201,7 @@ def test_whole_models(gpu_daemon: Daemon, models: Path, name: str) -> None:
         outs = [model.forward(**golden.inputs) for _ in range(4)]
         assert all(torch.equal(out, outs[0]) for out in outs[1:])
         # A last bit of the timestep's embedding differs from a CPU's, and moves other activations by a step of int8.
-        assert relative_error(outs[0], golden.out) <= max(1.5 * golden.fp32, 2e-5)
+        assert relative_error(outs[0], golden.out) <= (2e-2 if name.endswith(MIXED) else max(1.5 * golden.fp32, 2e-5))
         native = client.load("packed.safetensors", dtype="bf16", plan=everyone)
         together = relative_error(native.forward(**golden.inputs), outs[0])
         one = client.load("packed.safetensors", dtype="bf16", plan={"sequence_parallel_degree": 1})
