@@ -14,7 +14,7 @@ from comfyui_server import NODES, ComfyUI, Graph
 from image_cases import CASES, Sizes, write
 from PIL import Image, ImageChops, ImageSequence
 from safetensors.torch import save_file
-from test_wan import CASES as WAN
+from test_video_families import CASES as WAN
 
 from tacod import embedded
 
