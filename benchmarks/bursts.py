@@ -129,7 +129,7 @@ def silent_connections(daemon: Daemon) -> None:
 
 def headers(daemon: Daemon) -> None:
     """Headers that take many times their bytes as objects."""
-    body = {"a": [[{} for _ in range(1000)] for _ in range(1000)]}
+    body: dict[str, Any] = {"a": [[{} for _ in range(1000)] for _ in range(1000)]}
     with Speaker(daemon) as speaker:
         for _ in range(10):
             speaker.say("put", body)

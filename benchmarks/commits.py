@@ -118,6 +118,7 @@ def work(args: argparse.Namespace) -> None:
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.ranks))
     forwards = make_forwards(args, device)
+    model: Any = None
     loaded = ""
     with torch.inference_mode():
         for line in sys.stdin:

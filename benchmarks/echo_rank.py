@@ -1,4 +1,7 @@
-"""A rank without a model, for wire.py: it reads a forward's tensors as a rank does, and answers with x."""
+"""Ranks without a model, for wire.py: they read a forward's tensors as a rank does, and answer with x.
+
+Run as a program, this file is a fork server for such ranks.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ import socket
 import sys
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 
+from tacod.group import fork_server
 from tacod.group.arena import Arena
 from tacod.group.work import Facts, Loaded, Stepped
 from tacod.heap import keep_freed_memory
@@ -52,11 +57,17 @@ class EchoEngine(Engine):
         return Stepped("echo", self.world_size, forwards=1, skipped=0, out=out)
 
 
-if __name__ == "__main__":
-    args = _parse()
+def run(arguments: list[str]) -> None:
+    """Be such a rank until the supervisor ends."""
+    args = _parse(arguments)
     channel = socket.socket(fileno=args.channel)
     _die_with_the_supervisor(channel)
     keep_freed_memory()
     torch.set_num_threads(1)
     serve(EchoEngine(args.rank, args.world_size), channel, Arena(args.arena))
     sys.exit(1)
+
+
+if __name__ == "__main__":
+    with mock.patch.object(fork_server, "load", return_value=run):
+        fork_server.main()

@@ -68,7 +68,7 @@ def main() -> None:
         args.folder = folder
         for count in counts:
             rendezvous = f"{folder}/rendezvous{count}"
-            multiprocessing.spawn(rank_main, (args, count, rendezvous), count)  # type: ignore[no-untyped-call]
+            multiprocessing.spawn(rank_main, (args, count, rendezvous), count)  # type: ignore[attr-defined,no-untyped-call]
             if count == counts[0] and "COMFYUI_PATH" in os.environ and torch.cuda.is_available():
                 for name in args.models.split(","):
                     sys.stdout.flush()
@@ -139,6 +139,7 @@ def rank_main(rank: int, args: argparse.Namespace, count: int, rendezvous: str) 
                 ms = times_of(lambda call=call: forwards(call), args.rounds)  # type: ignore[misc]
                 if rank == 0:
                     out = forwards(call)
+                    assert isinstance(out, Tensor)
                     error = error_of(args.folder, name, size, out)
                     memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
                     plan = str(call.plan)

@@ -110,16 +110,18 @@ def memory() -> dict[str, int]:
 
 def write(folder: Path, kind: str, gib: float) -> tuple[Path, int]:
     """Write a model of about this size; returns its path and its bytes."""
+    from published import PUBLISHED
+
     from tacod.checkpoint.header import BLOCKS
-    from tacod.rank.families import from_diffusers
 
     bytes_each = {"fp32": 4, "folder": 4, "bf16": 2, "fp8": 1}.get(kind) or BLOCKS[kind][1] / BLOCKS[kind][0]
     block = 15 * WIDTH**2 * bytes_each
-    config = {**CONFIG, "num_single_layers": max(1, round((gib * (1 << 30) - 3 * block) / block))}
-    described = from_diffusers("benchmark", config)
+    single = max(1, round((gib * (1 << 30) - 3 * block) / block))
+    sizes = {"hidden_size": WIDTH, "num_heads": WIDTH // 128, "depth": 1, "depth_single_blocks": single}
+    described = {**PUBLISHED["flux"].config, **sizes}
     if kind == "folder":
         path = folder / "folder"
-        write_folder(path, config, described)
+        write_folder(path, {**CONFIG, "num_single_layers": single}, described)
     elif kind in BLOCKS:
         path = folder / f"{kind}.gguf"
         write_gguf(path, kind, described)
@@ -179,7 +181,7 @@ def write_folder(path: Path, config: dict[str, Any], described: dict[str, Any]) 
     }
     path.mkdir()
     (path / "config.json").write_text(json.dumps(config))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard in range(SHARDS):
         name = f"diffusion_pytorch_model-{shard + 1:05}-of-{SHARDS:05}.safetensors"
         mine = list(theirs.items())[shard::SHARDS]

@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--path", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.path is not None:
-        work(args.path, torch.device(args.device, args.rank if args.device == "cuda" else None))
+        work(args.path, torch.device(f"cuda:{args.rank}" if args.device == "cuda" else "cpu"))
         return
     with tempfile.TemporaryDirectory(prefix="tacod-", dir=args.folder) as name:
         path, size = memory.write(Path(name), "bf16", args.gib)

@@ -34,8 +34,7 @@ def step_ms(
     pair = Pair(FLUX, endpoint=endpoint)
     pair.nodes["latent"]["inputs"] |= dict(zip(("batch", "height", "width"), size, strict=True))
     pair.load()
-    sampling = {"sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
-    pair.sample(steps=steps, seed=seed, cfg=1.0, **sampling)
+    pair.sample(steps=steps, seed=seed, cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0)
     pair.nodes["sampler_taco"]["class_type"] = "TACODiTKSampler"
     pair.nodes["sampler_taco"]["inputs"]["enable_taco_dit"] = True
     pair.add("stats", "TACODiTStatsDisplay", stats="@sampler_taco#1")

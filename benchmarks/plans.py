@@ -27,7 +27,7 @@ from tacod.rank.comm import process_groups
 from tacod.rank.comm.select import reach
 from tacod.rank.families.base import DiT
 from tacod.rank.families.flux import Flux
-from tacod.rank.families.inputs import Inputs
+from tacod.rank.families.inputs import Argument, Inputs
 from tacod.rank.families.pixart import PixArt
 from tacod.rank.families.sd3 import SD3
 from tacod.rank.forward.run import Call, run
@@ -100,7 +100,7 @@ def make_inputs(
     sizes = {"B": batch, "H": pixels // 8, "W": pixels // 8, "L": text}
     inputs: dict[str, Any] = {}
     for key, spec in model.arguments().items():
-        if (spec.required and spec.shape is not None) or key == "y":
+        if isinstance(spec, Argument) and spec.shape is not None and (spec.required or key == "y"):
             shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
             inputs[key] = torch.randn(shape, generator=generator, device=device, dtype=dtype or model.dtype)
     inputs["timestep"] = model.timestep(torch.full((batch,), 0.7, device=device)).float()
@@ -219,7 +219,7 @@ def main() -> None:
     os.environ.update(ON_GPUS)
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = f"{folder}/rendezvous"
-        multiprocessing.spawn(rank_main, (args, rendezvous), args.ranks)  # type: ignore[no-untyped-call]
+        multiprocessing.spawn(rank_main, (args, rendezvous), args.ranks)  # type: ignore[attr-defined,no-untyped-call]
 
 
 if __name__ == "__main__":

@@ -218,9 +218,9 @@ def microseconds(call: Callable[[], object], graphs: bool = True) -> float:
         with torch.cuda.graph(graph):
             calls()
         run = graph.replay
-    took = []
+    took: list[float] = []
     for _ in range(6):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         run()
         end.record()
@@ -235,7 +235,7 @@ def models(args: argparse.Namespace) -> None:
     counts = list(map(int, args.ranks.split(",")))
     with tempfile.TemporaryDirectory() as folder:
         for count in counts:
-            multiprocessing.spawn(rank_main, (args, count, folder), count)  # type: ignore[no-untyped-call]
+            multiprocessing.spawn(rank_main, (args, count, folder), count)  # type: ignore[attr-defined,no-untyped-call]
         for name in args.models.split(","):
             found = {count: json.loads(Path(folder, f"{name}.{count}.json").read_text()) for count in counts}
             heads = [f"{name}, 1024²", "weights, GiB", *(f"{n} GPU{'s' * (n > 1)}, ms" for n in counts)]

@@ -285,7 +285,8 @@ def rank_main(rank: int, job: Job, tell: Any) -> None:
             pixels, row = step
             if rank == 0:
                 tell.put(("begin", step))
-            told, problem = None, None
+            told: dict[str, Any] | None = None
+            problem = None
             try:
                 if rank == 0 and row == "reference":
                     bench.refer(pixels)
@@ -332,7 +333,7 @@ def _about(devices: list[dict[str, Any]]) -> dict[str, Any]:
 
         pynvml.nvmlInit()
         about["driver"] = pynvml.nvmlSystemGetDriverVersion()
-        about["cuda"], about["nccl"] = torch.version.cuda, ".".join(map(str, torch.cuda.nccl.version()))
+        about["cuda"], about["nccl"] = torch.version.cuda, ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
         pynvml.nvmlShutdown()
     else:
         about["cores"] = os.cpu_count()
@@ -359,7 +360,7 @@ def run_group(job: Job, results: dict[Step, dict[str, Any]], about: dict[str, An
     """One group's life; returns the steps that it left."""
     Path(job.folder, "rendezvous").unlink(missing_ok=True)
     tell: Any = multiprocessing.get_context("spawn").Queue()
-    group = multiprocessing.spawn(rank_main, (job, tell), job.ranks, join=False)  # type: ignore[no-untyped-call]
+    group = multiprocessing.spawn(rank_main, (job, tell), job.ranks, join=False)  # type: ignore[attr-defined,no-untyped-call]
     steps = list(job.steps)
     try:
         _follow(group, tell, job, steps, results, about)

@@ -82,4 +82,4 @@ def write_model(path: Path, weights: Mapping[str, Tensor], config: Mapping[str, 
         for weight in weights.values():
             for part in torch.split(weight.contiguous().view(-1).view(torch.uint8), len(staging)):
                 staged = staging[: len(part)].copy_(part)
-                file.write(memoryview(staged.numpy()))
+                file.write(staged.numpy().data)

@@ -156,8 +156,8 @@ def soak(args: argparse.Namespace) -> bool:
                 disturb(daemon, asking, course, planned(args))
                 codes = [client.end() for client in asking]
             after = quiet(daemon)
-            with daemon.client() as client:
-                stats = client.stats()
+            with daemon.client() as admin:
+                stats = admin.stats()
     tell(args, course, asking, stats)
     kept = tell_growth(before, course.samples, after)
     plot(Path(args.plot), course, asking)

@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
 
 if TYPE_CHECKING:
     from clients import ClientProcess
@@ -38,7 +39,7 @@ def plot(path: Path, course: Course, asking: list[ClientProcess]) -> None:
         for at_s, kind in course.faults:
             axis.axvline(at_s - course.began_s, color=COLOURS[kind], linewidth=0.6, alpha=0.6)
         axis.legend(loc="upper left", fontsize="small")
-    marks = [plt.Line2D([], [], color=colour, label=kind) for kind, colour in COLOURS.items()]
+    marks = [Line2D([], [], color=colour, label=kind) for kind, colour in COLOURS.items()]
     figure.legend(handles=marks, loc="outside upper right", ncols=2, fontsize="small")
     figure.suptitle("A rank is killed or stopped at random moments", fontsize="medium")
     figure.savefig(path, dpi=90)

@@ -70,7 +70,8 @@ def context_parallel(dit: DiT, config: Config, inputs: Inputs, world_size: int) 
     # A machine without an accelerator has none to count.
     counted = mock.patch("torch.accelerator.device_count", return_value=world_size)
     with counted if inputs["x"].device.type == "cpu" else nullcontext():
-        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=world_size, ulysses_anything=uneven))
+        ranks = ContextParallelConfig(ulysses_degree=world_size, ulysses_anything=uneven)  # type: ignore[no-untyped-call]
+        model.enable_parallelism(config=ranks)
     return _caller(model, dit, inputs)
 
 
@@ -165,7 +166,7 @@ def _positions(model: Any, device: torch.device) -> nn.Module:
     from diffusers.models.embeddings import PatchEmbed
 
     config = model.config
-    return PatchEmbed(
+    return PatchEmbed(  # type: ignore[no-untyped-call]
         height=config.sample_size,
         width=config.sample_size,
         patch_size=config.patch_size,
@@ -223,7 +224,8 @@ def _call_sd3(model: Any, inputs: Inputs) -> Forward:
             return_dict=False,
         )[0]
         # xfuser's wrapper gives a pair, of which the other is for its pipeline.
-        return out[0] if isinstance(out, tuple) else out
+        alone: Tensor = out[0] if isinstance(out, tuple) else out
+        return alone
 
     return forward
 

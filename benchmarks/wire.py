@@ -21,8 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -48,15 +49,16 @@ HERE = Path(__file__).parent
 def serve_echo_daemon(config: str) -> int:
     """Run tacod itself, with echo ranks."""
     from tacod import daemon
+    from tacod.group.fork_server import MODULE
 
     start = subprocess.Popen
 
     def popen(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
         head, rest = command[:3], command[3:]
-        assert head[1:] == ["-m", "tacod.rank"]
+        assert head[1:] == ["-m", MODULE]
         return start([head[0], str(HERE / "echo_rank.py"), *rest], **options)
 
-    with mock.patch("tacod.group.processes.subprocess.Popen", popen):
+    with mock.patch("tacod.group.fork_server.subprocess.Popen", popen):
         return daemon.main(["--config", config])
 
 
@@ -129,7 +131,7 @@ def summary(seconds: list[float]) -> dict[str, float]:
     }
 
 
-def measure_in_turns(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
+def measure_in_turns(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
     """Each variant once a round, in turns."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(rounds + 1):
@@ -172,9 +174,9 @@ def measure_wire(rounds: int) -> dict[str, Any]:
         results: dict[str, Any] = {}
         for name, size in SIZES.items():
             x = rng.integers(0, 255, size, np.uint8).view(np.float32)
-            variants = {"pair": lambda x=x: pair(x)}
+            variants: dict[str, Callable[[], Any]] = {"pair": partial(pair, x)}
             for ranks in RANKS:
-                variants[f"{ranks} rank{'s'[: ranks > 1]}"] = lambda ranks=ranks, x=x: forward(ranks, x)
+                variants[f"{ranks} rank{'s'[: ranks > 1]}"] = partial(forward, ranks, x)
             assert all(np.array_equal(work().view(np.uint8), x.view(np.uint8)) for work in variants.values())
             results[name] = measure_in_turns(variants, rounds if size < 64 * MIB else max(5, rounds // 5))
 
