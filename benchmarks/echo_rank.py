@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import socket
 import sys
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -17,12 +16,13 @@ from tacod.group import fork_server
 from tacod.group.arena import Arena
 from tacod.group.work import Facts, Loaded, Stepped
 from tacod.heap import keep_freed_memory
-from tacod.plan import chunks
 from tacod.rank.__main__ import _die_with_the_supervisor, _parse, serve
 from tacod.rank.arguments import load_arguments
+from tacod.rank.comm.group import Group
 from tacod.rank.engine import Engine
 from tacod.rank.families.control import Control
 from tacod.rank.families.inputs import Argument, Residuals
+from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.parallel.topology import Topology
 from tacod_client.tensors import to_wire
 
@@ -34,6 +34,10 @@ class EchoEngine(Engine):
         super().__init__(torch.device("cpu"), Topology())
         self.rank = rank
         self.world_size = world_size
+        # It says which tokens are this rank's; nothing is exchanged.
+        whole = Group()
+        whole.rank, whole.size = rank, world_size
+        self.sequence = SequenceParallel(whole, whole)
 
     def load(self, *args: Any, **work: Any) -> Loaded:
         """Nothing to load."""
@@ -45,14 +49,12 @@ class EchoEngine(Engine):
         specs = {name: Residuals(0, {}) if name == "control" else Argument(()) for name in arguments}
         values = load_arguments(arguments, specs, torch.float32, self.device)
         control = values.get("control", Control({}))
-        whole = SimpleNamespace(rank=self.rank)
-        sequence = SimpleNamespace(whole=whole, sizes=lambda n: chunks(n, self.world_size))
         for name, each in control.residuals.items():
             for block, residual in enumerate(each):
-                if residual is not None and residual is not each[block - 1]:
+                if residual is not None and (block == 0 or residual is not each[block - 1]):
                     _, n, width = residual.shape
-                    tokens = torch.zeros(1, sequence.sizes(n)[self.rank], width, dtype=torch.bfloat16)
-                    control.add(name, block, sequence, tokens, n)
+                    tokens = torch.zeros(1, self.sequence.sizes(n)[self.rank], width, dtype=torch.bfloat16)
+                    control.add(name, block, self.sequence, tokens, n)
         out = to_wire(values["x"], "out") if self.rank == 0 else None
         return Stepped("echo", self.world_size, forwards=1, skipped=0, out=out)
 
