@@ -85,25 +85,36 @@ def serve_daemon(config: str) -> int:
     """Run tacod itself, and its ranks by this file."""
     note("supervisor")
     from tacod import daemon
+    from tacod.group.fork_server import MODULE
 
     start = subprocess.Popen
 
     def popen(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
-        assert command[1:3] == ["-m", "tacod.rank"]
+        assert command[1:3] == ["-m", MODULE]
         return start([command[0], __file__, *command[3:]], **options)
 
-    with mock.patch("tacod.group.processes.subprocess.Popen", popen):
+    with mock.patch("tacod.group.fork_server.subprocess.Popen", popen):
         return daemon.main(["--config", config])
 
 
-def serve_rank(arguments: list[str]) -> None:
-    """Run a rank; the first one notes its times."""
-    from tacod.rank import __main__ as rank
+def serve_ranks() -> None:
+    """Be the fork server; the first rank notes its times."""
+    from tacod.group import fork_server
 
-    if arguments[arguments.index("--rank") + 1] == "0":
-        note("rank 0")
-    sys.argv[1:] = arguments
-    rank.main()
+    load = fork_server.load
+
+    def load_noting(device: str) -> Callable[[list[str]], None]:
+        run = load(device)
+
+        def run_noting(arguments: list[str]) -> None:
+            if arguments[arguments.index("--rank") + 1] == "0":
+                note("rank 0")
+            run(arguments)
+
+        return run_noting
+
+    with mock.patch.object(fork_server, "load", load_noting):
+        fork_server.main()
 
 
 # --- the client's side ------------------------------------------------------------------------------------------------
@@ -173,7 +184,7 @@ def main() -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--daemon"]:
         sys.exit(serve_daemon(sys.argv[-1]))
-    elif sys.argv[1:2] == ["--rank"]:
-        serve_rank(sys.argv[1:])
+    elif sys.argv[1:2] in (["cpu"], ["cuda"]):
+        serve_ranks()
     else:
         main()
