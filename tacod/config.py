@@ -101,7 +101,7 @@ class Group(_Section):
     """Client tensors that each rank keeps, so that a prompt's embeddings travel once."""
     prefix_bytes: NonNegativeInt = 4 << 30
     """Memory of each rank for what doesn't change from step to step, such as a text's keys and values (Qwen-Image-2.1);
-    CUDA graphs may take as much again. 0 computes it at each step, without CUDA graphs."""
+    CUDA graphs may take as much again. With 0 it is computed at each step, and such a model has no CUDA graphs."""
     cuda_graphs: bool = True
     """Whether repeated forwards are replayed as CUDA graphs. Turn it off to see whether they cause a problem."""
     peer_memory: bool = True

@@ -161,8 +161,12 @@ class RankGroup:
             names = ", ".join(f"rank {rank.index} (pid {rank.process.pid})" for rank in missing)
             self._processes.log_stacks(missing)
             if self.state is GroupState.STARTING:
-                names = names or f"{self.world_size} ranks"
-                raise GroupLost(f"{names} not ready after {self.settings.start_timeout_s:g} s (group.start_timeout_s)")
+                reason = f"not ready after {self.settings.start_timeout_s:g} s (group.start_timeout_s)"
+                if not names:
+                    server = self._processes.server_pid
+                    names = f"{self.world_size} ranks"
+                    reason += f"; the process that forks them (tacod.group.fork_server, pid {server}) has not done so"
+                raise GroupLost(f"{names} {reason}")
             current = self._current
             assert current is not None
             if (raised := current.first(Raised)) is not None:

@@ -133,6 +133,11 @@ class Processes:
         """Those of the ranks that are not there yet."""
 
     @property
+    def server_pid(self) -> int:
+        """Of the process that ranks are forked from; 0 if there was none yet."""
+        return self._server.pid if self._server is not None else 0
+
+    @property
     def sources(self) -> list[int]:
         """File descriptors that become readable when ranks begin, report or end."""
         channels = [rank.channel.fileno() for rank in self.ranks if not rank.mute]

@@ -83,6 +83,7 @@ def test_stopped(sturdy: Daemon, client: Client, server: psutil.Process) -> None
             os.kill(sturdy.rank_pids()[0], signal.SIGKILL)
             eventually(lambda: "starting 2 ranks" in sturdy.log[begin:], 10, "it is asked for ranks")
         eventually(lambda: "2 ranks not ready after" in sturdy.log[begin:], 10, "the deadline passes")
+        assert f"fork_server, pid {server.pid}) has not done so" in sturdy.log[begin:]
         eventually(lambda: not server.is_running(), 5, "it is reaped")
     FLUX.check(model)
 

@@ -5,7 +5,7 @@ GPUs run them. Results don't change: a graph is used only if its first replay eq
 forward of the same inputs without it.
 
 Two kinds of forward have no graph: those with a step cache, because the host decides whether blocks are skipped, and
-those of a family that reads numbers from the GPU, such as which experts tokens go to (`DiT.graphs`).
+those of a model for which the host reads numbers from the GPU, such as how many tokens an expert gets (`DiT.graphs`).
 
 A family's prefix (`tacod.rank.forward.prefixes`) is computed before its forward and never within a graph. A graph has a
 copy of one prefix and overwrites it when a forward comes with another one.
