@@ -68,8 +68,12 @@ class Forwards:
         if call.plan.step_cache:
             return self._cached(call)
         inputs = call.inputs
-        graphs = self.graphs and call.dit.graphs
-        if not graphs or not inputs.latents[0].is_cuda or inputs.control is not None or self._is_too_large(call.prefix):
+        if (
+            not self.graphs
+            or not inputs.latents[0].is_cuda
+            or inputs.control is not None
+            or self._is_too_large(call.prefix)
+        ):
             return self._run(call)
         kinds = self._kinds.setdefault(call.dit, OrderedDict())
         kind = (call.plan.layout, call.plan.attention, inputs.key)
@@ -77,6 +81,9 @@ class Forwards:
         if isinstance(known, Graph):
             kinds.move_to_end(kind)
             return known.replay(call)
+        # Asked here, as a model may look at all of its layers for it: no replay waits for that.
+        if not call.dit.graphs:
+            return self._run(call)
         # Also where there will be no graph: the same forward is to give the same bits whenever it comes.
         attention = replace(call.plan.attention, split_kv=True)
         call = replace(call, plan=replace(call.plan, attention=attention))
