@@ -70,7 +70,7 @@ def main() -> None:
             rendezvous = f"{folder}/rendezvous{count}"
             multiprocessing.spawn(rank_main, (args, count, rendezvous), count)  # type: ignore[attr-defined,no-untyped-call]
             if count == counts[0] and "COMFYUI_PATH" in os.environ and torch.cuda.is_available():
-                for name in args.models.split(","):
+                for name in (name for name in args.models.split(",") if PUBLISHED[name].comfyui):
                     sys.stdout.flush()
                     subprocess.run([sys.executable, *sys.argv, "--folder", folder, "--comfyui", name], check=False)
         for count in served:
@@ -190,6 +190,7 @@ def comfyui(args: argparse.Namespace) -> None:
     name = args.comfyui
     model = PUBLISHED[name]
     device = torch.device("cuda")
+    assert model.comfyui is not None
     config = getattr(supported_models, model.comfyui)(dict(model.config))
     config.set_inference_dtype(torch.bfloat16, None)
     network = config.get_model({}, "", device=device).diffusion_model.eval().requires_grad_(False).to(device)

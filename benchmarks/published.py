@@ -40,8 +40,8 @@ class Published:
 
     config: Mapping[str, Any]
     """ComfyUI's ``unet_config``."""
-    comfyui: str
-    """The name of its class in ComfyUI's ``comfy.supported_models``."""
+    comfyui: str | None
+    """The name of its class in ComfyUI 0.33.0's ``comfy.supported_models``, if that has it."""
     text: int
     """Tokens of the text."""
     sizes: tuple[Size, ...] = (Size(1024, 1024), Size(2048, 2048))
@@ -98,6 +98,36 @@ def _wan(width: int, hidden: int, layers: int, channels: int = 16) -> dict[str, 
     }
 
 
+def _cosmos_predict2(width: int, heads: int, blocks: int, kind: str = "cosmos_predict2") -> dict[str, Any]:
+    return {
+        "image_model": kind,
+        "in_channels": 16,
+        "out_channels": 16,
+        "patch_spatial": 2,
+        "patch_temporal": 1,
+        "max_img_h": 240,
+        "max_img_w": 240,
+        "max_frames": 128,
+        "model_channels": width,
+        "num_heads": heads,
+        "num_blocks": blocks,
+        "crossattn_emb_channels": 1024,
+        "concat_padding_mask": True,
+        "use_adaln_lora": True,
+        "adaln_lora_dim": 256,
+        "pos_emb_cls": "rope3d",
+        "pos_emb_learnable": True,
+        "pos_emb_interpolation": "crop",
+        "min_fps": 1,
+        "max_fps": 30,
+        "rope_h_extrapolation_ratio": 4.0,
+        "rope_w_extrapolation_ratio": 4.0,
+        "rope_t_extrapolation_ratio": 1.0,
+        "extra_per_block_abs_pos_emb": False,
+    }
+
+
+_SMALL_COSMOS = {"model_channels": 256, "num_heads": 2, "num_blocks": 1}
 _SMALL_WAN = {"dim": 256, "num_heads": 2, "ffn_dim": 512, "num_layers": 1}
 
 PUBLISHED = {
@@ -261,6 +291,48 @@ PUBLISHED = {
         128,
         sizes=(Size(1024, 1024),),
         cut={"num_layers": 1, "num_single_layers": 1, "llama_layers": [0, 31], "num_attention_heads": 4},
+    ),
+    "qwen_image_21": Published(
+        {
+            "image_model": "qwen_image21",
+            "in_channels": 64,
+            "out_channels": 64,
+            "num_layers": 32,
+            "attention_head_dim": 128,
+            "num_attention_heads": 32,
+            "context_in_dim": 4096,
+            "mlp_ratio": 3,
+            "fused_mlp": True,
+        },
+        None,
+        256,
+        cut={"num_layers": 1, "num_attention_heads": 2},
+    ),
+    "flux3_klein": Published(
+        {
+            "image_model": "flux3",
+            "in_channels": 128,
+            "cond_in_channels": 128,
+            "num_layers": 5,
+            "num_single_layers": 28,
+            "attention_head_dim": 128,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 20480,
+            "timestep_channels": 256,
+            "mlp_ratio": 3.0,
+            "axes_dims_rope": [32] * 4,
+            "rope_theta": 10000,
+            "flow_map": False,
+        },
+        None,
+        480,
+        cut={"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2},
+    ),
+    "anima": Published(
+        _cosmos_predict2(2048, 16, 28, "anima"), "Anima", 512, sizes=(Size(1024, 1024),), cut=_SMALL_COSMOS
+    ),
+    "cosmos_predict2_14b": Published(
+        _cosmos_predict2(5120, 40, 36), "CosmosT2IPredict2", 512, sizes=(Size(1024, 1024),), cut=_SMALL_COSMOS
     ),
     "wan_1.3b": Published(_wan(1536, 8960, 30), "WAN21_T2V", 512, sizes=(Size(832, 480, 81),), cut=_SMALL_WAN),
     "wan_14b": Published(
