@@ -376,12 +376,17 @@ def make_inputs(name: str, dit: DiT, size: Size, device: torch.device) -> Inputs
     sizes["T"] = (size.frames - 1) // model.frames_per_latent + 1
     specs = dit.arguments()
     values: dict[str, Any] = {}
+
+    def noise(spec: Argument) -> Tensor:
+        shape = [sizes[side] if isinstance(side, str) else side for side in spec.shape or ()]
+        return torch.randn(shape, generator=generator).to(device, dit.dtype)
+
     for key, spec in specs.items():
         if not isinstance(spec, Argument) or spec.shape is None or spec.keys:
             continue
         if spec.required or key in dit.usual_optional:
-            shape = [sizes[side] if isinstance(side, str) else side for side in spec.shape]
-            values[key] = torch.randn(shape, generator=generator).to(device, dit.dtype)
-    values["timestep"] = dit.timestep(torch.full((1,), 0.7)).float().to(device)
+            values[key] = [noise(each) for each in spec.members or [spec]] if spec.many else noise(spec)
+    level = dit.timestep(torch.full((1,), 0.7)).float().to(device)
+    values["timestep"] = [level] * len(values["timestep"]) if isinstance(values["timestep"], list) else level
     values |= {key: torch.full((1,), value, device=device) for key, value in model.values.items()}
     return Inputs(values, specs)

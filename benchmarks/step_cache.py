@@ -103,7 +103,9 @@ def run(model: DiT, prompt: str, seed: int, steps: int, threshold: float) -> tup
         sampling = begin(request, model, Request(step_cache=threshold), forwards, device)
         started = clock()
         *_, last = sampling.steps
-        latent = sampling.finish(last).cpu()
+        latent = sampling.finish(last)
+        assert isinstance(latent, Tensor)
+        latent = latent.cpu()
     seconds = clock() - started
     return latent, forwards.skipped / sampling.denoise.forwards, seconds
 

@@ -7,7 +7,7 @@ import functools
 import inspect
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,9 @@ from .source import Source
 
 __all__ = ["RemoteDiT", "refuse_weight_only", "remote_of"]
 
+Latents = torch.Tensor | list[torch.Tensor]
+"""A network's latent, or a list where it has several."""
+Times = torch.Tensor | Sequence[torch.Tensor]
 VARIANTS = 4
 """Sets of patches whose handle is kept: both sides of a comparison, and two more."""
 _COPIED_LAYERS = ("x_embedder", "y_embedder")
@@ -142,8 +145,11 @@ class RemoteDiT(torch.nn.Module):
 
     # Nothing here can be compiled; TorchCompileModel behind the loader would try.
     @torch.compiler.disable
-    def forward(self, x: torch.Tensor, timestep: torch.Tensor, context: Any = None, **named: Any) -> torch.Tensor:
+    def forward(self, x: Latents, timestep: Times, context: Any = None, **named: Any) -> Latents:
         """One forward in the daemon, with the arguments and the result of the real network's.
+
+        A network of several latents, such as video and audio, gets a list of them and gives one. It may get a timestep
+        for each. Of a list of one it gives a tensor.
 
         Raises `Refused`, before anything is sent, for what the daemon can't honour.
         """
@@ -154,7 +160,7 @@ class RemoteDiT(torch.nn.Module):
         defaults = self.network.parameters
         positional = [named.pop(name, default) for name, default in defaults.items()]
 
-        def run(x: torch.Tensor, timestep: torch.Tensor, *values: Any, **rest: Any) -> torch.Tensor:
+        def run(x: Latents, timestep: Times, *values: Any, **rest: Any) -> Latents:
             return self._run(x, timestep, {**dict(zip(defaults, values, strict=False)), **rest})
 
         options = dict(zip(defaults, positional, strict=True)).get("transformer_options") or {}
@@ -163,21 +169,22 @@ class RemoteDiT(torch.nn.Module):
             if (options.get("wrappers") or {}).get("diffusion_model"):
                 raise Refused("a wrapper around the network (EasyCache or the like)", hooks.UPDATE)
             return run(x, timestep, *positional, **named)
-        out: torch.Tensor = executor(run, self, all_of(kind, options)).execute(x, timestep, *positional, **named)
+        out: Latents = executor(run, self, all_of(kind, options)).execute(x, timestep, *positional, **named)
         return out
 
-    def _run(self, x: torch.Tensor, timestep: torch.Tensor, named: dict[str, Any]) -> torch.Tensor:
+    def _run(self, x: Latents, timestep: Times, named: dict[str, Any]) -> Latents:
         options = named.pop("transformer_options", None) or {}
         self._check(options)
         if options.get("rope_options"):
             named["rope_options"] = options["rope_options"]
         arguments = {name: value for name, value in named.items() if value is not None and self.network.takes(name)}
-        arguments |= self.network.meanings(arguments, x.dtype)
-        out, model = self._asked(x.dtype, lambda model: model.forward(x=x, timestep=timestep, **arguments))
+        dtype = (x if isinstance(x, torch.Tensor) else x[0]).dtype
+        arguments |= self.network.meanings(arguments, dtype)
+        out, model = self._asked(dtype, lambda model: model.forward(x=x, timestep=timestep, **arguments))
         self.record.add(model)
         return out
 
-    def _call(self, method: str, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """What the network does outside of a forward, in the daemon."""
         given = inspect.signature(getattr(self.network.skeleton, method)).bind(*args, **kwargs).arguments
         names = _CALLED[method]
@@ -185,7 +192,7 @@ class RemoteDiT(torch.nn.Module):
         out, _ = self._asked(arguments["context"].dtype, lambda model: model.call(method, **arguments))
         return out
 
-    def _asked(self, dtype: torch.dtype, ask: Callable[[Model], torch.Tensor]) -> tuple[torch.Tensor, Model]:
+    def _asked(self, dtype: torch.dtype, ask: Callable[[Model], Any]) -> tuple[Any, Model]:
         """What the model with the patches of now answers, and that model."""
         model = self._variant(dtype)
         with errors_explained():

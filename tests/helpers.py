@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+import tacod
 from tacod.checkpoint import TensorInfo, read_checkpoint
 from tacod.group.fork_server import MODULE
 from tacod.rank.arguments import check_arguments, load_arguments
@@ -259,6 +260,13 @@ class Daemon:
             with suppress(psutil.Error):
                 process.kill()
         shutil.rmtree(self.folder)
+
+
+def package_with(family: Path, folder: Path) -> Path:
+    """A folder with a package `tacod` that has one more family, in this file: a `Daemon.start_folder`."""
+    shutil.copytree(Path(tacod.__file__).parent, folder / "tacod", copy_function=os.symlink)
+    (folder / "tacod" / "rank" / "families" / family.name).symlink_to(family)
+    return folder
 
 
 def _on_cpu(ranks: int) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from typing import Any
 
 from tacod_client.connection import Connection
 from tacod_client.digests import Digests, Glance
-from tacod_client.errors import ArgumentError, JobNotFound, ModelNotFound, ProtocolError
+from tacod_client.errors import ArgumentError, JobNotFound, ModelNotFound
 from tacod_client.exchange import Uploads, converse, each_once, own, pack
 from tacod_client.job import Job
 from tacod_client.stats import ModelStats
-from tacod_client.tensors import kind_of, like
+from tacod_client.tensors import all_like, kind_of, like
 from tacod_client.text import encodable
 from tacod_client.upload import PIECE_BYTES, digests_of_pieces, pieces
 from tacod_client.wire import CHANGING, Message, Tensor, split
@@ -324,15 +324,14 @@ class Model:
         """One DiT forward, with the names and meaning of ComfyUI's ``diffusion_model(x, timestep, context, …)``.
 
         Tensors may be torch (on any device) or numpy; the output is of ``x``'s kind, dtype, shape and device. A model
-        of several latents, such as video and audio, takes a list of them as ``x`` and gives one.
+        of several latents, such as video and audio, takes a list of them as ``x`` and gives a list; for a list of one
+        it gives a tensor. Its ``timestep`` may be a list too, one for each latent.
         ``control`` is ComfyUI's map of lists of residuals; one that stands in several places travels once.
 
         Raises `ArgumentError`, naming the argument, and `EngineError` if the ranks fail even after retries.
         """
         x = arguments.get("x")
-        latents = x if isinstance(x, list) and x else [x]
-        if any(kind_of(each) is None for each in latents):
-            raise ArgumentError("x: missing, or neither a torch tensor nor a numpy array", argument="x")
+        _check_latents("x", x)
         uploads: Uploads = {}
         if arguments.get("control") is not None:
             arguments["control"] = each_once(arguments["control"])
@@ -355,16 +354,7 @@ class Model:
 
         started = time.perf_counter()
         *_, reply = self._converse("forward", body, uploads, holds)
-        outs = reply.body["out"]
-        if not isinstance(x, list):
-            out = like(outs, x)
-        elif isinstance(outs, list) and len(outs) == len(latents):
-            out = list(map(like, outs, latents))
-        else:
-            raise ProtocolError(
-                f"x: {len(latents)} latents, but the daemon gave another number of outputs; "
-                "run tacod and this package in one version"
-            )
+        out = all_like(reply.body["out"], x)
         self.stats.forwards += 1
         self.stats.add(reply.body, time.perf_counter() - started)
         return out
@@ -405,7 +395,8 @@ class Model:
         """Start a whole sampling run in the ranks, and return the job.
 
         Args:
-            noise: [B, C, H, W], or [B, C, T, H, W] as `Model.sampling` tells; standard normal.
+            noise: [B, C, H, W], or [B, C, T, H, W] as `Model.sampling` tells; standard normal. For a model of several
+                latents, such as video and audio, a list.
             latent: Of the same shape, in the VAE's space, as ComfyUI's LATENT; zeros for an empty canvas.
             sigmas: [steps + 1], falling noise levels down to at least 0: from at most 1 for a flow, from at most the
                 level of the noisiest training step for a model that predicts the noise (157 for PixArt).
@@ -415,8 +406,7 @@ class Model:
             sampler: ``euler``, ``heun``, ``dpmpp_2m``, …; an unknown one is refused with the list.
             seed: For samplers that add noise, by the rule of ComfyUI's.
         """
-        if kind_of(noise) is None:
-            raise ArgumentError("noise: expected a torch tensor or a numpy array", argument="noise")
+        _check_latents("noise", noise)
         uploads: Uploads = {}
 
         def condition(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -469,3 +459,13 @@ class Model:
 
     def _cancel(self, job: str) -> None:
         self._connection.ask("cancel", lambda: {"job": job, "request": None})
+
+
+def _check_latents(name: str, given: Any) -> None:
+    """Raise `ArgumentError`, naming the argument, unless it is a tensor or a list of such."""
+    several = given if isinstance(given, (list, tuple)) else [given]
+    if not several or any(kind_of(each) is None for each in several):
+        missing = "missing, or " if given is None else ""
+        raise ArgumentError(
+            f"{name}: {missing}neither a torch tensor nor a numpy array, nor a list of such", argument=name
+        )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tacod_client.stats import ModelStats
-from tacod_client.tensors import like
+from tacod_client.tensors import all_like
 from tacod_client.wire import Message
 
 __all__ = ["Job", "Progress"]
@@ -64,7 +64,7 @@ class Job:
             return None
         if message.type == "progress":
             return Progress(body["step"], body["total"], body["sigma"], body["elapsed_s"])
-        self._result = like(body["out"], self._example)
+        self._result = all_like(body["out"], self._example)
         self._stats.samples += 1
         self._stats.add(body, time.perf_counter() - self._started)
         next(self._messages, None)
@@ -81,7 +81,7 @@ class Job:
                 yield progress
 
     def result(self) -> Any:
-        """Wait for the end and return the latent, of ``noise``'s kind, dtype, shape and device.
+        """Wait for the end and return the latent, of ``noise``'s kind, dtype, shape and device; or a list of latents.
 
         Raises `Cancelled`, or why it failed.
         """

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
-from tacod_client.errors import ArgumentError
+from tacod_client.errors import ArgumentError, ProtocolError
 from tacod_client.wire import Buffer, Tensor, split
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
-__all__ = ["TORCH_NAMES", "Kind", "from_wire", "kind_of", "like", "rows", "to_wire"]
+__all__ = ["TORCH_NAMES", "Kind", "all_like", "from_wire", "kind_of", "like", "rows", "to_wire"]
 
 Kind = Literal["torch", "numpy"]
 
@@ -152,6 +152,22 @@ def like(tensor: Tensor, example: Any) -> Any:
     if kind_of(example) == "numpy":
         return from_wire(tensor, "numpy").astype(example.dtype, copy=False)
     return from_wire(tensor, "torch").to(device=example.device, dtype=example.dtype)
+
+
+def all_like(out: Any, examples: Any) -> Any:
+    """The output of a model: a wire tensor as `like` gives it, or several for a list of several ``examples``.
+
+    Raises `ProtocolError` if there are more or fewer outputs than examples.
+    """
+    latents = list(examples) if isinstance(examples, (list, tuple)) else [examples]
+    outs = out if isinstance(out, list) else [out]
+    if len(outs) != len(latents):
+        raise ProtocolError(
+            f"{len(latents)} latents, but the daemon gave {len(outs)} outputs; run tacod and this package in one "
+            "version"
+        )
+    made = list(map(like, outs, latents))
+    return made if len(made) > 1 else made[0]
 
 
 def _as_numpy(raw: np.ndarray[Any, Any], tensor: Tensor) -> np.ndarray[Any, Any]:

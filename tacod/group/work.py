@@ -128,8 +128,8 @@ class Sample(Part):
     sampler: str
     seed: int
     cfg: float
-    noise: Tensor
-    latent: Tensor
+    noise: Tensor | list[Tensor]
+    latent: Tensor | list[Tensor]
     sigmas: Tensor
     positive: dict[str, Any]
     negative: dict[str, Any] | None

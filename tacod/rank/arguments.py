@@ -58,9 +58,9 @@ def check_arguments(given: Mapping[str, Any], specs: Mapping[str, Spec], family:
             if not isinstance(value, list):
                 raise ArgumentError(f"{name}: expected a list of tensors, got {_kind(value)}", argument=name)
             members = spec.members or [spec] * len(value)
-            if len(value) != len(members):
+            if not (spec.fewest or len(members)) <= len(value) <= len(members):
                 raise ArgumentError(f"{name}: expected {_wanted(spec)}, got {len(value)} tensors", argument=name)
-            for item, member in zip(value, members, strict=True):
+            for item, member in zip(value, members, strict=False):
                 own = _batch(sizes)
                 _check_tensor(name, item, member, own)
                 sizes |= _batch(own)
@@ -198,14 +198,17 @@ def _wanted(spec: Spec) -> str:
         return "anything"
     if spec.shape is None:
         return "one of " + ", ".join(map(repr, spec.choices))
-    if spec.others:
-        return f"a list of {1 + len(spec.others)} tensors of shapes " + ", ".join(
-            f"[{', '.join(map(str, shape))}]" for shape in (spec.shape, *spec.others)
-        )
-    shape = f"shape [{', '.join(map(str, spec.shape))}]"
-    if spec.per:
-        shape += f" or [{', '.join(map(str, (*spec.shape, spec.per)))}]"
+    if spec.members is not None:
+        many = f"{spec.fewest} to {len(spec.members)}" if spec.fewest else str(len(spec.members))
+        return f"a list of {many} tensors of shapes " + ", ".join(map(_shapes, spec.members))
+    shape = f"shape {_shapes(spec)}"
     return f"a list of tensors of {shape}" if spec.many else shape
+
+
+def _shapes(spec: Argument) -> str:
+    """The shape that a tensor may have, or both."""
+    shapes = dict.fromkeys((spec.shape or (), spec.longer))
+    return " or ".join(f"[{', '.join(map(str, shape))}]" for shape in shapes)
 
 
 def _kind(value: Any) -> str:

@@ -35,6 +35,8 @@ TEXT = 256
 PATCH_TENSORS = 6000
 """Most tensors that a load's patches may hold; the ranks get each twice in one message, by name and with its bytes."""
 
+LATENTS = 16
+"""Most latents of a sampling run."""
 PATCH_BYTES = 2 << 20
 """Most bytes of names and numbers in them; each value counts 9 bytes beyond its text."""
 
@@ -75,7 +77,16 @@ def _check_patches(patches: list[Any] | None) -> list[Any] | None:
     return patches
 
 
+def _check_latents(value: Any) -> Any:
+    """A tensor, or a list of such where a model has several latents."""
+    several = value if isinstance(value, list) else [value]
+    if not several or len(several) > LATENTS or not all(isinstance(each, wire.Tensor) for each in several):
+        raise ValueError(f"expected a tensor, or a list of at most {LATENTS} tensors")
+    return value
+
+
 Tensor = InstanceOf[wire.Tensor]
+Latents = Annotated[Any, AfterValidator(_check_latents)]
 Name = Annotated[str, Field(max_length=4096)]
 Plan = Annotated[Any, AfterValidator(_check_extent)]
 Arguments = Annotated[dict[str, Any], AfterValidator(_check_extent)]
@@ -159,8 +170,8 @@ class Sample(RequestBody):
     sampler: Name
     seed: Annotated[int, Field(ge=0, lt=2**64)]
     cfg: Annotated[float, Field(allow_inf_nan=False)]
-    noise: Tensor
-    latent: Tensor
+    noise: Latents
+    latent: Latents
     sigmas: Tensor
     positive: Arguments
     negative: Arguments | None

@@ -57,8 +57,13 @@ def _of_file(args: argparse.Namespace, checkpoint: Checkpoint) -> int:
     width, height = (int(side) // family.downscale for side in args.size.split("x"))
     text = family.usual["L"] if args.text is None else args.text
     sizes = {**family.usual, "B": args.batch, "H": height, "W": width, "L": text}
+
+    def described(spec: Argument) -> wire.Tensor:
+        assert spec.shape is not None
+        return wire.Tensor("F32", tuple(sizes.get(str(size), size) for size in spec.shape), None)
+
     given = {
-        name: wire.Tensor("F32", tuple(sizes.get(str(size), size) for size in spec.shape), None)
+        name: [described(each) for each in spec.members or [spec]] if spec.many else described(spec)
         for name, spec in model.arguments().items()
         if isinstance(spec, Argument) and spec.required and spec.shape is not None
     }
@@ -86,7 +91,10 @@ def _of_file(args: argparse.Namespace, checkpoint: Checkpoint) -> int:
 
 
 def _arguments(model: DiT) -> dict[str, Any]:
-    """The tensors that a forward takes: shapes, whether a usual forward has them, and values of what isn't noise."""
+    """The tensors that a forward takes: shapes, whether a usual forward has them, and values of what isn't noise.
+
+    Of a list of tensors, such as several latents, ``shape`` is that of the first, and ``shapes`` has all.
+    """
     import torch
 
     from tacod.rank.families.inputs import Argument
@@ -95,8 +103,11 @@ def _arguments(model: DiT) -> dict[str, Any]:
     report: dict[str, Any] = {
         name: {"shape": spec.shape, "required": spec.required, "usual": spec.required or name in model.usual_optional}
         for name, spec in model.arguments().items()
-        if isinstance(spec, Argument) and spec.shape is not None and not (spec.many or spec.mask)
+        if isinstance(spec, Argument) and spec.shape is not None and not spec.mask and (spec.others or not spec.many)
     }
+    for name, spec in model.arguments().items():
+        if name in report and isinstance(spec, Argument) and spec.members:
+            report[name]["shapes"] = [each.shape for each in spec.members]
     for name in report.keys() & model.usual_values.keys():
         report[name]["value"] = model.usual_values[name]
     report["timestep"]["value"] = model.timestep(torch.tensor(SIGMA)).item()

@@ -27,7 +27,7 @@ from tacod_client.tensors import from_wire, to_wire
 
 KINDS: dict[str, type[DiT]] = {"video": Video, "joint": Joint, "pair": Pair}
 CONFIG = {"dim": 32, "num_heads": 4, "num_kv_heads": 2, "in_channels": 4, "text_dim": 6, "num_layers": 2}
-CASES = ["video", "video_bare", "joint", "joint_bare", "joint_masks", "pair"]
+CASES = ["video", "video_bare", "joint", "joint_bare", "joint_masks", "pair", "pair_bare"]
 
 
 def model(name: str, dtype: torch.dtype = torch.float32) -> DiT:
@@ -49,7 +49,13 @@ def inputs(case: str, batch: int = 2, seed: int = 2) -> dict[str, Any]:
 
     time = torch.rand(batch, generator=g)
     if name == "pair":
-        return {"x": [noise(4, 3, 5, 4), noise(3, 7, 4)], "timestep": time}
+        bare = {"x": [noise(4, 3, 5, 4), noise(3, 7, 4)], "timestep": [time, 0.5 * time], "context": noise(7, 6)}
+        if variant == "bare":
+            return bare
+        # Of both, each token has a time of its own.
+        times = [torch.rand(batch, tokens, 1, generator=g) for tokens in (18, 7)]
+        masks = torch.rand(batch, 4, 3, 5, 4, generator=g), torch.rand(1, 3, 7, 4, generator=g)
+        return bare | {"timestep": times, "denoise_mask": masks[0], "audio_denoise_mask": masks[1]}
     made: dict[str, Any] = {"timestep": time, "context": noise(7, 6)}
     keys = torch.rand(batch, 7, generator=g) < 0.6
     keys[:, 3] = True

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from tacod.checkpoint import TensorInfo
 from tacod.rank.families import kit
-from tacod.rank.families.base import DiT, Output
+from tacod.rank.families.base import DiT, LatentFormat, Output
 from tacod.rank.families.config import integer, width_of_heads
 from tacod.rank.families.inputs import Argument, Spec
 from tacod.rank.families.noise import Flow
 from tacod.rank.families.stream import ForwardPass
+from tacod_client.errors import ArgumentError
 
 
 class Half(nn.Module):
@@ -54,8 +56,9 @@ class Pair(DiT):
     title = "Made-up Pair"
     models = ("tiny",)
     image_models: ClassVar[tuple[str, ...]] = ("made_up_pair",)
-    usual: ClassVar[Mapping[str, int]] = {"B": 1, "T": 2, "H": 16, "W": 16, "S": 9}
+    usual: ClassVar[Mapping[str, int]] = {"B": 1, "T": 2, "H": 16, "W": 16, "S": 9, "L": 8}
     process = Flow()
+    latent_format = LatentFormat(0.5, (0.1, 0.2, 0.3, 0.4)), LatentFormat(2.0, 0.0)
     channels, sound_channels = 4, 3
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -65,6 +68,7 @@ class Pair(DiT):
         self.patch_embed = kit.PatchEmbed(self.channels, (1, 2, 2), self.width)
         self.sound_in = nn.Linear(self.sound_channels * 4, self.width)
         self.time_in = kit.MLPEmbedder(256, self.width)
+        self.text_in = nn.Linear(integer(config, "text_dim"), self.width)
         self.blocks = nn.ModuleList(Block(self.width, self.heads) for _ in range(integer(config, "num_layers")))
         self.video_out = nn.Linear(self.width, 4 * self.channels)
         self.sound_out = nn.Linear(self.width, 4 * self.sound_channels)
@@ -75,11 +79,17 @@ class Pair(DiT):
         return None
 
     def arguments(self) -> dict[str, Spec]:
-        """See `DiT.arguments`: ``x`` is a list of a video and a sound of S steps of 4 bands."""
+        """See `DiT.arguments`: ``x`` is a list of a video and a sound of S steps of 4 bands.
+
+        Each has a timestep of its own, for all of its tokens or for each. A mask is as large as its latent.
+        """
         sound = ("B", self.sound_channels, "S", 4)
         return {
             "x": Argument(("B", self.channels, "T", "H", "W"), many=True, others=(sound,)),
-            "timestep": Argument(("B",), fp32=True),
+            "timestep": Argument(("B",), fp32=True, many=True, others=(("B",),), per=("N", 1)),
+            "context": Argument(("B", "L", self.text_in.in_features)),
+            "denoise_mask": Argument(("B", "C", "T", "H", "W"), required=False, shared=True),
+            "audio_denoise_mask": Argument(("B", "D", "S", 4), required=False, shared=True),
         }
 
     def _grids(self, x: Sequence[Any]) -> tuple[kit.Grid, kit.Grid]:
@@ -88,6 +98,10 @@ class Pair(DiT):
     def lengths(self, arguments: Mapping[str, Any]) -> tuple[int, ...]:
         """See `DiT.lengths`."""
         video, sound = self._grids(arguments["x"])
+        for name, latent in zip(("denoise_mask", "audio_denoise_mask"), arguments["x"], strict=True):
+            mask = arguments.get(name)
+            if mask is not None and mask.shape[2:] != latent.shape[2:]:
+                raise ArgumentError(f"{name}: expected the latent's sides, {list(latent.shape[2:])}", argument=name)
         return sound.length, video.length
 
     def output_shapes(self, latents: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -100,12 +114,22 @@ class Pair(DiT):
 
     def begin(self, f: ForwardPass, **arguments: Any) -> None:
         """See `DiT.begin`."""
-        x = arguments["x"]
-        f.grids = video, sound = self._grids(x)
-        f.modulate(self.modulating, functional.silu(self.time_in.numbers(1000 * arguments["timestep"], x[0].dtype)))
-        f.image = f.shard(video.patches(x[0]), self.patch_embed)
-        f.sound = f.shard(sound.patches(x[1]), self.sound_in)
-        f.outputs = (f.image, f.sound)
+        x = list(arguments["x"])
+        f.grids = grids = self._grids(x)
+        for index, name in enumerate(("denoise_mask", "audio_denoise_mask")):
+            if arguments.get(name) is not None:
+                x[index] = x[index] * (1 + arguments[name][:, :1])
+        streams, text = [], self.text_in(arguments["context"].mean(dim=1))[:, None]
+        parts = ("video", self.patch_embed), ("sound", self.sound_in)
+        for latent, grid, timestep, (name, embed) in zip(x, grids, arguments["timestep"], parts, strict=True):
+            rows = timestep.flatten(1) if timestep.ndim > 1 else timestep[:, None]
+            conditioning = self.time_in.numbers(1000 * rows, latent.dtype) + text
+            layers = [getattr(block, name).modulation.linear for block in self.blocks]
+            f.modulate(layers, functional.silu(conditioning))
+            segments = torch.arange(grid.length, device=latent.device) if rows.shape[1] > 1 else None
+            streams.append(f.shard(grid.patches(latent), embed, segments=segments))
+        f.image, f.sound = streams
+        f.outputs = f.image, f.sound
 
     @property
     def trunk(self) -> Sequence[Any]:

@@ -18,10 +18,10 @@ def _layer(w: Weights, name: str) -> Callable[[Tensor], Tensor]:
 
 
 def _embed(w: Weights, t: Tensor) -> Tensor:
-    """The time's embedding after SiLU, [..., W]."""
+    """The time's embedding, [..., W]."""
     angles = t[..., None] * torch.exp(-math.log(10000) * torch.arange(128) / 128)
     hidden = torch.cat((angles.cos(), angles.sin()), dim=-1)
-    return silu(_layer(w, "time_in.mlp.2")(silu(_layer(w, "time_in.mlp.0")(hidden))))
+    return _layer(w, "time_in.mlp.2")(silu(_layer(w, "time_in.mlp.0")(hidden)))
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def video(w: Weights, x: Tensor, timestep: Tensor, context: Tensor, **more: Any)
     patches = torch.einsum("bctyhxw->btyxchw", cut).flatten(1, 3).flatten(2)
     tokens = linear(patches, w["patch_embed.proj.weight"].flatten(1), w["patch_embed.proj.bias"])
     angles = _angles(_places(frames, height // 2, width // 2), (2, 2, 2))
-    c = _embed(w, timestep).repeat_interleave(height * width // 4, dim=1)
+    c = silu(_embed(w, timestep)).repeat_interleave(height * width // 4, dim=1)
 
     def heads(x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, 8))
@@ -139,8 +139,8 @@ def joint(w: Weights, x: Tensor, timestep: Tensor, context: Tensor, **more: Any)
         places.append(_places(height, width, origin=10.0 * at))
         rows.append(timestep[:, None].expand(-1, height * width) * (at == 0))
     image, angles = _layer(w, "img_in")(torch.cat(patches, dim=1)), _angles(torch.cat(places), (4, 4))
-    c_image = _embed(w, 1000 * torch.cat(rows, dim=1))
-    c_text = _embed(w, 1000 * timestep)[:, None]
+    c_image = silu(_embed(w, 1000 * torch.cat(rows, dim=1)))
+    c_text = silu(_embed(w, 1000 * timestep))[:, None]
     text = layer_norm(context, context.shape[-1:], w["txt_norm.weight"], w["txt_norm.bias"])
     text = _layer(w, "txt_in")(text)
     keys = more.get("attention_mask")
@@ -177,8 +177,17 @@ def joint(w: Weights, x: Tensor, timestep: Tensor, context: Tensor, **more: Any)
     return latent[..., : x.shape[2], : x.shape[3]]
 
 
-def pair(w: Weights, x: Sequence[Tensor], timestep: Tensor) -> list[Tensor]:
+def pair(
+    w: Weights,
+    x: Sequence[Tensor],
+    timestep: Sequence[Tensor],
+    context: Tensor,
+    denoise_mask: Tensor | None = None,
+    audio_denoise_mask: Tensor | None = None,
+) -> list[Tensor]:
     """Of `Pair`, with heads of 8 channels."""
+    masks = denoise_mask, audio_denoise_mask
+    x = [each if mask is None else each * (1 + mask[:, :1]) for each, mask in zip(x, masks, strict=True)]
     padded = _wrap(x[0], 2, 2)
     batch, channels, frames, height, width = padded.shape
     cut = padded.reshape(batch, channels, frames, height // 2, 2, width // 2, 2)
@@ -187,13 +196,15 @@ def pair(w: Weights, x: Sequence[Tensor], timestep: Tensor) -> list[Tensor]:
         "sound": _layer(w, "sound_in")(x[1].transpose(1, 2).flatten(2)),
         "video": linear(patches, w["patch_embed.proj.weight"].flatten(1), w["patch_embed.proj.bias"]),
     }
-    c = _embed(w, 1000 * timestep)[:, None]
+    text = _layer(w, "text_in")(context.mean(1))[:, None]
+    rows = {name: each.reshape(len(each), -1) for name, each in zip(("video", "sound"), timestep, strict=True)}
+    conditioning = {name: silu(_embed(w, 1000 * each) + text) for name, each in rows.items()}
     block = 0
     while f"blocks.{block}.sound.fc1.weight" in w:
         made = []
         for name, tokens in streams.items():
             b = f"blocks.{block}.{name}"
-            shift, scale = _layer(w, f"{b}.modulation.lin")(c).chunk(2, dim=-1)
+            shift, scale = _layer(w, f"{b}.modulation.lin")(conditioning[name]).chunk(2, dim=-1)
             qkv = _layer(w, f"{b}.attn.qkv")(_norm(tokens) * (1 + scale) + shift)
             q, k, v = (each.unflatten(-1, (-1, 8)) for each in qkv.chunk(3, dim=-1))
             q, k = (

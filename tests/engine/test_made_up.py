@@ -99,7 +99,7 @@ def test_several_latents_must_be_those_that_the_model_takes() -> None:
         ([video], "got 1 tensors"),
         ([sound, video], "expected shape"),
         ([video, sound[:1]], "its B is 1, but that of x is 2"),
-        ([video[:1], sound[:1]], "timestep: its B is 2, but that of x is 1"),
+        ([video[:1], sound[:1]], "context: its B is 2, but that of x is 1"),
     ):
         with pytest.raises(ArgumentError, match=told):
             answer(made, {**given, "x": x})
@@ -111,7 +111,7 @@ def test_warms_up(name: str) -> None:
     usual = usual_inputs(made, torch.device("cpu"))
     assert usual is not None
     assert set(usual) == {key for key, spec in made.arguments().items() if spec.required}
-    assert usual["timestep"].dtype == torch.float32
+    assert all(each.dtype == torch.float32 for each in usual.timesteps)
     shapes = made.output_shapes([tuple(each.shape) for each in usual.latents])
     with torch.inference_mode():
         out = Forwards(Topology())(Call(made, Plan(Layout(1, 1, 1), 1, Shape(made.heads, made.width)), usual))

@@ -48,6 +48,18 @@ def test_the_timestep_is_what_the_family_makes_of_it(shape: list[Any], value: fl
     assert np.all(timestep == value)
 
 
+def test_a_list_of_tensors_has_the_shapes_of_all() -> None:
+    """As several latents; an error is the largest of theirs."""
+    arguments = {
+        "x": {"shape": ["B", 4], "shapes": [["B", 4], ["B", "L"]], "usual": True},
+        "timestep": {"shape": ["B"], "shapes": [["B"], ["B"]], "usual": True, "value": 0.5},
+    }
+    inputs = bench._inputs(arguments, bench._shapes(arguments, LENGTHS), "fp32")
+    assert [value.shape for value in inputs["x"]] == [(2, 4), (2, 7)]
+    assert [value.tolist() for value in inputs["timestep"]] == [[0.5, 0.5]] * 2
+    assert bench._error([np.ones(3), 3 * np.ones(2)], [np.ones(3), np.ones(2)]) == pytest.approx(2.0)
+
+
 def test_an_output_of_zeros_has_an_error_that_is_a_number() -> None:
     zeros = np.zeros(3, np.float16)
     assert bench._error(zeros, zeros) == 0.0

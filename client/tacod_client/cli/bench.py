@@ -31,6 +31,8 @@ LARGE = 0.15
 
 Arguments = Mapping[str, Mapping[str, Any]]
 """A model's arguments, as ``tacoctl plan --json`` gives them."""
+Shapes = Mapping[str, Sequence[Sequence[int]]]
+"""The shape of each argument's tensor, or of each in its list."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
             for width, height in sizes:
                 sides = {"H": height // downscale, "W": width // downscale}
                 shapes = _shapes(family["arguments"], {**family["usual"], "B": args.batch, **sides, "L": text})
-                loaded.check_size(client, list(shapes.values()))
+                loaded.check_size(client, [shape for each in shapes.values() for shape in each])
                 given = _inputs(family["arguments"], shapes, model.dtype)
                 alone, expected = _measure(model.with_plan(ONE_RANK), given, args.rounds)
                 count()
@@ -92,27 +94,31 @@ def _family(path: str, ranks: int, size: tuple[int, int], batch: int, text: int 
     return report
 
 
-def _shapes(arguments: Arguments, lengths: Mapping[str, int]) -> dict[str, list[int]]:
-    """The shapes of what a usual forward takes."""
+def _shapes(arguments: Arguments, lengths: Mapping[str, int]) -> Shapes:
+    """The shapes of what a usual forward takes; of a list of tensors, such as several latents, those of all."""
     return {
-        name: [lengths[size] if isinstance(size, str) else size for size in spec["shape"]]
+        name: [
+            [lengths[size] if isinstance(size, str) else size for size in shape]
+            for shape in spec.get("shapes") or [spec["shape"]]
+        ]
         for name, spec in arguments.items()
         if spec["usual"]
     }
 
 
-def _inputs(arguments: Arguments, shapes: Mapping[str, Sequence[int]], dtype: str) -> dict[str, Any]:
+def _inputs(arguments: Arguments, shapes: Shapes, dtype: str) -> dict[str, Any]:
     """A forward's arguments, of as many bytes as ComfyUI's: numpy has no bf16, but fp16."""
     rng = np.random.default_rng(0)
-    inputs: dict[str, Any] = {}
-    for name, shape in shapes.items():
+
+    def made(name: str, shape: Sequence[int]) -> Any:
         value = arguments[name].get("value")
         if value is not None:
-            inputs[name] = np.full(shape, value, np.float32)
-        else:
-            noise = rng.standard_normal(shape, np.float32)
-            inputs[name] = noise if of_numbers(dtype) == "fp32" else noise.astype(np.float16)
-    return inputs
+            return np.full(shape, value, np.float32)
+        noise = rng.standard_normal(shape, np.float32)
+        return noise if of_numbers(dtype) == "fp32" else noise.astype(np.float16)
+
+    several = {name: [made(name, shape) for shape in each] for name, each in shapes.items()}
+    return {name: each if arguments[name].get("shapes") else each[0] for name, each in several.items()}
 
 
 def _measure(model: Model, given: dict[str, Any], rounds: int) -> tuple[list[Call], Any]:
@@ -151,7 +157,9 @@ def _times(calls: Sequence[Call]) -> dict[str, float]:
 
 
 def _error(out: Any, expected: Any) -> float:
-    """||out - expected|| / ||expected||."""
+    """||out - expected|| / ||expected||; of several outputs the largest."""
+    if isinstance(out, list):
+        return max(map(_error, out, expected))
     out, expected = out.astype(np.float32), expected.astype(np.float32)
     return float(np.linalg.norm(out - expected) / (np.linalg.norm(expected) or 1.0))
 

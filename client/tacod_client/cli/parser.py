@@ -131,7 +131,7 @@ def _add_sample(sample: argparse.ArgumentParser) -> None:
         "inputs",
         type=_given,
         help="a .safetensors file with positive.context, positive.y, … and, where cfg is not 1, negative.context, …; "
-        "it may hold noise, latent and sigmas too",
+        "it may hold noise, latent and sigmas too (noise.0, noise.1, … for a model of several latents)",
     )
     sample.add_argument(
         "--output", type=_given, default="latent.safetensors", metavar="FILE", help="default latent.safetensors"

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
         inputs = _inputs(args, given, model, client)
         job = model.sample(**inputs, cfg=args.cfg, sampler=args.sampler, seed=args.seed)
         show.progress(job, quiet)
-        output.write(save({"latent": job.result().contiguous()}))
+        output.write(save(_named(job.result())))
     answer = {"job": job.id, "output": args.output, "steps": job.total, "seconds": model.stats.seconds}
     if quiet:
         document(answer)
@@ -51,9 +51,13 @@ def _read(path: str) -> dict[str, torch.Tensor]:
         raise
     except Exception as error:  # safetensors raises half a dozen classes for what it can't read
         raise RequestError(f"{path} is no safetensors file ({error}); name one with positive.context, …") from None
-    odd = [key for key in given if key not in KNOWN and not key.startswith(("positive.", "negative."))]
+    prefixes = "positive.", "negative.", "noise.", "latent."
+    odd = [key for key in given if key not in KNOWN and not key.startswith(prefixes)]
     if odd:
-        raise RequestError(f"{path}: {odd[0]!r} is none of noise, latent, sigmas, positive.*, negative.*")
+        raise RequestError(
+            f"{path}: {odd[0]!r} is none of noise, latent, sigmas, positive.*, negative.*, nor noise.0, noise.1, … and "
+            "latent.0, … for a model of several latents"
+        )
     if not _under("positive.", given):
         raise RequestError(f"{path}: no positive.*; a run needs at least positive.context")
     return given
@@ -67,19 +71,39 @@ def _inputs(args: argparse.Namespace, given: dict[str, torch.Tensor], model: Mod
     sigmas = given.get("sigmas")
     if sigmas is None:
         sigmas = noise_levels(model, args.steps, args.shift)
-    noise = given.get("noise")
+    noise, latent = (_latents(name, given) for name in ("noise", "latent"))
     if noise is None:
         batch = max((value.shape[0] for value in positive.values() if value.ndim), default=1)
         shape = latent_shape(model, batch, args.size, args.channels, args.frames)
         loaded.check_size(client, [shape, shape])
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(args.seed))
+    if latent is None:
+        latent = list(map(torch.zeros_like, noise)) if isinstance(noise, list) else torch.zeros_like(noise)
     return {
         "noise": noise,
-        "latent": given.get("latent", torch.zeros_like(noise)),
+        "latent": latent,
         "sigmas": sigmas,
         "positive": positive,
         "negative": _under("negative.", given) or None,
     }
+
+
+def _latents(name: str, given: dict[str, torch.Tensor]) -> torch.Tensor | list[torch.Tensor] | None:
+    """The tensor of this name, or those of a model of several latents: ``noise.0``, ``noise.1`` and so on."""
+    several = _under(f"{name}.", given)
+    if not several:
+        return given.get(name)
+    order = [str(index) for index in range(len(several))]
+    if name in given or set(order) != several.keys():
+        raise RequestError(f"{name}: expected {name} alone, or {name}.0 to {name}.{len(several) - 1}")
+    return [several[index] for index in order]
+
+
+def _named(latents: torch.Tensor | list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A run's result as a file has it."""
+    if not isinstance(latents, list):
+        return {"latent": latents.contiguous()}
+    return {f"latent.{index}": each.contiguous() for index, each in enumerate(latents)}
 
 
 def _under(prefix: str, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -96,6 +120,11 @@ def latent_shape(
     Raises `RequestError` if the daemon doesn't say enough about the model.
     """
     sampling = model.sampling
+    if len(sampling.get("latents", ())) > 1:
+        raise RequestError(
+            f"{model.name}: it has latents of the shapes {', '.join(map(str, sampling['latents']))}; put noise.0, "
+            "noise.1, … of your sizes into the inputs"
+        )
     shape: list[int | str | None] = list(sampling.get("latent") or ("B", sampling.get("channels"), "H", "W"))
     width, height = (side // sampling.get("downscale", DOWNSCALE) for side in size)
     sizes = {"B": batch, "T": frames, "H": height, "W": width}

@@ -115,8 +115,11 @@ class DiT(nn.Module, abc.ABC):
     """Pixels per latent cell, along each side."""
     image_models: ClassVar[tuple[str, ...]]
     """The values of ``image_model`` in ComfyUI's ``unet_config`` that this family runs."""
-    latent_format: LatentFormat | None = None
-    """The format of the latents that `sample` takes and gives; a family without one has no `sample`."""
+    latent_format: LatentFormat | tuple[LatentFormat, ...] | None = None
+    """The format of the latents that `sample` takes and gives, or one format for each of several latents.
+
+    A family without one has no `sample`.
+    """
     unsampled: str = ""
     """In words, what this model's forwards need that `sample` doesn't give them; empty if it gives all."""
     process: ClassVar[Process]
@@ -293,25 +296,38 @@ class DiT(nn.Module, abc.ABC):
 
     def sampling(self) -> dict[str, Any]:
         """What a client needs to begin a run: the latent's channels and shape, and the noise process."""
-        latent = {"channels": self.out_channels, "latent": list(self.latent), "downscale": self.downscale}
-        return {**latent, **self.process.describe()}
+        shapes = [list(shape) for shape in self.latents]
+        latent = {"channels": self.out_channels, "latent": shapes[0], "downscale": self.downscale}
+        several = {"latents": shapes} if len(shapes) > 1 else {}
+        return {**latent, **several, **self.process.describe()}
 
-    def output_shapes(self, latents: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-        """The shape of each output, for the shape of each latent."""
+    def output_shapes(self, latents: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        """The shape of each output, for the shape of each latent; a free size may be its name."""
         return [(batch, self.out_channels, *sides) for batch, _, *sides in latents]
 
     @property
     def canvas(self) -> tuple[int | str, ...]:
-        """The shape of ``x``: batch, channels, and the sides of the latent."""
+        """The shape of ``x``, the first one if there are several: batch, channels, and the sides of the latent."""
+        return self.canvases[0]
+
+    @property
+    def canvases(self) -> list[tuple[int | str, ...]]:
+        """The shape of each latent of ``x``."""
         spec = self.arguments()["x"]
         assert isinstance(spec, Argument)
         assert spec.shape is not None
-        return spec.shape
+        return [spec.shape, *spec.others]
 
     @property
-    def latent(self) -> tuple[int | str, ...]:
-        """The shape of a latent that `sample` takes and gives: the canvas with the output's channels."""
-        return ("B", self.out_channels, *self.canvas[2:])
+    def fewest_latents(self) -> int:
+        """How many latents ``x`` must have, if not all of `canvases`; else 0."""
+        spec = self.arguments()["x"]
+        return spec.fewest if isinstance(spec, Argument) else 0
+
+    @property
+    def latents(self) -> list[tuple[int | str, ...]]:
+        """The shapes of the latents that `sample` takes and gives: the canvases with the output's channels."""
+        return self.output_shapes(self.canvases)
 
     @property
     def blocks_at(self) -> list[str]:

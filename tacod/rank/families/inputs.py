@@ -30,6 +30,8 @@ class Argument:
     others: tuple[tuple[int | str, ...], ...] = ()
     """With ``many``: the list has exactly one tensor of ``shape``, then one of each of these, such as video and sound.
     Each has ``"B"`` where ``shape`` has it."""
+    fewest: int = 0
+    """With ``others``: how many of these tensors must be there, the first ones; 0 means all."""
     choices: tuple[str, ...] = ()
     """For ``shape=None``: the allowed strings."""
     also: Mapping[str, str] = field(default_factory=dict)
@@ -45,14 +47,17 @@ class Argument:
     """Its batch may also be 1, which broadcasts."""
     rows: int = 0
     """Its values are row numbers of a table with this many rows, and become int64; 0 for other arguments."""
-    per: str = ""
-    """A free size that ``shape`` may have at its end: a timestep for each frame instead of one for all."""
+    per: str | tuple[int | str, ...] = ()
+    """Sizes that ``shape`` may have at its end, or one free size: a timestep for each frame instead of one for all."""
+
+    @property
+    def longer(self) -> tuple[int | str, ...]:
+        """``shape`` with ``per`` at its end."""
+        return (*(self.shape or ()), *([self.per] if isinstance(self.per, str) and self.per else self.per))
 
     def shape_for(self, dims: int) -> tuple[int | str, ...] | None:
         """``shape``, with ``per`` at its end for a tensor with that many dimensions."""
-        if self.shape is not None and self.per and dims == len(self.shape) + 1:
-            return (*self.shape, self.per)
-        return self.shape
+        return self.longer if self.shape is not None and dims == len(self.longer) else self.shape
 
     @property
     def batch_axis(self) -> int | None:
@@ -64,7 +69,7 @@ class Argument:
         """The specs of a list's tensors; None if the list may have any number of tensors of one shape."""
         if not self.others:
             return None
-        return [replace(self, shape=shape, many=False, others=()) for shape in (self.shape, *self.others)]
+        return [replace(self, shape=shape, many=False, others=(), fewest=0) for shape in (self.shape, *self.others)]
 
     def images(self, value: Any, part: slice) -> Any:
         """Some images of a tensor, or of each in a list; a batch of 1 that broadcasts stays whole."""
@@ -160,6 +165,11 @@ class Inputs(Mapping[str, Any]):
     def latents(self) -> list[Tensor]:
         """The noisy latents: ``x``, or each of them where there are several."""
         return _tensors(self._values["x"])
+
+    @property
+    def timesteps(self) -> list[Tensor]:
+        """The timestep, or each of them where latents have timesteps of their own."""
+        return _tensors(self._values["timestep"])
 
     @property
     def batch(self) -> int:

@@ -126,7 +126,7 @@ class Forwards:
             # A ControlNet's residuals are others at each step, and what the blocks gave without them is no guess.
             self.step_caches.drop(*key)
             return self._run(call)
-        level = float(call.inputs["timestep"].max())
+        level = max(float(each.max()) for each in call.inputs.timesteps)
         cache = self.step_caches.find(call.dit, key, call.plan.step_cache, level)
         out = self._run(call, cache=cache)
         seat = self.topology.seat(call.plan.layout)

@@ -102,5 +102,6 @@ def random_inputs(dit: DiT, device: torch.device, generator: torch.Generator, si
     for name, spec in specs.items():
         if spec.required and isinstance(spec, Argument) and spec.shape is not None:
             values[name] = [tensor(each) for each in spec.members or [spec]] if spec.many else tensor(spec)
-    values["timestep"] = dit.timestep(torch.full(values["timestep"].shape, SIGMA, device=device)).float()
-    return Inputs(values, specs)
+    made = Inputs(values, specs)
+    times = [dit.timestep(torch.full(each.shape, SIGMA, device=device)).float() for each in made.timesteps]
+    return made.replace(timestep=times if isinstance(values["timestep"], list) else times[0])

@@ -12,18 +12,22 @@ from torch import Tensor
 
 from tacod.plan import Plan, Request
 from tacod.rank.arguments import check_arguments, check_names, digest, load_arguments
-from tacod.rank.families.base import DiT, LatentFormat
+from tacod.rank.families.base import DiT, LatentFormat, Output
 from tacod.rank.families.inputs import Argument, Inputs, Spec
 from tacod.rank.families.noise import Flow
 from tacod.rank.forward.graphs import Forwards
 from tacod.rank.forward.run import Call, plan_for
 from tacod.rank.forward.step_cache import StepCache
 from tacod.rank.sampling import samplers
+from tacod.rank.sampling.packed import Packing
 from tacod_client import wire
 from tacod_client.errors import ArgumentError
 from tacod_client.tensors import from_wire
 
 __all__ = ["Run", "SampleRequest", "begin"]
+
+Latents = wire.Tensor | list[wire.Tensor]
+"""A latent, or a list where the model has several."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,8 @@ class SampleRequest:
     sampler: str
     seed: int
     cfg: float
-    noise: wire.Tensor
-    latent: wire.Tensor
+    noise: Latents
+    latent: Latents
     sigmas: wire.Tensor
     positive: dict[str, Any]
     negative: dict[str, Any] | None
@@ -62,12 +66,17 @@ class SampleRequest:
                 f"sampler: {self.sampler!r} is for flows, and {dit.family} is none; use euler, heun or dpmpp_2m",
                 argument="sampler",
             )
-        latent = Argument(dit.latent)
+        first, *others = dit.latents
+        latent = Argument(first, many=bool(others), others=tuple(others), fewest=dit.fewest_latents)
         canvas: dict[str, Spec] = {"noise": latent, "latent": latent}
         given = {"noise": self.noise, "latent": self.latent}
         check_arguments({**given, "sigmas": self.sigmas}, {**canvas, "sigmas": Argument(("steps + 1",))}, dit.family)
+        shapes = [[each.shape for each in _each(value)] for value in given.values()]
+        if shapes[0] != shapes[1]:
+            told = " and ".join(str([list(shape) for shape in each]) for each in shapes)
+            raise ArgumentError(f"latent: noise and latent differ in shape, {told}; they must agree", argument="latent")
         for name, value in given.items():
-            if not from_wire(value, "torch").float().isfinite().all():
+            if not all(from_wire(each, "torch").float().isfinite().all() for each in _each(value)):
                 raise ArgumentError(f"{name}: it holds NaN or infinity, and so would the result", argument=name)
         for name, condition in self.guided.items():
             self._check_condition(dit, name, condition, canvas)
@@ -102,19 +111,24 @@ def condition_specs(dit: DiT) -> dict[str, Spec]:
     return {name: spec for name, spec in dit.arguments().items() if name not in _NO_CONDITIONS}
 
 
-def check_samples(dit: DiT) -> LatentFormat:
-    """See that a model can be sampled, and return what its latents are.
+def _each(latents: Latents) -> list[wire.Tensor]:
+    return latents if isinstance(latents, list) else [latents]
+
+
+def check_samples(dit: DiT) -> tuple[LatentFormat, ...]:
+    """See that a model can be sampled, and return what each of its latents is.
 
     Raises `ArgumentError` for one whose forwards take more than a noisy latent as ``x``, or what only the caller
     knows of each step, or of a family that tells nothing of latents.
     """
-    channels = dit.canvas[1]
-    if channels != dit.out_channels:
-        raise ArgumentError(
-            f"model: its x has {channels} channels and its output {dit.out_channels}: beside the noisy latent it takes "
-            "an image or a mask at every step, which sample has no place for; call forward for each step",
-            argument="model",
-        )
+    latents = dit.latents
+    for canvas, latent in zip(dit.canvases, latents, strict=True):
+        if canvas[1] != latent[1]:
+            raise ArgumentError(
+                f"model: its x has {canvas[1]} channels and its output {latent[1]}: beside the noisy latent it takes "
+                "an image or a mask at every step, which sample has no place for; call forward for each step",
+                argument="model",
+            )
     if dit.unsampled:
         raise ArgumentError(
             f"model: its forwards take {dit.unsampled}, which sample doesn't give; call forward for each step",
@@ -125,14 +139,15 @@ def check_samples(dit: DiT) -> LatentFormat:
             f"model: {dit.family} doesn't describe its latents, which sample needs; call forward for each step",
             argument="model",
         )
-    means = dit.latent_format.channels
-    if means not in (None, channels):
-        raise ArgumentError(
-            f"model: its latents have {channels} channels, and those of {dit.family} {means}; call forward for each "
-            "step",
-            argument="model",
-        )
-    return dit.latent_format
+    formats = dit.latent_format if isinstance(dit.latent_format, tuple) else (dit.latent_format,)
+    for latent, known in zip(latents, formats, strict=True):
+        if known.channels not in (None, latent[1]):
+            raise ArgumentError(
+                f"model: its latents have {latent[1]} channels, and those of {dit.family} {known.channels}; call "
+                "forward for each step",
+                argument="model",
+            )
+    return formats
 
 
 @dataclass
@@ -142,8 +157,8 @@ class Run:
     denoise: Denoiser
     steps: Iterator[Tensor]
     sigmas: list[float]
-    finish: Callable[[Tensor], Tensor]
-    """From the sampler's last x to the client's latent."""
+    finish: Callable[[Tensor], Output]
+    """From the sampler's last x to the client's latents."""
     model: str = ""
     """Its model's id."""
     cached: dict[tuple[Hashable, ...], StepCache] = field(default_factory=dict)
@@ -157,22 +172,35 @@ def begin(
 
     Raises `ArgumentError` if it can't be split as ``asked``.
     """
-    latents = check_samples(dit)
+    formats = check_samples(dit)
     levels = _levels(request.sigmas, dit.process.sigma_max).to(device)
     samplers.check_levels(request.sampler, levels)
     specs = dit.arguments()
     loaded = [load_arguments(given, specs, dit.dtype, device) for given in request.guided.values()]
     conditions = [dit.prepare(each) for each in loaded]
-    noise, latent = (from_wire(value, "torch").to(device, torch.float32) for value in (request.noise, request.latent))
-    x = dit.process.start(noise, latents.into_model(latent), levels[0])
+
+    def put(given: Latents) -> Output:
+        tensors = [from_wire(each, "torch").to(device, torch.float32) for each in _each(given)]
+        return tensors if isinstance(given, list) else tensors[0]
+
+    def each_by(change: Callable[[LatentFormat, Tensor], Tensor], latents: Output) -> Output:
+        if isinstance(latents, list):
+            return list(map(change, formats, latents))
+        return change(formats[0], latents)
+
+    noise = put(request.noise)
+    packing = Packing.of(noise)
+    latent = packing.pack(each_by(LatentFormat.into_model, put(request.latent)))
+    x = dit.process.start(packing.pack(noise), latent, levels[0])
     digests = [digest(given) if dit.has_prefix else None for given in request.guided.values()]
-    denoise = Denoiser(dit, asked, forwards, conditions, digests, len(noise), request.cfg, job)
+    denoise = Denoiser(dit, asked, forwards, conditions, digests, packing, len(x), request.cfg, job)
     denoise.prepare(x)
     steps = samplers.find(request.sampler)(denoise, x, levels, samplers.noise_source(request.seed, x))
 
-    def finish(x: Tensor) -> Tensor:
+    def finish(x: Tensor) -> Output:
         # By way of the denoiser: the model may have been loaded anew meanwhile.
-        return latents.out_of_model(denoise.dit.process.finish(x, levels[-1]))
+        done = packing.unpack(denoise.dit.process.finish(x, levels[-1]))
+        return each_by(LatentFormat.out_of_model, done)
 
     return Run(denoise, steps, levels.tolist(), finish)
 
@@ -187,6 +215,7 @@ class Denoiser:
         forwards: Forwards,
         conditions: list[Inputs],
         digests: list[Hashable],
+        packing: Packing,
         images: int,
         cfg: float,
         job: str,
@@ -201,6 +230,7 @@ class Denoiser:
         self.conditions = conditions
         self.digests = digests
         """For the prefix: what tells each condition from others; None in a family without one."""
+        self.packing = packing
         self.joint = Inputs.stack(conditions, images)
         self.forwards = 0
         self.plan: Plan
@@ -217,10 +247,11 @@ class Denoiser:
         many = 1 if self.joint is None else len(self.conditions)
         for condition in [self.joint] if self.joint is not None else self.conditions:
             canvas = x.expand(many, *x.shape).flatten(0, 1)
-            self.plan = plan_for(self.dit, self.asked, self.world_size, {"x": canvas, **condition})
+            latents = self.packing.unpack(canvas)
+            self.plan = plan_for(self.dit, self.asked, self.world_size, {"x": latents, **condition})
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """``x`` [B, C, H, W] in fp32 at the scalar noise level ``sigma`` → the clean latent, in fp32."""
+        """``x`` [B, C, H, W], or several latents packed, in fp32 at the noise level ``sigma`` → the clean ones."""
         if self.joint is not None:
             many = len(self.conditions)
             outs = self._forward(torch.cat([x] * many), sigma, self.joint, tuple(self.digests)).chunk(many)
@@ -233,11 +264,15 @@ class Denoiser:
     def _forward(self, x: Tensor, sigma: Tensor, condition: Inputs, conditioning: Hashable, index: int = 0) -> Tensor:
         self.forwards += 1
         timestep = self.dit.timestep(sigma).float().expand(x.shape[0]).contiguous()
-        inputs = condition.replace(x=self.dit.process.scale(x, sigma).to(self.dit.dtype), timestep=timestep)
+        spec = condition.specs["timestep"]
+        times = len(spec.members or ()) if isinstance(spec, Argument) and spec.many else 0
+        inputs = condition.replace(
+            x=self.packing.unpack(self.dit.process.scale(x, sigma).to(self.dit.dtype)),
+            timestep=[timestep] * times if times else timestep,
+        )
         self.plan = plan_for(self.dit, self.asked, self.world_size, inputs)
         out = self.run(Call(self.dit, self.plan, inputs, (self.job, index), conditioning))
-        assert isinstance(out, Tensor)
-        return out.float()
+        return self.packing.pack(out).float()
 
 
 def _levels(sigmas: wire.Tensor, highest: float) -> Tensor:

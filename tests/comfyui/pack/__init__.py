@@ -19,7 +19,7 @@ import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from safetensors import safe_open
 
-from . import controlnets, quantized, qwen_image_21, shapes, standins, video
+from . import controlnets, pair, quantized, qwen_image_21, shapes, standins, video
 
 try:
     from . import small_anima
@@ -28,6 +28,7 @@ except ImportError:
     pass
 else:
     small_anima.shrink()
+pair.register()
 qwen_image_21.register()
 video.shrink()
 
@@ -60,8 +61,9 @@ def detect(state_dict: Any, key_prefix: str, metadata: Any = None) -> Any:
     """ComfyUI's, with what a tiny model's own metadata says of its sizes."""
     config = _detect(state_dict, key_prefix, metadata=metadata)
     metadata = metadata or _last
-    if config is None and json.loads(metadata.get("tacod.config", "{}")).get("image_model") == qwen_image_21.NAME:
-        config = {"image_model": qwen_image_21.NAME}
+    named = json.loads(metadata.get("tacod.config", "{}")).get("image_model")
+    if config is None and named in (qwen_image_21.NAME, pair.NAME):
+        config = {"image_model": named}
     if config is not None and "tacod.config" in metadata:
         told = json.loads(metadata["tacod.config"])
         # ComfyUI knows SD3 by other means than by this key; a dtype is none in a file's metadata.
@@ -459,5 +461,5 @@ _NODES = (
     TestAttentionMask,
     TestTextMask,
 )
-_OF_OTHERS = (*controlnets.NODES, *quantized.NODES, *qwen_image_21.NODES, *standins.NODES, *video.NODES)
+_OF_OTHERS = (*controlnets.NODES, *pair.NODES, *quantized.NODES, *qwen_image_21.NODES, *standins.NODES, *video.NODES)
 NODE_CLASS_MAPPINGS = {kind.__name__: kind for kind in (*_NODES, *_OF_OTHERS)}
