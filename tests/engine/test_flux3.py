@@ -233,7 +233,7 @@ def test_a_flow_map_must_be_told_where_a_step_goes_to() -> None:
 def test_a_flow_map_has_no_sample() -> None:
     with pytest.raises(ArgumentError, match=r"target_timestep.*call forward for each step"):
         check_samples(made(TINY))
-    assert check_samples(made(BASE)) == LatentFormat(1.0, 0.0)
+    assert check_samples(made(BASE)) == (LatentFormat(1.0, 0.0),)
 
 
 def test_times_count_in_fp32_where_weights_are_bf16() -> None:
