@@ -128,7 +128,24 @@ def _cosmos_predict2(width: int, heads: int, blocks: int, kind: str = "cosmos_pr
 
 
 _SMALL_COSMOS = {"model_channels": 256, "num_heads": 2, "num_blocks": 1}
+
+
+def _kandinsky5(width: int, time: int, text: int, layers: int, **more: Any) -> dict[str, Any]:
+    return {
+        "image_model": "kandinsky5",
+        "model_dim": width,
+        "axes_dims": [16, 24, 24] if width == 1792 else [32, 48, 48],
+        "time_dim": time,
+        "ff_dim": 4 * width,
+        "visual_embed_dim": 132,
+        "num_text_blocks": text,
+        "num_visual_blocks": layers,
+        **more,
+    }
+
+
 _SMALL_WAN = {"dim": 256, "num_heads": 2, "ffn_dim": 512, "num_layers": 1}
+_SMALL_KANDINSKY5 = {"num_text_blocks": 1, "num_visual_blocks": 1, "model_dim": 512, "ff_dim": 512, "time_dim": 64}
 
 PUBLISHED = {
     "flux": Published(
@@ -339,6 +356,18 @@ PUBLISHED = {
         _wan(5120, 13824, 40), "WAN21_T2V", 512, sizes=(Size(832, 480, 81), Size(1280, 720, 81)), cut=_SMALL_WAN
     ),
     "wan_5b": Published(_wan(3072, 14336, 30, 48), "WAN22_T2V", 512, sizes=(Size(1280, 704, 121),), cut=_SMALL_WAN),
+    "kandinsky5_lite": Published(
+        _kandinsky5(1792, 512, 2, 32), "Kandinsky5", 256, sizes=(Size(768, 512, 121),), cut=_SMALL_KANDINSKY5
+    ),
+    "kandinsky5_pro": Published(
+        _kandinsky5(4096, 1024, 4, 60), "Kandinsky5", 256, sizes=(Size(1280, 768, 121),), cut=_SMALL_KANDINSKY5
+    ),
+    "kandinsky5_image": Published(
+        _kandinsky5(2560, 512, 2, 50, visual_embed_dim=64, rope_scale_factor=[1.0, 1.0, 1.0]),
+        "Kandinsky5Image",
+        256,
+        cut=_SMALL_KANDINSKY5,
+    ),
 }
 
 

@@ -29,6 +29,7 @@ import comfyui_version  # noqa: E402
 import torch  # noqa: E402
 from comfy.ldm.cosmos.predict2 import MiniTrainDIT  # noqa: E402
 from comfy.ldm.hidream.model import HiDreamImageTransformer2DModel  # noqa: E402
+from comfy.ldm.kandinsky5.model import Kandinsky5  # noqa: E402
 from comfy.ldm.krea2.model import SingleStreamDiT  # noqa: E402
 from comfy.ldm.lumina.model import NextDiT  # noqa: E402
 from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT, TimestepEmbedder  # noqa: E402
@@ -172,6 +173,20 @@ Z_IMAGE = {key: value for key, value in LUMINA.items() if key != "clip_text_dim"
     "pad_tokens_multiple": 32,
     "siglip_feat_dim": 20,
 }
+KANDINSKY5 = {
+    "image_model": "kandinsky5",
+    "model_dim": 48,
+    "time_dim": 20,
+    "ff_dim": 72,
+    "visual_embed_dim": 36,
+    "in_visual_dim": 4,
+    "out_visual_dim": 4,
+    "in_text_dim": 24,
+    "in_text_dim2": 14,
+    "num_text_blocks": 2,
+    "num_visual_blocks": 2,
+    "axes_dims": [4, 6, 6],
+}
 WAN = {
     "image_model": "wan2.1",
     "model_type": "t2v",
@@ -230,10 +245,15 @@ def save(name: str, family: str, config: dict[str, Any], network: nn.Module, sto
         for part in vars(network)["_modules"].keys() & {"patch_embedding", "vace_patch_embedding"}:
             # Wan's are fp32 whatever the rest is.
             network.get_submodule(part).float()
+        for name, buffer in tables.items():
+            # Files don't hold these, so ComfyUI leaves them in fp32.
+            owner, _, leaf = name.rpartition(".")
+            setattr(network.get_submodule(owner), leaf, buffer)
         with torch.inference_mode():
             out: Tensor = network(cast(given["x"]), given["timestep"], **rest)
         return out.clone().contiguous()
 
+    tables = {name: buffer for name, buffer in network.named_buffers() if name not in network.state_dict()}
     args = {
         key: value
         for key, value in given.items()
@@ -378,6 +398,26 @@ def wan() -> None:
     wan_model.MLPProj = clip
 
 
+def kandinsky5() -> None:
+    """A given first part of a video, stretched positions, and an image."""
+    drawn = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=drawn)
+
+    def make(name: str, x: Tensor, given: dict[str, Any], **more: Any) -> None:
+        config = {**KANDINSKY5, **more}
+        network, stored = build(Kandinsky5, config, drawn)
+        given = {"x": x, "timestep": torch.tensor([737.0, 250.5]), "context": noise(2, 7, 24), **given}
+        save(name, "kandinsky5", config, network, stored, {**given, "y": noise(2, 14)})
+
+    stretched = {"scale_t": 0.75, "shift_t": 1.0, "scale_x": 1.5, "scale_y": 0.5, "shift_x": -2.0, "shift_y": 3.0}
+    make("kandinsky5_i2v", noise(2, 9, 3, 6, 10), {"time_dim_replace": noise(2, 4, 2, 6, 10)})
+    make("kandinsky5_stretched", noise(2, 9, 4, 4, 6), {"rope_options": stretched}, num_text_blocks=1)
+    image = {"visual_embed_dim": 16, "rope_scale_factor": [1.0, 1.0, 1.0]}
+    make("kandinsky5_image", noise(2, 4, 10, 14), {}, **image)
+
+
 def main() -> None:
     """Make them all."""
     given_pictures()
@@ -409,6 +449,7 @@ def main() -> None:
     qwen_image()
     krea2()
     wan()
+    kandinsky5()
 
 
 main()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tacod.checkpoint import TensorInfo
@@ -15,6 +15,7 @@ __all__ = [
     "integer",
     "kv_heads_of",
     "number",
+    "numbers",
     "optional_integer",
     "optional_number",
     "rope_axes",
@@ -65,6 +66,14 @@ def number(config: Mapping[str, Any], key: str, default: float | None = None) ->
     return float(value)
 
 
+def numbers(config: Mapping[str, Any], key: str, default: Sequence[float]) -> list[float]:
+    """As many numbers above 0 as there are by default; raises `ModelUnsupported`, naming the key."""
+    values = config.get(key, list(default))
+    if not isinstance(values, list | tuple) or len(values) != len(default):
+        raise ModelUnsupported(f"config key {key!r} is {values!r:.80}; expected {len(default)} numbers above 0")
+    return [number({key: value}, key) for value in values]
+
+
 def optional_integer(config: Mapping[str, Any], key: str, least: int = 1) -> int | None:
     """A whole number, or None where a configuration has none; raises `ModelUnsupported`, naming the key."""
     return None if config.get(key) is None else integer(config, key, least=least)
@@ -97,13 +106,16 @@ def kv_heads_of(config: Mapping[str, Any], key: str, heads: int) -> int:
     return count
 
 
-def rope_axes(config: Mapping[str, Any], key: str, count: int, head_width: int) -> list[int]:
-    """How many channels of a head rotate with each axis of the positions; raises `ModelUnsupported`, naming the key."""
+def rope_axes(config: Mapping[str, Any], key: str, count: int, head_width: int | None = None) -> list[int]:
+    """How many channels of a head rotate with each axis of the positions; raises `ModelUnsupported`, naming the key.
+
+    They must be all of ``head_width``, if it is given.
+    """
     axes = config.get(key)
     if not isinstance(axes, list) or len(axes) != count or any(type(n) is not int or n < 0 or n % 2 for n in axes):
         numbers = {2: "two", 3: "three", 4: "four"}[count]
         raise ModelUnsupported(f"config key {key!r} is {axes!r:.80}; expected {numbers} even numbers")
-    if sum(axes) != head_width:
+    if head_width is not None and sum(axes) != head_width:
         raise ModelUnsupported(
             f"config key {key!r} is {axes}, which sums to {sum(axes)}; it must sum to the width of a head, "
             f"which is {head_width} (the width of a token over the number of heads)"

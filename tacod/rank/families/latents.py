@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from tacod.rank.families.base import LatentFormat
 
-__all__ = ["QWEN_IMAGE_21", "WAN21", "WAN22"]
+__all__ = ["FLUX", "HUNYUAN_VIDEO", "QWEN_IMAGE_21", "WAN21", "WAN22"]
+
+FLUX = LatentFormat(0.3611, 0.1159)
+"""Of Flux.1's VAE: 16 channels, 8 pixels a cell."""
+HUNYUAN_VIDEO = LatentFormat(0.476986, 0.0)
+"""Of HunyuanVideo's VAE: 16 channels, 8 pixels and 4 frames a cell."""
 
 _MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import comfy.ldm.wan.model as wan
+import comfy.supported_models
 import torch
 from torch.nn import functional
 
@@ -21,8 +22,11 @@ def _small(width: int, *rest: Any, **settings: Any) -> Any:
 
 
 def shrink() -> None:
-    """From now on Wan's networks take tokens of that width."""
+    """From now on Wan's networks take tokens of that width, and Kandinsky 5's of images may be narrow."""
     wan.MLPProj = _small
+    image = getattr(comfy.supported_models, "Kandinsky5Image", None)
+    if image is not None:
+        image.unet_config = {key: value for key, value in image.unet_config.items() if key != "model_dim"}
 
 
 class VideoVAE:

@@ -183,13 +183,20 @@ class CrossAttention(nn.Module):
         for name in self._norms:
             register(self, name, nn.Parameter(torch.ones(width if norm == "row" else width // heads)))
 
-    def forward(self, x: Tensor, *contexts: Tensor | None, masks: Sequence[Tensor | None] = ()) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *contexts: Tensor | None,
+        masks: Sequence[Tensor | None] = (),
+        epsilon: float | None = None,
+    ) -> Tensor:
         """What tokens ``x`` [B, S, W] attend to in ``contexts`` [B, L, context_width], projected: [B, S, W].
 
         An absent context is left out. ``masks`` [B, L] are boolean and say of each context's tokens which count.
-        An image none of whose tokens in a context count gets zeros from it.
+        An image none of whose tokens in a context count gets zeros from it. ``epsilon`` is in place of the norms' own.
         """
-        q = self._normed(find(self, self._q)(x), 0)
+        epsilon = self.epsilon if epsilon is None else epsilon
+        q = self._normed(find(self, self._q)(x), 0, epsilon)
         attended: Tensor | None = None
         for number, (context, names) in enumerate(zip(contexts, self._kv, strict=False)):
             if context is None:
@@ -197,18 +204,18 @@ class CrossAttention(nn.Module):
             projected = [find(self, name)(context) for name in names]
             k, v = projected if len(projected) == 2 else projected[0].chunk(2, dim=-1)
             mask = masks[number] if number < len(masks) else None
-            part = attend_replicated(q, self._normed(k, 1 + number), v, self.heads, mask)
+            part = attend_replicated(q, self._normed(k, 1 + number, epsilon), v, self.heads, mask)
             attended = part if attended is None else attended + part
         assert attended is not None
         out: Tensor = find(self, self._out)(attended)
         return out
 
-    def _normed(self, x: Tensor, number: int) -> Tensor:
+    def _normed(self, x: Tensor, number: int, epsilon: float) -> Tensor:
         if self._norm is None:
             return x
         weight = find(self, self._norms[number])
         rows = x if self._norm == "row" else torch.unflatten(x, -1, (self.heads, -1))
-        return functional.rms_norm(rows, rows.shape[-1:], weight, self.epsilon).view(x.shape)
+        return functional.rms_norm(rows, rows.shape[-1:], weight, epsilon).view(x.shape)
 
 
 def attend_replicated(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
