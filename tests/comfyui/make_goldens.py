@@ -20,6 +20,7 @@ import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
 
+import comfy.ldm.hunyuan_video.model as hunyuan_model  # noqa: E402
 import comfy.ldm.wan.model as wan_model  # noqa: E402
 import comfy.ops  # noqa: E402
 import comfy.sample  # noqa: E402
@@ -198,6 +199,30 @@ WAN = {
     "out_dim": 4,
     "text_dim": 24,
 }
+HUNYUAN = {
+    "image_model": "hunyuan_video",
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": [1, 2, 2],
+    "vec_in_dim": None,
+    "context_in_dim": 24,
+    "hidden_size": 48,
+    "mlp_ratio": 2.0,
+    "num_heads": 4,
+    "depth": 2,
+    "depth_single_blocks": 2,
+    "axes_dim": [4, 4, 4],
+    "theta": 256,
+    "qkv_bias": True,
+    "guidance_embed": False,
+    "byt5": False,
+    "meanflow": False,
+    "meanflow_sum": False,
+    "use_cond_type_embedding": False,
+    "vision_in_dim": None,
+}
+GUIDANCE = "guidance"
+"""It is in fp32 in the daemon, as times are; a thousand times a number in bf16 is another one."""
 
 
 def next_dit(**config: Any) -> nn.Module:
@@ -238,9 +263,12 @@ def save(name: str, family: str, config: dict[str, Any], network: nn.Module, sto
             return value.to(dtype) if value.is_floating_point() else value
 
         rest = {key: value for key, value in given.items() if key not in ("x", "timestep", *args)}
-        rest = {key: cast(value) for key, value in rest.items()} | args
+        rest = {key: value if key == GUIDANCE else cast(value) for key, value in rest.items()} | args
         if "rope_options" in rest:
             rest["transformer_options"] = {"rope_options": rest.pop("rope_options")}
+        if "timestep_r" in rest:
+            levels = torch.cat((given["timestep"][:1], rest.pop("timestep_r")[:1])).float() / 1000
+            rest["transformer_options"] = {"sigmas": levels[:1], "sample_sigmas": levels}
         network.to(dtype)
         for part in vars(network)["_modules"].keys() & {"patch_embedding", "vace_patch_embedding"}:
             # Wan's are fp32 whatever the rest is.
@@ -418,6 +446,40 @@ def kandinsky5() -> None:
     make("kandinsky5_image", noise(2, 4, 10, 14), {}, **image)
 
 
+def hunyuan() -> None:
+    """Distilled models, the refiner of images, a video beside the video, and a first frame that is given."""
+    drawn = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=drawn)
+
+    def make(name: str, batch: int, sides: tuple[int, ...], **more: Any) -> None:
+        config = {**HUNYUAN, **{key: more.pop(key) for key in list(more) if key in HUNYUAN}}
+        network, stored = build(hunyuan_model.HunyuanVideo, config, drawn)
+        given = {"x": noise(batch, config["in_channels"], *sides), "timestep": torch.tensor([750.0, 750.0])[:batch]}
+        given["context"] = noise(batch, 9, 24)
+        save(name, "hunyuan_video", config, network, stored, {**given, **more})
+
+    # The widths of ByT5's mapper are no setting.
+    mapper = hunyuan_model.ByT5Mapper
+    hunyuan_model.ByT5Mapper = lambda **settings: mapper(**{**settings, "in_dim": 28, "out_dim": 36, "hidden_dim": 36})
+    image = {"patch_size": [1, 1], "axes_dim": [6, 6], "in_channels": 8, "out_channels": 8, "byt5": True}
+    image |= {"guidance_embed": True, "meanflow": True, "guidance": torch.tensor([3.5, 3.5])}
+    image |= {"txt_byt5": noise(2, 6, 28), "timestep_r": torch.tensor([500.0, 500.0])}
+    make("hunyuan_image_distilled", 2, (5, 7), **image)
+    refiner = {"patch_size": [1, 1, 1], "in_channels": 16, "out_channels": 8, "guidance_embed": True, "meanflow": True}
+    make("hunyuan_image_refiner", 1, (2, 5, 6), **refiner, guidance=torch.tensor([6.0]), disable_time_r=True)
+    seen = {"patch_size": [1, 1, 1], "in_channels": 17, "out_channels": 8, "depth_single_blocks": 0, "byt5": True}
+    seen |= {"meanflow": True, "meanflow_sum": True, "vision_in_dim": 20, "use_cond_type_embedding": True}
+    seen |= {"txt_byt5": noise(2, 6, 28), "clip_fea": noise(2, 5, 20), "timestep_r": torch.tensor([500.0, 500.0])}
+    make("hunyuan_video_15_distilled", 2, (3, 5, 4), **seen)
+    hunyuan_model.ByT5Mapper = mapper
+    pooled = {"vec_in_dim": 20, "guidance_embed": True, "guidance": torch.tensor([6.0]), "y": noise(1, 20)}
+    make("hunyuan_video_beside", 1, (2, 6, 8), **pooled, ref_latent=noise(1, 16, 1, 7, 6))
+    given = {"guiding_frame_index": torch.tensor([0.0])}
+    make("hunyuan_video_replace_beside", 1, (3, 4, 6), **pooled, **given, ref_latent=noise(1, 16, 1, 4, 4))
+
+
 def main() -> None:
     """Make them all."""
     given_pictures()
@@ -450,6 +512,7 @@ def main() -> None:
     krea2()
     wan()
     kandinsky5()
+    hunyuan()
 
 
 main()

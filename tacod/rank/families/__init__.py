@@ -26,7 +26,6 @@ _LACKING = 2
 """A file may lack as many of the table's names and still be of that family, damaged."""
 _UNETS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "SDXL", 1280: "the SDXL refiner"}
 _ELSEWHERE = {
-    "txt_in.individual_token_refiner.blocks.0.norm1.weight": "HunyuanVideo",
     "double_layers.0.attn.w1q.weight": "AuraFlow",
     "dec_net.cond_embed.weight": "Z-Image of pixels",
     "controlnet_blocks.0.weight": "a ControlNet, which ComfyUI loads beside the model",
