@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tacod.rank.families.control import Control
-from tacod.rank.families.inputs import Argument, Inputs, Number, Numbers, Places, Residuals, Spec, Unread
+from tacod.rank.families.inputs import Argument, Inputs, Number, Numbers, Places, Record, Residuals, Spec, Unread
 from tacod_client import wire
 from tacod_client.errors import ArgumentError
 from tacod_client.tensors import from_wire
@@ -49,6 +49,8 @@ def check_arguments(given: Mapping[str, Any], specs: Mapping[str, Spec], family:
             _check_places(name, value, spec, sizes)
         elif isinstance(spec, Residuals):
             _check_residuals(name, value, spec, sizes)
+        elif isinstance(spec, Record):
+            _check_record(name, value, spec, family)
         elif spec.shape is None:
             if value not in (*spec.choices, *spec.also):
                 raise ArgumentError(
@@ -96,6 +98,19 @@ def _check_numbers(name: str, value: Any, spec: Numbers) -> None:
             raise ArgumentError(f"{name}.{key!s:.40}: no such number; expected {_wanted(spec)}", argument=name)
         if not _is_number(number) or not abs(number) < 1e6:
             raise ArgumentError(f"{name}.{key}: expected a number below a million, got {number!r:.40}", argument=name)
+
+
+def _check_record(name: str, value: Any, spec: Record, family: str) -> None:
+    if spec.many and not isinstance(value, list):
+        raise ArgumentError(f"{name}: expected {_wanted(spec)}; got {_kind(value)}", argument=name)
+    for index, record in enumerate(value if spec.many else [value]):
+        where = f"{name}[{index}]" if spec.many else name
+        if not isinstance(record, Mapping):
+            raise ArgumentError(
+                f"{where}: expected a map with any of {', '.join(spec.fields)}; got {_kind(record)}", argument=where
+            )
+        fields = {f"{where}.{field}": each for field, each in spec.fields.items()}
+        check_arguments({f"{where}.{field!s:.40}": each for field, each in record.items()}, fields, family)
 
 
 def _check_places(name: str, value: Any, spec: Places, sizes: Mapping[str, tuple[int, str]]) -> None:
@@ -168,6 +183,8 @@ def _check_tensor(name: str, value: Any, spec: Argument, sizes: dict[str, tuple[
     shape = spec.shape_for(len(value.shape))
     assert shape is not None
     fits = len(value.shape) == len(shape)
+    if value.shape and value.shape[-1] in spec.widths:
+        shape = (*shape[:-1], value.shape[-1])
     for size, wanted in zip(value.shape, shape, strict=False):
         fits = fits and size > 0 and (isinstance(wanted, str) or size == wanted)
     if not fits:
@@ -190,6 +207,8 @@ def _wanted(spec: Spec) -> str:
         return f"{kind} from {spec.least:g} to {spec.most:g}"
     if isinstance(spec, Numbers):
         return f"a map of numbers, with any of {', '.join(spec.names)}"
+    if isinstance(spec, Record):
+        return f"{'a list of maps' if spec.many else 'a map'} with any of {', '.join(spec.fields)}"
     if isinstance(spec, Places):
         return f"a list of whole numbers that don't fall, from 0 to {spec.length}"
     if isinstance(spec, Residuals):
@@ -208,7 +227,8 @@ def _wanted(spec: Spec) -> str:
 def _shapes(spec: Argument) -> str:
     """The shape that a tensor may have, or both."""
     shapes = dict.fromkeys((spec.shape or (), spec.longer))
-    return " or ".join(f"[{', '.join(map(str, shape))}]" for shape in shapes)
+    widths = [f"of {width} channels" for width in spec.widths]
+    return " or ".join([*(f"[{', '.join(map(str, shape))}]" for shape in shapes), *widths])
 
 
 def _kind(value: Any) -> str:
@@ -233,6 +253,8 @@ def load_arguments(
             return _control(value)
         if isinstance(value, list):
             return [put(name, item, spec) for item in value]
+        if isinstance(spec, Record):
+            return put_all(value, spec.fields)
         if not isinstance(value, wire.Tensor):
             return spec.also.get(value, value) if isinstance(spec, Argument) else value
         if isinstance(spec, Argument) and spec.keys:
@@ -246,8 +268,11 @@ def load_arguments(
             kept[key] = _on_device(value, key[1], device)
         return kept[key]
 
-    read = {name: value for name, value in given.items() if not isinstance(specs[name], Unread)}
-    return Inputs({name: put(name, value, specs[name]) for name, value in read.items() if value is not None}, specs)
+    def put_all(values: Mapping[str, Any], specs: Mapping[str, Spec]) -> dict[str, Any]:
+        read = {name: value for name, value in values.items() if not isinstance(specs[name], Unread)}
+        return {name: put(name, value, specs[name]) for name, value in read.items() if value is not None}
+
+    return Inputs(put_all(given, specs), specs)
 
 
 def digest(value: Any) -> Hashable:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tacod.rank.families.control import Control
 
-__all__ = ["Argument", "Inputs", "Number", "Numbers", "Places", "Residuals", "Spec", "Unread"]
+__all__ = ["Argument", "Inputs", "Number", "Numbers", "Places", "Record", "Residuals", "Spec", "Unread"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Argument:
     """Its values are row numbers of a table with this many rows, and become int64; 0 for other arguments."""
     per: str | tuple[int | str, ...] = ()
     """Sizes that ``shape`` may have at its end, or one free size: a timestep for each frame instead of one for all."""
+    widths: tuple[int, ...] = ()
+    """Other sizes that its last dimension may have, such as that of a text before the network has refined it."""
 
     @property
     def longer(self) -> tuple[int | str, ...]:
@@ -101,6 +103,18 @@ class Number:
 
 
 @dataclass(frozen=True)
+class Record:
+    """An argument that is a map: each of its fields has a spec. With ``many`` it is a list of such maps.
+
+    Its tensors are the same for all images of a forward, and their free sizes are nobody else's.
+    """
+
+    fields: Mapping[str, Spec]
+    many: bool = False
+    required: bool = False
+
+
+@dataclass(frozen=True)
 class Residuals:
     """What a ControlNet adds to the image's tokens after each block, as in ComfyUI's ``control``.
 
@@ -134,14 +148,14 @@ class Unread:
     required: bool = False
 
 
-Spec = Argument | Number | Numbers | Places | Residuals | Unread
+Spec = Argument | Number | Numbers | Places | Record | Residuals | Unread
 """The spec of one argument of a forward."""
 
 
 class Inputs(Mapping[str, Any]):
     """The arguments of one forward on this rank's device, by name; None and `Unread` values are left out.
 
-    Values are tensors, lists of tensors, numbers, strings, maps of numbers, and a `Control`.
+    Values are tensors, numbers, strings, lists and maps of these, and a `Control`.
     """
 
     def __init__(self, values: Mapping[str, Any], specs: Mapping[str, Spec]) -> None:
@@ -245,12 +259,18 @@ def _concatenate(tensors: Sequence[Tensor], axis: int, images: int) -> Tensor:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    return [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, Tensor)]
+    if isinstance(value, Mapping):
+        value = [each for _, each in sorted(value.items())]
+    if isinstance(value, list):
+        return [tensor for each in value for tensor in _tensors(each)]
+    return [value] if isinstance(value, Tensor) else []
 
 
 def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, list):
         return [_map(each, change) for each in value]
+    if isinstance(value, Mapping):
+        return {name: _map(each, change) for name, each in value.items()}
     return change(value) if isinstance(value, Tensor) else value
 
 
@@ -258,7 +278,7 @@ def _key(value: Any) -> Hashable:
     if isinstance(value, Tensor):
         return tuple(value.shape), value.dtype
     if isinstance(value, Mapping):
-        return tuple(sorted(value.items()))
+        return tuple((name, _key(each)) for name, each in sorted(value.items()))
     if isinstance(value, list):
         return tuple(map(_key, value))
     return (value,)
