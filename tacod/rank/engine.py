@@ -276,7 +276,7 @@ class Engine:
             if low_rank is not None:
                 adapt_weight(patched, key, *low_rank)
                 continue
-            weight = get_weight(model, key).to(model.dtype)
+            weight = get_weight(model, key).to(model.dtype_of(key, model.dtype))
             merged = apply(weight, each, key)
             if merged.shape != weight.shape:
                 raise ArgumentError(f"patches: {key} would grow to {list(merged.shape)}", argument="patches")

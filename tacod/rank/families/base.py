@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import abc
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -111,6 +112,8 @@ class DiT(nn.Module, abc.ABC):
     """Whether ComfyUI lets the metadata's ``config`` go before what it detects in a file."""
     beside: ClassVar[tuple[str, ...]] = ()
     """Prefixes of tensors that files hold for other modules: a load leaves them out."""
+    fp32_weights: str = ""
+    """A regular expression for the names of weights that are fp32 in any compute dtype; empty if there are none."""
     downscale: int = 8
     """Pixels per latent cell, along each side."""
     image_models: ClassVar[tuple[str, ...]]
@@ -346,6 +349,10 @@ class DiT(nn.Module, abc.ABC):
     def dtype(self) -> torch.dtype:
         """The compute dtype, which is that of the weights."""
         return next(self.parameters()).dtype
+
+    def dtype_of(self, name: str, compute: torch.dtype) -> torch.dtype:
+        """The dtype of a weight where the model computes in ``compute``."""
+        return torch.float32 if self.fp32_weights and re.match(self.fp32_weights, name) else compute
 
 
 @lru_cache(maxsize=8)

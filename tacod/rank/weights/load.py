@@ -87,8 +87,9 @@ def load_model(
 ) -> DiT:
     """Build the family that the checkpoint holds and fill it, tensor by tensor.
 
-    Linear layers of 8 bits or fewer are kept so, as `PackedLinear`; everything else is cast to ``dtype``. With
-    ``weight_only`` activations are never quantized. Which tensors were left out as other modules' is said in the log.
+    Linear layers of 8 bits or fewer are kept so, as `PackedLinear`; everything else is cast to ``dtype``, or to fp32
+    where the family says so. With ``weight_only`` activations are never quantized. Which tensors were left out as other
+    modules' is said in the log.
 
     Raises `ModelUnsupported` if the family or its weights are unknown, `ModelCorrupt` if tensors lack or don't fit, or
     if a file changes meanwhile.
@@ -120,7 +121,7 @@ def load_model(
         for name in order:
             data = next(tensors)
             found = {each: _decode(next(tensors), checkpoint.tensors[each]) for each in sides.get(name, ())}
-            _place(model, checkpoint, name, wanted[name], data, found, dtype, weight_only)
+            _place(model, checkpoint, name, wanted[name], data, found, model.dtype_of(name, dtype), weight_only)
             done += sizes[name]
             if progress is not None:
                 progress(done, total)
@@ -244,7 +245,7 @@ def get_weight(model: DiT, key: str) -> Tensor:
 
 
 def set_weight(model: DiT, key: str, tensor: Tensor) -> None:
-    """Replace a weight by a tensor of its shape, cast to the compute dtype and moved to the weight's device.
+    """Replace a weight by a tensor of its shape, cast to the weight's dtype and moved to its device.
 
     A packed layer becomes a plain one, an fp8 layer stays fp8. Models that share the old weight keep it. Raises
     `KeyError` if the model has no such weight, `ValueError` for another shape.
@@ -261,10 +262,10 @@ def set_weight(model: DiT, key: str, tensor: Tensor) -> None:
         plain = nn.Linear(owner.in_features, owner.out_features, bias=False, device="meta").train(owner.training)
         plain.register_parameter("bias", owner.bias)
         owner = plain
-        _assign(owner, leaf, tensor.detach().to(old.device, model.dtype))
+        _assign(owner, leaf, tensor.detach().to(old.device, model.dtype_of(key, model.dtype)))
         model.set_submodule(path, Fp8Linear.of(plain) if fp8 else plain)
         return
-    _assign(owner, leaf, tensor.detach().to(old.device, model.dtype))
+    _assign(owner, leaf, tensor.detach().to(old.device, model.dtype_of(key, model.dtype)))
 
 
 def adapt_weight(model: DiT, key: str, up: Tensor, down: Tensor) -> None:
