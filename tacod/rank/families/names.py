@@ -12,8 +12,8 @@ Each line of a table is a pattern of theirs and one of ours, without ``.weight``
 ``[k]`` is the k-th part of the rows, each part with as many rows as the layer has inputs, and ``[k:]`` is all rows from
 the k-th part on. ``[k/n]`` is the k-th of n equal parts. ``[q,k,v]`` are queries, as many rows as inputs, and keys and
 values, which share the others: they may be fewer (grouped-query attention). ``~`` exchanges the halves of the rows
-where there are two such parts: scale and shift. A line of one pattern is of names that are the same here.
-``|`` says that the single file has the rows of their table in one row.
+where there are two such parts: scale and shift; ``~~`` does so however many rows there are. A line of one pattern is of
+names that are the same here. ``|`` says that the single file has the rows of their table in one row.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class _Rule:
     ours: str
     part: str
     """``0``, ``0:``, ``0/2`` or ``q``; empty for all rows."""
-    swap: bool
+    swap: str
+    """``~``, ``~~``, or nothing."""
     flat: bool
 
 
@@ -89,7 +90,7 @@ class Names:
             for pattern, number, kind in _patterns(key):
                 for rule in self._by_ours.get(pattern, ()):
                     inputs = shapes.get(key.removesuffix(kind) + ".weight", (0, 0))[-1]
-                    swap = rule.swap and shape[0] == 2 * inputs
+                    swap = rule.swap == "~~" or (rule.swap == "~" and shape[0] == 2 * inputs)
                     place = Place(key, _rows(rule, shape[0], inputs), swap, rule.flat)
                     places[rule.theirs.replace("*", number) + kind] = place
         return places
@@ -137,8 +138,9 @@ class Names:
 
 
 def _rules(theirs: str, ours: str) -> Iterator[_Rule]:
-    swap, flat = ours.endswith("~"), ours.endswith("|")
-    sides = [_expanded(theirs), _expanded(ours.rstrip("~|"))]
+    bare = ours.rstrip("~|")
+    swap, flat = ours.removeprefix(bare).rstrip("|"), ours.endswith("|")
+    sides = [_expanded(theirs), _expanded(bare)]
     for one, other in zip(*sides, strict=True):
         ours, _, part = other.partition("[")
         yield _Rule(one, ours, part, swap, flat)
