@@ -30,7 +30,7 @@ from tacod.checkpoint import TensorInfo, read_checkpoint
 from tacod.group.fork_server import MODULE
 from tacod.rank.arguments import check_arguments, load_arguments
 from tacod.rank.families import detect
-from tacod.rank.families.base import DiT
+from tacod.rank.families.base import DiT, Output
 from tacod.rank.families.control import Control
 from tacod.rank.families.inputs import Inputs
 from tacod.rank.parallel.sequence import SequenceParallel
@@ -314,8 +314,11 @@ def stopped(pid: int) -> Iterator[None]:
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-def relative_error(out: Tensor, expected: Tensor) -> float:
-    """||out - expected|| / ||expected||."""
+def relative_error(out: Output, expected: Output) -> float:
+    """||out - expected|| / ||expected||; of several tensors the largest."""
+    if isinstance(out, list):
+        return max(relative_error(*each) for each in zip(out, expected, strict=True))
+    assert isinstance(expected, Tensor)
     assert out.shape == expected.shape
     return float((out.float() - expected.float()).norm() / expected.float().norm())
 
@@ -465,7 +468,7 @@ class Golden:
     config: dict[str, Any]
     weights: dict[str, Tensor]
     inputs: dict[str, Any]
-    out: Tensor
+    out: Output
     bf16: float
     """The error that a bf16 forward may have: 1e-2, or a tenth more than ComfyUI's own has if that is more."""
     fp32: float = 2e-6
@@ -487,7 +490,8 @@ class Golden:
         family, config = detect(shapes, self.config)
         with torch.device("meta"), Unfilled():
             model = family(config)
-        weights = {family.canonical(name): tensor.to(dtype) for name, tensor in self.weights.items()}
+        weights = {family.canonical(name): tensor for name, tensor in self.weights.items()}
+        weights = {name: tensor.to(model.dtype_of(name, dtype)) for name, tensor in weights.items()}
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(family.beside)}
         lacking, unknown = model.load_state_dict(weights, strict=False, assign=True)
         assert not unknown
@@ -500,6 +504,8 @@ class Golden:
         def sent(value: Any) -> Any:
             if isinstance(value, list):
                 return list(map(sent, value))
+            if isinstance(value, dict):
+                return {name: sent(each) for name, each in value.items()}
             return to_wire(value, "argument") if isinstance(value, Tensor) else value
 
         given, specs = {key: sent(value) for key, value in self.inputs.items()}, model.arguments()
@@ -511,8 +517,7 @@ class Golden:
         model = self.model(dtype)
         with torch.inference_mode():
             out = model.run(sequence, self.arguments(model))
-        assert isinstance(out, Tensor)
-        assert out.dtype == dtype
+        assert {each.dtype for each in (out if isinstance(out, list) else [out])} == {dtype}
         return relative_error(out, self.out)
 
     def save(self, path: Path) -> None:
@@ -542,17 +547,27 @@ def read_golden(name: str) -> Golden:
         jumps = float(metadata["rounding"])
         fp32 = 1e-5 if jumps < 1e-5 else min(1.5 * jumps, 0.7 * float(metadata["error_dequantised"]))
     else:
-        weights = {key: each.to(torch.bfloat16) for key, each in weights.items()}
-    inputs: dict[str, Any] = json.loads(metadata.get("args", "{}"))
+        weights = {key: each.to(torch.bfloat16) if each.itemsize == 1 else each for key, each in weights.items()}
+    inputs: dict[str, Any] = _filled(json.loads(metadata.get("args", "{}")), tensors)
+    lists: dict[str, list[Tensor]] = {}
     for key, value in sorted(tensors.items()):
-        kind, _, name = key.partition(".")
-        name, _, number = name.partition(".")
-        if kind == "in" and number:
-            inputs.setdefault(name, []).append(value)
-        elif kind == "in":
+        name, _, number = key.removeprefix("in.").partition(".")
+        if number.isdigit():
+            lists.setdefault(name, []).append(value)
+        elif key.startswith("in.") and not number:
             inputs[name] = value
+    out = tensors["out"] if "out" in tensors else lists.pop("out")
     bf16 = max(1e-2, 1.1 * float(metadata.get("bf16", 0)))
-    return Golden(json.loads(metadata["config"]), weights, inputs, tensors["out"], bf16, fp32)
+    return Golden(json.loads(metadata["config"]), weights, {**inputs, **lists}, out, bf16, fp32)
+
+
+def _filled(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Arguments with the tensors that they name in place of their names."""
+    if isinstance(value, dict):
+        return {key: _filled(each, tensors) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_filled(each, tensors) for each in value]
+    return tensors[value[1:]] if isinstance(value, str) and value.startswith("@") else value
 
 
 def animas_text() -> tuple[dict[str, Tensor], Tensor]:

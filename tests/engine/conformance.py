@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from tacod.rank.families import families
 from tacod.rank.families.base import DiT
 from tacod.rank.families.control import Control
-from tacod.rank.families.inputs import Argument, Inputs, Number, Numbers, Places, Residuals, Spec, Unread
+from tacod.rank.families.inputs import Argument, Inputs, Number, Numbers, Places, Record, Residuals, Spec, Unread
 from tacod.rank.forward.warmup import random_inputs
 from tacod_client.errors import ArgumentError
 from tacod_client.tensors import to_wire
@@ -54,6 +54,12 @@ def required_inputs(dit: DiT, batch: int = 1, text: int = 5, sides: Sequence[int
     raise AssertionError(f"{dit.family} takes no latents of {sides}, however often")
 
 
+def each_latent(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
+    """The same inputs with every noisy latent changed."""
+    x = inputs["x"]
+    return inputs.replace(x=list(map(change, x)) if isinstance(x, list) else change(x))
+
+
 def smallest_inputs(dit: DiT, batch: int, text: int) -> Inputs:
     """As `required_inputs`, with few tokens that two ranks share unevenly."""
     inputs = required_inputs(dit, batch, text, (1, 3))
@@ -79,12 +85,42 @@ def with_optional(
 
 def _with(dit: DiT, name: str, inputs: Inputs, generator: torch.Generator, shared: bool, most: int) -> Inputs:
     """One more argument, drawn until it has sizes that the model takes."""
-    for _ in range(_DRAWS):
-        drawn = inputs.replace(**{name: _value(dit, dit.arguments()[name], inputs, generator, shared, most)})
+    spec = dit.arguments()[name]
+
+    def accepts(value: Any) -> bool:
         with suppress(ArgumentError):
-            dit.lengths(drawn)
-            return drawn
+            dit.lengths(inputs.replace(**{name: value}))
+            return True
+        return False
+
+    for _ in range(_DRAWS):
+        if isinstance(spec, Record):
+            value = _record(spec, lambda field: _value(dit, field, inputs, generator, shared, most), accepts, generator)
+        else:
+            value = _value(dit, spec, inputs, generator, shared, most)
+        if accepts(value):
+            return inputs.replace(**{name: value})
     raise AssertionError(f"{dit.family} takes no {name}, however often it is drawn")
+
+
+def _record(
+    spec: Record, draw: Callable[[Spec], Any], accepts: Callable[[Any], bool], generator: torch.Generator
+) -> Any:
+    """Some fields, drawn until they are accepted; of a list of such maps one."""
+    for _ in range(_DRAWS):
+        made: dict[str, Any] = {}
+        for name, field in spec.fields.items():
+            left_out = not field.required and bool(torch.randint(2, (), generator=generator))
+            if left_out or isinstance(field, Unread):
+                continue
+            if isinstance(field, Record):
+                made[name] = _record(field, draw, lambda value, name=name: accepts({name: value}), generator)
+            else:
+                made[name] = draw(field)
+        value = [made] if spec.many else made
+        if accepts(value):
+            return value
+    raise AssertionError(f"a map with some of {', '.join(spec.fields)} isn't taken, however often it is drawn")
 
 
 def random_case(
@@ -160,6 +196,9 @@ def _sizes(dit: DiT, inputs: Inputs) -> dict[Any, int]:
         value = inputs.get(name)
         if isinstance(spec, Argument) and spec.shape is not None and isinstance(value, Tensor):
             sizes |= dict(zip(spec.shape, value.shape, strict=True))
+        elif isinstance(spec, Argument) and spec.members is not None and value is not None:
+            for member, each in zip(spec.members, value, strict=True):
+                sizes |= dict(zip(member.shape or (), each.shape, strict=True))
     return {**sizes, "B": inputs.batch}
 
 
@@ -172,6 +211,8 @@ def sent(inputs: Mapping[str, Any]) -> dict[str, Any]:
             return {**rows, "tensors": [each for each in next(iter(value.residuals.values())) if each is not None][:1]}
         if isinstance(value, list):
             return list(map(packed, value))
+        if isinstance(value, Mapping):
+            return {name: packed(each) for name, each in value.items()}
         return to_wire(value, "argument") if isinstance(value, Tensor) else value
 
     return {name: packed(value) for name, value in inputs.items()}

@@ -28,7 +28,7 @@ import made_up
 import torch
 import torch.distributed as dist
 from attention_cases import largest_error
-from conformance import random_case, required_inputs, smallest_inputs, tiny, with_optional
+from conformance import each_latent, random_case, required_inputs, smallest_inputs, tiny, with_optional
 from helpers import FLUX, SD3, Golden, read_golden, relative_error
 from shared_block import SharedBlock, reach_shared
 from torch.distributed import distributed_c10d
@@ -154,6 +154,11 @@ class OnOneDevice(dist.ProcessGroupGloo):
         super().__init__(store, rank, size, options)
 
 
+def joined(outs: Sequence[Any]) -> Any:
+    """Outputs of some images each as that of all."""
+    return list(map(torch.cat, zip(*outs, strict=True))) if isinstance(outs[0], list) else torch.cat(outs)
+
+
 Walk = tuple[list[Any], list[bool]]
 """What each step of a run gave, and which were skipped."""
 
@@ -166,8 +171,8 @@ def walk(family: str, forwards: Forwards, layout: Layout, threshold: float, mine
     outs, skipped = [], []
     generator = torch.Generator().manual_seed(1)
     for n, level in enumerate(dit.timestep(torch.linspace(1, 0.1, 8)).tolist()):
-        x = start.latents[0] + 0.05 * n * torch.randn(start.latents[0].shape, generator=generator)
-        inputs = start.replace(x=x, timestep=torch.full_like(start["timestep"], level)).images(mine)
+        moved = each_latent(start, lambda each, n=n: each + 0.05 * n * torch.randn(each.shape, generator=generator))
+        inputs = moved.replace(timestep=torch.full_like(start["timestep"], level)).images(mine)
         before = forwards.skipped
         outs.append(forwards(Call(dit, plan, inputs)))
         skipped.append(forwards.skipped > before)
@@ -324,7 +329,7 @@ class Rank:
         with torch.inference_mode():
             threshold, expected = self._from_first(lambda: first_that_skips(family, layout.batch, native))
             outs, skipped = walk(family, Forwards(self.topology), layout, threshold, slice(None), native)
-        wholes = [torch.cat(parts) for parts in zip(*(each for each, _ in expected), strict=True)]
+        wholes = [joined(parts) for parts in zip(*(each for each, _ in expected), strict=True)]
         error = max(relative_difference(*each) for each in zip(outs, wholes, strict=True))
         return skipped, error, [each for _, each in expected]
 
@@ -345,7 +350,8 @@ class Rank:
         exact, found = [], []
         for step, letter in enumerate(prompts):
             given = inputs[letter]
-            given = given.replace(x=given["x"] + 0.1 * step, timestep=given["timestep"] * (1 - 0.1 * step))
+            given = each_latent(given, lambda each, step=step: each + 0.1 * step)
+            given = given.replace(timestep=given["timestep"] * (1 - 0.1 * step))
             before = keeping.prefixes.hits
             outs = [each(Call(dit, plan, given, conditioning=letter)) for each in (keeping, plain)]
             exact.append(equal(*outs))

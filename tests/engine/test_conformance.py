@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conformance import CPU, FAMILIES, required_inputs, sent, tiny, with_optional
+from conformance import CPU, FAMILIES, each_latent, required_inputs, sent, tiny, with_optional
 from helpers import FP32, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from tacod.plan import Layout, Plan, Request, Shape
 from tacod.rank.arguments import check_arguments, check_tokens, load_arguments
-from tacod.rank.families.base import DiT
-from tacod.rank.families.inputs import Argument, Inputs, Number, Numbers, Places, Residuals, Spec, Unread
+from tacod.rank.families.base import DiT, Output
+from tacod.rank.families.inputs import Argument, Inputs, Number, Numbers, Places, Record, Residuals, Spec, Unread
 from tacod.rank.forward import graphs
 from tacod.rank.forward.graphs import Forwards
-from tacod.rank.forward.run import Call, plan_for, relative_difference
+from tacod.rank.forward.run import Call, equal, plan_for, relative_difference
 from tacod.rank.forward.run import run as run_call
 from tacod.rank.forward.step_cache import MOST_IN_A_ROW
 from tacod.rank.ops.packed.fp8 import Fp8Linear
@@ -50,12 +50,15 @@ ARGUMENT = pytest.mark.parametrize(
 BATCH = 3
 
 
-def forward(dit: DiT, inputs: Mapping[str, Any]) -> Tensor:
+def forward(dit: DiT, inputs: Mapping[str, Any]) -> Output:
     """On one rank."""
     with torch.inference_mode():
-        out = dit.run(SequenceParallel(), Inputs(inputs, dit.arguments()))
-    assert isinstance(out, Tensor)
-    return out
+        return dit.run(SequenceParallel(), Inputs(inputs, dit.arguments()))
+
+
+def tensors(out: Output) -> list[Tensor]:
+    """The output, or each of several."""
+    return out if isinstance(out, list) else [out]
 
 
 def everything(dit: DiT, batch: int = BATCH) -> Inputs:
@@ -114,7 +117,7 @@ def test_all_ranks_skip_the_same_steps(ranks: Ranks, family: str, layout: tuple[
 # --- arguments --------------------------------------------------------------------------------------------------------
 
 
-def serve(dit: DiT, given: Mapping[str, Any]) -> Tensor:
+def serve(dit: DiT, given: Mapping[str, Any]) -> Output:
     """A forward of arguments as a client sends them, checked as the ranks do it."""
     specs = dit.arguments()
     check_arguments(given, specs, dit.family)
@@ -143,8 +146,9 @@ def test_an_argument_that_is_left_out(family: str, name: str) -> None:
     inputs = with_optional(dit, required_inputs(dit, BATCH), others)
     assert name not in inputs
     out = serve(dit, sent(inputs))
-    assert [tuple(out.shape)] == dit.output_shapes([tuple(inputs.latents[0].shape)])
-    assert out.isfinite().all()
+    shapes = dit.output_shapes([tuple(each.shape) for each in inputs.latents])
+    assert [tuple(each.shape) for each in tensors(out)] == shapes
+    assert all(each.isfinite().all() for each in tensors(out))
 
 
 def wrong(spec: Spec, value: Any) -> list[Any]:
@@ -155,6 +159,16 @@ def wrong(spec: Spec, value: Any) -> list[Any]:
         return [list(value.values()), {"nothing": 1.0}, {spec.names[0]: "1"}, {spec.names[0]: float("inf")}]
     if isinstance(spec, Places):
         return [3, "1", [-1], [0.5], [True], [1, 0], [0, 999]]
+    if isinstance(spec, Record):
+        if spec.many:
+            return [value[0], [3], *([each] for each in wrong(replace(spec, many=False), value[0]))]
+        lacking = [{key: each for key, each in value.items() if key != name} for name in value]
+        return [
+            3,
+            {**value, "nothing": 1.0},
+            *(each for name, each in zip(value, lacking, strict=True) if spec.fields[name].required),
+            *({**value, name: bad} for name, each in value.items() for bad in wrong(spec.fields[name], each)),
+        ]
     if isinstance(spec, Residuals):
         batch, n, width = value["tensors"][0].shape
         shapes = (batch, n, width + 1), (batch, n), (batch + 1, n, width), (batch, 999, width)
@@ -163,6 +177,15 @@ def wrong(spec: Spec, value: Any) -> list[Any]:
         ]
     if spec.shape is None:
         return ["nothing"]
+    if spec.members is not None:
+        return [
+            value[0],
+            *(
+                [*value[:at], each, *value[at + 1 :]]
+                for at, one in enumerate(spec.members)
+                for each in wrong(one, value[at])
+            ),
+        ]
     if spec.many:
         one = replace(spec, many=False)
         return [value[0], *([value[0], each] for each in wrong(one, value[0]))]
@@ -192,7 +215,7 @@ def test_what_the_network_does_not_read_changes_nothing(family: str) -> None:
     for name, spec in dit.arguments().items():
         if isinstance(spec, Unread):
             for value in (1, "x", [given["x"]], given["x"], {"a": None}):
-                assert torch.equal(serve(dit, {**given, name: value}), expected)
+                assert equal(serve(dit, {**given, name: value}), expected)
 
 
 @FAMILY
@@ -305,18 +328,16 @@ def test_like_inputs_are_replayed_and_unlike_ones_are_not(family: str, monkeypat
 # --- step cache -------------------------------------------------------------------------------------------------------
 
 
-def walk(dit: DiT, threshold: float, steps: int = 12) -> tuple[list[Tensor], list[Tensor], list[bool]]:
+def walk(dit: DiT, threshold: float, steps: int = 12) -> tuple[list[Output], list[Output], list[bool]]:
     """Along a run the outputs, what a forward by itself gives, and which were skipped."""
     forwards, generator = Forwards(Topology()), torch.Generator().manual_seed(1)
     inputs, exact, outs, skipped = required_inputs(dit), [], [], []
     for level in torch.linspace(1, 0.1, steps).tolist():
         timestep = dit.timestep(torch.full(inputs["timestep"].shape, level)).float()
-        noise = 0.1 * torch.randn(inputs["x"].shape, generator=generator)
-        inputs = inputs.replace(x=inputs["x"] + noise, timestep=timestep)
+        inputs = each_latent(inputs, lambda each: _moved(each, generator)).replace(timestep=timestep)
         before = forwards.skipped
         with torch.inference_mode():
             out = forwards(Call(dit, plan_for(dit, Request(step_cache=threshold), 1, inputs), inputs))
-        assert isinstance(out, Tensor)
         outs.append(out)
         exact.append(forward(dit, inputs))
         skipped.append(forwards.skipped > before)
@@ -328,7 +349,7 @@ def walk(dit: DiT, threshold: float, steps: int = 12) -> tuple[list[Tensor], lis
 def test_a_step_cache_that_skips_nothing_is_exact_to_the_bit(family: str, threshold: float) -> None:
     outs, exact, skipped = walk(tiny(family), threshold, steps=6)
     assert not any(skipped)
-    assert all(map(torch.equal, outs, exact))
+    assert all(map(equal, outs, exact))
 
 
 @FAMILY
@@ -336,7 +357,7 @@ def test_a_huge_threshold_computes_the_first_and_every_fifth(family: str) -> Non
     outs, exact, skipped = walk(tiny(family), 1e9)
     assert skipped == [n % (MOST_IN_A_ROW + 1) != 0 for n in range(len(outs))]
     for out, expected, was_skipped in zip(outs, exact, skipped, strict=True):
-        assert torch.equal(out, expected) == (not was_skipped)
+        assert equal(out, expected) == (not was_skipped)
         assert relative_error(out, expected) < 0.5
 
 
@@ -363,9 +384,14 @@ def test_fp8_is_for_the_blocks_linear_layers_and_nothing_else(family: str) -> No
 @FAMILY
 def test_gradients_reach_every_parameter(family: str) -> None:
     dit = FAMILIES[family](FAMILIES[family].tiny)
-    out = dit.run(SequenceParallel(), everything(dit))
-    assert isinstance(out, Tensor)
-    out.square().mean().backward()
+    outs = tensors(dit.run(SequenceParallel(), everything(dit)))
+    for method in dit.methods().values():
+        specs = {name: spec for name, spec in method.arguments.items() if isinstance(spec, Argument)}
+        shapes = {
+            name: [size if isinstance(size, int) else 3 for size in spec.shape or ()] for name, spec in specs.items()
+        }
+        outs += tensors(method.run(**{name: torch.randn(shape) for name, shape in shapes.items()}))
+    sum((out.square().mean() for out in outs), torch.zeros(())).backward()
     assert not [
         name for name, parameter in dit.named_parameters() if parameter.requires_grad and parameter.grad is None
     ]

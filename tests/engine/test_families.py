@@ -79,10 +79,10 @@ def test_is_near_comfyui_in_bf16(name: str) -> None:
 def test_a_golden_fits_its_own_description(name: str) -> None:
     golden = read_golden(name)
     model = golden.model()
-    shape = tuple(golden.inputs["x"].shape)
-    assert model.output_shapes([shape]) == [tuple(golden.out.shape)]
+    latents, outs = (each if isinstance(each, list) else [each] for each in (golden.inputs["x"], golden.out))
+    assert model.output_shapes([tuple(each.shape) for each in latents]) == [tuple(each.shape) for each in outs]
     with pytest.raises(ArgumentError, match=r"^nothing: .* takes no such argument"):
-        replace(golden, inputs={**golden.inputs, "nothing": golden.out}).arguments(model)
+        replace(golden, inputs={**golden.inputs, "nothing": outs[0]}).arguments(model)
 
 
 def header(model: DiT) -> dict[str, TensorInfo]:
