@@ -254,7 +254,7 @@ def load_arguments(
         if isinstance(value, list):
             return [put(name, item, spec) for item in value]
         if isinstance(spec, Record):
-            return put_all(value, spec.fields)
+            return put_all(value, spec.fields, f"{name}.")
         if not isinstance(value, wire.Tensor):
             return spec.also.get(value, value) if isinstance(spec, Argument) else value
         if isinstance(spec, Argument) and spec.keys:
@@ -268,9 +268,9 @@ def load_arguments(
             kept[key] = _on_device(value, key[1], device)
         return kept[key]
 
-    def put_all(values: Mapping[str, Any], specs: Mapping[str, Spec]) -> dict[str, Any]:
+    def put_all(values: Mapping[str, Any], specs: Mapping[str, Spec], path: str = "") -> dict[str, Any]:
         read = {name: value for name, value in values.items() if not isinstance(specs[name], Unread)}
-        return {name: put(name, value, specs[name]) for name, value in read.items() if value is not None}
+        return {name: put(path + name, value, specs[name]) for name, value in read.items() if value is not None}
 
     return Inputs(put_all(given, specs), specs)
 

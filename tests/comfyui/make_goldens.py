@@ -38,6 +38,7 @@ from comfy.ldm.pixart.pixartms import PixArtMS  # noqa: E402
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+from comfy.ldm.minimax.model import MiniMaxH3Model  # noqa: E402
 
 STEPS, CFG, SEED = 8, 4.5, 42
 BF16 = 1e-2
@@ -223,6 +224,23 @@ HUNYUAN = {
 }
 GUIDANCE = "guidance"
 """It is in fp32 in the daemon, as times are; a thousand times a number in bf16 is another one."""
+
+MINIMAX_H3 = {
+    "image_model": "minimax_h3",
+    "num_layers": 2,
+    "token_refiner_num_layers": 1,
+    "hidden_size": 48,
+    "latents_dim": 4,
+    "audio_latents_dim": 20,
+    "attention_head_dim": 16,
+    "num_attention_heads": 4,
+    "ffn_hidden_size": 40,
+    "text_dim": 24,
+    "timestep_input_dim": 32,
+    "time_embed_hidden_size": 40,
+    "time_embed_dim": 16,
+    "rope_inv_freq_len": 2,
+}
 
 
 def next_dit(**config: Any) -> nn.Module:
@@ -480,6 +498,89 @@ def hunyuan() -> None:
     make("hunyuan_video_replace_beside", 1, (3, 4, 6), **pooled, **given, ref_latent=noise(1, 16, 1, 4, 4))
 
 
+def minimax_h3() -> None:
+    """Everything at once: keyframes, references and masks, noise on what is given, and shifts of another model."""
+    drawn = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=drawn)
+
+    network, stored = build(MiniMaxH3Model, MINIMAX_H3, drawn)
+    network.requires_grad_(False)
+    text, tags = noise(1, 9, 24), torch.tensor([1, 1, 0, 0, 0, 1, 2, 1, 1])
+    keyframes: list[dict[str, Any]] = [
+        {"resolved_frame_index": 2, "latent": noise(1, 4, 2, 6, 8), "audio_latent": noise(1, 20, 2, 3)},
+        {"resolved_frame_index": 16, "latent": noise(1, 4, 1, 6, 8)},
+    ]
+    refs: list[dict[str, Any]] = [
+        {
+            "kind": "video",
+            "latent_t": 3,
+            "latent_h": 4,
+            "latent_w": 4,
+            "ref_audio_t": 0,
+            "latent": noise(1, 4, 3, 4, 4),
+        },
+        {"kind": "image", "latent_h": 2, "latent_w": 6, "latent": noise(1, 4, 1, 2, 6)},
+    ]
+    payload = {
+        "text_token_tags": tags,
+        "keyframes": keyframes,
+        "refs": refs,
+        "cond_video_latents": [each["latent"] for each in (*keyframes, *refs)],
+        "cond_audio_latents": [keyframes[0]["audio_latent"]],
+        "seed": SEED,
+        "audio_scale": 5.0,
+        "visual_cond_noise_aug": 0.875,
+        "audio_cond_noise_aug": 0.75,
+    }
+    shifts = {"minimax_h3_sigma_shift_video": 10.0, "minimax_h3_sigma_shift_audio": 2.0}
+    levels = torch.tensor([0.0, 0.25, 0.625, 1.0])
+    given = {
+        "x": [noise(1, 4, 6, 6, 8), noise(1, 20, 2, 11)],
+        "timestep": torch.tensor([640.0]),
+        "denoise_mask": levels[torch.randint(4, (1, 1, 6, 6, 8), generator=drawn)],
+        "audio_denoise_mask": levels[torch.randint(4, (1, 1, 2, 11), generator=drawn)],
+    }
+    tensors = {f"weights.{key}": value for key, value in stored.items()} | {"pre.cross_attn": text}
+
+    def named(name: str, value: Any) -> Any:
+        """With the names of tensors, which are put by, in their places."""
+        if isinstance(value, dict):
+            return {key: named(f"{name}.{key}", each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [named(f"{name}.{number}", each) for number, each in enumerate(value)]
+        if isinstance(value, Tensor):
+            tensors[name] = value.clone()
+            return f"@{name}"
+        return value
+
+    named("in", given)
+    args = {"minimax_payload": named("in.minimax_payload", payload), **shifts}
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        network.to(dtype)
+        for name in ("video_patch_proj", "audio_patch_proj", "time_embedder", "rope"):
+            network.get_submodule(name).float()
+        for name in ("video_out", "audio_out"):
+            network.get_submodule(f"final_layer.{name}").float()
+        masks = {name: given[name].to(dtype) for name in ("denoise_mask", "audio_denoise_mask")}
+        x, context = [each.to(dtype) for each in given["x"]], network.preprocess_text_embeds(text.to(dtype))
+        with torch.inference_mode():
+            outs = network(x, given["timestep"], context, shifts, minimax_payload=payload, **masks)
+        return [each.clone().contiguous() for each in outs]
+
+    outs = run(torch.float32)
+    tensors |= {f"out.{number}": each for number, each in enumerate(outs)}
+    tensors["in.context"] = network.preprocess_text_embeds(text).clone()
+    metadata = {"family": "minimax_h3", "case": "minimax_h3_mixed", "comfyui": comfyui_version.__version__}
+    metadata |= {"config": json.dumps(MINIMAX_H3), "args": json.dumps(args)}
+    error = max(float((a - b).norm() / b.norm()) for a, b in zip(run(torch.bfloat16), outs, strict=True))
+    if error > BF16:
+        metadata["bf16"] = f"{error:.4f}"
+    save_file(tensors, OUT / "minimax_h3_mixed.safetensors", metadata)
+
+
 def main() -> None:
     """Make them all."""
     given_pictures()
@@ -513,6 +614,7 @@ def main() -> None:
     wan()
     kandinsky5()
     hunyuan()
+    minimax_h3()
 
 
 main()
