@@ -33,12 +33,12 @@ from comfy.ldm.hidream.model import HiDreamImageTransformer2DModel  # noqa: E402
 from comfy.ldm.kandinsky5.model import Kandinsky5  # noqa: E402
 from comfy.ldm.krea2.model import SingleStreamDiT  # noqa: E402
 from comfy.ldm.lumina.model import NextDiT  # noqa: E402
+from comfy.ldm.minimax.model import MiniMaxH3Model  # noqa: E402
 from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT, TimestepEmbedder  # noqa: E402
 from comfy.ldm.pixart.pixartms import PixArtMS  # noqa: E402
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
-from comfy.ldm.minimax.model import MiniMaxH3Model  # noqa: E402
 
 STEPS, CFG, SEED = 8, 4.5, 42
 BF16 = 1e-2
