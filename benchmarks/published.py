@@ -144,6 +144,33 @@ def _kandinsky5(width: int, time: int, text: int, layers: int, **more: Any) -> d
     }
 
 
+def _hunyuan(**more: Any) -> dict[str, Any]:
+    return {
+        "image_model": "hunyuan_video",
+        "in_channels": 16,
+        "patch_size": [1, 2, 2],
+        "out_channels": 16,
+        "vec_in_dim": 768,
+        "axes_dim": [16, 56, 56],
+        "meanflow": False,
+        "context_in_dim": 4096,
+        "hidden_size": 3072,
+        "mlp_ratio": 4.0,
+        "num_heads": 24,
+        "depth": 20,
+        "depth_single_blocks": 40,
+        "theta": 256,
+        "qkv_bias": True,
+        "byt5": False,
+        "guidance_embed": True,
+        "use_cond_type_embedding": False,
+        "vision_in_dim": None,
+        "meanflow_sum": False,
+        **more,
+    }
+
+
+_SMALL_HUNYUAN = {"hidden_size": 256, "num_heads": 2, "depth": 1}
 _SMALL_WAN = {"dim": 256, "num_heads": 2, "ffn_dim": 512, "num_layers": 1}
 _SMALL_KANDINSKY5 = {"num_text_blocks": 1, "num_visual_blocks": 1, "model_dim": 512, "ff_dim": 512, "time_dim": 64}
 
@@ -350,6 +377,54 @@ PUBLISHED = {
     ),
     "cosmos_predict2_14b": Published(
         _cosmos_predict2(5120, 40, 36), "CosmosT2IPredict2", 512, sizes=(Size(1024, 1024),), cut=_SMALL_COSMOS
+    ),
+    "hunyuan_video": Published(
+        _hunyuan(),
+        "HunyuanVideo",
+        256,
+        sizes=(Size(960, 544, 129), Size(1280, 720, 129)),
+        cut={**_SMALL_HUNYUAN, "depth_single_blocks": 1},
+        values={"guidance": 6.0},
+    ),
+    "hunyuan_video_1.5": Published(
+        _hunyuan(
+            patch_size=[1, 1, 1],
+            in_channels=65,
+            out_channels=32,
+            vec_in_dim=None,
+            context_in_dim=3584,
+            hidden_size=2048,
+            num_heads=16,
+            depth=54,
+            depth_single_blocks=0,
+            byt5=True,
+            guidance_embed=False,
+            use_cond_type_embedding=True,
+            vision_in_dim=1152,
+            meanflow_sum=True,
+        ),
+        "HunyuanVideo15",
+        1000,
+        sizes=(Size(848, 480, 121), Size(1280, 720, 121)),
+        cut=_SMALL_HUNYUAN,
+    ),
+    "hunyuan_image_2.1": Published(
+        _hunyuan(
+            patch_size=[1, 1],
+            axes_dim=[64, 64],
+            in_channels=64,
+            out_channels=64,
+            vec_in_dim=None,
+            context_in_dim=3584,
+            hidden_size=3584,
+            num_heads=28,
+            byt5=True,
+            guidance_embed=False,
+        ),
+        "HunyuanImage21",
+        1000,
+        sizes=(Size(2048, 2048),),
+        cut={**_SMALL_HUNYUAN, "depth_single_blocks": 1},
     ),
     "wan_1.3b": Published(_wan(1536, 8960, 30), "WAN21_T2V", 512, sizes=(Size(832, 480, 81),), cut=_SMALL_WAN),
     "wan_14b": Published(

@@ -179,7 +179,7 @@ class RemoteDiT(torch.nn.Module):
             named["rope_options"] = options["rope_options"]
         arguments = {name: value for name, value in named.items() if value is not None and self.network.takes(name)}
         dtype = (x if isinstance(x, torch.Tensor) else x[0]).dtype
-        arguments |= self.network.meanings(arguments, dtype)
+        arguments |= self.network.meanings(arguments, dtype, options)
         out, model = self._asked(dtype, lambda model: model.forward(x=x, timestep=timestep, **arguments))
         self.record.add(model)
         return out

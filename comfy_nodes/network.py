@@ -13,12 +13,14 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import comfy.model_management
 import comfy.ops
 import torch
 
+from . import hooks
 from .errors import Refused
 
 __all__ = ["Network", "skeleton_layers"]
@@ -99,8 +101,10 @@ class Network:
         """Whether its attention gets to see the options, and with them another attention to run."""
         return "transformer_options=transformer_options" in self._source
 
-    def meanings(self, arguments: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-        """Arguments that say what this version makes of others, in a compute dtype, where versions differ.
+    def meanings(
+        self, arguments: Mapping[str, Any], dtype: torch.dtype, options: Mapping[str, Any] = MappingProxyType({})
+    ) -> dict[str, Any]:
+        """Arguments that say what this version makes of others, and of the options, where versions or models differ.
 
         Raises `Refused` for what only this version's network knows.
         """
@@ -123,7 +127,30 @@ class Network:
         eps = self.qk_norm_eps(dtype)
         if eps is not None:
             meanings["qk_norm_eps"] = eps
+        if arguments.get("guiding_frame_index") is not None:
+            self._check_guidance(arguments.get("guidance"))
+            meanings["joint_order"] = self.joint_order
+        if getattr(self.skeleton, "time_r_in", None) is not None and not arguments.get("disable_time_r"):
+            meanings |= _next_timestep(options, len(arguments["context"]))
         return meanings
+
+    def _check_guidance(self, guidance: torch.Tensor | None) -> None:
+        """Raise `Refused` for guidances of two images, each of which ComfyUI adds to a part of both videos."""
+        guided = getattr(getattr(self.skeleton, "params", None), "guidance_embed", False)
+        if guided and guidance is not None and len(guidance) > 1 and not bool((guidance == guidance[0]).all()):
+            raise Refused(
+                "a given first frame with two guidances at once",
+                "ComfyUI's network mixes them up; give positive and negative the same FluxGuidance, or set cfg to 1",
+            )
+
+    @functools.cached_property
+    def joint_order(self) -> str:
+        """Which tokens HunyuanVideo's single blocks have first: the image's up to 0.13, and later the text's."""
+        source = inspect.getsource(getattr(type(self.skeleton), "forward_orig", self._inner))
+        for order, joined in {"text_first": "cat((txt, img), 1)", "image_first": "cat((img, txt), 1)"}.items():
+            if joined in source:
+                return order
+        raise Refused("guiding_frame_index", f"this version's single blocks aren't known; {hooks.UPDATE}")
 
     @property
     def reference_methods(self) -> tuple[str, ...]:
@@ -162,6 +189,20 @@ class Network:
             norms = [each for name, each in self.skeleton.named_modules() if name.endswith(".query_norm")]
             self._eps[dtype] = _measure_eps(norms[0], dtype) if norms else None
         return self._eps[dtype]
+
+
+def _next_timestep(options: Mapping[str, Any], images: int) -> dict[str, torch.Tensor]:
+    """The timestep after this one, for models that are told where a step goes; none between a run's steps.
+
+    Raises `Refused` where the sampler says nothing of its steps.
+    """
+    now, levels = options.get("sigmas"), options.get("sample_sigmas")
+    if now is None or levels is None:
+        raise Refused("a sampler that doesn't tell a distilled model its steps (sample_sigmas)", "take another one")
+    found = (levels == now[0]).nonzero().flatten()
+    if not len(found):
+        return {}
+    return {"timestep_r": (1000.0 * levels[found[0] + 1].float()).repeat(images)}
 
 
 def _calls_in(function: Any, method: str) -> list[ast.Call]:

@@ -69,8 +69,9 @@ def detect(state_dict: Any, key_prefix: str, metadata: Any = None) -> Any:
         # ComfyUI knows SD3 by other means than by this key; a dtype is none in a file's metadata.
         told = {key: value for key, value in told.items() if key != "image_model" or key in config}
         config |= {key: value for key, value in told.items() if not isinstance(config.get(key), torch.dtype)}
-        # No setting of ComfyUI's class.
-        config.pop("clip_dim", None)
+        # No settings of ComfyUI's classes.
+        for key in ("clip_dim", "byt5_in_dim", "byt5_hidden_dim"):
+            config.pop(key, None)
     return config
 
 

@@ -12,7 +12,7 @@ __all__ = ["BESIDE", "NODES", "conditioning"]
 _WHOLE = ("INT", {"default": 0, "min": 0, "max": 2**31})
 
 
-BESIDE = ("llama_layers", "llama_width", "t5_ids")
+BESIDE = ("llama_layers", "llama_width", "t5_ids", "byt5_width")
 """Sizes of what a text encoder gives beside the text, if not 0."""
 WORDS = 32128
 """Of T5's tokenizer."""
@@ -26,8 +26,12 @@ def conditioning(
     llama_layers: int = 0,
     llama_width: int = 0,
     t5_ids: int = 0,
+    byt5_width: int = 0,
 ) -> Any:
-    """Random conditioning; HiDream's also has the states of another encoder, Anima's the words of another tokenizer."""
+    """Random conditioning; HiDream's also has the states of another encoder, Anima's the words of another tokenizer.
+
+    HunyuanImage's has the states of ByT5.
+    """
     random = torch.Generator().manual_seed(seed)
     context = torch.randn(1, tokens, width, generator=random)
     # Text encoders that have none say so.
@@ -37,6 +41,8 @@ def conditioning(
     if t5_ids:
         extra["t5xxl_ids"] = torch.randint(0, WORDS, (t5_ids,), generator=random)
         extra["t5xxl_weights"] = 0.5 + torch.rand(t5_ids, generator=random)
+    if byt5_width:
+        extra["conditioning_byt5small"] = torch.randn(1, 6, byt5_width, generator=random)
     return [[context, extra]]
 
 

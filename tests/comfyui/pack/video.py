@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import comfy.ldm.hunyuan_video.model as hunyuan_video
 import comfy.ldm.wan.model as wan
 import comfy.supported_models
 import torch
@@ -14,16 +15,25 @@ __all__ = ["NODES", "VideoVAE", "shrink"]
 
 CLIP_WIDTH = 40
 """Of the tokens of images in the goldens; ComfyUI's class has a fixed one."""
+BYT5_SIZES = {"in_dim": 36, "hidden_dim": 44, "out_dim": 44}
+"""Of the mapper of ByT5's tokens."""
 _projection = wan.MLPProj
+_mapper = getattr(hunyuan_video, "ByT5Mapper", None)
 
 
-def _small(width: int, *rest: Any, **settings: Any) -> Any:
-    return _projection(CLIP_WIDTH, *rest, **settings)
+def _small(*sizes: int, **settings: Any) -> Any:
+    """HunyuanVideo 1.5 says the sizes by their names; there they are settings."""
+    return _projection(*((CLIP_WIDTH, *sizes[1:]) if sizes else ()), **settings)
+
+
+def _small_mapper(**settings: Any) -> Any:
+    return _mapper(**{**settings, **BYT5_SIZES})
 
 
 def shrink() -> None:
-    """From now on Wan's networks take tokens of that width, and Kandinsky 5's of images may be narrow."""
+    """From now on networks of videos may be as small as the tests' models."""
     wan.MLPProj = _small
+    hunyuan_video.ByT5Mapper = _small_mapper
     image = getattr(comfy.supported_models, "Kandinsky5Image", None)
     if image is not None:
         image.unet_config = {key: value for key, value in image.unet_config.items() if key != "model_dim"}
@@ -87,11 +97,12 @@ class TestClipVision:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": dict.fromkeys(("seed", "tokens"), ("INT", {"max": 2**31}))}
+        whole = ("INT", {"max": 2**31})
+        return {"required": dict.fromkeys(("seed", "tokens"), whole), "optional": {"width": whole}}
 
-    def make(self, seed: int, tokens: int) -> tuple[Any]:
-        random = torch.Generator().manual_seed(seed)
-        return (SimpleNamespace(penultimate_hidden_states=torch.randn(1, tokens, CLIP_WIDTH, generator=random)),)
+    def make(self, seed: int, tokens: int, width: int = CLIP_WIDTH) -> tuple[Any]:
+        seen = torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(seed))
+        return (SimpleNamespace(penultimate_hidden_states=seen, last_hidden_state=seen),)
 
 
 NODES = (TestVideoVAE, TestFrames, TestClipVision)
