@@ -22,6 +22,7 @@ comfy.options.enable_args_parsing()
 
 import comfy.ldm.hunyuan_video.model as hunyuan_model  # noqa: E402
 import comfy.ldm.wan.model as wan_model  # noqa: E402
+import comfy.ldm.wan.model_animate as wan_animate  # noqa: E402
 import comfy.ops  # noqa: E402
 import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
@@ -41,6 +42,8 @@ from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 STEPS, CFG, SEED = 8, 4.5, 42
+FP32 = {"patch_embedding", "vace_patch_embedding", "patch_embedding_pose", "patch_embedding_mask"}
+"""Layers of Wan's that are fp32 whatever the rest is."""
 BF16 = 1e-2
 """The error that a bf16 forward may have without a word of it in the golden."""
 RUNS = [
@@ -254,12 +257,18 @@ def next_dit(**config: Any) -> nn.Module:
 
 def build(kind: Any, config: dict[str, Any], drawn: torch.Generator) -> tuple[nn.Module, dict[str, Tensor]]:
     """The network with random weights, and these as they are stored."""
-    known = {key: value for key, value in config.items() if key not in ("image_model", "context_size")}
+    ours = "image_model", "context_size", "clip_dim", "pose_dim", "face"
+    known = {key: value for key, value in config.items() if key not in ours}
     network = kind(**known, dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init)
+    if "face" in config:
+        small_face(network)
     stored = {}
     for name, weight in sorted(network.state_dict().items()):
         random = torch.randn(weight.shape, generator=drawn)
-        if weight.ndim == 1:
+        if name.endswith(".kernel"):
+            # Files hold it, always the same.
+            random = weight
+        elif weight.ndim == 1:
             # Scales of norms are about 1, biases small.
             about_1 = "norm" in name or name.split(".")[-2] in ("ln_q", "ln_k") or name.endswith("embedder.0.weight")
             about_1 |= name.startswith("img_emb.proj.")
@@ -288,8 +297,7 @@ def save(name: str, family: str, config: dict[str, Any], network: nn.Module, sto
             levels = torch.cat((given["timestep"][:1], rest.pop("timestep_r")[:1])).float() / 1000
             rest["transformer_options"] = {"sigmas": levels[:1], "sample_sigmas": levels}
         network.to(dtype)
-        for part in vars(network)["_modules"].keys() & {"patch_embedding", "vace_patch_embedding"}:
-            # Wan's are fp32 whatever the rest is.
+        for part in vars(network)["_modules"].keys() & FP32:
             network.get_submodule(part).float()
         for name, buffer in tables.items():
             # Files don't hold these, so ComfyUI leaves them in fp32.
@@ -441,6 +449,63 @@ def wan() -> None:
     vace = {"model_type": "vace", "num_layers": 4, "vace_layers": 2, "vace_in_dim": 12}
     given = {"vace_context": noise(2, 2, 12, 3, 6, 8), "vace_strength": [1.0, 0.625]}
     make("wan_vace", (3, 6, 8), kind=wan_model.VaceWanModel, **vace, **given)
+    wan_model.MLPProj = clip
+
+
+def small_face(network: Any) -> None:
+    """Animate's network with an encoder of small pictures of a face, of ComfyUI's own parts: theirs has one size."""
+    settings = {"dtype": torch.float32, "device": "cpu", "operations": comfy.ops.disable_weight_init}
+    plain = {"dtype": torch.float32, "device": "cpu"}
+    encoder, face = network.motion_encoder.enc, network.face_encoder
+    encoder.net_app.convs = nn.ModuleList(
+        [
+            wan_animate.ConvLayer(3, 6, 1, **settings),
+            wan_animate.ResBlock(6, 8, **settings),
+            wan_animate.ResBlock(8, 10, **settings),
+            wan_animate.EqualConv2d(10, 12, 4, padding=0, bias=False, **settings),
+        ]
+    )
+    sizes = [(12, 12)] * 4 + [(12, 4)]
+    encoder.fc = nn.Sequential(*(wan_animate.EqualLinear(*each, **settings) for each in sizes))
+    network.motion_encoder.dec.direction = wan_animate.Direction(4, **settings)
+    face.conv1_local = wan_animate.CausalConv1d(512, 4 * 6, 3, operations=settings["operations"], **plain)
+    for name in ("conv2", "conv3"):
+        setattr(face, name, wan_animate.CausalConv1d(6, 6, 3, stride=2, operations=settings["operations"], **plain))
+    for name in ("norm1", "norm2", "norm3"):
+        setattr(face, name, nn.LayerNorm(6, elementwise_affine=False, eps=1e-6))
+    face.out_proj = nn.Linear(6, network.dim)
+
+
+def posed() -> None:
+    """Poses, references and faces: SCAIL, both ways of SCAIL-2, and Animate."""
+    drawn = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=drawn)
+
+    def make(name: str, kind: Any, sides: tuple[int, int, int], **more: Any) -> None:
+        known = ("model_type", "in_dim", "mask_in_dim", "num_layers")
+        config = {**WAN, "clip_dim": 40, **{key: more.pop(key) for key in known if key in more}, **more.pop("own", {})}
+        network, stored = build(kind, config, drawn)
+        given = {"x": noise(2, config["in_dim"], *sides), "timestep": torch.tensor([737.0, 250.5])}
+        save(name, "wan", config, network, stored, {**given, "context": noise(2, 7, 24), **more})
+
+    clip = wan_model.MLPProj
+    wan_model.MLPProj = lambda width, *rest, **settings: clip(40, *rest, **settings)
+    stretched = {"scale_t": 0.75, "shift_t": 1.0, "scale_x": 1.5, "scale_y": 0.5, "shift_x": -2.0, "shift_y": 3.0}
+    scail = {"model_type": "scail", "in_dim": 8, "clip_fea": noise(2, 5, 40)}
+    scail |= {"reference_latent": noise(2, 8, 1, 7, 9), "pose_latents": noise(2, 8, 3, 4, 5)}
+    make("wan_scail", wan_model.SCAILWanModel, (3, 7, 9), **scail)
+    both = {**scail, "model_type": "scail2", "mask_in_dim": 6, "sam_latents": noise(2, 6, 2, 3, 4)}
+    both |= {"reference_latent": noise(2, 8, 2, 6, 8), "pose_latents": noise(2, 8, 2, 3, 4)}
+    both |= {"time_dim_concat": noise(2, 8, 1, 6, 8), "ref_mask_latents": noise(2, 6, 5, 6, 8)}
+    make("wan_scail2", wan_model.SCAIL2WanModel, (2, 6, 8), **both, ref_mask_flag=True)
+    options = {"ref_mask_flag": False, "rope_options": stretched}
+    make("wan_scail2_replaced", wan_model.SCAIL2WanModel, (2, 6, 8), **both, **options)
+    face = {"widths": [6, 8, 10], "style": 12, "motion": 4, "outputs": 512, "face": 6}
+    animate = {"model_type": "animate", "in_dim": 6, "num_layers": 10, "own": {"pose_dim": 16, "face": face}}
+    animate |= {"pose_latents": noise(2, 16, 2, 4, 6), "face_pixel_values": noise(2, 3, 9, 16, 16)}
+    make("wan_animate", wan_animate.AnimateWanModel, (5, 4, 6), **animate, clip_fea=noise(2, 5, 40))
     wan_model.MLPProj = clip
 
 
@@ -612,6 +677,7 @@ def main() -> None:
     qwen_image()
     krea2()
     wan()
+    posed()
     kandinsky5()
     hunyuan()
     minimax_h3()

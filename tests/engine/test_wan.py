@@ -125,9 +125,6 @@ def test_published_models_are_detected(name: str) -> None:
 OTHERS = {
     "casual_audio_encoder.encoder.final_linear.weight": "S2V",
     "audio_proj.audio_proj_glob_1.layer.bias": "HuMo",
-    "face_adapter.fuser_blocks.0.k_norm.weight": "Animate",
-    "patch_embedding_mask.weight": "SCAIL-2",
-    "patch_embedding_pose.weight": "SCAIL,",
     "patch_embedding_global.weight": "WanDancer",
 }
 

@@ -32,8 +32,8 @@ class Argument:
     Each has ``"B"`` where ``shape`` has it."""
     fewest: int = 0
     """With ``others``: how many of these tensors must be there, the first ones; 0 means all."""
-    choices: tuple[str, ...] = ()
-    """For ``shape=None``: the allowed strings."""
+    choices: tuple[str | bool, ...] = ()
+    """For ``shape=None``: the allowed strings, or true and false."""
     also: Mapping[str, str] = field(default_factory=dict)
     """Other allowed strings, each with the choice that it means."""
     mask: bool = False

@@ -6,7 +6,7 @@ Parameters are named as in the authors' files (Wan-Video/Wan2.1, Apache-2.0).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -26,9 +26,11 @@ from tacod.rank.families.inputs import Argument, Number, Numbers, Spec, Unread
 from tacod.rank.families.latents import WAN21, WAN22
 from tacod.rank.families.noise import Flow
 from tacod.rank.families.stream import ForwardPass, Stream
+from tacod.rank.families.wan_animate import EVERY, FaceBlock, FaceEncoder, MotionEncoder
 from tacod.rank.families.wan_files import (
     NAMES,
     OPTIONAL_LAYERS,
+    POSED,
     SEEING,
     detect_config,
     of_diffusers,
@@ -36,13 +38,28 @@ from tacod.rank.families.wan_files import (
     read_kind,
     vace_distance,
 )
-from tacod.rank.families.wan_parts import PATCH, PIXELS, Block, CameraAdapter, Clip, Head, VaceBlock, embed_patches
-from tacod.rank.ops.qkv import Rotation
+from tacod.rank.families.wan_parts import (
+    PATCH,
+    PIXELS,
+    Block,
+    CameraAdapter,
+    Clip,
+    Head,
+    Place,
+    VaceBlock,
+    Video,
+    embed_patches,
+    embed_videos,
+    rotate,
+)
+from tacod.rank.families.wan_scail import MASK_CHANNELS, check_masks, place_poses, scail_arguments
 from tacod_client.errors import ArgumentError, ModelUnsupported
 
 __all__ = ["Wan"]
 
-_THETA = 10000.0
+_POSE_CHANNELS = 16
+_EVEN: Mapping[str, tuple[str, ...]] = dict.fromkeys(POSED, ())
+"""Kinds that take references and poses of odd sides."""
 
 
 class Wan(DiT):
@@ -122,6 +139,14 @@ class Wan(DiT):
             self.ref_conv = nn.Conv2d(self.reference_channels, width, PATCH[1:], stride=PATCH[1:])
         if self.kind in ("camera", "camera_2.2"):
             self.control_adapter = CameraAdapter(integer(config, "in_dim_control_adapter", 24), width)
+        self.patch_embedding_mask = None
+        if self.kind in POSED:
+            self.patch_embedding_pose = nn.Conv3d(self.channels, width, PATCH, stride=PATCH)
+        if self.kind == "scail2":
+            masks = integer(config, "mask_in_dim", MASK_CHANNELS)
+            self.patch_embedding_mask = nn.Conv3d(masks, width, PATCH, stride=PATCH)
+        if self.kind == "animate":
+            self._add_face(config, layers)
         self.vace_blocks = nn.ModuleList()
         if self.kind == "vace":
             count = integer(config, "vace_layers")
@@ -129,6 +154,20 @@ class Wan(DiT):
             self.vace_channels = integer(config, "vace_in_dim", 96)
             self.vace_patch_embedding = nn.Conv3d(self.vace_channels, width, PATCH, stride=PATCH)
             self.vace_blocks.extend(VaceBlock(width, heads, hidden, first=n == 0) for n in range(count))
+
+    def _add_face(self, config: Mapping[str, Any], layers: int) -> None:
+        """Animate's layers."""
+        if layers % EVERY:
+            raise ModelUnsupported(f"config key 'num_layers' is {layers}; with a face it must be a multiple of {EVERY}")
+        sizes = config.get("face")
+        if not isinstance(sizes, Mapping):
+            raise ModelUnsupported(f"config key 'face' is {sizes!r:.80}; expected a map of sizes")
+        self.pose_channels = integer(config, "pose_dim", _POSE_CHANNELS)
+        self.pose_patch_embedding = nn.Conv3d(self.pose_channels, self.width, PATCH, stride=PATCH)
+        self.motion_encoder = MotionEncoder(sizes)
+        self.face_encoder = FaceEncoder(sizes, self.width)
+        blocks = nn.ModuleList(FaceBlock(self.width, self.heads) for _ in range(layers // EVERY))
+        self.face_adapter = nn.ModuleDict({"fuser_blocks": blocks})
 
     @classmethod
     def detect(cls, tensors: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
@@ -141,7 +180,8 @@ class Wan(DiT):
         Where a first image is given, each frame has a timestep of its own (``t2v`` and ``i2v``). ``clip_fea`` are
         tokens of CLIP, ``time_dim_concat`` frames behind those of ``x``, ``reference_latent`` a frame before them, and
         ``context_latents`` videos beside it. ``vace_context`` are VACE's given videos with their masks, and
-        ``vace_strength`` a number for each, by default 1.
+        ``vace_strength`` a number for each, by default 1. Animate takes ``pose_latents``, for frames from the second
+        on, and pictures of a face; `scail_arguments` has SCAIL's.
         """
         plain = self.kind in ("t2v", "i2v")
         specs: dict[str, Spec] = {
@@ -164,6 +204,14 @@ class Wan(DiT):
         if self.control_adapter is not None:
             inputs = self.control_adapter.inputs
             specs["camera_conditions"] = Argument(("B", inputs, "T", "CH", "CW"), required=False)
+        if self.kind in POSED:
+            masks = None if self.patch_embedding_mask is None else self.patch_embedding_mask.in_channels
+            specs |= scail_arguments(self.channels, masks)
+        if self.kind == "animate":
+            side = self.motion_encoder.side
+            specs["time_dim_concat"] = Argument(("B", self.channels, "R", "H", "W"), required=False)
+            specs["pose_latents"] = Argument(("B", self.pose_channels, "P", "H", "W"), required=False)
+            specs["face_pixel_values"] = Argument(("B", 3, "F", side, side), required=False)
         if self.kind == "vace":
             specs["vace_context"] = Argument(("B", "V", self.vace_channels, "T", "H", "W"))
             specs["vace_strength"] = Number(-1000.0, 1000.0, many=True)
@@ -175,9 +223,9 @@ class Wan(DiT):
         The texts are whole on every rank, so they are no streams.
         """
         self._check(arguments)
-        video, *beside = self._grids(arguments)
-        before = math.prod(video.counts[1:]) if "reference_latent" in arguments else 0
-        tokens = before + sum(grid.length for grid in (video, *beside))
+        for each in _beside(arguments):
+            kit.Grid(each, PATCH, "context_latents")
+        tokens = sum(place.grid.length for place in self._places(arguments))
         timestep = arguments["timestep"]
         if len(timestep.shape) > 1 and timestep.shape[1] < tokens < 2 * timestep.shape[1]:
             raise ArgumentError(
@@ -193,41 +241,58 @@ class Wan(DiT):
     def begin(self, f: ForwardPass, **arguments: Any) -> None:
         """See `DiT.begin`."""
         (tokens,) = self.lengths(arguments)
+        first, last = f.sequence.place(tokens)
         x, timestep = arguments["x"], arguments["timestep"]
         times = kit.sinusoid(timestep, powers=True).to(x.dtype)
         f.conditioning = self.time_embedding(times).reshape(len(x), -1, self.width)
         f.times = self.time_projection(f.conditioning)
         f.text, f.picture = self._texts(arguments)
-        f.grid, f.frames = self._grids(arguments)[0], x.shape[2]
         segments = None
         if timestep.ndim > 1:
             # ComfyUI deals tokens out to frames evenly, a reference's and other videos' too.
-            segments = torch.arange(tokens, device=x.device) // -(-tokens // timestep.shape[1])
-        f.before, patches = self._patches(f.grid, arguments)
-        f.image = f.shard(
-            patches,
-            lambda chunk: self._embed(chunk, max(f.before - f.sequence.place(tokens)[0], 0)),
-            lambda shard: self._rotation(arguments, shard),
-            segments,
-        )
+            segments = f.sequence.shard(torch.arange(tokens, device=x.device) // -(-tokens // timestep.shape[1]), dim=0)
+        places = self._places(arguments)
+        rotation = rotate(places, self.axes, lambda each: f.sequence.shard(each, dim=0), x.device)
+        f.image = Stream(embed_videos(self._videos(arguments), first, last), (tokens,), rotation, segments)
+        f.grid, f.frames = self._grid(arguments), x.shape[2]
+        f.before = _frames_before(arguments) * math.prod(f.grid.counts[1:])
         if "camera_conditions" in arguments:
             assert self.control_adapter is not None
-            first, last = f.sequence.place(tokens)
             if first < last:
                 f.image.tokens = f.image.tokens + self.control_adapter(arguments["camera_conditions"], first, last)
+        if "pose_latents" in arguments and self.kind == "animate":
+            self._add_poses(f, arguments["pose_latents"], first, last)
+        f.face = f.prefix[0] if f.prefix else None
         if self.kind == "vace":
             f.start = f.image.tokens
             f.given = [self._given(f, each) for each in arguments["vace_context"].unbind(1)]
             f.strengths = arguments.get("vace_strength") or [1.0] * len(f.given)
 
     @property
+    def has_prefix(self) -> bool:
+        """See `DiT.has_prefix`: Animate has one."""
+        return self.kind == "animate"
+
+    def prefix(self, f: ForwardPass, **arguments: Any) -> Sequence[Tensor]:
+        """See `DiT.prefix`: tokens of the face in each frame, [B, T, 5, width]. Ranks share the pictures out."""
+        face = arguments.get("face_pixel_values")
+        if face is None:
+            return ()
+        mine = f.sequence.shard(face.transpose(1, 2))
+        motion = torch.unflatten(self.motion_encoder(mine.flatten(0, 1)), 0, mine.shape[:2])
+        motion = f.sequence.gather(motion, face.shape[2])
+        return (self.face_encoder(motion, self._grid(arguments).counts[0]),)
+
+    @property
     def trunk(self) -> Sequence[Any]:
-        """See `DiT.trunk`; VACE's blocks follow those of the video that they change."""
+        """See `DiT.trunk`; blocks of VACE and of Animate's face follow those of the video."""
         order: list[Any] = []
         for number, block in enumerate(self.blocks):
             order.append(block)
             if self.vace_blocks and number % self.every == 0:
                 order.append(self.vace_blocks[number // self.every])
+            if self.kind == "animate" and number % EVERY == 0:
+                order.append(self.face_adapter["fuser_blocks"][number // EVERY])  # type: ignore[index]
         return order
 
     def end(self, f: ForwardPass) -> Tensor:
@@ -238,13 +303,15 @@ class Wan(DiT):
     def _check(self, arguments: Mapping[str, Any]) -> None:
         """Raise `ArgumentError` for what ComfyUI's network has no place for."""
         *_, height, width = arguments["x"].shape
-        for name in ("reference_latent", "camera_conditions", "vace_context"):
+        for name in ("camera_conditions", "vace_context", *_EVEN.get(self.kind, ("reference_latent", "pose_latents"))):
             if name in arguments and (height % 2 or width % 2):
                 raise ArgumentError(
                     f"x: its latents are {height} by {width}; with {name} both must be even, so make both sides of the "
                     f"video multiples of {2 * self.downscale} pixels",
                     argument="x",
                 )
+        if self.kind in POSED:
+            check_masks(arguments)
         camera, clip = arguments.get("camera_conditions"), arguments.get("clip_fea")
         if camera is not None and tuple(camera.shape[3:]) != (PIXELS * height, PIXELS * width):
             raise ArgumentError(
@@ -265,13 +332,13 @@ class Wan(DiT):
                 argument="vace_strength",
             )
 
-    def _grids(self, arguments: Mapping[str, Any]) -> list[kit.Grid]:
-        """Of the video with the frames behind it, and of each video beside it."""
+    def _grid(self, arguments: Mapping[str, Any], before: int = 0) -> kit.Grid:
+        """Of the video with the frames behind it, and so many frames before it."""
         batch, channels, frames, *sides = arguments["x"].shape
+        frames += before
         if "time_dim_concat" in arguments:
             frames += arguments["time_dim_concat"].shape[2]
-        beside = [kit.Grid(each, PATCH, "context_latents") for each in arguments.get("context_latents", ())]
-        return [kit.Grid(torch.empty(batch, channels, frames, *sides, device="meta"), PATCH), *beside]
+        return kit.Grid(torch.empty(batch, channels, frames, *sides, device="meta"), PATCH)
 
     def _texts(self, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         """What the blocks attend to as text and as image, each [B, L, width]."""
@@ -281,50 +348,61 @@ class Wan(DiT):
         # Without an image ComfyUI takes the text for both.
         return text, self.img_emb(arguments["clip_fea"]) if "clip_fea" in arguments else text
 
-    def _patches(self, grid: kit.Grid, arguments: Mapping[str, Any]) -> tuple[int, Tensor]:
-        """How many tokens a reference has, and the patches of everything in order, [B, N, 4 * channels]."""
+    def _videos(self, arguments: Mapping[str, Any]) -> list[Video]:
+        """Everything that tokens are made of, in order."""
         video = [arguments[name] for name in ("x", "time_dim_concat") if name in arguments]
-        patches = [grid.patches(torch.cat(video, dim=2))]
-        for each in arguments.get("context_latents", ()):
-            patches.append(kit.Grid(each, PATCH).patches(each))
         reference = arguments.get("reference_latent")
-        if reference is None:
-            return 0, torch.cat(patches, dim=1)
-        first = kit.Grid(reference, PATCH[1:]).patches(reference)
-        width = max(first.shape[-1], patches[0].shape[-1])
-        patches = [functional.pad(each, (0, width - each.shape[-1])) for each in (first, *patches)]
-        return first.shape[1], torch.cat(patches, dim=1)
+        if self.kind in POSED:
+            video = video if reference is None else [reference, *video]
+            videos = [
+                Video(
+                    torch.cat(video, 2),
+                    self.patch_embedding,
+                    arguments.get("ref_mask_latents"),
+                    self.patch_embedding_mask,
+                )
+            ]
+            if "pose_latents" in arguments:
+                poses, masks = arguments["pose_latents"], arguments.get("sam_latents")
+                videos.append(Video(poses, self.patch_embedding_pose, masks, self.patch_embedding_mask))
+            return videos
+        videos = [Video(each, self.patch_embedding) for each in (torch.cat(video, 2), *_beside(arguments))]
+        return videos if reference is None else [Video(reference, self.ref_conv, rounded=True), *videos]
 
-    def _embed(self, patches: Tensor, before: int) -> Tensor:
-        """Some patches, the first of which are a reference's as long as there are tokens ``before`` the others."""
-        video = embed_patches(self.patch_embedding, patches[:, before:, : 4 * self.channels])
-        if self.ref_conv is None or not before:
-            return video
-        assert self.reference_channels is not None
-        reference = patches[:, :before, : 4 * self.reference_channels]
-        return torch.cat((functional.linear(reference, self.ref_conv.weight.flatten(1), self.ref_conv.bias), video), 1)
-
-    def _rotation(self, arguments: Mapping[str, Any], shard: Callable[[Tensor], Tensor]) -> Rotation:
-        """Of this rank's tokens: by frame, row and column, and by the number of the video that is beside ``x``."""
-        device, options = arguments["x"].device, arguments.get("rope_options", {})
+    def _places(self, arguments: Mapping[str, Any]) -> list[Place]:
+        """Where everything is that tokens are made of."""
+        options = arguments.get("rope_options", {})
         origin = [options.get(f"shift_{axis}", 0.0) for axis in "tyx"]
         scale = [options.get(f"scale_{axis}", 1.0) for axis in "tyx"]
-        video, *beside = self._grids(arguments)
-        if "reference_latent" in arguments:
-            frames, *sides = video.sides
-            video = kit.Grid(torch.empty(1, 1, 1 + frames, *sides, device="meta"), PATCH)
-        places = [grid.positions(origin, scale, device) for grid in (video, *beside)]
-        turned = kit.rope(shard(torch.cat(places)), self.axes, _THETA)
-        if not beside:
-            return turned
-        numbers = torch.cat([each.new_full((len(each), 1), number) for number, each in enumerate(places)])
-        other = kit.rope(shard(numbers), (sum(self.axes),), _THETA)
-        return Rotation(
-            turned.cos * other.cos - turned.sin * other.sin, turned.sin * other.cos + turned.cos * other.sin
-        )
+        video = self._grid(arguments, _frames_before(arguments))
+        if self.kind in POSED:
+            return place_poses(video, origin, scale, arguments)
+        beside = [kit.Grid(each, PATCH) for each in _beside(arguments)]
+        return [Place(each, origin, scale, number) for number, each in enumerate((video, *beside))]
+
+    def _add_poses(self, f: ForwardPass, poses: Tensor, first: int, last: int) -> None:
+        """Add tokens of poses to those of the frames from the second on, as far as there are both."""
+        video = Video(poses, self.pose_patch_embedding, rounded=True)
+        frame = math.prod(f.grid.counts[1:])
+        begin, end = max(first, frame), max(min(last, frame + video.length), frame)
+        if begin < end:
+            tokens = video.tokens(begin - frame, end - frame)
+            f.image.tokens = f.image.tokens + functional.pad(tokens, (0, 0, begin - first, last - end))
 
     def _given(self, f: ForwardPass, video: Tensor) -> Stream:
         """A stream of one of VACE's videos [B, C, T, H, W], at the places of ``x``."""
         stream = f.shard(f.grid.patches(video), lambda chunk: embed_patches(self.vace_patch_embedding, chunk))
         stream.rotation = f.image.rotation
         return stream
+
+
+def _frames_before(arguments: Mapping[str, Any]) -> int:
+    """Frames of references, which stand before the video."""
+    reference = arguments.get("reference_latent")
+    return 0 if reference is None else reference.shape[2] if len(reference.shape) == 5 else 1
+
+
+def _beside(arguments: Mapping[str, Any]) -> Sequence[Tensor]:
+    """The videos beside ``x``."""
+    videos: Sequence[Tensor] = arguments.get("context_latents", ())
+    return videos

@@ -9,12 +9,14 @@ from tacod.checkpoint import TensorInfo
 from tacod.checkpoint.diffusers import DiffusersConfig
 from tacod.rank.families.config import choice, count_blocks, shape_of
 from tacod.rank.families.names import Names
+from tacod.rank.families.wan_animate import detect_face
 from tacod.rank.families.wan_parts import PATCH, PIXELS
 from tacod_client.errors import ModelUnsupported
 
 __all__ = [
     "NAMES",
     "OPTIONAL_LAYERS",
+    "POSED",
     "SEEING",
     "detect_config",
     "of_diffusers",
@@ -23,14 +25,11 @@ __all__ = [
     "vace_distance",
 ]
 
-_KINDS = ("t2v", "i2v", "vace", "camera", "camera_2.2")
+_KINDS = ("t2v", "i2v", "vace", "camera", "camera_2.2", "animate", "scail", "scail2")
 _OTHERS = {
     "s2v": "Wan 2.2 S2V",
     "humo": "HuMo",
-    "animate": "Wan 2.2 Animate",
     "animate2": "Wan Animate 2",
-    "scail": "SCAIL",
-    "scail2": "SCAIL-2",
     "wandancer": "WanDancer",
     "flow_rvs": "FlowRVS",
 }
@@ -48,7 +47,9 @@ _MARKS = {
 """The tensors that tell kinds of networks from ``t2v``, in the order in which ComfyUI looks for them."""
 _WITH_CLIP = {"t2v": "i2v", "camera_2.2": "camera"}
 """What these kinds are called where they see an image through CLIP."""
-SEEING = tuple(_WITH_CLIP.values())
+POSED = ("scail", "scail2")
+"""The kinds whose poses are tokens behind the video's."""
+SEEING = (*_WITH_CLIP.values(), "animate", *POSED)
 """The kinds that see an image through CLIP."""
 _ACROSS_HEADS = "rms_norm_across_heads"
 """What diffusers calls norms of queries and keys over a whole row."""
@@ -82,7 +83,10 @@ OPTIONAL_LAYERS = frozenset(
 
 
 def detect_config(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
-    """ComfyUI's ``unet_config`` of a file with these tensors, and ``clip_dim``."""
+    """ComfyUI's ``unet_config`` of a file with these tensors, and what its classes have fixed.
+
+    That is ``clip_dim``, and Animate's ``pose_dim`` and ``face``.
+    """
     width = shape_of(tensors, "head.modulation", 3)[-1]
     kind = next((kind for mark, kind in _MARKS.items() if mark in tensors), "t2v")
     config: dict[str, Any] = {
@@ -108,6 +112,11 @@ def detect_config(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
         config["vace_layers"] = count_blocks(tensors, "vace_blocks")
     if kind == "camera_2.2":
         config["in_dim_control_adapter"] = shape_of(tensors, "control_adapter.conv.weight", 4)[1] // PIXELS**2
+    if kind == "animate":
+        config["pose_dim"] = shape_of(tensors, "pose_patch_embedding.weight", 5)[1]
+        config["face"] = detect_face(tensors)
+    if kind == "scail2":
+        config["mask_in_dim"] = shape_of(tensors, "patch_embedding_mask.weight", 5)[1]
     return config
 
 

@@ -70,7 +70,7 @@ def detect(state_dict: Any, key_prefix: str, metadata: Any = None) -> Any:
         told = {key: value for key, value in told.items() if key != "image_model" or key in config}
         config |= {key: value for key, value in told.items() if not isinstance(config.get(key), torch.dtype)}
         # No settings of ComfyUI's classes.
-        for key in ("clip_dim", "byt5_in_dim", "byt5_hidden_dim"):
+        for key in ("clip_dim", "byt5_in_dim", "byt5_hidden_dim", "pose_dim", "face"):
             config.pop(key, None)
     return config
 

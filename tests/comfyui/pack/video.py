@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,14 @@ import comfy.ldm.hunyuan_video.model as hunyuan_video
 import comfy.ldm.wan.model as wan
 import comfy.supported_models
 import torch
+from torch import nn
 from torch.nn import functional
+
+try:
+    import comfy.ldm.wan.model_animate as animate
+except ImportError:
+    # This version of ComfyUI has no Wan Animate.
+    animate = None
 
 __all__ = ["NODES", "VideoVAE", "shrink"]
 
@@ -17,6 +25,8 @@ CLIP_WIDTH = 40
 """Of the tokens of images in the goldens; ComfyUI's class has a fixed one."""
 BYT5_SIZES = {"in_dim": 36, "hidden_dim": 44, "out_dim": 44}
 """Of the mapper of ByT5's tokens."""
+FACE = {"widths": [4] * 8, "style": 8, "motion": 4, "outputs": 512, "face": 8}
+"""Of the encoder of faces; ComfyUI's class has fixed ones."""
 _projection = wan.MLPProj
 _mapper = getattr(hunyuan_video, "ByT5Mapper", None)
 
@@ -30,10 +40,52 @@ def _small_mapper(**settings: Any) -> Any:
     return _mapper(**{**settings, **BYT5_SIZES})
 
 
+class SmallEncoder(animate.EncoderApp if animate else nn.Module):
+    """ComfyUI's encoder of pictures of a face, with few channels."""
+
+    def __init__(self, style: int, **settings: Any) -> None:
+        nn.Module.__init__(self)
+        widths = FACE["widths"]
+        layers = [animate.ResBlock(*each, **settings) for each in itertools.pairwise(widths)]
+        last = animate.EqualConv2d(widths[-1], style, 4, padding=0, bias=False, **settings)
+        self.convs = nn.ModuleList([animate.ConvLayer(3, widths[0], 1, **settings), *layers, last])
+
+
+class SmallFaceEncoder(animate.FaceEncoder if animate else nn.Module):
+    """ComfyUI's encoder of a face's motion, with few channels."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        hidden_dim: int,
+        num_heads: int,
+        dtype: Any = None,
+        device: Any = None,
+        operations: Any = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        plain, face = {"dtype": dtype, "device": device}, FACE["face"]
+        self.num_heads, self.act = num_heads, nn.SiLU()
+        self.conv1_local = animate.CausalConv1d(in_dim, num_heads * face, 3, operations=operations, **plain)
+        self.conv2 = animate.CausalConv1d(face, face, 3, stride=2, operations=operations, **plain)
+        self.conv3 = animate.CausalConv1d(face, face, 3, stride=2, operations=operations, **plain)
+        for number in (1, 2, 3):
+            norm = operations.LayerNorm(face, elementwise_affine=False, eps=1e-6, **plain)
+            self.add_module(f"norm{number}", norm)
+        self.out_proj = operations.Linear(face, hidden_dim, **plain)
+        self.padding_tokens = nn.Parameter(torch.empty(1, 1, 1, hidden_dim, **plain))
+
+
 def shrink() -> None:
     """From now on networks of videos may be as small as the tests' models."""
     wan.MLPProj = _small
     hunyuan_video.ByT5Mapper = _small_mapper
+    if animate is not None:
+        animate.EncoderApp, animate.FaceEncoder = SmallEncoder, SmallFaceEncoder
+        generator = animate.Generator
+        animate.Generator = lambda **rest: generator(
+            **{**rest, "style_dim": FACE["style"], "motion_dim": FACE["motion"]}
+        )
     image = getattr(comfy.supported_models, "Kandinsky5Image", None)
     if image is not None:
         image.unet_config = {key: value for key, value in image.unet_config.items() if key != "model_dim"}
