@@ -53,6 +53,19 @@ PACKS = [
     },
     {"heads": 5, "width": 16, "ranks": 7, "batch": 1, "norm": "row", "turn": "pairs", "kv_heads": 1},
     {"heads": 5, "width": 16, "ranks": 2, "batch": 2, "norm": "row", "turn": "halves", "split": True},
+    {"heads": 5, "width": 12, "ranks": 2, "batch": 2, "norm": "row", "turn": "pairs", "split": True, "by_head": True},
+    {"heads": 9, "width": 16, "ranks": 2, "batch": 2, "norm": "head", "turn": "halves", "by_head": True},
+    {
+        "heads": 5,
+        "width": 16,
+        "ranks": 3,
+        "batch": 3,
+        "norm": "",
+        "turn": "halves",
+        "rotary": 6,
+        "by_image": True,
+        "by_head": True,
+    },
 ]
 
 WAVES = [(3, 400, 11, "float32", 2), (3, 400, 11, "bfloat16", 2), (2, 250, 9, "float32", 1), (2, 384, 6, "float32", 1)]
@@ -95,6 +108,7 @@ def pack(
     by_image: bool = False,
     kv_heads: int = 0,
     split: bool = False,
+    by_head: bool = False,
 ) -> list[float]:
     """Largest errors by rank, of the kernel against PyTorch's operations; NaN where something was not written."""
     tokens, kv_heads = 7, kv_heads or heads
@@ -104,7 +118,8 @@ def pack(
         sizes = counts[:2] if norm == "row" else [width, width]
         norms = QKNorm(*map(torch.randn, sizes), epsilon=1e-3, across_heads=norm == "row")
     # A longer table, of which this rank's tokens are a part.
-    angle = torch.randn(*([batch] if by_image else []), tokens + 2, (rotary or width) // 2)
+    images, each = [batch if by_image else 1] if by_image or by_head else [], [heads] if by_head else []
+    angle = torch.randn(*images, tokens + 2, *each, (rotary or width) // 2)
     rotation = Rotation(angle.cos(), angle.sin(), turn == "halves").split([2, tokens])[1] if turn else None
     projected: Any = torch.randn(batch, tokens, sum(counts))
     if split:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tacod.rank.ops.fused import Residual
+from tacod.rank.ops.group_bias import GroupBias
 from tacod.rank.ops.qkv import QKV, Rotation
 from tacod.rank.parallel.joint_attention import JointAttention, KeysValues
 from tacod.rank.parallel.modulation import modulations
@@ -29,6 +30,7 @@ class Stream(Residual):
         lengths: tuple[int, ...],
         rotation: Rotation | None = None,
         segments: Tensor | None = None,
+        whole: bool = False,
     ) -> None:
         """Start a stream.
 
@@ -37,10 +39,12 @@ class Stream(Residual):
             lengths: How many tokens all ranks have together, of each part that was joined; most streams have one part.
             rotation: The rotary position of this rank's tokens.
             segments: For each of this rank's tokens the row of its modulation, int64 [S]; None if there is one row.
+            whole: Whether each rank has all tokens, and computes the same for them.
         """
         super().__init__(tokens, segments)
         self.lengths = lengths
         self.rotation = rotation
+        self.whole = whole
 
 
 class Attention:
@@ -112,7 +116,7 @@ class ForwardPass:
     def attend(
         self,
         *projections: tuple[Stream, Callable[[], QKV]],
-        mask: Tensor | None = None,
+        mask: Tensor | GroupBias | None = None,
         overlap: bool = False,
         before: KeysValues | None = None,
         keep: bool = False,

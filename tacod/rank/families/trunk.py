@@ -61,7 +61,7 @@ def run_trunk(
             control.add(*kind, f.sequence, f.image_tokens, sum(f.image.lengths))
         if cache is not None and number == 0:
             after = f.output_tokens
-            skipped = cache.find(_added(after, before), f.sequence)
+            skipped = cache.find(_added(f, after, before, whole=False), f.sequence)
             if skipped is not None:
                 f.part()
                 parts = torch.split(skipped.flatten(), [tokens.numel() for tokens in after])
@@ -70,12 +70,18 @@ def run_trunk(
                 return
     f.part()
     if cache is not None:
-        cache.keep(_added(f.output_tokens, after))
+        cache.keep(_added(f, f.output_tokens, after))
 
 
-def _added(after: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
-    """What was added to the tokens of one stream, [B, S, W], or of several, as one row."""
+def _added(f: ForwardPass, after: Sequence[Tensor], before: Sequence[Tensor], whole: bool = True) -> Tensor:
+    """What was added to the tokens of one stream, [B, S, W], or of several, as one row.
+
+    Without ``whole`` it is only a share of a stream that each rank has whole, so that the ranks count each token once.
+    """
     added = [one - other for one, other in zip(after, before, strict=True)]
+    if not whole:
+        streams = f.outputs or (f.image,)
+        added = [f.sequence.shard(x) if each.whole else x for x, each in zip(added, streams, strict=True)]
     return added[0] if len(added) == 1 else torch.cat([each.flatten() for each in added])
 
 

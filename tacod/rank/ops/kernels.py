@@ -148,9 +148,9 @@ def _image_stride(x: Tensor) -> int:
 def _pack(
     q, k, v, q_scale, k_scale, cosine, sine, target,
     tokens, heads, kv_heads, batch, epsilon,
-    q_image, q_token, k_image, k_token, v_image, v_token, turn_image,
+    q_image, q_token, k_image, k_token, v_image, v_token, turn_image, turn_token, turn_head,
     WIDTH: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr, HALVES: tl.constexpr, ROTARY: tl.constexpr,
-    HEADS: tl.constexpr, HALF: tl.constexpr,
+    BY_HEAD: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Some heads of one token: norm and rotate queries and keys, and store all three where they are wanted."""
     row = tl.program_id(0).to(tl.int64)
@@ -159,19 +159,24 @@ def _pack(
     channel = tl.arange(0, 2 * HALF)
     if TURN:
         # Channels from ROTARY on stay: their cosine is 1, their sine 0.
-        angle = image * turn_image + token * (ROTARY // 2)
-        if HALVES:
-            first = channel < ROTARY // 2
-            turned = channel < ROTARY
-            pair = tl.where(first, channel, channel - ROTARY // 2)
-            partner = tl.where(first, channel + ROTARY // 2, tl.where(turned, channel - ROTARY // 2, channel))
-            cos = tl.load(cosine + angle + pair, mask=turned, other=1.0)[None, :]
-            sin = tl.load(sine + angle + pair, mask=turned, other=0.0)
-            sin = tl.where(first, -sin, sin)[None, :]
+        angle = image * turn_image + token * turn_token
+        if BY_HEAD:
+            angle = angle + (head * turn_head)[:, None]
+            known = (head < heads)[:, None]
         else:
-            pair = tl.arange(0, HALF)
-            cos = tl.load(cosine + angle + pair, mask=pair < ROTARY // 2, other=1.0)[None, :]
-            sin = tl.load(sine + angle + pair, mask=pair < ROTARY // 2, other=0.0)[None, :]
+            known = tl.full([1, 1], 1, tl.int1)
+        if HALVES:
+            first = (channel < ROTARY // 2)[None, :]
+            turned = (channel < ROTARY)[None, :]
+            pair = tl.where(channel < ROTARY // 2, channel, channel - ROTARY // 2)[None, :]
+            partner = tl.where(turned, tl.where(first, pair + ROTARY // 2, pair), channel[None, :])
+            cos = tl.load(cosine + angle + pair, mask=turned & known, other=1.0)
+            sin = tl.load(sine + angle + pair, mask=turned & known, other=0.0)
+            sin = tl.where(first, -sin, sin)
+        else:
+            pair = tl.arange(0, HALF)[None, :]
+            cos = tl.load(cosine + angle + pair, mask=(pair < ROTARY // 2) & known, other=1.0)
+            sin = tl.load(sine + angle + pair, mask=(pair < ROTARY // 2) & known, other=0.0)
     for part in tl.static_range(3):
         if part == 0:
             source, count, begin = q + image * q_image + token * q_token, heads, 0
@@ -189,11 +194,11 @@ def _pack(
                 scale = tl.load(weight + channel, mask=channel < WIDTH, other=0.0)
                 out = out * spread[:, None] * scale.to(tl.float32)[None, :]
             if TURN and HALVES:
-                other = tl.load(source + head[:, None] * WIDTH + partner[None, :], mask=inside, other=0.0)
+                other = tl.load(source + head[:, None] * WIDTH + partner, mask=inside, other=0.0)
                 other = other.to(tl.float32)
                 if NORM:
-                    scale = tl.load(weight + partner, mask=channel < WIDTH, other=0.0)
-                    other = other * spread[:, None] * scale.to(tl.float32)[None, :]
+                    scale = tl.load(weight + partner, mask=(channel < WIDTH)[None, :], other=0.0)
+                    other = other * spread[:, None] * scale.to(tl.float32)
                 out = cos * out + sin * other
             elif TURN:
                 even, odd = tl.split(tl.reshape(out, (HEADS, HALF, 2)))
@@ -226,16 +231,20 @@ def pack(
     q_scale, k_scale = norms or (q, q)
     cosine, sine = rotation or (q, q)
     rotary = 2 * cosine.shape[-1]
-    turn_image = cosine.stride(0) if rotation is not None and cosine.ndim == 3 and len(cosine) > 1 else 0
-    assert rotation is None or all(each.stride(-1) == 1 and each.stride(-2) == rotary // 2 for each in rotation)
+    by_head = rotation is not None and cosine.ndim == 4
+    turn_image = cosine.stride(0) if rotation is not None and cosine.ndim >= 3 and len(cosine) > 1 else 0
+    turn_token, turn_head = cosine.stride()[1:3] if by_head else (rotary // 2, 0)
+    assert rotation is None or all(each.stride(-1) == 1 for each in rotation)
+    assert rotation is None or by_head or all(each.stride(-2) == rotary // 2 for each in rotation)
+    assert rotation is None or cosine.stride() == sine.stride()
     # As few as can be that handle no head.
     many = min(_HEADS, key=lambda n: -heads % n)
     _pack[(batch * tokens, triton.cdiv(heads, many))](
         q, k, v, q_scale, k_scale, cosine, sine, target,
         tokens, heads, k.shape[2], batch, epsilon,
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], turn_image,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], turn_image, turn_token, turn_head,
         WIDTH=width, NORM=norms is not None, TURN=rotation is not None, HALVES=halves, ROTARY=rotary,
-        HEADS=many, HALF=triton.next_power_of_2(width // 2), num_warps=many // 2,
+        BY_HEAD=by_head, HEADS=many, HALF=triton.next_power_of_2(width // 2), num_warps=many // 2,
     )  # fmt: skip
 
 

@@ -23,9 +23,9 @@ __all__ = ["QKV", "HeadShare", "QKNorm", "Rotation", "copy_heads", "deal_heads"]
 class Rotation:
     """A rotary position embedding (Su et al., 2021, arXiv:2104.09864) of one stream's tokens.
 
-    ``cos`` and ``sin`` are fp32 [S, R / 2], or [B, S, R / 2] where images differ. They rotate the first R channels of
-    each head; the others stay. Channels 2i and 2i + 1 form a pair, or with ``halves`` channels i and i + R / 2 do
-    (as in GPT-NeoX).
+    ``cos`` and ``sin`` are fp32 [S, R / 2], or [B, S, R / 2] where images differ, or [B or 1, S, H, R / 2] where heads
+    do. They rotate the first R channels of each head; the others stay. Channels 2i and 2i + 1 form a pair, or with
+    ``halves`` channels i and i + R / 2 do (as in GPT-NeoX).
     """
 
     cos: Tensor
@@ -34,7 +34,7 @@ class Rotation:
 
     def apply(self, x: Tensor) -> Tensor:
         """Rotate ``x`` [B, S, H, D] in fp32; the result has its dtype."""
-        cos, sin = self.cos.unsqueeze(-2), self.sin.unsqueeze(-2)
+        cos, sin = (self.cos, self.sin) if self.by_head else (self.cos.unsqueeze(-2), self.sin.unsqueeze(-2))
         width = 2 * cos.shape[-1]
         rotated = x[..., :width].float()
         one, other = rotated.chunk(2, dim=-1) if self.halves else torch.unflatten(rotated, -1, (-1, 2)).unbind(-1)
@@ -42,16 +42,29 @@ class Rotation:
         out = (torch.cat(pair, dim=-1) if self.halves else torch.stack(pair, dim=-1).flatten(-2)).to(x.dtype)
         return out if width == x.shape[-1] else torch.cat((out, x[..., width:]), dim=-1)
 
+    @property
+    def by_head(self) -> bool:
+        """Whether each head has angles of its own."""
+        return self.cos.ndim == 4
+
+    def of_heads(self, heads: range) -> Rotation:
+        """The rotation of some heads."""
+        if not self.by_head:
+            return self
+        return Rotation(self.cos[:, :, heads.start : heads.stop], self.sin[:, :, heads.start : heads.stop], self.halves)
+
     def split(self, sizes: Sequence[int]) -> list[Rotation]:
         """The rotations of consecutive runs of tokens, of these sizes."""
-        parts = zip(*(torch.split(each, list(sizes), dim=-2) for each in (self.cos, self.sin)), strict=True)
+        tokens = -3 if self.by_head else -2
+        parts = zip(*(torch.split(each, list(sizes), dim=tokens) for each in (self.cos, self.sin)), strict=True)
         return [Rotation(cos, sin, self.halves) for cos, sin in parts]
 
     @staticmethod
     def concatenate(parts: Sequence[Rotation]) -> Rotation:
         """The rotation of streams one after the other; all form pairs alike, with as many dimensions."""
         (halves,) = {part.halves for part in parts}
-        cos, sin = (torch.cat(each, dim=-2) for each in zip(*((part.cos, part.sin) for part in parts), strict=True))
+        tokens = -3 if parts[0].by_head else -2
+        cos, sin = (torch.cat(each, dim=tokens) for each in zip(*((part.cos, part.sin) for part in parts), strict=True))
         return Rotation(cos, sin, halves)
 
 
@@ -125,8 +138,8 @@ class QKV:
     """A stream's queries, keys and values as projected, with the norm and the rotation that are still to be applied.
 
     ``projected`` is one tensor [B, S, (heads + 2 * kv_heads) * D], or three: [B, S, heads * D] and twice [B, S,
-    kv_heads * D]. ``rotation`` is of this stream's tokens. If there are fewer ``kv_heads``, which must divide
-    ``heads``, attention is grouped-query (Ainslie et al., 2023, arXiv:2305.13245).
+    kv_heads * D]. ``rotation`` is of this stream's tokens; by head only for as many ``kv_heads``. If there are fewer
+    ``kv_heads``, which must divide ``heads``, attention is grouped-query (Ainslie et al., 2023, arXiv:2305.13245).
     """
 
     projected: Tensor | tuple[Tensor, Tensor, Tensor]
@@ -138,6 +151,7 @@ class QKV:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
+        assert self.rotation is None or not self.rotation.by_head or self.kv_heads == self.heads
 
     @property
     def first(self) -> Tensor:
@@ -182,10 +196,11 @@ class QKV:
             norm = None if self.norm is None or self.norm.across_heads else self.norm
             norms = None if norm is None else (norm.query, norm.key)
             epsilon = 0.0 if norm is None else norm.epsilon
-            turn = None if self.rotation is None else (self.rotation.cos, self.rotation.sin)
             halves = self.rotation is not None and self.rotation.halves
             for place, share in zip(places, shares, strict=True):
-                kernels.pack(*share.select(q, k, v), norms, turn, epsilon, place, halves)
+                turn = None if self.rotation is None else self.rotation.of_heads(share.queries)
+                turns = None if turn is None else (turn.cos, turn.sin)
+                kernels.pack(*share.select(q, k, v), norms, turns, epsilon, place, halves)
             return
         heads = self.by_heads()
         for place, share in zip(places, shares, strict=True):

@@ -12,6 +12,7 @@ from torch import Tensor
 from tacod.plan import AttentionPolicy
 from tacod.rank.comm.group import Group
 from tacod.rank.comm.transport import Deal, Exchange, Transport
+from tacod.rank.ops.group_bias import GroupBias, attend_biased
 from tacod.rank.ops.qkv import QKV, HeadShare, deal_heads
 from tacod.rank.ops.sdpa import attend_part, attend_pieces, merge
 
@@ -54,7 +55,7 @@ class JointAttention:
         ranks: Ranks,
         streams: Sequence[Callable[[], QKV]],
         lengths: Sequence[Sequence[int]],
-        mask: Tensor | None,
+        mask: Tensor | GroupBias | None,
         overlap: bool = False,
         before: KeysValues | None = None,
         keep: bool = False,
@@ -62,9 +63,11 @@ class JointAttention:
         """Project each stream, the longest first, and send its heads while the next one is projected.
 
         ``overlap`` says that the caller computes something before `start`, so the last stream travels beside that. The
-        tokens attend to those of ``before`` too; then there is no mask. ``keep`` is for `kept`.
+        tokens attend to those of ``before`` too; then there is no mask. ``keep`` is for `kept`. A `GroupBias` is for
+        one stream alone, whose tokens lie in their order on the ranks.
         """
         assert before is None or mask is None
+        assert not isinstance(mask, GroupBias) or [len(parts) for parts in lengths] == [1]
         self._ranks, self._mask = ranks, mask
         self._before, self._keep = before, keep
         self._exchange: Exchange | None = None
@@ -113,6 +116,9 @@ class JointAttention:
         if ranks.ring.size > 1:
             yield _attend_ring(ranks.ring, self._share, q, k, v, self._tokens, self._mask)
             return
+        if isinstance(self._mask, GroupBias):
+            yield attend_biased(q, self._share.repeat(k), self._share.repeat(v), 0, 0, self._mask)[0].to(q.dtype)
+            return
         # One rank alone would have to join what it splits.
         split = ranks.policy.split_kv and ranks.ulysses.size > 1
         yield from attend_pieces(q, self._share.repeat(k), self._share.repeat(v), self._mask, split)
@@ -131,12 +137,14 @@ class JointAttention:
 
 
 def _attend_ring(
-    ring: Group, share: HeadShare, q: Tensor, k: Tensor, v: Tensor, tokens: list[int], mask: Tensor | None
+    ring: Group, share: HeadShare, q: Tensor, k: Tensor, v: Tensor, tokens: list[int], mask: Tensor | GroupBias | None
 ) -> Tensor:
     """Attention of this rank's queries over the keys of the whole ring [B, h, S, D]; ``tokens`` are each rank's."""
-    if mask is not None and mask.shape[2] > 1:
-        mask = torch.split(mask, tokens, dim=2)[ring.rank]
-    masks = [None] * ring.size if mask is None else torch.split(mask, tokens, dim=3)
+    places = [sum(tokens[:rank]) for rank in range(ring.size)]
+    bias, masks = (mask, None) if isinstance(mask, GroupBias) else (None, mask)
+    if masks is not None and masks.shape[2] > 1:
+        masks = torch.split(masks, tokens, dim=2)[ring.rank]
+    each = [None] * ring.size if masks is None else torch.split(masks, tokens, dim=3)
     batch, heads, _, width = k.shape
     block = torch.stack((k, v))
     part = None
@@ -146,7 +154,11 @@ def _attend_ring(
         if turn < ring.size - 1:
             passing = ring.pass_on(block.reshape(-1), 2 * batch * heads * before * width)
         keys, values = share.repeat(block[0]), share.repeat(block[1])
-        mine = attend_part(q, keys, values, masks[(ring.rank - turn) % ring.size])
+        whose = (ring.rank - turn) % ring.size
+        if bias is None:
+            mine = attend_part(q, keys, values, each[whose])
+        else:
+            mine = attend_biased(q, keys, values, places[ring.rank], places[whose], bias)
         part = mine if part is None else merge(part, mine)
         if passing is not None:
             block = passing.wait().view(2, batch, heads, before, width)

@@ -17,6 +17,7 @@ from tacod.plan import DEFAULT_POLICY, AttentionPolicy, chunks
 from tacod.rank.comm.collective import Collective
 from tacod.rank.comm.group import Group
 from tacod.rank.comm.transport import Local, Transport
+from tacod.rank.ops.group_bias import GroupBias
 from tacod.rank.ops.qkv import QKV
 from tacod.rank.parallel.joint_attention import JointAttention, KeysValues
 
@@ -96,7 +97,7 @@ class SequenceParallel:
         self,
         streams: Sequence[Callable[[], QKV]],
         lengths: Sequence[int | tuple[int, ...]],
-        mask: Tensor | None = None,
+        mask: Tensor | GroupBias | None = None,
         overlap: bool = False,
         before: KeysValues | None = None,
         keep: bool = False,
@@ -106,9 +107,10 @@ class SequenceParallel:
         ``streams`` give this rank's chunks, and ``lengths`` are the streams' whole token counts: several of a stream
         whose parts were sharded each by itself; a single stream may be of all parts together. The gathered sequence is
         in the order of ranks, not of streams. It needs no sorting, for attention is equivariant under permutations of
-        its tokens, and each rank gets its own tokens back. A ``mask`` is what `in_order_of_ranks` gives. ``overlap``
-        says that the caller computes something before the handle's `start`. ``before`` are keys and values that an
-        attention with ``keep`` has kept; these tokens attend to them too, and there is no mask then.
+        its tokens, and each rank gets its own tokens back. A ``mask`` is what `in_order_of_ranks` gives, or for a
+        single stream a `GroupBias`. ``overlap`` says that the caller computes something before the handle's `start`.
+        ``before`` are keys and values that an attention with ``keep`` has kept; these tokens attend to them too, and
+        there is no mask then.
         """
         parts = [length if isinstance(length, tuple) else (length,) for length in lengths]
         if len(streams) == 1:

@@ -1,6 +1,12 @@
 """What families are made of. Each part works on any number of ranks and, where it helps, with kernels on a GPU."""
 
-from tacod.rank.families.kit.attention import CrossAttention, QKNormWeights, SelfAttention, attend_replicated
+from tacod.rank.families.kit.attention import (
+    CrossAttention,
+    QKNormWeights,
+    SelfAttention,
+    attend_replicated,
+    attend_sharded,
+)
 from tacod.rank.families.kit.embed import MLPEmbedder, sinusoid
 from tacod.rank.families.kit.grid import Grid, PatchEmbed, line
 from tacod.rank.families.kit.masks import drop_hidden
@@ -27,6 +33,7 @@ __all__ = [
     "SingleBlock",
     "after_attention",
     "attend_replicated",
+    "attend_sharded",
     "drawn",
     "drop_hidden",
     "feed_forward",

@@ -10,8 +10,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tacod.rank.ops.qkv import QKV, QKNorm, Rotation
+from tacod.rank.ops.sdpa import attend_part
+from tacod.rank.parallel.sequence import SequenceParallel
 
-__all__ = ["CrossAttention", "QKNormWeights", "SelfAttention", "attend_replicated", "find", "register"]
+__all__ = [
+    "CrossAttention",
+    "QKNormWeights",
+    "SelfAttention",
+    "attend_replicated",
+    "attend_sharded",
+    "find",
+    "register",
+]
 
 
 def register(module: nn.Module, name: str, value: nn.Module | nn.Parameter) -> None:
@@ -226,3 +236,20 @@ def attend_replicated(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor 
     q, k, v = (torch.unflatten(each, -1, (heads, -1)).transpose(1, 2) for each in (q, k, v))
     keys = None if mask is None else mask[:, None, None]
     return functional.scaled_dot_product_attention(q, k, v, keys).transpose(1, 2).flatten(2)
+
+
+def attend_sharded(sequence: SequenceParallel, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Attention of queries that every rank has, to keys and values that ranks share out: [B, A, H * D] on every rank.
+
+    ``q`` is [B, A, H * D]; ``k`` and ``v`` [B, S, H * D] are this rank's. Ranks exchange what each has seen of its own
+    tokens: as many numbers as there are queries, so it is for few of these.
+    """
+    if sequence.size == 1:
+        return attend_replicated(q, k, v, heads)
+    dtype = q.dtype
+    q, k, v = (torch.unflatten(each, -1, (heads, -1)).transpose(1, 2) for each in (q, k, v))
+    out, seen = attend_part(q, k, v)
+    mine = torch.cat((out, seen.unsqueeze(-1)), dim=-1)
+    parts = sequence.whole.gather(mine.unsqueeze(0), [1] * sequence.size, dim=0)
+    weights = parts[..., -1:].softmax(dim=0)
+    return (weights * parts[..., :-1]).sum(dim=0).to(dtype).transpose(1, 2).flatten(2)
