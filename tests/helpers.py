@@ -475,6 +475,12 @@ class Golden:
     """The error that an fp32 forward may have."""
 
     @property
+    def batch(self) -> int:
+        """How many images it is of."""
+        x = self.inputs["x"]
+        return len(x[0] if isinstance(x, list) else x)
+
+    @property
     def packed(self) -> bool:
         """Whether its weights are quantized."""
         return any(name.endswith(".comfy_quant") for name in self.weights)

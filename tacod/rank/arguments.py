@@ -63,9 +63,10 @@ def check_arguments(given: Mapping[str, Any], specs: Mapping[str, Spec], family:
             if not (spec.fewest or len(members)) <= len(value) <= len(members):
                 raise ArgumentError(f"{name}: expected {_wanted(spec)}, got {len(value)} tensors", argument=name)
             for item, member in zip(value, members, strict=False):
-                own = _batch(sizes)
+                own = dict(sizes) if spec.others else _batch(sizes)
                 _check_tensor(name, item, member, own)
-                sizes |= _batch(own)
+                named = member.shape if spec.others else ("B",)
+                sizes |= {size: known for size, known in own.items() if size in (named or ())}
         else:
             _check_tensor(name, value, spec, sizes)
 
@@ -192,13 +193,28 @@ def _check_tensor(name: str, value: Any, spec: Argument, sizes: dict[str, tuple[
     for size, symbol in zip(value.shape, shape, strict=True):
         if symbol == "B" and spec.shared and size == 1:
             continue
-        if isinstance(symbol, str):
+        if isinstance(symbol, str) and "*" in symbol:
+            _check_product(name, size, symbol, sizes)
+        elif isinstance(symbol, str):
             known, other = sizes.setdefault(symbol, (size, name))
             if size != known:
                 reason = f"its {symbol} is {size}, but that of {other} is {known}; they must agree"
                 if symbol == "B" and spec.shared:
                     reason = f"it is for {size} images, but {other} has {known} images; make it {known}, or 1 for all"
                 raise ArgumentError(f"{name}: {reason}", argument=name)
+
+
+def _check_product(name: str, size: int, symbol: str, sizes: dict[str, tuple[int, str]]) -> None:
+    """A size that is the product of others; at most one of these isn't known yet."""
+    factors = symbol.split("*")
+    known = [sizes[factor][0] for factor in factors if factor in sizes]
+    unknown = [factor for factor in factors if factor not in sizes]
+    product = math.prod(known)
+    if size % product or (not unknown and size != product):
+        wanted = f"{'a multiple of ' if unknown else ''}{product}, which is {' * '.join(map(str, known))}"
+        raise ArgumentError(f"{name}: its {symbol} is {size}; expected {wanted}", argument=name)
+    for factor in unknown:
+        sizes[factor] = size // product, name
 
 
 def _wanted(spec: Spec) -> str:

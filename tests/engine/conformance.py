@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -21,6 +22,10 @@ from tacod_client.tensors import to_wire
 CPU = torch.device("cpu")
 FAMILIES = {family.family: family for family in families()}
 _DRAWS = 999
+_SWITCHES = ("run_vx", "run_ax", "a2v_cross_attn", "v2a_cross_attn", "stg_self_attn_blocks")
+NOT_DRAWN = ("guide_attention_entries", "generated_keyframes", *_SWITCHES)
+"""Optional arguments whose numbers follow from others' sizes, or that leave parts out: a family's own tests have them.
+"""
 _MANY = 100
 _LARGEST_FACTOR = 64
 """By how much the sides of a latent are multiplied at the most."""
@@ -60,6 +65,12 @@ def each_latent(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
     return inputs.replace(x=list(map(change, x)) if isinstance(x, list) else change(x))
 
 
+def at_level(dit: DiT, inputs: Inputs, level: float) -> Inputs:
+    """The same inputs at this noise level."""
+    times = [dit.timestep(torch.full(each.shape, level)).float() for each in inputs.timesteps]
+    return inputs.replace(timestep=times if isinstance(inputs["timestep"], list) else times[0])
+
+
 def smallest_inputs(dit: DiT, batch: int, text: int) -> Inputs:
     """As `required_inputs`, with few tokens that two ranks share unevenly."""
     inputs = required_inputs(dit, batch, text, (1, 3))
@@ -75,7 +86,8 @@ def with_optional(
     ``shared`` ones are of a batch of 1 where they may be; what has sizes of its own has them up to ``most``.
     """
     generator = torch.Generator().manual_seed(seed)
-    optional = [name for name, spec in dit.arguments().items() if not spec.required and name not in inputs]
+    specs = {name: spec for name, spec in dit.arguments().items() if name not in NOT_DRAWN}
+    optional = [name for name, spec in specs.items() if not spec.required and name not in inputs]
     chosen = [name for name in optional if names is None or name in names]
     # Masks and residuals have as many tokens as everything else makes.
     for name in sorted(chosen, key=lambda name: _turn(dit.arguments()[name])):
@@ -98,6 +110,8 @@ def _with(dit: DiT, name: str, inputs: Inputs, generator: torch.Generator, share
             value = _record(spec, lambda field: _value(dit, field, inputs, generator, shared, most), accepts, generator)
         else:
             value = _value(dit, spec, inputs, generator, shared, most)
+        if isinstance(value, Tensor) and name in dit.usual_values:
+            value = torch.full_like(value, dit.usual_values[name])
         if accepts(value):
             return inputs.replace(**{name: value})
     raise AssertionError(f"{dit.family} takes no {name}, however often it is drawn")
@@ -142,7 +156,8 @@ def _value(dit: DiT, spec: Spec, inputs: Inputs, generator: torch.Generator, sha
         return int(torch.randint(1, most + 1, (), generator=generator))
 
     if isinstance(spec, Number):
-        return spec.least + (spec.most - spec.least) * integer(9) / 10
+        number = spec.least + (spec.most - spec.least) * integer(9) / 10
+        return [number, spec.least] if spec.many else number
     if isinstance(spec, Numbers):
         return {name: integer(20) / 10 for name in spec.names}
     if isinstance(spec, Residuals):
@@ -162,8 +177,11 @@ def _value(dit: DiT, spec: Spec, inputs: Inputs, generator: torch.Generator, sha
             known |= {size: sum(dit.lengths(inputs)) for size in spec.shape if size not in known}
         if spec.shared and shared:
             known["B"] = 1
-        own = {size: integer(most) for size in spec.shape if isinstance(size, str)}
-        shape = [({**own, **known}[size] if isinstance(size, str) else size) for size in spec.shape]
+        named = [size for size in spec.shape if isinstance(size, str)]
+        own = {part: integer(most) for size in named for part in size.split("*")} | known
+        shape = [
+            math.prod(own[part] for part in size.split("*")) if isinstance(size, str) else size for size in spec.shape
+        ]
         if spec.keys:
             seen = torch.rand(shape, generator=generator) < 0.6
             seen[..., 0] = True

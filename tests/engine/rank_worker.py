@@ -28,7 +28,7 @@ import made_up
 import torch
 import torch.distributed as dist
 from attention_cases import largest_error
-from conformance import each_latent, random_case, required_inputs, smallest_inputs, tiny, with_optional
+from conformance import at_level, each_latent, random_case, required_inputs, smallest_inputs, tiny, with_optional
 from helpers import FLUX, SD3, Golden, read_golden, relative_error
 from shared_block import SharedBlock, reach_shared
 from torch.distributed import distributed_c10d
@@ -170,9 +170,9 @@ def walk(family: str, forwards: Forwards, layout: Layout, threshold: float, mine
     plan = Plan(layout, forwards.topology.world_size, Shape(dit.heads, dit.width), step_cache=threshold)
     outs, skipped = [], []
     generator = torch.Generator().manual_seed(1)
-    for n, level in enumerate(dit.timestep(torch.linspace(1, 0.1, 8)).tolist()):
+    for n, level in enumerate(torch.linspace(1, 0.1, 8).tolist()):
         moved = each_latent(start, lambda each, n=n: each + 0.05 * n * torch.randn(each.shape, generator=generator))
-        inputs = moved.replace(timestep=torch.full_like(start["timestep"], level)).images(mine)
+        inputs = at_level(dit, moved, level).images(mine)
         before = forwards.skipped
         outs.append(forwards(Call(dit, plan, inputs)))
         skipped.append(forwards.skipped > before)
@@ -227,7 +227,8 @@ class Rank:
         plan = Plan(layout, WORLD, Shape(model.heads, model.width), AttentionPolicy(exchange=exchange))
         topology = self.sharing if sharing else self.topology
         with torch.inference_mode():
-            return run(Call(model, plan, Inputs(inputs, model.arguments())), topology)
+            known = inputs if isinstance(inputs, Inputs) else Inputs(inputs, model.arguments())
+            return run(Call(model, plan, known), topology)
 
     def warm_up(self, layout: Layout, family: str, fits: bool = True) -> list[float]:
         tiny = {"flux": FLUX, "sd3": SD3}[family]

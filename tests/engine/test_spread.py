@@ -33,7 +33,7 @@ SEQUENCES = [layout for layout in LAYOUTS if layout[0] == 1 and layout != (1, 1,
 @pytest.mark.parametrize("name", golden_names())
 def test_equals_comfyui_on_several_ranks(ranks: Ranks, name: str, layout: tuple[int, ...], sharing: bool) -> None:
     """Exchanged by collectives, or written into each other's memory; test_conformance.py has every layout."""
-    layout = (min(layout[0], len(read_golden(name).inputs["x"])), *layout[1:])
+    layout = (min(layout[0], read_golden(name).batch), *layout[1:])
     errors = ranks.run(layout, "golden", name=name, sharing=sharing)
     assert len(errors) == WORLD, "an idle rank gets the output too"
     assert max(errors) <= 2e-6

@@ -20,7 +20,7 @@ class Argument:
 
     ``shape`` has an int for a fixed size and a name for a free one; the same name means the same size in every argument
     of one forward. ``"B"`` is the batch: ranks get images along it, and a tensor without it is whole on every rank.
-    ``None`` is for values that are not tensors.
+    ``"G*H*W"`` is the product of these sizes. ``None`` is for values that are not tensors.
     """
 
     shape: tuple[int | str, ...] | None
@@ -29,7 +29,7 @@ class Argument:
     """A list of such tensors; free sizes other than ``"B"`` may differ between its members."""
     others: tuple[tuple[int | str, ...], ...] = ()
     """With ``many``: the list has exactly one tensor of ``shape``, then one of each of these, such as video and sound.
-    Each has ``"B"`` where ``shape`` has it."""
+    Each has ``"B"`` where ``shape`` has it. Names in ``per`` are each tensor's own."""
     fewest: int = 0
     """With ``others``: how many of these tensors must be there, the first ones; 0 means all."""
     choices: tuple[str | bool, ...] = ()
