@@ -89,10 +89,18 @@ def diffusers_layout(
         lacking = [name for name in family.names.lacks(shapes) if name not in family.diffusers_optional]
         if 0 < len(lacking) <= _LACKING:
             damaged.append((len(lacking), -known, ", ".join(lacking)))
-    if damaged:
+    if damaged and not any(_is_its_own(family, tensors) for family in families()):
         # Of the family that lacks least of it, and knows most of it.
         raise ModelCorrupt(f"the file lacks {min(damaged)[2]}; download it again")
     return None
+
+
+def _is_its_own(family: type[DiT], tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether the tensors have a family's own names, some of which may be another's in diffusers."""
+    try:
+        return _detect(family, tensors) is not None
+    except ModelUnsupported:
+        return True
 
 
 def _apart(name: str) -> str:
