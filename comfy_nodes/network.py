@@ -20,7 +20,7 @@ import comfy.model_management
 import comfy.ops
 import torch
 
-from . import hooks
+from . import hooks, ltx
 from .errors import Refused
 
 __all__ = ["Network", "skeleton_layers"]
@@ -81,11 +81,11 @@ class Network:
         self.runs_wrappers = "WrappersMP.DIFFUSION_MODEL" in inspect.getsource(kind.forward)
         """Whether EasyCache and its like are run around it. Some of ComfyUI's networks leave them out."""
         self.parameters = {
-            name: parameter.default
+            name: None if parameter.default is parameter.empty else parameter.default
             for name, parameter in list(inspect.signature(inner).parameters.items())[3:]
             if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         }
-        """What it takes after x and the timestep, in order, with the defaults."""
+        """What it takes after x and the timestep, in order, with the defaults; None where there are none."""
         self._handed = _handed_on(kind, inner)
 
     def takes(self, name: str) -> bool:
@@ -132,6 +132,8 @@ class Network:
             meanings["joint_order"] = self.joint_order
         if getattr(self.skeleton, "time_r_in", None) is not None and not arguments.get("disable_time_r"):
             meanings |= _next_timestep(options, len(arguments["context"]))
+        if type(self.skeleton).__name__ == ltx.NETWORK:
+            meanings |= ltx.meanings(self.skeleton, options)
         return meanings
 
     def _check_guidance(self, guidance: torch.Tensor | None) -> None:
