@@ -39,10 +39,12 @@ _SHOWN_LAYERS = ("img_in", "patch_embedding", *_COPIED_LAYERS)
 _WITHOUT_WEIGHTS = ("process_img", "pe_embedder")
 _RUN_LAYERS = ("img_in", "txt_norm", "txt_in", "time_text_embed")
 """What Qwen-Image's Fun ControlNet runs of the model that it controls: methods without weights, and small layers."""
-_CALLED = {"preprocess_text_embeds": {"text_embeds": "context", "text_ids": "t5xxl_ids"}}
+_CALLED = {"preprocess_text_embeds": {"text_embeds": "context", "text_states": "context", "text_ids": "t5xxl_ids"}}
 """Methods that ComfyUI calls outside of a forward, and the daemon's names of their arguments where they differ."""
 _OF_A_RUN = "reset_prefix_cache"
 """Qwen-Image-2.1's, called as a run begins and ends, for what the network keeps within it: nothing is kept here."""
+_SENT_OPTIONS = ("rope_options", "minimax_h3_sigma_shift_video", "minimax_h3_sigma_shift_audio")
+"""Options that are arguments of the daemon's networks."""
 _WRAPPING = ("WrappersMP.DIFFUSION_MODEL", "get_all_wrappers", "WrapperExecutor.new_class_executor")
 
 
@@ -154,6 +156,9 @@ class RemoteDiT(torch.nn.Module):
         Raises `Refused`, before anything is sent, for what the daemon can't honour.
         """
         named = {"context": context, **named}
+        if self.network.changes_latents:
+            changed: Latents = type(self.network.skeleton).forward(self, x, timestep, **named)
+            return changed
         if not self.network.runs_wrappers:
             return self._run(x, timestep, named)
         # Wrappers find some arguments by their position, so they stand where the real network has them.
@@ -172,11 +177,22 @@ class RemoteDiT(torch.nn.Module):
         out: Latents = executor(run, self, all_of(kind, options)).execute(x, timestep, *positional, **named)
         return out
 
+    def _forward(
+        self, x: Latents, timestep: Times, context: torch.Tensor, transformer_options: Any = None, **named: Any
+    ) -> Latents:
+        """What such a network's own forward calls, with the latents as the network itself sees them."""
+        named |= {"context": context, "transformer_options": transformer_options}
+        payload = named.get("minimax_payload")
+        if payload is not None:
+            # A layout follows from what is laid out; the sound is at its own noise level here.
+            sent = {name: value for name, value in payload.items() if name != "layout"}
+            named["minimax_payload"] = {**sent, "audio_scale": 1.0}
+        return self._run(x, timestep, named)
+
     def _run(self, x: Latents, timestep: Times, named: dict[str, Any]) -> Latents:
         options = named.pop("transformer_options", None) or {}
         self._check(options)
-        if options.get("rope_options"):
-            named["rope_options"] = options["rope_options"]
+        named |= {name: options[name] for name in _SENT_OPTIONS if options.get(name)}
         arguments = {name: value for name, value in named.items() if value is not None and self.network.takes(name)}
         dtype = (x if isinstance(x, torch.Tensor) else x[0]).dtype
         arguments |= self.network.meanings(arguments, dtype, options)

@@ -28,6 +28,9 @@ __all__ = ["Network", "skeleton_layers"]
 METHODS = ("offset", "index", "uxo")
 """The ways to place reference latents that the daemon has."""
 
+H3 = "MiniMaxH3Model"
+"""MiniMax-H3's network is called so."""
+
 QWEN = "QwenImageTransformer2DModel"
 AT_ZERO = "index_timestep_zero"
 """Places reference latents one behind the other, and takes them as clean: their timestep is 0."""
@@ -80,6 +83,8 @@ class Network:
         self._eps: dict[torch.dtype, float | None] = {}
         self.runs_wrappers = "WrappersMP.DIFFUSION_MODEL" in inspect.getsource(kind.forward)
         """Whether EasyCache and its like are run around it. Some of ComfyUI's networks leave them out."""
+        self.changes_latents = kind.__name__ == H3
+        """Whether its forward changes latents around wrappers and network; it is run as it is then, on the latter."""
         self.parameters = {
             name: None if parameter.default is parameter.empty else parameter.default
             for name, parameter in list(inspect.signature(inner).parameters.items())[3:]

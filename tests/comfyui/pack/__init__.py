@@ -19,7 +19,7 @@ import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from safetensors import safe_open
 
-from . import controlnets, ltx, pair, quantized, qwen_image_21, shapes, standins, video
+from . import controlnets, ltx, minimax_h3, pair, quantized, qwen_image_21, shapes, standins, video
 
 try:
     from . import small_anima
@@ -462,5 +462,5 @@ _NODES = (
     TestAttentionMask,
     TestTextMask,
 )
-_OF_OTHERS = (controlnets, ltx, pair, quantized, qwen_image_21, standins, video)
+_OF_OTHERS = (controlnets, ltx, minimax_h3, pair, quantized, qwen_image_21, standins, video)
 NODE_CLASS_MAPPINGS = {kind.__name__: kind for kind in (*_NODES, *(kind for each in _OF_OTHERS for kind in each.NODES))}
