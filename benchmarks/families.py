@@ -32,7 +32,8 @@ from tacod.plan import AUTO, Shape, make_plan
 from tacod.rank.comm import process_groups
 from tacod.rank.comm.select import reach
 from tacod.rank.families import detect
-from tacod.rank.families.base import DiT
+from tacod.rank.families.base import DiT, Output
+from tacod.rank.families.inputs import Inputs
 from tacod.rank.forward.graphs import Forwards
 from tacod.rank.forward.run import Call
 from tacod.rank.parallel.sequence import SequenceParallel
@@ -104,8 +105,14 @@ def note(folder: str, name: str, size: Size, kind: str, **values: Any) -> None:
     Path(folder, f"{name}.{size}.{kind}.json").write_text(json.dumps(values))
 
 
-def error_of(folder: str, name: str, size: Size, out: Tensor) -> float | None:
+def joined(out: Output) -> Tensor:
+    """An output, or several as one row of all their numbers."""
+    return torch.cat([each.flatten() for each in out]) if isinstance(out, list) else out
+
+
+def error_of(folder: str, name: str, size: Size, output: Output) -> float | None:
     """How far an output is from that in fp32, if there is one."""
+    out = joined(output)
     file = Path(folder, f"{name}.{size}.exact.pt")
     if not file.exists():
         return None
@@ -138,9 +145,7 @@ def rank_main(rank: int, args: argparse.Namespace, count: int, rendezvous: str) 
                 call = Call(model, make_plan(AUTO, count, shape), inputs)
                 ms = times_of(lambda call=call: forwards(call), args.rounds)  # type: ignore[misc]
                 if rank == 0:
-                    out = forwards(call)
-                    assert isinstance(out, Tensor)
-                    error = error_of(args.folder, name, size, out)
+                    error = error_of(args.folder, name, size, forwards(call))
                     memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
                     plan = str(call.plan)
                     note(args.folder, name, size, str(count), ms=ms, error=error, memory=memory, plan=plan)
@@ -166,10 +171,10 @@ def keep_exact(args: argparse.Namespace, name: str, device: torch.device) -> Non
     for size in (size for each, size in cases(args) if each == name):
         # A model on the meta device has arguments and sizes.
         inputs = make_inputs(name, model, size, device).map(lambda each: each.to(low) if each.ndim > 1 else each)
-        torch.save({key: value.cpu() for key, value in inputs.items()}, f"{args.folder}/{name}.{size}.inputs.pt")
+        torch.save(dict(inputs.map(torch.Tensor.cpu)), f"{args.folder}/{name}.{size}.inputs.pt")
         if fits:
             exact = model.run(SequenceParallel(), model.prepare(inputs.map(torch.Tensor.float)))
-            torch.save(exact.float().cpu(), f"{args.folder}/{name}.{size}.exact.pt")  # type: ignore[union-attr]
+            torch.save(joined(exact).float().cpu(), f"{args.folder}/{name}.{size}.exact.pt")
     del model
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -199,11 +204,13 @@ def comfyui(args: argparse.Namespace) -> None:
     with torch.inference_mode():
         for size in (size for each, size in cases(args) if each == name):
             given = torch.load(f"{args.folder}/{name}.{size}.inputs.pt")
-            x, timestep = given.pop("x").to(device), given.pop("timestep").to(device)
-            rest = {**{key: value.to(device) for key, value in given.items()}, **model.extra}
+            given = dict(Inputs(given, {}).map(lambda each: each.to(device)))
+            x, timestep, rest = given.pop("x"), given.pop("timestep"), {**given, **model.extra}
 
-            def forward(x: Tensor = x, timestep: Tensor = timestep, rest: dict[str, Any] = rest) -> Tensor:
-                out: Tensor = network(x, timestep, **rest, transformer_options={})
+            def forward(x: Any = x, timestep: Any = timestep, rest: dict[str, Any] = rest) -> Output:
+                # Some networks change the list that they get.
+                latents = list(x) if isinstance(x, list) else x
+                out: Output = network(latents, timestep, **rest, transformer_options={})
                 return out
 
             ms = times_of(forward, args.rounds)

@@ -54,6 +54,8 @@ class Published:
     """Arguments of one number per image."""
     frames_per_latent: int = 4
     """Frames of a video that its latents have one for, but for the first."""
+    counts: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+    """For numbers of frames the free sizes that don't follow from `frames_per_latent`."""
 
 
 def _flux2(width: int, heads: int, double: int, single: int, context: int, guided: bool) -> dict[str, Any]:
@@ -95,6 +97,23 @@ def _wan(width: int, hidden: int, layers: int, channels: int = 16) -> dict[str, 
         "in_dim": channels,
         "out_dim": channels,
         "text_dim": 4096,
+    }
+
+
+def _minimax_h3(**time: int) -> dict[str, Any]:
+    return {
+        "image_model": "minimax_h3",
+        "num_layers": 50,
+        "token_refiner_num_layers": 2,
+        "hidden_size": 5376,
+        "latents_dim": 24,
+        "audio_latents_dim": 32,
+        "attention_head_dim": 128,
+        "num_attention_heads": 56,
+        "ffn_hidden_size": 14336,
+        "text_dim": 5120,
+        "rope_inv_freq_len": 16,
+        **time,
     }
 
 
@@ -171,6 +190,10 @@ def _hunyuan(**more: Any) -> dict[str, Any]:
 
 
 _SMALL_HUNYUAN = {"hidden_size": 256, "num_heads": 2, "depth": 1}
+_SMALL_H3: dict[str, Any] = {
+    "cut": {"num_layers": 1, "token_refiner_num_layers": 1, "num_attention_heads": 2, "ffn_hidden_size": 512},
+    "counts": {22: {"T": 7, "A": 37}, 124: {"T": 37, "A": 207}, 362: {"T": 107, "A": 603}},
+}
 _SMALL_WAN = {"dim": 256, "num_heads": 2, "ffn_dim": 512, "num_layers": 1}
 _SMALL_KANDINSKY5 = {"num_text_blocks": 1, "num_visual_blocks": 1, "model_dim": 512, "ff_dim": 512, "time_dim": 64}
 
@@ -431,6 +454,16 @@ PUBLISHED = {
         _wan(5120, 13824, 40), "WAN21_T2V", 512, sizes=(Size(832, 480, 81), Size(1280, 720, 81)), cut=_SMALL_WAN
     ),
     "wan_5b": Published(_wan(3072, 14336, 30, 48), "WAN22_T2V", 512, sizes=(Size(1280, 704, 121),), cut=_SMALL_WAN),
+    "minimax_h3": Published(
+        _minimax_h3(adaln_curve_grid=1025, time_embed_dim=8), "MiniMaxH3", 512, (Size(1344, 768, 124),), **_SMALL_H3
+    ),
+    "minimax_h3_full": Published(
+        _minimax_h3(timestep_input_dim=256, time_embed_hidden_size=5376, time_embed_dim=2688),
+        "MiniMaxH3",
+        512,
+        (Size(1344, 768, 124),),
+        **_SMALL_H3,
+    ),
     "kandinsky5_lite": Published(
         _kandinsky5(1792, 512, 2, 32), "Kandinsky5", 256, sizes=(Size(768, 512, 121),), cut=_SMALL_KANDINSKY5
     ),
@@ -451,7 +484,9 @@ def build(name: str, device: torch.device, dtype: torch.dtype) -> DiT:
     model = PUBLISHED[name]
     family, config = detect({}, {**model.config, **(model.cut if device.type == "cpu" else {})})
     with torch.device("meta"):
-        dit = family(config).to(dtype)
+        dit = family(config)
+    for key, value in dit.state_dict(keep_vars=True).items():
+        value.data = value.data.to(dit.dtype_of(key, dtype))
     dit = dit.to_empty(device=device)
     fill({key: value.data for key, value in dit.state_dict(keep_vars=True).items()})
     return dit.eval().requires_grad_(False)
@@ -478,6 +513,7 @@ def make_inputs(name: str, dit: DiT, size: Size, device: torch.device) -> Inputs
     sizes = {**dict.fromkeys(dit.usual, 1), "L": model.text, "M": model.text}
     sizes |= {"H": size.height // dit.downscale, "W": size.width // dit.downscale}
     sizes["T"] = (size.frames - 1) // model.frames_per_latent + 1
+    sizes |= model.counts.get(size.frames, {})
     specs = dit.arguments()
     values: dict[str, Any] = {}
 

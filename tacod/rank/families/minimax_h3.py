@@ -178,7 +178,15 @@ class MiniMaxH3(DiT):
         }
 
     def prepare(self, inputs: Inputs) -> Inputs:
-        """See `DiT.prepare`: the values of masks, each once. A mask that hides nothing is dropped."""
+        """See `DiT.prepare`: the values of masks, each once. A mask that hides nothing is dropped.
+
+        The seed becomes a tensor, as a run with another one may be the same CUDA graph.
+        """
+        payload = inputs.get("minimax_payload", {})
+        if "seed" in payload:
+            seed = int(payload["seed"])
+            signed = torch.tensor(seed - (MOST_SEED + 1 if seed > MOST_SEED // 2 else 0), device="cpu")
+            inputs = inputs.replace(minimax_payload={**payload, "seed": signed})
         return prepare_masks(inputs)
 
     def lengths(self, arguments: Mapping[str, Any]) -> tuple[int, ...]:
