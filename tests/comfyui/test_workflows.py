@@ -14,6 +14,7 @@ from comfyui_server import NODES, ComfyUI, Graph
 from image_cases import CASES, Sizes, write
 from PIL import Image, ImageChops, ImageSequence
 from safetensors.torch import save_file
+from test_hunyuan import CASES as HUNYUAN
 from test_video_families import CASES as WAN
 
 from tacod import embedded
@@ -35,6 +36,7 @@ GOLDENS = {
     "hidream_i1": "hidream",
     "NetaYume": "lumina2",
     "wan2.2_i2v": "wan22_i2v",
+    "hunyuanvideo1.5": "hunyuan_video_15",
 }
 """The goldens whose models stand in for files whose names begin so; the first that fits."""
 SMALL = {"upscale_method": "area", "width": 64, "height": 64, "crop": "disabled"}
@@ -75,7 +77,7 @@ def test_there_is_one_for_each_family_and_use() -> None:
         *("flux1_basic", "sd35_basic", "pixart_sigma_basic", "flux1_lora", "flux1_kontext"),
         *("z_image_turbo", "qwen_image", "krea2_turbo", "flux2_klein", "qwen_image_edit", "chroma"),
         *("anima", "hidream_i1", "lumina2", "longcat_image", "flux2_dev", "chroma_radiance", "qwen_image_21"),
-        *("cosmos_predict2", "wan22_image_to_video"),
+        *("cosmos_predict2", "wan22_image_to_video", "hunyuan_video_15"),
     }
     for path in WORKFLOWS:
         assert path.with_suffix(".jpg").is_file()
@@ -96,7 +98,7 @@ def tiny_model(graph: Graph, models: Path) -> TinyModel | Sizes:
     files = [str(value) for key, value in given if key in ("unet_name", "ckpt_name")]
     for start, golden in GOLDENS.items():
         if any(file.startswith(start) for file in files):
-            case = next(case for case in (*CASES, *WAN.values()) if case.golden == golden)
+            case = next(case for case in (*CASES, *WAN.values(), *HUNYUAN.values()) if case.golden == golden)
             write(case, models)
             return Sizes(case)
     return PIXART if any("PixArt" in file for file in files) else FLUX
@@ -120,8 +122,9 @@ def with_stand_ins(graph: Graph, models: Path) -> Graph:
             inputs["unet_name"] = tiny.tiny.file
         elif kind in ("CLIPLoader", "DualCLIPLoader", "QuadrupleCLIPLoader"):
             node |= {"class_type": "TestClip", "inputs": text}
-        elif kind == "VAELoader" and tiny.tiny.file.startswith("wan"):
-            node |= {"class_type": "TestVideoVAE", "inputs": {"channels": tiny.channels, "pixels": 8}}
+        elif kind == "VAELoader" and tiny.tiny.file.startswith(("wan", "hunyuan_video")):
+            pixels = 16 if tiny.channels == 32 else 8
+            node |= {"class_type": "TestVideoVAE", "inputs": {"channels": tiny.channels, "pixels": pixels}}
         elif kind == "VAELoader":
             node |= {"class_type": "TestImageVAE", "inputs": {"channels": tiny.channels, "frames": frames}}
         elif kind == "LoadImage":
@@ -138,7 +141,7 @@ def with_stand_ins(graph: Graph, models: Path) -> Graph:
             # The second half of a run begins where the first one ended.
             inputs |= {"steps": 4} | ({"end_at_step": 2} if inputs["start_at_step"] == 0 else {"start_at_step": 2})
         elif kind.startswith("Empty"):
-            inputs |= {"width": size, "height": size}
+            inputs |= {"width": size, "height": size} | ({"length": 9} if "length" in inputs else {})
         elif kind == "CLIPTextEncode" and shapes and inputs["text"]:
             inputs["text"] = embedded.PROMPTS[0]
         elif kind in ("TACODiTKSampler", "Flux2Scheduler", "BetaSamplingScheduler"):
