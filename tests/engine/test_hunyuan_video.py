@@ -176,7 +176,7 @@ def test_latents_of_each_kind(name: str, scale: float | None, downscale: int) ->
     assert model.downscale == downscale
     assert (model.latent_format and model.latent_format.scale) == scale
     if name == "t2v" or name == "image_2.1":
-        assert check_samples(model) is model.latent_format
+        assert check_samples(model) == (model.latent_format,)
     else:
         with pytest.raises(ArgumentError, match=r"^model"):
             check_samples(model)
