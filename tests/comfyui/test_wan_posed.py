@@ -14,7 +14,7 @@ from helpers import Daemon
 from image_cases import Case, Sizes, write
 
 Both = Callable[..., Outcome]
-FACE = {"widths": [4] * 8, "style": 8, "motion": 4, "outputs": 512, "face": 8}
+FACE = {"widths": [2] * 8, "style": 8, "motion": 4, "outputs": 512, "face": 8}
 """As the tests' pack makes ComfyUI's."""
 CASES = {
     case.golden: case
@@ -36,6 +36,7 @@ CASES = {
 """The goldens' models, with the channels of published ones."""
 SIDES = {"width": 96, "height": 64, "length": 9, "batch_size": 1}
 ANIMATE = {
+    "length": 5,
     "continue_motion_max_frames": 5,
     "video_frame_offset": 0,
     "clip_vision_output": "@seen",
@@ -56,13 +57,17 @@ SCAIL = {
 MASKED = {**SCAIL, "reference_image": "@views", "reference_image_mask": "@colours", "pose_video_mask": "@video"}
 USES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "animate": ("wan_animate", "WanAnimateToVideo", ANIMATE),
-    "animate, a face alone": ("wan_animate", "WanAnimateToVideo", {**ANIMATE, "pose_video": None}),
     "animate, poses alone": ("wan_animate", "WanAnimateToVideo", {**ANIMATE, "face_video": None}),
     "animate, two videos": ("wan_animate", "WanAnimateToVideo", {**ANIMATE, "batch_size": 2}),
     "animate, a person replaced": (
         "wan_animate",
         "WanAnimateToVideo",
-        {**ANIMATE, "background_video": "@pose", "character_mask": "@mask", "continue_motion": "@video"},
+        {
+            **{key: value for key, value in ANIMATE.items() if key != "face_video"},
+            "background_video": "@pose",
+            "character_mask": "@mask",
+            "continue_motion": "@video",
+        },
     ),
     "scail": ("wan_scail", "WanSCAILToVideo", SCAIL),
     "scail, two videos": ("wan_scail", "WanSCAILToVideo", {**SCAIL, "batch_size": 2, "clip_vision_output": None}),
@@ -115,9 +120,11 @@ def test_what_is_given_beside_the_text(
 ) -> None:
     run.load()
     inputs = conditioned(run, "given", kind, given)
-    run.sample(save="_1", cfg=1.0, steps=3, **inputs)
-    run.sample(save="_4", cfg=4.0, steps=3, **inputs)
-    run.sample(save="_without", cfg=1.0, steps=3, latent_image="@given#2")
+    # ComfyUI encodes a face at every step, which takes a CPU long.
+    steps = 2 if case.golden == "wan_animate" else 3
+    run.sample(save="_1", cfg=1.0, steps=steps, **inputs)
+    run.sample(save="_4", cfg=4.0, steps=steps, **inputs)
+    run.sample(save="_without", cfg=1.0, steps=steps, latent_image="@given#2")
     both(run, "_1", "_4", "_without")
     plain, led = (comfyui.latent(run.file("taco", save)) for save in ("_without", "_1"))
     assert (led - plain).norm() > 1e-3 * plain.norm()
@@ -125,12 +132,12 @@ def test_what_is_given_beside_the_text(
 
 @pytest.mark.parametrize("case", CASES, indirect=True)
 def test_a_lora(comfyui: ComfyUI, both: Both, run: Pair, case: Case) -> None:
-    _, kind, given = next(use for use in USES.values() if use[0] == case.golden)
+    kind = "WanAnimateToVideo" if case.golden == "wan_animate" else "WanSCAILToVideo"
     run.load()
-    inputs = conditioned(run, "given", kind, given)
-    run.sample(save="_plain", cfg=1.0, steps=3, **inputs)
+    inputs = conditioned(run, "given", kind, ANIMATE if case.golden == "wan_animate" else SCAIL)
+    run.sample(save="_plain", cfg=1.0, steps=2, **inputs)
     run.on_model("LoraLoaderModelOnly", lora_name=case.file, strength_model=1.2)
-    run.sample(save="_lora", cfg=1.0, steps=3, **inputs)
+    run.sample(save="_lora", cfg=1.0, steps=2, **inputs)
     both(run, "_plain", "_lora")
     plain, merged = (comfyui.latent(run.file("taco", save)) for save in ("_plain", "_lora"))
     assert (plain - merged).norm() > 1e-3 * plain.norm()
@@ -145,14 +152,14 @@ def test_a_face_is_encoded_once_a_run(both: Both, run: Pair, endpoints: Callable
                 found.append(client.stats()["prefix"])
         return found
 
-    run.add("other", "TestFrames", seed=7, frames=9, height=64, width=96)
+    run.add("other", "TestFrames", seed=7, frames=5, height=64, width=96)
     run.load()
     before = told()
     given = {**ANIMATE, "face_video": "@other"}
-    run.sample(cfg=1.0, steps=4, **conditioned(run, "given", "WanAnimateToVideo", given))
+    run.sample(cfg=1.0, steps=3, **conditioned(run, "given", "WanAnimateToVideo", given))
     both(run)
     for one, other in zip(before, told(), strict=True):
-        assert (other["hits"] - one["hits"], other["misses"] - one["misses"]) == (3, 1)
+        assert (other["hits"] - one["hits"], other["misses"] - one["misses"]) == (2, 1)
 
 
 @pytest.mark.parametrize("case", ["wan_scail2"], indirect=True)

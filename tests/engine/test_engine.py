@@ -83,6 +83,20 @@ def test_patches_that_fail_leave_no_base_behind(engine: Engine, path: str) -> No
     assert list(engine.models) == ["base", "patched"]
 
 
+def test_a_patch_of_a_weight_in_fp32_is_not_rounded(engine: Engine, tmp_path: Path) -> None:
+    """Wan embeds patches by such weights in a model of bf16."""
+    path, key = str(tmp_path / "wan.safetensors"), "patch_embedding.weight"
+    golden = read_golden("wan_scail")
+    golden.weights[key] = golden.weights[key].float() + 1e-4
+    golden.save(Path(path))
+    identity, change = read_checkpoint(path).identity, torch.full_like(golden.weights[key], 1e-5)
+    patches = [{"key": f"diffusion_model.{key}", "kind": "diff", "diff": to_wire(change, "diff"), "strength": 1.0}]
+    engine.load("patched", path, identity, "bf16", patches, "base", [])
+    weights = engine.models["patched"].model.state_dict()
+    assert torch.equal(weights[key], golden.weights[key] + change)
+    assert weights["head.head.weight"].dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("name", quantized_golden_names())
 def test_nothing_stays_of_a_file_that_is_refused_half_way(engine: Engine, tmp_path: Path, name: str) -> None:
     """Whether a scale is a number is seen when the layer's turn comes. The report outlives the load."""

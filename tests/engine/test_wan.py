@@ -23,7 +23,7 @@ from tacod.rank.families.wan import Wan
 from tacod.rank.forward.warmup import usual_inputs
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.sampling.sampling import check_samples
-from tacod.rank.weights.load import load_model
+from tacod.rank.weights.load import load_model, set_weight
 from tacod.rank.weights.remap import identify
 from tacod_client.errors import ArgumentError, ModelCorrupt, ModelUnsupported
 
@@ -256,6 +256,24 @@ def test_a_diffusers_model_of_another_kind_is_refused_by_its_key(name: str, key:
         Wan(from_diffusers("here", {"_class_name": name, **THEIRS, key: value}, tensors))
 
 
+@pytest.mark.parametrize(("more", "layers"), [({}, 1), (VACE, 2), ({"model_type": "scail2"}, 3)])
+def test_patches_are_embedded_by_weights_in_fp32(tmp_path: Path, more: dict[str, Any], layers: int) -> None:
+    """Whatever the compute dtype is, with a patch of them or without, as ComfyUI has it."""
+    model = made(**more)
+    path = saved(tmp_path, model, **{"tacod.config": json.dumps({**TINY, "model_type": "t2v", **more})})
+    loaded = load_model(read_checkpoint(str(path)), torch.bfloat16, CPU)
+    exact = {name: weight for name, weight in loaded.state_dict().items() if weight.dtype == torch.float32}
+    assert len(exact) == 2 * layers
+    assert all("patch_embedding" in name for name in exact)
+    assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in exact.items())
+    assert loaded.dtype == torch.bfloat16
+    key, change = "patch_embedding.weight", torch.randn_like(exact["patch_embedding.weight"])
+    set_weight(loaded, key, exact[key] + change)
+    assert torch.equal(loaded.state_dict()[key], exact[key] + change)
+    set_weight(loaded, "head.head.weight", model.state_dict()["head.head.weight"])
+    assert loaded.state_dict()["head.head.weight"].dtype == torch.bfloat16
+
+
 # --- forwards ---------------------------------------------------------------------------------------------------------
 
 KINDS = ("wan_beside", "wan_camera", "wan_fun_frames", "wan_vace")
@@ -362,7 +380,9 @@ def test_a_strength_for_another_number_of_videos_is_refused() -> None:
         model.lengths(given)
 
 
-@pytest.mark.parametrize("config", [{}, VACE, {"model_type": "camera_2.2"}, {"in_dim_ref_conv": 4}])
+@pytest.mark.parametrize(
+    "config", [{}, VACE, {"model_type": "camera_2.2"}, {"model_type": "scail2"}, {"in_dim_ref_conv": 4}]
+)
 def test_every_kind_has_a_usual_forward(config: dict[str, Any]) -> None:
     model = made(**config)
     usual = usual_inputs(model, CPU)

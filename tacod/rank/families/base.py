@@ -347,12 +347,16 @@ class DiT(nn.Module, abc.ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The compute dtype, which is that of the weights."""
-        return next(self.parameters()).dtype
+        """The compute dtype, which is that of the weights but for `fp32_weights`."""
+        return next(weight.dtype for name, weight in self.named_parameters() if not self._is_fp32(name))
 
     def dtype_of(self, name: str, compute: torch.dtype) -> torch.dtype:
         """The dtype of a weight where the model computes in ``compute``."""
-        return torch.float32 if self.fp32_weights and re.match(self.fp32_weights, name) else compute
+        return torch.float32 if self._is_fp32(name) else compute
+
+    def _is_fp32(self, name: str) -> bool:
+        """Whether a weight is fp32 in any compute dtype."""
+        return bool(self.fp32_weights) and re.match(self.fp32_weights, name) is not None
 
 
 @lru_cache(maxsize=8)

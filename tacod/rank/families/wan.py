@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2 (Alibaba, 2025, arXiv:2503.20314), and what Fun control, camera control and VACE add to it.
+"""Wan 2.1 and 2.2 (Alibaba, 2025, arXiv:2503.20314), and what Fun and camera control, VACE, Animate and SCAIL add.
 
 Parameters are named as in the authors' files (Wan-Video/Wan2.1, Apache-2.0).
 """
@@ -38,21 +38,17 @@ from tacod.rank.families.wan_files import (
     read_kind,
     vace_distance,
 )
-from tacod.rank.families.wan_parts import (
-    PATCH,
-    PIXELS,
-    Block,
-    CameraAdapter,
-    Clip,
-    Head,
-    Place,
-    VaceBlock,
+from tacod.rank.families.wan_parts import PATCH, PIXELS, Block, CameraAdapter, Clip, Head, VaceBlock, embed_patches
+from tacod.rank.families.wan_scail import MASK_CHANNELS, check_masks, scail_arguments
+from tacod.rank.families.wan_sequence import (
     Video,
-    embed_patches,
     embed_videos,
+    frames_before,
+    list_places,
+    list_videos,
     rotate,
+    video_grid,
 )
-from tacod.rank.families.wan_scail import MASK_CHANNELS, check_masks, place_poses, scail_arguments
 from tacod_client.errors import ArgumentError, ModelUnsupported
 
 __all__ = ["Wan"]
@@ -63,16 +59,25 @@ _EVEN: Mapping[str, tuple[str, ...]] = dict.fromkeys(POSED, ())
 
 
 class Wan(DiT):
-    """Text to video, image to video, first and last frame, Fun control, camera control and VACE.
+    """Text to video, image to video, first and last frame, Fun control, camera control, VACE, Animate and SCAIL.
 
-    ``config`` is ComfyUI's ``unet_config``, and ``clip_dim``, the channels of CLIP's tokens. Raises `ModelUnsupported`,
-    naming the key, for a configuration that can't be.
+    ``config`` is ComfyUI's ``unet_config``, and what its classes have fixed: ``clip_dim``, the channels of CLIP's
+    tokens, and of Animate ``pose_dim``, those of poses, and ``face``, the sizes of `MotionEncoder` and `FaceEncoder`.
+    Raises `ModelUnsupported`, naming the key, for a configuration that can't be.
     """
 
     family: ClassVar[str] = "wan"
     title = "Wan"
-    models = ("2.1 T2V, I2V, FLF2V", "2.2 A14B and 5B", "VACE", "Fun control and camera")
+    models = (
+        "2.1 T2V, I2V, FLF2V",
+        "2.2 A14B and 5B",
+        "2.2 Animate",
+        "VACE",
+        "Fun control and camera",
+        "SCAIL and SCAIL-2",
+    )
     notes = True
+    fp32_weights = r"((vace_)?patch_embedding|patch_embedding_(pose|mask))\.(weight|bias)"
     lora_marks = r"(^|[._])(vace_)?blocks[._]\d+[._]((self|cross)_attn[._](q|k|v|o)(_img)?([._]|$)|ffn[._][02]([._]|$))"
     tiny: ClassVar[Mapping[str, Any]] = {
         "image_model": "wan2.1",
@@ -223,9 +228,7 @@ class Wan(DiT):
         The texts are whole on every rank, so they are no streams.
         """
         self._check(arguments)
-        for each in _beside(arguments):
-            kit.Grid(each, PATCH, "context_latents")
-        tokens = sum(place.grid.length for place in self._places(arguments))
+        tokens = sum(place.grid.length for place in list_places(arguments, self.kind))
         timestep = arguments["timestep"]
         if len(timestep.shape) > 1 and timestep.shape[1] < tokens < 2 * timestep.shape[1]:
             raise ArgumentError(
@@ -251,11 +254,11 @@ class Wan(DiT):
         if timestep.ndim > 1:
             # ComfyUI deals tokens out to frames evenly, a reference's and other videos' too.
             segments = f.sequence.shard(torch.arange(tokens, device=x.device) // -(-tokens // timestep.shape[1]), dim=0)
-        places = self._places(arguments)
+        places = list_places(arguments, self.kind)
         rotation = rotate(places, self.axes, lambda each: f.sequence.shard(each, dim=0), x.device)
-        f.image = Stream(embed_videos(self._videos(arguments), first, last), (tokens,), rotation, segments)
-        f.grid, f.frames = self._grid(arguments), x.shape[2]
-        f.before = _frames_before(arguments) * math.prod(f.grid.counts[1:])
+        f.image = Stream(embed_videos(list_videos(self, arguments), first, last), (tokens,), rotation, segments)
+        f.grid, f.frames = video_grid(arguments), x.shape[2]
+        f.before = frames_before(arguments) * math.prod(f.grid.counts[1:])
         if "camera_conditions" in arguments:
             assert self.control_adapter is not None
             if first < last:
@@ -281,7 +284,7 @@ class Wan(DiT):
         mine = f.sequence.shard(face.transpose(1, 2))
         motion = torch.unflatten(self.motion_encoder(mine.flatten(0, 1)), 0, mine.shape[:2])
         motion = f.sequence.gather(motion, face.shape[2])
-        return (self.face_encoder(motion, self._grid(arguments).counts[0]),)
+        return (self.face_encoder(motion, video_grid(arguments).counts[0]),)
 
     @property
     def trunk(self) -> Sequence[Any]:
@@ -332,14 +335,6 @@ class Wan(DiT):
                 argument="vace_strength",
             )
 
-    def _grid(self, arguments: Mapping[str, Any], before: int = 0) -> kit.Grid:
-        """Of the video with the frames behind it, and so many frames before it."""
-        batch, channels, frames, *sides = arguments["x"].shape
-        frames += before
-        if "time_dim_concat" in arguments:
-            frames += arguments["time_dim_concat"].shape[2]
-        return kit.Grid(torch.empty(batch, channels, frames, *sides, device="meta"), PATCH)
-
     def _texts(self, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         """What the blocks attend to as text and as image, each [B, L, width]."""
         text = self.text_embedding(arguments["context"])
@@ -347,38 +342,6 @@ class Wan(DiT):
             return text, None
         # Without an image ComfyUI takes the text for both.
         return text, self.img_emb(arguments["clip_fea"]) if "clip_fea" in arguments else text
-
-    def _videos(self, arguments: Mapping[str, Any]) -> list[Video]:
-        """Everything that tokens are made of, in order."""
-        video = [arguments[name] for name in ("x", "time_dim_concat") if name in arguments]
-        reference = arguments.get("reference_latent")
-        if self.kind in POSED:
-            video = video if reference is None else [reference, *video]
-            videos = [
-                Video(
-                    torch.cat(video, 2),
-                    self.patch_embedding,
-                    arguments.get("ref_mask_latents"),
-                    self.patch_embedding_mask,
-                )
-            ]
-            if "pose_latents" in arguments:
-                poses, masks = arguments["pose_latents"], arguments.get("sam_latents")
-                videos.append(Video(poses, self.patch_embedding_pose, masks, self.patch_embedding_mask))
-            return videos
-        videos = [Video(each, self.patch_embedding) for each in (torch.cat(video, 2), *_beside(arguments))]
-        return videos if reference is None else [Video(reference, self.ref_conv, rounded=True), *videos]
-
-    def _places(self, arguments: Mapping[str, Any]) -> list[Place]:
-        """Where everything is that tokens are made of."""
-        options = arguments.get("rope_options", {})
-        origin = [options.get(f"shift_{axis}", 0.0) for axis in "tyx"]
-        scale = [options.get(f"scale_{axis}", 1.0) for axis in "tyx"]
-        video = self._grid(arguments, _frames_before(arguments))
-        if self.kind in POSED:
-            return place_poses(video, origin, scale, arguments)
-        beside = [kit.Grid(each, PATCH) for each in _beside(arguments)]
-        return [Place(each, origin, scale, number) for number, each in enumerate((video, *beside))]
 
     def _add_poses(self, f: ForwardPass, poses: Tensor, first: int, last: int) -> None:
         """Add tokens of poses to those of the frames from the second on, as far as there are both."""
@@ -394,15 +357,3 @@ class Wan(DiT):
         stream = f.shard(f.grid.patches(video), lambda chunk: embed_patches(self.vace_patch_embedding, chunk))
         stream.rotation = f.image.rotation
         return stream
-
-
-def _frames_before(arguments: Mapping[str, Any]) -> int:
-    """Frames of references, which stand before the video."""
-    reference = arguments.get("reference_latent")
-    return 0 if reference is None else reference.shape[2] if len(reference.shape) == 5 else 1
-
-
-def _beside(arguments: Mapping[str, Any]) -> Sequence[Tensor]:
-    """The videos beside ``x``."""
-    videos: Sequence[Tensor] = arguments.get("context_latents", ())
-    return videos

@@ -53,11 +53,12 @@ class _Convolution(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, inputs, H, W] to [N, outputs, H, W], or half the sides."""
-        padding = self.size // 2
-        if self.halves:
-            x, padding = _blurred(x, self.size + 1), 0
         layer: Any = self._modules[f"{int(self.halves)}"]
-        out = functional.conv2d(x, _scaled(layer.weight), stride=1 + int(self.halves), padding=padding)
+        stride, padding = 1, self.size // 2
+        if self.halves:
+            # A layer of single pixels looks at every other one, so no others are blurred for it.
+            x, stride, padding = _blurred(x, self.size + 1, 2 if self.size == 1 else 1), 1 if self.size == 1 else 2, 0
+        out = functional.conv2d(x, _scaled(layer.weight), stride=stride, padding=padding)
         if not self.activated:
             return out
         shift: Any = self._modules[f"{1 + int(self.halves)}"]
@@ -249,13 +250,11 @@ def _scaled(weight: Tensor) -> Tensor:
     return weight * (1 / math.sqrt(weight[0].numel()))
 
 
-def _blurred(x: Tensor, padding: int) -> Tensor:
+def _blurred(x: Tensor, padding: int, stride: int) -> Tensor:
     """The means of 4 by 4 pixels, binomially weighted; so many rows and columns of zeros are added, half on each side.
 
     Files hold the weights, which are always these.
     """
-    kernel = _blur(x.dtype, x.device)
     x = functional.pad(x, [(padding + 1) // 2, padding // 2] * 2)
-    return functional.conv2d(x.flatten(0, 1)[:, None], kernel[None, None]).view(
-        *x.shape[:2], *(s - 3 for s in x.shape[2:])
-    )
+    kernel = _blur(x.dtype, x.device).expand(x.shape[1], 1, -1, -1)
+    return functional.conv2d(x, kernel, stride=stride, groups=x.shape[1])

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -13,27 +9,12 @@ from torch.nn import functional
 from tacod.rank.families import kit
 from tacod.rank.families.stream import ForwardPass, Stream
 from tacod.rank.ops.norm import Norm
-from tacod.rank.ops.qkv import Rotation
 
-__all__ = [
-    "PATCH",
-    "PIXELS",
-    "Block",
-    "CameraAdapter",
-    "Clip",
-    "Head",
-    "Place",
-    "VaceBlock",
-    "Video",
-    "embed_patches",
-    "embed_videos",
-    "rotate",
-]
+__all__ = ["PATCH", "PIXELS", "Block", "CameraAdapter", "Clip", "Head", "VaceBlock", "embed_patches"]
 
 PATCH = (1, 2, 2)
 """Frames, rows and columns of a token."""
 _EPSILON = 1e-6
-_THETA = 10000.0
 PIXELS = 8
 """Pixels of a latent cell, along each side of a camera's conditions."""
 
@@ -43,69 +24,6 @@ def embed_patches(layer: nn.Conv3d, patches: Tensor) -> Tensor:
     assert layer.bias is not None
     weight, bias = layer.weight.flatten(1).float(), layer.bias.float()
     return functional.linear(patches.float(), weight, bias).to(patches.dtype)
-
-
-@dataclass(frozen=True)
-class Video:
-    """Latents [B, C, T, H, W], or of one frame [B, C, H, W], that a convolution makes tokens of, in their order."""
-
-    latents: Tensor
-    layer: Any
-    mask: Tensor | None = None
-    """Latents of the same sides, whose tokens by ``mask_layer`` are added."""
-    mask_layer: Any = None
-    rounded: bool = False
-    """Whether the layer computes in the latents' dtype, not in fp32."""
-
-    @property
-    def length(self) -> int:
-        """How many tokens there are."""
-        return kit.Grid(self.latents, PATCH[-self.latents.ndim + 2 :]).length
-
-    def tokens(self, first: int, last: int) -> Tensor:
-        """Some tokens, [B, last - first, width]."""
-        grid = kit.Grid(self.latents, PATCH[-self.latents.ndim + 2 :])
-        patches = grid.patches(self.latents)[:, first:last]
-        if self.rounded:
-            return functional.linear(patches, self.layer.weight.flatten(1), self.layer.bias)
-        tokens = embed_patches(self.layer, patches)
-        if self.mask is not None:
-            tokens = tokens + embed_patches(self.mask_layer, grid.patches(self.mask)[:, first:last])
-        return tokens
-
-
-def embed_videos(videos: Sequence[Video], first: int, last: int) -> Tensor:
-    """Tokens ``first`` to ``last`` of videos one behind the other, [B, last - first, width]."""
-    parts, begin = [], 0
-    for video in videos:
-        end = begin + video.length
-        parts.append(video.tokens(*(min(max(place - begin, 0), end - begin) for place in (first, last))))
-        begin = end
-    return torch.cat(parts, dim=1)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the tokens of a grid are: from ``origin`` on (frame, row, column), ``scale`` apart."""
-
-    grid: kit.Grid
-    origin: Sequence[float] = (0.0, 0.0, 0.0)
-    scale: Sequence[float] = (1.0, 1.0, 1.0)
-    source: int = 0
-    """Which of the videos beside ``x`` it is, from 1 on; they are turned once more, by this number."""
-
-
-def rotate(
-    places: Sequence[Place], axes: Sequence[int], shard: Callable[[Tensor], Tensor], device: torch.device
-) -> Rotation:
-    """The rotation of this rank's tokens of what lies at these places."""
-    positions = [place.grid.positions(place.origin, place.scale, device) for place in places]
-    turned = kit.rope(shard(torch.cat(positions)), axes, _THETA)
-    if not any(place.source for place in places):
-        return turned
-    sources = [each.new_full((len(each), 1), place.source) for each, place in zip(positions, places, strict=True)]
-    other = kit.rope(shard(torch.cat(sources)), (sum(axes),), _THETA)
-    return Rotation(turned.cos * other.cos - turned.sin * other.sin, turned.sin * other.cos + turned.cos * other.sin)
 
 
 class Block(nn.Module):

@@ -5,22 +5,16 @@ Reference frames stand before the video's, and a video of poses, often of half t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from tacod.rank.families import kit
 from tacod.rank.families.inputs import Argument, Spec
-from tacod.rank.families.wan_parts import PATCH, Place
 from tacod_client.errors import ArgumentError
 
-__all__ = ["MASK_CHANNELS", "check_masks", "place_poses", "scail_arguments"]
+__all__ = ["MASK_CHANNELS", "check_masks", "scail_arguments"]
 
 MASK_CHANNELS = 28
 """Channels of SCAIL-2's masks."""
-_APART = 120.0
-"""How far references, or poses, are moved away from the video, in tokens."""
 
 
 def scail_arguments(channels: int, masks: int | None) -> dict[str, Spec]:
@@ -51,34 +45,3 @@ def check_masks(arguments: Mapping[str, Any]) -> None:
             f"ref_mask_latents: it has {masks.shape[2]} frames; expected {frames}, those of the references and of x",
             argument="ref_mask_latents",
         )
-
-
-def place_poses(
-    video: kit.Grid, origin: Sequence[float], scale: Sequence[float], arguments: Mapping[str, Any]
-) -> list[Place]:
-    """Where references, video and poses are.
-
-    ``video`` is the grid of references and video together; ``origin`` and ``scale`` are how its positions are changed.
-    Poses have the frames' own sides, however small they are. Where a character is replaced, references are below the
-    video, and poses beside it at its own times; else poses are beside it, behind the references in time.
-    """
-    frames, *sides = video.sides
-    first = arguments["reference_latent"].shape[2] if "reference_latent" in arguments else 0
-    replaces = arguments.get("ref_mask_flag") is not None and not arguments["ref_mask_flag"]
-    begin = float(max(first - 1, 0) if replaces else first)
-    places = [Place(video, origin, scale)]
-    if replaces:
-        places = [Place(_grid(frames - first, sides), (origin[0] + begin, *origin[1:]), scale)]
-        if first:
-            places.insert(0, Place(_grid(first, sides), (0.0, _APART, 0.0)))
-    if "pose_latents" in arguments:
-        poses = kit.Grid(arguments["pose_latents"], PATCH, "pose_latents")
-        padded = (2 * count for count in poses.counts[1:])
-        stretch = [side / other for side, other in zip(sides, padded, strict=True)]
-        down, right = ((each - 1) / 2 for each in stretch)
-        places.append(Place(poses, (begin, down, _APART + right), (1.0, *stretch)))
-    return places
-
-
-def _grid(frames: int, sides: Sequence[int]) -> kit.Grid:
-    return kit.Grid(torch.empty(1, 1, frames, *sides, device="meta"), PATCH)

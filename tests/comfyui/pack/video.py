@@ -25,7 +25,7 @@ CLIP_WIDTH = 40
 """Of the tokens of images in the goldens; ComfyUI's class has a fixed one."""
 BYT5_SIZES = {"in_dim": 36, "hidden_dim": 44, "out_dim": 44}
 """Of the mapper of ByT5's tokens."""
-FACE = {"widths": [4] * 8, "style": 8, "motion": 4, "outputs": 512, "face": 8}
+FACE = {"widths": [2] * 8, "style": 8, "motion": 4, "outputs": 512, "face": 8}
 """Of the encoder of faces; ComfyUI's class has fixed ones."""
 _projection = wan.MLPProj
 _mapper = getattr(hunyuan_video, "ByT5Mapper", None)
