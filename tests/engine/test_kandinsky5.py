@@ -315,7 +315,7 @@ def test_both_kinds_have_a_usual_forward(ours: dict[str, Any]) -> None:
 
 
 def test_images_are_sampled_and_videos_need_what_is_given() -> None:
-    assert check_samples(made(**IMAGE)) is FLUX
+    assert check_samples(made(**IMAGE)) == (FLUX,)
     with pytest.raises(ArgumentError, match="its x has 9 channels and its output 4"):
         check_samples(made())
 
