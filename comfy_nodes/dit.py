@@ -21,6 +21,7 @@ from . import hooks
 from .errors import NotRemote, Refused, errors_explained
 from .network import Network
 from .patches import PREFIX, to_request
+from .progress import Blocks
 from .record import Record
 from .remote import DTYPES, Remote
 from .source import Source
@@ -62,6 +63,7 @@ class RemoteDiT(torch.nn.Module):
         self.dtype = dtype
         self.remote = remote
         self.record = Record()
+        self.shown = Blocks()
         self.shell: weakref.ref[BaseModel] | None = None
         """The model around this one, set by who makes it."""
         self._variants: OrderedDict[Any, Model] = OrderedDict()
@@ -196,7 +198,10 @@ class RemoteDiT(torch.nn.Module):
         arguments = {name: value for name, value in named.items() if value is not None and self.network.takes(name)}
         dtype = (x if isinstance(x, torch.Tensor) else x[0]).dtype
         arguments |= self.network.meanings(arguments, dtype, options)
-        out, model = self._asked(dtype, lambda model: model.forward(x=x, timestep=timestep, **arguments))
+        try:
+            out, model = self._asked(dtype, lambda model: model.forward(x=x, timestep=timestep, **arguments))
+        finally:
+            self.shown.clear()
         self.record.add(model)
         return out
 
@@ -261,6 +266,7 @@ class RemoteDiT(torch.nn.Module):
             with errors_explained():
                 wanted = None if dtype == self.dtype else DTYPES[dtype]
                 self._variants[key] = self.remote.load(to_request(patches, self.remote.source.names), wanted)
+                self._variants[key].on_blocks = self.shown
         self._variants.move_to_end(key)
         while len(self._variants) > VARIANTS:
             self._variants.popitem(last=False)

@@ -16,6 +16,7 @@ from .convert import Converted, Settings, convert, open_file
 from .dit import RemoteDiT, remote_of
 from .errors import Refused, errors_explained
 from .listing import model_files
+from .progress import say
 from .record import Run, Totals
 from .shell import carry_over
 from .source import load_here
@@ -94,7 +95,7 @@ class _Loader:
         def hear(what: str, done: int, total: int) -> None:
             if bar is not None:
                 bar.update_absolute(done, max(total, 1))
-            _say(f"{what} {done >> 20} of {total >> 20} MiB", node)
+            say(f"{what} {done >> 20} of {total >> 20} MiB", node)
 
         return hear
 
@@ -103,14 +104,8 @@ class _Loader:
         """A node's outputs; the console gets to hear of the success."""
         info = _info(made)
         log.info("%s", success_text(info))
-        _say(f"in the daemon, on {info['world_size']} rank{'s' * (info['world_size'] > 1)}", node)
+        say(f"in the daemon, on {info['world_size']} rank{'s' * (info['world_size'] > 1)}", node)
         return made.patcher, info
-
-
-def _say(text: str, node: str | None) -> None:
-    """A line in a node's body, for as long as the graph runs."""
-    if node is not None and hooks.find("server.PromptServer.send_progress_text") is not None:
-        hooks.find("server.PromptServer").instance.send_progress_text(text, node)
 
 
 def _info(made: Converted) -> dict[str, Any]:

@@ -245,12 +245,17 @@ I_KNOW = "this daemon fails on purpose"
 class Fault(_Section):
     """One fault in a rank, on purpose."""
 
-    kind: Literal["raise", "out_of_memory", "exit", "segfault", "sleep", "collective"]
-    """``collective`` waits for an exchange that no other rank takes part in, for ever, as ``sleep`` does in Python."""
+    kind: Literal["raise", "out_of_memory", "exit", "segfault", "sleep", "slow", "collective"]
+    """``collective`` waits for an exchange that no other rank takes part in, for ever, as ``sleep`` does in Python.
+    ``slow`` waits for `seconds` and goes on."""
     at: Literal["start", "load", "unload", "forward", "call", "sample"] = "forward"
     """In which work; each step of a sampling run is one."""
-    when: Literal["before", "after"] = "before"
-    """Before the rank's part of the work, so that the others wait for it, or after it."""
+    when: Literal["before", "after", "block"] = "before"
+    """Before the rank's part of the work, so that the others wait for it, after it, or before a block of a watched
+    forward."""
+    block: NonNegativeInt | None = None
+    """With ``block``: before which one; each of them if absent."""
+    seconds: PositiveFloat = 1.0
     rank: NonNegativeInt | None = None
     """Which rank; all of them if absent."""
     skip: NonNegativeInt = 0
@@ -260,7 +265,7 @@ class Fault(_Section):
 
     @model_validator(mode="after")
     def _can_be(self) -> Fault:
-        if self.at == "start" and (self.when == "after" or self.kind in ("collective", "out_of_memory")):
+        if self.at == "start" and (self.when != "before" or self.kind in ("collective", "out_of_memory")):
             raise ValueError(f'at = "start" is before all work: no {self.kind} there, and nothing after it')
         return self
 

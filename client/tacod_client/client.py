@@ -293,6 +293,9 @@ class Model:
             _log.warning("%s: a patch was left out: %s", self.name, note)
         self.stats = ModelStats()
         """Accumulated over this object's calls."""
+        self.on_blocks: Callable[[int, int], None] | None = None
+        """Hears, during a forward of more than half a second, how many of the model's blocks are done, and of how many.
+        """
 
     def _describe(self, described: dict[str, Any]) -> None:
         self.id: str = described["id"]
@@ -353,7 +356,9 @@ class Model:
             return True
 
         started = time.perf_counter()
-        *_, reply = self._converse("forward", body, uploads, holds)
+        for reply in self._converse("forward", body, uploads, holds):
+            if reply.type == "progress" and self.on_blocks is not None:
+                self.on_blocks(reply.body["block"], reply.body["blocks"])
         out = all_like(reply.body["out"], x)
         self.stats.forwards += 1
         self.stats.add(reply.body, time.perf_counter() - started)

@@ -10,6 +10,7 @@ from typing import Any
 
 from tacod.config import Config
 from tacod.execution.manifest import Manifest, Model
+from tacod.execution.paces import LONG_S
 from tacod.execution.records import Records
 from tacod.execution.residency import Residency
 from tacod.execution.scheduler import ON_MODEL, Job, Outcome, Scheduler, Verb
@@ -21,7 +22,7 @@ from tacod.group.processes import GroupLost
 from tacod.group.restarts import RestartPolicy
 from tacod.group.work import Command, Evict, Forward, Loaded, MethodCall, SampleStep, Stepped, Unload
 from tacod.notify import notify
-from tacod_client.errors import ModelError, ModelNotFound, OutOfMemory, TacodError, Unavailable
+from tacod_client.errors import ModelError, ModelNotFound, OutOfMemory, QueueFull, TacodError, Unavailable
 
 __all__ = ["Executor"]
 
@@ -114,7 +115,7 @@ class Executor:
     @property
     def wakes_at(self) -> list[float]:
         """The moments on the monotonic clock at which `poll` has something to do, whatever else happens."""
-        moments = (self.group.deadline, self._spawn_at, self._look_at)
+        moments = (self.group.deadline, self._spawn_at, self._look_at, self.group.look_at)
         return [moment for moment in moments if moment is not None]
 
     def close(self) -> None:
@@ -160,12 +161,20 @@ class Executor:
         """Cancel a job; returns whether it has ended already. Raises `JobNotFound`."""
         ended = self.scheduler.cancel(job_id)
         self._end(ended)
+        self._stop_if_cancelling()
         return bool(ended)
 
     def drop(self, session: bytes) -> None:
         """End a session's jobs and its uploads."""
         self.store.disclaim(session)
         self._end(self.scheduler.drop(session))
+        self._stop_if_cancelling()
+
+    def _stop_if_cancelling(self) -> None:
+        """If the running job is being cancelled, stop its forward, if that is long."""
+        item = self.current
+        if item is not None and item.watched and item.job is not None and item.job.cancelling:
+            self.group.stop()
 
     def abort(self, error: TacodError) -> None:
         """End all jobs with ``error``, and the ranks with them."""
@@ -182,6 +191,7 @@ class Executor:
         try:
             answer = self.group.receive()
             self._report_load()
+            self._report_blocks()
             if answer is not None:
                 self._take(answer)
             self.group.check(now)
@@ -201,6 +211,19 @@ class Executor:
         if progress is not None and progress != item.progress:
             item.progress = progress
             self._on_progress(item.job, {"done_bytes": progress.done, "total_bytes": progress.total})
+
+    def _report_blocks(self) -> None:
+        """Report how far a long forward is."""
+        item, blocks = self.current, self.group.blocks
+        if item is None or item.job is None or item.job.verb is not Verb.FORWARD or blocks in (None, item.blocks):
+            return
+        elapsed_s = time.monotonic() - item.began_s
+        if elapsed_s < LONG_S:
+            return
+        assert blocks is not None
+        item.blocks = blocks
+        body = {"job": item.job.id, "block": blocks.done, "blocks": blocks.total, "elapsed_s": elapsed_s}
+        self._on_progress(item.job, body)
 
     @staticmethod
     def _progress(job: Job, sigma: float | None) -> dict[str, Any]:
@@ -283,8 +306,8 @@ class Executor:
         return [job.model for job in self.scheduler.jobs]
 
     def _hand_out(self, item: WorkItem) -> None:
-        self.current = item
-        self.group.run(item.command, map(self.store.get, item.digests), item.timeout_s)
+        self.current, item.began_s = item, time.monotonic()
+        self.group.run(item.command, map(self.store.get, item.digests), item.timeout_s, item.watched)
 
     def _load(self, purpose: Purpose, model: Model, job: Job | None = None) -> None:
         evicts = []
@@ -306,9 +329,11 @@ class Executor:
         elif isinstance(job.body, Forward | MethodCall):
             command = job.body
         else:
-            command = SampleStep(job.id, job.step, job.body if job.step == 0 else None)
+            record = list(map(self.store.describe, job.record)) if job.begins else []
+            command = SampleStep(job.id, job.step, job.body if job.begins else None, record)
         item = WorkItem(Purpose.STEP, command, self.config.group.step_timeout_s, job, evicts=evicts)
-        item.digests = job.digests if job.step == 0 else []
+        item.digests = [*job.digests, *job.record] if job.begins else []
+        item.watched = self.records.may_be_long(job)
         item.queue_s = time.monotonic() - (job.submitted_s if job.ready_s is None else job.ready_s)
         self._hand_out(item)
 
@@ -338,6 +363,7 @@ class Executor:
             self.residency.note_unloaded([*item.evicts, job.model])
         else:
             step = self.records.note_step(job, answer, item.queue_s)
+            self._keep_step(job, step)
             self.residency.note_used(job.model, job.session, now)
         ended = self.scheduler.finish_step()
         if job.verb is Verb.SAMPLE and step is not None and job.outcome in (None, Outcome.RESULT):
@@ -346,6 +372,34 @@ class Executor:
             job.ready_s = time.monotonic()
         else:
             self._end([ended], step)
+
+    def _keep_step(self, job: Job, step: Stepped) -> None:
+        """Keep what a run's step came to, in the store, if it was long and all steps before are kept.
+
+        New ranks then go on behind it. Once one isn't kept, such as for want of room, none is.
+        """
+        if job.verb is not Verb.SAMPLE or job.kept != job.step:
+            return
+        if not step.record:
+            self._drop_record(job)
+            return
+        kept = [digest for each in self.scheduler.jobs for digest in each.record]
+        nbytes = self.store.size_of(kept) + sum(each.nbytes for each in step.record)
+        try:
+            if nbytes > self.store.limit // 2:
+                raise QueueFull(f"kept steps of runs would take {nbytes} bytes, over half of limits.store_bytes")
+            digests = self.store.put_all(step.record)
+        except QueueFull as error:
+            log.info("job %s begins anew if the ranks are lost: %s", job.id, error.message)
+            self._drop_record(job)
+            return
+        self.store.pin(digests)
+        job.record += digests
+        job.kept, job.tries, job.cause = job.step + 1, 1, ""
+
+    def _drop_record(self, job: Job) -> None:
+        self.store.unpin(job.record)
+        job.record, job.kept = [], 0
 
     def _note_loaded(self, job: Job, model: Model, answer: Answer) -> None:
         self.records.metrics.loads.observe(answer.elapsed_s)
@@ -393,7 +447,7 @@ class Executor:
         if job.verb is Verb.SAMPLE:
             # The run ended with the step that failed.
             self.group.forget(job.id)
-            job.step = 0
+            job.begin_anew()
         evicts = [cleared.id]
         self._hand_out(WorkItem(Purpose.CLEAR, Evict(evicts), self.config.group.step_timeout_s, job, evicts=evicts))
         return True
@@ -405,6 +459,7 @@ class Executor:
             self.records.metrics.jobs_total[job.outcome.value] += 1
             self.store.unpin(job.digests, job.verb is not Verb.SAMPLE)
             self._unpin_restores(job)
+            self._drop_record(job)
             if job.verb is Verb.SAMPLE and job.outcome is not Outcome.RESULT:
                 self.group.forget(job.id)
             self._on_end(job, step)

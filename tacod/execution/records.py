@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tacod.execution.manifest import Manifest
+from tacod.execution.paces import Paces
 from tacod.execution.scheduler import Job
 from tacod.group.group import Answer
-from tacod.group.work import Forward, Stepped
-from tacod.observe.baselines import Baselines
+from tacod.group.work import Forward, Sample, Stepped
+from tacod.observe.baselines import Baselines, kind_of
 from tacod.observe.metrics import Metrics, StepTimes
 
 __all__ = ["Records"]
@@ -18,6 +21,7 @@ class Records:
     def __init__(self, manifest: Manifest) -> None:
         self.metrics = Metrics()
         self._baselines = Baselines()
+        self._paces = Paces()
         self._manifest = manifest
 
     def note_step(self, job: Job, answer: Answer, queue_s: float) -> Stepped:
@@ -40,8 +44,20 @@ class Records:
         if isinstance(job.body, Forward) and step.ranks == 1 and not step.skipped and not step.prefix_misses:
             self._baselines.note(self._kind_of(job), job.body.arguments, compute_s)
         if step.forwards:
+            self._paces.note(self._work_of(job), answer.elapsed_s / step.forwards)
             self._manifest.note_plan(job.model, step.plan)
         return step
+
+    def may_be_long(self, job: Job) -> bool:
+        """Whether the forwards of a job's next step are long, by those of this kind before; an unknown one may be."""
+        return isinstance(job.body, Forward | Sample) and self._paces.may_be_long(self._work_of(job))
+
+    def _work_of(self, job: Job) -> Any:
+        """What a job's forwards have in common with others that take as long."""
+        body = job.body
+        assert isinstance(body, Forward | Sample)
+        fields = body.arguments if isinstance(body, Forward) else vars(body)
+        return body.model, repr(body.plan), kind_of(self._kind_of(job), fields)
 
     def single_rank_s(self, job: Job) -> float | None:
         """Seconds of a forward like this job's on one rank; None if there was none yet."""

@@ -68,7 +68,15 @@ class Job:
     evict_next: str = ""
     """The model to evict when the job's load is tried again after it found no memory."""
     step: int = 0
+    kept: int = 0
+    """Of a sampling run, the first so many steps: what they came to is kept, so that new ranks go on behind them."""
+    record: list[bytes] = field(default_factory=list)
+    """What these steps' forwards have given, in the store."""
+    begins: bool = True
+    """Whether the ranks need its inputs with its next step: they don't hold the run."""
     attempts: int = 1
+    tries: int = 1
+    """Attempts since the last step that is kept."""
     cause: str = ""
     """What ended the ranks at its last attempt, as `GroupLost.cause` has it."""
     started_s: float | None = None
@@ -85,6 +93,10 @@ class Job:
         assert self.outcome is None, f"job {self.id} ended twice"
         self.outcome, self.error = outcome, error
         return self
+
+    def begin_anew(self) -> None:
+        """The ranks hold nothing of it: it begins again, behind the steps that are kept."""
+        self.step, self.begins = self.kept, True
 
 
 class Scheduler:
@@ -154,7 +166,7 @@ class Scheduler:
         back to the head of its session's queue, and its session to the end of the round.
         """
         job = self._take_running()
-        job.step += 1
+        job.step, job.begins = job.step + 1, False
         if job.cancelling:
             return job.end(Outcome.CANCELLED, _cancelled(job))
         if job.step == job.steps:
@@ -174,28 +186,29 @@ class Scheduler:
         self._put_back(self._take_running(), first=True)
 
     def lose_group(self, reason: str, error: TacodError | None = None, cause: str = "") -> list[Job]:
-        """The ranks are gone, and so is the progress of jobs: all started jobs begin again.
+        """The ranks are gone, and so is the progress of jobs: started jobs begin again, behind the steps that are kept.
 
         This counts as an attempt of the running job. After ``retries`` more attempts, or the second time for the same
-        ``cause``, it fails, with `RankFailed` or with the ``error`` that one of the ranks gave. A lack of memory fails
-        it at once. Returns the ended jobs.
+        ``cause``, both since the last step that is kept, it fails, with `RankFailed` or with the ``error`` that one of
+        the ranks gave. A lack of memory fails it at once. Returns the ended jobs.
         """
         for queue in self._queues.values():
             for job in queue:
-                job.step, job.evict_next = 0, ""
+                job.begin_anew()
+                job.evict_next = ""
         if self.running is None:
             return []
         job = self._take_running()
         if job.cancelling:
             return [job.end(Outcome.CANCELLED, _cancelled(job))]
-        last = job.attempts > self.retries or (cause != "" and cause == job.cause)
+        last = job.tries > self.retries or (cause != "" and cause == job.cause)
         if isinstance(error, OutOfMemory) or (error is not None and last):
             return [job.end(Outcome.FAILED, error)]
         if last:
             what = f"{job.verb.value} failed {job.attempts} times, each time with new ranks; last: {reason}"
             return [job.end(Outcome.FAILED, RankFailed(what, attempts=job.attempts))]
-        job.attempts += 1
-        job.step, job.cause = 0, cause
+        job.attempts, job.tries, job.cause = job.attempts + 1, job.tries + 1, cause
+        job.begin_anew()
         self._put_back(job, first=True)
         return []
 
@@ -204,7 +217,7 @@ class Scheduler:
         for queue in self._queues.values():
             for job in queue:
                 if job.model == model:
-                    job.step = 0
+                    job.begin_anew()
 
     def cancel(self, job_id: str) -> list[Job]:
         """Cancel a job: at once if it waits, at the end of its step if it runs.

@@ -78,6 +78,10 @@ class Store:
         """A tensor that is there."""
         return self._tensors[digest]
 
+    def describe(self, digest: bytes) -> Tensor:
+        """A tensor that is there, by its digest alone."""
+        return self._tensors[digest].without_bytes()
+
     def size_of(self, digests: Iterable[bytes]) -> int:
         """Bytes of those ``digests`` that are stored, each counted once."""
         return sum(self._tensors[digest].nbytes for digest in set(digests) if digest in self._tensors)

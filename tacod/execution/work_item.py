@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from tacod.execution.manifest import Model
 from tacod.execution.scheduler import Job
+from tacod.group.board import Blocks
 from tacod.group.work import Command, Progress
 
 __all__ = ["Purpose", "WorkItem"]
@@ -44,3 +45,9 @@ class WorkItem:
     """How long the job's step has waited for its turn."""
     progress: Progress | None = None
     """The progress of a load that its client was told last."""
+    watched: bool = False
+    """Whether its forwards may be long: see `tacod.group.work.Envelope.watched`."""
+    blocks: Blocks | None = None
+    """The progress of a long forward that its client was told last."""
+    began_s: float = 0.0
+    """When the ranks got it."""

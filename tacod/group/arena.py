@@ -12,6 +12,7 @@ import os
 import struct
 from collections.abc import Sequence
 
+from tacod.group.board import BOARD_BYTES, Board
 from tacod_client import wire
 from tacod_client.errors import ProtocolError
 from tacod_client.wire import Buffer, Message
@@ -39,16 +40,18 @@ class Arena:
     def __init__(self, fd: int | None = None) -> None:
         self.fd = os.memfd_create("tacod") if fd is None else fd
         """The descriptor that another process needs to share it."""
-        self.end = 0
+        self.end = BOARD_BYTES
         """Where the last message's contents end."""
+        self.board = Board(self.fd)
         self._memory: mmap.mmap | None = None
 
     def close(self) -> None:
         """Unmap and close it."""
         os.close(self.fd)
+        self.board.close()
         self._memory = None
 
-    def pack(self, message: Message, start: int = 0) -> bytes:
+    def pack(self, message: Message, start: int = BOARD_BYTES) -> bytes:
         """The packet of a message to a process that shares this memory.
 
         The tensors are written there, from ``start`` on.

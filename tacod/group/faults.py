@@ -23,5 +23,5 @@ class Faults:
         self._seen[at] += 1
         for fault in self._faults:
             if fault.at == at and (count == fault.skip or (fault.always and count > fault.skip)):
-                return Fault(fault.kind, fault.when, fault.rank)
+                return Fault(fault.kind, fault.when, fault.rank, fault.block, fault.seconds)
         return None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tacod import config
+from tacod.group.board import Blocks
 from tacod.group.faults import Faults
 from tacod.group.processes import GroupLost, Processes, Rank
 from tacod.group.work import (
@@ -39,6 +40,12 @@ AGREE_S = 5.0
 """After one rank reports a failure, the others have this long to report the same; otherwise they count as stuck."""
 EXIT_S = 1.0
 """After one rank reports that it is broken, another one's exit within this time counts as the cause."""
+LOOK_S = 0.2
+"""How often the supervisor looks how far a watched forward is."""
+PATIENCE = 20.0
+"""A block of a watched forward counts as stuck after so many times the longest time of earlier ones."""
+LEAST_PATIENCE_S = 30.0
+"""A block has at least this long, or `group.step_timeout_s` if that is less."""
 CACHE_TENSORS = 8192
 """Most client tensors that each rank keeps, however small."""
 
@@ -73,8 +80,16 @@ class _Current:
     started_s: float
     answers: dict[int, Final] = field(default_factory=dict)
     """By rank, in the order of arrival."""
+    watched: bool = False
+    """Whether ranks tell how many blocks they have done."""
     begun: int = 0
     """Forwards after the first that all ranks have begun; each has a time limit of its own."""
+    blocks: Blocks | None = None
+    """How far the slowest rank was at the last look."""
+    advanced_s: float = 0.0
+    """When it came there."""
+    longest_s: float = 0.0
+    """The longest time between two such moments within one forward."""
 
     def first(self, kind: type[FinalType]) -> tuple[int, FinalType] | None:
         """The first rank with such an answer, and the answer."""
@@ -152,6 +167,7 @@ class RankGroup:
     def check(self, now: float) -> None:
         """Raise `GroupLost` if a rank ended or is over its deadline."""
         broken = self._current.broken if self._current is not None else None
+        self._follow_pace(now)
         # One that is broken ends too, and is not the cause of itself.
         self._processes.check(rank for rank in self.ranks if broken is None or not self._has_answered(rank))
         if self.deadline is not None and now > self.deadline:
@@ -173,7 +189,11 @@ class RankGroup:
                 raise self._raised(*raised)
             info = f"; another rank reported: {current.error.message}" if current.error is not None else ""
             waited_s = now - current.started_s
-            reason = f"{names} stuck: no answer to {current.command.verb} within {waited_s:.1f} s{info}"
+            reason = f"{names} stuck: no answer to {current.command.verb} within {waited_s:.1f} s"
+            if (blocks := current.blocks) is not None:
+                reason += f", and none further than block {blocks.done} of {blocks.total}"
+                reason += f" for {now - current.advanced_s:.1f} s"
+            reason += info
             raise GroupLost(reason, current.error)
 
     def _raised(self, index: int, report: Raised | Broken) -> GroupLost:
@@ -186,14 +206,15 @@ class RankGroup:
             return rank.ready
         return self._current is not None and rank.index in self._current.answers
 
-    def run(self, command: Command, tensors: Iterable[Tensor], timeout_s: float) -> None:
+    def run(self, command: Command, tensors: Iterable[Tensor], timeout_s: float, watched: bool = False) -> None:
         """Give one command to every rank. ``tensors`` are the stored ones that it may name by digest.
 
-        Raises `GroupLost` if a rank is gone.
+        The ranks have ``timeout_s`` for it. Where it is ``watched``, they have it for the first block of a forward, and
+        then for each further one as long as `PATIENCE` says. Raises `GroupLost` if a rank is gone.
         """
         assert self.state is GroupState.IDLE
         self._commands += 1
-        self._current = _Current(self._commands, command, time.monotonic())
+        self._current = _Current(self._commands, command, time.monotonic(), watched=watched)
         envelope = Envelope(
             self._commands,
             command,
@@ -201,6 +222,7 @@ class RankGroup:
             forget=self._forgotten,
             evict=self._evict(),
             fault=self.faults.due(command.verb) if self.faults is not None else None,
+            watched=watched,
         )
         self._forgotten = []
         assert self._processes.arena is not None
@@ -275,6 +297,41 @@ class RankGroup:
         if len(self.ranks) == self.world_size and all(rank.ready for rank in self.ranks):
             self.state = GroupState.IDLE
             self.deadline = None
+
+    def stop(self) -> None:
+        """Have the ranks stop a watched forward before its next block; they then report `Cancelled`."""
+        if self._current is not None and self._processes.arena is not None:
+            self._processes.arena.board.ask_to_stop(self._current.id)
+
+    @property
+    def look_at(self) -> float | None:
+        """When `check` is to look how far a watched forward is; None if there is none."""
+        watched = self._current is not None and self._current.watched and self.state is GroupState.BUSY
+        return time.monotonic() + LOOK_S if watched else None
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """How far the slowest rank is with a watched forward; None before one has begun, and if there is none."""
+        current, arena = self._current, self._processes.arena
+        if current is None or not current.watched or arena is None:
+            return None
+        told = (arena.board.blocks(rank.index, current.id) for rank in self.ranks if not self._has_answered(rank))
+        return min((each for each in told if each is not None), default=None)
+
+    def _follow_pace(self, now: float) -> None:
+        """Give a watched forward's next block a time limit, by how long earlier ones took."""
+        current, blocks = self._current, self.blocks
+        if current is None or blocks is None or blocks == current.blocks:
+            return
+        before, current.blocks = current.blocks, blocks
+        if before is not None and before.forward == blocks.forward:
+            current.longest_s = max(current.longest_s, now - current.advanced_s)
+        current.advanced_s = now
+        patience_s = self.settings.step_timeout_s
+        if current.longest_s:
+            patience_s = max(min(LEAST_PATIENCE_S, patience_s), PATIENCE * current.longest_s)
+        if all(isinstance(answer, Done) for answer in current.answers.values()):
+            self.deadline = now + patience_s
 
     @property
     def progress(self) -> Progress | None:

@@ -137,22 +137,25 @@ class Sample(Part):
 
 @dataclass(frozen=True)
 class SampleStep(Part):
-    """One step of a sampling run; only the first one has the inputs."""
+    """One step of a sampling run; the first one has the inputs, and so has the first one on new ranks."""
 
     verb: ClassVar[str] = "sample"
     job: str
     step: int
     inputs: Sample | None = None
+    record: list[Tensor] = field(default_factory=list)
+    """For a run that begins again at a later step: what the forwards of all steps before have given."""
 
     def body(self) -> dict[str, Any]:
         """The fields, the inputs' among them."""
         inputs = self.inputs.body() if self.inputs is not None else {}
-        return {"job": self.job, "step": self.step, **inputs}
+        return {"job": self.job, "step": self.step, "record": self.record, **inputs}
 
     @classmethod
     def read(cls, body: Mapping[str, Any]) -> SampleStep:
         """The step that stands in a body."""
-        return cls(body["job"], body["step"], Sample.read(body) if body["step"] == 0 else None)
+        inputs = Sample.read(body) if "noise" in body else None
+        return cls(body["job"], body["step"], inputs, body["record"])
 
 
 Command = Load | Unload | Evict | Forward | MethodCall | SampleStep
@@ -168,6 +171,8 @@ class Fault(Part):
     kind: str
     when: str
     rank: int | None
+    block: int | None = None
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -183,11 +188,14 @@ class Envelope:
     evict: list[bytes] = field(default_factory=list)
     """Digests of kept tensors to drop after the command."""
     fault: Fault | None = None
+    watched: bool = False
+    """Whether the command's forwards are long, or may be: ranks tell how far they are, and stop at a block if asked."""
 
     def message(self) -> Message:
         """The envelope as a message."""
         fault = self.fault.body() if self.fault is not None else None
         envelope = {"store": self.store, "forget": self.forget, "evict": self.evict, "fault": fault}
+        envelope["watched"] = self.watched
         return Message(self.command.verb, {**self.command.body(), **envelope}, self.id)
 
 
@@ -196,7 +204,7 @@ def read_envelope(message: Message) -> Envelope:
     body = message.body
     fault = Fault.read(body["fault"]) if body["fault"] is not None else None
     command = _COMMANDS[message.type].read(body)
-    return Envelope(message.id, command, body["store"], body["forget"], body["evict"], fault)
+    return Envelope(message.id, command, body["store"], body["forget"], body["evict"], fault, body["watched"])
 
 
 def with_tensors(command: Command, change: Callable[[Tensor], Tensor]) -> Command:
@@ -257,6 +265,8 @@ class Stepped(Part):
     """For how many of these forwards a prefix was computed."""
     sigma: float | None = None
     """A sampling run's noise level after the step."""
+    record: list[Tensor] = field(default_factory=list)
+    """From rank 0, for a watched step of a sampling run: what its forwards have given, guidance included."""
     out: Tensor | list[Tensor] | None = None
     """From rank 0: the output, or one output for each of several latents; for a sampling run the latent, with the last
     step."""

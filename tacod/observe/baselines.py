@@ -8,7 +8,7 @@ from typing import Any
 
 from tacod_client.wire import Tensor
 
-__all__ = ["Baselines"]
+__all__ = ["Baselines", "kind_of"]
 
 KINDS = 256
 """Kinds of forward that are remembered."""
@@ -22,7 +22,7 @@ class Baselines:
 
     def note(self, model: str, arguments: Mapping[str, Any], seconds: float) -> None:
         """A forward with these arguments took so long on one rank."""
-        key = _kind(model, arguments)
+        key = kind_of(model, arguments)
         self._seconds[key] = seconds
         self._seconds.move_to_end(key)
         while len(self._seconds) > KINDS:
@@ -30,10 +30,10 @@ class Baselines:
 
     def of(self, model: str, arguments: Mapping[str, Any]) -> float | None:
         """Seconds of a forward like this one on one rank; None if there was none yet."""
-        return self._seconds.get(_kind(model, arguments))
+        return self._seconds.get(kind_of(model, arguments))
 
 
-def _kind(model: str, arguments: Mapping[str, Any]) -> Any:
+def kind_of(model: str, arguments: Mapping[str, Any]) -> Any:
     """A key for how much work a forward is: its model, and the shapes of its arguments."""
     return model, tuple(sorted((name, _shapes(value)) for name, value in arguments.items()))
 

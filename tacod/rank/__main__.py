@@ -41,6 +41,7 @@ from tacod.rank.cores import usable_cores
 from tacod.rank.engine import Engine
 from tacod.rank.failure import failure
 from tacod.rank.fault import inject
+from tacod.rank.forward.watch import Watch
 from tacod.rank.oom import clear_tracebacks
 from tacod.rank.parallel.topology import Topology
 from tacod.rank.selftest import selftest
@@ -127,10 +128,22 @@ def serve(engine: Engine, channel: socket.socket, arena: Arena) -> None:
         envelope = read_envelope(arena.unpack(packet))
         reporter = Reporter(channel, arena, envelope.id)
         engine.report, engine.forwards.begins = reporter.report_bytes, reporter.begin_forward
+        engine.forwards.watch = _watch(engine, envelope, arena) if envelope.watched else None
         report = _do(engine, envelope)
         reporter.send(report)
         if isinstance(report, Broken):
             sys.exit(1)
+
+
+def _watch(engine: Engine, envelope: Envelope, arena: Arena) -> Watch:
+    """What follows the forwards of a command, and has faults on purpose in their blocks."""
+    fault, rank, world_size = envelope.fault, engine.topology.rank, engine.topology.world_size
+
+    def before_block(block: int) -> None:
+        if fault is not None and fault.block in (None, block):
+            inject(fault, "block", rank, engine)
+
+    return Watch(arena.board, envelope.id, rank, world_size, engine.device.type == "cuda", before_block)
 
 
 def _busy_poll(channel: socket.socket) -> bytes:

@@ -42,7 +42,7 @@ from tacod.rank.forward.run import Call, plan_for
 from tacod.rank.forward.warmup import warm_up
 from tacod.rank.oom import clear_tracebacks, describe_oom
 from tacod.rank.parallel.topology import Topology
-from tacod.rank.sampling.sampling import Run, SampleRequest, begin
+from tacod.rank.sampling.sampling import Run, SampleRequest, begin, go_on
 from tacod.rank.weights.load import (
     DTYPES,
     adapt_weight,
@@ -360,6 +360,7 @@ class Engine:
             plan=str(chosen),
             ranks=chosen.layout.ranks,
             forwards=1,
+            record=[],
             **self._counts(before),
         )
 
@@ -400,11 +401,16 @@ class Engine:
             out = torch.empty(out.shape, dtype=out.dtype, pin_memory=True).copy_(out, non_blocking=True)
         return to_wire(out, "out")
 
-    def sample(self, job: str, step: int, inputs: Sample | None = None) -> Stepped:
-        """One step of the run ``job``; step 0 begins it with its ``inputs``, the last one carries the latent."""
+    def sample(self, job: str, step: int, inputs: Sample | None = None, record: Sequence[wire.Tensor] = ()) -> Stepped:
+        """One step of the run ``job``; the last one carries the latent.
+
+        A step with ``inputs`` begins the run: step 0, or on new ranks a later one, with the ``record`` of those before.
+        """
         if inputs is not None:
             self.runs[job] = self._begin(job, **vars(inputs))
+            go_on(self.runs[job], step, [from_wire(each, "torch").to(self.device) for each in record])
         walk = self.runs[job]
+        walk.denoise.record.clear()
         if walk.denoise.model is None:
             walk.denoise.model = self._resident(walk.model).model
             self.forwards.step_caches.put(walk.denoise.model, walk.cached)
@@ -418,11 +424,21 @@ class Engine:
             plan=str(walk.denoise.plan),
             ranks=walk.denoise.plan.layout.ranks,
             forwards=walk.denoise.forwards - before,
+            record=[],
             **self._counts(counts),
         )
         if last:
             self._end(job)
-        return done
+            return done
+        return replace(done, record=self._recorded(walk))
+
+    def _recorded(self, run: Run) -> list[wire.Tensor]:
+        """What a watched step of a run has predicted, from rank 0: it is kept where ranks don't come to lose it.
+
+        A step cache is lost with the ranks, so a run that has one begins anew.
+        """
+        kept = self.forwards.watch is not None and self.topology.rank == 0 and not run.denoise.plan.step_cache
+        return [self._to_host(each) for each in run.denoise.record] if kept else []
 
     def _end(self, job: str) -> None:
         self.runs.pop(job, None)

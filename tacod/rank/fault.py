@@ -33,6 +33,8 @@ def inject(fault: Fault, when: str, rank: int, engine: Engine | None = None) -> 
         os._exit(EXIT_CODE)
     elif kind == "segfault":
         ctypes.string_at(0)
+    elif kind == "slow":
+        time.sleep(fault.seconds)
     elif kind == "sleep":
         while True:
             time.sleep(3600)

@@ -311,9 +311,10 @@ class Verbs:
 
     def ps(self, session: Session, request: int, body: messages.Empty) -> dict[str, Any]:
         """The running job and the queued ones."""
-        scheduler = self.state.executor.scheduler
+        scheduler, blocks = self.state.executor.scheduler, self.state.executor.group.blocks
         jobs = []
         for job in scheduler.jobs:
+            far = blocks if job is scheduler.running else None
             owner = self.state.sessions.get(job.session)
             jobs.append(
                 {
@@ -323,6 +324,8 @@ class Verbs:
                     "model": job.model,
                     "step": job.step,
                     "total": job.steps,
+                    "block": far.done if far is not None else None,
+                    "blocks": far.total if far is not None else None,
                     "client": f"{owner.name} (pid {owner.pid}, {owner.user})" if owner else None,
                     "age_s": round(time.monotonic() - job.submitted_s, 3),
                 }

@@ -12,9 +12,13 @@ from helpers import FP32, relative_error
 from made_up import engine_of, inputs, model
 from torch import Tensor
 
+from tacod.group.arena import Arena
+from tacod.group.work import Sample
 from tacod.rank.engine import Engine
+from tacod.rank.forward.watch import Watch
 from tacod.rank.parallel.topology import Topology
 from tacod.rank.sampling.packed import Packing
+from tacod.rank.sampling.samplers import SAMPLERS
 from tacod_client.errors import ArgumentError
 from tacod_client.exchange import pack
 from tacod_client.tensors import from_wire
@@ -154,3 +158,29 @@ def test_packed_latents_are_unpacked_as_they_were() -> None:
     for one, other in zip(packing.unpack(torch.cat((packed, packed))), latents, strict=True):
         assert torch.equal(one, torch.cat((other, other)))
     assert Packing.of(latents[0]).pack(latents[0]) is latents[0]
+
+
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+def test_a_run_goes_on_behind_any_step_to_the_same_bits(sampler: str) -> None:
+    """With all that the sampler remembers, and the noise that it draws: it makes the steps before again."""
+    run = asked(sampler=sampler, sigmas=torch.tensor([1.0, 0.8, 0.6, 0.4, 0.2, 0.0]))
+    sent = {name: pack(value, name, {}, None) for name, value in run.items()}
+    steps = len(run["sigmas"]) - 1
+    arena, record, kept = Arena(), [], []
+    engine = engine_of(model("pair"), Topology())
+    engine.forwards.watch = Watch(arena.board, 1, 0, 1, on_gpu=False)
+    with torch.inference_mode():
+        for step in range(steps):
+            done = engine.sample("j", step, Sample("m", **sent) if step == 0 else None)
+            kept.append(list(record))
+            record += done.record
+        whole = [from_wire(each, "torch") for each in done.out]
+        for lost in range(1, steps):
+            again = engine_of(model("pair"), Topology())
+            for step in range(lost, steps):
+                first = step == lost
+                done = again.sample("j", step, Sample("m", **sent) if first else None, kept[lost] if first else ())
+                assert done.forwards > 0
+            for one, other in zip(done.out, whole, strict=True):
+                assert torch.equal(from_wire(one, "torch"), other), lost
+    arena.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TextIO, cast
 
@@ -215,6 +215,12 @@ def models(reply: list[dict[str, Any]]) -> Any:
     )
 
 
+def steps(job: Mapping[str, Any]) -> str:
+    """How far a job is: its steps, and of a long one under way the blocks."""
+    done = f"{job['step']}/{job['total']}"
+    return f"{done}, block {job['block']}/{job['blocks']}" if job.get("blocks") else done
+
+
 def jobs(reply: list[dict[str, Any]]) -> Any:
     """``tacoctl ps``."""
     if not reply:
@@ -226,7 +232,7 @@ def jobs(reply: list[dict[str, Any]]) -> Any:
                 job["job"],
                 job["verb"],
                 job["state"],
-                f"{job['step']}/{job['total']}",
+                steps(job),
                 job["model"] or "",
                 job["client"] or "gone",
                 duration(job["age_s"]),

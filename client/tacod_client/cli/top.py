@@ -177,8 +177,9 @@ def _split(stats: dict[str, Any]) -> Any:
 def _jobs(jobs: list[dict[str, Any]]) -> Any:
     rows = []
     for job in jobs:
-        progress = f"{job['step']}/{job['total']}"
-        share = job["step"] / job["total"] if job["total"] else None
+        progress = show.steps(job)
+        within = job["block"] / job["blocks"] if job.get("blocks") else 0.0
+        share = (job["step"] + within) / job["total"] if job["total"] else None
         client = job["client"] or "gone"
         rows.append((job["job"], job["verb"], job["state"], progress, _bar(share), client, show.duration(job["age_s"])))
     return show.Columns(("job", "verb", "state", "step", "", "client", "age"), rows, long=("client",))

@@ -27,7 +27,7 @@ from tacod.rank.families.kit.modulation import Modulation
 from tacod.rank.families.names import Names, Place
 from tacod.rank.families.noise import Process
 from tacod.rank.families.stream import ForwardPass
-from tacod.rank.families.trunk import BlockCache, run_trunk
+from tacod.rank.families.trunk import BlockCache, BlockWatch, run_trunk
 from tacod.rank.ops.largest import sharing
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod_client.wire import CHANGING
@@ -270,8 +270,9 @@ class DiT(nn.Module, abc.ABC):
         inputs: Inputs,
         cache: BlockCache | None = None,
         prefix: Sequence[Tensor] | None = None,
+        watch: BlockWatch | None = None,
     ) -> Output:
-        """`forward` of these inputs, with the step cache of their run.
+        """`forward` of these inputs, with the step cache of their run, and what follows a long forward.
 
         ``prefix`` is what `compute_prefix` gives for them; it is computed if it is None.
         """
@@ -281,7 +282,7 @@ class DiT(nn.Module, abc.ABC):
         with sharing(sequence.whole.maximum, sequence.images.maximum):
             self.begin(f, **values)
             places = self._residual_places() if inputs.control else {}
-            run_trunk(f, self.trunk, places, inputs.control, cache, self.clamps)
+            run_trunk(f, self.trunk, places, inputs.control, cache, self.clamps, watch)
             return self.end(f)
 
     def _residual_places(self) -> dict[int, tuple[str, int]]:

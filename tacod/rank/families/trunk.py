@@ -12,7 +12,7 @@ from tacod.rank.families.control import Control
 from tacod.rank.families.stream import ForwardPass
 from tacod.rank.parallel.sequence import SequenceParallel
 
-__all__ = ["BlockCache", "finite", "run_trunk"]
+__all__ = ["BlockCache", "BlockWatch", "finite", "run_trunk"]
 
 _LARGEST = torch.finfo(torch.float16).max
 
@@ -31,6 +31,13 @@ class BlockCache(Protocol):
         """Remember what the other blocks have added, in the shape of ``first``."""
 
 
+class BlockWatch(Protocol):
+    """Follows a long forward (`tacod.rank.forward.watch`)."""
+
+    def before(self, block: int, blocks: int) -> None:
+        """Called before each block. Raises `Cancelled` on all ranks if they are to stop here."""
+
+
 def run_trunk(
     f: ForwardPass,
     blocks: Sequence[Any],
@@ -38,6 +45,7 @@ def run_trunk(
     control: Control | None = None,
     cache: BlockCache | None = None,
     clamps: bool = False,
+    watch: BlockWatch | None = None,
 ) -> None:
     """Run the blocks one after the other; afterwards no streams are joined.
 
@@ -48,10 +56,13 @@ def run_trunk(
         control: A ControlNet's residuals.
         cache: The step cache of this run.
         clamps: Whether streams are clamped after each block in fp16.
+        watch: Hears of each block before it begins.
     """
     # Without a cache nothing holds on to the tokens before the first block.
     before = [] if cache is None else f.output_tokens
     for number, block in enumerate(blocks):
+        if watch is not None:
+            watch.before(number, len(blocks))
         block(f)
         if clamps and f.image.dtype == torch.float16:
             for stream in f.streams:

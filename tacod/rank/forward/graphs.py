@@ -4,8 +4,10 @@ A graph replays a forward's kernels and collectives without the host, which at 1
 GPUs run them. Results don't change: a graph is used only if its first replay equals, to the bit and on every rank, the
 forward of the same inputs without it.
 
-Two kinds of forward have no graph: those with a step cache, because the host decides whether blocks are skipped, and
-those of a model for which the host reads numbers from the GPU, such as how many tokens an expert gets (`DiT.graphs`).
+Three kinds of forward have no graph: those with a step cache, because the host decides whether blocks are skipped;
+those of a model for which the host reads numbers from the GPU, such as how many tokens an expert gets (`DiT.graphs`);
+and long ones, which are watched (`tacod.rank.forward.watch`): their launches hide behind what runs, and a graph can't
+be stopped.
 
 A family's prefix (`tacod.rank.forward.prefixes`) is computed before its forward and never within a graph. A graph has a
 copy of one prefix and overwrites it when a forward comes with another one.
@@ -28,9 +30,10 @@ from tacod.rank.families.base import DiT, Output
 from tacod.rank.forward.prefixes import Prefix, Prefixes
 from tacod.rank.forward.run import Call, clone, compute_prefix, equal, relative_difference, run
 from tacod.rank.forward.step_cache import StepCache, StepCaches
+from tacod.rank.forward.watch import Watch
 from tacod.rank.ops.table_cache import holding
 from tacod.rank.parallel.topology import Topology
-from tacod_client.errors import TacodError
+from tacod_client.errors import Cancelled, TacodError
 
 __all__ = ["Forwards"]
 
@@ -57,6 +60,8 @@ class Forwards:
         self.prefixes = Prefixes(prefix_bytes)
         self.begins: Callable[[], None] = lambda: None
         """Called before each forward, also before the one that captures a graph."""
+        self.watch: Watch | None = None
+        """For the forwards of a command that may be long."""
         self._kinds: WeakKeyDictionary[DiT, OrderedDict[Hashable, Graph | _Without]] = WeakKeyDictionary()
         self._pool: Any = None
 
@@ -93,7 +98,7 @@ class Forwards:
             kinds[kind] = _Without.YET
             while len(kinds) > KINDS:
                 kinds.popitem(last=False)
-        elif known is _Without.YET:
+        elif known is _Without.YET and self.watch is None:
             more = 0 if call.prefix is None else call.prefix.most_bytes
             while (
                 more + sum(each.most_bytes for each in kinds.values() if isinstance(each, Graph)) > self.prefixes.limit
@@ -135,12 +140,16 @@ class Forwards:
 
     def _run(self, call: Call, cache: StepCache | None = None) -> Output:
         """A forward without a graph."""
-        return self._guarded(lambda: run(call, self.topology, cache))
+        return self._guarded(lambda: run(call, self.topology, cache, self.watch))
 
     def _guarded(self, compute: Callable[[], T]) -> T:
         """Part of a forward; if it breaks off, nothing is left of earlier ones."""
         try:
             return compute()
+        except Cancelled:
+            # All ranks stop before the same block, where nothing is under way between them.
+            self.topology.settle()
+            raise
         except TacodError:
             # All ranks refuse it alike, before they meet.
             raise

@@ -15,6 +15,7 @@ from tacod.rank.families.base import DiT, Output
 from tacod.rank.families.inputs import Inputs
 from tacod.rank.families.trunk import BlockCache
 from tacod.rank.forward.prefixes import Prefix
+from tacod.rank.forward.watch import Watch
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.parallel.topology import Seat, Topology
 
@@ -54,17 +55,31 @@ def plan_for(dit: DiT, asked: Request, world_size: int, arguments: Mapping[str, 
     return make_plan(asked, world_size, Shape(dit.heads, dit.width, images, dit.lengths(arguments)), dit.rates)
 
 
-def run(call: Call, topology: Topology, cache: BlockCache | None = None) -> Output:
-    """One forward. Every rank passes all inputs and gets the whole output, also one that the plan leaves idle."""
+def run(call: Call, topology: Topology, cache: BlockCache | None = None, watch: Watch | None = None) -> Output:
+    """One forward. Every rank passes all inputs and gets the whole output, also one that the plan leaves idle.
+
+    With a ``watch`` it may stop before a block: all ranks raise `Cancelled` then.
+    """
+    if watch is not None:
+        watch.begin()
     inputs, layout = call.inputs, call.plan.layout
     seat = topology.seat(layout)
     outs: list[Tensor] | None = None
     if seat is not None:
         tensors = None if call.prefix is None else call.prefix.tensors
         # With a step cache, each batch group decides by itself whether it skips blocks.
-        out = _on_seat(call, seat, cache is None, lambda sequence, mine: call.dit.run(sequence, mine, cache, tensors))
+
+        def compute(sequence: SequenceParallel, mine: Inputs) -> Output:
+            out = call.dit.run(sequence, mine, cache, tensors, watch)
+            if watch is not None:
+                watch.end()
+            return out
+
+        out = _on_seat(call, seat, cache is None, compute)
         sizes = chunks(inputs.batch, layout.batch)
         outs = [seat.batch.gather(each, sizes, dim=0) for each in (out if isinstance(out, list) else [out])]
+    elif watch is not None:
+        watch.end()
     if layout.ranks < topology.world_size:
         latents = inputs.latents
         shapes = call.dit.output_shapes([tuple(each.shape) for each in latents])

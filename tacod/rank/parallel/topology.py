@@ -68,16 +68,20 @@ class Topology:
             self._seats[layout] = self._make_seat(layout)
         return self._seats[layout]
 
+    def settle(self) -> None:
+        """Wait until this rank's GPU has done what was begun, and forget how long it waited for others."""
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()
+            self.clock.wait()
+        # Its waits are no later step's.
+        self.clock.take_s()
+
     def begin_anew(self) -> None:
         """After a failed forward, keep the next one from seeing what it left in shared memory.
 
         Every graph must be gone.
         """
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.synchronize()
-            # Its waits are no later step's.
-            self.clock.wait()
-            self.clock.take_s()
+        self.settle()
         for transport in self._transports.values():
             transport.reset()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +25,7 @@ from tacod_client import wire
 from tacod_client.errors import ArgumentError
 from tacod_client.tensors import from_wire
 
-__all__ = ["Run", "SampleRequest", "begin"]
+__all__ = ["Run", "SampleRequest", "begin", "go_on"]
 
 Latents = wire.Tensor | list[wire.Tensor]
 """A latent, or a list where the model has several."""
@@ -205,6 +206,18 @@ def begin(
     return Run(denoise, steps, levels.tolist(), finish)
 
 
+def go_on(run: Run, step: int, record: Sequence[Tensor]) -> None:
+    """Bring a run that has just begun to where an earlier one was before ``step``, to the bit.
+
+    ``record`` is what `Denoiser.record` was in all steps before: the sampler makes these steps again, without forwards.
+    """
+    run.denoise.replay.extend(record)
+    for _ in range(step):
+        next(run.steps)
+    assert not run.denoise.replay, "a record of other steps"
+    assert not run.denoise.record, "a record of fewer steps"
+
+
 class Denoiser:
     """A model as the samplers need it: it predicts the clean latent, guidance included."""
 
@@ -233,6 +246,10 @@ class Denoiser:
         self.packing = packing
         self.joint = Inputs.stack(conditions, images)
         self.forwards = 0
+        self.record: list[Tensor] = []
+        """What it has predicted since the step began."""
+        self.replay: deque[Tensor] = deque()
+        """What it predicted before the ranks were lost: a run that goes on is given these, and computes nothing."""
         self.plan: Plan
         """The last forward's plan."""
 
@@ -252,6 +269,13 @@ class Denoiser:
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """``x`` [B, C, H, W], or several latents packed, in fp32 at the noise level ``sigma`` → the clean ones."""
+        if self.replay:
+            return self.replay.popleft()
+        clean = self._predict(x, sigma)
+        self.record.append(clean)
+        return clean
+
+    def _predict(self, x: Tensor, sigma: Tensor) -> Tensor:
         if self.joint is not None:
             many = len(self.conditions)
             outs = self._forward(torch.cat([x] * many), sigma, self.joint, tuple(self.digests)).chunk(many)
