@@ -30,7 +30,8 @@ NODES = HERE.parents[1] / "comfy_nodes"
 START_S = 180.0
 Graph = dict[str, dict[str, Any]]
 
-_PREVIEW = 1
+_PREVIEW, _TEXT = 1, 3
+"""Kinds of binary messages."""
 
 
 @dataclass
@@ -42,6 +43,8 @@ class Outcome:
     error: str = ""
     events: list[dict[str, Any]] = field(default_factory=list)
     previews: int = 0
+    said: list[tuple[str, str]] = field(default_factory=list)
+    """What nodes showed while they ran: node ids and texts."""
     texts: dict[str, str] = field(default_factory=dict)
     """What display nodes showed, by node id."""
     seconds: float = 0.0
@@ -183,7 +186,10 @@ class ComfyUI:
             while not outcome.kind:
                 message = page.recv(timeout=timeout_s)
                 if isinstance(message, bytes):
-                    outcome.previews += int.from_bytes(message[:4], "big") == _PREVIEW
+                    kind, size = (int.from_bytes(message[at : at + 4], "big") for at in (0, 4))
+                    outcome.previews += kind == _PREVIEW
+                    if kind == _TEXT:
+                        outcome.said.append((message[8 : 8 + size].decode(), message[8 + size :].decode()))
                     continue
                 event = json.loads(message)
                 outcome.events.append(event)

@@ -180,7 +180,7 @@ def test_a_run_goes_on_behind_any_step_to_the_same_bits(sampler: str) -> None:
             for step in range(lost, steps):
                 first = step == lost
                 done = again.sample("j", step, Sample("m", **sent) if first else None, kept[lost] if first else ())
-                assert done.forwards > 0
+                assert done.forwards > 0 or step == steps - 1
             for one, other in zip(done.out, whole, strict=True):
                 assert torch.equal(from_wire(one, "torch"), other), lost
     arena.close()
