@@ -16,7 +16,7 @@ def client_of(endpoint: str) -> Client:
     """The client for an endpoint; an empty one means the default.
 
     Its calls end within 20 ms of a click on Cancel, with ComfyUI's own exception, and the daemon then stops at the
-    next step.
+    next step, or before the next block of a long one.
     """
     where = find_endpoint(endpoint or None)
     if where not in _clients:

@@ -32,7 +32,7 @@ class World:
         self.ran: list[str] = []
         self.fails = False
 
-    def run(self, call: Call, topology: Topology, cache: Any) -> Tensor:
+    def run(self, call: Call, topology: Topology, cache: Any, watch: Any) -> Tensor:
         self.ran.append("run, split_kv" if call.plan.attention.split_kv else "run")
         return 2 * call.inputs.latents[0]
 
@@ -87,6 +87,22 @@ def test_the_second_is_captured_and_later_ones_are_replayed(make: Any) -> None:
     assert world.ran[-1] == "run, split_kv", "another shape is another kind"
     forward(forwards, plan=Plan(Layout(1, 1, 1), 1, Shape(1, 16), attention=AttentionPolicy(exchange="int8")))
     assert world.ran[-1] == "run, split_kv", "so is another plan"
+
+
+def test_watched_ones_are_not_captured(make: Any) -> None:
+    """They are long; nothing within a graph could be told of, or stopped. Their bits are those of others."""
+    world, forwards = make()
+    forwards.watch = object()
+    for _ in range(3):
+        forward(forwards)
+    assert world.ran == ["run, split_kv"] * 3
+    forwards.watch = None
+    for _ in range(2):
+        forward(forwards)
+    assert world.ran[3:] == ["run, split_kv", "capture", "replay", "replay"]
+    forwards.watch = object()
+    forward(forwards)
+    assert world.ran[-1] == "replay", "a kind that was short, and of which it isn't known any more"
 
 
 @pytest.mark.parametrize("fails", [False, True])

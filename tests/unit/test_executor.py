@@ -23,7 +23,8 @@ from tacod.config import Config, Models
 from tacod.execution.executor import Executor
 from tacod.execution.manifest import Model
 from tacod.execution.scheduler import ON_MODEL, Job, Outcome, Verb
-from tacod.group.group import AGREE_S, EXIT_S, GroupState
+from tacod.group.board import Blocks
+from tacod.group.group import AGREE_S, EXIT_S, LEAST_PATIENCE_S, GroupState
 from tacod.group.work import Stepped
 from tacod_client.errors import (
     Cancelled,
@@ -631,6 +632,77 @@ def test_a_rank_that_hangs_is_found_although_the_others_go_on(walk: Walk) -> Non
     ranks[2].answer("done", ANSWERS["sample"])
     pass_by(walk, CONFIG.group.step_timeout_s + 1)
     assert all(rank.reaped for rank in ranks)
+
+
+def tell(walk: Walk, rank: FakeRank, done: int, total: int = 40) -> None:
+    """Have a rank's blocks be known to the supervisor."""
+    rank._arena.board.tell(rank.index, walk.work.id, Blocks(0, done, total))
+
+
+def test_the_time_limit_of_a_long_forward_follows_its_blocks(walk: Walk) -> None:
+    """The slowest rank's count; a block may take 20 times as long as the longest before it."""
+    ranks = busy_with(walk, Verb.FORWARD)
+    assert walk.work.body["watched"]
+    for done in range(6):
+        for rank in ranks[:2]:
+            tell(walk, rank, done)
+        pass_by(walk, CONFIG.group.step_timeout_s - 1)
+    assert walk.executor.group.blocks == Blocks(0, 5, 40)
+    pass_by(walk, 19 * (CONFIG.group.step_timeout_s - 1))
+    assert walk.executor.group.state is GroupState.BUSY
+    tell(walk, ranks[0], 30)
+    pass_by(walk, 1)
+    assert walk.executor.group.blocks == Blocks(0, 5, 40)
+    pass_by(walk, CONFIG.group.step_timeout_s)
+    assert all(rank.reaped for rank in ranks)
+
+
+def test_a_long_forward_that_hangs_is_found_sooner(walk: Walk) -> None:
+    """By a pace of one second: not after what the first block had."""
+    executor = walk.executor
+    executor.group.settings = executor.group.settings.model_copy(update={"step_timeout_s": 1000.0})
+    walk.ready()
+    walk.submit(Verb.LOAD, BASE, "load")
+    walk.answer()
+    executor.config = executor.config.model_copy(update={"group": executor.group.settings})
+    walk.submit(Verb.FORWARD, BASE, "work")
+    ranks = walk.alive
+    for done in range(4):
+        for rank in ranks:
+            tell(walk, rank, done)
+        pass_by(walk, 1)
+    pass_by(walk, LEAST_PATIENCE_S - 2)
+    assert executor.group.state is GroupState.BUSY
+    pass_by(walk, 3)
+    assert all(rank.reaped for rank in ranks)
+
+
+def test_what_is_known_to_be_short_is_not_watched(walk: Walk) -> None:
+    """The first of a kind is, for nobody knows; then its pace is known."""
+    busy_with(walk, Verb.FORWARD)
+    walk.answer()
+    walk.submit(Verb.FORWARD, BASE, "again")
+    walk.clock.now += 0.6
+    walk.answer()
+    walk.submit(Verb.FORWARD, BASE, "of a long one")
+    walk.answer()
+    watched = [each.body["watched"] for each in walk.alive[0].heard if each.type == "forward"]
+    assert watched == [True, False, True]
+
+
+def test_cancel_asks_for_a_stop_of_a_watched_forward(walk: Walk) -> None:
+    ranks = busy_with(walk, Verb.FORWARD)
+    board = ranks[0]._arena.board
+    assert not board.is_asked_to_stop(walk.work.id)
+    assert walk.executor.cancel("work") is False
+    assert board.is_asked_to_stop(walk.work.id)
+    error = Cancelled("the forward was stopped before block 3 of 40").to_wire()
+    walk.answer("failed", {"error": error})
+    assert walk.ended[-1].outcome is Outcome.CANCELLED
+    walk.submit(Verb.FORWARD, BASE, "next")
+    assert not board.is_asked_to_stop(walk.work.id)
+    walk.answer()
+    assert walk.ended[-1].outcome is Outcome.RESULT
 
 
 def test_a_load_that_gets_on_has_all_the_time(walk: Walk) -> None:

@@ -267,6 +267,28 @@ def test_lost_job_begins_again_from_its_own_inputs() -> None:
     assert (lost.attempts, between.attempts) == (2, 1)
 
 
+def test_lost_job_goes_on_behind_the_steps_that_are_kept() -> None:
+    """And its tries count from there: a run of many hours has all of them for each step."""
+    lost, between = job("1", b"a", 9), job("2", b"b", 3)
+    scheduler = queue(lost, between)
+    for kept in range(1, 5):
+        assert start(scheduler) is lost
+        lost.kept, lost.tries, lost.cause = kept, 1, ""
+        scheduler.finish_step()
+        assert (lost.step, lost.begins) == (kept, False)
+        if kept == 1:
+            start(scheduler)
+            scheduler.finish_step()
+            scheduler.cancel("2")
+        for _ in range(RETRIES):
+            start(scheduler)
+            assert scheduler.lose_group("rank 1 died") == []
+            assert (lost.step, lost.begins) == (kept, True)
+    assert lost.attempts == 1 + 4 * RETRIES
+    start(scheduler)
+    assert scheduler.lose_group("rank 1 died") == [lost]
+
+
 def test_lost_job_fails_after_its_retries_and_says_why() -> None:
     lost = job("1", verb=Verb.FORWARD)
     scheduler = queue(lost)
