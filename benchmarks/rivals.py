@@ -59,7 +59,8 @@ from tacod.rank.forward.graphs import Forwards
 from tacod.rank.forward.run import Call
 from tacod.rank.ops import fused, linear, qkv, quantize_rows
 from tacod.rank.parallel.topology import Topology
-from tacod.rank.weights.load import quantize_blocks, share
+from tacod.rank.weights.fp8 import quantize_blocks
+from tacod.rank.weights.load import share
 from tacod_client import Client
 from tacod_client.stats import ModelStats
 

@@ -29,14 +29,19 @@ NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 @contextmanager
 def daemon(
-    gpus: Sequence[str], ranks: int, root: str, command: Sequence[str] = ("-m", "tacod.daemon", "--config")
+    gpus: Sequence[str],
+    ranks: int,
+    root: str,
+    command: Sequence[str] = ("-m", "tacod.daemon", "--config"),
+    memory_bytes: int | None = None,
 ) -> Iterator[str]:
     """A tacod on these GPUs, or on so many CPU ranks if there are none; gives its endpoint."""
     with tempfile.TemporaryDirectory(prefix="tacod-") as folder:
         endpoint, config, log = f"ipc://{folder}/s", Path(folder, "c.toml"), Path(folder, "log")
         named = json.dumps([int(gpu) if gpu.isdigit() else gpu for gpu in gpus])
         group = f'device = "cuda"\ngpus = {named}' if gpus else f'device = "cpu"\nranks = {ranks}'
-        config.write_text(f'endpoint = "{endpoint}"\n[group]\n{group}\n[models]\nroots = ["{root}"]\n')
+        limit = "" if memory_bytes is None else f"memory_bytes = {memory_bytes}\n"
+        config.write_text(f'endpoint = "{endpoint}"\n[group]\n{group}\n[models]\nroots = ["{root}"]\n{limit}')
         with log.open("wb") as output:
             process = subprocess.Popen([sys.executable, *command, str(config)], stderr=output)
         try:

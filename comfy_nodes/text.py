@@ -30,6 +30,7 @@ def info_text(info: Mapping[str, Any]) -> str:
         f"Ranks: {info['world_size']} ({devices})",
         f"Plan: {info['plan']}",
         f"Weights: {info['weights']}",
+        *([f"Memory: {_memory(info)}"] if info["streamed_bytes"] else []),
         *([f"Quantized: {_layers(info['quantization'])}"] if info["quantization"] else []),
         f"Daemon: tacod {info['version']} at {info['endpoint']}, {info['state']}",
     ]
@@ -69,6 +70,13 @@ def stats_text(stats: Mapping[str, Any]) -> str:
     if stats["retries"]:
         lines.insert(4, f"Retries: {stats['retries']} (ranks were lost and replaced; the result is the same)")
     return "\n".join(lines)
+
+
+def _memory(info: Mapping[str, Any]) -> str:
+    """Where weights lie that aren't whole on each rank."""
+    where = "with the other ranks" if info["placement"] == "sharded" else "in the host's memory"
+    held, fetched = (f"{info[key] / 2**30:.1f} GiB" for key in ("resident_bytes", "streamed_bytes"))
+    return f"{held} of the weights on each rank; {fetched} lie {where} and are fetched in each forward"
 
 
 def _split(stats: Mapping[str, Any]) -> str:

@@ -140,6 +140,7 @@ class Client:
         plan: Any = "auto",
         dtype: str | None = None,
         progress: Callable[[int, int], None] | None = None,
+        weights: str = "auto",
     ) -> Model:
         """Have a model resident on all ranks, and return it once it is.
 
@@ -161,8 +162,14 @@ class Client:
                 ``fp8`` is bf16 with the blocks' matrices multiplied in 8 bits: faster, and less exact. With
                 ``_weight_only`` behind one of the first three, a quantized model's activations stay as they are, where
                 ComfyUI quantizes them too: nearer to the model that was quantized, and not equal to ComfyUI.
+            weights: Where they lie. ``"replicated"``: whole on each GPU. ``"sharded"``: each GPU holds a share of each
+                block and fetches the others' while it computes. ``"host"``: blocks lie in the host's memory, once for
+                all GPUs, and are fetched from there. ``"auto"``: whole if that fits in the daemon's
+                ``models.memory_bytes`` (or in the GPU's memory); else as many blocks as fit are whole, and the others
+                lie with the other GPUs if these reach each other, or with the host. The results are the same to the
+                bit.
 
-        Idempotent: the same file in the same state, patches and dtype give the same model id, and load once.
+        Idempotent: the same file in the same state, patches, dtype and weights give the same model id, and load once.
         Raises a `ModelError` if the file can't be served.
         """
         for name in (path, *(patch.get("path") for patch in patches or () if isinstance(patch, Mapping))):
@@ -170,7 +177,7 @@ class Client:
                 raise ModelNotFound(f"{encodable(str(name))} is no UTF-8, and so no name that travels; rename the file")
         uploads: Uploads = {}
         packed = pack(patches, "patches", uploads, Tensor.with_digest) if patches else None
-        loading = Loading(str(path), dtype, packed, plan, uploads)
+        loading = Loading(str(path), dtype, packed, plan, uploads, weights)
         return Model(self._connection, loading, loading.run(self._connection, progress))
 
     def model(self, model: str, plan: Any = "auto") -> Model:
@@ -256,10 +263,14 @@ class Loading:
     patches: Any
     plan: Any
     uploads: Uploads
+    weights: str = "auto"
 
     def run(self, connection: Connection, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
         """Load it, and return the daemon's description of it."""
         body = {"path": self.path, "dtype": self.dtype, "patches": self.patches, "plan": self.plan}
+        if self.weights != "auto":
+            # A daemon that is older doesn't know the word.
+            body["weights"] = self.weights
         described: dict[str, Any] = {}
         for reply in converse(connection, "load", lambda: body, self.uploads):
             if reply.type == "done":
@@ -311,6 +322,12 @@ class Model:
         """What was left out of the patches, and why; a line each."""
         self.quantization: dict[str, int] = dict(described.get("quantization", {}))
         """How many of its layers have which format, such as ``int8_convrot``; empty for a model of plain weights."""
+        self.weights: str = described.get("weights", "replicated")
+        """Where its weights lie: ``replicated``, ``sharded`` or ``host``."""
+        self.resident_bytes: tuple[int, ...] = tuple(described.get("resident_bytes", ()))
+        """What of them each rank holds on its device."""
+        self.streamed_bytes: tuple[int, ...] = tuple(described.get("streamed_bytes", ()))
+        """What each rank fetches in a forward."""
 
     def __repr__(self) -> str:
         return f"<Model {self.id} {self.family} {self.name}>"

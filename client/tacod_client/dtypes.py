@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-__all__ = ["COMPUTE_DTYPES", "ComputeDtype", "is_weight_only", "of_numbers"]
+__all__ = ["COMPUTE_DTYPES", "WEIGHTS", "ComputeDtype", "Weights", "is_weight_only", "of_numbers"]
 
 ComputeDtype = Literal["fp32", "bf16", "fp16", "fp8", "fp32_weight_only", "bf16_weight_only", "fp16_weight_only"]
 """fp8 is bf16 with the blocks' matrices multiplied in 8 bits. With ``_weight_only`` a quantized model's activations are
 never quantized."""
+Weights = Literal["auto", "replicated", "sharded", "host"]
+"""Where a model's weights may lie; see `Client.load`."""
+WEIGHTS: tuple[str, ...] = get_args(Weights)
 COMPUTE_DTYPES: tuple[str, ...] = get_args(ComputeDtype)
 
 _WEIGHT_ONLY = "_weight_only"

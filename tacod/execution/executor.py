@@ -315,7 +315,8 @@ class Executor:
             evicts = self.residency.make_room(model, self.config.models, self._needed, job.evict_next)
             job.evict_next = ""
         timeout_s = self.config.group.load_timeout_s
-        self._hand_out(WorkItem(purpose, model.load(evicts), timeout_s, job, model, evicts, model.digests))
+        room = self.residency.room_for(model, self.config.models, evicts)
+        self._hand_out(WorkItem(purpose, model.load(evicts, room), timeout_s, job, model, evicts, model.digests))
 
     def _start_step(self, job: Job) -> None:
         if isinstance(job.body, Model):

@@ -41,6 +41,8 @@ class Model:
     """Weight patches as the client sent them, with real paths."""
     files: Mapping[str, str] = field(default_factory=dict)
     """The identity of each file that the patches name, by its path."""
+    asked_weights: str = "auto"
+    """Where its load request wants the weights to lie."""
     asked_name: str = field(default="", compare=False)
     """The file's name in the request; in a hub's cache, links lead to a file of another name."""
     base: Model | None = None
@@ -48,7 +50,8 @@ class Model:
     family: str = ""
     parameters: int = 0
     weight_bytes: int = 0
-    """On each rank, without what it shares with its base; from the file's header until the ranks report it."""
+    """On the rank that holds most, without what it shares with its base; until ranks report it, from the file's header.
+    """
     sampling: dict[str, Any] = field(default_factory=dict)
     """What a client has to know to begin a run: the latent's channels, and the noise process."""
     loaded_s: float = 0.0
@@ -60,14 +63,20 @@ class Model:
     """What the ranks left out of the patches."""
     quantization: Mapping[str, int] = field(default_factory=dict)
     """How many of its layers have which format."""
+    weights: str = ""
+    """Where they lie: ``replicated``, ``sharded`` or ``host``."""
+    resident_bytes: tuple[int, ...] = ()
+    """On each rank's device."""
+    streamed_bytes: tuple[int, ...] = ()
+    """What each rank fetches in a forward."""
 
     @property
     def name(self) -> str:
         """The file's name."""
         return self.asked_name or os.path.basename(self.path)
 
-    def load(self, evict_models: Sequence[str] = ()) -> Load:
-        """The command that loads it and evicts ``evict_models``."""
+    def load(self, evict_models: Sequence[str] = (), memory_bytes: int | None = None) -> Load:
+        """The command that loads it into so much memory of each rank, and evicts ``evict_models``."""
         return Load(
             model=self.id,
             path=self.path,
@@ -77,6 +86,8 @@ class Model:
             base=self.base.id if self.base else None,
             evict_models=list(evict_models),
             files=dict(self.files),
+            weights=self.asked_weights,
+            memory_bytes=memory_bytes,
         )
 
     @property
@@ -100,6 +111,9 @@ class Model:
             sampling=facts.sampling,
             notes=tuple(facts.notes),
             quantization=facts.quantization,
+            weights=facts.weights,
+            resident_bytes=tuple(facts.resident_bytes),
+            streamed_bytes=tuple(facts.streamed_bytes),
             loaded_s=elapsed_s,
             shape=Shape(facts.heads, facts.width),
         ).planned(self.asked, world_size)
@@ -124,6 +138,9 @@ class Model:
             "loaded_s": round(self.loaded_s, 3),
             "notes": list(self.notes),
             "quantization": dict(self.quantization),
+            "weights": self.weights,
+            "resident_bytes": list(self.resident_bytes),
+            "streamed_bytes": list(self.streamed_bytes),
         }
 
 
@@ -151,8 +168,12 @@ class Manifest:
             raise ModelNotFound(f"no model {model_id!r} is loaded; `tacoctl models` lists them", model=model_id)
         return self._models[model_id]
 
-    def describe(self, path: str, dtype: str | None, patches: Any, plan: Any, world_size: int) -> Model:
-        """The model that a load request means; its id is a function of the file's state, the dtype and the patches.
+    def describe(
+        self, path: str, dtype: str | None, patches: Any, plan: Any, world_size: int, weights: str = "auto"
+    ) -> Model:
+        """The model that a load request means.
+
+        Its id is a function of the file's state, the dtype, where the weights are to lie, and the patches.
 
         Raises a `ModelError` if the file may not or can't be loaded, `ArgumentError` for a plan that can't be.
         """
@@ -163,7 +184,10 @@ class Manifest:
         # As the ranks choose it: fp32 on a CPU, the file's own on a GPU.
         compute = dtype or ("fp32" if self.device == "cpu" else None)
         expected = checkpoint.weight_bytes(_BYTES[of_numbers(compute)] if compute else None)
-        base = Model(_name(identity, dtype), real, identity, dtype, weight_bytes=expected, asked=asked)
+        known = [identity, dtype, *([weights] if weights != "auto" else [])]
+        # About: two blocks are there besides.
+        held = {"sharded": expected // world_size, "host": 0}.get(weights, expected)
+        base = Model(_name(*known), real, identity, dtype, weight_bytes=held, asked=asked, asked_weights=weights)
         base = replace(base, asked_name=_last_name(path))
         if not patches:
             return base
@@ -172,7 +196,7 @@ class Manifest:
         contents = [_contents((patch, files.get(patch.get("path", ""), ""))) for patch in resolved]
         return replace(
             base,
-            id=_name(identity, dtype, contents),
+            id=_name(*known, contents),
             patches=resolved,
             files=files,
             base=base,
@@ -243,7 +267,9 @@ class Manifest:
             evicted += order[: max(0, len(siblings) + 1 - variants)]
         staying = [each for each in self if each.id not in evicted]
         coming = [each for each in (model, model.base) if each is not None and each.id not in self]
-        excess = sum(each.weight_bytes for each in (*staying, *coming)) - (budget or 0)
+        # A model that is larger than the budget makes do with it.
+        excess = sum(each.weight_bytes for each in staying) - (budget or 0)
+        excess += min(sum(each.weight_bytes for each in coming), budget or 0)
         while budget is not None and excess > 0 and (next_one := self.next_to_go(model, evicted, needed)) is not None:
             evicted.append(next_one.id)
             excess -= next_one.weight_bytes

@@ -108,6 +108,14 @@ class Residency:
         gone = [first] if first in self._manifest else []
         return self._manifest.to_evict(model, limits.memory_bytes, limits.variants, needed, gone)
 
+    def room_for(self, model: Model, limits: Models, evicts: Sequence[str]) -> int | None:
+        """How many bytes of weights the load of a model may take on each rank; None for no limit."""
+        if limits.memory_bytes is None:
+            return None
+        own = {model.id, *([model.base.id] if model.base is not None else [])}
+        staying = [each for each in self._manifest if each.id not in own and each.id not in evicts]
+        return max(0, limits.memory_bytes - sum(each.weight_bytes for each in staying))
+
     def clear_for(self, job_model: str, needed: Sequence[str]) -> Model | None:
         """The patched model to evict because a step of ``job_model`` found no memory; None if there is none."""
         bases = [each.id for each in self._manifest if each.base is None]

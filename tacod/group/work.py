@@ -78,6 +78,10 @@ class Load(Part):
     evict_models: list[str]
     files: dict[str, str] = field(default_factory=dict)
     """The identity of each file that the patches name, by its path."""
+    weights: str = "auto"
+    """Where the weights are to lie (`tacod.rank.weights.placement`)."""
+    memory_bytes: int | None = None
+    """How many bytes of weights each rank may hold."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +226,7 @@ class Facts(Part):
     family: str
     parameters: int
     weight_bytes: int
-    """On each rank, without what it shares with its base."""
+    """On the rank that holds most, without what it shares with its base."""
     dtype: str
     heads: int
     width: int
@@ -231,6 +235,12 @@ class Facts(Part):
     """The patches that were left out, and why."""
     quantization: dict[str, int] = field(default_factory=dict)
     """How many weights of the file are in which format (`Checkpoint.formats`); empty for plain ones."""
+    weights: str = "replicated"
+    """Where they lie: ``replicated``, ``sharded`` or ``host``."""
+    resident_bytes: list[int] = field(default_factory=list)
+    """On each rank's device, without what it shares with its base."""
+    streamed_bytes: list[int] = field(default_factory=list)
+    """What each rank fetches in a forward."""
 
 
 @dataclass(frozen=True)

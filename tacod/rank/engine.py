@@ -50,7 +50,6 @@ from tacod.rank.weights.load import (
     get_weight,
     is_packed,
     load_model,
-    quantize_blocks,
     set_weight,
     share,
     weight_bytes,
@@ -60,6 +59,8 @@ from tacod.rank.weights.patch_request import parse_patches
 from tacod.rank.weights.patches import Patch, apply, factors
 from tacod.rank.weights.reader import changed
 from tacod.rank.weights.remap import identify
+from tacod.rank.weights.sizes import SMALLEST
+from tacod.rank.weights.streaming import Streaming
 from tacod.rank.weights.unfilled import Unfilled
 from tacod_client import wire
 from tacod_client.dtypes import is_weight_only
@@ -70,6 +71,8 @@ from tacod_client.wire import CHANGING, map_tensors
 
 __all__ = ["Engine"]
 
+FOR_WEIGHTS = 0.85
+"""The part of a GPU's memory that the weights of a model may take if nothing else is said."""
 NOTES = 8
 NOTE_CHARACTERS = 300
 """How many patches that were left out are told of, and how much of each."""
@@ -84,6 +87,8 @@ class Resident:
     shapes: Mapping[str, Sequence[int]]
     """The weights' shapes, by their names in the single file."""
     facts: Facts
+    streaming: Streaming
+    """What has stored its weights, where they don't lie whole on each rank; its patched models' too."""
 
 
 class Engine:
@@ -99,8 +104,11 @@ class Engine:
         graphs: bool = True,
         warm: bool = True,
         prefix_bytes: int = PREFIX_BYTES,
+        smallest: int = SMALLEST,
     ) -> None:
         self.device = device
+        self.smallest = smallest
+        """Tensors of fewer bytes stay whole on each rank."""
         self.warm = warm
         """Whether a load on a GPU warms up the model."""
         self.topology = topology
@@ -204,17 +212,20 @@ class Engine:
         base: str | None,
         evict_models: list[str],
         files: Mapping[str, str] = MappingProxyType({}),
+        weights: str = "auto",
+        memory_bytes: int | None = None,
     ) -> Loaded:
         """Make a model resident under the id ``model``; does nothing if it is resident already.
 
         With ``patches``, ``base`` is loaded too, and the two share the weights that aren't patched. ``files`` has the
-        identities that the files of the patches had when the request came. Runs of evicted models continue when those
-        are loaded again.
+        identities that the files of the patches had when the request came. ``weights`` says where they are to lie, and
+        ``memory_bytes`` how many each rank may hold (`choose`). Runs of evicted models continue when those are loaded
+        again.
         """
         for evicted in evict_models:
             self._evict(evicted)
         self._give_memory_back()
-        plain = self.models.get(base or model) or self._load_file(path, identity, dtype)
+        plain = self.models.get(base or model) or self._load_file(path, identity, dtype, weights, memory_bytes)
         loaded = {base or model: plain}
         if model not in self.models:
             loaded[model] = self._patch(plain, patches, files) if base is not None else plain
@@ -225,7 +236,9 @@ class Engine:
         self.models |= loaded
         return Loaded(self.models[model].facts, plain.facts)
 
-    def _load_file(self, path: str, identity: str, dtype: str | None) -> Resident:
+    def _load_file(
+        self, path: str, identity: str, dtype: str | None, weights: str, memory_bytes: int | None
+    ) -> Resident:
         checkpoint = read_checkpoint(path)
         if checkpoint.identity != identity:
             raise changed(path)
@@ -237,9 +250,18 @@ class Engine:
             raise ArgumentError(
                 f"dtype: {name} can't multiply in 8 bits (Ada and Hopper can); use bf16", argument="dtype"
             )
-        loaded = load_model(checkpoint, DTYPES[chosen], self.device, self.report, is_weight_only(chosen))
-        if chosen == "fp8":
-            quantize_blocks(loaded)
+        room = self._memory_for_weights() if memory_bytes is None else memory_bytes
+        streaming = Streaming(self.topology.everyone, self.device, weights, room, self.topology.reaches, self.smallest)
+        with streaming:
+            loaded = load_model(
+                checkpoint,
+                DTYPES[chosen],
+                self.device,
+                self.report,
+                weight_only=is_weight_only(chosen),
+                fp8=chosen == "fp8",
+                streaming=streaming,
+            )
         # Before it is resident: a load that fails here leaves nothing behind.
         if self.device.type == "cuda" and self.warm:
             hint = "that was a forward at 1024² on all ranks, to warm up; unload a model, or set group.warm_up = false"
@@ -249,7 +271,10 @@ class Engine:
         facts = Facts(
             family=loaded.family,
             parameters=checkpoint.parameters,
-            weight_bytes=weight_bytes(loaded),
+            weight_bytes=max(resident := self._everyones(weight_bytes(loaded))),
+            weights=streaming.placement.kind,
+            resident_bytes=resident,
+            streamed_bytes=streaming.streamed_bytes(loaded),
             dtype=chosen,
             heads=loaded.heads,
             width=loaded.width,
@@ -257,7 +282,7 @@ class Engine:
             quantization=checkpoint.formats,
         )
         with Unfilled():
-            return Resident(loaded, family.lora_layout(config), family.shapes(config), facts)
+            return Resident(loaded, family.lora_layout(config), family.shapes(config), facts, streaming)
 
     def _patch(self, base: Resident, patches: Any, files: Mapping[str, str]) -> Resident:
         """The base's weights with patches applied; only patched weights take memory of their own."""
@@ -269,24 +294,38 @@ class Engine:
             return read_lora(path, base.layout, base.shapes, strength, type(model).spellings, files.get(path), notes)
 
         given = map_tensors(patches, lambda each: from_wire(each, "torch"))
-        for key, each in parse_patches(given, read, base.shapes, type(base.model).canonical, notes).items():
-            if all(patch.idle for patch in each):
-                continue
-            low_rank = factors(each, base.shapes[key], key) if is_packed(model, key) else None
-            if low_rank is not None:
-                adapt_weight(patched, key, *low_rank)
-                continue
-            weight = get_weight(model, key).to(model.dtype_of(key, model.dtype))
-            merged = apply(weight, each, key)
-            if merged.shape != weight.shape:
-                raise ArgumentError(f"patches: {key} would grow to {list(merged.shape)}", argument="patches")
-            if merged is not weight:
-                set_weight(patched, key, merged)
-        own = weight_bytes(model, patched) - weight_bytes(model)
+        parsed = parse_patches(given, read, base.shapes, type(base.model).canonical, notes)
+        with base.streaming as streaming:
+            for keys in streaming.in_turn(
+                model, patched, [key for key, each in parsed.items() if not all(patch.idle for patch in each)]
+            ):
+                for key in keys:
+                    _change(model, patched, key, parsed[key], base.shapes[key])
+        resident = self._everyones(weight_bytes(model, patched) - weight_bytes(model))
         if len(notes) > NOTES:
             notes[NOTES:] = [f"and {len(notes) - NOTES} more"]
         short = [shortened(encodable(note), NOTE_CHARACTERS) for note in notes]
-        return replace(base, model=patched, facts=replace(base.facts, weight_bytes=own, notes=short))
+        facts = replace(
+            base.facts,
+            weight_bytes=max(resident),
+            resident_bytes=resident,
+            streamed_bytes=streaming.streamed_bytes(patched),
+            notes=short,
+        )
+        return replace(base, model=patched, facts=facts)
+
+    def _memory_for_weights(self) -> int | None:
+        """Bytes of weights for which every GPU has memory, with some left for what is computed; None for CPUs."""
+        if self.device.type != "cuda":
+            return None
+        _, total = torch.cuda.mem_get_info(self.device)
+        return min(self._everyones(int(total * FOR_WEIGHTS)))
+
+    def _everyones(self, number: int) -> list[int]:
+        """Every rank's number, in the order of ranks."""
+        mine = torch.tensor([number], dtype=torch.int64, device=self.device)
+        numbers: list[int] = self.topology.everyone.gather(mine, [1] * self.topology.world_size, dim=0).tolist()
+        return numbers
 
     def unload(self, model: str, evict_models: list[str]) -> None:
         """Unload a model and those that are made of it by patches."""
@@ -452,3 +491,17 @@ class Engine:
         run = begin(request, dit, asked, self.forwards, self.device, job)
         run.model = model
         return run
+
+
+def _change(model: DiT, patched: DiT, key: str, patches: Sequence[Patch], shape: Sequence[int]) -> None:
+    """Apply patches to a weight of ``model``, for ``patched``, which shares its other weights."""
+    low_rank = factors(patches, shape, key) if is_packed(model, key) else None
+    if low_rank is not None:
+        adapt_weight(patched, key, *low_rank)
+        return
+    weight = get_weight(model, key).to(model.dtype_of(key, model.dtype))
+    merged = apply(weight, patches, key)
+    if merged.shape != weight.shape:
+        raise ArgumentError(f"patches: {key} would grow to {list(merged.shape)}", argument="patches")
+    if merged is not weight:
+        set_weight(patched, key, merged)

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, InstanceOf, V
 
 from tacod.execution.store import tensors_of
 from tacod_client import wire
-from tacod_client.dtypes import ComputeDtype
+from tacod_client.dtypes import ComputeDtype, Weights
 from tacod_client.errors import ArgumentError
 
 __all__ = [
@@ -93,7 +93,7 @@ Arguments = Annotated[dict[str, Any], AfterValidator(_check_extent)]
 
 
 class RequestBody(BaseModel):
-    """A request's body: every field is required, and no other is allowed."""
+    """A request's body: no field is allowed but these, and all are required that have no default."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -138,6 +138,7 @@ class Load(RequestBody):
     dtype: ComputeDtype | None
     patches: Annotated[list[Any] | None, AfterValidator(_check_patches)]
     plan: Plan
+    weights: Weights = "auto"
 
 
 class Unload(RequestBody):

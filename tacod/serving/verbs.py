@@ -138,7 +138,7 @@ class Verbs:
         for path in (body.path, *(patch.get("path") for patch in body.patches or () if isinstance(patch, dict))):
             if isinstance(path, str):
                 self.state.uploads.check(path)
-        model = manifest.describe(body.path, body.dtype, body.patches, body.plan, world_size)
+        model = manifest.describe(body.path, body.dtype, body.patches, body.plan, world_size, body.weights)
         reply = None
         if model.id in manifest:
             self.state.executor.residency.note_used(model.id, session.token, time.monotonic())

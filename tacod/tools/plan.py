@@ -37,6 +37,7 @@ def _plan(argv: Sequence[str] | None) -> int:
     parser.add_argument("--size", default="1024x1024")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--text", type=int, help="text tokens; by default those of the family's usual forward")
+    parser.add_argument("--memory", type=float, help="GiB of weights on each rank")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
     return _of_file(args, read_checkpoint(os.path.realpath(args.file)))
@@ -47,7 +48,9 @@ def _of_file(args: argparse.Namespace, checkpoint: Checkpoint) -> int:
 
     from tacod.rank.families.inputs import Argument
     from tacod.rank.forward.run import plan_for
+    from tacod.rank.weights.placement import choose
     from tacod.rank.weights.remap import identify
+    from tacod.rank.weights.sizes import sizes_of
     from tacod.rank.weights.unfilled import Unfilled
 
     with Unfilled():
@@ -68,6 +71,9 @@ def _of_file(args: argparse.Namespace, checkpoint: Checkpoint) -> int:
         if isinstance(spec, Argument) and spec.required and spec.shape is not None
     }
     plan = plan_for(model, AUTO, args.ranks, given)
+    weights = sizes_of(model, checkpoint, torch.bfloat16)
+    budget = None if args.memory is None else int(args.memory * 2**30)
+    placement = choose("auto", weights, args.ranks, budget, reaches=args.ranks > 1)
     if args.json:
         report = {
             "family": family.family,
@@ -83,10 +89,15 @@ def _of_file(args: argparse.Namespace, checkpoint: Checkpoint) -> int:
             "downscale": family.downscale,
             "usual": family.usual,
             "arguments": _arguments(model),
+            "weights": placement.kind,
+            "resident_bytes": placement.device_bytes,
+            "streamed_bytes": placement.streamed_bytes,
         }
         document(report)
     else:
         show.out(f"{family.family}, {checkpoint.parameters / 1e9:.2f} B parameters, {contents(checkpoint)}: {plan}")
+        if args.memory is not None:
+            show.out(placement.describe(weights, args.ranks))
     return 0
 
 

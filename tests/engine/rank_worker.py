@@ -11,11 +11,13 @@ import functools
 import itertools
 import json
 import math
+import mmap
 import os
 import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
@@ -34,6 +36,7 @@ from shared_block import SharedBlock, reach_shared
 from torch.distributed import distributed_c10d
 from torch.nn import functional
 
+from tacod.checkpoint import read_checkpoint
 from tacod.plan import DEFAULT_POLICY, AttentionPolicy, Layout, Plan, Shape
 from tacod.rank.comm.group import Group
 from tacod.rank.families.inputs import Inputs
@@ -45,7 +48,10 @@ from tacod.rank.ops.qkv import QKV
 from tacod.rank.ops.sdpa import attend
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.parallel.topology import Topology
-from tacod.rank.weights.load import share
+from tacod.rank.weights.load import load_model, share, weight_bytes
+from tacod.rank.weights.stage import Buffers
+from tacod.rank.weights.streaming import Streaming
+from tacod_client.errors import OutOfMemory
 
 WORLD = 5
 LAYOUTS = [
@@ -220,6 +226,68 @@ class Rank:
         model = golden.model(getattr(torch, dtype))
         out = self._run(layout, model, golden.arguments(model), sharing, exchange)
         return relative_error(out, golden.out)
+
+    def streamed(
+        self, layout: Layout, name: str, weights: str, everyone: bool = False
+    ) -> tuple[bool, int, int, int] | None:
+        """Whether a golden forward is the same to the bit if the ranks hold its weights together.
+
+        Also what this rank holds, what it was expected to hold, and what it fetches. The ranks are those of the layout,
+        or ``everyone``.
+        """
+        sequence = self._sequence(layout)
+        group = self.topology.everyone if everyone else sequence.whole if sequence is not None else None
+        if group is None:
+            return None
+        golden, cpu = golden_named(name), torch.device("cpu")
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.safetensors"
+            golden.save(path)
+            plain = load_model(read_checkpoint(str(path)), torch.float32, cpu)
+            with Streaming(group, cpu, weights, None, True, smallest=0) as streaming:
+                model = load_model(read_checkpoint(str(path)), torch.float32, cpu, streaming=streaming)
+        if sequence is None:
+            return None
+        inputs = golden.arguments(plain)
+        if layout.batch > 1:
+            inputs = inputs.images(slice(0, 1))
+        with torch.inference_mode():
+            wanted = plain.run(sequence, inputs)
+            # The second time the buffers hold what the first one has left there.
+            outs = [model.run(sequence, inputs) for _ in range(2)]
+        same = all(equal(out, wanted) for out in outs)
+        expected = streaming.placement.device_bytes
+        return same, weight_bytes(model), expected, streaming.streamed_bytes(model)[group.rank]
+
+    def failing_load(self, layout: Layout, name: str, failing: int, what: str) -> str | None:
+        """What a load says, on one rank of which something fails the third time, or the buffers do."""
+        sequence = self._sequence(layout)
+        if sequence is None:
+            return None
+        streaming = Streaming(sequence.whole, torch.device("cpu"), "sharded", None, True, smallest=0)
+        owner, name_of, error = {
+            "block": (streaming, "settle", MemoryError("none")),
+            "file": (os, "memfd_create", OSError("none")),
+            "reserve": (os, "posix_fallocate", OSError("none")),
+            "map": (mmap, "mmap", OSError("none")),
+            "buffers": (Buffers, "of", torch.OutOfMemoryError("none")),
+        }[what]
+        original, count = getattr(owner, name_of), itertools.count(2 if what == "buffers" else 0)
+
+        def fails(*arguments: Any) -> Any:
+            if next(count) == 2 and sequence.whole.rank == failing:
+                raise error
+            return original(*arguments)
+
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(owner, name_of, fails):
+            path = Path(folder) / "model.safetensors"
+            golden_named(name).save(path)
+            try:
+                with streaming:
+                    load_model(read_checkpoint(str(path)), torch.float32, torch.device("cpu"), streaming=streaming)
+            except (MemoryError, OutOfMemory, torch.OutOfMemoryError) as error:
+                return f"{type(error).__name__}: {error}"
+        return "loaded"
 
     def _run(
         self, layout: Layout, model: Any, inputs: Mapping[str, Any], sharing: bool = False, exchange: Any = "exact"

@@ -32,7 +32,8 @@ from tacod.rank.forward.step_cache import MOST_IN_A_ROW
 from tacod.rank.ops.packed.fp8 import Fp8Linear
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.parallel.topology import Topology
-from tacod.rank.weights.load import quantize_blocks, share
+from tacod.rank.weights.fp8 import quantize_blocks
+from tacod.rank.weights.load import share
 from tacod_client import wire
 from tacod_client.errors import ArgumentError
 from tacod_client.tensors import from_wire, to_wire

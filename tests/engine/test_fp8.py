@@ -19,7 +19,8 @@ from tacod.rank.engine import Engine
 from tacod.rank.ops.packed.fp8 import Fp8Linear
 from tacod.rank.ops.quantize_rows import quantize_rows
 from tacod.rank.parallel.topology import Topology
-from tacod.rank.weights.load import get_weight, quantize_blocks, set_weight, share
+from tacod.rank.weights.fp8 import quantize_blocks
+from tacod.rank.weights.load import get_weight, set_weight, share
 
 
 @given(st.integers(0, 5), st.integers(1, 40), st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 99))

@@ -30,7 +30,7 @@ from tacod.rank.forward.run import Call
 from tacod.rank.forward.warmup import usual_inputs, warm_up
 from tacod.rank.ops.packed.fp8 import Fp8Linear
 from tacod.rank.parallel.topology import Topology
-from tacod.rank.weights.load import quantize_blocks
+from tacod.rank.weights.fp8 import quantize_blocks
 from tacod_client.errors import ArgumentError
 from tacod_client.tensors import from_wire
 

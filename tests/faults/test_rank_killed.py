@@ -64,6 +64,22 @@ def test_under_a_sample(sturdy: Daemon, client: Client) -> None:
     assert stats.queue_s + stats.wire_s + stats.compute_s + stats.collective_s == pytest.approx(stats.seconds)
 
 
+@pytest.mark.parametrize("weights", ["sharded", "host"])
+def test_under_a_sample_with_weights_apart(sturdy: Daemon, client: Client, weights: str) -> None:
+    """What it held for the others is gone with it."""
+    model = client.load(SD3.file, weights=weights)
+    undisturbed = SD3.sample(client.load(SD3.file), 12).result()
+    job = SD3.sample(model, 12)
+    for event in job:
+        if event.step == 5 and model.stats.retries == 0:
+            os.kill(sturdy.rank_pids()[1], signal.SIGKILL)
+            break
+    assert torch.equal(job.result(), undisturbed)
+    told = next(each for each in client.models() if each["id"] == model.id)
+    assert told["weights"] == weights
+    client.unload(model.id)
+
+
 def test_while_idle(sturdy: Daemon, client: Client) -> None:
     model = client.load(FLUX.file)
     FLUX.check(model)

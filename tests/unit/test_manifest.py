@@ -258,7 +258,8 @@ def test_a_further_set_of_patches_takes_the_place_of_the_oldest_of_the_same_base
 
 def test_loaded_model_tells_what_the_ranks_told(manifest: Manifest) -> None:
     sampling, quantization = {"channels": 16, "prediction": "flow"}, {"int8_convrot": 3}
-    facts = Facts("flux", 12, 24, "bf16", 24, 3072, sampling=sampling, quantization=quantization)
+    lying = {"weights": "sharded", "resident_bytes": [10, 9, 9], "streamed_bytes": [14, 15, 15]}
+    facts = Facts("flux", 12, 24, "bf16", 24, 3072, sampling=sampling, quantization=quantization, **lying)
     model = describe(manifest).loaded(facts, 1.23456, 3)
     assert model.id == describe(manifest).id
     assert model.to_wire() == {
@@ -275,6 +276,9 @@ def test_loaded_model_tells_what_the_ranks_told(manifest: Manifest) -> None:
         "loaded_s": 1.235,
         "notes": [],
         "quantization": {"int8_convrot": 3},
+        "weights": "sharded",
+        "resident_bytes": [10, 9, 9],
+        "streamed_bytes": [14, 15, 15],
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +83,35 @@ def test_one_version() -> None:
     from tacod_client import __version__
 
     assert f'version = "{__version__}"' in (NODES / "pyproject.toml").read_text()
+
+
+INFO = {
+    "enabled": True,
+    "name": "flux",
+    "family": "flux",
+    "parameters": 12e9,
+    "dtype": "bf16",
+    "quantization": {},
+    "plan": "sequence 3",
+    "note": "",
+    "remarks": [],
+    "patches": 0,
+    "weights": "read by the daemon",
+    "world_size": 3,
+    "devices": ["cuda:0"],
+    "version": "1",
+    "state": "ready",
+    "endpoint": "ipc:///s",
+    "placement": "replicated",
+    "resident_bytes": 12 << 30,
+    "streamed_bytes": 0,
+}
+
+
+@pytest.mark.parametrize(("kind", "where"), [("sharded", "with the other ranks"), ("host", "in the host's memory")])
+def test_info_says_what_is_fetched(kind: str, where: str) -> None:
+    text = runpy.run_path(str(NODES / "text.py"))["info_text"]
+    assert "Memory" not in text(INFO)
+    apart = text({**INFO, "placement": kind, "resident_bytes": 8 << 30, "streamed_bytes": 3 << 30})
+    line = f"Memory: 8.0 GiB of the weights on each rank; 3.0 GiB lie {where} and are fetched in each forward"
+    assert line in apart.splitlines()

@@ -8,7 +8,7 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-from tacod_client.dtypes import COMPUTE_DTYPES
+from tacod_client.dtypes import COMPUTE_DTYPES, WEIGHTS
 from tacod_client.streams import stdout
 from tacod_client.text import typed
 
@@ -76,6 +76,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="DTYPE",
         help="compute dtype: fp32, bf16, fp16, or fp8 for the blocks' matrices (default: as the device suits); with "
         "_weight_only behind it, a quantized model's activations are never quantized",
+    )
+    load.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        default="auto",
+        help="where they lie: replicated (whole on each GPU), sharded (a share on each GPU), host (in the host's "
+        "memory), auto (as many blocks on each GPU as models.memory_bytes allows; the default)",
     )
     load.add_argument(
         "--lora",
@@ -152,6 +159,12 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--size", type=_size, default=(1024, 1024), metavar="WxH", help="in pixels, default 1024x1024")
     plan.add_argument("--batch", type=_positive, default=1, metavar="B", help="default 1")
     plan.add_argument("--text", type=_positive, default=512, metavar="L", help="text tokens, default 512")
+    plan.add_argument(
+        "--memory",
+        type=_positive,
+        metavar="GIB",
+        help="also say where the weights would lie with so many GiB for them on each GPU, as models.memory_bytes",
+    )
 
 
 def _add_bench(bench: argparse.ArgumentParser) -> None:

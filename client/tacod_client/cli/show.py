@@ -191,6 +191,12 @@ def computed_in(model: dict[str, Any]) -> str:
     return f"{model['dtype']}, {usual}" if usual else str(model["dtype"])
 
 
+def held(model: dict[str, Any]) -> str:
+    """What a model takes of a GPU at most, and what that fetches in a forward."""
+    streamed = max(model.get("streamed_bytes") or [0])
+    return size(model["weight_bytes"]) + (f", {size(streamed)} fetched" if streamed else "")
+
+
 def models(reply: list[dict[str, Any]]) -> Any:
     """``tacoctl models``."""
     if not reply:
@@ -203,7 +209,7 @@ def models(reply: list[dict[str, Any]]) -> Any:
                 model["name"],
                 model["family"],
                 _count(model["parameters"]),
-                size(model["weight_bytes"]),
+                held(model),
                 model["patches"],
                 computed_in(model),
                 f"{model['loaded_s']:.1f} s",

@@ -188,7 +188,7 @@ def _jobs(jobs: list[dict[str, Any]]) -> Any:
 def _models(models: list[dict[str, Any]]) -> Any:
     rows = []
     for model in models:
-        weights = show.size(model["weight_bytes"])
+        weights = show.held(model)
         patched = f" + {model['patches']} patches" if model["patches"] else ""
         rows.append((model["name"] + patched, model["family"], weights, show.computed_in(model), model["plan"]))
     return show.Columns(("model", "family", "memory", "dtype", "plan"), rows, long=("model", "plan"))

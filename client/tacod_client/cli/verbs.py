@@ -67,7 +67,9 @@ def _load(args: argparse.Namespace) -> None:
     with _client(args) as client:
         started = time.perf_counter()
         with show.loading(quiet="json" in args) as progress:
-            model = client.load(args.path, patches=_loras(args), dtype=args.dtype, progress=progress)
+            model = client.load(
+                args.path, patches=_loras(args), dtype=args.dtype, progress=progress, weights=args.weights
+            )
         reply = loaded.the_one(client, model.id)
         elapsed_s = time.perf_counter() - started
         _print(args, reply, lambda reply: show.loaded(reply, elapsed_s))
@@ -157,7 +159,8 @@ def _sample(args: argparse.Namespace) -> None:
 def _plan(args: argparse.Namespace) -> int:
     width, height = args.size
     options = ["--ranks", args.ranks, "--size", f"{width}x{height}", "--batch", args.batch, "--text", args.text]
-    return _daemon_program("tacod.tools.plan", args, [*options, "--", args.file])
+    memory = [] if args.memory is None else ["--memory", args.memory]
+    return _daemon_program("tacod.tools.plan", args, [*options, *memory, "--", args.file])
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -71,7 +71,7 @@ class Group:
         if self.size == 1:
             return verdict
         self.clock.begun += 1
-        said = torch.tensor([verdict], dtype=torch.uint8, device="cuda" if self._on_gpu else "cpu")
+        said = torch.tensor([verdict], dtype=torch.uint8, device="cuda" if self.on_gpu else "cpu")
         dist.all_reduce(said, dist.ReduceOp.MIN, group=self.group)
         return bool(said.item())
 
@@ -86,7 +86,7 @@ class Group:
         return found
 
     @cached_property
-    def _on_gpu(self) -> bool:
+    def on_gpu(self) -> bool:
         """Whether its collectives' tensors are on a GPU."""
         return self.group is not None and dist.get_backend(self.group) == "nccl"
 

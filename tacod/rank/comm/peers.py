@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import torch
@@ -51,7 +52,12 @@ class Block(Protocol):
 class SymmetricBlock:
     """A block on GPUs."""
 
-    def __init__(self, group: dist.ProcessGroup | None, size: int) -> None:
+    def __init__(self, group: dist.ProcessGroup | None, size: int, agree: Callable[[bool], bool] | None = None) -> None:
+        """Make it on all ranks at once.
+
+        A rank that has no memory leaves the others waiting, unless ``agree`` says whether all have some
+        (`Group.agree`). Raises `RuntimeError` if there is none.
+        """
         import torch.distributed._symmetric_memory as symmetric
 
         assert group is not None
@@ -59,17 +65,29 @@ class SymmetricBlock:
             warnings.simplefilter("ignore")  # in some versions it is enabled by itself
             symmetric.enable_symm_mem_for_group(group.group_name)
         device = torch.device("cuda", torch.cuda.current_device())
+        problem: RuntimeError | None = None
         try:
-            self._memory = symmetric.empty([size], dtype=torch.uint8, device=device)
-        except RuntimeError:
-            # It doesn't come out of what PyTorch keeps for itself, nor is PyTorch asked to give some of that back.
-            torch.cuda.empty_cache()
-            self._memory = symmetric.empty([size], dtype=torch.uint8, device=device)
+            try:
+                self._memory = symmetric.empty([size], dtype=torch.uint8, device=device)
+            except RuntimeError:
+                # It doesn't come out of what PyTorch keeps for itself, nor is PyTorch asked to give some of that back.
+                torch.cuda.empty_cache()
+                self._memory = symmetric.empty([size], dtype=torch.uint8, device=device)
+        except RuntimeError as error:
+            if agree is None:
+                raise
+            problem = error
+        if agree is not None and not agree(problem is None):
+            raise problem or RuntimeError("another rank has none")
         # It is zeroed on the stream: that is done before another rank can leave a mark there.
         torch.cuda.synchronize()
         self._handle = symmetric.rendezvous(self._memory, group.group_name)
-        self._carrier = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._carries = False
+
+    @cached_property
+    def _carrier(self) -> torch.cuda.Stream:
+        """The stream of what is sent. PyTorch has 32 of them for all, so a block that sends nothing takes none."""
+        return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def view(self, rank: int, shape: Sequence[int], dtype: torch.dtype, start: int) -> Tensor:
         """See `Block.view`."""

@@ -26,7 +26,7 @@ from tacod.rank.families.kit.attention import find
 from tacod.rank.families.kit.modulation import Modulation
 from tacod.rank.families.names import Names, Place
 from tacod.rank.families.noise import Process
-from tacod.rank.families.stream import ForwardPass
+from tacod.rank.families.stream import ForwardPass, Weights
 from tacod.rank.families.trunk import BlockCache, BlockWatch, run_trunk
 from tacod.rank.ops.largest import sharing
 from tacod.rank.parallel.sequence import SequenceParallel
@@ -145,6 +145,8 @@ class DiT(nn.Module, abc.ABC):
     out_channels: int
     """Channels of the output."""
     _modulating: list[str] | None = None
+    weights: Weights | None = None
+    """Fetches the weights that this rank lacks; None if it has all."""
     rates: DeviceRates | None = None
     """Measured on these devices by the warm-up."""
 
@@ -262,7 +264,7 @@ class DiT(nn.Module, abc.ABC):
         x = inputs["x"]
         shape = [each.to("meta") for each in x] if isinstance(x, list) else x.to("meta")
         with sharing(sequence.whole.maximum, sequence.images.maximum):
-            return self.prefix(ForwardPass(sequence), x=shape, **lasting)
+            return self.prefix(ForwardPass(sequence, self.weights), x=shape, **lasting)
 
     def run(
         self,
@@ -276,7 +278,7 @@ class DiT(nn.Module, abc.ABC):
 
         ``prefix`` is what `compute_prefix` gives for them; it is computed if it is None.
         """
-        f = ForwardPass(sequence)
+        f = ForwardPass(sequence, self.weights)
         f.prefix = self.compute_prefix(sequence, inputs) if prefix is None else prefix
         values = {name: value for name, value in inputs.items() if not isinstance(inputs.specs.get(name), Residuals)}
         with sharing(sequence.whole.maximum, sequence.images.maximum):

@@ -221,7 +221,7 @@ class QwenImage21(DiT):
         f.modulations = _gated(self.modulation[1](self._conditioning(torch.zeros(1, device=device), x.dtype)))
         f.text = f.shard(torch.cat(tokens, dim=1), rotation=self._rotation(torch.cat(places)))
         f.mask = f.sequence.in_order_of_ranks(_causal(runs, device)[None], f.text.lengths)
-        return [block.prefix(f) for block in self.trunk]
+        return [block.prefix(f) for block in f.over(self.trunk)]
 
     def begin(self, f: ForwardPass, **arguments: Any) -> None:
         """See `DiT.begin`."""

@@ -5,8 +5,8 @@ A family's `begin` shards its inputs into streams, its blocks change them, and i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,9 @@ from tacod.rank.parallel.joint_attention import JointAttention, KeysValues
 from tacod.rank.parallel.modulation import modulations
 from tacod.rank.parallel.sequence import SequenceParallel
 
-__all__ = ["Attention", "ForwardPass", "Stream"]
+__all__ = ["Attention", "ForwardPass", "Stream", "Weights"]
+
+T = TypeVar("T")
 
 
 class Stream(Residual):
@@ -45,6 +47,13 @@ class Stream(Residual):
         self.lengths = lengths
         self.rotation = rotation
         self.whole = whole
+
+
+class Weights(Protocol):
+    """Weights of which a rank lacks some (`tacod.rank.weights.stage`)."""
+
+    def over(self, modules: Iterable[T]) -> Iterator[T]:
+        """The modules one by one, each with its weights in place until the next is asked for."""
 
 
 class Attention:
@@ -74,8 +83,10 @@ class ForwardPass:
     image: Stream
     """The stream of the output; residuals and the step cache are for it."""
 
-    def __init__(self, sequence: SequenceParallel) -> None:
+    def __init__(self, sequence: SequenceParallel, weights: Weights | None = None) -> None:
+        """``weights`` fetches those that this rank lacks; None if it has all."""
         self.sequence = sequence
+        self.weights = weights
         self.joined: tuple[Stream, list[Stream]] | None = None
         """While streams are joined: the joint stream, and those that it is made of."""
         self.outputs: tuple[Stream, ...] = ()
@@ -133,13 +144,17 @@ class ForwardPass:
         attention = self.sequence.attend(streams, lengths, mask, overlap, before, keep)
         return Attention(attention, [stream.size for stream, _ in projections])
 
+    def over(self, modules: Iterable[T]) -> Iterator[T]:
+        """Modules one by one, each with its weights in place until the next is asked for; see `Weights.over`."""
+        return iter(modules) if self.weights is None else self.weights.over(modules)
+
     def modulate(self, layers: Sequence[Any], conditioning: Tensor) -> None:
         """Compute the modulation of every layer for ``conditioning`` [B, W] or, for M segments, [B, M, W].
 
         The ranks share the layers out. `modulation` finds the results. Layers with another conditioning need another
         call.
         """
-        values = modulations(layers, conditioning, self.sequence)
+        values = modulations(layers, conditioning, self.sequence, self.over)
         self._modulation.update(zip(layers, values, strict=True))
 
     def modulation(self, layer: Any, parts: int) -> tuple[Tensor, ...]:

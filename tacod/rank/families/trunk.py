@@ -60,10 +60,14 @@ def run_trunk(
     """
     # Without a cache nothing holds on to the tokens before the first block.
     before = [] if cache is None else f.output_tokens
-    for number, block in enumerate(blocks):
+    for number, block in enumerate(f.over(blocks)):
         if watch is not None:
             watch.before(number, len(blocks))
         block(f)
+        if f.weights is not None:
+            # This block's are about to go.
+            for stream in f.streams:
+                stream.catch_up()
         if clamps and f.image.dtype == torch.float16:
             for stream in f.streams:
                 stream.tokens = finite(stream.tokens)

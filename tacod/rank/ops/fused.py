@@ -127,7 +127,7 @@ class Residual:
     @property
     def tokens(self) -> Tensor:
         """The tokens, with all branches added."""
-        self._catch_up()
+        self.catch_up()
         if self._branch is not None:
             self._tokens, self._branch = add_gated(self._tokens, *self._branch, self.segments), None
         return self._tokens
@@ -138,10 +138,11 @@ class Residual:
 
     def later(self, change: Callable[[], None]) -> None:
         """Put off a change of this stream until its tokens are needed, such as while another stream's heads travel."""
-        self._catch_up()
+        self.catch_up()
         self._later = change
 
-    def _catch_up(self) -> None:
+    def catch_up(self) -> None:
+        """Do what was put off."""
         if self._later is not None:
             change, self._later = self._later, None
             change()
@@ -152,7 +153,7 @@ class Residual:
 
     def normed(self, shift: Tensor | None = None, scale: Tensor | None = None, *, norm: Norm = LAYER_NORM) -> Tensor:
         """`norm_modulate` of `tokens`."""
-        self._catch_up()
+        self.catch_up()
         if self._branch is None:
             return norm_modulate(self._tokens, shift, scale, norm=norm, segments=self.segments)
         branch, self._branch = self._branch, None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from tacod.plan import DEFAULT_POLICY, AttentionPolicy, Layout
 from tacod.rank.comm.clock import Clock
 from tacod.rank.comm.group import Group, MakeGroup
+from tacod.rank.comm.peers import reach_peers
 from tacod.rank.comm.transport import Transport
 from tacod.rank.parallel.sequence import SequenceParallel
 
@@ -75,6 +77,16 @@ class Topology:
             self.clock.wait()
         # Its waits are no later step's.
         self.clock.take_s()
+
+    @cached_property
+    def reaches(self) -> bool:
+        """Whether all ranks reach each other's memory, and may. All of them ask at once."""
+        if self.world_size == 1:
+            return False
+        if self.reach is None:
+            # Ranks on CPUs share the host's memory; those on GPUs are told to use collectives alone.
+            return not self.everyone.on_gpu
+        return reach_peers(self.everyone) is not None
 
     def begin_anew(self) -> None:
         """After a failed forward, keep the next one from seeing what it left in shared memory.

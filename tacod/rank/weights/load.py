@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -19,9 +19,13 @@ from tacod.rank.ops.packed.base import PackedLinear
 from tacod.rank.ops.packed.float8 import FLOAT8_DTYPES
 from tacod.rank.ops.packed.fp8 import Fp8Linear
 from tacod.rank.ops.packed.gguf import dequantize_blocks
+from tacod.rank.weights.fp8 import quantize_block
 from tacod.rank.weights.packing import PACKED, Layer, pack, pack_plain
 from tacod.rank.weights.reader import Reader
 from tacod.rank.weights.remap import identify, some
+from tacod.rank.weights.sizes import sizes_of
+from tacod.rank.weights.stage import Stage, assign
+from tacod.rank.weights.streaming import Streaming
 from tacod.rank.weights.unfilled import Unfilled
 from tacod_client.dtypes import COMPUTE_DTYPES, of_numbers
 from tacod_client.errors import ModelCorrupt, ModelUnsupported
@@ -34,7 +38,6 @@ __all__ = [
     "get_weight",
     "is_packed",
     "load_model",
-    "quantize_blocks",
     "set_weight",
     "share",
     "weight_bytes",
@@ -42,7 +45,7 @@ __all__ = [
 
 _NUMBERS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES = {name: _NUMBERS[of_numbers(name)] for name in COMPUTE_DTYPES}
-"""Torch's dtype of a model's numbers, by the compute dtype's name. For fp8 see also `quantize_blocks`."""
+"""Torch's dtype of a model's numbers, by the compute dtype's name. For fp8 see also `tacod.rank.weights.fp8`."""
 _OF_FILE = {"F64": "fp32", "F32": "fp32", "BF16": "bf16", "F16": "fp16"}
 _TORCH = {
     "F64": torch.float64,
@@ -84,12 +87,15 @@ def load_model(
     device: torch.device,
     progress: Progress | None = None,
     weight_only: bool = False,
+    fp8: bool = False,
+    streaming: Streaming | None = None,
 ) -> DiT:
-    """Build the family that the checkpoint holds and fill it, tensor by tensor.
+    """Build the family that the checkpoint holds and fill it, tensor by tensor and block by block.
 
     Linear layers of 8 bits or fewer are kept so, as `PackedLinear`; everything else is cast to ``dtype``, or to fp32
-    where the family says so. With ``weight_only`` activations are never quantized. Which tensors were left out as other
-    modules' is said in the log.
+    where the family says so. With ``weight_only`` activations are never quantized. With ``fp8`` blocks are quantized
+    (`quantize_block`). ``streaming`` stores blocks that don't stay whole on each rank. Which tensors were left out as
+    other modules' is said in the log.
 
     Raises `ModelUnsupported` if the family or its weights are unknown, `ModelCorrupt` if tensors lack or don't fit, or
     if a file changes meanwhile.
@@ -114,19 +120,42 @@ def load_model(
     }
     sizes = {name: sum(part.stop - part.start for part in checkpoint.parts[name]) for name in wanted}
     done, total = 0, sum(sizes.values())
-    # As they lie in the file, for disks that like to go on.
-    order = sorted(wanted, key=checkpoint.parts.__getitem__)
+    if streaming is not None:
+        streaming.begin(model, sizes_of(model, checkpoint, dtype, fp8, streaming.smallest))
+    groups = _groups(model, wanted, checkpoint.parts)
     with Reader(checkpoint, device) as reader:
-        tensors = reader.read(each for name in order for each in (name, *sides.get(name, ())))
-        for name in order:
-            data = next(tensors)
-            found = {each: _decode(next(tensors), checkpoint.tensors[each]) for each in sides.get(name, ())}
-            _place(model, checkpoint, name, wanted[name], data, found, model.dtype_of(name, dtype), weight_only)
-            done += sizes[name]
-            if progress is not None:
-                progress(done, total)
+        tensors = reader.read(
+            each for names in groups.values() for name in names for each in (name, *sides.get(name, ()))
+        )
+        for path, names in groups.items():
+            for name in names:
+                data = next(tensors)
+                found = {each: _decode(next(tensors), checkpoint.tensors[each]) for each in sides.get(name, ())}
+                _place(model, checkpoint, name, wanted[name], data, found, model.dtype_of(name, dtype), weight_only)
+                done += sizes[name]
+                if progress is not None:
+                    progress(done, total)
+            if fp8 and path:
+                quantize_block(model, path)
+            if streaming is not None:
+                streaming.settle(model, path)
         reader.check()
+    if streaming is not None:
+        streaming.finish(model)
     return model.eval().requires_grad_(False)
+
+
+def _groups(model: DiT, names: Iterable[str], parts: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The tensors of each block by its path, and of what is in none by an empty one; as they lie in the files."""
+    blocks = set(model.blocks_at)
+    groups: dict[str, list[str]] = {"": []}
+    # For disks that like to go on.
+    for name in sorted(names, key=parts.__getitem__):
+        path = name
+        while path and path not in blocks:
+            path = path.rpartition(".")[0]
+        groups.setdefault(path, []).append(name)
+    return groups
 
 
 def _check(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]], ignored: tuple[str, ...] = ()) -> None:
@@ -201,7 +230,7 @@ def _place(
     packed: PackedLinear | None = None
     if quantization is not None and quantization.format == SCALED:
         (scale,) = sides.values()
-        _assign(owner, leaf, (_decode(data, TensorInfo(info.dtype, shape)).float() * scale.float()).to(dtype))
+        assign(owner, leaf, (_decode(data, TensorInfo(info.dtype, shape)).float() * scale.float()).to(dtype))
         return
     if quantization is not None:
         leaves = {each.rpartition(".")[2]: tensor for each, tensor in sides.items()}
@@ -215,21 +244,14 @@ def _place(
         return
     if packed is not None:
         # A table, whose rows are looked up.
-        _assign(owner, leaf, packed.weight.reshape(shape))
+        assign(owner, leaf, packed.weight.reshape(shape))
         return
-    _assign(owner, leaf, _decode(data, TensorInfo(info.dtype, shape)).to(dtype))
+    assign(owner, leaf, _decode(data, TensorInfo(info.dtype, shape)).to(dtype))
 
 
 def _in_rows(kind: str, shape: tuple[int, ...]) -> bool:
     """Whether every row of a matrix is whole blocks; where GGUF files tell another shape than they have, it needn't."""
     return shape[-1] % BLOCKS.get(kind, (1, 1))[0] == 0
-
-
-def _assign(owner: Any, leaf: str, tensor: Tensor) -> None:
-    if leaf in owner._parameters:
-        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        owner._buffers[leaf] = tensor
 
 
 def get_weight(model: DiT, key: str) -> Tensor:
@@ -262,10 +284,10 @@ def set_weight(model: DiT, key: str, tensor: Tensor) -> None:
         plain = nn.Linear(owner.in_features, owner.out_features, bias=False, device="meta").train(owner.training)
         plain.register_parameter("bias", owner.bias)
         owner = plain
-        _assign(owner, leaf, tensor.detach().to(old.device, model.dtype_of(key, model.dtype)))
+        assign(owner, leaf, tensor.detach().to(old.device, model.dtype_of(key, model.dtype)))
         model.set_submodule(path, Fp8Linear.of(plain) if fp8 else plain)
         return
-    _assign(owner, leaf, tensor.detach().to(old.device, model.dtype_of(key, model.dtype)))
+    assign(owner, leaf, tensor.detach().to(old.device, model.dtype_of(key, model.dtype)))
 
 
 def adapt_weight(model: DiT, key: str, up: Tensor, down: Tensor) -> None:
@@ -300,17 +322,6 @@ def _find(model: nn.Module, key: str) -> tuple[Any, str]:
     return owner, leaf
 
 
-def quantize_blocks(model: DiT) -> None:
-    """Multiply the blocks' matrices in 8 bits, except for modulations, which see one token per image."""
-    spared = {id(layer) for modulating in model.modulating for layer in modulating.modules()}
-    for blocks in model.blocks_at:
-        for name, layer in list(model.get_submodule(blocks).named_modules(prefix=blocks)):
-            linear = isinstance(layer, nn.Linear | PackedLinear) and id(layer) not in spared
-            # The hardware's products take sixteen numbers at once.
-            if linear and layer.in_features % 16 == layer.out_features % 16 == 0:
-                model.set_submodule(name, Fp8Linear.of(layer))
-
-
 def share(model: Module) -> Module:
     """Another instance of a model over the same tensors: nothing is copied.
 
@@ -323,8 +334,12 @@ def share(model: Module) -> Module:
     return twin
 
 
-def weight_bytes(*models: nn.Module) -> int:
-    """The memory that the weights of models take, packed ones as they are; shared weights count once."""
-    tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
+def weight_bytes(*models: DiT) -> int:
+    """The device's memory that this rank keeps for models' weights, packed ones as they are; shared ones count once."""
+    tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers(), *_held(model))]
     storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type != "meta"]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _held(model: DiT) -> list[Tensor]:
+    return model.weights.held if isinstance(model.weights, Stage) else []

@@ -1,0 +1,109 @@
+"""Forwards of a model whose weights don't stay whole on each GPU, beside those of the whole model, in one run.
+
+    python benchmarks/residency.py [--models flux,qwen_image] [--ranks 1,3] [--sizes 1024,2048] [--gib 12]
+                                   [--no-peers] [--rounds 7]
+
+Weights are random. Each model is loaded by a daemon on so many GPUs: whole, shared out among the GPUs, in the host's
+memory, and with ``--gib`` for weights on each GPU. What a GPU holds is compared with what `tacoctl plan` foretells.
+TMPDIR holds the models' files. On CPUs the models are cut to a block or two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from families import times_of
+from published import PUBLISHED, Size, build, make_inputs
+from served import daemon, write_model
+
+from tacod.group.processes import ON_GPUS
+from tacod.rank.comm.peers import DISABLED
+from tacod_client import Client
+from tacod_client.errors import TacodError
+
+KINDS = ("replicated", "sharded", "host", "auto")
+
+
+def main() -> None:
+    """Write each model, load it in each way on each number of GPUs, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="flux")
+    parser.add_argument("--ranks", default="1,3")
+    parser.add_argument("--sizes", default="", help="1024 or 832x480x81, …; by default each model's own")
+    parser.add_argument("--gib", type=float, default=12.0, help="GiB of weights on each GPU, for auto")
+    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--no-peers", action="store_true", help="as if the GPUs didn't reach each other's memory")
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    os.environ.update(ON_GPUS)
+    if args.no_peers:
+        os.environ[DISABLED] = "1"
+    device = torch.cuda.get_device_name() if cuda else "CPU"
+    rows: list[list[str]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.models.split(","):
+            inputs = write(name, args, Path(folder))
+            for count in map(int, args.ranks.split(",")):
+                rows += measure(name, args, count, folder, inputs)
+            Path(folder, f"{name}.safetensors").unlink()
+    print(
+        f"\n{device}, torch {torch.__version__}; ms of a forward through daemon and client, medians of {args.rounds}\n"
+    )
+    heads = ["model", "GPUs", "weights", "GiB on a GPU", "GiB fetched", "load s", *args.sizes.split(",")]
+    print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+
+
+def write(name: str, args: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
+    """Write a model's file; returns the inputs of a forward of each size."""
+    cuda = torch.cuda.is_available()
+    device, dtype = torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32
+    model = build(name, device, dtype)
+    config = {**PUBLISHED[name].config, **({} if cuda else PUBLISHED[name].cut)}
+    write_model(folder / f"{name}.safetensors", model.state_dict(), config)
+    sizes = list(map(Size.parse, args.sizes.split(","))) if args.sizes else PUBLISHED[name].sizes
+    args.sizes = ",".join(map(str, sizes))
+    inputs = {str(size): dict(make_inputs(name, model, size, torch.device("cpu")).items()) for size in sizes}
+    del model
+    if cuda:
+        torch.cuda.empty_cache()
+    return inputs
+
+
+def measure(
+    name: str, args: argparse.Namespace, count: int, folder: str, inputs: dict[str, dict[str, Any]]
+) -> list[list[str]]:
+    """A row for each way to load the model on so many GPUs."""
+    rows: list[list[str]] = []
+    usual: dict[str, float] = {}
+    gpus = list(map(str, range(count))) if torch.cuda.is_available() else []
+    for kind in args.kinds.split(","):
+        limit = int(args.gib * 2**30) if kind == "auto" else None
+        with daemon(gpus, count, folder, memory_bytes=limit) as endpoint, Client(endpoint) as client:
+            try:
+                model = client.load(f"{name}.safetensors", weights=kind)
+            except TacodError as error:
+                rows.append([name, str(count), kind, error.message])
+                continue
+            told = client.models()[0]
+            row = [name, str(count), told["weights"] + (f" ({args.gib:g} GiB)" if limit else "")]
+            row += [f"{max(told[key]) / 2**30:.2f}" for key in ("resident_bytes", "streamed_bytes")]
+            row.append(f"{told['loaded_s']:.1f}")
+            for size, given in inputs.items():
+                ms = times_of(lambda model=model, given=given: model.forward(**given), args.rounds)  # type: ignore[misc]
+                whole = usual.setdefault(size, ms)
+                row.append(f"{ms:.1f} ({ms / whole:.2f}×)")
+            rows.append(row)
+            print(" ".join(row), flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

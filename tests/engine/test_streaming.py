@@ -1,0 +1,173 @@
+"""Weights that ranks hold together or in the host's memory: results are the same to the bit, with less on each rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import FLUX, golden_names, quantized_golden_names, read_golden
+from rank_worker import Ranks
+
+from tacod.checkpoint import read_checkpoint
+from tacod.group.work import Stepped
+from tacod.rank.comm.group import Group
+from tacod.rank.engine import Engine
+from tacod.rank.ops.packed.base import PackedLinear
+from tacod.rank.parallel.topology import Topology
+from tacod.rank.weights.depot import Depot, PeerSlabs
+from tacod_client.exchange import pack
+from tacod_client.tensors import to_wire
+
+NAMES = [*golden_names(), *quantized_golden_names()]
+CASES = [
+    # Each model with some numbers of ranks, and each number with some models.
+    *((name, "sharded", 2 + place % 4) for place, name in enumerate(NAMES)),
+    *((name, "host", 1 + place % 3) for place, name in enumerate(NAMES)),
+]
+
+
+@pytest.mark.parametrize(("name", "weights", "count"), CASES)
+def test_results_are_the_same_to_the_bit(ranks: Ranks, name: str, weights: str, count: int) -> None:
+    told = ranks.run((1, count, 1), "streamed", name=name, weights=weights)
+    assert len(told) == count
+    for same, resident, expected, streamed in told:
+        assert same
+        assert streamed > 0
+        # Each tensor begins at a multiple of 256 bytes, which matters in models as small as these.
+        assert resident == pytest.approx(expected, rel=0.1, abs=1 << 16)
+
+
+@pytest.mark.parametrize("layout", [(2, 2, 1), (1, 1, 3), (1, 1, 1)], ids=str)
+def test_in_any_layout(ranks: Ranks, layout: tuple[int, ...]) -> None:
+    """Ranks that a layout leaves out hold their part all the same."""
+    told = ranks.run(layout, "streamed", name="flux_dev", weights="sharded", everyone=True)
+    assert len(told) == layout[0] * layout[1] * layout[2]
+    assert all(same for same, _, _, _ in told)
+
+
+@pytest.mark.parametrize("what", ["block", "file", "reserve", "map", "buffers"])
+@pytest.mark.parametrize("failing", [0, 1])
+def test_one_rank_that_fails_makes_all_fail(ranks: Ranks, failing: int, what: str) -> None:
+    told = ranks.run((1, 2, 1), "failing_load", name="flux_dev", failing=failing, what=what)
+    own, other = {
+        "block": ("MemoryError: none", "OutOfMemory: another rank could not load these weights"),
+        "buffers": ("OutOfMemoryError: none", "OutOfMemory: another rank could not load these weights"),
+    }.get(what, ("OutOfMemory: no memory for ", "OutOfMemory: no memory for "))
+    assert told[failing].startswith(own)
+    assert told[1 - failing].startswith(other)
+    # The ranks are in step again.
+    assert all(same for same, *_ in ranks.run((1, 2, 1), "streamed", name="flux_dev", weights="sharded"))
+
+
+class Symmetric:
+    """A block of memory on each rank, as GPUs have it: of one size."""
+
+    made = 0
+
+    def __init__(self, group: Any, size: int, agree: Any) -> None:
+        self.parts = torch.zeros(3, size, dtype=torch.uint8)
+        Symmetric.made += size
+
+    def view(self, rank: int, shape: tuple[int], dtype: torch.dtype, start: int) -> torch.Tensor:
+        part = self.parts[rank, start : start + shape[0]]
+        assert part.shape == shape
+        return part
+
+
+def test_what_one_gpu_holds_alone_takes_no_memory_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tacod.rank.weights.depot.SymmetricBlock", Symmetric)
+    monkeypatch.setattr(Symmetric, "made", 0)
+    group = Group()
+    monkeypatch.setattr(group, "size", 3)
+    monkeypatch.setattr(group, "agree", lambda verdict: verdict)
+    depot = Depot(group, lambda: PeerSlabs(group))
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(256, generator=generator) for _ in range(9)]
+    stored = []
+    for owner in (0, 0, 1, 0, 2, 1, 2, 2, 1):
+        # This process stores for each of the ranks in turn.
+        monkeypatch.setattr(group, "rank", owner)
+        stored += depot.store([tensors[len(stored)]], owner)
+    assert Symmetric.made == 3 * 1024
+    assert all(
+        torch.equal(each.read(torch.device("cpu")), tensor) for each, tensor in zip(stored, tensors, strict=True)
+    )
+    # What is stored later, for another model, goes elsewhere: it is freed at another time.
+    depot.store([tensors[0]], 0)
+    assert Symmetric.made == 4 * 1024
+    depot.settle()
+    depot.store([tensors[0]], 1)
+    assert Symmetric.made == 5 * 1024
+
+
+def test_gpus_that_are_told_to_use_collectives_alone_share_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    for on_gpu in (False, True):
+        topology = Topology()
+        monkeypatch.setattr(topology, "world_size", 2)
+        monkeypatch.setattr(topology.everyone, "on_gpu", on_gpu, raising=False)
+        assert topology.reaches is not on_gpu
+
+
+# --- on one rank, of which the host's memory holds the blocks ---------------------------------------------------------
+
+
+def forward(engine: Engine, model: str, inputs: dict[str, Any]) -> Any:
+    """The bytes of an output."""
+    done = engine.forward(model, "auto", pack(inputs, "arguments", {}, None), b"")
+    assert isinstance(done, Stepped)
+    return done.out
+
+
+def load(engine: Engine, path: Path, dtype: str, patches: Any, weights: str) -> None:
+    identity, base = read_checkpoint(str(path)).identity, "base" if patches else None
+    engine.load("model", str(path), identity, dtype, patches, base, [], weights=weights)
+
+
+def change(key: str, shape: tuple[int, ...], kind: str) -> dict[str, Any]:
+    """A patch of a weight."""
+    generator = torch.Generator().manual_seed(len(key))
+    if kind == "diff":
+        value = torch.randn(shape, generator=generator)
+        return {"key": f"diffusion_model.{key}", "kind": kind, "diff": to_wire(value, "diff"), "strength": 0.1}
+    up, down = torch.randn(shape[0], 2, generator=generator), torch.randn(2, shape[1], generator=generator)
+    factors = {"up": to_wire(up, "up"), "down": to_wire(down, "down"), "alpha": 2.0}
+    return {"key": f"diffusion_model.{key}", "kind": kind, **factors, "strength": 0.1}
+
+
+@pytest.mark.parametrize("kind", ["lora", "diff"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp8"])
+def test_patches_of_a_plain_file(tmp_path: Path, dtype: str, kind: str) -> None:
+    path, inputs = FLUX.save(tmp_path), FLUX.inputs()
+    weights = FLUX.model.state_dict()
+    keys = "double_blocks.0.img_attn.qkv.weight", "double_blocks.1.img_mod.lin.weight", "img_in.weight"
+    patches = [change(key, tuple(weights[key].shape), kind) for key in keys]
+    outs = []
+    for where in ("replicated", "host"):
+        engine = Engine(torch.device("cpu"), Topology())
+        load(engine, path, dtype, patches, where)
+        assert [each.facts.weights for each in engine.models.values()] == [where, where]
+        outs.append([forward(engine, model, inputs) for model in ("model", "base", "model")])
+    assert outs[0] == outs[1]
+    assert outs[0][0] == outs[0][2] != outs[0][1]
+
+
+@pytest.mark.parametrize("kind", ["lora", "diff"])
+@pytest.mark.parametrize("name", quantized_golden_names()[::3])
+def test_patches_of_packed_layers(tmp_path: Path, name: str, kind: str) -> None:
+    golden, path = read_golden(name), tmp_path / "model.safetensors"
+    golden.save(path)
+    model = golden.model()
+    layers = [key for key, each in model.named_modules() if isinstance(each, PackedLinear)]
+    layers = [layers[0], layers[len(layers) // 2], layers[-1]]
+    shapes = {key: (each.out_features, each.in_features) for key in layers if (each := model.get_submodule(key))}
+    patches = [change(f"{key}.weight", shape, kind) for key, shape in shapes.items()]
+    outs = []
+    for where in ("replicated", "host"):
+        engine = Engine(torch.device("cpu"), Topology(), smallest=0)
+        load(engine, path, "fp32", patches, where)
+        assert where == "replicated" or max(engine.models["model"].facts.streamed_bytes) > 0
+        outs.append([forward(engine, model, golden.inputs) for model in ("model", "base", "model")])
+    assert outs[0] == outs[1]
+    assert outs[0][0] == outs[0][2] != outs[0][1]
