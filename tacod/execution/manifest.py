@@ -103,20 +103,26 @@ class Model:
     def loaded(self, facts: Facts, elapsed_s: float, world_size: int) -> Model:
         """The same model with what the ranks report about it."""
         return replace(
-            self,
+            self.placed(facts),
             family=facts.family,
             parameters=facts.parameters,
-            weight_bytes=facts.weight_bytes,
             dtype=facts.dtype,
             sampling=facts.sampling,
             notes=tuple(facts.notes),
             quantization=facts.quantization,
-            weights=facts.weights,
-            resident_bytes=tuple(facts.resident_bytes),
-            streamed_bytes=tuple(facts.streamed_bytes),
             loaded_s=elapsed_s,
             shape=Shape(facts.heads, facts.width),
         ).planned(self.asked, world_size)
+
+    def placed(self, facts: Facts) -> Model:
+        """The same model with what the ranks report about where its weights lie."""
+        return replace(
+            self,
+            weight_bytes=facts.weight_bytes,
+            weights=facts.weights,
+            resident_bytes=tuple(facts.resident_bytes),
+            streamed_bytes=tuple(facts.streamed_bytes),
+        )
 
     def planned(self, asked: Request, world_size: int) -> Model:
         """The same model with the plan for such a request, as far as it is known before a forward."""
@@ -224,6 +230,10 @@ class Manifest:
         """Note that a model is resident."""
         self._evicted.pop(model.id, None)
         self._models[model.id] = model
+
+    def note_placed(self, model_id: str, facts: Facts) -> None:
+        """Ranks have loaded a resident model again, and may have had more or less room for it than others before."""
+        self._models[model_id] = self._models[model_id].placed(facts)
 
     def remove(self, model_id: str) -> None:
         """Forget a model."""

@@ -141,7 +141,9 @@ class Residency:
         if model.base is not None:
             facts.insert(0, (model.base, loaded.base))
         for each, known in facts:
-            if each.id not in self._manifest:
+            if each.id in self._manifest:
+                self._manifest.note_placed(each.id, known)
+            else:
                 self._store.hold(each.digests)
                 resident = each.loaded(known, elapsed_s, self._world_size)
                 self._manifest.add(resident)

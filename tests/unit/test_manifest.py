@@ -12,7 +12,9 @@ import pytest
 
 from tacod.execution import manifest as module
 from tacod.execution.manifest import Manifest, Model
-from tacod.group.work import Facts, Load
+from tacod.execution.residency import Residency
+from tacod.execution.store import Store
+from tacod.group.work import Facts, Load, Loaded
 from tacod_client import wire
 from tacod_client.errors import (
     ArgumentError,
@@ -321,3 +323,18 @@ def test_a_file_whose_name_is_no_unicode_is_refused(manifest: Manifest, path: Pa
     with pytest.raises(ModelUnsupported, match="rename it") as caught:
         describe(manifest)
     json.dumps(caught.value.to_wire()).encode()
+
+
+def test_model_that_is_loaded_again_takes_what_the_ranks_report_then(manifest: Manifest) -> None:
+    """After a loss of the ranks there may be more room for it than before, or less."""
+    ended: list[str] = []
+    residency = Residency(manifest, Store(1 << 20), [], 3, ended.append, lambda model: None)
+    for name in ("older", "flux"):
+        manifest.add(Model(name, f"/{name}", "", None, weight_bytes=5, weights="sharded"))
+    facts = Facts("flux", 12, 9, "bf16", 24, 3072, {}, weights="replicated", resident_bytes=[9, 9, 9])
+    residency.note_loaded(manifest.find("older"), Loaded(facts, facts), 1.0, 0.0)
+    assert [(each.id, each.weight_bytes, each.weights) for each in manifest] == [
+        ("older", 9, "replicated"),
+        ("flux", 5, "sharded"),
+    ]
+    assert manifest.to_evict(Model("new", "/new", "", None, weight_bytes=2), 15, 2) == ["older"]

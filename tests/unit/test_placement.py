@@ -36,6 +36,12 @@ def test_the_host_has_what_no_rank_can(ranks: int, reaches: bool) -> None:
     assert len(chosen.resident) == 57 + (12_000 - 100 - 600 - 57 * 110) // 300
 
 
+def test_a_modulation_lies_with_one_rank_alone() -> None:
+    sizes = Sizes({"block": 300}, {"a": 50, "b": 50, "c": 20, "d": 20}, 7)
+    # The first two have more than two thirds of the outputs, and the third rank owns two layers.
+    assert choose("sharded", sizes, 3, None, reaches=True).device_bytes == 7 + 2 * 300 + 100 + 50
+
+
 def test_the_host_has_what_even_shares_leave_no_room_for() -> None:
     assert choose("auto", FLUX, 3, 4_000, reaches=True).kind == "host"
 

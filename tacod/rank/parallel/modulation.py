@@ -42,7 +42,7 @@ def modulations(
 
 def owners(sizes: Sequence[int], ranks: int) -> list[int]:
     """The rank that computes each layer, for their numbers of outputs."""
-    total, done, found = sum(sizes), 0, []
+    total, done, found = max(sum(sizes), 1), 0, []
     for size in sizes:
         # Whose share the middle of this layer's outputs falls into.
         found.append((2 * done + size) * ranks // (2 * total))

@@ -135,7 +135,11 @@ class Depot:
             slab = self._make_slab(ends)
         except (RuntimeError, OSError) as error:
             problem = str(error).splitlines()[0]
-        self._agree(slab is not None, f"no memory for {max(ends) / 2**20:.0f} MiB of weights on each rank: {problem}")
+        self._agree(
+            slab is not None,
+            f"no memory for {max(ends) / 2**20:.0f} MiB of weights on each rank: {problem}; unload a model "
+            "(`tacoctl unload`) or end another program",
+        )
         assert slab is not None
         stored = []
         for tensor, pieces in zip(tensors, places, strict=True):

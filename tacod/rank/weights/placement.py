@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from tacod.rank.parallel.modulation import owners
 from tacod_client.errors import ArgumentError, OutOfMemory
 
 __all__ = ["Placement", "Sizes", "choose"]
@@ -112,11 +113,19 @@ def _placed(kind: str, sizes: Sizes, ranks: int, count: int) -> Placement:
     held = sizes.others + sum(size for path, size in units.items() if path in resident)
     blocks = sum(size for path, size in sizes.blocks.items() if path not in resident)
     if kind == "sharded":
-        held += -(-sum(lacking) // ranks)
+        held += -(-blocks // ranks) + _most_owned(sizes.modulations, ranks)
         streamed = blocks - blocks // ranks
     else:
         streamed = blocks + (sum(lacking) - blocks) // ranks
     return Placement(kind, frozenset(resident), held + 2 * max(lacking, default=0), streamed)
+
+
+def _most_owned(modulations: Mapping[str, int], ranks: int) -> int:
+    """The bytes of those that the rank with the most of them owns; their outputs are as their bytes."""
+    owned = [0] * ranks
+    for size, owner in zip(modulations.values(), owners(list(modulations.values()), ranks), strict=True):
+        owned[owner] += size
+    return max(owned)
 
 
 def _size(count: int) -> str:
