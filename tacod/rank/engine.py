@@ -72,7 +72,7 @@ from tacod_client.wire import CHANGING, map_tensors
 __all__ = ["Engine"]
 
 FOR_WEIGHTS = 0.85
-"""The part of a GPU's memory that the weights of all models may take if nothing else is said."""
+"""The part of a GPU's memory that the weights of a model may take if nothing else is said."""
 NOTES = 8
 NOTE_CHARACTERS = 300
 """How many patches that were left out are told of, and how much of each."""
@@ -317,13 +317,12 @@ class Engine:
     def _memory_for_weights(self) -> int | None:
         """Bytes of weights for which every GPU has memory, with some left for what is computed; None for CPUs.
 
-        What the resident models hold is not among them.
+        As if it held no other model: where there is no room beside others, these are evicted (`OutOfMemory`).
         """
         if self.device.type != "cuda":
             return None
         _, total = torch.cuda.mem_get_info(self.device)
-        held = weight_bytes(*(each.model for each in self.models.values()))
-        return min(self._everyones(max(0, int(total * FOR_WEIGHTS) - held)))
+        return min(self._everyones(int(total * FOR_WEIGHTS)))
 
     def _everyones(self, number: int) -> list[int]:
         """Every rank's number, in the order of ranks."""

@@ -110,17 +110,6 @@ def test_gpus_that_are_told_to_use_collectives_alone_share_no_memory(monkeypatch
         assert topology.reaches is not on_gpu
 
 
-def test_models_share_what_a_gpu_has_for_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(torch.device("cpu"), Topology())
-    load(engine, FLUX.save(tmp_path), "fp32", None, "replicated")
-    held = engine.models["model"].facts.weight_bytes
-    monkeypatch.setattr(engine, "device", torch.device("cuda"))
-    monkeypatch.setattr(engine, "_everyones", lambda number: [number, number + 1])
-    for total, room in ((10 * held, int(8.5 * held) - held), (held, 0)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, total=total: (0, total))
-        assert engine._memory_for_weights() == room
-
-
 # --- on one rank, of which the host's memory holds the blocks ---------------------------------------------------------
 
 
