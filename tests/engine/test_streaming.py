@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from tacod.rank.engine import Engine
 from tacod.rank.ops.packed.base import PackedLinear
 from tacod.rank.parallel.topology import Topology
 from tacod.rank.weights.depot import Depot, PeerSlabs
+from tacod.tools.plan import main as plan
 from tacod_client.exchange import pack
 from tacod_client.tensors import to_wire
 
@@ -108,6 +111,20 @@ def test_gpus_that_are_told_to_use_collectives_alone_share_no_memory(monkeypatch
         monkeypatch.setattr(topology, "world_size", 2)
         monkeypatch.setattr(topology.everyone, "on_gpu", on_gpu, raising=False)
         assert topology.reaches is not on_gpu
+
+
+def test_plan_says_where_weights_would_lie(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(FLUX.save(tmp_path))
+    assert plan([file, "--ranks", "3", "--memory", "0.001"]) == 0
+    where = r"\d+ of 4 blocks are whole there, the others in the host's memory, of which a rank fetches 0\.\d MiB"
+    assert re.search(where, capsys.readouterr().out)
+    assert plan([file, "--ranks", "3", "--memory", "0.001", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["weights"] == "host"
+    assert told["resident_bytes"] <= 0.001 * 2**30
+    assert told["streamed_bytes"] > 0
+    assert plan([file, "--ranks", "3", "--memory", "0.00001"]) != 0
+    assert "models.memory_bytes" in capsys.readouterr().err
 
 
 # --- on one rank, of which the host's memory holds the blocks ---------------------------------------------------------
