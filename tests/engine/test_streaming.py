@@ -153,6 +153,21 @@ def change(key: str, shape: tuple[int, ...], kind: str) -> dict[str, Any]:
     return {"key": f"diffusion_model.{key}", "kind": kind, **factors, "strength": 0.1}
 
 
+def test_a_loop_within_a_loop_is_refused(tmp_path: Path) -> None:
+    """The inner one would leave its own weights to the outer one's blocks."""
+    engine = Engine(torch.device("cpu"), Topology())
+    load(engine, FLUX.save(tmp_path), "fp32", None, "host")
+    model = engine.models["model"].model
+    assert model.weights is not None
+    blocks = model.weights.over(model.trunk)
+    next(blocks)
+    # One that is over may be followed by another, and so may one that broke off.
+    assert len(list(model.weights.over(model.modulating))) == len(model.modulating)
+    with pytest.raises(RuntimeError, match="another loop"):
+        next(blocks)
+    assert list(model.weights.over(model.trunk)) == model.trunk
+
+
 @pytest.mark.parametrize("kind", ["lora", "diff"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp8"])
 def test_patches_of_a_plain_file(tmp_path: Path, dtype: str, kind: str) -> None:

@@ -82,12 +82,14 @@ class OnGPU:
         torch.cuda.current_stream().wait_event(self._filled[number])
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Buffers:
     """What the weights are fetched into."""
 
     memory: Sequence[Tensor]
     fetcher: Fetcher
+    loop: object = None
+    """Which loop over modules has filled them last."""
 
     @classmethod
     def of(cls, size: int, device: torch.device) -> Buffers:
@@ -157,15 +159,18 @@ class Stage:
         """The modules one by one, each with its weights in place until the next is asked for.
 
         What a module computes must be done, or asked of the GPU, before that. Those of the next ones are on their way.
+        Raises `RuntimeError` if another loop has used the buffers meanwhile.
         """
         modules = list(modules)
         coming = deque(staged for each in modules if (staged := self._staged.get(id(each))) is not None)
         used: set[int] = set()
+        loop = object()
 
         def fetch() -> None:
             while coming and coming[0].number not in used:
                 staged = coming.popleft()
                 used.add(staged.number)
+                self.buffers.loop = loop
                 self.buffers.fetcher.fetch(staged.number, staged.parts)
 
         try:
@@ -175,6 +180,8 @@ class Stage:
                 if staged is not None:
                     self.buffers.fetcher.wait(staged.number)
                 yield module
+                if used and self.buffers.loop is not loop:
+                    raise RuntimeError("another loop over blocks has taken the weights of this one")
                 if staged is not None:
                     used.remove(staged.number)
                     fetch()
