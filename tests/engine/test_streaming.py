@@ -18,7 +18,7 @@ from tacod.rank.comm.group import Group
 from tacod.rank.engine import Engine
 from tacod.rank.ops.packed.base import PackedLinear
 from tacod.rank.parallel.topology import Topology
-from tacod.rank.weights.depot import Depot, PeerSlabs
+from tacod.rank.weights.depot import Depot, PeerSlabs, Stored
 from tacod.tools.plan import main as plan
 from tacod_client.exchange import pack
 from tacod_client.tensors import to_wire
@@ -35,11 +35,11 @@ CASES = [
 def test_results_are_the_same_to_the_bit(ranks: Ranks, name: str, weights: str, count: int) -> None:
     told = ranks.run((1, count, 1), "streamed", name=name, weights=weights)
     assert len(told) == count
-    for same, resident, expected, streamed in told:
+    for same, _, _, streamed in told:
         assert same
         assert streamed > 0
-        # Each tensor begins at a multiple of 256 bytes, which matters in models as small as these.
-        assert resident == pytest.approx(expected, rel=0.1, abs=1 << 16)
+    # Of the rank that has most. Tensors begin at multiples of 256 bytes, which matters in models as small as these.
+    assert max(resident for _, resident, *_ in told) == pytest.approx(told[0][2], rel=0.1, abs=1 << 16)
 
 
 @pytest.mark.parametrize("layout", [(2, 2, 1), (1, 1, 3), (1, 1, 1)], ids=str)
@@ -88,7 +88,7 @@ def test_what_one_gpu_holds_alone_takes_no_memory_of_the_others(monkeypatch: pyt
     depot = Depot(group, lambda: PeerSlabs(group))
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(256, generator=generator) for _ in range(9)]
-    stored = []
+    stored: list[Stored] = []
     for owner in (0, 0, 1, 0, 2, 1, 2, 2, 1):
         # This process stores for each of the ranks in turn.
         monkeypatch.setattr(group, "rank", owner)
