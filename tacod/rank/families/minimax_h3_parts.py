@@ -55,7 +55,7 @@ class Block(Layers):
 
     def __init__(self, hidden: int, heads: int, head_width: int, ffn: int, time_width: int) -> None:
         super().__init__(hidden, heads, head_width, ffn)
-        self.adaln_proj = kit.Modulation(time_width, 6 * MODALITIES * hidden, "linear")
+        self.adaln_proj = kit.Modulation(time_width, 6 * MODALITIES * hidden, "linear", shared=False)
 
     def forward(self, f: ForwardPass) -> None:
         """The stream one block further. The modulations of all blocks at once would be too many where masks are."""
@@ -99,7 +99,7 @@ class FinalLayer(nn.Module):
     def __init__(self, hidden: int, time_width: int, video: int, sound: int) -> None:
         super().__init__()
         self.norm = Scale(hidden)
-        self.adaln_proj = kit.Modulation(time_width, 2 * hidden, "linear")
+        self.adaln_proj = kit.Modulation(time_width, 2 * hidden, "linear", shared=False)
         self.video_out, self.audio_out = nn.Linear(hidden, video), nn.Linear(hidden, sound)
 
     def modulated(self, f: ForwardPass) -> Tensor:
