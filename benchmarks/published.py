@@ -117,6 +117,48 @@ def _minimax_h3(**time: int) -> dict[str, Any]:
     }
 
 
+def _ltx(head_width: int, layers: int, **more: Any) -> dict[str, Any]:
+    return {
+        "image_model": "ltxv",
+        "num_layers": layers,
+        "num_attention_heads": 32,
+        "attention_head_dim": head_width,
+        "cross_attention_dim": 32 * head_width,
+        "causal_temporal_positioning": True,
+        **more,
+    }
+
+
+_LTX2 = {
+    "image_model": "ltxav",
+    "caption_channels": 3840,
+    "use_middle_indices_grid": True,
+    "av_ca_timestep_scale_multiplier": 1000.0,
+    "rope_type": "split",
+    "frequencies_precision": "float64",
+}
+_LTX23 = {
+    "apply_gated_attention": True,
+    "cross_attention_adaln": True,
+    "caption_proj_before_connector": True,
+    "caption_projection_first_linear": False,
+    "connector_num_attention_heads": 32,
+    "connector_attention_head_dim": 128,
+    "connector_num_layers": 8,
+    "connector_apply_gated_attention": True,
+    "audio_connector_num_attention_heads": 32,
+    "audio_connector_attention_head_dim": 64,
+}
+_SMALL_LTX = {"num_layers": 1, "num_attention_heads": 4, "attention_head_dim": 64, "cross_attention_dim": 256}
+_SMALL_LTX2 = {
+    **_SMALL_LTX,
+    "audio_num_attention_heads": 4,
+    "audio_cross_attention_dim": 256,
+    "connector_num_layers": 1,
+}
+_LTX_TIMES: dict[str, Any] = {"frames_per_latent": 8, "counts": {121: {"S": 126}}}
+
+
 def _cosmos_predict2(width: int, heads: int, blocks: int, kind: str = "cosmos_predict2") -> dict[str, Any]:
     return {
         "image_model": kind,
@@ -463,6 +505,18 @@ PUBLISHED = {
         512,
         (Size(1344, 768, 124),),
         **_SMALL_H3,
+    ),
+    "ltx_video_2b": Published(
+        _ltx(64, 28), "LTXV", 256, (Size(768, 512, 97),), _SMALL_LTX, {"attention_mask": None}, frames_per_latent=8
+    ),
+    "ltx_video_13b": Published(
+        _ltx(128, 48), "LTXV", 256, (Size(1216, 704, 121),), _SMALL_LTX, {"attention_mask": None}, frames_per_latent=8
+    ),
+    "ltx2_19b": Published(
+        _ltx(128, 48, **_LTX2), "LTXAV", 1024, (Size(1280, 704, 121),), cut=_SMALL_LTX2, **_LTX_TIMES
+    ),
+    "ltx2.3_21b": Published(
+        _ltx(128, 48, **_LTX2, **_LTX23), "LTXAV", 1024, (Size(1280, 704, 121),), cut=_SMALL_LTX2, **_LTX_TIMES
     ),
     "kandinsky5_lite": Published(
         _kandinsky5(1792, 512, 2, 32), "Kandinsky5", 256, sizes=(Size(768, 512, 121),), cut=_SMALL_KANDINSKY5

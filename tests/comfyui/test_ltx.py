@@ -140,7 +140,7 @@ def test_guides(comfyui: ComfyUI, both: Both, run: Pair) -> None:
         run.sample(save=f"_{name}", cfg=1.0, **inputs)
     both(run, "_weak", "_strong", "_shown")
     plain, shown = (comfyui.latent(run.file("taco", save)) for save in ("_strong", "_shown"))
-    assert plain.shape[2] == 3 + 1 + 2
+    assert plain.shape[2] == 3 + 1 + 1
     assert (plain - shown)[:, :, :3].norm() > 1e-3 * plain.norm()
 
 

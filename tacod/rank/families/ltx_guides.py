@@ -181,9 +181,11 @@ def spans_of(
 
     ``factors`` are pixels of a latent cell. With ``causal`` the first latent frame is one frame of pixels.
     """
-    lines = [torch.arange(count, device=device) for count in grid.counts]
-    first = torch.stack(torch.meshgrid(*lines, indexing="ij"), dim=-1).flatten(0, -2)
-    spans = torch.stack((first, first + 1), dim=-1) * torch.tensor(factors, device=device)[:, None]
+    ends = []
+    for end in (0, 1):
+        lines = [(torch.arange(n, device=device) + end) * size for n, size in zip(grid.counts, factors, strict=True)]
+        ends.append(torch.stack(torch.meshgrid(*lines, indexing="ij"), dim=-1).flatten(0, -2))
+    spans = torch.stack(ends, dim=-1)
     if causal:
         spans[:, 0] = (spans[:, 0] + 1 - factors[0]).clamp(min=0)
     kept, guides = arguments.get("kept"), arguments.get("keyframe_idxs")

@@ -137,7 +137,7 @@ class Rope:
         places = (spans[..., 0] + spans[..., 1]) / 2.0 if self._middle else spans[..., 0]
         fractions = torch.stack([places[..., at] / most for at, most in enumerate(self._lengths)], dim=-1)
         axes = len(self._lengths)
-        frequencies = _frequencies(self._pairs // axes, self._double).to(spans.device)
+        frequencies = _frequencies(self._pairs // axes, self._double, spans.device)
         angles = (frequencies[:, None] * (fractions.unsqueeze(-2) * 2 - 1)).flatten(-2)
         # The first pairs, which are left over, stay.
         angles = functional.pad(angles, (self._pairs - angles.shape[-1], 0))
@@ -146,13 +146,16 @@ class Rope:
 
 
 @functools.cache
-def _frequencies(count: int, double: bool) -> Tensor:
-    """Rising geometrically from pi / 2 to theta * pi / 2, fp32, on the CPU: devices differ in the last bit."""
+def _frequencies(count: int, double: bool, device: torch.device) -> Tensor:
+    """Rising geometrically from pi / 2 to theta * pi / 2, fp32.
+
+    Computed on the CPU for every device, because devices differ in the last bit.
+    """
     if double:
         exact = np.power(_THETA, np.linspace(0.0, 1.0, count, dtype=np.float64))
-        return torch.tensor(exact * math.pi / 2, dtype=torch.float32, device="cpu")
+        return torch.tensor(exact * math.pi / 2, dtype=torch.float32, device="cpu").to(device)
     powers: Tensor = _THETA ** torch.linspace(0.0, 1.0, count, dtype=torch.float32, device="cpu")
-    return powers * math.pi / 2
+    return (powers * math.pi / 2).to(device)
 
 
 def local_times(f: ForwardPass, timestep: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
