@@ -45,10 +45,12 @@ def test_equals_comfyui_at_any_rank_count(daemons: Callable[[int], Daemon], load
     with daemons(ranks).client() as client:
         model, golden = load(client, name)
         out = model.forward(**golden.inputs)
-        x = golden.inputs["x"]
-        several = zip(out, x, strict=True) if isinstance(x, list) else [(out, x)]
-        assert all(each.dtype == latent.dtype for each, latent in several)
-        assert relative_error(out, golden.out) <= FP32
+        # Of a list of one latent it is a tensor.
+        outs, latents, wanted = (
+            each if isinstance(each, list) else [each] for each in (out, golden.inputs["x"], golden.out)
+        )
+        assert all(each.dtype == latent.dtype for each, latent in zip(outs, latents, strict=True))
+        assert relative_error(outs, wanted) <= FP32
         assert model.stats.ranks == ranks
 
 
