@@ -20,6 +20,8 @@ from comfyui_server import ComfyUI, Graph, Outcome
 from helpers import relative_error
 from image_cases import CASES, Sizes, write
 from stock_templates import Template, templates
+from test_hunyuan import CASES as HUNYUAN
+from test_hunyuan import SEEN_WIDTH
 from test_workflows import save_lora
 
 Both = Callable[..., Outcome]
@@ -40,6 +42,8 @@ SOURCES = {
     "longcat_edit": r"longcat_image",
     "hidream": r"hidream_[ie]1",
     "anima": r"anima-",
+    "hunyuan_video_t2v": r"hunyuan_video_t2v",
+    "hunyuan_video_15": r"hunyuanvideo1\.5_720p",
     "fill": r"flux\.?1-fill",
     "canny": r"flux1-canny",
     "flux": r"flux1-",
@@ -49,7 +53,7 @@ FLUXES = {model.tiny.name: model for model in (FLUX, FILL, CANNY)}
 
 HONOURED = {
     *("BasicGuider", "CFGGuider", "DualCFGGuider"),
-    *("KSampler", "SamplerCustom"),
+    *("KSampler", "SamplerCustom", "EasyCache"),
     *("BasicScheduler", "BetaSamplingScheduler"),
     *("ModelSamplingAuraFlow", "ModelSamplingFlux", "ModelSamplingSD3"),
     *("CFGNorm", "DifferentialDiffusion", "ChromaRadianceOptions", "LoraLoaderModelOnly", "ComfySwitchNode"),
@@ -205,7 +209,7 @@ class Model:
             self.config = FLUXES[golden].tiny.config
             save_lora(FLUXES[golden], models / "loras" / self.file)
         else:
-            case = next(case for case in CASES if case.golden == golden)
+            case = next(case for case in (*CASES, *HUNYUAN.values()) if case.golden == golden)
             write(case, models)
             self.sizes, self.beside, self.frames = Sizes(case), case.text, case.has_frames
             self.config = case.model().config
@@ -223,26 +227,35 @@ class Model:
     def stand_in(self, kind: str, by: str) -> tuple[str, dict[str, Any]] | None:
         """What comes over links of this kind into nodes of the kind ``by``; None for what is the template's own."""
         config = json.dumps(self.config)
+        vae = {"channels": self.sizes.channels, "frames": self.frames, "side": CELL}
+        if self.golden in HUNYUAN:
+            vae = {"channels": self.sizes.channels, "pixels": self.pixels}
         control = "qwen_inpaint" if "Inpainting" in by else "qwen"
         patch = {"AnimaLLLiteApply": "anima", "USOStyleReference": "uso"}.get(by, self.golden)
         return {
             "IMAGE": ("TestImage", {"height": SIDE, "width": SIDE}),
             "MASK": ("TestMask", {"height": SIDE, "width": SIDE}),
             "CLIP": ("TestClip", self.text),
-            "VAE": ("TestImageVAE", {"channels": self.sizes.channels, "frames": self.frames, "side": CELL}),
+            "VAE": ("TestVideoVAE" if self.golden in HUNYUAN else "TestImageVAE", vae),
             "CONTROL_NET": ("TestControlNet", {"sort": control, "config": config}),
             "MODEL_PATCH": ("TestModelPatch", {"sort": patch, "config": config}),
-            "CLIP_VISION_OUTPUT": ("TestSeenImage", {}),
+            "CLIP_VISION_OUTPUT": ("TestClipVision", {"seed": 4, "tokens": 5, "width": SEEN_WIDTH})
+            if self.golden in HUNYUAN
+            else ("TestSeenImage", {}),
             "STYLE_MODEL": ("TestStyleModel", {"width": self.sizes.width}),
         }.get(kind)
 
+    @property
+    def pixels(self) -> int:
+        """Of a latent's cell, along each side."""
+        return {128: 16, 32: 16, 3: 1}.get(self.sizes.channels, 8)
+
     def fixed(self, kind: str, takes: Mapping[str, Any]) -> dict[str, Any]:
         """Values in the place of a template's."""
-        pixels = {128: 16, 3: 1}.get(self.sizes.channels, 8)
-        height, width = (pixels * side for side in self.sizes.size)
+        height, width = (self.pixels * side for side in self.sizes.size)
         values = {"steps": STEPS, "lora_name": self.file}
-        if kind.startswith("Empty"):
-            values |= {"height": height, "width": width}
+        if kind.startswith("Empty") or kind.endswith("ImageToVideo"):
+            values |= {"height": height, "width": width, "length": 9}
         return {key: value for key, value in values.items() if key in takes}
 
 
