@@ -19,7 +19,7 @@ class Progress:
     """A step of a sampling run is done."""
 
     step: int
-    """Counts from 1; starts again if the run does (a rank died in a run of short steps, or the daemon was restarted)."""
+    """Counts from 1; starts again if the run does: a rank died in a run of short steps, or the daemon was restarted."""
     total: int
     sigma: float
     """The latent's noise level after the step."""
@@ -90,5 +90,8 @@ class Job:
         return self._result
 
     def cancel(self) -> None:
-        """Cancel the run: at its next step, or in a long one before the next block, on all ranks. `result` raises `Cancelled` then."""
+        """Cancel the run on all ranks, at its next step or before the next block of a long one.
+
+        `result` raises `Cancelled` then.
+        """
         self._cancel(self.id)

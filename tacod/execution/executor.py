@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tacod.config import Config
+from tacod.execution.kept_steps import KeptSteps
 from tacod.execution.manifest import Manifest, Model
 from tacod.execution.paces import LONG_S
 from tacod.execution.records import Records
@@ -22,7 +23,7 @@ from tacod.group.processes import GroupLost
 from tacod.group.restarts import RestartPolicy
 from tacod.group.work import Command, Evict, Forward, Loaded, MethodCall, SampleStep, Stepped, Unload
 from tacod.notify import notify
-from tacod_client.errors import ModelError, ModelNotFound, OutOfMemory, QueueFull, TacodError, Unavailable
+from tacod_client.errors import ModelError, ModelNotFound, OutOfMemory, TacodError, Unavailable
 
 __all__ = ["Executor"]
 
@@ -51,6 +52,7 @@ class Executor:
         self.config = config
         self.manifest = Manifest(config.models.readable, config.group.device)
         self.store = Store(config.limits.store_bytes)
+        self._kept = KeptSteps(self.store)
         self.records = Records(self.manifest)
         self.scheduler = Scheduler(config.limits.queue, config.group.retries)
         self.group = RankGroup(config.group, devices, folder)
@@ -364,7 +366,7 @@ class Executor:
             self.residency.note_unloaded([*item.evicts, job.model])
         else:
             step = self.records.note_step(job, answer, item.queue_s)
-            self._keep_step(job, step)
+            self._kept.keep(job, step, self.scheduler.jobs)
             self.residency.note_used(job.model, job.session, now)
         ended = self.scheduler.finish_step()
         if job.verb is Verb.SAMPLE and step is not None and job.outcome in (None, Outcome.RESULT):
@@ -373,34 +375,6 @@ class Executor:
             job.ready_s = time.monotonic()
         else:
             self._end([ended], step)
-
-    def _keep_step(self, job: Job, step: Stepped) -> None:
-        """Keep what a run's step came to, in the store, if it was long and all steps before are kept.
-
-        New ranks then go on behind it. Once one isn't kept, such as for want of room, none is.
-        """
-        if job.verb is not Verb.SAMPLE or job.kept != job.step:
-            return
-        if not step.record:
-            self._drop_record(job)
-            return
-        kept = [digest for each in self.scheduler.jobs for digest in each.record]
-        nbytes = self.store.size_of(kept) + sum(each.nbytes for each in step.record)
-        try:
-            if nbytes > self.store.limit // 2:
-                raise QueueFull(f"kept steps of runs would take {nbytes} bytes, over half of limits.store_bytes")
-            digests = self.store.put_all(step.record)
-        except QueueFull as error:
-            log.info("job %s begins anew if the ranks are lost: %s", job.id, error.message)
-            self._drop_record(job)
-            return
-        self.store.pin(digests)
-        job.record += digests
-        job.kept, job.tries, job.cause = job.step + 1, 1, ""
-
-    def _drop_record(self, job: Job) -> None:
-        self.store.unpin(job.record)
-        job.record, job.kept = [], 0
 
     def _note_loaded(self, job: Job, model: Model, answer: Answer) -> None:
         self.records.metrics.loads.observe(answer.elapsed_s)
@@ -460,7 +434,7 @@ class Executor:
             self.records.metrics.jobs_total[job.outcome.value] += 1
             self.store.unpin(job.digests, job.verb is not Verb.SAMPLE)
             self._unpin_restores(job)
-            self._drop_record(job)
+            self._kept.drop(job)
             if job.verb is Verb.SAMPLE and job.outcome is not Outcome.RESULT:
                 self.group.forget(job.id)
             self._on_end(job, step)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from tacod import config
 from tacod.group.board import Blocks
 from tacod.group.faults import Faults
+from tacod.group.pace import Pace
 from tacod.group.processes import GroupLost, Processes, Rank
 from tacod.group.work import (
     Begun,
@@ -42,10 +43,6 @@ EXIT_S = 1.0
 """After one rank reports that it is broken, another one's exit within this time counts as the cause."""
 LOOK_S = 0.2
 """How often the supervisor looks how far a watched forward is."""
-PATIENCE = 20.0
-"""A block of a watched forward counts as stuck after so many times the longest time of earlier ones."""
-LEAST_PATIENCE_S = 30.0
-"""A block has at least this long, or `group.step_timeout_s` if that is less."""
 CACHE_TENSORS = 8192
 """Most client tensors that each rank keeps, however small."""
 
@@ -84,12 +81,7 @@ class _Current:
     """Whether ranks tell how many blocks they have done."""
     begun: int = 0
     """Forwards after the first that all ranks have begun; each has a time limit of its own."""
-    blocks: Blocks | None = None
-    """How far the slowest rank was at the last look."""
-    advanced_s: float = 0.0
-    """When it came there."""
-    longest_s: float = 0.0
-    """The longest time between two such moments within one forward."""
+    pace: Pace = field(default_factory=Pace)
 
     def first(self, kind: type[FinalType]) -> tuple[int, FinalType] | None:
         """The first rank with such an answer, and the answer."""
@@ -190,9 +182,9 @@ class RankGroup:
             info = f"; another rank reported: {current.error.message}" if current.error is not None else ""
             waited_s = now - current.started_s
             reason = f"{names} stuck: no answer to {current.command.verb} within {waited_s:.1f} s"
-            if (blocks := current.blocks) is not None:
+            if (blocks := current.pace.blocks) is not None:
                 reason += f", and none further than block {blocks.done} of {blocks.total}"
-                reason += f" for {now - current.advanced_s:.1f} s"
+                reason += f" for {now - current.pace.advanced_s:.1f} s"
             reason += info
             raise GroupLost(reason, current.error)
 
@@ -210,7 +202,7 @@ class RankGroup:
         """Give one command to every rank. ``tensors`` are the stored ones that it may name by digest.
 
         The ranks have ``timeout_s`` for it. Where it is ``watched``, they have it for the first block of a forward, and
-        then for each further one as long as `PATIENCE` says. Raises `GroupLost` if a rank is gone.
+        then for each further one as long as `Pace` says. Raises `GroupLost` if a rank is gone.
         """
         assert self.state is GroupState.IDLE
         self._commands += 1
@@ -320,18 +312,12 @@ class RankGroup:
 
     def _follow_pace(self, now: float) -> None:
         """Give a watched forward's next block a time limit, by how long earlier ones took."""
-        current, blocks = self._current, self.blocks
-        if current is None or blocks is None or blocks == current.blocks:
+        current = self._current
+        if current is None:
             return
-        before, current.blocks = current.blocks, blocks
-        if before is not None and before.forward == blocks.forward:
-            current.longest_s = max(current.longest_s, now - current.advanced_s)
-        current.advanced_s = now
-        patience_s = self.settings.step_timeout_s
-        if current.longest_s:
-            patience_s = max(min(LEAST_PATIENCE_S, patience_s), PATIENCE * current.longest_s)
-        if all(isinstance(answer, Done) for answer in current.answers.values()):
-            self.deadline = now + patience_s
+        until = current.pace.follow(self.blocks, now, self.settings.step_timeout_s)
+        if until is not None and all(isinstance(answer, Done) for answer in current.answers.values()):
+            self.deadline = until
 
     @property
     def progress(self) -> Progress | None:

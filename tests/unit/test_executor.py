@@ -24,7 +24,8 @@ from tacod.execution.executor import Executor
 from tacod.execution.manifest import Model
 from tacod.execution.scheduler import ON_MODEL, Job, Outcome, Verb
 from tacod.group.board import Blocks
-from tacod.group.group import AGREE_S, EXIT_S, LEAST_PATIENCE_S, GroupState
+from tacod.group.group import AGREE_S, EXIT_S, GroupState
+from tacod.group.pace import LEAST_PATIENCE_S
 from tacod.group.work import Stepped
 from tacod_client.errors import (
     Cancelled,

@@ -1,0 +1,51 @@
+"""What long steps of sampling runs came to, kept in the store: new ranks go on behind them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from tacod.execution.scheduler import Job, Verb
+from tacod.execution.store import Store
+from tacod.group.work import Stepped
+from tacod_client.errors import QueueFull
+
+__all__ = ["KeptSteps"]
+
+log = logging.getLogger(__name__)
+
+
+class KeptSteps:
+    """Keeps what the forwards of each step gave, as long as all steps of the run before are kept."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def keep(self, job: Job, step: Stepped, jobs: Iterable[Job]) -> None:
+        """Keep a step that is just done, if the ranks have told what its forwards gave, and there is room.
+
+        All ``jobs`` may need half of the store for that. Once a step isn't kept, none of its run is.
+        """
+        if job.verb is not Verb.SAMPLE or job.kept != job.step:
+            return
+        if not step.record:
+            self.drop(job)
+            return
+        held = [digest for each in jobs for digest in each.record]
+        nbytes = self._store.size_of(held) + sum(each.nbytes for each in step.record)
+        try:
+            if nbytes > self._store.limit // 2:
+                raise QueueFull(f"kept steps of runs would take {nbytes} bytes, over half of limits.store_bytes")
+            digests = self._store.put_all(step.record)
+        except QueueFull as error:
+            log.info("job %s begins anew if the ranks are lost: %s", job.id, error.message)
+            self.drop(job)
+            return
+        self._store.pin(digests)
+        job.record += digests
+        job.kept, job.tries, job.cause = job.step + 1, 1, ""
+
+    def drop(self, job: Job) -> None:
+        """Keep nothing of a run any more."""
+        self._store.unpin(job.record)
+        job.record, job.kept = [], 0
