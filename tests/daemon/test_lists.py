@@ -92,7 +92,7 @@ def test_a_run(pair: Model, pairs: Daemon) -> None:
         ("x", [inputs("pair")["x"][0], None], "nor a list of such"),
         ("timestep", inputs("pair")["timestep"][0], "expected a list of tensors"),
         ("timestep", [each[..., 0] for each in inputs("pair")["timestep"]], r"\[B\] or \[B, N, 1\]"),
-        ("denoise_mask", inputs("pair")["denoise_mask"][..., :3], "expected the latent's sides"),
+        ("denoise_mask", inputs("pair")["denoise_mask"][..., :3], "its W is 3, but that of x is 4"),
     ],
 )
 def test_a_forward_that_is_refused(pair: Model, argument: str, value: Any, told: str) -> None:
@@ -110,7 +110,7 @@ def test_a_run_that_is_refused(pair: Model) -> None:
         "expected a list of tensors": noise[0],
         "expected a list of 2 tensors": [*noise, noise[0]],
         "a list of at most 16 tensors": 17 * noise[:1],
-        "differ in shape": [noise[0], noise[1][:, :, :4]],
+        "its S is 7, but that of noise is 4": [noise[0], noise[1][:, :, :4]],
     }
     for told, value in refused.items():
         with pytest.raises(ArgumentError, match=told):

@@ -22,6 +22,7 @@ from tacod.rank.families.base import DiT, Output
 from tacod.rank.forward.graphs import Forwards
 from tacod.rank.forward.run import Call
 from tacod.rank.parallel.topology import Topology
+from tacod.rank.weights.streaming import Streaming
 from tacod_client.exchange import pack
 from tacod_client.tensors import from_wire, to_wire
 
@@ -82,7 +83,8 @@ def engine_of(made: DiT, topology: Topology) -> Engine:
     """An engine that holds a model by the id ``m``."""
     engine = Engine(torch.device("cpu"), topology)
     facts = Facts(made.family, 0, 0, "fp32", made.heads, made.width, made.sampling())
-    engine.models["m"] = Resident(made, {}, {}, facts)
+    whole = Streaming(topology.everyone, engine.device, "replicated", None, False)
+    engine.models["m"] = Resident(made, {}, {}, facts, whole)
     return engine
 
 

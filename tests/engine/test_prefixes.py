@@ -177,8 +177,8 @@ def replaying(monkeypatch: pytest.MonkeyPatch) -> None:
 
     capturing: list[Captured] = []
 
-    def recorded(call: Call, topology: Topology, cache: Any = None) -> Any:
-        out = run(call, topology, cache)
+    def recorded(call: Call, topology: Topology, *rest: Any) -> Any:
+        out = run(call, topology, *rest)
         if capturing:
             assert isinstance(out, Tensor)
             capturing[0].again = lambda: out.copy_(run(call, topology))  # type: ignore[assignment, func-returns-value]

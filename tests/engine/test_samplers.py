@@ -241,7 +241,14 @@ def test_guidance() -> None:
     assert [needs_negative(cfg) for cfg in (1.0, 1 + 1e-12, 0.0, 4.5)] == [False, False, True, True]
 
 
-FORMATS = {family.family: family.latent_format for family in families() if family.latent_format is not None}
+FORMATS = {
+    f"{family.family}{number or ''}": each
+    for family in families()
+    for number, each in enumerate(
+        family.latent_format if isinstance(family.latent_format, tuple) else [family.latent_format]
+    )
+    if each is not None
+}
 
 
 @pytest.mark.parametrize("latents", [*FORMATS.values(), WAN22], ids=[*FORMATS, "wan22"])
