@@ -414,6 +414,14 @@ def test_guides_have_no_place_in_a_run() -> None:
         model.lengths(values)
 
 
+def test_a_voice_without_a_sound_is_refused() -> None:
+    # ComfyUI's network has the video attend to the reference then.
+    golden = read_golden("ltx2_without_sound")
+    voice = {"tokens": torch.randn(1, 5, 128)}
+    with pytest.raises(ArgumentError, match=r"^ref_audio: it is a voice for a sound"):
+        refuse(golden.model(), replace(golden, inputs={**golden.inputs, "ref_audio": voice}))
+
+
 def test_a_video_without_sound_gives_one_without() -> None:
     golden = read_golden("ltx2_without_sound")
     model = golden.model()

@@ -217,6 +217,11 @@ class LTX2(LTX):
         tokens = kit.Grid(video, PATCH).length
         steps = sound[0].shape[2] if sound else 1
         reference = (arguments.get("ref_audio") or {}).get("tokens")
+        if reference is not None and not sound:
+            raise ArgumentError(
+                "ref_audio: it is a voice for a sound, but x is a video alone; give x a sound too, or leave it out",
+                argument="ref_audio",
+            )
         if reference is not None and reference.shape[0] not in (1, video.shape[0]):
             raise ArgumentError(
                 f"ref_audio.tokens: it is for {reference.shape[0]} images, but x has {video.shape[0]}; make it 1",
