@@ -79,8 +79,7 @@ class TextBlock(_Block):
         """A text one block further."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = f.modulation(self.text_modulation.linear, 6)
         heads = self.self_attention(text.normed(shift, scale, norm=_NORM), rotation, f.epsilon).by_heads()
-        q, k, v = (each.transpose(1, 2) for each in heads)
-        attended = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        attended = kit.attend_replicated(*(each.flatten(2) for each in heads), self.self_attention.heads)
         text.add(gate, self.self_attention.project(attended))
         text.add(mlp_gate, self.feed_forward(text.normed(mlp_shift, mlp_scale, norm=_NORM)))
 
@@ -320,8 +319,6 @@ class Kandinsky5(DiT):
     def _positions(self, grid: kit.Grid, options: Mapping[str, float] | None, device: torch.device) -> Tensor:
         """The (frame, row, column) of each patch, [N, 3] in fp32: as the options say, or closer by a factor."""
         if options:
-            origin = [options.get(f"shift_{axis}", 0.0) for axis in "tyx"]
-            scale = [options.get(f"scale_{axis}", 1.0) for axis in "tyx"]
-            return grid.positions(origin, scale, device)
+            return grid.positions(*kit.origin_and_scale(options), device)
         large = self.width == _PRO_WIDTH and grid.sides[1] * grid.sides[2] >= _LARGE
         return grid.positions(scale=[1 / each for each in (_LARGE_FACTORS if large else self.factors)], device=device)

@@ -118,9 +118,7 @@ def list_videos(model: Any, arguments: Mapping[str, Any]) -> list[Video]:
 
 def list_places(arguments: Mapping[str, Any], kind: str) -> list[Place]:
     """Where everything is that tokens are made of, in the same order, for a kind of `Wan`; it looks at shapes only."""
-    options = arguments.get("rope_options", {})
-    origin = [options.get(f"shift_{axis}", 0.0) for axis in "tyx"]
-    scale = [options.get(f"scale_{axis}", 1.0) for axis in "tyx"]
+    origin, scale = kit.origin_and_scale(arguments.get("rope_options", {}))
     video = video_grid(arguments, frames_before(arguments))
     if kind in POSED:
         return _place_poses(video, origin, scale, arguments)

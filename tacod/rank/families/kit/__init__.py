@@ -13,7 +13,13 @@ from tacod.rank.families.kit.masks import drop_hidden
 from tacod.rank.families.kit.mlp import MLP, feed_forward
 from tacod.rank.families.kit.mmdit import DoubleBlock, SingleBlock, after_attention, join_streams
 from tacod.rank.families.kit.modulation import AdaLN, FinalLayer, Modulation, drawn
-from tacod.rank.families.kit.references import REFERENCE_METHODS, ROPE_OPTIONS, image_positions, reference_origins
+from tacod.rank.families.kit.references import (
+    REFERENCE_METHODS,
+    ROPE_OPTIONS,
+    image_positions,
+    origin_and_scale,
+    reference_origins,
+)
 from tacod.rank.families.kit.rope import rope
 
 __all__ = [
@@ -40,6 +46,7 @@ __all__ = [
     "image_positions",
     "join_streams",
     "line",
+    "origin_and_scale",
     "reference_origins",
     "rope",
     "sinusoid",

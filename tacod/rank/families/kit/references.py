@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from tacod.rank.families.kit.grid import Grid
 
-__all__ = ["REFERENCE_METHODS", "ROPE_OPTIONS", "image_positions", "reference_origins"]
+__all__ = ["REFERENCE_METHODS", "ROPE_OPTIONS", "image_positions", "origin_and_scale", "reference_origins"]
 
 REFERENCE_METHODS = ("offset", "index", "uxo")
 """Where references lie: beside each other on a plane of their own, as Kontext was trained; each on its own plane; or
@@ -38,6 +38,12 @@ def image_positions(
         places = grid.positions(origin, (each.get("scale_y", 1.0), each.get("scale_x", 1.0)), device)
         positions.append(functional.pad(places, (1, 0), value=index + each.get("shift_t", 0.0)))
     return torch.cat(positions)
+
+
+def origin_and_scale(options: Mapping[str, float]) -> tuple[list[float], list[float]]:
+    """Where the positions of a video begin and how far apart they are (frame, row, column), by its `ROPE_OPTIONS`."""
+    origin = [options.get(f"shift_{axis}", 0.0) for axis in "tyx"]
+    return origin, [options.get(f"scale_{axis}", 1.0) for axis in "tyx"]
 
 
 def reference_origins(grids: Sequence[Grid], method: str, index_scale: float) -> list[tuple[float, int, int]]:
