@@ -132,7 +132,7 @@ def test_any_sampler_takes_them(sampler: str) -> None:
         ({"noise": inputs("pair")["x"][0]}, "noise", "expected a list of tensors"),
         ({"noise": inputs("pair")["x"][:1]}, "noise", "expected a list of 2 tensors"),
         ({"latent": inputs("pair")["x"][::-1]}, "latent", "expected shape"),
-        ({"latent": [each[:, :, :2] for each in inputs("pair")["x"]]}, "latent", "noise and latent differ in shape"),
+        ({"latent": [each[:, :, :2] for each in inputs("pair")["x"]]}, "latent", "its T is 2, but that of noise is 3"),
         ({"noise": [each / 0 for each in inputs("pair")["x"]]}, "noise", "NaN"),
         ({"positive": {"context": torch.ones(3, 7, 6)}}, "positive.context", "that of noise is 2"),
     ],
