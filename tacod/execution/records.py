@@ -44,7 +44,9 @@ class Records:
         if isinstance(job.body, Forward) and step.ranks == 1 and not step.skipped and not step.prefix_misses:
             self._baselines.note(self._kind_of(job), job.body.arguments, compute_s)
         if step.forwards:
-            self._paces.note(self._work_of(job), answer.elapsed_s / step.forwards)
+            if not step.skipped:
+                # What a step cache skips is short, and tells nothing of the forward after it.
+                self._paces.note(self._work_of(job), answer.elapsed_s / step.forwards)
             self._manifest.note_plan(job.model, step.plan)
         return step
 

@@ -82,6 +82,8 @@ class _Current:
     begun: int = 0
     """Forwards after the first that all ranks have begun; each has a time limit of its own."""
     pace: Pace = field(default_factory=Pace)
+    stopping: bool = False
+    """Whether it was asked to stop: then its time limit is not put off any more."""
 
     def first(self, kind: type[FinalType]) -> tuple[int, FinalType] | None:
         """The first rank with such an answer, and the answer."""
@@ -291,9 +293,18 @@ class RankGroup:
             self.deadline = None
 
     def stop(self) -> None:
-        """Have the ranks stop a watched forward before its next block; they then report `Cancelled`."""
-        if self._current is not None and self._processes.arena is not None:
-            self._processes.arena.board.ask_to_stop(self._current.id)
+        """Have the ranks stop a watched forward before its next block; they then report `Cancelled`.
+
+        If they hang, they have `group.step_timeout_s` for it, or the time of three blocks where those take longer.
+        """
+        current = self._current
+        if current is None or current.stopping or self._processes.arena is None:
+            return
+        current.stopping = True
+        self._processes.arena.board.ask_to_stop(current.id)
+        if self.deadline is not None:
+            limit_s = max(self.settings.step_timeout_s, 3 * current.pace.longest_s)
+            self.deadline = min(self.deadline, time.monotonic() + limit_s)
 
     @property
     def look_at(self) -> float | None:
@@ -316,7 +327,7 @@ class RankGroup:
         if current is None:
             return
         until = current.pace.follow(self.blocks, now, self.settings.step_timeout_s)
-        if until is not None and all(isinstance(answer, Done) for answer in current.answers.values()):
+        if until is not None and self._may_extend:
             self.deadline = until
 
     @property
@@ -340,10 +351,16 @@ class RankGroup:
         if self.deadline is not None:
             self._extend(self.deadline + more * self.settings.step_timeout_s)
 
+    @property
+    def _may_extend(self) -> bool:
+        """Once a rank has failed, the others have their time to agree, and no more; so it is after a stop."""
+        current = self._current
+        if current is None:
+            return True
+        return not current.stopping and all(isinstance(answer, Done) for answer in current.answers.values())
+
     def _extend(self, deadline: float) -> None:
-        # Once a rank has failed, the others have their time to agree, and no more.
-        answers = self._current.answers.values() if self._current is not None else ()
-        if self.deadline is not None and all(isinstance(answer, Done) for answer in answers):
+        if self.deadline is not None and self._may_extend:
             self.deadline = max(self.deadline, deadline)
 
     def _collect(self, current: _Current, rank: Rank, report: Final) -> Answer | None:

@@ -706,6 +706,23 @@ def test_cancel_asks_for_a_stop_of_a_watched_forward(walk: Walk) -> None:
     assert walk.ended[-1].outcome is Outcome.RESULT
 
 
+def test_a_cancelled_forward_that_hangs_ends_in_time(walk: Walk) -> None:
+    """Its blocks took long, so without the cancel the next one would have 20 times as long."""
+    ranks, block_s = busy_with(walk, Verb.FORWARD), CONFIG.group.step_timeout_s - 1
+    for done in range(3):
+        for rank in ranks:
+            tell(walk, rank, done)
+        pass_by(walk, block_s)
+    walk.executor.cancel("work")
+    for rank in ranks:
+        tell(walk, rank, 3)
+    pass_by(walk, 3 * block_s - 1)
+    assert walk.executor.group.state is GroupState.BUSY
+    pass_by(walk, 2)
+    assert all(rank.reaped for rank in ranks)
+    assert walk.ended[-1].outcome is Outcome.CANCELLED
+
+
 def test_a_load_that_gets_on_has_all_the_time(walk: Walk) -> None:
     """A slow disk is no fault; only one that stands still is."""
     ranks = busy_with(walk, Verb.LOAD)
