@@ -32,10 +32,14 @@ class KeptSteps:
             self.drop(job)
             return
         held = [digest for each in jobs for digest in each.record]
-        nbytes = self._store.size_of(held) + sum(each.nbytes for each in step.record)
+        more = sum(each.nbytes for each in step.record)
+        nbytes = self._store.size_of(held) + more
         try:
             if nbytes > self._store.limit // 2:
                 raise QueueFull(f"kept steps of runs would take {nbytes} bytes, over half of limits.store_bytes")
+            if more > self._store.room:
+                # New ranks load patched models again only from there.
+                raise QueueFull(f"{more} bytes more would leave no room for the patches of loaded models")
             digests = self._store.put_all(step.record)
         except QueueFull as error:
             log.info("job %s begins anew if the ranks are lost: %s", job.id, error.message)

@@ -86,6 +86,11 @@ class Store:
         """Bytes of those ``digests`` that are stored, each counted once."""
         return sum(self._tensors[digest].nbytes for digest in set(digests) if digest in self._tensors)
 
+    @property
+    def room(self) -> int:
+        """Bytes that fit in without what is pinned, or held for loaded models, having to go."""
+        return self.limit - self.size_of([*self._pins, *self._held])
+
     def check(self, value: Any) -> None:
         """Check that a body describes the stored tensors that it names as they are. Raises `ArgumentError`."""
         for named in tensors_of(value):

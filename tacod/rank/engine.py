@@ -450,7 +450,7 @@ class Engine:
         """
         if inputs is not None:
             self.runs[job] = self._begin(job, **vars(inputs))
-            go_on(self.runs[job], step, [from_wire(each, "torch").to(self.device) for each in record])
+            go_on(self.runs[job], step, [from_wire(each, "torch") for each in record])
         walk = self.runs[job]
         walk.denoise.record.clear()
         if walk.denoise.model is None:

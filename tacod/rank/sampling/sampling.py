@@ -209,7 +209,8 @@ def begin(
 def go_on(run: Run, step: int, record: Sequence[Tensor]) -> None:
     """Bring a run that has just begun to where an earlier one was before ``step``, to the bit.
 
-    ``record`` is what `Denoiser.record` was in all steps before: the sampler makes these steps again, without forwards.
+    ``record`` is what `Denoiser.record` was in all steps before, on any device: the sampler makes these steps again,
+    without forwards.
     """
     run.denoise.replay.extend(record)
     for _ in range(step):
@@ -270,7 +271,7 @@ class Denoiser:
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """``x`` [B, C, H, W], or several latents packed, in fp32 at the noise level ``sigma`` → the clean ones."""
         if self.replay:
-            return self.replay.popleft()
+            return self.replay.popleft().to(x.device)
         clean = self._predict(x, sigma)
         self.record.append(clean)
         return clean
