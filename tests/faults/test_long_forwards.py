@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from .conftest import STEP_TIMEOUT_S, on_purpose
 DEEP = Tiny("deep_flux", {**FLUX.config, "depth": 3, "depth_single_blocks": 9})
 BLOCKS = 13
 """Of these one joins text and image."""
+SOON_S = 2.0
+"""A cancel takes effect within this time, of 0.3 s for each block; the rest of the forward would take longer."""
 Faults = Callable[..., None]
 
 
@@ -109,14 +111,17 @@ def test_its_blocks_are_counted(sturdy: Daemon, client: Client, slowly: Faults) 
     assert torch.equal(ended["out"], model.forward(**inputs))
 
 
-def test_short_ones_are_not_watched(client: Client) -> None:
-    """Once it is known that they are short: then they cost nothing more."""
+def test_short_ones_are_not_watched(client: Client, slowly: Faults) -> None:
+    """Once it is known that they are short: then they cost nothing more, and nothing is done before their blocks."""
     model, inputs = client.load(DEEP.file), DEEP.inputs(text=new_text())
     heard: list[int] = []
-    model.on_blocks = lambda block, blocks: heard.append(block)
     for _ in range(3):
         model.forward(**inputs)
-        assert blocks_of(client) is None
+    model.on_blocks = lambda block, blocks: heard.append(block)
+    slowly(1.0)
+    begun = time.monotonic()
+    model.forward(**inputs)
+    assert time.monotonic() - begun < BLOCKS
     assert heard == []
 
 
@@ -151,7 +156,7 @@ def test_cancel_takes_effect_between_blocks(
         took = time.monotonic() - begun
         assert isinstance(ended["error"], Cancelled)
         eventually(lambda: watcher.status()["queue"]["running"] == 0, START_S, "the ranks are free")
-    assert took < 1
+    assert took < SOON_S
     slowly(0)
     expected = DEEP.forward(**inputs)
     out = model.forward(**inputs)
@@ -185,7 +190,7 @@ def test_an_interrupted_client_stops_it(sturdy: Daemon, client: Client, slowly: 
                 else:
                     other.close()
                 eventually(lambda: client.jobs() == [], START_S, "the job is gone")
-                assert time.monotonic() - begun < 1
+                assert time.monotonic() - begun < SOON_S
                 clicked.set()
             assert "error" in ended
     slowly(0)
@@ -201,7 +206,7 @@ def test_a_run_is_cancelled_within_a_step(sturdy: Daemon, client: Client, slowly
     job.cancel()
     with pytest.raises(Cancelled):
         job.result()
-    assert time.monotonic() - begun < 1
+    assert time.monotonic() - begun < SOON_S
     slowly(0)
     DEEP.check(model)
 
@@ -291,8 +296,6 @@ def test_a_killed_rank_in_the_middle_of_a_forward(sturdy: Daemon, client: Client
         eventually(lambda: (blocks_of(watcher) or (0, 0))[0] >= 2, START_S, "it is in its blocks")
         os.kill(sturdy.rank_pids()[1], signal.SIGKILL)
         eventually(lambda: watcher.status()["state"] == "degraded", 2, "the death is noticed")
-        with suppress(AssertionError):
-            eventually(lambda: ended, 0.1, "")
     assert model.stats.retries == 1
     slowly(0)
     assert torch.equal(ended["out"], model.forward(**inputs))
