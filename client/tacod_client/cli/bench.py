@@ -24,7 +24,8 @@ from tacod_client.stats import Call
 __all__ = ["bound", "run"]
 
 ONE_RANK = {"sequence_parallel_degree": 1, "cfg_parallel": False}
-WARM_UPS = 2
+WARM_UPS = 3
+"""The first call may be slow, so the second may still be watched as a long one; the third becomes a CUDA graph."""
 PARTS = ("queue", "wire", "compute", "collective")
 LARGE = 0.15
 """A part of a step other than computing that takes at least this share counts as the bottleneck."""
