@@ -79,7 +79,8 @@ class TextBlock(_Block):
         """A text one block further."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = f.modulation(self.text_modulation.linear, 6)
         heads = self.self_attention(text.normed(shift, scale, norm=_NORM), rotation, f.epsilon).by_heads()
-        attended = kit.attend_replicated(*(each.flatten(2) for each in heads), self.self_attention.heads)
+        q, k, v = (each.flatten(2) for each in heads)
+        attended = kit.attend_replicated(q, k, v, self.self_attention.heads)
         text.add(gate, self.self_attention.project(attended))
         text.add(mlp_gate, self.feed_forward(text.normed(mlp_shift, mlp_scale, norm=_NORM)))
 
