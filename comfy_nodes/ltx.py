@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -24,15 +25,21 @@ def meanings(skeleton: torch.nn.Module, options: Mapping[str, Any]) -> dict[str,
 
     Raises `Refused` for a version whose video and sound know of each other's times in another way.
     """
-    kind = type(skeleton)
-    times = inspect.getsource(kind._prepare_timestep)  # type: ignore[attr-defined]
+    reads_video, read = _version(type(skeleton), type(skeleton.transformer_blocks[0]))  # type: ignore[index]
+    given: dict[str, Any] = {"reads_video": reads_video}
+    given |= {name: bool(options[name]) for name in _SWITCHES if name in options and name in read}
+    if options.get(_UNATTENDED) and _UNATTENDED in read:
+        given[_UNATTENDED] = sorted(int(number) for number in options[_UNATTENDED])
+    return given
+
+
+@functools.cache
+def _version(kind: Any, block: Any) -> tuple[str, frozenset[str]]:
+    """When this version reads the video for the sound, and which options it reads. Raises what `meanings` does."""
+    times = inspect.getsource(kind._prepare_timestep)
     # Until May 2026 these were unscaled, and each for the other's tokens.
     if "a_timestep.max()" in times:
         raise Refused("LTX-2 in this version", f"it gives video and sound other times; {hooks.UPDATE}")
-    block = inspect.getsource(type(skeleton.transformer_blocks[0]).forward)  # type: ignore[index]
-    read = inspect.getsource(inspect.getmodule(kind))  # type: ignore[arg-type]
-    given: dict[str, Any] = {"reads_video": "before" if "vx_norm3" in block else "after"}
-    given |= {name: bool(options[name]) for name in _SWITCHES if name in options and f'"{name}"' in read}
-    if options.get(_UNATTENDED) and f'"{_UNATTENDED}"' in read:
-        given[_UNATTENDED] = sorted(int(number) for number in options[_UNATTENDED])
-    return given
+    text = inspect.getsource(inspect.getmodule(kind))  # type: ignore[arg-type]
+    read = frozenset(name for name in (*_SWITCHES, _UNATTENDED) if f'"{name}"' in text)
+    return "before" if "vx_norm3" in inspect.getsource(block.forward) else "after", read

@@ -267,6 +267,10 @@ class Fault(_Section):
     def _can_be(self) -> Fault:
         if self.at == "start" and (self.when != "before" or self.kind in ("collective", "out_of_memory")):
             raise ValueError(f'at = "start" is before all work: no {self.kind} there, and nothing after it')
+        if self.when == "block" and self.at not in ("forward", "sample"):
+            raise ValueError(f'when = "block": there are none in {self.at}; use at = "forward" or "sample"')
+        if self.block is not None and self.when != "block":
+            raise ValueError('block is for when = "block" alone; remove it, or set that')
         return self
 
 

@@ -52,7 +52,8 @@ def check_arguments(given: Mapping[str, Any], specs: Mapping[str, Spec], family:
         elif isinstance(spec, Record):
             _check_record(name, value, spec, family)
         elif spec.shape is None:
-            if value not in (*spec.choices, *spec.also):
+            # A number is no choice, though 1 == True.
+            if not any(type(each) is type(value) and each == value for each in (*spec.choices, *spec.also)):
                 raise ArgumentError(
                     f"{name}: {value!r:.60} is none of {', '.join(map(repr, spec.choices))}", argument=name
                 )

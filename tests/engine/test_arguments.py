@@ -195,3 +195,13 @@ def test_images_are_taken_along_the_axis_that_the_spec_names() -> None:
     one = value[:1]
     assert Argument(("B", "L", 3), shared=True).images(one, mine) is one
     assert torch.equal(Argument(("B", "L", 3), shared=True).images(value, mine), value[1:2])
+
+
+@pytest.mark.parametrize("value", [1, 0, 0.0, "True", None, [True]])
+def test_a_number_is_no_switch(value: Any) -> None:
+    """In Python 1 == True."""
+    specs: dict[str, Spec] = {"run": Argument(None, required=True, choices=(False, True))}
+    check_arguments({"run": True}, specs, "a family")
+    with pytest.raises(ArgumentError, match="run: ") as caught:
+        check_arguments({"run": value}, specs, "a family")
+    assert caught.value.argument == "run"

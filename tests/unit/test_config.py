@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from tacod.config import Config, ConfigError, load_config, to_toml
+from tacod.config import Config, ConfigError, Fault, load_config, to_toml
 
 Load = Callable[[str], Config]
 NO_ZEROS = st.characters(exclude_categories=("Cs",), exclude_characters="\0")
@@ -206,3 +207,17 @@ def test_any_text_comes_back_from_its_toml(tmp_path: Path, roots: list[str], gpu
     path = tmp_path / "config.toml"
     path.write_bytes(to_toml(config).encode())
     assert load_config(path) == config
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ({"kind": "slow", "block": 2}, 'block is for when = "block" alone'),
+        ({"kind": "slow", "when": "block", "at": "load"}, "there are none in load"),
+        ({"kind": "slow", "when": "block", "at": "call"}, "there are none in call"),
+    ],
+)
+def test_a_fault_that_would_never_happen_is_refused(fault: dict[str, Any], told: str) -> None:
+    Fault.model_validate({"kind": "slow", "when": "block", "block": 2})
+    with pytest.raises(ValidationError, match=told):
+        Fault.model_validate(fault)

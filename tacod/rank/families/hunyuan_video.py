@@ -32,6 +32,7 @@ from tacod.rank.families.hunyuan_video_files import (
 from tacod.rank.families.hunyuan_video_parts import EMBEDDER, ByT5Mapper, TokenRefiner
 from tacod.rank.families.inputs import Argument, Inputs, Number, Residuals, Spec, Unread
 from tacod.rank.families.kit.attention import find, register
+from tacod.rank.families.latents import HUNYUAN_VIDEO
 from tacod.rank.families.noise import Flow
 from tacod.rank.families.stream import ForwardPass, Stream
 from tacod.rank.families.wan_parts import Clip
@@ -139,9 +140,13 @@ class HunyuanVideo(DiT):
 
     def _tell_latents(self) -> None:
         """What the latents of published models are; the refiner's are no affine map of the VAE's."""
-        kinds = {(2, 64): (0.75289, 32), (3, 16): (0.476986, 8), (3, 32): (1.03682, 16), (3, 64): (None, 16)}
-        scale, self.downscale = kinds.get((len(self.patch), self.out_channels), (None, 8))
-        self.latent_format = None if scale is None else LatentFormat(scale, 0.0)
+        kinds: dict[tuple[int, int], tuple[LatentFormat | None, int]] = {
+            (2, 64): (LatentFormat(0.75289, 0.0), 32),
+            (3, 16): (HUNYUAN_VIDEO, 8),
+            (3, 32): (LatentFormat(1.03682, 0.0), 16),
+            (3, 64): (None, 16),
+        }
+        self.latent_format, self.downscale = kinds.get((len(self.patch), self.out_channels), (None, 8))
 
     @classmethod
     def detect(cls, tensors: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
