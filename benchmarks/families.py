@@ -1,11 +1,14 @@
 """Published models on one GPU by ComfyUI's own network, and by ours on one to all, in one run.
 
     [COMFYUI_PATH=…] python benchmarks/families.py [--ranks 1,2,3,4] [--models flux,z_image] [--rounds 7] [--served 1,3]
+                                                   [--sizes 1024] [--exact bf16] [--folder DIR]
 
 Each has random bf16 weights, the same for all. Ours runs as in the daemon, by CUDA graphs and with the planner's
 layout; with --served through a daemon and a client as well, on so many GPUs. TMPDIR then holds the models' files.
-Errors are relative to our forward in fp32 on one GPU, where that has room. On a CPU the models are cut to a block or
-two, and ComfyUI's network is left out.
+Errors are relative to our forward on one GPU in fp32, where that has room, or with ``--exact bf16`` in bf16, as fp32
+takes minutes for a video. With ``--folder`` what is found stays in a folder that exists, and later runs add to it: one
+can measure one GPU for several models at once, a GPU each, and then two. On a CPU the models are cut to a block or two,
+and ComfyUI's network is left out.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +45,7 @@ from tacod.rank.parallel.topology import Topology
 from tacod_client import Client
 
 WARM_UPS = 4
-"""Forwards before one is measured: as they come, captured, and replayed."""
+"""Forwards before one is measured: as they come, captured, and replayed. Long ones are never captured."""
 ROOM = 0.6
 """The part of a GPU's memory that fp32 weights may take."""
 
@@ -53,8 +57,10 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(PUBLISHED))
     parser.add_argument("--sizes", default="", help="1024 or 832x480x81, …; by default each model's own")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--warm-ups", type=int, default=WARM_UPS, help="1 is enough for videos, which have no graphs")
     parser.add_argument("--served", default="", help="numbers of GPUs that a daemon has, such as 1,3")
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--exact", choices=("fp32", "bf16"), default="fp32", help="what errors are relative to")
+    parser.add_argument("--folder", help="keep what is found here, and add it to what earlier runs found")
     parser.add_argument("--comfyui", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.comfyui:
@@ -63,20 +69,20 @@ def main() -> None:
     os.environ.update(ON_GPUS)
     counts = list(map(int, args.ranks.split(",")))
     served = [int(count) for count in args.served.split(",") if count]
-    if served and counts[0] != 1:
+    if served and counts[0] != 1 and not args.folder:
         parser.error("--served takes its inputs from one rank: let --ranks begin with 1")
-    with tempfile.TemporaryDirectory() as folder:
+    with nullcontext(args.folder) if args.folder else tempfile.TemporaryDirectory() as folder:
         args.folder = folder
         for count in counts:
-            rendezvous = f"{folder}/rendezvous{count}"
+            rendezvous = f"{folder}/rendezvous{count}-{os.getpid()}"
             multiprocessing.spawn(rank_main, (args, count, rendezvous), count)  # type: ignore[attr-defined,no-untyped-call]
-            if count == counts[0] and "COMFYUI_PATH" in os.environ and torch.cuda.is_available():
+            if count == 1 and "COMFYUI_PATH" in os.environ and torch.cuda.is_available():
                 for name in (name for name in args.models.split(",") if PUBLISHED[name].comfyui):
                     sys.stdout.flush()
                     subprocess.run([sys.executable, *sys.argv, "--folder", folder, "--comfyui", name], check=False)
         for count in served:
             serve(args, count)
-        show(args, counts, served, Path(folder))
+        show(args, Path(folder))
 
 
 def cases(args: argparse.Namespace) -> list[tuple[str, Size]]:
@@ -85,17 +91,17 @@ def cases(args: argparse.Namespace) -> list[tuple[str, Size]]:
     return [(name, size) for name in args.models.split(",") for size in sizes or PUBLISHED[name].sizes]
 
 
-def times_of(forward: Callable[[], Any], rounds: int) -> float:
+def times_of(forward: Callable[[], Any], rounds: int, warm_ups: int = WARM_UPS) -> float:
     """The median of so many forwards, in ms."""
     took = []
-    for number in range(WARM_UPS + rounds):
+    for number in range(warm_ups + rounds):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         started = time.perf_counter()
         forward()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        if number >= WARM_UPS:
+        if number >= warm_ups:
             took.append((time.perf_counter() - started) * 1000)
     return statistics.median(took)
 
@@ -110,10 +116,15 @@ def joined(out: Output) -> Tensor:
     return torch.cat([each.flatten() for each in out]) if isinstance(out, list) else out
 
 
+def exact_file(folder: str, name: str, size: Size) -> Path:
+    """Where the output is that errors are relative to."""
+    return Path(folder, f"{name}.{size}.exact.pt")
+
+
 def error_of(folder: str, name: str, size: Size, output: Output) -> float | None:
     """How far an output is from that in fp32, if there is one."""
     out = joined(output)
-    file = Path(folder, f"{name}.{size}.exact.pt")
+    file = exact_file(folder, name, size)
     if not file.exists():
         return None
     exact = torch.load(file)
@@ -136,22 +147,29 @@ def rank_main(rank: int, args: argparse.Namespace, count: int, rendezvous: str) 
             if count == 1:
                 keep_exact(args, name, device)
             model = build(name, device, torch.bfloat16 if cuda else torch.float32)
-            if args.served and count == 1:
+            if (args.served or args.folder) and count == 1:
                 config = {**PUBLISHED[name].config, **({} if cuda else PUBLISHED[name].cut)}
                 write_model(Path(args.folder, f"{name}.safetensors"), model.state_dict(), config)
             for size in (size for each, size in cases(args) if each == name):
                 inputs = model.prepare(make_inputs(name, model, size, device))
                 shape = Shape(model.heads, model.width, inputs.batch, model.lengths(inputs))
                 call = Call(model, make_plan(AUTO, count, shape), inputs)
-                ms = times_of(lambda call=call: forwards(call), args.rounds)  # type: ignore[misc]
+                if cuda:
+                    torch.cuda.reset_peak_memory_stats()
+                ms = times_of(lambda call=call: forwards(call), args.rounds, args.warm_ups)  # type: ignore[misc]
                 if rank == 0:
-                    error = error_of(args.folder, name, size, forwards(call))
-                    memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+                    out = forwards(call)
+                    if count == 1 and args.exact == "bf16":
+                        torch.save(joined(out).float().cpu(), exact_file(args.folder, name, size))
+                    error = error_of(args.folder, name, size, out)
                     plan = str(call.plan)
-                    note(args.folder, name, size, str(count), ms=ms, error=error, memory=memory, plan=plan)
+                    note(args.folder, name, size, str(count), ms=ms, error=error, plan=plan)
                     print(f"{name} {size} on {count}: {ms:.1f} ms, {plan}", flush=True)
                 else:
                     forwards(call)
+                if cuda:
+                    peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"
+                    Path(args.folder, f"{name}.{size}.{count}.peak{rank}").write_text(peak)
                 forwards.clear()
             del model, call, inputs
             if cuda:
@@ -160,10 +178,11 @@ def rank_main(rank: int, args: argparse.Namespace, count: int, rendezvous: str) 
 
 
 def keep_exact(args: argparse.Namespace, name: str, device: torch.device) -> None:
-    """Keep the inputs in the compute dtype, and the output in fp32 if there is room for it."""
+    """Keep the inputs in the compute dtype, and the output in fp32 if that is asked for and has room."""
     low = torch.bfloat16 if device.type == "cuda" else torch.float32
     parameters = sum(value.numel() for value in _shaped(PUBLISHED[name], device).values())
     fits = device.type == "cpu" or 4 * parameters < ROOM * torch.cuda.mem_get_info()[1]
+    fits = fits and args.exact == "fp32"
     model = build(name, device if fits else torch.device("meta"), low)
     if fits:
         # The same rounded weights, computed with in fp32.
@@ -174,7 +193,7 @@ def keep_exact(args: argparse.Namespace, name: str, device: torch.device) -> Non
         torch.save(dict(inputs.map(torch.Tensor.cpu)), f"{args.folder}/{name}.{size}.inputs.pt")
         if fits:
             exact = model.run(SequenceParallel(), model.prepare(inputs.map(torch.Tensor.float)))
-            torch.save(joined(exact).float().cpu(), f"{args.folder}/{name}.{size}.exact.pt")
+            torch.save(joined(exact).float().cpu(), exact_file(args.folder, name, size))
     del model
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -213,17 +232,10 @@ def comfyui(args: argparse.Namespace) -> None:
                 out: Output = network(latents, timestep, **rest, transformer_options={})
                 return out
 
-            ms = times_of(forward, args.rounds)
-            memory = torch.cuda.max_memory_allocated() / 2**30
-            note(
-                args.folder,
-                name,
-                size,
-                "comfyui",
-                ms=ms,
-                error=error_of(args.folder, name, size, forward()),
-                memory=memory,
-            )
+            ms = times_of(forward, args.rounds, args.warm_ups)
+            note(args.folder, name, size, "comfyui", ms=ms, error=error_of(args.folder, name, size, forward()))
+            peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"
+            Path(args.folder, f"{name}.{size}.comfyui.peak").write_text(peak)
             print(f"{name} {size} by ComfyUI's network: {ms:.1f} ms", flush=True)
 
 
@@ -238,40 +250,38 @@ def serve(args: argparse.Namespace, count: int) -> None:
             model = client.load(f"{name}.safetensors")
             for size in (size for each, size in cases(args) if each == name):
                 inputs = torch.load(f"{args.folder}/{name}.{size}.inputs.pt")
-                ms = times_of(lambda model=model, inputs=inputs: model.forward(**inputs), args.rounds)  # type: ignore[misc]
+                ms = times_of(lambda model=model, inputs=inputs: model.forward(**inputs), args.rounds, args.warm_ups)  # type: ignore[misc]
                 error = error_of(args.folder, name, size, model.forward(**inputs))
                 note(args.folder, name, size, f"served{count}", ms=ms, error=error)
                 print(f"{name} {size} through a daemon with {count}: {ms:.1f} ms", flush=True)
             client.unload(model.id)
 
 
-def show(args: argparse.Namespace, counts: list[int], served: list[int], folder: Path) -> None:
-    """Print a row for each case: times, their ratios to ComfyUI's and to one rank's, and errors."""
+def show(args: argparse.Namespace, folder: Path) -> None:
+    """Print a row for each case: times, their ratios to ComfyUI's and to one rank's, memory and errors."""
+    files = {file.name.removesuffix(".json"): json.loads(file.read_text()) for file in folder.glob("*.json")}
+    kinds = {name.rpartition(".")[2] for name in files}
+    counts = sorted(int(kind) for kind in kinds if kind.isdigit())
+    served = sorted(int(kind.removeprefix("served")) for kind in kinds if kind.startswith("served"))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"\n{max(counts)} × {device}, torch {torch.__version__}; ms of a forward, medians of {args.rounds}\n")
     ours = {str(count): f"{count} GPU{'s' * (count > 1)}" for count in counts}
     ours |= {f"served{count}": f"{count} GPU{'s' * (count > 1)}, served" for count in served}
-    heads = [
-        "model",
-        "size",
-        "ComfyUI",
-        *ours.values(),
-        "error, ComfyUI",
-        *(f"error, {each}" for each in ours.values()),
-    ]
+    columns = {"comfyui": "ComfyUI", **ours}
+    heads = ["model", "size", *columns.values(), *(f"error, {each}" for each in columns.values())]
+    heads += ["peak GiB, ComfyUI", *(f"peak GiB, {each}" for each in map(ours.get, map(str, counts)))]
     print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
-    for name, size in cases(args):
-        found: dict[str, Any] = {}
-        for kind in ("comfyui", *ours):
-            file = folder / f"{name}.{size}.{kind}.json"
-            found[kind] = json.loads(file.read_text()) if file.exists() else {"ms": None, "error": None}
-        stock, alone = found["comfyui"]["ms"], found[str(counts[0])]["ms"]
-        row = [name, str(size), "–" if stock is None else f"{stock:.1f}"]
+    for case in sorted({name.rpartition(".")[0] for name in files}):
+        found = {kind: files.get(f"{case}.{kind}", {"ms": None, "error": None}) for kind in columns}
+        stock, alone = found["comfyui"]["ms"], found.get("1", {"ms": None})["ms"]
+        row = [*case.rsplit(".", 1), "–" if stock is None else f"{stock:.1f}"]
         for kind in ours:
             ms = found[kind]["ms"]
-            ratios = [f"{base / ms:.2f}×" for base in (stock, alone if kind != str(counts[0]) else None) if base and ms]
+            ratios = [f"{base / ms:.2f}×" for base in (stock, alone if kind != "1" else None) if base and ms]
             row.append("–" if ms is None else f"{ms:.1f} ({', '.join(ratios)})" if ratios else f"{ms:.1f}")
         row += ["–" if each["error"] is None else f"{each['error']:.1e}" for each in found.values()]
+        for kind in ("comfyui", *map(str, counts)):
+            row.append(", ".join(file.read_text() for file in sorted(folder.glob(f"{case}.{kind}.peak*"))) or "–")
         print(f"| {' | '.join(row)} |")
 
 

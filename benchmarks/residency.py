@@ -1,11 +1,13 @@
 """Forwards of a model whose weights don't stay whole on each GPU, beside those of the whole model, in one run.
 
-    python benchmarks/residency.py [--models flux,qwen_image] [--ranks 1,3] [--sizes 1024,2048] [--gib 12]
-                                   [--no-peers] [--rounds 7]
+    python benchmarks/residency.py [--models flux,qwen_image] [--ranks 1,3] [--sizes 1024,2048] [--gib 12,8]
+                                   [--kinds replicated,sharded,host,auto] [--no-peers] [--rounds 7]
 
 Weights are random. Each model is loaded by a daemon on so many GPUs: whole, shared out among the GPUs, in the host's
-memory, and with ``--gib`` for weights on each GPU. What a GPU holds is compared with what `tacoctl plan` foretells.
-TMPDIR holds the models' files. On CPUs the models are cut to a block or two.
+memory, and with ``auto`` for each of ``--gib`` of weights on each GPU. Beside what the daemon says that weights take on
+a GPU stands by how much the driver's own figure grew while they were loaded, the most of all GPUs, and by how much it
+had grown after the forwards; and by how much the host's available memory shrank. TMPDIR holds the models' files. On
+CPUs the models are cut to a block or two.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from families import times_of
+from families import WARM_UPS, times_of
 from published import PUBLISHED, Size, build, make_inputs
 from served import daemon, write_model
 
@@ -35,8 +38,9 @@ def main() -> None:
     parser.add_argument("--models", default="flux")
     parser.add_argument("--ranks", default="1,3")
     parser.add_argument("--sizes", default="", help="1024 or 832x480x81, …; by default each model's own")
-    parser.add_argument("--gib", type=float, default=12.0, help="GiB of weights on each GPU, for auto")
+    parser.add_argument("--gib", default="12", help="GiB of weights on each GPU, for auto")
     parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--warm-ups", type=int, default=WARM_UPS, help="1 is enough for videos, which have no graphs")
     parser.add_argument("--no-peers", action="store_true", help="as if the GPUs didn't reach each other's memory")
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
@@ -55,10 +59,18 @@ def main() -> None:
     print(
         f"\n{device}, torch {torch.__version__}; ms of a forward through daemon and client, medians of {args.rounds}\n"
     )
-    heads = ["model", "GPUs", "weights", "GiB on a GPU", "GiB fetched", "load s", *args.sizes.split(",")]
+    heads = ["model", "GPUs", "weights", "GiB on a GPU", "GiB fetched", "load s"]
+    heads += ["GiB on a GPU, loaded", "GiB on a GPU, after", "GiB of the host", *args.sizes.split(",")]
     print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
     for row in rows:
         print(f"| {' | '.join(row)} |")
+
+
+def used(gpus: int) -> list[int]:
+    """Bytes in use: of the host, then of each GPU by its driver."""
+    memory = psutil.virtual_memory()
+    free = [torch.cuda.mem_get_info(gpu) for gpu in range(gpus)]
+    return [memory.total - memory.available, *(total - left for left, total in free)]
 
 
 def write(name: str, args: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
@@ -84,22 +96,29 @@ def measure(
     rows: list[list[str]] = []
     usual: dict[str, float] = {}
     gpus = list(map(str, range(count))) if torch.cuda.is_available() else []
-    for kind in args.kinds.split(","):
-        limit = int(args.gib * 2**30) if kind == "auto" else None
+    kinds = [(kind, None) for kind in args.kinds.split(",") if kind != "auto"]
+    kinds += [("auto", float(gib)) for gib in args.gib.split(",") if "auto" in args.kinds.split(",")]
+    for kind, gib in kinds:
+        limit = None if gib is None else int(gib * 2**30)
         with daemon(gpus, count, folder, memory_bytes=limit) as endpoint, Client(endpoint) as client:
+            before = used(len(gpus))
             try:
                 model = client.load(f"{name}.safetensors", weights=kind)
             except TacodError as error:
                 rows.append([name, str(count), kind, error.message])
                 continue
-            told = client.models()[0]
-            row = [name, str(count), told["weights"] + (f" ({args.gib:g} GiB)" if limit else "")]
+            loaded, told = used(len(gpus)), client.models()[0]
+            row = [name, str(count), told["weights"] + (f" ({gib:g} GiB)" if gib else "")]
             row += [f"{max(told[key]) / 2**30:.2f}" for key in ("resident_bytes", "streamed_bytes")]
-            row.append(f"{told['loaded_s']:.1f}")
+            times = []
             for size, given in inputs.items():
-                ms = times_of(lambda model=model, given=given: model.forward(**given), args.rounds)  # type: ignore[misc]
+                ms = times_of(lambda model=model, given=given: model.forward(**given), args.rounds, args.warm_ups)  # type: ignore[misc]
                 whole = usual.setdefault(size, ms)
-                row.append(f"{ms:.1f} ({ms / whole:.2f}×)")
+                times.append(f"{ms:.1f} ({ms / whole:.2f}×)")
+            grown = [[now - then for now, then in zip(each, before, strict=True)] for each in (loaded, used(len(gpus)))]
+            row += [f"{told['loaded_s']:.1f}"]
+            row += [f"{max(each[1:], default=0) / 2**30:.2f}" for each in grown]
+            row += [f"{grown[0][0] / 2**30:.2f}", *times]
             rows.append(row)
             print(" ".join(row), flush=True)
     return rows

@@ -318,7 +318,9 @@ def relative_error(out: Output, expected: Output) -> float:
     """||out - expected|| / ||expected||; of several tensors the largest."""
     if isinstance(out, list):
         return max(relative_error(*each) for each in zip(out, expected, strict=True))
-    assert isinstance(expected, Tensor)
+    if isinstance(expected, list):
+        # A client gives one tensor for a list of one latent.
+        (expected,) = expected
     assert out.shape == expected.shape
     return float((out.float() - expected.float()).norm() / expected.float().norm())
 
