@@ -205,21 +205,28 @@ def _shaped(model: Published, device: torch.device) -> dict[str, Tensor]:
         return family(config).state_dict()
 
 
-def comfyui(args: argparse.Namespace) -> None:
-    """ComfyUI's network of one model, in a process of its own."""
+def stock(name: str, device: torch.device) -> Any:
+    """ComfyUI's own model, a ``comfy.model_base.BaseModel`` with the same weights as ours; takes the command line."""
     sys.argv = sys.argv[:1]
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
     from comfy import supported_models
 
-    name = args.comfyui
     model = PUBLISHED[name]
-    device = torch.device("cuda")
     assert model.comfyui is not None
     config = getattr(supported_models, model.comfyui)(dict(model.config))
     config.set_inference_dtype(torch.bfloat16, None)
-    network = config.get_model({}, "", device=device).diffusion_model.eval().requires_grad_(False).to(device)
+    base = config.get_model({}, "", device=device).eval().requires_grad_(False).to(device)
     family: type[DiT] = detect({}, dict(model.config))[0]
-    fill({family.canonical(key): value.data for key, value in network.state_dict(keep_vars=True).items()})
+    weights = base.diffusion_model.state_dict(keep_vars=True)
+    fill({family.canonical(key): value.data for key, value in weights.items()})
+    return base
+
+
+def comfyui(args: argparse.Namespace) -> None:
+    """ComfyUI's network of one model, in a process of its own."""
+    name, device = args.comfyui, torch.device("cuda")
+    model = PUBLISHED[name]
+    network = stock(name, device).diffusion_model
     with torch.inference_mode():
         for size in (size for each, size in cases(args) if each == name):
             given = torch.load(f"{args.folder}/{name}.{size}.inputs.pt")

@@ -1,26 +1,31 @@
 """Forwards of a model whose weights don't stay whole on each GPU, beside those of the whole model, in one run.
 
-    python benchmarks/residency.py [--models flux,qwen_image] [--ranks 1,3] [--sizes 1024,2048] [--gib 12,8]
-                                   [--kinds replicated,sharded,host,auto] [--no-peers] [--rounds 7]
+    [COMFYUI_PATH=…] python benchmarks/residency.py [--models flux,qwen_image] [--ranks 1,3] [--sizes 1024,2048]
+        [--gib 12,8] [--kinds replicated,sharded,host,auto,comfyui] [--no-peers] [--rounds 7]
 
 Weights are random. Each model is loaded by a daemon on so many GPUs: whole, shared out among the GPUs, in the host's
 memory, and with ``auto`` for each of ``--gib`` of weights on each GPU. Beside what the daemon says that weights take on
 a GPU stands by how much the driver's own figure grew while they were loaded, the most of all GPUs, and by how much it
-had grown after the forwards; and by how much the host's available memory shrank. TMPDIR holds the models' files. On
-CPUs the models are cut to a block or two.
+had grown after the forwards; and by how much the host's available memory shrank. With ``comfyui`` ComfyUI's network
+runs on one GPU as well, offloaded by its own ModelPatcher to the same GiB. TMPDIR holds the models' files. On CPUs the
+models are cut to a block or two.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from families import WARM_UPS, times_of
+from families import WARM_UPS, stock, times_of
 from published import PUBLISHED, Size, build, make_inputs
 from served import daemon, write_model
 
@@ -43,7 +48,11 @@ def main() -> None:
     parser.add_argument("--warm-ups", type=int, default=WARM_UPS, help="1 is enough for videos, which have no graphs")
     parser.add_argument("--no-peers", action="store_true", help="as if the GPUs didn't reach each other's memory")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--comfyui", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.comfyui:
+        offloaded(args)
+        return
     cuda = torch.cuda.is_available()
     os.environ.update(ON_GPUS)
     if args.no_peers:
@@ -55,6 +64,11 @@ def main() -> None:
             inputs = write(name, args, Path(folder))
             for count in map(int, args.ranks.split(",")):
                 rows += measure(name, args, count, folder, inputs)
+            if "comfyui" in args.kinds.split(","):
+                sys.stdout.flush()
+                command = [sys.executable, *sys.argv, "--comfyui", name]
+                subprocess.run([*command, "--sizes", args.sizes], check=True, env={**os.environ, "FOLDER": folder})
+                rows += json.loads(Path(folder, "comfyui.json").read_text())
             Path(folder, f"{name}.safetensors").unlink()
     print(
         f"\n{device}, torch {torch.__version__}; ms of a forward through daemon and client, medians of {args.rounds}\n"
@@ -64,6 +78,40 @@ def main() -> None:
     print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
     for row in rows:
         print(f"| {' | '.join(row)} |")
+
+
+def offloaded(args: argparse.Namespace) -> None:
+    """ComfyUI's network with so many GiB for weights on its GPU, in a process of its own; keeps a row for each."""
+    name, device = args.comfyui, torch.device("cuda")
+    base = stock(name, device)
+    from comfy.model_patcher import ModelPatcher
+
+    base.to("cpu")
+    torch.cuda.empty_cache()
+    rows = []
+    for gib in map(float, args.gib.split(",")):
+        patcher = ModelPatcher(base, device, torch.device("cpu"))
+        torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        patcher.load(device, lowvram_model_memory=int(gib * 2**30))
+        took_s = time.perf_counter() - started
+        loaded, times = torch.cuda.memory_allocated() / 2**30, []
+        for size in map(Size.parse, args.sizes.split(",")):
+            given = make_inputs(name, build(name, torch.device("meta"), torch.bfloat16), size, device)
+            values = {**given, **PUBLISHED[name].extra}
+            x, timestep = values.pop("x"), values.pop("timestep")
+
+            def forward(x: Any = x, timestep: Any = timestep, rest: dict[str, Any] = values) -> Any:
+                with torch.inference_mode():
+                    return base.diffusion_model(x, timestep, **rest, transformer_options={})
+
+            times.append(f"{times_of(forward, args.rounds, args.warm_ups):.1f}")
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        rows.append([name, "1", f"ComfyUI ({gib:g} GiB)", f"{loaded:.2f}", "–", f"{took_s:.1f}", "–", f"{peak:.2f}"])
+        rows[-1] += ["–", *times]
+        print(" ".join(rows[-1]), flush=True)
+        patcher.unpatch_model(torch.device("cpu"))
+    Path(os.environ["FOLDER"], "comfyui.json").write_text(json.dumps(rows))
 
 
 def used(gpus: int) -> list[int]:
@@ -96,7 +144,7 @@ def measure(
     rows: list[list[str]] = []
     usual: dict[str, float] = {}
     gpus = list(map(str, range(count))) if torch.cuda.is_available() else []
-    kinds = [(kind, None) for kind in args.kinds.split(",") if kind != "auto"]
+    kinds = [(kind, None) for kind in args.kinds.split(",") if kind not in ("auto", "comfyui")]
     kinds += [("auto", float(gib)) for gib in args.gib.split(",") if "auto" in args.kinds.split(",")]
     for kind, gib in kinds:
         limit = None if gib is None else int(gib * 2**30)
