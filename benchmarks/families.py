@@ -1,14 +1,15 @@
 """Published models on one GPU by ComfyUI's own network, and by ours on one to all, in one run.
 
     [COMFYUI_PATH=…] python benchmarks/families.py [--ranks 1,2,3,4] [--models flux,z_image] [--rounds 7] [--served 1,3]
-                                                   [--sizes 1024] [--exact bf16] [--folder DIR]
+                                                   [--sizes 1024] [--long] [--folder DIR]
 
 Each has random bf16 weights, the same for all. Ours runs as in the daemon, by CUDA graphs and with the planner's
 layout; with --served through a daemon and a client as well, on so many GPUs. TMPDIR then holds the models' files.
-Errors are relative to our forward on one GPU in fp32, where that has room, or with ``--exact bf16`` in bf16, as fp32
-takes minutes for a video. With ``--folder`` what is found stays in a folder that exists, and later runs add to it: one
-can measure one GPU for several models at once, a GPU each, and then two. On a CPU the models are cut to a block or two,
-and ComfyUI's network is left out.
+Errors are relative to our forward on one GPU in fp32, where that has room. ``--long`` is for videos: there are no CUDA
+graphs, as a daemon has none for forwards of half a second and more, one forward warms up, and errors are relative to
+our bf16 on one GPU, as fp32 takes minutes. With ``--folder`` what is found stays in a folder that exists, and later
+runs add to it: several models can be measured at once, a GPU each, and then on two GPUs. On a CPU the models are cut to
+a block or two, and ComfyUI's network is left out.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from tacod.rank.parallel.topology import Topology
 from tacod_client import Client
 
 WARM_UPS = 4
-"""Forwards before one is measured: as they come, captured, and replayed. Long ones are never captured."""
+"""Forwards before one is measured: as they come, captured, and replayed."""
 ROOM = 0.6
 """The part of a GPU's memory that fp32 weights may take."""
 
@@ -57,9 +58,8 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(PUBLISHED))
     parser.add_argument("--sizes", default="", help="1024 or 832x480x81, …; by default each model's own")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--warm-ups", type=int, default=WARM_UPS, help="1 is enough for videos, which have no graphs")
+    parser.add_argument("--long", action="store_true", help="forwards of seconds")
     parser.add_argument("--served", default="", help="numbers of GPUs that a daemon has, such as 1,3")
-    parser.add_argument("--exact", choices=("fp32", "bf16"), default="fp32", help="what errors are relative to")
     parser.add_argument("--folder", help="keep what is found here, and add it to what earlier runs found")
     parser.add_argument("--comfyui", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -91,17 +91,22 @@ def cases(args: argparse.Namespace) -> list[tuple[str, Size]]:
     return [(name, size) for name in args.models.split(",") for size in sizes or PUBLISHED[name].sizes]
 
 
-def times_of(forward: Callable[[], Any], rounds: int, warm_ups: int = WARM_UPS) -> float:
+def warm_ups(args: argparse.Namespace) -> int:
+    """How many forwards come before the measured ones."""
+    return 1 if args.long else WARM_UPS
+
+
+def times_of(forward: Callable[[], Any], rounds: int, before: int = WARM_UPS) -> float:
     """The median of so many forwards, in ms."""
     took = []
-    for number in range(warm_ups + rounds):
+    for number in range(before + rounds):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         started = time.perf_counter()
         forward()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        if number >= warm_ups:
+        if number >= before:
             took.append((time.perf_counter() - started) * 1000)
     return statistics.median(took)
 
@@ -141,7 +146,7 @@ def rank_main(rank: int, args: argparse.Namespace, count: int, rendezvous: str) 
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
     make_group = process_groups.join(device, rank, count, rendezvous, local_rank=rank if cuda else 0)
-    forwards = Forwards(Topology(rank, count, make_group, reach if cuda else None))
+    forwards = Forwards(Topology(rank, count, make_group, reach if cuda else None), graphs=not args.long)
     with torch.inference_mode():
         for name in args.models.split(","):
             if count == 1:
@@ -156,10 +161,10 @@ def rank_main(rank: int, args: argparse.Namespace, count: int, rendezvous: str) 
                 call = Call(model, make_plan(AUTO, count, shape), inputs)
                 if cuda:
                     torch.cuda.reset_peak_memory_stats()
-                ms = times_of(lambda call=call: forwards(call), args.rounds, args.warm_ups)  # type: ignore[misc]
+                ms = times_of(lambda call=call: forwards(call), args.rounds, warm_ups(args))  # type: ignore[misc]
                 if rank == 0:
                     out = forwards(call)
-                    if count == 1 and args.exact == "bf16":
+                    if count == 1 and args.long:
                         torch.save(joined(out).float().cpu(), exact_file(args.folder, name, size))
                     error = error_of(args.folder, name, size, out)
                     plan = str(call.plan)
@@ -182,7 +187,7 @@ def keep_exact(args: argparse.Namespace, name: str, device: torch.device) -> Non
     low = torch.bfloat16 if device.type == "cuda" else torch.float32
     parameters = sum(value.numel() for value in _shaped(PUBLISHED[name], device).values())
     fits = device.type == "cpu" or 4 * parameters < ROOM * torch.cuda.mem_get_info()[1]
-    fits = fits and args.exact == "fp32"
+    fits = fits and not args.long
     model = build(name, device if fits else torch.device("meta"), low)
     if fits:
         # The same rounded weights, computed with in fp32.
@@ -239,7 +244,7 @@ def comfyui(args: argparse.Namespace) -> None:
                 out: Output = network(latents, timestep, **rest, transformer_options={})
                 return out
 
-            ms = times_of(forward, args.rounds, args.warm_ups)
+            ms = times_of(forward, args.rounds, warm_ups(args))
             note(args.folder, name, size, "comfyui", ms=ms, error=error_of(args.folder, name, size, forward()))
             peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"
             Path(args.folder, f"{name}.{size}.comfyui.peak").write_text(peak)
@@ -257,7 +262,7 @@ def serve(args: argparse.Namespace, count: int) -> None:
             model = client.load(f"{name}.safetensors")
             for size in (size for each, size in cases(args) if each == name):
                 inputs = torch.load(f"{args.folder}/{name}.{size}.inputs.pt")
-                ms = times_of(lambda model=model, inputs=inputs: model.forward(**inputs), args.rounds, args.warm_ups)  # type: ignore[misc]
+                ms = times_of(lambda model=model, inputs=inputs: model.forward(**inputs), args.rounds, warm_ups(args))  # type: ignore[misc]
                 error = error_of(args.folder, name, size, model.forward(**inputs))
                 note(args.folder, name, size, f"served{count}", ms=ms, error=error)
                 print(f"{name} {size} through a daemon with {count}: {ms:.1f} ms", flush=True)

@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 import torch
-from families import WARM_UPS, stock, times_of
+from families import stock, times_of, warm_ups
 from published import PUBLISHED, Size, build, make_inputs
 from served import daemon, write_model
 
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="", help="1024 or 832x480x81, …; by default each model's own")
     parser.add_argument("--gib", default="12", help="GiB of weights on each GPU, for auto")
     parser.add_argument("--kinds", default=",".join(KINDS))
-    parser.add_argument("--warm-ups", type=int, default=WARM_UPS, help="1 is enough for videos, which have no graphs")
+    parser.add_argument("--long", action="store_true", help="forwards of seconds: one warms up")
     parser.add_argument("--no-peers", action="store_true", help="as if the GPUs didn't reach each other's memory")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--comfyui", help=argparse.SUPPRESS)
@@ -105,7 +105,7 @@ def offloaded(args: argparse.Namespace) -> None:
                 with torch.inference_mode():
                     return base.diffusion_model(x, timestep, **rest, transformer_options={})
 
-            times.append(f"{times_of(forward, args.rounds, args.warm_ups):.1f}")
+            times.append(f"{times_of(forward, args.rounds, warm_ups(args)):.1f}")
         peak = torch.cuda.max_memory_allocated() / 2**30
         rows.append([name, "1", f"ComfyUI ({gib:g} GiB)", f"{loaded:.2f}", "–", f"{took_s:.1f}", "–", f"{peak:.2f}"])
         rows[-1] += ["–", *times]
@@ -160,7 +160,7 @@ def measure(
             row += [f"{max(told[key]) / 2**30:.2f}" for key in ("resident_bytes", "streamed_bytes")]
             times = []
             for size, given in inputs.items():
-                ms = times_of(lambda model=model, given=given: model.forward(**given), args.rounds, args.warm_ups)  # type: ignore[misc]
+                ms = times_of(lambda model=model, given=given: model.forward(**given), args.rounds, warm_ups(args))  # type: ignore[misc]
                 whole = usual.setdefault(size, ms)
                 times.append(f"{ms:.1f} ({ms / whole:.2f}×)")
             grown = [[now - then for now, then in zip(each, before, strict=True)] for each in (loaded, used(len(gpus)))]

@@ -150,7 +150,8 @@ def _biases(entries: Sequence[Mapping[str, Any]], there: Tensor | None, device: 
 def _by_token(mask: Tensor, shape: Sequence[int]) -> Tensor:
     """A mask of pixels [1, 1, F, H, W] as one number for each token of a latent of these frames, rows and columns."""
     frames, rows, columns = shape
-    small = functional.interpolate(mask[0].transpose(0, 1), size=(rows, columns), mode="area")[:, 0].flatten(1)
+    # Not by a transpose: with that, PyTorch's pooling on a GPU takes one frame's stride for another's (2.11).
+    small = functional.interpolate(mask[0, 0].unsqueeze(1), size=(rows, columns), mode="area")[:, 0].flatten(1)
     first, rest = small[:1], small[1:]
     if frames == 1:
         return first.flatten()
