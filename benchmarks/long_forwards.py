@@ -69,7 +69,7 @@ def measure(args: argparse.Namespace, endpoint: str, inputs: dict[str, Any]) -> 
 
         def cancel() -> None:
             told.append(time.perf_counter())
-            other.cancel(other.jobs()[0]["id"])
+            other.cancel(other.jobs()[0]["job"])
 
         with at_half(model, cancel) as blocks, suppress(Cancelled):
             model.forward(**inputs)
