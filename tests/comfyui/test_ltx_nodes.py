@@ -196,7 +196,7 @@ def test_a_lora_of_connectors_too(comfyui: ComfyUI, both: Both, graph: Graph, ca
 def test_guides_and_a_voice(comfyui: ComfyUI, both: Both, graph: Graph) -> None:
     inputs = guided(graph)
     graph.add("whole", "LTXVConcatAVLatent", video_latent="@guided#2", audio_latent="@quiet")
-    graph.add("voice", "TestSound", seed=3, steps=5)
+    graph.add("voice", "TestSound", seed=3, samples=3200, rate=16000)
     graph.load()
     graph.sample(save="_guided", cfg=3.0, **{**inputs, "latent_image": "@whole"})
     given = {"positive": "@guided", "negative": "@guided#1", "reference_audio": "@voice", "audio_vae": "@sound_vae"}

@@ -16,6 +16,8 @@ from image_cases import Case, Sizes, write
 from test_two_latents import PARTS, Graph, both_parts
 
 Both = Callable[..., Outcome]
+STEP = 800
+"""Samples for each step of a sound's latent."""
 SIDES = {"width": 128, "height": 96, "length": 22}
 CASES = {
     case.golden: case
@@ -104,7 +106,7 @@ def test_guides_at_any_frame_with_sounds(comfyui: ComfyUI, both: Both, run: Grap
     """A clip with its sound, a picture counted from the end, and a sound alone."""
     run.add("clip", "TestFrames", seed=3, frames=5, height=96, width=128)
     run.add("picture", "TestFrames", seed=4, frames=1, height=64, width=64)
-    run.add("track", "TestSound", seed=5, steps=9)
+    run.add("track", "TestSound", seed=5, samples=9 * STEP, rate=32000)
     guides = [
         {"image": "@clip", "audio": "@track", "frame_idx": 4},
         {"image": "@picture", "frame_idx": -1},
@@ -126,8 +128,8 @@ def test_references_of_all_kinds(comfyui: ComfyUI, both: Both, run: Graph) -> No
     run.add("tall", "TestFrames", seed=7, frames=1, height=96, width=64)
     run.add("movie", "TestFrames", seed=8, frames=22, height=64, width=96)
     run.add("mute", "TestFrames", seed=9, frames=6, height=64, width=64)
-    run.add("track", "TestSound", seed=10, steps=8)
-    run.add("song", "TestSound", seed=11, steps=5)
+    run.add("track", "TestSound", seed=10, samples=8 * STEP, rate=32000)
+    run.add("song", "TestSound", seed=11, samples=5 * STEP, rate=32000)
     given = {
         "ref_images.ref_image_0": "@wide",
         "ref_images.ref_image_1": "@tall",

@@ -463,4 +463,7 @@ _NODES = (
     TestTextMask,
 )
 _OF_OTHERS = (controlnets, ltx, minimax_h3, pair, quantized, qwen_image_21, standins, video)
-NODE_CLASS_MAPPINGS = {kind.__name__: kind for kind in (*_NODES, *(kind for each in _OF_OTHERS for kind in each.NODES))}
+NODE_CLASS_MAPPINGS: dict[str, Any] = {}
+for _kind in (*_NODES, *(kind for each in _OF_OTHERS for kind in each.NODES)):
+    if NODE_CLASS_MAPPINGS.setdefault(_kind.__name__, _kind) is not _kind:
+        raise ValueError(f"two test nodes are named {_kind.__name__}")

@@ -53,20 +53,4 @@ class TestLtxVAE:
         return (SoundVAE() if sound else LtxVAE(),)
 
 
-class TestSound:
-    """A random sound."""
-
-    RETURN_TYPES = ("AUDIO",)
-    FUNCTION = "make"
-    CATEGORY = "testing"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": dict.fromkeys(("seed", "steps"), ("INT", {"max": 2**31}))}
-
-    def make(self, seed: int, steps: int) -> tuple[Any]:
-        wave = torch.randn(1, 2, steps * SAMPLES, generator=torch.Generator().manual_seed(seed))
-        return ({"waveform": wave, "sample_rate": SoundVAE.audio_sample_rate},)
-
-
-NODES = (TestLtxVAE, TestSound)
+NODES = (TestLtxVAE,)

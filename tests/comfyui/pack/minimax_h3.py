@@ -9,8 +9,6 @@ import torch
 
 __all__ = ["NODES"]
 
-RATE = 32000
-"""Samples a second."""
 _STEP = 800
 """Samples for each step of a latent."""
 
@@ -35,7 +33,7 @@ class Encoder:
 class SoundVAE:
     """Latents are sums of the means of samples, [1, channels, 2, steps]."""
 
-    audio_sample_rate = RATE
+    audio_sample_rate = 32000
 
     def __init__(self, channels: int) -> None:
         self.mixture = torch.randn(channels, 4, generator=torch.Generator().manual_seed(4))
@@ -76,20 +74,4 @@ class TestSoundVAE:
         return (SoundVAE(channels),)
 
 
-class TestSound:
-    """Random samples in two channels, which last for so many steps of a latent."""
-
-    RETURN_TYPES = ("AUDIO",)
-    FUNCTION = "make"
-    CATEGORY = "testing"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": dict.fromkeys(("seed", "steps"), ("INT", {"max": 2**31}))}
-
-    def make(self, seed: int, steps: int) -> tuple[Any]:
-        random = torch.Generator().manual_seed(seed)
-        return ({"waveform": torch.randn(1, 2, steps * _STEP, generator=random), "sample_rate": RATE},)
-
-
-NODES = (TestH3Clip, TestSoundVAE, TestSound)
+NODES = (TestH3Clip, TestSoundVAE)

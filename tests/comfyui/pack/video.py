@@ -140,6 +140,22 @@ class TestFrames:
         return (torch.rand(frames, height, width, 3, generator=torch.Generator().manual_seed(seed)),)
 
 
+class TestSound:
+    """Random samples in two channels; nodes don't resample them for a VAE of the same rate."""
+
+    RETURN_TYPES = ("AUDIO",)
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": dict.fromkeys(("seed", "samples", "rate"), ("INT", {"max": 2**31}))}
+
+    def make(self, seed: int, samples: int, rate: int) -> tuple[Any]:
+        wave = torch.randn(1, 2, samples, generator=torch.Generator().manual_seed(seed))
+        return ({"waveform": wave, "sample_rate": rate},)
+
+
 class TestClipVision:
     """What an encoder of images gives of one."""
 
@@ -157,4 +173,4 @@ class TestClipVision:
         return (SimpleNamespace(penultimate_hidden_states=seen, last_hidden_state=seen),)
 
 
-NODES = (TestVideoVAE, TestFrames, TestClipVision)
+NODES = (TestVideoVAE, TestFrames, TestSound, TestClipVision)
