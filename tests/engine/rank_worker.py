@@ -110,6 +110,16 @@ def projected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Callable[[],
     return lambda: QKV(torch.stack((q, k, v), dim=2).flatten(2), q.shape[2])
 
 
+def all_to_all(received: Sequence[torch.Tensor], sent: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
+    """As NCCL's, which gloo lacks."""
+    ranks, me = dist.get_process_group_ranks(group), dist.get_rank(group)
+    works = [dist.isend(each, ranks[i], group) for i, each in enumerate(sent) if i != me and each.numel()]
+    works += [dist.irecv(each, ranks[i], group) for i, each in enumerate(received) if i != me and each.numel()]
+    received[me].copy_(sent[me])
+    for work in works:
+        work.wait()
+
+
 @functools.cache
 def golden_named(name: str) -> Golden:
     """A golden forward, read once."""
@@ -435,12 +445,16 @@ class Rank:
         dist.broadcast_object_list(found, src=0)
         return found[0]
 
-    def gather(self, layout: Layout, dtype: str, shape: list[int], dim: int) -> bool | None:
+    def gather(self, layout: Layout, dtype: str, shape: list[int], dim: int, lists: bool) -> bool | None:
         sequence = self._sequence(layout)
         if sequence is None:
             return None
         tokens = torch.arange(torch.Size(shape).numel()).reshape(shape).to(getattr(torch, dtype))
-        return torch.equal(sequence.gather(sequence.shard(tokens, dim), shape[dim], dim), tokens)
+        with ExitStack() as patches:
+            if lists:
+                patches.enter_context(mock.patch.object(Group, "on_gpu", True))
+                patches.enter_context(mock.patch.object(dist, "all_to_all", all_to_all))
+            return torch.equal(sequence.gather(sequence.shard(tokens, dim), shape[dim], dim), tokens)
 
     def timing(self, layout: Layout) -> tuple[float, float, float] | None:
         sequence = self._sequence(layout)

@@ -168,10 +168,11 @@ def test_ranks_without_tokens_or_heads_take_part(
 @pytest.mark.parametrize("layout", [(1, 2, 1), (1, 1, 3), (1, 2, 2), (1, 5, 1)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int64"])
 @pytest.mark.parametrize(("shape", "dim"), [((2, 7, 5), 1), ((1, 2, 3), 1), ((9, 4), 0), ((2, 3, 11), -1)])
+@pytest.mark.parametrize("lists", [False, True], ids=["as gloo", "as NCCL"])
 def test_gather_undoes_shard(
-    ranks: Ranks, layout: tuple[int, ...], dtype: str, shape: tuple[int, ...], dim: int
+    ranks: Ranks, layout: tuple[int, ...], dtype: str, shape: tuple[int, ...], dim: int, lists: bool
 ) -> None:
-    answers = ranks.run(layout, "gather", dtype=dtype, shape=shape, dim=dim)
+    answers = ranks.run(layout, "gather", dtype=dtype, shape=shape, dim=dim, lists=lists)
     assert answers == [True] * (layout[1] * layout[2])
 
 

@@ -51,12 +51,27 @@ class Group:
         if self.size == 1:
             return part
         dim %= part.ndim
-        shapes = [(*part.shape[:dim], size, *part.shape[dim + 1 :]) for size in sizes]
-        sent = part.reshape(-1)
+        before, after = part.shape[:dim], part.shape[dim + 1 :]
+        shapes = [(*before, size, *after) for size in sizes]
         counts = [math.prod(shape) for shape in shapes]
-        received = self.all_to_all(sent.repeat(self.size), [len(sent)] * self.size, counts)
+        received = self._to_all(part.reshape(-1), counts)
+        if math.prod(before) == 1:
+            # One behind the other, as they arrive.
+            return received.view(*before, sum(sizes), *after)
         parts = zip(torch.split(received, counts), shapes, strict=True)
         return torch.cat([part.view(shape) for part, shape in parts], dim)
+
+    def _to_all(self, sent: Tensor, receive: Sequence[int]) -> Tensor:
+        """Send a flat buffer to every rank; ``receive[r]`` elements come from rank r."""
+        if not self.on_gpu:
+            # gloo sends one buffer only, so each rank's copy is in it.
+            return self.all_to_all(sent.repeat(self.size), [len(sent)] * self.size, receive)
+        self.clock.begun += 1
+        received = sent.new_empty(sum(receive))
+        arriving = torch.split(received.view(torch.uint8), [n * sent.element_size() for n in receive])
+        with self.clock.counting(sent.is_cuda):
+            dist.all_to_all(list(arriving), [sent.view(torch.uint8)] * self.size, group=self.group)
+        return received
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
         """The ``tensor`` of the rank ``source``, on every rank; on the others, ``tensor`` gives shape and dtype."""
