@@ -35,6 +35,7 @@ from helpers import FLUX, SD3, Golden, read_golden, relative_error
 from shared_block import SharedBlock, reach_shared
 from torch.distributed import distributed_c10d
 from torch.nn import functional
+from whole import POSITION, WholeSequences
 
 from tacod.checkpoint import read_checkpoint
 from tacod.plan import DEFAULT_POLICY, AttentionPolicy, Layout, Plan, Shape
@@ -389,6 +390,19 @@ class Rank:
             error = relative_difference(self._run(layout, dit, inputs), expected)
             with mock.patch.object(Group, "maximum", lambda self, number: number):
                 return error, relative_difference(self._run(layout, dit, inputs), expected)
+
+    def whole(self, layout: Layout, family: str, **case: Any) -> list[str]:
+        """What makes a tensor of the whole sequence here that is larger than latents, outside of attention."""
+        dit = tiny(family)
+        inputs = random_case(dit, **case)
+        lengths = dit.lengths(inputs)
+        x = inputs.latents[0]
+        shapes = tuple(x.shape), dit.output_shapes([tuple(each.shape) for each in inputs.latents])[0]
+        made = dit.lengths(required_inputs(dit, inputs.batch, case["text"], case["sides"]))[-1]
+        numbers = max(math.prod(shape[1:]) for shape in shapes) // made + POSITION
+        with WholeSequences([lengths[-1], sum(lengths), math.prod(x.shape[2:])], numbers, inputs.batch) as whole:
+            self._run(layout, dit, inputs)
+        return sorted(whole.found)
 
     def kernels(self, layout: Layout, family: str) -> tuple[float, int]:
         """How far a forward with the GPU's kernels, interpreted, is from that without; and how many were run."""

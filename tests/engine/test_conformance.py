@@ -49,6 +49,14 @@ ARGUMENT = pytest.mark.parametrize(
     ],
 )
 BATCH = 3
+HOLDS_ALL = {
+    "chroma_radiance": "patches of pixels that overlap are added up",
+    "pixart": "a convolution of all patches differs in bits from a linear layer of some",
+    "sd3": "as PixArt's",
+}
+"""Families of images whose ranks have more of the whole sequence than latents, and why."""
+_SQUARE = ("sd3",)
+"""Families whose table of positions is as large as its sides."""
 
 
 def forward(dit: DiT, inputs: Mapping[str, Any]) -> Output:
@@ -90,6 +98,19 @@ def test_every_layout_equals_one_rank(ranks: Ranks, family: str, layout: tuple[i
     )
     assert len(errors) == WORLD, "an idle rank gets the output too"
     assert max(errors) <= FP32
+
+
+@pytest.mark.parametrize("layout", [(1, 5, 1), (1, 1, 5)], ids=str)
+@pytest.mark.parametrize("everything", [False, True], ids=["required", "everything"])
+@FAMILY
+def test_no_rank_has_the_whole_sequence(ranks: Ranks, family: str, everything: bool, layout: tuple[int, ...]) -> None:
+    """But for latents and places, and within attention. A mask of all pairs of tokens is the client's."""
+    specs = tiny(family).arguments()
+    optional = [name for name, spec in specs.items() if not spec.required and not getattr(spec, "mask", False)]
+    sides = (14, 26) if family in _SQUARE else (4, 332)
+    case = {"batch": 1, "text": 9, "sides": sides, "optional": optional * everything, "shared": False, "seed": 0}
+    found = {what for each in ranks.run(layout, "whole", family=family, **case) for what in each}
+    assert bool(found) == (family in HOLDS_ALL), found
 
 
 @pytest.mark.parametrize("layout", [(1, 1, 1), (1, 2, 1)], ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -221,6 +222,17 @@ def test_joined_streams_keep_their_segments() -> None:
     joint = f.join(f.text, f.image)
     assert joint.segments is not None
     assert joint.segments.tolist() == [1, 0, 0, 0, 1]
+
+
+def test_joined_streams_take_memory_once() -> None:
+    f = begun(3)
+    f.text = Stream(torch.ones(1, 2, 2), (2,))
+    before = [weakref.ref(stream.tokens) for stream in (f.text, f.image)]
+    f.join(f.text, f.image)
+    assert [each() for each in before] == [None, None]
+    assert (f.text.size, f.image.size, f.image.dtype) == (2, 3, torch.float32)
+    f.part()
+    assert f.text.tokens.tolist() == [[[1, 1], [1, 1]]]
 
 
 @pytest.mark.parametrize("length", [1, 3])

@@ -6,6 +6,7 @@ A family's `begin` shards its inputs into streams, its blocks change them, and i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -54,6 +55,9 @@ class Weights(Protocol):
 
     def over(self, modules: Iterable[T]) -> Iterator[T]:
         """The modules one by one, each with its weights in place until the next is asked for."""
+
+    def beside(self, module: T) -> AbstractContextManager[T]:
+        """One more module with its weights in place."""
 
 
 class Attention:
@@ -148,6 +152,10 @@ class ForwardPass:
         """Modules one by one, each with its weights in place until the next is asked for; see `Weights.over`."""
         return iter(modules) if self.weights is None else self.weights.over(modules)
 
+    def beside(self, module: T) -> AbstractContextManager[T]:
+        """A module with its weights in place, for a block that uses one which isn't its own; see `Weights.beside`."""
+        return nullcontext(module) if self.weights is None else self.weights.beside(module)
+
     def modulate(self, layers: Sequence[Any], conditioning: Tensor) -> None:
         """Compute the modulation of every layer for ``conditioning`` [B, W] or, for M segments, [B, M, W].
 
@@ -164,7 +172,8 @@ class ForwardPass:
     def join(self, *streams: Stream) -> Stream:
         """Make one stream of these, in this order; `image` must be the last.
 
-        If one of them has segments, tokens of those without get the first row of a modulation.
+        If one of them has segments, tokens of those without get the first row of a modulation. Until `part` the streams
+        have no tokens of their own, which would take as much memory once more.
         """
         rotations = [stream.rotation for stream in streams if stream.rotation is not None]
         segments = [stream.segments for stream in streams]
@@ -174,6 +183,8 @@ class ForwardPass:
             Rotation.concatenate(rotations) if rotations else None,
             _joined_segments(segments, [stream.size for stream in streams]),
         )
+        for stream in streams:
+            stream.tokens = stream.tokens.to("meta")
         self.joined = joint, list(streams)
         return joint
 
