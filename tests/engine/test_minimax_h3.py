@@ -16,16 +16,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from tacod.checkpoint import TensorInfo, read_checkpoint
-from tacod.rank.families import detect, from_diffusers
+from tacod.rank.comm.group import Group
+from tacod.rank.families import detect, from_diffusers, minimax_h3_modulation
 from tacod.rank.families.base import Output
 from tacod.rank.families.inputs import Inputs
 from tacod.rank.families.minimax_h3 import MiniMaxH3
 from tacod.rank.families.minimax_h3_layout import Layout, Run
 from tacod.rank.families.minimax_h3_times import mask_levels, shifted
+from tacod.rank.forward.run import equal
 from tacod.rank.forward.warmup import usual_inputs
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.sampling.sampling import check_samples
 from tacod.rank.weights.load import get_weight, load_model, set_weight
+from tacod.rank.weights.streaming import Streaming
 from tacod_client.errors import ArgumentError, ModelUnsupported
 
 CPU = torch.device("cpu")
@@ -362,6 +365,54 @@ def test_a_mask_has_the_largest_value_of_each_patch_once() -> None:
     assert rows is not None
     assert levels.tolist() == [0, 0.25, 0.5]
     assert rows.tolist() == [2, 0, 0, 0, 0, 0, 0, 1]
+
+
+# --- modulations ------------------------------------------------------------------------------------------------------
+
+
+def soft(name: str = MASKED, video: bool = True, sound: bool = True) -> Golden:
+    """A golden with masks of more values than `SHARED`, and of more than most ranks have tokens."""
+    golden = read_golden(name)
+    _, _, *sides = golden.inputs["x"][0].shape
+    masks = {
+        "denoise_mask": torch.rand(1, 1, *sides) if video else None,
+        "audio_denoise_mask": torch.rand(1, 1, *golden.inputs["x"][1].shape[2:]) if sound else None,
+    }
+    return changed(golden, **masks)
+
+
+@pytest.mark.parametrize(("video", "sound"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("name", [MASKED, REFERENCES])
+def test_modulations_are_the_same_by_whomever_they_are_computed(
+    monkeypatch: pytest.MonkeyPatch, name: str, video: bool, sound: bool
+) -> None:
+    golden = soft(name, video, sound)
+    for shared in (0, 1 << 20):
+        monkeypatch.setattr(minimax_h3_modulation, "SHARED", shared)
+        ours = forward(golden)
+        if not shared:
+            own = ours
+    assert relative_error(own, ours) <= FP32
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout[0] == 1], ids=str)
+@pytest.mark.parametrize("masks", [["denoise_mask", "audio_denoise_mask"], ["denoise_mask"], ["audio_denoise_mask"]])
+def test_a_token_may_have_a_time_of_its_own(ranks: Ranks, layout: tuple[int, ...], masks: Sequence[str]) -> None:
+    case = {"batch": 1, "text": 3, "optional": masks, "shared": False, "sharing": False, "seed": 0}
+    errors = ranks.run(layout, "forward", family="minimax_h3", sides=(5, 9), **case)
+    assert max(errors) <= FP32
+
+
+def test_a_block_fetches_its_modulations_where_they_are_no_ranks(tmp_path: Path) -> None:
+    golden = soft()
+    path = tmp_path / "model.safetensors"
+    golden.save(path)
+    plain = load_model(read_checkpoint(str(path)), torch.float32, CPU)
+    with Streaming(Group(), CPU, "host", None, True, smallest=0) as streaming:
+        model = load_model(read_checkpoint(str(path)), torch.float32, CPU, streaming=streaming)
+    with torch.inference_mode():
+        outs = [each.run(SequenceParallel(), golden.arguments(plain)) for each in (plain, model, model)]
+    assert all(equal(out, outs[0]) for out in outs)
 
 
 @pytest.mark.parametrize("seed", [0, 2**63 + 5, 2**64 - 1])

@@ -343,19 +343,11 @@ class DiT(nn.Module, abc.ABC):
 
     @property
     def modulating(self) -> list[Any]:
-        """The linear layers whose input is the conditioning vector alone."""
-        return [each.linear for each in self._modules_that_modulate]
-
-    @property
-    def shared_out(self) -> list[Any]:
-        """Those of `modulating` that `ForwardPass.modulate` computes, where the ranks share them out."""
-        return [each.linear for each in self._modules_that_modulate if each.shared]
-
-    @property
-    def _modules_that_modulate(self) -> list[Any]:
+        """The linear layers whose input is the conditioning vector alone, which the ranks share out."""
         if self._modulating is None:
             self._modulating = [name for name, each in self.named_modules() if isinstance(each, Modulation)]
-        return [find(self, name) for name in self._modulating]
+        modules: list[Modulation] = [find(self, name) for name in self._modulating]
+        return [each.linear for each in modules]
 
     @property
     def dtype(self) -> torch.dtype:

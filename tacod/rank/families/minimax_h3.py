@@ -19,7 +19,6 @@ from tacod.rank.families.config import fixed, integer, number, optional_integer,
 from tacod.rank.families.inputs import Argument, Inputs, Number, Spec, Unread
 from tacod.rank.families.minimax_h3_files import NAMES, detect_config, of_diffusers
 from tacod.rank.families.minimax_h3_layout import (
-    MODALITIES,
     MOST_SEED,
     TEXT_TAG,
     TIMES,
@@ -29,6 +28,7 @@ from tacod.rank.families.minimax_h3_layout import (
     payload_spec,
     shares,
 )
+from tacod.rank.families.minimax_h3_modulation import modulate
 from tacod.rank.families.minimax_h3_parts import PATCH, Block, FinalLayer, TokenRefiner
 from tacod.rank.families.minimax_h3_times import (
     MASKS,
@@ -248,7 +248,6 @@ class MiniMaxH3(DiT):
         if f.scale != 1:
             sound = sound * _per_image(sound_sigma / sigma, sound)
         f.sound, f.sound_sigma = sound, sound_sigma
-        f.conditioning = self._conditioning(times_of(sigma, sound_sigma, payload, arguments), f.dtype)
         rows = _padded([_sound_rows(sound), f.video_grid.patches(video)], self._inputs, video.device)
         f.image = f.shard(rows, lambda chunk: self._embed(f, chunk, f.layout.made, f.dtype))
         lengths = self.lengths(arguments)
@@ -256,9 +255,11 @@ class MiniMaxH3(DiT):
         if len(lengths) > 2:
             streams.append(Stream(given.expand(len(video), -1, -1), lengths[1:2]))
         f.joint = f.join(*streams, f.image)
-        f.joint.rotation, f.joint.segments = Rotation(cos, sin, halves=True), segments
-        # The last layer's modulations are the same for all modalities.
-        f.image.segments = segments[segments.shape[0] - f.image.size :] // MODALITIES
+        f.joint.rotation = Rotation(cos, sin, halves=True)
+        made = [part.shape[1] for part in shares(f.sequence, f.image.tokens, f.layout.made)]
+        times = times_of(sigma, sound_sigma, payload, arguments)
+        masked = [0 if levels is None else len(levels) for levels, _ in mask_levels(arguments).values()]
+        modulate(f, self.modulating, times, masked, lambda each: self._conditioning(each, f.dtype), segments, made)
 
     @property
     def trunk(self) -> Sequence[Any]:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from tacod.rank.families import kit
 from tacod.rank.families.minimax_h3_layout import MODALITIES
+from tacod.rank.families.minimax_h3_modulation import block_rows, final_rows
 from tacod.rank.families.stream import ForwardPass
 from tacod.rank.ops.norm import Norm
 
@@ -55,11 +56,11 @@ class Block(Layers):
 
     def __init__(self, hidden: int, heads: int, head_width: int, ffn: int, time_width: int) -> None:
         super().__init__(hidden, heads, head_width, ffn)
-        self.adaln_proj = kit.Modulation(time_width, 6 * MODALITIES * hidden, "linear", shared=False)
+        self.adaln_proj = kit.Modulation(time_width, 6 * MODALITIES * hidden, "linear")
 
     def forward(self, f: ForwardPass) -> None:
-        """The stream one block further. The modulations of all blocks at once would be too many where masks are."""
-        rows = torch.unflatten(self.adaln_proj.linear(f.conditioning), -1, (MODALITIES, -1)).flatten(1, 2)
+        """The stream one block further."""
+        rows = block_rows(f, self.adaln_proj.linear)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = rows.to(f.dtype).chunk(6, dim=-1)
         normed = f.joint.normed(shift, scale, norm=self.norm1.norm)
         (attended,) = f.attend((f.joint, lambda: self.attn(normed, f.joint.rotation))).wait()
@@ -99,10 +100,10 @@ class FinalLayer(nn.Module):
     def __init__(self, hidden: int, time_width: int, video: int, sound: int) -> None:
         super().__init__()
         self.norm = Scale(hidden)
-        self.adaln_proj = kit.Modulation(time_width, 2 * hidden, "linear", shared=False)
+        self.adaln_proj = kit.Modulation(time_width, 2 * hidden, "linear")
         self.video_out, self.audio_out = nn.Linear(hidden, video), nn.Linear(hidden, sound)
 
     def modulated(self, f: ForwardPass) -> Tensor:
         """This rank's tokens of sound and video, normed, [B, S, hidden]."""
-        shift, scale = self.adaln_proj.linear(f.conditioning).to(f.dtype).chunk(2, dim=-1)
+        shift, scale = final_rows(f, self.adaln_proj.linear).to(f.dtype).chunk(2, dim=-1)
         return f.image.normed(shift, scale, norm=self.norm.norm)

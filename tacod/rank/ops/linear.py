@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -46,14 +47,18 @@ def _is_whole(layer: Any) -> bool:
     return isinstance(layer, Outputs) or (isinstance(layer, PackedLinear) and not layer.plain)
 
 
-def split_outputs(layer: Any, first: int) -> tuple[Layer, Layer]:
-    """A layer as two: its ``first`` outputs, and the others. Tokens that both get are quantized once."""
+def split_outputs(layer: Any, *sizes: int) -> tuple[Layer, ...]:
+    """A layer as several: its first outputs, of each of these ``sizes``, and the others.
+
+    Tokens that several get are quantized once.
+    """
+    ends = list(itertools.accumulate(sizes))
+    parts = [slice(*each) for each in itertools.pairwise([0, *ends, None])]
     if _is_whole(layer):
         prepare = _once(layer.prepared)
-        return Outputs(layer.outputs(slice(first)), prepare), Outputs(layer.outputs(slice(first, None)), prepare)
+        return tuple(Outputs(layer.outputs(part), prepare) for part in parts)
     weight, bias = layer.weight, layer.bias
-    head, tail = (None, None) if bias is None else (bias[:first], bias[first:])
-    return Part(weight[:first], head), Part(weight[first:], tail)
+    return tuple(Part(weight[part], None if bias is None else bias[part]) for part in parts)
 
 
 def _once(function: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:

@@ -26,7 +26,7 @@ def sizes_of(
 
     About, for formats that are unpacked. Tensors of fewer bytes than ``smallest`` count as others.
     """
-    layers = model.shared_out
+    layers = model.modulating
     names = {id(module): path for path, module in model.named_modules()}
     modulations, blocks = [names[id(layer)] for layer in layers], model.blocks_at
     sizes, others = dict.fromkeys((*modulations, *blocks), 0), 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -109,6 +110,8 @@ class _Staged:
 
     number: int
     parts: Sequence[tuple[Stored, Tensor]]
+    places: Sequence[tuple[Any, str]]
+    """For each part the module that has it, and its name there."""
 
 
 class Stage:
@@ -142,18 +145,19 @@ class Stage:
         self.buffers = Buffers.of(largest, device) if buffers is None or buffers.size < largest else buffers
         self._staged: dict[int, _Staged] = {}
         for unit, missing in zip(units, lacking, strict=True):
-            number, at, parts = len(self._staged) % BUFFERS, 0, []
+            number, at, parts, places = len(self._staged) % BUFFERS, 0, [], []
             for path, stored in unit.tensors.items():
                 tensor = stored.whole(rank)
+                owner, leaf = owner_of(model, path)
                 if tensor is None:
                     flat = self.buffers.memory[number][at : at + stored.nbytes]
                     at += aligned(stored.nbytes)
                     parts.append((stored, flat))
+                    places.append((owner, leaf))
                     tensor = flat.view(stored.dtype).view(stored.shape)
-                owner, leaf = owner_of(model, path)
                 assign(owner, leaf, tensor)
             if missing:
-                self._staged[id(model.get_submodule(unit.path))] = _Staged(number, parts)
+                self._staged[id(model.get_submodule(unit.path))] = _Staged(number, parts, places)
 
     def over(self, modules: Iterable[T]) -> Iterator[T]:
         """The modules one by one, each with its weights in place until the next is asked for.
@@ -189,6 +193,25 @@ class Stage:
             # Where it breaks off, nothing comes later.
             for number in used:
                 self.buffers.fetcher.wait(number)
+
+    @contextmanager
+    def beside(self, module: T) -> Iterator[T]:
+        """A module with its weights in place, also within a loop of `over`.
+
+        What this rank lacks is fetched at once, into memory of its own, which is free again afterwards.
+        """
+        staged = self._staged.get(id(module))
+        if staged is None:
+            yield module
+            return
+        views = [getattr(owner, leaf) for owner, leaf in staged.places]
+        try:
+            for (owner, leaf), (stored, flat) in zip(staged.places, staged.parts, strict=True):
+                assign(owner, leaf, stored.read(flat.device))
+            yield module
+        finally:
+            for (owner, leaf), view in zip(staged.places, views, strict=True):
+                assign(owner, leaf, view)
 
     @property
     def held(self) -> list[Tensor]:

@@ -74,7 +74,7 @@ class Streaming:
 
         self._depot = Depot(self._group, slabs)
         if sharded:
-            whose = owners([layer.out_features for layer in model.shared_out], self._group.size)
+            whose = owners([layer.out_features for layer in model.modulating], self._group.size)
             self._owners = dict(zip(sizes.modulations, whose, strict=True))
 
     def settle(self, model: DiT, path: str) -> None:
@@ -144,7 +144,7 @@ class Streaming:
     def _large(self, model: DiT, path: str) -> dict[str, Tensor]:
         """The tensors of a module that may be stored, by their paths: parameters and buffers, without modulations."""
         top = model.get_submodule(path)
-        spared = {id(part) for layer in model.shared_out if layer is not top for part in layer.modules()}
+        spared = {id(part) for layer in model.modulating if layer is not top for part in layer.modules()}
         found: dict[str, Tensor] = {}
         for name, module in top.named_modules(prefix=path):
             if id(module) in spared:

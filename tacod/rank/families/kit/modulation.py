@@ -26,14 +26,12 @@ def drawn(rows: int, width: int) -> nn.Parameter:
 class Modulation(nn.Module):
     """A linear layer whose input is the conditioning vector alone; the ranks share such layers out.
 
-    ``layer`` is its name in the authors' files. One that isn't ``shared`` is computed by the block that it is in, and
-    not by `ForwardPass.modulate`.
+    ``layer`` is its name in the authors' files.
     """
 
-    def __init__(self, width: int, outputs: int, layer: str = "lin", bias: bool = True, *, shared: bool = True) -> None:
+    def __init__(self, width: int, outputs: int, layer: str = "lin", bias: bool = True) -> None:
         super().__init__()
         self._layer = layer
-        self.shared = shared
         register(self, layer, nn.Linear(width, outputs, bias=bias))
 
     @property
