@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
+from comfyui_server import ComfyUI
 from helpers import Tiny
 from safetensors.torch import save_file
 
@@ -23,9 +25,12 @@ __all__ = [
     "SD3",
     "WEAKER",
     "WHOLE_BLOCKS",
+    "AVPair",
     "Pair",
     "TinyModel",
+    "refused",
     "save",
+    "save_lora",
 ]
 
 _fresh = itertools.count(1)
@@ -129,6 +134,17 @@ def save(model: TinyModel, folder: Path, name: str = "", prefix: str = "") -> No
     save_file(weights, folder / (name or model.tiny.file), metadata={"tacod.config": json.dumps(model.tiny.config)})
 
 
+def save_lora(tiny: TinyModel, path: Path) -> None:
+    """A LoRA of one layer, strong enough to be seen."""
+    outputs, inputs = tiny.tiny.model.state_dict()["img_in.weight"].shape
+    random = torch.Generator().manual_seed(0)
+    tensors = {
+        "diffusion_model.img_in.lora_up.weight": torch.randn(outputs, 2, generator=random),
+        "diffusion_model.img_in.lora_down.weight": torch.randn(2, inputs, generator=random),
+    }
+    save_file(tensors, path)
+
+
 MODELS = {model.tiny.name: model for model in (FLUX, CANNY, FILL, SD3, PIXART)}
 
 
@@ -143,6 +159,9 @@ class Pair:
         loader: Other settings of the loader nodes.
     """
 
+    parts: ClassVar[tuple[str, ...]] = ("",)
+    """What the names of a sampler's saved latents end in."""
+
     def __init__(self, model: TinyModel, also: Mapping[str, tuple[int, str]] = MappingProxyType({}), **loader: Any):
         self.model = model
         self.nodes: dict[str, dict[str, Any]] = {}
@@ -153,6 +172,7 @@ class Pair:
         self._head = dict.fromkeys(("stock", *self.ranks), "file")
         self._loader = loader
         self.latent = "latent"
+        """The node that gives samplers their latent."""
         self.run = next(_fresh)
         """In the names of what is saved; ComfyUI runs nothing again that it has run."""
         for name, seed in (("positive", 1), ("negative", 2)):
@@ -232,6 +252,38 @@ class Pair:
     def head(self, branch: str) -> str:
         """The node whose output is the branch's MODEL."""
         return self._head[branch]
+
+    def saved(self, *saves: str) -> list[str]:
+        """The names of what samplers with these names saved, for ``both``."""
+        return [f"{save}{part}" for save in saves for part in self.parts]
+
+    def alone(self, branch: str) -> dict[str, dict[str, Any]]:
+        """The nodes without those of other branches."""
+        others = tuple(f"_{each}" for each in self.branches if each != branch)
+        return {name: node for name, node in self.nodes.items() if not name.endswith(others)}
+
+
+class AVPair(Pair):
+    """Its runs are of a video and a sound, which are saved each for itself."""
+
+    parts = ("_video", "_sound")
+
+    def save(self, name: str, branch: str, save: str = "") -> None:
+        """Keep both latents of a node."""
+        apart = f"apart{save}_{branch}"
+        self.add(apart, "LTXVSeparateAVLatent", av_latent=f"@{name}")
+        for slot, part in enumerate(self.parts):
+            prefix = self.file(branch, f"{save}{part}")
+            self.add(f"save{save}{part}_{branch}", "SaveLatent", samples=f"@{apart}#{slot}", filename_prefix=prefix)
+
+
+def refused(comfyui: ComfyUI, run: Pair, **inputs: Any) -> str:
+    """What a sampler through the daemon fails with, before its first step."""
+    run.sample(**inputs)
+    outcome = comfyui.run(run.alone("taco"))
+    assert outcome.kind == "error"
+    assert max((event["value"] for event in outcome.of("progress") if event["max"] < 100), default=0) == 0
+    return outcome.error
 
 
 def _of_branch(value: Any, branch: str) -> Any:

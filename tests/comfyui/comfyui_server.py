@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -25,6 +26,10 @@ from helpers import eventually
 from safetensors.torch import load_file
 from websockets.sync.client import connect
 
+PATH = os.environ.get("COMFYUI_PATH", "")
+"""The checkout of ComfyUI."""
+PYTHON = os.environ.get("COMFYUI_PYTHON", sys.executable)
+"""An interpreter that can run it; ours needs none of its packages."""
 HERE = Path(__file__).parent
 NODES = HERE.parents[1] / "comfy_nodes"
 START_S = 180.0
@@ -63,10 +68,7 @@ def _stand_ins(python: str) -> list[str]:
 
 
 class ComfyUI:
-    """``main.py --cpu`` in a base directory of its own, with our nodes linked into it and the test nodes beside them.
-
-    ``COMFYUI_PATH`` is the checkout and ``COMFYUI_PYTHON`` its interpreter; ours needs none of its packages.
-    """
+    """``main.py --cpu`` in a base directory of its own, with our nodes and the tests' linked into it."""
 
     def __init__(self, path: str, python: str, endpoint: str, models: Path, *options: str) -> None:
         self.base = Path(tempfile.mkdtemp(prefix="comfyui-"))

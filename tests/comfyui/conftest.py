@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from comfyui_graphs import MODELS, Pair, TinyModel, save
-from comfyui_server import ComfyUI, Outcome
+from comfyui_server import PATH, PYTHON, ComfyUI, Outcome
 from fidelity_table import Measured, write_version
 from helpers import Daemon, relative_error
-
-PATH = os.environ.get("COMFYUI_PATH", "")
-PYTHON = os.environ.get("COMFYUI_PYTHON", sys.executable)
+from image_cases import Case, write
+from video_cases import VIDEO, graph_of, skip_what_comfyui_lacks
 
 Both = Callable[..., Outcome]
 
@@ -77,12 +74,27 @@ def pair(endpoints: Callable[[int], Daemon]) -> Callable[[TinyModel], Pair]:
     return lambda model: Pair(model, {f"taco{ranks}": (ranks, endpoints(ranks).endpoint) for ranks in (1, 2)})
 
 
+@pytest.fixture
+def case(request: pytest.FixtureRequest, comfyui: ComfyUI, comfyui_models: Path) -> Case:
+    """A video family's model, by its golden's name. Its file lies where ComfyUI looks for it, with a LoRA."""
+    case = VIDEO[request.param]
+    skip_what_comfyui_lacks(case, comfyui)
+    write(case, comfyui_models)
+    return case
+
+
+@pytest.fixture
+def run(case: Case, endpoints: Callable[[int], Daemon]) -> Pair:
+    """A graph with this model, and branches through daemons of 1, 2 and 3 ranks."""
+    return graph_of(case, {f"taco{ranks}": (ranks, endpoints(ranks).endpoint) for ranks in (1, 2)})
+
+
 MEASURED = pytest.StashKey[list[Measured]]()
 
 
 @pytest.fixture
 def both(comfyui: ComfyUI, request: pytest.FixtureRequest) -> Callable[..., Outcome]:
-    """Run all branches of a graph; their latents agree with stock's."""
+    """Run all branches of a graph; the latents that samplers with these names saved agree with stock's."""
     measured = request.config.stash.setdefault(MEASURED, [])
     test = request.node.originalname or request.node.name
     case = request.node.callspec.id if hasattr(request.node, "callspec") else ""
@@ -91,7 +103,7 @@ def both(comfyui: ComfyUI, request: pytest.FixtureRequest) -> Callable[..., Outc
         outcome = server.run(pair.nodes)
         assert outcome.kind == "success", outcome.error
         errors = {}
-        for name in saves or ("",):
+        for name in pair.saved(*(saves or ("",))):
             stock = server.latent(pair.file("stock", name))
             assert stock.isfinite().all()
             assert stock.std() > 0

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from comfyui_graphs import WEAKER
-from conftest import PATH
+from comfyui_server import PATH
 from helpers import Golden, Tiny, read_golden
 from safetensors.torch import save_file
 
@@ -46,7 +46,8 @@ class Case:
     @property
     def has_frames(self) -> bool:
         """Whether its latent has an axis of frames."""
-        return bool(read_golden(self.golden).inputs["x"].ndim == 5)
+        latent = read_golden(self.golden).inputs["x"]
+        return bool((latent[0] if isinstance(latent, list) else latent).ndim == 5)
 
     @property
     def file(self) -> str:
@@ -151,25 +152,34 @@ def named(*goldens: str) -> list[Case]:
     return [case for case in CASES if case.golden in goldens]
 
 
-def write(case: Case, models: Path) -> None:
-    """A model's file where ComfyUI looks for it, with a LoRA; unless it is there."""
+def write(case: Case, models: Path, file: str = "", golden: Golden | None = None) -> None:
+    """A model's file where ComfyUI looks for it, with a LoRA; unless it is there.
+
+    Args:
+        case: The model.
+        models: The folder of ComfyUI's models.
+        file: What both files are called, if not as the case says.
+        golden: Weights and configuration, if not the case's.
+    """
     if not Path(PATH, "comfy/ldm", case.module).is_dir():
         pytest.skip(f"this version of ComfyUI has no {case.module}")
-    for golden, (file, word) in NEWER.items():
-        if case.golden == golden and word not in Path(PATH, file).read_text():
-            pytest.skip(f"this version of ComfyUI lacks {word} in {file}")
-    path = models / "diffusion_models" / case.file
-    if not path.exists():
-        golden = case.model()
-        _save(golden, path)
-        (models / "loras").mkdir(exist_ok=True)
-        random = torch.Generator().manual_seed(0)
-        tensors = {}
-        for layer in case.lora:
-            outputs, inputs = golden.weights[f"{layer}.weight"].shape
-            tensors[f"diffusion_model.{layer}.lora_B.weight"] = 0.1 * torch.randn(outputs, 4, generator=random)
-            tensors[f"diffusion_model.{layer}.lora_A.weight"] = 0.1 * torch.randn(4, inputs, generator=random)
-        save_file(tensors, models / "loras" / case.file)
+    for name, (source, word) in NEWER.items():
+        if case.golden == name and word not in Path(PATH, source).read_text():
+            pytest.skip(f"this version of ComfyUI lacks {word} in {source}")
+    file = file or case.file
+    path = models / "diffusion_models" / file
+    if path.exists():
+        return
+    golden = golden or case.model()
+    _save(golden, path)
+    (models / "loras").mkdir(exist_ok=True)
+    random = torch.Generator().manual_seed(0)
+    tensors = {}
+    for layer in case.lora:
+        outputs, inputs = golden.weights[f"{layer}.weight"].shape
+        tensors[f"diffusion_model.{layer}.lora_B.weight"] = 0.1 * torch.randn(outputs, 4, generator=random)
+        tensors[f"diffusion_model.{layer}.lora_A.weight"] = 0.1 * torch.randn(4, inputs, generator=random)
+    save_file(tensors, models / "loras" / file)
 
 
 def _save(golden: Golden, path: Path) -> None:

@@ -10,15 +10,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from conftest import PATH, PYTHON
+from comfyui_server import PATH, PYTHON
 
 __all__ = ["Input", "Node", "Template", "templates"]
 
 _PACKAGE = "comfyui_workflow_templates_json"
 _FROM_INSTANCE, _TO_INSTANCE = -10, -20
 """The ends of links that come into a subgraph, and that leave it."""
-_WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+_WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
 _AFTER_SEEDS = ("fixed", "increment", "decrement", "randomize")
+_BYPASSED = 4
+"""The mode of such a node."""
 _ON_THE_PAGE_ONLY = ("MarkdownNote", "Note", "Reroute", "PrimitiveNode")
 
 
@@ -39,6 +41,8 @@ class Node:
     kind: str
     links: dict[str, Input] = field(default_factory=dict)
     widgets: Any = ()
+    bypassed: bool = False
+    """Whether the workflow has it switched off, so that it hands on what it is given."""
 
     def values(self, takes: Mapping[str, Any]) -> dict[str, Any]:
         """The widgets' values by name; ``takes`` is what ComfyUI says that the node takes (``input`` of its info)."""
@@ -48,7 +52,8 @@ class Node:
         named = {}
         for name, (kind, *rest) in {**takes.get("required", {}), **takes.get("optional", {})}.items():
             options = rest[0] if rest else {}
-            if not values or options.get("forceInput") or not (isinstance(kind, list) or kind in _WIDGETS):
+            has_widget = isinstance(kind, list) or set(kind.split(",")) <= _WIDGETS
+            if not values or options.get("forceInput") or not has_widget:
                 continue
             named[name] = values.pop(0)
             if kind == "INT" and values and values[0] in _AFTER_SEEDS:
@@ -103,7 +108,8 @@ class _Scope:
             elif node["type"] not in _ON_THE_PAGE_ONLY:
                 given = ((each["name"], self.source(each.get("link"))) for each in node.get("inputs") or [])
                 links = {name: source for name, source in given if source is not None}
-                yield f"{self.prefix}{node['id']}", Node(node["type"], links, node.get("widgets_values") or ())
+                widgets, bypassed = node.get("widgets_values") or (), node.get("mode") == _BYPASSED
+                yield f"{self.prefix}{node['id']}", Node(node["type"], links, widgets, bypassed)
 
     def source(self, link: int | None) -> Input | None:
         """Where a link begins; None where nothing is connected, and a widget has the value."""

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_graphs import BROAD, FLUX, SD3, Pair, TinyModel, save
-from comfyui_server import ComfyUI, Outcome
-from conftest import PATH, PYTHON
+from comfyui_server import PATH, PYTHON, ComfyUI, Outcome
 from helpers import Daemon, relative_error
 from safetensors.torch import save_file
 from test_end_to_end import WIDE, only

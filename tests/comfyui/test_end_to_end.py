@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 import torch
 from comfyui_graphs import FLUX, SD3, Pair, TinyModel, save
-from comfyui_server import ComfyUI, Outcome
-from conftest import PATH, PYTHON
+from comfyui_server import PATH, PYTHON, ComfyUI, Outcome
 from helpers import Daemon, Tiny, relative_error
 
 MOST = 1e-5

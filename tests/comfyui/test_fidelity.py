@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 from comfyui_graphs import CANNY, FILL, FLUX, PIXART, SD3, Pair, TinyModel, save
-from comfyui_server import ComfyUI, Outcome
-from conftest import PATH
+from comfyui_server import PATH, ComfyUI, Outcome
 from helpers import Daemon
 from safetensors.torch import save_file
 

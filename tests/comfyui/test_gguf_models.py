@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 from comfyui_graphs import WHOLE_BLOCKS, Pair, TinyModel
-from comfyui_server import ComfyUI, Outcome
-from conftest import PATH, PYTHON
+from comfyui_server import PATH, PYTHON, ComfyUI, Outcome
 from gguf_files import random_blocks
 from helpers import Daemon
 from safetensors.torch import save_file

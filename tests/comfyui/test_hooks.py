@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_graphs import FLUX, Pair, TinyModel
-from comfyui_server import ComfyUI, Outcome
-from conftest import PATH, PYTHON
+from comfyui_server import PATH, PYTHON, ComfyUI, Outcome
 from helpers import Daemon
 from safetensors.torch import save_file
 

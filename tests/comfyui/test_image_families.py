@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comfyui_graphs import Pair
-from comfyui_server import ComfyUI, Outcome
-from conftest import PATH
+from comfyui_graphs import Pair, refused
+from comfyui_server import PATH, ComfyUI, Outcome
 from helpers import Daemon
 from image_cases import CASES, Case, Sizes, named, write
 
@@ -185,16 +184,6 @@ def test_a_controlnet_that_runs_layers_of_the_network(comfyui: ComfyUI, both: Bo
     both(run, "_without", "_with")
     without, led = (comfyui.latent(run.file("taco", save)) for save in ("_without", "_with"))
     assert (led - without).norm() > 1e-3 * without.norm()
-
-
-def refused(comfyui: ComfyUI, run: Pair, **inputs: Any) -> str:
-    """What a run through the daemon fails with, before its first step."""
-    run.sample(**inputs)
-    others = [f"{kind}_{each}" for kind in ("sampler", "save") for each in run.branches if each != "taco"]
-    outcome = comfyui.run({name: node for name, node in run.nodes.items() if name not in others})
-    assert outcome.kind == "error"
-    assert max((event["value"] for event in outcome.of("progress") if event["max"] < 100), default=0) == 0
-    return outcome.error
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.method], indirect=True, ids=lambda case: case.golden)

@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 import torch
 from comfyui_graphs import FLUX, MODELS, Pair, TinyModel
-from comfyui_server import ComfyUI, Outcome
-from conftest import PATH, PYTHON
+from comfyui_server import PATH, PYTHON, ComfyUI, Outcome
 from helpers import Daemon, relative_error
 from image_cases import CASES as IMAGES
 from image_cases import Sizes, write

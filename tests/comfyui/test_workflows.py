@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from comfyui_graphs import FLUX, PIXART, TinyModel
+from comfyui_graphs import FLUX, PIXART, TinyModel, save_lora
 from comfyui_server import NODES, ComfyUI, Graph
 from image_cases import CASES, Sizes, write
 from PIL import Image, ImageChops, ImageSequence
-from safetensors.torch import save_file
-from test_hunyuan import CASES as HUNYUAN
-from test_video_families import CASES as WAN
+from video_cases import VIDEO
 
 from tacod import embedded
 
@@ -98,7 +95,7 @@ def tiny_model(graph: Graph, models: Path) -> TinyModel | Sizes:
     files = [str(value) for key, value in given if key in ("unet_name", "ckpt_name")]
     for start, golden in GOLDENS.items():
         if any(file.startswith(start) for file in files):
-            case = next(case for case in (*CASES, *WAN.values(), *HUNYUAN.values()) if case.golden == golden)
+            case = next(case for case in (*CASES, *VIDEO.values()) if case.golden == golden)
             write(case, models)
             return Sizes(case)
     return PIXART if any("PixArt" in file for file in files) else FLUX
@@ -147,17 +144,6 @@ def with_stand_ins(graph: Graph, models: Path) -> Graph:
         elif kind in ("TACODiTKSampler", "Flux2Scheduler", "BetaSamplingScheduler"):
             inputs["steps"] = 3
     return graph
-
-
-def save_lora(tiny: TinyModel, path: Path) -> None:
-    """A LoRA of one layer, strong enough to be seen."""
-    outputs, inputs = tiny.tiny.model.state_dict()["img_in.weight"].shape
-    random = torch.Generator().manual_seed(0)
-    tensors = {
-        "diffusion_model.img_in.lora_up.weight": torch.randn(outputs, 2, generator=random),
-        "diffusion_model.img_in.lora_down.weight": torch.randn(2, inputs, generator=random),
-    }
-    save_file(tensors, path)
 
 
 def test_each_runs_with_stand_ins(comfyui: ComfyUI, comfyui_models: Path, graph: Graph) -> None:

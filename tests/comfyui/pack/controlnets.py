@@ -152,7 +152,23 @@ def _uso_patch(config: dict[str, Any]) -> torch.nn.Module:
     return SigLIPMultiFeatProjModel(**sizes, hidden_size=config["hidden_size"], **_BUILD)
 
 
-_PATCHES = {"z_image": _z_image_patch, "qwen_image": _qwen_patch, "anima": _anima_patch, "uso": _uso_patch}
+def _infinite_talk_patch(config: dict[str, Any]) -> torch.nn.Module:
+    """What projects the sounds that `TestHeard` gives; a run gets no further."""
+    from comfy.ldm.wan.model_multitalk import MultiTalkAudioProjModel
+
+    net = torch.nn.Module()
+    sizes = {"blocks": 2, "channels": 4, "intermediate_dim": 8, "out_dim": 8, "context_tokens": 2}
+    net.audio_proj = MultiTalkAudioProjModel(**sizes, **_BUILD)
+    return net
+
+
+_PATCHES = {
+    "z_image": _z_image_patch,
+    "qwen_image": _qwen_patch,
+    "anima": _anima_patch,
+    "uso": _uso_patch,
+    "infinite_talk": _infinite_talk_patch,
+}
 
 
 class TestModelPatch:

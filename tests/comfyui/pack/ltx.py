@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
+import comfy.model_patcher
 import torch
 from torch.nn import functional
 
@@ -13,12 +15,27 @@ PIXELS, FRAMES = 32, 8
 BANDS = (8, 16)
 SAMPLES = 640
 """Of a step of sound."""
+STEPS = 25
+"""Of sound, in a second."""
+
+
+class Statistics:
+    """Those of a latent's channels: mean 1, deviation 2."""
+
+    @staticmethod
+    def un_normalize(latent: torch.Tensor) -> torch.Tensor:
+        return 2 * latent + 1
+
+    @staticmethod
+    def normalize(latent: torch.Tensor) -> torch.Tensor:
+        return (latent - 1) / 2
 
 
 class LtxVAE:
     """What nodes use of LTX's VAE. Latents are sums of the pixels' means; every eighth frame has one."""
 
     downscale_index_formula = (FRAMES, PIXELS, PIXELS)
+    first_stage_model = SimpleNamespace(per_channel_statistics=Statistics)
 
     def __init__(self) -> None:
         self.mixture = torch.randn(128, 3, generator=torch.Generator().manual_seed(3))
@@ -32,6 +49,11 @@ class SoundVAE:
     """What nodes use of LTX-2's VAE of sound."""
 
     audio_sample_rate = 16000
+    latent_channels = BANDS[0]
+    first_stage_model = SimpleNamespace(
+        latent_frequency_bins=BANDS[1],
+        num_of_latents_from_frames=lambda frames, rate: max(1, round(frames / rate * STEPS)),
+    )
 
     def encode(self, wave: torch.Tensor) -> torch.Tensor:
         steps = wave.mean(dim=-1).unfold(1, SAMPLES, SAMPLES)
@@ -53,4 +75,43 @@ class TestLtxVAE:
         return (SoundVAE() if sound else LtxVAE(),)
 
 
-NODES = (TestLtxVAE,)
+class Doubled(torch.nn.Module):
+    """Has rows and columns twice as many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        return self.scale * latent.repeat_interleave(2, dim=-2).repeat_interleave(2, dim=-1)
+
+
+class Upscaler(comfy.model_patcher.ModelPatcher):
+    """What nodes use of a model that makes latents larger: LTX's, and HunyuanVideo 1.5's."""
+
+    def __init__(self) -> None:
+        super().__init__(Doubled(), load_device=torch.device("cpu"), offload_device=torch.device("cpu"))
+
+    def model_dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def resample_latent(self, latent: torch.Tensor) -> torch.Tensor:
+        return 0.9 * latent
+
+
+class TestLatentUpscaler:
+    """A model that makes latents larger."""
+
+    RETURN_TYPES = ("LATENT_UPSCALE_MODEL",)
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {}}
+
+    def make(self) -> tuple[Any]:
+        return (Upscaler(),)
+
+
+NODES = (TestLtxVAE, TestLatentUpscaler)

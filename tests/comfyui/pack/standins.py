@@ -27,10 +27,13 @@ def conditioning(
     llama_width: int = 0,
     t5_ids: int = 0,
     byt5_width: int = 0,
+    hidden: int = 0,
+    raw: bool = False,
 ) -> Any:
     """Random conditioning; HiDream's also has the states of another encoder, Anima's the words of another tokenizer.
 
-    HunyuanImage's has the states of ByT5.
+    HunyuanImage's has the states of ByT5. A mask hides the last ``hidden`` tokens. A ``raw`` text is for LTX-2's
+    connectors.
     """
     random = torch.Generator().manual_seed(seed)
     context = torch.randn(1, tokens, width, generator=random)
@@ -43,6 +46,10 @@ def conditioning(
         extra["t5xxl_weights"] = 0.5 + torch.rand(t5_ids, generator=random)
     if byt5_width:
         extra["conditioning_byt5small"] = torch.randn(1, 6, byt5_width, generator=random)
+    if hidden:
+        extra["attention_mask"] = torch.tensor([[1] * (tokens - hidden) + [0] * hidden])
+    if raw:
+        extra["unprocessed_ltxav_embeds"] = True
     return [[context, extra]]
 
 
@@ -111,7 +118,8 @@ class TestClip:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": dict.fromkeys(("width", "pooled"), _WHOLE), "optional": dict.fromkeys(BESIDE, _WHOLE)}
+        optional = {**dict.fromkeys((*BESIDE, "hidden"), _WHOLE), "raw": ("BOOLEAN", {"default": False})}
+        return {"required": dict.fromkeys(("width", "pooled"), _WHOLE), "optional": optional}
 
     def make(self, **sizes: int) -> tuple[Any]:
         return (Clip(**sizes),)

@@ -173,4 +173,20 @@ class TestClipVision:
         return (SimpleNamespace(penultimate_hidden_states=seen, last_hidden_state=seen),)
 
 
-NODES = (TestVideoVAE, TestFrames, TestSound, TestClipVision)
+class TestHeard:
+    """What an encoder of sounds gives of one, after each of 3 layers: 20 steps of 4 channels."""
+
+    RETURN_TYPES = ("AUDIO_ENCODER_OUTPUT",)
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"seed": ("INT", {"max": 2**31})}}
+
+    def make(self, seed: int) -> tuple[Any]:
+        layers = torch.randn(3, 1, 20, 4, generator=torch.Generator().manual_seed(seed))
+        return ({"encoded_audio_all_layers": list(layers), "encoded_audio": layers[-1]},)
+
+
+NODES = (TestVideoVAE, TestFrames, TestSound, TestHeard, TestClipVision)
