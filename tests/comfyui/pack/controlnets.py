@@ -157,7 +157,7 @@ def _infinite_talk_patch(config: dict[str, Any]) -> torch.nn.Module:
     from comfy.ldm.wan.model_multitalk import MultiTalkAudioProjModel
 
     net = torch.nn.Module()
-    sizes = {"blocks": 2, "channels": 4, "intermediate_dim": 8, "out_dim": 8, "context_tokens": 2}
+    sizes = {"seq_len_vf": 8, "blocks": 2, "channels": 4, "intermediate_dim": 8, "out_dim": 8, "context_tokens": 2}
     net.audio_proj = MultiTalkAudioProjModel(**sizes, **_BUILD)
     return net
 

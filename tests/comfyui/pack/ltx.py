@@ -19,6 +19,11 @@ STEPS = 25
 """Of sound, in a second."""
 
 
+def enlarged(latent: torch.Tensor, times: int) -> torch.Tensor:
+    """With each row and column so many times."""
+    return latent.repeat_interleave(times, dim=-2).repeat_interleave(times, dim=-1)
+
+
 class Statistics:
     """Those of a latent's channels: mean 1, deviation 2."""
 
@@ -44,6 +49,9 @@ class LtxVAE:
         means = functional.avg_pool2d(frames[::FRAMES, :, :, :3].movedim(-1, 1) - 0.5, PIXELS)
         return 3 * torch.einsum("ck,tkhw->cthw", self.mixture, means)[None]
 
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        return enlarged(latent[:, :3], PIXELS).movedim(1, -1).sigmoid()
+
 
 class SoundVAE:
     """What nodes use of LTX-2's VAE of sound."""
@@ -52,12 +60,18 @@ class SoundVAE:
     latent_channels = BANDS[0]
     first_stage_model = SimpleNamespace(
         latent_frequency_bins=BANDS[1],
+        output_sample_rate=audio_sample_rate,
         num_of_latents_from_frames=lambda frames, rate: max(1, round(frames / rate * STEPS)),
     )
 
     def encode(self, wave: torch.Tensor) -> torch.Tensor:
         steps = wave.mean(dim=-1).unfold(1, SAMPLES, SAMPLES)
         return steps[..., : BANDS[0] * BANDS[1]].unflatten(-1, BANDS).transpose(1, 2).contiguous()
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        steps = latent.transpose(1, 2).flatten(2)
+        wave = steps.repeat_interleave(SAMPLES // steps.shape[-1], dim=-1).flatten(1)
+        return torch.stack([wave, wave], dim=-1).tanh()
 
 
 class TestLtxVAE:
@@ -83,7 +97,7 @@ class Doubled(torch.nn.Module):
         self.scale = torch.nn.Parameter(torch.tensor(1.0))
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
-        return self.scale * latent.repeat_interleave(2, dim=-2).repeat_interleave(2, dim=-1)
+        return self.scale * enlarged(latent, 2)
 
 
 class Upscaler(comfy.model_patcher.ModelPatcher):

@@ -43,6 +43,9 @@ class SoundVAE:
         parts = waveform[0, : steps * _STEP].reshape(steps, 4, _STEP // 4, 2).mean(dim=2)
         return torch.einsum("cp,tps->cst", self.mixture, 10 * parts)[None]
 
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        return latent.mean(dim=1).repeat_interleave(_STEP, dim=-1).movedim(1, -1).tanh()
+
 
 class TestH3Clip:
     """An encoder of prompts."""

@@ -106,7 +106,8 @@ class VideoVAE:
         return torch.einsum("ck,tkhw->cthw", self.mixture, means)[None]
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
-        return latent[:, :3].movedim(1, -1).sigmoid()
+        pictures = latent[:, :3].repeat_interleave(self.pixels, dim=-2).repeat_interleave(self.pixels, dim=-1)
+        return pictures.movedim(1, -1).sigmoid()
 
 
 class TestVideoVAE:
