@@ -332,10 +332,14 @@ class Executor:
         elif isinstance(job.body, Forward | MethodCall):
             command = job.body
         else:
-            record = list(map(self.store.describe, job.record)) if job.begins else []
+            if job.begins:
+                # Some of its steps may have made way meanwhile.
+                job.begin_anew()
+            # With their bytes: the ranks need them once, and would keep what they are sent by digest.
+            record = list(map(self.store.get, job.record)) if job.begins else []
             command = SampleStep(job.id, job.step, job.body if job.begins else None, record)
         item = WorkItem(Purpose.STEP, command, self.config.group.step_timeout_s, job, evicts=evicts)
-        item.digests = [*job.digests, *job.record] if job.begins else []
+        item.digests = job.digests if job.begins else []
         item.watched = self.records.may_be_long(job)
         item.queue_s = time.monotonic() - (job.submitted_s if job.ready_s is None else job.ready_s)
         self._hand_out(item)

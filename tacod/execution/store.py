@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,8 +38,8 @@ class Store:
     """A content-addressed store, least recently used out first, bounded by bytes and by count.
 
     Tensors that a queued or running job refers to are pinned and stay. Of the rest, those that nobody refers to go
-    first, then those of loaded models' patches, and last those that other clients are uploading for a request. Of
-    clients that upload at the same time, later ones don't disturb earlier ones, so each of them finishes.
+    first, then what `make_way` gives up, then those of loaded models' patches, and last those that other clients are
+    uploading for a request. Of clients that upload at the same time, later ones don't disturb earlier ones, so each of them finishes.
     """
 
     def __init__(self, limit: int) -> None:
@@ -54,6 +54,8 @@ class Store:
         self._held: Counter[bytes] = Counter()
         self._claims: OrderedDict[bytes, _Claim] = OrderedDict()
         """Uploads under way, by client, the oldest first."""
+        self.make_way: Callable[[], bool] = lambda: False
+        """Unpins something that is kept only while there is room for it; returns whether there was such a thing."""
 
     def __contains__(self, digest: bytes) -> bool:
         return digest in self._tensors
@@ -77,10 +79,6 @@ class Store:
     def get(self, digest: bytes) -> Tensor:
         """A tensor that is there."""
         return self._tensors[digest]
-
-    def describe(self, digest: bytes) -> Tensor:
-        """A tensor that is there, by its digest alone."""
-        return self._tensors[digest].without_bytes()
 
     def size_of(self, digests: Iterable[bytes]) -> int:
         """Bytes of those ``digests`` that are stored, each counted once."""
@@ -184,14 +182,14 @@ class Store:
         if self.nbytes + nbytes <= self.limit and len(self._tensors) + count <= COUNT:
             return
         self._drop_claims(now)
-        firm, claimed = given | set(self._pins), set[bytes]()
-        before = True
-        for each, claim in self._claims.items():
-            (firm if before else claimed).update(claim.digests)
-            before = before and each != owner
-        firm = {digest for digest in firm if digest in self._tensors}
+        firm, claimed = self._firm(given, owner)
         kept, many = self.size_of(firm), len(firm) + count > COUNT
-        if many or kept + nbytes > self.limit:
+        short = many or kept + nbytes > self.limit
+        victims = [] if short else self._victims(nbytes, count, firm, claimed)
+        if (short or any(each in claimed or each in self._held for each in victims)) and self.make_way():
+            self._make_room(nbytes, count, given, owner, now)
+            return
+        if short:
             lasting = [digest for digest, times in self._pins.items() if times > self._brief[digest]]
             soon = self.size_of(lasting) + nbytes <= self.limit and len(lasting) + count <= COUNT
             what = f"all of the {COUNT} tensors" if many else f"{kept} bytes"
@@ -201,8 +199,17 @@ class Store:
                 limit=self.limit,
                 **({"soon": True} if soon else {}),
             )
-        for digest in self._victims(nbytes, count, firm, claimed):
+        for digest in victims:
             self.nbytes -= self._tensors.pop(digest).nbytes
+
+    def _firm(self, given: set[bytes], owner: bytes) -> tuple[set[bytes], set[bytes]]:
+        """What stays where ``owner`` makes room, with what was ``given``; and what goes last, as others upload it."""
+        firm, claimed = given | set(self._pins), set[bytes]()
+        before = True
+        for each, claim in self._claims.items():
+            (firm if before else claimed).update(claim.digests)
+            before = before and each != owner
+        return {digest for digest in firm if digest in self._tensors}, claimed
 
     def _victims(self, nbytes: int, count: int, firm: set[bytes], claimed: set[bytes]) -> list[bytes]:
         """What goes for so many bytes in so many tensors more."""

@@ -589,6 +589,31 @@ def busy_with(walk: Walk, verb: Verb) -> list[FakeRank]:
     return walk.alive
 
 
+@pytest.mark.parametrize("made_way", [False, True])
+def test_new_ranks_get_the_steps_that_are_kept_once(walk: Walk, made_way: bool) -> None:
+    """With their bytes, so they don't keep them; a run whose steps have made way begins anew."""
+    walk.ready()
+    walk.submit(Verb.LOAD, BASE, "load")
+    walk.answer()
+    walk.executor.submit(Job("work", b"a", 1, Verb.SAMPLE, BASE.id, body_of(Verb.SAMPLE, BASE), 3))
+    walk.executor.poll()
+    store = walk.executor.store
+    store.limit = 64
+    record = Tensor("U8", (8,), (bytes(8),))
+    walk.answer("done", {**ANSWERS["sample"], "record": [record]})
+    assert walk.work.body["step"] == 1
+    walk.alive[0].die(-9)
+    walk.executor.poll()
+    if made_way:
+        store.put(Tensor("U8", (store.limit,), (bytes(store.limit),)), b"client")
+    walk.come_back()
+    while walk.work.type != "sample":
+        walk.answer()
+    told = walk.work.body
+    assert told["step"] == (0 if made_way else 1)
+    assert [bytes(each.frames[0]) for each in told["record"]] == ([] if made_way else [bytes(8)])
+
+
 def pass_by(walk: Walk, seconds: float) -> None:
     walk.clock.now += seconds
     walk.executor.poll()

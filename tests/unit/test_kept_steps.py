@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from tacod.execution.kept_steps import KeptSteps
 from tacod.execution.scheduler import Job, Verb
 from tacod.execution.store import Store
 from tacod.group.work import Sample, Stepped
+from tacod_client.errors import QueueFull
 from tacod_client.wire import Tensor
 
 
@@ -60,3 +63,61 @@ def test_patches_of_loaded_models_stay() -> None:
     kept.keep(job, step(tensor(2, 20)), [job])
     assert job.kept == 1
     assert patch in store
+
+
+def test_kept_steps_make_way_for_uploads() -> None:
+    """Those of the run that has most, whole: some of a run's are good for nothing."""
+    store, small, large = Store(100), run(), run()
+    large.id = "2"
+    kept = KeptSteps(store)
+    kept.keep(small, step(tensor(1, 15)), [small, large])
+    kept.keep(large, step(tensor(2, 15), tensor(3, 15)), [small, large])
+    store.put(tensor(4, 60), b"client")
+    assert (small.kept, large.kept, large.record) == (1, 0, [])
+    assert not store.lacks(small.record)
+    store.put(tensor(5, 100), b"client")
+    assert small.kept == 0
+    assert store.nbytes == 100
+
+
+def test_kept_steps_make_way_before_patches_and_others_uploads_do() -> None:
+    for protect in ("hold", "claim"):
+        store, job = Store(100), run()
+        kept = KeptSteps(store)
+        kept.keep(job, step(tensor(1, 40)), [job])
+        other = store.put(tensor(2, 40), b"other", now=0.0)
+        if protect == "hold":
+            store.hold([other])
+        else:
+            store.claim(b"other", [other], now=0.0)
+        store.put(tensor(3, 50), b"client", now=0.0)
+        assert job.kept == 0
+        assert other in store
+
+
+def test_what_nobody_needs_goes_first() -> None:
+    store, job = Store(100), run()
+    kept = KeptSteps(store)
+    spare = store.put(tensor(1, 40))
+    kept.keep(job, step(tensor(2, 40)), [job])
+    store.put(tensor(3, 60), b"client")
+    assert job.kept == 1
+    assert spare not in store
+
+
+def test_a_run_takes_no_room_from_another_ones_steps() -> None:
+    store, job, other = Store(100), run(), run()
+    other.id = "2"
+    kept = KeptSteps(store)
+    kept.keep(job, step(tensor(1, 30)), [job, other])
+    store.claim(b"client", [store.put(tensor(2, 60), b"client", now=0.0)], now=0.0)
+    kept.keep(other, step(tensor(3, 20)), [job, other])
+    assert (job.kept, other.kept) == (1, 0)
+
+
+def test_without_kept_steps_a_full_store_is_told() -> None:
+    store = Store(100)
+    KeptSteps(store)
+    store.pin([store.put(tensor(1, 60))])
+    with pytest.raises(QueueFull):
+        store.put(tensor(2, 60), b"client")

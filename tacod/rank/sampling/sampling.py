@@ -178,7 +178,8 @@ def begin(
     samplers.check_levels(request.sampler, levels)
     specs = dit.arguments()
     loaded = [load_arguments(given, specs, dit.dtype, device) for given in request.guided.values()]
-    conditions = [dit.prepare(each) for each in loaded]
+    told = [_of_run(dit, name, each, request.seed) for name, each in zip(request.guided, loaded, strict=True)]
+    conditions = [dit.prepare(each) for each in told]
 
     def put(given: Latents) -> Output:
         tensors = [from_wire(each, "torch").to(device, torch.float32) for each in _each(given)]
@@ -193,7 +194,12 @@ def begin(
     packing = Packing.of(noise)
     latent = packing.pack(each_by(LatentFormat.into_model, put(request.latent)))
     x = dit.process.start(packing.pack(noise), latent, levels[0])
-    digests = [digest(given) if dit.has_prefix else None for given in request.guided.values()]
+    digests: list[Hashable] = [None] * len(told)
+    if dit.has_prefix:
+        digests = list(map(digest, request.guided.values()))
+        if any(one is not other for one, other in zip(told, loaded, strict=True)):
+            # The family may have put the seed into them.
+            digests = [(each, request.seed) for each in digests]
     denoise = Denoiser(dit, asked, forwards, conditions, digests, packing, len(x), request.cfg, job)
     denoise.prepare(x)
     steps = samplers.find(request.sampler)(denoise, x, levels, samplers.noise_source(request.seed, x))
@@ -204,6 +210,14 @@ def begin(
         return each_by(LatentFormat.out_of_model, done)
 
     return Run(denoise, steps, levels.tolist(), finish)
+
+
+def _of_run(dit: DiT, name: str, condition: Inputs, seed: int) -> Inputs:
+    """See `DiT.of_run`; errors name the condition too."""
+    try:
+        return dit.of_run(condition, seed)
+    except ArgumentError as error:
+        raise ArgumentError(f"{name}.{error.message}", argument=f"{name}.{error.argument}") from None
 
 
 def go_on(run: Run, step: int, record: Sequence[Tensor]) -> None:
@@ -271,7 +285,8 @@ class Denoiser:
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """``x`` [B, C, H, W], or several latents packed, in fp32 at the noise level ``sigma`` → the clean ones."""
         if self.replay:
-            return self.replay.popleft().to(x.device)
+            # A sampler may look at it in later steps, when the memory that it came in is another command's.
+            return self.replay.popleft().to(x.device, copy=True)
         clean = self._predict(x, sigma)
         self.record.append(clean)
         return clean
@@ -289,15 +304,21 @@ class Denoiser:
     def _forward(self, x: Tensor, sigma: Tensor, condition: Inputs, conditioning: Hashable, index: int = 0) -> Tensor:
         self.forwards += 1
         timestep = self.dit.timestep(sigma).float().expand(x.shape[0]).contiguous()
-        spec = condition.specs["timestep"]
-        times = len(spec.members or ()) if isinstance(spec, Argument) and spec.many else 0
-        inputs = condition.replace(
-            x=self.packing.unpack(self.dit.process.scale(x, sigma).to(self.dit.dtype)),
-            timestep=[timestep] * times if times else timestep,
-        )
+        latents = self.packing.unpack(self.dit.process.scale(x, sigma).to(self.dit.dtype))
+        inputs = condition.replace(x=latents, timestep=_for_each(latents, timestep, condition.specs["timestep"]))
         self.plan = plan_for(self.dit, self.asked, self.world_size, inputs)
         out = self.run(Call(self.dit, self.plan, inputs, (self.job, index), conditioning))
         return self.packing.pack(out).float()
+
+
+def _for_each(latents: Output, timestep: Tensor, spec: Spec) -> Output:
+    """A timestep as a model takes it: as one, or as a list of one for each latent.
+
+    A model some of whose latents may be left out either takes the others' timesteps all the same, or leaves them out.
+    """
+    if not isinstance(spec, Argument) or not spec.many:
+        return timestep
+    return [timestep] * (len(latents) if spec.fewest else len(spec.members or ()))
 
 
 def _levels(sigmas: wire.Tensor, highest: float) -> Tensor:
