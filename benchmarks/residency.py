@@ -144,7 +144,9 @@ def measure(
     rows: list[list[str]] = []
     usual: dict[str, float] = {}
     gpus = list(map(str, range(count))) if torch.cuda.is_available() else []
-    kinds = [(kind, None) for kind in args.kinds.split(",") if kind not in ("auto", "comfyui")]
+    kinds: list[tuple[str, float | None]] = [
+        (kind, None) for kind in args.kinds.split(",") if kind not in ("auto", "comfyui")
+    ]
     kinds += [("auto", float(gib)) for gib in args.gib.split(",") if "auto" in args.kinds.split(",")]
     for kind, gib in kinds:
         limit = None if gib is None else int(gib * 2**30)
