@@ -18,6 +18,7 @@ names that are the same here. ``|`` says that the single file has the rows of th
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -76,6 +77,7 @@ class Names:
             for rule in _rules(sides[0], sides[-1]):
                 self._by_ours.setdefault(rule.ours, []).append(rule)
                 self._by_theirs[rule.theirs] = rule
+        self._known = frozenset().union(*(table._by_theirs for table in self._tables))
 
     def __bool__(self) -> bool:
         return bool(self._by_theirs)
@@ -127,7 +129,7 @@ class Names:
 
     def knows(self, name: str) -> bool:
         """Whether a table has this name of diffusers'."""
-        return any(table._has(name) for table in self._tables)
+        return any(pattern in self._known for pattern, _, _ in _patterns(name))
 
     def _has(self, name: str) -> bool:
         return any(pattern in self._by_theirs for pattern, _, _ in _patterns(name))
@@ -158,15 +160,21 @@ def _expanded(pattern: str) -> list[str]:
     ]
 
 
-def _patterns(name: str) -> Iterator[tuple[str, str, str]]:
-    """How a table may have a name: pattern, block's number, and kind, which the table leaves out."""
+@functools.lru_cache(maxsize=8192)
+def _patterns(name: str) -> list[tuple[str, str, str]]:
+    """How a table may have a name: pattern, block's number, and kind, which the table leaves out.
+
+    A file's names are looked up in the tables of all families.
+    """
+    found = []
     for kind in _KINDS:
         if name.endswith(kind):
             parts = name.removesuffix(kind).split(".")
-            yield ".".join(parts), "", kind
+            found.append((".".join(parts), "", kind))
             for at, part in enumerate(parts):
                 if part.isdigit():
-                    yield ".".join([*parts[:at], "*", *parts[at + 1 :]]), part, kind
+                    found.append((".".join([*parts[:at], "*", *parts[at + 1 :]]), part, kind))
+    return found
 
 
 def _rows(rule: _Rule, rows: int, inputs: int) -> tuple[int, int] | None:

@@ -241,8 +241,9 @@ def _drawn(*shape: int) -> nn.Parameter:
 
 def _blur(dtype: torch.dtype, device: torch.device | None) -> Tensor:
     """Binomial weights of 4 by 4 pixels, whose sum is 1."""
-    line = torch.tensor(_BLUR, dtype=dtype, device=device)
-    return torch.outer(line, line) / sum(_BLUR) ** 2
+    whole = sum(_BLUR) ** 2
+    # PyTorch would import its compiler for a product on the meta device, which takes seconds.
+    return torch.tensor([[row * column / whole for column in _BLUR] for row in _BLUR], dtype=dtype, device=device)
 
 
 def _scaled(weight: Tensor) -> Tensor:
