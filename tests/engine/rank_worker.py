@@ -17,7 +17,6 @@ import select
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
@@ -127,6 +126,12 @@ def golden_named(name: str) -> Golden:
     return read_golden(name)
 
 
+@functools.lru_cache(maxsize=4)
+def golden_model(name: str, dtype: str = "float32") -> Any:
+    """Its model, built once for all cases that follow each other."""
+    return golden_named(name).model(getattr(torch, dtype))
+
+
 @functools.cache
 def native_golden(name: str) -> Any:
     """A golden model as on a device that multiplies its format."""
@@ -229,19 +234,20 @@ class Rank:
 
         self.topology = Topology(rank, WORLD, make_group)
         self.sharing = Topology(rank, WORLD, make_group, reach_shared)
+        self._native: tuple[Any, Any] = None, None
 
     def golden(
         self, layout: Layout, name: str, dtype: str = "float32", sharing: bool = False, exchange: Any = "exact"
     ) -> float:
         golden = golden_named(name)
-        model = golden.model(getattr(torch, dtype))
+        model = golden_model(name, dtype)
         out = self._run(layout, model, golden.arguments(model), sharing, exchange)
         return relative_error(out, golden.out)
 
     def streamed(
-        self, layout: Layout, name: str, weights: str, everyone: bool = False
+        self, layout: Layout, name: str, path: str, weights: str, everyone: bool = False
     ) -> tuple[bool, int, int, int] | None:
-        """Whether a golden forward is the same to the bit if the ranks hold its weights together.
+        """Whether a golden forward is the same to the bit if the ranks hold its weights, at ``path``, together.
 
         Also what this rank holds, what it was expected to hold, and what it fetches. The ranks are those of the layout,
         or ``everyone``.
@@ -250,16 +256,13 @@ class Rank:
         group = self.topology.everyone if everyone else sequence.whole if sequence is not None else None
         if group is None:
             return None
-        golden, cpu = golden_named(name), torch.device("cpu")
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.safetensors"
-            golden.save(path)
-            plain = load_model(read_checkpoint(str(path)), torch.float32, cpu)
-            with Streaming(group, cpu, weights, None, True, smallest=0) as streaming:
-                model = load_model(read_checkpoint(str(path)), torch.float32, cpu, streaming=streaming)
+        cpu = torch.device("cpu")
+        with Streaming(group, cpu, weights, None, True, smallest=0) as streaming:
+            model = load_model(read_checkpoint(path), torch.float32, cpu, streaming=streaming)
         if sequence is None:
             return None
-        inputs = golden.arguments(plain)
+        plain = golden_model(name)
+        inputs = golden_named(name).arguments(plain)
         if layout.batch > 1:
             inputs = inputs.images(slice(0, 1))
         with torch.inference_mode():
@@ -270,8 +273,8 @@ class Rank:
         expected = streaming.placement.device_bytes
         return same, weight_bytes(model), expected, streaming.streamed_bytes(model)[group.rank]
 
-    def failing_load(self, layout: Layout, name: str, failing: int, what: str) -> str | None:
-        """What a load says, on one rank of which something fails the third time, or the buffers do."""
+    def failing_load(self, layout: Layout, path: str, failing: int, what: str) -> str | None:
+        """What a load of the file says, on one rank of which something fails the third time, or the buffers do."""
         sequence = self._sequence(layout)
         if sequence is None:
             return None
@@ -290,12 +293,10 @@ class Rank:
                 raise error
             return original(*arguments)
 
-        with tempfile.TemporaryDirectory() as folder, mock.patch.object(owner, name_of, fails):
-            path = Path(folder) / "model.safetensors"
-            golden_named(name).save(path)
+        with mock.patch.object(owner, name_of, fails):
             try:
                 with streaming:
-                    load_model(read_checkpoint(str(path)), torch.float32, torch.device("cpu"), streaming=streaming)
+                    load_model(read_checkpoint(path), torch.float32, torch.device("cpu"), streaming=streaming)
             except (MemoryError, OutOfMemory, torch.OutOfMemoryError) as error:
                 return f"{type(error).__name__}: {error}"
         return "loaded"
@@ -386,7 +387,10 @@ class Rank:
         dit = native_golden(name) if golden else native_tiny(name)
         inputs = golden_named(name).arguments(dit) if golden else random_case(dit, **case)
         with mock.patch("tacod.rank.families.chroma_radiance._TILE", 4):
-            expected = self._from_first(lambda: dit.run(SequenceParallel(), inputs))
+            # All layouts of one model follow each other.
+            if self._native[0] != (name, golden):
+                self._native = (name, golden), self._from_first(lambda: dit.run(SequenceParallel(), inputs))
+            _, expected = self._native
             error = relative_difference(self._run(layout, dit, inputs), expected)
             with mock.patch.object(Group, "maximum", lambda self, number: number):
                 return error, relative_difference(self._run(layout, dit, inputs), expected)
@@ -405,10 +409,13 @@ class Rank:
         return sorted(whole.found)
 
     def kernels(self, layout: Layout, family: str) -> tuple[float, int]:
-        """How far a forward with the GPU's kernels, interpreted, is from that without; and how many were run."""
+        """How far a forward with the GPU's kernels, interpreted, is from that without; and how many were run.
+
+        It has as many images as ranks.
+        """
         dit = tiny(family)
         # Few tokens: the interpreter takes each row of a kernel by itself.
-        inputs = with_optional(dit, smallest_inputs(dit, batch=2, text=3), most=2)
+        inputs = with_optional(dit, smallest_inputs(dit, batch=layout.ulysses, text=3), most=2)
         expected = self._from_first(lambda: dit.run(SequenceParallel(), inputs))
         with ExitStack() as patches:
             modules = ("fused", "qkv")
@@ -451,6 +458,9 @@ class Rank:
             found.append(keeping.prefixes.hits > before)
         assert plain.prefix_bytes == plain.prefixes.hits == 0
         return all(exact), found, keeping.prefix_bytes
+
+    def imported(self, layout: Layout, module: str) -> bool:
+        return module in sys.modules
 
     def _from_first(self, compute: Callable[[], Any]) -> Any:
         """What the first rank computes, on all."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from helpers import FP32, in_diffusers, read_golden, relative_error
-from rank_worker import LAYOUTS, WORLD, Ranks
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -307,16 +305,6 @@ GOLDENS = {
     "hunyuan_image_refiner": ("guidance",),
 }
 """Each golden, with the optional arguments that count in it."""
-
-
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout[0] <= 2], ids=str)
-@pytest.mark.parametrize("name", GOLDENS)
-def test_every_layout_equals_comfyui(ranks: Ranks, name: str, layout: Sequence[int]) -> None:
-    if layout[0] > len(read_golden(name).out):
-        pytest.skip("a batch of 1")
-    errors = ranks.run(layout, "golden", name=name)
-    assert len(errors) == WORLD
-    assert max(errors) <= FP32
 
 
 @pytest.mark.parametrize(

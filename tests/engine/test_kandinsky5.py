@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from helpers import FP32, in_diffusers, read_golden, relative_error
-from rank_worker import LAYOUTS, WORLD, Ranks
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -202,18 +201,6 @@ def test_a_lora_is_read_by_comfyuis_names(prefix: str) -> None:
 
 
 # --- forwards ---------------------------------------------------------------------------------------------------------
-
-KINDS = ("kandinsky5", "kandinsky5_i2v", "kandinsky5_stretched", "kandinsky5_image")
-
-
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("name", KINDS)
-def test_every_layout_equals_comfyui(ranks: Ranks, name: str, layout: Sequence[int]) -> None:
-    if layout[0] > len(read_golden(name).inputs["x"]):
-        pytest.skip("it has fewer images")
-    errors = ranks.run(layout, "golden", name=name)
-    assert len(errors) == WORLD
-    assert max(errors) <= FP32
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from tacod.rank.ops.norm import LAYER_NORM, Norm
 from tacod.rank.ops.qkv import QKV, QKNorm, Rotation, deal_heads
 
 FP32 = 2e-6
-ROWS = [(2, 3, 72), (1, 2, 128), (2, 1, 1100)]
+ROWS = [(2, 2, 72), (1, 2, 128), (2, 1, 1100)]
 GATED = [*ROWS, (2, 3, 4100)]
 PACKS = [
     {"heads": heads, "width": width, "ranks": ranks, "batch": batch, "norm": norm, "turn": turn}
@@ -85,7 +85,7 @@ def rows(shape: list[int]) -> list[float]:
     x, y, weight, bias = *torch.randn(2, *shape), torch.randn(width), torch.randn(width)
     segments = torch.arange(shape[1]) * 2 // shape[1]
     norms = [LAYER_NORM, Norm(epsilon=1e-5, weight=weight, bias=bias), Norm("rms"), Norm("rms", weight=weight)]
-    for images, norm, at in itertools.product((1, shape[0]), norms, (None, segments)):
+    for images, norm, at in itertools.product({1, shape[0]}, norms, (None, segments) if shape[1] > 1 else (None,)):
         gate, shift, scale = torch.randn(images, 1 if at is None else 2, 3 * width).chunk(3, dim=-1)
         for modulation in ((shift, scale), (None, scale), (shift, None), (None, None)):
             wanted = fused.add_gated_norm(x, gate, y, *modulation, norm=norm, segments=at)
@@ -264,6 +264,8 @@ def playing_cudnn(scale: float = 1.0, op: Callable[..., object] | None = None) -
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    # More threads would wait for so small tensors on cores that other tests use.
+    environment["OMP_NUM_THREADS"] = "1"
     told = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr
     answers: dict[str, Any] = json.loads(told.stdout)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from unittest import mock
 import pytest
 import torch
 from helpers import FP32, GOLDEN, Golden, in_diffusers, read_golden, relative_error
-from rank_worker import LAYOUTS, WORLD, Ranks
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -224,22 +222,6 @@ def test_a_lora_in_diffusers_names_finds_its_layer(theirs: str, ours: str) -> No
 
 
 # --- forwards ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout[0] <= 2], ids=str)
-@pytest.mark.parametrize("name", ["ltxv_guides", "ltx2_masks", "ltx25_av"])
-def test_every_layout_equals_comfyui(ranks: Ranks, name: str, layout: Sequence[int]) -> None:
-    """What the conformance suite doesn't draw: guides of several strengths, and timesteps of tokens."""
-    layout = (min(layout[0], read_golden(name).batch), *layout[1:])
-    errors = ranks.run(layout, "golden", name=name)
-    assert len(errors) == WORLD
-    assert max(errors) <= FP32
-
-
-@pytest.mark.parametrize("ulysses", range(1, WORLD + 1))
-@pytest.mark.parametrize("name", ["ltxv_i2v", "ltx2_av", "ltx23_av"])
-def test_any_number_of_ranks_equals_comfyui(ranks: Ranks, name: str, ulysses: int) -> None:
-    assert max(ranks.run((1, ulysses, 1), "golden", name=name)) <= FP32
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from helpers import FP32, GOLDEN, Golden, in_diffusers, read_golden, relative_error
-from rank_worker import LAYOUTS, WORLD, Ranks
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -255,14 +254,6 @@ def test_what_files_have_in_fp32_stays_so(tmp_path: Path, name: str, in_fp32: Se
 
 
 # --- forwards ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout[0] == 1], ids=str)
-@pytest.mark.parametrize("name", GOLDENS)
-def test_every_layout_equals_comfyui(ranks: Ranks, name: str, layout: Sequence[int]) -> None:
-    errors = ranks.run(layout, "golden", name=name)
-    assert len(errors) == WORLD
-    assert max(errors) <= FP32
 
 
 def raw_text(name: str) -> torch.Tensor:

@@ -145,6 +145,8 @@ def interpret() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, Any]:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    # More threads would wait for so small tensors on cores that other tests use.
+    environment["OMP_NUM_THREADS"] = "1"
     told = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr
     answers: dict[str, Any] = json.loads(told.stdout)

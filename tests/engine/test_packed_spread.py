@@ -22,7 +22,7 @@ def test_models_are_as_on_one_rank(ranks: Ranks, name: str, layout: tuple[int, .
     assert min(own for _, own in errors) > 1e-2 or "mxfp8" in name
 
 
-@pytest.mark.parametrize("layout", [(1, 2, 1), (1, 1, 3), (2, 2, 1), (3, 1, 1)], ids=str)
+@pytest.mark.parametrize("layout", [(1, 1, 3), (2, 2, 1)], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_as_on_one_rank(ranks: Ranks, family: str, layout: tuple[int, ...]) -> None:
     """Whatever it does layer by layer, all ranks do it in step; and a modulation is only one rank's."""

@@ -13,8 +13,8 @@ from helpers import START_S
 
 from tacod.rank.comm import process_groups
 
-RANK = """
-import hashlib, sys
+RANKS = """
+import hashlib, json, os, sys
 from pathlib import Path
 import torch
 from tacod.plan import Layout, Plan, Shape
@@ -24,22 +24,40 @@ from tacod.rank.forward.run import Call, run
 from tacod.rank.parallel.topology import Topology
 from helpers import SD3
 
-rank, rendezvous = int(sys.argv[1]), sys.argv[2]
-if "missing" in sys.argv[3:]:
-    sys.modules["xfuser"] = None
-topology = Topology(rank, 2, process_groups.join(torch.device("cpu"), rank, 2, rendezvous))
-inputs = Inputs(SD3.inputs(batch=2, text=7), SD3.model.arguments())
-digest = hashlib.sha256()
-with torch.inference_mode():
-    for layout in (Layout(1, 2, 1), Layout(1, 1, 2), Layout(2, 1, 1), Layout(1, 1, 1)):
-        plan = Plan(layout, 2, Shape(SD3.model.heads, SD3.model.width))
-        out = run(Call(SD3.model, plan, inputs), topology)
-        digest.update(out.numpy().tobytes())
-# Each of gloo's groups has a thread that wakes 100 times a second: that of the start, and that which exchanges.
-threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
-assert 1 <= threads.count("gloo_tcp_loop") <= 2, threads
-process_groups.leave()
-print("digest", digest.hexdigest())
+
+def digest(rank, rendezvous):
+    topology = Topology(rank, 2, process_groups.join(torch.device("cpu"), rank, 2, rendezvous))
+    inputs = Inputs(SD3.inputs(batch=2, text=7), SD3.model.arguments())
+    found = hashlib.sha256()
+    with torch.inference_mode():
+        for layout in (Layout(1, 2, 1), Layout(1, 1, 2), Layout(2, 1, 1), Layout(1, 1, 1)):
+            plan = Plan(layout, 2, Shape(SD3.model.heads, SD3.model.width))
+            out = run(Call(SD3.model, plan, inputs), topology)
+            found.update(out.numpy().tobytes())
+    # Each of gloo's groups has a thread that wakes 100 times a second: that of the start, and that which exchanges.
+    threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    assert 1 <= threads.count("gloo_tcp_loop") <= 2, threads
+    process_groups.leave()
+    return found.hexdigest()
+
+
+# Each rank in a process of its own, forked from one that has imported torch but no xfuser.
+folder, missing, *paths = sys.argv[1:]
+pids = []
+for rank, path in enumerate(paths):
+    if not (pid := os.fork()):
+        said = os.open(f"{folder}/{rank}", os.O_WRONLY | os.O_CREAT)
+        os.dup2(said, 2)
+        os.dup2(2, 1)  # gloo reports its connections on stdout
+        if path:
+            sys.path.insert(0, path)
+        if missing:
+            sys.modules["xfuser"] = None
+        with open(f"{folder}/{rank}.digest", "w") as file:
+            file.write(digest(rank, f"{folder}/rendezvous"))
+        os._exit(0)
+    pids.append(pid)
+sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids))
 """
 WHY = """
 import os, sys
@@ -57,20 +75,16 @@ for path in sys.argv[1:]:
 WARNING = "torch's own process groups are in use"
 
 
-def two_ranks(folder: Path, paths: tuple[Path | None, Path | None], *options: str) -> tuple[set[str], list[str]]:
+def two_ranks(folder: Path, paths: tuple[Path | None, Path | None], missing: str = "") -> tuple[set[str], list[str]]:
     """The digests of two ranks' outputs, and what each said on stderr; each looks for xfuser first in its own path."""
     folder.mkdir()
-    ranks = []
-    for rank, path in enumerate(paths):
-        found = [str(path)] if path is not None else []
-        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join(found + [each for each in sys.path if each])
-        command = [sys.executable, "-c", RANK, str(rank), str(folder / "rendezvous"), *options]
-        ranks.append(subprocess.Popen(command, stdout=-1, stderr=-1, env=environment, text=True))
-    told = [rank.communicate(timeout=START_S * 2) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], told
-    # gloo reports its connections on stdout.
-    return {out.split("digest ")[1].strip() for out, _ in told}, [error for _, error in told]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(each for each in sys.path if each)
+    command = [sys.executable, "-c", RANKS, str(folder), missing, *(str(path or "") for path in paths)]
+    code = subprocess.run(command, env=environment, timeout=START_S * 2, check=False).returncode
+    said = [(folder / str(rank)).read_text() for rank in range(2)]
+    assert code == 0, said
+    return {(folder / f"{rank}.digest").read_text() for rank in range(2)}, said
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +27,32 @@ from tacod_client.tensors import to_wire
 
 NAMES = [*golden_names(), *quantized_golden_names()]
 CASES = [
-    # Each model with some numbers of ranks, and each number with some models.
-    *((name, "sharded", 2 + place % 4) for place, name in enumerate(NAMES)),
-    *((name, "host", 1 + place % 3) for place, name in enumerate(NAMES)),
+    # Each model with some numbers of ranks, and each number with some models; one model's cases follow each other.
+    case
+    for place, name in enumerate(NAMES)
+    for case in ((name, "sharded", 2 + place % 4), (name, "host", 1 + place % 3))
 ]
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """The path of a golden's file; the next golden's takes its place."""
+    folder = tmp_path_factory.mktemp("goldens")
+
+    @functools.lru_cache(maxsize=1)
+    def save(name: str) -> str:
+        path = folder / "model.safetensors"
+        read_golden(name).save(path)
+        return str(path)
+
+    return save
+
+
 @pytest.mark.parametrize(("name", "weights", "count"), CASES)
-def test_results_are_the_same_to_the_bit(ranks: Ranks, name: str, weights: str, count: int) -> None:
-    told = ranks.run((1, count, 1), "streamed", name=name, weights=weights)
+def test_results_are_the_same_to_the_bit(
+    ranks: Ranks, saved: Callable[[str], str], name: str, weights: str, count: int
+) -> None:
+    told = ranks.run((1, count, 1), "streamed", name=name, path=saved(name), weights=weights)
     assert len(told) == count
     for same, _, _, streamed in told:
         assert same
@@ -43,17 +62,18 @@ def test_results_are_the_same_to_the_bit(ranks: Ranks, name: str, weights: str, 
 
 
 @pytest.mark.parametrize("layout", [(2, 2, 1), (1, 1, 3), (1, 1, 1)], ids=str)
-def test_in_any_layout(ranks: Ranks, layout: tuple[int, ...]) -> None:
+def test_in_any_layout(ranks: Ranks, saved: Callable[[str], str], layout: tuple[int, ...]) -> None:
     """Ranks that a layout leaves out hold their part all the same."""
-    told = ranks.run(layout, "streamed", name="flux_dev", weights="sharded", everyone=True)
+    told = ranks.run(layout, "streamed", name="flux_dev", path=saved("flux_dev"), weights="sharded", everyone=True)
     assert len(told) == layout[0] * layout[1] * layout[2]
     assert all(same for same, _, _, _ in told)
 
 
 @pytest.mark.parametrize("what", ["block", "file", "reserve", "map", "buffers"])
 @pytest.mark.parametrize("failing", [0, 1])
-def test_one_rank_that_fails_makes_all_fail(ranks: Ranks, failing: int, what: str) -> None:
-    told = ranks.run((1, 2, 1), "failing_load", name="flux_dev", failing=failing, what=what)
+def test_one_rank_that_fails_makes_all_fail(ranks: Ranks, saved: Callable[[str], str], failing: int, what: str) -> None:
+    path = saved("flux_dev")
+    told = ranks.run((1, 2, 1), "failing_load", path=path, failing=failing, what=what)
     own, other = {
         "block": ("MemoryError: none", "OutOfMemory: another rank could not load these weights"),
         "buffers": ("OutOfMemoryError: none", "OutOfMemory: another rank could not load these weights"),
@@ -61,7 +81,8 @@ def test_one_rank_that_fails_makes_all_fail(ranks: Ranks, failing: int, what: st
     assert told[failing].startswith(own)
     assert told[1 - failing].startswith(other)
     # The ranks are in step again.
-    assert all(same for same, *_ in ranks.run((1, 2, 1), "streamed", name="flux_dev", weights="sharded"))
+    told = ranks.run((1, 2, 1), "streamed", name="flux_dev", path=path, weights="sharded")
+    assert all(same for same, *_ in told)
 
 
 class Symmetric:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from helpers import FP32, in_diffusers, read_golden, relative_error
-from rank_worker import LAYOUTS, WORLD, Ranks
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -275,17 +273,6 @@ def test_patches_are_embedded_by_weights_in_fp32(tmp_path: Path, more: dict[str,
 
 
 # --- forwards ---------------------------------------------------------------------------------------------------------
-
-KINDS = ("wan_beside", "wan_camera", "wan_fun_frames", "wan_vace")
-"""Goldens of what the conformance suite's tiny model hasn't."""
-
-
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout[0] <= 2], ids=str)
-@pytest.mark.parametrize("name", KINDS)
-def test_every_layout_equals_comfyui(ranks: Ranks, name: str, layout: Sequence[int]) -> None:
-    errors = ranks.run(layout, "golden", name=name)
-    assert len(errors) == WORLD
-    assert max(errors) <= FP32
 
 
 @pytest.mark.parametrize(

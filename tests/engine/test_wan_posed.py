@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from helpers import FP32, read_golden, relative_error
-from rank_worker import LAYOUTS, WORLD, Ranks
 from test_wan import TINY, forward, header, inputs, published
 
 from tacod.rank.families import detect
@@ -120,14 +118,6 @@ def test_a_lora_of_the_face_is_read_by_its_names() -> None:
 # --- forwards ---------------------------------------------------------------------------------------------------------
 
 KINDS = ("wan_animate", "wan_scail", "wan_scail2", "wan_scail2_replaced")
-
-
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout[0] <= 2], ids=str)
-@pytest.mark.parametrize("name", KINDS)
-def test_every_layout_equals_comfyui(ranks: Ranks, name: str, layout: Sequence[int]) -> None:
-    errors = ranks.run(layout, "golden", name=name)
-    assert len(errors) == WORLD
-    assert max(errors) <= FP32
 
 
 @pytest.mark.parametrize(
