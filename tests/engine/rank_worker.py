@@ -132,6 +132,12 @@ def golden_model(name: str, dtype: str = "float32") -> Any:
     return golden_named(name).model(getattr(torch, dtype))
 
 
+@functools.lru_cache(maxsize=1)
+def saved_model(name: str, path: str) -> Any:
+    """Its model from its file: bits may depend on how weights lie in memory, so both models come by the same way."""
+    return load_model(read_checkpoint(path), torch.float32, torch.device("cpu"))
+
+
 @functools.cache
 def native_golden(name: str) -> Any:
     """A golden model as on a device that multiplies its format."""
@@ -261,7 +267,7 @@ class Rank:
             model = load_model(read_checkpoint(path), torch.float32, cpu, streaming=streaming)
         if sequence is None:
             return None
-        plain = golden_model(name)
+        plain = saved_model(name, path)
         inputs = golden_named(name).arguments(plain)
         if layout.batch > 1:
             inputs = inputs.images(slice(0, 1))
