@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from attention_cases import largest_error
 from conformance import at_level, each_latent, random_case, required_inputs, smallest_inputs, tiny, with_optional
-from helpers import FLUX, SD3, Golden, read_golden, relative_error
+from helpers import SD3, Golden, read_golden, relative_error
 from shared_block import SharedBlock, reach_shared
 from torch.distributed import distributed_c10d
 from torch.nn import functional
@@ -316,11 +316,11 @@ class Rank:
             known = inputs if isinstance(inputs, Inputs) else Inputs(inputs, model.arguments())
             return run(Call(model, plan, known), topology)
 
-    def warm_up(self, layout: Layout, family: str, fits: bool = True) -> list[float]:
-        tiny = {"flux": FLUX, "sd3": SD3}[family]
+    def warm_up(self, layout: Layout, fits: bool = True) -> list[float]:
+        # Its usual latent is small.
         lack = mock.patch("tacod.rank.forward.warmup.run", side_effect=torch.OutOfMemoryError("CUDA out of memory"))
         with nullcontext() if fits else lack:
-            rates = warm_up(tiny.model, Forwards(self.topology), torch.device("cpu"))
+            rates = warm_up(SD3.model, Forwards(self.topology), torch.device("cpu"))
         return [] if rates is None else [rates.flops, rates.bytes, rates.collective_s]
 
     def _sequence(

@@ -98,9 +98,8 @@ def test_what_returned_stays_while_the_next_attentions_heads_arrive() -> None:
     assert (returned == 1).all()
 
 
-@pytest.mark.parametrize("family", ["flux", "sd3"])
-def test_ranks_measure_the_same_rates(ranks: Ranks, family: str) -> None:
-    measured = ranks.run((1, 1, 1), "warm_up", family=family)
+def test_ranks_measure_the_same_rates(ranks: Ranks) -> None:
+    measured = ranks.run((1, 1, 1), "warm_up")
     assert len(measured) == WORLD
     assert all(rates == measured[0] for rates in measured)
     assert all(number > 0 for number in measured[0])
@@ -108,7 +107,7 @@ def test_ranks_measure_the_same_rates(ranks: Ranks, family: str) -> None:
 
 def test_a_forward_that_has_no_room_on_one_rank_is_warmed_up_on_all(ranks: Ranks) -> None:
     """And no rank waits for the one that lacks it."""
-    assert ranks.run((1, WORLD, 1), "warm_up", family="flux", fits=False) == [[]] * WORLD
+    assert ranks.run((1, WORLD, 1), "warm_up", fits=False) == [[]] * WORLD
 
 
 @pytest.mark.parametrize("layout", [(1, 3, 1), (1, 2, 2)], ids=str)
