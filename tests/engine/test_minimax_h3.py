@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import FP32, GOLDEN, Golden, in_diffusers, read_golden, relative_error
+from rank_worker import LAYOUTS, Ranks
 from safetensors import safe_open
 from safetensors.torch import save_file
 
