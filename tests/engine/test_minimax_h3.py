@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import FP32, GOLDEN, Golden, in_diffusers, read_golden, relative_error
+from made_up import engine_of
 from rank_worker import LAYOUTS, Ranks
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -26,10 +27,12 @@ from tacod.rank.families.minimax_h3_times import mask_levels, shifted
 from tacod.rank.forward.run import equal
 from tacod.rank.forward.warmup import usual_inputs
 from tacod.rank.parallel.sequence import SequenceParallel
-from tacod.rank.sampling.sampling import check_samples
+from tacod.rank.parallel.topology import Topology
 from tacod.rank.weights.load import get_weight, load_model, set_weight
 from tacod.rank.weights.streaming import Streaming
 from tacod_client.errors import ArgumentError, ModelUnsupported
+from tacod_client.exchange import pack
+from tacod_client.tensors import from_wire
 
 CPU = torch.device("cpu")
 GOLDENS = ("minimax_h3_t2v", "minimax_h3_i2v", "minimax_h3_r2v", "minimax_h3_mask", "minimax_h3_mixed")
@@ -506,9 +509,85 @@ def test_a_video_without_its_sound_is_refused(x: Any) -> None:
         changed(golden, x=x).arguments(golden.model())
 
 
-def test_sampling_is_refused_for_the_sounds_noise_levels() -> None:
-    with pytest.raises(ArgumentError, match="a sound with noise levels of its own"):
-        check_samples(MiniMaxH3(MiniMaxH3.tiny))
+# --- sampling runs ----------------------------------------------------------------------------------------------------
+
+
+def sampled(golden: Golden, steps: int, **other: Any) -> list[torch.Tensor]:
+    """A run on one rank of a golden's latents as noise, without guidance."""
+    given = {name: value for name, value in golden.inputs.items() if name not in ("x", "timestep")}
+    payload = {name: value for name, value in given.pop("minimax_payload", {}).items() if name != "audio_scale"}
+    noise = golden.inputs["x"]
+    fields = {
+        "sampler": "euler",
+        "seed": 5,
+        "cfg": 1.0,
+        "noise": noise,
+        "latent": [torch.zeros_like(each) for each in noise],
+        "sigmas": levels(steps),
+        "positive": {**given, "minimax_payload": payload} | other,
+        "negative": None,
+    }
+    engine = engine_of(golden.model(), Topology())
+    sent = {name: value if value is None else pack(value, name, {}, None) for name, value in fields.items()}
+    with torch.inference_mode():
+        engine.runs["j"] = engine._begin("j", model="m", plan="auto", **sent)
+        for step in range(steps):
+            done = engine.sample("j", step)
+    assert isinstance(done.out, list)
+    return [from_wire(each, "torch") for each in done.out]
+
+
+def levels(steps: int) -> torch.Tensor:
+    """Noise levels of the video, as its shift of 12 spaces them."""
+    return shifted(torch.linspace(1.0, 0.0, steps + 1), 1.0, 12.0)
+
+
+@pytest.mark.parametrize("name", [GOLDENS[0], KEYFRAMES])
+def test_a_run_brings_the_sound_along_its_own_noise_levels(name: str) -> None:
+    """As two integrations by Euler's method, each along its latent's own levels, would: the more steps, the closer."""
+    golden, steps = read_golden(name), 150
+    model = golden.model()
+    video, sound = golden.inputs["x"]
+    payload = {**golden.inputs.get("minimax_payload", {}), "seed": 5, "audio_scale": 1.0}
+    sigmas = levels(steps)
+    sounds = shifted(sigmas, 12.0, 3.0)
+    with torch.inference_mode():
+        for at in range(steps):
+            inputs = {**golden.inputs, "minimax_payload": payload, "x": [video, sound]}
+            one = replace(golden, inputs={**inputs, "timestep": 1000 * sigmas[at : at + 1]})
+            velocity, of_sound = model.run(SequenceParallel(), one.arguments(model))
+            video = video + (sigmas[at + 1] - sigmas[at]) * velocity
+            sound = sound + (sounds[at + 1] - sounds[at]) * of_sound
+    ours = sampled(golden, steps)
+    assert relative_error(ours[0], video) <= 1e-2
+    assert relative_error(ours[1], sound) <= 3e-2
+    assert all(equal(one, other) for one, other in zip(sampled(golden, 3), sampled(golden, 3), strict=True))
+
+
+def test_what_is_given_gets_the_noise_of_the_runs_seed() -> None:
+    golden = read_golden(KEYFRAMES)
+    payload = {k: v for k, v in golden.inputs["minimax_payload"].items() if k not in ("audio_scale", "seed")}
+    own, told, other = (
+        sampled(golden, 2, minimax_payload={**payload, **seed}) for seed in ({}, {"seed": 5}, {"seed": 6})
+    )
+    assert equal(own, told)
+    assert not equal(own, other)
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({"denoise_mask": torch.ones(1, 1, 1, 1, 1)}, r"positive\.denoise_mask: "),
+        ({"minimax_payload": {"audio_scale": 2.0}}, r"positive\.minimax_payload\.audio_scale: .* 2 times .* by 4"),
+        ({"minimax_h3_sigma_shift_video": 6.0}, r"positive\.minimax_h3_sigma_shift_video: .* 2 times"),
+    ],
+)
+def test_what_a_run_has_no_place_for_is_refused(other: dict[str, Any], told: str) -> None:
+    golden = read_golden(GOLDENS[0])
+    if "denoise_mask" in other:
+        other = {"denoise_mask": torch.ones(1, 1, *golden.inputs["x"][0].shape[2:])}
+    with pytest.raises(ArgumentError, match=told):
+        sampled(golden, 2, **other)
 
 
 # --- positions and times ----------------------------------------------------------------------------------------------

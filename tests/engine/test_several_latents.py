@@ -15,10 +15,12 @@ from torch import Tensor
 from tacod.group.arena import Arena
 from tacod.group.work import Sample
 from tacod.rank.engine import Engine
+from tacod.rank.families.inputs import Argument
 from tacod.rank.forward.watch import Watch
 from tacod.rank.parallel.topology import Topology
 from tacod.rank.sampling.packed import Packing
 from tacod.rank.sampling.samplers import SAMPLERS
+from tacod.rank.sampling.sampling import _for_each
 from tacod_client.errors import ArgumentError
 from tacod_client.exchange import pack
 from tacod_client.tensors import from_wire
@@ -158,6 +160,16 @@ def test_packed_latents_are_unpacked_as_they_were() -> None:
     for one, other in zip(packing.unpack(torch.cat((packed, packed))), latents, strict=True):
         assert torch.equal(one, torch.cat((other, other)))
     assert Packing.of(latents[0]).pack(latents[0]) is latents[0]
+
+
+@pytest.mark.parametrize(("fewest", "latents", "times"), [(0, 1, 2), (0, 2, 2), (1, 1, 1), (1, 2, 2)])
+def test_latents_that_are_left_out_may_have_timesteps(fewest: int, latents: int, times: int) -> None:
+    spec = Argument(("B",), fp32=True, many=True, others=(("B",),), fewest=fewest)
+    x, timestep = [torch.zeros(3, 1)] * latents, torch.ones(3)
+    told = _for_each(x, timestep, spec)
+    assert isinstance(told, list)
+    assert len(told) == times
+    assert _for_each(x[0], timestep, Argument(("B",))) is timestep
 
 
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))

@@ -199,6 +199,13 @@ class DiT(nn.Module, abc.ABC):
         """The same inputs, simplified by their values before they are planned: a mask that hides nothing is dropped."""
         return inputs
 
+    def of_run(self, condition: Inputs, seed: int) -> Inputs:
+        """A condition of a sampling run, with what the run itself knows, such as its ``seed``.
+
+        Raises `ArgumentError` for an argument that only single forwards have a use for.
+        """
+        return condition
+
     @abc.abstractmethod
     def lengths(self, arguments: Mapping[str, Any]) -> tuple[int, ...]:
         """The token count of each stream (text, image, …) for these arguments; their sum is the joint sequence.

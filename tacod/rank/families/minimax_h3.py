@@ -5,6 +5,7 @@ Parameters are named as in the files that ComfyUI publishes, where the rows of q
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from torch.nn import functional
 
 from tacod.checkpoint import TensorInfo
 from tacod.rank.families import kit
-from tacod.rank.families.base import DiT, Method
+from tacod.rank.families.base import DiT, LatentFormat, Method
 from tacod.rank.families.config import fixed, integer, number, optional_integer, optional_number
 from tacod.rank.families.inputs import Argument, Inputs, Number, Spec, Unread
 from tacod.rank.families.minimax_h3_files import NAMES, detect_config, of_diffusers
@@ -86,7 +87,6 @@ class MiniMaxH3(DiT):
     downscale = 16
     image_models: ClassVar[tuple[str, ...]] = ("minimax_h3",)
     process = Flow()
-    unsampled = "a sound with noise levels of its own"
     names = NAMES
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -107,6 +107,9 @@ class MiniMaxH3(DiT):
         self.sound_channels = integer(config, "audio_latents_dim", 32)
         self.context_width = integer(config, "text_dim", 5120)
         self.shifts = number(config, "sigma_shift_video", 12.0), number(config, "sigma_shift_audio", 3.0)
+        # Samplers hold the sound times the ratio of both noise levels, which goes to this number as they go to 0.
+        self.sound_scale = self.shifts[0] / self.shifts[1]
+        self.latent_format = LatentFormat(1.0, 0.0), LatentFormat(self.sound_scale, 0.0)
         ffn, time_width = integer(config, "ffn_hidden_size", 14336), integer(config, "time_embed_dim", 2688)
         frequencies = integer(config, "rope_inv_freq_len", 16)
         if 6 * frequencies > head_width:
@@ -188,6 +191,26 @@ class MiniMaxH3(DiT):
             signed = torch.tensor(seed - (MOST_SEED + 1 if seed > MOST_SEED // 2 else 0), device="cpu")
             inputs = inputs.replace(minimax_payload={**payload, "seed": signed})
         return prepare_masks(inputs)
+
+    def of_run(self, condition: Inputs, seed: int) -> Inputs:
+        """See `DiT.of_run`: what is given gets the run's noise, and the sound is as `latent_format` scales it."""
+        for name in MASKS:
+            if name in condition:
+                raise ArgumentError(
+                    f"{name}: a run makes all of its latents anew; call forward for each step", argument=name
+                )
+        payload = condition.get("minimax_payload", {})
+        video, sound = (condition.get(name, usual) for name, usual in zip(_SHIFTS, self.shifts, strict=True))
+        told = {"audio_scale": payload.get("audio_scale", self.sound_scale), _SHIFTS[0]: video / sound}
+        for name, ratio in told.items():
+            if not math.isclose(ratio, self.sound_scale, rel_tol=1e-6):
+                name = f"minimax_payload.{name}" if name == "audio_scale" else name
+                raise ArgumentError(
+                    f"{name}: it makes the sound of a run {ratio:g} times as large, and this model's is scaled by "
+                    f"{self.sound_scale:g}; leave it out, or call forward for each step",
+                    argument=name,
+                )
+        return condition.replace(minimax_payload={"seed": seed, **payload, "audio_scale": self.sound_scale})
 
     def lengths(self, arguments: Mapping[str, Any]) -> tuple[int, ...]:
         """See `DiT.lengths`: text, what is given if anything is, sound and video."""
