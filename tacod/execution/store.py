@@ -39,7 +39,8 @@ class Store:
 
     Tensors that a queued or running job refers to are pinned and stay. Of the rest, those that nobody refers to go
     first, then what `make_way` gives up, then those of loaded models' patches, and last those that other clients are
-    uploading for a request. Of clients that upload at the same time, later ones don't disturb earlier ones, so each of them finishes.
+    uploading for a request. Of clients that upload at the same time, later ones don't disturb earlier ones, so each of
+    them finishes.
     """
 
     def __init__(self, limit: int) -> None:
