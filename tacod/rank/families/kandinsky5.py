@@ -78,9 +78,8 @@ class TextBlock(_Block):
     def forward(self, f: ForwardPass, text: Residual, rotation: Rotation) -> None:
         """A text one block further."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = f.modulation(self.text_modulation.linear, 6)
-        heads = self.self_attention(text.normed(shift, scale, norm=_NORM), rotation, f.epsilon).by_heads()
-        q, k, v = (each.flatten(2) for each in heads)
-        attended = kit.attend_replicated(q, k, v, self.self_attention.heads)
+        normed = text.normed(shift, scale, norm=_NORM)
+        attended = self.self_attention.attend_whole(normed, rotation, f.epsilon)
         text.add(gate, self.self_attention.project(attended))
         text.add(mlp_gate, self.feed_forward(text.normed(mlp_shift, mlp_scale, norm=_NORM)))
 

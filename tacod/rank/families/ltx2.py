@@ -5,6 +5,7 @@ Parameters are named as in the authors' files (Lightricks/LTX-2).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ from tacod.rank.families.inputs import Argument, Inputs, Number, Record, Spec, U
 from tacod.rank.families.ltx2_files import LORA_NAMES, check_described, detect_config
 from tacod.rank.families.ltx2_parts import Block, Connector, Kind, NormedLinear, Options
 from tacod.rank.families.ltx_base import LATENTS, LTX, PATCH, flag, heads_of, numbers
-from tacod.rank.families.ltx_guides import check_guides, check_times, distinct, tokens_of
+from tacod.rank.families.ltx_guides import check_guides, check_times, distinct, tokens_of, varies_in_a_frame
 from tacod.rank.families.ltx_parts import AdaLNSingle, Rope, latent_of
 from tacod.rank.families.stream import ForwardPass, Stream
 from tacod_client.errors import ArgumentError
@@ -243,7 +244,7 @@ class LTX2(LTX):
         times, heard = (each.reshape(len(each), -1) for each in inputs["timestep"])
         kept, changes = tokens_of(inputs, video)
         rows = times
-        if times.shape[1] > 1 and not _varies_in_a_frame(inputs.get("denoise_mask")):
+        if times.shape[1] > 1 and not varies_in_a_frame(inputs.get("denoise_mask")):
             # Then ComfyUI takes the first token's for all of a frame.
             frames = torch.unflatten(times, 1, (video.shape[2], -1))
             rows = frames[:, :, :1].expand_as(frames).flatten(1)
@@ -260,6 +261,28 @@ class LTX2(LTX):
         changes |= {"ref_audio": None, "ref_tokens": reference}
         return Inputs({**inputs, **changes}, {**inputs.specs, **_PREPARED})
 
+    @property
+    def has_prefix(self) -> bool:
+        """See `DiT.has_prefix`: models whose texts the time doesn't modulate have one."""
+        return not self.adaptive
+
+    def prefix(self, f: ForwardPass, **arguments: Any) -> list[Tensor]:
+        """See `DiT.prefix`: keys and values of the video's text in each block, and of the sound's if there is one."""
+        text, sound_text = self._texts(arguments["context"])
+        found: list[Tensor] = []
+        for block in f.over(self.trunk):
+            found += block.attn2.keys_values(text)
+            if len(arguments["x"]) > 1:
+                found += block.audio_attn2.keys_values(sound_text)
+        return found
+
+    def _texts(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """What video and sound attend to, [B, L, width] each."""
+        text, sound_text = torch.split(context, self.text_widths, dim=-1)
+        if self.connects_projected:
+            return text, sound_text
+        return self.caption_projection(text), self.audio_caption_projection(sound_text)
+
     def begin(self, f: ForwardPass, **arguments: Any) -> None:
         """See `DiT.begin`."""
         video, *sound = arguments["x"]
@@ -270,11 +293,10 @@ class LTX2(LTX):
         before = arguments.get("reads_video") == "before"
         unattended = frozenset(int(number) for number in stg if number % 1 == 0)
         f.options = Options(video_on, sound_on, to_video, to_sound, before, unattended)
-        texts = torch.split(arguments["context"], self.text_widths, dim=-1)
-        f.text, f.sound_text = texts
-        if not self.connects_projected:
-            f.text, f.sound_text = self.caption_projection(texts[0]), self.audio_caption_projection(texts[1])
+        f.text, f.sound_text = self._texts(arguments["context"])
         f.text_mask = arguments.get("attention_mask")
+        readers = [(block.attn2, block.audio_attn2)[: len(arguments["x"])] for block in self.trunk if not self.adaptive]
+        f.texts = self.texts_of(f, itertools.chain(*readers))
         self.begin_video(f, video, times, arguments)
         f.prompt_times = f.sound_prompt_times = None
         prompts = arguments["prompt_times"] * multiplier
@@ -318,14 +340,6 @@ class LTX2(LTX):
             return [video]
         tokens = latent_of(f.sound, self.audio_scale_shift_table, f.sound_embedded, self.audio_proj_out)
         return [video, torch.unflatten(tokens[:, f.before :], -1, _BANDS).transpose(1, 2)]
-
-
-def _varies_in_a_frame(mask: Tensor | None) -> bool:
-    """Whether a mask [B, C, T, H, W] differs within a frame; the first image's first channel is for all."""
-    if mask is None:
-        return False
-    frames = mask[0, 0].flatten(1)
-    return bool((frames.amin(dim=1) != frames.amax(dim=1)).any())
 
 
 def _seconds(steps: int, device: torch.device) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tacod.rank.families import kit
-from tacod.rank.families.ltx_parts import RMS, Attention, Rope, feed_forward
+from tacod.rank.families.ltx_parts import RMS, CrossAttention, Rope, SelfAttention, feed_forward
 from tacod.rank.families.stream import ForwardPass, Stream
 from tacod.rank.ops.norm import rms_norm
 from tacod.rank.ops.qkv import Rotation
@@ -69,10 +69,10 @@ class Block(nn.Module):
             (kind.sound_width, kind.sound_heads, kind.sound_head_width),
         )
         gated, across = kind.gated, (kind.sound_heads, kind.sound_head_width)
-        self.attn1, self.audio_attn1 = Attention(*video, gated=gated), Attention(*sound, gated=gated)
-        self.attn2, self.audio_attn2 = Attention(*video, gated=gated), Attention(*sound, gated=gated)
-        self.audio_to_video_attn = Attention(kind.width, *across, kind.sound_width, gated)
-        self.video_to_audio_attn = Attention(kind.sound_width, *across, kind.width, gated)
+        self.attn1, self.audio_attn1 = SelfAttention(*video, gated=gated), SelfAttention(*sound, gated=gated)
+        self.attn2, self.audio_attn2 = CrossAttention(*video, gated=gated), CrossAttention(*sound, gated=gated)
+        self.audio_to_video_attn = CrossAttention(kind.width, *across, kind.sound_width, gated)
+        self.video_to_audio_attn = CrossAttention(kind.sound_width, *across, kind.width, gated)
         self.ff, self.audio_ff = feed_forward(kind.width, kind.bias), feed_forward(kind.sound_width, kind.sound_bias)
         self.scale_shift_table = kit.drawn(kind.rows, kind.width)
         self.audio_scale_shift_table = kit.drawn(kind.rows, kind.sound_width)
@@ -95,7 +95,7 @@ class Block(nn.Module):
         if options.video:
             normed = f.image.normed(*video[:2], norm=RMS)
             if not own:
-                mine = (f.image, lambda: self.attn1.project(normed, f.image.rotation))
+                mine = (f.image, lambda: self.attn1(normed, f.image.rotation))
                 attention = f.attend(mine, mask=f.bias, overlap=sound)
         if sound:
             # While the video's heads travel.
@@ -104,7 +104,7 @@ class Block(nn.Module):
             attended = self.attn1.to_v(normed) if attention is None else attention.wait()[0]
             f.image.add(video[2], self.attn1.out(attended, normed))
             table, prompt = self.prompt_scale_shift_table, f.prompt_times
-            self._read(f.image, self.attn2, f.text, f.text_mask, video[6:], table, prompt)
+            self._read(f, f.image, self.attn2, f.text, video[6:], table, prompt)
         if f.sound is not None:
             self._exchange(f, options, sound)
         if options.video:
@@ -115,32 +115,30 @@ class Block(nn.Module):
     def _hear(self, f: ForwardPass, parts: tuple[Tensor, ...], own: bool) -> None:
         """The sound attends to itself and to its text."""
         attention, normed = self.audio_attn1, f.sound.normed(*parts[:2], norm=RMS)
-        if own:
-            attended = attention.out(attention.to_v(normed), normed)
-        else:
-            attended = attention.attend(normed, normed, None, f.sound.rotation, f.sound.rotation)
-        f.sound.add(parts[2], attended)
+        attended = attention.to_v(normed) if own else attention.attend_whole(normed, f.sound.rotation)
+        f.sound.add(parts[2], attention.out(attended, normed))
         table, prompt = self.audio_prompt_scale_shift_table, f.sound_prompt_times
-        self._read(f.sound, self.audio_attn2, f.sound_text, f.text_mask, parts[6:], table, prompt)
+        self._read(f, f.sound, self.audio_attn2, f.sound_text, parts[6:], table, prompt)
 
     @staticmethod
     def _read(
+        f: ForwardPass,
         stream: Stream,
-        attention: Attention,
+        attention: CrossAttention,
         text: Tensor,
-        mask: Tensor | None,
         parts: tuple[Tensor, ...],
         table: Tensor | None,
         prompt: Tensor | None,
     ) -> None:
         """A stream attends to its text, which ``table`` and ``prompt`` modulate where there are ``parts``."""
         if table is None or prompt is None:
-            stream.add(None, attention.attend(stream.normed(norm=RMS), text, mask))
+            stream.add(None, attention.attend(stream.normed(norm=RMS), *f.texts[attention], f.text_mask))
             return
         shift, scale, gate = parts
         text_shift, text_scale = (table.flatten() + prompt).chunk(2, dim=-1)
         text = torch.addcmul(text_shift, text, 1 + text_scale)
-        stream.add(gate, attention.attend(stream.normed(shift, scale, norm=RMS), text, mask))
+        keys_values = attention.keys_values(text)
+        stream.add(gate, attention.attend(stream.normed(shift, scale, norm=RMS), *keys_values, f.text_mask))
 
     def _exchange(self, f: ForwardPass, options: Options, sound: bool) -> None:
         """The video attends to the sound, then the sound to the video."""
@@ -151,17 +149,17 @@ class Block(nn.Module):
         # Of both, first the scale and then the shift, for the video's attention and for the sound's.
         before = f.image.normed(seen[3], seen[2], norm=RMS) if to_sound and options.reads_before else None
         if to_video:
-            attention = self.audio_to_video_attn
+            attention, x = self.audio_to_video_attn, f.image.normed(seen[1], seen[0], norm=RMS)
             context = f.sound.normed(heard[1], heard[0], norm=RMS)
-            attended = attention.attend(
-                f.image.normed(seen[1], seen[0], norm=RMS), context, None, f.cross_rotation, f.sound_cross_rotation
-            )
+            keys, values = attention.keys_values(context, rotation=f.sound_cross_rotation)
+            queries = attention.queries(x, f.cross_rotation)
+            attended = attention.out(kit.attend_replicated(queries, keys, values, attention.heads), x)
             f.image.add(_for_rows(table[4] + f.gate_times, f.cross_times), attended)
         if to_sound:
             attention = self.video_to_audio_attn
             x = f.sound.normed(heard[3], heard[2], norm=RMS)
             context = f.image.normed(seen[3], seen[2], norm=RMS) if before is None else before
-            keys, values = attention.keys_values(context, f.cross_rotation)
+            keys, values = attention.keys_values(context, rotation=f.cross_rotation)
             queries = attention.queries(x, f.sound_cross_rotation)
             attended = kit.attend_sharded(f.sequence, queries, keys, values, attention.heads)
             f.sound.add(_for_rows(sound_table[4] + f.sound_gate_times, f.sound_cross_times), attention.out(attended, x))
@@ -191,13 +189,13 @@ class _ConnectorBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, gated: bool) -> None:
         super().__init__()
-        self.attn1 = Attention(width, heads, width // heads, gated=gated)
+        self.attn1 = SelfAttention(width, heads, width // heads, gated=gated)
         self.ff = feed_forward(width)
 
     def forward(self, x: Tensor, rotation: Rotation) -> Tensor:
         """[B, L, width] to the same shape."""
         normed = rms_norm(x, None, RMS.epsilon)
-        x = x + self.attn1.attend(normed, normed, None, rotation, rotation)
+        x = x + self.attn1.out(self.attn1.attend_whole(normed, rotation), normed)
         out: Tensor = x + self.ff(rms_norm(x, None, RMS.epsilon))
         return out
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -110,6 +110,11 @@ class LTX(DiT):
         inputs = self.prepare_text(inputs)
         # A run's forwards get their latents and timesteps later, and have no guides.
         return self.prepare_tokens(inputs) if "x" in inputs else inputs.replace(guide_attention_entries=None)
+
+    @staticmethod
+    def texts_of(f: ForwardPass, readers: Iterable[Any]) -> dict[Any, tuple[Tensor, Tensor]]:
+        """For each attention to a text the keys and values, [B, L, H * D] each, that the prefix has in their order."""
+        return dict(zip(readers, zip(f.prefix[::2], f.prefix[1::2], strict=True), strict=True))
 
     @abc.abstractmethod
     def prepare_tokens(self, inputs: Inputs) -> Inputs:

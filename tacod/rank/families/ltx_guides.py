@@ -19,7 +19,16 @@ from tacod.rank.families.inputs import Argument, Inputs, Number, Record, Spec
 from tacod.rank.ops.group_bias import GroupBias
 from tacod_client.errors import ArgumentError
 
-__all__ = ["GUIDE_ARGUMENTS", "check_guides", "check_times", "distinct", "guide_bias", "spans_of", "tokens_of"]
+__all__ = [
+    "GUIDE_ARGUMENTS",
+    "check_guides",
+    "check_times",
+    "distinct",
+    "guide_bias",
+    "spans_of",
+    "tokens_of",
+    "varies_in_a_frame",
+]
 
 _FARTHEST = 1 << 16
 """Positions of guides, in pixels and frames, are below this."""
@@ -195,6 +204,14 @@ def spans_of(
         return spans
     own = spans[: len(spans) - guides.shape[2]]
     return torch.cat((own.expand(-1, len(guides), -1, -1), guides.permute(2, 0, 1, 3)))
+
+
+def varies_in_a_frame(mask: Tensor | None) -> bool:
+    """Whether a mask [B, C, T, H, W] differs within a frame; the first image's first channel is for all."""
+    if mask is None:
+        return False
+    frames = mask[0, 0].flatten(1)
+    return bool((frames.amin(dim=1) != frames.amax(dim=1)).any())
 
 
 def distinct(timestep: Tensor) -> tuple[Tensor, Tensor | None]:

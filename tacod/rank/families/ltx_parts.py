@@ -15,12 +15,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tacod.rank.families import kit
-from tacod.rank.families.kit.attention import find, register
 from tacod.rank.families.stream import ForwardPass, Stream
-from tacod.rank.ops.norm import Norm, rms_norm
-from tacod.rank.ops.qkv import QKV, QKNorm, Rotation
+from tacod.rank.ops.norm import Norm
+from tacod.rank.ops.qkv import Rotation
 
-__all__ = ["RMS", "AdaLNSingle", "Attention", "Rope", "feed_forward", "latent_of", "local_times"]
+__all__ = [
+    "RMS",
+    "AdaLNSingle",
+    "CrossAttention",
+    "Rope",
+    "SelfAttention",
+    "feed_forward",
+    "latent_of",
+    "local_times",
+]
 
 RMS = Norm("rms", 1e-6)
 """The norm before each branch of a block: without weights."""
@@ -28,72 +36,76 @@ _QK_EPSILON = 1e-5
 _THETA = 10000.0
 
 
-class Attention(nn.Module):
-    """Projections to queries, keys and values, whose norms span all heads, and an output layer.
+_NORMS = "q_norm.weight", "k_norm.weight"
+
+
+class _Gated(nn.Module):
+    """Has an output layer behind gates: each head's result times a number made of the token that attends."""
+
+    def _add_gates(self, width: int, heads: int, gated: bool) -> None:
+        self.heads, self.gated = heads, gated
+        if gated:
+            self.to_gate_logits = nn.Linear(width, heads)
+
+    def out(self, attended: Tensor, x: Tensor) -> Tensor:
+        """The result [B, S, W] for tokens ``x`` [B, S, W] that have attended to [B, S, H * D]."""
+        if self.gated:
+            gates = 2.0 * torch.sigmoid(self.to_gate_logits(x))
+            attended = (torch.unflatten(attended, -1, (self.heads, -1)) * gates.unsqueeze(-1)).flatten(2)
+        projected: Tensor = self.project(attended)  # type: ignore[operator]
+        return projected
+
+
+class SelfAttention(kit.SelfAttention, _Gated):
+    """Attention of tokens to their like, whose norms span all heads.
 
     Args:
-        width: Channels of the tokens that attend, and of the result.
+        width: Channels of a token.
         heads: Attention heads.
         head_width: Channels of a head.
-        context_width: Channels of what is attended to; by default ``width``.
-        gated: Whether each head's result is multiplied by a gate that is made of the token that attends.
+        gated: Whether it has gates.
     """
+
+    def __init__(self, width: int, heads: int, head_width: int, gated: bool = False) -> None:
+        super().__init__(
+            width,
+            heads,
+            head_width=head_width,
+            layers=("to_q", "to_k", "to_v"),
+            out="to_out.0",
+            norm="row",
+            norms=_NORMS,
+            epsilon=_QK_EPSILON,
+        )
+        self._add_gates(width, heads, gated)
+
+
+class CrossAttention(kit.CrossAttention, _Gated):
+    """Attention of tokens to others, whose norms span all heads; ``context_width`` are the others' channels."""
 
     def __init__(
         self, width: int, heads: int, head_width: int, context_width: int | None = None, gated: bool = False
     ) -> None:
-        super().__init__()
-        self.heads, inner = heads, heads * head_width
-        self.to_q = nn.Linear(width, inner)
-        self.to_k = nn.Linear(context_width or width, inner)
-        self.to_v = nn.Linear(context_width or width, inner)
-        for name in ("q_norm.weight", "k_norm.weight"):
-            register(self, name, nn.Parameter(torch.ones(inner)))
-        if gated:
-            self.to_gate_logits = nn.Linear(width, heads)
-        self.gated = gated
-        self.to_out = nn.Sequential(nn.Linear(inner, width))
+        super().__init__(
+            width,
+            heads,
+            head_width=head_width,
+            context_width=context_width,
+            q="to_q",
+            kv=(("to_k", "to_v"),),
+            out="to_out.0",
+            norm="row",
+            norms=_NORMS,
+            epsilon=_QK_EPSILON,
+        )
+        self._add_gates(width, heads, gated)
 
-    def project(self, x: Tensor, rotation: Rotation | None) -> QKV:
-        """Queries, keys and values of tokens [B, S, width] that attend to themselves."""
-        norm = QKNorm(find(self, "q_norm.weight"), find(self, "k_norm.weight"), _QK_EPSILON, across_heads=True)
-        return QKV((self.to_q(x), self.to_k(x), self.to_v(x)), self.heads, norm, rotation)
-
-    def queries(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
-        """Of tokens [B, S, width]: [B, S, H * D]."""
-        return self._normed(self.to_q(x), "q_norm.weight", rotation)
-
-    def keys_values(self, context: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor]:
-        """Of tokens [B, L, context_width] that are attended to: [B, L, H * D] each."""
-        return self._normed(self.to_k(context), "k_norm.weight", rotation), self.to_v(context)
-
-    def attend(
-        self,
-        x: Tensor,
-        context: Tensor,
-        mask: Tensor | None = None,
-        rotation: Rotation | None = None,
-        context_rotation: Rotation | None = None,
-    ) -> Tensor:
-        """What tokens [B, S, width] attend to in a context that every rank has, [B, L, context_width]: [B, S, width].
+    def attend(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What tokens [B, S, W] attend to in what every rank has, `keys_values` [B, L, H * D]: [B, S, W].
 
         ``mask`` [B, L] is boolean, true where a key counts.
         """
-        keys, values = self.keys_values(context, context_rotation)
-        attended = kit.attend_replicated(self.queries(x, rotation), keys, values, self.heads, mask)
-        return self.out(attended, x)
-
-    def out(self, attended: Tensor, x: Tensor) -> Tensor:
-        """The result for tokens ``x`` [B, S, width] that have attended to [B, S, H * D]."""
-        if self.gated:
-            gates = 2.0 * torch.sigmoid(self.to_gate_logits(x))
-            attended = (torch.unflatten(attended, -1, (self.heads, -1)) * gates.unsqueeze(-1)).flatten(2)
-        projected: Tensor = self.to_out(attended)
-        return projected
-
-    def _normed(self, x: Tensor, norm: str, rotation: Rotation | None) -> Tensor:
-        x = rms_norm(x, find(self, norm), _QK_EPSILON)
-        return x if rotation is None else rotation.apply(torch.unflatten(x, -1, (self.heads, -1))).flatten(2)
+        return self.out(kit.attend_replicated(self.queries(x), keys, values, self.heads, mask), x)
 
 
 def feed_forward(width: int, bias: bool = True) -> kit.MLP:

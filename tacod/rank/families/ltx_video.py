@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from tacod.rank.families.config import count_blocks, fixed, integer, shape_of
 from tacod.rank.families.inputs import Argument, Inputs, Spec
 from tacod.rank.families.ltx_base import LATENTS, LTX, PATCH
 from tacod.rank.families.ltx_guides import check_guides, check_times, distinct, tokens_of
-from tacod.rank.families.ltx_parts import RMS, Attention, feed_forward
+from tacod.rank.families.ltx_parts import RMS, CrossAttention, SelfAttention, feed_forward
 from tacod.rank.families.names import Names
 from tacod.rank.families.stream import ForwardPass
 
@@ -25,8 +25,8 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, head_width: int, ff_bias: bool) -> None:
         super().__init__()
-        self.attn1 = Attention(width, heads, head_width)
-        self.attn2 = Attention(width, heads, head_width)
+        self.attn1 = SelfAttention(width, heads, head_width)
+        self.attn2 = CrossAttention(width, heads, head_width)
         self.ff = feed_forward(width, ff_bias)
         self.scale_shift_table = kit.drawn(6, width)
 
@@ -34,9 +34,9 @@ class Block(nn.Module):
         """The video one block further."""
         parts = (self.scale_shift_table.flatten() + f.times).chunk(6, dim=-1)
         normed = f.image.normed(*parts[:2], norm=RMS)
-        (attended,) = f.attend((f.image, lambda: self.attn1.project(normed, f.image.rotation)), mask=f.bias).wait()
+        (attended,) = f.attend((f.image, lambda: self.attn1(normed, f.image.rotation)), mask=f.bias).wait()
         f.image.add(parts[2], self.attn1.out(attended, normed))
-        f.image.add(None, self.attn2.attend(f.image.tokens, f.text, f.text_mask))
+        f.image.add(None, self.attn2.attend(f.image.tokens, *f.texts[self.attn2], f.text_mask))
         f.image.add(parts[5], self.ff(f.image.normed(*parts[3:5], norm=RMS)))
 
 
@@ -133,10 +133,16 @@ class LTXVideo(LTX):
         changes["timestep"], changes["rows"] = distinct(times)
         return inputs.replace(**changes)
 
+    def prefix(self, f: ForwardPass, **arguments: Any) -> Sequence[Tensor]:
+        """See `DiT.prefix`: the keys and values of the text in each block."""
+        text = self.caption_projection(arguments["context"])
+        return [each for block in f.over(self.trunk) for each in block.attn2.keys_values(text)]
+
     def begin(self, f: ForwardPass, **arguments: Any) -> None:
         """See `DiT.begin`."""
         x, timestep = arguments["x"], arguments["timestep"]
-        f.text, f.text_mask = self.caption_projection(arguments["context"]), arguments.get("attention_mask")
+        f.text_mask = arguments.get("attention_mask")
+        f.texts = self.texts_of(f, (block.attn2 for block in self.trunk))
         self.begin_video(f, x, timestep.reshape(len(x), -1), arguments)
 
     def end(self, f: ForwardPass) -> Tensor:

@@ -73,8 +73,7 @@ class RefinerBlock(Layers):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, hidden] to the same shape, on every rank alike."""
-        q, k, v = (each.flatten(2) for each in self.attn(self.norm1.norm(x)).by_heads())
-        x = x + self.attn.project(kit.attend_replicated(q, k, v, self.attn.heads))
+        x = x + self.attn.project(self.attn.attend_whole(self.norm1.norm(x)))
         refined: Tensor = x + self.mlp(self.norm2.norm(x))
         return refined
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tacod.rank.ops.norm import rms_norm
 from tacod.rank.ops.qkv import QKV, QKNorm, Rotation
 from tacod.rank.ops.sdpa import attend_part
 from tacod.rank.parallel.sequence import SequenceParallel
@@ -134,6 +135,11 @@ class SelfAttention(nn.Module):
             norm = QKNorm(*weights, self.epsilon if epsilon is None else epsilon, across_heads=self._norm == "row")
         return QKV(projected, self.heads, norm, rotation, self.kv_heads)
 
+    def attend_whole(self, x: Tensor, rotation: Rotation | None = None, epsilon: float | None = None) -> Tensor:
+        """What tokens that every rank has, [B, L, W], attend to among themselves: [B, L, H * D], without exchange."""
+        q, k, v = (each.flatten(2) for each in self(x, rotation, epsilon).by_heads())
+        return attend_replicated(q, k, v, self.heads)
+
     def _layer_normed(self, projected: Any) -> Tensor:
         """Queries, keys and values as one tensor, with layer norms of each head's queries and keys."""
         q, k, v = QKV(projected, self.heads, kv_heads=self.kv_heads).by_heads()
@@ -158,6 +164,7 @@ class CrossAttention(nn.Module):
         width: int,
         heads: int,
         *,
+        head_width: int | None = None,
         context_width: int | None = None,
         q: str = "q_linear",
         kv: Sequence[Sequence[str]] = (("kv_linear",),),
@@ -172,6 +179,7 @@ class CrossAttention(nn.Module):
         Args:
             width: Channels of a token.
             heads: Attention heads.
+            head_width: Channels of a head; by default ``width // heads``.
             context_width: Channels of what is attended to; by default ``width``.
             q: The name of the layer of queries.
             kv: For each context the name of one layer for keys and values, or the names of two. What is attended to in
@@ -185,13 +193,15 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads, self._norm, self.epsilon = heads, norm, epsilon
         self._q, self._kv, self._out, self._norms = q, [tuple(each) for each in kv], out, tuple(norms)
-        register(self, q, nn.Linear(width, width, bias=bias))
+        head_width = head_width or width // heads
+        inner = heads * head_width
+        register(self, q, nn.Linear(width, inner, bias=bias))
         for names in self._kv:
             for name in names:
-                register(self, name, nn.Linear(context_width or width, 2 * width // len(names), bias=bias))
-        register(self, out, nn.Linear(width, width, bias=bias))
+                register(self, name, nn.Linear(context_width or width, 2 * inner // len(names), bias=bias))
+        register(self, out, nn.Linear(inner, width, bias=bias))
         for name in self._norms:
-            register(self, name, nn.Parameter(torch.ones(width if norm == "row" else width // heads)))
+            register(self, name, nn.Parameter(torch.ones(inner if norm == "row" else head_width)))
 
     def forward(
         self,
@@ -205,27 +215,45 @@ class CrossAttention(nn.Module):
         An absent context is left out. ``masks`` [B, L] are boolean and say of each context's tokens which count.
         An image none of whose tokens in a context count gets zeros from it. ``epsilon`` is in place of the norms' own.
         """
-        epsilon = self.epsilon if epsilon is None else epsilon
-        q = self._normed(find(self, self._q)(x), 0, epsilon)
+        q = self.queries(x, epsilon=epsilon)
         attended: Tensor | None = None
-        for number, (context, names) in enumerate(zip(contexts, self._kv, strict=False)):
+        for number, context in enumerate(contexts):
             if context is None:
                 continue
-            projected = [find(self, name)(context) for name in names]
-            k, v = projected if len(projected) == 2 else projected[0].chunk(2, dim=-1)
+            k, v = self.keys_values(context, number, epsilon=epsilon)
             mask = masks[number] if number < len(masks) else None
-            part = attend_replicated(q, self._normed(k, 1 + number, epsilon), v, self.heads, mask)
+            part = attend_replicated(q, k, v, self.heads, mask)
             attended = part if attended is None else attended + part
         assert attended is not None
+        return self.project(attended)
+
+    def queries(self, x: Tensor, rotation: Rotation | None = None, epsilon: float | None = None) -> Tensor:
+        """Of tokens [B, S, W]: [B, S, H * D]."""
+        return self._normed(find(self, self._q)(x), 0, rotation, epsilon)
+
+    def keys_values(
+        self, context: Tensor, number: int = 0, rotation: Rotation | None = None, epsilon: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Of the context of this ``number``, [B, L, context_width]: [B, L, H * D] each.
+
+        They may be a `DiT.prefix`, if the context doesn't change from step to step.
+        """
+        projected = [find(self, name)(context) for name in self._kv[number]]
+        k, v = projected if len(projected) == 2 else projected[0].chunk(2, dim=-1)
+        return self._normed(k, 1 + number, rotation, epsilon), v
+
+    def project(self, attended: Tensor) -> Tensor:
+        """The output layer, [B, S, H * D] to [B, S, W]."""
         out: Tensor = find(self, self._out)(attended)
         return out
 
-    def _normed(self, x: Tensor, number: int, epsilon: float) -> Tensor:
-        if self._norm is None:
-            return x
-        weight = find(self, self._norms[number])
-        rows = x if self._norm == "row" else torch.unflatten(x, -1, (self.heads, -1))
-        return functional.rms_norm(rows, rows.shape[-1:], weight, epsilon).view(x.shape)
+    def _normed(self, x: Tensor, number: int, rotation: Rotation | None, epsilon: float | None) -> Tensor:
+        if self._norm is not None:
+            rows = x if self._norm == "row" else torch.unflatten(x, -1, (self.heads, -1))
+            x = rms_norm(rows, find(self, self._norms[number]), self.epsilon if epsilon is None else epsilon).view(
+                x.shape
+            )
+        return x if rotation is None else rotation.apply(torch.unflatten(x, -1, (self.heads, -1))).flatten(2)
 
 
 def attend_replicated(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
