@@ -66,6 +66,8 @@ class SelfAttention(kit.SelfAttention, _Gated):
         gated: Whether it has gates.
     """
 
+    to_v: nn.Linear
+
     def __init__(self, width: int, heads: int, head_width: int, gated: bool = False) -> None:
         super().__init__(
             width,
