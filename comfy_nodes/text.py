@@ -30,7 +30,7 @@ def info_text(info: Mapping[str, Any]) -> str:
         f"Ranks: {info['world_size']} ({devices})",
         f"Plan: {info['plan']}",
         f"Weights: {info['weights']}",
-        *([f"Memory: {_memory(info)}"] if info["streamed_bytes"] else []),
+        *([f"Memory: {_memory(info)}"] if any(info["streamed_bytes"]) else []),
         *([f"Quantized: {_layers(info['quantization'])}"] if info["quantization"] else []),
         f"Daemon: tacod {info['version']} at {info['endpoint']}, {info['state']}",
     ]
@@ -75,8 +75,13 @@ def stats_text(stats: Mapping[str, Any]) -> str:
 def _memory(info: Mapping[str, Any]) -> str:
     """Where weights lie that aren't whole on each rank."""
     where = "with the other ranks" if info["placement"] == "sharded" else "in the host's memory"
-    held, fetched = (f"{info[key] / 2**30:.1f} GiB" for key in ("resident_bytes", "streamed_bytes"))
-    return f"{held} of the weights on each rank; {fetched} lie {where} and are fetched in each forward"
+    held, fetched = ([f"{each / 2**30:.1f} GiB" for each in info[key]] for key in ("resident_bytes", "streamed_bytes"))
+    if len(set(zip(held, fetched, strict=True))) == 1:
+        return f"{held[0]} of the weights on each rank; {fetched[0]} lie {where} and are fetched in each forward"
+    return (
+        f"{', '.join(held)} of the weights on ranks 0 to {len(held) - 1}; what they lack lies {where}, and they fetch "
+        f"{', '.join(fetched)} in each forward"
+    )
 
 
 def _split(stats: Mapping[str, Any]) -> str:

@@ -239,17 +239,20 @@ class Executor:
         item, self.current = self.current, None
         running = item.job if item is not None else None
         restoring = item.model if item is not None and item.purpose is Purpose.RESTORE else None
+        shrunk = item is not None and self._shrink_after(item, lost)
+        if shrunk:
+            lost = GroupLost(reason)
         if running is not None and running.verb in ON_MODEL:
             self.records.metrics.retried_forwards += 1
         self.group.kill()
-        ended = self.scheduler.lose_group(reason, lost.error, lost.cause)
+        ended = self.scheduler.lose_group(reason, lost.error, lost.cause, counts=not shrunk)
         self._end(ended)
-        given_up = self.residency.lose_group(lost, self.config.group.retries, restoring)
+        given_up = self.residency.lose_group(lost, self.config.group.retries, None if shrunk else restoring)
         at_fault = running.id if running is not None else f"restore {restoring.id}" if restoring is not None else ""
         self._spawn_at = self._restarts.next_start(now, at_fault)
         if self._spawn_at is not None:
             self.group.restarts += 1
-            if given_up or any(map(_is_at_fault, ended)):
+            if shrunk or given_up or any(map(_is_at_fault, ended)):
                 self._restarts.forgive(at_fault)
             return
         limits = self.config.group
@@ -259,6 +262,14 @@ class Executor:
         )
         log.critical("%s", self.given_up)
         self._end(self.scheduler.fail_all(Unavailable(self.given_up)))
+
+    def _shrink_after(self, item: WorkItem, lost: GroupLost) -> bool:
+        """After one rank alone ran out of memory, have new ranks hold fewer blocks; returns whether they can."""
+        model = item.model or (self._model_of(item.job) if item.job is not None else None)
+        cancelling = item.job is not None and item.job.cancelling
+        if model is None or cancelling or not isinstance(lost.error, OutOfMemory):
+            return False
+        return self.residency.shrink(model, lost.error)
 
     def _dispatch(self) -> None:
         model = self.residency.restore_next()
@@ -311,14 +322,16 @@ class Executor:
         self.current, item.began_s = item, time.monotonic()
         self.group.run(item.command, map(self.store.get, item.digests), item.timeout_s, item.watched)
 
-    def _load(self, purpose: Purpose, model: Model, job: Job | None = None) -> None:
+    def _load(self, purpose: Purpose, model: Model, job: Job | None = None, first: Iterable[str] = ()) -> None:
+        """Load a model, in the place of others if it is for a job: of the ``first`` ones in any case."""
         evicts = []
         if job is not None:
-            evicts = self.residency.make_room(model, self.config.models, self._needed, job.evict_next)
+            evicts = self.residency.make_room(model, self.config.models, self._needed, (*first, job.evict_next))
             job.evict_next = ""
         timeout_s = self.config.group.load_timeout_s
         room = self.residency.room_for(model, self.config.models, evicts)
-        self._hand_out(WorkItem(purpose, model.load(evicts, room), timeout_s, job, model, evicts, model.digests))
+        load = model.load(evicts, room, self.residency.fewer(model))
+        self._hand_out(WorkItem(purpose, load, timeout_s, job, model, evicts, model.digests))
 
     def _start_step(self, job: Job) -> None:
         if isinstance(job.body, Model):
@@ -351,6 +364,8 @@ class Executor:
         job = item.job
         if job is None:
             assert item.model is not None
+            if isinstance(answer.error, OutOfMemory) and self.residency.shrink(item.model, answer.error):
+                return
             if answer.error is None:
                 self.records.metrics.loads.observe(answer.elapsed_s)
             self.residency.note_restored(item.model, answer.error or _loaded(answer), answer.elapsed_s, now)
@@ -401,14 +416,7 @@ class Executor:
             self._start_step(job)
 
     def _take_error(self, item: WorkItem, job: Job, error: TacodError) -> None:
-        short = isinstance(error, OutOfMemory) and not job.cancelling
-        if item.model is not None and short:
-            other = self.manifest.next_to_go(item.model, needed=self._needed)
-            if other is not None:
-                job.evict_next = other.id
-                self.scheduler.repeat_step()
-                return
-        elif job.verb in ON_MODEL and short and self._clear_for(job):
+        if isinstance(error, OutOfMemory) and not job.cancelling and self._find_memory(item, job, error):
             return
         if item.model is not None and item.purpose is Purpose.FETCH:
             self.residency.forget(item.model.id)
@@ -418,17 +426,33 @@ class Executor:
                 error = ModelNotFound(f"{info}; load it again", model=item.model.id)
         self._end([self.scheduler.fail_step(error)])
 
-    def _clear_for(self, job: Job) -> bool:
-        """For a step that found no memory, have the ranks evict a patched model; returns whether there is one."""
+    def _find_memory(self, item: WorkItem, job: Job, error: OutOfMemory) -> bool:
+        """For a load or a step that found no memory, make some and try again; returns whether that can be done.
+
+        First models are evicted: any for a load, patched ones for a step. Then the ranks hold fewer blocks.
+        """
+        if item.model is not None:
+            other = self.manifest.next_to_go(item.model, needed=self._needed)
+            if other is None and not self.residency.shrink(item.model, error):
+                return False
+            job.evict_next = "" if other is None else other.id
+            self.scheduler.repeat_step()
+            return True
+        if job.verb not in ON_MODEL:
+            return False
         cleared = self.residency.clear_for(job.model, self._needed)
-        if cleared is None:
+        model = self.manifest.find(job.model)
+        if cleared is None and not self.residency.shrink(model, error):
             return False
         if job.verb is Verb.SAMPLE:
             # The run ended with the step that failed.
             self.group.forget(job.id)
             job.begin_anew()
-        evicts = [cleared.id]
-        self._hand_out(WorkItem(Purpose.CLEAR, Evict(evicts), self.config.group.step_timeout_s, job, evicts=evicts))
+        if cleared is None:
+            self._load(Purpose.FETCH, model, job, self.residency.sharing(model))
+        else:
+            evict = Evict([cleared.id])
+            self._hand_out(WorkItem(Purpose.CLEAR, evict, self.config.group.step_timeout_s, job, evicts=evict.models))
         return True
 
     def _end(self, jobs: Iterable[Job], step: Stepped | None = None) -> None:

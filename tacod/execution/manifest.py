@@ -75,8 +75,8 @@ class Model:
         """The file's name."""
         return self.asked_name or os.path.basename(self.path)
 
-    def load(self, evict_models: Sequence[str] = (), memory_bytes: int | None = None) -> Load:
-        """The command that loads it into so much memory of each rank, and evicts ``evict_models``."""
+    def load(self, evict_models: Sequence[str] = (), memory_bytes: int | None = None, fewer: int = 0) -> Load:
+        """The command that loads it into so much memory of each rank, less some blocks, and evicts ``evict_models``."""
         return Load(
             model=self.id,
             path=self.path,
@@ -88,6 +88,7 @@ class Model:
             files=dict(self.files),
             weights=self.asked_weights,
             memory_bytes=memory_bytes,
+            fewer=fewer,
         )
 
     @property
@@ -276,7 +277,7 @@ class Manifest:
             order = [each.id for each in self._in_order(needed) if each.id in siblings]
             evicted += order[: max(0, len(siblings) + 1 - variants)]
         staying = [each for each in self if each.id not in evicted]
-        coming = [each for each in (model, model.base) if each is not None and each.id not in self]
+        coming = [each for each in (model, model.base) if each is not None and (each.id not in self or each.id in gone)]
         # A model that is larger than the budget makes do with it.
         excess = sum(each.weight_bytes for each in staying) - (budget or 0)
         excess += min(sum(each.weight_bytes for each in coming), budget or 0)

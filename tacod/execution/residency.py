@@ -56,6 +56,8 @@ class Residency:
         """How often the ranks were lost while they loaded a model without a client's request, and the last cause."""
         self._used: dict[str, tuple[bytes, float]] = {}
         """By which session each model was used last, and when."""
+        self._fewer: dict[str, int] = {}
+        """By how many blocks ranks stay below what they could hold of a model without patches, for want of memory."""
 
     def want(self, models: Iterable[Model]) -> None:
         """These models are to be resident from now on."""
@@ -103,9 +105,9 @@ class Residency:
         going = self._manifest.to_evict(model, limits.memory_bytes, limits.variants, needed)
         return any(now < self._stays_until.get(each, 0.0) and is_in_use(each) for each in going)
 
-    def make_room(self, model: Model, limits: Models, needed: Sequence[str], first: str = "") -> list[str]:
-        """The models to evict for the load of ``model``; ``first`` is one of them in any case, if it is resident."""
-        gone = [first] if first in self._manifest else []
+    def make_room(self, model: Model, limits: Models, needed: Sequence[str], first: Iterable[str] = ()) -> list[str]:
+        """The models to evict for the load of ``model``: the ``first`` ones in any case, if they are resident."""
+        gone = [each for each in first if each in self._manifest]
         return self._manifest.to_evict(model, limits.memory_bytes, limits.variants, needed, gone)
 
     def room_for(self, model: Model, limits: Models, evicts: Sequence[str]) -> int | None:
@@ -120,6 +122,33 @@ class Residency:
         """The patched model to evict because a step of ``job_model`` found no memory; None if there is none."""
         bases = [each.id for each in self._manifest if each.base is None]
         return self._manifest.next_to_go(self._manifest.find(job_model), bases, needed)
+
+    def fewer(self, model: Model) -> int:
+        """How many blocks fewer of a model the ranks are to hold than fit beside its forwards' other needs."""
+        return self._fewer.get(_plain(model).id, 0)
+
+    def shrink(self, model: Model, error: OutOfMemory) -> bool:
+        """Have later loads of a model hold fewer blocks, as a load or a forward ran out of memory.
+
+        One block fewer the first time, then twice as many each time, since each time costs a load. Returns false if the
+        ranks hold as few as they can.
+        """
+        if not error.details.get("shrinks"):
+            return False
+        plain = _plain(model).id
+        self._fewer[plain] = max(1, 2 * self._fewer.get(plain, 0))
+        log.warning(
+            "%s: %s; loading it again with %d blocks fewer on each rank",
+            model.path,
+            error.message,
+            self._fewer[plain],
+        )
+        return True
+
+    def sharing(self, model: Model) -> list[str]:
+        """The resident models that share weights with this one, itself among them."""
+        plain = _plain(model).id
+        return [each for each in (*self._manifest.patched(plain), plain) if each in self._manifest]
 
     def note_evicted(self, evicts: Iterable[str]) -> None:
         """The ranks have done a work item and no longer hold the models that it evicts."""
@@ -168,6 +197,7 @@ class Residency:
     def forget(self, model_id: str) -> None:
         """The ranks no longer hold a model, or can't load it."""
         self._losses.pop(model_id, None)
+        self._fewer.pop(model_id, None)
         if model_id in self._manifest:
             self._let_go(self._manifest.find(model_id))
             self._on_gone(model_id)
@@ -199,3 +229,8 @@ class Residency:
         self._losses[model_id] = losses + 1, lost.cause
         again = lost.cause != "" and lost.cause == cause
         return losses >= retries or again or isinstance(lost.error, OutOfMemory)
+
+
+def _plain(model: Model) -> Model:
+    """The same model without patches."""
+    return model.base or model

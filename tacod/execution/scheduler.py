@@ -185,12 +185,15 @@ class Scheduler:
         """Do the running step again, next."""
         self._put_back(self._take_running(), first=True)
 
-    def lose_group(self, reason: str, error: TacodError | None = None, cause: str = "") -> list[Job]:
+    def lose_group(
+        self, reason: str, error: TacodError | None = None, cause: str = "", counts: bool = True
+    ) -> list[Job]:
         """The ranks are gone, and so is the progress of jobs: started jobs begin again, behind the steps that are kept.
 
         This counts as an attempt of the running job. After ``retries`` more attempts, or the second time for the same
         ``cause``, both since the last step that is kept, it fails, with `RankFailed` or with the ``error`` that one of
-        the ranks gave. A lack of memory fails it at once. Returns the ended jobs.
+        the ranks gave. A lack of memory fails it at once. Without ``counts`` it is tried again in any case, as new
+        ranks will have more memory free. Returns the ended jobs.
         """
         for queue in self._queues.values():
             for job in queue:
@@ -201,6 +204,10 @@ class Scheduler:
         job = self._take_running()
         if job.cancelling:
             return [job.end(Outcome.CANCELLED, _cancelled(job))]
+        if not counts:
+            job.begin_anew()
+            self._put_back(job, first=True)
+            return []
         last = job.tries > self.retries or (cause != "" and cause == job.cause)
         if isinstance(error, OutOfMemory) or (error is not None and last):
             return [job.end(Outcome.FAILED, error)]

@@ -82,6 +82,8 @@ class Load(Part):
     """Where the weights are to lie (`tacod.rank.weights.placement`)."""
     memory_bytes: int | None = None
     """How many bytes of weights each rank may hold."""
+    fewer: int = 0
+    """By how many blocks each rank stays below that, as it ran out of memory before."""
 
 
 @dataclass(frozen=True)

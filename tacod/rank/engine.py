@@ -150,6 +150,9 @@ class Engine:
             with self.memory_errors():
                 done = self._timed(with_tensors(envelope.command, self._kept))
             inject("after")
+        except OutOfMemory as error:
+            computing = self.models.get(self._model_of(envelope.command))
+            raise error if computing is None else computing.streaming.advised(error) from None
         finally:
             for digest in envelope.evict:
                 self._tensors.pop(digest, None)
@@ -193,14 +196,23 @@ class Engine:
         try:
             yield
         except (RuntimeError, MemoryError) as error:
-            text = describe_oom(error)
-            if text is None:
+            shortage = describe_oom(error)
+            if shortage is None:
                 raise
             clear_tracebacks(error)
             self.forwards.clear()
             self._on_device.clear()
             self._give_memory_back()
-            raise OutOfMemory(f"{text}; {hint}") from None
+            raise OutOfMemory(
+                f"{shortage.text}; {hint}", lacking_bytes=shortage.lacking_bytes, host=shortage.host
+            ) from None
+
+    def _model_of(self, command: Command) -> str:
+        """The id of the model that a command computes with; empty if it computes nothing."""
+        if isinstance(command, SampleStep):
+            run = self.runs.get(command.job)
+            return run.model if run is not None else command.inputs.model if command.inputs is not None else ""
+        return command.model if isinstance(command, Forward | MethodCall) else ""
 
     def load(
         self,
@@ -214,18 +226,19 @@ class Engine:
         files: Mapping[str, str] = MappingProxyType({}),
         weights: str = "auto",
         memory_bytes: int | None = None,
+        fewer: int = 0,
     ) -> Loaded:
         """Make a model resident under the id ``model``; does nothing if it is resident already.
 
         With ``patches``, ``base`` is loaded too, and the two share the weights that aren't patched. ``files`` has the
-        identities that the files of the patches had when the request came. ``weights`` says where they are to lie, and
-        ``memory_bytes`` how many each rank may hold (`choose`). Runs of evicted models continue when those are loaded
-        again.
+        identities that the files of the patches had when the request came. ``weights`` says where they are to lie,
+        ``memory_bytes`` how many each rank may hold, and ``fewer`` by how many blocks it stays below that (`choose`).
+        Runs of evicted models continue when those are loaded again.
         """
         for evicted in evict_models:
             self._evict(evicted)
         self._give_memory_back()
-        plain = self.models.get(base or model) or self._load_file(path, identity, dtype, weights, memory_bytes)
+        plain = self.models.get(base or model) or self._load_file(path, identity, dtype, weights, memory_bytes, fewer)
         loaded = {base or model: plain}
         if model not in self.models:
             loaded[model] = self._patch(plain, patches, files) if base is not None else plain
@@ -237,7 +250,7 @@ class Engine:
         return Loaded(self.models[model].facts, plain.facts)
 
     def _load_file(
-        self, path: str, identity: str, dtype: str | None, weights: str, memory_bytes: int | None
+        self, path: str, identity: str, dtype: str | None, weights: str, memory_bytes: int | None, fewer: int
     ) -> Resident:
         checkpoint = read_checkpoint(path)
         if checkpoint.identity != identity:
@@ -250,24 +263,36 @@ class Engine:
             raise ArgumentError(
                 f"dtype: {name} can't multiply in 8 bits (Ada and Hopper can); use bf16", argument="dtype"
             )
-        room = self._memory_for_weights() if memory_bytes is None else memory_bytes
-        streaming = Streaming(self.topology.everyone, self.device, weights, room, self.topology.reaches, self.smallest)
-        with streaming:
-            loaded = load_model(
-                checkpoint,
-                DTYPES[chosen],
-                self.device,
-                self.report,
-                weight_only=is_weight_only(chosen),
-                fp8=chosen == "fp8",
-                streaming=streaming,
-            )
-        # Before it is resident: a load that fails here leaves nothing behind.
-        if self.device.type == "cuda" and self.warm:
-            hint = "that was a forward at 1024² on all ranks, to warm up; unload a model, or set group.warm_up = false"
-            with self.memory_errors(hint):
-                loaded.rates = warm_up(loaded, self.forwards, self.device)
-                self.topology.clock.wait()
+        streaming = Streaming(
+            self.topology.everyone,
+            self.device,
+            weights,
+            self._budgets(memory_bytes),
+            self.topology.reaches,
+            self.smallest,
+            fewer,
+        )
+        try:
+            with self.memory_errors("unload a model (`tacoctl unload`)"), streaming:
+                loaded = load_model(
+                    checkpoint,
+                    DTYPES[chosen],
+                    self.device,
+                    self.report,
+                    weight_only=is_weight_only(chosen),
+                    fp8=chosen == "fp8",
+                    streaming=streaming,
+                )
+            # Before it is resident: a load that fails here leaves nothing behind.
+            if self.device.type == "cuda" and self.warm:
+                hint = (
+                    "that was a forward at 1024² on all ranks, to warm up; unload a model, or set group.warm_up = false"
+                )
+                with self.memory_errors(hint):
+                    loaded.rates = warm_up(loaded, self.forwards, self.device)
+                    self.topology.clock.wait()
+        except OutOfMemory as error:
+            raise streaming.advised(error) from None
         facts = Facts(
             family=loaded.family,
             parameters=checkpoint.parameters,
@@ -314,15 +339,17 @@ class Engine:
         )
         return replace(base, model=patched, facts=facts)
 
-    def _memory_for_weights(self) -> int | None:
-        """Bytes of weights for which every GPU has memory, with some left for what is computed; None for CPUs.
+    def _budgets(self, limit: int | None) -> list[int | None]:
+        """Bytes of weights for each rank's device: the limit, else what leaves some for what is computed.
 
-        As if it held no other model: where there is no room beside others, these are evicted (`OutOfMemory`).
+        That is as if it held no other model: where there is no room beside others, these are evicted (`OutOfMemory`).
+        None for CPUs without a limit.
         """
-        if self.device.type != "cuda":
-            return None
+        if self.device.type == "cpu":
+            return [limit] * self.topology.world_size
         _, total = torch.cuda.mem_get_info(self.device)
-        return min(self._everyones(int(total * FOR_WEIGHTS)))
+        room = int(total * FOR_WEIGHTS)
+        return [*self._everyones(limit if limit is not None and limit <= total else room)]
 
     def _everyones(self, number: int) -> list[int]:
         """Every rank's number, in the order of ranks."""

@@ -6,6 +6,7 @@ Errors of the file are reported before torch is imported, which takes seconds.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from tacod_client import wire
 from tacod_client.cli import show
 from tacod_client.cli.ending import guarded
 from tacod_client.cli.output import document
+from tacod_client.errors import ArgumentError
 
 if TYPE_CHECKING:
     from tacod.rank.families.base import DiT
@@ -37,7 +39,7 @@ def _plan(argv: Sequence[str] | None) -> int:
     parser.add_argument("--size", default="1024x1024")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--text", type=int, help="text tokens; by default those of the family's usual forward")
-    parser.add_argument("--memory", type=float, help="GiB of weights on each rank")
+    parser.add_argument("--memory", help="GiB of weights on each rank, or one number for each: 24,24,8")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
     return _of_file(args, read_checkpoint(os.path.realpath(args.file)))
@@ -72,8 +74,7 @@ def _of_file(args: argparse.Namespace, checkpoint: Checkpoint) -> int:
     }
     plan = plan_for(model, AUTO, args.ranks, given)
     weights = sizes_of(model, checkpoint, torch.bfloat16)
-    budget = None if args.memory is None else int(args.memory * 2**30)
-    placement = choose("auto", weights, args.ranks, budget, reaches=args.ranks > 1)
+    placement = choose("auto", weights, _budgets(args.memory, args.ranks), reaches=args.ranks > 1)
     if args.json:
         report = {
             "family": family.family,
@@ -90,15 +91,34 @@ def _of_file(args: argparse.Namespace, checkpoint: Checkpoint) -> int:
             "usual": family.usual,
             "arguments": _arguments(model),
             "weights": placement.kind,
-            "resident_bytes": placement.device_bytes,
-            "streamed_bytes": placement.streamed_bytes,
+            "resident_bytes": list(placement.device_bytes),
+            "streamed_bytes": list(placement.streamed_bytes),
         }
         document(report)
     else:
         show.out(f"{family.family}, {checkpoint.parameters / 1e9:.2f} B parameters, {contents(checkpoint)}: {plan}")
         if args.memory is not None:
-            show.out(placement.describe(weights, args.ranks))
+            show.out(placement.describe(weights))
     return 0
+
+
+def _budgets(memory: str | None, ranks: int) -> Sequence[int | None]:
+    """Bytes for weights on each rank, from GiB: one number for all, or one for each.
+
+    Raises `ArgumentError` for anything else.
+    """
+    if memory is None:
+        return [None] * ranks
+    try:
+        given = [float(each) for each in memory.split(",")]
+    except ValueError:
+        given = []
+    if len(given) not in (1, ranks) or not all(0 < each < math.inf for each in given):
+        raise ArgumentError(
+            f"--memory {memory}: expected GiB above 0, one number for all ranks or {ranks} numbers with commas",
+            argument="memory",
+        )
+    return [int(each * 2**30) for each in given] * (ranks // len(given))
 
 
 def _arguments(model: DiT) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -49,6 +50,9 @@ from tacod.rank.ops.sdpa import attend
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.parallel.topology import Topology
 from tacod.rank.weights.load import load_model, share, weight_bytes
+from tacod.rank.weights.placement import Placement, Sizes, _placed
+from tacod.rank.weights.remap import identify
+from tacod.rank.weights.sizes import sizes_of
 from tacod.rank.weights.stage import Buffers
 from tacod.rank.weights.streaming import Streaming
 from tacod_client.errors import OutOfMemory
@@ -187,6 +191,11 @@ def joined(outs: Sequence[Any]) -> Any:
     return list(map(torch.cat, zip(*outs, strict=True))) if isinstance(outs[0], list) else torch.cat(outs)
 
 
+def holding(counts: Sequence[int], asked: str, sizes: Sizes, *_: Any) -> Placement:
+    """A placement in which each rank holds the first so many blocks whole."""
+    return _placed(asked, sizes, [frozenset([*sizes.blocks][:count]) for count in counts])
+
+
 Walk = tuple[list[Any], list[bool]]
 """What each step of a run gave, and which were skipped."""
 
@@ -251,20 +260,43 @@ class Rank:
         return relative_error(out, golden.out)
 
     def streamed(
-        self, layout: Layout, name: str, path: str, weights: str, everyone: bool = False
+        self,
+        layout: Layout,
+        name: str,
+        weights: str,
+        everyone: bool = False,
+        parts: Sequence[float] | None = None,
+        counts: Sequence[int] | None = None,
+        fewer: int = 0,
     ) -> tuple[bool, int, int, int] | None:
         """Whether a golden forward is the same to the bit if the ranks hold its weights, at ``path``, together.
 
         Also what this rank holds, what it was expected to hold, and what it fetches. The ranks are those of the layout,
-        or ``everyone``.
+        or ``everyone``. Each may hold the least that it has to, and its one of ``parts`` of what there is besides; or
+        it holds the first so many blocks whole, as ``counts`` say.
         """
         sequence = self._sequence(layout)
         group = self.topology.everyone if everyone else sequence.whole if sequence is not None else None
         if group is None:
             return None
-        cpu = torch.device("cpu")
-        with Streaming(group, cpu, weights, None, True, smallest=0) as streaming:
-            model = load_model(read_checkpoint(path), torch.float32, cpu, streaming=streaming)
+        golden, cpu = golden_named(name), torch.device("cpu")
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.safetensors"
+            golden.save(path)
+            plain = load_model(read_checkpoint(str(path)), torch.float32, cpu)
+            budgets: list[int | None] = [None] * group.size
+            if parts is not None:
+                family, config, checkpoint = identify(read_checkpoint(str(path)))
+                with torch.device("meta"):
+                    empty = family(config)
+                sizes = sizes_of(empty, checkpoint, torch.float32, smallest=0)
+                budgets = [sizes.least + int(part * (sizes.total - sizes.least)) for part in parts]
+            with ExitStack() as held:
+                if counts is not None:
+                    held.enter_context(mock.patch("tacod.rank.weights.streaming.choose", partial(holding, counts)))
+                streaming = Streaming(group, cpu, weights, budgets, True, smallest=0, fewer=fewer)
+                held.enter_context(streaming)
+                model = load_model(read_checkpoint(str(path)), torch.float32, cpu, streaming=streaming)
         if sequence is None:
             return None
         plain = saved_model(name, path)
@@ -276,7 +308,7 @@ class Rank:
             # The second time the buffers hold what the first one has left there.
             outs = [model.run(sequence, inputs) for _ in range(2)]
         same = all(equal(out, wanted) for out in outs)
-        expected = streaming.placement.device_bytes
+        expected = streaming.placement.device_bytes[group.rank]
         return same, weight_bytes(model), expected, streaming.streamed_bytes(model)[group.rank]
 
     def failing_load(self, layout: Layout, path: str, failing: int, what: str) -> str | None:
@@ -284,7 +316,8 @@ class Rank:
         sequence = self._sequence(layout)
         if sequence is None:
             return None
-        streaming = Streaming(sequence.whole, torch.device("cpu"), "sharded", None, True, smallest=0)
+        group = sequence.whole
+        streaming = Streaming(group, torch.device("cpu"), "sharded", [None] * group.size, True, smallest=0)
         owner, name_of, error = {
             "block": (streaming, "settle", MemoryError("none")),
             "file": (os, "memfd_create", OSError("none")),

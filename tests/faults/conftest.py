@@ -147,7 +147,10 @@ def client(sturdy: Daemon) -> Iterator[Client]:
 
 @pytest.fixture
 def inject(sturdy: Daemon) -> Iterator[Inject]:
-    """Have one fault on purpose in the sturdy daemon, with other settings if need be; the test's end takes it back."""
+    """Have a fault on purpose in the sturdy daemon, once or some times, with other settings if need be.
+
+    The test's end takes it back.
+    """
     text = sturdy.config.read_text()
 
     def inject(settings: dict[str, Any] | None = None, **fault: Any) -> None:
@@ -164,7 +167,10 @@ def inject(sturdy: Daemon) -> Iterator[Inject]:
     reload()
 
 
-def on_purpose(**fault: Any) -> str:
-    """The section of a configuration that has a fault on purpose."""
-    lines = [f"{key} = {json.dumps(value)}" for key, value in fault.items()]
-    return "\n".join(["[testing]", f"i_know = {json.dumps(I_KNOW)}", "[[testing.faults]]", *lines, ""])
+def on_purpose(times: int = 1, skip: int = 0, **fault: Any) -> str:
+    """The section of a configuration that has a fault on purpose, so many times one after the other."""
+    lines = ["[testing]", f"i_know = {json.dumps(I_KNOW)}"]
+    for number in range(times):
+        lines += ["[[testing.faults]]", f"skip = {skip + number}"]
+        lines += [f"{key} = {json.dumps(value)}" for key, value in fault.items()]
+    return "\n".join([*lines, ""])

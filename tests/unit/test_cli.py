@@ -128,6 +128,7 @@ def test_bench_takes_several_sizes_and_has_a_default_for_everything() -> None:
         ["plan", "x", "--ranks", "0"],
         ["plan", "x", "--ranks", "3", "--size", "1024"],
         ["plan", "x", "--ranks", "3", "--size", "0x0"],
+        ["plan", "x", "--ranks", "3", "--memory", "24,,8"],
         ["bench", "x", "--size", "1024"],
         ["bench", "x", "--rounds", "0"],
         ["sample", "x", "y", "--steps", "-1"],

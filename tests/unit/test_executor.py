@@ -546,6 +546,81 @@ def test_for_want_of_memory_a_base_goes_after_what_was_made_of_it(walk: Walk) ->
     assert isinstance(walk.ended[-1].error, OutOfMemory)
 
 
+SHRINKS = {"error": OutOfMemory("no memory", shrinks=True).to_wire()}
+
+
+@pytest.mark.parametrize("model", [BASE, PATCHED], ids=["base", "patched"])
+def test_a_load_without_memory_is_tried_with_fewer_blocks(walk: Walk, model: Model) -> None:
+    walk.ready()
+    walk.submit(Verb.LOAD, OTHER)
+    walk.answer()
+    walk.submit(Verb.LOAD, model, "job")
+    tried = []
+    for _ in range(5):
+        tried.append((walk.work.body["evict_models"], walk.work.body["fewer"]))
+        walk.answer("failed", SHRINKS)
+    # Other models first; each try costs a load, so each gives up twice as much as the one before.
+    assert tried == [([], 0), (["other"], 0), ([], 1), ([], 2), ([], 4)]
+    walk.answer()
+    assert walk.ended[-1].outcome is Outcome.RESULT
+    # What was loaded so is loaded so again, and differently once a client has unloaded it.
+    walk.alive[0].die(-9)
+    walk.come_back()
+    assert walk.work.body["fewer"] == 8
+    walk.answer()
+    if model is PATCHED:
+        walk.answer()
+    walk.submit(Verb.UNLOAD, BASE, "unload")
+    walk.answer()
+    walk.submit(Verb.LOAD, model, "anew")
+    assert walk.work.body["fewer"] == 0
+
+
+@pytest.mark.parametrize("verb", ON_MODEL)
+def test_a_step_without_memory_is_done_again_with_fewer_blocks(walk: Walk, verb: Verb) -> None:
+    walk.ready()
+    walk.submit(Verb.LOAD, PATCHED)
+    walk.answer()
+    walk.submit(verb, PATCHED, "job")
+    walk.answer("failed", SHRINKS)
+    assert (walk.work.type, walk.work.body["evict_models"], walk.work.body["fewer"]) == ("load", ["patched", "base"], 1)
+    walk.answer()
+    assert walk.work.type == verb.value
+    walk.answer("failed", NO_MEMORY)
+    assert isinstance(walk.ended[-1].error, OutOfMemory)
+    assert ids(walk) == ["base", "patched"]
+
+
+def test_a_step_that_is_cancelled_is_not_done_again(walk: Walk) -> None:
+    walk.ready()
+    walk.submit(Verb.LOAD, BASE)
+    walk.answer()
+    walk.submit(Verb.FORWARD, BASE, "job")
+    walk.executor.cancel("job")
+    walk.answer("failed", SHRINKS)
+    assert walk.ended[-1].outcome is Outcome.CANCELLED
+
+
+@pytest.mark.parametrize("verb", [Verb.LOAD, *ON_MODEL])
+def test_one_rank_without_memory_has_new_ranks_hold_fewer_blocks(walk: Walk, verb: Verb) -> None:
+    """More often than ranks may be lost, and a job be tried."""
+    walk.ready()
+    if verb is not Verb.LOAD:
+        walk.submit(Verb.LOAD, BASE, "load")
+        walk.answer()
+    walk.submit(verb, BASE, "job")
+    for number in range(RESTARTS + RETRIES + 2):
+        walk.answer("failed", SHRINKS, ranks=1)
+        walk.clock.now += AGREE_S + 1
+        walk.come_back()
+        assert walk.work.body["fewer"] == 2**number
+        if verb is not Verb.LOAD:
+            walk.answer()
+    walk.answer()
+    assert walk.ended[-1].outcome is Outcome.RESULT
+    assert walk.executor.given_up is None
+
+
 def test_what_was_to_make_room_stays_if_the_load_that_wanted_it_is_gone(walk: Walk) -> None:
     walk.ready()
     walk.submit(Verb.LOAD, BASE)

@@ -103,8 +103,8 @@ INFO = {
     "state": "ready",
     "endpoint": "ipc:///s",
     "placement": "replicated",
-    "resident_bytes": 12 << 30,
-    "streamed_bytes": 0,
+    "resident_bytes": [12 << 30] * 3,
+    "streamed_bytes": [0] * 3,
 }
 
 
@@ -112,6 +112,12 @@ INFO = {
 def test_info_says_what_is_fetched(kind: str, where: str) -> None:
     text = runpy.run_path(str(NODES / "text.py"))["info_text"]
     assert "Memory" not in text(INFO)
-    apart = text({**INFO, "placement": kind, "resident_bytes": 8 << 30, "streamed_bytes": 3 << 30})
+    apart = text({**INFO, "placement": kind, "resident_bytes": [8 << 30] * 3, "streamed_bytes": [3 << 30] * 3})
     line = f"Memory: 8.0 GiB of the weights on each rank; 3.0 GiB lie {where} and are fetched in each forward"
+    assert line in apart.splitlines()
+    apart = text({**INFO, "placement": kind, "resident_bytes": [8 << 30, 11 << 30], "streamed_bytes": [3 << 30, 0]})
+    line = (
+        f"Memory: 8.0 GiB, 11.0 GiB of the weights on ranks 0 to 1; what they lack lies {where}, and they fetch "
+        "3.0 GiB, 0.0 GiB in each forward"
+    )
     assert line in apart.splitlines()

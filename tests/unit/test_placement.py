@@ -2,97 +2,163 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tacod.rank.weights.placement import Sizes, choose
+from tacod.rank.weights.placement import Placement, Sizes, alternatives, choose
 from tacod_client.errors import ArgumentError, OutOfMemory
 
 FLUX = Sizes({f"blocks.{n}": 300 for n in range(57)}, {f"blocks.{n}.mod": 110 for n in range(57)}, 100)
 """About Flux.1's, in MB."""
 
 
+def chosen_for(asked: str, sizes: Sizes, ranks: int, budget: int | None, reaches: bool, fewer: int = 0) -> Placement:
+    """The placement for ranks with one budget, which have the same."""
+    chosen = choose(asked, sizes, [budget] * ranks, reaches, fewer)
+    assert len(chosen.resident) == len(chosen.device_bytes) == len(chosen.streamed_bytes) == ranks
+    return chosen
+
+
 @pytest.mark.parametrize("budget", [None, FLUX.total])
 def test_what_fits_stays_whole(budget: int | None) -> None:
-    chosen = choose("auto", FLUX, 3, budget, reaches=True)
-    assert (chosen.kind, chosen.device_bytes, chosen.streams) == ("replicated", FLUX.total, False)
+    chosen = chosen_for("auto", FLUX, 3, budget, reaches=True)
+    assert (chosen.kind, chosen.device_bytes, chosen.streams) == ("replicated", (FLUX.total,) * 3, False)
 
 
 def test_shares_are_among_the_ranks_if_these_reach_each_other() -> None:
-    chosen = choose("auto", FLUX, 3, 12_000, reaches=True)
+    chosen = chosen_for("auto", FLUX, 3, 12_000, reaches=True)
     assert chosen.kind == "sharded"
     # 100 for others, 600 for two blocks, a third of the modulations; each whole block costs two thirds more.
-    assert chosen.device_bytes <= 12_000 < chosen.device_bytes + 201
-    assert len(chosen.resident) == (12_000 - 700 - 57 * 410 // 3) // 200
+    assert all(held <= 12_000 < held + 201 for held in chosen.device_bytes)
+    assert len(chosen.everywhere) == (12_000 - 700 - 57 * 410 // 3) // 200
 
 
 @pytest.mark.parametrize(("ranks", "reaches"), [(1, False), (3, False)])
 def test_the_host_has_what_no_rank_can(ranks: int, reaches: bool) -> None:
-    chosen = choose("auto", FLUX, ranks, 12_000, reaches)
+    chosen = chosen_for("auto", FLUX, ranks, 12_000, reaches)
     assert chosen.kind == "host"
     # Modulations first: nothing is computed while they come.
-    assert chosen.resident > FLUX.modulations.keys()
-    assert len(chosen.resident) == 57 + (12_000 - 100 - 600 - 57 * 110) // 300
+    assert chosen.everywhere > FLUX.modulations.keys()
+    assert len(chosen.everywhere) == 57 + (12_000 - 100 - 600 - 57 * 110) // 300
 
 
 def test_a_modulation_lies_with_one_rank_alone() -> None:
     sizes = Sizes({"block": 300}, {"a": 50, "b": 50, "c": 20, "d": 20}, 7)
     # The first two have more than two thirds of the outputs, and the third rank owns two layers.
-    assert choose("sharded", sizes, 3, None, reaches=True).device_bytes == 7 + 2 * 300 + 100 + 50
+    shared = 7 + 2 * 300 + 100
+    assert chosen_for("sharded", sizes, 3, None, reaches=True).device_bytes == (shared + 50, shared + 50, shared + 40)
 
 
 def test_the_host_has_what_even_shares_leave_no_room_for() -> None:
-    assert choose("auto", FLUX, 3, 4_000, reaches=True).kind == "host"
+    assert chosen_for("auto", FLUX, 3, 4_000, reaches=True).kind == "host"
 
 
 def test_less_than_two_blocks_is_too_little() -> None:
     with pytest.raises(OutOfMemory, match=r"at least 0\.0 MiB .* models\.memory_bytes"):
-        choose("auto", FLUX, 3, 699, reaches=True)
-    assert choose("auto", FLUX, 3, 700, reaches=True).device_bytes == 700
+        chosen_for("auto", FLUX, 3, 699, reaches=True)
+    assert chosen_for("auto", FLUX, 3, 700, reaches=True).device_bytes == (700,) * 3
 
 
 @pytest.mark.parametrize("kind", ["sharded", "host"])
 def test_what_is_asked_for_keeps_no_block_whole(kind: str) -> None:
-    chosen = choose(kind, FLUX, 3, None, reaches=True)
-    assert (chosen.kind, chosen.resident) == (kind, frozenset())
-    assert choose("replicated", FLUX, 3, 1, reaches=True).kind == "replicated"
+    chosen = chosen_for(kind, FLUX, 3, None, reaches=True)
+    assert (chosen.kind, chosen.resident) == (kind, (frozenset(),) * 3)
+    assert chosen_for("replicated", FLUX, 3, 1, reaches=True).kind == "replicated"
 
 
 def test_one_rank_has_no_others_to_share_with() -> None:
-    assert choose("sharded", FLUX, 1, None, reaches=False).kind == "replicated"
+    assert chosen_for("sharded", FLUX, 1, None, reaches=False).kind == "replicated"
 
 
 def test_ranks_that_do_not_reach_each_other_have_no_shares() -> None:
     with pytest.raises(ArgumentError, match='use "host"') as caught:
-        choose("sharded", FLUX, 3, None, reaches=False)
+        chosen_for("sharded", FLUX, 3, None, reaches=False)
     assert caught.value.argument == "weights"
 
 
 def test_whole_blocks_are_spread_among_the_others() -> None:
     sizes = Sizes({str(n): 10 for n in range(10)})
-    chosen = choose("auto", sizes, 1, 20 + 50, reaches=False)
-    assert sorted(chosen.resident) == ["1", "3", "5", "7", "9"]
+    chosen = chosen_for("auto", sizes, 1, 20 + 50, reaches=False)
+    assert sorted(chosen.everywhere) == ["1", "3", "5", "7", "9"]
+
+
+@pytest.mark.parametrize(("ranks", "reaches"), [(1, False), (3, False), (3, True)])
+@pytest.mark.parametrize("budget", [None, 12_000, 24_000])
+def test_fewer_blocks_take_that_much_less(ranks: int, reaches: bool, budget: int | None) -> None:
+    before = chosen_for("auto", FLUX, ranks, budget, reaches)
+    for fewer in (1, 3, 10):
+        after = chosen_for("auto", FLUX, ranks, budget, reaches, fewer)
+        assert before.can_shrink
+        assert max(after.device_bytes) <= max(before.device_bytes) - fewer * FLUX.largest
+        assert min(after.streamed_bytes) >= max(before.streamed_bytes)
+    least = chosen_for("auto", FLUX, ranks, budget, reaches, 1000)
+    assert (least.device_bytes, least.can_shrink) == ((FLUX.least,) * ranks, False)
+
+
+@pytest.mark.parametrize("asked", ["replicated", "sharded", "host"])
+def test_what_was_asked_for_does_not_shrink(asked: str) -> None:
+    assert not chosen_for(asked, FLUX, 3, None, True).can_shrink
+    assert chosen_for(asked, FLUX, 3, None, True, fewer=5) == chosen_for(asked, FLUX, 3, None, True)
+
+
+def test_what_would_take_less_is_told() -> None:
+    gib = Sizes({name: size << 20 for name, size in FLUX.blocks.items()}, {}, 100 << 20)
+    assert alternatives("replicated", gib, 3, True) == (
+        'weights="sharded" takes 6.2 GiB, weights="host" takes 700.0 MiB on each device, and "auto" what there is room '
+        "for, a file of fewer bits takes less"
+    )
+    assert alternatives("sharded", gib, 3, True).startswith("6 ranks take 3.5 GiB each, ")
+    assert alternatives("host", gib, 3, True) == "a file of fewer bits takes less"
+
+
+def test_each_rank_fills_its_own_budget() -> None:
+    """Two large GPUs and one that has room for its share."""
+    chosen = choose("auto", FLUX, [20_000, 9_000, 14_000], reaches=True)
+    assert chosen.kind == "sharded"
+    small, middle, large = (chosen.resident[rank] for rank in (1, 2, 0))
+    assert small < middle < large
+    for held, budget in zip(chosen.device_bytes, (20_000, 9_000, 14_000), strict=True):
+        assert held <= budget < held + 301
+    assert chosen.streamed_bytes[0] < chosen.streamed_bytes[2] < chosen.streamed_bytes[1]
+
+
+def test_a_rank_without_room_for_a_share_does_not_hold_the_others_back() -> None:
+    chosen = choose("auto", FLUX, [None, 4_000, 30_000], reaches=True)
+    assert chosen.kind == "host"
+    assert chosen.streamed_bytes == (0, chosen.streamed_bytes[1], 0)
+    assert chosen.device_bytes == (FLUX.total, chosen.device_bytes[1], FLUX.total)
+    assert chosen.device_bytes[1] <= 4_000
+
+
+def test_who_has_too_little_is_told() -> None:
+    with pytest.raises(OutOfMemory, match=r"allowed on rank 1, so \d"):
+        choose("auto", FLUX, [30_000, 600, 30_000], reaches=True)
 
 
 @given(
     st.lists(st.integers(1, 50), min_size=1, max_size=12),
     st.lists(st.integers(1, 20), max_size=5),
     st.integers(0, 30),
-    st.integers(1, 5),
-    st.integers(1, 900),
+    st.lists(st.integers(1, 900), min_size=1, max_size=5),
     st.booleans(),
+    st.integers(0, 5),
 )
-def test_auto_keeps_to_its_budget(
-    blocks: list[int], modulations: list[int], others: int, ranks: int, budget: int, reaches: bool
+def test_auto_keeps_to_its_budgets(
+    blocks: list[int], modulations: list[int], others: int, budgets: list[int], reaches: bool, fewer: int
 ) -> None:
     sizes = Sizes(
         {f"b{n}": size for n, size in enumerate(blocks)}, {f"m{n}": size for n, size in enumerate(modulations)}, others
     )
     try:
-        chosen = choose("auto", sizes, ranks, budget, reaches)
+        chosen = choose("auto", sizes, budgets, reaches, fewer)
     except OutOfMemory:
-        assert choose("host", sizes, ranks, None, reaches).device_bytes > budget
+        assert sizes.least > min(budgets)
         return
-    assert chosen.device_bytes <= budget
-    assert chosen.resident <= {*sizes.blocks, *sizes.modulations}
+    for held, budget, whole in zip(chosen.device_bytes, budgets, chosen.resident, strict=True):
+        assert held <= budget
+        assert whole <= sizes.units.keys()
+    by_size = sorted(chosen.resident, key=len)
+    assert all(one <= other for one, other in itertools.pairwise(by_size))

@@ -161,9 +161,10 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--text", type=_positive, default=512, metavar="L", help="text tokens, default 512")
     plan.add_argument(
         "--memory",
-        type=_positive,
+        type=_gibs,
         metavar="GIB",
-        help="also say where the weights would lie with so many GiB for them on each GPU, as models.memory_bytes",
+        help="also say where the weights would lie with so many GiB for them on each GPU, as models.memory_bytes; "
+        "one number for each rank of unlike GPUs: 24,24,8",
     )
 
 
@@ -230,6 +231,11 @@ def _count(text: str, most: int) -> int:
 
 def _positive(text: str) -> int:
     return _count(text, MOST)
+
+
+def _gibs(text: str) -> str:
+    """Whole GiB, one number or some with commas; the program counts them."""
+    return ",".join(str(_positive(each)) for each in text.split(","))
 
 
 def _ranks(text: str) -> int:

@@ -192,9 +192,16 @@ def computed_in(model: dict[str, Any]) -> str:
 
 
 def held(model: dict[str, Any]) -> str:
-    """What a model takes of a GPU at most, and what that fetches in a forward."""
-    streamed = max(model.get("streamed_bytes") or [0])
-    return size(model["weight_bytes"]) + (f", {size(streamed)} fetched" if streamed else "")
+    """What a model takes of a GPU, and what that fetches in a forward; of each GPU where they differ."""
+    held, fetched = (list(map(size, model.get(key) or ())) for key in ("resident_bytes", "streamed_bytes"))
+    if not any(model.get("streamed_bytes") or ()):
+        return size(model["weight_bytes"])
+    return f"{_by_rank(held)}, {_by_rank(fetched)} fetched"
+
+
+def _by_rank(texts: Sequence[str]) -> str:
+    """One text for all ranks, or one for each."""
+    return texts[0] if len(set(texts)) == 1 else " / ".join(texts)
 
 
 def models(reply: list[dict[str, Any]]) -> Any:

@@ -1,17 +1,18 @@
 """Where a model's weights lie: whole on each rank, shared out among the ranks, or in the host's memory.
 
-A pure function of sizes, so all ranks place alike.
+A pure function of sizes and of every rank's budget, so all ranks place alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from tacod.rank.parallel.modulation import owners
 from tacod_client.errors import ArgumentError, OutOfMemory
 
-__all__ = ["Placement", "Sizes", "choose"]
+__all__ = ["Placement", "Sizes", "alternatives", "choose", "in_words"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,21 @@ class Sizes:
         """All of them."""
         return sum(self.blocks.values()) + sum(self.modulations.values()) + self.others
 
+    @cached_property
+    def units(self) -> Mapping[str, int]:
+        """Modulations and blocks."""
+        return {**self.modulations, **self.blocks}
+
+    @property
+    def largest(self) -> int:
+        """Of the largest unit."""
+        return max(self.units.values(), default=0)
+
+    @property
+    def least(self) -> int:
+        """What a device takes if the host has every unit: two buffers for the largest ones, and the others."""
+        return self.others + 2 * self.largest
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -36,46 +52,62 @@ class Placement:
 
     kind: str
     """``replicated``, ``sharded`` or ``host``."""
-    resident: frozenset[str]
-    """The paths of the blocks and modulations that every rank holds whole."""
-    device_bytes: int
-    """What each rank takes on its device, at most."""
-    streamed_bytes: int = 0
-    """What each rank fetches in a forward."""
+    resident: tuple[frozenset[str], ...]
+    """For each rank, the paths of the blocks and modulations that it holds whole; some rank's are all other ranks'."""
+    device_bytes: tuple[int, ...]
+    """What each rank takes on its device."""
+    streamed_bytes: tuple[int, ...]
+    """What each rank fetches in a forward of all ranks."""
+    can_shrink: bool = False
+    """Whether ranks may give up blocks: nobody asked where the weights lie, and they take more than they have to."""
 
     @property
     def streams(self) -> bool:
         """Whether a rank lacks any."""
         return self.kind != "replicated"
 
-    def describe(self, sizes: Sizes, ranks: int) -> str:
-        """In words."""
+    @property
+    def everywhere(self) -> frozenset[str]:
+        """What every rank holds whole."""
+        return frozenset.intersection(*self.resident)
+
+    def describe(self, sizes: Sizes) -> str:
+        """In words, for ranks that have the same together."""
+        ranks = len(self.resident)
         if not self.streams:
-            return f"weights: {_size(self.device_bytes)}, whole on each of {ranks} ranks"
-        whole = len(self.resident & sizes.blocks.keys())
+            return f"weights: {in_words(self.device_bytes[0])}, whole on each of {ranks} ranks"
         where = f"shared out among {ranks} ranks" if self.kind == "sharded" else "in the host's memory"
-        return (
-            f"weights: {_size(self.device_bytes)} on each rank; {whole} of {len(sizes.blocks)} blocks are whole there, "
-            f"the others {where}, of which a rank fetches {_size(self.streamed_bytes)} in a forward"
-        )
+        whole = [len(each & sizes.blocks.keys()) for each in self.resident]
+        shares = list(zip(self.device_bytes, whole, self.streamed_bytes, strict=True))
+        lines = []
+        for share in dict.fromkeys(shares):
+            held, count, fetched = share
+            who = [str(rank) for rank, each in enumerate(shares) if each == share]
+            on = "each rank" if len(who) == ranks else f"rank{'s' * (len(who) > 1)} {', '.join(who)}"
+            lines.append(
+                f"{in_words(held)} on {on}; {count} of {len(sizes.blocks)} blocks are whole there, the others {where}, "
+                f"of which it fetches {in_words(fetched)} in a forward"
+            )
+        return "weights: " + "\n         ".join(lines)
 
 
-def choose(asked: str, sizes: Sizes, ranks: int, budget: int | None, reaches: bool) -> Placement:
+def choose(asked: str, sizes: Sizes, budgets: Sequence[int | None], reaches: bool, fewer: int = 0) -> Placement:
     """The placement that was asked for.
 
     Args:
         asked: ``replicated``, ``sharded`` or ``host``: every block is; or ``auto``: each rank holds as many blocks
-            whole as its budget allows, and the others are shared out among the ranks if they reach each other's memory.
+            whole as its own budget allows, and the others are shared out among the ranks if these reach each other's
+            memory and each has room for an even share. Otherwise the host has them.
         sizes: The weights'.
-        ranks: How many ranks there are.
-        budget: Bytes for weights on each device; None for no limit.
+        budgets: Bytes for weights on each rank's device; None for no limit.
         reaches: Whether the ranks reach each other's memory.
+        fewer: For ``auto``, by how many of the largest block every rank stays below what it would hold.
 
-    Raises `OutOfMemory` if ``auto`` finds no placement within the budget, `ArgumentError` if ranks are to share that
+    Raises `OutOfMemory` if ``auto`` finds no placement within the budgets, `ArgumentError` if ranks are to share that
     don't reach each other's memory.
     """
-    everything = Placement("replicated", frozenset((*sizes.blocks, *sizes.modulations)), sizes.total)
-    shares = ranks > 1 and reaches
+    ranks = len(budgets)
+    everything = Placement("replicated", (frozenset(sizes.units),) * ranks, (sizes.total,) * ranks, (0,) * ranks)
     if asked == "replicated" or (asked == "sharded" and ranks == 1):
         return everything
     if asked == "sharded" and not reaches:
@@ -85,50 +117,107 @@ def choose(asked: str, sizes: Sizes, ranks: int, budget: int | None, reaches: bo
             argument="weights",
         )
     if asked in ("sharded", "host"):
-        return _placed(asked, sizes, ranks, 0)
-    if budget is None or sizes.total <= budget:
-        return everything
-    for kind in ("sharded", "host") if shares else ("host",):
-        most = len(sizes.blocks) + (len(sizes.modulations) if kind == "host" else 0)
-        fitting = [each for n in range(most + 1) if (each := _placed(kind, sizes, ranks, n)).device_bytes <= budget]
-        if fitting:
-            return fitting[-1]
-    least = _placed("host", sizes, ranks, 0).device_bytes
+        return _placed(asked, sizes, [frozenset()] * ranks)
+    limits = [sizes.total if budget is None else budget for budget in budgets]
+    chosen = everything if min(limits) >= sizes.total else _filled(sizes, limits, reaches)
+    if fewer and max(chosen.device_bytes) > sizes.least:
+        lowered = [max(sizes.least, held - fewer * sizes.largest) for held in chosen.device_bytes]
+        chosen = _filled(sizes, lowered, reaches)
+    return replace(chosen, can_shrink=max(chosen.device_bytes) > sizes.least)
+
+
+def alternatives(asked: str, sizes: Sizes, ranks: int, reaches: bool) -> str:
+    """In words, what would take less of each device than weights that lie as asked; empty if nothing would."""
+    found = []
+    if asked == "replicated" and ranks > 1 and reaches:
+        found.append(f'weights="sharded" takes {in_words(_shared(sizes, ranks))}')
+    if asked == "sharded" and ranks > 1:
+        found.append(f"{2 * ranks} ranks take {in_words(_shared(sizes, 2 * ranks))} each")
+    if asked in ("replicated", "sharded") and sizes.least < sizes.total:
+        found.append(f'weights="host" takes {in_words(sizes.least)} on each device, and "auto" what there is room for')
+    return ", ".join([*found, "a file of fewer bits takes less"])
+
+
+def _shared(sizes: Sizes, ranks: int) -> int:
+    """What the rank with the most takes if no block is whole anywhere."""
+    return max(_placed("sharded", sizes, [frozenset()] * ranks).device_bytes)
+
+
+def _filled(sizes: Sizes, budgets: Sequence[int], reaches: bool) -> Placement:
+    """The placement in which each rank's budget is full. Raises `OutOfMemory` if one is too little."""
+    for kind in ("sharded", "host") if len(budgets) > 1 and reaches else ("host",):
+        placed = _fill(kind, sizes, budgets)
+        if placed is not None:
+            return placed
+    rank, budget = min(enumerate(budgets), key=lambda each: each[1])
+    where = "" if len(set(budgets)) == 1 else f" on rank {rank}"
     raise OutOfMemory(
-        f"these weights take {_size(sizes.total)}, and at least {_size(least)} on each device if the host holds all "
-        f"blocks; {_size(budget)} are allowed: raise models.memory_bytes, or load a smaller file"
+        f"these weights take {in_words(sizes.total)}, and at least {in_words(sizes.least)} on each device if the host "
+        f"holds all blocks; {in_words(budget)} are allowed{where}, so {in_words(sizes.least - budget)} lack: raise "
+        "models.memory_bytes, unload other models, or load a file of fewer bits"
     )
 
 
-def _placed(kind: str, sizes: Sizes, ranks: int, count: int) -> Placement:
-    """A placement with so many units resident.
+def _fill(kind: str, sizes: Sizes, budgets: Sequence[int]) -> Placement | None:
+    """Fill the budgets with whole units; None if one is too little for none.
 
-    In the host's memory modulations are resident first, for nothing is computed while they come. Among ranks each has
-    its owner, who computes it.
+    A rank with more room holds what those with less do, and more: what all hold needs no share. In the host's memory
+    modulations are resident first, for nothing is computed while they come. Among ranks each has its owner, who
+    computes it.
     """
-    first = list(sizes.modulations) if kind == "host" else []
-    resident = {*first[:count], *_spread(list(sizes.blocks), count - len(first))}
-    units = {**sizes.modulations, **sizes.blocks}
-    lacking = [size for path, size in units.items() if path not in resident]
-    held = sizes.others + sum(size for path, size in units.items() if path in resident)
-    blocks = sum(size for path, size in sizes.blocks.items() if path not in resident)
-    if kind == "sharded":
-        held += -(-blocks // ranks) + _most_owned(sizes.modulations, ranks)
-        streamed = blocks - blocks // ranks
-    else:
-        streamed = blocks + (sum(lacking) - blocks) // ranks
-    return Placement(kind, frozenset(resident), held + 2 * max(lacking, default=0), streamed)
+    first, blocks = (list(sizes.modulations) if kind == "host" else []), list(sizes.blocks)
+
+    def units(known: frozenset[str], count: int) -> frozenset[str]:
+        """So many more than those that are known."""
+        more = [path for path in first if path not in known][:count]
+        return known | {*more, *_spread([path for path in blocks if path not in known], count - len(more))}
+
+    def fits(resident: Sequence[frozenset[str]], ranks: Sequence[int]) -> bool:
+        held = _placed(kind, sizes, resident).device_bytes
+        return all(held[rank] <= budgets[rank] for rank in ranks)
+
+    ranks, most = range(len(budgets)), len(first) + len(blocks)
+    alike = [each for n in range(most + 1) if fits([each := units(frozenset(), n)] * len(ranks), ranks)]
+    if not alike:
+        return None
+    known = alike[-1]
+    resident = [known] * len(ranks)
+    for rank in sorted(ranks, key=lambda rank: budgets[rank]):
+        more = [units(known, n) for n in range(most - len(known) + 1)]
+        known = [each for each in more if fits([*resident[:rank], each, *resident[rank + 1 :]], [rank])][-1]
+        resident[rank] = known
+    return _placed(kind, sizes, resident)
 
 
-def _most_owned(modulations: Mapping[str, int], ranks: int) -> int:
-    """The bytes of those that the rank with the most of them owns; their outputs are as their bytes."""
+def _placed(kind: str, sizes: Sizes, resident: Sequence[frozenset[str]]) -> Placement:
+    """A placement in which each rank holds these units whole."""
+    ranks = len(resident)
+    everywhere = frozenset.intersection(*resident)
+    shared = sum(size for path, size in sizes.blocks.items() if path not in everywhere)
+    owned = _owned(sizes.modulations, ranks)
+    held, streamed = [], []
+    for rank, whole in enumerate(resident):
+        lacking = {path: size for path, size in sizes.units.items() if path not in whole}
+        blocks = sum(size for path, size in lacking.items() if path in sizes.blocks)
+        taken = sizes.total - sum(lacking.values()) + 2 * max(lacking.values(), default=0)
+        if kind == "sharded":
+            held.append(taken + -(-shared // ranks) + owned[rank])
+            streamed.append(blocks - blocks // ranks)
+        else:
+            held.append(taken)
+            streamed.append(blocks + (sum(lacking.values()) - blocks) // ranks)
+    return Placement(kind, tuple(resident), tuple(held), tuple(streamed))
+
+
+def _owned(modulations: Mapping[str, int], ranks: int) -> list[int]:
+    """The bytes of those that each rank owns; their outputs are as their bytes."""
     owned = [0] * ranks
     for size, owner in zip(modulations.values(), owners(list(modulations.values()), ranks), strict=True):
         owned[owner] += size
-    return max(owned)
+    return owned
 
 
-def _size(count: int) -> str:
+def in_words(count: int) -> str:
     """Bytes in words."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 

@@ -8,7 +8,7 @@ with the next block's weights.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -123,8 +123,8 @@ class Stage:
     Args:
         model: Has the units' modules, by their paths.
         units: In the order of their use.
+        resident: For each rank, the paths of the units that it holds whole besides; they are in the model.
         rank: This rank.
-        ranks: How many there are.
         device: The model's.
         buffers: Those of a model that this one shares weights with, which are used if they are large enough.
     """
@@ -133,13 +133,14 @@ class Stage:
         self,
         model: nn.Module,
         units: Sequence[Unit],
+        resident: Sequence[Collection[str]],
         rank: int,
-        ranks: int,
         device: torch.device,
         buffers: Buffers | None = None,
     ) -> None:
         self.units = units
-        self._rank, self._ranks = rank, ranks
+        self._resident, self._rank = resident, rank
+        units = [unit for unit in units if unit.path not in resident[rank]]
         lacking = [unit.lacking(rank) for unit in units]
         largest = max((_room(each) for each in lacking), default=0)
         self.buffers = Buffers.of(largest, device) if buffers is None or buffers.size < largest else buffers
@@ -222,8 +223,9 @@ class Stage:
     def streamed_bytes(self, rank: int) -> int:
         """What a rank fetches of others' memory in a forward of all ranks."""
         return sum(
-            each.fetched(rank) // (self._ranks if unit.modulates else 1)
+            each.fetched(rank) // (len(self._resident) if unit.modulates else 1)
             for unit in self.units
+            if unit.path not in self._resident[rank]
             for each in unit.tensors.values()
             if not (unit.modulates and each.slab.on_device)
         )

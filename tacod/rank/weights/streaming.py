@@ -12,9 +12,10 @@ from tacod.rank.comm.group import Group
 from tacod.rank.families.base import DiT
 from tacod.rank.parallel.modulation import owners
 from tacod.rank.weights.depot import Depot, HostSlabs, MakeSlab, PeerSlabs, Stored
-from tacod.rank.weights.placement import Placement, Sizes, choose
+from tacod.rank.weights.placement import Placement, Sizes, alternatives, choose, in_words
 from tacod.rank.weights.sizes import SMALLEST
-from tacod.rank.weights.stage import Stage, Unit, assign, owner_of
+from tacod.rank.weights.stage import Buffers, Stage, Unit, assign, owner_of
+from tacod_client.errors import OutOfMemory
 
 __all__ = ["Streaming"]
 
@@ -26,9 +27,10 @@ class Streaming:
         group: All ranks.
         device: This rank's.
         asked: ``auto``, ``replicated``, ``sharded`` or ``host``; see `choose`.
-        budget: Bytes for weights on each device; None for no limit.
+        budgets: Bytes for weights on each rank's device; None for no limit.
         reaches: Whether the ranks reach each other's memory.
         smallest: Smaller tensors, in bytes, stay whole on each rank.
+        fewer: By how many blocks each rank stays below its budget.
     """
 
     placement: Placement
@@ -39,16 +41,20 @@ class Streaming:
         group: Group,
         device: torch.device,
         asked: str,
-        budget: int | None,
+        budgets: Sequence[int | None],
         reaches: bool,
         smallest: int = SMALLEST,
+        fewer: int = 0,
     ) -> None:
         self._group = group
         self._device = device
         self._asked = asked
-        self._budget = budget
+        self._budgets = budgets
         self._reaches = reaches
+        self._fewer = fewer
         self.smallest = smallest
+        self._sizes: Sizes | None = None
+        """Known with `placement`."""
         self._within: dict[str, list[str]] = {}
         self._units: dict[str, Unit] = {}
         self._owners: dict[str, int] = {}
@@ -59,7 +65,8 @@ class Streaming:
 
         Raises `OutOfMemory` if there is none.
         """
-        self.placement = choose(self._asked, sizes, self._group.size, self._budget, self._reaches)
+        self._sizes = sizes
+        self.placement = choose(self._asked, sizes, self._budgets, self._reaches, self._fewer)
         self._within = {path: [path] for path in sizes.blocks} | {"": []}
         for path in sizes.modulations:
             block = next((block for block in sizes.blocks if path.startswith(f"{block}.")), "")
@@ -85,13 +92,13 @@ class Streaming:
         if self._depot is None:
             return
         for each in self._within[path]:
-            if each not in self.placement.resident and (tensors := self._large(model, each)):
+            if each not in self.placement.everywhere and (tensors := self._large(model, each)):
                 self._units[each] = self._store(model, each, tensors, {})
 
     def finish(self, model: DiT) -> None:
         """Have the model fetch what this rank lacks."""
         if self._depot is not None:
-            stage = Stage(model, self._in_order(model), self._group.rank, self._group.size, self._device)
+            stage = self._stage(model, self._in_order(model))
             # A rank without memory for buffers has made all fail by then.
             self._depot.settle()
             model.weights = stage
@@ -103,6 +110,26 @@ class Streaming:
         if error is not None and self._depot is not None:
             # What this rank can't load the others won't.
             self._depot.abandon()
+
+    def advised(self, error: OutOfMemory) -> OutOfMemory:
+        """A lack of memory in a load of this model, or in a forward of it, with what would help.
+
+        Its detail ``shrinks`` says whether ranks that hold fewer blocks can try again.
+        """
+        if self._sizes is None or "shrinks" in error.details:
+            return error
+        shrinks = self.placement.can_shrink and not (error.details.get("host") and self._device.type == "cuda")
+        text = error.message if shrinks else f"{error.message}. {self._advice()}"
+        return OutOfMemory(text, **{**error.details, "shrinks": shrinks})
+
+    def _advice(self) -> str:
+        """What this model takes, and what would take less."""
+        assert self._sizes is not None
+        held = max(self.placement.device_bytes)
+        text = f"The model takes {in_words(held)} of each device"
+        if self._asked != "auto":
+            return f"{text}: {alternatives(self._asked, self._sizes, self._group.size, self._reaches)}"
+        return f"{text}, and that can't be less" + (": it fetches all of its blocks" if self.placement.streams else "")
 
     def in_turn(self, base: DiT, patched: DiT, keys: Sequence[str]) -> Iterator[list[str]]:
         """Weights that patches change, in groups; ``base`` has those of a group in place until the next is asked for.
@@ -128,7 +155,7 @@ class Streaming:
                 changed[path] = self._store(patched, path, tensors, known)
         units = [changed.get(unit.path, unit) for unit in self._in_order(base)]
         assert isinstance(base.weights, Stage)
-        stage = Stage(patched, units, self._group.rank, self._group.size, self._device, base.weights.buffers)
+        stage = self._stage(patched, units, base.weights.buffers)
         self._depot.settle()
         patched.weights = stage
 
@@ -136,6 +163,9 @@ class Streaming:
         """What each rank fetches in a forward of a model that was loaded so, or of a patched one."""
         stage = model.weights
         return [stage.streamed_bytes(rank) if isinstance(stage, Stage) else 0 for rank in range(self._group.size)]
+
+    def _stage(self, model: DiT, units: Sequence[Unit], buffers: Buffers | None = None) -> Stage:
+        return Stage(model, units, self.placement.resident, self._group.rank, self._device, buffers)
 
     def _in_order(self, model: DiT) -> list[Unit]:
         first = [path for path in self._units if path not in model.blocks_at]
@@ -157,9 +187,10 @@ class Streaming:
     def _store(self, model: DiT, path: str, tensors: Mapping[str, Tensor], known: Mapping[str, Stored]) -> Unit:
         assert self._depot is not None
         stored = self._depot.store(list(tensors.values()), self._owners.get(path))
-        for name, tensor in tensors.items():
-            owner, leaf = owner_of(model, name)
-            assign(owner, leaf, torch.empty_like(tensor, device="meta"))
+        if path not in self.placement.resident[self._group.rank]:
+            for name, tensor in tensors.items():
+                owner, leaf = owner_of(model, name)
+                assign(owner, leaf, torch.empty_like(tensor, device="meta"))
         together = {**known, **dict(zip(tensors, stored, strict=True))}
         return Unit(path, together, modulates=path not in self._within)
 
