@@ -53,7 +53,7 @@ from tacod.rank.weights.load import load_model, share, weight_bytes
 from tacod.rank.weights.placement import Placement, Sizes, _placed
 from tacod.rank.weights.remap import identify
 from tacod.rank.weights.sizes import sizes_of
-from tacod.rank.weights.stage import Buffers
+from tacod.rank.weights.stage import Buffers, Stage
 from tacod.rank.weights.streaming import Streaming
 from tacod_client.errors import OutOfMemory
 
@@ -311,24 +311,60 @@ class Rank:
         expected = streaming.placement.device_bytes[group.rank]
         return same, weight_bytes(model), expected, streaming.streamed_bytes(model)[group.rank]
 
-    def failing_load(self, layout: Layout, path: str, failing: int, what: str) -> str | None:
-        """What a load of the file says, on one rank of which something fails the third time, or the buffers do."""
+    def reading_load(
+        self, layout: Layout, name: str, weights: str, counts: Sequence[int] | None = None
+    ) -> tuple[list[list[int]], int, int] | None:
+        """Where this rank reads a model's file in a load, as starts and ends.
+
+        Also how many bytes of the host's memory all ranks' segments take together, and what is stored there.
+        """
+        sequence = self._sequence(layout)
+        if sequence is None:
+            return None
+        group, read, ranges = sequence.whole, os.preadv, []
+
+        def counted(file: int, buffers: Sequence[Any], offset: int) -> int:
+            count = read(file, buffers, offset)
+            ranges.append([offset, offset + count])
+            return count
+
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as held:
+            path = Path(folder) / "model.safetensors"
+            golden_named(name).save(path)
+            if counts is not None:
+                held.enter_context(mock.patch("tacod.rank.weights.streaming.choose", partial(holding, counts)))
+            held.enter_context(mock.patch.object(os, "preadv", counted))
+            cpu = torch.device("cpu")
+            streaming = Streaming(group, cpu, weights, [None] * group.size, True, smallest=0)
+            with streaming:
+                model = load_model(read_checkpoint(str(path)), torch.float32, cpu, streaming=streaming)
+        assert isinstance(model.weights, Stage)
+        stored = [each for unit in model.weights.units for each in unit.tensors.values()]
+        slabs = {id(each.slab): each.slab for each in stored}
+        return (
+            ranges,
+            sum(len(part) for each in slabs.values() for part in each.segments),
+            sum(each.nbytes for each in stored),
+        )
+
+    def failing_load(self, layout: Layout, name: str, failing: int, what: str) -> str | None:
+        """What a load says, on one rank of which something fails some time, or the buffers do."""
         sequence = self._sequence(layout)
         if sequence is None:
             return None
         group = sequence.whole
         streaming = Streaming(group, torch.device("cpu"), "sharded", [None] * group.size, True, smallest=0)
-        owner, name_of, error = {
-            "block": (streaming, "settle", MemoryError("none")),
-            "file": (os, "memfd_create", OSError("none")),
-            "reserve": (os, "posix_fallocate", OSError("none")),
-            "map": (mmap, "mmap", OSError("none")),
-            "buffers": (Buffers, "of", torch.OutOfMemoryError("none")),
+        owner, name_of, moment, error = {
+            "block": (streaming, "store", 2, MemoryError("none")),
+            "file": (os, "memfd_create", 1, OSError("none")),
+            "reserve": (os, "posix_fallocate", 1, OSError("none")),
+            "map": (mmap, "mmap", 2, OSError("none")),
+            "buffers": (Buffers, "of", 0, torch.OutOfMemoryError("none")),
         }[what]
-        original, count = getattr(owner, name_of), itertools.count(2 if what == "buffers" else 0)
+        original, count = getattr(owner, name_of), itertools.count()
 
         def fails(*arguments: Any) -> Any:
-            if next(count) == 2 and sequence.whole.rank == failing:
+            if next(count) == moment and group.rank == failing:
                 raise error
             return original(*arguments)
 

@@ -12,6 +12,7 @@ import abc
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -288,7 +289,8 @@ class DiT(nn.Module, abc.ABC):
         f = ForwardPass(sequence, self.weights)
         f.prefix = self.compute_prefix(sequence, inputs) if prefix is None else prefix
         values = {name: value for name, value in inputs.items() if not isinstance(inputs.specs.get(name), Residuals)}
-        with sharing(sequence.whole.maximum, sequence.images.maximum):
+        ahead = nullcontext() if self.weights is None else self.weights.ahead(self.trunk)
+        with ahead, sharing(sequence.whole.maximum, sequence.images.maximum):
             self.begin(f, **values)
             places = self._residual_places() if inputs.control else {}
             run_trunk(f, self.trunk, places, inputs.control, cache, self.clamps, watch)

@@ -59,6 +59,9 @@ class Weights(Protocol):
     def beside(self, module: T) -> AbstractContextManager[T]:
         """One more module with its weights in place."""
 
+    def ahead(self, modules: Iterable[Any]) -> AbstractContextManager[None]:
+        """A context in which `over` comes to these modules; the weights of the first ones are on their way at once."""
+
 
 class Attention:
     """The handle of an attention that streams share; work between its calls overlaps communication."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,10 +20,23 @@ from torch import Tensor
 from tacod.rank.comm import cuda_driver
 from tacod.rank.comm.group import Group
 from tacod.rank.comm.peers import SymmetricBlock
+from tacod.rank.weights.host_memory import free_bytes
 from tacod_client.errors import OutOfMemory
 
-__all__ = ["ALIGNED", "Depot", "HostSlabs", "MakeSlab", "PeerSlabs", "Piece", "Stored", "copy_bytes"]
+__all__ = [
+    "ALIGNED",
+    "Depot",
+    "HostSlabs",
+    "MakeSlab",
+    "Owner",
+    "PeerSlabs",
+    "Piece",
+    "Stored",
+    "aligned",
+    "copy_bytes",
+]
 
+ANOTHER = "another rank could not load these weights; its log says why"
 ALIGNED = 256
 """Where a piece begins, and what its length is a multiple of: tensors of any dtype may lie there."""
 
@@ -73,17 +86,19 @@ class Stored:
         flat = self.slab.segments[rank][piece.start : piece.start + piece.size]
         return flat.view(self.dtype).view(self.shape)
 
-    def fetch(self, target: Tensor) -> None:
-        """Copy its bytes into ``target``, flat and uint8; on a GPU, as later work of the current stream."""
-        at = 0
+    def copies(self, target: Tensor) -> list[tuple[int, Tensor, Tensor]]:
+        """What fills ``target``, flat and uint8, with its bytes: for each piece its rank, its source and its target."""
+        found, at = [], 0
         for rank, start, size in self.pieces:
-            copy_bytes(self.slab.segments[rank][start : start + size], target[at : at + size])
+            found.append((rank, self.slab.segments[rank][start : start + size], target[at : at + size]))
             at += size
+        return found
 
     def read(self, device: torch.device) -> Tensor:
         """A copy of the tensor in memory of its own."""
         flat = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
-        self.fetch(flat)
+        for _, source, target in self.copies(flat):
+            copy_bytes(source, target)
         return flat.view(self.dtype).view(self.shape)
 
 
@@ -97,39 +112,66 @@ def copy_bytes(source: Tensor, target: Tensor) -> None:
         target.copy_(source)
 
 
+class Owner(NamedTuple):
+    """Whose a unit is."""
+
+    loader: int | None = None
+    """The rank that has its tensors; None if every rank has them."""
+    holder: int | None = None
+    """The rank that holds all of it; None if the ranks share it."""
+
+
 MakeSlab = Callable[[Sequence[int]], Slab]
 """Makes a slab of so many bytes on each rank; all ranks call it at once, with the same numbers."""
 
 
 class Depot:
-    """Stores tensors that every rank has, so that afterwards the ranks hold them together.
+    """Stores tensors, so that the ranks hold them together.
 
     All ranks of ``group`` make the same calls in the same order. If one of them fails meanwhile it calls `abandon`, and
     the next call of the others fails too.
     """
 
-    def __init__(self, group: Group, slabs: Callable[[], MakeSlab]) -> None:
-        """``slabs`` gives what makes the slabs of one load; tensors of different loads share none."""
+    def __init__(self, group: Group, slabs: Callable[[], MakeSlab], host: bool = False) -> None:
+        """``slabs`` gives what makes the slabs of one load; tensors of different loads share none.
+
+        ``host`` says that they lie in the host's memory, and not for a device's.
+        """
         self._group = group
         self._slabs = slabs
         self._make_slab = slabs()
+        self._host = host
         self._over = False
         """Whether a call has just failed on all ranks."""
 
-    def store(self, tensors: Sequence[Tensor], owner: int | None = None) -> list[Stored]:
-        """Store tensors: whole at the rank ``owner``, or each shared out evenly.
+    def exchange(self, told: bytes) -> list[bytes]:
+        """What each rank tells the others. Raises what `store` does."""
+        self._agree(True, ANOTHER)
+        device = "cuda" if self._group.on_gpu else "cpu"
+        length = torch.tensor([len(told)], dtype=torch.int64, device=device)
+        lengths = self._group.gather(length, [1] * self._group.size, dim=0).tolist()
+        mine = torch.frombuffer(bytearray(told), dtype=torch.uint8).to(device)
+        everyones = self._group.gather(mine, lengths, dim=0).cpu()
+        return [part.numpy().tobytes() for part in torch.split(everyones, lengths)]
 
-        Raises `OutOfMemory` on all ranks if one can't, or has called `abandon`.
+    def store(self, units: Sequence[Sequence[Tensor]], whose: Sequence[Owner] = ()) -> list[list[Stored]]:
+        """Store the tensors of units; returns where they lie.
+
+        ``whose`` has the `Owner` of each unit; without it each is shared out, and every rank has all of its tensors.
+        What a rank doesn't have is on the device meta. Raises `OutOfMemory` on all ranks if one can't, or has called
+        `abandon`.
         """
         ranks = self._group.size
         ends = [0] * ranks
-        places: list[tuple[Piece, ...]] = []
-        for tensor in tensors:
-            parts = _parts(tensor.nbytes, ranks, owner)
-            places.append(tuple(Piece(rank, ends[rank], size) for rank, size in parts))
-            for rank, size in parts:
-                ends[rank] += -(-size // ALIGNED) * ALIGNED
-        self._agree(True, "another rank could not load these weights; its log says why")
+        whose = whose or [Owner()] * len(units)
+        places: list[list[tuple[Piece, ...]]] = []
+        for unit, owner in zip(units, whose, strict=True):
+            places.append([])
+            for parts in _cut([tensor.nbytes for tensor in unit], ranks, owner.holder):
+                places[-1].append(tuple(Piece(rank, ends[rank], size) for rank, size in parts))
+                for rank, size in parts:
+                    ends[rank] += aligned(size)
+        self._agree(True, ANOTHER)
         slab, problem = None, "another rank has none"
         try:
             slab = self._make_slab(ends)
@@ -137,25 +179,33 @@ class Depot:
             problem = str(error).splitlines()[0]
         self._agree(
             slab is not None,
-            f"no memory for {max(ends) / 2**20:.0f} MiB of weights on each rank: {problem}; unload a model "
-            "(`tacoctl unload`) or end another program",
+            f"no memory for {max(ends) / 2**20:.0f} MiB of weights {'in the host for' if self._host else 'on'} each "
+            f"rank: {problem}; unload a model (`tacoctl unload`) or end another program",
+            host=self._host,
         )
         assert slab is not None
-        stored = []
-        for tensor, pieces in zip(tensors, places, strict=True):
-            flat, at = tensor.detach().contiguous().view(-1).view(torch.uint8), 0
-            for rank, start, size in pieces:
-                if rank == self._group.rank:
-                    copy_bytes(flat[at : at + size], slab.segments[rank][start : start + size])
-                at += size
-            stored.append(Stored(slab, pieces, tuple(tensor.shape), tensor.dtype))
+        return [
+            [
+                self._put(tensor, Stored(slab, pieces, tuple(tensor.shape), tensor.dtype), owner)
+                for tensor, pieces in zip(unit, parts, strict=True)
+            ]
+            for unit, parts, owner in zip(units, places, whose, strict=True)
+        ]
+
+    def _put(self, tensor: Tensor, stored: Stored, owner: Owner) -> Stored:
+        """Write a tensor's pieces: all of them if this rank alone has it, or those that it is to hold."""
+        if owner.loader in (None, self._group.rank):
+            flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+            for rank, target, source in stored.copies(flat):
+                if owner.loader is not None or rank == self._group.rank:
+                    copy_bytes(source, target)
         return stored
 
     def settle(self) -> None:
         """Wait until all that the ranks have stored can be read. Raises what `store` does."""
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize()
-        self._agree(True, "another rank could not load these weights; its log says why")
+        self._agree(True, ANOTHER)
         self._make_slab = self._slabs()
 
     def abandon(self) -> None:
@@ -165,18 +215,31 @@ class Depot:
         self._over = False
         self._make_slab = self._slabs()
 
-    def _agree(self, verdict: bool, otherwise: str) -> None:
+    def _agree(self, verdict: bool, otherwise: str, **details: Any) -> None:
         if not self._group.agree(verdict):
             self._over = True
-            raise OutOfMemory(otherwise)
+            raise OutOfMemory(otherwise, **details)
 
 
-def _parts(size: int, ranks: int, owner: int | None) -> list[tuple[int, int]]:
-    """Ranks, and how many bytes of so many each holds."""
-    if owner is not None:
-        return [(owner, size)]
-    each = -(-size // (ranks * ALIGNED)) * ALIGNED
-    return [(rank, min(each, size - rank * each)) for rank in range(ranks) if rank * each < size]
+def aligned(size: int) -> int:
+    """Bytes, with those before the next piece."""
+    return -(-size // ALIGNED) * ALIGNED
+
+
+def _cut(sizes: Sequence[int], ranks: int, holder: int | None) -> Iterator[list[tuple[int, int]]]:
+    """For each of a unit's tensors the ranks that hold parts of it, in order, with how many bytes each has.
+
+    The unit's bytes are cut into one range for each rank, so most tensors lie whole in one of them.
+    """
+    each = max(aligned(-(-sum(map(aligned, sizes)) // ranks)), ALIGNED)
+    at = 0
+    for size in sizes:
+        if holder is not None:
+            yield [(holder, size)]
+        else:
+            ends = [min(at + size, (rank + 1) * each) - max(at, rank * each) for rank in range(ranks)]
+            yield [(rank, count) for rank, count in enumerate(ends) if count > 0]
+        at += aligned(size)
 
 
 class HostSlabs:
@@ -195,6 +258,15 @@ class HostSlabs:
         group, own = self._group, None
         problem: Exception | None = None
         mapped: list[_Mapped] = []
+        lacking = sum(sizes) - free_bytes()
+        # Before any of them takes some.
+        if not group.agree(lacking <= 0):
+            raise OSError(
+                f"{lacking / 2**20:.0f} MiB lack in the host, by its own memory and its control groups' limits "
+                "(MemoryMax=, --memory)"
+                if lacking > 0
+                else "another rank has none"
+            )
         try:
             try:
                 own = os.memfd_create("tacod-weights")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -25,7 +25,7 @@ from tacod.rank.weights.reader import Reader
 from tacod.rank.weights.remap import identify, some
 from tacod.rank.weights.sizes import sizes_of
 from tacod.rank.weights.stage import Stage, assign
-from tacod.rank.weights.streaming import Streaming
+from tacod.rank.weights.streaming import Streaming, Turn
 from tacod.rank.weights.unfilled import Unfilled
 from tacod_client.dtypes import COMPUTE_DTYPES, of_numbers
 from tacod_client.errors import ModelCorrupt, ModelUnsupported
@@ -119,40 +119,45 @@ def load_model(
         if name in wanted
     }
     sizes = {name: sum(part.stop - part.start for part in checkpoint.parts[name]) for name in wanted}
-    done, total = 0, sum(sizes.values())
     if streaming is not None:
         streaming.begin(model, sizes_of(model, checkpoint, dtype, fp8, streaming.smallest))
-    groups = _groups(model, wanted, checkpoint.parts)
+    blocks = set(model.blocks_at)
+    groups = _groups(blocks | set(streaming.units if streaming is not None else ()), wanted, checkpoint.parts)
+    turns = [Turn(list(groups))] if streaming is None else streaming.turns(list(groups))
+    names = [name for turn in turns for path in turn.mine for name in groups[path]]
+    done, mine, total = 0, sum(map(sizes.__getitem__, names)), sum(sizes.values())
     with Reader(checkpoint, device) as reader:
-        tensors = reader.read(
-            each for names in groups.values() for name in names for each in (name, *sides.get(name, ()))
-        )
-        for path, names in groups.items():
-            for name in names:
-                data = next(tensors)
-                found = {each: _decode(next(tensors), checkpoint.tensors[each]) for each in sides.get(name, ())}
-                _place(model, checkpoint, name, wanted[name], data, found, model.dtype_of(name, dtype), weight_only)
-                done += sizes[name]
-                if progress is not None:
-                    progress(done, total)
-            if fp8 and path:
-                quantize_block(model, path)
+        tensors = reader.read(each for name in names for each in (name, *sides.get(name, ())))
+        for turn in turns:
+            for path in turn.mine:
+                for name in groups[path]:
+                    data = next(tensors)
+                    found = {each: _decode(next(tensors), checkpoint.tensors[each]) for each in sides.get(name, ())}
+                    _place(model, checkpoint, name, wanted[name], data, found, model.dtype_of(name, dtype), weight_only)
+                    done += sizes[name]
+                    if progress is not None:
+                        # This rank's part of them stands for all.
+                        progress(done * total // mine, total)
+                if fp8 and path in blocks:
+                    quantize_block(model, path)
             if streaming is not None:
-                streaming.settle(model, path)
+                streaming.store(model, turn)
         reader.check()
     if streaming is not None:
         streaming.finish(model)
     return model.eval().requires_grad_(False)
 
 
-def _groups(model: DiT, names: Iterable[str], parts: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The tensors of each block by its path, and of what is in none by an empty one; as they lie in the files."""
-    blocks = set(model.blocks_at)
+def _groups(units: Collection[str], names: Iterable[str], parts: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The tensors of each unit by its path, and of what is in none by an empty one; as they lie in the files.
+
+    A tensor in a unit within another one is the inner one's.
+    """
     groups: dict[str, list[str]] = {"": []}
     # For disks that like to go on.
     for name in sorted(names, key=parts.__getitem__):
         path = name
-        while path and path not in blocks:
+        while path and path not in units:
             path = path.rpartition(".")[0]
         groups.setdefault(path, []).append(name)
     return groups

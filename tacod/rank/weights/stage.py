@@ -10,18 +10,20 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from tacod.rank.weights.depot import ALIGNED, Stored
+from tacod.rank.weights.depot import Stored, aligned, copy_bytes
 
-__all__ = ["Buffers", "Stage", "Unit", "aligned", "assign", "owner_of"]
+__all__ = ["Buffers", "Stage", "Unit", "assign", "owner_of"]
 
 T = TypeVar("T")
 
+Copies = Sequence[tuple[Tensor, Tensor]]
+"""Flat bytes to copy, each with where they go."""
 BUFFERS = 2
 """One is in use while the other is filled."""
 
@@ -44,7 +46,7 @@ class Unit:
 class Fetcher(Protocol):
     """Fills two buffers beside what is computed."""
 
-    def fetch(self, number: int, parts: Sequence[tuple[Stored, Tensor]]) -> None:
+    def fetch(self, number: int, copies: Copies) -> None:
         """Begin to fill parts of the buffer ``number``, once all that was asked for before is computed."""
 
     def wait(self, number: int) -> None:
@@ -54,10 +56,10 @@ class Fetcher(Protocol):
 class OnCPU:
     """A `Fetcher` that copies at once."""
 
-    def fetch(self, number: int, parts: Sequence[tuple[Stored, Tensor]]) -> None:
+    def fetch(self, number: int, copies: Copies) -> None:
         """See `Fetcher.fetch`."""
-        for stored, target in parts:
-            stored.fetch(target)
+        for source, target in copies:
+            copy_bytes(source, target)
 
     def wait(self, number: int) -> None:
         """See `Fetcher.wait`."""
@@ -70,12 +72,12 @@ class OnGPU:
         self._carrier = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._filled = [torch.cuda.Event() for _ in range(BUFFERS)]  # type: ignore[no-untyped-call]
 
-    def fetch(self, number: int, parts: Sequence[tuple[Stored, Tensor]]) -> None:
+    def fetch(self, number: int, copies: Copies) -> None:
         """See `Fetcher.fetch`."""
         self._carrier.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._carrier):
-            for stored, target in parts:
-                stored.fetch(target)
+            for source, target in copies:
+                copy_bytes(source, target)
             self._filled[number].record()
 
     def wait(self, number: int) -> None:
@@ -109,9 +111,20 @@ class _Staged:
     """A unit in its buffer."""
 
     number: int
-    parts: Sequence[tuple[Stored, Tensor]]
-    places: Sequence[tuple[Any, str]]
-    """For each part the module that has it, and its name there."""
+    copies: Copies
+    lacking: Sequence[tuple[Any, str, Stored]]
+    """What is fetched, each with the module that has it, and its name there."""
+
+
+@dataclass(eq=False)
+class _Loop:
+    """A loop over modules."""
+
+    modules: Sequence[Any]
+    coming: deque[_Staged]
+    """Those of them that are still to be fetched."""
+    used: set[int] = field(default_factory=set)
+    """The buffers that have a module's weights, or get them."""
 
 
 class Stage:
@@ -142,23 +155,43 @@ class Stage:
         self._resident, self._rank = resident, rank
         units = [unit for unit in units if unit.path not in resident[rank]]
         lacking = [unit.lacking(rank) for unit in units]
-        largest = max((_room(each) for each in lacking), default=0)
+        # Room for all of a block, also for what this rank holds of it: then it is enough for patched models too.
+        largest = max((_room(unit.tensors) for unit in units), default=0)
         self.buffers = Buffers.of(largest, device) if buffers is None or buffers.size < largest else buffers
+        self._begun: _Loop | None = None
+        """What `ahead` has begun, until it is looped over."""
         self._staged: dict[int, _Staged] = {}
         for unit, missing in zip(units, lacking, strict=True):
-            number, at, parts, places = len(self._staged) % BUFFERS, 0, [], []
+            number, at, copies, fetched = len(self._staged) % BUFFERS, 0, [], []
             for path, stored in unit.tensors.items():
                 tensor = stored.whole(rank)
                 owner, leaf = owner_of(model, path)
                 if tensor is None:
                     flat = self.buffers.memory[number][at : at + stored.nbytes]
                     at += aligned(stored.nbytes)
-                    parts.append((stored, flat))
-                    places.append((owner, leaf))
+                    copies += stored.copies(flat)
+                    fetched.append((owner, leaf, stored))
                     tensor = flat.view(stored.dtype).view(stored.shape)
                 assign(owner, leaf, tensor)
             if missing:
-                self._staged[id(model.get_submodule(unit.path))] = _Staged(number, parts, places)
+                # Each rank begins with the next one's pieces, so that not all read from the same rank at once.
+                copies.sort(key=lambda each: (each[0] - rank - 1) % len(resident))
+                ordered = [(source, target) for _, source, target in copies]
+                self._staged[id(model.get_submodule(unit.path))] = _Staged(number, ordered, fetched)
+
+    @contextmanager
+    def ahead(self, modules: Iterable[Any]) -> Iterator[None]:
+        """A context that begins to fetch the weights of the first of these modules, which are looped over in it.
+
+        Another loop that needs the buffers before takes them; then these are fetched again.
+        """
+        self._begun = loop = self._loop(list(modules))
+        self._fetch(loop)
+        try:
+            yield
+        finally:
+            self._begun = None
+            self._wait(loop)
 
     def over(self, modules: Iterable[T]) -> Iterator[T]:
         """The modules one by one, each with its weights in place until the next is asked for.
@@ -167,33 +200,42 @@ class Stage:
         Raises `RuntimeError` if another loop has used the buffers meanwhile.
         """
         modules = list(modules)
-        coming = deque(staged for each in modules if (staged := self._staged.get(id(each))) is not None)
-        used: set[int] = set()
-        loop = object()
-
-        def fetch() -> None:
-            while coming and coming[0].number not in used:
-                staged = coming.popleft()
-                used.add(staged.number)
-                self.buffers.loop = loop
-                self.buffers.fetcher.fetch(staged.number, staged.parts)
-
+        loop = self._begun
+        if loop is None or self.buffers.loop is not loop or list(map(id, modules)) != list(map(id, loop.modules)):
+            loop = self._loop(modules)
+        else:
+            self._begun = None
         try:
-            fetch()
+            self._fetch(loop)
             for module in modules:
                 staged = self._staged.get(id(module))
                 if staged is not None:
                     self.buffers.fetcher.wait(staged.number)
                 yield module
-                if used and self.buffers.loop is not loop:
+                if loop.used and self.buffers.loop is not loop:
                     raise RuntimeError("another loop over blocks has taken the weights of this one")
                 if staged is not None:
-                    used.remove(staged.number)
-                    fetch()
+                    loop.used.remove(staged.number)
+                    self._fetch(loop)
         finally:
-            # Where it breaks off, nothing comes later.
-            for number in used:
-                self.buffers.fetcher.wait(number)
+            self._wait(loop)
+
+    def _loop(self, modules: Sequence[Any]) -> _Loop:
+        staged = (self._staged.get(id(each)) for each in modules)
+        return _Loop(modules, deque(each for each in staged if each is not None))
+
+    def _fetch(self, loop: _Loop) -> None:
+        """Begin to fetch what there is room for."""
+        while loop.coming and loop.coming[0].number not in loop.used:
+            staged = loop.coming.popleft()
+            loop.used.add(staged.number)
+            self.buffers.loop = loop
+            self.buffers.fetcher.fetch(staged.number, staged.copies)
+
+    def _wait(self, loop: _Loop) -> None:
+        """Where a loop breaks off, nothing comes later."""
+        for number in loop.used:
+            self.buffers.fetcher.wait(number)
 
     @contextmanager
     def beside(self, module: T) -> Iterator[T]:
@@ -205,13 +247,13 @@ class Stage:
         if staged is None:
             yield module
             return
-        views = [getattr(owner, leaf) for owner, leaf in staged.places]
+        views = [getattr(owner, leaf) for owner, leaf, _ in staged.lacking]
         try:
-            for (owner, leaf), (stored, flat) in zip(staged.places, staged.parts, strict=True):
-                assign(owner, leaf, stored.read(flat.device))
+            for owner, leaf, stored in staged.lacking:
+                assign(owner, leaf, stored.read(self.buffers.memory[0].device))
             yield module
         finally:
-            for (owner, leaf), view in zip(staged.places, views, strict=True):
+            for (owner, leaf, _), view in zip(staged.lacking, views, strict=True):
                 assign(owner, leaf, view)
 
     @property
@@ -229,11 +271,6 @@ class Stage:
             for each in unit.tensors.values()
             if not (unit.modulates and each.slab.on_device)
         )
-
-
-def aligned(size: int) -> int:
-    """Bytes, with those before the next tensor."""
-    return -(-size // ALIGNED) * ALIGNED
 
 
 def _room(tensors: Mapping[str, Stored]) -> int:

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tacod.rank.comm.group import Group
 from tacod.rank.families.base import DiT
+from tacod.rank.ops.packed.base import PackedLinear
 from tacod.rank.parallel.modulation import owners
-from tacod.rank.weights.depot import Depot, HostSlabs, MakeSlab, PeerSlabs, Stored
+from tacod.rank.weights.depot import Depot, HostSlabs, MakeSlab, Owner, PeerSlabs
 from tacod.rank.weights.placement import Placement, Sizes, alternatives, choose, in_words
 from tacod.rank.weights.sizes import SMALLEST
+from tacod.rank.weights.skeleton import Skeleton
 from tacod.rank.weights.stage import Buffers, Stage, Unit, assign, owner_of
 from tacod_client.errors import OutOfMemory
 
-__all__ = ["Streaming"]
+__all__ = ["Streaming", "Turn"]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Units that ranks fill before these are stored; all ranks have the same turns."""
+
+    mine: list[str]
+    """Those of this rank, by their paths."""
+    stored: list[tuple[int, str]] = field(default_factory=list)
+    """Those of all ranks, each with the rank that fills it; none if every rank keeps what it has filled."""
 
 
 class Streaming:
@@ -55,9 +68,10 @@ class Streaming:
         self.smallest = smallest
         self._sizes: Sizes | None = None
         """Known with `placement`."""
-        self._within: dict[str, list[str]] = {}
+        self._blocks: frozenset[str] = frozenset()
+        """The paths of the blocks."""
         self._units: dict[str, Unit] = {}
-        self._owners: dict[str, int] = {}
+        self._holders: dict[str, int] = {}
         self._depot: Depot | None = None
 
     def begin(self, model: DiT, sizes: Sizes) -> None:
@@ -65,12 +79,9 @@ class Streaming:
 
         Raises `OutOfMemory` if there is none.
         """
-        self._sizes = sizes
         self.placement = choose(self._asked, sizes, self._budgets, self._reaches, self._fewer)
-        self._within = {path: [path] for path in sizes.blocks} | {"": []}
-        for path in sizes.modulations:
-            block = next((block for block in sizes.blocks if path.startswith(f"{block}.")), "")
-            self._within[block].append(path)
+        self._sizes = sizes
+        self._blocks = frozenset(sizes.blocks)
         if not self.placement.streams:
             return
         gpu = self._device.type == "cuda"
@@ -79,29 +90,77 @@ class Streaming:
         def slabs() -> MakeSlab:
             return PeerSlabs(self._group) if sharded and gpu else HostSlabs(self._group, gpu, on_device=sharded)
 
-        self._depot = Depot(self._group, slabs)
+        self._depot = Depot(self._group, slabs, host=gpu and not sharded)
         if sharded:
             whose = owners([layer.out_features for layer in model.modulating], self._group.size)
-            self._owners = dict(zip(sizes.modulations, whose, strict=True))
+            self._holders = dict(zip(sizes.modulations, whose, strict=True))
 
-    def settle(self, model: DiT, path: str) -> None:
-        """Store a block that is filled, and its modulations, unless they stay whole; or modulations in no block.
+    @property
+    def units(self) -> Collection[str]:
+        """The paths of the modules that are stored each by itself: blocks, and modulations within them or elsewhere."""
+        return {} if self._sizes is None else self._sizes.units
 
-        ``path`` is the block's, or empty.
+    def turns(self, order: Sequence[str]) -> list[Turn]:
+        """Who fills which of these units, and of an empty path what is in none; ``order`` is that of their files.
+
+        What all ranks keep whole they fill first, each for itself. Each of the others is filled by one rank alone: a
+        modulation by the rank that holds it, a block by the one that has the least to do.
         """
+        assert self._sizes is not None
+        everyones = [path for path in order if not path or path in self.placement.everywhere]
         if self._depot is None:
+            return [Turn(list(order))]
+        queues: list[list[str]] = [[] for _ in range(self._group.size)]
+        done = [0] * self._group.size
+        for path in order:
+            if path not in everyones:
+                rank = self._holders.get(path, min(range(len(done)), key=done.__getitem__))
+                queues[rank].append(path)
+                done[rank] += self._sizes.units[path]
+        turns = [Turn(everyones)]
+        while any(queues):
+            # As much as fits beside the buffers that come later.
+            taken = [_first(queue, self._sizes) for queue in queues]
+            stored = [(rank, path) for rank, paths in enumerate(taken) for path in paths]
+            turns.append(Turn(taken[self._group.rank], stored))
+            queues = [queue[len(paths) :] for queue, paths in zip(queues, taken, strict=True)]
+        return turns
+
+    def store(self, model: DiT, turn: Turn) -> None:
+        """Store the units that the ranks have filled at their turn.
+
+        On every rank their layers become what the rank that filled them has made of them.
+        """
+        if not turn.stored:
             return
-        for each in self._within[path]:
-            if each not in self.placement.everywhere and (tensors := self._large(model, each)):
-                self._units[each] = self._store(model, each, tensors, {})
+        assert self._depot is not None
+        rank = self._group.rank
+        own = [Skeleton.of(self._tensors(model, path), self._packed(model, path), self.smallest) for path in turn.mine]
+        everyones = list(map(Skeleton.unpack, self._depot.exchange(Skeleton.pack(own))))
+        units = []
+        for loader, path in turn.stored:
+            skeleton = next(everyones[loader])
+            tensors = self._tensors(model, path) if loader == rank else skeleton.fill(model, self._device)
+            units.append({name: each for name, each in tensors.items() if each.nbytes >= self.smallest})
+        whose = [Owner(loader, self._holders.get(path)) for loader, path in turn.stored]
+        stored = self._depot.store([list(unit.values()) for unit in units], whose)
+        for (_, path), tensors, parts in zip(turn.stored, units, stored, strict=True):
+            _take_away(model, tensors)
+            if tensors:
+                self._units[path] = Unit(path, dict(zip(tensors, parts, strict=True)), path not in self._blocks)
 
     def finish(self, model: DiT) -> None:
         """Have the model fetch what this rank lacks."""
-        if self._depot is not None:
-            stage = self._stage(model, self._in_order(model))
-            # A rank without memory for buffers has made all fail by then.
-            self._depot.settle()
-            model.weights = stage
+        if self._depot is None:
+            return
+        self._depot.settle()
+        for path in self.placement.resident[self._group.rank] & self._units.keys():
+            for name, each in self._units[path].tensors.items():
+                assign(*owner_of(model, name), each.read(self._device))
+        stage = self._stage(model, self._in_order(model))
+        # A rank without memory for these has made all fail by then.
+        self._depot.settle()
+        model.weights = stage
 
     def __enter__(self) -> Streaming:
         return self
@@ -150,9 +209,17 @@ class Streaming:
             path = modules[module]
             yield groups[path]
             known = {name: each for name, each in self._units[path].tensors.items() if _is_shared(base, patched, name)}
-            tensors = {name: each for name, each in self._large(patched, path).items() if name not in known}
+            tensors = {
+                name: each
+                for name, each in self._tensors(patched, path).items()
+                if name not in known and each.nbytes >= self.smallest
+            }
             if tensors:
-                changed[path] = self._store(patched, path, tensors, known)
+                (stored,) = self._depot.store([list(tensors.values())], [Owner(holder=self._holders.get(path))])
+                if path not in self.placement.resident[self._group.rank]:
+                    _take_away(patched, tensors)
+                together = {**known, **dict(zip(tensors, stored, strict=True))}
+                changed[path] = Unit(path, together, path not in self._blocks)
         units = [changed.get(unit.path, unit) for unit in self._in_order(base)]
         assert isinstance(base.weights, Stage)
         stage = self._stage(patched, units, base.weights.buffers)
@@ -171,28 +238,41 @@ class Streaming:
         first = [path for path in self._units if path not in model.blocks_at]
         return [self._units[path] for path in (*first, *model.blocks_at) if path in self._units]
 
-    def _large(self, model: DiT, path: str) -> dict[str, Tensor]:
-        """The tensors of a module that may be stored, by their paths: parameters and buffers, without modulations."""
+    def _tensors(self, model: DiT, path: str) -> dict[str, Tensor]:
+        """The tensors of a unit by their paths: parameters and buffers, without those of other units within it."""
+        return {
+            f"{name}.{leaf}": tensor
+            for name, module in self._modules(model, path)
+            for leaf, tensor in (*module._parameters.items(), *module._buffers.items())
+            if tensor is not None
+        }
+
+    def _packed(self, model: DiT, path: str) -> dict[str, PackedLinear]:
+        """The packed layers of a unit, by their paths."""
+        return {name: each for name, each in self._modules(model, path) if isinstance(each, PackedLinear)}
+
+    def _modules(self, model: DiT, path: str) -> Iterator[tuple[str, nn.Module]]:
         top = model.get_submodule(path)
         spared = {id(part) for layer in model.modulating if layer is not top for part in layer.modules()}
-        found: dict[str, Tensor] = {}
-        for name, module in top.named_modules(prefix=path):
-            if id(module) in spared:
-                continue
-            for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is not None and tensor.nbytes >= self.smallest:
-                    found[f"{name}.{leaf}"] = tensor
-        return found
+        return ((name, each) for name, each in top.named_modules(prefix=path) if id(each) not in spared)
 
-    def _store(self, model: DiT, path: str, tensors: Mapping[str, Tensor], known: Mapping[str, Stored]) -> Unit:
-        assert self._depot is not None
-        stored = self._depot.store(list(tensors.values()), self._owners.get(path))
-        if path not in self.placement.resident[self._group.rank]:
-            for name, tensor in tensors.items():
-                owner, leaf = owner_of(model, name)
-                assign(owner, leaf, torch.empty_like(tensor, device="meta"))
-        together = {**known, **dict(zip(tensors, stored, strict=True))}
-        return Unit(path, together, modulates=path not in self._within)
+
+def _first(queue: Sequence[str], sizes: Sizes) -> list[str]:
+    """The first units of a queue, of the largest one's bytes together, at most."""
+    taken: list[str] = []
+    size = 0
+    for path in queue:
+        size += sizes.units[path]
+        if taken and size > sizes.largest:
+            break
+        taken.append(path)
+    return taken
+
+
+def _take_away(model: DiT, tensors: Mapping[str, Tensor]) -> None:
+    """Leave nothing but shapes in the places of tensors."""
+    for name, tensor in tensors.items():
+        assign(*owner_of(model, name), torch.empty_like(tensor, device="meta"))
 
 
 def _is_shared(base: DiT, patched: DiT, name: str) -> bool:
