@@ -42,6 +42,7 @@ _OTHERS = {
     *("ema", "ema_model", "model_ema", "optimizer"),
 }
 """The first names of other modules' tensors, which may stand beside a model without a prefix."""
+_BLOCK = re.compile(r".*?\.\d+(?=\.)")
 FEW = 5
 """This many keys with a prefix may be strays, in a file with more."""
 
@@ -101,12 +102,21 @@ class Checkpoint:
 
         None stands for what they take in the file.
         """
-        return sum(
-            info.size * plain_bytes
-            if plain_bytes is not None and info.dtype in PLAIN
-            else sum(part.stop - part.start for part in self.parts[name])
-            for name, info in self.tensors.items()
-        )
+        return sum(self._bytes_of(name, plain_bytes) for name in self.tensors)
+
+    def block_bytes(self, plain_bytes: int | None) -> list[int]:
+        """What of `weight_bytes` each block takes, by the names alone: what has one number in its path is a block."""
+        blocks: Counter[str] = Counter()
+        for name in self.tensors:
+            if (found := _BLOCK.match(name)) is not None:
+                blocks[found[0]] += self._bytes_of(name, plain_bytes)
+        return list(blocks.values())
+
+    def _bytes_of(self, name: str, plain_bytes: int | None) -> int:
+        info = self.tensors[name]
+        if plain_bytes is not None and info.dtype in PLAIN:
+            return info.size * plain_bytes
+        return sum(part.stop - part.start for part in self.parts[name])
 
 
 def read_checkpoint(path: str, prefix: str | None = None, whole: bool = False) -> Checkpoint:

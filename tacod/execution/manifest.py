@@ -69,6 +69,8 @@ class Model:
     """On each rank's device."""
     streamed_bytes: tuple[int, ...] = ()
     """What each rank fetches in a forward."""
+    fetch_s: tuple[float, ...] = ()
+    """How long that takes each rank; less of it is waited for, as the rank computes meanwhile."""
 
     @property
     def name(self) -> str:
@@ -123,6 +125,7 @@ class Model:
             weights=facts.weights,
             resident_bytes=tuple(facts.resident_bytes),
             streamed_bytes=tuple(facts.streamed_bytes),
+            fetch_s=tuple(facts.fetch_s),
         )
 
     def planned(self, asked: Request, world_size: int) -> Model:
@@ -148,6 +151,7 @@ class Model:
             "weights": self.weights,
             "resident_bytes": list(self.resident_bytes),
             "streamed_bytes": list(self.streamed_bytes),
+            "fetch_s": [round(each, 6) for each in self.fetch_s],
         }
 
 
@@ -192,8 +196,12 @@ class Manifest:
         compute = dtype or ("fp32" if self.device == "cpu" else None)
         expected = checkpoint.weight_bytes(_BYTES[of_numbers(compute)] if compute else None)
         known = [identity, dtype, *([weights] if weights != "auto" else [])]
-        # About: two blocks are there besides.
-        held = {"sharded": expected // world_size, "host": 0}.get(weights, expected)
+        held = expected
+        if weights == "host" or (weights == "sharded" and world_size > 1):
+            # Two blocks are there besides, in buffers.
+            blocks = checkpoint.block_bytes(_BYTES[of_numbers(compute)] if compute else None)
+            shares = sum(blocks) // world_size if weights == "sharded" else 0
+            held = min(expected, expected - sum(blocks) + shares + 2 * max(blocks, default=0))
         base = Model(_name(*known), real, identity, dtype, weight_bytes=held, asked=asked, asked_weights=weights)
         base = replace(base, asked_name=_last_name(path))
         if not patches:

@@ -243,6 +243,8 @@ class Facts(Part):
     """On each rank's device, without what it shares with its base."""
     streamed_bytes: list[int] = field(default_factory=list)
     """What each rank fetches in a forward."""
+    fetch_s: list[float] = field(default_factory=list)
+    """How long that takes each rank, at the speed of its links; empty if that wasn't measured."""
 
 
 @dataclass(frozen=True)

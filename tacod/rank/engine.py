@@ -43,6 +43,7 @@ from tacod.rank.forward.warmup import warm_up
 from tacod.rank.oom import clear_tracebacks, describe_oom
 from tacod.rank.parallel.topology import Topology
 from tacod.rank.sampling.sampling import Run, SampleRequest, begin, go_on
+from tacod.rank.weights.links import measure_links
 from tacod.rank.weights.load import (
     DTYPES,
     adapt_weight,
@@ -57,6 +58,7 @@ from tacod.rank.weights.load import (
 from tacod.rank.weights.lora import read_lora
 from tacod.rank.weights.patch_request import parse_patches
 from tacod.rank.weights.patches import Patch, apply, factors
+from tacod.rank.weights.placement import Links
 from tacod.rank.weights.reader import changed
 from tacod.rank.weights.remap import identify
 from tacod.rank.weights.sizes import SMALLEST
@@ -271,6 +273,7 @@ class Engine:
             self.topology.reaches,
             self.smallest,
             fewer,
+            lambda: self._links,
         )
         try:
             with self.memory_errors("unload a model (`tacoctl unload`)"), streaming:
@@ -300,6 +303,7 @@ class Engine:
             weights=streaming.placement.kind,
             resident_bytes=resident,
             streamed_bytes=streaming.streamed_bytes(loaded),
+            fetch_s=streaming.fetch_s(loaded),
             dtype=chosen,
             heads=loaded.heads,
             width=loaded.width,
@@ -335,9 +339,15 @@ class Engine:
             weight_bytes=max(resident),
             resident_bytes=resident,
             streamed_bytes=streaming.streamed_bytes(patched),
+            fetch_s=streaming.fetch_s(patched),
             notes=short,
         )
         return replace(base, model=patched, facts=facts)
+
+    @cached_property
+    def _links(self) -> Links:
+        """How fast ranks fetch weights; measured once."""
+        return measure_links(self.topology.everyone, self.device, self.topology.reaches)
 
     def _budgets(self, limit: int | None) -> list[int | None]:
         """Bytes of weights for each rank's device: the limit, else what leaves some for what is computed.

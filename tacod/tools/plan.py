@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tacod.checkpoint import Checkpoint, read_checkpoint
-from tacod.plan import AUTO
+from tacod.plan import AUTO, cost
 from tacod.tools.contents import HALF_BYTES, contents
 from tacod_client import wire
 from tacod_client.cli import show
@@ -50,7 +50,7 @@ def _of_file(args: argparse.Namespace, checkpoint: Checkpoint) -> int:
 
     from tacod.rank.families.inputs import Argument
     from tacod.rank.forward.run import plan_for
-    from tacod.rank.weights.placement import choose
+    from tacod.rank.weights.placement import Links, choose
     from tacod.rank.weights.remap import identify
     from tacod.rank.weights.sizes import sizes_of
     from tacod.rank.weights.unfilled import Unfilled
@@ -75,6 +75,8 @@ def _of_file(args: argparse.Namespace, checkpoint: Checkpoint) -> int:
     plan = plan_for(model, AUTO, args.ranks, given)
     weights = sizes_of(model, checkpoint, torch.bfloat16)
     placement = choose("auto", weights, _budgets(args.memory, args.ranks), reaches=args.ranks > 1)
+    # Of its blocks, on GPUs as `tacod.plan` assumes them.
+    compute_s = cost(plan.layout, plan.shape) * len(weights.blocks)
     if args.json:
         report = {
             "family": family.family,
@@ -93,12 +95,14 @@ def _of_file(args: argparse.Namespace, checkpoint: Checkpoint) -> int:
             "weights": placement.kind,
             "resident_bytes": list(placement.device_bytes),
             "streamed_bytes": list(placement.streamed_bytes),
+            "fetch_s": Links().seconds(placement),
+            "compute_s": compute_s,
         }
         document(report)
     else:
         show.out(f"{family.family}, {checkpoint.parameters / 1e9:.2f} B parameters, {contents(checkpoint)}: {plan}")
         if args.memory is not None:
-            show.out(placement.describe(weights))
+            show.out(placement.describe(weights, Links(), compute_s))
     return 0
 
 

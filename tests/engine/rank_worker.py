@@ -49,7 +49,7 @@ from tacod.rank.ops.qkv import QKV
 from tacod.rank.ops.sdpa import attend
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.parallel.topology import Topology
-from tacod.rank.weights.load import load_model, share, weight_bytes
+from tacod.rank.weights.load import get_weight, load_model, set_weight, share, weight_bytes
 from tacod.rank.weights.placement import Placement, Sizes, _placed
 from tacod.rank.weights.remap import identify
 from tacod.rank.weights.sizes import sizes_of
@@ -375,6 +375,48 @@ class Rank:
             except (MemoryError, OutOfMemory, torch.OutOfMemoryError) as error:
                 return f"{type(error).__name__}: {error}"
         return "loaded"
+
+    def failing_patch(self, layout: Layout, name: str, weights: str, failing: int) -> tuple[str, bool, bool] | None:
+        """What patching says if one rank fails in the middle.
+
+        Also whether the base is as it was, and can be patched then.
+        """
+        sequence = self._sequence(layout)
+        if sequence is None:
+            return None
+        group, golden, cpu = sequence.whole, golden_named(name), torch.device("cpu")
+
+        def patch(model: Any, patched: Any, fails: bool) -> None:
+            keys = [name for name, each in plain.named_parameters() if each.ndim == 2 and "blocks" in name]
+            for number, some in enumerate(streaming.in_turn(model, patched, keys)):
+                if number == 2 and fails:
+                    raise MemoryError("none")
+                for key in some:
+                    set_weight(patched, key, 1.01 * get_weight(model, key))
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.safetensors"
+            golden.save(path)
+            plain = load_model(read_checkpoint(str(path)), torch.float32, cpu)
+            with Streaming(group, cpu, weights, [None] * group.size, True, smallest=0) as streaming:
+                model = load_model(read_checkpoint(str(path)), torch.float32, cpu, streaming=streaming)
+        said = "patched"
+        with torch.inference_mode():
+            try:
+                with streaming:
+                    patch(model, share(model), group.rank == failing)
+            except (MemoryError, OutOfMemory) as error:
+                said = f"{type(error).__name__}: {error}"
+            inputs = golden.arguments(plain)
+            unchanged = equal(model.run(sequence, inputs), plain.run(sequence, inputs))
+            patched, wanted = share(model), share(plain)
+            with streaming:
+                patch(model, patched, fails=False)
+            for key, each in plain.named_parameters():
+                if each.ndim == 2 and "blocks" in key:
+                    set_weight(wanted, key, 1.01 * each)
+            works = equal(patched.run(sequence, inputs), wanted.run(sequence, inputs))
+        return said, unchanged, works
 
     def _run(
         self, layout: Layout, model: Any, inputs: Mapping[str, Any], sharing: bool = False, exchange: Any = "exact"

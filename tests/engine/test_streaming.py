@@ -137,6 +137,17 @@ def test_one_rank_that_fails_makes_all_fail(ranks: Ranks, saved: Callable[[str],
     assert all(same for same, *_ in told)
 
 
+@pytest.mark.parametrize("weights", ["sharded", "host"])
+@pytest.mark.parametrize("failing", [0, 1])
+def test_one_rank_that_fails_to_patch_makes_all_fail(ranks: Ranks, failing: int, weights: str) -> None:
+    told = ranks.run((1, 2, 1), "failing_patch", name="flux_dev", weights=weights, failing=failing)
+    assert told[failing] == ["MemoryError: none", True, True]
+    said, unchanged, works = told[1 - failing]
+    assert said.startswith("OutOfMemory: another rank could not load these weights")
+    assert unchanged
+    assert works
+
+
 class Symmetric:
     """A block of memory on each rank, as GPUs have it: of one size."""
 
@@ -190,7 +201,10 @@ def test_plan_says_where_weights_would_lie(tmp_path: Path, capsys: pytest.Captur
     file = str(FLUX.save(tmp_path))
     assert plan([file, "--ranks", "3", "--memory", "0.001"]) == 0
     where = r"\d+ of 4 blocks are whole there, the others in the host's memory, of which it fetches 0\.\d MiB"
-    assert re.search(rf"on each rank; {where}", capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert re.search(rf"on each rank; {where}", said)
+    cost = r"fetching takes 0\.\d ms at 40 GB/s \(assumed\), beside \d+\.\d ms of computing \(estimated\): "
+    assert re.search(cost, said)
     assert plan([file, "--ranks", "3", "--memory", "0.001", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["weights"] == "host"
@@ -250,6 +264,26 @@ def test_a_loop_within_a_loop_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="another loop"):
         next(blocks)
     assert list(model.weights.over(model.trunk)) == model.trunk
+
+
+def test_a_step_cache_skips_blocks_that_are_fetched(tmp_path: Path) -> None:
+    path, told = FLUX.save(tmp_path), []
+    for weights in ("replicated", "host"):
+        engine = Engine(torch.device("cpu"), Topology())
+        load(engine, path, "fp32", None, weights)
+        steps = []
+        for step in range(6):
+            inputs = FLUX.inputs()
+            inputs["timestep"] = inputs["timestep"] * (1 - 0.01 * step)
+            arguments = pack(inputs, "arguments", {}, None)
+            done = engine.forward("model", {"step_cache": 0.4}, arguments, b"session")
+            assert isinstance(done, Stepped)
+            steps.append((done.out, done.skipped))
+        # What came for the skipped blocks is in nobody's way.
+        steps.append((forward(engine, "model", FLUX.inputs(3)), 0))
+        told.append(steps)
+    assert told[0] == told[1]
+    assert 0 < sum(skipped for _, skipped in told[0]) < 6
 
 
 @pytest.mark.parametrize("room", [1_700_000, 2_340_000])

@@ -260,7 +260,7 @@ def test_a_further_set_of_patches_takes_the_place_of_the_oldest_of_the_same_base
 
 def test_loaded_model_tells_what_the_ranks_told(manifest: Manifest) -> None:
     sampling, quantization = {"channels": 16, "prediction": "flow"}, {"int8_convrot": 3}
-    lying = {"weights": "sharded", "resident_bytes": [10, 9, 9], "streamed_bytes": [14, 15, 15]}
+    lying = {"weights": "sharded", "resident_bytes": [10, 9, 9], "streamed_bytes": [14, 15, 15], "fetch_s": [1, 2, 3]}
     facts = Facts("flux", 12, 24, "bf16", 24, 3072, sampling=sampling, quantization=quantization, **lying)
     model = describe(manifest).loaded(facts, 1.23456, 3)
     assert model.id == describe(manifest).id
@@ -281,6 +281,7 @@ def test_loaded_model_tells_what_the_ranks_told(manifest: Manifest) -> None:
         "weights": "sharded",
         "resident_bytes": [10, 9, 9],
         "streamed_bytes": [14, 15, 15],
+        "fetch_s": [1, 2, 3],
     }
 
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
+import torch
+from helpers import FLUX as FLUX_FILE
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tacod.rank.weights.placement import Placement, Sizes, alternatives, choose
+from tacod.checkpoint import read_checkpoint
+from tacod.execution.manifest import Manifest
+from tacod.rank.weights.placement import Links, Placement, Sizes, alternatives, choose
+from tacod.rank.weights.remap import identify
+from tacod.rank.weights.sizes import sizes_of
 from tacod_client.errors import ArgumentError, OutOfMemory
 
 FLUX = Sizes({f"blocks.{n}": 300 for n in range(57)}, {f"blocks.{n}.mod": 110 for n in range(57)}, 100)
@@ -131,6 +138,40 @@ def test_a_rank_without_room_for_a_share_does_not_hold_the_others_back() -> None
     assert chosen.streamed_bytes == (0, chosen.streamed_bytes[1], 0)
     assert chosen.device_bytes == (FLUX.total, chosen.device_bytes[1], FLUX.total)
     assert chosen.device_bytes[1] <= 4_000
+
+
+def test_the_rest_comes_from_where_it_is_fetched_sooner() -> None:
+    budgets = [12_000] * 3
+    for links, kind in ((Links(120e9, 40e9), "sharded"), (Links(20e9, 40e9), "host"), (Links(30e9, 30e9), "sharded")):
+        chosen = choose("auto", FLUX, budgets, True, links=links)
+        assert chosen.kind == kind
+        rate = links.peer_bytes_s if kind == "sharded" else links.host_bytes_s
+        assert links.seconds(chosen) == [size / rate for size in chosen.streamed_bytes]
+
+
+def test_the_cost_of_fetching_is_told() -> None:
+    large = Sizes({name: size << 20 for name, size in FLUX.blocks.items()})
+    chosen = choose("auto", large, [8 << 30] * 2, reaches=False)
+    fetch_s = max(chosen.streamed_bytes) / 40e9
+    assert chosen.describe(large).endswith(f"fetching takes {fetch_s * 1e3:.1f} ms at 40 GB/s (assumed)")
+    longer = f"a forward is about {fetch_s * 1e3 - 100:.1f} ms longer"
+    assert chosen.describe(large, Links(1, 40e9, True), 0.1).endswith(
+        f"at 40 GB/s (measured), beside 100.0 ms of computing (estimated): {longer}"
+    )
+    assert chosen.describe(large, compute_s=9).endswith("beside 9000.0 ms of computing (estimated): it is hidden")
+
+
+@pytest.mark.parametrize("weights", ["replicated", "sharded", "host"])
+def test_what_weights_will_take_is_known_by_their_header(tmp_path: Path, weights: str) -> None:
+    """So that enough others make room for a first load: two blocks are in buffers, and a rank may hold a share."""
+    path = FLUX_FILE.save(tmp_path)
+    model = Manifest([str(tmp_path)], "cpu").describe(str(path), "fp32", None, "auto", 2, weights)
+    family, config, checkpoint = identify(read_checkpoint(str(path)))
+    with torch.device("meta"):
+        sizes = sizes_of(family(config), checkpoint, torch.float32)
+    expected = max(chosen_for(weights, sizes, 2, None, True).device_bytes)
+    # A block's modulations can't be told from the names.
+    assert 0.95 * expected <= model.weight_bytes <= 1.5 * expected
 
 
 def test_who_has_too_little_is_told() -> None:

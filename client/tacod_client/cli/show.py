@@ -196,7 +196,8 @@ def held(model: dict[str, Any]) -> str:
     held, fetched = (list(map(size, model.get(key) or ())) for key in ("resident_bytes", "streamed_bytes"))
     if not any(model.get("streamed_bytes") or ()):
         return size(model["weight_bytes"])
-    return f"{_by_rank(held)}, {_by_rank(fetched)} fetched"
+    took = max(model.get("fetch_s") or [0])
+    return f"{_by_rank(held)}, {_by_rank(fetched)} fetched" + (f" in {took * 1e3:.0f} ms" if took else "")
 
 
 def _by_rank(texts: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from functools import cached_property
 from tacod.rank.parallel.modulation import owners
 from tacod_client.errors import ArgumentError, OutOfMemory
 
-__all__ = ["Placement", "Sizes", "alternatives", "choose", "in_words"]
+__all__ = ["Links", "Placement", "Sizes", "alternatives", "choose", "in_words"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,26 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class Links:
+    """How fast each rank fetches weights while all others do too; by default as H100s did, over NVLink and PCIe 5."""
+
+    peer_bytes_s: float = 120e9
+    """From another rank's memory, in bytes/s."""
+    host_bytes_s: float = 40e9
+    """From the host's memory, in bytes/s."""
+    measured: bool = False
+    """Whether they were measured here."""
+
+    def seconds(self, placement: Placement) -> list[float]:
+        """How long each rank fetches in a forward."""
+        rate = self.peer_bytes_s if placement.kind == "sharded" else self.host_bytes_s
+        return [size / rate for size in placement.streamed_bytes]
+
+
+USUAL_LINKS = Links()
+
+
+@dataclass(frozen=True)
 class Placement:
     """Where weights lie."""
 
@@ -71,8 +91,8 @@ class Placement:
         """What every rank holds whole."""
         return frozenset.intersection(*self.resident)
 
-    def describe(self, sizes: Sizes) -> str:
-        """In words, for ranks that have the same together."""
+    def describe(self, sizes: Sizes, links: Links = USUAL_LINKS, compute_s: float | None = None) -> str:
+        """In words, for ranks that have the same together; ``compute_s`` is what a forward's blocks are to take."""
         ranks = len(self.resident)
         if not self.streams:
             return f"weights: {in_words(self.device_bytes[0])}, whole on each of {ranks} ranks"
@@ -88,20 +108,36 @@ class Placement:
                 f"{in_words(held)} on {on}; {count} of {len(sizes.blocks)} blocks are whole there, the others {where}, "
                 f"of which it fetches {in_words(fetched)} in a forward"
             )
-        return "weights: " + "\n         ".join(lines)
+        fetch_s = max(links.seconds(self))
+        rate = links.peer_bytes_s if self.kind == "sharded" else links.host_bytes_s
+        known = "measured" if links.measured else "assumed"
+        cost = f"fetching takes {in_ms(fetch_s)} at {rate / 1e9:.0f} GB/s ({known})"
+        if compute_s is not None:
+            longer = fetch_s - compute_s
+            cost += f", beside {in_ms(compute_s)} of computing (estimated): "
+            cost += f"a forward is about {in_ms(longer)} longer" if longer > 0 else "it is hidden"
+        return "weights: " + "\n         ".join([*lines, cost])
 
 
-def choose(asked: str, sizes: Sizes, budgets: Sequence[int | None], reaches: bool, fewer: int = 0) -> Placement:
+def choose(
+    asked: str,
+    sizes: Sizes,
+    budgets: Sequence[int | None],
+    reaches: bool,
+    fewer: int = 0,
+    links: Links = USUAL_LINKS,
+) -> Placement:
     """The placement that was asked for.
 
     Args:
         asked: ``replicated``, ``sharded`` or ``host``: every block is; or ``auto``: each rank holds as many blocks
-            whole as its own budget allows, and the others are shared out among the ranks if these reach each other's
-            memory and each has room for an even share. Otherwise the host has them.
+            whole as its own budget allows. The others are shared out among the ranks if these reach each other's
+            memory, each has room for an even share, and that is fetched sooner; otherwise the host has them.
         sizes: The weights'.
         budgets: Bytes for weights on each rank's device; None for no limit.
         reaches: Whether the ranks reach each other's memory.
         fewer: For ``auto``, by how many of the largest block every rank stays below what it would hold.
+        links: How fast weights are fetched.
 
     Raises `OutOfMemory` if ``auto`` finds no placement within the budgets, `ArgumentError` if ranks are to share that
     don't reach each other's memory.
@@ -119,10 +155,10 @@ def choose(asked: str, sizes: Sizes, budgets: Sequence[int | None], reaches: boo
     if asked in ("sharded", "host"):
         return _placed(asked, sizes, [frozenset()] * ranks)
     limits = [sizes.total if budget is None else budget for budget in budgets]
-    chosen = everything if min(limits) >= sizes.total else _filled(sizes, limits, reaches)
+    chosen = everything if min(limits) >= sizes.total else _filled(sizes, limits, reaches, links)
     if fewer and max(chosen.device_bytes) > sizes.least:
         lowered = [max(sizes.least, held - fewer * sizes.largest) for held in chosen.device_bytes]
-        chosen = _filled(sizes, lowered, reaches)
+        chosen = _filled(sizes, lowered, reaches, links)
     return replace(chosen, can_shrink=max(chosen.device_bytes) > sizes.least)
 
 
@@ -143,12 +179,15 @@ def _shared(sizes: Sizes, ranks: int) -> int:
     return max(_placed("sharded", sizes, [frozenset()] * ranks).device_bytes)
 
 
-def _filled(sizes: Sizes, budgets: Sequence[int], reaches: bool) -> Placement:
-    """The placement in which each rank's budget is full. Raises `OutOfMemory` if one is too little."""
-    for kind in ("sharded", "host") if len(budgets) > 1 and reaches else ("host",):
-        placed = _fill(kind, sizes, budgets)
-        if placed is not None:
-            return placed
+def _filled(sizes: Sizes, budgets: Sequence[int], reaches: bool, links: Links) -> Placement:
+    """The placement in which each rank's budget is full and the slowest rank fetches for the shortest time.
+
+    Raises `OutOfMemory` if a budget is too little.
+    """
+    kinds = ("sharded", "host") if len(budgets) > 1 and reaches else ("host",)
+    found = [placed for kind in kinds if (placed := _fill(kind, sizes, budgets)) is not None]
+    if found:
+        return min(found, key=lambda each: max(links.seconds(each)))
     rank, budget = min(enumerate(budgets), key=lambda each: each[1])
     where = "" if len(set(budgets)) == 1 else f" on rank {rank}"
     raise OutOfMemory(
@@ -220,6 +259,11 @@ def _owned(modulations: Mapping[str, int], ranks: int) -> list[int]:
 def in_words(count: int) -> str:
     """Bytes in words."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def in_ms(seconds: float) -> str:
+    """Seconds in words."""
+    return f"{seconds * 1e3:.1f} ms" if seconds < 10 else f"{seconds:.0f} s"
 
 
 def _spread(paths: list[str], count: int) -> list[str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 
 import torch
@@ -14,7 +14,7 @@ from tacod.rank.families.base import DiT
 from tacod.rank.ops.packed.base import PackedLinear
 from tacod.rank.parallel.modulation import owners
 from tacod.rank.weights.depot import Depot, HostSlabs, MakeSlab, Owner, PeerSlabs
-from tacod.rank.weights.placement import Placement, Sizes, alternatives, choose, in_words
+from tacod.rank.weights.placement import Links, Placement, Sizes, alternatives, choose, in_words
 from tacod.rank.weights.sizes import SMALLEST
 from tacod.rank.weights.skeleton import Skeleton
 from tacod.rank.weights.stage import Buffers, Stage, Unit, assign, owner_of
@@ -44,6 +44,7 @@ class Streaming:
         reaches: Whether the ranks reach each other's memory.
         smallest: Smaller tensors, in bytes, stay whole on each rank.
         fewer: By how many blocks each rank stays below its budget.
+        links: Tells how fast ranks fetch; all ask at once.
     """
 
     placement: Placement
@@ -58,6 +59,7 @@ class Streaming:
         reaches: bool,
         smallest: int = SMALLEST,
         fewer: int = 0,
+        links: Callable[[], Links] = Links,
     ) -> None:
         self._group = group
         self._device = device
@@ -65,6 +67,8 @@ class Streaming:
         self._budgets = budgets
         self._reaches = reaches
         self._fewer = fewer
+        self._ask_links = links
+        self._links = Links()
         self.smallest = smallest
         self._sizes: Sizes | None = None
         """Known with `placement`."""
@@ -79,7 +83,10 @@ class Streaming:
 
         Raises `OutOfMemory` if there is none.
         """
-        self.placement = choose(self._asked, sizes, self._budgets, self._reaches, self._fewer)
+        fits = all(budget is None or budget >= sizes.total for budget in self._budgets) and not self._fewer
+        if self._asked != "replicated" and not (self._asked == "auto" and fits):
+            self._links = self._ask_links()
+        self.placement = choose(self._asked, sizes, self._budgets, self._reaches, self._fewer, self._links)
         self._sizes = sizes
         self._blocks = frozenset(sizes.blocks)
         if not self.placement.streams:
@@ -230,6 +237,12 @@ class Streaming:
         """What each rank fetches in a forward of a model that was loaded so, or of a patched one."""
         stage = model.weights
         return [stage.streamed_bytes(rank) if isinstance(stage, Stage) else 0 for rank in range(self._group.size)]
+
+    def fetch_s(self, model: DiT) -> list[float]:
+        """How long each rank fetches in a forward, at the speed of the links; empty if that wasn't measured."""
+        if not self._links.measured:
+            return []
+        return self._links.seconds(replace(self.placement, streamed_bytes=tuple(self.streamed_bytes(model))))
 
     def _stage(self, model: DiT, units: Sequence[Unit], buffers: Buffers | None = None) -> Stage:
         return Stage(model, units, self.placement.resident, self._group.rank, self._device, buffers)
