@@ -274,6 +274,7 @@ class Engine:
             self.smallest,
             fewer,
             lambda: self._links,
+            self._devices_are_alike,
         )
         try:
             with self.memory_errors("unload a model (`tacoctl unload`)"), streaming:
@@ -343,6 +344,14 @@ class Engine:
             notes=short,
         )
         return replace(base, model=patched, facts=facts)
+
+    @cached_property
+    def _devices_are_alike(self) -> bool:
+        """Whether all ranks' devices are of one compute capability. All ask at once."""
+        if self.device.type == "cpu":
+            return True
+        major, minor = torch.cuda.get_device_capability(self.device)
+        return len(set(self._everyones(100 * major + minor))) == 1
 
     @cached_property
     def _links(self) -> Links:

@@ -83,7 +83,7 @@ def engine_of(made: DiT, topology: Topology) -> Engine:
     """An engine that holds a model by the id ``m``."""
     engine = Engine(torch.device("cpu"), topology)
     facts = Facts(made.family, 0, 0, "fp32", made.heads, made.width, made.sampling())
-    whole = Streaming(topology.everyone, engine.device, "replicated", None, False)
+    whole = Streaming(topology.everyone, engine.device, "replicated", [None] * topology.world_size, False)
     engine.models["m"] = Resident(made, {}, {}, facts, whole)
     return engine
 

@@ -268,6 +268,7 @@ class Rank:
         parts: Sequence[float] | None = None,
         counts: Sequence[int] | None = None,
         fewer: int = 0,
+        alike: bool = True,
     ) -> tuple[bool, int, int, int] | None:
         """Whether a golden forward is the same to the bit if the ranks hold its weights, at ``path``, together.
 
@@ -294,7 +295,7 @@ class Rank:
             with ExitStack() as held:
                 if counts is not None:
                     held.enter_context(mock.patch("tacod.rank.weights.streaming.choose", partial(holding, counts)))
-                streaming = Streaming(group, cpu, weights, budgets, True, smallest=0, fewer=fewer)
+                streaming = Streaming(group, cpu, weights, budgets, True, smallest=0, fewer=fewer, alike=alike)
                 held.enter_context(streaming)
                 model = load_model(read_checkpoint(str(path)), torch.float32, cpu, streaming=streaming)
         if sequence is None:

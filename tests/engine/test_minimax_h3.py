@@ -403,7 +403,7 @@ def test_a_block_fetches_its_modulations_where_they_are_no_ranks(tmp_path: Path)
     path = tmp_path / "model.safetensors"
     golden.save(path)
     plain = load_model(read_checkpoint(str(path)), torch.float32, CPU)
-    with Streaming(Group(), CPU, "host", None, True, smallest=0) as streaming:
+    with Streaming(Group(), CPU, "host", [None], True, smallest=0) as streaming:
         model = load_model(read_checkpoint(str(path)), torch.float32, CPU, streaming=streaming)
     with torch.inference_mode():
         outs = [each.run(SequenceParallel(), golden.arguments(plain)) for each in (plain, model, model)]

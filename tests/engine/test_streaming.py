@@ -21,7 +21,9 @@ from tacod.rank.comm.group import Group
 from tacod.rank.engine import Engine
 from tacod.rank.ops.packed.base import PackedLinear
 from tacod.rank.parallel.topology import Topology
-from tacod.rank.weights.depot import Depot, Owner, PeerSlabs, Stored
+from tacod.rank.weights import links
+from tacod.rank.weights.depot import Depot, HostSlabs, Owner, PeerSlabs, Stored
+from tacod.rank.weights.placement import Links
 from tacod.rank.weights.stage import OnCPU, Stage
 from tacod.rank.weights.streaming import Streaming
 from tacod.tools.plan import main as plan
@@ -90,6 +92,14 @@ def test_ranks_that_share_may_hold_more_than_others(ranks: Ranks, name: str, cou
     fetched = [fetched for *_, fetched in told]
     for one, other in itertools.permutations(range(len(counts)), 2):
         assert (fetched[one] > fetched[other]) or counts[one] >= counts[other]
+
+
+@pytest.mark.parametrize("weights", ["sharded", "host"])
+@pytest.mark.parametrize("name", ["hidream", "quantised/flux_dev_nvfp4"])
+def test_ranks_with_unlike_devices_pack_for_themselves(ranks: Ranks, name: str, weights: str) -> None:
+    told = ranks.run((1, 3, 1), "streamed", name=name, weights=weights, alike=False)
+    assert all(same for same, *_ in told)
+    assert all(streamed > 0 for *_, streamed in told)
 
 
 @pytest.mark.parametrize("weights", ["sharded", "host"])
@@ -284,6 +294,18 @@ def test_a_step_cache_skips_blocks_that_are_fetched(tmp_path: Path) -> None:
         told.append(steps)
     assert told[0] == told[1]
     assert 0 < sum(skipped for _, skipped in told[0]) < 6
+
+
+def test_links_are_measured_where_there_is_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, group = torch.device("cpu"), Group()
+    assert links.measure_links(group, cpu, reaches=False) == Links()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(links, "BYTES", 1 << 20)
+    rate = links._measure(group, cpu, HostSlabs(group, gpu=False))
+    assert rate is not None
+    assert 1e6 < rate < 1e13
+    monkeypatch.setattr("tacod.rank.weights.depot.free_bytes", lambda: 1 << 10)
+    assert links._measure(group, cpu, HostSlabs(group, gpu=False)) is None
 
 
 @pytest.mark.parametrize("room", [1_700_000, 2_340_000])

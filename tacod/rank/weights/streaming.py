@@ -29,8 +29,10 @@ class Turn:
 
     mine: list[str]
     """Those of this rank, by their paths."""
-    stored: list[tuple[int, str]] = field(default_factory=list)
-    """Those of all ranks, each with the rank that fills it; none if every rank keeps what it has filled."""
+    stored: list[tuple[int | None, str]] = field(default_factory=list)
+    """Those of all ranks, each with the rank that fills it, or with None if all do; none if ranks keep what they have
+    filled.
+    """
 
 
 class Streaming:
@@ -45,6 +47,8 @@ class Streaming:
         smallest: Smaller tensors, in bytes, stay whole on each rank.
         fewer: By how many blocks each rank stays below its budget.
         links: Tells how fast ranks fetch; all ask at once.
+        alike: Whether all devices are of one kind. Otherwise layers that one rank packs may not suit another's device,
+            and each rank reads all of the file.
     """
 
     placement: Placement
@@ -60,6 +64,7 @@ class Streaming:
         smallest: int = SMALLEST,
         fewer: int = 0,
         links: Callable[[], Links] = Links,
+        alike: bool = True,
     ) -> None:
         self._group = group
         self._device = device
@@ -69,6 +74,7 @@ class Streaming:
         self._fewer = fewer
         self._ask_links = links
         self._links = Links()
+        self._alike = alike
         self.smallest = smallest
         self._sizes: Sizes | None = None
         """Known with `placement`."""
@@ -117,6 +123,9 @@ class Streaming:
         everyones = [path for path in order if not path or path in self.placement.everywhere]
         if self._depot is None:
             return [Turn(list(order))]
+        if not self._alike:
+            others = [path for path in order if path not in everyones]
+            return [Turn(everyones), *(Turn([path], [(None, path)]) for path in others)]
         queues: list[list[str]] = [[] for _ in range(self._group.size)]
         done = [0] * self._group.size
         for path in order:
@@ -128,8 +137,9 @@ class Streaming:
         while any(queues):
             # As much as fits beside the buffers that come later.
             taken = [_first(queue, self._sizes) for queue in queues]
-            stored = [(rank, path) for rank, paths in enumerate(taken) for path in paths]
-            turns.append(Turn(taken[self._group.rank], stored))
+            turns.append(
+                Turn(taken[self._group.rank], [(rank, path) for rank, paths in enumerate(taken) for path in paths])
+            )
             queues = [queue[len(paths) :] for queue, paths in zip(queues, taken, strict=True)]
         return turns
 
@@ -143,11 +153,14 @@ class Streaming:
         assert self._depot is not None
         rank = self._group.rank
         own = [Skeleton.of(self._tensors(model, path), self._packed(model, path), self.smallest) for path in turn.mine]
-        everyones = list(map(Skeleton.unpack, self._depot.exchange(Skeleton.pack(own))))
+        everyones = list(map(Skeleton.unpack, self._depot.exchange(Skeleton.pack(own)))) if self._alike else []
         units = []
         for loader, path in turn.stored:
-            skeleton = next(everyones[loader])
-            tensors = self._tensors(model, path) if loader == rank else skeleton.fill(model, self._device)
+            skeleton = None if loader is None else next(everyones[loader])
+            if skeleton is None or loader == rank:
+                tensors = self._tensors(model, path)
+            else:
+                tensors = skeleton.fill(model, self._device)
             units.append({name: each for name, each in tensors.items() if each.nbytes >= self.smallest})
         whose = [Owner(loader, self._holders.get(path)) for loader, path in turn.stored]
         stored = self._depot.store([list(unit.values()) for unit in units], whose)
@@ -184,8 +197,10 @@ class Streaming:
         """
         if self._sizes is None or "shrinks" in error.details:
             return error
-        shrinks = self.placement.can_shrink and not (error.details.get("host") and self._device.type == "cuda")
-        text = error.message if shrinks else f"{error.message}. {self._advice()}"
+        # Blocks that a GPU gives up would take more of the host.
+        host = error.details.get("host") and self._device.type == "cuda"
+        shrinks = self.placement.can_shrink and not host
+        text = error.message if shrinks or host else f"{error.message}. {self._advice()}"
         return OutOfMemory(text, **{**error.details, "shrinks": shrinks})
 
     def _advice(self) -> str:
