@@ -266,7 +266,7 @@ def _join(f: ForwardPass) -> None:
     if f.references is not None:
         streams, rows = [f.text, f.references, f.image], [1, 2, 0]
     f.joint = f.join(*streams)
-    device = f.image.tokens.device
+    device = f.joint.tokens.device
     segments = [torch.full((each.size,), row, device=device) for each, row in zip(streams, rows, strict=True)]
     f.joint.segments = torch.cat(segments)
 
