@@ -199,6 +199,24 @@ def test_what_one_gpu_holds_alone_takes_no_memory_of_the_others(monkeypatch: pyt
     assert Symmetric.made == 5 * 1024
 
 
+def test_what_one_gpu_holds_alone_is_not_mixed_with_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stored at once, each rank's own takes the place that another one's leaves."""
+    monkeypatch.setattr("tacod.rank.weights.depot.SymmetricBlock", Symmetric)
+    monkeypatch.setattr(Symmetric, "made", 0)
+    group = Group()
+    monkeypatch.setattr(group, "size", 3)
+    monkeypatch.setattr(group, "agree", lambda verdict: verdict)
+    depot = Depot(group, lambda: PeerSlabs(group))
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(384, generator=generator) for _ in range(5)]
+    # This process has filled all of them.
+    whose = [Owner(0, 1), Owner(0), Owner(0, 0), Owner(0, 2), Owner(0)]
+    stored = depot.store([[each] for each in tensors], whose)
+    assert Symmetric.made == 2 * 512 + 1536
+    for (each,), tensor in zip(stored, tensors, strict=True):
+        assert torch.equal(each.read(torch.device("cpu")), tensor)
+
+
 def test_gpus_that_are_told_to_use_collectives_alone_share_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     for on_gpu in (False, True):
         topology = Topology()

@@ -161,9 +161,18 @@ class Depot:
         What a rank doesn't have is on the device meta. Raises `OutOfMemory` on all ranks if one can't, or has called
         `abandon`.
         """
+        whose = whose or [Owner()] * len(units)
+        stored: dict[int, list[Stored]] = {}
+        # What one rank holds alone has a slab of its own, which goes where those of others have left room.
+        for holder in sorted({-1 if owner.holder is None else owner.holder for owner in whose}):
+            some = [i for i, owner in enumerate(whose) if owner.holder == (None if holder < 0 else holder)]
+            stored |= zip(some, self._store([units[i] for i in some], [whose[i] for i in some]), strict=True)
+        return [stored[i] for i in range(len(units))]
+
+    def _store(self, units: Sequence[Sequence[Tensor]], whose: Sequence[Owner]) -> list[list[Stored]]:
+        """Store units in one slab."""
         ranks = self._group.size
         ends = [0] * ranks
-        whose = whose or [Owner()] * len(units)
         places: list[list[tuple[Piece, ...]]] = []
         for unit, owner in zip(units, whose, strict=True):
             places.append([])
