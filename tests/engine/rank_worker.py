@@ -263,6 +263,7 @@ class Rank:
         self,
         layout: Layout,
         name: str,
+        path: str,
         weights: str,
         everyone: bool = False,
         parts: Sequence[float] | None = None,
@@ -280,24 +281,20 @@ class Rank:
         group = self.topology.everyone if everyone else sequence.whole if sequence is not None else None
         if group is None:
             return None
-        golden, cpu = golden_named(name), torch.device("cpu")
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.safetensors"
-            golden.save(path)
-            plain = load_model(read_checkpoint(str(path)), torch.float32, cpu)
-            budgets: list[int | None] = [None] * group.size
-            if parts is not None:
-                family, config, checkpoint = identify(read_checkpoint(str(path)))
-                with torch.device("meta"):
-                    empty = family(config)
-                sizes = sizes_of(empty, checkpoint, torch.float32, smallest=0)
-                budgets = [sizes.least + int(part * (sizes.total - sizes.least)) for part in parts]
-            with ExitStack() as held:
-                if counts is not None:
-                    held.enter_context(mock.patch("tacod.rank.weights.streaming.choose", partial(holding, counts)))
-                streaming = Streaming(group, cpu, weights, budgets, True, smallest=0, fewer=fewer, alike=alike)
-                held.enter_context(streaming)
-                model = load_model(read_checkpoint(str(path)), torch.float32, cpu, streaming=streaming)
+        cpu = torch.device("cpu")
+        budgets: list[int | None] = [None] * group.size
+        if parts is not None:
+            family, config, checkpoint = identify(read_checkpoint(path))
+            with torch.device("meta"):
+                empty = family(config)
+            sizes = sizes_of(empty, checkpoint, torch.float32, smallest=0)
+            budgets = [sizes.least + int(part * (sizes.total - sizes.least)) for part in parts]
+        with ExitStack() as held:
+            if counts is not None:
+                held.enter_context(mock.patch("tacod.rank.weights.streaming.choose", partial(holding, counts)))
+            streaming = Streaming(group, cpu, weights, budgets, True, smallest=0, fewer=fewer, alike=alike)
+            held.enter_context(streaming)
+            model = load_model(read_checkpoint(path), torch.float32, cpu, streaming=streaming)
         if sequence is None:
             return None
         plain = saved_model(name, path)
@@ -313,7 +310,7 @@ class Rank:
         return same, weight_bytes(model), expected, streaming.streamed_bytes(model)[group.rank]
 
     def reading_load(
-        self, layout: Layout, name: str, weights: str, counts: Sequence[int] | None = None
+        self, layout: Layout, path: str, weights: str, counts: Sequence[int] | None = None
     ) -> tuple[list[list[int]], int, int] | None:
         """Where this rank reads a model's file in a load, as starts and ends.
 
@@ -329,16 +326,14 @@ class Rank:
             ranges.append([offset, offset + count])
             return count
 
-        with tempfile.TemporaryDirectory() as folder, ExitStack() as held:
-            path = Path(folder) / "model.safetensors"
-            golden_named(name).save(path)
+        with ExitStack() as held:
             if counts is not None:
                 held.enter_context(mock.patch("tacod.rank.weights.streaming.choose", partial(holding, counts)))
             held.enter_context(mock.patch.object(os, "preadv", counted))
             cpu = torch.device("cpu")
             streaming = Streaming(group, cpu, weights, [None] * group.size, True, smallest=0)
             with streaming:
-                model = load_model(read_checkpoint(str(path)), torch.float32, cpu, streaming=streaming)
+                model = load_model(read_checkpoint(path), torch.float32, cpu, streaming=streaming)
         assert isinstance(model.weights, Stage)
         stored = [each for unit in model.weights.units for each in unit.tensors.values()]
         slabs = {id(each.slab): each.slab for each in stored}
@@ -348,8 +343,8 @@ class Rank:
             sum(each.nbytes for each in stored),
         )
 
-    def failing_load(self, layout: Layout, name: str, failing: int, what: str) -> str | None:
-        """What a load says, on one rank of which something fails some time, or the buffers do."""
+    def failing_load(self, layout: Layout, path: str, failing: int, what: str) -> str | None:
+        """What a load of the file says, on one rank of which something fails some time, or the buffers do."""
         sequence = self._sequence(layout)
         if sequence is None:
             return None
@@ -377,7 +372,9 @@ class Rank:
                 return f"{type(error).__name__}: {error}"
         return "loaded"
 
-    def failing_patch(self, layout: Layout, name: str, weights: str, failing: int) -> tuple[str, bool, bool] | None:
+    def failing_patch(
+        self, layout: Layout, name: str, path: str, weights: str, failing: int
+    ) -> tuple[str, bool, bool] | None:
         """What patching says if one rank fails in the middle.
 
         Also whether the base is as it was, and can be patched then.
@@ -395,12 +392,9 @@ class Rank:
                 for key in some:
                     set_weight(patched, key, 1.01 * get_weight(model, key))
 
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.safetensors"
-            golden.save(path)
-            plain = load_model(read_checkpoint(str(path)), torch.float32, cpu)
-            with Streaming(group, cpu, weights, [None] * group.size, True, smallest=0) as streaming:
-                model = load_model(read_checkpoint(str(path)), torch.float32, cpu, streaming=streaming)
+        plain = saved_model(name, path)
+        with Streaming(group, cpu, weights, [None] * group.size, True, smallest=0) as streaming:
+            model = load_model(read_checkpoint(path), torch.float32, cpu, streaming=streaming)
         said = "patched"
         with torch.inference_mode():
             try:

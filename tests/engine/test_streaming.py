@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -40,6 +42,20 @@ CASES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """The path of a golden's file; the next golden's takes its place."""
+    folder = tmp_path_factory.mktemp("goldens")
+
+    @functools.lru_cache(maxsize=1)
+    def save(name: str) -> str:
+        path = folder / "model.safetensors"
+        read_golden(name).save(path)
+        return str(path)
+
+    return save
+
+
 def takes_about(resident: int, expected: int) -> None:
     """Tensors begin at multiples of 256 bytes, which matters in models as small as these."""
     assert resident == pytest.approx(expected, rel=0.1, abs=1 << 16)
@@ -70,9 +86,11 @@ def test_in_any_layout(ranks: Ranks, saved: Callable[[str], str], layout: tuple[
     "parts", [(0.7, 0.4), (1.0, 0.3), (0.0, 0.9), (0.9, 0.5, 0.7), (1.0, 0.2, 0.2), (0.0, 0.6, 1.0)]
 )
 @pytest.mark.parametrize("name", ["hidream", "qwen_image", "quantised/z_image_mxfp8"])
-def test_each_rank_fills_its_own_budget(ranks: Ranks, name: str, parts: tuple[float, ...]) -> None:
+def test_each_rank_fills_its_own_budget(
+    ranks: Ranks, saved: Callable[[str], str], name: str, parts: tuple[float, ...]
+) -> None:
     """Of two or three ranks: the bits are the same, and a rank with more room fetches less."""
-    told = ranks.run((1, len(parts), 1), "streamed", name=name, weights="auto", parts=parts)
+    told = ranks.run((1, len(parts), 1), "streamed", name=name, path=saved(name), weights="auto", parts=parts)
     assert len(told) == len(parts)
     for same, resident, expected, _ in told:
         assert same
@@ -84,8 +102,10 @@ def test_each_rank_fills_its_own_budget(ranks: Ranks, name: str, parts: tuple[fl
 
 @pytest.mark.parametrize("counts", [(0, 1), (2, 1), (0, 2, 4), (4, 1, 1)])
 @pytest.mark.parametrize("name", ["hidream", "quantised/flux_dev_nvfp4"])
-def test_ranks_that_share_may_hold_more_than_others(ranks: Ranks, name: str, counts: tuple[int, ...]) -> None:
-    told = ranks.run((1, len(counts), 1), "streamed", name=name, weights="sharded", counts=counts)
+def test_ranks_that_share_may_hold_more_than_others(
+    ranks: Ranks, saved: Callable[[str], str], name: str, counts: tuple[int, ...]
+) -> None:
+    told = ranks.run((1, len(counts), 1), "streamed", name=name, path=saved(name), weights="sharded", counts=counts)
     for same, resident, expected, _ in told:
         assert same
         takes_about(resident, expected)
@@ -96,8 +116,10 @@ def test_ranks_that_share_may_hold_more_than_others(ranks: Ranks, name: str, cou
 
 @pytest.mark.parametrize("weights", ["sharded", "host"])
 @pytest.mark.parametrize("name", ["hidream", "quantised/flux_dev_nvfp4"])
-def test_ranks_with_unlike_devices_pack_for_themselves(ranks: Ranks, name: str, weights: str) -> None:
-    told = ranks.run((1, 3, 1), "streamed", name=name, weights=weights, alike=False)
+def test_ranks_with_unlike_devices_pack_for_themselves(
+    ranks: Ranks, saved: Callable[[str], str], name: str, weights: str
+) -> None:
+    told = ranks.run((1, 3, 1), "streamed", name=name, path=saved(name), weights=weights, alike=False)
     assert all(same for same, *_ in told)
     assert all(streamed > 0 for *_, streamed in told)
 
@@ -105,9 +127,11 @@ def test_ranks_with_unlike_devices_pack_for_themselves(ranks: Ranks, name: str, 
 @pytest.mark.parametrize("weights", ["sharded", "host"])
 @pytest.mark.parametrize("name", ["hidream", "quantised/flux_dev_nvfp4", "minimax_h3_mask"])
 @pytest.mark.parametrize("counts", [None, (1, 1, 2)])
-def test_each_byte_is_read_once(ranks: Ranks, name: str, weights: str, counts: tuple[int, ...] | None) -> None:
+def test_each_byte_is_read_once(
+    ranks: Ranks, saved: Callable[[str], str], name: str, weights: str, counts: tuple[int, ...] | None
+) -> None:
     """What every rank keeps whole it reads; all else is read by one rank for all, and lies in the host once."""
-    told = ranks.run((1, 3, 1), "reading_load", name=name, weights=weights, counts=counts)
+    told = ranks.run((1, 3, 1), "reading_load", path=saved(name), weights=weights, counts=counts)
     readers: Counter[int] = Counter()
     for ranges, *_ in told:
         for start, end in ranges:
@@ -122,9 +146,9 @@ def test_each_byte_is_read_once(ranks: Ranks, name: str, weights: str, counts: t
 
 
 @pytest.mark.parametrize("fewer", [1, 2, 100])
-def test_fewer_blocks_than_the_budget_allows(ranks: Ranks, fewer: int) -> None:
-    case: dict[str, Any] = {"name": "hidream", "weights": "auto", "parts": (0.9, 1.0)}
-    befores, afters = (ranks.run((1, 2, 1), "streamed", **case, fewer=n) for n in (0, fewer))
+def test_fewer_blocks_than_the_budget_allows(ranks: Ranks, saved: Callable[[str], str], fewer: int) -> None:
+    case: dict[str, Any] = {"path": saved("hidream"), "weights": "auto", "parts": (0.9, 1.0)}
+    befores, afters = (ranks.run((1, 2, 1), "streamed", name="hidream", **case, fewer=n) for n in (0, fewer))
     for before, after in zip(befores, afters, strict=True):
         assert after[0]
         assert after[1] < before[1]
@@ -149,8 +173,12 @@ def test_one_rank_that_fails_makes_all_fail(ranks: Ranks, saved: Callable[[str],
 
 @pytest.mark.parametrize("weights", ["sharded", "host"])
 @pytest.mark.parametrize("failing", [0, 1])
-def test_one_rank_that_fails_to_patch_makes_all_fail(ranks: Ranks, failing: int, weights: str) -> None:
-    told = ranks.run((1, 2, 1), "failing_patch", name="flux_dev", weights=weights, failing=failing)
+def test_one_rank_that_fails_to_patch_makes_all_fail(
+    ranks: Ranks, saved: Callable[[str], str], failing: int, weights: str
+) -> None:
+    told = ranks.run(
+        (1, 2, 1), "failing_patch", name="flux_dev", path=saved("flux_dev"), weights=weights, failing=failing
+    )
     assert told[failing] == ["MemoryError: none", True, True]
     said, unchanged, works = told[1 - failing]
     assert said.startswith("OutOfMemory: another rank could not load these weights")
