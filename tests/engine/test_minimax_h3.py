@@ -544,11 +544,11 @@ def levels(steps: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", [GOLDENS[0], KEYFRAMES])
 def test_a_run_brings_the_sound_along_its_own_noise_levels(name: str) -> None:
-    """As two integrations by Euler's method, each along its latent's own levels, would: the more steps, the closer."""
-    golden, steps = read_golden(name), 150
+    """As two integrations by Euler's method do, each along its latent's own levels."""
+    golden, steps = read_golden(name), 4
     model = golden.model()
     video, sound = golden.inputs["x"]
-    payload = {**golden.inputs.get("minimax_payload", {}), "seed": 5, "audio_scale": 1.0}
+    payload = {"seed": 5, **golden.inputs.get("minimax_payload", {}), "audio_scale": 1.0}
     sigmas = levels(steps)
     sounds = shifted(sigmas, 12.0, 3.0)
     with torch.inference_mode():
@@ -559,9 +559,8 @@ def test_a_run_brings_the_sound_along_its_own_noise_levels(name: str) -> None:
             video = video + (sigmas[at + 1] - sigmas[at]) * velocity
             sound = sound + (sounds[at + 1] - sounds[at]) * of_sound
     ours = sampled(golden, steps)
-    assert relative_error(ours[0], video) <= 1e-2
-    assert relative_error(ours[1], sound) <= 3e-2
-    assert all(equal(one, other) for one, other in zip(sampled(golden, 3), sampled(golden, 3), strict=True))
+    assert relative_error(ours[0], video) <= FP32
+    assert relative_error(ours[1], sound) <= FP32
 
 
 def test_what_is_given_gets_the_noise_of_the_runs_seed() -> None:
