@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from tacod.checkpoint import TensorInfo
 from tacod.rank.families import kit
-from tacod.rank.families.base import DiT, LatentFormat
+from tacod.rank.families.base import DiT
 from tacod.rank.families.config import choice, fixed, integer, number, optional_integer, rope_axes, width_of_heads
 from tacod.rank.families.hunyuan_video_files import (
     NAMES,
@@ -24,6 +24,7 @@ from tacod.rank.families.hunyuan_video_files import (
     QK_NORM,
     SPELLINGS,
     detect_config,
+    latents_of,
     of_diffusers,
     of_diffusers_15,
     of_diffusers_image,
@@ -32,7 +33,6 @@ from tacod.rank.families.hunyuan_video_files import (
 from tacod.rank.families.hunyuan_video_parts import EMBEDDER, ByT5Mapper, TokenRefiner
 from tacod.rank.families.inputs import Argument, Inputs, Number, Residuals, Spec, Unread
 from tacod.rank.families.kit.attention import find, register
-from tacod.rank.families.latents import HUNYUAN_VIDEO
 from tacod.rank.families.noise import Flow
 from tacod.rank.families.stream import ForwardPass, Stream
 from tacod.rank.families.wan_parts import Clip
@@ -136,17 +136,7 @@ class HunyuanVideo(DiT):
         self.single_blocks = nn.ModuleList(kit.SingleBlock(width, heads, hidden) for _ in range(single))
         self.final_layer = kit.FinalLayer(width, self.out_channels * math.prod(self.patch))
         self.unsampled = "the next step's timestep (timestep_r)" if self.meanflow else ""
-        self._tell_latents()
-
-    def _tell_latents(self) -> None:
-        """What the latents of published models are; the refiner's are no affine map of the VAE's."""
-        kinds: dict[tuple[int, int], tuple[LatentFormat | None, int]] = {
-            (2, 64): (LatentFormat(0.75289, 0.0), 32),
-            (3, 16): (HUNYUAN_VIDEO, 8),
-            (3, 32): (LatentFormat(1.03682, 0.0), 16),
-            (3, 64): (None, 16),
-        }
-        self.latent_format, self.downscale = kinds.get((len(self.patch), self.out_channels), (None, 8))
+        self.latent_format, self.downscale = latents_of(len(self.patch), self.out_channels)
 
     @classmethod
     def detect(cls, tensors: Mapping[str, TensorInfo]) -> dict[str, Any] | None:

@@ -8,7 +8,9 @@ from typing import Any
 
 from tacod.checkpoint import TensorInfo
 from tacod.checkpoint.diffusers import DiffusersConfig
+from tacod.rank.families.base import LatentFormat
 from tacod.rank.families.config import count_blocks, shape_of
+from tacod.rank.families.latents import HUNYUAN_VIDEO
 from tacod.rank.families.names import Names
 from tacod_client.errors import ModelUnsupported
 
@@ -18,6 +20,7 @@ __all__ = [
     "QK_NORM",
     "SPELLINGS",
     "detect_config",
+    "latents_of",
     "of_diffusers",
     "of_diffusers_15",
     "of_diffusers_image",
@@ -201,3 +204,17 @@ def read_patch(config: Mapping[str, Any]) -> tuple[int, ...]:
     if patch[-1] != patch[-2] or (len(patch) == 3 and patch[0] != 1):
         raise ModelUnsupported(f"config key 'patch_size' is {patch}; this version runs squares, of one frame")
     return tuple(patch)
+
+
+def latents_of(sides: int, channels: int) -> tuple[LatentFormat | None, int]:
+    """What the latents of published models are, of so many sides and channels, and the pixels of a cell.
+
+    The refiner's are no affine map of its VAE's.
+    """
+    kinds: dict[tuple[int, int], tuple[LatentFormat | None, int]] = {
+        (2, 64): (LatentFormat(0.75289, 0.0), 32),
+        (3, 16): (HUNYUAN_VIDEO, 8),
+        (3, 32): (LatentFormat(1.03682, 0.0), 16),
+        (3, 64): (None, 16),
+    }
+    return kinds.get((sides, channels), (None, 8))

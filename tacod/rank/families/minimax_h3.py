@@ -33,14 +33,13 @@ from tacod.rank.families.minimax_h3_modulation import modulate
 from tacod.rank.families.minimax_h3_parts import PATCH, Block, FinalLayer, TokenRefiner
 from tacod.rank.families.minimax_h3_times import (
     MASKS,
-    PICTURE_TIME,
     SIGMA_MIN,
-    SOUND_TIME,
     mask_levels,
     prepare_masks,
     shifted,
     times_of,
 )
+from tacod.rank.families.minimax_h3_tokens import given_rows, padded, sound_rows
 from tacod.rank.families.noise import Flow
 from tacod.rank.families.stream import ForwardPass, Stream
 from tacod.rank.ops.qkv import Rotation
@@ -244,7 +243,7 @@ class MiniMaxH3(DiT):
         payload = arguments.get("minimax_payload", {})
         text = f.shard(self._refined(context))
         given = [run for run, _ in layout.given]
-        rows = _padded([self._given(run, latent, payload) for run, latent in layout.given], self._inputs, device)
+        rows = padded([given_rows(run, latent, payload) for run, latent in layout.given], self._inputs, device)
         tokens = f.sequence.shard(rows)
         tags = payload.get("text_token_tags")
         places = torch.zeros(length, 3, dtype=torch.float64)
@@ -271,7 +270,7 @@ class MiniMaxH3(DiT):
         if f.scale != 1:
             sound = sound * _per_image(sound_sigma / sigma, sound)
         f.sound, f.sound_sigma = sound, sound_sigma
-        rows = _padded([_sound_rows(sound), f.video_grid.patches(video)], self._inputs, video.device)
+        rows = padded([sound_rows(sound), f.video_grid.patches(video)], self._inputs, video.device)
         f.image = f.shard(rows, lambda chunk: self._embed(f, chunk, f.layout.made, f.dtype))
         lengths = self.lengths(arguments)
         streams = [Stream(text, lengths[:1])]
@@ -323,20 +322,6 @@ class MiniMaxH3(DiT):
         refined: Tensor = self.token_refiner(self.condition_proj(context))
         return refined
 
-    def _given(self, run: Run, latent: Tensor, payload: Mapping[str, Any]) -> Tensor:
-        """The numbers of given tokens with a little noise, [1, N, inputs] in fp32.
-
-        Each has the same noise, of the run's seed, drawn on the CPU as ComfyUI does it.
-        """
-        rows = _sound_rows(latent) if run.sound else kit.Grid(latent, PATCH).patches(latent)
-        name, usual = ("audio_cond_noise_aug", SOUND_TIME) if run.sound else ("visual_cond_noise_aug", PICTURE_TIME)
-        clean: float = payload.get(name, usual)
-        if clean >= 1:
-            return rows
-        seed = (int(payload.get("seed", 0)) + run.sound) & MOST_SEED
-        noise = torch.randn(rows.shape[1:], generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
-        return clean * rows + (1.0 - clean) * noise.to(rows.device)
-
     def _made_rows(self, layout: Layout, arguments: Mapping[str, Any]) -> list[Tensor | None]:
         """For sound and video, the place of each token's time among those of the masks, behind all others."""
         masks = mask_levels(arguments)
@@ -379,18 +364,6 @@ def _inverse_frequencies(count: int, theta: float) -> Tensor:
     return 1.0 / theta ** (torch.arange(count, dtype=torch.float32, device="cpu") / count)
 
 
-def _sound_rows(sound: Tensor) -> Tensor:
-    """A sound [B, C, 2, A] as tokens [B, 2 * A, C], one channel after the other."""
-    return sound.permute(0, 2, 3, 1).flatten(1, 2)
-
-
 def _per_image(numbers: Tensor, latent: Tensor) -> Tensor:
     """Numbers [B] in a latent's dtype, to multiply it by."""
     return numbers.to(latent.dtype).view(-1, *[1] * (latent.ndim - 1))
-
-
-def _padded(parts: Sequence[Tensor], width: int, device: torch.device) -> Tensor:
-    """Tokens of several runs [B, N, inputs] one after the other, with zeros behind the shorter ones: [B, N, width]."""
-    if not parts:
-        return torch.empty(1, 0, width, device=device)
-    return torch.cat([functional.pad(each, (0, width - each.shape[-1])) for each in parts], dim=1)

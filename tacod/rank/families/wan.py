@@ -38,10 +38,11 @@ from tacod.rank.families.wan_files import (
     read_kind,
     vace_distance,
 )
-from tacod.rank.families.wan_parts import PATCH, PIXELS, Block, CameraAdapter, Clip, Head, VaceBlock, embed_patches
-from tacod.rank.families.wan_scail import MASK_CHANNELS, check_masks, scail_arguments
+from tacod.rank.families.wan_parts import PATCH, Block, CameraAdapter, Clip, Head, VaceBlock, embed_patches
+from tacod.rank.families.wan_scail import MASK_CHANNELS, scail_arguments
 from tacod.rank.families.wan_sequence import (
     Video,
+    check_fits,
     embed_videos,
     frames_before,
     list_places,
@@ -54,8 +55,6 @@ from tacod_client.errors import ArgumentError, ModelUnsupported
 __all__ = ["Wan"]
 
 _POSE_CHANNELS = 16
-_EVEN: Mapping[str, tuple[str, ...]] = dict.fromkeys(POSED, ())
-"""Kinds that take references and poses of odd sides."""
 
 
 class Wan(DiT):
@@ -130,10 +129,11 @@ class Wan(DiT):
         self.blocks = nn.ModuleList(Block(width, heads, hidden, sees_image) for _ in range(layers))
         self.head = Head(width, 4 * self.out_channels)
         self.img_emb = self.ref_conv = self.control_adapter = None
+        self.most_clip = math.inf
         if sees_image:
             self.clip_width = integer(config, "clip_dim", 1280)
             positions = optional_integer(config, "flf_pos_embed_token_number")
-            self.most_clip = math.inf if positions is None else positions
+            self.most_clip = self.most_clip if positions is None else positions
             self.img_emb = Clip(self.clip_width, width, positions)
         self.reference_channels = optional_integer(config, "in_dim_ref_conv")
         if self.reference_channels is not None:
@@ -227,7 +227,7 @@ class Wan(DiT):
 
         The texts are whole on every rank, so they are no streams.
         """
-        self._check(arguments)
+        check_fits(arguments, self.kind, self.downscale, self.most_clip)
         tokens = sum(place.grid.length for place in list_places(arguments, self.kind))
         timestep = arguments["timestep"]
         if len(timestep.shape) > 1 and timestep.shape[1] < tokens < 2 * timestep.shape[1]:
@@ -302,38 +302,6 @@ class Wan(DiT):
         """See `DiT.end`."""
         latent: Tensor = f.grid.latent(self.head(f)[:, f.before :], channels_last=True)
         return latent[:, :, : f.frames]
-
-    def _check(self, arguments: Mapping[str, Any]) -> None:
-        """Raise `ArgumentError` for what ComfyUI's network has no place for."""
-        *_, height, width = arguments["x"].shape
-        for name in ("camera_conditions", "vace_context", *_EVEN.get(self.kind, ("reference_latent", "pose_latents"))):
-            if name in arguments and (height % 2 or width % 2):
-                raise ArgumentError(
-                    f"x: its latents are {height} by {width}; with {name} both must be even, so make both sides of the "
-                    f"video multiples of {2 * self.downscale} pixels",
-                    argument="x",
-                )
-        if self.kind in POSED:
-            check_masks(arguments)
-        camera, clip = arguments.get("camera_conditions"), arguments.get("clip_fea")
-        if camera is not None and tuple(camera.shape[3:]) != (PIXELS * height, PIXELS * width):
-            raise ArgumentError(
-                f"camera_conditions: expected {PIXELS * height} by {PIXELS * width} pixels, as the video has; got "
-                f"{camera.shape[3]} by {camera.shape[4]}",
-                argument="camera_conditions",
-            )
-        if clip is not None and clip.shape[1] > self.most_clip:
-            raise ArgumentError(
-                f"clip_fea: its K is {clip.shape[1]}, but this model has positions for {self.most_clip} tokens",
-                argument="clip_fea",
-            )
-        strengths = arguments.get("vace_strength")
-        if strengths is not None and len(strengths) != arguments["vace_context"].shape[1]:
-            raise ArgumentError(
-                f"vace_strength: expected {arguments['vace_context'].shape[1]} numbers, one for each video of "
-                f"vace_context; got {len(strengths)}",
-                argument="vace_strength",
-            )
 
     def _texts(self, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         """What the blocks attend to as text and as image, each [B, L, width]."""

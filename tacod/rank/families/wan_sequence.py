@@ -12,10 +12,22 @@ from torch.nn import functional
 
 from tacod.rank.families import kit
 from tacod.rank.families.wan_files import POSED
-from tacod.rank.families.wan_parts import PATCH, embed_patches
+from tacod.rank.families.wan_parts import PATCH, PIXELS, embed_patches
+from tacod.rank.families.wan_scail import check_masks
 from tacod.rank.ops.qkv import Rotation
+from tacod_client.errors import ArgumentError
 
-__all__ = ["Place", "Video", "embed_videos", "frames_before", "list_places", "list_videos", "rotate", "video_grid"]
+__all__ = [
+    "Place",
+    "Video",
+    "check_fits",
+    "embed_videos",
+    "frames_before",
+    "list_places",
+    "list_videos",
+    "rotate",
+    "video_grid",
+]
 
 _THETA = 10000.0
 _APART = 120.0
@@ -124,6 +136,46 @@ def list_places(arguments: Mapping[str, Any], kind: str) -> list[Place]:
         return _place_poses(video, origin, scale, arguments)
     beside = [kit.Grid(each, PATCH, "context_latents") for each in arguments.get("context_latents", ())]
     return [Place(each, origin, scale, number) for number, each in enumerate((video, *beside))]
+
+
+def check_fits(arguments: Mapping[str, Any], kind: str, downscale: int, most_clip: float) -> None:
+    """Raise `ArgumentError` for what ComfyUI's network of this kind has no place for.
+
+    Args:
+        arguments: Of a forward; only their shapes matter.
+        kind: Of `Wan`.
+        downscale: Pixels of a latent cell.
+        most_clip: For how many tokens of CLIP there are positions.
+    """
+    *_, height, width = arguments["x"].shape
+    for name in ("camera_conditions", "vace_context", *(() if kind in POSED else ("reference_latent", "pose_latents"))):
+        if name in arguments and (height % 2 or width % 2):
+            raise ArgumentError(
+                f"x: its latents are {height} by {width}; with {name} both must be even, so make both sides of the "
+                f"video multiples of {2 * downscale} pixels",
+                argument="x",
+            )
+    if kind in POSED:
+        check_masks(arguments)
+    camera, clip = arguments.get("camera_conditions"), arguments.get("clip_fea")
+    if camera is not None and tuple(camera.shape[3:]) != (PIXELS * height, PIXELS * width):
+        raise ArgumentError(
+            f"camera_conditions: expected {PIXELS * height} by {PIXELS * width} pixels, as the video has; got "
+            f"{camera.shape[3]} by {camera.shape[4]}",
+            argument="camera_conditions",
+        )
+    if clip is not None and clip.shape[1] > most_clip:
+        raise ArgumentError(
+            f"clip_fea: its K is {clip.shape[1]}, but this model has positions for {most_clip} tokens",
+            argument="clip_fea",
+        )
+    strengths = arguments.get("vace_strength")
+    if strengths is not None and len(strengths) != arguments["vace_context"].shape[1]:
+        raise ArgumentError(
+            f"vace_strength: expected {arguments['vace_context'].shape[1]} numbers, one for each video of "
+            f"vace_context; got {len(strengths)}",
+            argument="vace_strength",
+        )
 
 
 def _place_poses(
