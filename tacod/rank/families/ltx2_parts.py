@@ -132,13 +132,14 @@ class Block(nn.Module):
     ) -> None:
         """A stream attends to its text, which ``table`` and ``prompt`` modulate where there are ``parts``."""
         if table is None or prompt is None:
-            stream.add(None, attention.attend(stream.normed(norm=RMS), *f.texts[attention], mask=f.text_mask))
+            keys, values = f.texts[attention]
+            stream.add(None, attention.attend(stream.normed(norm=RMS), keys, values, f.text_mask))
             return
         shift, scale, gate = parts
         text_shift, text_scale = (table.flatten() + prompt).chunk(2, dim=-1)
         text = torch.addcmul(text_shift, text, 1 + text_scale)
-        keys_values = attention.keys_values(text)
-        stream.add(gate, attention.attend(stream.normed(shift, scale, norm=RMS), *keys_values, mask=f.text_mask))
+        keys, values = attention.keys_values(text)
+        stream.add(gate, attention.attend(stream.normed(shift, scale, norm=RMS), keys, values, f.text_mask))
 
     def _exchange(self, f: ForwardPass, options: Options, sound: bool) -> None:
         """The video attends to the sound, then the sound to the video."""

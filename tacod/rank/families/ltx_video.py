@@ -36,7 +36,8 @@ class Block(nn.Module):
         normed = f.image.normed(*parts[:2], norm=RMS)
         (attended,) = f.attend((f.image, lambda: self.attn1(normed, f.image.rotation)), mask=f.bias).wait()
         f.image.add(parts[2], self.attn1.out(attended, normed))
-        f.image.add(None, self.attn2.attend(f.image.tokens, *f.texts[self.attn2], mask=f.text_mask))
+        keys, values = f.texts[self.attn2]
+        f.image.add(None, self.attn2.attend(f.image.tokens, keys, values, f.text_mask))
         f.image.add(parts[5], self.ff(f.image.normed(*parts[3:5], norm=RMS)))
 
 
