@@ -194,7 +194,8 @@ class RemoteDiT(torch.nn.Module):
     def _run(self, x: Latents, timestep: Times, named: dict[str, Any]) -> Latents:
         options = named.pop("transformer_options", None) or {}
         self._check(options)
-        named |= {name: options[name] for name in _SENT_OPTIONS if options.get(name)}
+        # ComfyUI's networks look whether they are there: an empty map and a 0 are.
+        named |= {name: options[name] for name in _SENT_OPTIONS if options.get(name) is not None}
         arguments = {name: value for name, value in named.items() if value is not None and self.network.takes(name)}
         dtype = (x if isinstance(x, torch.Tensor) else x[0]).dtype
         arguments |= self.network.meanings(arguments, dtype, options)

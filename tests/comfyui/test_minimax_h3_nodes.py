@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from comfyui_graphs import Pair
+from comfyui_graphs import Pair, refused
 from comfyui_server import ComfyUI, Outcome
 from image_cases import Case
 from video_cases import MINIMAX, differ, models
@@ -106,6 +106,19 @@ def test_other_shifts_before_and_behind_the_loader(comfyui: ComfyUI, both: Both,
     run.on_model("MiniMaxH3SigmaShift", shift_video=6.0, shift_audio=6.0)
     run.sample(save="_behind", cfg=1.0)
     both(run, "_before", "_behind")
+
+
+@models("minimax_h3_t2v")
+def test_a_shift_of_zero_is_no_missing_one(comfyui: ComfyUI, both: Both, run: Pair) -> None:
+    """It is the video's; with the sound's, ComfyUI divides 0 by 0."""
+    run.load()
+    run.sample(save="_plain", cfg=1.0)
+    run.on_model("TestOptions", values='{"minimax_h3_sigma_shift_video": 0.0}')
+    run.sample(save="_zero", cfg=1.0)
+    both(run, "_plain", "_zero")
+    differ(comfyui, run, "_plain", "_zero")
+    run.on_model("TestOptions", values='{"minimax_h3_sigma_shift_audio": 0.0}')
+    assert "minimax_h3_sigma_shift_audio" in refused(comfyui, run, save="_sound", cfg=1.0)
 
 
 @models("minimax_h3_t2v")

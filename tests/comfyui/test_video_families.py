@@ -39,6 +39,18 @@ def test_stretched_positions(comfyui: ComfyUI, both: Both, run: Pair) -> None:
     differ(comfyui, run, "_plain", "_stretched")
 
 
+@models("wan21_t2v", "kandinsky5")
+def test_an_empty_map_of_positions(comfyui: ComfyUI, both: Both, run: Pair, case: Case) -> None:
+    """Kandinsky 5's network looks whether it is there, and leaves out its own factors if it is."""
+    run.load()
+    run.sample(save="_plain", cfg=1.0, steps=2)
+    run.on_model("TestOptions", values='{"rope_options": {}}')
+    run.sample(save="_empty", cfg=1.0, steps=2)
+    both(run, "_plain", "_empty")
+    plain, empty = (comfyui.latent(run.file("taco", save)) for save in ("_plain", "_empty"))
+    assert plain.equal(empty) == (case.golden == "wan21_t2v")
+
+
 @models(*ONE_EACH)
 def test_code_between_blocks_is_refused(comfyui: ComfyUI, run: Pair) -> None:
     run.load()

@@ -212,6 +212,18 @@ def test_what_a_golden_is_given_counts(name: str, left_out: str) -> None:
     assert other.error(SequenceParallel()) > 1e-3
 
 
+def test_an_empty_map_of_positions_leaves_out_the_networks_own_factors() -> None:
+    """ComfyUI's looks whether there is one, and then for what is in it."""
+    golden = read_golden("kandinsky5")
+    model = golden.model()
+    plain, empty, usual = (
+        forward(model, {**golden.inputs, **given})
+        for given in ({}, {"rope_options": {}}, {"rope_options": {"scale_t": 1.0, "scale_y": 1.0, "shift_x": 0.0}})
+    )
+    assert empty.equal(usual)
+    assert relative_error(plain, empty) > 1e-3
+
+
 def test_what_is_given_takes_the_place_of_the_first_frames() -> None:
     """The caller's latents stay as they are."""
     model = made()

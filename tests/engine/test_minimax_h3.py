@@ -635,6 +635,7 @@ def test_times_are_those_of_a_table_made_by_hand() -> None:
     assert model.timestep(torch.tensor([0.25])) == 250
     # Half of the noise at shift 12 is a thirteenth of the way, which is a fifth of the noise at shift 3.
     assert torch.allclose(shifted(torch.tensor([0.5, 1.0]), 12.0, 3.0), torch.tensor([0.2, 1.0]))
+    assert shifted(torch.tensor([0.5, 1.0]), 0.0, 3.0).equal(torch.ones(2))
 
 
 def test_a_usual_forward_is_taken() -> None:

@@ -318,7 +318,7 @@ class Kandinsky5(DiT):
 
     def _positions(self, grid: kit.Grid, options: Mapping[str, float] | None, device: torch.device) -> Tensor:
         """The (frame, row, column) of each patch, [N, 3] in fp32: as the options say, or closer by a factor."""
-        if options:
+        if options is not None:
             return grid.positions(*kit.origin_and_scale(options), device)
         large = self.width == _PRO_WIDTH and grid.sides[1] * grid.sides[2] >= _LARGE
         return grid.positions(scale=[1 / each for each in (_LARGE_FACTORS if large else self.factors)], device=device)

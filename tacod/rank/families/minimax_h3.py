@@ -175,7 +175,8 @@ class MiniMaxH3(DiT):
             "denoise_mask": Argument((1, 1, "T", "H", "W"), required=False, fp32=True),
             "audio_denoise_mask": Argument((1, 1, 2, "A"), required=False, fp32=True),
             "minimax_payload": payload_spec(self.channels, self.sound_channels),
-            **dict.fromkeys(_SHIFTS, Number(1e-3, 1e4)),
+            # A shift of 0 is that of a video that is noise at each step. For the sound ComfyUI divides 0 by 0 then.
+            **dict(zip(_SHIFTS, (Number(0.0, 1e4), Number(1e-3, 1e4)), strict=True)),
             "control": Unread(),
         }
 

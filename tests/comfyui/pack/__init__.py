@@ -317,6 +317,24 @@ class TestReplace:
         return (model,)
 
 
+class TestOptions:
+    """Options for the network, as nodes leave them on a MODEL; a JSON map."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"model": ("MODEL",), "values": ("STRING", {"default": "{}"})}}
+
+    def make(self, model: Any, values: str) -> tuple[Any]:
+        model = model.clone()
+        options = model.model_options["transformer_options"]
+        model.model_options["transformer_options"] = {**options, **json.loads(values)}
+        return (model,)
+
+
 class OnModel:
     """A node that takes a MODEL and gives one."""
 
@@ -445,6 +463,7 @@ class TestSize:
 
 _NODES = (
     TestReplace,
+    TestOptions,
     TestCompile,
     TestLoader,
     TestForget,
