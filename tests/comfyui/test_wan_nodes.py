@@ -135,3 +135,22 @@ def test_a_network_that_keeps_what_it_has_seen_is_refused(
     run.nodes["file"]["inputs"]["unet_name"] = name
     run.load(loader, **({"unet_name": name} if loader == "TACODiTUNETLoader" else {}))
     assert "TACO-DiT can't honour CausalWanModel: it keeps keys and values" in refused(comfyui, run, steps=2)
+
+
+OTHERS = {"s2v": "Wan 2.2 S2V", "humo": "HuMo", "animate2": "Wan Animate 2", "wandancer": "WanDancer"}
+"""ComfyUI's further networks of the family, by its names and by their own."""
+
+
+@models("wan21_t2v")
+@pytest.mark.parametrize("kind", OTHERS)
+def test_another_network_is_refused_by_its_name(
+    comfyui: ComfyUI, comfyui_models: Path, run: Pair, case: Case, kind: str
+) -> None:
+    golden, name = case.model(), f"{kind}.safetensors"
+    # WanDancer has an image beside the latent, and ComfyUI knows it by that, too.
+    config = {**golden.config, "model_type": kind} | ({"in_dim": 36} if kind == "wandancer" else {})
+    metadata = {"tacod.config": json.dumps(config)}
+    save_file(golden.weights, comfyui_models / "diffusion_models" / name, metadata)
+    run.load("TACODiTUNETLoader", unet_name=name)
+    message = f"{OTHERS[kind]}, which this version doesn't run; run it in ComfyUI without the TACO-DiT nodes"
+    assert message in refused(comfyui, run, steps=2)

@@ -34,6 +34,7 @@ _OTHERS = {
     "flow_rvs": "FlowRVS",
 }
 """The values of ``model_type`` for networks that ComfyUI has and this version doesn't run."""
+_INSTEAD = "which this version doesn't run; run it in ComfyUI without the TACO-DiT nodes"
 _MARKS = {
     "vace_patch_embedding.weight": "vace",
     "control_adapter.conv.weight": "camera_2.2",
@@ -124,9 +125,9 @@ def read_kind(config: Mapping[str, Any]) -> str:
     """The kind of network. Raises `ModelUnsupported`, naming it, for one that this version doesn't run."""
     kind = config.get("model_type", "t2v")
     if config.get("causal_ar"):
-        raise ModelUnsupported("config key 'causal_ar': Causal Forcing's network, which this version doesn't run")
+        raise ModelUnsupported(f"config key 'causal_ar': Causal Forcing's network, {_INSTEAD}")
     if isinstance(kind, str) and kind in _OTHERS:
-        raise ModelUnsupported(f"config key 'model_type' is {kind!r}: {_OTHERS[kind]}, which this version doesn't run")
+        raise ModelUnsupported(f"config key 'model_type' is {kind!r}: {_OTHERS[kind]}, {_INSTEAD}")
     return str(choice(config, "model_type", *_KINDS))
 
 
