@@ -274,7 +274,7 @@ class Executor:
     def _dispatch(self) -> None:
         model = self.residency.restore_next()
         if model is not None:
-            self._load(Purpose.RESTORE, model)
+            self._load(Purpose.RESTORE, model, first=self.residency.in_the_way(model))
             return
         if not self.ready:
             self.ready = True
@@ -324,9 +324,9 @@ class Executor:
 
     def _load(self, purpose: Purpose, model: Model, job: Job | None = None, first: Iterable[str] = ()) -> None:
         """Load a model, in the place of others if it is for a job: of the ``first`` ones in any case."""
-        evicts = []
+        evicts = [*first]
         if job is not None:
-            evicts = self.residency.make_room(model, self.config.models, self._needed, (*first, job.evict_next))
+            evicts = self.residency.make_room(model, self.config.models, self._needed, (*evicts, job.evict_next))
             job.evict_next = ""
         timeout_s = self.config.group.load_timeout_s
         room = self.residency.room_for(model, self.config.models, evicts)
@@ -364,6 +364,7 @@ class Executor:
         job = item.job
         if job is None:
             assert item.model is not None
+            self.residency.note_evicted(item.evicts)
             if isinstance(answer.error, OutOfMemory) and self.residency.shrink(item.model, answer.error):
                 return
             if answer.error is None:
@@ -443,6 +444,7 @@ class Executor:
         cleared = self.residency.clear_for(job.model, self._needed)
         model = self.manifest.find(job.model)
         if cleared is None and not self.residency.shrink(model, error):
+            self.residency.regrow(model)
             return False
         if job.verb is Verb.SAMPLE:
             # The run ended with the step that failed.

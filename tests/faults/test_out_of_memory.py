@@ -62,9 +62,9 @@ def test_the_error_comes_when_nothing_is_left_to_give_up(sturdy: Daemon, client:
         FLUX.check(model)
     assert caught.value.details["lacking_bytes"] > 1 << 40
     inject(kind="slow", seconds=0.01)
-    # The model is as small as it can be, and works.
+    # Others don't have to put up with a model that fetches everything.
     FLUX.check(model)
-    assert held(client, model)["weights"] == "host"
+    assert held(client, model)["weights"] == "replicated"
     assert sturdy.rank_pids() == pids
 
 

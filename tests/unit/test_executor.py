@@ -588,7 +588,30 @@ def test_a_step_without_memory_is_done_again_with_fewer_blocks(walk: Walk, verb:
     assert walk.work.type == verb.value
     walk.answer("failed", NO_MEMORY)
     assert isinstance(walk.ended[-1].error, OutOfMemory)
-    assert ids(walk) == ["base", "patched"]
+    # For others it is as it was.
+    assert (walk.work.type, walk.work.body["evict_models"], walk.work.body["fewer"]) == ("load", ["patched", "base"], 0)
+    walk.answer()
+    assert ids(walk) == ["base"]
+    walk.submit(verb, PATCHED, "next")
+    assert (walk.work.type, walk.work.body["model"], walk.work.body["fewer"]) == ("load", "patched", 0)
+
+
+def test_a_model_that_grows_again_does_so_once(walk: Walk) -> None:
+    walk.ready()
+    walk.submit(Verb.LOAD, BASE)
+    walk.answer()
+    walk.submit(Verb.FORWARD, BASE, "job")
+    walk.answer("failed", SHRINKS)
+    walk.answer()
+    walk.answer("failed", NO_MEMORY)
+    assert walk.work.body["evict_models"] == ["base"]
+    # There is less room than before.
+    walk.answer("failed", SHRINKS)
+    assert (walk.work.type, walk.work.body["evict_models"], walk.work.body["fewer"]) == ("load", [], 1)
+    walk.answer()
+    assert ids(walk) == ["base"]
+    walk.submit(Verb.FORWARD, BASE, "next")
+    assert walk.work.type == "forward"
 
 
 def test_a_step_that_is_cancelled_is_not_done_again(walk: Walk) -> None:
