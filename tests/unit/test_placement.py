@@ -52,6 +52,14 @@ def test_the_host_has_what_no_rank_can(ranks: int, reaches: bool) -> None:
     assert len(chosen.everywhere) == 57 + (12_000 - 100 - 600 - 57 * 110) // 300
 
 
+@pytest.mark.parametrize("asked", ["sharded", "host"])
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_a_modulation_of_tensors_that_stay_everywhere_has_no_bytes(asked: str, ranks: int) -> None:
+    sizes = Sizes({"block": 300}, {"a": 50, "small": 0, "last": 0}, 7)
+    kind = "replicated" if (asked, ranks) == ("sharded", 1) else asked
+    assert chosen_for(asked, sizes, ranks, None, reaches=True).kind == kind
+
+
 def test_a_modulation_lies_with_one_rank_alone() -> None:
     sizes = Sizes({"block": 300}, {"a": 50, "b": 50, "c": 20, "d": 20}, 7)
     # The first two have more than two thirds of the outputs, and the third rank owns two layers.
@@ -180,8 +188,8 @@ def test_who_has_too_little_is_told() -> None:
 
 
 @given(
-    st.lists(st.integers(1, 50), min_size=1, max_size=12),
-    st.lists(st.integers(1, 20), max_size=5),
+    st.lists(st.integers(0, 50), min_size=1, max_size=12),
+    st.lists(st.integers(0, 20), max_size=5),
     st.integers(0, 30),
     st.lists(st.integers(1, 900), min_size=1, max_size=5),
     st.booleans(),

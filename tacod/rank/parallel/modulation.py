@@ -44,7 +44,7 @@ def owners(sizes: Sequence[int], ranks: int) -> list[int]:
     """The rank that computes each layer, for their numbers of outputs."""
     total, done, found = max(sum(sizes), 1), 0, []
     for size in sizes:
-        # Whose share the middle of this layer's outputs falls into.
-        found.append((2 * done + size) * ranks // (2 * total))
+        # Whose share the middle of this layer's outputs falls into; behind all of them lies one without any.
+        found.append(min((2 * done + size) * ranks // (2 * total), ranks - 1))
         done += size
     return found
