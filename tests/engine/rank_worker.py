@@ -310,7 +310,7 @@ class Rank:
         return same, weight_bytes(model), expected, streaming.streamed_bytes(model)[group.rank]
 
     def reading_load(
-        self, layout: Layout, path: str, weights: str, counts: Sequence[int] | None = None
+        self, layout: Layout, path: str, weights: str, counts: Sequence[int] | None = None, alike: bool = True
     ) -> tuple[list[list[int]], int, int] | None:
         """Where this rank reads a model's file in a load, as starts and ends.
 
@@ -331,7 +331,7 @@ class Rank:
                 held.enter_context(mock.patch("tacod.rank.weights.streaming.choose", partial(holding, counts)))
             held.enter_context(mock.patch.object(os, "preadv", counted))
             cpu = torch.device("cpu")
-            streaming = Streaming(group, cpu, weights, [None] * group.size, True, smallest=0)
+            streaming = Streaming(group, cpu, weights, [None] * group.size, True, smallest=0, alike=alike)
             with streaming:
                 model = load_model(read_checkpoint(path), torch.float32, cpu, streaming=streaming)
         assert isinstance(model.weights, Stage)
