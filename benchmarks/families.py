@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -85,10 +85,9 @@ def main() -> None:
         show(args, Path(folder))
 
 
-def cases(args: argparse.Namespace) -> list[tuple[str, Size]]:
-    """Each model with each size."""
-    sizes = list(map(Size.parse, args.sizes.split(","))) if args.sizes else []
-    return [(name, size) for name in args.models.split(",") for size in sizes or PUBLISHED[name].sizes]
+def sizes_of(args: argparse.Namespace, name: str) -> Sequence[Size]:
+    """The sizes that were asked for, or the model's own."""
+    return list(map(Size.parse, args.sizes.split(","))) if args.sizes else PUBLISHED[name].sizes
 
 
 def warm_ups(args: argparse.Namespace) -> int:
@@ -127,7 +126,7 @@ def exact_file(folder: str, name: str, size: Size) -> Path:
 
 
 def error_of(folder: str, name: str, size: Size, output: Output) -> float | None:
-    """How far an output is from that in fp32, if there is one."""
+    """How far an output is from the one that errors are relative to, if there is one."""
     out = joined(output)
     file = exact_file(folder, name, size)
     if not file.exists():
@@ -155,7 +154,7 @@ def rank_main(rank: int, args: argparse.Namespace, count: int, rendezvous: str) 
             if (args.served or args.folder) and count == 1:
                 config = {**PUBLISHED[name].config, **({} if cuda else PUBLISHED[name].cut)}
                 write_model(Path(args.folder, f"{name}.safetensors"), model.state_dict(), config)
-            for size in (size for each, size in cases(args) if each == name):
+            for size in sizes_of(args, name):
                 inputs = model.prepare(make_inputs(name, model, size, device))
                 shape = Shape(model.heads, model.width, inputs.batch, model.lengths(inputs))
                 call = Call(model, make_plan(AUTO, count, shape), inputs)
@@ -192,7 +191,7 @@ def keep_exact(args: argparse.Namespace, name: str, device: torch.device) -> Non
     if fits:
         # The same rounded weights, computed with in fp32.
         model = model.float()
-    for size in (size for each, size in cases(args) if each == name):
+    for size in sizes_of(args, name):
         # A model on the meta device has arguments and sizes.
         inputs = make_inputs(name, model, size, device).map(lambda each: each.to(low) if each.ndim > 1 else each)
         torch.save(dict(inputs.map(torch.Tensor.cpu)), f"{args.folder}/{name}.{size}.inputs.pt")
@@ -233,7 +232,7 @@ def comfyui(args: argparse.Namespace) -> None:
     model = PUBLISHED[name]
     network = stock(name, device).diffusion_model
     with torch.inference_mode():
-        for size in (size for each, size in cases(args) if each == name):
+        for size in sizes_of(args, name):
             given = torch.load(f"{args.folder}/{name}.{size}.inputs.pt")
             given = dict(Inputs(given, {}).map(lambda each: each.to(device)))
             x, timestep, rest = given.pop("x"), given.pop("timestep"), {**given, **model.extra}
@@ -244,6 +243,7 @@ def comfyui(args: argparse.Namespace) -> None:
                 out: Output = network(latents, timestep, **rest, transformer_options={})
                 return out
 
+            torch.cuda.reset_peak_memory_stats()
             ms = times_of(forward, args.rounds, warm_ups(args))
             note(args.folder, name, size, "comfyui", ms=ms, error=error_of(args.folder, name, size, forward()))
             peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}"
@@ -260,7 +260,7 @@ def serve(args: argparse.Namespace, count: int) -> None:
     ):
         for name in args.models.split(","):
             model = client.load(f"{name}.safetensors")
-            for size in (size for each, size in cases(args) if each == name):
+            for size in sizes_of(args, name):
                 inputs = torch.load(f"{args.folder}/{name}.{size}.inputs.pt")
                 ms = times_of(lambda model=model, inputs=inputs: model.forward(**inputs), args.rounds, warm_ups(args))  # type: ignore[misc]
                 error = error_of(args.folder, name, size, model.forward(**inputs))

@@ -17,7 +17,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ WARM_UPS = 3
 def main() -> int:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="wan_14b")
+    parser.add_argument("--model", default="wan_14b", choices=sorted(PUBLISHED))
     parser.add_argument("--size", default="832x480x81")
     parser.add_argument("--ranks", type=int, default=2)
     args = parser.parse_args()
@@ -71,10 +70,14 @@ def measure(args: argparse.Namespace, endpoint: str, inputs: dict[str, Any]) -> 
             told.append(time.perf_counter())
             other.cancel(other.jobs()[0]["job"])
 
-        with at_half(model, cancel) as blocks, suppress(Cancelled):
-            model.forward(**inputs)
-        if not told:
-            print("too short to tell of its blocks: choose a larger size")
+        cancelled = False
+        with at_half(model, cancel) as blocks:
+            try:
+                model.forward(**inputs)
+            except Cancelled:
+                cancelled = True
+        if not cancelled:
+            print("it ended before it could be cancelled: choose a larger size")
             return
         known_s = time.perf_counter() - told[0]
         while other.status()["queue"]["running"]:

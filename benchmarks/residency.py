@@ -6,9 +6,10 @@
 Weights are random. Each model is loaded by a daemon on so many GPUs: whole, shared out among the GPUs, in the host's
 memory, and with ``auto`` for each of ``--gib`` of weights on each GPU. Beside what the daemon says that weights take on
 a GPU stands by how much the driver's own figure grew while they were loaded, the most of all GPUs, and by how much it
-had grown after the forwards; and by how much the host's available memory shrank. With ``comfyui`` ComfyUI's network
-runs on one GPU as well, offloaded by its own ModelPatcher to the same GiB. TMPDIR holds the models' files. On CPUs the
-models are cut to a block or two.
+had grown after the forwards; and by how much the host's available memory shrank. Times are followed by how many times
+the whole model's they are, if ``replicated`` was measured before. With ``comfyui`` ComfyUI's network runs on one GPU as
+well, offloaded by its own ModelPatcher to the same GiB; its figures are PyTorch's, of the weights and at most. TMPDIR
+holds the models' files. On CPUs the models are cut to a block or two.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from typing import Any
 
 import psutil
 import torch
-from families import stock, times_of, warm_ups
-from published import PUBLISHED, Size, build, make_inputs
+from families import sizes_of, stock, times_of, warm_ups
+from published import PUBLISHED, build, make_inputs
 from served import daemon, write_model
 
 from tacod.group.processes import ON_GPUS
@@ -54,6 +55,9 @@ def main() -> None:
         offloaded(args)
         return
     cuda = torch.cuda.is_available()
+    with_comfyui = "comfyui" in args.kinds.split(",")
+    if with_comfyui and not (cuda and "COMFYUI_PATH" in os.environ):
+        parser.error("comfyui needs a GPU and COMFYUI_PATH, the folder of a ComfyUI")
     os.environ.update(ON_GPUS)
     if args.no_peers:
         os.environ[DISABLED] = "1"
@@ -64,17 +68,17 @@ def main() -> None:
             inputs = write(name, args, Path(folder))
             for count in map(int, args.ranks.split(",")):
                 rows += measure(name, args, count, folder, inputs)
-            if "comfyui" in args.kinds.split(","):
+            if with_comfyui and PUBLISHED[name].comfyui:
                 sys.stdout.flush()
                 command = [sys.executable, *sys.argv, "--comfyui", name]
-                subprocess.run([*command, "--sizes", args.sizes], check=True, env={**os.environ, "FOLDER": folder})
+                subprocess.run(command, check=True, env={**os.environ, "FOLDER": folder})
                 rows += json.loads(Path(folder, "comfyui.json").read_text())
             Path(folder, f"{name}.safetensors").unlink()
     print(
         f"\n{device}, torch {torch.__version__}; ms of a forward through daemon and client, medians of {args.rounds}\n"
     )
     heads = ["model", "GPUs", "weights", "GiB on a GPU", "GiB fetched", "load s"]
-    heads += ["GiB on a GPU, loaded", "GiB on a GPU, after", "GiB of the host", *args.sizes.split(",")]
+    heads += ["GiB on a GPU, loaded", "GiB on a GPU, after", "GiB of the host", "ms (times the whole model's)"]
     print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
     for row in rows:
         print(f"| {' | '.join(row)} |")
@@ -96,7 +100,7 @@ def offloaded(args: argparse.Namespace) -> None:
         patcher.load(device, lowvram_model_memory=int(gib * 2**30))
         took_s = time.perf_counter() - started
         loaded, times = torch.cuda.memory_allocated() / 2**30, []
-        for size in map(Size.parse, args.sizes.split(",")):
+        for size in sizes_of(args, name):
             given = make_inputs(name, build(name, torch.device("meta"), torch.bfloat16), size, device)
             values = {**given, **PUBLISHED[name].extra}
             x, timestep = values.pop("x"), values.pop("timestep")
@@ -105,10 +109,10 @@ def offloaded(args: argparse.Namespace) -> None:
                 with torch.inference_mode():
                     return base.diffusion_model(x, timestep, **rest, transformer_options={})
 
-            times.append(f"{times_of(forward, args.rounds, warm_ups(args)):.1f}")
+            times.append(f"{size}: {times_of(forward, args.rounds, warm_ups(args)):.1f}")
         peak = torch.cuda.max_memory_allocated() / 2**30
         rows.append([name, "1", f"ComfyUI ({gib:g} GiB)", f"{loaded:.2f}", "–", f"{took_s:.1f}", "–", f"{peak:.2f}"])
-        rows[-1] += ["–", *times]
+        rows[-1] += ["–", ", ".join(times)]
         print(" ".join(rows[-1]), flush=True)
         patcher.unpatch_model(torch.device("cpu"))
     Path(os.environ["FOLDER"], "comfyui.json").write_text(json.dumps(rows))
@@ -128,9 +132,9 @@ def write(name: str, args: argparse.Namespace, folder: Path) -> dict[str, dict[s
     model = build(name, device, dtype)
     config = {**PUBLISHED[name].config, **({} if cuda else PUBLISHED[name].cut)}
     write_model(folder / f"{name}.safetensors", model.state_dict(), config)
-    sizes = list(map(Size.parse, args.sizes.split(","))) if args.sizes else PUBLISHED[name].sizes
-    args.sizes = ",".join(map(str, sizes))
-    inputs = {str(size): dict(make_inputs(name, model, size, torch.device("cpu")).items()) for size in sizes}
+    inputs = {
+        str(size): dict(make_inputs(name, model, size, torch.device("cpu")).items()) for size in sizes_of(args, name)
+    }
     del model
     if cuda:
         torch.cuda.empty_cache()
@@ -142,7 +146,7 @@ def measure(
 ) -> list[list[str]]:
     """A row for each way to load the model on so many GPUs."""
     rows: list[list[str]] = []
-    usual: dict[str, float] = {}
+    whole: dict[str, float] = {}
     gpus = list(map(str, range(count))) if torch.cuda.is_available() else []
     kinds: list[tuple[str, float | None]] = [
         (kind, None) for kind in args.kinds.split(",") if kind not in ("auto", "comfyui")
@@ -163,12 +167,14 @@ def measure(
             times = []
             for size, given in inputs.items():
                 ms = times_of(lambda model=model, given=given: model.forward(**given), args.rounds, warm_ups(args))  # type: ignore[misc]
-                whole = usual.setdefault(size, ms)
-                times.append(f"{ms:.1f} ({ms / whole:.2f}×)")
+                if told["weights"] == "replicated":
+                    whole.setdefault(size, ms)
+                ratio = f" ({ms / whole[size]:.2f}×)" if size in whole else ""
+                times.append(f"{size}: {ms:.1f}{ratio}")
             grown = [[now - then for now, then in zip(each, before, strict=True)] for each in (loaded, used(len(gpus)))]
             row += [f"{told['loaded_s']:.1f}"]
             row += [f"{max(each[1:], default=0) / 2**30:.2f}" for each in grown]
-            row += [f"{grown[0][0] / 2**30:.2f}", *times]
+            row += [f"{grown[0][0] / 2**30:.2f}", ", ".join(times)]
             rows.append(row)
             print(" ".join(row), flush=True)
     return rows
