@@ -140,10 +140,11 @@ class Residency:
         plain = _plain(model).id
         self._fewer[plain] = max(1, 2 * self._fewer.get(plain, 0))
         log.warning(
-            "%s: %s; loading it again with %d blocks fewer on each rank",
+            "%s: %s; loading it again with %d block%s fewer on each rank",
             model.path,
             error.message,
             self._fewer[plain],
+            "s" * (self._fewer[plain] > 1),
         )
         return True
 

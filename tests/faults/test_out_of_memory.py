@@ -44,7 +44,7 @@ def test_on_all_ranks_the_work_runs_again_with_a_block_less(sturdy: Daemon, clie
     assert (before["weights"], max(before["streamed_bytes"])) == ("replicated", 0)
     assert max(after["resident_bytes"]) < min(before["resident_bytes"])
     assert min(after["streamed_bytes"]) > 0
-    assert "loading it again with 1 blocks fewer on each rank" in sturdy.log[begin:]
+    assert "loading it again with 1 block fewer on each rank" in sturdy.log[begin:]
     assert model.forward(**inputs).equal(expected)
     assert sturdy.rank_pids() == pids
     assert client.status()["group"]["restarts"] == restarts
@@ -112,7 +112,7 @@ def test_on_one_rank_while_another_waits_for_it(sturdy: Daemon, client: Client, 
     begin = len(sturdy.log)
     assert model.forward(**inputs).equal(expected)
     eventually(lambda: client.status()["group"]["restarts"] == before + 1, STEP_TIMEOUT_S, "one restart")
-    assert "loading it again with 1 blocks fewer" in sturdy.log[begin:]
+    assert "loading it again with 1 block fewer" in sturdy.log[begin:]
     assert max(held(client, model)["streamed_bytes"]) > 0
 
 
