@@ -140,6 +140,15 @@ def test_each_rank_fills_its_own_budget() -> None:
     assert chosen.streamed_bytes[0] < chosen.streamed_bytes[2] < chosen.streamed_bytes[1]
 
 
+def test_ranks_with_one_budget_may_own_unlike_modulations() -> None:
+    """Rank 0 owns less, so it has room for a block that the others have none for."""
+    modulations = dict(zip("abcdefghi", (51, 19, 75, 95, 32, 32, 29, 28, 50), strict=True))
+    chosen = choose("auto", Sizes(dict.fromkeys("stuvwxyz", 69), modulations, 19), [735] * 4, reaches=True)
+    assert chosen.kind == "sharded"
+    assert all(735 - 69 < held <= 735 for held in chosen.device_bytes)
+    assert len({len(each) for each in chosen.resident}) == 2
+
+
 def test_a_rank_without_room_for_a_share_does_not_hold_the_others_back() -> None:
     chosen = choose("auto", FLUX, [None, 4_000, 30_000], reaches=True)
     assert chosen.kind == "host"

@@ -221,7 +221,9 @@ def _fill(kind: str, sizes: Sizes, budgets: Sequence[int]) -> Placement | None:
         return None
     known = alike[-1]
     resident = [known] * len(ranks)
-    for rank in sorted(ranks, key=lambda rank: budgets[rank]):
+    # A rank that computes modulations for the others has less left of an equal budget.
+    owned = _owned(sizes.modulations, len(ranks)) if kind == "sharded" else [0] * len(ranks)
+    for rank in sorted(ranks, key=lambda rank: budgets[rank] - owned[rank]):
         more = [units(known, n) for n in range(most - len(known) + 1)]
         known = [each for each in more if fits([*resident[:rank], each, *resident[rank + 1 :]], [rank])][-1]
         resident[rank] = known
