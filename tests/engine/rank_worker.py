@@ -51,11 +51,12 @@ from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.parallel.topology import Topology
 from tacod.rank.weights.load import get_weight, load_model, set_weight, share, weight_bytes
 from tacod.rank.weights.placement import Placement, Sizes, _placed
+from tacod.rank.weights.reader import Reader
 from tacod.rank.weights.remap import identify
 from tacod.rank.weights.sizes import sizes_of
 from tacod.rank.weights.stage import Buffers, Stage
 from tacod.rank.weights.streaming import Streaming
-from tacod_client.errors import OutOfMemory
+from tacod_client.errors import ModelCorrupt, OutOfMemory, TacodError
 
 WORLD = 5
 LAYOUTS = [
@@ -352,6 +353,8 @@ class Rank:
         streaming = Streaming(group, torch.device("cpu"), "sharded", [None] * group.size, True, smallest=0)
         owner, name_of, moment, error = {
             "block": (streaming, "store", 2, MemoryError("none")),
+            "corrupt": (streaming, "store", 2, ModelCorrupt("a scale isn't finite")),
+            "changed": (Reader, "check", 1, ModelCorrupt("the file changed")),
             "file": (os, "memfd_create", 1, OSError("none")),
             "reserve": (os, "posix_fallocate", 1, OSError("none")),
             "map": (mmap, "mmap", 2, OSError("none")),
@@ -368,7 +371,7 @@ class Rank:
             try:
                 with streaming:
                     load_model(read_checkpoint(path), torch.float32, torch.device("cpu"), streaming=streaming)
-            except (MemoryError, OutOfMemory, torch.OutOfMemoryError) as error:
+            except (MemoryError, TacodError, torch.OutOfMemoryError) as error:
                 return f"{type(error).__name__}: {error}"
         return "loaded"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import pickle
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from tacod.rank.comm import cuda_driver
 from tacod.rank.comm.group import Group
 from tacod.rank.comm.peers import SymmetricBlock
 from tacod.rank.weights.host_memory import free_bytes
-from tacod_client.errors import OutOfMemory
+from tacod_client.errors import OutOfMemory, TacodError
 
 __all__ = [
     "ALIGNED",
@@ -129,7 +130,7 @@ class Depot:
     """Stores tensors, so that the ranks hold them together.
 
     All ranks of ``group`` make the same calls in the same order. If one of them fails meanwhile it calls `abandon`, and
-    the next call of the others fails too.
+    the next call of the others raises the same: `OutOfMemory` if it doesn't tell what that is.
     """
 
     def __init__(self, group: Group, slabs: Callable[[], MakeSlab], host: bool = False) -> None:
@@ -147,10 +148,14 @@ class Depot:
     def exchange(self, told: bytes) -> list[bytes]:
         """What each rank tells the others. Raises what `store` does."""
         self._agree(True, ANOTHER)
+        return self._tell(told)
+
+    def _tell(self, told: bytes) -> list[bytes]:
         device = "cuda" if self._group.on_gpu else "cpu"
         length = torch.tensor([len(told)], dtype=torch.int64, device=device)
         lengths = self._group.gather(length, [1] * self._group.size, dim=0).tolist()
-        mine = torch.frombuffer(bytearray(told), dtype=torch.uint8).to(device)
+        # An empty one is no buffer.
+        mine = torch.frombuffer(bytearray(told) + b"\0", dtype=torch.uint8)[:-1].to(device)
         everyones = self._group.gather(mine, lengths, dim=0).cpu()
         return [part.numpy().tobytes() for part in torch.split(everyones, lengths)]
 
@@ -217,17 +222,28 @@ class Depot:
         self._agree(True, ANOTHER)
         self._make_slab = self._slabs()
 
-    def abandon(self) -> None:
-        """Have the other ranks' next call fail, unless one has failed on all ranks."""
+    def abandon(self, error: TacodError | None = None) -> None:
+        """Have the other ranks' next call raise this error, unless one has failed on all ranks."""
         if not self._over:
             self._group.agree(False)
+            self._tell(_packed(error))
         self._over = False
         self._make_slab = self._slabs()
 
     def _agree(self, verdict: bool, otherwise: str, **details: Any) -> None:
         if not self._group.agree(verdict):
             self._over = True
-            raise OutOfMemory(otherwise, **details)
+            told = filter(None, self._tell(_packed(None)))
+            raise next(map(_unpacked, told), OutOfMemory(otherwise, **details))
+
+
+def _packed(error: TacodError | None) -> bytes:
+    """An error for the other ranks; empty for none, and for a lack of memory, of which each tells what it lacks."""
+    return b"" if error is None or isinstance(error, OutOfMemory) else pickle.dumps(error.to_wire())
+
+
+def _unpacked(told: bytes) -> TacodError:
+    return TacodError.from_wire(pickle.loads(told))
 
 
 def aligned(size: int) -> int:

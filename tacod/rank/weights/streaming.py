@@ -18,7 +18,7 @@ from tacod.rank.weights.placement import Links, Placement, Sizes, alternatives, 
 from tacod.rank.weights.sizes import SMALLEST
 from tacod.rank.weights.skeleton import Skeleton
 from tacod.rank.weights.stage import Buffers, Stage, Unit, assign, owner_of
-from tacod_client.errors import OutOfMemory
+from tacod_client.errors import OutOfMemory, TacodError
 
 __all__ = ["Streaming", "Turn"]
 
@@ -188,7 +188,7 @@ class Streaming:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if error is not None and self._depot is not None:
             # What this rank can't load the others won't.
-            self._depot.abandon()
+            self._depot.abandon(error if isinstance(error, TacodError) else None)
 
     def advised(self, error: OutOfMemory) -> OutOfMemory:
         """A lack of memory in a load of this model, or in a forward of it, with what would help.
