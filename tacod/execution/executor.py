@@ -269,7 +269,10 @@ class Executor:
         cancelling = item.job is not None and item.job.cancelling
         if model is None or cancelling or not isinstance(lost.error, OutOfMemory):
             return False
-        return self.residency.shrink(model, lost.error)
+        if self.residency.shrink(model, lost.error):
+            return True
+        self.residency.regrow(model)
+        return False
 
     def _dispatch(self) -> None:
         model = self.residency.restore_next()
@@ -366,6 +369,7 @@ class Executor:
             assert item.model is not None
             self.residency.note_evicted(item.evicts)
             if isinstance(answer.error, OutOfMemory) and self.residency.shrink(item.model, answer.error):
+                self.residency.load_anew(item.model)
                 return
             if answer.error is None:
                 self.records.metrics.loads.observe(answer.elapsed_s)
@@ -413,6 +417,11 @@ class Executor:
             self._unpin_restores(job)
         if job.cancelling:
             self._end([self.scheduler.fail_step(Unavailable("cancelled"))])
+        elif job.verb in ON_MODEL and job.model not in self.manifest:
+            info = (
+                f"model {job.model!r} is to hold fewer blocks, for want of memory, and its patches are stored no more"
+            )
+            self._end([self.scheduler.fail_step(ModelNotFound(f"{info}; load it again", model=job.model))])
         else:
             self._start_step(job)
 
@@ -435,7 +444,11 @@ class Executor:
         if item.model is not None:
             other = self.manifest.next_to_go(item.model, needed=self._needed)
             if other is None and not self.residency.shrink(item.model, error):
+                self.residency.regrow(item.model)
                 return False
+            if other is None:
+                # It holds fewer blocks only if it is loaded anew.
+                other = item.model.base
             job.evict_next = "" if other is None else other.id
             self.scheduler.repeat_step()
             return True
@@ -451,7 +464,9 @@ class Executor:
             self.group.forget(job.id)
             job.begin_anew()
         if cleared is None:
-            self._load(Purpose.FETCH, model, job, self.residency.sharing(model))
+            # Without its patches the model can't be loaded now, and its client does it.
+            known = model if model.base is None or not self.store.lacks(model.digests) else model.base
+            self._load(Purpose.FETCH, known, job, self.residency.sharing(model))
         else:
             evict = Evict([cleared.id])
             self._hand_out(WorkItem(Purpose.CLEAR, evict, self.config.group.step_timeout_s, job, evicts=evict.models))

@@ -58,8 +58,9 @@ class Residency:
         """By which session each model was used last, and when."""
         self._fewer: dict[str, int] = {}
         """By how many blocks ranks stay below what they could hold of a model without patches, for want of memory."""
-        self._regrowing: set[str] = set()
-        """Of the models that are coming, those that are resident with fewer blocks than fit."""
+        self._anew: set[str] = set()
+        """Of the models that are coming, those that hold other blocks only if what shares weights with them goes first.
+        """
 
     def want(self, models: Iterable[Model]) -> None:
         """These models are to be resident from now on."""
@@ -149,19 +150,23 @@ class Residency:
         return True
 
     def regrow(self, model: Model) -> None:
-        """After a forward for which even the fewest blocks leave no memory, hold again what fits beside others.
+        """After what even the fewest blocks leave no memory for, hold again what fits beside others.
 
-        The model is loaded anew for that, without a client's request.
+        A resident model is loaded anew for that, without a client's request.
         """
         plain = _plain(model)
-        if self._fewer.pop(plain.id, 0) and plain.id in self._manifest and plain.id not in self._regrowing:
+        if self._fewer.pop(plain.id, 0) and plain.id in self._manifest and plain.id not in self._anew:
             log.info("%s: loading it again with as many blocks as fit", plain.path)
-            self._regrowing.add(plain.id)
+            self.load_anew(plain)
             self.coming.append(plain)
 
+    def load_anew(self, model: Model) -> None:
+        """When a model that is coming is loaded, what shares weights with it is evicted first."""
+        self._anew.add(model.id)
+
     def in_the_way(self, model: Model) -> list[str]:
-        """The models to evict for a load without a client's request: what has to be loaded anew, if it is that."""
-        return self.sharing(model) if model.id in self._regrowing else []
+        """The models to evict for a load without a client's request; see `load_anew`."""
+        return self.sharing(model) if model.id in self._anew else []
 
     def sharing(self, model: Model) -> list[str]:
         """The resident models that share weights with this one, itself among them."""
@@ -202,7 +207,7 @@ class Residency:
     def note_restored(self, model: Model, result: Loaded | TacodError, elapsed_s: float, now: float) -> None:
         """The ranks have loaded a model without a client's request, or could not."""
         self.coming.remove(model)
-        self._regrowing.discard(model.id)
+        self._anew.discard(model.id)
         self._losses.pop(model.id, None)
         if isinstance(result, Loaded):
             self.note_loaded(model, result, elapsed_s, now)
@@ -217,7 +222,7 @@ class Residency:
         """The ranks no longer hold a model, or can't load it."""
         self._losses.pop(model_id, None)
         self._fewer.pop(model_id, None)
-        self._regrowing.discard(model_id)
+        self._anew.discard(model_id)
         if model_id in self._manifest:
             self._let_go(self._manifest.find(model_id))
             self._on_gone(model_id)
@@ -240,7 +245,7 @@ class Residency:
             self._give_up(
                 restoring, lost.error or RankFailed(f"the ranks ended each time they loaded it; last: {lost}")
             )
-        self._regrowing.clear()
+        self._anew.clear()
         self.coming = [*self._manifest, *(each for each in self.coming if each.id not in self._manifest)]
         return given_up
 

@@ -243,7 +243,7 @@ class Engine:
         plain = self.models.get(base or model) or self._load_file(path, identity, dtype, weights, memory_bytes, fewer)
         loaded = {base or model: plain}
         if model not in self.models:
-            loaded[model] = self._patch(plain, patches, files) if base is not None else plain
+            loaded[model] = self._try_to_patch(plain, patches, files) if base is not None else plain
         if self.device.type == "cuda":
             # A lack of memory may show only now.
             self.topology.clock.wait()
@@ -313,6 +313,14 @@ class Engine:
         )
         with Unfilled():
             return Resident(loaded, family.lora_layout(config), family.shapes(config), facts, streaming)
+
+    def _try_to_patch(self, base: Resident, patches: Any, files: Mapping[str, str]) -> Resident:
+        """See `_patch`; a lack of memory says whether a base that holds fewer blocks would leave more."""
+        try:
+            with self.memory_errors("unload a model (`tacoctl unload`)"):
+                return self._patch(base, patches, files)
+        except OutOfMemory as error:
+            raise base.streaming.advised(error) from None
 
     def _patch(self, base: Resident, patches: Any, files: Mapping[str, str]) -> Resident:
         """The base's weights with patches applied; only patched weights take memory of their own."""

@@ -162,7 +162,7 @@ def test_fewer_blocks_than_the_budget_allows(ranks: Ranks, saved: Callable[[str]
         assert after[3] > before[3]
 
 
-@pytest.mark.parametrize("what", ["block", "file", "reserve", "map", "buffers"])
+@pytest.mark.parametrize("what", ["block", "corrupt", "changed", "file", "reserve", "map", "buffers"])
 @pytest.mark.parametrize("failing", [0, 1])
 def test_one_rank_that_fails_makes_all_fail(ranks: Ranks, saved: Callable[[str], str], failing: int, what: str) -> None:
     path = saved("flux_dev")
@@ -170,6 +170,9 @@ def test_one_rank_that_fails_makes_all_fail(ranks: Ranks, saved: Callable[[str],
     own, other = {
         "block": ("MemoryError: none", "OutOfMemory: another rank could not load these weights"),
         "buffers": ("OutOfMemoryError: none", "OutOfMemory: another rank could not load these weights"),
+        # One rank alone reads a block, so it alone finds what is wrong with it.
+        "corrupt": ("ModelCorrupt: a scale isn't finite",) * 2,
+        "changed": ("ModelCorrupt: the file changed",) * 2,
     }.get(what, ("OutOfMemory: no memory for ", "OutOfMemory: no memory for "))
     assert told[failing].startswith(own)
     assert told[1 - failing].startswith(other)
@@ -409,6 +412,25 @@ def test_a_load_without_memory_says_by_how_much_and_what_takes_less(
         load(engine, FLUX.save(tmp_path), "fp32", None, weights)
     assert caught.value.details == {"lacking_bytes": 3 << 29, "host": False, "shrinks": shrinks}
     assert engine.models == {}
+
+
+@pytest.mark.parametrize(("weights", "shrinks"), [("auto", True), ("host", False)])
+@pytest.mark.parametrize("known", [False, True])
+def test_patches_without_memory_say_whether_fewer_blocks_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str, shrinks: bool, known: bool
+) -> None:
+    """Whether their base was there before or not."""
+    engine, path = Engine(torch.device("cpu"), Topology()), FLUX.save(tmp_path)
+    key = "double_blocks.0.img_attn.qkv.weight"
+    patches = [change(key, tuple(FLUX.model.state_dict()[key].shape), "diff")]
+    with monkeypatch.context() as context:
+        if known:
+            engine.load("base", str(path), read_checkpoint(str(path)).identity, "fp32", None, None, [], weights=weights)
+        context.setattr("tacod.rank.engine.apply", Mock(side_effect=MemoryError))
+        with pytest.raises(OutOfMemory, match="unload a model") as caught:
+            load(engine, path, "fp32", patches, weights)
+    assert caught.value.details["shrinks"] is shrinks
+    assert len(engine.models) == known
 
 
 @pytest.mark.parametrize("kind", ["lora", "diff"])

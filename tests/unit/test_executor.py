@@ -614,6 +614,96 @@ def test_a_model_that_grows_again_does_so_once(walk: Walk) -> None:
     assert walk.work.type == "forward"
 
 
+def test_patches_without_memory_have_their_base_hold_fewer_blocks(walk: Walk) -> None:
+    """Which it does only if it is loaded anew."""
+    walk.ready()
+    walk.submit(Verb.LOAD, BASE)
+    walk.answer()
+    walk.submit(Verb.LOAD, PATCHED, "patched")
+    tried = []
+    for _ in range(3):
+        tried.append((walk.work.body["evict_models"], walk.work.body["fewer"]))
+        walk.answer("failed", SHRINKS)
+    assert tried == [([], 0), (["base"], 1), ([], 2)]
+    walk.answer()
+    assert ids(walk) == ["base", "patched"]
+    assert walk.ended[-1].outcome is Outcome.RESULT
+
+
+def test_patches_without_memory_on_new_ranks_have_their_base_hold_fewer_blocks(walk: Walk) -> None:
+    walk.ready()
+    walk.submit(Verb.LOAD, PATCHED)
+    walk.answer()
+    walk.alive[0].die(-9)
+    walk.come_back()
+    walk.answer()
+    tried = []
+    for _ in range(3):
+        tried.append((walk.work.body["model"], walk.work.body["evict_models"], walk.work.body["fewer"]))
+        walk.answer("failed", SHRINKS)
+    assert tried == [("patched", [], 0), ("patched", ["patched", "base"], 1), ("patched", [], 2)]
+    walk.answer()
+    assert ids(walk) == ["base", "patched"]
+    assert walk.executor.residency.coming == []
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_after_a_load_that_even_the_fewest_blocks_leave_no_memory_for_the_next_one_tries_all(
+    walk: Walk, alone: bool
+) -> None:
+    walk.ready()
+    walk.submit(Verb.LOAD, BASE)
+    walk.answer("failed", SHRINKS)
+    assert walk.work.body["fewer"] == 1
+    walk.answer("failed", NO_MEMORY, ranks=1 if alone else RANKS)
+    if alone:
+        walk.clock.now += AGREE_S + 1
+        walk.come_back()
+    assert isinstance(walk.ended[-1].error, OutOfMemory)
+    walk.submit(Verb.LOAD, BASE, "again")
+    assert walk.work.body["fewer"] == 0
+
+
+def test_new_ranks_hold_all_that_fits_after_a_step_that_the_fewest_blocks_leave_no_memory_for(walk: Walk) -> None:
+    walk.ready()
+    walk.submit(Verb.LOAD, BASE)
+    walk.answer()
+    walk.submit(Verb.FORWARD, BASE, "job")
+    walk.answer("failed", SHRINKS)
+    walk.answer()
+    walk.answer("failed", NO_MEMORY, ranks=1)
+    walk.clock.now += AGREE_S + 1
+    walk.come_back()
+    assert isinstance(walk.ended[-1].error, OutOfMemory)
+    assert (walk.work.body["model"], walk.work.body["evict_models"], walk.work.body["fewer"]) == ("base", [], 0)
+    walk.answer()
+    assert walk.executor.residency.coming == []
+
+
+@pytest.mark.parametrize("verb", ON_MODEL)
+def test_a_model_that_is_to_hold_fewer_blocks_may_have_lost_its_patches(walk: Walk, verb: Verb) -> None:
+    """They made room in the store; its client sends them again."""
+    patched = variant(1)
+    walk.ready()
+    walk.executor.store.put(content(1))
+    walk.submit(Verb.LOAD, patched)
+    walk.answer()
+    walk.executor.store.limit = 10
+    walk.executor.store.put(content(2))
+    assert walk.executor.store.lacks(patched.digests)
+    walk.submit(verb, patched, "job")
+    walk.answer("failed", SHRINKS)
+    assert (walk.work.body["model"], walk.work.body["evict_models"], walk.work.body["fewer"]) == (
+        "base",
+        ["v1", "base"],
+        1,
+    )
+    walk.answer()
+    assert isinstance(walk.ended[-1].error, ModelNotFound)
+    assert "load it again" in walk.ended[-1].error.message
+    assert ids(walk) == ["base"]
+
+
 def test_a_step_that_is_cancelled_is_not_done_again(walk: Walk) -> None:
     walk.ready()
     walk.submit(Verb.LOAD, BASE)
