@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tacod.rank.families.base import LatentFormat
 from tacod.rank.families.flux import Flux
 from tacod.rank.families.flux2 import Flux2
 from tacod.rank.families.flux3 import Flux3
+from tacod.rank.families.stream import ForwardPass
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.sampling.sampling import check_samples
 from tacod.rank.weights.load import load_model
@@ -254,18 +256,22 @@ def test_the_timestep_is_the_noise_level() -> None:
 def test_text_and_references_have_time_zero() -> None:
     """Before the joint blocks nothing of theirs changes with the timestep, and the image's does."""
     model = made({**BASE, "num_single_layers": 1})
-    seen: list[dict[str, Tensor]] = []
-    joint = model.single_blocks[0].register_forward_pre_hook(
-        lambda _, args: seen.append({name: getattr(args[0], name).tokens for name in ("text", "references", "image")})
-    )
+    seen: list[Sequence[Tensor]] = []
+
+    def keep(_: Any, args: tuple[ForwardPass]) -> None:
+        (f,) = args
+        assert f.references is not None
+        seen.append(torch.split(f.joint.tokens, [each.size for each in (f.text, f.references, f.image)], dim=1))
+
+    joint = model.single_blocks[0].register_forward_pre_hook(keep)
     given = inputs(references=1)
     forward(model, given)
     forward(model, {**given, "timestep": given["timestep"] / 2})
     joint.remove()
-    before, after = seen
-    assert torch.equal(before["text"], after["text"])
-    assert torch.equal(before["references"], after["references"])
-    assert relative_error(after["image"], before["image"]) > 1e-3
+    (text, references, image), (text_after, references_after, image_after) = seen
+    assert text.equal(text_after)
+    assert references.equal(references_after)
+    assert relative_error(image_after, image) > 1e-3
 
 
 def test_references_lie_on_planes_of_their_own() -> None:

@@ -21,8 +21,8 @@ def test_one_raises_after_the_last_block(sturdy: Daemon, client: Client, inject:
 
 
 def test_one_fails_where_the_other_does_not(sturdy: Daemon, client: Client, inject: Inject) -> None:
-    """What the one lacked is what the client hears."""
-    model = client.load(SD3.file)
+    """What the one lacked is what the client hears, of weights that lie as asked."""
+    model = client.load(SD3.file, weights="replicated")
     inject(kind="out_of_memory", rank=1, when="after")
     begin = len(sturdy.log)
     with pytest.raises(OutOfMemory, match="GiB"):
