@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import mmap
 import os
-import pickle
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import msgpack
 import torch
 from torch import Tensor
 
@@ -239,11 +239,12 @@ class Depot:
 
 def _packed(error: TacodError | None) -> bytes:
     """An error for the other ranks; empty for none, and for a lack of memory, of which each tells what it lacks."""
-    return b"" if error is None or isinstance(error, OutOfMemory) else pickle.dumps(error.to_wire())
+    told: bytes = b"" if error is None or isinstance(error, OutOfMemory) else msgpack.packb(error.to_wire())
+    return told
 
 
 def _unpacked(told: bytes) -> TacodError:
-    return TacodError.from_wire(pickle.loads(told))
+    return TacodError.from_wire(msgpack.unpackb(told))
 
 
 def aligned(size: int) -> int:
