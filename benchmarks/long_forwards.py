@@ -71,7 +71,7 @@ def measure(args: argparse.Namespace, endpoint: str, inputs: dict[str, Any]) -> 
             other.cancel(other.jobs()[0]["job"])
 
         cancelled = False
-        with at_half(model, cancel) as blocks:
+        with AtHalf(model, cancel) as blocks:
             try:
                 model.forward(**inputs)
             except Cancelled:
@@ -93,7 +93,7 @@ def measure(args: argparse.Namespace, endpoint: str, inputs: dict[str, Any]) -> 
         def kill() -> None:
             os.kill(other.status()["group"]["ranks"][-1]["pid"], signal.SIGKILL)
 
-        with at_half(model, kill) as blocks:
+        with AtHalf(model, kill) as blocks:
             survived, survived_s = timed(lambda: model.forward(**inputs))
         print(
             f"the last rank is killed at block {blocks}: the forward takes {survived_s:.2f} s, "
@@ -102,7 +102,7 @@ def measure(args: argparse.Namespace, endpoint: str, inputs: dict[str, Any]) -> 
         )
 
 
-class at_half:  # noqa: N801 - used as a function
+class AtHalf:
     """Do something once, when half of a forward's blocks are done; ``str`` says which block that was."""
 
     def __init__(self, model: Any, action: Callable[[], None]) -> None:
@@ -113,7 +113,7 @@ class at_half:  # noqa: N801 - used as a function
     def __str__(self) -> str:
         return self._seen
 
-    def __enter__(self) -> at_half:
+    def __enter__(self) -> AtHalf:
         self._model.on_blocks = self._heard
         return self
 
