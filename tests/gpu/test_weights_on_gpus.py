@@ -20,6 +20,11 @@ FORWARDS = 4
 """As they come, captured, and replayed."""
 
 
+def everyone(daemon: Daemon) -> dict[str, int]:
+    """The plan by which all ranks take part: each load measures anew whether they would help such small models."""
+    return {"sequence_parallel_degree": len(daemon.rank_pids())}
+
+
 @pytest.fixture(scope="module", params=WORLDS, ids=lambda count: f"{count}gpu")
 def gpu_daemon(request: pytest.FixtureRequest, models: Path) -> Iterator[Daemon]:
     with Daemon(roots=[models], gpus=request.param) as daemon:
@@ -29,11 +34,15 @@ def gpu_daemon(request: pytest.FixtureRequest, models: Path) -> Iterator[Daemon]
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp8"])
 @pytest.mark.parametrize("weights", ["sharded", "host"])
 def test_results_are_the_same_to_the_bit(gpu_daemon: Daemon, weights: str, dtype: str) -> None:
+    plan = everyone(gpu_daemon)
     with gpu_daemon.client() as client:
-        whole, apart = (client.load(FLUX.file, dtype=dtype, weights=each) for each in ("replicated", weights))
+        whole, apart = (
+            client.load(FLUX.file, dtype=dtype, weights=each, plan=plan) for each in ("replicated", weights)
+        )
         patches = [lora(QKV, 0.8), lora(MLP, -0.5, 1)]
         patched, also = (
-            client.load(FLUX.file, dtype=dtype, weights=each, patches=patches) for each in ("replicated", weights)
+            client.load(FLUX.file, dtype=dtype, weights=each, plan=plan, patches=patches)
+            for each in ("replicated", weights)
         )
         for seed in range(FORWARDS):
             inputs = FLUX.inputs(seed)
@@ -52,7 +61,9 @@ def test_packed_layers_are_fetched_as_they_are(gpu_daemon: Daemon, models: Path,
     golden, file = read_golden(name), models / "packed.safetensors"
     golden.save(file)
     with gpu_daemon.client() as client:
-        whole, apart = (client.load(file.name, weights=each) for each in ("replicated", weights))
+        whole, apart = (
+            client.load(file.name, weights=each, plan=everyone(gpu_daemon)) for each in ("replicated", weights)
+        )
         for _ in range(FORWARDS):
             assert apart.forward(**golden.inputs).equal(whole.forward(**golden.inputs))
         for model in (whole, apart):
