@@ -160,6 +160,8 @@ class Stage:
         self.buffers = Buffers.of(largest, device) if buffers is None or buffers.size < largest else buffers
         self._begun: _Loop | None = None
         """What `ahead` has begun, until it is looped over."""
+        self._modulates = any(unit.modulates and missing for unit, missing in zip(units, lacking, strict=True))
+        """Whether it fetches modulations too, which are needed before any block."""
         self._staged: dict[int, _Staged] = {}
         for unit, missing in zip(units, lacking, strict=True):
             number, at, copies, fetched = len(self._staged) % BUFFERS, 0, [], []
@@ -183,8 +185,11 @@ class Stage:
     def ahead(self, modules: Iterable[Any]) -> Iterator[None]:
         """A context that begins to fetch the weights of the first of these modules, which are looped over in it.
 
-        Another loop that needs the buffers before takes them; then these are fetched again.
+        It doesn't where the modulations need the buffers first. Another loop that takes them has these fetched again.
         """
+        if self._modulates:
+            yield
+            return
         self._begun = loop = self._loop(list(modules))
         self._fetch(loop)
         try:
