@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from tacod_client.dtypes import ATTENTIONS
 from tacod_client.errors import ArgumentError
 
 __all__ = [
@@ -34,6 +35,8 @@ RING_COLLECTIVES = 4
 """How many collectives a turn of a ring counts as, its merge included."""
 RING_SLOWDOWN = 1.6
 """How many times as long attention takes in parts that are merged in fp32."""
+IN_PARTS = ("exact", "sage", "fa3")
+"""The attentions whose parts can be merged, as a ring does: they tell the log-sum-exp of the scores."""
 BYTES = 2
 """Bytes of a number in an exchange, in bf16."""
 
@@ -109,6 +112,8 @@ class Request:
     ring: int | None = None
     flash_attention: bool | None = None
     """False keeps to the plain attention kernels."""
+    attention: str | None = None
+    """Another attention kernel than the exact ones: one of `ATTENTIONS` (`tacod.rank.ops.attention_kernels`)."""
     exchange: str | None = None
     """``"int8"`` halves the bytes of Ulysses' exchange, which helps GPUs without peer access."""
     step_cache: float | None = None
@@ -125,10 +130,10 @@ class Request:
             return False
         return self.cfg_parallel is None or (layout.batch > 1) == (self.cfg_parallel and batch > 1)
 
-    def without_ring(self) -> Request:
-        """The same request without a ring. Raises `ArgumentError` if it asks for one."""
+    def without_ring(self, needs: str) -> Request:
+        """The same request without a ring, which ``needs`` something. Raises `ArgumentError` if it asks for one."""
         if self.ring is not None and self.ring > 1:
-            raise _refused(f"ring {self.ring} needs flash attention; ask for ulysses, or auto")
+            raise _refused(f"ring {self.ring} needs {needs}; ask for ulysses, or auto")
         return replace(self, ring=1)
 
 
@@ -143,6 +148,8 @@ class AttentionPolicy:
     """Whether the fastest attention kernel may run, or only the plain ones."""
     exchange: Literal["exact", "int8"] = "exact"
     """``"int8"`` sends queries, keys, values and outputs in 8 bits between Ulysses' ranks; a ring stays exact."""
+    kernel: str = "exact"
+    """The kernel of the blocks' attention: ``"exact"`` or another of `ATTENTIONS`."""
     split_kv: bool = False
     """Whether Ulysses' ranks split the keys for the queries of the last, partial wave (`tacod.rank.ops.split_kv`). The
     engine sets it for forwards that may become a CUDA graph; clients can't ask for it."""
@@ -191,6 +198,8 @@ class Plan:
         said = said or [f"{shape.heads} heads on one rank"]
         if not self.attention.flash:
             said.append("no flash attention")
+        if self.attention.kernel != "exact":
+            said.append(f"attention {self.attention.kernel}")
         if self.attention.exchange == "int8" and layout.ulysses > 1:
             said.append("exchanged in 8 bits")
         if self.step_cache:
@@ -208,7 +217,7 @@ def _each(sizes: Sequence[int]) -> str:
 
 
 _SWITCHES = ("cfg_parallel", "flash_attention")
-_EXCHANGES = ("exact", "int8")
+_CHOICES = {"exchange": ("exact", "int8"), "attention": ATTENTIONS}
 
 
 def parse_request(request: Any, world_size: int) -> Request:
@@ -225,16 +234,22 @@ def parse_request(request: Any, world_size: int) -> Request:
             raise _refused(f"unknown key {key!r:.40}; the keys are {', '.join(vars(AUTO))}")
         if key in _SWITCHES and type(value) is not bool:
             raise _refused(f"{key}: expected true or false, got {value!r:.40}")
-        if key == "exchange" and value not in _EXCHANGES:
-            raise _refused(f"exchange: expected {' or '.join(map(repr, _EXCHANGES))}, got {value!r:.40}")
+        if key in _CHOICES and value not in _CHOICES[key]:
+            raise _refused(f"{key}: expected {' or '.join(map(repr, _CHOICES[key]))}, got {value!r:.40}")
         if key == "step_cache" and not (type(value) in (int, float) and 0 <= value < math.inf):
             raise _refused(f"step_cache: expected a number from 0 (off) up, such as 0.1; got {value!r:.40}")
-        if key not in (*_SWITCHES, "exchange", "step_cache") and (type(value) is not int or value < 1):
+        if key not in (*_SWITCHES, *_CHOICES, "step_cache") and (type(value) is not int or value < 1):
             raise _refused(f"{key}: expected a number of ranks from 1 up, got {value!r:.40}")
     asked = Request(**request)
     if asked.flash_attention is False:
+        if asked.attention not in (None, "exact"):
+            raise _refused(
+                f"attention {asked.attention!r} and flash_attention false exclude each other; leave one of them out"
+            )
         # A ring merges parts by their log-sum-exp, which the plain kernels don't tell.
-        asked = asked.without_ring()
+        asked = asked.without_ring("flash attention")
+    if asked.attention not in (None, *IN_PARTS):
+        asked = asked.without_ring(f"another attention than {asked.attention!r}, which can't be merged from parts")
     _check_fits(asked, world_size)
     return asked
 
@@ -271,7 +286,8 @@ def make_plan(asked: Request, world_size: int, shape: Shape, rates: DeviceRates 
     layouts = [layout for layout in _layouts(world_size, shape.batch) if asked.allows(layout, shape.batch)]
     if not layouts:
         raise _refused(f"no layout of {world_size} ranks does {asked}; ask for less, or for auto")
-    policy = AttentionPolicy(asked.flash_attention is not False, "int8" if asked.exchange == "int8" else "exact")
+    exchange: Literal["exact", "int8"] = "int8" if asked.exchange == "int8" else "exact"
+    policy = AttentionPolicy(asked.flash_attention is not False, exchange, asked.attention or "exact")
 
     def price(layout: Layout) -> float:
         return cost(layout, shape, rates or USUAL, policy.exchange)

@@ -153,7 +153,10 @@ class Client:
             plan: How forwards are spread: ``"auto"``, or a map with any of ``sequence_parallel_degree``, ``ulysses``,
                 ``ring`` (numbers of ranks), ``cfg_parallel`` (whether a batch is split over ranks too) and
                 ``flash_attention`` (False keeps to the plain attention kernels), ``exchange`` (``"int8"`` sends what
-                ranks exchange in 8 bits, for GPUs without fast links) and ``step_cache`` (a threshold such as 0.1: a
+                ranks exchange in 8 bits, for GPUs without fast links), ``attention`` (``"sage"``, ``"int8"`` or
+                ``"fa3"``: another kernel for the blocks' attention, faster and not equal to ComfyUI; ``"exact"`` is the
+                default. Where a card, a package or a mask doesn't allow it, forwards raise `ArgumentError`; no other
+                kernel takes its place) and ``step_cache`` (a threshold such as 0.1: a
                 step whose first block does nearly what it did in the last computed one takes over what the other
                 blocks did then. Faster, and not exact; 0, the default, is off. If ranks are lost within a run of
                 forwards, the cache is too, and the run may come out other than undisturbed, by about its error).

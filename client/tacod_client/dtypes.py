@@ -1,10 +1,10 @@
-"""The compute dtypes that a load may ask for, by their names in the protocol."""
+"""What a load may choose from, by its names in the protocol: compute dtypes, places of weights, attention kernels."""
 
 from __future__ import annotations
 
 from typing import Literal, get_args
 
-__all__ = ["COMPUTE_DTYPES", "WEIGHTS", "ComputeDtype", "Weights", "is_weight_only", "of_numbers"]
+__all__ = ["ATTENTIONS", "COMPUTE_DTYPES", "WEIGHTS", "ComputeDtype", "Weights", "is_weight_only", "of_numbers"]
 
 ComputeDtype = Literal["fp32", "bf16", "fp16", "fp8", "fp32_weight_only", "bf16_weight_only", "fp16_weight_only"]
 """fp8 is bf16 with the blocks' matrices multiplied in 8 bits. With ``_weight_only`` a quantized model's activations are
@@ -13,6 +13,8 @@ Weights = Literal["auto", "replicated", "sharded", "host"]
 """Where a model's weights may lie; see `Client.load`."""
 WEIGHTS: tuple[str, ...] = get_args(Weights)
 COMPUTE_DTYPES: tuple[str, ...] = get_args(ComputeDtype)
+ATTENTIONS = ("exact", "sage", "int8", "fa3")
+"""What a plan's ``attention`` may be; see `Client.load`."""
 
 _WEIGHT_ONLY = "_weight_only"
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import FILL, FLUX, SD3, unharmed
+from helpers import FILL, FLUX, SD3, Daemon, unharmed
 
 from tacod_client import ArgumentError, Client, ModelNotAllowed, ModelNotFound, ModelUnsupported, TacodError, wire
 from tacod_client.exchange import converse
@@ -192,3 +192,18 @@ def test_a_stored_tensor_of_another_shape(client: Client, said: tuple[int, ...])
     }
     with unharmed(client), pytest.raises(ArgumentError, match=r"sigmas: expected|but the one of its digest is F32"):
         list(converse(client._connection, "sample", lambda: body, {}))
+
+
+@pytest.mark.parametrize(("name", "needs"), [("sage", "8.0 or more"), ("int8", "7.5 or more"), ("fa3", "Hopper")])
+def test_an_attention_that_ranks_can_not_compute(daemons: Callable[[int], Daemon], name: str, needs: str) -> None:
+    """A forward and a run are refused by all ranks with one reason, and the ranks live on."""
+    with daemons(3).client() as client:
+        model = client.load(SD3.file, dtype="bf16", plan={"attention": name})
+        given = SD3.inputs()
+        run = {"noise": given["x"], "latent": torch.zeros_like(given["x"]), "sigmas": torch.tensor([1.0, 0.5, 0.0])}
+        positive = {key: given[key] for key in ("context", "y")}
+        for ask in (lambda: model.forward(**given), lambda: model.sample(**run, positive=positive).result()):
+            with unharmed(client), pytest.raises(ArgumentError, match=f"ranks 0, 1, 2: this device.*{needs}") as caught:
+                ask()
+            assert caught.value.argument == "plan"
+            assert f"attention '{name}'" in caught.value.message

@@ -61,8 +61,8 @@ maps = st.dictionaries(
 values = tensors() | numbers | words | maps | st.lists(tensors(), max_size=3) | st.none()
 plans = st.just("auto") | st.dictionaries(
     st.sampled_from(["sequence_parallel_degree", "cfg_parallel", "ulysses", "ring", "flash_attention", "exchange"])
-    | st.sampled_from(["step_cache", "batch"]),
-    st.sampled_from([1, 2, 3, True, False, "int8", "exact", 0.1, 1e300, -1, None]),
+    | st.sampled_from(["step_cache", "batch", "attention"]),
+    st.sampled_from([1, 2, 3, True, False, "int8", "exact", "sage", 0.1, 1e300, -1, None]),
     max_size=3,
 )
 levels = st.lists(st.sampled_from([14.0, 1.0, 0.9, 0.5, 0.1, 0.001, 1e-4, 1e-30, 0.0, -1.0, float("nan")]), max_size=4)

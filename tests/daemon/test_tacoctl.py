@@ -554,6 +554,8 @@ def test_help_names_the_exit_codes(tacoctl: Run) -> None:
         (["load", "a\nb\x1b[2J"], 4, "a\\nb\\x1b[2J"),
         (["bench", SD3.file, "--batch", "2000000000", "--size", "64x64", "--rounds", "1"], 1, "limits.message_bytes"),
         (["bench", SD3.file, "--text", "2000000000", "--size", "64x64", "--rounds", "1"], 1, "limits.message_bytes"),
+        (["bench", SD3.file, "--attention", "int8", "--size", "64x64", "--rounds", "1"], 1, "bf16 and fp16 only"),
+        (["bench", SD3.file, "--attention", "quick"], 2, "exact"),
         (["load", "/etc/passwd"], 77, "models.roots"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 from attention_cases import largest_error
 from conformance import at_level, each_latent, random_case, required_inputs, smallest_inputs, tiny, with_optional
+from fake_kernels import EightBits, fakes
 from helpers import SD3, Golden, read_golden, relative_error
 from shared_block import SharedBlock, reach_shared
 from torch.distributed import distributed_c10d
@@ -44,6 +45,7 @@ from tacod.rank.families.inputs import Inputs
 from tacod.rank.forward.graphs import Forwards
 from tacod.rank.forward.run import Call, compute_prefix, equal, relative_difference, run
 from tacod.rank.forward.warmup import warm_up
+from tacod.rank.ops.attention_kernels import Obstacle
 from tacod.rank.ops.packed.float8 import Nvfp4Linear, quantize_nvfp4
 from tacod.rank.ops.qkv import QKV
 from tacod.rank.ops.sdpa import attend
@@ -56,7 +58,7 @@ from tacod.rank.weights.remap import identify
 from tacod.rank.weights.sizes import sizes_of
 from tacod.rank.weights.stage import Buffers, Stage
 from tacod.rank.weights.streaming import Streaming
-from tacod_client.errors import ModelCorrupt, OutOfMemory, TacodError
+from tacod_client.errors import ArgumentError, ModelCorrupt, OutOfMemory, TacodError
 
 WORLD = 5
 LAYOUTS = [
@@ -253,12 +255,33 @@ class Rank:
         self._native: tuple[Any, Any] = None, None
 
     def golden(
-        self, layout: Layout, name: str, dtype: str = "float32", sharing: bool = False, exchange: Any = "exact"
+        self,
+        layout: Layout,
+        name: str,
+        dtype: str = "float32",
+        sharing: bool = False,
+        exchange: Any = "exact",
+        kernel: str = "exact",
     ) -> float:
+        """How far a golden forward is from ComfyUI's; ``kernel`` is a fake one."""
         golden = golden_named(name)
         model = golden_model(name, dtype)
-        out = self._run(layout, model, golden.arguments(model), sharing, exchange)
+        with fakes():
+            out = self._run(layout, model, golden.arguments(model), sharing, exchange, kernel)
         return relative_error(out, golden.out)
+
+    def unlike(self, layout: Layout, kernel: str, ranks: list[int]) -> str:
+        """What a forward says if a rank's card can't run a kernel, and another rank has no package for it."""
+        reasons = dict(zip(ranks, (Obstacle.DEVICE, Obstacle.PACKAGE), strict=True))
+        mine = reasons.get(self.topology.rank, Obstacle.NONE)
+        plan = Plan(layout, WORLD, Shape(SD3.model.heads, SD3.model.width), AttentionPolicy(kernel=kernel))
+        call = Call(SD3.model, plan, Inputs(SD3.inputs(), SD3.model.arguments()))
+        with fakes(), mock.patch.object(EightBits, "obstacle", return_value=mine):
+            try:
+                Forwards(self.topology)(call)
+            except ArgumentError as error:
+                return str(error)
+        return ""
 
     def streamed(
         self,
@@ -417,9 +440,16 @@ class Rank:
         return said, unchanged, works
 
     def _run(
-        self, layout: Layout, model: Any, inputs: Mapping[str, Any], sharing: bool = False, exchange: Any = "exact"
+        self,
+        layout: Layout,
+        model: Any,
+        inputs: Mapping[str, Any],
+        sharing: bool = False,
+        exchange: Any = "exact",
+        kernel: str = "exact",
     ) -> Any:
-        plan = Plan(layout, WORLD, Shape(model.heads, model.width), AttentionPolicy(exchange=exchange))
+        policy = AttentionPolicy(exchange=exchange, kernel=kernel)
+        plan = Plan(layout, WORLD, Shape(model.heads, model.width), policy)
         topology = self.sharing if sharing else self.topology
         with torch.inference_mode():
             known = inputs if isinstance(inputs, Inputs) else Inputs(inputs, model.arguments())

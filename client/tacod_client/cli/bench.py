@@ -1,6 +1,7 @@
 """``tacoctl bench``: one forward of a model on one rank and on all, and its bottleneck.
 
-The daemon remembers the time on one rank, and compares later forwards of these shapes with it.
+The daemon remembers the time on one rank, and compares later forwards of these shapes with it. Another attention than
+the exact one is measured on all ranks; one rank stays exact, so the error is that of the kernel.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def run(args: argparse.Namespace) -> int:
         family = _family(model.path, world_size, sizes[0], args.batch, args.text)
         text, downscale = family["text"], family["downscale"]
         rows = []
-        with show.counting(len(sizes) * (1 + (world_size > 1)), quiet) as count:
+        planned: Any = "auto" if args.attention == "exact" else {"attention": args.attention}
+        both = world_size > 1 or planned != "auto"
+        with show.counting(len(sizes) * (1 + both), quiet) as count:
             for width, height in sizes:
                 sides = {"H": height // downscale, "W": width // downscale}
                 shapes = _shapes(family["arguments"], {**family["usual"], "B": args.batch, **sides, "L": text})
@@ -55,8 +58,8 @@ def run(args: argparse.Namespace) -> int:
                 alone, expected = _measure(model.with_plan(ONE_RANK), given, args.rounds)
                 count()
                 together, out = alone, expected
-                if world_size > 1:
-                    together, out = _measure(model.with_plan("auto"), given, args.rounds)
+                if both:
+                    together, out = _measure(model.with_plan(planned), given, args.rounds)
                     count()
                 rows.append(_row(f"{width}x{height}", alone, together, _error(out, expected)))
     known = {key: getattr(model, key) for key in ("id", "name", "family", "dtype")}

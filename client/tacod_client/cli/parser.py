@@ -8,7 +8,7 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-from tacod_client.dtypes import COMPUTE_DTYPES, WEIGHTS
+from tacod_client.dtypes import ATTENTIONS, COMPUTE_DTYPES, WEIGHTS
 from tacod_client.streams import stdout
 from tacod_client.text import typed
 
@@ -151,6 +151,7 @@ def _add_sample(sample: argparse.ArgumentParser) -> None:
     sample.add_argument("--size", type=_size, default=(1024, 1024), metavar="WxH", help="in pixels, default 1024x1024")
     sample.add_argument("--channels", type=_positive, help="of the latent, default the model's")
     sample.add_argument("--frames", type=_positive, default=1, help="of a video's latent, default 1")
+    _add_attention(sample)
 
 
 def _add_plan(plan: argparse.ArgumentParser) -> None:
@@ -185,6 +186,18 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--batch", type=_positive, default=1, metavar="B", help="default 1; 2 is an image with CFG")
     bench.add_argument("--text", type=_positive, metavar="L", help="text tokens (default: as the family has them)")
     bench.add_argument("--rounds", type=_positive, default=10, metavar="N", help="forwards that are timed, default 10")
+    _add_attention(bench)
+
+
+def _add_attention(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--attention",
+        choices=ATTENTIONS,
+        default="exact",
+        metavar="KERNEL",
+        help="the kernel of the blocks' attention: exact (the default), sage (SageAttention 2), int8 (comfy-kitchen), "
+        "fa3 (FlashAttention 3); refused where a card or a package doesn't allow it",
+    )
 
 
 def _seconds(text: str) -> float:

@@ -29,6 +29,8 @@ def run(args: argparse.Namespace) -> None:
     with Output(args.output) as output, Client(getattr(args, "endpoint", None)) as client:
         model = loaded.find_or_load(client, args.model, quiet)
         inputs = _inputs(args, given, model, client)
+        if args.attention != "exact":
+            model = model.with_plan({"attention": args.attention})
         job = model.sample(**inputs, cfg=args.cfg, sampler=args.sampler, seed=args.seed)
         show.progress(job, quiet)
         output.write(save(_named(job.result())))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from tacod.rank.ops.attention_kernels import Kernel
 from tacod.rank.ops.fused import Residual
 from tacod.rank.ops.group_bias import GroupBias
 from tacod.rank.ops.qkv import QKV, Rotation
@@ -94,6 +95,8 @@ class ForwardPass:
         """``weights`` fetches those that this rank lacks; None if it has all."""
         self.sequence = sequence
         self.weights = weights
+        self.kernel: Kernel | None = None
+        """What the blocks attend by; None for exact attention, and before the first block."""
         self.joined: tuple[Stream, list[Stream]] | None = None
         """While streams are joined: the joint stream, and those that it is made of."""
         self.outputs: tuple[Stream, ...] = ()
@@ -148,7 +151,7 @@ class ForwardPass:
         """
         streams = [project for _, project in projections]
         lengths = [stream.lengths for stream, _ in projections]
-        attention = self.sequence.attend(streams, lengths, mask, overlap, before, keep)
+        attention = self.sequence.attend(streams, lengths, mask, overlap, before, keep, self.kernel)
         return Attention(attention, [stream.size for stream, _ in projections])
 
     def over(self, modules: Iterable[T]) -> Iterator[T]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tacod.rank.families.control import Control
 from tacod.rank.families.stream import ForwardPass
+from tacod.rank.ops.attention_kernels import find_kernel
 from tacod.rank.parallel.sequence import SequenceParallel
 
 __all__ = ["BlockCache", "BlockWatch", "finite", "run_trunk"]
@@ -58,6 +59,7 @@ def run_trunk(
         clamps: Whether streams are clamped after each block in fp16.
         watch: Hears of each block before it begins.
     """
+    f.kernel = find_kernel(f.sequence.policy.kernel)
     # Without a cache nothing holds on to the tokens before the first block.
     before = [] if cache is None else f.output_tokens
     for number, block in enumerate(f.over(blocks)):

@@ -27,13 +27,14 @@ from weakref import WeakKeyDictionary
 import torch
 
 from tacod.rank.families.base import DiT, Output
+from tacod.rank.forward.kernel_check import KernelCheck
 from tacod.rank.forward.prefixes import Prefix, Prefixes
 from tacod.rank.forward.run import Call, clone, compute_prefix, equal, relative_difference, run
 from tacod.rank.forward.step_cache import StepCache, StepCaches
 from tacod.rank.forward.watch import Watch
 from tacod.rank.ops.table_cache import holding
 from tacod.rank.parallel.topology import Topology
-from tacod_client.errors import Cancelled, TacodError
+from tacod_client.errors import TacodError
 
 __all__ = ["Forwards"]
 
@@ -58,6 +59,7 @@ class Forwards:
         """How many forwards all of this rank's batch groups skipped, except for the first block."""
         self.step_caches = StepCaches()
         self.prefixes = Prefixes(prefix_bytes)
+        self._check_kernel = KernelCheck(topology)
         self.begins: Callable[[], None] = lambda: None
         """Called before each forward, also before the one that captures a graph."""
         self.watch: Watch | None = None
@@ -66,8 +68,9 @@ class Forwards:
         self._pool: Any = None
 
     def __call__(self, call: Call) -> Output:
-        """One forward, as `run` does it."""
+        """One forward, as `run` does it. Raises `ArgumentError` if a rank can't attend as the plan says."""
         self.begins()
+        self._check_kernel(call)
         if call.dit.has_prefix:
             call = replace(call, prefix=self._prefix(call))
         if call.plan.step_cache:
@@ -90,7 +93,7 @@ class Forwards:
         if not call.dit.graphs:
             return self._run(call)
         # Also where there will be no graph: the same forward is to give the same bits whenever it comes.
-        attention = replace(call.plan.attention, split_kv=True)
+        attention = replace(call.plan.attention, split_kv=call.plan.attention.kernel == "exact")
         call = replace(call, plan=replace(call.plan, attention=attention))
         out = self._run(call)
         if known is None:
@@ -146,12 +149,9 @@ class Forwards:
         """Part of a forward; if it breaks off, nothing is left of earlier ones."""
         try:
             return compute()
-        except Cancelled:
-            # All ranks stop before the same block, where nothing is under way between them.
-            self.topology.settle()
-            raise
         except TacodError:
-            # All ranks refuse it alike, before they meet.
+            # All ranks refuse or stop at the same place, where nothing is under way between them.
+            self.topology.settle()
             raise
         except BaseException:
             self.clear()

@@ -12,6 +12,7 @@ from torch import Tensor
 from tacod.plan import AttentionPolicy
 from tacod.rank.comm.group import Group
 from tacod.rank.comm.transport import Deal, Exchange, Transport
+from tacod.rank.ops.attention_kernels import Kernel
 from tacod.rank.ops.group_bias import GroupBias, attend_biased
 from tacod.rank.ops.qkv import QKV, HeadShare, deal_heads
 from tacod.rank.ops.sdpa import attend_part, attend_pieces, merge
@@ -59,17 +60,19 @@ class JointAttention:
         overlap: bool = False,
         before: KeysValues | None = None,
         keep: bool = False,
+        kernel: Kernel | None = None,
     ) -> None:
         """Project each stream, the longest first, and send its heads while the next one is projected.
 
         ``overlap`` says that the caller computes something before `start`, so the last stream travels beside that. The
         tokens attend to those of ``before`` too; then there is no mask. ``keep`` is for `kept`. A `GroupBias` is for
-        one stream alone, whose tokens lie in their order on the ranks.
+        one stream alone, whose tokens lie in their order on the ranks. ``kernel`` computes in place of the exact ones;
+        `ArgumentError` says what it can't.
         """
         assert before is None or mask is None
         assert not isinstance(mask, GroupBias) or [len(parts) for parts in lengths] == [1]
         self._ranks, self._mask = ranks, mask
-        self._before, self._keep = before, keep
+        self._before, self._keep, self._kernel = before, keep, kernel
         self._exchange: Exchange | None = None
         self._started = False
         counts = [[sum(each) for each in zip(*map(ranks.sizes, parts), strict=True)] for parts in lengths]
@@ -85,6 +88,8 @@ class JointAttention:
         for index in order:
             qkv = streams[index]()
             if self._exchange is None:
+                if kernel is not None:
+                    kernel.check(qkv.first.dtype, qkv.width, mask)
                 self._exchange = self._open(qkv, runs[ranks.ring.rank])
             self._exchange.send(qkv, index, overlap or index != order[-1])
 
@@ -114,10 +119,13 @@ class JointAttention:
         if self._before is not None:
             k, v = (torch.cat(each, dim=2) for each in zip(self._before.heads, (k, v), strict=True))
         if ranks.ring.size > 1:
-            yield _attend_ring(ranks.ring, self._share, q, k, v, self._tokens, self._mask)
+            yield _attend_ring(ranks.ring, self._share, q, k, v, self._tokens, self._mask, self._kernel)
             return
         if isinstance(self._mask, GroupBias):
             yield attend_biased(q, self._share.repeat(k), self._share.repeat(v), 0, 0, self._mask)[0].to(q.dtype)
+            return
+        if self._kernel is not None:
+            yield self._kernel.attend(q, self._share.repeat(k), self._share.repeat(v), self._mask)
             return
         # One rank alone would have to join what it splits.
         split = ranks.policy.split_kv and ranks.ulysses.size > 1
@@ -137,7 +145,14 @@ class JointAttention:
 
 
 def _attend_ring(
-    ring: Group, share: HeadShare, q: Tensor, k: Tensor, v: Tensor, tokens: list[int], mask: Tensor | GroupBias | None
+    ring: Group,
+    share: HeadShare,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tokens: list[int],
+    mask: Tensor | GroupBias | None,
+    kernel: Kernel | None,
 ) -> Tensor:
     """Attention of this rank's queries over the keys of the whole ring [B, h, S, D]; ``tokens`` are each rank's."""
     places = [sum(tokens[:rank]) for rank in range(ring.size)]
@@ -155,7 +170,9 @@ def _attend_ring(
             passing = ring.pass_on(block.reshape(-1), 2 * batch * heads * before * width)
         keys, values = share.repeat(block[0]), share.repeat(block[1])
         whose = (ring.rank - turn) % ring.size
-        if bias is None:
+        if kernel is not None:
+            mine = kernel.attend_part(q, keys, values)
+        elif bias is None:
             mine = attend_part(q, keys, values, each[whose])
         else:
             mine = attend_biased(q, keys, values, places[ring.rank], places[whose], bias)

@@ -17,6 +17,7 @@ from tacod.plan import DEFAULT_POLICY, AttentionPolicy, chunks
 from tacod.rank.comm.collective import Collective
 from tacod.rank.comm.group import Group
 from tacod.rank.comm.transport import Local, Transport
+from tacod.rank.ops.attention_kernels import Kernel
 from tacod.rank.ops.group_bias import GroupBias
 from tacod.rank.ops.qkv import QKV
 from tacod.rank.parallel.joint_attention import JointAttention, KeysValues
@@ -101,6 +102,7 @@ class SequenceParallel:
         overlap: bool = False,
         before: KeysValues | None = None,
         keep: bool = False,
+        kernel: Kernel | None = None,
     ) -> JointAttention:
         """Begin attention over the whole joint sequence, for this rank's tokens.
 
@@ -110,9 +112,10 @@ class SequenceParallel:
         its tokens, and each rank gets its own tokens back. A ``mask`` is what `in_order_of_ranks` gives, or for a
         single stream a `GroupBias`. ``overlap`` says that the caller computes something before the handle's `start`.
         ``before`` are keys and values that an attention with ``keep`` has kept; these tokens attend to them too, and
-        there is no mask then.
+        there is no mask then. Without a ``kernel`` attention is exact; one that can't compute this attention raises
+        `ArgumentError`, on all ranks and before they exchange anything.
         """
         parts = [length if isinstance(length, tuple) else (length,) for length in lengths]
         if len(streams) == 1:
             parts = [tuple(length for part in parts for length in part)]
-        return JointAttention(self, streams, parts, mask, overlap, before, keep)
+        return JointAttention(self, streams, parts, mask, overlap, before, keep, kernel)
