@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from tacod.shares import EQUAL, Shares, apportion, in_lowest_terms
 from tacod_client.dtypes import ATTENTIONS
 from tacod_client.errors import ArgumentError
 
@@ -24,8 +25,8 @@ __all__ = [
     "Plan",
     "Request",
     "Shape",
-    "chunks",
     "cost",
+    "fastest_alone",
     "make_plan",
     "measured_rates",
     "parse_request",
@@ -49,7 +50,7 @@ class DeviceRates:
     """
 
     flops: float = 400e12
-    """Of one device, in FLOP/s."""
+    """Of one device, in FLOP/s; of the slowest one, if they are unequal."""
     bytes: float = 150e9
     """What one device exchanges, in bytes/s of waiting."""
     collective_s: float = 2e-4
@@ -60,11 +61,6 @@ USUAL = DeviceRates()
 """For plans before anything was measured."""
 
 
-def chunks(n: int, parts: int) -> list[int]:
-    """Split ``n`` into uneven chunks: n // parts each, and one more for the first n % parts."""
-    return [n // parts + (part < n % parts) for part in range(parts)]
-
-
 @dataclass(frozen=True)
 class Layout:
     """A number of groups along the batch, each with ``ulysses`` × ``ring`` ranks that share a sequence."""
@@ -72,6 +68,8 @@ class Layout:
     batch: int
     ulysses: int
     ring: int
+    shares: tuple[int, ...] = ()
+    """How much each of all ranks takes, 0 if it is left idle; empty if the first ranks take the same."""
 
     @property
     def sequence(self) -> int:
@@ -82,6 +80,28 @@ class Layout:
     def ranks(self) -> int:
         """Ranks that have something to do."""
         return self.batch * self.sequence
+
+    @functools.cached_property
+    def members(self) -> tuple[int, ...]:
+        """The ranks that have something to do, in the order of their seats: group by group, run by run."""
+        if not self.shares:
+            return tuple(range(self.ranks))
+        return tuple(rank for rank, share in enumerate(self.shares) if share)
+
+    def group_shares(self, group: int) -> tuple[int, ...]:
+        """The shares of the ranks of one batch group, in the order of their seats."""
+        members = self.members[group * self.sequence : (group + 1) * self.sequence]
+        return tuple(self.shares[rank] if self.shares else 1 for rank in members)
+
+    def head_shares(self, group: int) -> tuple[int, ...]:
+        """The shares of heads of each place in a Ulysses run: those of all ranks that a ring joins there."""
+        shares = self.group_shares(group)
+        return tuple(sum(shares[place :: self.ulysses]) for place in range(self.ulysses))
+
+    def images(self, batch: int) -> tuple[int, ...]:
+        """How many of ``batch`` images each batch group takes: one at least, if there are as many."""
+        shares = tuple(sum(self.group_shares(group)) for group in range(self.batch))
+        return apportion(batch, shares, least=int(batch >= self.batch))
 
     def __str__(self) -> str:
         parts = [f"batch {self.batch}"] if self.batch > 1 else []
@@ -170,28 +190,36 @@ class Plan:
     """If ranks are left idle because they would not help: how many times as long all of them would take."""
     step_cache: float = 0.0
     """The threshold of the step cache; 0 turns it off."""
+    shares: Shares = EQUAL
+    """Of all ranks, also those that are left idle."""
 
     @property
     def tokens(self) -> list[int]:
-        """The tokens of each image that each rank of a sequence group holds, over all streams."""
-        streams = (chunks(length, self.layout.sequence) for length in self.shape.lengths)
-        return [sum(part) for part in zip(*streams, strict=True)]
+        """The tokens of each image that each rank of the first batch group holds, over all streams."""
+        return self._tokens_of(0)
+
+    def _tokens_of(self, group: int) -> list[int]:
+        return _tokens(self.shape.lengths, self.layout.group_shares(group))
 
     @functools.cached_property
     def reason(self) -> str:
-        """Each rank's share."""
+        """Each rank's share, and why."""
         layout, shape = self.layout, self.shape
-        said = []
+        said = [str(self.shares)] if self.shares.each else []
         if layout.batch > 1:
-            said.append(f"{shape.batch} images over {layout.batch} groups: {_each(chunks(shape.batch, layout.batch))}")
+            said.append(f"{shape.batch} images over {layout.batch} groups: {_each(layout.images(shape.batch))}")
         if layout.ulysses > 1:
-            heads = chunks(shape.heads, layout.ulysses)
-            idle = f", {heads.count(0)} without a head to attend" if 0 in heads else ""
-            said.append(f"{shape.heads} heads over {layout.ulysses} ranks: {_each(heads)}{idle}")
+            heads = [apportion(shape.heads, layout.head_shares(group)) for group in range(layout.batch)]
+            empty = max(each.count(0) for each in heads)
+            idle = f", {empty} without a head to attend" if empty else ""
+            said.append(f"{shape.heads} heads over {layout.ulysses} ranks: {_by_group(heads)}{idle}")
         if shape.lengths and layout.sequence > 1:
-            said.append(f"{sum(shape.lengths)} tokens: {_each(self.tokens)}")
+            tokens = list(map(self._tokens_of, range(layout.batch)))
+            said.append(f"{sum(shape.lengths)} tokens: {_by_group(tokens)}")
         if layout.ranks < self.world_size:
             idle = f"{self.world_size - layout.ranks} of {self.world_size} ranks idle"
+            if layout.shares:
+                idle += f" ({', '.join(f'rank {rank}' for rank, share in enumerate(layout.shares) if not share)})"
             said.append(
                 idle if self.slowdown is None else f"{idle}: with all it would take {self.slowdown:.2f} times as long"
             )
@@ -214,6 +242,16 @@ class Plan:
 
 def _each(sizes: Sequence[int]) -> str:
     return f"{sizes[0]} each" if len(set(sizes)) == 1 else " + ".join(map(str, sizes))
+
+
+def _by_group(sizes: Sequence[Sequence[int]]) -> str:
+    """The same for each batch group; once, if it is the same for all."""
+    return " and ".join(dict.fromkeys(map(_each, sizes)))
+
+
+def _tokens(lengths: Sequence[int], shares: tuple[int, ...]) -> list[int]:
+    """How many tokens ranks with these shares hold, over all streams."""
+    return [sum(part) for part in zip(*(apportion(length, shares) for length in lengths), strict=True)]
 
 
 _SWITCHES = ("cfg_parallel", "flash_attention")
@@ -277,66 +315,92 @@ def _refused(reason: str) -> ArgumentError:
 
 
 @functools.lru_cache(maxsize=64)
-def make_plan(asked: Request, world_size: int, shape: Shape, rates: DeviceRates | None = None) -> Plan:
-    """The cheapest layout that does what was asked.
+def make_plan(
+    asked: Request, world_size: int, shape: Shape, rates: DeviceRates | None = None, shares: Shares = EQUAL
+) -> Plan:
+    """The cheapest layout that does what was asked, in which the ranks have these ``shares``.
 
-    With measured ``rates`` it may leave ranks idle, if that is faster; without them, it leaves as few idle as possible.
-    Raises `ArgumentError` if no layout does what was asked.
+    With measured ``rates`` it may leave ranks idle, the slowest ones, if that is faster; without them, it leaves as few
+    idle as possible. Raises `ArgumentError` if no layout does what was asked.
     """
-    layouts = [layout for layout in _layouts(world_size, shape.batch) if asked.allows(layout, shape.batch)]
+    layouts = [layout for layout in _layouts(world_size, shape.batch, shares.each) if asked.allows(layout, shape.batch)]
     if not layouts:
         raise _refused(f"no layout of {world_size} ranks does {asked}; ask for less, or for auto")
     exchange: Literal["exact", "int8"] = "int8" if asked.exchange == "int8" else "exact"
     policy = AttentionPolicy(asked.flash_attention is not False, exchange, asked.attention or "exact")
 
     def price(layout: Layout) -> float:
-        return cost(layout, shape, rates or USUAL, policy.exchange)
+        return cost(layout, shape, rates or USUAL, policy.exchange, shares)
 
     best = busiest = min(layouts, key=lambda layout: (-layout.ranks, price(layout), layout.ring))
     slowdown = None
     if rates is not None:
         best = min(layouts, key=lambda layout: (price(layout), -layout.ranks, layout.ring))
         slowdown = price(busiest) / price(best) if best.ranks < busiest.ranks else None
-    return Plan(best, world_size, shape, policy, slowdown, asked.step_cache or 0.0)
+    return Plan(best, world_size, shape, policy, slowdown, asked.step_cache or 0.0, shares)
 
 
-def _layouts(world_size: int, batch: int) -> Iterator[Layout]:
+def _layouts(world_size: int, batch: int, shares: tuple[int, ...]) -> Iterator[Layout]:
+    """Every layout; of unequal ranks it has the fastest ones."""
+    by_pace = sorted(range(len(shares)), key=lambda rank: -shares[rank])
     for groups in range(1, min(batch, world_size) + 1):
         for ulysses in range(1, world_size // groups + 1):
             for ring in range(1, world_size // groups // ulysses + 1):
-                yield Layout(groups, ulysses, ring)
+                layout = Layout(groups, ulysses, ring)
+                busy = set(by_pace[: layout.ranks])
+                mine = in_lowest_terms([share if rank in busy else 0 for rank, share in enumerate(shares)])
+                first = (1,) * layout.ranks + (0,) * (world_size - layout.ranks)
+                yield replace(layout, shares=mine if mine != first else ())
 
 
-def cost(layout: Layout, shape: Shape, rates: DeviceRates = USUAL, exchange: str = "exact") -> float:
-    """Seconds of one block of one forward on the busiest rank.
+def fastest_alone(shares: Shares = EQUAL) -> Layout:
+    """The layout in which the fastest rank, or the first one of several, computes everything."""
+    return next(_layouts(len(shares.each) or 1, 1, shares.each))
 
-    Its matrices multiply its tokens; its attention has its heads and all keys. A ring attends in parts, which takes
-    longer, and hides its transfers behind half of the attention.
+
+def cost(
+    layout: Layout, shape: Shape, rates: DeviceRates = USUAL, exchange: str = "exact", shares: Shares = EQUAL
+) -> float:
+    """Seconds of one block of one forward in the slowest batch group, on ranks that are as fast as their ``shares``.
+
+    A rank's matrices multiply its tokens; its attention has its heads and all keys. Ranks wait for each other between
+    the two, so each takes as long as on the rank that is the last. A ring attends in parts, which takes longer, and
+    hides its transfers behind half of the attention.
     """
-    tokens = sum(shape.lengths) or 4096
-    images = math.ceil(shape.batch / layout.batch)
-    mine = sum(math.ceil(length / layout.sequence) for length in shape.lengths) or math.ceil(tokens / layout.sequence)
-    run = mine * layout.ulysses
-    heads = math.ceil(shape.heads / layout.ulysses) / shape.heads
-    matrices_s = images * 24 * mine * shape.width**2 / rates.flops
-    attention_s = images * 4 * run * tokens * shape.width * heads / rates.flops
-    if layout.ring > 1:
-        attention_s *= RING_SLOWDOWN
-    exchanged = (
-        images * 4 * mine * shape.width * (layout.ulysses - 1) / layout.ulysses * (1 if exchange == "int8" else BYTES)
-    )
-    passed = images * 2 * run * shape.width * heads * (layout.ring - 1) * BYTES
-    waiting_s = exchanged / rates.bytes + max(0.0, passed / rates.bytes - attention_s / 2)
+    lengths = shape.lengths or (4096,)
+    slowest = min(shares.each, default=1)
+    images = layout.images(shape.batch)
+
+    def of_group(group: int) -> float:
+        members = layout.members[group * layout.sequence : (group + 1) * layout.sequence]
+        have = _tokens(lengths, layout.group_shares(group))
+        heads = apportion(shape.heads, layout.head_shares(group))
+        runs = [sum(have[start : start + layout.ulysses]) for start in range(0, len(have), layout.ulysses)]
+        matrices_s, attention_s, waiting_s = [], [], []
+        for seat, (rank, mine) in enumerate(zip(members, have, strict=True)):
+            flops = rates.flops * (shares.each[rank] / slowest if shares.each else 1)
+            run, part = runs[seat // layout.ulysses], heads[seat % layout.ulysses] / shape.heads
+            matrices_s.append(images[group] * 24 * mine * shape.width**2 / flops)
+            attends_s = images[group] * 4 * run * sum(lengths) * shape.width * part / flops
+            attention_s.append(attends_s * (RING_SLOWDOWN if layout.ring > 1 else 1))
+            sent = images[group] * 4 * mine * shape.width * (layout.ulysses - 1) / layout.ulysses
+            exchanged_s = sent * (1 if exchange == "int8" else BYTES) / rates.bytes
+            passed_s = images[group] * 2 * run * shape.width * part * (layout.ring - 1) * BYTES / rates.bytes
+            waiting_s.append(exchanged_s + max(0.0, passed_s - attention_s[-1] / 2))
+        return max(matrices_s) + max(attention_s) + max(waiting_s)
+
     collectives = 2 * (layout.ulysses > 1) + RING_COLLECTIVES * (layout.ring - 1)
-    return matrices_s + attention_s + waiting_s + collectives * rates.collective_s
+    return max(map(of_group, range(layout.batch))) + collectives * rates.collective_s
 
 
-def measured_rates(alone_s: float, layout: Layout, together_s: float, shape: Shape) -> DeviceRates:
-    """The rates for which `cost` gives ``alone_s`` on one rank, and a time near ``together_s`` in ``layout``.
+def measured_rates(
+    alone_s: float, layout: Layout, together_s: float, shape: Shape, shares: Shares = EQUAL
+) -> DeviceRates:
+    """The rates for which `cost` gives ``alone_s`` on the fastest rank, and a time near ``together_s`` in ``layout``.
 
     Links have one unknown: how many times as slow as `USUAL` they are, for bytes and for collectives alike.
     """
-    flops = USUAL.flops * cost(Layout(1, 1, 1), shape) / alone_s
+    flops = USUAL.flops * cost(fastest_alone(shares), shape, shares=shares) / alone_s
 
     def rates(slowness: float) -> DeviceRates:
         return DeviceRates(flops, USUAL.bytes / slowness, USUAL.collective_s * slowness)
@@ -344,7 +408,7 @@ def measured_rates(alone_s: float, layout: Layout, together_s: float, shape: Sha
     fast, slow = 1e-6, 1e6
     for _ in range(100):
         between = math.sqrt(fast * slow)
-        if cost(layout, shape, rates(between)) < together_s:
+        if cost(layout, shape, rates(between), shares=shares) < together_s:
             fast = between
         else:
             slow = between

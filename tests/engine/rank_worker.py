@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from attention_cases import largest_error
 from conformance import at_level, each_latent, random_case, required_inputs, smallest_inputs, tiny, with_optional
 from fake_kernels import EightBits, fakes
 from helpers import SD3, Golden, read_golden, relative_error
+from hypothesis import strategies as st
 from shared_block import SharedBlock, reach_shared
 from torch.distributed import distributed_c10d
 from torch.nn import functional
@@ -42,6 +43,7 @@ from tacod.checkpoint import read_checkpoint
 from tacod.plan import DEFAULT_POLICY, AttentionPolicy, Layout, Plan, Shape
 from tacod.rank.comm.group import Group
 from tacod.rank.families.inputs import Inputs
+from tacod.rank.forward import warmup
 from tacod.rank.forward.graphs import Forwards
 from tacod.rank.forward.run import Call, compute_prefix, equal, relative_difference, run
 from tacod.rank.forward.warmup import warm_up
@@ -58,6 +60,7 @@ from tacod.rank.weights.remap import identify
 from tacod.rank.weights.sizes import sizes_of
 from tacod.rank.weights.stage import Buffers, Stage
 from tacod.rank.weights.streaming import Streaming
+from tacod.shares import Shares
 from tacod_client.errors import ArgumentError, ModelCorrupt, OutOfMemory, TacodError
 
 WORLD = 5
@@ -68,6 +71,28 @@ LAYOUTS = [
     for ring in range(1, WORLD // batch // ulysses + 1)
 ]
 """Every layout of these ranks, as degrees of batch, Ulysses and ring."""
+UNEQUAL = [
+    # Of each kind, on two to five ranks; also without the first one, and with one that gets hardly a head or a token.
+    (1, 2, 1, (2, 1, 0, 0, 0)),
+    (1, 3, 1, (8, 5, 5, 0, 0)),
+    (1, 1, 3, (5, 0, 8, 5, 0)),
+    (2, 1, 1, (0, 1, 0, 3, 0)),
+    (2, 2, 1, (1, 3, 2, 2, 0)),
+    (1, 2, 2, (3, 1, 1, 2, 0)),
+    (1, 5, 1, (20, 1, 20, 31, 26)),
+]
+"""Layouts with unequal shares of all ranks, 0 for an idle one."""
+
+
+@st.composite
+def unequal(draw: st.DrawFn, layouts: Sequence[tuple[int, ...]]) -> tuple[Any, ...]:
+    """One of these layouts with any shares of any ranks."""
+    layout = draw(st.sampled_from(layouts))
+    busy = math.prod(layout)
+    shares = draw(st.lists(st.integers(1, 20), min_size=busy, max_size=busy))
+    members = draw(st.permutations(range(WORLD)))[:busy]
+    each = dict(zip(members, shares, strict=True))
+    return (*layout, tuple(each.get(rank, 0) for rank in range(WORLD)))
 
 
 class Ranks:
@@ -92,7 +117,7 @@ class Ranks:
         for number in theirs:
             os.close(number)
 
-    def run(self, layout: tuple[int, ...], verb: str, **case: Any) -> list[Any]:
+    def run(self, layout: tuple[Any, ...], verb: str, **case: Any) -> list[Any]:
         """What each rank measured; of those that the layout leaves idle, what they have to say."""
         for cases in self._cases:
             cases.write(json.dumps({"layout": layout, "verb": verb, **case}) + "\n")
@@ -455,12 +480,26 @@ class Rank:
             known = inputs if isinstance(inputs, Inputs) else Inputs(inputs, model.arguments())
             return run(Call(model, plan, known), topology)
 
-    def warm_up(self, layout: Layout, fits: bool = True) -> list[float]:
-        # Its usual latent is small.
-        lack = mock.patch("tacod.rank.forward.warmup.run", side_effect=torch.OutOfMemoryError("CUDA out of memory"))
-        with nullcontext() if fits else lack:
-            rates = warm_up(SD3.model, Forwards(self.topology), torch.device("cpu"))
-        return [] if rates is None else [rates.flops, rates.bytes, rates.collective_s]
+    def warm_up(self, layout: Layout, alone: Sequence[float | None], asked: Sequence[int] | None = None) -> Any:
+        """The rates that this rank has measured, and the shares, where a forward took each rank alone so long.
+
+        None is for one that had no room for it.
+        """
+        took = alone[self.topology.rank]
+        found: Any = {"return_value": took}
+        if took is None:
+            found = {"side_effect": torch.OutOfMemoryError("CUDA out of memory")}
+        with mock.patch("tacod.rank.forward.warmup._alone_s", **found):
+            # Its usual latent is small.
+            forwards = Forwards(self.topology)
+            rates, shares = warm_up(SD3.model, forwards, torch.device("cpu"), asked and Shares.of(asked))
+        return None if rates is None else [rates.flops, rates.bytes, rates.collective_s], shares.each
+
+    def pace(self, layout: Layout, slow: int) -> Any:
+        """The shares that a warm-up measures where a forward takes one rank some seconds more than it does here."""
+        original, more = warmup._alone_s, 9.0 * (self.topology.rank == slow)
+        with mock.patch("tacod.rank.forward.warmup._alone_s", lambda *given: original(*given) + more):
+            return warm_up(SD3.model, Forwards(self.topology), torch.device("cpu")).shares.each
 
     def _sequence(
         self, layout: Layout, sharing: bool = False, policy: AttentionPolicy = DEFAULT_POLICY
@@ -655,11 +694,17 @@ def main(rendezvous: str, *numbers: str) -> None:
         os.wait()
 
 
+def layout_of(degrees: Sequence[Any]) -> Layout:
+    """A layout from its degrees, which the shares of all ranks may follow."""
+    batch, ulysses, ring, *shares = degrees
+    return Layout(batch, ulysses, ring, *map(tuple, shares))
+
+
 def serve(rank: Rank, read: int, write: int) -> None:
     with open(read) as cases, open(write, "w") as answers:
         for line in cases:
             case = json.loads(line)
-            layout, verb = Layout(*case.pop("layout")), case.pop("verb")
+            layout, verb = layout_of(case.pop("layout")), case.pop("verb")
             # As in the ranks: memory that they share is made by one case and written by others.
             with torch.inference_mode():
                 answer = getattr(rank, verb)(layout, **case)

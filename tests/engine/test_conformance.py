@@ -17,7 +17,7 @@ from conformance import CPU, FAMILIES, NOT_DRAWN, at_level, each_latent, require
 from helpers import FP32, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rank_worker import LAYOUTS, WORLD, Ranks
+from rank_worker import LAYOUTS, WORLD, Ranks, unequal
 from torch import Tensor, nn
 
 from tacod.plan import Layout, Plan, Request, Shape
@@ -83,6 +83,18 @@ def everything(dit: DiT, batch: int = BATCH) -> Inputs:
 @settings(max_examples=2)  # in each of 16 layouts
 @given(data=st.data())
 def test_every_layout_equals_one_rank(ranks: Ranks, family: str, layout: tuple[int, ...], data: st.DataObject) -> None:
+    check_layout(ranks, family, layout, data)
+
+
+@FAMILY
+@settings(max_examples=6)
+@given(layout=unequal(LAYOUTS), data=st.data())
+def test_unequal_shares_equal_one_rank(ranks: Ranks, family: str, layout: tuple[Any, ...], data: st.DataObject) -> None:
+    check_layout(ranks, family, layout, data)
+
+
+def check_layout(ranks: Ranks, family: str, layout: tuple[Any, ...], data: st.DataObject) -> None:
+    """Any inputs give the same as on one rank."""
     optional = [name for name, spec in tiny(family).arguments().items() if not spec.required]
     errors = ranks.run(
         layout,
@@ -122,9 +134,9 @@ def test_kernels_equal_plain_operations(ranks: Ranks, family: str, layout: tuple
         assert called
 
 
-@pytest.mark.parametrize("layout", [(1, 1, 3), (2, 2, 1)], ids=str)
+@pytest.mark.parametrize("layout", [(1, 1, 3), (2, 2, 1), (2, 1, 1, (0, 2, 0, 1, 0))], ids=str)
 @FAMILY
-def test_all_ranks_skip_the_same_steps(ranks: Ranks, family: str, layout: tuple[int, ...]) -> None:
+def test_all_ranks_skip_the_same_steps(ranks: Ranks, family: str, layout: tuple[Any, ...]) -> None:
     """Each group of the batch as one process does with its images; what is left idle gets the result too."""
     told = ranks.run(layout, "steps", family=family)
     assert len(told) == WORLD
@@ -133,7 +145,7 @@ def test_all_ranks_skip_the_same_steps(ranks: Ranks, family: str, layout: tuple[
     # A group that skips waits for those that don't: what all skip is counted.
     assert skipped == [all(each) for each in zip(*alone, strict=True)]
     assert all({True, False} == set(group) for group in alone)
-    assert all(each[0] == skipped for each in told[: layout[0] * layout[1] * layout[2]])
+    assert all(each[0] == skipped for each in told)
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------

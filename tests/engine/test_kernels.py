@@ -125,7 +125,7 @@ def pack(
     if split:
         projected = tuple(torch.randn(batch, tokens, count + 3)[..., :count] for count in counts)
     qkv = QKV(projected, heads, norms, rotation, kv_heads)
-    shares = deal_heads(heads, kv_heads, ranks)
+    shares = deal_heads(heads, kv_heads, (1,) * ranks)
     shapes = [(tokens, batch, share.count, width) for share in shares]
     got, wanted = ([torch.full(shape, torch.nan) for shape in shapes] for _ in range(2))
     qkv.pack(wanted, shares)

@@ -31,6 +31,7 @@ from tacod.rank.forward.warmup import usual_inputs, warm_up
 from tacod.rank.ops.packed.fp8 import Fp8Linear
 from tacod.rank.parallel.topology import Topology
 from tacod.rank.weights.fp8 import quantize_blocks
+from tacod.shares import EQUAL
 from tacod_client.errors import ArgumentError
 from tacod_client.tensors import from_wire
 
@@ -116,7 +117,8 @@ def test_warms_up(name: str) -> None:
     with torch.inference_mode():
         out = Forwards(Topology())(Call(made, Plan(Layout(1, 1, 1), 1, Shape(made.heads, made.width)), usual))
     assert [tuple(each.shape) for each in (out if isinstance(out, list) else [out])] == shapes
-    assert warm_up(made, Forwards(Topology()), torch.device("cpu")) is None, "one rank alone has no rates to measure"
+    measured = warm_up(made, Forwards(Topology()), torch.device("cpu"))
+    assert measured == (None, EQUAL), "one rank alone has no rates to measure"
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -14,11 +14,10 @@ import torch
 from helpers import golden_names, read_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rank_worker import LAYOUTS, WORLD, Ranks, projected
+from rank_worker import LAYOUTS, UNEQUAL, WORLD, Ranks, projected, unequal
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from tacod.plan import chunks
 from tacod.rank.comm.clock import Clock
 from tacod.rank.comm.group import Group
 from tacod.rank.comm.peers import Peer
@@ -27,6 +26,8 @@ from tacod.rank.ops.qkv import QKV, deal_heads
 from tacod.rank.parallel.sequence import SequenceParallel
 
 SEQUENCES = [layout for layout in LAYOUTS if layout[0] == 1 and layout != (1, 1, 1)]
+SPREADS = st.one_of(st.sampled_from(SEQUENCES), unequal(SEQUENCES))
+"""The same, half of them with any shares."""
 
 
 KINDS = [
@@ -60,6 +61,27 @@ def test_equals_comfyui_on_several_ranks(ranks: Ranks, name: str, layout: tuple[
     assert max(errors) <= 2e-6, f"{name} in layout {layout}, {how}"
 
 
+@pytest.mark.parametrize(("name", "number"), [(name, number) for number, name in enumerate(golden_names())], ids=str)
+def test_equals_comfyui_at_unequal_shares(ranks: Ranks, name: str, number: int) -> None:
+    """Each golden in one layout after the other; test_conformance.py has every family and all layouts."""
+    check_unequal(ranks, name, UNEQUAL[number % len(UNEQUAL)], sharing=number % 2 == 0)
+
+
+@pytest.mark.parametrize("layout", UNEQUAL, ids=str)
+@pytest.mark.parametrize("name", ["flux_dev_odd", "minimax_h3_mixed", "wan_vace", "z_image"])
+def test_equals_comfyui_in_every_unequal_layout(ranks: Ranks, name: str, layout: tuple[Any, ...]) -> None:
+    check_unequal(ranks, name, layout)
+
+
+def check_unequal(ranks: Ranks, name: str, layout: tuple[Any, ...], sharing: bool = False) -> None:
+    """A golden of one image has a ring of as many ranks where others have batch groups."""
+    if batch_of(name) < layout[0]:
+        layout = (1, layout[1], layout[0] * layout[2], layout[3])
+    errors = ranks.run(layout, "golden", name=name, sharing=sharing)
+    assert len(errors) == WORLD, "an idle rank gets the output too"
+    assert max(errors) <= 2e-6, f"{name} in layout {layout}"
+
+
 def test_no_forward_needs_pytorchs_compiler(ranks: Ranks) -> None:
     """Its import takes seconds; an operation on the meta device is enough for it."""
     for name in ("ltx25_av", "wan_animate"):
@@ -89,7 +111,7 @@ def test_what_returned_stays_while_the_next_attentions_heads_arrive() -> None:
     peer = Peer(Group(), OneMemory)
 
     def begin(tokens: int) -> Exchange:
-        deal = Deal(0, [[tokens] * 2], deal_heads(2, 2, 2), 1, 16, torch.float32, torch.device("cpu"))
+        deal = Deal(0, [[tokens] * 2], deal_heads(2, 2, (1, 1)), 1, 16, torch.float32, torch.device("cpu"))
         return peer.open(deal, "exact")
 
     begin(64).result()
@@ -98,16 +120,44 @@ def test_what_returned_stays_while_the_next_attentions_heads_arrive() -> None:
     assert (returned == 1).all()
 
 
-def test_ranks_measure_the_same_rates(ranks: Ranks) -> None:
-    measured = ranks.run((1, 1, 1), "warm_up")
+@pytest.mark.parametrize(
+    ("alone", "shares"),
+    [
+        ([0.1] * WORLD, []),
+        ([0.1, 0.104, 0.101, 0.1, 0.103], []),
+        ([0.1, 0.16, 0.16, 0.16, 0.16], [8, 5, 5, 5, 5]),
+        ([0.3, 0.1, 0.3, 0.1, 0.3], [1, 3, 1, 3, 1]),
+    ],
+)
+def test_ranks_measure_the_same_rates_and_shares(ranks: Ranks, alone: list[float], shares: list[int]) -> None:
+    """Each measures itself, and all divide by what all have measured; a few percent are no difference."""
+    measured = ranks.run((1, 1, 1), "warm_up", alone=alone)
     assert len(measured) == WORLD
-    assert all(rates == measured[0] for rates in measured)
-    assert all(number > 0 for number in measured[0])
+    assert all(each == measured[0] for each in measured)
+    rates, told = measured[0]
+    assert all(number > 0 for number in rates)
+    assert told == shares
 
 
-def test_a_forward_that_has_no_room_on_one_rank_is_warmed_up_on_all(ranks: Ranks) -> None:
+def test_shares_that_were_asked_for_are_not_measured(ranks: Ranks) -> None:
+    alone = [0.1, 0.2, 0.3, 0.4, 0.5]
+    for asked, shares in (([2, 1, 1, 1, 1], [2, 1, 1, 1, 1]), ([3] * WORLD, [])):
+        told = ranks.run((1, 1, 1), "warm_up", alone=alone, asked=asked)
+        assert all(each[1] == shares for each in told)
+
+
+def test_a_slow_rank_gets_less(ranks: Ranks) -> None:
+    """Measured for real; how many times less depends on what else these cores do."""
+    told = ranks.run((1, 1, 1), "pace", slow=2)
+    assert all(each == told[0] for each in told)
+    assert told[0][2] == min(told[0]) < max(told[0])
+
+
+@pytest.mark.parametrize("lacks", [0, 3])
+def test_a_forward_that_has_no_room_on_one_rank_is_warmed_up_on_all(ranks: Ranks, lacks: int) -> None:
     """And no rank waits for the one that lacks it."""
-    assert ranks.run((1, WORLD, 1), "warm_up", fits=False) == [[]] * WORLD
+    alone = [None if rank == lacks else 0.1 + rank for rank in range(WORLD)]
+    assert ranks.run((1, WORLD, 1), "warm_up", alone=alone) == [[None, []]] * WORLD
 
 
 @pytest.mark.parametrize("layout", [(1, 3, 1), (1, 2, 2)], ids=str)
@@ -126,7 +176,7 @@ def test_bf16_loses_nothing_to_the_exchange(ranks: Ranks, name: str, layout: tup
 
 @settings(max_examples=80, deadline=None)
 @given(
-    layout=st.sampled_from(SEQUENCES),
+    layout=SPREADS,
     heads=st.integers(1, 9),
     batch=st.integers(1, 3),
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=3).filter(sum),
@@ -145,7 +195,7 @@ def test_what_more_is_computed_beside_is_sent(ranks: Ranks, overlap: bool, expec
 
 @settings(max_examples=60, deadline=None)
 @given(
-    layout=st.sampled_from([layout for layout in SEQUENCES if layout[1] > 1]),
+    layout=SPREADS.filter(lambda layout: layout[1] > 1),
     heads=st.integers(1, 9),
     batch=st.integers(1, 2),
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=2).filter(sum),
@@ -163,7 +213,7 @@ def test_results_that_come_one_after_the_other_find_their_ranks(
 
 @settings(max_examples=150, deadline=None)
 @given(
-    layout=st.sampled_from([(1, 1, 1), *SEQUENCES]),
+    layout=st.one_of(st.just((1, 1, 1)), SPREADS),
     groups=st.tuples(st.integers(1, 6), st.integers(1, 4)),
     batch=st.integers(1, 3),
     lengths=st.lists(st.integers(0, 20), min_size=1, max_size=3).filter(sum),
@@ -210,27 +260,28 @@ def test_time_in_collectives_is_told_once(ranks: Ranks, layout: tuple[int, ...])
         assert again == 0
 
 
-@given(kv_heads=st.integers(1, 12), group=st.integers(1, 6), ranks=st.integers(1, 16))
-def test_each_query_head_has_one_rank_and_its_key_head_there(kv_heads: int, group: int, ranks: int) -> None:
-    shares = deal_heads(kv_heads * group, kv_heads, ranks)
-    assert [head for share in shares for head in share.queries] == list(range(kv_heads * group))
-    for share in shares:
-        assert set(share.keys) == {head // group for head in share.queries}, "those that it needs, and no other"
-    if kv_heads >= ranks:
-        assert sum(len(share.keys) for share in shares) == kv_heads, "whole groups: no key head is sent twice"
-
-
-@given(n=st.integers(0, 10_000), size=st.integers(1, 64))
-def test_chunks_differ_by_one_at_most(n: int, size: int) -> None:
-    sizes = chunks(n, size)
-    assert sum(sizes) == n
-    assert sizes == sorted(sizes, reverse=True)
-    assert max(sizes) - min(sizes) <= 1
+@given(
+    kv_heads=st.integers(1, 12),
+    group=st.integers(1, 6),
+    shares=st.one_of(
+        st.integers(1, 16).map(lambda ranks: (1,) * ranks),
+        st.lists(st.integers(1, 20), min_size=1, max_size=8).map(tuple),
+    ),
+)
+def test_each_query_head_has_one_rank_and_its_key_head_there(
+    kv_heads: int, group: int, shares: tuple[int, ...]
+) -> None:
+    dealt = deal_heads(kv_heads * group, kv_heads, shares)
+    assert [head for each in dealt for head in each.queries] == list(range(kv_heads * group))
+    for each in dealt:
+        assert set(each.keys) == {head // group for head in each.queries}, "those that it needs, and no other"
+    if kv_heads >= len(shares):
+        assert sum(len(each.keys) for each in dealt) == kv_heads, "whole groups: no key head is sent twice"
 
 
 def test_one_process_needs_no_group() -> None:
     alone = SequenceParallel()
-    assert (alone.size, alone.sizes(7)) == (1, [7])
+    assert (alone.size, alone.sizes(7)) == (1, (7,))
     q, k, v = torch.randn(3, 2, 7, 3, 8)
     expected = scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     assert torch.equal(alone.attend([projected(q, k, v)], (3, 4)).wait(), expected.transpose(1, 2).reshape(2, 7, 24))

@@ -1,8 +1,9 @@
-"""The parallel plan: uneven chunks that lose nothing, layouts that fit, a text that explains itself, refusals."""
+"""The parallel plan: layouts that fit, a text that explains itself, refusals."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,12 +17,12 @@ from tacod.plan import (
     Plan,
     Request,
     Shape,
-    chunks,
     cost,
     make_plan,
     measured_rates,
     parse_request,
 )
+from tacod.shares import Shares
 from tacod_client.errors import ArgumentError
 
 FLUX = Shape(24, 3072, 1, (512, 4096))
@@ -29,21 +30,6 @@ FLUX_2K = Shape(24, 3072, 1, (512, 16384))
 FLUX_CFG = Shape(24, 3072, 2, (512, 4096))
 SD35_CFG = Shape(38, 2432, 2, (154, 4096))
 PIXART = Shape(16, 1152, 1, (4096,))
-
-
-@given(st.integers(0, 10**6), st.integers(1, 64))
-def test_chunks_lose_nothing_and_differ_by_at_most_one(n: int, parts: int) -> None:
-    sizes = chunks(n, parts)
-    assert len(sizes) == parts
-    assert sum(sizes) == n
-    assert sizes == sorted(sizes, reverse=True)
-    assert sizes[0] - sizes[-1] <= 1
-
-
-def test_first_chunks_take_the_rest() -> None:
-    assert chunks(4096, 3) == [1366, 1365, 1365]
-    assert chunks(2, 4) == [1, 1, 0, 0]
-    assert chunks(0, 2) == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -225,3 +211,113 @@ def test_an_exchange_in_8_bits() -> None:
     assert make_plan(parse_request({"exchange": "exact"}, 2), 2, FLUX).attention.exchange == "exact"
     with pytest.raises(ArgumentError, match="plan: exchange: expected 'exact' or 'int8', got 'fp8'"):
         parse_request({"exchange": "fp8"}, 2)
+
+
+# --- unequal ranks ----------------------------------------------------------------------------------------------------
+
+FAST_FIRST = Shares.of([8, 5, 5], measured=True)
+"""As of a card beside two that are 1.6 times as slow."""
+
+
+@pytest.mark.parametrize(
+    ("world_size", "shape", "shares", "text"),
+    [
+        (
+            3,
+            FLUX,
+            FAST_FIRST,
+            "sequence 3 (ulysses; rank 0 is 1.6 times as fast; 24 heads over 3 ranks: 11 + 7 + 6; "
+            "4608 tokens: 2048 + 1280 + 1280)",
+        ),
+        (
+            3,
+            Shape(24, 3072),
+            Shares.of([1, 1, 2]),
+            "sequence 3 (ulysses; rank 2 takes 2 times as much; 24 heads over 3 ranks: 6 + 6 + 12)",
+        ),
+        (
+            4,
+            FLUX_CFG,
+            Shares.of([2, 1, 2, 1], measured=True),
+            "batch 2 × sequence 2 (ulysses; ranks 0 and 2 are 2 times as fast; 2 images over 2 groups: 1 each; "
+            "24 heads over 2 ranks: 16 + 8; 4608 tokens: 3073 + 1535)",
+        ),
+    ],
+)
+def test_a_plan_says_the_shares_and_why(world_size: int, shape: Shape, shares: Shares, text: str) -> None:
+    assert str(make_plan(AUTO, world_size, shape, shares=shares)) == text
+
+
+def test_unlike_groups_tell_their_own_shares() -> None:
+    layout = Layout(2, 2, 1, (3, 1, 1, 1))
+    plan = Plan(layout, 4, FLUX_CFG, shares=Shares.of([3, 1, 1, 1]))
+    assert "24 heads over 2 ranks: 18 + 6 and 12 each; 4608 tokens: 3456 + 1152 and 2304 each" in plan.reason
+    assert layout.images(6) == (4, 2)
+    assert layout.images(2) == (1, 1), "no group is without an image"
+
+
+def test_a_card_that_would_hold_up_the_others_is_left_idle() -> None:
+    slow_first = Shares.of([1, 20, 20], measured=True)
+    plan = make_plan(AUTO, 3, FLUX, DeviceRates(flops=20e12), slow_first)
+    assert plan.layout.members == (1, 2)
+    assert plan.layout.shares == (0, 1, 1)
+    assert re.search(r"1 of 3 ranks idle \(rank 0\): with all it would take \d+\.\d\d times as long", str(plan))
+    assert make_plan(AUTO, 3, FLUX, None, slow_first).layout.ranks == 3, "nothing was measured"
+
+
+def test_fewer_ranks_than_there_are_are_the_fastest() -> None:
+    asked = Request(sequence_parallel_degree=2)
+    assert make_plan(asked, 3, FLUX, shares=Shares.of([1, 3, 2])).layout == Layout(1, 2, 1, (0, 3, 2))
+    assert make_plan(asked, 3, FLUX, shares=Shares.of([3, 3, 1])).layout == Layout(1, 2, 1), "as among equal ranks"
+
+
+def test_a_batch_goes_to_groups_only_where_that_is_faster() -> None:
+    """Of two images one each would wait for the slow card: all share both."""
+    shares, rates = Shares.of([3, 1], measured=True), DeviceRates(bytes=1e12)
+    assert make_plan(AUTO, 2, FLUX_CFG, rates, shares).layout == Layout(1, 2, 1, (3, 1))
+    assert make_plan(AUTO, 2, FLUX_CFG, rates).layout == Layout(2, 1, 1)
+    four = Shape(24, 3072, 4, (512, 4096))
+    assert make_plan(AUTO, 2, four, rates, shares).layout == Layout(2, 1, 1, (3, 1))
+
+
+@given(
+    world_size=st.integers(1, 6),
+    heads=st.integers(1, 48),
+    batch=st.integers(1, 5),
+    lengths=st.lists(st.integers(1, 5000), min_size=1, max_size=3),
+    rates=st.sampled_from([None, DeviceRates(), DeviceRates(bytes=5e9), DeviceRates(flops=1e13)]),
+    data=st.data(),
+)
+def test_any_paces_lose_nothing(
+    world_size: int, heads: int, batch: int, lengths: list[int], rates: DeviceRates | None, data: st.DataObject
+) -> None:
+    each = data.draw(st.lists(st.integers(1, 40), min_size=world_size, max_size=world_size), "shares")
+    shape, shares = Shape(heads, 64 * heads, batch, tuple(lengths)), Shares.of(each, measured=True)
+    plan = make_plan(AUTO, world_size, shape, rates, shares)
+    layout = plan.layout
+    assert str(plan)
+    assert len(set(layout.members)) == layout.ranks <= world_size
+    assert list(layout.members) == sorted(layout.members)
+    assert sum(layout.images(batch)) == batch
+    assert min(layout.images(batch)) >= 1
+    assert sum(plan.tokens) == sum(lengths)
+    idle = [share for rank, share in enumerate(each) if rank not in layout.members]
+    assert not idle or max(idle) <= min(each[rank] for rank in layout.members), "the slowest ones are left idle"
+    assert rates is not None or layout.ranks == world_size
+    if len(set(each)) == 1:
+        assert plan == replace(make_plan(AUTO, world_size, shape, rates), shares=shares), "as if nothing was measured"
+
+
+def test_unequal_shares_are_cheaper_on_unequal_ranks() -> None:
+    shares = Shares.of([8, 5, 5], measured=True)
+    even, uneven = (cost(Layout(1, 3, 1, each), FLUX, shares=shares) for each in ((1, 1, 1), (8, 5, 5)))
+    assert uneven < 0.95 * even
+    assert cost(Layout(1, 3, 1, (1, 1, 1)), FLUX) == cost(Layout(1, 3, 1), FLUX)
+
+
+@pytest.mark.parametrize("layout", [Layout(1, 3, 1, (8, 5, 5)), Layout(1, 1, 3, (8, 5, 5))], ids=str)
+def test_rates_of_unequal_ranks_say_what_was_measured(layout: Layout) -> None:
+    rates = measured_rates(0.12, layout, 0.06, FLUX, FAST_FIRST)
+    assert cost(Layout(1, 1, 1), FLUX, rates, shares=FAST_FIRST) == pytest.approx(0.12), "rank 0 alone"
+    assert cost(Layout(1, 1, 1, (0, 1, 0)), FLUX, rates, shares=FAST_FIRST) == pytest.approx(0.192)
+    assert cost(layout, FLUX, rates, shares=FAST_FIRST) == pytest.approx(0.06, rel=0.2)

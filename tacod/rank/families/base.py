@@ -31,6 +31,7 @@ from tacod.rank.families.stream import ForwardPass, Weights
 from tacod.rank.families.trunk import BlockCache, BlockWatch, run_trunk
 from tacod.rank.ops.largest import sharing
 from tacod.rank.parallel.sequence import SequenceParallel
+from tacod.shares import EQUAL, Shares
 from tacod_client.wire import CHANGING
 
 __all__ = ["DiT", "LatentFormat", "Method", "Output"]
@@ -150,6 +151,8 @@ class DiT(nn.Module, abc.ABC):
     """Fetches the weights that this rank lacks; None if it has all."""
     rates: DeviceRates | None = None
     """Measured on these devices by the warm-up."""
+    shares: Shares = EQUAL
+    """How much of its forwards each rank takes."""
 
     @classmethod
     def canonical(cls, name: str) -> str:

@@ -137,8 +137,13 @@ class Forwards:
         level = max(float(each.max()) for each in call.inputs.timesteps)
         cache = self.step_caches.find(call.dit, key, call.plan.step_cache, level)
         out = self._run(call, cache=cache)
-        seat = self.topology.seat(call.plan.layout)
-        self.skipped += seat is not None and seat.batch.agree(cache.skipped)
+        seat, layout = self.topology.seat(call.plan.layout), call.plan.layout
+        if layout.ranks < self.topology.world_size:
+            # An idle rank, which may be the one that reports, hears of it too.
+            self.skipped += self.topology.everyone.agree(seat is None or cache.skipped)
+        else:
+            assert seat is not None
+            self.skipped += seat.batch.agree(cache.skipped)
         return out
 
     def _run(self, call: Call, cache: StepCache | None = None) -> Output:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tacod.plan import Plan, Request, Shape, chunks, make_plan
+from tacod.plan import Plan, Request, Shape, make_plan
 from tacod.rank.families.base import DiT, Output
 from tacod.rank.families.inputs import Inputs
 from tacod.rank.families.trunk import BlockCache
@@ -52,7 +52,8 @@ def plan_for(dit: DiT, asked: Request, world_size: int, arguments: Mapping[str, 
     """
     x = arguments["x"]
     images = (x[0] if isinstance(x, list) else x).shape[0]
-    return make_plan(asked, world_size, Shape(dit.heads, dit.width, images, dit.lengths(arguments)), dit.rates)
+    shape = Shape(dit.heads, dit.width, images, dit.lengths(arguments))
+    return make_plan(asked, world_size, shape, dit.rates, dit.shares)
 
 
 def run(call: Call, topology: Topology, cache: BlockCache | None = None, watch: Watch | None = None) -> Output:
@@ -76,7 +77,7 @@ def run(call: Call, topology: Topology, cache: BlockCache | None = None, watch: 
             return out
 
         out = _on_seat(call, seat, cache is None, compute)
-        sizes = chunks(inputs.batch, layout.batch)
+        sizes = layout.images(inputs.batch)
         outs = [seat.batch.gather(each, sizes, dim=0) for each in (out if isinstance(out, list) else [out])]
     elif watch is not None:
         watch.end()
@@ -84,7 +85,7 @@ def run(call: Call, topology: Topology, cache: BlockCache | None = None, watch: 
         latents = inputs.latents
         shapes = call.dit.output_shapes([tuple(each.shape) for each in latents])
         outs = outs or [latents[0].new_empty(shape) for shape in shapes]
-        outs = [topology.everyone.broadcast(each, source=0) for each in outs]
+        outs = [topology.everyone.broadcast(each, source=layout.members[0]) for each in outs]
     assert outs is not None
     return outs if isinstance(inputs["x"], list) else outs[0]
 
@@ -101,7 +102,7 @@ def compute_prefix(call: Call, topology: Topology) -> Prefix:
 def _on_seat(call: Call, seat: Seat, in_step: bool, compute: Callable[[SequenceParallel, Inputs], T]) -> T:
     """``compute`` with this rank's sequence and its part of the images; see `Seat.sequence` for ``in_step``."""
     plan, rank = call.plan, seat.batch.rank
-    sizes = chunks(call.inputs.batch, plan.layout.batch)
+    sizes = plan.layout.images(call.inputs.batch)
     start = sum(sizes[:rank])
     mine = call.inputs.images(slice(start, start + sizes[rank]))
     sequence = seat.sequence(plan.attention, in_step)

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tacod.plan import AUTO, DeviceRates, Layout, Plan, Request, Shape, make_plan, measured_rates
+from tacod.plan import AUTO, DeviceRates, Layout, Plan, Request, Shape, fastest_alone, make_plan, measured_rates
 from tacod.rank.families.base import DiT
 from tacod.rank.families.inputs import Argument, Inputs
 from tacod.rank.forward.graphs import Forwards
-from tacod.rank.forward.run import Call, run
+from tacod.rank.forward.run import Call
 from tacod.rank.oom import clear_tracebacks, describe_oom
 from tacod.rank.parallel.topology import Topology
+from tacod.shares import EQUAL, Shares, measured_shares
 from tacod_client.errors import ArgumentError
 
-__all__ = ["SIGMA", "random_inputs", "usual_inputs", "warm_up"]
+__all__ = ["SIGMA", "Measured", "random_inputs", "usual_inputs", "warm_up"]
 
 SMALLEST = 8
 """The shortest side of a latent that is tried."""
@@ -26,49 +27,87 @@ SIGMA = 0.7
 """The noise level of made-up forwards."""
 
 
-def warm_up(dit: DiT, forwards: Forwards, device: torch.device) -> DeviceRates | None:
-    """Run usual forwards on one rank and on all, and measure them. All ranks return the same rates.
+class Measured(NamedTuple):
+    """What a warm-up has found out; alike on all ranks."""
 
-    None if there is only one rank, if one alone has no room for such a forward, or if the model takes no usual size.
+    rates: DeviceRates | None
+    """None if there is only one rank, if one alone has no room for a usual forward, or if the model takes no usual
+    size."""
+    shares: Shares
+
+
+def warm_up(dit: DiT, forwards: Forwards, device: torch.device, shares: Shares | None = None) -> Measured:
+    """Run usual forwards on each rank alone, on the fastest one and on all, and measure them.
+
+    Ranks get ``shares`` of the forwards on all; if that is None, by how long each of them took alone.
     """
     inputs = usual_inputs(dit, device)
     if inputs is None:
-        return None
+        return Measured(None, shares or EQUAL)
     world = forwards.topology.world_size
     shape = Shape(dit.heads, dit.width, inputs.batch, dit.lengths(inputs))
-    alone, shared = Layout(1, 1, 1), make_plan(Request(cfg_parallel=False), world, shape).layout
-    fits = world == 1 or _fits_alone(dit, forwards.topology, inputs, shape)
+    seconds = _seconds_alone(dit, forwards, inputs, shape) if world > 1 else None
+    fits = world == 1 or seconds is not None
+    if shares is None:
+        shares = EQUAL if seconds is None else measured_shares(seconds)
+    alone = fastest_alone(shares)
+    shared = make_plan(Request(cfg_parallel=False), world, shape, shares=shares).layout
+    usual = make_plan(AUTO, world, shape, shares=shares).layout
     took = {}
-    for layout in dict.fromkeys((*((alone,) if fits else ()), shared, make_plan(AUTO, world, shape).layout)):
-        took[layout] = float("inf")
-        # Without a CUDA graph, then captured, then as later ones will be.
-        for _ in range(4):
-            started = time.perf_counter()
-            forwards(Call(dit, Plan(layout, world, shape), inputs, conditioning="warm-up"))
-            if device.type == "cuda":
-                forwards.topology.clock.wait()
-            took[layout] = min(took[layout], time.perf_counter() - started)
+    for layout in dict.fromkeys((*((alone,) if fits else ()), shared, usual)):
+        took[layout] = _shortest_s(forwards, Call(dit, Plan(layout, world, shape), inputs, conditioning="warm-up"))
     forwards.prefixes.drop(dit)
     if world == 1 or not fits:
-        return None
+        return Measured(None, shares)
     mine = torch.tensor([took[alone], took[shared]], dtype=torch.float64, device=device)
     alone_s, shared_s = forwards.topology.everyone.broadcast(mine, source=0).tolist()
-    return measured_rates(alone_s, shared, shared_s, shape)
+    return Measured(measured_rates(alone_s, shared, shared_s, shape, shares), shares)
 
 
-def _fits_alone(dit: DiT, topology: Topology, inputs: Inputs, shape: Shape) -> bool:
-    """Whether rank 0 alone has room for the whole forward. No other rank waits for it while it tries."""
-    fits = True
-    if topology.rank == 0:
-        try:
-            run(Call(dit, Plan(Layout(1, 1, 1), 1, shape), inputs), Topology())
-        except (RuntimeError, MemoryError) as error:
-            if describe_oom(error) is None:
-                raise
-            fits = False
-            clear_tracebacks(error)
-            torch.cuda.empty_cache()
-    return topology.everyone.agree(fits)
+def _shortest_s(forwards: Forwards, call: Call) -> float:
+    """Seconds of a forward that isn't the first of its kind."""
+    shortest = float("inf")
+    # Without a CUDA graph, then captured, then as later ones will be.
+    for _ in range(4):
+        started = time.perf_counter()
+        forwards(call)
+        if call.inputs.latents[0].is_cuda:
+            forwards.topology.clock.wait()
+        shortest = min(shortest, time.perf_counter() - started)
+    return shortest
+
+
+def _seconds_alone(dit: DiT, forwards: Forwards, inputs: Inputs, shape: Shape) -> list[float] | None:
+    """How long the whole forward takes on each rank alone, in the order of ranks; None if one has no room for it.
+
+    All ranks try at the same time, and none waits for another meanwhile.
+    """
+    everyone = forwards.topology.everyone
+    # Those that have loaded sooner wait, so that all are as busy.
+    everyone.agree(True)
+    took: float | None = None
+    try:
+        took = _alone_s(dit, forwards, inputs, shape)
+    except (RuntimeError, MemoryError) as error:
+        if describe_oom(error) is None:
+            raise
+        clear_tracebacks(error)
+    if inputs.latents[0].is_cuda:
+        torch.cuda.empty_cache()
+    if not everyone.agree(took is not None):
+        return None
+    mine = torch.tensor([took], dtype=torch.float64, device=inputs.latents[0].device)
+    seconds: list[float] = everyone.gather(mine, [1] * everyone.size, dim=0).tolist()
+    return seconds
+
+
+def _alone_s(dit: DiT, forwards: Forwards, inputs: Inputs, shape: Shape) -> float:
+    """Seconds of the whole forward on this rank alone."""
+    mine = Forwards(Topology(), forwards.graphs, forwards.prefixes.limit)
+    try:
+        return _shortest_s(mine, Call(dit, Plan(Layout(1, 1, 1), 1, shape), inputs, conditioning="warm-up"))
+    finally:
+        mine.clear()
 
 
 def usual_inputs(dit: DiT, device: torch.device) -> Inputs | None:

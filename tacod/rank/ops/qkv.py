@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tacod.plan import chunks
 from tacod.rank.ops.fused import has_kernels
 from tacod.rank.ops.norm import rms_norm
+from tacod.shares import apportion
 
 __all__ = ["QKV", "HeadShare", "QKNorm", "Rotation", "copy_heads", "deal_heads"]
 
@@ -116,21 +116,22 @@ class HeadShare:
         return torch.cat(list(heads), dim=1)
 
 
-def deal_heads(heads: int, kv_heads: int, ranks: int) -> list[HeadShare]:
+def deal_heads(heads: int, kv_heads: int, shares: tuple[int, ...]) -> list[HeadShare]:
     """Which heads each rank attends with: whole groups, or where ranks outnumber key heads, some queries of a group.
 
-    ``kv_heads`` divides ``heads``. A key head that several ranks need goes to each of them.
+    ``shares`` are the ranks' (`tacod.shares`). ``kv_heads`` divides ``heads``. A key head that several ranks need goes
+    to each of them.
     """
     group = heads // kv_heads
     assert group * kv_heads == heads
-    unit = group if kv_heads >= ranks else 1
-    shares, start = [], 0
-    for count in chunks(heads // unit, ranks):
+    unit = group if kv_heads >= len(shares) else 1
+    dealt, start = [], 0
+    for count in apportion(heads // unit, shares):
         queries = range(start, start + count * unit)
         keys = range(start // group, (queries.stop - 1) // group + 1) if count else range(0)
-        shares.append(HeadShare(queries, keys, group))
+        dealt.append(HeadShare(queries, keys, group))
         start = queries.stop
-    return shares
+    return dealt
 
 
 @dataclass(frozen=True)

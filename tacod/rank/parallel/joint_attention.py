@@ -35,7 +35,10 @@ class Ranks(Protocol):
     @property
     def transport(self) -> Transport: ...
 
-    def sizes(self, n: int) -> list[int]: ...
+    @property
+    def head_shares(self) -> tuple[int, ...]: ...
+
+    def sizes(self, n: int) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class JointAttention:
 
     def _open(self, qkv: QKV, streams: Sequence[Sequence[int]]) -> Exchange:
         group, tensor = self._ranks.ulysses, qkv.first
-        shares = deal_heads(qkv.heads, qkv.kv_heads, group.size)
+        shares = deal_heads(qkv.heads, qkv.kv_heads, self._ranks.head_shares)
         self._share = shares[group.rank]
         deal = Deal(group.rank, streams, shares, len(tensor), qkv.width, tensor.dtype, tensor.device)
         return self._ranks.transport.open(deal, self._ranks.policy.exchange)

@@ -2,8 +2,9 @@
 
 Ulysses (Jacobs et al., 2023, arXiv:2309.14509) exchanges tokens for heads; a ring (Liu et al., 2023,
 arXiv:2310.01889) passes keys and values around and merges what each rank attends to; both together are USP (Fang and
-Zhao, 2024, arXiv:2405.07719). Here neither tokens nor heads need to divide by the number of ranks: chunks differ by
-one at most, and every exchange carries explicit sizes. A rank without tokens or heads sends nothing, but takes part.
+Zhao, 2024, arXiv:2405.07719). Here neither tokens nor heads need to divide by the number of ranks: chunks are as large
+as the ranks' shares make them, and every exchange carries explicit sizes. A rank without tokens or heads sends nothing,
+but takes part.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tacod.plan import DEFAULT_POLICY, AttentionPolicy, chunks
+from tacod.plan import DEFAULT_POLICY, AttentionPolicy
 from tacod.rank.comm.collective import Collective
 from tacod.rank.comm.group import Group
 from tacod.rank.comm.transport import Local, Transport
@@ -21,6 +22,7 @@ from tacod.rank.ops.attention_kernels import Kernel
 from tacod.rank.ops.group_bias import GroupBias
 from tacod.rank.ops.qkv import QKV
 from tacod.rank.parallel.joint_attention import JointAttention, KeysValues
+from tacod.shares import apportion
 
 __all__ = ["SequenceParallel"]
 
@@ -40,11 +42,13 @@ class SequenceParallel:
         policy: AttentionPolicy = DEFAULT_POLICY,
         transport: Transport | None = None,
         images: Group | None = None,
+        shares: tuple[int, ...] = (),
     ) -> None:
         """Join the groups.
 
         ``transport`` is what the ranks of ``ulysses`` exchange by; by default collectives. ``images`` are the ranks
-        that compute the other images of the same forward, block by block beside this one.
+        that compute the other images of the same forward, block by block beside this one. ``shares`` are those of the
+        ranks of ``whole``; empty for equal ones.
         """
         self.policy = policy
         self.whole = whole or Group()
@@ -52,6 +56,10 @@ class SequenceParallel:
         self.ring = ring or Group()
         self.images = images or Group()
         assert self.ulysses.size * self.ring.size == self.whole.size
+        self.shares = shares or (1,) * self.whole.size
+        assert len(self.shares) == self.whole.size
+        self.head_shares = tuple(sum(self.shares[place :: self.ulysses.size]) for place in range(self.ulysses.size))
+        """The shares of heads of each place in a run of ``ulysses``; those that a ring joins have the same heads."""
         alone = self.ulysses.size == 1
         self.transport = transport or (Local(in_ring=self.ring.size > 1) if alone else Collective(self.ulysses))
 
@@ -60,9 +68,9 @@ class SequenceParallel:
         """How many ranks share the sequence."""
         return self.whole.size
 
-    def sizes(self, n: int) -> list[int]:
-        """How many of ``n`` tokens each rank has: n // size, and one more for the first n % size ranks."""
-        return chunks(n, self.size)
+    def sizes(self, n: int) -> tuple[int, ...]:
+        """How many of ``n`` tokens each rank has, by its share."""
+        return apportion(n, self.shares)
 
     def place(self, n: int) -> tuple[int, int]:
         """Where this rank's of ``n`` tokens begin and end."""
@@ -90,7 +98,9 @@ class SequenceParallel:
         if self.size == 1:
             return mask
         positions = torch.arange(sum(lengths), device=mask.device)
-        streams = [torch.split(stream, self.sizes(len(stream))) for stream in torch.split(positions, list(lengths))]
+        streams = [
+            torch.split(stream, list(self.sizes(len(stream)))) for stream in torch.split(positions, list(lengths))
+        ]
         order = torch.cat([chunk for rank in zip(*streams, strict=True) for chunk in rank])
         return (mask[:, :, order] if mask.shape[2] > 1 else mask)[..., order]
 

@@ -29,6 +29,8 @@ class Seat:
     ring: Group
     transport: Transport | None
     """The transport between Ulysses' ranks; None for the default."""
+    shares: tuple[int, ...]
+    """Those of the ranks of ``whole``."""
 
     def sequence(self, policy: AttentionPolicy = DEFAULT_POLICY, in_step: bool = True) -> SequenceParallel:
         """The ranks that share a sequence, and how they attend.
@@ -36,7 +38,7 @@ class Seat:
         ``in_step`` says that the other batch groups run every layer that this one does.
         """
         images = self.batch if in_step else None
-        return SequenceParallel(self.whole, self.ulysses, self.ring, policy, self.transport, images)
+        return SequenceParallel(self.whole, self.ulysses, self.ring, policy, self.transport, images, self.shares)
 
 
 class Topology:
@@ -98,24 +100,23 @@ class Topology:
             transport.reset()
 
     def _make_seat(self, layout: Layout) -> Seat | None:
-        sequence = layout.sequence
-        starts = range(0, layout.ranks, sequence)
-        wholes = [range(start, start + sequence) for start in starts]
+        sequence, members = layout.sequence, layout.members
+        wholes = [members[start : start + sequence] for start in range(0, layout.ranks, sequence)]
         runs = [whole[i : i + layout.ulysses] for whole in wholes for i in range(0, sequence, layout.ulysses)]
         rings = [whole[i :: layout.ulysses] for whole in wholes for i in range(layout.ulysses)]
-        across = [range(i, layout.ranks, sequence) for i in range(sequence)]
+        across = [members[i::sequence] for i in range(sequence)]
         whole, ulysses, ring, batch = (self._group(parts) for parts in (wholes, runs, rings, across))
-        if self.rank >= layout.ranks:
+        if self.rank not in members:
             return None
         if self.reach is not None and ulysses.size > 1 and ulysses not in self._transports:
             self._transports[ulysses] = self.reach(ulysses)
-        return Seat(batch, whole, ulysses, ring, self._transports.get(ulysses))
+        return Seat(batch, whole, ulysses, ring, self._transports.get(ulysses), layout.group_shares(batch.rank))
 
     def _group(self, parts: Sequence[Sequence[int]]) -> Group:
         """Of ``parts``, the group with this rank; if there is none, or no other rank in it, a group of one."""
         if len(parts[0]) == 1:
             return Group(clock=self.clock)
-        idle = range(sum(map(len, parts)), self.world_size)
+        idle = sorted({*range(self.world_size)}.difference(*parts))
         split = tuple(tuple(part) for part in (*parts, *([rank] for rank in idle)))
         if split not in self._groups:
             assert self._make_group is not None
