@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeInt,
@@ -29,6 +30,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from tacod.shares import MOST, Shares
 from tacod_client.endpoint import UNIX_PATH_BYTES
 
 __all__ = ["Config", "ConfigError", "load_config", "to_toml"]
@@ -79,6 +81,14 @@ def _check_address(address: str, example: str) -> str:
     return address
 
 
+def _check_shares(shares: Any) -> Any:
+    if shares == "auto":
+        return shares
+    if isinstance(shares, list) and shares and all(type(each) is int and 1 <= each <= MOST for each in shares):
+        return shares
+    raise ValueError(f'expected "auto" or a whole number from 1 to {MOST} for each rank, such as [2, 1, 1]')
+
+
 class Group(_Section):
     """The ranks: which devices, and how long to wait for them."""
 
@@ -110,6 +120,20 @@ class Group(_Section):
     """Whether a load on GPUs runs and measures forwards of 1024 pixels. Turn it off for cards that have no room for
     these."""
 
+    shares: Annotated[Literal["auto"] | list[int], BeforeValidator(_check_shares)] = "auto"
+    """How much of each forward each rank takes, such as [2, 1, 1]; by default by its pace, which a load on GPUs
+    measures. Equal numbers turn that off. A change is for models that are loaded from then on."""
+
+    @property
+    def asked_shares(self) -> Shares | None:
+        """The shares that are set here; None to measure them."""
+        return None if self.shares == "auto" else Shares.of(self.shares)
+
+    def check_shares(self, ranks: int) -> None:
+        """Raise `ValueError` if there is not one share for each of so many ranks."""
+        if self.shares != "auto" and len(self.shares) != ranks:
+            raise ValueError(f"shares: expected a number for each of {ranks} ranks, got {len(self.shares)}")
+
     @model_validator(mode="after")
     def _one_kind_of_device(self) -> Group:
         if self.device == "cpu" and self.gpus is not None:
@@ -118,6 +142,8 @@ class Group(_Section):
             raise ValueError("gpus must name each device once, and at least one")
         if self.device == "cuda" and "ranks" in self.model_fields_set:
             raise ValueError('ranks is for device = "cpu"; on "cuda" there is one rank for each of gpus')
+        if self.device == "cpu" or self.gpus is not None:
+            self.check_shares(self.ranks if self.gpus is None else len(self.gpus))
         return self
 
 

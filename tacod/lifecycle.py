@@ -95,6 +95,10 @@ class Lifecycle:
         for key in changed:
             if key.startswith(FIXED):
                 raise ConfigError(f"{self.config_path}:{key}: can't change while tacod runs; restart it for that")
+        try:
+            new.group.check_shares(self.state.executor.group.world_size)
+        except ValueError as error:
+            raise ConfigError(f"{self.config_path}:group: {error}") from None
         places.check(self.config_path, new)
         keys = Keys.read(self.config_path, new.curve)
         changed += [key for key in self.state.listener.access.changes(keys) if key not in changed]

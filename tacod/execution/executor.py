@@ -333,7 +333,7 @@ class Executor:
             job.evict_next = ""
         timeout_s = self.config.group.load_timeout_s
         room = self.residency.room_for(model, self.config.models, evicts)
-        load = model.load(evicts, room, self.residency.fewer(model))
+        load = model.load(evicts, room, self.residency.fewer(model), self.config.group.asked_shares)
         self._hand_out(WorkItem(purpose, load, timeout_s, job, model, evicts, model.digests))
 
     def _start_step(self, job: Job) -> None:

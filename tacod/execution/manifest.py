@@ -15,6 +15,7 @@ from tacod.checkpoint import locate, read_checkpoint
 from tacod.execution.store import digests_of, tensors_of
 from tacod.group.work import Facts, Load
 from tacod.plan import AUTO, Request, Shape, make_plan, parse_request
+from tacod.shares import EQUAL, Shares
 from tacod_client.dtypes import of_numbers
 from tacod_client.errors import ArgumentError, ModelNotFound
 from tacod_client.wire import Tensor
@@ -71,14 +72,26 @@ class Model:
     """What each rank fetches in a forward."""
     fetch_s: tuple[float, ...] = ()
     """How long that takes each rank; less of it is waited for, as the rank computes meanwhile."""
+    shares: Shares | None = None
+    """How much of its forwards each rank takes. New ranks keep to it: a run goes on as it has begun."""
 
     @property
     def name(self) -> str:
         """The file's name."""
         return self.asked_name or os.path.basename(self.path)
 
-    def load(self, evict_models: Sequence[str] = (), memory_bytes: int | None = None, fewer: int = 0) -> Load:
-        """The command that loads it into so much memory of each rank, less some blocks, and evicts ``evict_models``."""
+    def load(
+        self,
+        evict_models: Sequence[str] = (),
+        memory_bytes: int | None = None,
+        fewer: int = 0,
+        shares: Shares | None = None,
+    ) -> Load:
+        """The command that loads it into so much memory of each rank, less some blocks, and evicts ``evict_models``.
+
+        Ranks take the ``shares`` of an earlier load, if there was one, else those given, or they measure their paces.
+        """
+        known = self.shares or shares
         return Load(
             model=self.id,
             path=self.path,
@@ -91,6 +104,8 @@ class Model:
             weights=self.asked_weights,
             memory_bytes=memory_bytes,
             fewer=fewer,
+            shares=None if known is None else list(known.each),
+            shares_measured=known is not None and known.measured,
         )
 
     @property
@@ -115,6 +130,7 @@ class Model:
             quantization=facts.quantization,
             loaded_s=elapsed_s,
             shape=Shape(facts.heads, facts.width),
+            shares=Shares.of(facts.shares, facts.shares_measured),
         ).planned(self.asked, world_size)
 
     def placed(self, facts: Facts) -> Model:
@@ -130,7 +146,10 @@ class Model:
 
     def planned(self, asked: Request, world_size: int) -> Model:
         """The same model with the plan for such a request, as far as it is known before a forward."""
-        return self if self.shape is None else replace(self, plan=str(make_plan(asked, world_size, self.shape)))
+        if self.shape is None:
+            return self
+        plan = make_plan(asked, world_size, self.shape, shares=self.shares or EQUAL)
+        return replace(self, plan=str(plan))
 
     def to_wire(self) -> dict[str, Any]:
         """The model as ``status --json`` shows it."""
@@ -152,6 +171,8 @@ class Model:
             "resident_bytes": list(self.resident_bytes),
             "streamed_bytes": list(self.streamed_bytes),
             "fetch_s": [round(each, 6) for each in self.fetch_s],
+            "shares": [] if self.shares is None else list(self.shares.each),
+            "shares_measured": self.shares is not None and self.shares.measured,
         }
 
 

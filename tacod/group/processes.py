@@ -90,7 +90,7 @@ class GroupLost(Exception):
 def devices(group: config.Group) -> list[str]:
     """The ranks' devices: ``cpu:0`` …, or GPUs by the index or UUID that nvidia-smi shows.
 
-    Raises `config.ConfigError` for a GPU that isn't there.
+    Raises `config.ConfigError` for a GPU that isn't there, or if there is not a share for each.
     """
     if group.device == "cpu":
         return [f"cpu:{index}" for index in range(group.ranks)]
@@ -111,6 +111,10 @@ def devices(group: config.Group) -> list[str]:
     for gpu in wanted:
         if gpu not in uuids and not (isinstance(gpu, int) and gpu < len(uuids)):
             raise config.ConfigError(f"group.gpus: no GPU {gpu!r}; nvidia-smi shows 0 to {len(uuids) - 1}")
+    try:
+        group.check_shares(len(wanted))
+    except ValueError as error:
+        raise config.ConfigError(f"group: {error}") from None
     return [str(gpu) for gpu in wanted]
 
 

@@ -84,6 +84,10 @@ class Load(Part):
     """How many bytes of weights each rank may hold."""
     fewer: int = 0
     """By how many blocks each rank stays below that, as it ran out of memory before."""
+    shares: list[int] | None = None
+    """How much of its forwards each rank takes (`tacod.shares`), empty if all take the same; None to measure it."""
+    shares_measured: bool = False
+    """Whether an earlier load has measured them; otherwise the configuration asks for them."""
 
 
 @dataclass(frozen=True)
@@ -245,6 +249,10 @@ class Facts(Part):
     """What each rank fetches in a forward."""
     fetch_s: list[float] = field(default_factory=list)
     """How long that takes each rank, at the speed of its links; empty if that wasn't measured."""
+    shares: list[int] = field(default_factory=list)
+    """How much of its forwards each rank takes; empty if all take the same."""
+    shares_measured: bool = False
+    """Whether that was measured."""
 
 
 @dataclass(frozen=True)

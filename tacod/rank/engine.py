@@ -64,6 +64,7 @@ from tacod.rank.weights.remap import identify
 from tacod.rank.weights.sizes import SMALLEST
 from tacod.rank.weights.streaming import Streaming
 from tacod.rank.weights.unfilled import Unfilled
+from tacod.shares import EQUAL, Shares
 from tacod_client import wire
 from tacod_client.dtypes import is_weight_only
 from tacod_client.errors import ArgumentError, ModelNotFound, OutOfMemory
@@ -229,18 +230,24 @@ class Engine:
         weights: str = "auto",
         memory_bytes: int | None = None,
         fewer: int = 0,
+        shares: Sequence[int] | None = None,
+        shares_measured: bool = False,
     ) -> Loaded:
         """Make a model resident under the id ``model``; does nothing if it is resident already.
 
         With ``patches``, ``base`` is loaded too, and the two share the weights that aren't patched. ``files`` has the
         identities that the files of the patches had when the request came. ``weights`` says where they are to lie,
         ``memory_bytes`` how many each rank may hold, and ``fewer`` by how many blocks it stays below that (`choose`).
+        ``shares`` are the ranks' of its forwards; None to measure their paces, where a load warms up.
         Runs of evicted models continue when those are loaded again.
         """
         for evicted in evict_models:
             self._evict(evicted)
         self._give_memory_back()
-        plain = self.models.get(base or model) or self._load_file(path, identity, dtype, weights, memory_bytes, fewer)
+        given = None if shares is None else Shares.of(shares, shares_measured)
+        plain = self.models.get(base or model)
+        if plain is None:
+            plain = self._load_file(path, identity, dtype, weights, memory_bytes, fewer, given)
         loaded = {base or model: plain}
         if model not in self.models:
             loaded[model] = self._try_to_patch(plain, patches, files) if base is not None else plain
@@ -252,7 +259,14 @@ class Engine:
         return Loaded(self.models[model].facts, plain.facts)
 
     def _load_file(
-        self, path: str, identity: str, dtype: str | None, weights: str, memory_bytes: int | None, fewer: int
+        self,
+        path: str,
+        identity: str,
+        dtype: str | None,
+        weights: str,
+        memory_bytes: int | None,
+        fewer: int,
+        shares: Shares | None,
     ) -> Resident:
         checkpoint = read_checkpoint(path)
         if checkpoint.identity != identity:
@@ -287,13 +301,14 @@ class Engine:
                     fp8=chosen == "fp8",
                     streaming=streaming,
                 )
+            loaded.shares = shares or EQUAL
             # Before it is resident: a load that fails here leaves nothing behind.
             if self.device.type == "cuda" and self.warm:
                 hint = (
                     "that was a forward at 1024² on all ranks, to warm up; unload a model, or set group.warm_up = false"
                 )
                 with self.memory_errors(hint):
-                    loaded.rates = warm_up(loaded, self.forwards, self.device)
+                    loaded.rates, loaded.shares = warm_up(loaded, self.forwards, self.device, shares)
                     self.topology.clock.wait()
         except OutOfMemory as error:
             raise streaming.advised(error) from None
@@ -310,6 +325,8 @@ class Engine:
             width=loaded.width,
             sampling=loaded.sampling(),
             quantization=checkpoint.formats,
+            shares=[*loaded.shares.each],
+            shares_measured=loaded.shares.measured,
         )
         with Unfilled():
             return Resident(loaded, family.lora_layout(config), family.shapes(config), facts, streaming)

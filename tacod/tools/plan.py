@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tacod.checkpoint import Checkpoint, read_checkpoint
 from tacod.plan import AUTO, cost
+from tacod.shares import EQUAL, MOST, Shares
 from tacod.tools.contents import HALF_BYTES, contents
 from tacod_client import wire
 from tacod_client.cli import show
@@ -40,6 +41,7 @@ def _plan(argv: Sequence[str] | None) -> int:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--text", type=int, help="text tokens; by default those of the family's usual forward")
     parser.add_argument("--memory", help="GiB of weights on each rank, or one number for each: 24,24,8")
+    parser.add_argument("--shares", help="how much each rank takes, a whole number for each: 2,1,1")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
     return _of_file(args, read_checkpoint(os.path.realpath(args.file)))
@@ -72,11 +74,12 @@ def _of_file(args: argparse.Namespace, checkpoint: Checkpoint) -> int:
         for name, spec in model.arguments().items()
         if isinstance(spec, Argument) and spec.required and spec.shape is not None
     }
+    model.shares = _shares(args.shares, args.ranks)
     plan = plan_for(model, AUTO, args.ranks, given)
     weights = sizes_of(model, checkpoint, torch.bfloat16)
     placement = choose("auto", weights, _budgets(args.memory, args.ranks), reaches=args.ranks > 1)
     # Of its blocks, on GPUs as `tacod.plan` assumes them.
-    compute_s = cost(plan.layout, plan.shape) * len(weights.blocks)
+    compute_s = cost(plan.layout, plan.shape, shares=plan.shares) * len(weights.blocks)
     if args.json:
         report = {
             "family": family.family,
@@ -88,6 +91,7 @@ def _of_file(args: argparse.Namespace, checkpoint: Checkpoint) -> int:
             "ulysses": plan.layout.ulysses,
             "ring": plan.layout.ring,
             "tokens": plan.tokens,
+            "shares": list(plan.shares.each),
             "text": text,
             "downscale": family.downscale,
             "usual": family.usual,
@@ -123,6 +127,19 @@ def _budgets(memory: str | None, ranks: int) -> Sequence[int | None]:
             argument="memory",
         )
     return [int(each * 2**30) for each in given] * (ranks // len(given))
+
+
+def _shares(shares: str | None, ranks: int) -> Shares:
+    """The ranks' shares. Raises `ArgumentError` for anything but a whole number for each."""
+    if shares is None:
+        return EQUAL
+    given = [int(each) if each.isascii() and each.isdecimal() and len(each) < 5 else 0 for each in shares.split(",")]
+    if len(given) != ranks or not all(0 < each <= MOST for each in given):
+        raise ArgumentError(
+            f"--shares {shares:.80}: expected {ranks} whole numbers from 1 to {MOST} with commas, one for each rank",
+            argument="shares",
+        )
+    return Shares.of(given)
 
 
 def _arguments(model: DiT) -> dict[str, Any]:

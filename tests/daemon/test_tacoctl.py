@@ -450,6 +450,16 @@ def test_plan_needs_no_daemon(tacoctl: Run, models: Path) -> None:
     assert (told["family"], told["batch"], told["ulysses"] * told["ring"]) == ("flux", 1, 3)
     assert told["tokens"] == [43 + 12, 43 + 12, 43 + 11]
     assert told["plan"] in tacoctl(*arguments).stdout
+    assert told["shares"] == []
+
+
+def test_plan_says_what_unequal_ranks_take(tacoctl: Run, models: Path) -> None:
+    arguments = ("plan", models / FLUX.file, "--ranks", 3, "--size", "72x112", "--text", 129, "--json")
+    told = as_json(tacoctl(*arguments, "--shares", "2,1,1"))
+    assert told["shares"] == [2, 1, 1]
+    assert told["tokens"] == [65 + 18, 32 + 9, 32 + 8]
+    refused = tacoctl(*arguments, "--shares", "2,1", code=1)
+    assert "--shares 2,1: expected 3 whole numbers" in refused.stderr
 
 
 def test_plan_tells_what_a_file_is(tacoctl: Run, models: Path) -> None:

@@ -129,6 +129,8 @@ def test_bench_takes_several_sizes_and_has_a_default_for_everything() -> None:
         ["plan", "x", "--ranks", "3", "--size", "1024"],
         ["plan", "x", "--ranks", "3", "--size", "0x0"],
         ["plan", "x", "--ranks", "3", "--memory", "24,,8"],
+        ["plan", "x", "--ranks", "3", "--shares", "2,1,0"],
+        ["plan", "x", "--ranks", "3", "--shares", "1.5,1,1"],
         ["bench", "x", "--size", "1024"],
         ["bench", "x", "--rounds", "0"],
         ["sample", "x", "y", "--steps", "-1"],

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from tacod.config import Config, ConfigError, Fault, load_config, to_toml
+from tacod.shares import EQUAL, Shares
 
 Load = Callable[[str], Config]
 NO_ZEROS = st.characters(exclude_categories=("Cs",), exclude_characters="\0")
@@ -59,6 +60,15 @@ def test_values_are_taken(load: Load) -> None:
     assert (config.models.roots, config.models.preload) == (["/models"], ["flux.safetensors"])
 
 
+def test_shares_are_auto_or_one_for_each_rank(load: Load) -> None:
+    assert Config().group.asked_shares is None
+    group = load("[group]\ngpus = [0, 1, 2]\nshares = [4, 2, 2]\n").group
+    assert group.asked_shares == Shares((2, 1, 1))
+    assert load("[group]\ngpus = [0, 1]\nshares = [3, 3]\n").group.asked_shares == EQUAL
+    # How many GPUs there are is known at the start.
+    assert load("[group]\nshares = [2, 1]\n").group.shares == [2, 1]
+
+
 def test_configuration_is_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         Config().limits.queue = 1  # type: ignore[misc]
@@ -95,6 +105,15 @@ FAULTS = {
     '[group]\ndevice = "cpu"\nranks = 0': "group.ranks: Input should be greater than 0",
     '[group]\ndevice = "cpu"\nranks = 65': "group.ranks: Input should be less than or equal to 64",
     '[group]\ndevice = "cpu"\nranks = true': "group.ranks: Input should be a valid integer",
+    '[group]\nshares = "fast"': 'group.shares: expected "auto" or a whole number from 1 to 1000 for each rank',
+    "[group]\nshares = []": "group.shares: expected",
+    "[group]\nshares = 2": "group.shares: expected",
+    "[group]\nshares = [2, 0]": "group.shares: expected",
+    "[group]\nshares = [2, 1001]": "group.shares: expected",
+    "[group]\nshares = [true, 1]": "group.shares: expected",
+    "[group]\nshares = [1.5, 1]": "group.shares: expected",
+    "[group]\ngpus = [0, 1, 2]\nshares = [2, 1]": "group: shares: expected a number for each of 3 ranks, got 2",
+    '[group]\ndevice = "cpu"\nshares = [2, 1]': "group: shares: expected a number for each of 1 ranks",
     "[group]\nretries = -1": "group.retries: Input should be greater than or equal to 0",
     "[group]\nstep_timeout_s = 0": "group.step_timeout_s: Input should be greater than 0",
     '[models]\nroots = ["models"]': "models.roots.0: expected an absolute path, got 'models'",

@@ -15,6 +15,7 @@ from tacod.execution.manifest import Manifest, Model
 from tacod.execution.residency import Residency
 from tacod.execution.store import Store
 from tacod.group.work import Facts, Load, Loaded
+from tacod.shares import Shares
 from tacod_client import wire
 from tacod_client.errors import (
     ArgumentError,
@@ -261,7 +262,8 @@ def test_a_further_set_of_patches_takes_the_place_of_the_oldest_of_the_same_base
 def test_loaded_model_tells_what_the_ranks_told(manifest: Manifest) -> None:
     sampling, quantization = {"channels": 16, "prediction": "flow"}, {"int8_convrot": 3}
     lying = {"weights": "sharded", "resident_bytes": [10, 9, 9], "streamed_bytes": [14, 15, 15], "fetch_s": [1, 2, 3]}
-    facts = Facts("flux", 12, 24, "bf16", 24, 3072, sampling=sampling, quantization=quantization, **lying)
+    told = {"sampling": sampling, "quantization": quantization, "shares": [2, 1, 1], "shares_measured": True, **lying}
+    facts = Facts("flux", 12, 24, "bf16", 24, 3072, **told)
     model = describe(manifest).loaded(facts, 1.23456, 3)
     assert model.id == describe(manifest).id
     assert model.to_wire() == {
@@ -274,7 +276,7 @@ def test_loaded_model_tells_what_the_ranks_told(manifest: Manifest) -> None:
         "patches": 0,
         "dtype": "bf16",
         "sampling": {"channels": 16, "prediction": "flow"},
-        "plan": "sequence 3 (ulysses; 24 heads over 3 ranks: 8 each)",
+        "plan": "sequence 3 (ulysses; rank 0 is 2 times as fast; 24 heads over 3 ranks: 12 + 6 + 6)",
         "loaded_s": 1.235,
         "notes": [],
         "quantization": {"int8_convrot": 3},
@@ -282,7 +284,20 @@ def test_loaded_model_tells_what_the_ranks_told(manifest: Manifest) -> None:
         "resident_bytes": [10, 9, 9],
         "streamed_bytes": [14, 15, 15],
         "fetch_s": [1, 2, 3],
+        "shares": [2, 1, 1],
+        "shares_measured": True,
     }
+
+
+def test_new_ranks_take_the_shares_of_those_before(manifest: Manifest) -> None:
+    """So a run goes on as it has begun; what the configuration asks for is for models that are loaded anew."""
+    model, asked = describe(manifest), Shares.of([1, 3, 1])
+    assert (model.load().shares, model.load().shares_measured) == (None, False), "ranks measure"
+    assert (model.load(shares=asked).shares, model.load(shares=asked).shares_measured) == ([1, 3, 1], False)
+    for each, measured in (([2, 1, 1], True), ([], True), ([], False)):
+        facts = Facts("flux", 12, 24, "bf16", 24, 3072, {}, shares=each, shares_measured=measured)
+        load = model.loaded(facts, 1.0, 3).load(shares=asked)
+        assert (load.shares, load.shares_measured) == (each, measured)
 
 
 def test_last_plan_is_noted_and_that_of_the_unknown_ignored(manifest: Manifest) -> None:

@@ -39,8 +39,9 @@ from tacod_client.wire import Message, Tensor
 X = Tensor("F32", (1,), (b"\1\0\0\0",))
 KEPT = Tensor("F32", (2,), (bytes(8),)).with_digest()
 NAMED = KEPT.without_bytes()
-FACTS = Facts("sd3", 7, 5, "bf16", 3, 48, {"channels": 16}, notes=["a.lora_up"])
-LOAD = Load("m", "/m", "i", "bf16", [{"key": "k", "up": NAMED, "strength": 1.0}], "b", ["o"], {"/lora": "j"})
+FACTS = Facts("sd3", 7, 5, "bf16", 3, 48, {"channels": 16}, notes=["a.lora_up"], shares=[2, 1], shares_measured=True)
+PATCHES = [{"key": "k", "up": NAMED, "strength": 1.0}]
+LOAD = Load("m", "/m", "i", "bf16", PATCHES, "b", ["o"], {"/lora": "j"}, shares=[2, 1])
 FORWARD = Forward("m", {"ulysses": 2}, {"x": X, "context": NAMED, "control": [None, X]}, b"s")
 SAMPLE = Sample("m", "auto", "euler", 3, 4.5, X, X, X, {"context": NAMED}, None)
 COMMANDS = [LOAD, Unload("m", ["p"]), Evict(["m"]), FORWARD, SampleStep("j", 0, SAMPLE), SampleStep("j", 1)]

@@ -167,6 +167,12 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
         help="also say where the weights would lie with so many GiB for them on each GPU, as models.memory_bytes; "
         "one number for each rank of unlike GPUs: 24,24,8",
     )
+    plan.add_argument(
+        "--shares",
+        type=_shares,
+        metavar="N,N,…",
+        help="how much each rank takes, as group.shares: 2,1,1; by default all take the same",
+    )
 
 
 def _add_bench(bench: argparse.ArgumentParser) -> None:
@@ -248,6 +254,11 @@ def _positive(text: str) -> int:
 
 def _gibs(text: str) -> str:
     """Whole GiB, one number or some with commas; the program counts them."""
+    return ",".join(str(_positive(each)) for each in text.split(","))
+
+
+def _shares(text: str) -> str:
+    """Whole numbers with commas; the program counts them."""
     return ",".join(str(_positive(each)) for each in text.split(","))
 
 

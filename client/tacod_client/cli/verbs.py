@@ -159,8 +159,9 @@ def _sample(args: argparse.Namespace) -> None:
 def _plan(args: argparse.Namespace) -> int:
     width, height = args.size
     options = ["--ranks", args.ranks, "--size", f"{width}x{height}", "--batch", args.batch, "--text", args.text]
-    memory = [] if args.memory is None else ["--memory", args.memory]
-    return _daemon_program("tacod.tools.plan", args, [*options, *memory, "--", args.file])
+    given = {"--memory": args.memory, "--shares": args.shares}
+    options += [part for option, value in given.items() if value is not None for part in (option, value)]
+    return _daemon_program("tacod.tools.plan", args, [*options, "--", args.file])
 
 
 def _demo(args: argparse.Namespace) -> int:
