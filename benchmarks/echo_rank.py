@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 import sys
+from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
@@ -44,10 +45,19 @@ class EchoEngine(Engine):
         facts = Facts("echo", 0, 0, "fp32", 1, 1, sampling={})
         return Loaded(facts, facts)
 
-    def forward(self, model: str, plan: Any, arguments: dict[str, Any], session: bytes) -> Stepped:
+    def forward(
+        self,
+        model: str,
+        plan: Any,
+        arguments: dict[str, Any],
+        session: bytes,
+        memory: int | None = None,
+        room: Sequence[int] | None = None,
+    ) -> Stepped:
         """The arguments as torch tensors, of residuals this rank's tokens, and x back."""
         specs = {name: Residuals(0, {}) if name == "control" else Argument(()) for name in arguments}
-        values = load_arguments(arguments, specs, torch.float32, self.device)
+        shared = self.memories.get(memory)
+        values = load_arguments(arguments, specs, torch.float32, self.device, memory=shared)
         control = values.get("control", Control({}))
         for name, each in control.residuals.items():
             for block, residual in enumerate(each):
@@ -55,7 +65,10 @@ class EchoEngine(Engine):
                     _, n, width = residual.shape
                     tokens = torch.zeros(1, self.sequence.sizes(n)[self.rank], width, dtype=torch.bfloat16)
                     control.add(name, block, self.sequence, tokens, n)
-        out = to_wire(values["x"], "out") if self.rank == 0 else None
+        out = None
+        if self.rank == 0:
+            placed = shared.write([values["x"]], room) if shared is not None and room is not None else None
+            out = placed[0] if placed is not None else to_wire(values["x"], "out")
         return Stepped("echo", self.world_size, forwards=1, skipped=0, out=out)
 
 

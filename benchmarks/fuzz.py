@@ -12,20 +12,24 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import struct
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
 MORE_BYTES = 8 << 20
 """A message that left 1 KiB behind would be 100 MiB after 100,000."""
-WORDS = ("type", "id", "session", "tensors", "body", "dtype", "shape", "digest", "bytes", "F32", "BF16", "hello", "put")
+WORDS = (
+    *("type", "id", "session", "tensors", "body", "dtype", "shape", "digest", "bytes", "F32", "BF16", "hello", "put"),
+    *("offset", "memory", "room", "share", "nbytes"),
+)
 LARGEST = 4096
 
 
@@ -42,6 +46,16 @@ def split(data: bytes) -> list[bytes]:
         frames.append(data[2 : 2 + size])
         data = data[2 + size :]
     return frames
+
+
+def ask_for_memory(endpoint: str, packet: bytes) -> None:
+    """Say it on the socket that hands out memory, too, and don't wait for the answer."""
+    from tacod_client.wire import MEMORY_SOCKET, SHARE_BYTES
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking, suppress(OSError):
+        asking.setblocking(False)
+        asking.connect(endpoint.removeprefix("ipc://") + MEMORY_SOCKET)
+        asking.send(packet[:SHARE_BYTES])
 
 
 def mutate(args: argparse.Namespace) -> None:
@@ -71,6 +85,7 @@ def mutate(args: argparse.Namespace) -> None:
         # These two, from root, would be obeyed.
         if not any(word in data for word in (b"drain", b"reload")):
             stranger.say(frames)
+            ask_for_memory(args.endpoint, b"".join(frames))
 
     options = [f"-runs={args.messages}", f"-seed={args.seed}", f"-max_len={LARGEST}", f"-dict={words}"]
     atheris.Setup([sys.argv[0], *options, f"-artifact_prefix={args.corpus}/", args.corpus], hear)

@@ -181,6 +181,9 @@ class Limits(_Section):
     """Most bytes of client tensors stored by content in host memory."""
     message_bytes: Count = 512 << 20
     """Largest message, and largest tensor, from a client."""
+    shared_bytes: NonNegativeInt = 512 << 20
+    """Most bytes of memory that clients on this machine share with the ranks, beside `memory_bytes`; each takes half of
+    what the others leave. 0 turns it off: then all tensors go through the socket."""
     memory_bytes: Count | None = None
     """Most bytes that clients can make the supervisor hold; beyond it connections end. By default, what the store and
     four messages take, and 256 MiB; less is refused."""

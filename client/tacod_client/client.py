@@ -16,6 +16,7 @@ from tacod_client.digests import Digests, Glance
 from tacod_client.errors import ArgumentError, JobNotFound, ModelNotFound
 from tacod_client.exchange import Uploads, converse, each_once, own, pack
 from tacod_client.job import Job
+from tacod_client.latents import Latents
 from tacod_client.stats import ModelStats
 from tacod_client.tensors import all_like, kind_of, like
 from tacod_client.text import encodable
@@ -359,27 +360,40 @@ class Model:
         if arguments.get("control") is not None:
             arguments["control"] = each_once(arguments["control"])
         glance = Glance(self._digests)
+        latents = Latents(self._connection, x)
 
         def packed() -> dict[str, Any]:
             return {
                 name: pack(value, name, uploads, None if name in CHANGING else glance.of)
                 for name, value in arguments.items()
-                if value is not None
+                if value is not None and name != "x"
             }
 
         body = {"plan": self._load.plan, "arguments": packed()}
 
+        def build() -> dict[str, Any]:
+            packed_x, places = latents.pack()
+            return {**body, "arguments": {"x": packed_x, **body["arguments"]}, **places}
+
         def holds() -> bool:
             if not glance.holds():
+                latents.close(answered=False)
                 body["arguments"] = packed()
                 return False
             return True
 
         started = time.perf_counter()
-        for reply in self._converse("forward", body, uploads, holds):
-            if reply.type == "progress" and self.on_blocks is not None:
-                self.on_blocks(reply.body["block"], reply.body["blocks"])
-        out = all_like(reply.body["out"], x)
+        answered = False
+        try:
+            # Now, as it may take until a GPU has computed them; the build would have other threads wait for that.
+            latents.pack()
+            for reply in self._converse("forward", build, uploads, holds):
+                if reply.type == "progress" and self.on_blocks is not None:
+                    self.on_blocks(reply.body["block"], reply.body["blocks"])
+            out = all_like(latents.result(reply.body["out"]), x)
+            answered = True
+        finally:
+            latents.close(answered)
         self.stats.forwards += 1
         self.stats.add(reply.body, time.perf_counter() - started)
         return out
@@ -402,7 +416,8 @@ class Model:
         packed = {
             name: pack(value, name, uploads, self._digests.of) for name, value in arguments.items() if value is not None
         }
-        *_, reply = self._converse("call", {"method": method, "arguments": packed}, uploads)
+        body = {"method": method, "arguments": packed}
+        *_, reply = self._converse("call", lambda: body, uploads)
         return like(reply.body["out"], context)
 
     def sample(
@@ -454,15 +469,20 @@ class Model:
         }
         # The job may be asked for again after this has returned, whatever its caller does with these tensors by then.
         kept = {digest: own(each) if each.nbytes > self._digests.limit else each for digest, each in uploads.items()}
-        return Job(self._converse("sample", own(asked), kept), noise, self.stats, self._cancel)
+        owned = own(asked)
+        return Job(self._converse("sample", lambda: owned, kept), noise, self.stats, self._cancel)
 
     def _converse(
-        self, kind: str, body: dict[str, Any], uploads: Uploads, holds: Callable[[], bool] = lambda: True
+        self,
+        kind: str,
+        fields: Callable[[], dict[str, Any]],
+        uploads: Uploads,
+        holds: Callable[[], bool] = lambda: True,
     ) -> Iterator[Message]:
         """As `converse`; loads the model again if the daemon no longer has it."""
 
         def build() -> dict[str, Any]:
-            return {"model": self.id, **body}
+            return {"model": self.id, **fields()}
 
         for _ in range(RELOADS):
             try:

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -27,6 +27,7 @@ from tacod_client.errors import (
     TacodError,
     Unavailable,
 )
+from tacod_client.shared import Shared
 from tacod_client.text import encodable
 from tacod_client.version import __version__
 from tacod_client.wire import Message
@@ -80,6 +81,8 @@ class Connection:
         self.boot_id = ""
         """Identifies the run of the daemon that this session is with; it changes when the daemon is restarted."""
         self.limits: dict[str, int] = {}
+        self.shared: Shared | None = None
+        """The memory that this session shares with the ranks, where the daemon offers that."""
         self._context: zmq.Context[Any] = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
         self._session = b""
@@ -105,6 +108,7 @@ class Connection:
                     self._socket.send_multipart(wire.encode(Message("bye", {}, 0, self._session)), zmq.DONTWAIT)
                 self._endpoint.close(self._socket, linger_ms=200)
                 self._socket = None
+            self.shared = None
             self._context.term()
 
     # --- requests -------------------------------------------------------------------------------------------------
@@ -144,10 +148,21 @@ class Connection:
 
     def cancel(self, request: Request) -> None:
         """Have the daemon cancel a request, without waiting for its answer."""
-        with self._lock, suppress(zmq.ZMQError):
-            if self._socket is not None and not request.lost:
-                body = {"job": None, "request": request.id}
-                self._socket.send_multipart(wire.encode(Message("cancel", body, 0, self._session)), zmq.DONTWAIT)
+        with self._lock:
+            if not request.lost:
+                self._tell("cancel", {"job": None, "request": request.id})
+
+    def unshare(self, memories: Iterable[int]) -> None:
+        """Give memories that this session shares back, without waiting for the answers."""
+        with self._lock:
+            for memory in memories:
+                self._tell("unshare", {"memory": memory})
+
+    def _tell(self, kind: str, body: dict[str, Any]) -> None:
+        """Send a request whose answer nobody waits for, if that can be done at once."""
+        with suppress(zmq.ZMQError):
+            if self._socket is not None:
+                self._socket.send_multipart(wire.encode(Message(kind, body, 0, self._session)), zmq.DONTWAIT)
 
     def forget(self, request: Request) -> None:
         """Ignore a request's further replies."""
@@ -288,10 +303,13 @@ class Connection:
         self._session = reply.body["session"]
         self.boot_id = reply.body["boot_id"]
         self.limits = reply.body["limits"]
+        path = self._endpoint.memory_path(reply.body.get("memory"))
+        self.shared = Shared(path, self._session) if path is not None else None
 
     def _drop_session(self) -> None:
         """Give up the socket and the session; every open request is lost and will be sent again."""
         self._session = b""
+        self.shared = None
         if self._socket is not None:
             self._endpoint.close(self._socket, linger_ms=0)
             self._socket = None

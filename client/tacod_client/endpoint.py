@@ -70,6 +70,12 @@ class Endpoint:
         socket.connect(os.fsencode(self.endpoint))  # type: ignore[arg-type]
         return socket
 
+    def memory_path(self, suffix: Any) -> bytes | None:
+        """The path of the unix socket that hands out shared memory, by what the daemon told; None if there is none."""
+        if not isinstance(suffix, str) or not self.endpoint.startswith("ipc://"):
+            return None
+        return _parse_unix(self.endpoint) + os.fsencode(suffix)
+
     def close(self, socket: zmq.Socket[bytes], linger_ms: int) -> None:
         """Close a socket that was opened here, and its monitor."""
         if self._monitor is not None:

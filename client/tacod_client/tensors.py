@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
-__all__ = ["TORCH_NAMES", "Kind", "all_like", "from_wire", "kind_of", "like", "rows", "to_wire"]
+__all__ = ["TORCH_NAMES", "Kind", "all_like", "description", "fill", "from_wire", "kind_of", "like", "rows", "to_wire"]
 
 Kind = Literal["torch", "numpy"]
 
@@ -61,6 +61,30 @@ def to_wire(value: Any, argument: str) -> Tensor:
     if kind_of(value) == "numpy":
         return _from_numpy(value, argument)
     return _from_torch(value, argument)
+
+
+def description(value: Any) -> Tensor | None:
+    """What a torch tensor or numpy array is as a wire tensor without its bytes; None for a dtype that isn't sent."""
+    if kind_of(value) == "numpy":
+        dtype = _FROM_NUMPY.get(value.dtype.name)
+    else:
+        import torch
+
+        dtype = _FROM_TORCH.get(str(value.dtype)) if value.layout is torch.strided else None
+    return Tensor(dtype, tuple(value.shape), None) if dtype is not None else None
+
+
+def fill(room: memoryview, value: Any) -> None:
+    """Write the contents of a torch tensor (any device) or numpy array, of what `description` says, to ``room``."""
+    if kind_of(value) == "numpy":
+        import numpy as np
+
+        there = np.frombuffer(room, value.dtype.newbyteorder("<")).reshape(value.shape)
+        there[...] = value
+        return
+    import torch
+
+    torch.frombuffer(room, dtype=value.dtype).view(value.shape).copy_(value.detach())
 
 
 def _from_numpy(array: np.ndarray[Any, Any], argument: str) -> Tensor:
@@ -151,6 +175,12 @@ def like(tensor: Tensor, example: Any) -> Any:
     """A wire tensor's contents in the kind, dtype and device of ``example``."""
     if kind_of(example) == "numpy":
         return from_wire(tensor, "numpy").astype(example.dtype, copy=False)
+    if tensor.frames is not None and len(tensor.frames) == 1 and not memoryview(tensor.frames[0]).readonly:
+        import torch
+
+        # One copy, also to a GPU.
+        there = torch.frombuffer(tensor.frames[0], dtype=getattr(torch, TORCH_NAMES[tensor.dtype]))
+        return there.view(tensor.shape).to(device=example.device, dtype=example.dtype, copy=True)
     return from_wire(tensor, "torch").to(device=example.device, dtype=example.dtype)
 
 

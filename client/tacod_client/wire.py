@@ -7,8 +7,8 @@ A message is a list of frames::
     2…  the bytes of the tensors, in order, each in frames of at most 8 MiB
 
 In the body a tensor stands as msgpack extension 1 holding its index in ``tensors``. A tensor may travel without its
-bytes, by digest, when the receiver is known or hoped to hold it already. Nothing here imports torch, and nothing
-here touches a tensor's bytes before its dtype, shape and frames agree.
+bytes: by digest, when the receiver is known or hoped to hold it already, or by its offset in shared memory. Nothing
+here imports torch, and nothing here touches a tensor's bytes before its dtype, shape and frames agree.
 """
 
 from __future__ import annotations
@@ -43,6 +43,12 @@ MAX_STEPS = 100_000
 CHANGING = ("x", "timestep", "control")
 """Arguments of a forward that differ from step to step of a run: they are sent whole, and not stored by content."""
 TENSOR_EXT = 1
+MEMORY_SOCKET = ".memory"
+"""What is appended to the path of the daemon's unix socket for the one that hands out shared memory."""
+SHARE_BYTES = 4096
+"""Largest packet on that socket."""
+ALIGNED_BYTES = 64
+"""Tensors in shared memory begin at multiples of this."""
 DIGEST_BYTES = 32
 
 DTYPES: dict[str, int] = {
@@ -68,13 +74,15 @@ Buffer = bytes | bytearray | memoryview
 class Tensor:
     """A tensor as the wire sees it: a description, and its little-endian, contiguous bytes or their digest.
 
-    ``frames`` is None for a tensor that travels by ``digest`` alone.
+    ``frames`` is None for a tensor that travels by ``digest`` alone, and for one that lies at an ``offset`` in the
+    shared memory that its message names.
     """
 
     dtype: str
     shape: tuple[int, ...]
     frames: tuple[Buffer, ...] | None
     digest: bytes | None = None
+    offset: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -169,6 +177,9 @@ def encode(message: Message) -> list[Buffer]:
 
 def _describe(tensor: Tensor) -> dict[str, Any]:
     described: dict[str, Any] = {"dtype": tensor.dtype, "shape": list(tensor.shape)}
+    if tensor.offset is not None:
+        described["offset"] = tensor.offset
+        return described
     if tensor.digest is not None:
         described["digest"] = tensor.digest
     if tensor.frames is None:
@@ -246,7 +257,7 @@ def _read_tensors(described: list[Any], frames: Sequence[Buffer]) -> list[Tensor
     position = 0
     for index, item in enumerate(described):
         tensor = _check_description(item, f"tensors[{index}]")
-        if item.get("bytes", True):
+        if tensor.offset is None and item.get("bytes", True):
             sizes = frame_sizes(tensor.nbytes)
             taken = frames[position : position + len(sizes)]
             if [len(memoryview(frame)) for frame in taken] != sizes:
@@ -263,8 +274,8 @@ def _read_tensors(described: list[Any], frames: Sequence[Buffer]) -> list[Tensor
 
 
 def _check_description(item: Any, where: str) -> Tensor:
-    if not isinstance(item, dict) or not set(item) <= {"dtype", "shape", "digest", "bytes"}:
-        raise ProtocolError(f"{where}: expected a map of dtype, shape and perhaps digest and bytes")
+    if not isinstance(item, dict) or not set(item) <= {"dtype", "shape", "digest", "bytes", "offset"}:
+        raise ProtocolError(f"{where}: expected a map of dtype, shape and perhaps digest and bytes, or offset")
     dtype, shape, digest = item.get("dtype"), item.get("shape"), item.get("digest")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ProtocolError(f"{where}.dtype: unknown dtype {dtype!r:.40}; known are {', '.join(DTYPES)}")
@@ -279,7 +290,13 @@ def _check_description(item: Any, where: str) -> Tensor:
         raise ProtocolError(f"{where}.digest: expected {DIGEST_BYTES} bytes")
     if type(item.get("bytes", True)) is not bool or (digest is None and not item.get("bytes", True)):
         raise ProtocolError(f"{where}.bytes: only a tensor with a digest may travel without its bytes")
-    return Tensor(dtype, tuple(shape), None, digest)
+    offset = item.get("offset")
+    if "offset" in item:
+        if type(offset) is not int or not 0 <= offset <= MAX_TENSOR_BYTES or offset % ALIGNED_BYTES:
+            raise ProtocolError(f"{where}.offset: expected a multiple of {ALIGNED_BYTES} from 0 up, got {offset!r:.40}")
+        if "digest" in item or "bytes" in item:
+            raise ProtocolError(f"{where}.offset: a tensor in shared memory has neither digest nor bytes")
+    return Tensor(dtype, tuple(shape), None, digest, offset)
 
 
 def _resolve(value: Any, tensors: list[Tensor], used: list[int], depth: int = 0) -> Any:

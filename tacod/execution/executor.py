@@ -11,6 +11,7 @@ from typing import Any
 from tacod.config import Config
 from tacod.execution.kept_steps import KeptSteps
 from tacod.execution.manifest import Manifest, Model
+from tacod.execution.memories import Memories
 from tacod.execution.paces import LONG_S
 from tacod.execution.records import Records
 from tacod.execution.residency import Residency
@@ -56,6 +57,7 @@ class Executor:
         self.records = Records(self.manifest)
         self.scheduler = Scheduler(config.limits.queue, config.group.retries)
         self.group = RankGroup(config.group, devices, folder)
+        self.memories = Memories(config.limits.shared_bytes, self.group.unmap)
         self.residency = Residency(
             self.manifest, self.store, preload, len(devices), self.scheduler.begin_anew, self._keep_for_turns
         )
@@ -105,6 +107,7 @@ class Executor:
         self.group.settings = config.group
         self.manifest.roots = config.models.readable
         self.store.limit = config.limits.store_bytes
+        self.memories.limit = config.limits.shared_bytes
         self.scheduler.limit, self.scheduler.retries = config.limits.queue, config.group.retries
         self._restarts.limit, self._restarts.window_s = config.group.max_restarts, config.group.restart_window_s
         self.residency.want(preload)
@@ -123,6 +126,7 @@ class Executor:
     def close(self) -> None:
         """End the ranks."""
         self.group.close()
+        self.memories.close()
 
     # --- jobs -----------------------------------------------------------------------------------------------------
 
@@ -136,6 +140,7 @@ class Executor:
             raise Unavailable(self.given_up)
         self.scheduler.submit(job)
         self.store.pin(job.digests, job.verb is not Verb.SAMPLE)
+        self.memories.pin(job.body)
         if job.model not in self.manifest and (model := self.residency.recall(job.model)) is not None:
             self._keep_for_turns(model)
 
@@ -167,9 +172,10 @@ class Executor:
         return bool(ended)
 
     def drop(self, session: bytes) -> None:
-        """End a session's jobs and its uploads."""
+        """End a session's jobs and its uploads, and take back the memory that it shares."""
         self.store.disclaim(session)
         self._end(self.scheduler.drop(session))
+        self.memories.revoke(session)
         self._stop_if_cancelling()
 
     def _stop_if_cancelling(self) -> None:
@@ -323,7 +329,8 @@ class Executor:
 
     def _hand_out(self, item: WorkItem) -> None:
         self.current, item.began_s = item, time.monotonic()
-        self.group.run(item.command, map(self.store.get, item.digests), item.timeout_s, item.watched)
+        memory = self.memories.named_by(item.command)
+        self.group.run(item.command, map(self.store.get, item.digests), item.timeout_s, item.watched, memory)
 
     def _load(self, purpose: Purpose, model: Model, job: Job | None = None, first: Iterable[str] = ()) -> None:
         """Load a model, in the place of others if it is for a job: of the ``first`` ones in any case."""
@@ -478,6 +485,7 @@ class Executor:
             assert job.outcome is not None
             self.records.metrics.jobs_total[job.outcome.value] += 1
             self.store.unpin(job.digests, job.verb is not Verb.SAMPLE)
+            self.memories.unpin(job.body)
             self._unpin_restores(job)
             self._kept.drop(job)
             if job.verb is Verb.SAMPLE and job.outcome is not Outcome.RESULT:

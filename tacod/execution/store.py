@@ -108,7 +108,9 @@ class Store:
 
         Raises `QueueFull` if they never can.
         """
-        named = {each.digest: each.nbytes for each in tensors_of(value) if each.frames is None}
+        named = {
+            each.digest: each.nbytes for each in tensors_of(value) if each.digest is not None and each.frames is None
+        }
         if max(named.values(), default=0) <= self.limit:
             self._check_fits(sum(named.values()))
 

@@ -19,6 +19,7 @@ from tacod.group.board import Blocks
 from tacod.group.faults import Faults
 from tacod.group.pace import Pace
 from tacod.group.processes import GroupLost, Processes, Rank
+from tacod.group.shared_memory import SharedMemory
 from tacod.group.work import (
     Begun,
     Broken,
@@ -120,6 +121,9 @@ class RankGroup:
         self._current: _Current | None = None
         self._resident: OrderedDict[bytes, int] = OrderedDict()
         self._forgotten: list[str] = []
+        self._mapped: set[int] = set()
+        """Ids of the memories shared with clients that the ranks have."""
+        self._unmapped: list[int] = []
         self._processes = Processes(devices, folder)
 
     @property
@@ -142,6 +146,8 @@ class RankGroup:
         assert self.state is GroupState.DOWN
         self._resident.clear()
         self._forgotten.clear()
+        self._mapped.clear()
+        self._unmapped.clear()
         self._processes.spawn(self.settings, self.faults.due("start") if self.faults is not None else None)
         self.state = GroupState.STARTING
         self.deadline = time.monotonic() + self.settings.start_timeout_s
@@ -200,15 +206,24 @@ class RankGroup:
             return rank.ready
         return self._current is not None and rank.index in self._current.answers
 
-    def run(self, command: Command, tensors: Iterable[Tensor], timeout_s: float, watched: bool = False) -> None:
+    def run(
+        self,
+        command: Command,
+        tensors: Iterable[Tensor],
+        timeout_s: float,
+        watched: bool = False,
+        memory: SharedMemory | None = None,
+    ) -> None:
         """Give one command to every rank. ``tensors`` are the stored ones that it may name by digest.
 
+        The ranks get the descriptor of the ``memory`` shared with a client that it names, if they don't have it.
         The ranks have ``timeout_s`` for it. Where it is ``watched``, they have it for the first block of a forward, and
         then for each further one as long as `Pace` says. Raises `GroupLost` if a rank is gone.
         """
         assert self.state is GroupState.IDLE
         self._commands += 1
         self._current = _Current(self._commands, command, time.monotonic(), watched=watched)
+        fresh = memory if memory is not None and memory.id not in self._mapped else None
         envelope = Envelope(
             self._commands,
             command,
@@ -217,19 +232,29 @@ class RankGroup:
             evict=self._evict(),
             fault=self.faults.due(command.verb) if self.faults is not None else None,
             watched=watched,
+            mapped=[fresh.id, fresh.nbytes] if fresh is not None else None,
+            unmapped=self._unmapped,
         )
-        self._forgotten = []
+        self._forgotten, self._unmapped = [], []
         assert self._processes.arena is not None
         packet = self._processes.arena.pack(envelope.message())
         for rank in self.ranks:
             rank.progress, rank.begun = None, 0
-            rank.send(packet)
+            rank.send(packet, [fresh.fd] if fresh is not None else [])
+        if fresh is not None:
+            self._mapped.add(fresh.id)
         self.state = GroupState.BUSY
         self.deadline = time.monotonic() + timeout_s
 
     def forget(self, job: str) -> None:
         """With the next command, have the ranks drop a sampling run."""
         self._forgotten.append(job)
+
+    def unmap(self, memory: int) -> None:
+        """With the next command, have the ranks drop a memory shared with a client."""
+        if memory in self._mapped:
+            self._mapped.remove(memory)
+            self._unmapped.append(memory)
 
     def _admit(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """Those tensors that the ranks don't keep yet: they are sent with their bytes, once."""

@@ -57,10 +57,13 @@ class Rank:
     begun: int = 0
     """Forwards of its work item that it has begun, after the first."""
 
-    def send(self, packet: bytes) -> None:
-        """Send it a packet, without waiting. Raises `GroupLost` if it can't take one."""
+    def send(self, packet: bytes, descriptors: Sequence[int] = ()) -> None:
+        """Send it a packet, with descriptors, without waiting. Raises `GroupLost` if it can't take one."""
         try:
-            self.channel.send(packet, socket.MSG_DONTWAIT)
+            if descriptors:
+                socket.send_fds(self.channel, [packet], list(descriptors), socket.MSG_DONTWAIT)
+            else:
+                self.channel.send(packet, socket.MSG_DONTWAIT)
         except OSError as error:
             raise GroupLost(f"rank {self.index} (pid {self.process.pid}) is not reachable: {error}") from None
 

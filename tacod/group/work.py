@@ -117,6 +117,10 @@ class Forward(Part):
     arguments: dict[str, Any]
     session: bytes
     """To the step cache, the forwards of one session may be steps of one run."""
+    memory: int | None = None
+    """The id of the memory shared with the client in which latents with an offset lie."""
+    room: list[int] | None = None
+    """Offset and size of the place in it for the result."""
 
 
 @dataclass(frozen=True)
@@ -200,12 +204,16 @@ class Envelope:
     fault: Fault | None = None
     watched: bool = False
     """Whether the command's forwards are long, or may be: ranks tell how far they are, and stop at a block if asked."""
+    mapped: list[int] | None = None
+    """Id and size of a memory shared with a client, whose descriptor comes with the envelope."""
+    unmapped: list[int] = field(default_factory=list)
+    """Ids of such memories to drop before the command."""
 
     def message(self) -> Message:
         """The envelope as a message."""
         fault = self.fault.body() if self.fault is not None else None
         envelope = {"store": self.store, "forget": self.forget, "evict": self.evict, "fault": fault}
-        envelope["watched"] = self.watched
+        envelope |= {"watched": self.watched, "mapped": self.mapped, "unmapped": self.unmapped}
         return Message(self.command.verb, {**self.command.body(), **envelope}, self.id)
 
 
@@ -214,7 +222,8 @@ def read_envelope(message: Message) -> Envelope:
     body = message.body
     fault = Fault.read(body["fault"]) if body["fault"] is not None else None
     command = _COMMANDS[message.type].read(body)
-    return Envelope(message.id, command, body["store"], body["forget"], body["evict"], fault, body["watched"])
+    names = ("store", "forget", "evict", "watched", "mapped", "unmapped")
+    return Envelope(message.id, command, fault=fault, **{name: body[name] for name in names})
 
 
 def with_tensors(command: Command, change: Callable[[Tensor], Tensor]) -> Command:

@@ -121,11 +121,15 @@ def serve(engine: Engine, channel: socket.socket, arena: Arena) -> None:
     # Where every rank may keep a core to itself, and as many are left.
     busy_polls = engine.device.type == "cuda" and usable_cores() > 2 * engine.topology.world_size
     while True:
-        packet = (busy_polls and _busy_poll(channel)) or channel.recv(PACKET_BYTES)
+        packet, descriptors = (_busy_poll(channel) if busy_polls else None) or _receive(channel)
         if not packet:
             return
         # What the supervisor sends is readable; if it isn't, this rank ends, and a new one starts with a clean slate.
         envelope = read_envelope(arena.unpack(packet))
+        for memory in envelope.unmapped:
+            engine.memories.drop(memory)
+        if envelope.mapped is not None:
+            engine.memories.add(*envelope.mapped, *descriptors)
         reporter = Reporter(channel, arena, envelope.id)
         engine.report, engine.forwards.begins = reporter.report_bytes, reporter.begin_forward
         engine.forwards.watch = _watch(engine, envelope, arena) if envelope.watched else None
@@ -146,7 +150,13 @@ def _watch(engine: Engine, envelope: Envelope, arena: Arena) -> Watch:
     return Watch(arena.board, envelope.id, rank, world_size, engine.device.type == "cuda", before_block)
 
 
-def _busy_poll(channel: socket.socket) -> bytes:
+def _receive(channel: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
+    """The next packet and the descriptors that came with it; an empty one when the supervisor has ended."""
+    packet, descriptors, _, _ = socket.recv_fds(channel, PACKET_BYTES, 1, flags)
+    return packet, descriptors
+
+
+def _busy_poll(channel: socket.socket) -> tuple[bytes, list[int]] | None:
     """Poll for a packet without sleeping, for `BUSY_POLL_S`: a core that slept takes a millisecond to reach full speed.
 
     A sampler's next step mostly comes within that time.
@@ -154,8 +164,8 @@ def _busy_poll(channel: socket.socket) -> bytes:
     until = time.monotonic() + BUSY_POLL_S
     while time.monotonic() < until:
         with suppress(BlockingIOError):
-            return channel.recv(PACKET_BYTES, socket.MSG_DONTWAIT)
-    return b""
+            return _receive(channel, socket.MSG_DONTWAIT)
+    return None
 
 
 class Reporter:

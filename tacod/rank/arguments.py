@@ -10,6 +10,7 @@ import torch
 
 from tacod.rank.families.control import Control
 from tacod.rank.families.inputs import Argument, Inputs, Number, Numbers, Places, Record, Residuals, Spec, Unread
+from tacod.rank.shared_memory import MappedMemory
 from tacod_client import wire
 from tacod_client.errors import ArgumentError
 from tacod_client.tensors import from_wire
@@ -258,8 +259,9 @@ def load_arguments(
     dtype: torch.dtype,
     device: torch.device,
     kept: Kept | None = None,
+    memory: MappedMemory | None = None,
 ) -> Inputs:
-    """The arguments as torch values on ``device``.
+    """The arguments as torch values on ``device``; those with an offset lie in ``memory``.
 
     Tensors are in the compute dtype, or in fp32 where the spec says so. Residuals stay in the host's memory, because a
     rank needs only some of their tokens. A tensor with a digest is put on the device once and stays in ``kept``.
@@ -278,11 +280,15 @@ def load_arguments(
             return _key_mask(name, value, device)
         if isinstance(spec, Argument) and spec.rows:
             return _row_numbers(name, value, spec.rows, device)
-        key = value.digest, torch.float32 if isinstance(spec, Argument) and spec.fp32 else dtype
+        chosen = torch.float32 if isinstance(spec, Argument) and spec.fp32 else dtype
+        if value.offset is not None:
+            assert memory is not None
+            return memory.read(value, chosen)
+        key = value.digest, chosen
         if kept is None or value.digest is None:
-            return _on_device(value, key[1], device)
+            return _on_device(value, chosen, device)
         if key not in kept:
-            kept[key] = _on_device(value, key[1], device)
+            kept[key] = _on_device(value, chosen, device)
         return kept[key]
 
     def put_all(values: Mapping[str, Any], specs: Mapping[str, Spec], path: str = "") -> dict[str, Any]:

@@ -43,6 +43,7 @@ from tacod.rank.forward.warmup import warm_up
 from tacod.rank.oom import clear_tracebacks, describe_oom
 from tacod.rank.parallel.topology import Topology
 from tacod.rank.sampling.sampling import Run, SampleRequest, begin, go_on
+from tacod.rank.shared_memory import MappedMemories, MappedMemory
 from tacod.rank.weights.links import measure_links
 from tacod.rank.weights.load import (
     DTYPES,
@@ -120,6 +121,8 @@ class Engine:
         self.runs: dict[str, Run] = {}
         self.report: Callable[[int, int], None] = lambda done, total: None
         """Called during a load, with the bytes that are loaded and the bytes that will be."""
+        self.memories = MappedMemories(device)
+        """Those that clients share."""
         self._tensors: dict[bytes, wire.Tensor] = {}
         self._on_device: Kept = {}
 
@@ -164,8 +167,8 @@ class Engine:
         return replace(done, memory_used_bytes=self.memory_used_bytes) if envelope.evict else done
 
     def _kept(self, named: wire.Tensor) -> wire.Tensor:
-        """The kept tensor that is named by digest; a tensor with bytes is returned as it is."""
-        if named.frames is not None:
+        """The kept tensor that is named by digest; one with bytes, or in shared memory, is returned as it is."""
+        if named.frames is not None or named.offset is not None:
             return named
         assert named.digest is not None
         return self._tensors[named.digest]
@@ -445,12 +448,22 @@ class Engine:
             raise ModelNotFound(f"no model {model!r} is loaded; `tacoctl models` lists them", model=model)
         return self.models[model]
 
-    def forward(self, model: str, plan: Any, arguments: dict[str, Any], session: bytes) -> Stepped:
+    def forward(
+        self,
+        model: str,
+        plan: Any,
+        arguments: dict[str, Any],
+        session: bytes,
+        memory: int | None = None,
+        room: Sequence[int] | None = None,
+    ) -> Stepped:
         """One forward with the meaning of ComfyUI's ``diffusion_model(x, timestep, …)``.
 
         For the step cache, forwards of one ``session`` are steps of one run if they differ only in ``x``, ``timestep``
-        and a ControlNet's residuals.
+        and a ControlNet's residuals. Latents may lie in a ``memory`` shared with the client; the result is put there,
+        at ``room`` (offset and size), if it fits.
         """
+        shared = self.memories.get(memory)
         dit = self._resident(model).model
         specs = dit.arguments()
         check_arguments(arguments, specs, dit.family)
@@ -459,7 +472,7 @@ class Engine:
         chosen = plan_for(dit, asked, self.topology.world_size, arguments)
         check_tokens(arguments, specs, chosen.shape.lengths[-1])
         kept = self._on_device if self.device.type == "cuda" else None
-        given = load_arguments(arguments, specs, dit.dtype, self.device, kept)
+        given = load_arguments(arguments, specs, dit.dtype, self.device, kept, shared)
         inputs = dit.prepare(given)
         if inputs is not given:
             chosen = plan_for(dit, asked, self.topology.world_size, inputs)
@@ -469,7 +482,7 @@ class Engine:
         before = self._counts()
         out = self.forwards(Call(dit, chosen, inputs, (session, conditioning), conditioning))
         return Stepped(
-            out=self._result(out),
+            out=self._result(out, shared, room),
             plan=str(chosen),
             ranks=chosen.layout.ranks,
             forwards=1,
@@ -500,10 +513,16 @@ class Engine:
         out = methods[method].run(**given)
         return Stepped(out=self._result(out), plan="whole on each rank", ranks=1, forwards=0, skipped=0)
 
-    def _result(self, out: Output) -> wire.Tensor | list[wire.Tensor] | None:
-        """The output for the client, from rank 0; None on other ranks."""
+    def _result(
+        self, out: Output, memory: MappedMemory | None = None, room: Sequence[int] | None = None
+    ) -> wire.Tensor | list[wire.Tensor] | None:
+        """The output for the client, from rank 0: at its ``room`` in shared memory if it fits. None on other ranks."""
         if self.topology.rank != 0:
             return None
+        if memory is not None and room is not None:
+            placed = memory.write(out if isinstance(out, list) else [out], room)
+            if placed is not None:
+                return placed if isinstance(out, list) else placed[0]
         if isinstance(out, list):
             return [self._to_host(each) for each in out]
         return self._to_host(out)

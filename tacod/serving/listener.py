@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import zmq
 
 from tacod.config import Config, ConfigError
 from tacod.serving.access import ZAP_DOMAIN, Access, Keys
+from tacod.serving.memory_socket import MemorySocket, memory_path
 from tacod.serving.unix_socket import PathTaken, UnixSocket
 from tacod_client import wire
 
 __all__ = ["MAX_FRAME_BYTES", "Listener"]
+
+log = logging.getLogger(__name__)
 
 MAX_FRAME_BYTES = 8 * wire.FRAME_BYTES
 """Largest frame that is read, so that a client which doesn't split tensors gets an error before it is disconnected."""
@@ -43,6 +48,10 @@ class Listener:
             except PathTaken as error:
                 raise ConfigError(f"endpoint: {error}") from None
             made.callback(unix.remove)
+            self.memory = _open_memory_socket(config.socket_path)
+            """Where clients on this machine get shared memory; None if it can't be there."""
+            if self.memory is not None:
+                made.callback(self.memory.close)
             self.addresses: list[object] = [unix.socket.getsockname()]
             """What clients' connections have on this side: a unix socket's path, a TCP port."""
             # By its number: ZeroMQ would remove whatever is at the path.
@@ -101,3 +110,16 @@ class Listener:
     def close(self) -> None:
         """Close the sockets."""
         self._made.close()
+
+
+def _open_memory_socket(path: Path) -> MemorySocket | None:
+    """The socket that hands out shared memory. Nothing but speed is lost without it."""
+    beside = memory_path(path)
+    if beside is None:
+        log.info("no memory is shared with clients: the path of %s is too long for a second socket", path)
+        return None
+    try:
+        return MemorySocket(beside)
+    except PathTaken as error:
+        log.warning("no memory is shared with clients: %s", error)
+        return None

@@ -25,6 +25,7 @@ __all__ = [
     "RequestBody",
     "Sample",
     "Unload",
+    "Unshare",
     "parse",
 ]
 
@@ -153,6 +154,14 @@ class Forward(RequestBody):
     model: Name
     plan: Plan
     arguments: Arguments
+    memory: int | None = None
+    room: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)] | None = None
+
+
+class Unshare(RequestBody):
+    """Give a shared memory back."""
+
+    memory: int
 
 
 class Call(RequestBody):
@@ -194,6 +203,7 @@ REQUESTS: dict[str, type[RequestBody]] = {
     "piece": Piece,
     "load": Load,
     "unload": Unload,
+    "unshare": Unshare,
     "forward": Forward,
     "call": Call,
     "sample": Sample,

@@ -7,11 +7,13 @@ import fcntl
 import logging
 import os
 import re
+import socket
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tacod.config import Config, ConfigError
+from tacod.serving.memory_socket import memory_path
 from tacod.serving.unix_socket import MOVE_IT, PathTaken, kind_of, stale
 
 __all__ = ["check", "hold"]
@@ -32,10 +34,12 @@ def check(file: str, config: Config) -> None:
     """
     path, listen, uploads = config.socket_path, config.metrics.listen, config.models.uploads
     holder = _holder(_lock_of(path))
-    taken = {"endpoint": [path, _lock_of(path), _folder_of(path)]}
+    memory = memory_path(path)
+    taken = {"endpoint": [path, _lock_of(path), _folder_of(path), *([memory] if memory is not None else [])]}
     looks: list[tuple[str, Callable[[], object]]] = [
         ("endpoint", lambda: _check_parents(path)),
         ("endpoint", lambda: stale(path, holder)),
+        ("endpoint", lambda: memory and stale(memory, holder, socket.SOCK_SEQPACKET)),
         ("endpoint", lambda: _check_lock(_lock_of(path))),
         ("endpoint", lambda: _own_files(_folder_of(path))),
     ]

@@ -58,6 +58,7 @@ def totals(state: State) -> dict[str, Any]:
         **executor.records.metrics.totals(),
         "tx_bytes": state.sessions.tx_bytes,
         "store": {"bytes": store.nbytes, "hits": store.hits, "misses": store.misses},
+        "shared_bytes": executor.memories.nbytes,
         "group_restarts": executor.group.restarts,
     }
 

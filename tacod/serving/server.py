@@ -46,11 +46,15 @@ class Server:
         """Wait for an event on the sockets, of a rank or at the file descriptor ``wakeup``, and act on it."""
         state = self._state
         poller = zmq.Poller()
-        for source in (self._socket, self._access.socket, wakeup, *state.executor.group.sources):
+        memory = state.listener.memory
+        sources = memory.sources if memory is not None else []
+        for source in (self._socket, self._access.socket, wakeup, *sources, *state.executor.group.sources):
             poller.register(source, zmq.POLLIN)
         poller.poll(self._patience_ms())
         self._access.poll()
         self._receive()
+        if memory is not None:
+            memory.poll(state.share)
         state.executor.poll()
         self._probe()
         for session in state.sessions.flush():

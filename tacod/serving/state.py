@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from tacod.config import Config
 from tacod.execution.executor import Executor
 from tacod.execution.manifest import Model
+from tacod.group.shared_memory import SharedMemory
 from tacod.observe.monitor import Monitor
-from tacod.serving.access import Keys
+from tacod.serving.access import Keys, User
 from tacod.serving.guard import Guard
 from tacod.serving.listener import Listener
 from tacod.serving.sessions import Session, Sessions
 from tacod.serving.uploads import Uploads
+from tacod_client.errors import NotAllowed
 
 __all__ = ["State"]
 
@@ -41,6 +43,16 @@ class State:
         self.sessions.close(session)
         self.executor.drop(session.token)
         self.uploads.release(session.token)
+
+    def share(self, token: bytes, user: User, nbytes: int) -> SharedMemory:
+        """Make a memory that a session shares with the ranks.
+
+        Raises `NotAllowed` if the session isn't that user's, and what `Memories.make` raises.
+        """
+        session = self.sessions.get(token)
+        if session is None or session.user.uid is None or session.user != user:
+            raise NotAllowed(f"{user} has no such session; say hello on the socket of clients, and send its token")
+        return self.executor.memories.make(token, nbytes)
 
     def apply_config(self, config: Config, preload: Iterable[Model], keys: Keys | None) -> None:
         """Apply another configuration whose fixed keys (`lifecycle.FIXED`) are the same."""

@@ -34,9 +34,9 @@ class UnixSocket:
     Raises `PathTaken`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kind: socket.SocketKind = socket.SOCK_STREAM) -> None:
         self.path = path
-        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket = socket.socket(socket.AF_UNIX, kind)
         try:
             self._bind()
         except BaseException:
@@ -45,7 +45,7 @@ class UnixSocket:
 
     def _bind(self) -> None:
         try:
-            left = stale(self.path)
+            left = stale(self.path, kind=self.socket.type)
             if left is not None and _identity(self.path.lstat()) == left:
                 self.path.unlink(missing_ok=True)
             mask = os.umask(0o117)
@@ -88,7 +88,7 @@ def _identity(found: os.stat_result) -> tuple[int, int, int]:
     return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
-def stale(path: Path, holder: int | None = None) -> tuple[int, int, int] | None:
+def stale(path: Path, holder: int | None = None, kind: int = socket.SOCK_STREAM) -> tuple[int, int, int] | None:
     """Which socket lies there that no process has, or None if there is nothing, or ``holder`` listens.
 
     Raises `PathTaken` if there is something else.
@@ -99,7 +99,7 @@ def stale(path: Path, holder: int | None = None) -> tuple[int, int, int] | None:
         return None
     if not stat.S_ISSOCK(found.st_mode):
         raise PathTaken(f"{path} is no socket but {kind_of(path)}, and tacod replaces nothing of others; {MOVE_IT}")
-    with socket.socket(socket.AF_UNIX) as probe:
+    with socket.socket(socket.AF_UNIX, kind) as probe:
         # It need not answer, and its queue may be full.
         probe.setblocking(False)
         code = probe.connect_ex(os.fspath(path))

@@ -9,6 +9,7 @@ from typing import Any
 
 from tacod import __version__
 from tacod.config import ConfigError
+from tacod.execution.memories import check_places
 from tacod.execution.scheduler import Job, Verb, Work
 from tacod.execution.store import COUNT, digests_of, tensors_of, without_claims
 from tacod.group.work import Forward, MethodCall, Sample, Unload
@@ -65,6 +66,8 @@ class Verbs:
             return
         if len(session.outbox) >= OUTBOX_MESSAGES and message.type not in ("bye", "cancel"):
             raise QueueFull(f"{len(session.outbox)} answers wait for this client to read them; read them first")
+        if not isinstance(body, messages.Forward) and any(each.offset is not None for each in tensors_of(message.body)):
+            raise ProtocolError(f"{message.type}: no tensor of it may lie in shared memory; send it as frames")
         reply: dict[str, Any] | None = getattr(self, message.type)(session, message.id, body)
         if reply is not None:
             session.post(wire.encode(Message("done", reply, message.id)))
@@ -96,6 +99,8 @@ class Verbs:
             "version": __version__,
             "limits": {"message_bytes": limits.message_bytes, "store_bytes": limits.store_bytes, "queue": limits.queue},
         }
+        if session.user.uid is not None and self.state.listener.memory is not None and limits.shared_bytes:
+            welcome["memory"] = wire.MEMORY_SOCKET
         session.post(wire.encode(Message("welcome", welcome, request)))
 
     def bye(self, session: Session, request: int, body: messages.Empty) -> None:
@@ -168,8 +173,25 @@ class Verbs:
     def forward(self, session: Session, request: int, body: messages.Forward) -> None:
         """Queue a forward."""
         self.state.executor.check_model(body.model)
-        forward = Forward(body.model, body.plan, body.arguments, session.token)
+        self._check_memory(session, body)
+        forward = Forward(body.model, body.plan, body.arguments, session.token, body.memory, body.room)
         self._submit(session, request, Verb.FORWARD, body.model, forward, dict(body))
+
+    def _check_memory(self, session: Session, body: messages.Forward) -> None:
+        """Check the places in shared memory that a forward names. Raises `ArgumentError`."""
+        latents = list(tensors_of(body.arguments.get("x")))
+        rest = tensors_of({name: each for name, each in body.arguments.items() if name != "x"})
+        if any(each.offset is not None for each in rest):
+            raise ArgumentError("arguments: only x may lie in shared memory; send others as frames", argument="x")
+        if body.memory is not None:
+            check_places(self.state.executor.memories.find(session.token, body.memory), latents, body.room)
+        elif body.room is not None or any(each.offset is not None for each in latents):
+            raise ArgumentError("memory: missing, though the message has places in one", argument="memory")
+
+    def unshare(self, session: Session, request: int, body: messages.Unshare) -> dict[str, Any]:
+        """Take a shared memory back."""
+        self.state.executor.memories.give_back(session.token, body.memory)
+        return {}
 
     def call(self, session: Session, request: int, body: messages.Call) -> None:
         """Queue a call of a network's method outside of the forward."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import mmap
 import os
 import signal
 from collections.abc import Iterator
@@ -18,12 +19,15 @@ from safetensors.torch import save_file
 from torch.nn.attention import sdpa_kernel
 
 from tacod.checkpoint import read_checkpoint
+from tacod.group.shared_memory import SharedMemory
 from tacod.rank.families import kit
 from tacod.rank.forward.run import FAST, PLAIN
 from tacod.rank.ops.experts import mixture, stays_on_gpu
 from tacod.rank.ops.sdpa import attend, attend_part, attend_pieces, merge
 from tacod.rank.ops.split_kv import whole_waves
+from tacod.rank.shared_memory import MappedMemories
 from tacod.rank.weights.reader import Reader
+from tacod_client import latents, wire
 
 pytestmark = [
     pytest.mark.gpu,
@@ -209,6 +213,53 @@ def test_inputs_and_outputs_on_the_gpu(gpu_daemon: Daemon, tiny: Tiny) -> None:
         out = client.load(tiny.file, dtype="fp32", plan=everyone(gpu_daemon)).forward(**inputs)
     assert out.device == inputs["x"].device
     assert relative_error(out.cpu(), tiny.forward(**tiny.inputs(batch=2))) <= FP32
+
+
+def test_memory_shared_with_a_client_is_registered() -> None:
+    """Then the GPU copies to and from it by itself."""
+    device = torch.device("cuda", 0)
+    made = SharedMemory.make(1, 1 << 20)
+    memories = MappedMemories(device)
+    latent = torch.randn(3, 50, 70, dtype=torch.bfloat16)
+    with mmap.mmap(made.fd, made.nbytes) as ours:
+        for number in (1, 2):
+            ours[128 : 128 + latent.nbytes] = latent.view(torch.uint8).numpy().tobytes()
+            memories.add(number, made.nbytes, os.dup(made.fd))
+            memory = memories.get(number)
+            assert memory is not None
+            assert memory.registered
+            read = memory.read(wire.Tensor("BF16", tuple(latent.shape), None, offset=128), torch.float32)
+            assert read.device == device
+            assert torch.equal(read.cpu(), latent.float())
+            assert memory.write([read], [0, read.nbytes - 1]) is None
+            placed = memory.write([read, read.to(torch.float16)], [64, 1 << 19])
+            torch.cuda.synchronize()
+            assert placed is not None
+            for told, expected in zip(placed, (latent.float(), latent.to(torch.float16)), strict=True):
+                assert told.offset is not None
+                found = torch.frombuffer(bytearray(ours[told.offset : told.offset + told.nbytes]), dtype=expected.dtype)
+                assert torch.equal(found.view(expected.shape), expected)
+            memories.drop(number)
+    made.free()
+
+
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["of a client on the CPU", "of a client on the GPU"])
+def test_latents_in_shared_memory(gpu_daemon: Daemon, monkeypatch: pytest.MonkeyPatch, on_gpu: bool) -> None:
+    """The same bits as through frames, by graphs too, and after a rank was killed."""
+    inputs = {name: each.cuda() if on_gpu else each for name, each in FLUX.inputs(4, size=(64, 64)).items()}
+    with gpu_daemon.client() as client:
+        model = client.load(FLUX.file, dtype="fp32", plan=everyone(gpu_daemon))
+        monkeypatch.setattr(latents, "LEAST_BYTES", 1 << 40)
+        framed = [model.forward(**inputs) for _ in range(4)]
+        assert client.stats()["shared_bytes"] == 0
+        monkeypatch.setattr(latents, "LEAST_BYTES", 0)
+        placed = [model.forward(**inputs) for _ in range(4)]
+        assert client.stats()["shared_bytes"] > 0
+        assert "can't be registered" not in gpu_daemon.log
+        os.kill(gpu_daemon.rank_pids()[0], signal.SIGKILL)
+        placed += [model.forward(**inputs) for _ in range(4)]
+        assert all(torch.equal(each, framed[0]) for each in (*framed, *placed))
+        assert all(each.device == inputs["x"].device for each in placed)
 
 
 def test_a_step_adds_up_and_times_its_collectives(gpu_daemon: Daemon) -> None:

@@ -39,6 +39,20 @@ VALID = [
             TOKEN,
         ),
         Message(
+            "forward",
+            {
+                "model": "0123456789abcdef",
+                "plan": "auto",
+                "arguments": {"x": [Tensor("F32", (1, 2, 2), None, offset=64), X]},
+                "memory": 1,
+                "room": [128, 64],
+            },
+            8,
+            TOKEN,
+        ),
+        Message("unshare", {"memory": 1}, 9, TOKEN),
+        Message("share", {"nbytes": 4096}, 0, TOKEN),
+        Message(
             "sample",
             {
                 "model": "0123456789abcdef",

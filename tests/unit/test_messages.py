@@ -23,6 +23,7 @@ from tacod.serving.messages import (
     Put,
     RequestBody,
     Sample,
+    Unshare,
     parse,
 )
 from tacod_client.errors import ArgumentError
@@ -45,7 +46,7 @@ SAMPLE = {
     "positive": {},
     "negative": None,
 }
-LATER = {"weights"}
+LATER = {"weights", "memory", "room"}
 """Fields that older clients don't send."""
 GOOD: list[tuple[type[RequestBody], dict[str, Any]]] = [
     (Hello, HELLO),
@@ -56,10 +57,14 @@ GOOD: list[tuple[type[RequestBody], dict[str, Any]]] = [
     (Piece, {"upload": "x", "offset": 0, "data": X}),
     (Load, {**LOAD, "weights": "host"}),
     (Load, {**LOAD, "dtype": "bf16", "patches": [1], "plan": {"sequence": 3}, "weights": "auto"}),
-    (Forward, FORWARD),
+    (Forward, {**FORWARD, "memory": None, "room": None}),
+    (Unshare, {"memory": 3}),
     (Call, CALL),
     (Sample, SAMPLE),
-    (Forward, {**FORWARD, "plan": "x" * 256, "arguments": {"x": [X] * 507, "k" * 256: None}}),
+    (
+        Forward,
+        {**FORWARD, "memory": 1, "room": [64, 8], "plan": "x" * 256, "arguments": {"x": [X] * 507, "k" * 256: None}},
+    ),
     (Sample, {**SAMPLE, "seed": 2**64 - 1, "cfg": 7, "negative": {"context": X}}),
     (Cancel, {"job": "1", "request": None}),
     (Cancel, {"job": None, "request": 1}),
@@ -100,6 +105,13 @@ BAD: list[tuple[type[RequestBody], dict[str, Any], str]] = [
     (Forward, {**FORWARD, "arguments": {"x": ["v" * 257]}}, "arguments"),
     (Forward, {**FORWARD, "arguments": {"x": {"y": b"v" * 257}}}, "arguments"),
     (Forward, {**FORWARD, "plan": "x" * 257}, "plan"),
+    (Forward, {**FORWARD, "memory": "1"}, "memory"),
+    (Forward, {**FORWARD, "memory": True}, "memory"),
+    (Forward, {**FORWARD, "room": [0]}, "room"),
+    (Forward, {**FORWARD, "room": [0, 8, 8]}, "room"),
+    (Forward, {**FORWARD, "room": [-64, 8]}, "room.0"),
+    (Forward, {**FORWARD, "room": [0, 8.0]}, "room.1"),
+    (Unshare, {"memory": None}, "memory"),
     (Load, {**LOAD, "plan": {"sequence": "x" * 257}}, "plan"),
     (Sample, {**SAMPLE, "positive": {"k" * 257: X}}, "positive"),
     (Sample, {**SAMPLE, "negative": {"x": [X] * 510}}, "negative"),

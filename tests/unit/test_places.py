@@ -276,8 +276,8 @@ def test_one_that_may_not_be_connected_to_stays(folder: Path) -> None:
 def test_who_comes_between_the_look_and_the_bind_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = unix_socket.stale
 
-    def look(path: Path, *more: Any) -> Any:
-        found = real(path, *more)
+    def look(path: Path, *more: Any, **options: Any) -> Any:
+        found = real(path, *more, **options)
         with suppress(FileNotFoundError):
             path.unlink()
         file(path)

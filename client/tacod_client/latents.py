@@ -1,0 +1,108 @@
+"""A forward's latents on their way to the ranks, and its result on the way back: in shared memory, or as frames."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from tacod_client.connection import Connection
+from tacod_client.errors import ProtocolError
+from tacod_client.exchange import pack
+from tacod_client.shared import Memory, Shared, aligned
+from tacod_client.tensors import description, fill
+from tacod_client.wire import ALIGNED_BYTES, Tensor, map_tensors
+
+__all__ = ["LEAST_BYTES", "Latents"]
+
+LEAST_BYTES = 64 << 10
+"""Smaller latents travel as frames, which are as fast."""
+
+
+class Latents:
+    """The latents of one forward, on their way in shared memory where that is possible.
+
+    The forward calls `pack` each time that it is sent, `result` for its answer and `close` at its end.
+    """
+
+    def __init__(self, connection: Connection, x: Any) -> None:
+        """``x`` is a tensor or a list of tensors of the caller's, torch or numpy."""
+        self._connection = connection
+        self._given = list(x) if isinstance(x, (list, tuple)) else [x]
+        self._x = x
+        self._is_list = isinstance(x, (list, tuple))
+        self._place: tuple[Shared, Memory, int] | None = None
+        self._packed: Any = None
+        self._fields: dict[str, Any] = {}
+
+    def pack(self) -> tuple[Any, dict[str, Any]]:
+        """``x`` as it is sent, and the fields of its request that say where it lies; none if it travels as frames.
+
+        What an earlier call put into memory is still there, if the session is the same. Raises `ArgumentError`.
+        """
+        shared = self._connection.shared
+        if self._place is not None and self._place[0] is not shared:
+            # That session has ended, and its memory with it.
+            self._place = None
+        if self._place is None and shared is not None:
+            self._put(shared)
+        if self._place is None and (self._packed is None or self._fields):
+            self._packed, self._fields = pack(self._x, "x", {}, None), {}
+        return self._packed, self._fields
+
+    def _put(self, shared: Shared) -> None:
+        described = [description(each) for each in self._given]
+        if any(each is None for each in described):
+            return
+        tensors = [each for each in described if each is not None]
+        if sum(each.nbytes for each in tensors) < LEAST_BYTES:
+            return
+        places, size = _lay_out([each.nbytes for each in tensors])
+        # A result has the latents' shapes, or fewer channels, and four bytes a number at most.
+        room = _lay_out([max(each.nbytes, 4 * math.prod(each.shape)) for each in tensors])[1]
+        taken = shared.take(size + room)
+        if taken is None:
+            return
+        memory, offset, useless = taken
+        self._place = shared, memory, offset
+        try:
+            x = [replace(each, offset=offset + place) for each, place in zip(tensors, places, strict=True)]
+            for each, given in zip(x, self._given, strict=True):
+                assert each.offset is not None
+                fill(memory.view[each.offset : each.offset + each.nbytes], given)
+        except BaseException:
+            self.close(answered=True)
+            raise
+        self._packed = x if self._is_list else x[0]
+        self._fields = {"memory": memory.number, "room": [offset + size, room]}
+        self._connection.unshare(useless)
+
+    def result(self, out: Any) -> Any:
+        """The answer's output, with tensors in shared memory as views of it. Raises `ProtocolError`."""
+
+        def found(tensor: Tensor) -> Tensor:
+            if tensor.offset is None:
+                return tensor
+            start, size = self._fields.get("room", (0, 0))
+            if self._place is None or not start <= tensor.offset <= start + size - tensor.nbytes:
+                raise ProtocolError("the daemon's output lies where none was asked for")
+            view = self._place[1].view[tensor.offset : tensor.offset + tensor.nbytes]
+            return replace(tensor, frames=(view,), offset=None)
+
+        return map_tensors(out, found)
+
+    def close(self, answered: bool) -> None:
+        """Let go of the place; unless the request was ``answered``, nothing else is put there any more."""
+        if self._place is None:
+            return
+        (shared, memory, offset), self._place = self._place, None
+        self._connection.unshare(shared.release(memory, offset, answered) if shared is self._connection.shared else [])
+
+
+def _lay_out(sizes: list[int]) -> tuple[list[int], int]:
+    """Where tensors of these sizes begin, one behind the other, and where the next one would."""
+    places, position = [], 0
+    for size in sizes:
+        places.append(position)
+        position = aligned(position + size, ALIGNED_BYTES)
+    return places, position

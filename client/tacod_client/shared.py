@@ -1,0 +1,132 @@
+"""Memory that this client shares with the daemon's ranks.
+
+The daemon makes the memory and hands out its descriptor on a unix socket beside the first (docs/protocol.md). Whatever
+goes wrong here, tensors travel as frames: sharing only saves time.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import socket
+import threading
+import time
+
+from tacod_client import wire
+from tacod_client.errors import ProtocolError, TacodError
+from tacod_client.wire import Message
+
+__all__ = ["Memory", "Shared", "aligned"]
+
+log = logging.getLogger(__name__)
+
+ASK_S = 1.0
+"""How long to wait for the daemon to hand out a memory."""
+AGAIN_S = 10.0
+"""How long not to ask again after that was refused."""
+LEAST_MEMORY_BYTES = 1 << 20
+
+
+class Memory:
+    """One memory and the places in it that are in use."""
+
+    def __init__(self, number: int, nbytes: int, fd: int) -> None:
+        self.number = number
+        self.nbytes = nbytes
+        self.retired = False
+        """Whether no more places are given out: ranks may still read or write one that its request has left."""
+        self.view = memoryview(mmap.mmap(fd, nbytes))
+        self._used: list[tuple[int, int]] = []
+
+    def take(self, nbytes: int) -> int | None:
+        """The offset of a free place; None if there is none."""
+        start = 0
+        for offset, size in self._used:
+            if offset - start >= nbytes:
+                break
+            start = aligned(offset + size, mmap.PAGESIZE)
+        if self.retired or start + nbytes > self.nbytes:
+            return None
+        self._used = sorted([*self._used, (start, nbytes)])
+        return start
+
+    def release(self, offset: int) -> None:
+        """A place is free again."""
+        self._used = [each for each in self._used if each[0] != offset]
+
+    @property
+    def idle(self) -> bool:
+        """Whether no place is in use."""
+        return not self._used
+
+
+class Shared:
+    """The memories of one session; usable from several threads."""
+
+    def __init__(self, path: bytes, session: bytes) -> None:
+        """``path`` is that of the socket that hands out memory."""
+        self._path = path
+        self._session = session
+        self._memories: list[Memory] = []
+        self._lock = threading.Lock()
+        self._ask_at_s = 0.0
+
+    def take(self, nbytes: int) -> tuple[Memory, int, list[int]] | None:
+        """A memory with a free place and the place's offset, and the ids of memories to give back; None for frames."""
+        with self._lock:
+            for memory in self._memories:
+                if (offset := memory.take(nbytes)) is not None:
+                    return memory, offset, []
+            if time.monotonic() < self._ask_at_s:
+                return None
+            # Those that are too small for what comes now make room.
+            useless = [each for each in self._memories if each.idle and not each.retired and each.nbytes < nbytes]
+            try:
+                memory = self._ask(max(LEAST_MEMORY_BYTES, 1 << (nbytes - 1).bit_length()))
+            except (OSError, ValueError, KeyError, TacodError) as error:
+                log.debug("no shared memory: %s", error)
+                self._ask_at_s = time.monotonic() + AGAIN_S
+                return None
+            for each in useless:
+                self._memories.remove(each)
+            self._memories.append(memory)
+            offset = memory.take(nbytes)
+            assert offset is not None
+            return memory, offset, [each.number for each in useless]
+
+    def release(self, memory: Memory, offset: int, answered: bool) -> list[int]:
+        """A request is through with its place; returns the ids of memories to give back.
+
+        Unless the request was ``answered``, the ranks may still work on it: then the place is never used again.
+        """
+        with self._lock:
+            memory.retired = memory.retired or not answered
+            memory.release(offset)
+            if memory.retired and memory.idle and memory in self._memories:
+                self._memories.remove(memory)
+                return [memory.number]
+            return []
+
+    def _ask(self, nbytes: int) -> Memory:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
+            asking.settimeout(ASK_S)
+            asking.connect(self._path)
+            asking.send(b"".join(map(bytes, wire.encode(Message("share", {"nbytes": nbytes}, 0, self._session)))))
+            packet, descriptors, _, _ = socket.recv_fds(asking, wire.SHARE_BYTES, 1)
+        try:
+            head = len(wire.PREAMBLE)
+            reply = wire.decode([packet[:head], packet[head:]])
+            if reply.type == "error":
+                raise TacodError.from_wire(reply.body)
+            if not descriptors or not nbytes <= reply.body["nbytes"] <= os.fstat(descriptors[0]).st_size:
+                raise ProtocolError("the daemon's answer brings no memory of that size")
+            return Memory(reply.body["memory"], reply.body["nbytes"], descriptors[0])
+        finally:
+            for each in descriptors:
+                os.close(each)
+
+
+def aligned(number: int, to: int) -> int:
+    """The next multiple of ``to``."""
+    return -(-number // to) * to

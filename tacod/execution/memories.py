@@ -1,0 +1,142 @@
+"""The memories that clients share with the ranks: whose they are, which jobs use them, and how much there may be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tacod.group.shared_memory import SharedMemory
+from tacod.group.work import Forward
+from tacod_client.errors import ArgumentError, QueueFull, Unavailable
+from tacod_client.wire import ALIGNED_BYTES, Tensor
+
+__all__ = ["Memories", "check_places"]
+
+COUNT = 4
+"""Most memories of one session."""
+
+
+@dataclass
+class _Held:
+    """A memory and its use."""
+
+    memory: SharedMemory
+    owner: bytes
+    jobs: int = 0
+    """Queued and running jobs that name it."""
+    revoked: bool = False
+    """Whether its owner gave it back or is gone; it is freed when no job names it."""
+
+
+class Memories:
+    """Makes and frees memories. ``on_freed`` is called with the id of each that is freed.
+
+    All together have at most ``limit`` bytes. A session may take half of what the others leave, so there is always room
+    for one more.
+    """
+
+    def __init__(self, limit: int, on_freed: Callable[[int], None]) -> None:
+        self.limit = limit
+        self._on_freed = on_freed
+        self._held: dict[int, _Held] = {}
+        self._made = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all memories, those among them that wait for a job's end."""
+        return sum(held.memory.nbytes for held in self._held.values())
+
+    def make(self, owner: bytes, nbytes: int) -> SharedMemory:
+        """A memory for the session ``owner``.
+
+        Raises `QueueFull` at a limit, `Unavailable` if the kernel gives none.
+        """
+        mine = [held.memory.nbytes for held in self._held.values() if held.owner == owner]
+        room = (self.limit - (self.nbytes - sum(mine))) // 2 - sum(mine)
+        if len(mine) >= COUNT or nbytes > room:
+            raise QueueFull(
+                f"this client shares {len(mine)} memories of {sum(mine)} bytes; it may have {COUNT}, and "
+                f"{max(room, 0)} bytes more (limits.shared_bytes = {self.limit}); give one back, or send tensors as "
+                "frames",
+                limit=self.limit,
+            )
+        self._made += 1
+        try:
+            memory = SharedMemory.make(self._made, nbytes)
+        except OSError as error:
+            raise Unavailable(f"no memory to share: {error.strerror}; send tensors as frames") from None
+        self._held[memory.id] = _Held(memory, owner)
+        return memory
+
+    def find(self, owner: bytes, number: int) -> SharedMemory:
+        """A session's memory by its id. Raises `ArgumentError`."""
+        held = self._held.get(number)
+        if held is None or held.owner != owner or held.revoked:
+            raise ArgumentError(f"memory: this session shares no memory {number}; ask for one", argument="memory")
+        return held.memory
+
+    def named_by(self, body: object) -> SharedMemory | None:
+        """The memory that a job's body names."""
+        number = body.memory if isinstance(body, Forward) else None
+        return self._held[number].memory if number is not None else None
+
+    def pin(self, body: object) -> None:
+        """Keep the memory that a job's body names until `unpin`."""
+        if (memory := self.named_by(body)) is not None:
+            self._held[memory.id].jobs += 1
+
+    def unpin(self, body: object) -> None:
+        """Undo one `pin`."""
+        if (memory := self.named_by(body)) is not None:
+            self._held[memory.id].jobs -= 1
+            self._free_unused(self._held[memory.id])
+
+    def give_back(self, owner: bytes, number: int) -> None:
+        """A session gives a memory back; jobs that name it go on. Raises `ArgumentError`."""
+        self._revoke(self._held[self.find(owner, number).id])
+
+    def revoke(self, owner: bytes) -> None:
+        """Take back all memories of a session that has ended."""
+        for held in [held for held in self._held.values() if held.owner == owner]:
+            self._revoke(held)
+
+    def close(self) -> None:
+        """Free all of them."""
+        for held in list(self._held.values()):
+            held.jobs = 0
+            self._revoke(held)
+
+    def _revoke(self, held: _Held) -> None:
+        held.revoked = True
+        self._free_unused(held)
+
+    def _free_unused(self, held: _Held) -> None:
+        if held.revoked and not held.jobs:
+            del self._held[held.memory.id]
+            held.memory.free()
+            self._on_freed(held.memory.id)
+
+
+def check_places(memory: SharedMemory, latents: list[Tensor], room: list[int] | None) -> None:
+    """Check that tensors, and the ``room`` (offset and size) for a result, lie in a memory, the room apart from them.
+
+    Raises `ArgumentError`, naming ``x`` or ``room``.
+    """
+    places = [(tensor.offset, tensor.nbytes) for tensor in latents if tensor.offset is not None]
+    for offset, nbytes in places:
+        if offset + nbytes > memory.nbytes:
+            raise ArgumentError(
+                f"x: {nbytes} bytes at {offset} lie behind the end of memory {memory.id}, which has {memory.nbytes}",
+                argument="x",
+            )
+    if room is None:
+        return
+    start, size = room
+    if start % ALIGNED_BYTES or start + size > memory.nbytes:
+        raise ArgumentError(
+            f"room: {size} bytes at {start}; it begins at a multiple of {ALIGNED_BYTES}, and ends within the "
+            f"{memory.nbytes} bytes of memory {memory.id}",
+            argument="room",
+        )
+    if any(start < offset + nbytes and offset < start + size for offset, nbytes in places):
+        raise ArgumentError("room: it overlaps x, which ranks may have to read again", argument="room")

@@ -1,0 +1,285 @@
+"""Memory that a client shares with the ranks: who gets how much of it, and what a forward may say of it."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import socket
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+
+from tacod.execution.manifest import Model
+from tacod.execution.memories import COUNT
+from tacod.serving.access import User
+from tacod.serving.memory_socket import WAITING
+from tacod_client import wire
+from tacod_client.wire import MEMORY_SOCKET, Message, Tensor, decode, encode
+
+from .conftest import PEER, Peer
+
+LIMIT = 1 << 20
+MINE = User(os.geteuid())
+X = Tensor("F32", (4, 4), None, offset=0)
+
+
+@pytest.fixture
+def sharing(peer: Peer) -> Peer:
+    """A client of this user, which computes with a model."""
+    peer.state.executor.memories.limit = LIMIT
+    peer.state.executor.manifest.add(Model("m", "/models/m", "i", None))
+    (session,) = peer.state.sessions
+    session.user = MINE
+    return peer
+
+
+def connect(peer: Peer) -> socket.socket:
+    """A connection to the socket that hands out memory."""
+    end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    end.settimeout(5)
+    end.connect(str(peer.state.config.socket_path) + MEMORY_SOCKET)
+    return end
+
+
+def look(peer: Peer) -> None:
+    """Have the server answer those who have asked."""
+    memory = peer.state.listener.memory
+    assert memory is not None
+    memory.poll(peer.state.share)
+
+
+def packet(body: dict[str, Any], session: bytes, kind: str = "share") -> bytes:
+    """A packet that asks for memory."""
+    return b"".join(map(bytes, encode(Message(kind, body, 0, session))))
+
+
+def answer(peer: Peer, said: bytes) -> tuple[Message, int | None]:
+    """The answer to a packet, and the descriptor that it brings."""
+    with connect(peer) as end:
+        end.send(said)
+        look(peer)
+        got, descriptors, _, _ = socket.recv_fds(end, wire.SHARE_BYTES, 4)
+        assert end.recv(1) == b"", "the connection ends"
+    assert len(descriptors) <= 1
+    return decode([got[:5], got[5:]]), descriptors[0] if descriptors else None
+
+
+def share(peer: Peer, nbytes: int) -> int:
+    """The id of a memory of so many bytes."""
+    reply, fd = answer(peer, packet({"nbytes": nbytes}, peer.session))
+    assert fd is not None
+    os.close(fd)
+    number: int = reply.body["memory"]
+    return number
+
+
+def refusal(peer: Peer, said: bytes) -> str:
+    """The code of the error that a packet is answered by."""
+    reply, fd = answer(peer, said)
+    assert (reply.type, fd) == ("error", None)
+    code: str = reply.body["code"]
+    return code
+
+
+def forward(x: Any, **more: Any) -> dict[str, Any]:
+    """The body of a forward."""
+    return {"model": "m", "plan": "auto", "arguments": {"x": x}, **more}
+
+
+def test_a_memory_has_the_size_that_was_asked_for_and_keeps_it(sharing: Peer) -> None:
+    reply, fd = answer(sharing, packet({"nbytes": 5000}, sharing.session))
+    assert (reply.type, reply.body["nbytes"]) == ("done", 5000)
+    assert fd is not None
+    try:
+        assert os.fstat(fd).st_size == 5000
+        for size in (0, 4096, 8192):
+            with pytest.raises(PermissionError):
+                os.ftruncate(fd, size)
+        with pytest.raises(PermissionError):
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+        with mmap.mmap(fd, 5000) as mapped:
+            assert mapped[:] == bytes(5000)
+            mapped[:2] = b"ab"
+    finally:
+        os.close(fd)
+    assert sharing.state.executor.memories.nbytes == 5000
+
+
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [
+        (b"", None),
+        (b"x", "ProtocolError"),
+        (b"TACO\x01", "ProtocolError"),
+        (b"TACO\x09" + bytes(100), "ProtocolError"),
+        (packet({"nbytes": 0}, b"{}"), "ProtocolError"),
+        (packet({"nbytes": -1}, b"{}"), "ProtocolError"),
+        (packet({"nbytes": True}, b"{}"), "ProtocolError"),
+        (packet({"nbytes": 2**63}, b"{}"), "ProtocolError"),
+        (packet({"nbytes": 8.0}, b"{}"), "ProtocolError"),
+        (packet({}, b"{}"), "ProtocolError"),
+        (packet({"nbytes": 8, "colour": 1}, b"{}"), "ProtocolError"),
+        (packet({"nbytes": 8}, b"{}", "hello"), "ProtocolError"),
+        (packet({"nbytes": 8}, b""), "NotAllowed"),
+        (packet({"nbytes": 8}, bytes(16)), "NotAllowed"),
+        (packet({"nbytes": LIMIT}, b"{}"), "QueueFull"),
+    ],
+)
+def test_a_lie_gets_an_error_and_no_memory(sharing: Peer, said: bytes, code: str | None) -> None:
+    said = said.replace(b"\xc4\x02{}", b"\xc4\x10" + sharing.session)
+    if code is not None:
+        assert refusal(sharing, said) == code
+    else:
+        with connect(sharing) as end:
+            end.send(said)
+            look(sharing)
+            assert end.recv(1) == b""
+    assert sharing.state.executor.memories.nbytes == 0
+    assert sharing.ask("ping").type == "done"
+
+
+@pytest.mark.parametrize("user", [User(os.geteuid() + 1), User(key=b"k", name="carol")], ids=["another uid", "a key"])
+def test_anothers_token_gets_nothing(sharing: Peer, user: User) -> None:
+    (session,) = sharing.state.sessions
+    session.user = user
+    assert refusal(sharing, packet({"nbytes": 8}, sharing.session)) == "NotAllowed"
+
+
+def test_a_session_has_few_and_leaves_half_to_others(sharing: Peer) -> None:
+    assert refusal(sharing, packet({"nbytes": LIMIT // 2 + 1}, sharing.session)) == "QueueFull"
+    share(sharing, LIMIT // 4)
+    assert refusal(sharing, packet({"nbytes": LIMIT // 4 + 1}, sharing.session)) == "QueueFull"
+    memories = sharing.state.executor.memories
+    memories.make(b"other", 3 * LIMIT // 8)
+    assert memories.nbytes == 5 * LIMIT // 8
+    for _ in range(COUNT - 1):
+        share(sharing, 1)
+    assert refusal(sharing, packet({"nbytes": 1}, sharing.session)) == "QueueFull"
+
+
+def test_what_is_given_back_is_free_for_others(sharing: Peer) -> None:
+    number = share(sharing, LIMIT // 2)
+    assert sharing.ask("unshare", {"memory": number}).type == "done"
+    assert sharing.state.executor.memories.nbytes == 0
+    for gone in (number, 99, -1):
+        assert sharing.ask("unshare", {"memory": gone}).body["code"] == "ArgumentError"
+    share(sharing, LIMIT // 2)
+
+
+def test_a_flood_of_connections_and_descriptors_keeps_nobody_out(sharing: Peer) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    idle = []
+    for _ in range(8 * WAITING):
+        idle.append(connect(sharing))
+        look(sharing)
+    with open(os.devnull) as file:
+        for end in idle[-WAITING:]:
+            socket.send_fds(end, [b"junk"], [file.fileno()] * 100)
+        look(sharing)
+    number = share(sharing, 4096)
+    for end in idle:
+        end.close()
+    look(sharing)
+    assert sharing.ask("unshare", {"memory": number}).type == "done"
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+@pytest.fixture
+def memory(sharing: Peer) -> int:
+    """The id of a memory of 4096 bytes."""
+    return share(sharing, 4096)
+
+
+@pytest.mark.parametrize(
+    ("x", "room", "argument"),
+    [
+        (Tensor("F32", (4, 4), None, offset=4096), None, "x"),
+        (Tensor("F32", (4, 4), None, offset=1 << 40), None, "x"),
+        (Tensor("F32", (1025,), None, offset=0), None, "x"),
+        (Tensor("F32", (1 << 37,), None, offset=64), None, "x"),
+        ([X, Tensor("F32", (4, 4), None, offset=4096)], None, "x"),
+        (X, [4096, 1], "room"),
+        (X, [2**62, 2**62], "room"),
+        (X, [128, 4096 - 127], "room"),
+        (X, [100, 8], "room"),
+        (X, [0, 8], "room"),
+        ([X, Tensor("F32", (64,), None, offset=256)], [128, 129], "room"),
+    ],
+)
+def test_places_out_of_range_are_refused(sharing: Peer, memory: int, x: Any, room: Any, argument: str) -> None:
+    told = sharing.ask("forward", forward(x, memory=memory, room=room))
+    assert (told.body["code"], told.body["details"]) == ("ArgumentError", {"argument": argument})
+    assert sharing.state.executor.scheduler.jobs == []
+
+
+def test_places_without_their_memory_are_refused(sharing: Peer, memory: int) -> None:
+    other = sharing.state.executor.memories.make(b"other", 4096).id
+    for body in (
+        forward(X),
+        forward(X, memory=None),
+        forward(X, memory=other),
+        forward(X, memory=memory + 99),
+        forward(Tensor("F32", (1,), (bytes(4),)), room=[0, 64]),
+        {"model": "m", "plan": "auto", "arguments": {"x": [], "timestep": X}, "memory": memory},
+        {"model": "m", "plan": "auto", "arguments": {"x": X, "control": {"tensors": [X]}}, "memory": memory},
+    ):
+        assert sharing.ask("forward", body).body["code"] == "ArgumentError"
+    for kind, fields in (
+        ("put", {"tensors": [X]}),
+        ("call", {"model": "m", "method": "m", "arguments": {"context": X}}),
+        ("piece", {"upload": "u", "offset": 0, "data": X}),
+        ("load", {"path": "m", "dtype": None, "patches": [{"diff": X}], "plan": "auto"}),
+    ):
+        assert sharing.ask(kind, fields).body["code"] == "ProtocolError", kind
+
+
+@pytest.mark.parametrize("offset", [-64, 1, 63, 2**40 + 64, 0.0, True, None, "0"])
+def test_an_offset_that_is_none_is_no_tensor(sharing: Peer, memory: int, offset: Any) -> None:
+    (frame,) = encode(Message("forward", forward(X, memory=memory), 9, sharing.session))[1:]
+    key = msgpack.packb("offset")
+    bent = bytes(frame).replace(key + b"\0", key + msgpack.packb(offset))
+    assert bent != frame
+    sharing.server._on_message(PEER, [wire.PREAMBLE, bent], lambda: (User(0), 0))
+    (told,) = sharing.answers()
+    assert (told.body["code"], "tensors[0].offset" in told.body["message"]) == ("ProtocolError", True)
+
+
+def test_a_memory_that_is_given_back_stays_for_the_forward_that_names_it(sharing: Peer, memory: int) -> None:
+    memories = sharing.state.executor.memories
+    sharing.send(Message("forward", forward(X, memory=memory, room=[64, 64]), 10, sharing.session))
+    assert sharing.ask("unshare", {"memory": memory}).type == "done"
+    assert memories.nbytes == 4096
+    assert sharing.ask("forward", forward(X, memory=memory)).body["code"] == "ArgumentError"
+    sharing.send(Message("cancel", {"job": None, "request": 10}, 11, sharing.session))
+    assert [each.body.get("code") for each in sharing.answers(2)] == ["Cancelled", None]
+    assert memories.nbytes == 0
+
+
+def test_a_sessions_memories_end_with_it(sharing: Peer, memory: int) -> None:
+    sharing.send(Message("forward", forward(X, memory=memory), 10, sharing.session))
+    sharing.send(Message("bye", {}, 11, sharing.session))
+    assert sharing.state.executor.memories.nbytes == 0
+    assert refusal(sharing, packet({"nbytes": 8}, sharing.session)) == "NotAllowed"
+
+
+def test_who_gets_no_memory_is_not_told_of_it(peer: Peer) -> None:
+    for user, offered in ((User(0), True), (User(key=b"k", name="carol"), False)):
+        hello = [bytes(each) for each in encode(Message("hello", {"client": "t", "pid": 7, "version": "0"}, 1))]
+        peer.server._on_message(PEER, hello, lambda user=user: (user, 0))  # type: ignore[misc]
+        (welcome,) = peer.answers()
+        assert ("memory" in welcome.body) == offered
+
+
+def test_the_socket_goes_with_the_daemon_and_is_its_groups(peer: Peer) -> None:
+    path = peer.state.config.socket_path
+    beside = path.with_name(path.name + MEMORY_SOCKET)
+    assert beside.stat().st_mode & 0o777 == path.stat().st_mode & 0o777 == 0o660
+    memory = peer.state.listener.memory
+    assert memory is not None
+    with closing(connect(peer)):
+        memory.close()
+    assert not beside.exists()
