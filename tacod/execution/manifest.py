@@ -74,6 +74,8 @@ class Model:
     """How long that takes each rank; less of it is waited for, as the rank computes meanwhile."""
     shares: Shares | None = None
     """How much of its forwards each rank takes. New ranks keep to it: a run goes on as it has begun."""
+    rates: tuple[float, ...] = ()
+    """What plans of its forwards count with, as `Facts.rates`; new ranks keep to these too, and so to the plans."""
 
     @property
     def name(self) -> str:
@@ -90,6 +92,7 @@ class Model:
         """The command that loads it into so much memory of each rank, less some blocks, and evicts ``evict_models``.
 
         Ranks take the ``shares`` of an earlier load, if there was one, else those given, or they measure their paces.
+        They take its rates as well: what is measured anew may lead to another plan, whose sums round otherwise.
         """
         known = self.shares or shares
         return Load(
@@ -106,6 +109,7 @@ class Model:
             fewer=fewer,
             shares=None if known is None else list(known.each),
             shares_measured=known is not None and known.measured,
+            rates=None if self.shares is None else list(self.rates),
         )
 
     @property
@@ -131,6 +135,7 @@ class Model:
             loaded_s=elapsed_s,
             shape=Shape(facts.heads, facts.width),
             shares=Shares.of(facts.shares, facts.shares_measured),
+            rates=tuple(facts.rates),
         ).planned(self.asked, world_size)
 
     def placed(self, facts: Facts) -> Model:

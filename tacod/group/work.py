@@ -88,6 +88,8 @@ class Load(Part):
     """How much of its forwards each rank takes (`tacod.shares`), empty if all take the same; None to measure it."""
     shares_measured: bool = False
     """Whether an earlier load has measured them; otherwise the configuration asks for them."""
+    rates: list[float] | None = None
+    """The `DeviceRates` that an earlier load has found, empty if it found none; None to measure them."""
 
 
 @dataclass(frozen=True)
@@ -262,6 +264,8 @@ class Facts(Part):
     """How much of its forwards each rank takes; empty if all take the same."""
     shares_measured: bool = False
     """Whether that was measured."""
+    rates: list[float] = field(default_factory=list)
+    """The `DeviceRates` that plans of its forwards count with; empty if none were measured."""
 
 
 @dataclass(frozen=True)

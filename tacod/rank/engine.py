@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -33,13 +33,13 @@ from tacod.group.work import (
     Unload,
     with_tensors,
 )
-from tacod.plan import parse_request
+from tacod.plan import DeviceRates, parse_request
 from tacod.rank.arguments import Kept, check_arguments, check_tokens, digest, load_arguments
 from tacod.rank.families.base import DiT, Output
 from tacod.rank.families.names import Place
 from tacod.rank.forward.graphs import PREFIX_BYTES, Forwards
 from tacod.rank.forward.run import Call, plan_for
-from tacod.rank.forward.warmup import warm_up
+from tacod.rank.forward.warmup import Measured, warm_up
 from tacod.rank.oom import clear_tracebacks, describe_oom
 from tacod.rank.parallel.topology import Topology
 from tacod.rank.sampling.sampling import Run, SampleRequest, begin, go_on
@@ -235,22 +235,25 @@ class Engine:
         fewer: int = 0,
         shares: Sequence[int] | None = None,
         shares_measured: bool = False,
+        rates: Sequence[float] | None = None,
     ) -> Loaded:
         """Make a model resident under the id ``model``; does nothing if it is resident already.
 
         With ``patches``, ``base`` is loaded too, and the two share the weights that aren't patched. ``files`` has the
         identities that the files of the patches had when the request came. ``weights`` says where they are to lie,
         ``memory_bytes`` how many each rank may hold, and ``fewer`` by how many blocks it stays below that (`choose`).
-        ``shares`` are the ranks' of its forwards; None to measure their paces, where a load warms up.
+        ``shares`` are the ranks' of its forwards; None to measure their paces, where a load warms up. ``rates`` are
+        the numbers of the `DeviceRates` that an earlier load found, none if it found none; None to measure them too.
         Runs of evicted models continue when those are loaded again.
         """
         for evicted in evict_models:
             self._evict(evicted)
         self._give_memory_back()
-        given = None if shares is None else Shares.of(shares, shares_measured)
         plain = self.models.get(base or model)
         if plain is None:
-            plain = self._load_file(path, identity, dtype, weights, memory_bytes, fewer, given)
+            given = None if shares is None else Shares.of(shares, shares_measured)
+            known = None if given is None or rates is None else Measured(DeviceRates(*rates) if rates else None, given)
+            plain = self._load_file(path, identity, dtype, weights, memory_bytes, fewer, given, known)
         loaded = {base or model: plain}
         if model not in self.models:
             loaded[model] = self._try_to_patch(plain, patches, files) if base is not None else plain
@@ -270,6 +273,7 @@ class Engine:
         memory_bytes: int | None,
         fewer: int,
         shares: Shares | None,
+        known: Measured | None,
     ) -> Resident:
         checkpoint = read_checkpoint(path)
         if checkpoint.identity != identity:
@@ -311,7 +315,7 @@ class Engine:
                     "that was a forward at 1024² on all ranks, to warm up; unload a model, or set group.warm_up = false"
                 )
                 with self.memory_errors(hint):
-                    loaded.rates, loaded.shares = warm_up(loaded, self.forwards, self.device, shares)
+                    loaded.rates, loaded.shares = warm_up(loaded, self.forwards, self.device, shares, known)
                     self.topology.clock.wait()
         except OutOfMemory as error:
             raise streaming.advised(error) from None
@@ -330,6 +334,7 @@ class Engine:
             quantization=checkpoint.formats,
             shares=[*loaded.shares.each],
             shares_measured=loaded.shares.measured,
+            rates=[] if loaded.rates is None else [*astuple(loaded.rates)],
         )
         with Unfilled():
             return Resident(loaded, family.lora_layout(config), family.shapes(config), facts, streaming)

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tacod.checkpoint import read_checkpoint
-from tacod.plan import Layout, Plan, Shape
+from tacod.plan import DeviceRates, Layout, Plan, Shape
 from tacod.rank.engine import Engine
 from tacod.rank.families import families
 from tacod.rank.families.base import DiT
@@ -27,11 +27,11 @@ from tacod.rank.families.inputs import Inputs
 from tacod.rank.families.names import Place
 from tacod.rank.forward.graphs import Forwards
 from tacod.rank.forward.run import Call
-from tacod.rank.forward.warmup import usual_inputs, warm_up
+from tacod.rank.forward.warmup import Measured, usual_inputs, warm_up
 from tacod.rank.ops.packed.fp8 import Fp8Linear
 from tacod.rank.parallel.topology import Topology
 from tacod.rank.weights.fp8 import quantize_blocks
-from tacod.shares import EQUAL
+from tacod.shares import EQUAL, Shares
 from tacod_client.errors import ArgumentError
 from tacod_client.tensors import from_wire
 
@@ -119,6 +119,8 @@ def test_warms_up(name: str) -> None:
     assert [tuple(each.shape) for each in (out if isinstance(out, list) else [out])] == shapes
     measured = warm_up(made, Forwards(Topology()), torch.device("cpu"))
     assert measured == (None, EQUAL), "one rank alone has no rates to measure"
+    known = Measured(DeviceRates(1e12, 1e9, 1e-3), Shares.of([2, 1], measured=True))
+    assert warm_up(made, Forwards(Topology()), torch.device("cpu"), known=known) == known
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -289,15 +289,16 @@ def test_loaded_model_tells_what_the_ranks_told(manifest: Manifest) -> None:
     }
 
 
-def test_new_ranks_take_the_shares_of_those_before(manifest: Manifest) -> None:
+def test_new_ranks_take_the_shares_and_rates_of_those_before(manifest: Manifest) -> None:
     """So a run goes on as it has begun; what the configuration asks for is for models that are loaded anew."""
     model, asked = describe(manifest), Shares.of([1, 3, 1])
     assert (model.load().shares, model.load().shares_measured) == (None, False), "ranks measure"
     assert (model.load(shares=asked).shares, model.load(shares=asked).shares_measured) == ([1, 3, 1], False)
-    for each, measured in (([2, 1, 1], True), ([], True), ([], False)):
-        facts = Facts("flux", 12, 24, "bf16", 24, 3072, {}, shares=each, shares_measured=measured)
+    assert (model.load().rates, model.load(shares=asked).rates) == (None, None)
+    for each, measured, rates in (([2, 1, 1], True, [1e12, 1e9, 1e-3]), ([], True, []), ([], False, [])):
+        facts = Facts("flux", 12, 24, "bf16", 24, 3072, {}, shares=each, shares_measured=measured, rates=rates)
         load = model.loaded(facts, 1.0, 3).load(shares=asked)
-        assert (load.shares, load.shares_measured) == (each, measured)
+        assert (load.shares, load.shares_measured, load.rates) == (each, measured, rates)
 
 
 def test_last_plan_is_noted_and_that_of_the_unknown_ignored(manifest: Manifest) -> None:

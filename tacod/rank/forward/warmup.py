@@ -36,18 +36,25 @@ class Measured(NamedTuple):
     shares: Shares
 
 
-def warm_up(dit: DiT, forwards: Forwards, device: torch.device, shares: Shares | None = None) -> Measured:
+def warm_up(
+    dit: DiT,
+    forwards: Forwards,
+    device: torch.device,
+    shares: Shares | None = None,
+    known: Measured | None = None,
+) -> Measured:
     """Run usual forwards on each rank alone, on the fastest one and on all, and measure them.
 
-    Ranks get ``shares`` of the forwards on all; if that is None, by how long each of them took alone.
+    Ranks get ``shares`` of the forwards on all; if that is None, by how long each of them took alone. With what is
+    ``known`` of an earlier load the forwards run, but that is returned.
     """
     inputs = usual_inputs(dit, device)
     if inputs is None:
-        return Measured(None, shares or EQUAL)
+        return known or Measured(None, shares or EQUAL)
     world = forwards.topology.world_size
     shape = Shape(dit.heads, dit.width, inputs.batch, dit.lengths(inputs))
-    seconds = _seconds_alone(dit, forwards, inputs, shape) if world > 1 else None
-    fits = world == 1 or seconds is not None
+    seconds = _seconds_alone(dit, forwards, inputs, shape) if world > 1 and known is None else None
+    fits = world == 1 or (seconds if known is None else known.rates) is not None
     if shares is None:
         shares = EQUAL if seconds is None else measured_shares(seconds)
     alone = fastest_alone(shares)
@@ -57,6 +64,8 @@ def warm_up(dit: DiT, forwards: Forwards, device: torch.device, shares: Shares |
     for layout in dict.fromkeys((*((alone,) if fits else ()), shared, usual)):
         took[layout] = _shortest_s(forwards, Call(dit, Plan(layout, world, shape), inputs, conditioning="warm-up"))
     forwards.prefixes.drop(dit)
+    if known is not None:
+        return known
     if world == 1 or not fits:
         return Measured(None, shares)
     mine = torch.tensor([took[alone], took[shared]], dtype=torch.float64, device=device)
