@@ -15,6 +15,8 @@ __all__ = ["ALIKE", "EQUAL", "MOST", "Shares", "apportion", "in_lowest_terms", "
 
 ALIKE = 0.05
 """Ranks whose times differ by less than this part are as fast as each other."""
+JITTER_S = 2e-3
+"""And those whose times differ by less than this: a forward so short is measured no better."""
 STEPS = 20
 """The share of the slowest rank, so that a measured pace is a multiple of a twentieth of the slowest one's."""
 MOST = 1000
@@ -87,11 +89,12 @@ EQUAL = Shares()
 def measured_shares(seconds: Sequence[float]) -> Shares:
     """The ranks' paces, for how long each of them took for the same work.
 
-    Ranks within `ALIKE` of the fastest one of them have one pace, the mean of theirs: cards of one kind stay equal.
+    Ranks within `ALIKE`, or within `JITTER_S`, of the fastest one of them have one pace, the mean of theirs: cards of
+    one kind stay equal.
     """
     kinds: list[list[float]] = []
     for took in sorted(seconds):
-        if not kinds or took > kinds[-1][0] * (1 + ALIKE):
+        if not kinds or took > max(kinds[-1][0] * (1 + ALIKE), kinds[-1][0] + JITTER_S):
             kinds.append([])
         kinds[-1].append(took)
     means = {took: sum(kind) / len(kind) for kind in kinds for took in kind}

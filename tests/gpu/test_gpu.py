@@ -184,6 +184,31 @@ def test_without_one_of_the_engines_ways(models: Path, key: str) -> None:
         assert all(relative_error(model.forward(**golden.inputs), golden.out) <= FP32 for _ in range(4))
 
 
+@pytest.mark.skipif(WORLDS[-1:] < [2], reason="one GPU alone shares nothing out")
+@pytest.mark.parametrize("way", ["peers", "NCCL", "host"])
+def test_unequal_shares(models: Path, way: str) -> None:
+    """The same result by each way of exchange, in images of a batch too, and to the bit at each replay."""
+    names = ["flux_dev_odd", "sd35_medium", "minimax_h3_mixed", "wan21_t2v"]
+    for name in names:
+        read_golden(name).save(models / f"{name}.safetensors")
+    settings = {"group.shares": [3, 1, 2, 2][: WORLDS[-1]], "group.peer_memory": way != "NCCL"}
+    without = {"NCCL_P2P_DISABLE": "1"} if way == "host" else {}
+    started = Daemon(roots=[models], gpus=WORLDS[-1], settings=settings, environment=without)
+    with started as daemon, daemon.client() as client:
+        for name in names:
+            golden = read_golden(name)
+            model = client.load(f"{name}.safetensors", dtype="fp32", plan=everyone(daemon))
+            outs = [model.forward(**golden.inputs) for _ in range(4)]
+            alone = client.load(f"{name}.safetensors", dtype="fp32", plan=ONE).forward(**golden.inputs)
+            assert relative_error(outs[0], alone) <= FP32, name
+            assert all(torch.equal(out, outs[0]) for out in outs[1:]), name
+            assert "rank 0 takes 3 times as much" in model.stats.plan
+        inputs = FLUX.inputs(batch=3)
+        batch = client.load(FLUX.file, dtype="fp32", plan={"cfg_parallel": True})
+        assert relative_error(batch.forward(**inputs), FLUX.forward(**inputs)) <= FP32_ON_GPU
+        assert "no CUDA graph" not in daemon.log
+
+
 @pytest.mark.skipif(WORLDS[-1:] < [2], reason="one GPU alone exchanges nothing")
 @pytest.mark.parametrize("exchange", ["exact", "int8"])
 def test_through_the_hosts_memory(models: Path, exchange: str) -> None:

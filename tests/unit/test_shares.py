@@ -63,6 +63,8 @@ def test_cards_of_nearly_one_speed_have_equal_shares(seconds: float, more: list[
         ([1.0, 1.0], ()),
         ([3.0], ()),
         ([0.1, 0.104, 0.2, 0.207], (2, 2, 1, 1)),
+        # Of a forward that takes no time to speak of, a host's hiccup is most.
+        ([0.002, 0.0025, 0.001], ()),
     ],
 )
 def test_paces_are_multiples_of_a_twentieth(seconds: list[float], each: tuple[int, ...]) -> None:

@@ -43,10 +43,10 @@ def warm_up(
     shares: Shares | None = None,
     known: Measured | None = None,
 ) -> Measured:
-    """Run usual forwards on each rank alone, on the fastest one and on all, and measure them.
+    """Run usual forwards on each rank alone and on all, and measure them.
 
     Ranks get ``shares`` of the forwards on all; if that is None, by how long each of them took alone. With what is
-    ``known`` of an earlier load the forwards run, but that is returned.
+    ``known`` of an earlier load, forwards on all run as that says, and it is returned.
     """
     inputs = usual_inputs(dit, device)
     if inputs is None:
@@ -54,23 +54,31 @@ def warm_up(
     world = forwards.topology.world_size
     shape = Shape(dit.heads, dit.width, inputs.batch, dit.lengths(inputs))
     seconds = _seconds_alone(dit, forwards, inputs, shape) if world > 1 and known is None else None
-    fits = world == 1 or (seconds if known is None else known.rates) is not None
-    if shares is None:
-        shares = EQUAL if seconds is None else measured_shares(seconds)
-    alone = fastest_alone(shares)
-    shared = make_plan(Request(cfg_parallel=False), world, shape, shares=shares).layout
-    usual = make_plan(AUTO, world, shape, shares=shares).layout
-    took = {}
-    for layout in dict.fromkeys((*((alone,) if fits else ()), shared, usual)):
-        took[layout] = _shortest_s(forwards, Call(dit, Plan(layout, world, shape), inputs, conditioning="warm-up"))
-    forwards.prefixes.drop(dit)
     if known is not None:
-        return known
-    if world == 1 or not fits:
-        return Measured(None, shares)
-    mine = torch.tensor([took[alone], took[shared]], dtype=torch.float64, device=device)
-    alone_s, shared_s = forwards.topology.everyone.broadcast(mine, source=0).tolist()
-    return Measured(measured_rates(alone_s, shared, shared_s, shape, shares), shares)
+        shares = known.shares
+    elif shares is None:
+        shares = EQUAL if seconds is None else measured_shares(seconds)
+    took: dict[Layout, float] = {}
+
+    def run_in(layout: Layout) -> None:
+        if layout not in took:
+            took[layout] = _shortest_s(forwards, Call(dit, Plan(layout, world, shape), inputs, conditioning="warm-up"))
+
+    shared = make_plan(Request(cfg_parallel=False), world, shape, shares=shares).layout
+    run_in(shared)
+    run_in(make_plan(AUTO, world, shape, shares=shares).layout)
+    if known is None:
+        rates = None
+        if seconds is not None:
+            mine = torch.tensor([took[shared]], dtype=torch.float64, device=device)
+            (shared_s,) = forwards.topology.everyone.broadcast(mine, source=0).tolist()
+            alone_s = seconds[fastest_alone(shares).members[0]]
+            rates = measured_rates(alone_s, shared, shared_s, shape, shares)
+        known = Measured(rates, shares)
+    # As users' forwards will be, which may leave ranks idle.
+    run_in(make_plan(AUTO, world, shape, known.rates, shares).layout)
+    forwards.prefixes.drop(dit)
+    return known
 
 
 def _shortest_s(forwards: Forwards, call: Call) -> float:
