@@ -4,6 +4,7 @@
 #   COMFYUI_PATH    the ComfyUI checkout (default: the current folder, if it is one)
 #   COMFYUI_PYTHON  its interpreter (default: its own venv or .venv, else python3)
 #   TACO_GPUS       the GPUs, as nvidia-smi numbers them, of a daemon that is started here (default 3,4,5)
+#   TACO_NETWORKS   1 lets the daemon run this ComfyUI's own networks where it has none itself (default: it doesn't)
 #   PORT            ComfyUI's (default 12215)
 #   TACOD_ENDPOINT  a daemon that runs already; none is started then
 #
@@ -88,6 +89,9 @@ gpus = [$gpus]
 roots = ["$COMFYUI_PATH/models"]
 uploads = "$uploads"
 CONFIG
+  if [ "${TACO_NETWORKS:-0}" = 1 ]; then
+    printf '[comfyui]\npath = "%s"\n' "$COMFYUI_PATH" >> "$folder/config.toml"
+  fi
   "$tacod" --config "$folder/config.toml" --check-config
   "$tacod" --config "$folder/config.toml" &
   daemon=$!

@@ -268,6 +268,14 @@ class Metrics(_Section):
         return self
 
 
+class ComfyUI(_Section):
+    """A ComfyUI on this machine, whose networks ranks may run where no family here has one."""
+
+    path: Annotated[str, AfterValidator(_check_root)] | None = None
+    """Its folder, the one with main.py; without it only this version's own families are run. Ranks import its code, so
+    only those who may change tacod's own code should be able to write there."""
+
+
 I_KNOW = "this daemon fails on purpose"
 
 
@@ -329,6 +337,7 @@ class Config(_Section):
     group: Group = Field(default_factory=lambda: Group.model_validate({}))
     models: Models = Field(default_factory=Models)
     limits: Limits = Field(default_factory=Limits)
+    comfyui: ComfyUI = Field(default_factory=ComfyUI)
     metrics: Metrics = Field(default_factory=Metrics)
     curve: Curve | None = None
     testing: Testing | None = None

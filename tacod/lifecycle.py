@@ -38,6 +38,7 @@ FIXED = (
     "group.prefix_bytes",
     "group.peer_memory",
     "group.warm_up",
+    "comfyui.",
     "metrics.",
     "curve.listen",
 )

@@ -56,7 +56,7 @@ class Executor:
         self._kept = KeptSteps(self.store)
         self.records = Records(self.manifest)
         self.scheduler = Scheduler(config.limits.queue, config.group.retries)
-        self.group = RankGroup(config.group, devices, folder)
+        self.group = RankGroup(config.group, devices, folder, config.comfyui.path)
         self.memories = Memories(config.limits.shared_bytes, self.group.unmap)
         self.residency = Residency(
             self.manifest, self.store, preload, len(devices), self.scheduler.begin_anew, self._keep_for_turns

@@ -108,7 +108,8 @@ class RankGroup:
     The owner polls `sources`, calls `receive` and `check`, and acts on `GroupLost`.
     """
 
-    def __init__(self, settings: config.Group, devices: list[str], folder: Path) -> None:
+    def __init__(self, settings: config.Group, devices: list[str], folder: Path, comfyui: str | None = None) -> None:
+        """``comfyui`` is the folder of the ComfyUI whose networks the ranks may run."""
         self.settings = settings
         self.state = GroupState.DOWN
         self.restarts = 0
@@ -124,7 +125,7 @@ class RankGroup:
         self._mapped: set[int] = set()
         """Ids of the memories shared with clients that the ranks have."""
         self._unmapped: list[int] = []
-        self._processes = Processes(devices, folder)
+        self._processes = Processes(devices, folder, comfyui)
 
     @property
     def world_size(self) -> int:

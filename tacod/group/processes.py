@@ -124,11 +124,12 @@ def devices(group: config.Group) -> list[str]:
 class Processes:
     """The rank processes, one generation after the other. Each generation has an epoch, and leaves nothing behind.
 
-    ``folder`` is where the ranks of a generation find each other.
+    ``folder`` is where the ranks of a generation find each other, ``comfyui`` the ComfyUI whose networks they may run.
     """
 
-    def __init__(self, devices: list[str], folder: Path) -> None:
+    def __init__(self, devices: list[str], folder: Path, comfyui: str | None = None) -> None:
         self.devices = devices
+        self._comfyui = comfyui
         self.ranks: list[Rank] = []
         self.arena: Arena | None = None
         """The memory that they share with the supervisor, as long as they run."""
@@ -173,6 +174,7 @@ class Processes:
                 *(() if settings.peer_memory else ("--no-peer-memory",)),
                 *(() if settings.warm_up else ("--no-warm-up",)),
                 *("--prefix-bytes", str(settings.prefix_bytes)),
+                *(() if self._comfyui is None else ("--comfyui", self._comfyui)),
                 *(("--fault", json.dumps(fault.body())) if fault is not None else ()),
             ]
             with other:

@@ -77,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     gc.freeze()
     by = reach if device.type == "cuda" and not args.no_peer_memory else None
     topology = Topology(args.rank, args.world_size, make_group, by)
-    engine = Engine(device, topology, not args.no_cuda_graphs, not args.no_warm_up, args.prefix_bytes)
+    engine = Engine(
+        device, topology, not args.no_cuda_graphs, not args.no_warm_up, args.prefix_bytes, comfyui=args.comfyui
+    )
     selftest(engine)
     serve(engine, channel, Arena(args.arena))
 
@@ -95,6 +97,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-peer-memory", action="store_true")
     parser.add_argument("--no-warm-up", action="store_true")
     parser.add_argument("--prefix-bytes", type=int, required=True, help="limit for the prefixes that are kept")
+    parser.add_argument("--comfyui", help="folder of the ComfyUI whose networks may be run")
     parser.add_argument("--fault", type=lambda text: Fault(**json.loads(text)), help="a fault on purpose, as JSON")
     return parser.parse_args(arguments)
 

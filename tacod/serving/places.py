@@ -12,6 +12,7 @@ import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tacod import comfyui
 from tacod.config import Config, ConfigError
 from tacod.serving.memory_socket import memory_path
 from tacod.serving.unix_socket import MOVE_IT, PathTaken, kind_of, stale
@@ -30,7 +31,7 @@ def check(file: str, config: Config) -> None:
     """Check that the paths in a configuration, whose file is ``file``, are free; changes nothing.
 
     Paths that a running tacod at the same endpoint holds are no fault, nor are those that this user may not look at.
-    Raises `ConfigError`, with a line for each taken path.
+    Raises `ConfigError`, with a line for each taken path, and one for a folder that is no ComfyUI.
     """
     path, listen, uploads = config.socket_path, config.metrics.listen, config.models.uploads
     holder = _holder(_lock_of(path))
@@ -55,6 +56,8 @@ def check(file: str, config: Config) -> None:
         looks += [("models.uploads", lambda: _check_apart(Path(uploads), taken))]
         looks += [("models.uploads", lambda: _check_folder(Path(uploads)))]
     lines = []
+    if config.comfyui.path is not None and (reason := comfyui.fault(config.comfyui.path)) is not None:
+        lines.append(f"{file}:comfyui.path: {reason}")
     for key, look in looks:
         try:
             look()

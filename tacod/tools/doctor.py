@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 from packaging.requirements import Requirement
 
+from tacod import comfyui
 from tacod.checkpoint import read_checkpoint
 from tacod.config import Config, ConfigError, load_config
 from tacod.execution.manifest import Manifest
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, known, findings = _configuration(args.config, args.endpoint)
     findings += _packages()
     findings += _groups()
+    findings += _comfyui(config)
     if config.group.device == "cuda":
         findings += doctor_gpus.look(config.group, _status(args.endpoint or config.endpoint), not args.no_bandwidth)
     if known:
@@ -151,6 +153,21 @@ def _groups() -> Iterator[Finding]:
         yield warn("groups", f"{message}; xfuser's can't be imported: {reason}", advice)
     else:
         yield ok("groups", message)
+
+
+def _comfyui(config: Config) -> Iterator[Finding]:
+    """Whether ranks can run the networks of the ComfyUI that is configured."""
+    path = config.comfyui.path
+    if path is None:
+        return
+    if (reason := comfyui.fault(path)) is not None:
+        yield fail("comfyui", reason, "correct comfyui.path")
+    elif packages := comfyui.lacking(path):
+        message = f"{path}: its networks need {', '.join(packages)}, which the daemon's Python lacks"
+        install = " ".join(map(repr, packages))
+        yield fail("comfyui", message, f"`{sys.executable} -m pip install {install}`, then restart tacod")
+    else:
+        yield ok("comfyui", f"{path}: version {comfyui.version(path)}")
 
 
 # --- files and memory -------------------------------------------------------------------------------------------------

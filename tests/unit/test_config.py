@@ -140,6 +140,8 @@ FAULTS = {
     '[metrics]\nlisten = "127.0.0.1:65536"': "metrics.listen: port 65536 is none of 0 to 65535",
     '[metrics]\nlisten = "unix:metrics.sock"': "metrics.listen: expected unix:/absolute/path",
     f'[metrics]\nlisten = "unix:/{"x" * 107}"': "metrics.listen: expected unix:/absolute/path",
+    '[comfyui]\npath = "ComfyUI"': "comfyui.path: expected an absolute path, got 'ComfyUI'",
+    "[comfyui]\nfolder = 3": "comfyui.folder: unknown key",
     "colour = 1": "colour: unknown key; `tacod --print-config` shows the known ones",
     "[group]\ncolour = 1": "group.colour: unknown key",
     "[colours]\nred = 1": "colours: unknown key",
@@ -209,12 +211,15 @@ def test_cpu_configuration_comes_back_from_its_toml(load: Load) -> None:
     assert load(to_toml(config)) == config
 
 
+TABLES = ("group", "models", "limits", "comfyui", "metrics")
+
+
 def test_toml_shows_every_key() -> None:
     text = to_toml(Config.model_validate({"group": {"device": "cpu"}}))
     shown = {line.removeprefix("# ").split()[0] for line in text.splitlines() if line and line[0] != "["}
-    sections = [Config, *(type(getattr(Config(), name)) for name in ("group", "models", "limits", "metrics"))]
+    sections = [Config, *(type(getattr(Config(), name)) for name in TABLES)]
     keys = {key for section in sections for key in section.model_fields}
-    assert keys - shown == {"group", "models", "limits", "metrics", "gpus"}
+    assert keys - shown == {*TABLES, "gpus"}
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

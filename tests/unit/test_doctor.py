@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from helpers import read_golden
+from made_up_networks import COMFYUI, changed
 
 from tacod.config import Config
 from tacod.tools import doctor as engine
@@ -345,3 +346,27 @@ def test_the_operators_page_explains_every_line() -> None:
         source = Path(str(module.__file__)).read_text()
         checks = set(re.findall(r"(?:ok|warn|fail|_disk)\(\"([^\"]+)\"", source)) - {"engine"}
         assert checks - explained <= {"links"}, checks - explained
+
+
+# --- a ComfyUI whose networks run -------------------------------------------------------------------------------------
+
+
+def test_a_comfyui_with_all_that_it_needs() -> None:
+    assert list(engine._comfyui(config({}))) == []
+    (found,) = engine._comfyui(config({"comfyui": {"path": str(COMFYUI)}}))
+    assert found.state == "ok"
+    assert re.fullmatch(rf"{COMFYUI}: version 0\.0\.1 \([0-9a-f]{{8}}\)", found.message)
+
+
+def test_a_comfyui_that_lacks_packages(tmp_path: Path) -> None:
+    path = changed(tmp_path, "requirements.txt", "einops", "comfy-kitchen==99.1\ntqdm<0.1")
+    (found,) = engine._comfyui(config({"comfyui": {"path": str(path)}}))
+    assert found.state == "fail"
+    assert "its networks need comfy-kitchen==99.1, tqdm<0.1, which the daemon's Python lacks" in found.message
+    assert f"`{sys.executable} -m pip install 'comfy-kitchen==99.1' 'tqdm<0.1'`" in found.advice
+
+
+def test_a_folder_that_is_no_comfyui(tmp_path: Path) -> None:
+    (found,) = engine._comfyui(config({"comfyui": {"path": str(tmp_path)}}))
+    assert found.state == "fail"
+    assert "has no comfy/model_detection.py" in found.message

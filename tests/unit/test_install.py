@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from made_up_networks import COMFYUI
 
 from tacod.config import load_config
 from tacod_client import NotAllowed, RequestError, TacodError
@@ -63,6 +64,18 @@ def test_installed_and_taken_away(tmp_path: Path, said: list[str], service: Call
     assert tree(tmp_path) == before
     for path in here:
         assert path == RECORD or f"removed  {tmp_path / path}" in said, "it says what it did"
+
+
+def test_the_comfyui_whose_networks_run(tmp_path: Path, service: Callable[..., Service]) -> None:
+    """It stays when the service is installed again without a word of it."""
+    install(service(), ["3"], str(COMFYUI))
+    assert load_config(tmp_path / CONFIG).comfyui.path == str(COMFYUI)
+    install(service(), ["4"])
+    config = load_config(tmp_path / CONFIG)
+    assert (config.comfyui.path, config.group.gpus) == (str(COMFYUI), [4])
+    for path in ("comfy", str(tmp_path), str(COMFYUI / "comfy")):
+        with pytest.raises(RequestError, match="is no ComfyUI; give the absolute path"):
+            install(service(), None, path)
 
 
 def test_what_others_put_there_stays(tmp_path: Path, service: Callable[..., Service]) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_up_networks import COMFYUI
 
 from tacod.config import Config, ConfigError
 from tacod.serving import unix_socket
@@ -544,3 +545,10 @@ def test_what_may_not_be_looked_at_is_no_fault_of_a_configuration(
     check("c.toml", with_metrics(folder))
     with pytest.raises(ConfigError, match="Permission denied; tacod must own"), hold(folder / "t.sock"):
         pytest.fail("taken")
+
+
+def test_a_folder_that_is_no_comfyui_is_told(folder: Path) -> None:
+    for path, words in ((folder, "has no comfy/model_detection.py"), (folder / "gone", "is no folder")):
+        with pytest.raises(ConfigError, match=rf"c\.toml:comfyui\.path: {path} {words}"):
+            check("c.toml", config(folder, comfyui={"path": str(path)}))
+    check("c.toml", config(folder, comfyui={"path": str(COMFYUI)}))

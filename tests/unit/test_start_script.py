@@ -104,6 +104,13 @@ def test_the_config_that_it_writes_is_one(machine: Machine) -> None:
     assert "gpus = [3, 4, 5]" in done.stdout
 
 
+def test_its_networks_are_for_the_daemon_only_if_that_is_said(machine: Machine) -> None:
+    machine.command("tacod", f"#!/bin/sh\nexec {sys.executable} -m tacod.daemon --config $2 --print-config\n")
+    assert "# path is not set" in machine.run().stdout
+    done = machine.run(TACO_NETWORKS="1")
+    assert f'[comfyui]\npath = "{machine.comfyui}"' in done.stdout
+
+
 def test_other_gpus_and_none_left(machine: Machine) -> None:
     done = machine.run(TACO_GPUS="0,1,2,3,4,5", PORT="8188")
     assert "ARGS --listen 0.0.0.0 --port 8188 --cpu" in done.stdout

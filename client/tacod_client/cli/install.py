@@ -134,20 +134,22 @@ class Service:
             raise TacodError(f"`{shlex.join(command)}` failed: {done.stderr.strip() or done.returncode}")
 
 
-def install(service: Service, gpus: Sequence[str] | None = None) -> None:
+def install(service: Service, gpus: Sequence[str] | None = None, comfyui: str | None = None) -> None:
     """Put everything in place, and tell systemd of it.
 
     Args:
         service: Where.
         gpus: The GPUs for the configuration, by index or UUID; by default those that it names already.
+        comfyui: The folder of the ComfyUI whose networks the daemon may run; by default the one that it names already.
 
     Raises `TacodError` if the daemon isn't whole in this environment or its user could not read it, `RequestError` for
-    what names no GPU.
+    what names no GPU or no ComfyUI.
     """
     with _told():
         command = _daemon()
         texts = {path: source.read_text().replace(COMMAND, _quoted(command)) for path, source in _sources()}
-        texts[CONFIG] = _with_gpus(texts[CONFIG], gpus, service.read(CONFIG))
+        there = service.read(CONFIG)
+        texts[CONFIG] = _with_comfyui(_with_gpus(texts[CONFIG], gpus, there), comfyui, there)
         again = (service.prefix / UNIT).exists()
         try:
             for path, text in texts.items():
@@ -265,9 +267,28 @@ def _with_gpus(text: str, gpus: Sequence[str] | None, there: str) -> str:
         if odd := [gpu for gpu in gpus if not re.fullmatch(r"\d+|GPU-[0-9a-fA-F-]+", gpu, re.ASCII)]:
             raise RequestError(f"{odd[0]!r} names no GPU; give indexes or UUIDs as `nvidia-smi -L` shows them")
         line = f"gpus = [{', '.join(str(int(gpu)) if gpu.isdigit() else json.dumps(gpu) for gpu in gpus)}]"
+    return _with_line(text, "# gpus = ", line)
+
+
+def _with_comfyui(text: str, path: str | None, there: str) -> str:
+    """The configuration with this ComfyUI, or with that of the one that is there."""
+    if path is None:
+        _, _, section = there.partition("[comfyui]\n")
+        line = next(iter(re.findall(r'(?m)^path = ".*"', section.partition("\n[")[0])), None)
+    else:
+        folder = Path(path)
+        if not folder.is_absolute() or not (folder / "comfy" / "model_detection.py").is_file():
+            raise RequestError(f"{path!r} is no ComfyUI; give the absolute path of its folder, which has main.py in it")
+        check_readable(folder / "comfy" / "model_detection.py")
+        line = f"path = {json.dumps(path, ensure_ascii=False)}"
+    return _with_line(text, "# path = ", line)
+
+
+def _with_line(text: str, place: str, line: str | None) -> str:
+    """A configuration with a line in place of the comment that begins so; unchanged if there is no line."""
     if line is None:
         return text
-    return "".join(f"{line}\n" if each.startswith("# gpus = ") else each for each in text.splitlines(keepends=True))
+    return "".join(f"{line}\n" if each.startswith(place) else each for each in text.splitlines(keepends=True))
 
 
 def _digest(content: bytes) -> str:

@@ -125,6 +125,9 @@ def parser() -> argparse.ArgumentParser:
     service.add_argument("--prefix", type=_given, default="/", metavar="DIR", help="what to install under (default /)")
     service.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
     service.add_argument("--gpus", type=_names, metavar="3,4,5", help="the GPUs of a new configuration")
+    service.add_argument(
+        "--comfyui", type=_given, metavar="DIR", help="the ComfyUI whose networks the daemon may run, if it has none"
+    )
     service.add_argument("--uninstall", action="store_true", help="take away what was installed")
     verb("version", "the version of tacoctl, and of the daemon if it runs")
     completion = verb("completion", "print a completion script for your shell")

@@ -111,7 +111,7 @@ def _install_service(args: argparse.Namespace) -> None:
     if args.uninstall:
         install.uninstall(service)
     else:
-        install.install(service, args.gpus)
+        install.install(service, args.gpus, args.comfyui)
     if "json" in args:
         document({"done": done})
 
