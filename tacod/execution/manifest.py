@@ -70,6 +70,8 @@ class Model:
     """On each rank's device."""
     streamed_bytes: tuple[int, ...] = ()
     """What each rank fetches in a forward."""
+    network: str = ""
+    """In words, whose network it is and how it is shared out, if it is none of this version's families."""
     fetch_s: tuple[float, ...] = ()
     """How long that takes each rank; less of it is waited for, as the rank computes meanwhile."""
     shares: Shares | None = None
@@ -131,6 +133,7 @@ class Model:
             dtype=facts.dtype,
             sampling=facts.sampling,
             notes=tuple(facts.notes),
+            network=facts.network,
             quantization=facts.quantization,
             loaded_s=elapsed_s,
             shape=Shape(facts.heads, facts.width),
@@ -171,6 +174,7 @@ class Model:
             "plan": self.plan,
             "loaded_s": round(self.loaded_s, 3),
             "notes": list(self.notes),
+            "network": self.network,
             "quantization": dict(self.quantization),
             "weights": self.weights,
             "resident_bytes": list(self.resident_bytes),

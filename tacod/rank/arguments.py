@@ -9,7 +9,18 @@ from typing import Any
 import torch
 
 from tacod.rank.families.control import Control
-from tacod.rank.families.inputs import Argument, Inputs, Number, Numbers, Places, Record, Residuals, Spec, Unread
+from tacod.rank.families.inputs import (
+    Anything,
+    Argument,
+    Inputs,
+    Number,
+    Numbers,
+    Places,
+    Record,
+    Residuals,
+    Spec,
+    Unread,
+)
 from tacod.rank.shared_memory import MappedMemory
 from tacod_client import wire
 from tacod_client.errors import ArgumentError
@@ -17,12 +28,14 @@ from tacod_client.tensors import from_wire
 
 __all__ = ["Kept", "check_arguments", "check_names", "check_tokens", "digest", "load_arguments"]
 
-Kept = dict[tuple[bytes | None, torch.dtype], torch.Tensor]
-"""Tensors on the device by digest and dtype."""
+Kept = dict[tuple[bytes | None, torch.dtype | None], torch.Tensor]
+"""Tensors on the device by digest and dtype; None for the dtype that they came in."""
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 HIDDEN = -1e4
 """Added to an attention score, it hides the key in any dtype."""
+DEPTH = 8
+"""Most lists and maps within each other."""
 LOCKED_BYTES = 16 << 20
 """Arguments up to this size, above all a step's latents, reach a GPU through page-locked memory."""
 
@@ -44,6 +57,8 @@ def check_arguments(given: Mapping[str, Any], specs: Mapping[str, Spec], family:
         elif isinstance(spec, Number):
             if not _is_within(value, spec):
                 raise ArgumentError(f"{name}: expected {_wanted(spec)}, got {value!r:.40}", argument=name)
+        elif isinstance(spec, Anything):
+            _check_anything(name, value, spec)
         elif isinstance(spec, Numbers):
             _check_numbers(name, value, spec)
         elif isinstance(spec, Places):
@@ -91,6 +106,32 @@ def _turn(name: str, spec: Spec) -> int:
 
 def _batch(sizes: Mapping[str, tuple[int, str]]) -> dict[str, tuple[int, str]]:
     return {"B": sizes["B"]} if "B" in sizes else {}
+
+
+def _check_anything(name: str, value: Any, spec: Anything) -> None:
+    tensors = value if isinstance(value, list) else [value]
+    if spec.tensor and not (tensors and all(isinstance(each, wire.Tensor) and each.shape for each in tensors)):
+        raise ArgumentError(f"{name}: expected {_wanted(spec)}; got {_kind(value)}", argument=name)
+    batch = next((each.shape[0] for each in tensors if isinstance(each, wire.Tensor) and each.shape), 1)
+    if spec.tensor and (not batch or any(each.shape[0] != batch for each in tensors)):
+        raise ArgumentError(f"{name}: its tensors are for no one number of images", argument=name)
+    _check_plain(name, value, DEPTH)
+
+
+def _check_plain(name: str, value: Any, depth: int) -> None:
+    """Raise `ArgumentError` for what isn't made of tensors, numbers, strings, lists and maps, or is too deep."""
+    if depth == 0:
+        raise ArgumentError(f"{name}: lists and maps within each other, more than {DEPTH} deep", argument=name)
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            if not isinstance(key, str):
+                raise ArgumentError(f"{name}: expected a map by names, got the key {key!r:.40}", argument=name)
+            _check_plain(f"{name}.{key:.40}", each, depth - 1)
+    elif isinstance(value, list):
+        for index, each in enumerate(value):
+            _check_plain(f"{name}[{index}]", each, depth - 1)
+    elif not (value is None or isinstance(value, bool | int | float | str | wire.Tensor)):
+        raise ArgumentError(f"{name}: expected {_wanted(Anything())}; got {_kind(value)}", argument=name)
 
 
 def _check_numbers(name: str, value: Any, spec: Numbers) -> None:
@@ -220,6 +261,10 @@ def _check_product(name: str, size: int, symbol: str, sizes: dict[str, tuple[int
 
 
 def _wanted(spec: Spec) -> str:
+    if isinstance(spec, Anything):
+        return (
+            "a tensor or a list of tensors" if spec.tensor else "a tensor, number or string, or lists or maps of these"
+        )
     if isinstance(spec, Number):
         kind = "a list of numbers" if spec.many else "a number"
         return f"{kind} from {spec.least:g} to {spec.most:g}"
@@ -266,8 +311,27 @@ def load_arguments(
     Tensors are in the compute dtype, or in fp32 where the spec says so. Residuals stay in the host's memory, because a
     rank needs only some of their tokens. A tensor with a digest is put on the device once and stays in ``kept``.
     """
+    first = given.get("x")
+    latents = first[0].dtype if isinstance(first, list) and first else getattr(first, "dtype", "")
+
+    def put_anything(value: Any) -> Any:
+        if isinstance(value, list):
+            return list(map(put_anything, value))
+        if isinstance(value, Mapping):
+            return {name: put_anything(each) for name, each in value.items()}
+        if not isinstance(value, wire.Tensor):
+            return value
+        key = value.digest, dtype if value.dtype == latents else None
+        if kept is None or value.digest is None:
+            return _as_it_is(value, key[1], device)
+        if key not in kept:
+            kept[key] = _as_it_is(value, key[1], device)
+        # Its network may write to what it is given.
+        return kept[key].clone()
 
     def put(name: str, value: Any, spec: Spec) -> Any:
+        if isinstance(spec, Anything):
+            return put_anything(value)
         if isinstance(spec, Residuals):
             return _control(value)
         if isinstance(value, list):
@@ -337,6 +401,12 @@ def _on_device(value: wire.Tensor, dtype: torch.dtype, device: torch.device) -> 
     if tensor.dtype == torch.bool:
         tensor = torch.zeros(tensor.shape, dtype=dtype).masked_fill(~tensor, -math.inf)
     return tensor.to(device, non_blocking=locked).to(dtype)
+
+
+def _as_it_is(value: wire.Tensor, dtype: torch.dtype | None, device: torch.device) -> torch.Tensor:
+    """A tensor of its own, in this dtype or in the one that it came in."""
+    tensor: torch.Tensor = from_wire(value, "torch")
+    return tensor.to(device, dtype, copy=True)
 
 
 def _control(value: Mapping[str, Any]) -> Control:

@@ -15,7 +15,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from tacod.checkpoint import read_checkpoint
+from tacod.checkpoint import Checkpoint, read_checkpoint
 from tacod.group.work import (
     Command,
     Done,
@@ -35,6 +35,9 @@ from tacod.group.work import (
 )
 from tacod.plan import DeviceRates, parse_request
 from tacod.rank.arguments import Kept, check_arguments, check_tokens, digest, load_arguments
+from tacod.rank.comfyui.check import check_split
+from tacod.rank.comfyui.installation import Installation
+from tacod.rank.comfyui.loading import find_network, load_network
 from tacod.rank.families.base import DiT, Output
 from tacod.rank.families.names import Place
 from tacod.rank.forward.graphs import PREFIX_BYTES, Forwards
@@ -59,7 +62,7 @@ from tacod.rank.weights.load import (
 from tacod.rank.weights.lora import read_lora
 from tacod.rank.weights.patch_request import parse_patches
 from tacod.rank.weights.patches import Patch, apply, factors
-from tacod.rank.weights.placement import Links
+from tacod.rank.weights.placement import Links, Sizes
 from tacod.rank.weights.reader import changed
 from tacod.rank.weights.remap import identify
 from tacod.rank.weights.sizes import SMALLEST
@@ -68,7 +71,7 @@ from tacod.rank.weights.unfilled import Unfilled
 from tacod.shares import EQUAL, Shares
 from tacod_client import wire
 from tacod_client.dtypes import is_weight_only
-from tacod_client.errors import ArgumentError, ModelNotFound, OutOfMemory
+from tacod_client.errors import ArgumentError, ModelCorrupt, ModelNotFound, ModelUnsupported, OutOfMemory
 from tacod_client.tensors import from_wire, to_wire
 from tacod_client.text import encodable, shortened
 from tacod_client.wire import CHANGING, map_tensors
@@ -109,13 +112,16 @@ class Engine:
         warm: bool = True,
         prefix_bytes: int = PREFIX_BYTES,
         smallest: int = SMALLEST,
+        comfyui: str | None = None,
     ) -> None:
+        """``comfyui`` is the folder of the ComfyUI whose networks run where no family here does."""
         self.device = device
         self.smallest = smallest
         """Tensors of fewer bytes stay whole on each rank."""
         self.warm = warm
         """Whether a load on a GPU warms up the model."""
         self.topology = topology
+        self.installation = None if comfyui is None else Installation(comfyui, device)
         self.forwards = Forwards(topology, graphs, prefix_bytes)
         self.models: dict[str, Resident] = {}
         self.runs: dict[str, Run] = {}
@@ -278,6 +284,55 @@ class Engine:
         checkpoint = read_checkpoint(path)
         if checkpoint.identity != identity:
             raise changed(path)
+        try:
+            return self._load_own(checkpoint, dtype, weights, memory_bytes, fewer)
+        except (ModelUnsupported, ModelCorrupt) as error:
+            # What looks like a damaged file of a family here may be a whole one of a network that ComfyUI knows.
+            if self.installation is None:
+                raise
+            return self._load_network(self.installation, checkpoint, error.message, dtype, weights, memory_bytes)
+
+    def _load_network(
+        self,
+        installation: Installation,
+        checkpoint: Checkpoint,
+        refusal: str,
+        dtype: str | None,
+        weights: str,
+        memory_bytes: int | None,
+    ) -> Resident:
+        """A file that no family here runs, by ComfyUI's own network."""
+        if weights not in ("auto", "replicated"):
+            raise ArgumentError(
+                f"weights: of ComfyUI's networks each rank holds all weights; {weights!r} is for this version's own "
+                "families, so use auto",
+                argument="weights",
+            )
+        chosen = choose_dtype(checkpoint, dtype, self.device)
+        if chosen == "fp8" or is_weight_only(chosen):
+            raise ArgumentError(f"dtype: {chosen} is for this version's own families; use bf16", argument="dtype")
+        streaming = Streaming(
+            self.topology.everyone, self.device, "auto", self._budgets(memory_bytes), False, self.smallest
+        )
+        with self.memory_errors("unload a model (`tacoctl unload`)"):
+            found = find_network(
+                installation,
+                checkpoint,
+                refusal,
+                self.device,
+                lambda total: streaming.begin(None, Sizes({}, others=total)),
+                self.report,
+            )
+            network = load_network(installation, found, checkpoint.path, DTYPES[chosen], self.device)
+            check_split(network, self.topology, self.device)
+        facts = self._facts(network, checkpoint, chosen, streaming)
+        shapes = {name: tuple(each.shape) for name, each in network.named_weights().items()}
+        return Resident(network, {}, shapes, facts, streaming)
+
+    def _load_own(
+        self, checkpoint: Checkpoint, dtype: str | None, weights: str, memory_bytes: int | None, fewer: int
+    ) -> Resident:
+        """A file that a family here runs."""
         with Unfilled():
             family, config, checkpoint = identify(checkpoint)
         chosen = choose_dtype(checkpoint, dtype, self.device)
@@ -319,15 +374,22 @@ class Engine:
                     self.topology.clock.wait()
         except OutOfMemory as error:
             raise streaming.advised(error) from None
-        facts = Facts(
+        facts = self._facts(loaded, checkpoint, chosen, streaming)
+        with Unfilled():
+            return Resident(loaded, family.lora_layout(config), family.shapes(config), facts, streaming)
+
+    def _facts(self, loaded: DiT, checkpoint: Checkpoint, dtype: str, streaming: Streaming) -> Facts:
+        """What there is to report about a model. All ranks ask at once."""
+        resident = self._everyones(weight_bytes(loaded))
+        return Facts(
             family=loaded.family,
             parameters=checkpoint.parameters,
-            weight_bytes=max(resident := self._everyones(weight_bytes(loaded))),
+            weight_bytes=max(resident),
             weights=streaming.placement.kind,
             resident_bytes=resident,
             streamed_bytes=streaming.streamed_bytes(loaded),
             fetch_s=streaming.fetch_s(loaded),
-            dtype=chosen,
+            dtype=dtype,
             heads=loaded.heads,
             width=loaded.width,
             sampling=loaded.sampling(),
@@ -335,9 +397,8 @@ class Engine:
             shares=[*loaded.shares.each],
             shares_measured=loaded.shares.measured,
             rates=[] if loaded.rates is None else [*astuple(loaded.rates)],
+            network=loaded.network,
         )
-        with Unfilled():
-            return Resident(loaded, family.lora_layout(config), family.shapes(config), facts, streaming)
 
     def _try_to_patch(self, base: Resident, patches: Any, files: Mapping[str, str]) -> Resident:
         """See `_patch`; a lack of memory says whether a base that holds fewer blocks would leave more."""
@@ -357,7 +418,7 @@ class Engine:
             return read_lora(path, base.layout, base.shapes, strength, type(model).spellings, files.get(path), notes)
 
         given = map_tensors(patches, lambda each: from_wire(each, "torch"))
-        parsed = parse_patches(given, read, base.shapes, type(base.model).canonical, notes)
+        parsed = parse_patches(given, read, base.shapes, base.model.canonical, notes)
         with base.streaming as streaming:
             for keys in streaming.in_turn(
                 model, patched, [key for key, each in parsed.items() if not all(patch.idle for patch in each)]
@@ -470,7 +531,7 @@ class Engine:
         """
         shared = self.memories.get(memory)
         dit = self._resident(model).model
-        specs = dit.arguments()
+        specs = dit.specs_for(arguments)
         check_arguments(arguments, specs, dit.family)
         # What can't be is refused before anything is put on the device.
         asked = parse_request(plan, self.topology.world_size)

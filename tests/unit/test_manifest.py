@@ -279,6 +279,7 @@ def test_loaded_model_tells_what_the_ranks_told(manifest: Manifest) -> None:
         "plan": "sequence 3 (ulysses; rank 0 is 2 times as fast; 24 heads over 3 ranks: 12 + 6 + 6)",
         "loaded_s": 1.235,
         "notes": [],
+        "network": "",
         "quantization": {"int8_convrot": 3},
         "weights": "sharded",
         "resident_bytes": [10, 9, 9],

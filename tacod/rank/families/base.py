@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tacod.checkpoint import TensorInfo
-from tacod.plan import DeviceRates
+from tacod.plan import DeviceRates, Request
 from tacod.rank.families.inputs import Argument, Inputs, Residuals, Spec
 from tacod.rank.families.kit.attention import find
 from tacod.rank.families.kit.modulation import Modulation
@@ -114,6 +114,8 @@ class DiT(nn.Module, abc.ABC):
     """Whether ComfyUI lets the metadata's ``config`` go before what it detects in a file."""
     beside: ClassVar[tuple[str, ...]] = ()
     """Prefixes of tensors that files hold for other modules: a load leaves them out."""
+    shares_output: ClassVar[bool] = True
+    """Whether ranks that a plan leaves idle get the output too; where nobody samples here, rank 0 alone needs it."""
     fp32_weights: str = ""
     """A regular expression for the names of weights that are fp32 in any compute dtype; empty if there are none."""
     downscale: int = 8
@@ -191,6 +193,22 @@ class DiT(nn.Module, abc.ABC):
     @abc.abstractmethod
     def arguments(self) -> dict[str, Spec]:
         """The arguments that a forward takes, ``x`` and ``timestep`` among them."""
+
+    @property
+    def network(self) -> str:
+        """In words, what computes it and how it is shared out, if that isn't this family's own code."""
+        return ""
+
+    def specs_for(self, given: Iterable[str]) -> dict[str, Spec]:
+        """The specs of `arguments`, and of others of these names that this model passes on unseen."""
+        return self.arguments()
+
+    def limited(self, asked: Request, arguments: Mapping[str, Any]) -> Request:
+        """A request for a plan, within what this model can do with these arguments.
+
+        Raises `ArgumentError` for a plan that asks for more.
+        """
+        return asked
 
     def methods(self) -> Mapping[str, Method]:
         """What the network does outside of a forward, by ComfyUI's names of these methods.
@@ -346,6 +364,14 @@ class DiT(nn.Module, abc.ABC):
     def latents(self) -> list[tuple[int | str, ...]]:
         """The shapes of the latents that `sample` takes and gives: the canvases with the output's channels."""
         return self.output_shapes(self.canvases)
+
+    def own_weight(self, owner: nn.Module, leaf: str) -> Tensor | None:
+        """The numbers of a weight that this model keeps packed in a way of its own; None for all others."""
+        return None
+
+    def put_own_weight(self, owner: nn.Module, leaf: str, key: str, tensor: Tensor) -> bool:
+        """Replace such a weight, in its module and leaf, and say so; false for all others."""
+        return False
 
     @property
     def blocks_at(self) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tacod.rank.families.control import Control
 
-__all__ = ["Argument", "Inputs", "Number", "Numbers", "Places", "Record", "Residuals", "Spec", "Unread"]
+__all__ = ["Anything", "Argument", "Inputs", "Number", "Numbers", "Places", "Record", "Residuals", "Spec", "Unread"]
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,24 @@ class Unread:
     required: bool = False
 
 
-Spec = Argument | Number | Numbers | Places | Record | Residuals | Unread
+@dataclass(frozen=True)
+class Anything:
+    """An argument whose meaning its network alone knows: a tensor, number, string, or lists and maps of these.
+
+    Tensors keep their dtype, but for floating-point ones of the dtype of ``x``, which come in the compute dtype. Those
+    with as many rows as there are images are shared out along these.
+    """
+
+    required: bool = False
+    tensor: bool = False
+    """Whether it must be a tensor, or a list of tensors."""
+
+    def images(self, value: Any, part: slice, batch: int) -> Any:
+        """Some images of a value for a batch of this many."""
+        return _map(value, lambda each: each[part] if each.ndim and len(each) == batch else each)
+
+
+Spec = Anything | Argument | Number | Numbers | Places | Record | Residuals | Unread
 """The spec of one argument of a forward."""
 
 
@@ -220,7 +237,10 @@ class Inputs(Mapping[str, Any]):
             spec = self.specs.get(name)
             if isinstance(value, Control):
                 value = Control(value.residuals, part)
-            values[name] = spec.images(value, part) if isinstance(spec, Argument) else value
+            if isinstance(spec, Anything):
+                values[name] = spec.images(value, part, self.batch)
+            else:
+                values[name] = spec.images(value, part) if isinstance(spec, Argument) else value
         return Inputs(values, self.specs)
 
     def copy_(self, other: Inputs) -> None:

@@ -52,6 +52,7 @@ def plan_for(dit: DiT, asked: Request, world_size: int, arguments: Mapping[str, 
     """
     x = arguments["x"]
     images = (x[0] if isinstance(x, list) else x).shape[0]
+    asked = dit.limited(asked, arguments)
     shape = Shape(dit.heads, dit.width, images, dit.lengths(arguments))
     return make_plan(asked, world_size, shape, dit.rates, dit.shares)
 
@@ -81,7 +82,9 @@ def run(call: Call, topology: Topology, cache: BlockCache | None = None, watch: 
         outs = [seat.batch.gather(each, sizes, dim=0) for each in (out if isinstance(out, list) else [out])]
     elif watch is not None:
         watch.end()
-    if layout.ranks < topology.world_size:
+    if layout.ranks < topology.world_size and not call.dit.shares_output:
+        outs = outs or inputs.latents
+    elif layout.ranks < topology.world_size:
         latents = inputs.latents
         shapes = call.dit.output_shapes([tuple(each.shape) for each in latents])
         outs = outs or [latents[0].new_empty(shape) for shape in shapes]

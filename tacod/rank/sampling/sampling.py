@@ -122,6 +122,11 @@ def check_samples(dit: DiT) -> tuple[LatentFormat, ...]:
     Raises `ArgumentError` for one whose forwards take more than a noisy latent as ``x``, or what only the caller
     knows of each step, or of a family that tells nothing of latents.
     """
+    if dit.unsampled:
+        raise ArgumentError(
+            f"model: its forwards take {dit.unsampled}, which sample doesn't give; call forward for each step",
+            argument="model",
+        )
     latents = dit.latents
     for canvas, latent in zip(dit.canvases, latents, strict=True):
         if canvas[1] != latent[1]:
@@ -130,11 +135,6 @@ def check_samples(dit: DiT) -> tuple[LatentFormat, ...]:
                 "an image or a mask at every step, which sample has no place for; call forward for each step",
                 argument="model",
             )
-    if dit.unsampled:
-        raise ArgumentError(
-            f"model: its forwards take {dit.unsampled}, which sample doesn't give; call forward for each step",
-            argument="model",
-        )
     if dit.latent_format is None:
         raise ArgumentError(
             f"model: {dit.family} doesn't describe its latents, which sample needs; call forward for each step",

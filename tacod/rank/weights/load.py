@@ -267,6 +267,8 @@ def get_weight(model: DiT, key: str) -> Tensor:
     owner, leaf = _find(model, key)
     if isinstance(owner, PackedLinear) and leaf == "weight":
         return owner.dequantized(torch.float32)
+    if (own := model.own_weight(owner, leaf)) is not None:
+        return own
     tensor: Tensor = owner._parameters[leaf] if leaf in owner._parameters else owner._buffers[leaf]
     return tensor
 
@@ -283,6 +285,8 @@ def set_weight(model: DiT, key: str, tensor: Tensor) -> None:
     shape = (owner.out_features, owner.in_features) if stored else tuple(old.shape)
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{key}: a tensor of {list(tensor.shape)} can't replace one of {list(shape)}")
+    if model.put_own_weight(owner, leaf, key, tensor.detach()):
+        return
     if stored:
         path = key.rpartition(".")[0]
         fp8 = isinstance(owner, Fp8Linear)
@@ -330,8 +334,12 @@ def _find(model: nn.Module, key: str) -> tuple[Any, str]:
 def share(model: Module) -> Module:
     """Another instance of a model over the same tensors: nothing is copied.
 
-    Setting its weights doesn't change the first. A compiled module is shared as it was before it was compiled.
+    Setting its weights doesn't change the first. A compiled module is shared as it was before it was compiled, and a
+    model with a ``twin`` of its own as that is.
     """
+    if (own := getattr(model, "twin", None)) is not None:
+        made: Module = own()
+        return made
     twin = copy.copy(model)
     twin._parameters = dict(model._parameters)
     twin._buffers = dict(model._buffers)
@@ -341,9 +349,22 @@ def share(model: Module) -> Module:
 
 def weight_bytes(*models: DiT) -> int:
     """The device's memory that this rank keeps for models' weights, packed ones as they are; shared ones count once."""
-    tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers(), *_held(model))]
+    tensors = [
+        part
+        for model in models
+        for tensor in (*model.parameters(), *model.buffers(), *_held(model))
+        for part in _parts(tensor)
+    ]
     storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type != "meta"]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """The tensors that hold one of a class of its own, such as a packed one with its scales; else itself."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in _parts(getattr(tensor, name))]
 
 
 def _held(model: DiT) -> list[Tensor]:

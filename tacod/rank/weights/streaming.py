@@ -84,8 +84,8 @@ class Streaming:
         self._holders: dict[str, int] = {}
         self._depot: Depot | None = None
 
-    def begin(self, model: DiT, sizes: Sizes) -> None:
-        """Choose the placement of a model without weights, which will have these sizes.
+    def begin(self, model: DiT | None, sizes: Sizes) -> None:
+        """Choose the placement of a model without weights, which will have these sizes; None for one without blocks.
 
         Raises `OutOfMemory` if there is none.
         """
@@ -104,7 +104,7 @@ class Streaming:
             return PeerSlabs(self._group) if sharded and gpu else HostSlabs(self._group, gpu, on_device=sharded)
 
         self._depot = Depot(self._group, slabs, host=gpu and not sharded)
-        if sharded:
+        if sharded and model is not None:
             whose = owners([layer.out_features for layer in model.modulating], self._group.size)
             self._holders = dict(zip(sizes.modulations, whose, strict=True))
 

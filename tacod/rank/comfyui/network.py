@@ -1,0 +1,374 @@
+"""A network of ComfyUI's as a `DiT` of ours: the same wire, plans, patches and promises, and its own code within.
+
+Images of a batch are shared out in any case. The tokens of an image are too where a table says how (`tacod.rank.
+comfyui.tables`) and where a small forward, at each load, shows that it is true.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tacod.checkpoint import TensorInfo
+from tacod.plan import Request
+from tacod.rank.comfyui.split import Misfit, Ones, Split, Table
+from tacod.rank.families.base import DiT, Method, Output
+from tacod.rank.families.inputs import Anything, Inputs, Spec
+from tacod.rank.families.noise import Flow
+from tacod.rank.families.stream import ForwardPass
+from tacod.rank.families.trunk import BlockCache, BlockWatch
+from tacod.rank.parallel.sequence import SequenceParallel
+from tacod_client.errors import ArgumentError
+
+__all__ = ["FAMILY", "OPTIONS", "Network"]
+
+FAMILY = "comfyui"
+"""The name that users see."""
+OPTIONS = "transformer_options"
+"""ComfyUI's map of options for a call, of which clients send what is no code."""
+_BY_CALL = ("cond_or_uncond", "uuids")
+"""Options that tell something of each part of a batch, so that it can't be shared out."""
+_CALLED = ("preprocess_text_embeds",)
+"""Methods that ComfyUI calls outside of a forward."""
+_NOT_TAKEN = {"control": "a ControlNet"}
+"""Arguments of ComfyUI's that reach into the blocks, in words."""
+LONGEST_NAME = 64
+NETWORKS_OWN = 2
+"""The first two of a network's arguments are latents and timesteps, whatever their names are."""
+
+log = logging.getLogger(__name__)
+
+
+class Network(DiT):
+    """A network of ComfyUI's.
+
+    Args:
+        network: The module, with weights.
+        dtype: The compute dtype.
+        version: ComfyUI's, in words.
+        renamed: Its names of weights, by those of the file where they differ.
+        table: How its tokens are split; None if nothing is known.
+        seed_of: ComfyUI's seed for a weight's name, for weights that are rounded at random.
+    """
+
+    family: ClassVar[str] = FAMILY
+    title = "ComfyUI's own networks"
+    models = ()
+    image_models: ClassVar[tuple[str, ...]] = ()
+    usual: ClassVar[Mapping[str, int]] = {}
+    process = Flow()
+    shares_output = False
+    unsampled = "what ComfyUI's own network asks of each step"
+
+    def __init__(
+        self,
+        network: nn.Module,
+        dtype: torch.dtype,
+        version: str,
+        renamed: Mapping[str, str] | None = None,
+        table: Table | None = None,
+        seed_of: Callable[[str], int] = hash,
+    ) -> None:
+        super().__init__()
+        self.inner = network
+        self.heads = self.width = 1
+        self._dtype = dtype
+        self._comfyui = version
+        self._renamed = dict(renamed or {})
+        self._table = table
+        self._seed_of = seed_of
+        self._split: Split | None = None
+        self.reason = "this version has no table of its blocks"
+        """Why the tokens of an image aren't shared out; empty if they are."""
+        self._parameters_of_call, self._passes_on = _signature(network)
+        self._blocks = [
+            block for each in network.children() if isinstance(each, nn.ModuleList) and len(each) > 1 for block in each
+        ]
+        self._done = 0
+        for block in self._blocks:
+            block.register_forward_pre_hook(self._counting())
+
+    # --- what is asked of a family ------------------------------------------------------------------------------------
+
+    @classmethod
+    def detect(cls, tensors: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
+        """ComfyUI's detection is another one: see `tacod.rank.comfyui.loading`."""
+        return None
+
+    @property
+    def name(self) -> str:
+        """The class of the network."""
+        return type(self.inner).__name__
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return self._dtype
+
+    @property
+    def network(self) -> str:
+        """In words, whose network it is, and what is shared out."""
+        said = f"ComfyUI {self._comfyui}: {self.name}"
+        return f"{said}; tokens are not shared out: {self.reason}" if self.reason else said
+
+    def arguments(self) -> dict[str, Spec]:
+        """Those of the network's own signature."""
+        named = {name: Anything(required) for name, required in self._parameters_of_call.items()}
+        return {"x": Anything(True, tensor=True), "timestep": Anything(True, tensor=True), **named, OPTIONS: Anything()}
+
+    def specs_for(self, given: Iterable[str]) -> dict[str, Spec]:
+        """As ComfyUI does, a network that passes arguments on gets others too.
+
+        Raises `ArgumentError` for what reaches into its blocks.
+        """
+        specs = self.arguments()
+        for name in given:
+            if name in _NOT_TAKEN:
+                raise ArgumentError(
+                    f"{name}: ComfyUI's own network {self.name} runs without {_NOT_TAKEN[name]} here; leave it out",
+                    argument=name,
+                )
+            if self._passes_on and isinstance(name, str) and name.isidentifier() and len(name) <= LONGEST_NAME:
+                specs.setdefault(name, Anything())
+        return specs
+
+    def lengths(self, arguments: Mapping[str, Any]) -> tuple[int, ...]:
+        """About how many tokens there are; one if that isn't known."""
+        if self._table is None:
+            return (1,)
+        shapes = {name: tuple(each.shape) for name, each in arguments.items() if hasattr(each, "shape")}
+        return self._table.lengths(self.inner, shapes)
+
+    def limited(self, asked: Request, arguments: Mapping[str, Any]) -> Request:
+        """See `DiT.limited`: without a table that was checked with such arguments an image stays on one rank."""
+        if asked.step_cache:
+            raise ArgumentError(
+                f"plan: step_cache is for this version's own families, and {self.name} is ComfyUI's; leave it out",
+                argument="plan",
+            )
+        if any(name in (arguments.get(OPTIONS) or {}) for name in _BY_CALL):
+            if asked.cfg_parallel:
+                raise ArgumentError(
+                    f"plan: {self.name} reads of which condition an image is, so a batch stays together; leave "
+                    "cfg_parallel out",
+                    argument="plan",
+                )
+            asked = replace(asked, cfg_parallel=False)
+        reason = self.reason or self._unchecked(arguments)
+        if not reason:
+            return asked
+        degrees = (asked.sequence_parallel_degree, asked.ulysses, asked.ring)
+        if any(degree is not None and degree > 1 for degree in degrees):
+            raise ArgumentError(
+                f"plan: the tokens of ComfyUI's {self.name} aren't shared out: {reason}; ask for auto", argument="plan"
+            )
+        return replace(asked, sequence_parallel_degree=1)
+
+    def _unchecked(self, arguments: Mapping[str, Any]) -> str:
+        """What of a call's arguments the table wasn't checked with; empty if it was with all."""
+        assert self._table is not None
+        known = {*self._table.probe(self.inner), "timestep"}
+        others = [
+            name for name, value in arguments.items() if name not in known and (value or not isinstance(value, Mapping))
+        ]
+        others = [name for name in others if arguments[name] is not None]
+        if others:
+            return f"that was checked without {', '.join(others)}"
+        if left := [name for name in known if arguments.get(name) is None]:
+            return f"that was checked with {', '.join(left)}"
+        return "" if min(self.lengths(arguments)) >= 1 else "there are too few"
+
+    def methods(self) -> Mapping[str, Method]:
+        """See `DiT.methods`: those of ComfyUI's that the network has."""
+        found = {}
+        for name in _CALLED:
+            if (function := getattr(self.inner, name, None)) is not None:
+                parameters = inspect.signature(function).parameters.items()
+                specs = {key: Anything(each.default is each.empty) for key, each in parameters}
+                found[name] = Method(specs, function)
+        return found
+
+    # --- the forward --------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        sequence: SequenceParallel,
+        inputs: Inputs,
+        cache: BlockCache | None = None,
+        prefix: Sequence[Tensor] | None = None,
+        watch: BlockWatch | None = None,
+    ) -> Output:
+        """See `DiT.run`: one call of the network, with what ComfyUI passes to it."""
+        values = dict(inputs)
+        x, timestep, context = values.pop("x"), values.pop("timestep"), values.pop("context", None)
+        options = dict(values.pop(OPTIONS, {}))
+        shared = nullcontext() if self._split is None or sequence.size == 1 else self._split.sharing(sequence, options)
+        with self._followed(watch), shared:
+            out = self.inner(x, timestep, context=context, control=None, transformer_options=options, **values)
+        outs = [out] if isinstance(out, Tensor) else list(out)
+        # As ComfyUI, which packs several latents and takes a list of one as it is.
+        return outs[0].contiguous() if len(outs) == 1 else [each.contiguous() for each in outs]
+
+    @contextmanager
+    def _followed(self, watch: BlockWatch | None) -> Iterator[None]:
+        Network._current, before = (self, watch), Network._current
+        self._done = 0
+        try:
+            yield
+        finally:
+            Network._current = before
+
+    _current: ClassVar[tuple[Network, BlockWatch | None] | None] = None
+    """The network that is called now, and what follows it."""
+
+    @staticmethod
+    def _counting() -> Any:
+        # A plain function, so that patched copies share it.
+        def before(module: nn.Module, args: Any) -> None:
+            if Network._current is not None:
+                network, watch = Network._current
+                if watch is not None and network._done < len(network._blocks):
+                    watch.before(network._done, len(network._blocks))
+                    network._done += 1
+
+        return before
+
+    # --- weights ------------------------------------------------------------------------------------------------------
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """A module by the network's own name of it."""
+        return self.inner.get_submodule(target)
+
+    def named_weights(self) -> dict[str, Tensor]:
+        """Its weights and buffers, by its own names."""
+        return {**dict(self.inner.named_parameters()), **dict(self.inner.named_buffers())}
+
+    def canonical(self, name: str) -> str:  # type: ignore[override]
+        """The network's name of a weight, for the file's."""
+        return self._renamed.get(name, name)
+
+    def dtype_of(self, name: str, compute: torch.dtype) -> torch.dtype:
+        """The dtype of a weight: its own, or the compute dtype if that is one of 8 bits."""
+        weight = self.named_weights().get(name)
+        return compute if weight is None or weight.dtype.itemsize == 1 else weight.dtype
+
+    def own_weight(self, owner: nn.Module, leaf: str) -> Tensor | None:
+        """See `DiT.own_weight`: of a layer of ComfyUI's that is quantized."""
+        weight = owner._parameters.get(leaf)
+        if weight is None or not hasattr(weight, "__tensor_flatten__"):
+            return None
+        numbers: Tensor = owner.convert_weight(weight)  # type: ignore[operator]
+        return numbers
+
+    def put_own_weight(self, owner: nn.Module, leaf: str, key: str, tensor: Tensor) -> bool:
+        """See `DiT.put_own_weight`: it is quantized again as ComfyUI does, rounded at random from the same seed."""
+        weight = owner._parameters.get(leaf)
+        if weight is None or not hasattr(weight, "__tensor_flatten__"):
+            return False
+        owner.set_weight(tensor, seed=self._seed_of(f"diffusion_model.{key}"))  # type: ignore[operator]
+        return True
+
+    def twin(self) -> Network:
+        """Another instance over the same tensors: setting its weights doesn't change this one."""
+        memo: dict[int, Any] = {id(each): each for each in self.named_weights().values()}
+        other = copy.copy(self)
+        other._modules = dict(self._modules)
+        other._modules["inner"] = copy.deepcopy(self.inner, memo)
+        other._blocks = self._blocks
+        return other
+
+    # --- the split ----------------------------------------------------------------------------------------------------
+
+    def use_table(self) -> None:
+        """Take up the table, if there is one and the network is as it says. It is to be checked then (`trust`)."""
+        if self._table is None:
+            return
+        try:
+            split = Split(self.inner, self._table)
+            self.heads, self.width = self._table.heads(self.inner), self._table.width(self.inner)
+        except (Misfit, AttributeError) as error:
+            self.distrust(f"it isn't as this version's table says ({error})")
+            return
+        self._split, self.reason = split, ""
+
+    def distrust(self, reason: str) -> None:
+        """Share out tokens no more."""
+        self._split, self.reason = None, reason
+        log.warning("ComfyUI's %s runs on one rank for each image: %s", self.name, reason)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether there is a table that hasn't failed."""
+        return self._split is not None
+
+    def probe(self, device: torch.device) -> Inputs:
+        """The arguments of a small forward, the same on every rank."""
+        assert self._table is not None
+        generator = torch.Generator().manual_seed(0)
+        values: dict[str, Any] = {"timestep": torch.full((1,), 0.5, device=device)}
+        for name, shape in self._table.probe(self.inner).items():
+            if isinstance(shape, int):
+                values[name] = shape
+            elif isinstance(shape, Ones):
+                values[name] = torch.ones(shape, dtype=torch.int64, device=device)
+            else:
+                values[name] = torch.randn(shape, generator=generator).to(device, self.dtype)
+        return Inputs(values, self.specs_for(values))
+
+    # --- what there is none of ----------------------------------------------------------------------------------------
+
+    @property
+    def graphs(self) -> bool:
+        """Whether forwards may be CUDA graphs: nobody knows what the host does within one."""
+        return False
+
+    @property
+    def canvases(self) -> list[tuple[int | str, ...]]:
+        """Nobody knows the latents' shapes before there are some."""
+        return []
+
+    def sampling(self) -> dict[str, Any]:
+        """There is no sampling in the ranks."""
+        return {}
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """Only ComfyUI's samplers know."""
+        raise NotImplementedError
+
+    def begin(self, f: ForwardPass, **arguments: Any) -> None:
+        """The network does all of it: see `run`."""
+        raise NotImplementedError
+
+    @property
+    def trunk(self) -> Sequence[Any]:
+        """The engine runs none of its blocks."""
+        return ()
+
+    def end(self, f: ForwardPass) -> Output:
+        """The network does all of it: see `run`."""
+        raise NotImplementedError
+
+
+def _signature(network: nn.Module) -> tuple[dict[str, bool], bool]:
+    """What a network takes by name beside latents and timesteps, and whether it takes other names too.
+
+    Each name is with whether it must be given.
+    """
+    parameters = list(inspect.signature(network.forward).parameters.values())
+    inner = getattr(network, "_forward", None)
+    further = list(inspect.signature(inner).parameters.values()) if inner is not None else []
+    passes_on = any(each.kind is each.VAR_KEYWORD for each in parameters)
+    named: dict[str, bool] = {}
+    for each in (*parameters[NETWORKS_OWN:], *(further[NETWORKS_OWN:] if passes_on else ())):
+        if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY) and each.name not in ("control", OPTIONS):
+            # ComfyUI passes a context in any case.
+            named.setdefault(each.name, each.default is each.empty and each.name != "context")
+    return named, passes_on
