@@ -17,7 +17,7 @@ from comfy.model_patcher import ModelPatcher
 from tacod_client import Model
 from tacod_client.errors import ModelNotFound
 
-from . import hooks
+from . import hooks, plain
 from .errors import NotRemote, Refused, errors_explained
 from .network import Network
 from .patches import PREFIX, to_request
@@ -194,11 +194,17 @@ class RemoteDiT(torch.nn.Module):
     def _run(self, x: Latents, timestep: Times, named: dict[str, Any]) -> Latents:
         options = named.pop("transformer_options", None) or {}
         self._check(options)
+        if self.remote.runs_comfyuis:
+            return self._send(x, timestep, plain.arguments(named, options, self.network))
         # ComfyUI's networks look whether they are there: an empty map and a 0 are.
         named |= {name: options[name] for name in _SENT_OPTIONS if options.get(name) is not None}
         arguments = {name: value for name, value in named.items() if value is not None and self.network.takes(name)}
         dtype = (x if isinstance(x, torch.Tensor) else x[0]).dtype
         arguments |= self.network.meanings(arguments, dtype, options)
+        return self._send(x, timestep, arguments)
+
+    def _send(self, x: Latents, timestep: Times, arguments: dict[str, Any]) -> Latents:
+        dtype = (x if isinstance(x, torch.Tensor) else x[0]).dtype
         try:
             out, model = self._asked(dtype, lambda model: model.forward(x=x, timestep=timestep, **arguments))
         finally:
@@ -209,9 +215,12 @@ class RemoteDiT(torch.nn.Module):
     def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """What the network does outside of a forward, in the daemon."""
         given = inspect.signature(getattr(self.network.skeleton, method)).bind(*args, **kwargs).arguments
-        names = _CALLED[method]
+        names = {} if self.remote.runs_comfyuis else _CALLED[method]
+        dtype = next(
+            each.dtype for each in given.values() if isinstance(each, torch.Tensor) and each.is_floating_point()
+        )
         arguments = {names.get(name, name): value for name, value in given.items()}
-        out, _ = self._asked(arguments["context"].dtype, lambda model: model.call(method, **arguments))
+        out, _ = self._asked(dtype, lambda model: model.call(method, **arguments))
         return out
 
     def _asked(self, dtype: torch.dtype, ask: Callable[[Model], Any]) -> tuple[Any, Model]:

@@ -125,7 +125,7 @@ def _info(made: Converted) -> dict[str, Any]:
         "quantization": made.model.quantization,
         "plan": made.model.plan,
         "note": remote.note,
-        "remarks": [each for each in (ages, remote.remark) if each],
+        "remarks": [each for each in (ages, remote.remark, made.model.network) if each],
         "patches": len(made.patcher.patches),
         "weights": f"sent to {remote.uploaded}" if remote.uploaded else f"read by the daemon from {remote.source.path}",
         "placement": made.model.weights,

@@ -18,6 +18,7 @@ __all__ = ["DTYPES", "Progress", "Remote"]
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 """The compute dtypes, and their names on the wire."""
+_DEGREE = "sequence_parallel_degree"
 Progress = Callable[[str, int, int], None]
 """Hears what is going on, and how many bytes of how many are done."""
 
@@ -37,6 +38,11 @@ class Remote:
         """The model's, once it is loaded."""
         self.uploaded: str | None = None
         """Where the daemon keeps the weights, if they had to be sent."""
+
+    @property
+    def runs_comfyuis(self) -> bool:
+        """Whether the daemon runs ComfyUI's own network of it, for want of one of its own."""
+        return self.family == "comfyui"
 
     def load(self, patches: list[dict[str, Any]], dtype: str | None, progress: Progress | None = None) -> Model:
         """Have it loaded with these patches; nothing to do if it is.
@@ -58,6 +64,10 @@ class Remote:
         def load(path: str) -> Model:
             model = self.client.load(path, patches or None, self.plan, dtype, report)
             self.family = model.family
+            if not model.shares_tokens and isinstance(self.plan, dict) and self.plan.pop(_DEGREE, 1) > 1:
+                self.note = f"{_DEGREE}: {model.network}"
+                self.plan = self.plan or "auto"
+                return load(path)
             return model
 
         refused: TacodError | None = None

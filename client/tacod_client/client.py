@@ -326,6 +326,8 @@ class Model:
         """What was left out of the patches, and why; a line each."""
         self.network: str = described.get("network", "")
         """In words, whose network it is and how it is shared out, if it is none of the daemon's own families."""
+        self.shares_tokens: bool = described.get("shares_tokens", True)
+        """Whether ranks share out an image's tokens; otherwise only images of a batch."""
         self.quantization: dict[str, int] = dict(described.get("quantization", {}))
         """How many of its layers have which format, such as ``int8_convrot``; empty for a model of plain weights."""
         self.weights: str = described.get("weights", "replicated")

@@ -72,6 +72,8 @@ class Model:
     """What each rank fetches in a forward."""
     network: str = ""
     """In words, whose network it is and how it is shared out, if it is none of this version's families."""
+    shares_tokens: bool = True
+    """Whether an image's tokens are shared out."""
     fetch_s: tuple[float, ...] = ()
     """How long that takes each rank; less of it is waited for, as the rank computes meanwhile."""
     shares: Shares | None = None
@@ -134,6 +136,7 @@ class Model:
             sampling=facts.sampling,
             notes=tuple(facts.notes),
             network=facts.network,
+            shares_tokens=facts.shares_tokens,
             quantization=facts.quantization,
             loaded_s=elapsed_s,
             shape=Shape(facts.heads, facts.width),
@@ -156,6 +159,8 @@ class Model:
         """The same model with the plan for such a request, as far as it is known before a forward."""
         if self.shape is None:
             return self
+        if not self.shares_tokens:
+            asked = Request(sequence_parallel_degree=1, cfg_parallel=asked.cfg_parallel)
         plan = make_plan(asked, world_size, self.shape, shares=self.shares or EQUAL)
         return replace(self, plan=str(plan))
 
@@ -175,6 +180,7 @@ class Model:
             "loaded_s": round(self.loaded_s, 3),
             "notes": list(self.notes),
             "network": self.network,
+            "shares_tokens": self.shares_tokens,
             "quantization": dict(self.quantization),
             "weights": self.weights,
             "resident_bytes": list(self.resident_bytes),

@@ -260,6 +260,8 @@ class Facts(Part):
     """What each rank fetches in a forward."""
     network: str = ""
     """In words, whose network it is and how it is shared out, if it is none of this version's families."""
+    shares_tokens: bool = True
+    """Whether an image's tokens are shared out."""
     fetch_s: list[float] = field(default_factory=list)
     """How long that takes each rank, at the speed of its links; empty if that wasn't measured."""
     shares: list[int] = field(default_factory=list)

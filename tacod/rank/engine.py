@@ -398,6 +398,7 @@ class Engine:
             shares_measured=loaded.shares.measured,
             rates=[] if loaded.rates is None else [*astuple(loaded.rates)],
             network=loaded.network,
+            shares_tokens=loaded.shares_tokens,
         )
 
     def _try_to_patch(self, base: Resident, patches: Any, files: Mapping[str, str]) -> Resident:

@@ -84,6 +84,8 @@ def test_without_a_table_ranks_share_the_images(networks: Networks, outs: Any, r
     """To the bit, if each has one."""
     with networks(ranks).client() as client:
         model = client.load("waves.safetensors")
+        assert not model.shares_tokens
+        assert model.plan.startswith("sequence 1")
         assert "Waves; tokens are not shared out: this version has no table" in model.network
         out = model.forward(**inputs("waves", ranks))
         assert torch.equal(out, torch.cat(outs["waves"][:ranks]))

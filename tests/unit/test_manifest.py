@@ -280,6 +280,7 @@ def test_loaded_model_tells_what_the_ranks_told(manifest: Manifest) -> None:
         "loaded_s": 1.235,
         "notes": [],
         "network": "",
+        "shares_tokens": True,
         "quantization": {"int8_convrot": 3},
         "weights": "sharded",
         "resident_bytes": [10, 9, 9],

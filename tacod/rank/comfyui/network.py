@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from tacod.checkpoint import TensorInfo
 from tacod.plan import Request
-from tacod.rank.comfyui.split import Misfit, Ones, Split, Table
+from tacod.rank.comfyui.follow import count_blocks, followed
+from tacod.rank.comfyui.split import Misfit, Split, Table
 from tacod.rank.families.base import DiT, Method, Output
 from tacod.rank.families.inputs import Anything, Inputs, Spec
 from tacod.rank.families.noise import Flow
@@ -92,9 +93,7 @@ class Network(DiT):
         self._blocks = [
             block for each in network.children() if isinstance(each, nn.ModuleList) and len(each) > 1 for block in each
         ]
-        self._done = 0
-        for block in self._blocks:
-            block.register_forward_pre_hook(self._counting())
+        count_blocks(self._blocks)
 
     # --- what is asked of a family ------------------------------------------------------------------------------------
 
@@ -118,6 +117,11 @@ class Network(DiT):
         """In words, whose network it is, and what is shared out."""
         said = f"ComfyUI {self._comfyui}: {self.name}"
         return f"{said}; tokens are not shared out: {self.reason}" if self.reason else said
+
+    @property
+    def shares_tokens(self) -> bool:
+        """Whether an image's tokens may be shared out."""
+        return not self.reason
 
     def arguments(self) -> dict[str, Spec]:
         """Those of the network's own signature."""
@@ -177,9 +181,10 @@ class Network(DiT):
         assert self._table is not None
         known = {*self._table.probe(self.inner), "timestep"}
         others = [
-            name for name, value in arguments.items() if name not in known and (value or not isinstance(value, Mapping))
+            name
+            for name, value in arguments.items()
+            if name not in known and value is not None and not (isinstance(value, Mapping) and not value)
         ]
-        others = [name for name in others if arguments[name] is not None]
         if others:
             return f"that was checked without {', '.join(others)}"
         if left := [name for name in known if arguments.get(name) is None]:
@@ -211,35 +216,11 @@ class Network(DiT):
         x, timestep, context = values.pop("x"), values.pop("timestep"), values.pop("context", None)
         options = dict(values.pop(OPTIONS, {}))
         shared = nullcontext() if self._split is None or sequence.size == 1 else self._split.sharing(sequence, options)
-        with self._followed(watch), shared:
+        with followed(len(self._blocks), watch), shared:
             out = self.inner(x, timestep, context=context, control=None, transformer_options=options, **values)
         outs = [out] if isinstance(out, Tensor) else list(out)
         # As ComfyUI, which packs several latents and takes a list of one as it is.
         return outs[0].contiguous() if len(outs) == 1 else [each.contiguous() for each in outs]
-
-    @contextmanager
-    def _followed(self, watch: BlockWatch | None) -> Iterator[None]:
-        Network._current, before = (self, watch), Network._current
-        self._done = 0
-        try:
-            yield
-        finally:
-            Network._current = before
-
-    _current: ClassVar[tuple[Network, BlockWatch | None] | None] = None
-    """The network that is called now, and what follows it."""
-
-    @staticmethod
-    def _counting() -> Any:
-        # A plain function, so that patched copies share it.
-        def before(module: nn.Module, args: Any) -> None:
-            if Network._current is not None:
-                network, watch = Network._current
-                if watch is not None and network._done < len(network._blocks):
-                    watch.before(network._done, len(network._blocks))
-                    network._done += 1
-
-        return before
 
     # --- weights ------------------------------------------------------------------------------------------------------
 
@@ -309,19 +290,10 @@ class Network(DiT):
         """Whether there is a table that hasn't failed."""
         return self._split is not None
 
-    def probe(self, device: torch.device) -> Inputs:
-        """The arguments of a small forward, the same on every rank."""
-        assert self._table is not None
-        generator = torch.Generator().manual_seed(0)
-        values: dict[str, Any] = {"timestep": torch.full((1,), 0.5, device=device)}
-        for name, shape in self._table.probe(self.inner).items():
-            if isinstance(shape, int):
-                values[name] = shape
-            elif isinstance(shape, Ones):
-                values[name] = torch.ones(shape, dtype=torch.int64, device=device)
-            else:
-                values[name] = torch.randn(shape, generator=generator).to(device, self.dtype)
-        return Inputs(values, self.specs_for(values))
+    @property
+    def table(self) -> Table | None:
+        """How its tokens are split; None if this version doesn't know."""
+        return self._table
 
     # --- what there is none of ----------------------------------------------------------------------------------------
 

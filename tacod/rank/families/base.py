@@ -199,6 +199,11 @@ class DiT(nn.Module, abc.ABC):
         """In words, what computes it and how it is shared out, if that isn't this family's own code."""
         return ""
 
+    @property
+    def shares_tokens(self) -> bool:
+        """Whether ranks may share out an image's tokens."""
+        return True
+
     def specs_for(self, given: Iterable[str]) -> dict[str, Spec]:
         """The specs of `arguments`, and of others of these names that this model passes on unseen."""
         return self.arguments()

@@ -1,0 +1,72 @@
+"""Makes the tiny networks of network_cases.py, and runs them, by ComfyUI alone.
+
+    PYTHONPATH=COMFYUI:tests/comfyui python tests/comfyui/make_networks.py FOLDER
+
+leaves for each a model's file, ``NAME.safetensors``, and ``NAME.pt`` with arguments and outputs of two images together,
+and of the first one alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from comfy.cli_args import args
+from network_cases import CASES, NetworkCase
+from safetensors.torch import save_file
+
+
+def main(folder: Path) -> None:
+    """Make all of them."""
+    for name, case in CASES.items():
+        network = make(case)
+        given = arguments(case)
+        alone = {key: value[:1] if isinstance(value, torch.Tensor) else value for key, value in given.items()}
+        outs = [call(network, each) for each in (given, alone)]
+        torch.save({"inputs": given, "both": outs[0], "alone": outs[1]}, folder / f"{name}.pt")
+        state = {key: value.contiguous().clone() for key, value in network.state_dict().items()}
+        said = {"image_model": name, **case.config}
+        save_file(state, folder / f"{name}.safetensors", metadata={"tacod.config": json.dumps(said)})
+
+
+def make(case: NetworkCase) -> Any:
+    """The network with random weights."""
+    importlib.import_module("comfy.model_base")
+    module, _, kind = case.network.rpartition(".")
+    layers = importlib.import_module("comfy.ops").disable_weight_init
+    maker = getattr(importlib.import_module(f"comfy.ldm.{module}"), kind)
+    network = maker(**case.config, dtype=torch.float32, device="cpu", operations=layers)
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in network.named_parameters():
+        noise = torch.randn(weight.shape, generator=generator)
+        if weight.ndim > 1:
+            weight.data = noise / weight[0].numel() ** 0.5
+        else:
+            weight.data = 1 + 0.2 * noise if name.endswith("weight") else 0.2 * noise
+    return network.eval()
+
+
+def arguments(case: NetworkCase) -> dict[str, Any]:
+    """Those of a call for two images."""
+    generator = torch.Generator().manual_seed(1)
+    noise = {name: torch.randn(shape, generator=generator) for name, shape in case.inputs.items()}
+    masks = {name: torch.ones(2, length, dtype=torch.int64) for name, length in case.masks.items()}
+    return {**noise, **masks, **case.numbers, "timestep": torch.tensor([0.3, 0.8])}
+
+
+def call(network: Any, given: dict[str, Any]) -> torch.Tensor:
+    """One forward, as ComfyUI's models call their networks; on copies, for some write to what they are given."""
+    copies = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+    x, timestep, context = (copies.pop(name) for name in ("x", "timestep", "context"))
+    with torch.inference_mode():
+        out: torch.Tensor = network(x, timestep, context=context, control=None, transformer_options={}, **copies)
+    return out.contiguous()
+
+
+if __name__ == "__main__":
+    args.cpu = True
+    main(Path(sys.argv[1]))
