@@ -285,7 +285,7 @@ class Engine:
         if checkpoint.identity != identity:
             raise changed(path)
         try:
-            return self._load_own(checkpoint, dtype, weights, memory_bytes, fewer)
+            return self._load_own(checkpoint, dtype, weights, memory_bytes, fewer, shares, known)
         except (ModelUnsupported, ModelCorrupt) as error:
             # What looks like a damaged file of a family here may be a whole one of a network that ComfyUI knows.
             if self.installation is None:
@@ -330,7 +330,14 @@ class Engine:
         return Resident(network, {}, shapes, facts, streaming)
 
     def _load_own(
-        self, checkpoint: Checkpoint, dtype: str | None, weights: str, memory_bytes: int | None, fewer: int
+        self,
+        checkpoint: Checkpoint,
+        dtype: str | None,
+        weights: str,
+        memory_bytes: int | None,
+        fewer: int,
+        shares: Shares | None,
+        known: Measured | None,
     ) -> Resident:
         """A file that a family here runs."""
         with Unfilled():
