@@ -18,6 +18,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.patches import Rectangle
 
 COLOURS = {1: "#9db8d9", 2: "#5b8fc7", 3: "#2b62a3", 4: "#153a6b"}
 RATIO = re.compile(r"\(([\d.]+)×")
@@ -65,7 +66,7 @@ def plot(found: list[Row], path: Path) -> None:
     axis.set_yticks(range(len(found)), [row.label for row in found], fontsize=8)
     axis.set_ylim(len(found) - 0.4, -0.6)
     axis.set_xlabel("times as fast as ComfyUI's own network on one GPU (the line at 1)")
-    bars = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
+    bars = [Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
     axis.legend(bars, [f"{count} GPU{'s' * (count > 1)}" for count in COLOURS], loc="lower right", fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)

@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 from attention_cases import largest_error
 from conformance import at_level, each_latent, random_case, required_inputs, smallest_inputs, tiny, with_optional
+from fake_graphs import graphs_on_cpu
 from fake_kernels import EightBits, fakes
 from helpers import SD3, Golden, read_golden, relative_error
 from hypothesis import strategies as st
@@ -46,6 +47,7 @@ from tacod.rank.families.inputs import Inputs
 from tacod.rank.forward import warmup
 from tacod.rank.forward.graphs import Forwards
 from tacod.rank.forward.run import Call, compute_prefix, equal, relative_difference, run
+from tacod.rank.forward.step_graph import StepGraph
 from tacod.rank.forward.warmup import warm_up
 from tacod.rank.ops.attention_kernels import Obstacle
 from tacod.rank.ops.packed.float8 import Nvfp4Linear, quantize_nvfp4
@@ -237,7 +239,7 @@ def walk(family: str, forwards: Forwards, layout: Layout, threshold: float, mine
     generator = torch.Generator().manual_seed(1)
     for n, level in enumerate(torch.linspace(1, 0.1, 8).tolist()):
         moved = each_latent(start, lambda each, n=n: each + 0.05 * n * torch.randn(each.shape, generator=generator))
-        inputs = at_level(dit, moved, level).images(mine)
+        inputs = dit.prepare(at_level(dit, moved, level).images(mine))
         before = forwards.skipped
         outs.append(forwards(Call(dit, plan, inputs)))
         skipped.append(forwards.skipped > before)
@@ -616,6 +618,20 @@ class Rank:
         wholes = [joined(parts) for parts in zip(*(each for each, _ in expected), strict=True)]
         error = max(relative_difference(*each) for each in zip(outs, wholes, strict=True))
         return skipped, error, [each for _, each in expected]
+
+    def graphed_steps(self, layout: Layout, family: str) -> tuple[bool, list[int]]:
+        """Whether a run with a step cache gives the same with graphs and without, and how often each was replayed."""
+        with torch.inference_mode():
+            # Of groups that decide by themselves, each skips at other steps.
+            threshold = self._from_first(lambda: first_that_skips(family, layout.batch)[0]) if layout.batch > 1 else 1e9
+            plain = walk(family, Forwards(self.topology, graphs=False), layout, threshold, slice(None))
+            with graphs_on_cpu():
+                forwards = Forwards(self.topology)
+                graphed = walk(family, forwards, layout, threshold, slice(None))
+        (graph,) = [each for each in forwards._captured() if isinstance(each, StepGraph)]
+        same = plain[1] == graphed[1] and all(equal(*each) for each in zip(plain[0], graphed[0], strict=True))
+        counted = vars(graph).get("_first_graph"), vars(graph).get("_rest_graph"), vars(graph).get("_skip_graph")
+        return same, [0 if each is None else each.replays for each in counted]
 
     def prefixes(
         self, layout: Layout, family: str, seed: int, sharing: bool, prompts: str, room: float, **case: Any

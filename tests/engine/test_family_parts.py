@@ -19,7 +19,7 @@ from tacod.rank.families.control import Control
 from tacod.rank.families.inputs import Argument, Inputs, Number
 from tacod.rank.families.names import Names, Place
 from tacod.rank.families.stream import ForwardPass, Stream
-from tacod.rank.families.trunk import run_trunk
+from tacod.rank.families.trunk import Trunk
 from tacod.rank.forward.run import relative_difference
 from tacod.rank.forward.step_cache import StepCache
 from tacod.rank.ops.fused import Residual
@@ -248,7 +248,7 @@ def test_residuals_are_for_the_first_tokens_after_their_block(length: int) -> No
     blocks = [lambda f: block(f), lambda f: block(f), lambda f: block(f)]
     kinds = {id(each): ("input", at) for at, each in enumerate(blocks)}
     with torch.inference_mode():
-        run_trunk(f, blocks, kinds, control)
+        Trunk(f, blocks, kinds, control).run()
     assert seen == [0, 0, 2 * length]
     assert f.image.tokens[0, :, 0].tolist() == [1.0] * length + [0.0] * (3 - length)
 
@@ -265,7 +265,7 @@ def test_a_skipped_step_moves_every_latent() -> None:
             f.image.add(None, torch.full((1, 3, 2), 1.0))
             f.sound.add(None, torch.full((1, 2, 5), 10.0))
 
-        run_trunk(f, [block, block, block], {}, cache=cache)
+        Trunk(f, [block, block, block], {}).run(cache)
         return [f.image.tokens, f.sound.tokens]
 
     computed, skipped = walk(), walk()

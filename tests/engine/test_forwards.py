@@ -15,6 +15,7 @@ from tacod.plan import AttentionPolicy, Layout, Plan, Shape
 from tacod.rank.families.control import Control
 from tacod.rank.families.inputs import Inputs
 from tacod.rank.forward import graphs as module
+from tacod.rank.forward.captured import Captured
 from tacod.rank.forward.graphs import KINDS, Forwards
 from tacod.rank.forward.run import Call
 from tacod.rank.parallel.topology import Topology
@@ -37,14 +38,14 @@ class World:
         return 2 * call.inputs.latents[0]
 
 
-class FakeGraph:
+class FakeGraph(Captured):
     """What stands for a graph."""
 
     world: World
 
     def __init__(self, call: Call, topology: Topology, pool: Any) -> None:
         self.pool = pool
-        self.most_bytes = self.prefix_bytes = 0 if call.prefix is None else call.prefix.most_bytes
+        self._prefix = call.prefix
         self.world.ran.append("capture")
         if self.world.fails:
             raise torch.OutOfMemoryError("CUDA out of memory")

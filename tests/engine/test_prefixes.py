@@ -24,6 +24,7 @@ from tacod.group.work import Command, Envelope, Evict, Forward, Sample, SampleSt
 from tacod.plan import Layout, Plan, Shape, parse_request
 from tacod.rank.engine import Engine
 from tacod.rank.families.inputs import Inputs
+from tacod.rank.forward import captured as captured_forwards
 from tacod.rank.forward import graphs
 from tacod.rank.forward.graphs import Forwards, Graph
 from tacod.rank.forward.prefixes import Prefix, Prefixes
@@ -194,7 +195,7 @@ def replaying(monkeypatch: pytest.MonkeyPatch) -> None:
         return out
 
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: self.ndim == 4))
-    monkeypatch.setattr(graphs, "run", recorded)
+    monkeypatch.setattr(captured_forwards, "run", recorded)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Captured)
     monkeypatch.setattr(torch.cuda, "graph", Capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")

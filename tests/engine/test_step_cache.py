@@ -25,7 +25,7 @@ from tacod.rank.families.base import DiT
 from tacod.rank.families.control import Control
 from tacod.rank.families.inputs import Inputs
 from tacod.rank.families.stream import ForwardPass, Stream
-from tacod.rank.families.trunk import run_trunk
+from tacod.rank.families.trunk import Trunk
 from tacod.rank.forward.graphs import Forwards
 from tacod.rank.forward.run import Call, plan_for
 from tacod.rank.forward.step_cache import RUNS, StepCache
@@ -100,7 +100,7 @@ def through(cache: StepCache | None, tokens: Tensor, *blocks: Callable[[Tensor],
 
         return block
 
-    run_trunk(f, [act(block) for block in blocks], {}, cache=cache)
+    Trunk(f, [act(block) for block in blocks], {}).run(cache)
     return f.image.tokens
 
 

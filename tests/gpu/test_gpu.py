@@ -45,6 +45,14 @@ def gpu_daemon(request: pytest.FixtureRequest, models: Path) -> Iterator[Daemon]
         yield daemon
 
 
+@pytest.fixture(scope="module")
+def daemon_without_graphs(gpu_daemon: Daemon, models: Path) -> Iterator[Daemon]:
+    """On the same GPUs; how ranks are made a reload can't change."""
+    settings = {"group.step_timeout_s": 20.0, "group.cuda_graphs": False}
+    with Daemon(roots=[models], gpus=len(gpu_daemon.rank_pids()), settings=settings) as daemon:
+        yield daemon
+
+
 def everyone(daemon: Daemon) -> dict[str, int]:
     """The plan that has all ranks share the tokens: for models this small, the planner would rather leave them idle."""
     return {"sequence_parallel_degree": len(daemon.rank_pids())}
@@ -109,6 +117,28 @@ def test_a_graph_serves_all_prompts_of_a_length(gpu_daemon: Daemon, models: Path
     assert all(torch.equal(one[0], two[0]) for one, two in zip(outs[:3], outs[3:], strict=True))
     assert not torch.equal(outs[0][0], outs[1][0])
     assert (after["hits"] - before["hits"], after["misses"] - before["misses"]) == (21, 3)
+    assert "no CUDA graph" not in gpu_daemon.log
+
+
+@pytest.mark.parametrize("ring", [False, True], ids=["ulysses", "ring"])
+@pytest.mark.parametrize("name", ["flux_dev_odd", "wan21_t2v", "qwen_image_21_edit", "lumina2", "sd35_medium"])
+def test_graphs_of_a_step_cache(
+    gpu_daemon: Daemon, daemon_without_graphs: Daemon, models: Path, name: str, ring: bool
+) -> None:
+    """Steps that are computed and skipped, as they come and replayed, equal those of a daemon without graphs."""
+    golden = read_golden(name)
+    golden.save(models / f"{name}.safetensors")
+    ranks = len(gpu_daemon.rank_pids())
+    if ring and ranks == 1:
+        pytest.skip("one GPU is no ring")
+    plan = {"step_cache": 1e9, "ring" if ring else "ulysses": ranks}
+    outs: list[list[torch.Tensor]] = []
+    for daemon in (gpu_daemon, daemon_without_graphs):
+        with daemon.client() as client:
+            model = client.load(f"{name}.safetensors", dtype="fp32", plan=plan)
+            outs.append([model.forward(**{**golden.inputs, "x": golden.inputs["x"] + 0.1 * n}) for n in range(12)])
+            assert model.stats.skipped == 9, "the first is computed, and each after four skipped ones"
+    assert all(torch.equal(*each) for each in zip(*outs, strict=True))
     assert "no CUDA graph" not in gpu_daemon.log
 
 

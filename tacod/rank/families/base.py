@@ -28,7 +28,7 @@ from tacod.rank.families.kit.modulation import Modulation
 from tacod.rank.families.names import Names, Place
 from tacod.rank.families.noise import Process
 from tacod.rank.families.stream import ForwardPass, Weights
-from tacod.rank.families.trunk import BlockCache, BlockWatch, run_trunk
+from tacod.rank.families.trunk import BlockCache, BlockWatch, Trunk
 from tacod.rank.ops.largest import sharing
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.shares import EQUAL, Shares
@@ -312,18 +312,27 @@ class DiT(nn.Module, abc.ABC):
 
         ``prefix`` is what `compute_prefix` gives for them; it is computed if it is None.
         """
-        f = ForwardPass(sequence, self.weights)
-        f.prefix = self.compute_prefix(sequence, inputs) if prefix is None else prefix
-        values = {name: value for name, value in inputs.items() if not isinstance(inputs.specs.get(name), Residuals)}
+        f = self.start(sequence, inputs, prefix)
         ahead = nullcontext() if self.weights is None else self.weights.ahead(self.trunk)
         with ahead, sharing(sequence.whole.maximum, sequence.images.maximum):
-            self.begin(f, **values)
-            places = self._residual_places() if inputs.control else {}
-            run_trunk(f, self.trunk, places, inputs.control, cache, self.clamps, watch)
+            self.embed(f, inputs, watch).run(cache)
             return self.end(f)
 
+    def start(self, sequence: SequenceParallel, inputs: Inputs, prefix: Sequence[Tensor] | None = None) -> ForwardPass:
+        """A forward of which nothing but the prefix is computed."""
+        f = ForwardPass(sequence, self.weights)
+        f.prefix = self.compute_prefix(sequence, inputs) if prefix is None else prefix
+        return f
+
+    def embed(self, f: ForwardPass, inputs: Inputs, watch: BlockWatch | None = None) -> Trunk:
+        """`begin` a forward that was started with these inputs; returns what runs its blocks."""
+        values = {name: value for name, value in inputs.items() if not isinstance(inputs.specs.get(name), Residuals)}
+        self.begin(f, **values)
+        places = self._residual_places() if inputs.control else {}
+        return Trunk(f, self.trunk, places, inputs.control, self.clamps, watch)
+
     def _residual_places(self) -> dict[int, tuple[str, int]]:
-        """See ``kinds`` of `run_trunk`."""
+        """See ``kinds`` of `Trunk`."""
         return {id(block): (kind, i) for kind, blocks in self.residual_blocks.items() for i, block in enumerate(blocks)}
 
     @property

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from tacod.rank.families import kit
-from tacod.rank.families.base import DiT, LatentFormat, Output
+from tacod.rank.families.base import DiT, LatentFormat
 from tacod.rank.families.config import choice, integer, number
 from tacod.rank.families.inputs import Argument, Inputs, Number, Numbers, Spec, Unread
 from tacod.rank.families.ltx_guides import GUIDE_ARGUMENTS, guide_bias, spans_of
 from tacod.rank.families.ltx_parts import AdaLNSingle, Rope, latent_of, local_times
 from tacod.rank.families.noise import Flow
 from tacod.rank.families.stream import ForwardPass
-from tacod.rank.parallel.sequence import SequenceParallel
+from tacod.rank.families.trunk import BlockWatch, Trunk
 from tacod_client.errors import ArgumentError, ModelUnsupported
 
 __all__ = ["LATENTS", "LTX", "PATCH", "flag", "heads_of", "numbers"]
@@ -123,9 +123,9 @@ class LTX(DiT):
         Without guides and timesteps for each token the host reads nothing of what is on the device.
         """
 
-    def run(self, sequence: SequenceParallel, inputs: Inputs, *more: Any, **named: Any) -> Output:
-        """See `DiT.run`."""
-        return super().run(sequence, self.prepare_tokens(inputs), *more, **named)
+    def embed(self, f: ForwardPass, inputs: Inputs, watch: BlockWatch | None = None) -> Trunk:
+        """See `DiT.embed`."""
+        return super().embed(f, self.prepare_tokens(inputs), watch)
 
     def begin_video(self, f: ForwardPass, x: Tensor, timestep: Tensor, arguments: Mapping[str, Any]) -> None:
         """Make ``f.image`` of a video and its tokens' distinct timesteps [B, M]; with ``f.spans`` of its own tokens."""

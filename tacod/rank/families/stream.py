@@ -203,6 +203,17 @@ class ForwardPass:
                 stream.tokens = tokens
             self.joined = None
 
+    def state(self) -> Callable[[], None]:
+        """Remember this forward as it is now; the function that is returned brings it back. Tensors aren't copied."""
+        kept = [(each, dict(vars(each))) for each in (self, *_streams_in(list(vars(self).values())))]
+
+        def back() -> None:
+            for each, values in kept:
+                vars(each).clear()
+                vars(each).update(values)
+
+        return back
+
     @property
     def image_tokens(self) -> Tensor:
         """This rank's image tokens [B, S, W], as a view if streams are joined."""
@@ -222,6 +233,17 @@ class ForwardPass:
         if self.joined is not None:
             return [self.joined[0]]
         return [value for value in vars(self).values() if isinstance(value, Stream)]
+
+
+def _streams_in(values: Iterable[Any]) -> Iterator[Stream]:
+    """The streams among these values, and in lists, tuples and maps of them; some more than once."""
+    for value in values:
+        if isinstance(value, Stream):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _streams_in(value)
+        elif isinstance(value, dict):
+            yield from _streams_in(value.values())
 
 
 def _joined_segments(segments: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor | None:

@@ -13,7 +13,7 @@ from tacod.rank.families.stream import ForwardPass
 from tacod.rank.ops.attention_kernels import find_kernel
 from tacod.rank.parallel.sequence import SequenceParallel
 
-__all__ = ["BlockCache", "BlockWatch", "finite", "run_trunk"]
+__all__ = ["BlockCache", "BlockWatch", "Trunk", "finite"]
 
 _LARGEST = torch.finfo(torch.float16).max
 
@@ -39,55 +39,88 @@ class BlockWatch(Protocol):
         """Called before each block. Raises `Cancelled` on all ranks if they are to stop here."""
 
 
-def run_trunk(
-    f: ForwardPass,
-    blocks: Sequence[Any],
-    kinds: Mapping[int, tuple[str, int]],
-    control: Control | None = None,
-    cache: BlockCache | None = None,
-    clamps: bool = False,
-    watch: BlockWatch | None = None,
-) -> None:
-    """Run the blocks one after the other; afterwards no streams are joined.
+class Trunk:
+    """The blocks of one forward. After them no streams are joined."""
 
-    Args:
-        f: The forward, begun.
-        blocks: Callables that take ``f`` and change its streams.
-        kinds: For the ``id`` of a block the ComfyUI name of its list of residuals, and its place in that list.
-        control: A ControlNet's residuals.
-        cache: The step cache of this run.
-        clamps: Whether streams are clamped after each block in fp16.
-        watch: Hears of each block before it begins.
-    """
-    f.kernel = find_kernel(f.sequence.policy.kernel)
-    # Without a cache nothing holds on to the tokens before the first block.
-    before = [] if cache is None else f.output_tokens
-    for number, block in enumerate(f.over(blocks)):
-        if watch is not None:
-            watch.before(number, len(blocks))
+    def __init__(
+        self,
+        f: ForwardPass,
+        blocks: Sequence[Any],
+        kinds: Mapping[int, tuple[str, int]],
+        control: Control | None = None,
+        clamps: bool = False,
+        watch: BlockWatch | None = None,
+    ) -> None:
+        """Run nothing yet.
+
+        Args:
+            f: The forward, begun.
+            blocks: Callables that take ``f`` and change its streams.
+            kinds: For the ``id`` of a block the ComfyUI name of its list of residuals, and its place in that list.
+            control: A ControlNet's residuals.
+            clamps: Whether streams are clamped after each block in fp16.
+            watch: Hears of each block before it begins.
+        """
+        f.kernel = find_kernel(f.sequence.policy.kernel)
+        self._f, self._kinds, self._control, self._clamps, self._watch = f, kinds, control, clamps, watch
+        self._count = len(blocks)
+        self._blocks = enumerate(f.over(blocks))
+        self._after: list[Tensor] = []
+        """The output's tokens after the first block."""
+
+    def run(self, cache: BlockCache | None = None) -> None:
+        """Run the blocks one after the other; with a step cache perhaps the first one alone."""
+        if cache is None:
+            # Nothing holds on to tokens before or after the first block.
+            self._go_on()
+            return
+        skipped = cache.find(self.first(), self._f.sequence)
+        if skipped is None:
+            cache.keep(self.rest())
+        else:
+            self.skip(skipped)
+
+    def first(self) -> Tensor:
+        """Run the first block. What it has added to the output's tokens, as `BlockCache.find` takes it."""
+        before = self._f.output_tokens
+        number, block = next(self._blocks)
+        self._run(number, block)
+        self._after = self._f.output_tokens
+        return _added(self._f, self._after, before, whole=False)
+
+    def rest(self) -> Tensor:
+        """Run the other blocks. What they have added, as `BlockCache.keep` takes it."""
+        self._go_on()
+        return _added(self._f, self._f.output_tokens, self._after)
+
+    def skip(self, others: Tensor) -> None:
+        """In the place of `rest`, add what the other blocks have added before."""
+        f = self._f
+        f.part()
+        parts = torch.split(others.flatten(), [tokens.numel() for tokens in self._after])
+        for stream, tokens, part in zip(f.outputs or (f.image,), self._after, parts, strict=True):
+            stream.tokens = tokens + part.view(tokens.shape)
+
+    def _go_on(self) -> None:
+        for number, block in self._blocks:
+            self._run(number, block)
+        self._f.part()
+
+    def _run(self, number: int, block: Any) -> None:
+        f = self._f
+        if self._watch is not None:
+            self._watch.before(number, self._count)
         block(f)
         if f.weights is not None:
             # This block's are about to go.
             for stream in f.streams:
                 stream.catch_up()
-        if clamps and f.image.dtype == torch.float16:
+        if self._clamps and f.image.dtype == torch.float16:
             for stream in f.streams:
                 stream.tokens = finite(stream.tokens)
-        kind = kinds.get(id(block))
-        if control is not None and kind is not None and control.find(*kind) is not None:
-            control.add(*kind, f.sequence, f.image_tokens, sum(f.image.lengths))
-        if cache is not None and number == 0:
-            after = f.output_tokens
-            skipped = cache.find(_added(f, after, before, whole=False), f.sequence)
-            if skipped is not None:
-                f.part()
-                parts = torch.split(skipped.flatten(), [tokens.numel() for tokens in after])
-                for stream, tokens, part in zip(f.outputs or (f.image,), after, parts, strict=True):
-                    stream.tokens = tokens + part.view(tokens.shape)
-                return
-    f.part()
-    if cache is not None:
-        cache.keep(_added(f, f.output_tokens, after))
+        kind = self._kinds.get(id(block))
+        if self._control is not None and kind is not None and self._control.find(*kind) is not None:
+            self._control.add(*kind, f.sequence, f.image_tokens, sum(f.image.lengths))
 
 
 def _added(f: ForwardPass, after: Sequence[Tensor], before: Sequence[Tensor], whole: bool = True) -> Tensor:

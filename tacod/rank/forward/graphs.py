@@ -4,10 +4,11 @@ A graph replays a forward's kernels and collectives without the host, which at 1
 GPUs run them. Results don't change: a graph is used only if its first replay equals, to the bit and on every rank, the
 forward of the same inputs without it.
 
-Three kinds of forward have no graph: those with a step cache, because the host decides whether blocks are skipped;
-those of a model for which the host reads numbers from the GPU, such as how many tokens an expert gets (`DiT.graphs`);
-and long ones, which are watched (`tacod.rank.forward.watch`): their launches hide behind what runs, and a graph can't
-be stopped.
+With a step cache a forward is three graphs, as the host decides after the first block (`StepGraph`).
+
+Two kinds of forward have no graph: those of a model for which the host reads numbers from the GPU, such as how many
+tokens an expert gets (`DiT.graphs`); and long ones, which are watched (`tacod.rank.forward.watch`): their launches hide
+behind what runs, and a graph can't be stopped.
 
 A family's prefix (`tacod.rank.forward.prefixes`) is computed before its forward and never within a graph. A graph has a
 copy of one prefix and overwrites it when a forward comes with another one.
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import enum
 import logging
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
@@ -27,12 +27,13 @@ from weakref import WeakKeyDictionary
 import torch
 
 from tacod.rank.families.base import DiT, Output
+from tacod.rank.forward.captured import Captured, Graph
 from tacod.rank.forward.kernel_check import KernelCheck
 from tacod.rank.forward.prefixes import Prefix, Prefixes
-from tacod.rank.forward.run import Call, clone, compute_prefix, equal, relative_difference, run
+from tacod.rank.forward.run import Call, compute_prefix, equal, relative_difference, run
 from tacod.rank.forward.step_cache import StepCache, StepCaches
+from tacod.rank.forward.step_graph import StepGraph, compute_both
 from tacod.rank.forward.watch import Watch
-from tacod.rank.ops.table_cache import holding
 from tacod.rank.parallel.topology import Topology
 from tacod_client.errors import TacodError
 
@@ -41,6 +42,7 @@ __all__ = ["Forwards"]
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+G = TypeVar("G", bound=Captured)
 
 KINDS = 6
 """Most graphs of each model, one for each kind of forward."""
@@ -64,7 +66,7 @@ class Forwards:
         """Called before each forward, also before the one that captures a graph."""
         self.watch: Watch | None = None
         """For the forwards of a command that may be long."""
-        self._kinds: WeakKeyDictionary[DiT, OrderedDict[Hashable, Graph | _Without]] = WeakKeyDictionary()
+        self._kinds: WeakKeyDictionary[DiT, OrderedDict[Hashable, Captured | _Without]] = WeakKeyDictionary()
         self._pool: Any = None
 
     def __call__(self, call: Call) -> Output:
@@ -75,27 +77,36 @@ class Forwards:
             call = replace(call, prefix=self._prefix(call))
         if call.plan.step_cache:
             return self._cached(call)
-        inputs = call.inputs
-        if (
-            not self.graphs
-            or not inputs.latents[0].is_cuda
-            or inputs.control is not None
-            or self._is_too_large(call.prefix)
-        ):
+        if not self._may_be_captured(call):
             return self._run(call)
-        kinds = self._kinds.setdefault(call.dit, OrderedDict())
-        kind = (call.plan.layout, call.plan.attention, inputs.key)
-        known = kinds.get(kind)
+        kind = (call.plan.layout, call.plan.attention, call.inputs.key)
+        known = self._known(call.dit, kind)
         if isinstance(known, Graph):
-            kinds.move_to_end(kind)
             return known.replay(call)
         # Asked here, as a model may look at all of its layers for it: no replay waits for that.
         if not call.dit.graphs:
             return self._run(call)
-        # Also where there will be no graph: the same forward is to give the same bits whenever it comes.
-        attention = replace(call.plan.attention, split_kv=call.plan.attention.kernel == "exact")
-        call = replace(call, plan=replace(call.plan, attention=attention))
+        call = _splitting_keys(call)
         out = self._run(call)
+        self._came(call, kind, lambda: self._capture(call, Graph, lambda graph: graph.replay(call), out))
+        return out
+
+    def _may_be_captured(self, call: Call) -> bool:
+        inputs = call.inputs
+        on_gpu = self.graphs and inputs.latents[0].is_cuda
+        return on_gpu and inputs.control is None and not self._is_too_large(call.prefix)
+
+    def _known(self, dit: DiT, kind: Hashable) -> Captured | _Without | None:
+        """What there is of this kind of forward, as the one that was used last."""
+        kinds = self._kinds.setdefault(dit, OrderedDict())
+        if isinstance(kinds.get(kind), Captured):
+            kinds.move_to_end(kind)
+        return kinds.get(kind)
+
+    def _came(self, call: Call, kind: Hashable, capture: Callable[[], Captured | _Without]) -> None:
+        """A forward of this kind has come without a graph: its second one is captured, if it isn't long."""
+        kinds = self._kinds.setdefault(call.dit, OrderedDict())
+        known = kinds.get(kind)
         if known is None:
             # The first one makes what is made at first use: kernels, communicators, tables.
             kinds[kind] = _Without.YET
@@ -104,11 +115,11 @@ class Forwards:
         elif known is _Without.YET and self.watch is None:
             more = 0 if call.prefix is None else call.prefix.most_bytes
             while (
-                more + sum(each.most_bytes for each in kinds.values() if isinstance(each, Graph)) > self.prefixes.limit
+                more + sum(each.most_bytes for each in kinds.values() if isinstance(each, Captured))
+                > self.prefixes.limit
             ):
                 kinds.popitem(last=False)
-            kinds[kind] = self._capture(call, out)
-        return out
+            kinds[kind] = capture()
 
     @property
     def prefix_bytes(self) -> int:
@@ -136,7 +147,7 @@ class Forwards:
             return self._run(call)
         level = max(float(each.max()) for each in call.inputs.timesteps)
         cache = self.step_caches.find(call.dit, key, call.plan.step_cache, level)
-        out = self._run(call, cache=cache)
+        out = self._cached_run(call, cache)
         seat, layout = self.topology.seat(call.plan.layout), call.plan.layout
         if layout.ranks < self.topology.world_size:
             # An idle rank, which may be the one that reports, hears of it too.
@@ -145,6 +156,26 @@ class Forwards:
             assert seat is not None
             self.skipped += seat.batch.agree(cache.skipped)
         return out
+
+    def _cached_run(self, call: Call, cache: StepCache) -> Output:
+        # Of weights that are fetched, one graph would wait for what another has begun.
+        if not self._may_be_captured(call) or call.dit.weights is not None:
+            return self._run(call, cache)
+        kind = ("step cache", call.plan.layout, call.plan.attention, call.inputs.key)
+        known = self._known(call.dit, kind)
+        if isinstance(known, StepGraph):
+            return self._guarded(lambda: run(call, self.topology, cache, None, known))
+        if not call.dit.graphs:
+            return self._run(call, cache)
+        call = _splitting_keys(call)
+        out = self._run(call, cache)
+        self._came(call, kind, lambda: self._capture_steps(call))
+        return out
+
+    def _capture_steps(self, call: Call) -> Captured | _Without:
+        self.begins()
+        expected = self._guarded(lambda: compute_both(call, self.topology))
+        return self._capture(call, StepGraph, lambda graph: graph.both(call), expected)
 
     def _run(self, call: Call, cache: StepCache | None = None) -> Output:
         """A forward without a graph."""
@@ -170,11 +201,14 @@ class Forwards:
         self.step_caches.clear()
         self.prefixes.clear()
 
-    def _captured(self) -> Iterator[Graph]:
+    def _captured(self) -> Iterator[Captured]:
         """The graphs of all models."""
-        return (each for kinds in self._kinds.values() for each in kinds.values() if isinstance(each, Graph))
+        return (each for kinds in self._kinds.values() for each in kinds.values() if isinstance(each, Captured))
 
-    def _capture(self, call: Call, expected: Output) -> Graph | _Without:
+    def _capture(
+        self, call: Call, make: Callable[[Call, Topology, Any], G], replay: Callable[[G], Output], expected: Output
+    ) -> G | _Without:
+        """A graph whose first replay gives what is expected, on all ranks."""
         if all(graph.pool != self._pool for graph in self._captured()):
             # PyTorch ends a pool with the last graph in it.
             self._pool = torch.cuda.graph_pool_handle()
@@ -182,14 +216,14 @@ class Forwards:
         self.begins()
         graph, reason = None, "another rank could not capture it"
         try:
-            graph = Graph(call, self.topology, self._pool)
+            graph = make(call, self.topology, self._pool)
         except RuntimeError as error:  # a lack of memory is one too
             reason = str(error).splitlines()[0]
             # One that a capture has failed in takes no other.
             self._pool = None
         if everyone.agree(graph is not None):
             assert graph is not None
-            out = graph.replay(call)
+            out = replay(graph)
             if everyone.agree(equal(out, expected)):
                 return graph
             reason = f"its replay differs by {relative_difference(out, expected):.1e}, or another rank's"
@@ -204,42 +238,7 @@ class _Without(enum.Enum):
     EVER = "ever"
 
 
-class Graph:
-    """A captured forward of one kind; it has its own memory for inputs, prefix and output."""
-
-    def __init__(self, call: Call, topology: Topology, pool: Any) -> None:
-        self.pool = pool
-        self._inputs = call.inputs.map(torch.clone)
-        self._prefix = call.prefix and replace(call.prefix, tensors=[each.clone() for each in call.prefix.tensors])
-        self._copied = call.prefix and weakref.ref(call.prefix)
-        """The prefix that `_prefix` is a copy of."""
-        self._graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        stream = torch.cuda.current_stream()
-        try:
-            # NCCL's own thread may look at events meanwhile.
-            with holding() as self._tables, torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-                self._out = run(replace(call, inputs=self._inputs, prefix=self._prefix), topology)
-        finally:
-            # A capture that fails doesn't leave its own.
-            torch.cuda.set_stream(stream)
-
-    @property
-    def most_bytes(self) -> int:
-        """Bytes of its prefix on the rank that has the most of it."""
-        return 0 if self._prefix is None else self._prefix.most_bytes
-
-    @property
-    def prefix_bytes(self) -> int:
-        """Bytes of its prefix on this rank."""
-        return 0 if self._prefix is None else self._prefix.nbytes
-
-    def replay(self, call: Call) -> Output:
-        """The forward with other inputs of this kind."""
-        self._inputs.copy_(call.inputs)
-        if call.prefix is not None and self._prefix is not None and self._copied and call.prefix is not self._copied():
-            for mine, theirs in zip(self._prefix.tensors, call.prefix.tensors, strict=True):
-                mine.copy_(theirs)
-            self._copied = weakref.ref(call.prefix)
-        self._graph.replay()
-        return clone(self._out)
+def _splitting_keys(call: Call) -> Call:
+    """Also where there will be no graph: the same forward is to give the same bits whenever it comes."""
+    attention = replace(call.plan.attention, split_kv=call.plan.attention.kernel == "exact")
+    return replace(call, plan=replace(call.plan, attention=attention))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,17 @@ from tacod.rank.forward.watch import Watch
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.parallel.topology import Seat, Topology
 
-__all__ = ["Call", "clone", "compute_prefix", "equal", "plan_for", "relative_difference", "run"]
+__all__ = [
+    "Call",
+    "StepForward",
+    "clone",
+    "compute_prefix",
+    "equal",
+    "on_seat",
+    "plan_for",
+    "relative_difference",
+    "run",
+]
 
 FAST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Attention kernels in order of preference; on Hopper, cuDNN's is the fastest."""
@@ -45,6 +55,13 @@ class Call:
     """What `compute_prefix` has given for a family with a prefix."""
 
 
+class StepForward(Protocol):
+    """A rank's part of a forward with a step cache, captured (`tacod.rank.forward.step_graph`)."""
+
+    def replay(self, call: Call, cache: BlockCache, sequence: SequenceParallel) -> Output:
+        """The output of this rank's images, of which the cache may skip all blocks but the first."""
+
+
 def plan_for(dit: DiT, asked: Request, world_size: int, arguments: Mapping[str, Any]) -> Plan:
     """The plan of a forward with these arguments; only their shapes matter.
 
@@ -57,10 +74,17 @@ def plan_for(dit: DiT, asked: Request, world_size: int, arguments: Mapping[str, 
     return make_plan(asked, world_size, shape, dit.rates, dit.shares)
 
 
-def run(call: Call, topology: Topology, cache: BlockCache | None = None, watch: Watch | None = None) -> Output:
+def run(
+    call: Call,
+    topology: Topology,
+    cache: BlockCache | None = None,
+    watch: Watch | None = None,
+    captured: StepForward | None = None,
+) -> Output:
     """One forward. Every rank passes all inputs and gets the whole output, also one that the plan leaves idle.
 
-    With a ``watch`` it may stop before a block: all ranks raise `Cancelled` then.
+    With a ``watch`` it may stop before a block: all ranks raise `Cancelled` then. What was ``captured`` computes with
+    the ``cache`` in place of the model.
     """
     if watch is not None:
         watch.begin()
@@ -72,12 +96,14 @@ def run(call: Call, topology: Topology, cache: BlockCache | None = None, watch: 
         # With a step cache, each batch group decides by itself whether it skips blocks.
 
         def compute(sequence: SequenceParallel, mine: Inputs) -> Output:
+            if captured is not None and cache is not None:
+                return captured.replay(call, cache, sequence)
             out = call.dit.run(sequence, mine, cache, tensors, watch)
             if watch is not None:
                 watch.end()
             return out
 
-        out = _on_seat(call, seat, cache is None, compute)
+        out = on_seat(call, seat, cache is None, compute)
         sizes = layout.images(inputs.batch)
         outs = [seat.batch.gather(each, sizes, dim=0) for each in (out if isinstance(out, list) else [out])]
     elif watch is not None:
@@ -96,13 +122,13 @@ def run(call: Call, topology: Topology, cache: BlockCache | None = None, watch: 
 def compute_prefix(call: Call, topology: Topology) -> Prefix:
     """The prefix of a forward. Every rank makes the call; one that the plan leaves idle holds nothing of it."""
     seat = topology.seat(call.plan.layout)
-    tensors = () if seat is None else _on_seat(call, seat, True, call.dit.compute_prefix)
+    tensors = () if seat is None else on_seat(call, seat, True, call.dit.compute_prefix)
     mine = sum(each.nbytes for each in tensors)
     most = topology.everyone.maximum(torch.tensor([mine], dtype=torch.float32, device=call.inputs.latents[0].device))
     return Prefix(tensors, int(most.item()))
 
 
-def _on_seat(call: Call, seat: Seat, in_step: bool, compute: Callable[[SequenceParallel, Inputs], T]) -> T:
+def on_seat(call: Call, seat: Seat, in_step: bool, compute: Callable[[SequenceParallel, Inputs], T]) -> T:
     """``compute`` with this rank's sequence and its part of the images; see `Seat.sequence` for ``in_step``."""
     plan, rank = call.plan, seat.batch.rank
     sizes = plan.layout.images(call.inputs.batch)
@@ -129,7 +155,8 @@ def equal(one: Output, other: Output) -> bool:
 
 def relative_difference(one: Output, other: Output) -> float:
     """The largest relative difference of two outputs, in the norm."""
-    return max(float((a - b).norm() / b.norm()) for a, b in zip(_list(one), _list(other), strict=True))
+    pairs = zip(_list(one), _list(other), strict=True)
+    return max((float((a - b).norm() / b.norm()) for a, b in pairs), default=0.0)
 
 
 def _list(out: Output) -> list[Tensor]:

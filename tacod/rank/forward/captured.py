@@ -1,0 +1,79 @@
+"""Forwards that were captured as CUDA graphs, with the memory that the graphs read and write."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tacod.rank.families.base import Output
+from tacod.rank.forward.run import Call, clone, run
+from tacod.rank.ops.table_cache import holding
+from tacod.rank.parallel.topology import Topology
+
+__all__ = ["Captured", "Graph"]
+
+
+class Captured:
+    """What the graphs of one kind of forward share: memory of their own for inputs, prefix and tables."""
+
+    def __init__(self, call: Call, pool: Any) -> None:
+        self.pool = pool
+        self._prefix = call.prefix and replace(call.prefix, tensors=[each.clone() for each in call.prefix.tensors])
+        self._copied = call.prefix and weakref.ref(call.prefix)
+        """The prefix that `_prefix` is a copy of."""
+        self._call = replace(call, inputs=call.inputs.map(torch.clone), prefix=self._prefix)
+        self._tables: list[Tensor] = []
+
+    @property
+    def most_bytes(self) -> int:
+        """Bytes of its prefix on the rank that has the most of it."""
+        return 0 if self._prefix is None else self._prefix.most_bytes
+
+    @property
+    def prefix_bytes(self) -> int:
+        """Bytes of its prefix on this rank."""
+        return 0 if self._prefix is None else self._prefix.nbytes
+
+    @contextmanager
+    def _capturing(self) -> Iterator[torch.cuda.CUDAGraph]:
+        """A context whose work on the GPU is captured, and not done, for the graph that it gives."""
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        stream = torch.cuda.current_stream()
+        try:
+            # NCCL's own thread may look at events meanwhile.
+            with holding() as tables, torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                yield graph
+            self._tables += tables
+        finally:
+            # A capture that fails doesn't leave its own.
+            torch.cuda.set_stream(stream)
+
+    def _load(self, call: Call) -> None:
+        """Put another forward's inputs and prefix where the graphs read them."""
+        self._call.inputs.copy_(call.inputs)
+        if call.prefix is not None and self._prefix is not None and self._copied and call.prefix is not self._copied():
+            for mine, theirs in zip(self._prefix.tensors, call.prefix.tensors, strict=True):
+                mine.copy_(theirs)
+            self._copied = weakref.ref(call.prefix)
+
+
+class Graph(Captured):
+    """A whole forward as one graph."""
+
+    def __init__(self, call: Call, topology: Topology, pool: Any) -> None:
+        super().__init__(call, pool)
+        with self._capturing() as self._graph:
+            self._out = run(self._call, topology)
+
+    def replay(self, call: Call) -> Output:
+        """The forward with other inputs of this kind."""
+        self._load(call)
+        self._graph.replay()
+        return clone(self._out)
