@@ -659,9 +659,6 @@ class Rank:
         assert plain.prefix_bytes == plain.prefixes.hits == 0
         return all(exact), found, keeping.prefix_bytes
 
-    def imported(self, layout: Layout, module: str) -> bool:
-        return module in sys.modules
-
     def _from_first(self, compute: Callable[[], Any]) -> Any:
         """What the first rank computes, on all."""
         with torch.inference_mode():
