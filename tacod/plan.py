@@ -201,11 +201,18 @@ class Plan:
     def _tokens_of(self, group: int) -> list[int]:
         return _tokens(self.shape.lengths, self.layout.group_shares(group))
 
+    @property
+    def _all_the_same(self) -> str:
+        """What is said of unequal ranks that take equal shares."""
+        paces = in_lowest_terms([self.shares.each[rank] for rank in self.layout.members])
+        taken = in_lowest_terms([share for share in self.layout.shares if share] or [1] * self.layout.ranks)
+        return "" if paces == taken else "; equal shares exchange less"
+
     @functools.cached_property
     def reason(self) -> str:
         """Each rank's share, and why."""
         layout, shape = self.layout, self.shape
-        said = [str(self.shares)] if self.shares.each else []
+        said = [f"{self.shares}{self._all_the_same}"] if self.shares.each else []
         if layout.batch > 1:
             said.append(f"{shape.batch} images over {layout.batch} groups: {_each(layout.images(shape.batch))}")
         if layout.ulysses > 1:
@@ -321,9 +328,12 @@ def make_plan(
     """The cheapest layout that does what was asked, in which the ranks have these ``shares``.
 
     With measured ``rates`` it may leave ranks idle, the slowest ones, if that is faster; without them, it leaves as few
-    idle as possible. Raises `ArgumentError` if no layout does what was asked.
+    idle as possible. With both measured, unequal ranks may take equal shares, as one with more tokens exchanges more.
+    Raises `ArgumentError` if no layout does what was asked.
     """
-    layouts = [layout for layout in _layouts(world_size, shape.batch, shares.each) if asked.allows(layout, shape.batch)]
+    free = shares.measured and rates is not None
+    every = _layouts(world_size, shape.batch, shares.each, free)
+    layouts = [layout for layout in every if asked.allows(layout, shape.batch)]
     if not layouts:
         raise _refused(f"no layout of {world_size} ranks does {asked}; ask for less, or for auto")
     exchange: Literal["exact", "int8"] = "int8" if asked.exchange == "int8" else "exact"
@@ -340,17 +350,19 @@ def make_plan(
     return Plan(best, world_size, shape, policy, slowdown, asked.step_cache or 0.0, shares)
 
 
-def _layouts(world_size: int, batch: int, shares: tuple[int, ...]) -> Iterator[Layout]:
-    """Every layout; of unequal ranks it has the fastest ones."""
+def _layouts(world_size: int, batch: int, shares: tuple[int, ...], free: bool = False) -> Iterator[Layout]:
+    """Every layout; of unequal ranks it has the fastest ones. With ``free`` they may also share equally."""
     by_pace = sorted(range(len(shares)), key=lambda rank: -shares[rank])
     for groups in range(1, min(batch, world_size) + 1):
         for ulysses in range(1, world_size // groups + 1):
             for ring in range(1, world_size // groups // ulysses + 1):
                 layout = Layout(groups, ulysses, ring)
                 busy = set(by_pace[: layout.ranks])
-                mine = in_lowest_terms([share if rank in busy else 0 for rank, share in enumerate(shares)])
+                mine = [share if rank in busy else 0 for rank, share in enumerate(shares)]
+                even = [min(share, 1) for share in mine]
                 first = (1,) * layout.ranks + (0,) * (world_size - layout.ranks)
-                yield replace(layout, shares=mine if mine != first else ())
+                for each in dict.fromkeys(map(in_lowest_terms, (mine, even) if free else (mine,))):
+                    yield replace(layout, shares=each if each != first else ())
 
 
 def fastest_alone(shares: Shares = EQUAL) -> Layout:
@@ -374,7 +386,8 @@ def cost(
     def of_group(group: int) -> float:
         members = layout.members[group * layout.sequence : (group + 1) * layout.sequence]
         have = _tokens(lengths, layout.group_shares(group))
-        heads = apportion(shape.heads, layout.head_shares(group))
+        places = in_lowest_terms(layout.head_shares(group))
+        heads = apportion(shape.heads, places)
         runs = [sum(have[start : start + layout.ulysses]) for start in range(0, len(have), layout.ulysses)]
         matrices_s, attention_s, waiting_s = [], [], []
         for seat, (rank, mine) in enumerate(zip(members, have, strict=True)):
@@ -383,7 +396,8 @@ def cost(
             matrices_s.append(images[group] * 24 * mine * shape.width**2 / flops)
             attends_s = images[group] * 4 * run * sum(lengths) * shape.width * part / flops
             attention_s.append(attends_s * (RING_SLOWDOWN if layout.ring > 1 else 1))
-            sent = images[group] * 4 * mine * shape.width * (layout.ulysses - 1) / layout.ulysses
+            others = sum(places) - places[seat % layout.ulysses]
+            sent = images[group] * 4 * mine * shape.width * others / sum(places)
             exchanged_s = sent * (1 if exchange == "int8" else BYTES) / rates.bytes
             passed_s = images[group] * 2 * run * shape.width * part * (layout.ring - 1) * BYTES / rates.bytes
             waiting_s.append(exchanged_s + max(0.0, passed_s - attention_s[-1] / 2))

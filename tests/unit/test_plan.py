@@ -257,12 +257,25 @@ def test_unlike_groups_tell_their_own_shares() -> None:
 
 
 def test_a_card_that_would_hold_up_the_others_is_left_idle() -> None:
-    slow_first = Shares.of([1, 20, 20], measured=True)
-    plan = make_plan(AUTO, 3, FLUX, DeviceRates(flops=20e12), slow_first)
+    """Two images on the two fast cards exchange nothing."""
+    slow_first, rates = Shares.of([1, 20, 20], measured=True), DeviceRates(flops=20e12)
+    plan = make_plan(AUTO, 3, FLUX_CFG, rates, slow_first)
+    assert plan.layout == Layout(2, 1, 1, (0, 1, 1))
     assert plan.layout.members == (1, 2)
-    assert plan.layout.shares == (0, 1, 1)
     assert re.search(r"1 of 3 ranks idle \(rank 0\): with all it would take \d+\.\d\d times as long", str(plan))
-    assert make_plan(AUTO, 3, FLUX, None, slow_first).layout.ranks == 3, "nothing was measured"
+    assert make_plan(AUTO, 3, FLUX_CFG, None, slow_first).layout.ranks == 3, "nothing was measured"
+
+
+def test_where_links_are_slow_unequal_ranks_take_equal_shares() -> None:
+    """A rank with more tokens exchanges more; what the configuration asks for is done all the same."""
+    rates, paces = DeviceRates(flops=300e12, bytes=5e9), [8, 5, 5]
+    asked = Request(sequence_parallel_degree=3)
+    plan = make_plan(asked, 3, FLUX, rates, Shares.of(paces, measured=True))
+    assert plan.layout == Layout(1, 3, 1)
+    assert "rank 0 is 1.6 times as fast; equal shares exchange less; 24 heads over 3 ranks: 8 each" in str(plan)
+    assert make_plan(asked, 3, FLUX, rates, Shares.of(paces)).layout == Layout(1, 3, 1, (8, 5, 5))
+    quick = DeviceRates(flops=300e12, bytes=30e9)
+    assert make_plan(asked, 3, FLUX, quick, Shares.of(paces, measured=True)).layout == Layout(1, 3, 1, (8, 5, 5))
 
 
 def test_fewer_ranks_than_there_are_are_the_fastest() -> None:
