@@ -1,17 +1,20 @@
 """How one forward is split over the ranks: a value that can explain itself.
 
 There are two axes. Batch: whole images go to different ranks, which exchange nothing until the end (CFG's two halves
-are a batch of two). Sequence: ranks share every image's tokens, by Ulysses, by a ring, or by both.
+are a batch of two). Sequence: ranks share every image's tokens, by Ulysses, by a ring, or by both. Who takes how much
+is in `tacod.layout`, how long that takes in `tacod.cost`; users of plans find both here.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from tacod.cost import USUAL, DeviceRates, cost, measured_rates
+from tacod.layout import Layout, Shape, fastest_alone, layouts, tokens_of
 from tacod.shares import EQUAL, Shares, apportion, in_lowest_terms
 from tacod_client.dtypes import ATTENTIONS
 from tacod_client.errors import ArgumentError
@@ -32,94 +35,9 @@ __all__ = [
     "parse_request",
 ]
 
-RING_COLLECTIVES = 4
-"""How many collectives a turn of a ring counts as, its merge included."""
-RING_SLOWDOWN = 1.6
-"""How many times as long attention takes in parts that are merged in fp32."""
+
 IN_PARTS = ("exact", "sage", "fa3")
 """The attentions whose parts can be merged, as a ring does: they tell the log-sum-exp of the scores."""
-BYTES = 2
-"""Bytes of a number in an exchange, in bf16."""
-
-
-@dataclass(frozen=True)
-class DeviceRates:
-    """How fast devices compute and exchange, by default as GPUs with fast links, in bf16.
-
-    Measured rates count only the part of a transfer that computation doesn't hide.
-    """
-
-    flops: float = 400e12
-    """Of one device, in FLOP/s; of the slowest one, if they are unequal."""
-    bytes: float = 150e9
-    """What one device exchanges, in bytes/s of waiting."""
-    collective_s: float = 2e-4
-    """Seconds of a collective beside those of its bytes."""
-
-
-USUAL = DeviceRates()
-"""For plans before anything was measured."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A number of groups along the batch, each with ``ulysses`` × ``ring`` ranks that share a sequence."""
-
-    batch: int
-    ulysses: int
-    ring: int
-    shares: tuple[int, ...] = ()
-    """How much each of all ranks takes, 0 if it is left idle; empty if the first ranks take the same."""
-
-    @property
-    def sequence(self) -> int:
-        """Ranks that share one sequence."""
-        return self.ulysses * self.ring
-
-    @property
-    def ranks(self) -> int:
-        """Ranks that have something to do."""
-        return self.batch * self.sequence
-
-    @functools.cached_property
-    def members(self) -> tuple[int, ...]:
-        """The ranks that have something to do, in the order of their seats: group by group, run by run."""
-        if not self.shares:
-            return tuple(range(self.ranks))
-        return tuple(rank for rank, share in enumerate(self.shares) if share)
-
-    def group_shares(self, group: int) -> tuple[int, ...]:
-        """The shares of the ranks of one batch group, in the order of their seats."""
-        members = self.members[group * self.sequence : (group + 1) * self.sequence]
-        return tuple(self.shares[rank] if self.shares else 1 for rank in members)
-
-    def head_shares(self, group: int) -> tuple[int, ...]:
-        """The shares of heads of each place in a Ulysses run: those of all ranks that a ring joins there."""
-        shares = self.group_shares(group)
-        return tuple(sum(shares[place :: self.ulysses]) for place in range(self.ulysses))
-
-    def images(self, batch: int) -> tuple[int, ...]:
-        """How many of ``batch`` images each batch group takes: one at least, if there are as many."""
-        shares = tuple(sum(self.group_shares(group)) for group in range(self.batch))
-        return apportion(batch, shares, least=int(batch >= self.batch))
-
-    def __str__(self) -> str:
-        parts = [f"batch {self.batch}"] if self.batch > 1 else []
-        if self.ring == 1 or self.ulysses == 1:
-            kind = "ring" if self.ring > 1 else "ulysses"
-            return " × ".join([*parts, f"sequence {self.sequence} ({kind})" if self.sequence > 1 else "sequence 1"])
-        return " × ".join([*parts, f"sequence {self.sequence} (ulysses {self.ulysses} × ring {self.ring})"])
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a forward looks like to the planner."""
-
-    heads: int
-    width: int
-    batch: int = 1
-    lengths: tuple[int, ...] = ()
-    """Tokens of each stream (text, image); empty before there is a forward to plan."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +117,7 @@ class Plan:
         return self._tokens_of(0)
 
     def _tokens_of(self, group: int) -> list[int]:
-        return _tokens(self.shape.lengths, self.layout.group_shares(group))
+        return tokens_of(self.shape.lengths, self.layout.group_shares(group))
 
     @property
     def _all_the_same(self) -> str:
@@ -254,11 +172,6 @@ def _each(sizes: Sequence[int]) -> str:
 def _by_group(sizes: Sequence[Sequence[int]]) -> str:
     """The same for each batch group; once, if it is the same for all."""
     return " and ".join(dict.fromkeys(map(_each, sizes)))
-
-
-def _tokens(lengths: Sequence[int], shares: tuple[int, ...]) -> list[int]:
-    """How many tokens ranks with these shares hold, over all streams."""
-    return [sum(part) for part in zip(*(apportion(length, shares) for length in lengths), strict=True)]
 
 
 _SWITCHES = ("cfg_parallel", "flash_attention")
@@ -331,10 +244,9 @@ def make_plan(
     idle as possible. With both measured, unequal ranks may take equal shares, as one with more tokens exchanges more.
     Raises `ArgumentError` if no layout does what was asked.
     """
-    free = shares.measured and rates is not None
-    every = _layouts(world_size, shape.batch, shares.each, free)
-    layouts = [layout for layout in every if asked.allows(layout, shape.batch)]
-    if not layouts:
+    every = layouts(world_size, shape.batch, shares.each, free=shares.measured and rates is not None)
+    allowed = [layout for layout in every if asked.allows(layout, shape.batch)]
+    if not allowed:
         raise _refused(f"no layout of {world_size} ranks does {asked}; ask for less, or for auto")
     exchange: Literal["exact", "int8"] = "int8" if asked.exchange == "int8" else "exact"
     policy = AttentionPolicy(asked.flash_attention is not False, exchange, asked.attention or "exact")
@@ -342,88 +254,9 @@ def make_plan(
     def price(layout: Layout) -> float:
         return cost(layout, shape, rates or USUAL, policy.exchange, shares)
 
-    best = busiest = min(layouts, key=lambda layout: (-layout.ranks, price(layout), layout.ring))
+    best = busiest = min(allowed, key=lambda layout: (-layout.ranks, price(layout), layout.ring))
     slowdown = None
     if rates is not None:
-        best = min(layouts, key=lambda layout: (price(layout), -layout.ranks, layout.ring))
+        best = min(allowed, key=lambda layout: (price(layout), -layout.ranks, layout.ring))
         slowdown = price(busiest) / price(best) if best.ranks < busiest.ranks else None
     return Plan(best, world_size, shape, policy, slowdown, asked.step_cache or 0.0, shares)
-
-
-def _layouts(world_size: int, batch: int, shares: tuple[int, ...], free: bool = False) -> Iterator[Layout]:
-    """Every layout; of unequal ranks it has the fastest ones. With ``free`` they may also share equally."""
-    by_pace = sorted(range(len(shares)), key=lambda rank: -shares[rank])
-    for groups in range(1, min(batch, world_size) + 1):
-        for ulysses in range(1, world_size // groups + 1):
-            for ring in range(1, world_size // groups // ulysses + 1):
-                layout = Layout(groups, ulysses, ring)
-                busy = set(by_pace[: layout.ranks])
-                mine = [share if rank in busy else 0 for rank, share in enumerate(shares)]
-                even = [min(share, 1) for share in mine]
-                first = (1,) * layout.ranks + (0,) * (world_size - layout.ranks)
-                for each in dict.fromkeys(map(in_lowest_terms, (mine, even) if free else (mine,))):
-                    yield replace(layout, shares=each if each != first else ())
-
-
-def fastest_alone(shares: Shares = EQUAL) -> Layout:
-    """The layout in which the fastest rank, or the first one of several, computes everything."""
-    return next(_layouts(len(shares.each) or 1, 1, shares.each))
-
-
-def cost(
-    layout: Layout, shape: Shape, rates: DeviceRates = USUAL, exchange: str = "exact", shares: Shares = EQUAL
-) -> float:
-    """Seconds of one block of one forward in the slowest batch group, on ranks that are as fast as their ``shares``.
-
-    A rank's matrices multiply its tokens; its attention has its heads and all keys. Ranks wait for each other between
-    the two, so each takes as long as on the rank that is the last. A ring attends in parts, which takes longer, and
-    hides its transfers behind half of the attention.
-    """
-    lengths = shape.lengths or (4096,)
-    slowest = min(shares.each, default=1)
-    images = layout.images(shape.batch)
-
-    def of_group(group: int) -> float:
-        members = layout.members[group * layout.sequence : (group + 1) * layout.sequence]
-        have = _tokens(lengths, layout.group_shares(group))
-        places = in_lowest_terms(layout.head_shares(group))
-        heads = apportion(shape.heads, places)
-        runs = [sum(have[start : start + layout.ulysses]) for start in range(0, len(have), layout.ulysses)]
-        matrices_s, attention_s, waiting_s = [], [], []
-        for seat, (rank, mine) in enumerate(zip(members, have, strict=True)):
-            flops = rates.flops * (shares.each[rank] / slowest if shares.each else 1)
-            run, part = runs[seat // layout.ulysses], heads[seat % layout.ulysses] / shape.heads
-            matrices_s.append(images[group] * 24 * mine * shape.width**2 / flops)
-            attends_s = images[group] * 4 * run * sum(lengths) * shape.width * part / flops
-            attention_s.append(attends_s * (RING_SLOWDOWN if layout.ring > 1 else 1))
-            others = sum(places) - places[seat % layout.ulysses]
-            sent = images[group] * 4 * mine * shape.width * others / sum(places)
-            exchanged_s = sent * (1 if exchange == "int8" else BYTES) / rates.bytes
-            passed_s = images[group] * 2 * run * shape.width * part * (layout.ring - 1) * BYTES / rates.bytes
-            waiting_s.append(exchanged_s + max(0.0, passed_s - attention_s[-1] / 2))
-        return max(matrices_s) + max(attention_s) + max(waiting_s)
-
-    collectives = 2 * (layout.ulysses > 1) + RING_COLLECTIVES * (layout.ring - 1)
-    return max(map(of_group, range(layout.batch))) + collectives * rates.collective_s
-
-
-def measured_rates(
-    alone_s: float, layout: Layout, together_s: float, shape: Shape, shares: Shares = EQUAL
-) -> DeviceRates:
-    """The rates for which `cost` gives ``alone_s`` on the fastest rank, and a time near ``together_s`` in ``layout``.
-
-    Links have one unknown: how many times as slow as `USUAL` they are, for bytes and for collectives alike.
-    """
-    flops = USUAL.flops * cost(fastest_alone(shares), shape, shares=shares) / alone_s
-
-    def rates(slowness: float) -> DeviceRates:
-        return DeviceRates(flops, USUAL.bytes / slowness, USUAL.collective_s * slowness)
-
-    fast, slow = 1e-6, 1e6
-    for _ in range(100):
-        between = math.sqrt(fast * slow)
-        if cost(layout, shape, rates(between), shares=shares) < together_s:
-            fast = between
-        else:
-            slow = between
-    return rates(fast)

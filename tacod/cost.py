@@ -1,0 +1,96 @@
+"""How long a forward takes in a layout: a model of it, and what is measured for it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tacod.layout import Layout, Shape, fastest_alone, tokens_of
+from tacod.shares import EQUAL, Shares, apportion, in_lowest_terms
+
+__all__ = ["USUAL", "DeviceRates", "cost", "measured_rates"]
+
+RING_COLLECTIVES = 4
+"""How many collectives a turn of a ring counts as, its merge included."""
+RING_SLOWDOWN = 1.6
+"""How many times as long attention takes in parts that are merged in fp32."""
+BYTES = 2
+"""Bytes of a number in an exchange, in bf16."""
+
+
+@dataclass(frozen=True)
+class DeviceRates:
+    """How fast devices compute and exchange, by default as GPUs with fast links, in bf16.
+
+    Measured rates count only the part of a transfer that computation doesn't hide.
+    """
+
+    flops: float = 400e12
+    """Of one device, in FLOP/s; of the slowest one, if they are unequal."""
+    bytes: float = 150e9
+    """What one device exchanges, in bytes/s of waiting."""
+    collective_s: float = 2e-4
+    """Seconds of a collective beside those of its bytes."""
+
+
+USUAL = DeviceRates()
+"""For plans before anything was measured."""
+
+
+def cost(
+    layout: Layout, shape: Shape, rates: DeviceRates = USUAL, exchange: str = "exact", shares: Shares = EQUAL
+) -> float:
+    """Seconds of one block of one forward in the slowest batch group, on ranks that are as fast as their ``shares``.
+
+    A rank's matrices multiply its tokens; its attention has its heads and all keys. Ranks wait for each other between
+    the two, so each takes as long as on the rank that is the last. A ring attends in parts, which takes longer, and
+    hides its transfers behind half of the attention.
+    """
+    lengths = shape.lengths or (4096,)
+    slowest = min(shares.each, default=1)
+    images = layout.images(shape.batch)
+
+    def of_group(group: int) -> float:
+        members = layout.members[group * layout.sequence : (group + 1) * layout.sequence]
+        have = tokens_of(lengths, layout.group_shares(group))
+        places = in_lowest_terms(layout.head_shares(group))
+        heads = apportion(shape.heads, places)
+        runs = [sum(have[start : start + layout.ulysses]) for start in range(0, len(have), layout.ulysses)]
+        matrices_s, attention_s, waiting_s = [], [], []
+        for seat, (rank, mine) in enumerate(zip(members, have, strict=True)):
+            flops = rates.flops * (shares.each[rank] / slowest if shares.each else 1)
+            run, part = runs[seat // layout.ulysses], heads[seat % layout.ulysses] / shape.heads
+            matrices_s.append(images[group] * 24 * mine * shape.width**2 / flops)
+            attends_s = images[group] * 4 * run * sum(lengths) * shape.width * part / flops
+            attention_s.append(attends_s * (RING_SLOWDOWN if layout.ring > 1 else 1))
+            others = sum(places) - places[seat % layout.ulysses]
+            sent = images[group] * 4 * mine * shape.width * others / sum(places)
+            exchanged_s = sent * (1 if exchange == "int8" else BYTES) / rates.bytes
+            passed_s = images[group] * 2 * run * shape.width * part * (layout.ring - 1) * BYTES / rates.bytes
+            waiting_s.append(exchanged_s + max(0.0, passed_s - attention_s[-1] / 2))
+        return max(matrices_s) + max(attention_s) + max(waiting_s)
+
+    collectives = 2 * (layout.ulysses > 1) + RING_COLLECTIVES * (layout.ring - 1)
+    return max(map(of_group, range(layout.batch))) + collectives * rates.collective_s
+
+
+def measured_rates(
+    alone_s: float, layout: Layout, together_s: float, shape: Shape, shares: Shares = EQUAL
+) -> DeviceRates:
+    """The rates for which `cost` gives ``alone_s`` on the fastest rank, and a time near ``together_s`` in ``layout``.
+
+    Links have one unknown: how many times as slow as `USUAL` they are, for bytes and for collectives alike.
+    """
+    flops = USUAL.flops * cost(fastest_alone(shares), shape, shares=shares) / alone_s
+
+    def rates(slowness: float) -> DeviceRates:
+        return DeviceRates(flops, USUAL.bytes / slowness, USUAL.collective_s * slowness)
+
+    fast, slow = 1e-6, 1e6
+    for _ in range(100):
+        between = math.sqrt(fast * slow)
+        if cost(layout, shape, rates(between), shares=shares) < together_s:
+            fast = between
+        else:
+            slow = between
+    return rates(fast)
