@@ -64,11 +64,7 @@ class Remote:
         def load(path: str) -> Model:
             model = self.client.load(path, patches or None, self.plan, dtype, report)
             self.family = model.family
-            if not model.shares_tokens and isinstance(self.plan, dict) and self.plan.pop(_DEGREE, 1) > 1:
-                self.note = f"{_DEGREE}: {model.network}"
-                self.plan = self.plan or "auto"
-                return load(path)
-            return model
+            return self._without_what_it_lacks(model, load)
 
         refused: TacodError | None = None
         for path in (self.source.file, self.uploaded):
@@ -79,6 +75,19 @@ class Remote:
                     refused = refused or error
         self.uploaded = self._upload(refused, progress)
         return load(self.uploaded)
+
+    def _without_what_it_lacks(self, model: Model, load: Callable[[str], Model]) -> Model:
+        """The model under a plan that ComfyUI's own network can follow; ``note`` says what was taken out of it."""
+        if not self.runs_comfyuis or not isinstance(self.plan, dict):
+            return model
+        taken = {name: self.plan[name] for name in ("flash_attention",) if name in self.plan}
+        if not model.shares_tokens and self.plan.get(_DEGREE, 1) > 1:
+            taken[_DEGREE] = self.plan[_DEGREE]
+        if not taken:
+            return model
+        self.note = f"{', '.join(taken)}: not for ComfyUI's own network ({model.network})"
+        self.plan = {name: value for name, value in self.plan.items() if name not in taken} or "auto"
+        return load(model.path)
 
     def was_sent(self, model: Model) -> bool:
         """Whether the daemon has this model's weights from here, and not from a file of its own."""

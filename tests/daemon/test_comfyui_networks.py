@@ -159,6 +159,7 @@ def test_loads_that_it_does_not_have(client: Client, options: dict[str, Any], wo
         ({"control": {"tensors": []}}, "auto", "control: .* Waves runs without a ControlNet here"),
         ({"lyrics": [[[[[[[[[0]]]]]]]]]}, "auto", "more than 8 deep"),
         ({}, {"step_cache": 0.1}, "plan: step_cache is for this version's own families"),
+        ({}, {"flash_attention": False}, "plan: Waves is ComfyUI's, which chooses its own attention"),
         ({}, {"ulysses": 2}, "plan: the tokens of ComfyUI's Waves aren't shared out: this version has no table"),
         ({"transformer_options": {"cond_or_uncond": [0, 1]}}, {"cfg_parallel": True}, "so a batch stays together"),
     ],

@@ -153,9 +153,15 @@ class Network(DiT):
 
     def limited(self, asked: Request, arguments: Mapping[str, Any]) -> Request:
         """See `DiT.limited`: without a table that was checked with such arguments an image stays on one rank."""
-        if asked.step_cache:
+        for name in ("step_cache", "attention"):
+            if getattr(asked, name):
+                raise ArgumentError(
+                    f"plan: {name} is for this version's own families, and {self.name} is ComfyUI's; leave it out",
+                    argument="plan",
+                )
+        if asked.flash_attention is False:
             raise ArgumentError(
-                f"plan: step_cache is for this version's own families, and {self.name} is ComfyUI's; leave it out",
+                f"plan: {self.name} is ComfyUI's, which chooses its own attention; leave flash_attention out",
                 argument="plan",
             )
         if any(name in (arguments.get(OPTIONS) or {}) for name in _BY_CALL):
