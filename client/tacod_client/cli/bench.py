@@ -1,13 +1,15 @@
 """``tacoctl bench``: one forward of a model on one rank and on all, and its bottleneck.
 
 The daemon remembers the time on one rank, and compares later forwards of these shapes with it. Another attention than
-the exact one is measured on all ranks; one rank stays exact, so the error is that of the kernel.
+the exact one is measured on all ranks; one rank stays exact, so the error is that of the kernel. If COMFYUI_PATH is
+set, ComfyUI's own network is measured beside it (`tacod_client.cli.beside`), once the daemon is at rest.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tacod_client.cli import loaded, show
+from tacod_client.cli import beside, loaded, show
 from tacod_client.cli.output import document
 from tacod_client.client import Client, Model
 from tacod_client.dtypes import of_numbers
@@ -41,15 +43,17 @@ def run(args: argparse.Namespace) -> int:
     """Measure, and print the table."""
     quiet = "json" in args
     with Client(getattr(args, "endpoint", None)) as client:
-        world_size = client.status()["group"]["world_size"]
+        group = client.status()["group"]
+        world_size, comfyui = group["world_size"], beside.find(os.environ)
         model = _find(client, args.model, quiet)
         sizes = args.size or [(1024, 1024)]
         family = _family(model.path, world_size, sizes[0], args.batch, args.text)
         text, downscale = family["text"], family["downscale"]
-        rows = []
+        rows, cases = [], []
         planned: Any = "auto" if args.attention == "exact" else {"attention": args.attention}
         both = world_size > 1 or planned != "auto"
-        with show.counting(len(sizes) * (1 + both), quiet) as count:
+        compares = comfyui is not None and "error" not in comfyui
+        with show.counting(len(sizes) * (1 + both) + compares, quiet) as count:
             for width, height in sizes:
                 sides = {"H": height // downscale, "W": width // downscale}
                 shapes = _shapes(family["arguments"], {**family["usual"], "B": args.batch, **sides, "L": text})
@@ -62,9 +66,18 @@ def run(args: argparse.Namespace) -> int:
                     together, out = _measure(model.with_plan(planned), given, args.rounds)
                     count()
                 rows.append(_row(f"{width}x{height}", alone, together, _error(out, expected)))
+                cases.append((given, out))
+            if comfyui is not None and compares:
+                given_only = [given for given, _ in cases]
+                comfyui = beside.measure(comfyui, model, given_only, group, WARM_UPS, args.rounds)
+                count()
     known = {key: getattr(model, key) for key in ("id", "name", "family", "dtype")}
     answer = {"model": known, "batch": args.batch, "text": text, "ranks": world_size, "rounds": args.rounds}
     answer["sizes"] = rows
+    if comfyui is not None:
+        for row, (_, out), case in zip(rows, cases, comfyui.pop("cases", ()), strict=False):
+            row |= _beside(row, out, case)
+        answer["comfyui"] = comfyui
     if quiet:
         document(answer)
     else:
@@ -155,8 +168,21 @@ def _row(size: str, alone: Sequence[Call], together: Sequence[Call], error: floa
     }
 
 
+def _beside(row: Mapping[str, Any], out: Any, case: Mapping[str, Any]) -> dict[str, Any]:
+    """ComfyUI's times of one size, how many times as fast the daemon is, and how far its output is from ComfyUI's."""
+    times = _percentiles(case["seconds"])
+    theirs = [each.numpy() for each in case["outputs"]]
+    ours = out if isinstance(out, list) else [out]
+    error = _error(ours, theirs) if [each.shape for each in ours] == [each.shape for each in theirs] else None
+    return {"comfyui_s": times, "comfyui_ratio": times["p50"] / row["all_s"]["p50"], "comfyui_error": error}
+
+
 def _times(calls: Sequence[Call]) -> dict[str, float]:
-    low, middle, high = np.percentile([call.seconds for call in calls], (10, 50, 90))
+    return _percentiles([call.seconds for call in calls])
+
+
+def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    low, middle, high = np.percentile(seconds, (10, 50, 90))
     return {"p10": float(low), "p50": float(middle), "p90": float(high)}
 
 

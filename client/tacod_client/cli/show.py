@@ -286,6 +286,12 @@ def stats(reply: dict[str, Any]) -> Any:
     return Group(Facts(lines), Text(), split)
 
 
+def _beside(row: dict[str, Any]) -> tuple[str, str, str]:
+    """ComfyUI's time of a size, how many times as fast the daemon is, and how far apart the outputs are."""
+    error = row["comfyui_error"]
+    return ms(row["comfyui_s"]["p50"]), f"{row['comfyui_ratio']:.2f}", "–" if error is None else f"{error:.1e}"
+
+
 def bench(reply: dict[str, Any]) -> Any:
     """``tacoctl bench``."""
     model, parts = reply["model"], ("queue", "wire", "compute", "collective")
@@ -294,8 +300,14 @@ def bench(reply: dict[str, Any]) -> Any:
         ("forward", f"batch {reply['batch']}, {reply['text']} text tokens, median of {reply['rounds']}"),
         *((row["size"], row["plan"]) for row in reply["sizes"]),
     ]
+    comfyui = reply.get("comfyui")
+    if comfyui is not None:
+        what = f"{comfyui.get('version', '')}, its own network on one {comfyui.get('device')}, {comfyui.get('dtype')}"
+        lines.append(("ComfyUI", f"not compared: {comfyui['error']}" if "error" in comfyui else what))
+    compared = comfyui is not None and "error" not in comfyui
+    theirs = ("ComfyUI", "beside it", "error beside it") if compared else ()
     table = Columns(
-        ("size", "one rank", f"{reply['ranks']} ranks", "speed-up", "error", *parts, "bound by"),
+        ("size", "one rank", f"{reply['ranks']} ranks", "speed-up", "error", *theirs, *parts, "bound by"),
         (
             (
                 row["size"],
@@ -303,6 +315,7 @@ def bench(reply: dict[str, Any]) -> Any:
                 ms(row["all_s"]["p50"]),
                 f"{row['speedup']:.2f}",
                 f"{row['error']:.1e}",
+                *(_beside(row) if compared else ()),
                 *(ms(row["split"][f"{part}_s"]) for part in parts),
                 row["bound"],
             )
