@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,16 +29,59 @@ from tacod_client.tensors import from_wire
 
 __all__ = ["Kept", "check_arguments", "check_names", "check_tokens", "digest", "load_arguments"]
 
-Kept = dict[tuple[bytes | None, torch.dtype | None], torch.Tensor]
-"""Tensors on the device by digest and dtype; None for the dtype that they came in."""
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
+SMALL_BYTES = 4096
+SMALL_TENSORS = 64
+"""Most small tensors that are kept, such as a pooled text or a guidance; the least recently used goes first."""
 HIDDEN = -1e4
 """Added to an attention score, it hides the key in any dtype."""
 DEPTH = 8
 """Most lists and maps within each other."""
 LOCKED_BYTES = 16 << 20
 """Arguments up to this size, above all a step's latents, reach a GPU through page-locked memory."""
+
+
+class Kept:
+    """Tensors on the device that forwards have in common, by digest and dtype.
+
+    Large ones came with their digests, and stay until the supervisor has them dropped. Small ones travel with every
+    forward; here the last ones are known by their contents.
+    """
+
+    def __init__(self) -> None:
+        self._named: dict[tuple[bytes, torch.dtype | None], torch.Tensor] = {}
+        self._small: OrderedDict[tuple[bytes | None, torch.dtype | None], torch.Tensor] = OrderedDict()
+
+    def find(self, tensor: wire.Tensor, dtype: torch.dtype | None, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """A tensor in this ``dtype``, or in the one that it came in; ``make`` puts it on the device if it isn't there.
+
+        It is not to be changed.
+        """
+        if tensor.digest is not None:
+            key = tensor.digest, dtype
+            if key not in self._named:
+                self._named[key] = make()
+            return self._named[key]
+        if tensor.nbytes > SMALL_BYTES:
+            return make()
+        small = tensor.with_digest().digest, dtype
+        if small not in self._small:
+            self._small[small] = make()
+            if len(self._small) > SMALL_TENSORS:
+                self._small.popitem(last=False)
+        self._small.move_to_end(small)
+        return self._small[small]
+
+    def drop(self, digest: bytes) -> None:
+        """Forget the tensors of this digest."""
+        for key in [key for key in self._named if key[0] == digest]:
+            del self._named[key]
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        self._named.clear()
+        self._small.clear()
 
 
 def check_arguments(given: Mapping[str, Any], specs: Mapping[str, Spec], family: str) -> None:
@@ -309,7 +353,8 @@ def load_arguments(
     """The arguments as torch values on ``device``; those with an offset lie in ``memory``.
 
     Tensors are in the compute dtype, or in fp32 where the spec says so. Residuals stay in the host's memory, because a
-    rank needs only some of their tokens. A tensor with a digest is put on the device once and stays in ``kept``.
+    rank needs only some of their tokens. Those that don't differ from step to step are put on the device once and stay
+    in ``kept``, if that can tell them.
     """
     first = given.get("x")
     latents = first[0].dtype if isinstance(first, list) and first else getattr(first, "dtype", "")
@@ -321,13 +366,14 @@ def load_arguments(
             return {name: put_anything(each) for name, each in value.items()}
         if not isinstance(value, wire.Tensor):
             return value
-        key = value.digest, dtype if value.dtype == latents else None
+        chosen = dtype if value.dtype == latents else None
+        if value.offset is not None:
+            assert memory is not None
+            return memory.read(value, chosen)
         if kept is None or value.digest is None:
-            return _as_it_is(value, key[1], device)
-        if key not in kept:
-            kept[key] = _as_it_is(value, key[1], device)
+            return _as_it_is(value, chosen, device)
         # Its network may write to what it is given.
-        return kept[key].clone()
+        return kept.find(value, chosen, lambda: _as_it_is(value, chosen, device)).clone()
 
     def put(name: str, value: Any, spec: Spec) -> Any:
         if isinstance(spec, Anything):
@@ -348,12 +394,9 @@ def load_arguments(
         if value.offset is not None:
             assert memory is not None
             return memory.read(value, chosen)
-        key = value.digest, chosen
-        if kept is None or value.digest is None:
+        if kept is None or name in wire.CHANGING:
             return _on_device(value, chosen, device)
-        if key not in kept:
-            kept[key] = _on_device(value, chosen, device)
-        return kept[key]
+        return kept.find(value, chosen, lambda: _on_device(value, chosen, device))
 
     def put_all(values: Mapping[str, Any], specs: Mapping[str, Spec], path: str = "") -> dict[str, Any]:
         read = {name: value for name, value in values.items() if not isinstance(specs[name], Unread)}

@@ -34,7 +34,7 @@ from tacod.group.work import (
     with_tensors,
 )
 from tacod.plan import DeviceRates, parse_request
-from tacod.rank.arguments import Kept, check_arguments, check_tokens, digest, load_arguments
+from tacod.rank.arguments import Kept, check_arguments, digest, load_arguments
 from tacod.rank.comfyui.check import check_split
 from tacod.rank.comfyui.installation import Installation
 from tacod.rank.comfyui.loading import find_network, load_network
@@ -45,6 +45,7 @@ from tacod.rank.forward.run import Call, plan_for
 from tacod.rank.forward.warmup import Measured, warm_up
 from tacod.rank.oom import clear_tracebacks, describe_oom
 from tacod.rank.parallel.topology import Topology
+from tacod.rank.plans import Plans
 from tacod.rank.sampling.sampling import Run, SampleRequest, begin, go_on
 from tacod.rank.shared_memory import MappedMemories, MappedMemory
 from tacod.rank.weights.links import measure_links
@@ -130,7 +131,8 @@ class Engine:
         self.memories = MappedMemories(device)
         """Those that clients share."""
         self._tensors: dict[bytes, wire.Tensor] = {}
-        self._on_device: Kept = {}
+        self._on_device = Kept()
+        self._plans = Plans(topology.world_size)
 
     @property
     def memory_used_bytes(self) -> int:
@@ -168,8 +170,7 @@ class Engine:
         finally:
             for digest in envelope.evict:
                 self._tensors.pop(digest, None)
-                for key in [key for key in self._on_device if key[0] == digest]:
-                    del self._on_device[key]
+                self._on_device.drop(digest)
         return replace(done, memory_used_bytes=self.memory_used_bytes) if envelope.evict else done
 
     def _kept(self, named: wire.Tensor) -> wire.Tensor:
@@ -539,12 +540,7 @@ class Engine:
         """
         shared = self.memories.get(memory)
         dit = self._resident(model).model
-        specs = dit.specs_for(arguments)
-        check_arguments(arguments, specs, dit.family)
-        # What can't be is refused before anything is put on the device.
-        asked = parse_request(plan, self.topology.world_size)
-        chosen = plan_for(dit, asked, self.topology.world_size, arguments)
-        check_tokens(arguments, specs, chosen.shape.lengths[-1])
+        specs, asked, chosen = self._plans.find(dit, plan, arguments)
         kept = self._on_device if self.device.type == "cuda" else None
         given = load_arguments(arguments, specs, dit.dtype, self.device, kept, shared)
         inputs = dit.prepare(given)

@@ -53,12 +53,15 @@ class MappedMemory:
             self.registered = False
         del self._bytes
 
-    def read(self, tensor: wire.Tensor, dtype: torch.dtype) -> Tensor:
-        """A copy on the device of a tensor that lies here, in this ``dtype``; on a GPU it may still be under way."""
+    def read(self, tensor: wire.Tensor, dtype: torch.dtype | None) -> Tensor:
+        """A copy on the device of a tensor that lies here, in this ``dtype`` or its own.
+
+        On a GPU it may still be under way.
+        """
         assert tensor.offset is not None
         there = self._view(tensor.offset, tensor.shape, getattr(torch, TORCH_NAMES[tensor.dtype]))
         copied = there.clone() if self._device.type == "cpu" else there.to(self._device, non_blocking=self.registered)
-        return copied.to(dtype)
+        return copied if dtype is None else copied.to(dtype)
 
     def write(self, outs: Sequence[Tensor], room: Sequence[int]) -> list[wire.Tensor] | None:
         """Copy results to ``room``, an offset and a size, one behind the other; None if they don't fit there.

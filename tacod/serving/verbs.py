@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +30,7 @@ from tacod_client.errors import (
     ProtocolError,
     QueueFull,
 )
-from tacod_client.wire import MAX_STEPS, Message, map_tensors
+from tacod_client.wire import MAX_STEPS, Message, Tensor, map_tensors
 
 __all__ = ["Verbs"]
 
@@ -53,8 +54,10 @@ class Verbs:
         if kind is None:
             known = ", ".join(messages.REQUESTS)
             raise ProtocolError(f"type: unknown message {message.type!r:.40}; known are {known}")
-        self._check_size(message)
-        body = messages.parse(kind, without_claims(message.body))
+        tensors = list(tensors_of(message.body))
+        self._check_size(tensors)
+        claims = any(each.frames is not None and each.digest is not None for each in tensors)
+        body = messages.parse(kind, without_claims(message.body) if claims else message.body)
         if isinstance(body, messages.Hello):
             self.hello(peer, message.id, body, *admit())
             return
@@ -66,15 +69,15 @@ class Verbs:
             return
         if len(session.outbox) >= OUTBOX_MESSAGES and message.type not in ("bye", "cancel"):
             raise QueueFull(f"{len(session.outbox)} answers wait for this client to read them; read them first")
-        if not isinstance(body, messages.Forward) and any(each.offset is not None for each in tensors_of(message.body)):
+        if not isinstance(body, messages.Forward) and any(each.offset is not None for each in tensors):
             raise ProtocolError(f"{message.type}: no tensor of it may lie in shared memory; send it as frames")
         reply: dict[str, Any] | None = getattr(self, message.type)(session, message.id, body)
         if reply is not None:
             session.post(wire.encode(Message("done", reply, message.id)))
 
-    def _check_size(self, message: Message) -> None:
+    def _check_size(self, tensors: Sequence[Tensor]) -> None:
         limit = self.state.config.limits.message_bytes
-        size = sum(tensor.nbytes for tensor in tensors_of(message.body) if tensor.frames is not None)
+        size = sum(tensor.nbytes for tensor in tensors if tensor.frames is not None)
         if size > limit:
             raise MessageTooLarge(
                 f"a message of {size} bytes; limits.message_bytes is {limit}; send smaller batches or raise it",
@@ -223,6 +226,7 @@ class Verbs:
     ) -> None:
         """Queue a job, or reply with those tensors of ``named`` that the store lacks."""
         store = self.state.executor.store
+        named = list(tensors_of(named))
         digests = digests_of(named)
         store.check_fits(named)
         missing = store.missing(digests)
@@ -239,7 +243,7 @@ class Verbs:
                 f"{limit} jobs of {session.user} are queued, which is the limit (limits.queue_per_user); wait for one",
                 limit=limit,
             )
-        nbytes = sum(tensor.nbytes for tensor in tensors_of(named) if tensor.frames is not None)
+        nbytes = sum(tensor.nbytes for tensor in named if tensor.frames is not None)
         self._check_room(nbytes)
         self._jobs_made += 1
         job = Job(

@@ -123,13 +123,13 @@ def test_what_is_no_control_is_refused_here(control: Any) -> None:
 def test_what_comes_by_digest_is_put_on_the_device_once() -> None:
     inputs = {name: to_wire(value, name) for name, value in FLUX.inputs().items()}
     sent = {**inputs, "context": inputs["context"].with_digest()}
-    kept: Kept = {}
+    kept = Kept()
     first, second = (
         load_arguments(sent, FLUX.model.arguments(), torch.bfloat16, torch.device("cpu"), kept) for _ in range(2)
     )
     assert first["context"] is second["context"]
     assert first["x"] is not second["x"], "it changes with every step, and has no digest"
-    assert [(key[0], value.dtype) for key, value in kept.items()] == [(sent["context"].digest, torch.bfloat16)]
+    assert [(key[0], value.dtype) for key, value in kept._named.items()] == [(sent["context"].digest, torch.bfloat16)]
     other = load_arguments(sent, FLUX.model.arguments(), torch.float32, torch.device("cpu"), kept)
     assert other["context"].dtype == torch.float32
 
