@@ -161,7 +161,7 @@ def main() -> int:
             assert told is not None
             expected = undisturbed[which]
             error = relative_error(out, expected)
-            call = Call(at_s, seconds, told.wire_s, told.attempts, torch.equal(out, expected), error)
+            call = Call(at_s, seconds, told.wire_s + told.client_s, told.attempts, torch.equal(out, expected), error)
             print(json.dumps(asdict(call)), flush=True)
     return 0
 

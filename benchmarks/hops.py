@@ -1,10 +1,12 @@
 """When a forward is where, on its way from a client through the daemon to the ranks and back.
 
-    python benchmarks/hops.py [--ranks N] [--calls N]
+    python benchmarks/hops.py [--ranks N] [--calls N] [--echo]
 
-This runs the embedded model on CPU ranks, to show what the daemon does; ``rivals.py --hops`` does the same for its
-daemon rows, on GPUs. In the client, the supervisor and rank 0, the functions that a forward passes are wrapped to note
-the time, on the one clock that all processes of a machine share. That costs some microseconds for each.
+This runs the embedded model on CPU ranks, to show what the daemon does; ``--echo`` sends what Flux.1 gets at 1024² to
+ranks that have no model (`echo_rank.py`). ``rivals.py --hops`` does the same for its daemon rows, on GPUs. In the
+client, the supervisor and rank 0, the functions that a forward passes are wrapped to note the time, on the one clock
+that all processes of a machine share. That costs some microseconds for each. Under the hops stands how long each
+process runs for a call, which other work on the machine changes less.
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ from unittest import mock
 
 NOTES = "TACOD_HOPS"
 """The environment variable that names the folder in which each process notes its times."""
+
+ECHO = "TACOD_HOPS_ECHO"
+"""The environment variable that has ranks without a model."""
 
 HOPS: dict[str, tuple[str, str, str]] = {
     "called": ("client", "before", "tacod_client.client:Model.forward"),
@@ -105,6 +110,10 @@ def serve_ranks() -> None:
 
     def load_noting(device: str) -> Callable[[list[str]], None]:
         run = load(device)
+        if ECHO in os.environ:
+            import echo_rank
+
+            run = echo_rank.run
 
         def run_noting(arguments: list[str]) -> None:
             if arguments[arguments.index("--rank") + 1] == "0":
@@ -136,11 +145,24 @@ def read(folder: Path, since_ns: int, until_ns: int) -> dict[str, float]:
     reached: dict[int, list[float]] = {}
     ends = [*begins[1:], until_ns]
     for begin, end in zip(begins, ends, strict=True):
-        # What happens more than once in a call counts when it has happened for the last time.
-        last = {number: at for at, number in notes if begin <= at < end}
-        for number, at in last.items():
+        for number, at in _course([each for each in notes if begin <= each[0] < end]).items():
             reached.setdefault(number, []).append((at - begin) / 1e6)
     return {name: statistics.median(reached[number]) for number, name in enumerate(HOPS) if number in reached}
+
+
+def _course(notes: list[tuple[int, int]]) -> dict[int, int]:
+    """When a call came to each hop, by the hop's number.
+
+    What happens more than once, such as a forward that is captured too, counts when it has happened for the last time
+    before the next hop. So a message beside the call, such as a client's ping while it waits, counts for nothing.
+    """
+    course: dict[int, int] = {}
+    until = None
+    for number in reversed(range(len(HOPS))):
+        times = [at for at, each in notes if each == number and (until is None or at <= until)]
+        if times:
+            until = course[number] = max(times)
+    return course
 
 
 def show(hops: Mapping[str, float]) -> None:
@@ -154,31 +176,65 @@ def show(hops: Mapping[str, float]) -> None:
         before = at
 
 
-def main() -> None:
-    """Measure the embedded model on CPU ranks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--calls", type=int, default=40)
-    options = parser.parse_args()
+def cpu_ms(pid: int) -> float:
+    """Milliseconds that the threads of a process have run."""
+    files = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(each.read_text().split()[0]) for each in files) / 1e6
+
+
+def embedded_inputs() -> tuple[Path, dict[str, Any]]:
+    """The embedded model and a forward's arguments."""
     import torch
-    import wire
 
     from tacod import embedded
 
     context, y = embedded.encode(embedded.PROMPTS[0])
     x = torch.randn(1, 16, 32, 32, generator=torch.Generator().manual_seed(0))
-    inputs = {"x": x, "timestep": torch.tensor([500.0]), "context": context, "y": y}
+    return embedded.PATH, {"x": x, "timestep": torch.tensor([500.0]), "context": context, "y": y}
+
+
+def flux_inputs() -> dict[str, Any]:
+    """What Flux.1 gets at 1024²."""
+    import torch
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    small = {"timestep": torch.tensor([0.5]), "guidance": torch.tensor([3.5])}
+    return {"x": randn(1, 16, 128, 128), "context": randn(1, 512, 4096), "y": randn(1, 768), **small}
+
+
+def main() -> None:
+    """Measure on CPU ranks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--calls", type=int, default=40)
+    parser.add_argument("--echo", action="store_true", help="ranks without a model, and Flux.1's tensors at 1024²")
+    options = parser.parse_args()
+    import wire
+
     with noting() as notes, tempfile.TemporaryDirectory(prefix="tacod-") as folder:
+        if options.echo:
+            os.environ[ECHO] = "1"
+            path, inputs = wire.save_echo(Path(folder)), flux_inputs()
+        else:
+            path, inputs = embedded_inputs()
         command = (__file__, "--daemon")
-        with wire.tacod(Path(folder, "d"), options.ranks, embedded.PATH.parent, *command) as client:
-            model = client.load(str(embedded.PATH))
+        with wire.tacod(Path(folder, "d"), options.ranks, path.parent, *command) as client:
+            model = client.load(str(path))
             for _ in range(5):
                 model.forward(**inputs)
+            status = client.status()
+            pids = {"client": os.getpid(), "supervisor": status["pid"], "rank 0": status["group"]["ranks"][0]["pid"]}
+            before = {name: cpu_ms(pid) for name, pid in pids.items()}
             since_ns = time.monotonic_ns()
             for _ in range(options.calls):
                 model.forward(**inputs)
             ended_ns = time.monotonic_ns()
+            after = {name: cpu_ms(pid) for name, pid in pids.items()}
             show(read(notes, since_ns, ended_ns))
+            for name in pids:
+                print(f"  {name:12}{'computes for a call, ms':33}{(after[name] - before[name]) / options.calls:9.3f}")
 
 
 if __name__ == "__main__":

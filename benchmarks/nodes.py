@@ -3,7 +3,7 @@
     COMFYUI_PATH=… COMFYUI_PYTHON=… PYTHONPATH=tests:tests/comfyui python benchmarks/nodes.py [--rounds N] [--steps N]
 
 Both run in one ComfyUI, in turn, on a tiny Flux.1 in fp32. A step's time is that between two of the progress messages
-that the page gets. ``more`` is what the nodes add; ``compute``, ``wire`` and ``queue`` are what they tell of a forward.
+that the page gets. ``more`` is what the nodes add; the other columns are what they tell of a forward.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def main() -> None:
             version = comfyui.get("/system_stats")["system"]["comfyui_version"]
             print(f"ComfyUI {version}, medians of {args.rounds} rounds of {args.steps} steps\n")
             print(
-                "| latent | ComfyUI ms | through the nodes ms | more ms | compute | wire | queue |\n| --- |"
-                + " --- |" * 6
+                "| latent | ComfyUI ms | through the nodes ms | more ms | compute | wire | client | queue |\n| --- |"
+                + " --- |" * 7
             )
             for size in SIZES:
                 rows = []
@@ -87,7 +87,7 @@ def main() -> None:
                     given = (args.steps, 100 + turn, daemon.endpoint)
                     stock, _ = step_ms(comfyui, size, "stock", *given)
                     ours, outcome = step_ms(comfyui, size, "taco", *given)
-                    parts = [told_ms(outcome, part) for part in ("compute", "wire", "queue")]
+                    parts = [told_ms(outcome, part) for part in ("compute", "wire", "client", "queue")]
                     if turn:
                         rows.append((stock, ours, ours - stock, *parts))
                 cells = [f"{statistics.median(column):.2f}" for column in zip(*rows, strict=True)]

@@ -62,7 +62,7 @@ from tacod.rank.parallel.topology import Topology
 from tacod.rank.weights.fp8 import quantize_blocks
 from tacod.rank.weights.load import share
 from tacod_client import Client
-from tacod_client.stats import ModelStats
+from tacod_client.stats import PARTS, ModelStats
 
 HERE = Path(__file__).parent
 WARM_UPS = 3
@@ -428,13 +428,12 @@ def report(model: str, step: Step, result: Mapping[str, Any]) -> None:
 
 
 class Split(ModelStats):
-    """The daemon's own times of the last call, in milliseconds, and what it took here."""
+    """The parts of the last call's time, in milliseconds."""
 
     def add(self, answer: Mapping[str, Any], elapsed_s: float) -> None:
         """Keep them."""
         super().add(answer, elapsed_s)
-        self.parts = {name.removesuffix("_s"): 1000 * seconds for name, seconds in answer["timing"].items()}
-        self.parts["client"] = 1000 * elapsed_s - sum(self.parts.values())
+        self.parts = {part: 1000 * getattr(self.last, f"{part}_s") for part in PARTS}
 
 
 def run_daemon(

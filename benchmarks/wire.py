@@ -112,6 +112,15 @@ def is_ready(endpoint: str) -> bool:
         return False
 
 
+def save_echo(folder: Path) -> Path:
+    """A file that echo ranks load."""
+    path = folder / "m" / "echo.safetensors"
+    path.parent.mkdir()
+    header = json.dumps({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0")
+    return path
+
+
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
@@ -146,10 +155,7 @@ def measure_wire(rounds: int) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tacod-")))
-        models = folder / "m"
-        models.mkdir()
-        header = json.dumps({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
-        (models / "echo.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0")
+        models = save_echo(folder).parent
         endpoint = f"ipc://{folder}/pair"
         stack.enter_context(process(__file__, "--pair", endpoint))
         echoes = {
@@ -214,7 +220,7 @@ def measure_cpu_step(ranks: int = 3) -> dict[str, float]:
             model.stats = type(model.stats)()
             steps = [seconds_of(lambda: model.forward(**inputs)) for _ in range(30)]
             stats = model.stats
-    return {"ranks": ranks, **summary(steps), "wire_share": stats.wire_s / stats.seconds}
+    return {"ranks": ranks, **summary(steps), "wire_share": (stats.wire_s + stats.client_s) / stats.seconds}
 
 
 def measure_imports(rounds: int) -> dict[str, dict[str, float]]:

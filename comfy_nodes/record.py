@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from tacod_client import Call, Model
+from tacod_client.stats import PARTS
 
 __all__ = ["Record", "Run", "Totals"]
 
@@ -68,10 +69,7 @@ class Run:
             "forwards": len(calls),
             "parallel_forwards": sum(call.ranks > 1 for call in calls),
             "forward_s": sum(call.seconds for call in calls),
-            "queue_s": sum(call.queue_s for call in calls),
-            "wire_s": sum(call.wire_s for call in calls),
-            "compute_s": sum(call.compute_s for call in calls),
-            "collective_s": sum(call.collective_s for call in calls),
+            **{f"{part}_s": sum(getattr(call, f"{part}_s") for call in calls) for part in PARTS},
             "ranks": max((call.ranks for call in calls), default=0),
             "plan": calls[-1].plan if calls else "",
             "retries": sum(call.attempts - 1 for call in calls),

@@ -85,9 +85,10 @@ def _memory(info: Mapping[str, Any]) -> str:
 
 
 def _split(stats: Mapping[str, Any]) -> str:
-    names = {"compute_s": "compute", "collective_s": "collective", "wire_s": "wire", "queue_s": "queue"}
+    names = ("compute", "collective", "wire", "queue", "client")
     total = stats["forward_s"] or 1.0
-    return ", ".join(f"{name} {_seconds(stats[key])} ({stats[key] / total:.0%})" for key, name in names.items())
+    parts = {name: stats[f"{name}_s"] for name in names}
+    return ", ".join(f"{name} {_seconds(seconds)} ({seconds / total:.0%})" for name, seconds in parts.items())
 
 
 def _speed(stats: Mapping[str, Any]) -> str:

@@ -6,12 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Call", "ModelStats"]
+__all__ = ["PARTS", "Call", "ModelStats"]
+
+DAEMONS = ("queue", "wire", "compute", "collective")
+"""The parts of a call's time that the daemon tells."""
+PARTS = (*DAEMONS, "client")
+"""All of them."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One answered call: seconds of wall time, and its four parts."""
+    """One answered call: seconds of wall time, and its five parts."""
 
     seconds: float
     queue_s: float
@@ -26,6 +31,7 @@ class Call:
     """Seconds of the same work on one rank, if the daemon knows."""
     skipped: int = 0
     """Forwards that the step cache mostly skipped."""
+    client_s: float = 0.0
 
 
 @dataclass
@@ -42,9 +48,11 @@ class ModelStats:
     """Wall time in this client's calls."""
     queue_s: float = 0.0
     wire_s: float = 0.0
-    """Seconds of neither waiting for a turn nor computing: both sockets, copies, the daemon."""
+    """Seconds between the daemon and its ranks, there and back."""
     compute_s: float = 0.0
     collective_s: float = 0.0
+    client_s: float = 0.0
+    """The rest: this client, its socket, and what the daemon does before it queues a job and after its end."""
     ranks: int = 0
     plan: str = ""
     last: Call | None = None
@@ -55,7 +63,7 @@ class ModelStats:
         call = Call(
             seconds=elapsed_s,
             queue_s=timing["queue_s"],
-            wire_s=max(0.0, elapsed_s - timing["queue_s"] - timing["compute_s"] - timing["collective_s"]),
+            wire_s=timing["wire_s"],
             compute_s=timing["compute_s"],
             collective_s=timing["collective_s"],
             steps=answer["steps"],
@@ -64,6 +72,7 @@ class ModelStats:
             plan=answer["plan"],
             single_rank_s=answer.get("single_rank_s"),
             skipped=answer.get("skipped", 0),
+            client_s=max(0.0, elapsed_s - sum(timing[f"{part}_s"] for part in DAEMONS)),
         )
         self.steps += call.steps
         self.parallel_steps += call.steps if call.ranks > 1 else 0
@@ -74,4 +83,5 @@ class ModelStats:
         self.wire_s += call.wire_s
         self.compute_s += call.compute_s
         self.collective_s += call.collective_s
+        self.client_s += call.client_s
         self.ranks, self.plan, self.last = call.ranks, call.plan, call

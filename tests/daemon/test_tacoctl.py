@@ -494,7 +494,7 @@ def test_bench_compares_one_rank_with_all_and_the_daemon_remembers(tacoctl: Run,
         assert (row["ranks"], row["error"] <= FP32) == (2, True)
         assert 0 < row["all_s"]["p10"] <= row["all_s"]["p50"] <= row["all_s"]["p90"]
         assert row["speedup"] == row["one_s"]["p50"] / row["all_s"]["p50"]
-        assert set(row["split"]) == {"queue_s", "wire_s", "compute_s", "collective_s"}
+        assert set(row["split"]) == {"queue_s", "wire_s", "compute_s", "collective_s", "client_s"}
         assert sum(row["split"].values()) == pytest.approx(row["all_s"]["p50"])
         assert row["bound"]
     FLUX.check(model)

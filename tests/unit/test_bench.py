@@ -69,13 +69,14 @@ def test_an_output_of_zeros_has_an_error_that_is_a_number() -> None:
 @pytest.mark.parametrize(
     ("parts", "speedup", "ranks", "said"),
     [
-        ((0.0, 0.01, 0.9, 0.09), 1.8, 2, "computing"),
-        ((0.0, 0.01, 0.6, 0.39), 1.3, 2, "the exchange between ranks"),
-        ((0.0, 0.01, 0.3, 0.69), 0.8, 2, "the exchange between ranks; one rank is faster here"),
-        ((0.0, 0.4, 0.5, 0.1), 1.1, 2, "the way between client and ranks"),
-        ((0.6, 0.0, 0.3, 0.1), 1.0, 2, "other clients"),
-        ((0.0, 0.0, 1.0, 0.0), 0.99, 1, "computing"),
-        ((0.0, 0.0, 0.0, 0.0), 1.0, 1, "computing"),
+        ((0.0, 0.01, 0.9, 0.09, 0.0), 1.8, 2, "computing"),
+        ((0.0, 0.01, 0.6, 0.39, 0.0), 1.3, 2, "the exchange between ranks"),
+        ((0.0, 0.01, 0.3, 0.69, 0.0), 0.8, 2, "the exchange between ranks; one rank is faster here"),
+        ((0.0, 0.4, 0.5, 0.1, 0.0), 1.1, 2, "the way between daemon and ranks"),
+        ((0.0, 0.1, 0.5, 0.1, 0.3), 1.1, 2, "the client and its way to the daemon"),
+        ((0.6, 0.0, 0.3, 0.1, 0.0), 1.0, 2, "other clients"),
+        ((0.0, 0.0, 1.0, 0.0, 0.0), 0.99, 1, "computing"),
+        ((0.0, 0.0, 0.0, 0.0, 0.0), 1.0, 1, "computing"),
     ],
 )
 def test_what_bounds_a_forward(parts: tuple[float, ...], speedup: float, ranks: int, said: str) -> None:
@@ -92,7 +93,7 @@ def test_the_table_tells_a_line_for_each_size() -> None:
         "all_s": times,
         "speedup": 2.5,
         "error": 1.5e-7,
-        "split": {"queue_s": 0.001, "wire_s": 0.002, "compute_s": 0.09, "collective_s": 0.007},
+        "split": {"queue_s": 0.001, "wire_s": 0.002, "compute_s": 0.09, "collective_s": 0.007, "client_s": 0.001},
         "bound": "computing",
     }
     told = {

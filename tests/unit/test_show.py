@@ -78,7 +78,7 @@ def test_numbers_keep_their_units_in_any_width(width: int) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_bench_is_whole_in_any_width(width: int) -> None:
     times = {"p10": 0.09, "p50": 0.1, "p90": 0.11}
-    split = {"queue_s": 0.001, "wire_s": 0.002, "compute_s": 0.09, "collective_s": 0.007}
+    split = {"queue_s": 0.001, "wire_s": 0.002, "compute_s": 0.09, "collective_s": 0.007, "client_s": 0.001}
     row = {"size": "2048x2048", "plan": "sequence 3", "one_s": times, "all_s": times, "speedup": 2.5, "error": 1.5e-7}
     told = {"model": model(), "batch": 1, "text": 512, "ranks": 3, "rounds": 10}
     told["sizes"] = [{**row, "split": split, "bound": "the exchange between ranks"}]

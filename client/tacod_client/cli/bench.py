@@ -22,14 +22,13 @@ from tacod_client.cli.output import document
 from tacod_client.client import Client, Model
 from tacod_client.dtypes import of_numbers
 from tacod_client.errors import ModelNotFound, RequestError
-from tacod_client.stats import Call
+from tacod_client.stats import PARTS, Call
 
 __all__ = ["bound", "run"]
 
 ONE_RANK = {"sequence_parallel_degree": 1, "cfg_parallel": False}
 WARM_UPS = 3
 """The first call may be slow, so the second may still be watched as a long one; the third becomes a CUDA graph."""
-PARTS = ("queue", "wire", "compute", "collective")
 LARGE = 0.15
 """A part of a step other than computing that takes at least this share counts as the bottleneck."""
 
@@ -198,12 +197,13 @@ def bound(split: Mapping[str, float], speedup: float, ranks: int) -> str:
     """The bottleneck of a forward on so many ranks, from the split of its time and its speed-up over one."""
     whole = sum(split.values()) or 1.0
     shares = {part: split[f"{part}_s"] / whole for part in PARTS}
-    part = max(("queue", "wire", "collective"), key=lambda part: shares[part])
+    part = max((part for part in PARTS if part != "compute"), key=lambda part: shares[part])
     if shares[part] < LARGE:
         part = "compute"
     said = {
         "queue": "other clients",
-        "wire": "the way between client and ranks",
+        "wire": "the way between daemon and ranks",
+        "client": "the client and its way to the daemon",
         "compute": "computing",
         "collective": "the exchange between ranks",
     }[part]

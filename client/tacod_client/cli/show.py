@@ -23,6 +23,7 @@ from rich.text import Text
 
 from tacod_client.cli.ending import mute
 from tacod_client.job import Job
+from tacod_client.stats import PARTS
 from tacod_client.streams import stdout
 from tacod_client.text import printable
 
@@ -294,7 +295,7 @@ def _beside(row: dict[str, Any]) -> tuple[str, str, str]:
 
 def bench(reply: dict[str, Any]) -> Any:
     """``tacoctl bench``."""
-    model, parts = reply["model"], ("queue", "wire", "compute", "collective")
+    model, parts = reply["model"], PARTS
     lines = [
         ("model", f"{model['name']}, {model['family']}, {model['dtype']}"),
         ("forward", f"batch {reply['batch']}, {reply['text']} text tokens, median of {reply['rounds']}"),
