@@ -84,7 +84,12 @@ def fill(room: memoryview, value: Any) -> None:
         return
     import torch
 
-    torch.frombuffer(room, dtype=value.dtype).view(value.shape).copy_(value.detach())
+    there = torch.frombuffer(room, dtype=torch.uint8)
+    if value.device.type == "cpu":
+        # By one thread: to wake others takes longer than to copy a latent.
+        there.numpy()[:] = _flat(value).numpy()
+    else:
+        there.view(value.dtype).view(value.shape).copy_(value.detach())
 
 
 def _from_numpy(array: np.ndarray[Any, Any], argument: str) -> Tensor:
@@ -109,8 +114,14 @@ def _from_torch(tensor: torch.Tensor, argument: str) -> Tensor:
             f"{argument}: {tensor.dtype} ({tensor.layout}) doesn't travel; use one of {', '.join(_FROM_TORCH)}",
             argument=argument,
         )
-    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return Tensor(dtype, tuple(tensor.shape), split(flat.numpy().data))
+    return Tensor(dtype, tuple(tensor.shape), split(_flat(tensor).numpy().data))
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """The contents on the CPU as bytes, copied only if necessary."""
+    import torch
+
+    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 def from_wire(tensor: Tensor, kind: Kind, locked: bool = False) -> Any:
@@ -175,12 +186,13 @@ def like(tensor: Tensor, example: Any) -> Any:
     """A wire tensor's contents in the kind, dtype and device of ``example``."""
     if kind_of(example) == "numpy":
         return from_wire(tensor, "numpy").astype(example.dtype, copy=False)
-    if tensor.frames is not None and len(tensor.frames) == 1 and not memoryview(tensor.frames[0]).readonly:
+    frames = tensor.frames or ()
+    # In one copy, from memory that a tensor may refer to.
+    if example.device.type != "cpu" and len(frames) == 1 and not memoryview(frames[0]).readonly:
         import torch
 
-        # One copy, also to a GPU.
-        there = torch.frombuffer(tensor.frames[0], dtype=getattr(torch, TORCH_NAMES[tensor.dtype]))
-        return there.view(tensor.shape).to(device=example.device, dtype=example.dtype, copy=True)
+        there = torch.frombuffer(frames[0], dtype=getattr(torch, TORCH_NAMES[tensor.dtype]))
+        return there.view(tensor.shape).to(device=example.device).to(dtype=example.dtype)
     return from_wire(tensor, "torch").to(device=example.device, dtype=example.dtype)
 
 

@@ -59,8 +59,12 @@ class MappedMemory:
         On a GPU it may still be under way.
         """
         assert tensor.offset is not None
-        there = self._view(tensor.offset, tensor.shape, getattr(torch, TORCH_NAMES[tensor.dtype]))
-        copied = there.clone() if self._device.type == "cpu" else there.to(self._device, non_blocking=self.registered)
+        there = self._bytes[tensor.offset : tensor.offset + tensor.nbytes]
+        if self._device.type == "cpu":
+            copied = torch.from_numpy(there.numpy().copy())
+        else:
+            copied = there.to(self._device, non_blocking=self.registered)
+        copied = copied.view(getattr(torch, TORCH_NAMES[tensor.dtype])).view(tensor.shape)
         return copied if dtype is None else copied.to(dtype)
 
     def write(self, outs: Sequence[Tensor], room: Sequence[int]) -> list[wire.Tensor] | None:
@@ -78,15 +82,17 @@ class MappedMemory:
         if position > start + nbytes:
             return None
         for out, place in zip(outs, places, strict=True):
-            self._view(place, out.shape, out.dtype).copy_(out, non_blocking=self.registered)
+            flat = out.contiguous().view(-1).view(torch.uint8)
+            there = self._bytes[place : place + out.nbytes]
+            if out.device.type == "cpu":
+                # By one thread: to wake others takes longer than to copy a latent.
+                there.numpy()[:] = flat.numpy()
+            else:
+                there.copy_(flat, non_blocking=self.registered)
         return [
             wire.Tensor(_WIRE_NAMES[out.dtype], tuple(out.shape), None, offset=place)
             for out, place in zip(outs, places, strict=True)
         ]
-
-    def _view(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        nbytes = dtype.itemsize * torch.Size(shape).numel()
-        return self._bytes[offset : offset + nbytes].view(dtype).view(*shape)
 
 
 class MappedMemories:
