@@ -6,7 +6,6 @@ import logging
 import os
 import time
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import zmq
@@ -43,15 +42,18 @@ class Listener:
             self.socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
             made.callback(self.socket.close)
             self._configure(config.heartbeat_s)
+            beside = memory_path(config.socket_path)
             try:
                 unix = UnixSocket(config.socket_path)
+                made.callback(unix.remove)
+                self.memory = MemorySocket(beside) if beside is not None else None
+                """Where clients on this machine get shared memory; None if its path would be too long."""
             except PathTaken as error:
                 raise ConfigError(f"endpoint: {error}") from None
-            made.callback(unix.remove)
-            self.memory = _open_memory_socket(config.socket_path)
-            """Where clients on this machine get shared memory; None if it can't be there."""
             if self.memory is not None:
                 made.callback(self.memory.close)
+            else:
+                log.info("clients get no shared memory: %s is too long for a second socket", config.socket_path)
             self.addresses: list[object] = [unix.socket.getsockname()]
             """What clients' connections have on this side: a unix socket's path, a TCP port."""
             # By its number: ZeroMQ would remove whatever is at the path.
@@ -110,16 +112,3 @@ class Listener:
     def close(self) -> None:
         """Close the sockets."""
         self._made.close()
-
-
-def _open_memory_socket(path: Path) -> MemorySocket | None:
-    """The socket that hands out shared memory. Nothing but speed is lost without it."""
-    beside = memory_path(path)
-    if beside is None:
-        log.info("no memory is shared with clients: the path of %s is too long for a second socket", path)
-        return None
-    try:
-        return MemorySocket(beside)
-    except PathTaken as error:
-        log.warning("no memory is shared with clients: %s", error)
-        return None

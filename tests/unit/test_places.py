@@ -24,6 +24,7 @@ from made_up_networks import COMFYUI
 
 from tacod.config import Config, ConfigError
 from tacod.serving import unix_socket
+from tacod.serving.memory_socket import MemorySocket, memory_path
 from tacod.serving.places import check, hold
 from tacod.serving.unix_socket import PathTaken, UnixSocket
 
@@ -133,6 +134,32 @@ def test_nor_do_lock_and_private_folder(folder: Path, thing: str, name: str) -> 
             attempt()
         assert words in str(caught.value) or "tacod didn't make" in str(caught.value)
         assert everything(folder) == before
+
+
+@pytest.mark.parametrize("thing", THINGS)
+def test_nor_does_the_socket_for_shared_memory(folder: Path, thing: str) -> None:
+    make, words = THINGS[thing]
+    make(folder / "t.sock.memory")
+    before = everything(folder)
+    with pytest.raises(PathTaken, match=words):
+        MemorySocket(folder / "t.sock.memory")
+    with pytest.raises(ConfigError, match=rf"c\.toml:endpoint: .*{words}"):
+        check("c.toml", config(folder))
+    assert everything(folder) == before
+
+
+def test_what_a_killed_daemon_left_of_it_is_replaced(folder: Path) -> None:
+    path = memory_path(folder / "t.sock")
+    assert path == folder / "t.sock.memory"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as left:
+        left.bind(str(path))
+    check("c.toml", config(folder))
+    ours = MemorySocket(path)
+    with pytest.raises(PathTaken, match="Address already in use"):
+        MemorySocket(path)
+    ours.close()
+    assert not path.exists()
+    assert memory_path(folder / ("t" * 99)) is None, "it would be too long"
 
 
 @pytest.mark.parametrize("thing", THINGS)
