@@ -154,14 +154,17 @@ def _course(notes: list[tuple[int, int]]) -> dict[int, int]:
     """When a call came to each hop, by the hop's number.
 
     What happens more than once, such as a forward that is captured too, counts when it has happened for the last time
-    before the next hop. So a message beside the call, such as a client's ping while it waits, counts for nothing.
+    before the same process's next hop, and before the call's end. So a message beside the call, such as a client's ping
+    while it waits, counts for nothing.
     """
     course: dict[int, int] = {}
-    until = None
-    for number in reversed(range(len(HOPS))):
-        times = [at for at, each in notes if each == number and (until is None or at <= until)]
+    end = max((at for at, each in notes if each == len(HOPS) - 1), default=None)
+    until: dict[str, int | None] = {}
+    for number, (process, _, _) in reversed(list(enumerate(HOPS.values()))):
+        limit = until.get(process, end)
+        times = [at for at, each in notes if each == number and (limit is None or at <= limit)]
         if times:
-            until = course[number] = max(times)
+            until[process] = course[number] = max(times)
     return course
 
 

@@ -27,7 +27,7 @@ def test_messages_beside_a_call_count_for_nothing(hops: object, tmp_path: Path) 
     for call in range(3):
         begin = call * 2_000_000_000
         notes += [(begin + number * 1_000_000, number) for number in range(len(names))]
-        for name in ("taken in", "checked and queued", "noted", "sent", "back"):
+        for name in ("taken in", "checked and queued", "noted", "back"):
             for at in (510_000_000, 1_900_000_000):
                 notes.append((begin + at, names.index(name)))
         # Of this one the answer came later.
