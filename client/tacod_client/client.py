@@ -303,6 +303,8 @@ class Model:
         self._connection = connection
         self._load = load
         self._digests = Digests()
+        self._shares = True
+        """Whether its latents may lie in shared memory; learned from the daemon's refusal."""
         self._describe(described)
         for note in self.notes:
             _log.warning("%s: a patch was left out: %s", self.name, note)
@@ -364,7 +366,7 @@ class Model:
         if arguments.get("control") is not None:
             arguments["control"] = each_once(arguments["control"])
         glance = Glance(self._digests)
-        latents = Latents(self._connection, x)
+        latents = Latents(self._connection, x, self._shares)
 
         def packed() -> dict[str, Any]:
             return {
@@ -386,12 +388,23 @@ class Model:
                 return False
             return True
 
+        def replies() -> Iterator[Message]:
+            try:
+                yield from self._converse("forward", build, uploads, holds)
+            except ArgumentError as error:
+                if error.argument != "memory" or not latents.shares:
+                    raise
+                # Not every model's latents may lie there.
+                self._shares = False
+                latents.stop_sharing()
+                yield from self._converse("forward", build, uploads, holds)
+
         started = time.perf_counter()
         answered = False
         try:
             # Now, as it may take until a GPU has computed them; the build would have other threads wait for that.
             latents.pack()
-            for reply in self._converse("forward", build, uploads, holds):
+            for reply in replies():
                 if reply.type == "progress" and self.on_blocks is not None:
                     self.on_blocks(reply.body["block"], reply.body["blocks"])
             out = all_like(latents.result(reply.body["out"]), x)

@@ -25,8 +25,9 @@ class Latents:
     The forward calls `pack` each time that it is sent, `result` for its answer and `close` at its end.
     """
 
-    def __init__(self, connection: Connection, x: Any) -> None:
-        """``x`` is a tensor or a list of tensors of the caller's, torch or numpy."""
+    def __init__(self, connection: Connection, x: Any, shares: bool = True) -> None:
+        """``x`` is a tensor or a list of tensors of the caller's, torch or numpy; it is shared only if ``shares``."""
+        self.shares = shares
         self._connection = connection
         self._given = list(x) if isinstance(x, (list, tuple)) else [x]
         self._x = x
@@ -40,7 +41,7 @@ class Latents:
 
         What an earlier call put into memory is still there, if the session is the same. Raises `ArgumentError`.
         """
-        shared = self._connection.shared
+        shared = self._connection.shared if self.shares else None
         if self._place is not None and self._place[0] is not shared:
             # That session has ended, and its memory with it.
             self._place = None
@@ -90,6 +91,11 @@ class Latents:
             return replace(tensor, frames=(view,), offset=None)
 
         return map_tensors(out, found)
+
+    def stop_sharing(self) -> None:
+        """Have the latents travel as frames; the request that named their place was answered."""
+        self.close(answered=True)
+        self.shares = False
 
     def close(self, answered: bool) -> None:
         """Let go of the place; unless the request was ``answered``, nothing else is put there any more."""

@@ -159,6 +159,12 @@ def _check_anything(name: str, value: Any, spec: Anything) -> None:
     batch = next((each.shape[0] for each in tensors if isinstance(each, wire.Tensor) and each.shape), 1)
     if spec.tensor and (not batch or any(each.shape[0] != batch for each in tensors)):
         raise ArgumentError(f"{name}: its tensors are for no one number of images", argument=name)
+    if any(isinstance(each, wire.Tensor) and each.offset is not None for each in tensors):
+        raise ArgumentError(
+            f"{name}: a network that isn't ours may decide by its values, and ranks have to decide alike; send it as "
+            "frames, as in shared memory it may change while they read it",
+            argument="memory",
+        )
     _check_plain(name, value, DEPTH)
 
 
@@ -367,9 +373,6 @@ def load_arguments(
         if not isinstance(value, wire.Tensor):
             return value
         chosen = dtype if value.dtype == latents else None
-        if value.offset is not None:
-            assert memory is not None
-            return memory.read(value, chosen)
         if kept is None or value.digest is None:
             return _as_it_is(value, chosen, device)
         # Its network may write to what it is given.

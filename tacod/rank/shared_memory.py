@@ -2,7 +2,8 @@
 
 A client may write at any time. So a latent is copied to the rank's own memory once, and only the copy is used. Ranks
 may have copies that differ. Nothing breaks then: what depends on a latent's values, such as whether the step cache
-skips blocks, ranks decide by numbers that they have exchanged.
+skips blocks, ranks decide by numbers that they have exchanged. Latents of networks that aren't ours, of which nobody
+knows what they decide by, are refused here (`tacod.rank.arguments`).
 """
 
 from __future__ import annotations
@@ -53,19 +54,15 @@ class MappedMemory:
             self.registered = False
         del self._bytes
 
-    def read(self, tensor: wire.Tensor, dtype: torch.dtype | None) -> Tensor:
-        """A copy on the device of a tensor that lies here, in this ``dtype`` or its own.
-
-        On a GPU it may still be under way.
-        """
+    def read(self, tensor: wire.Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy on the device of a tensor that lies here, in this ``dtype``; on a GPU it may still be under way."""
         assert tensor.offset is not None
         there = self._bytes[tensor.offset : tensor.offset + tensor.nbytes]
         if self._device.type == "cpu":
             copied = torch.from_numpy(there.numpy().copy())
         else:
             copied = there.to(self._device, non_blocking=self.registered)
-        copied = copied.view(getattr(torch, TORCH_NAMES[tensor.dtype])).view(tensor.shape)
-        return copied if dtype is None else copied.to(dtype)
+        return copied.view(getattr(torch, TORCH_NAMES[tensor.dtype])).view(tensor.shape).to(dtype)
 
     def write(self, outs: Sequence[Tensor], room: Sequence[int]) -> list[wire.Tensor] | None:
         """Copy results to ``room``, an offset and a size, one behind the other; None if they don't fit there.

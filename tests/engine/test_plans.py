@@ -14,8 +14,8 @@ from helpers import FLUX, SD3
 
 from tacod.rank import arguments as arguments_module
 from tacod.rank import plans as plans_module
-from tacod.rank.arguments import SMALL_BYTES, SMALL_TENSORS, Kept, load_arguments
-from tacod.rank.families.inputs import Argument
+from tacod.rank.arguments import SMALL_BYTES, SMALL_TENSORS, Kept, check_arguments, load_arguments
+from tacod.rank.families.inputs import Anything, Argument
 from tacod.rank.plans import KINDS, Plans
 from tacod_client.errors import ArgumentError
 from tacod_client.exchange import pack
@@ -104,6 +104,16 @@ def test_it_goes_with_its_model_and_keeps_few() -> None:
     gc.collect()
     assert left() is None
     assert len(plans._made) == 0
+
+
+def test_a_network_of_others_gets_no_latents_that_may_change() -> None:
+    specs = {"x": Anything(True, tensor=True)}
+    check_arguments({"x": Tensor("F32", (1, 4), (bytes(16),))}, specs, "comfyui")
+    placed = Tensor("F32", (1, 4), None, offset=0)
+    for x in (placed, [placed]):
+        with pytest.raises(ArgumentError) as caught:
+            check_arguments({"x": x}, specs, "comfyui")
+        assert caught.value.argument == "memory"
 
 
 def test_small_tensors_are_known_by_their_contents() -> None:

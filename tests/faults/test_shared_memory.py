@@ -18,7 +18,8 @@ import pytest
 import torch
 from helpers import FLUX, FP32, SD3, START_S, Daemon, eventually, relative_error, stopped
 
-from tacod_client import Client, latents
+from tacod_client import ArgumentError, Client, latents
+from tacod_client import client as client_module
 from tacod_client.wire import MEMORY_SOCKET
 
 from .conftest import Inject
@@ -216,6 +217,27 @@ def test_without_the_second_socket_or_with_no_room_it_is_frames(sturdy: Daemon, 
             assert not shares(poor)
     FLUX.check(client.load(FLUX.file))
     assert shares(client)
+
+
+def test_where_ranks_refuse_it_it_is_frames(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the client knows, it doesn't try again with that model."""
+    refused = []
+    converse = client_module.converse
+
+    def refuse(connection: Any, kind: str, build: Any, *more: Any) -> Iterator[Any]:
+        if kind == "forward" and "memory" in build():
+            refused.append(build()["memory"])
+            raise ArgumentError("x: not this model's", argument="memory")
+        return converse(connection, kind, build, *more)
+
+    model = client.load(FLUX.file)
+    monkeypatch.setattr(client_module, "converse", refuse)
+    for seed in range(3):
+        FLUX.check(model, seed)
+    assert len(refused) == 1
+    shared = client._connection.shared
+    assert shared is not None
+    assert all(memory.idle for memory in shared._memories)
 
 
 def test_a_restarted_daemon_gives_a_new_memory(models: Path) -> None:
