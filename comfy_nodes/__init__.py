@@ -1,6 +1,6 @@
 """TACO-DiT for ComfyUI: nodes that let `tacod` run the diffusion transformer on all of your GPUs.
 
-Clone or link this folder into ``custom_nodes`` and install the client into ComfyUI's environment.
+``tacoctl install-nodes`` links this folder into ``custom_nodes`` and checks ComfyUI's environment.
 """
 
 try:
@@ -8,7 +8,7 @@ try:
 except ImportError as error:
     raise ImportError(
         "TACO-DiT not available: its client is not installed in ComfyUI's Python; "
-        "run `python -m pip install` on your clone of TACO-DiT there, then start ComfyUI again"
+        "run `python -m pip install taco-dit` there, or on your wheel or clone of it, then start ComfyUI again"
     ) from error
 
 from . import hooks

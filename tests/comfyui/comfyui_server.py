@@ -60,7 +60,7 @@ class Outcome:
 
 
 @cache
-def _stand_ins(python: str) -> list[str]:
+def stand_ins(python: str) -> list[str]:
     """The folders of stand-ins for what an interpreter can't import."""
     folders = sorted((HERE / "stub").iterdir())
     probes = {folder: [python, "-c", f"import {folder.name}"] for folder in folders}
@@ -113,7 +113,7 @@ class ComfyUI:
         # By default it is in the checkout, which may be read-only or another ComfyUI's, too.
         command += ["--database-url", f"sqlite:///{self.base / 'comfyui.db'}"]
         environment = {**os.environ, "TACOD_ENDPOINT": self.endpoint, "OMP_WAIT_POLICY": "passive"}
-        paths = [*_stand_ins(self.python), *filter(None, [os.environ.get("PYTHONPATH")])]
+        paths = [*stand_ins(self.python), *filter(None, [os.environ.get("PYTHONPATH")])]
         if paths:
             environment["PYTHONPATH"] = os.pathsep.join(paths)
         with (self.base / "log").open("ab") as log:

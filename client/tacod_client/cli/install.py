@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from tacod_client.cli.files import file_errors, shipped
 from tacod_client.errors import NotAllowed, RequestError, TacodError
 
 __all__ = ["Service", "install", "uninstall"]
@@ -57,7 +58,7 @@ class Service:
                 raise TacodError("systemd doesn't run here; give --prefix to put the files under another folder")
         self.files: dict[str, str] = {}
         self.folders: list[str] = []
-        with _told():
+        with file_errors():
             if self._at(RECORD).is_file():
                 self._read_record()
 
@@ -145,7 +146,7 @@ def install(service: Service, gpus: Sequence[str] | None = None, comfyui: str | 
     Raises `TacodError` if the daemon isn't whole in this environment or its user could not read it, `RequestError` for
     what names no GPU or no ComfyUI.
     """
-    with _told():
+    with file_errors():
         command = _daemon()
         texts = {path: source.read_text().replace(COMMAND, _quoted(command)) for path, source in _sources()}
         there = service.read(CONFIG)
@@ -177,7 +178,7 @@ def uninstall(service: Service) -> None:
         raise TacodError(
             f"nothing of tacod's is recorded in {service.prefix / RECORD}; was it installed with this prefix?"
         )
-    with _told():
+    with file_errors():
         if (service.prefix / UNIT).exists():
             service.run("systemctl", "disable", "--now", "tacod")
         service.take_away()
@@ -186,27 +187,9 @@ def uninstall(service: Service) -> None:
         service.say("kept     the user tacod and /var/lib/tacod, which holds what was uploaded")
 
 
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """Errors of the file system as ours."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except PermissionError as error:
-        raise NotAllowed(f"{error.filename}: permission denied; run it with sudo") from None
-    except OSError as error:
-        raise TacodError(f"{error.filename}: {error.strerror or error}") from None
-
-
 def _sources() -> Iterator[tuple[str, Path]]:
     """Where each file goes, and where it comes from."""
-    # In a wheel they lie in the package; in a checkout at its root.
-    here = Path(__file__)
-    places = (here.parents[1] / "systemd", here.parents[3] / "systemd")
-    folder = next((place for place in places if (place / "tacod.service").is_file()), None)
-    if folder is None:
-        raise TacodError("the service's files are not in this installation; install taco-dit again")
+    folder = shipped("systemd", "tacod.service")
     yield UNIT, folder / "tacod.service"
     yield "etc/sysusers.d/tacod.conf", folder / "sysusers.conf"
     yield "etc/tmpfiles.d/tacod.conf", folder / "tmpfiles.conf"

@@ -129,6 +129,17 @@ def parser() -> argparse.ArgumentParser:
         "--comfyui", type=_given, metavar="DIR", help="the ComfyUI whose networks the daemon may run, if it has none"
     )
     service.add_argument("--uninstall", action="store_true", help="take away what was installed")
+    nodes = verb("install-nodes", "link the nodes into a ComfyUI, and check its Python; done again, it changes nothing")
+    nodes.add_argument(
+        "path",
+        nargs="?",
+        type=_given,
+        metavar="COMFYUI_PATH",
+        help="the folder with ComfyUI's main.py (default $COMFYUI_PATH, or the current folder); $COMFYUI_PYTHON is its "
+        "Python (default its own venv or .venv, or the one that runs tacoctl)",
+    )
+    nodes.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    nodes.add_argument("--uninstall", "--remove", action="store_true", help="remove the link")
     verb("version", "the version of tacoctl, and of the daemon if it runs")
     completion = verb("completion", "print a completion script for your shell")
     completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tacod_client.cli import doctor, install, keygen, loaded, sample, show, top
+from tacod_client.cli import doctor, install, keygen, loaded, nodes, sample, show, top
 from tacod_client.cli.output import document
 from tacod_client.cli.parser import parser
 from tacod_client.client import Client
@@ -114,6 +114,25 @@ def _install_service(args: argparse.Namespace) -> None:
         install.install(service, args.gpus, args.comfyui)
     if "json" in args:
         document({"done": done})
+
+
+def _install_nodes(args: argparse.Namespace) -> int:
+    done: list[str] = []
+    missing: list[str] = []
+    say = done.append if "json" in args else show.out
+    comfyui = nodes.ComfyUI.find(args.path)
+    if args.uninstall:
+        nodes.uninstall(comfyui, args.dry_run, say)
+    else:
+        missing = nodes.install(comfyui, args.dry_run, say)
+    if "json" in args:
+        document({"done": done, "missing": missing})
+        return int(bool(missing))
+    for each in missing:
+        show.out(f"missing  {each}")
+    if not (args.uninstall or missing):
+        show.out("next: start ComfyUI again; Browse Templates has workflows with the nodes")
+    return int(bool(missing))
 
 
 def _reload(args: argparse.Namespace) -> None:
@@ -220,6 +239,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "reload": _reload,
     "drain": _drain,
     "keygen": keygen.run,
+    "install-nodes": _install_nodes,
     "install-service": _install_service,
     "version": _version,
     "completion": _completion,
