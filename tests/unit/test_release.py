@@ -163,7 +163,7 @@ def git(folder: Path, *arguments: str) -> None:
     subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
 
 
-def release(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def release(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run the script with a Python whose hatchling writes a small file; the real one is tested above."""
     python = folder.parent / "python"
     python.write_text(f"""#!/bin/sh
@@ -175,7 +175,7 @@ case "$*" in
 esac
 """)
     python.chmod(0o755)
-    environment = {**os.environ, "PYTHON": str(python)}
+    environment = {**os.environ, "PYTHON": str(python), **variables}
     return subprocess.run(
         ["scripts/release", *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
@@ -193,6 +193,23 @@ def test_a_release_is_built_from_its_tag(repository: Path) -> None:
     assert sums == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
     again = release(repository, f"v{VERSION}")
     assert (again.returncode, "is there already" in again.stderr) == (1, True)
+
+
+def test_an_image_is_saved_if_an_engine_is_named(repository: Path) -> None:
+    engine = repository.parent / "engine"
+    engine.write_text(f"""#!/bin/sh
+case "$*" in
+  "build --file "*"/containers/Containerfile --tag tacod:{VERSION} "*) [ -f "$6/pyproject.toml" ] ;;
+  "save --output "*" tacod:{VERSION}") echo image > "$3" ;;
+  *) exit 5 ;;
+esac
+""")
+    engine.chmod(0o755)
+    done = release(repository, f"v{VERSION}", CONTAINER_ENGINE=str(engine))
+    assert done.returncode == 0, done.stderr
+    out = repository / "dist" / f"v{VERSION}"
+    assert (out / f"tacod-image-{VERSION}.tar").read_text() == "image\n"
+    assert f"tacod-image-{VERSION}.tar" in (out / "SHA256SUMS").read_text()
 
 
 def test_a_dirty_tree_is_refused(repository: Path) -> None:

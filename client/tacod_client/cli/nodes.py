@@ -28,8 +28,8 @@ PACK = "taco-dit-nodes"
 """The nodes' name in their pyproject.toml, and in ComfyUI's registry."""
 OLDEST = "0.3.64"
 """The oldest ComfyUI that the nodes were tested with."""
-PATIENCE_S = 120.0
-"""For ComfyUI's Python. A first import of torch from a slow disk takes most of a minute."""
+PATIENCE_S = 60.0
+"""For ComfyUI's Python, which imports NumPy and ZeroMQ; from a slow disk that takes seconds."""
 
 PROBE = """
 import importlib.metadata, json, os, re
