@@ -1,4 +1,4 @@
-"""A daemon of a benchmark's own, and the model files that it loads, for `rivals.py`, `families.py` and `patches.py`."""
+"""A daemon of a benchmark's own, and the model files that it loads, for other benchmarks."""
 
 from __future__ import annotations
 
@@ -34,14 +34,18 @@ def daemon(
     root: str,
     command: Sequence[str] = ("-m", "tacod.daemon", "--config"),
     memory_bytes: int | None = None,
+    more: str = "",
 ) -> Iterator[str]:
-    """A tacod on these GPUs, or on so many CPU ranks if there are none; gives its endpoint."""
+    """A tacod on these GPUs, or on so many CPU ranks if there are none; gives its endpoint.
+
+    ``more`` is what else its configuration says.
+    """
     with tempfile.TemporaryDirectory(prefix="tacod-") as folder:
         endpoint, config, log = f"ipc://{folder}/s", Path(folder, "c.toml"), Path(folder, "log")
         named = json.dumps([int(gpu) if gpu.isdigit() else gpu for gpu in gpus])
         group = f'device = "cuda"\ngpus = {named}' if gpus else f'device = "cpu"\nranks = {ranks}'
         limit = "" if memory_bytes is None else f"memory_bytes = {memory_bytes}\n"
-        config.write_text(f'endpoint = "{endpoint}"\n[group]\n{group}\n[models]\nroots = ["{root}"]\n{limit}')
+        config.write_text(f'endpoint = "{endpoint}"\n[group]\n{group}\n[models]\nroots = ["{root}"]\n{limit}{more}')
         with log.open("wb") as output:
             process = subprocess.Popen([sys.executable, *command, str(config)], stderr=output)
         try:
