@@ -102,7 +102,7 @@ class Daemon:
         self.config = self.folder / "config.toml"
         values = {
             "endpoint": self.endpoint,
-            **({"group.device": "cuda", "group.gpus": _visible_gpus()[:gpus]} if gpus else _on_cpu(ranks)),
+            **(_on_gpus(gpus) if gpus else _on_cpu(ranks)),
             "models.roots": [str(root) for root in roots],
             **(settings or {}),
         }
@@ -267,6 +267,11 @@ def package_with(family: Path, folder: Path) -> Path:
     shutil.copytree(Path(tacod.__file__).parent, folder / "tacod", copy_function=os.symlink)
     (folder / "tacod" / "rank" / "families" / family.name).symlink_to(family)
     return folder
+
+
+def _on_gpus(count: int) -> dict[str, Any]:
+    """Of a daemon on so many GPUs; paces are not measured, as other tests use the GPUs at the same time."""
+    return {"group.device": "cuda", "group.gpus": _visible_gpus()[:count], "group.shares": [1] * count}
 
 
 def _on_cpu(ranks: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -15,13 +15,11 @@ import psutil
 import torch
 from torch import Tensor
 
-from tacod.checkpoint import Checkpoint, read_checkpoint
 from tacod.group.work import (
     Command,
     Done,
     Envelope,
     Evict,
-    Facts,
     Forward,
     Load,
     Loaded,
@@ -35,68 +33,25 @@ from tacod.group.work import (
 )
 from tacod.plan import DeviceRates, parse_request
 from tacod.rank.arguments import Kept, check_arguments, digest, load_arguments
-from tacod.rank.comfyui.check import check_split
 from tacod.rank.comfyui.installation import Installation
-from tacod.rank.comfyui.loading import find_network, load_network
-from tacod.rank.families.base import DiT, Output
-from tacod.rank.families.names import Place
+from tacod.rank.families.base import Output
 from tacod.rank.forward.graphs import PREFIX_BYTES, Forwards
 from tacod.rank.forward.run import Call, plan_for
-from tacod.rank.forward.warmup import Measured, warm_up
+from tacod.rank.forward.warmup import Measured
+from tacod.rank.loader import Loader, Resident, Wanted
 from tacod.rank.oom import clear_tracebacks, describe_oom
 from tacod.rank.parallel.topology import Topology
 from tacod.rank.plans import Plans
 from tacod.rank.sampling.sampling import Run, SampleRequest, begin, go_on
 from tacod.rank.shared_memory import MappedMemories, MappedMemory
-from tacod.rank.weights.links import measure_links
-from tacod.rank.weights.load import (
-    DTYPES,
-    adapt_weight,
-    choose_dtype,
-    get_weight,
-    is_packed,
-    load_model,
-    set_weight,
-    share,
-    weight_bytes,
-)
-from tacod.rank.weights.lora import read_lora
-from tacod.rank.weights.patch_request import parse_patches
-from tacod.rank.weights.patches import Patch, apply, factors
-from tacod.rank.weights.placement import Links, Sizes
-from tacod.rank.weights.reader import changed
-from tacod.rank.weights.remap import identify
 from tacod.rank.weights.sizes import SMALLEST
-from tacod.rank.weights.streaming import Streaming
-from tacod.rank.weights.unfilled import Unfilled
-from tacod.shares import EQUAL, Shares
+from tacod.shares import Shares
 from tacod_client import wire
-from tacod_client.dtypes import is_weight_only
-from tacod_client.errors import ArgumentError, ModelCorrupt, ModelNotFound, ModelUnsupported, OutOfMemory
+from tacod_client.errors import ArgumentError, ModelNotFound, OutOfMemory
 from tacod_client.tensors import from_wire, to_wire
-from tacod_client.text import encodable, shortened
-from tacod_client.wire import CHANGING, map_tensors
+from tacod_client.wire import CHANGING
 
 __all__ = ["Engine"]
-
-FOR_WEIGHTS = 0.85
-"""The part of a GPU's memory that the weights of a model may take if nothing else is said."""
-NOTES = 8
-NOTE_CHARACTERS = 300
-"""How many patches that were left out are told of, and how much of each."""
-
-
-@dataclass
-class Resident:
-    """A loaded model, and what the daemon reports about it."""
-
-    model: DiT
-    layout: Mapping[str, Place]
-    shapes: Mapping[str, Sequence[int]]
-    """The weights' shapes, by their names in the single file."""
-    facts: Facts
-    streaming: Streaming
-    """What has stored its weights, where they don't lie whole on each rank; its patched models' too."""
 
 
 class Engine:
@@ -115,19 +70,33 @@ class Engine:
         smallest: int = SMALLEST,
         comfyui: str | None = None,
     ) -> None:
-        """``comfyui`` is the folder of the ComfyUI whose networks run where no family here does."""
+        """Make one without models.
+
+        Args:
+            device: This rank's.
+            topology: The ranks.
+            graphs: Whether forwards may be CUDA graphs.
+            warm: Whether a load on a GPU warms up the model.
+            prefix_bytes: Limit for the prefixes that are kept.
+            smallest: Tensors of fewer bytes stay whole on each rank.
+            comfyui: The folder of the ComfyUI whose networks run where no family here does.
+        """
         self.device = device
-        self.smallest = smallest
-        """Tensors of fewer bytes stay whole on each rank."""
-        self.warm = warm
-        """Whether a load on a GPU warms up the model."""
         self.topology = topology
-        self.installation = None if comfyui is None else Installation(comfyui, device)
         self.forwards = Forwards(topology, graphs, prefix_bytes)
         self.models: dict[str, Resident] = {}
         self.runs: dict[str, Run] = {}
         self.report: Callable[[int, int], None] = lambda done, total: None
         """Called during a load, with the bytes that are loaded and the bytes that will be."""
+        self.loader = Loader(
+            self.forwards,
+            device,
+            lambda done, total: self.report(done, total),
+            self.memory_errors,
+            warm=warm,
+            smallest=smallest,
+            installation=None if comfyui is None else Installation(comfyui, device),
+        )
         self.memories = MappedMemories(device)
         """Those that clients share."""
         self._tensors: dict[bytes, wire.Tensor] = {}
@@ -260,224 +229,16 @@ class Engine:
         if plain is None:
             given = None if shares is None else Shares.of(shares, shares_measured)
             known = None if given is None or rates is None else Measured(DeviceRates(*rates) if rates else None, given)
-            plain = self._load_file(path, identity, dtype, weights, memory_bytes, fewer, given, known)
+            plain = self.loader.load(Wanted(path, identity, dtype, weights, memory_bytes, fewer, given, known))
         loaded = {base or model: plain}
         if model not in self.models:
-            loaded[model] = self._try_to_patch(plain, patches, files) if base is not None else plain
+            loaded[model] = self.loader.patch(plain, patches, files) if base is not None else plain
         if self.device.type == "cuda":
             # A lack of memory may show only now.
             self.topology.clock.wait()
         # All of it or nothing: what the daemon doesn't hear of it can't unload.
         self.models |= loaded
         return Loaded(self.models[model].facts, plain.facts)
-
-    def _load_file(
-        self,
-        path: str,
-        identity: str,
-        dtype: str | None,
-        weights: str,
-        memory_bytes: int | None,
-        fewer: int,
-        shares: Shares | None,
-        known: Measured | None,
-    ) -> Resident:
-        checkpoint = read_checkpoint(path)
-        if checkpoint.identity != identity:
-            raise changed(path)
-        try:
-            return self._load_own(checkpoint, dtype, weights, memory_bytes, fewer, shares, known)
-        except (ModelUnsupported, ModelCorrupt) as error:
-            # What looks like a damaged file of a family here may be a whole one of a network that ComfyUI knows.
-            if self.installation is None:
-                raise
-            return self._load_network(self.installation, checkpoint, error.message, dtype, weights, memory_bytes)
-
-    def _load_network(
-        self,
-        installation: Installation,
-        checkpoint: Checkpoint,
-        refusal: str,
-        dtype: str | None,
-        weights: str,
-        memory_bytes: int | None,
-    ) -> Resident:
-        """A file that no family here runs, by ComfyUI's own network."""
-        if weights not in ("auto", "replicated"):
-            raise ArgumentError(
-                f"weights: of ComfyUI's networks each rank holds all weights; {weights!r} is for this version's own "
-                "families, so use auto",
-                argument="weights",
-            )
-        chosen = choose_dtype(checkpoint, dtype, self.device)
-        if chosen == "fp8" or is_weight_only(chosen):
-            raise ArgumentError(f"dtype: {chosen} is for this version's own families; use bf16", argument="dtype")
-        streaming = Streaming(
-            self.topology.everyone, self.device, "auto", self._budgets(memory_bytes), False, self.smallest
-        )
-        with self.memory_errors("unload a model (`tacoctl unload`)"):
-            found = find_network(
-                installation,
-                checkpoint,
-                refusal,
-                self.device,
-                lambda total: streaming.begin(None, Sizes({}, others=total)),
-                self.report,
-            )
-            network = load_network(installation, found, checkpoint.path, DTYPES[chosen], self.device)
-            check_split(network, self.topology, self.device)
-        facts = self._facts(network, checkpoint, chosen, streaming)
-        shapes = {name: tuple(each.shape) for name, each in network.named_weights().items()}
-        return Resident(network, {}, shapes, facts, streaming)
-
-    def _load_own(
-        self,
-        checkpoint: Checkpoint,
-        dtype: str | None,
-        weights: str,
-        memory_bytes: int | None,
-        fewer: int,
-        shares: Shares | None,
-        known: Measured | None,
-    ) -> Resident:
-        """A file that a family here runs."""
-        with Unfilled():
-            family, config, checkpoint = identify(checkpoint)
-        chosen = choose_dtype(checkpoint, dtype, self.device)
-        if chosen == "fp8" and self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) < (8, 9):
-            name = torch.cuda.get_device_name(self.device)
-            raise ArgumentError(
-                f"dtype: {name} can't multiply in 8 bits (Ada and Hopper can); use bf16", argument="dtype"
-            )
-        streaming = Streaming(
-            self.topology.everyone,
-            self.device,
-            weights,
-            self._budgets(memory_bytes),
-            self.topology.reaches,
-            self.smallest,
-            fewer,
-            lambda: self._links,
-            self._devices_are_alike,
-        )
-        try:
-            with self.memory_errors("unload a model (`tacoctl unload`)"), streaming:
-                loaded = load_model(
-                    checkpoint,
-                    DTYPES[chosen],
-                    self.device,
-                    self.report,
-                    weight_only=is_weight_only(chosen),
-                    fp8=chosen == "fp8",
-                    streaming=streaming,
-                )
-            loaded.shares = shares or EQUAL
-            # Before it is resident: a load that fails here leaves nothing behind.
-            if self.device.type == "cuda" and self.warm:
-                hint = (
-                    "that was a forward at 1024² on all ranks, to warm up; unload a model, or set group.warm_up = false"
-                )
-                with self.memory_errors(hint):
-                    loaded.rates, loaded.shares = warm_up(loaded, self.forwards, self.device, shares, known)
-                    self.topology.clock.wait()
-        except OutOfMemory as error:
-            raise streaming.advised(error) from None
-        facts = self._facts(loaded, checkpoint, chosen, streaming)
-        with Unfilled():
-            return Resident(loaded, family.lora_layout(config), family.shapes(config), facts, streaming)
-
-    def _facts(self, loaded: DiT, checkpoint: Checkpoint, dtype: str, streaming: Streaming) -> Facts:
-        """What there is to report about a model. All ranks ask at once."""
-        resident = self._everyones(weight_bytes(loaded))
-        return Facts(
-            family=loaded.family,
-            parameters=checkpoint.parameters,
-            weight_bytes=max(resident),
-            weights=streaming.placement.kind,
-            resident_bytes=resident,
-            streamed_bytes=streaming.streamed_bytes(loaded),
-            fetch_s=streaming.fetch_s(loaded),
-            dtype=dtype,
-            heads=loaded.heads,
-            width=loaded.width,
-            sampling=loaded.sampling(),
-            quantization=checkpoint.formats,
-            shares=[*loaded.shares.each],
-            shares_measured=loaded.shares.measured,
-            rates=[] if loaded.rates is None else [*astuple(loaded.rates)],
-            network=loaded.network,
-            shares_tokens=loaded.shares_tokens,
-        )
-
-    def _try_to_patch(self, base: Resident, patches: Any, files: Mapping[str, str]) -> Resident:
-        """See `_patch`; a lack of memory says whether a base that holds fewer blocks would leave more."""
-        try:
-            with self.memory_errors("unload a model (`tacoctl unload`)"):
-                return self._patch(base, patches, files)
-        except OutOfMemory as error:
-            raise base.streaming.advised(error) from None
-
-    def _patch(self, base: Resident, patches: Any, files: Mapping[str, str]) -> Resident:
-        """The base's weights with patches applied; only patched weights take memory of their own."""
-        model = base.model
-        patched = share(model)
-        notes: list[str] = []
-
-        def read(path: str, strength: float) -> dict[str, list[Patch]]:
-            return read_lora(path, base.layout, base.shapes, strength, type(model).spellings, files.get(path), notes)
-
-        given = map_tensors(patches, lambda each: from_wire(each, "torch"))
-        parsed = parse_patches(given, read, base.shapes, base.model.canonical, notes)
-        with base.streaming as streaming:
-            for keys in streaming.in_turn(
-                model, patched, [key for key, each in parsed.items() if not all(patch.idle for patch in each)]
-            ):
-                for key in keys:
-                    _change(model, patched, key, parsed[key], base.shapes[key])
-        resident = self._everyones(weight_bytes(model, patched) - weight_bytes(model))
-        if len(notes) > NOTES:
-            notes[NOTES:] = [f"and {len(notes) - NOTES} more"]
-        short = [shortened(encodable(note), NOTE_CHARACTERS) for note in notes]
-        facts = replace(
-            base.facts,
-            weight_bytes=max(resident),
-            resident_bytes=resident,
-            streamed_bytes=streaming.streamed_bytes(patched),
-            fetch_s=streaming.fetch_s(patched),
-            notes=short,
-        )
-        return replace(base, model=patched, facts=facts)
-
-    @cached_property
-    def _devices_are_alike(self) -> bool:
-        """Whether all ranks' devices are of one compute capability. All ask at once."""
-        if self.device.type == "cpu":
-            return True
-        major, minor = torch.cuda.get_device_capability(self.device)
-        return len(set(self._everyones(100 * major + minor))) == 1
-
-    @cached_property
-    def _links(self) -> Links:
-        """How fast ranks fetch weights; measured once."""
-        return measure_links(self.topology.everyone, self.device, self.topology.reaches)
-
-    def _budgets(self, limit: int | None) -> list[int | None]:
-        """Bytes of weights for each rank's device: the limit, else what leaves some for what is computed.
-
-        That is as if it held no other model: where there is no room beside others, these are evicted (`OutOfMemory`).
-        None for CPUs without a limit.
-        """
-        if self.device.type == "cpu":
-            return [limit] * self.topology.world_size
-        _, total = torch.cuda.mem_get_info(self.device)
-        room = int(total * FOR_WEIGHTS)
-        return [*self._everyones(limit if limit is not None and limit <= total else room)]
-
-    def _everyones(self, number: int) -> list[int]:
-        """Every rank's number, in the order of ranks."""
-        mine = torch.tensor([number], dtype=torch.int64, device=self.device)
-        numbers: list[int] = self.topology.everyone.gather(mine, [1] * self.topology.world_size, dim=0).tolist()
-        return numbers
 
     def unload(self, model: str, evict_models: list[str]) -> None:
         """Unload a model and those that are made of it by patches."""
@@ -654,17 +415,3 @@ class Engine:
         run = begin(request, dit, asked, self.forwards, self.device, job)
         run.model = model
         return run
-
-
-def _change(model: DiT, patched: DiT, key: str, patches: Sequence[Patch], shape: Sequence[int]) -> None:
-    """Apply patches to a weight of ``model``, for ``patched``, which shares its other weights."""
-    low_rank = factors(patches, shape, key) if is_packed(model, key) else None
-    if low_rank is not None:
-        adapt_weight(patched, key, *low_rank)
-        return
-    weight = get_weight(model, key).to(model.dtype_of(key, model.dtype))
-    merged = apply(weight, patches, key)
-    if merged.shape != weight.shape:
-        raise ArgumentError(f"patches: {key} would grow to {list(merged.shape)}", argument="patches")
-    if merged is not weight:
-        set_weight(patched, key, merged)

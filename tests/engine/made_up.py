@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from tacod.group.work import Facts, Stepped
 from tacod.plan import Layout, Plan
-from tacod.rank.engine import Engine, Resident
+from tacod.rank.engine import Engine
 from tacod.rank.families.base import DiT, Output
 from tacod.rank.forward.graphs import Forwards
 from tacod.rank.forward.run import Call
+from tacod.rank.loader import Resident
 from tacod.rank.parallel.topology import Topology
 from tacod.rank.weights.streaming import Streaming
 from tacod_client.exchange import pack

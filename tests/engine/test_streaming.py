@@ -425,7 +425,7 @@ def test_patches_without_memory_say_whether_fewer_blocks_help(
     with monkeypatch.context() as context:
         if known:
             engine.load("base", str(path), read_checkpoint(str(path)).identity, "fp32", None, None, [], weights=weights)
-        context.setattr("tacod.rank.engine.apply", Mock(side_effect=MemoryError))
+        context.setattr("tacod.rank.loader.apply", Mock(side_effect=MemoryError))
         with pytest.raises(OutOfMemory, match="unload a model") as caught:
             load(engine, path, "fp32", patches, weights)
     assert caught.value.details["shrinks"] is shrinks
