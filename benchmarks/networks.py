@@ -152,6 +152,8 @@ def measure(name: str, folder: Path, counts: list[int], rounds: int) -> list[str
     cells = [[name, str(len(each["out"])), f"{each['ms']:.1f}"] for each in known]
     errors: list[list[str]] = [[] for _ in known]
     comfyui = f'\n[comfyui]\npath = "{os.environ["COMFYUI_PATH"]}"\n'
+    for each in known:
+        print(f"{name} {len(each['out'])} by ComfyUI: {each['ms']:.1f} ms", flush=True)
     for count in counts:
         gpus = list(map(str, range(count))) if torch.cuda.is_available() else []
         with daemon(gpus, count, str(folder), more=comfyui) as endpoint, Client(endpoint) as client:
