@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import logging
+import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -99,6 +102,21 @@ def test_another_threshold_has_the_same_graph_and_a_forward_without_a_cache_anot
         for _ in range(2):
             forward(forwards, 0.9, size=size)
     assert len(step_graphs(forwards)) == KINDS, "all kinds of graphs are bounded together"
+
+
+@pytest.mark.parametrize("threshold", [0.0, ALL])
+def test_a_model_that_nobody_has_is_freed_with_its_graphs(threshold: float) -> None:
+    dit = copy.deepcopy(FLUX.model)
+    plan = Plan(ONE, 1, Shape(dit.heads, dit.width), step_cache=threshold)
+    forwards = Forwards(Topology())
+    for _ in range(3):
+        forwards(Call(dit, plan, Inputs(FLUX.inputs(0), dit.arguments()), ("run",)))
+    assert len(list(forwards._captured())) == 1
+    left = weakref.ref(dit)
+    del dit
+    gc.collect()
+    assert left() is None
+    assert not list(forwards._captured())
 
 
 def test_a_prefix_of_another_prompt_is_copied() -> None:

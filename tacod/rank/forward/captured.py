@@ -27,7 +27,7 @@ class Captured:
         self._prefix = call.prefix and replace(call.prefix, tensors=[each.clone() for each in call.prefix.tensors])
         self._copied = call.prefix and weakref.ref(call.prefix)
         """The prefix that `_prefix` is a copy of."""
-        self._call = replace(call, inputs=call.inputs.map(torch.clone), prefix=self._prefix)
+        self._inputs = call.inputs.map(torch.clone)
         self._tables: list[Tensor] = []
 
     @property
@@ -39,6 +39,10 @@ class Captured:
     def prefix_bytes(self) -> int:
         """Bytes of its prefix on this rank."""
         return 0 if self._prefix is None else self._prefix.nbytes
+
+    def _own(self, call: Call) -> Call:
+        """The call with this memory as inputs and prefix; not to be kept, or the model would never be freed."""
+        return replace(call, inputs=self._inputs, prefix=self._prefix)
 
     @contextmanager
     def _capturing(self) -> Iterator[torch.cuda.CUDAGraph]:
@@ -57,7 +61,7 @@ class Captured:
 
     def _load(self, call: Call) -> None:
         """Put another forward's inputs and prefix where the graphs read them."""
-        self._call.inputs.copy_(call.inputs)
+        self._inputs.copy_(call.inputs)
         if call.prefix is not None and self._prefix is not None and self._copied and call.prefix is not self._copied():
             for mine, theirs in zip(self._prefix.tensors, call.prefix.tensors, strict=True):
                 mine.copy_(theirs)
@@ -70,7 +74,7 @@ class Graph(Captured):
     def __init__(self, call: Call, topology: Topology, pool: Any) -> None:
         super().__init__(call, pool)
         with self._capturing() as self._graph:
-            self._out = run(self._call, topology)
+            self._out = run(self._own(call), topology)
 
     def replay(self, call: Call) -> Output:
         """The forward with other inputs of this kind."""

@@ -79,10 +79,11 @@ class StepGraph(Captured):
         seat = topology.seat(call.plan.layout)
         self._idle = seat is None
         if seat is not None:
-            on_seat(self._call, seat, False, self._capture)
+            own = self._own(call)
+            on_seat(own, seat, False, lambda sequence, mine: self._capture(own, sequence, mine))
 
-    def _capture(self, sequence: SequenceParallel, mine: Inputs) -> None:
-        forward = SplitForward(self._call, sequence, mine)
+    def _capture(self, call: Call, sequence: SequenceParallel, mine: Inputs) -> None:
+        forward = SplitForward(call, sequence, mine)
         with self._capturing() as self._first_graph:
             self._first = forward.first()
         with self._capturing() as self._rest_graph:
