@@ -23,8 +23,8 @@ KINDS = 32
 class Plans:
     """Checks arguments and plans forwards; what a forward of the same kind came to is remembered with its model.
 
-    A kind is all that checks and plans look at: the request's plan, names, dtypes and shapes of tensors, and all values
-    that are no tensors. Refusals are not remembered.
+    A kind is all that checks and plans look at: the request's plan, names, dtypes and shapes of tensors, whether they
+    lie in shared memory, and all values that are no tensors. Refusals are not remembered.
     """
 
     def __init__(self, world_size: int) -> None:
@@ -60,7 +60,7 @@ class Plans:
 def _describe(value: Any) -> Hashable:
     """What two values have in common if checks and plans can't tell them apart."""
     if isinstance(value, wire.Tensor):
-        return value.dtype, value.shape
+        return value.dtype, value.shape, value.offset is not None
     if isinstance(value, Mapping):
         return tuple((name, _describe(each)) for name, each in sorted(value.items()))
     if isinstance(value, list):

@@ -17,6 +17,7 @@ from tacod.rank import plans as plans_module
 from tacod.rank.arguments import SMALL_BYTES, SMALL_TENSORS, Kept, check_arguments, load_arguments
 from tacod.rank.families.inputs import Anything, Argument
 from tacod.rank.plans import KINDS, Plans
+from tacod.shares import EQUAL
 from tacod_client.errors import ArgumentError
 from tacod_client.exchange import pack
 from tacod_client.tensors import to_wire
@@ -40,8 +41,8 @@ def test_a_forward_of_the_same_kind_is_planned_once() -> None:
     first = plans.find(FLUX.model, "auto", sent(0))
     with mock.patch.object(plans_module, "check_arguments", side_effect=AssertionError("checked again")):
         assert plans.find(FLUX.model, "auto", sent(1)) is first
-        placed = {**sent(2), "x": Tensor("F32", (1, 4, 9, 14), None, offset=64)}
-        assert plans.find(FLUX.model, "auto", placed) is first
+    placed = {**sent(2), "x": Tensor("F32", (1, 4, 9, 14), None, offset=64)}
+    assert plans.find(FLUX.model, "auto", placed)[2] == first[2]
     assert first[2] == Plans(2).find(FLUX.model, "auto", sent(3))[2]
 
 
@@ -114,6 +115,31 @@ def test_a_network_of_others_gets_no_latents_that_may_change() -> None:
         with pytest.raises(ArgumentError) as caught:
             check_arguments({"x": x}, specs, "comfyui")
         assert caught.value.argument == "memory"
+
+
+def test_that_is_so_too_after_a_forward_of_the_same_kind_came_as_frames() -> None:
+    class Others:
+        """A network that isn't ours."""
+
+        family = "comfyui"
+        rates = None
+        heads = width = 1
+        shares = EQUAL
+
+        def specs_for(self, given: Any) -> dict[str, Any]:
+            return {"x": Anything(True, tensor=True)}
+
+        def limited(self, asked: Any, arguments: Any) -> Any:
+            return asked
+
+        def lengths(self, arguments: Any) -> tuple[int, ...]:
+            return (1,)
+
+    plans, network = Plans(1), Others()
+    plans.find(network, "auto", {"x": Tensor("F32", (1, 4), (bytes(16),))})  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError) as caught:
+        plans.find(network, "auto", {"x": Tensor("F32", (1, 4), None, offset=0)})  # type: ignore[arg-type]
+    assert caught.value.argument == "memory"
 
 
 def test_small_tensors_are_known_by_their_contents() -> None:
