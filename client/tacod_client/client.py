@@ -399,15 +399,22 @@ class Model:
                 latents.stop_sharing()
                 yield from self._converse("forward", build, uploads, holds)
 
+        def finish() -> tuple[Any, Message]:
+            for reply in replies():
+                if reply.type == "progress" and self.on_blocks is not None:
+                    self.on_blocks(reply.body["block"], reply.body["blocks"])
+            return all_like(latents.result(reply.body["out"]), x), reply
+
         started = time.perf_counter()
         answered = False
         try:
             # Now, as it may take until a GPU has computed them; the build would have other threads wait for that.
             latents.pack()
-            for reply in replies():
-                if reply.type == "progress" and self.on_blocks is not None:
-                    self.on_blocks(reply.body["block"], reply.body["blocks"])
-            out = all_like(latents.result(reply.body["out"]), x)
+            out, reply = finish()
+            if latents.is_gone:
+                # The session ended before the result was copied, as with a daemon that stops.
+                latents.stop_sharing()
+                out, reply = finish()
             answered = True
         finally:
             latents.close(answered)

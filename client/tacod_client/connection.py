@@ -220,6 +220,8 @@ class Connection:
 
     def _send(self, request: Request) -> None:
         self._ensure_session()
+        # What was said to an earlier session may name memory that went with it.
+        request.replies.clear()
         self._waiting.pop(request.id, None)
         self._ids += 1
         request.id = self._ids

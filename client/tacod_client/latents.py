@@ -17,6 +17,8 @@ __all__ = ["LEAST_BYTES", "Latents"]
 
 LEAST_BYTES = 64 << 10
 """Smaller latents travel as frames, which are as fast."""
+MARK = bytes(range(1, 1 + ALIGNED_BYTES))
+"""What lies before the latents: pages that the daemon has freed are zeros, from the first one on."""
 
 
 class Latents:
@@ -53,19 +55,21 @@ class Latents:
 
     def _put(self, shared: Shared) -> None:
         described = [description(each) for each in self._given]
-        if any(each is None for each in described):
+        tensors = [each for each in described if each is not None and each.nbytes]
+        if len(tensors) < len(described):
             return
-        tensors = [each for each in described if each is not None]
         if sum(each.nbytes for each in tensors) < LEAST_BYTES:
             return
         places, size = _lay_out([each.nbytes for each in tensors])
         # A result has the latents' shapes, or fewer channels, and four bytes a number at most.
         room = _lay_out([max(each.nbytes, 4 * math.prod(each.shape)) for each in tensors])[1]
-        taken = shared.take(size + room)
+        taken = shared.take(len(MARK) + size + room)
         if taken is None:
             return
         memory, offset, useless = taken
         self._place = shared, memory, offset
+        memory.view[offset : offset + len(MARK)] = MARK
+        offset += len(MARK)
         try:
             x = [replace(each, offset=offset + place) for each, place in zip(tensors, places, strict=True)]
             for each, given in zip(x, self._given, strict=True):
@@ -79,7 +83,10 @@ class Latents:
         self._connection.unshare(useless)
 
     def result(self, out: Any) -> Any:
-        """The answer's output, with tensors in shared memory as views of it. Raises `ProtocolError`."""
+        """The answer's output, with tensors in shared memory as views of it, to be copied before `is_gone` is asked.
+
+        Raises `ProtocolError`.
+        """
 
         def found(tensor: Tensor) -> Tensor:
             if tensor.offset is None:
@@ -91,6 +98,17 @@ class Latents:
             return replace(tensor, frames=(view,), offset=None)
 
         return map_tensors(out, found)
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the daemon has freed the memory, as it does when the session ends; then what was read there is void.
+
+        To be asked after the result is copied.
+        """
+        if self._place is None:
+            return False
+        _, memory, offset = self._place
+        return bytes(memory.view[offset : offset + len(MARK)]) != MARK
 
     def stop_sharing(self) -> None:
         """Have the latents travel as frames; the request that named their place was answered."""

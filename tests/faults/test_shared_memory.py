@@ -20,7 +20,7 @@ from helpers import FLUX, FP32, SD3, START_S, Daemon, eventually, relative_error
 
 from tacod_client import ArgumentError, Client, latents
 from tacod_client import client as client_module
-from tacod_client.wire import MEMORY_SOCKET
+from tacod_client.wire import MEMORY_SOCKET, Message
 
 from .conftest import Inject
 from .test_daemon_restarted import forwards
@@ -119,7 +119,7 @@ def scribbling(client: Client) -> Iterator[None]:
         while not ends.is_set():
             shared = client._connection.shared
             for memory in list(shared._memories) if shared is not None else ():
-                there = np.frombuffer(memory.view[: 64 << 10], np.float32)
+                there = np.frombuffer(memory.view[len(latents.MARK) : 64 << 10], np.float32)
                 there[:] = rng.choice(np.float32([np.nan, np.inf, -1e38, 0, 1]), len(there))
 
     thread = threading.Thread(target=scribble)
@@ -255,3 +255,32 @@ def test_a_restarted_daemon_gives_a_new_memory(models: Path) -> None:
             assert torch.equal(result.result(START_S), undisturbed)
         assert client.boot_id != boot_id
         assert shares(client)
+
+
+def test_a_daemon_that_stops_before_the_result_is_read(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It frees the memory, and what was there would be zeros: the forward is done again."""
+    with Daemon(1, [models]) as daemon, daemon.client() as client:
+        model = client.load(FLUX.file)
+        read, reads = latents.Latents.result, list[Any]()
+
+        def read_later(self: latents.Latents, out: Any) -> Any:
+            if not reads:
+                daemon.signal(signal.SIGTERM)
+                daemon.wait()
+                daemon.start()
+            reads.append(out)
+            return read(self, out)
+
+        monkeypatch.setattr(latents.Latents, "result", read_later)
+        FLUX.check(model, 3)
+        assert [each.offset is None for each in reads] == [False, True]
+
+
+def test_what_an_earlier_session_was_answered_is_void(client: Client) -> None:
+    """A result of it lies in memory that went with it."""
+    connection = client._connection
+    request = connection.start("status", dict)
+    connection._drop_session()
+    request.replies.append(Message("done", {"earlier": True}, request.id))
+    assert "earlier" not in next(connection.replies(request)).body
+    connection.forget(request)

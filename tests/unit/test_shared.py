@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import socket
 import tempfile
@@ -238,6 +239,20 @@ def test_a_new_session_has_a_new_memory(giver: Giver) -> None:
     assert latents.pack()[1]["memory"] == 2
     latents.close(answered=False)
     assert connection.given_back == [2]
+
+
+def test_freed_memory_is_noticed_and_an_empty_latent_is_a_frame(giver: Giver) -> None:
+    latents = Latents(FakeConnection(giver.path), WIDE)  # type: ignore[arg-type]
+    assert not latents.is_gone
+    latents.pack()
+    assert not latents.is_gone
+    with mmap.mmap(giver.made[0].fd, giver.made[0].nbytes) as mapped:
+        mapped.madvise(mmap.MADV_REMOVE)
+    assert latents.is_gone
+    latents.stop_sharing()
+    assert not latents.is_gone
+    assert latents.pack()[1] == {}
+    assert Latents(FakeConnection(giver.path), [WIDE, WIDE[:0]]).pack()[1] == {}  # type: ignore[arg-type]
 
 
 def test_an_output_where_none_was_asked_for_is_refused(giver: Giver) -> None:
