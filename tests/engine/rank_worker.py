@@ -33,7 +33,7 @@ from attention_cases import largest_error
 from conformance import at_level, each_latent, random_case, required_inputs, smallest_inputs, tiny, with_optional
 from fake_graphs import graphs_on_cpu
 from fake_kernels import EightBits, fakes
-from helpers import SD3, Golden, read_golden, relative_error
+from helpers import FLUX, SD3, Golden, read_golden, relative_error
 from hypothesis import strategies as st
 from shared_block import SharedBlock, reach_shared
 from torch.distributed import distributed_c10d
@@ -309,6 +309,24 @@ class Rank:
             except ArgumentError as error:
                 return str(error)
         return ""
+
+    def masked(self, layout: Layout, kernel: str) -> str:
+        """What a forward says whose attention has a mask, and another one after it whether the ranks go on."""
+        model, inputs = FLUX.model, FLUX.inputs(batch=2)
+        plan = Plan(layout, WORLD, Shape(model.heads, model.width), AttentionPolicy(kernel=kernel))
+        tokens = sum(model.lengths(Inputs(inputs, model.arguments())))
+        forwards, said = Forwards(self.topology), []
+        # Every rank is to come to the end of a long one too.
+        forwards.watch = watch = mock.Mock()
+        with fakes():
+            for more in ({"attention_mask": torch.zeros(1, tokens, tokens)}, {}):
+                try:
+                    forwards(Call(model, plan, Inputs({**inputs, **more}, model.arguments())))
+                except ArgumentError as error:
+                    said.append(f"{error.argument}: {error}")
+        assert watch.begin.call_count == 2
+        assert watch.end.call_count == (2 if layout.ranks < WORLD else 1)
+        return " and ".join(said)
 
     def streamed(
         self,

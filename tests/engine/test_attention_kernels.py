@@ -306,6 +306,15 @@ def test_if_one_rank_can_not_all_refuse_with_one_reason(ranks: Ranks) -> None:
     assert "; rank 3: the package none is missing: nothing; or ask for 'exact'" in said[0]
 
 
+@pytest.mark.parametrize("layout", [(1, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 5)], ids=str)
+def test_ranks_that_are_left_idle_hear_of_a_mask_that_the_kernel_refuses(ranks: Ranks, layout: Any) -> None:
+    said = ranks.run(layout, "masked", kernel="sage")
+    assert len(said) == WORLD
+    assert len(set(said)) == 1
+    assert said[0].startswith("plan: plan: attention 'sage' (fake attention): it takes no such mask")
+    assert " and " not in said[0]
+
+
 def test_another_kernel_is_asked_for_once(made_up: None, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(EightBits, "obstacle", lambda self, *kind: asked.append(kind) or Obstacle.NONE)
@@ -320,7 +329,7 @@ def test_splitting_keys_is_for_exact_attention(made_up: None, monkeypatch: pytes
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     monkeypatch.setattr(
         "tacod.rank.forward.graphs.run",
-        lambda call, *rest: split.append(call.plan.attention.split_kv) or call.inputs.latents[0],
+        lambda call, *rest, **more: split.append(call.plan.attention.split_kv) or call.inputs.latents[0],
     )
     given = Inputs({"x": torch.zeros(3), "timestep": torch.zeros(1)}, FLUX.model.arguments())
     for name in ("exact", "sage"):

@@ -179,7 +179,7 @@ class Forwards:
 
     def _run(self, call: Call, cache: StepCache | None = None) -> Output:
         """A forward without a graph."""
-        return self._guarded(lambda: run(call, self.topology, cache, self.watch))
+        return self._guarded(lambda: run(call, self.topology, cache, self.watch, listens=True))
 
     def _guarded(self, compute: Callable[[], T]) -> T:
         """Part of a forward; if it breaks off, nothing is left of earlier ones."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -18,6 +19,7 @@ from tacod.rank.forward.prefixes import Prefix
 from tacod.rank.forward.watch import Watch
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.parallel.topology import Seat, Topology
+from tacod_client.errors import ArgumentError
 
 __all__ = [
     "Call",
@@ -34,6 +36,7 @@ __all__ = [
 FAST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Attention kernels in order of preference; on Hopper, cuDNN's is the fastest."""
 T = TypeVar("T")
+_REFUSAL_BYTES = 1024
 
 PLAIN = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """The attention kernels that are used without flash attention."""
@@ -80,17 +83,22 @@ def run(
     cache: BlockCache | None = None,
     watch: Watch | None = None,
     captured: StepForward | None = None,
+    listens: bool = False,
 ) -> Output:
     """One forward. Every rank passes all inputs and gets the whole output, also one that the plan leaves idle.
 
     With a ``watch`` it may stop before a block: all ranks raise `Cancelled` then. What was ``captured`` computes with
-    the ``cache`` in place of the model.
+    the ``cache`` in place of the model. With ``listens`` a rank that the plan leaves idle hears what the others'
+    attention kernel refuses.
     """
     if watch is not None:
         watch.begin()
     inputs, layout = call.inputs, call.plan.layout
     seat = topology.seat(layout)
     outs: list[Tensor] | None = None
+    listens = listens and call.plan.attention.kernel != "exact" and layout.ranks < topology.world_size
+    refused: ArgumentError | None = None
+    out: Output | None = None
     if seat is not None:
         tensors = None if call.prefix is None else call.prefix.tensors
         # With a step cache, each batch group decides by itself whether it skips blocks.
@@ -103,11 +111,20 @@ def run(
                 watch.end()
             return out
 
-        out = on_seat(call, seat, cache is None, compute)
+        try:
+            out = on_seat(call, seat, cache is None, compute)
+        except ArgumentError as error:
+            if not listens:
+                raise
+            refused = error
+    if watch is not None and (seat is None or refused is not None):
+        watch.end()
+    if listens:
+        _refuse_alike(topology, refused, inputs.latents[0].device)
+    if seat is not None:
+        assert out is not None
         sizes = layout.images(inputs.batch)
         outs = [seat.batch.gather(each, sizes, dim=0) for each in (out if isinstance(out, list) else [out])]
-    elif watch is not None:
-        watch.end()
     if layout.ranks < topology.world_size and not call.dit.shares_output:
         outs = outs or inputs.latents
     elif layout.ranks < topology.world_size:
@@ -117,6 +134,17 @@ def run(
         outs = [topology.everyone.broadcast(each, source=layout.members[0]) for each in outs]
     assert outs is not None
     return outs if isinstance(inputs["x"], list) else outs[0]
+
+
+def _refuse_alike(topology: Topology, refused: ArgumentError | None, device: torch.device) -> None:
+    """Raise on all ranks what one of them has refused; ranks that compute nothing would wait for an output."""
+    said = b"" if refused is None else json.dumps([refused.message[:600], refused.argument[:60]]).encode()
+    mine = torch.tensor([*said.ljust(_REFUSAL_BYTES)], dtype=torch.uint8, device=device)
+    everyone = topology.everyone
+    for text in everyone.gather(mine, [_REFUSAL_BYTES] * everyone.size, dim=0).view(everyone.size, -1).tolist():
+        if found := bytes(text).strip():
+            message, argument = json.loads(found)
+            raise ArgumentError(message, argument=argument) from refused
 
 
 def compute_prefix(call: Call, topology: Topology) -> Prefix:
