@@ -321,9 +321,9 @@ def test_like_inputs_are_replayed_and_unlike_ones_are_not(family: str, monkeypat
     dit = tiny(family)
     ran: list[str] = []
 
-    def run(call: Call, topology: Topology, *rest: Any) -> Any:
+    def run(call: Call, topology: Topology, *rest: Any, **more: Any) -> Any:
         ran.append("run")
-        return run_call(call, topology, *rest)
+        return run_call(call, topology, *rest, **more)
 
     monkeypatch.setattr(graphs, "run", run)
     monkeypatch.setattr(graphs, "Graph", FakeGraph)
