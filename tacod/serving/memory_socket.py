@@ -5,10 +5,12 @@ ZeroMQ carries no descriptors. So a client connects here too, sends one packet a
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import socket
 import struct
+import termios
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,7 +21,7 @@ from tacod.serving.access import User
 from tacod.serving.unix_socket import UnixSocket
 from tacod_client import wire
 from tacod_client.endpoint import UNIX_PATH_BYTES
-from tacod_client.errors import NotAllowed, ProtocolError, TacodError, Unavailable
+from tacod_client.errors import NotAllowed, ProtocolError, QueueFull, TacodError, Unavailable
 from tacod_client.wire import MEMORY_SOCKET, SHARE_BYTES, Message
 
 __all__ = ["MemorySocket", "Share", "memory_path"]
@@ -28,6 +30,9 @@ log = logging.getLogger(__name__)
 
 WAITING = 16
 """Most connections that have sent nothing yet; the oldest ends for a new one."""
+UNREAD = 16
+"""Most descriptors on their way to one user's clients. The kernel counts those of all sockets against what the daemon
+may send, and it sends some to its ranks too."""
 REST_S = 0.1
 """How long nobody is let in after the kernel could not."""
 
@@ -51,6 +56,8 @@ class MemorySocket:
         self._unix = UnixSocket(path, socket.SOCK_SEQPACKET)
         self._unix.socket.setblocking(False)
         self._waiting: list[socket.socket] = []
+        self._unread: list[tuple[int, socket.socket]] = []
+        """Users, and connections whose client hasn't read its descriptor yet."""
         self._rests_until_s = 0.0
 
     @property
@@ -61,13 +68,15 @@ class MemorySocket:
 
     def close(self) -> None:
         """End all connections, and remove the socket."""
-        for end in (self._unix.socket, *self._waiting):
+        for end in (self._unix.socket, *self._waiting, *(each for _, each in self._unread)):
             end.close()
         self._waiting.clear()
+        self._unread.clear()
         self._unix.remove()
 
     def poll(self, share: Share) -> None:
         """Let clients in, and answer those that have asked."""
+        self._forget_read()
         try:
             self._accept()
         except OSError as error:
@@ -81,9 +90,29 @@ class MemorySocket:
             except OSError:
                 packet = b""
             self._waiting.remove(end)
-            with end:
-                if packet:
-                    _answer(end, packet, share)
+            if packet:
+                self._answer(end, packet, share)
+            else:
+                end.close()
+
+    def _answer(self, end: socket.socket, packet: bytes, share: Share) -> None:
+        # Its credentials from the kernel, as they were when it connected.
+        _, uid, _ = struct.unpack("3i", end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        self._forget_read()
+        unread = sum(user == uid for user, _ in self._unread)
+        if _answer(end, packet, uid, share if unread < UNREAD else _refuse):
+            # The client is told that this is all, and what it hasn't read is seen on this side.
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_WR)
+            self._unread.append((uid, end))
+        else:
+            end.close()
+
+    def _forget_read(self) -> None:
+        for each in list(self._unread):
+            if not struct.unpack("i", fcntl.ioctl(each[1], termios.TIOCOUTQ, bytes(4)))[0]:
+                self._unread.remove(each)
+                each[1].close()
 
     def _accept(self) -> None:
         if time.monotonic() < self._rests_until_s:
@@ -97,11 +126,16 @@ class MemorySocket:
                     self._waiting.pop(0).close()
 
 
-def _answer(end: socket.socket, packet: bytes, share: Share) -> None:
+def _refuse(token: bytes, user: User, nbytes: int) -> SharedMemory:
+    raise QueueFull(
+        f"{UNREAD} descriptors are on their way to {user}; read them, or send tensors as frames", limit=UNREAD
+    )
+
+
+def _answer(end: socket.socket, packet: bytes, uid: int, share: Share) -> bool:
+    """Answer one packet; returns whether a descriptor is on its way."""
     descriptors = []
     try:
-        # Its credentials from the kernel, as they were when it connected.
-        _, uid, _ = struct.unpack("3i", end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         memory = share(*_read(packet, User(uid)))
         reply = Message("done", {"memory": memory.id, "nbytes": memory.nbytes})
         descriptors.append(memory.fd)
@@ -111,9 +145,12 @@ def _answer(end: socket.socket, packet: bytes, share: Share) -> None:
         # Nobody's message ends the others' daemon.
         log.exception("a request for shared memory could not be answered")
         reply = Message("error", Unavailable(f"tacod failed over this request ({type(error).__name__})").to_wire())
-    with suppress(OSError):
-        # To one that has gone, or doesn't read, nothing is sent; what was made for it goes with its session.
+    try:
         socket.send_fds(end, [b"".join(map(bytes, wire.encode(reply)))], descriptors)
+    except OSError:
+        # To one that has gone, or doesn't read, nothing is sent; what was made for it goes with its session.
+        return False
+    return bool(descriptors)
 
 
 def _read(packet: bytes, user: User) -> tuple[bytes, User, int]:

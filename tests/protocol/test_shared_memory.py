@@ -16,7 +16,7 @@ import pytest
 from tacod.execution.manifest import Model
 from tacod.execution.memories import COUNT
 from tacod.serving.access import User
-from tacod.serving.memory_socket import WAITING
+from tacod.serving.memory_socket import UNREAD, WAITING
 from tacod_client import wire
 from tacod_client.wire import MEMORY_SOCKET, Message, Tensor, decode, encode
 
@@ -185,6 +185,27 @@ def test_a_flood_of_connections_and_descriptors_keeps_nobody_out(sharing: Peer) 
         end.close()
     look(sharing)
     assert sharing.ask("unshare", {"memory": number}).type == "done"
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_descriptors_that_nobody_reads_are_few(sharing: Peer) -> None:
+    """The kernel lets a user's processes send only so many, and the daemon sends some to its ranks."""
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    ends = []
+    for _ in range(UNREAD):
+        ends.append(connect(sharing))
+        ends[-1].send(packet({"nbytes": 4096}, sharing.session))
+        look(sharing)
+        for number in list(sharing.state.executor.memories._held):
+            assert sharing.ask("unshare", {"memory": number}).type == "done"
+    assert refusal(sharing, packet({"nbytes": 4096}, sharing.session)) == "QueueFull"
+    _, descriptors, _, _ = socket.recv_fds(ends[0], wire.SHARE_BYTES, 1)
+    os.close(descriptors[0])
+    number = share(sharing, 4096)
+    assert sharing.ask("unshare", {"memory": number}).type == "done"
+    for end in ends:
+        end.close()
+    look(sharing)
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
