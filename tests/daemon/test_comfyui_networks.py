@@ -170,6 +170,11 @@ def test_calls_that_it_does_not_have(client: Client, changes: dict[str, Any], pl
         model.forward(**{**inputs("waves", 2), **changes})
 
 
+def test_a_plan_may_ask_for_what_is_so_anyway(client: Client, outs: Any) -> None:
+    model = client.load("waves.safetensors", plan={"attention": "exact", "step_cache": 0})
+    assert torch.equal(model.forward(**inputs("waves", 1)), outs["waves"][0])
+
+
 def test_it_has_no_sampling(client: Client) -> None:
     model = client.load("waves.safetensors")
     noise = inputs("waves", 1)["x"]

@@ -154,7 +154,7 @@ class Network(DiT):
     def limited(self, asked: Request, arguments: Mapping[str, Any]) -> Request:
         """See `DiT.limited`: without a table that was checked with such arguments an image stays on one rank."""
         for name in ("step_cache", "attention"):
-            if getattr(asked, name):
+            if getattr(asked, name) not in (None, 0, "exact"):
                 raise ArgumentError(
                     f"plan: {name} is for this version's own families, and {self.name} is ComfyUI's; leave it out",
                     argument="plan",
