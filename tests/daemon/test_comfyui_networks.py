@@ -295,6 +295,18 @@ def test_it_ends_its_ranks_and_not_the_daemon(
         assert daemon.pid == pid
 
 
+@pytest.mark.parametrize("images", [1, 2])
+def test_an_error_of_its_own_is_told_to_ranks_that_have_no_image(networks: Networks, outs: Any, images: int) -> None:
+    """Otherwise ranks would disagree, and end: such as for arguments that don't fit."""
+    daemon = networks(3)
+    with daemon.client() as client:
+        model, pids = client.load("waves.safetensors"), daemon.rank_pids()
+        with pytest.raises(EngineError, match="ComfyUI's own network Waves failed: "):
+            model.forward(**inputs("waves", images), mood="angry")
+        assert daemon.rank_pids() == pids
+        assert torch.equal(model.forward(**inputs("waves", 1)), outs["waves"][0])
+
+
 def test_only_what_networks_need_is_imported(networks: Networks, client: Client) -> None:
     client.load("waves.safetensors")
     log = networks(2).log

@@ -26,8 +26,10 @@ from tacod.rank.families.inputs import Anything, Inputs, Spec
 from tacod.rank.families.noise import Flow
 from tacod.rank.families.stream import ForwardPass
 from tacod.rank.families.trunk import BlockCache, BlockWatch
+from tacod.rank.oom import describe_oom
 from tacod.rank.parallel.sequence import SequenceParallel
-from tacod_client.errors import ArgumentError
+from tacod_client.errors import ArgumentError, Cancelled, EngineError, TacodError
+from tacod_client.text import encodable, shortened
 
 __all__ = ["FAMILY", "OPTIONS", "Network"]
 
@@ -42,6 +44,7 @@ _CALLED = ("preprocess_text_embeds",)
 _NOT_TAKEN = {"control": "a ControlNet"}
 """Arguments of ComfyUI's that reach into the blocks, in words."""
 LONGEST_NAME = 64
+LONGEST_ERROR = 400
 NETWORKS_OWN = 2
 """The first two of a network's arguments are latents and timesteps, whatever their names are."""
 
@@ -67,6 +70,7 @@ class Network(DiT):
     usual: ClassVar[Mapping[str, int]] = {}
     process = Flow()
     shares_output = False
+    is_ours = False
     unsampled = "what ComfyUI's own network asks of each step"
 
     def __init__(
@@ -196,6 +200,18 @@ class Network(DiT):
         if left := [name for name in known if arguments.get(name) is None]:
             return f"that was checked with {', '.join(left)}"
         return "" if min(self.lengths(arguments)) >= 1 else "there are too few"
+
+    def refusal(self, error: Exception) -> TacodError | None:
+        """See `DiT.refusal`: whatever the network raises, but a stop, and faults of the device or of its memory."""
+        if isinstance(error, Cancelled):
+            return None
+        if isinstance(error, TacodError):
+            return error
+        if isinstance(error, torch.AcceleratorError) or "CUDA" in str(error) or describe_oom(error) is not None:
+            return None
+        log.warning("ComfyUI's %s failed", self.name, exc_info=error)
+        what = shortened(encodable(f"{type(error).__name__}: {error}"), LONGEST_ERROR)
+        return EngineError(f"forward: ComfyUI's own network {self.name} failed: {what}")
 
     def methods(self) -> Mapping[str, Method]:
         """See `DiT.methods`: those of ComfyUI's that the network has."""

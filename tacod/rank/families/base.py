@@ -32,6 +32,7 @@ from tacod.rank.families.trunk import BlockCache, BlockWatch, Trunk
 from tacod.rank.ops.largest import sharing
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.shares import EQUAL, Shares
+from tacod_client.errors import ArgumentError, TacodError
 from tacod_client.wire import CHANGING
 
 __all__ = ["DiT", "LatentFormat", "Method", "Output"]
@@ -116,6 +117,8 @@ class DiT(nn.Module, abc.ABC):
     """Prefixes of tensors that files hold for other modules: a load leaves them out."""
     shares_output: ClassVar[bool] = True
     """Whether ranks that a plan leaves idle get the output too; where nobody samples here, rank 0 alone needs it."""
+    is_ours: ClassVar[bool] = True
+    """Whether all that it may raise is known here, and met by all ranks alike."""
     fp32_weights: str = ""
     """A regular expression for the names of weights that are fp32 in any compute dtype; empty if there are none."""
     downscale: int = 8
@@ -214,6 +217,10 @@ class DiT(nn.Module, abc.ABC):
         Raises `ArgumentError` for a plan that asks for more.
         """
         return asked
+
+    def refusal(self, error: Exception) -> TacodError | None:
+        """What ranks that didn't meet this error of a forward are told; None for one that ends this rank."""
+        return error if isinstance(error, ArgumentError) else None
 
     def methods(self) -> Mapping[str, Method]:
         """What the network does outside of a forward, by ComfyUI's names of these methods.

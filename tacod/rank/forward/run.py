@@ -19,7 +19,7 @@ from tacod.rank.forward.prefixes import Prefix
 from tacod.rank.forward.watch import Watch
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.parallel.topology import Seat, Topology
-from tacod_client.errors import ArgumentError
+from tacod_client.errors import ArgumentError, TacodError
 
 __all__ = [
     "Call",
@@ -36,7 +36,7 @@ __all__ = [
 FAST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Attention kernels in order of preference; on Hopper, cuDNN's is the fastest."""
 T = TypeVar("T")
-_REFUSAL_BYTES = 1024
+_REFUSAL_BYTES = 4096
 
 PLAIN = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """The attention kernels that are used without flash attention."""
@@ -88,16 +88,19 @@ def run(
     """One forward. Every rank passes all inputs and gets the whole output, also one that the plan leaves idle.
 
     With a ``watch`` it may stop before a block: all ranks raise `Cancelled` then. What was ``captured`` computes with
-    the ``cache`` in place of the model. With ``listens`` a rank that the plan leaves idle hears what the others'
-    attention kernel refuses.
+    the ``cache`` in place of the model. With ``listens`` ranks hear of errors that they don't meet themselves: of what
+    an attention kernel refuses while the plan leaves them idle, and of what a network that isn't ours raises.
     """
     if watch is not None:
         watch.begin()
     inputs, layout = call.inputs, call.plan.layout
     seat = topology.seat(layout)
     outs: list[Tensor] | None = None
-    listens = listens and call.plan.attention.kernel != "exact" and layout.ranks < topology.world_size
-    refused: ArgumentError | None = None
+    # Errors that not all ranks meet: some may have nothing to compute, or other images.
+    refuses = call.plan.attention.kernel != "exact" and layout.ranks < topology.world_size
+    fails = not call.dit.is_ours and layout.sequence == 1 and topology.world_size > 1
+    listens = listens and (refuses or fails)
+    refused: TacodError | None = None
     out: Output | None = None
     if seat is not None:
         tensors = None if call.prefix is None else call.prefix.tensors
@@ -113,10 +116,10 @@ def run(
 
         try:
             out = on_seat(call, seat, cache is None, compute)
-        except ArgumentError as error:
-            if not listens:
+        except Exception as error:
+            refused = call.dit.refusal(error) if listens else None
+            if refused is None:
                 raise
-            refused = error
     if watch is not None and (seat is None or refused is not None):
         watch.end()
     if listens:
@@ -136,15 +139,19 @@ def run(
     return outs if isinstance(inputs["x"], list) else outs[0]
 
 
-def _refuse_alike(topology: Topology, refused: ArgumentError | None, device: torch.device) -> None:
-    """Raise on all ranks what one of them has refused; ranks that compute nothing would wait for an output."""
-    said = b"" if refused is None else json.dumps([refused.message[:600], refused.argument[:60]]).encode()
+def _refuse_alike(topology: Topology, refused: TacodError | None, device: torch.device) -> None:
+    """Raise on all ranks what one of them has refused; those that know nothing of it would wait for an output."""
+    said = b""
+    if refused is not None:
+        told = refused.to_wire()
+        details = {"argument": refused.argument[:60]} if isinstance(refused, ArgumentError) else {}
+        said = json.dumps([told["code"], refused.message[:600], details]).encode()
     mine = torch.tensor([*said.ljust(_REFUSAL_BYTES)], dtype=torch.uint8, device=device)
     everyone = topology.everyone
     for text in everyone.gather(mine, [_REFUSAL_BYTES] * everyone.size, dim=0).view(everyone.size, -1).tolist():
         if found := bytes(text).strip():
-            message, argument = json.loads(found)
-            raise ArgumentError(message, argument=argument) from refused
+            code, message, details = json.loads(found)
+            raise TacodError.from_wire({"code": code, "message": message, "details": details}) from refused
 
 
 def compute_prefix(call: Call, topology: Topology) -> Prefix:
