@@ -37,8 +37,16 @@ def apportion(n: int, shares: tuple[int, ...], least: int = 0) -> tuple[int, ...
         shares: Of each part, above 0.
         least: The least that a part is given; ``n`` is at least as much for all together.
     """
-    total = sum(shares)
-    parts = [least] * len(shares) if least else [n * share // total for share in shares]
+    held: frozenset[int] = frozenset()
+    while True:
+        # Those whose quota is below the least get that; the others divide the rest, by whole numbers at first.
+        rest = n - least * len(held)
+        total = sum(share for part, share in enumerate(shares) if part not in held)
+        parts = [least if part in held else rest * share // total for part, share in enumerate(shares)]
+        below = frozenset(part for part, size in enumerate(parts) if size < least)
+        if not below:
+            break
+        held |= below
     for _ in range(n - sum(parts)):
         first = min(range(len(parts)), key=lambda part: Fraction(parts[part] + 1, shares[part]))
         parts[first] += 1

@@ -47,6 +47,13 @@ def test_each_gets_the_least(shares: tuple[int, ...], more: int) -> None:
     assert min(parts) >= 1
 
 
+@pytest.mark.timeout(5)
+def test_any_number_is_divided_at_once() -> None:
+    """A batch may be said to have as many images as its sender likes."""
+    assert apportion(2_000_000_000, (3, 1, 2), least=1) == (1_000_000_000, 333_333_333, 666_666_667)
+    assert apportion(2_000_000_000, (1000, 1, 1), least=7) == (1_996_007_986, 1_996_007, 1_996_007)
+
+
 @given(st.floats(1e-4, 1e4), st.lists(st.floats(0, ALIKE - 1e-6), min_size=1, max_size=8))
 def test_cards_of_nearly_one_speed_have_equal_shares(seconds: float, more: list[float]) -> None:
     slowest = max(more)
