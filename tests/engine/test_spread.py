@@ -6,6 +6,7 @@ test_conformance.py has the forwards of every family, this file attention, colle
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -98,7 +99,9 @@ print("torch._dynamo" in sys.modules)
 
 def test_no_forward_needs_pytorchs_compiler() -> None:
     """Its import takes seconds; an operation on the meta device is enough for it. Other tests may import it."""
-    told = subprocess.run([sys.executable, "-c", FORWARDS_ALONE], capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", FORWARDS_ALONE]
+    told = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert told.stdout == "False\n", told.stderr
 
 
