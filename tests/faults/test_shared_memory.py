@@ -93,16 +93,16 @@ def test_a_rank_is_killed_under_a_forward(sturdy: Daemon, client: Client, rank: 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_a_client_dies_under_its_forward(sturdy: Daemon, client: Client, inject: Inject, number: int) -> None:
     restarts = client.status()["group"]["restarts"]
-    inject(kind="slow", at="forward", seconds=1.0, rank=0, skip=1)
+    inject(kind="slow", at="forward", seconds=3.0, rank=0, skip=1)
     command = [sys.executable, "-c", SCRIPT, sturdy.endpoint]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "shares\n"
-            eventually(lambda: client.status()["queue"]["running"], 3, "its forward runs")
+            eventually(lambda: client.status()["queue"]["running"], 20, "its forward runs")
             assert client.stats()["shared_bytes"] > 0
             process.send_signal(number)
-            eventually(lambda: client.stats()["shared_bytes"] == 0, 8, "what it shared is freed")
+            eventually(lambda: client.stats()["shared_bytes"] == 0, 30, "what it shared is freed")
         finally:
             process.kill()
     FLUX.check(client.load(FLUX.file))
