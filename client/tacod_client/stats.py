@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["PARTS", "Call", "ModelStats"]
+__all__ = ["Call", "ModelStats"]
 
 DAEMONS = ("queue", "wire", "compute", "collective")
 """The parts of a call's time that the daemon tells."""

@@ -95,7 +95,8 @@ def test_a_client_dies_under_its_forward(sturdy: Daemon, client: Client, inject:
     restarts = client.status()["group"]["restarts"]
     inject(kind="slow", at="forward", seconds=3.0, rank=0, skip=1)
     command = [sys.executable, "-c", SCRIPT, sturdy.endpoint]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
             assert process.stdout is not None
             assert process.stdout.readline() == "shares\n"
