@@ -33,7 +33,7 @@ class World:
         self.ran: list[str] = []
         self.fails = False
 
-    def run(self, call: Call, topology: Topology, cache: Any, watch: Any) -> Tensor:
+    def run(self, call: Call, topology: Topology, cache: Any, watch: Any, listens: bool = False) -> Tensor:
         self.ran.append("run, split_kv" if call.plan.attention.split_kv else "run")
         return 2 * call.inputs.latents[0]
 
@@ -180,7 +180,7 @@ def test_a_forward_that_breaks_off_takes_graphs_and_peers_along(make: Any, monke
         forward(forwards)
 
     def fail(error: Exception) -> None:
-        def run(*args: Any) -> Tensor:
+        def run(*args: Any, **named: Any) -> Tensor:
             raise error
 
         with monkeypatch.context() as patch:
