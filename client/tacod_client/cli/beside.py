@@ -58,7 +58,7 @@ def measure(
     ``group`` is that of the daemon's status. The answer is ``comfyui`` with ``device`` and ``dtype``, and ``cases``,
     each of ``seconds`` and ``outputs`` (torch's tensors); or with an ``error`` that says what to do.
     """
-    import torch
+    from safetensors.numpy import save_file
 
     if not Path(model.path).is_file():
         reason = (
@@ -75,7 +75,7 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="tacoctl-bench-") as name:
         folder = Path(name)
         for number, case in enumerate(cases):
-            torch.save({key: _tensors(value) for key, value in case.items()}, folder / f"{number}.pt")
+            save_file(_by_name(case), folder / f"{number}.safetensors")
         request = {
             "comfyui": comfyui["path"],
             "file": model.path,
@@ -83,7 +83,7 @@ def measure(
             "cpu": cpu,
             # Of packed layers ComfyUI chooses what it computes in.
             "dtype": TORCH_NAMES[of_numbers(model.dtype)] if not getattr(model, "quantization", None) else None,
-            "cases": [{"inputs": f"{number}.pt"} for number in range(len(cases))],
+            "cases": [{"inputs": f"{number}.safetensors"} for number in range(len(cases))],
             "warm_ups": warm_ups,
             "rounds": rounds,
         }
@@ -98,7 +98,7 @@ def measure(
 
 
 def _answer(comfyui: Mapping[str, str], folder: Path, done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    import torch
+    from safetensors.torch import load_file
 
     file = folder / "answer.json"
     if not file.exists():
@@ -112,8 +112,8 @@ def _answer(comfyui: Mapping[str, str], folder: Path, done: subprocess.Completed
             "another GPU by CUDA_VISIBLE_DEVICES, or ask for a smaller --size"
         )
     for number, case in enumerate(answer.get("cases", ())):
-        files = [folder / f"{number}.pt.out{each}" for each in range(case["outputs"])]
-        case["outputs"] = [torch.load(each, weights_only=True) for each in files]
+        outputs = load_file(folder / f"{number}.safetensors.out")
+        case["outputs"] = [outputs[str(each)] for each in range(len(outputs))]
     return answer
 
 
@@ -122,7 +122,8 @@ def _gpu(group: Mapping[str, Any]) -> str:
     return str(group["ranks"][0]["device"]) if group["ranks"] else "0"
 
 
-def _tensors(value: Any) -> Any:
-    import torch
-
-    return [torch.from_numpy(each) for each in value] if isinstance(value, list) else torch.from_numpy(value)
+def _by_name(case: Case) -> dict[str, Any]:
+    """The arrays by their names; of a list each by its place too, as in ``x.0``."""
+    lists = {key: value for key, value in case.items() if isinstance(value, list)}
+    named = {f"{key}.{place}": each for key, some in lists.items() for place, each in enumerate(some)}
+    return {**{key: value for key, value in case.items() if key not in lists}, **named}

@@ -37,6 +37,7 @@ def measure(request: dict[str, Any], folder: Path, answer: dict[str, Any]) -> No
     import comfy.model_management as management
     import comfy.sd
     import torch
+    from safetensors.torch import save_file
 
     load = getattr(comfy.sd, "load_diffusion_model", None)
     if load is None:
@@ -53,23 +54,28 @@ def measure(request: dict[str, Any], folder: Path, answer: dict[str, Any]) -> No
             given = arguments(folder / case["inputs"], device, dtype)
             took, out = timed(model.diffusion_model, given, device, request["warm_ups"], request["rounds"])
             outs = out if isinstance(out, (list, tuple)) else [out]
-            for number, each in enumerate(outs):
-                torch.save(each.float().cpu(), folder / f"{case['inputs']}.out{number}")
-            answer["cases"].append({"seconds": took, "outputs": len(outs)})
+            named = {str(number): each.float().cpu().contiguous() for number, each in enumerate(outs)}
+            save_file(named, folder / f"{case['inputs']}.out")
+            answer["cases"].append({"seconds": took})
 
 
 def arguments(file: Path, device: Any, dtype: Any) -> dict[str, Any]:
-    """The tensors of a forward: numbers for each image stay fp32, as ComfyUI passes times."""
+    """The tensors of a forward: numbers for each image stay fp32, as ComfyUI passes times.
+
+    Those of a list have their places behind their name, as in ``x.0``.
+    """
     import torch
+    from safetensors.torch import load_file
 
     def placed(tensor: Any) -> Any:
         return tensor.to(device, torch.float32 if tensor.ndim < 2 else dtype)
 
-    given = torch.load(file, weights_only=True)
-    return {
-        name: [placed(each) for each in value] if isinstance(value, list) else placed(value)
-        for name, value in given.items()
-    }
+    tensors = {name: placed(tensor) for name, tensor in load_file(file).items()}
+    given = {name: tensor for name, tensor in tensors.items() if "." not in name}
+    for key in {name.partition(".")[0] for name in tensors.keys() - given.keys()}:
+        count = sum(name.startswith(f"{key}.") for name in tensors)
+        given[key] = [tensors[f"{key}.{place}"] for place in range(count)]
+    return given
 
 
 def timed(network: Any, given: dict[str, Any], device: Any, warm_ups: int, rounds: int) -> tuple[list[float], Any]:
