@@ -152,10 +152,10 @@ class Connection:
             if not request.lost:
                 self._tell("cancel", {"job": None, "request": request.id})
 
-    def unshare(self, memories: Iterable[int]) -> None:
-        """Give memories that this session shares back, without waiting for the answers."""
+    def unshare(self, shared: Shared, memories: Iterable[int]) -> None:
+        """Give memories back, without waiting for the answers; those of a session that has ended are freed already."""
         with self._lock:
-            for memory in memories:
+            for memory in memories if shared is self.shared else ():
                 self._tell("unshare", {"memory": memory})
 
     def _tell(self, kind: str, body: dict[str, Any]) -> None:

@@ -80,7 +80,7 @@ class Latents:
             raise
         self._packed = x if self._is_list else x[0]
         self._fields = {"memory": memory.number, "room": [offset + size, room]}
-        self._connection.unshare(useless)
+        self._connection.unshare(shared, useless)
 
     def result(self, out: Any) -> Any:
         """The answer's output, with tensors in shared memory as views of it, to be copied before `is_gone` is asked.
@@ -120,7 +120,7 @@ class Latents:
         if self._place is None:
             return
         (shared, memory, offset), self._place = self._place, None
-        self._connection.unshare(shared.release(memory, offset, answered) if shared is self._connection.shared else [])
+        self._connection.unshare(shared, shared.release(memory, offset, answered))
 
 
 def _lay_out(sizes: list[int]) -> tuple[list[int], int]:

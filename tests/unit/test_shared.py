@@ -74,8 +74,8 @@ class FakeConnection:
         self.shared = Shared(path, b"s") if path is not None else None
         self.given_back: list[int] = []
 
-    def unshare(self, memories: list[int]) -> None:
-        self.given_back += memories
+    def unshare(self, shared: Shared, memories: list[int]) -> None:
+        self.given_back += memories if shared is self.shared else []
 
 
 @pytest.fixture
