@@ -14,7 +14,7 @@ from fractions import Fraction
 __all__ = ["ALIKE", "EQUAL", "MOST", "Shares", "apportion", "in_lowest_terms", "measured_shares"]
 
 ALIKE = 0.1
-"""Ranks whose times differ by less than this part are as fast as each other: cards of one kind differ by 2 to 4 %."""
+"""Ranks whose times differ by less than this part are as fast as each other: cards of one kind differ by 2 to 3 %."""
 JITTER_S = 2e-3
 """And those whose times differ by less than this: a forward so short is measured no better."""
 STEPS = 20

@@ -222,7 +222,7 @@ class Loader:
 
     def _facts(self, loaded: DiT, checkpoint: Checkpoint, dtype: str, streaming: Streaming) -> Facts:
         """What there is to report about a model. All ranks ask at once."""
-        resident = self._everyones(weight_bytes(loaded))
+        resident = self._topology.everyone.numbers(weight_bytes(loaded))
         return Facts(
             family=loaded.family,
             parameters=checkpoint.parameters,
@@ -271,7 +271,7 @@ class Loader:
             ):
                 for key in keys:
                     _change(model, patched, key, parsed[key], base.shapes[key])
-        resident = self._everyones(weight_bytes(model, patched) - weight_bytes(model))
+        resident = self._topology.everyone.numbers(weight_bytes(model, patched) - weight_bytes(model))
         if len(notes) > NOTES:
             notes[NOTES:] = [f"and {len(notes) - NOTES} more"]
         short = [shortened(encodable(note), NOTE_CHARACTERS) for note in notes]
@@ -291,7 +291,7 @@ class Loader:
         if self._device.type == "cpu":
             return True
         major, minor = torch.cuda.get_device_capability(self._device)
-        return len(set(self._everyones(100 * major + minor))) == 1
+        return len(set(self._topology.everyone.numbers(100 * major + minor))) == 1
 
     @cached_property
     def _links(self) -> Links:
@@ -308,13 +308,7 @@ class Loader:
             return [limit] * self._topology.world_size
         _, total = torch.cuda.mem_get_info(self._device)
         room = int(total * FOR_WEIGHTS)
-        return [*self._everyones(limit if limit is not None and limit <= total else room)]
-
-    def _everyones(self, number: int) -> list[int]:
-        """Every rank's number, in the order of ranks."""
-        mine = torch.tensor([number], dtype=torch.int64, device=self._device)
-        numbers: list[int] = self._topology.everyone.gather(mine, [1] * self._topology.world_size, dim=0).tolist()
-        return numbers
+        return [*self._topology.everyone.numbers(limit if limit is not None and limit <= total else room)]
 
 
 def _change(model: DiT, patched: DiT, key: str, patches: Sequence[Patch], shape: Sequence[int]) -> None:

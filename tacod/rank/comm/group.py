@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ __all__ = ["Group", "MakeGroup", "Passing"]
 
 MakeGroup = Callable[[list[list[int]]], dist.ProcessGroup]
 """Splits all ranks into process groups and returns this rank's; every rank must call it with the same groups."""
+Number = TypeVar("Number", int, float)
 
 
 class Group:
@@ -86,7 +88,7 @@ class Group:
         if self.size == 1:
             return verdict
         self.clock.begun += 1
-        said = torch.tensor([verdict], dtype=torch.uint8, device="cuda" if self.on_gpu else "cpu")
+        said = torch.tensor([verdict], dtype=torch.uint8, device=self._device)
         dist.all_reduce(said, dist.ReduceOp.MIN, group=self.group)
         return bool(said.item())
 
@@ -99,6 +101,25 @@ class Group:
         with self.clock.counting(found.is_cuda):
             dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
         return found
+
+    def numbers(self, number: Number) -> list[Number]:
+        """Every rank's number, in the order of ranks."""
+        dtype = torch.float64 if isinstance(number, float) else torch.int64
+        mine = torch.tensor([number], dtype=dtype, device=self._device)
+        everyones: list[Number] = self.gather(mine, [1] * self.size, dim=0).tolist()
+        return everyones
+
+    def tell(self, told: bytes) -> list[bytes]:
+        """What each rank tells the others, of any length, in the order of ranks."""
+        lengths = self.numbers(len(told))
+        # An empty one is no buffer.
+        mine = torch.frombuffer(bytearray(told) + b"\0", dtype=torch.uint8)[:-1].to(self._device)
+        everyones = self.gather(mine, lengths, dim=0).cpu()
+        return [part.numpy().tobytes() for part in torch.split(everyones, lengths)]
+
+    @property
+    def _device(self) -> str:
+        return "cuda" if self.on_gpu else "cpu"
 
     @cached_property
     def on_gpu(self) -> bool:

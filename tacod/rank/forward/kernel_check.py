@@ -40,9 +40,7 @@ class KernelCheck:
 
     def _ask(self, kernel: Kernel, dtype: torch.dtype, width: int, device: torch.device) -> str:
         """What keeps ranks from using it; empty if nothing does."""
-        everyone = self._topology.everyone
-        mine = torch.tensor([int(kernel.obstacle(device, dtype, width))], dtype=torch.int64, device=device)
-        found = [Obstacle(number) for number in everyone.gather(mine, [1] * everyone.size, dim=0).tolist()]
+        found = list(map(Obstacle, self._topology.everyone.numbers(int(kernel.obstacle(device, dtype, width)))))
         said = []
         for obstacle in sorted(set(found) - {Obstacle.NONE}):
             ranks = [rank for rank, each in enumerate(found) if each == obstacle]

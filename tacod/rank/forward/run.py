@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+import msgpack
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,7 +19,7 @@ from tacod.rank.forward.prefixes import Prefix
 from tacod.rank.forward.watch import Watch
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.parallel.topology import Seat, Topology
-from tacod_client.errors import ArgumentError, TacodError
+from tacod_client.errors import TacodError
 
 __all__ = [
     "Call",
@@ -36,7 +36,6 @@ __all__ = [
 FAST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Attention kernels in order of preference; on Hopper, cuDNN's is the fastest."""
 T = TypeVar("T")
-_REFUSAL_BYTES = 4096
 
 PLAIN = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """The attention kernels that are used without flash attention."""
@@ -123,7 +122,7 @@ def run(
     if watch is not None and (seat is None or refused is not None):
         watch.end()
     if listens:
-        _refuse_alike(topology, refused, inputs.latents[0].device)
+        _refuse_alike(topology, refused)
     if seat is not None:
         assert out is not None
         sizes = layout.images(inputs.batch)
@@ -139,19 +138,12 @@ def run(
     return outs if isinstance(inputs["x"], list) else outs[0]
 
 
-def _refuse_alike(topology: Topology, refused: TacodError | None, device: torch.device) -> None:
+def _refuse_alike(topology: Topology, refused: TacodError | None) -> None:
     """Raise on all ranks what one of them has refused; those that know nothing of it would wait for an output."""
-    said = b""
-    if refused is not None:
-        told = refused.to_wire()
-        details = {"argument": refused.argument[:60]} if isinstance(refused, ArgumentError) else {}
-        said = json.dumps([told["code"], refused.message[:600], details]).encode()
-    mine = torch.tensor([*said.ljust(_REFUSAL_BYTES)], dtype=torch.uint8, device=device)
-    everyone = topology.everyone
-    for text in everyone.gather(mine, [_REFUSAL_BYTES] * everyone.size, dim=0).view(everyone.size, -1).tolist():
-        if found := bytes(text).strip():
-            code, message, details = json.loads(found)
-            raise TacodError.from_wire({"code": code, "message": message, "details": details}) from refused
+    if topology.everyone.agree(refused is None):
+        return
+    said = topology.everyone.tell(b"" if refused is None else msgpack.packb(refused.to_wire()))
+    raise TacodError.from_wire(msgpack.unpackb(next(filter(None, said)))) from refused
 
 
 def compute_prefix(call: Call, topology: Topology) -> Prefix:

@@ -70,8 +70,7 @@ def warm_up(
     if known is None:
         rates = None
         if seconds is not None:
-            mine = torch.tensor([took[shared]], dtype=torch.float64, device=device)
-            (shared_s,) = forwards.topology.everyone.broadcast(mine, source=0).tolist()
+            shared_s = forwards.topology.everyone.numbers(took[shared])[0]
             alone_s = seconds[fastest_alone(shares).members[0]]
             rates = measured_rates(alone_s, shared, shared_s, shape, shares)
         known = Measured(rates, shares)
@@ -113,9 +112,8 @@ def _seconds_alone(dit: DiT, forwards: Forwards, inputs: Inputs, shape: Shape) -
         torch.cuda.empty_cache()
     if not everyone.agree(took is not None):
         return None
-    mine = torch.tensor([took], dtype=torch.float64, device=inputs.latents[0].device)
-    seconds: list[float] = everyone.gather(mine, [1] * everyone.size, dim=0).tolist()
-    return seconds
+    assert took is not None
+    return everyone.numbers(took)
 
 
 def _alone_s(dit: DiT, forwards: Forwards, inputs: Inputs, shape: Shape) -> float:

@@ -148,16 +148,7 @@ class Depot:
     def exchange(self, told: bytes) -> list[bytes]:
         """What each rank tells the others. Raises what `store` does."""
         self._agree(True, ANOTHER)
-        return self._tell(told)
-
-    def _tell(self, told: bytes) -> list[bytes]:
-        device = "cuda" if self._group.on_gpu else "cpu"
-        length = torch.tensor([len(told)], dtype=torch.int64, device=device)
-        lengths = self._group.gather(length, [1] * self._group.size, dim=0).tolist()
-        # An empty one is no buffer.
-        mine = torch.frombuffer(bytearray(told) + b"\0", dtype=torch.uint8)[:-1].to(device)
-        everyones = self._group.gather(mine, lengths, dim=0).cpu()
-        return [part.numpy().tobytes() for part in torch.split(everyones, lengths)]
+        return self._group.tell(told)
 
     def store(self, units: Sequence[Sequence[Tensor]], whose: Sequence[Owner] = ()) -> list[list[Stored]]:
         """Store the tensors of units; returns where they lie.
@@ -226,14 +217,14 @@ class Depot:
         """Have the other ranks' next call raise this error, unless one has failed on all ranks."""
         if not self._over:
             self._group.agree(False)
-            self._tell(_packed(error))
+            self._group.tell(_packed(error))
         self._over = False
         self._make_slab = self._slabs()
 
     def _agree(self, verdict: bool, otherwise: str, **details: Any) -> None:
         if not self._group.agree(verdict):
             self._over = True
-            told = filter(None, self._tell(_packed(None)))
+            told = filter(None, self._group.tell(_packed(None)))
             raise next(map(_unpacked, told), OutOfMemory(otherwise, **details))
 
 
