@@ -307,6 +307,30 @@ def test_an_error_of_its_own_is_told_to_ranks_that_have_no_image(networks: Netwo
         assert torch.equal(model.forward(**inputs("waves", 1)), outs["waves"][0])
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"x": torch.ones(1, 4, 6)},
+        {"x": [torch.ones(1, 4, 6, 10)] * 2},
+        {"context": torch.ones(1, 7)},
+        {"context": [torch.ones(1, 7, 8)]},
+    ],
+    ids=["x without a side", "a list", "context without channels", "a list as context"],
+)
+def test_what_a_table_was_not_checked_with_is_for_the_network_to_refuse(
+    networks: Networks, outs: Any, changes: dict[str, Any]
+) -> None:
+    daemon = networks(2)
+    with daemon.client() as client:
+        model, pids = client.load("aura.safetensors"), daemon.rank_pids()
+        with pytest.raises(EngineError, match=r"ComfyUI's own network .* failed: "):
+            model.forward(**{**inputs("aura", 1), **changes})
+        assert daemon.rank_pids() == pids
+        assert relative_error(model.forward(**inputs("aura", 1)), outs["aura"][0]) <= FP32
+        with pytest.raises(ArgumentError, match="that was checked with other dimensions of "):
+            client.load("aura.safetensors", plan={"ulysses": 2}).forward(**{**inputs("aura", 1), **changes})
+
+
 def test_only_what_networks_need_is_imported(networks: Networks, client: Client) -> None:
     client.load("waves.safetensors")
     log = networks(2).log

@@ -150,10 +150,16 @@ class Network(DiT):
 
     def lengths(self, arguments: Mapping[str, Any]) -> tuple[int, ...]:
         """About how many tokens there are; one if that isn't known."""
-        if self._table is None:
+        if self._table is None or self._odd(arguments):
             return (1,)
         shapes = {name: tuple(each.shape) for name, each in arguments.items() if hasattr(each, "shape")}
         return self._table.lengths(self.inner, shapes)
+
+    def _odd(self, arguments: Mapping[str, Any]) -> list[str]:
+        """The tensors that the table was checked with, and that lack here or have other dimensions."""
+        assert self._table is not None
+        shapes = {name: each for name, each in self._table.probe(self.inner).items() if isinstance(each, tuple)}
+        return [name for name, each in shapes.items() if len(getattr(arguments.get(name), "shape", ())) != len(each)]
 
     def limited(self, asked: Request, arguments: Mapping[str, Any]) -> Request:
         """See `DiT.limited`: without a table that was checked with such arguments an image stays on one rank."""
@@ -199,6 +205,8 @@ class Network(DiT):
             return f"that was checked without {', '.join(others)}"
         if left := [name for name in known if arguments.get(name) is None]:
             return f"that was checked with {', '.join(left)}"
+        if odd := self._odd(arguments):
+            return f"that was checked with other dimensions of {', '.join(odd)}"
         return "" if min(self.lengths(arguments)) >= 1 else "there are too few"
 
     def refusal(self, error: Exception) -> TacodError | None:
