@@ -33,7 +33,7 @@ ECHO = "TACOD_HOPS_ECHO"
 """The environment variable that has ranks without a model."""
 
 HOPS: dict[str, tuple[str, str, str]] = {
-    "called": ("client", "before", "tacod_client.client:Model.forward"),
+    "called": ("client", "before", "tacod_client.model:Model.forward"),
     "sent": ("client", "after", "tacod_client.frames:send"),
     "taken in": ("supervisor", "after", "tacod.serving.server:receive"),
     "checked and queued": ("supervisor", "after", "tacod.serving.server:Server._on_message"),
@@ -47,7 +47,7 @@ HOPS: dict[str, tuple[str, str, str]] = {
     "answered by all ranks": ("supervisor", "before", "tacod.group.group:RankGroup._agree"),
     "noted": ("supervisor", "before", "tacod.serving.sessions:Sessions.send"),
     "back": ("client", "after", "tacod_client.frames:receive"),
-    "returned": ("client", "after", "tacod_client.client:Model.forward"),
+    "returned": ("client", "after", "tacod_client.model:Model.forward"),
 }
 """What has happened, in which process, and the function before or after which it has."""
 

@@ -8,7 +8,7 @@
 Importing it imports neither torch nor anything of the daemon.
 """
 
-from tacod_client.client import Client, Model
+from tacod_client.client import Client
 from tacod_client.errors import (
     ArgumentError,
     Cancelled,
@@ -33,6 +33,7 @@ from tacod_client.errors import (
     Unavailable,
 )
 from tacod_client.job import Job, Progress
+from tacod_client.model import Model
 from tacod_client.stats import Call, ModelStats
 from tacod_client.version import __version__
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from tacod_client.connection import Connection
-from tacod_client.errors import ProtocolError
+from tacod_client.errors import ArgumentError, ProtocolError
 from tacod_client.exchange import pack
 from tacod_client.shared import Memory, Shared, aligned
-from tacod_client.tensors import description, fill
+from tacod_client.tensors import description, fill, kind_of
 from tacod_client.wire import ALIGNED_BYTES, Tensor, map_tensors
 
-__all__ = ["LEAST_BYTES", "Latents"]
+__all__ = ["LEAST_BYTES", "Latents", "check_latents"]
 
 LEAST_BYTES = 64 << 10
 """Smaller latents travel as frames, which are as fast."""
@@ -130,3 +130,13 @@ def _lay_out(sizes: list[int]) -> tuple[list[int], int]:
         places.append(position)
         position = aligned(position + size, ALIGNED_BYTES)
     return places, position
+
+
+def check_latents(name: str, given: Any) -> None:
+    """Raise `ArgumentError`, naming the argument, unless it is a tensor or a list of such."""
+    several = given if isinstance(given, (list, tuple)) else [given]
+    if not several or any(kind_of(each) is None for each in several):
+        missing = "missing, or " if given is None else ""
+        raise ArgumentError(
+            f"{name}: {missing}neither a torch tensor nor a numpy array, nor a list of such", argument=name
+        )

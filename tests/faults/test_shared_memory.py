@@ -19,7 +19,7 @@ import torch
 from helpers import FLUX, FP32, SD3, START_S, Daemon, eventually, relative_error, stopped
 
 from tacod_client import ArgumentError, Client, latents
-from tacod_client import client as client_module
+from tacod_client import model as model_module
 from tacod_client.wire import MEMORY_SOCKET, Message
 
 from .conftest import Inject
@@ -223,7 +223,7 @@ def test_without_the_second_socket_or_with_no_room_it_is_frames(sturdy: Daemon, 
 def test_where_ranks_refuse_it_it_is_frames(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once the client knows, it doesn't try again with that model."""
     refused = []
-    converse = client_module.converse
+    converse = model_module.converse
 
     def refuse(connection: Any, kind: str, build: Any, *more: Any) -> Iterator[Any]:
         if kind == "forward" and "memory" in build():
@@ -232,7 +232,7 @@ def test_where_ranks_refuse_it_it_is_frames(client: Client, monkeypatch: pytest.
         return converse(connection, kind, build, *more)
 
     model = client.load(FLUX.file)
-    monkeypatch.setattr(client_module, "converse", refuse)
+    monkeypatch.setattr(model_module, "converse", refuse)
     for seed in range(3):
         FLUX.check(model, seed)
     assert len(refused) == 1

@@ -14,7 +14,7 @@ import pytest
 
 import tacod
 import tacod_client
-from tacod_client import client, errors, job, stats
+from tacod_client import client, errors, job, model, stats
 
 
 def modules() -> list[str]:
@@ -52,7 +52,7 @@ def test_all_is_sorted_and_exists(name: str) -> None:
 
 
 def test_client_offers_every_error_and_all_of_the_client() -> None:
-    offered = {*errors.__all__, *client.__all__, *job.__all__, *stats.__all__, "__version__"}
+    offered = {*errors.__all__, *client.__all__, *model.__all__, *job.__all__, *stats.__all__, "__version__"}
     assert set(tacod_client.__all__) == offered
 
 
@@ -60,8 +60,9 @@ def test_errors_offer_every_error() -> None:
     assert set(errors.__all__) == defined(errors)
 
 
-def test_client_module_offers_all_it_defines() -> None:
-    assert set(client.__all__) == defined(client) - {"Loading"}
+@pytest.mark.parametrize("module", [client, model], ids=["client", "model"])
+def test_client_modules_offer_all_they_define(module: ModuleType) -> None:
+    assert set(module.__all__) == defined(module)
 
 
 def loaded_by(statement: str) -> set[str]:

@@ -19,9 +19,10 @@ import numpy as np
 
 from tacod_client.cli import beside, loaded, show
 from tacod_client.cli.output import document
-from tacod_client.client import Client, Model
+from tacod_client.client import Client
 from tacod_client.dtypes import of_numbers
 from tacod_client.errors import ModelNotFound, RequestError
+from tacod_client.model import Model
 from tacod_client.stats import PARTS, Call
 
 __all__ = ["bound", "run"]

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from tacod_client.cli import show
-from tacod_client.client import Client, Model
+from tacod_client.client import Client
 from tacod_client.errors import MessageTooLarge, ModelNotFound
+from tacod_client.model import Model
 
 __all__ = ["check_size", "find", "find_or_load", "the_one"]
 

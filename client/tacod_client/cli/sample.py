@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from tacod_client.cli import loaded, show
 from tacod_client.cli.output import Output, document
-from tacod_client.client import Client, Model
+from tacod_client.client import Client
 from tacod_client.errors import RequestError
+from tacod_client.model import Model
 
 if TYPE_CHECKING:
     import torch
