@@ -8,7 +8,10 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import re
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +25,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -33,7 +37,7 @@ else:
 from tacod.shares import MOST, Shares
 from tacod_client.endpoint import UNIX_PATH_BYTES
 
-__all__ = ["Config", "ConfigError", "load_config", "to_toml"]
+__all__ = ["Config", "ConfigError", "check_apart", "load_config", "to_toml"]
 
 
 class ConfigError(Exception):
@@ -89,9 +93,17 @@ def _check_shares(shares: Any) -> Any:
     raise ValueError(f'expected "auto" or a whole number from 1 to {MOST} for each rank, such as [2, 1, 1]')
 
 
+def _check_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,32}", name):
+        raise ValueError(f"expected 1 to 32 letters, digits, - and _, got {name!r:.80}")
+    return name
+
+
 class Group(_Section):
     """The ranks: which devices, and how long to wait for them."""
 
+    name: Annotated[str, AfterValidator(_check_name)] = "0"
+    """What status, metrics and the log call the group; in an array of tables by default its place, from 0 on."""
     device: Literal["cuda", "cpu"] = "cuda"
     gpus: list[NonNegativeInt | str] | None = None
     """For ``cuda``: indexes as nvidia-smi shows them, or UUIDs; all GPUs if absent."""
@@ -276,6 +288,19 @@ class ComfyUI(_Section):
     only those who may change tacod's own code should be able to write there."""
 
 
+def check_apart(gpus: Sequence[int | str], named: Sequence[tuple[int | str, str]]) -> None:
+    """Raise `ValueError` if two of these ``gpus`` are the same; ``named`` says what each is called, and by whom."""
+    seen: dict[int | str, tuple[int | str, str]] = {}
+    for gpu, (called, group) in zip(gpus, named, strict=True):
+        if gpu in seen:
+            before, owner = seen[gpu]
+            if owner == group:
+                raise ValueError(f"group {group!r} has GPU {called!r} twice (also as {before!r}); name it once")
+            also = "" if before == called else f" (there {before!r})"
+            raise ValueError(f"group {group!r}: GPU {called!r} is in group {owner!r} too{also}; leave it to one")
+        seen[gpu] = called, group
+
+
 I_KNOW = "this daemon fails on purpose"
 
 
@@ -295,6 +320,8 @@ class Fault(_Section):
     seconds: PositiveFloat = 1.0
     rank: NonNegativeInt | None = None
     """Which rank; all of them if absent."""
+    group: str | None = None
+    """In which group; in each of them if absent."""
     skip: NonNegativeInt = 0
     """How many times such work goes well first."""
     always: bool = False
@@ -334,13 +361,49 @@ class Config(_Section):
     drain_timeout_s: PositiveFloat = 30.0
     """How long SIGTERM lets running work finish."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    group: Group = Field(default_factory=lambda: Group.model_validate({}))
+    groups: list[Group] = Field(default_factory=lambda: [Group.model_validate({})], alias="group")
+    """The groups of ranks: of ``[group]``, or of each ``[[group]]``."""
     models: Models = Field(default_factory=Models)
     limits: Limits = Field(default_factory=Limits)
     comfyui: ComfyUI = Field(default_factory=ComfyUI)
     metrics: Metrics = Field(default_factory=Metrics)
     curve: Curve | None = None
     testing: Testing | None = None
+
+    @field_validator("groups", mode="before")
+    @classmethod
+    def _table_or_tables(cls, value: Any) -> Any:
+        if isinstance(value, dict | Group):
+            return [value]
+        if not isinstance(value, list) or not value:
+            raise ValueError("expected a table, [group], or several, [[group]]")
+        return [{"name": str(at), **each} if isinstance(each, dict) else each for at, each in enumerate(value)]
+
+    @field_validator("groups", mode="after")
+    @classmethod
+    def _groups_apart(cls, groups: list[Group]) -> list[Group]:
+        if len(groups) == 1:
+            return groups
+        for name, times in Counter(group.name for group in groups).items():
+            if times > 1:
+                raise ValueError(f"{times} groups are named {name!r}; give each a name of its own")
+        if len({group.device for group in groups}) > 1:
+            raise ValueError("all groups must have the same device; run a second tacod for the others")
+        for group in groups:
+            if group.device == "cuda" and group.gpus is None:
+                raise ValueError(f"group {group.name!r} has no gpus; with several groups, each must name its own")
+        named = [(gpu, group.name) for group in groups for gpu in group.gpus or ()]
+        check_apart([gpu for gpu, _ in named], named)
+        return groups
+
+    @property
+    def device(self) -> Literal["cuda", "cpu"]:
+        """What the ranks of all groups run on."""
+        return self.groups[0].device
+
+    def group(self, name: str) -> Group:
+        """The group of this name, which must be there."""
+        return next(group for group in self.groups if group.name == name)
 
     @property
     def socket_path(self) -> Path:
@@ -363,11 +426,11 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_line(path, fault) for fault in error.errors())) from None
+        raise ConfigError("\n".join(_line(path, fault, values) for fault in error.errors())) from None
 
 
-def _line(path: str | os.PathLike[str], fault: Any) -> str:
-    key = ".".join(str(part) for part in fault["loc"] if part not in ("int", "str", "constrained-int"))
+def _line(path: str | os.PathLike[str], fault: Any, values: dict[str, Any]) -> str:
+    key = ".".join(str(part) for part in _key(fault["loc"], values) if part not in ("int", "str", "constrained-int"))
     reason = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
         reason = "unknown key; `tacod --print-config` shows the known ones"
@@ -376,14 +439,32 @@ def _line(path: str | os.PathLike[str], fault: Any) -> str:
     return f"{path}:{key}: {reason}"
 
 
+def _key(loc: Sequence[int | str], values: dict[str, Any]) -> Sequence[int | str]:
+    """The place of a fault as the file has it: a single group's without a number, one of several by its name."""
+    if loc[0] != "group" or len(loc) < 2:
+        return loc
+    groups, at = values["group"], loc[1]
+    if not isinstance(groups, list):
+        return ["group", *loc[2:]]
+    assert isinstance(at, int)
+    name = groups[at].get("name") if isinstance(groups[at], dict) else None
+    return ["group", name if isinstance(name, str) and name.isprintable() else at, *loc[2:]]
+
+
 def to_toml(config: Config) -> str:
     """The configuration with all its defaults, as TOML that `load_config` reads; keys without a value are comments."""
     values = config.model_dump()
-    del values["group"]["ranks" if config.group.device == "cuda" else "gpus"]
+    groups = values.pop("groups")
     tables = {key: value for key, value in values.items() if isinstance(value, dict)}
     lines = [_line_of_toml(key, value) for key, value in values.items() if key not in tables]
-    for name, table in tables.items():
-        lines += ["", f"[{name}]", *(_line_of_toml(key, value) for key, value in table.items())]
+    for group in groups:
+        del group["ranks" if config.device == "cuda" else "gpus"]
+    head = "[group]" if len(groups) == 1 else "[[group]]"
+    for name, table in (
+        *((head, group) for group in groups),
+        *((f"[{name}]", table) for name, table in tables.items()),
+    ):
+        lines += ["", name, *(_line_of_toml(key, value) for key, value in table.items())]
     return "\n".join(lines) + "\n"
 
 

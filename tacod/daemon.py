@@ -19,12 +19,12 @@ from typing import Any
 import tacod
 from tacod import __version__, logs
 from tacod.config import Config, ConfigError, load_config, to_toml
-from tacod.execution.executor import Executor
-from tacod.execution.manifest import Manifest, Model
+from tacod.execution.groups import Groups, preloaded
+from tacod.execution.manifest import Model
 from tacod.group.processes import devices
 from tacod.heap import keep_freed_memory
 from tacod.lifecycle import Lifecycle
-from tacod.observe.exporter import Exporter, Reading
+from tacod.observe.exporter import Exporter
 from tacod.observe.monitor import Monitor
 from tacod.serving import places, report
 from tacod.serving.access import Keys
@@ -37,7 +37,6 @@ from tacod.serving.state import State
 from tacod.serving.uploads import Uploads
 from tacod.serving.verbs import Verbs
 from tacod_client import streams
-from tacod_client.errors import TacodError
 from tacod_client.text import encodable
 
 __all__ = ["assemble", "main"]
@@ -138,12 +137,8 @@ def _leave_the_folder() -> None:
 
 def _serve(config: Config, config_path: str, folder: Path) -> int:
     keys = Keys.read(config_path, config.curve)
-    names = devices(config.group)
-    manifest = Manifest(config.models.readable, config.group.device)
-    try:
-        preload = [manifest.describe(path, None, None, "auto", len(names)) for path in config.models.preload]
-    except TacodError as error:
-        raise ConfigError(f"{config_path}:models.preload: {error.message}") from None
+    names = devices(config.groups)
+    preload = preloaded(config_path, config, list(map(len, names)))
     with contextlib.ExitStack() as ending:
         signals, wakeup = socket.socketpair()
         for end in (signals, wakeup):
@@ -165,8 +160,7 @@ def _serve(config: Config, config_path: str, folder: Path) -> int:
         while code is None:
             server.turn(signals.fileno())
             if exporter is not None and exporter.due(time.monotonic()):
-                metrics = state.executor.records.metrics
-                exporter.publish(Reading.take(report.status(state), report.totals(state), metrics))
+                exporter.publish(report.reading(state))
             for caught in _caught(signals):
                 lifecycle.on_signal(caught)
             code = lifecycle.turn()
@@ -176,33 +170,38 @@ def _serve(config: Config, config_path: str, folder: Path) -> int:
 def assemble(
     config: Config,
     config_path: str,
-    devices: list[str],
-    preload: Iterable[Model],
+    devices: Sequence[list[str]],
+    preload: Sequence[Iterable[Model]],
     folder: Path,
     keys: Keys | None,
     ending: contextlib.ExitStack,
 ) -> tuple[State, Server, Lifecycle]:
-    """Make the supervisor's parts; ``ending`` closes them."""
+    """Make the supervisor's parts; ``ending`` closes them.
+
+    ``devices`` are those of each group's ranks, ``preload`` the models that each is to have.
+    """
     listener = Listener(config, keys)
     ending.callback(listener.close)
     limits = config.limits
     sessions = Sessions(listener.socket, limits.clients, limits.clients_per_user, limits.share_bytes)
-    executor = Executor(
+    groups = Groups(
         config,
         devices,
         preload,
         folder,
         on_progress=lambda job, body: send_progress(sessions, job, body),
-        on_end=lambda job, step: send_end(sessions, executor, job, step),
+        on_end=lambda executor, job, step: send_end(sessions, executor, job, step),
     )
-    ending.callback(executor.close)
-    monitor = Monitor(config.group.device, lambda: [(rank.process.pid, rank.device) for rank in executor.group.ranks])
+    ending.callback(groups.close)
+    monitor = Monitor(
+        config.device, lambda: [(rank.process.pid, rank.device) for each in groups for rank in each.group.ranks]
+    )
     ending.callback(monitor.close)
-    uploads = Uploads(config.models.uploads, config.models.upload_bytes, lambda: executor.files)
+    uploads = Uploads(config.models.uploads, config.models.upload_bytes, lambda: groups.files)
     guard = Guard(limits.held_bytes, listener.addresses, sessions.sockets)
     ending.callback(guard.close)
     boot_id, now = secrets.token_hex(8), time.monotonic()
-    state = State(config, boot_id, now, listener, sessions, executor, monitor, uploads, guard)
+    state = State(config, boot_id, now, listener, sessions, groups, monitor, uploads, guard)
     lifecycle = Lifecycle(state, config_path)
     return state, Server(state, Verbs(state, lifecycle).answer), lifecycle
 

@@ -28,6 +28,7 @@ __all__ = [
     "Plan",
     "Request",
     "Shape",
+    "check_fits",
     "cost",
     "fastest_alone",
     "make_plan",
@@ -208,11 +209,12 @@ def parse_request(request: Any, world_size: int) -> Request:
         asked = asked.without_ring("flash attention")
     if asked.attention not in (None, *IN_PARTS):
         asked = asked.without_ring(f"another attention than {asked.attention!r}, which can't be merged from parts")
-    _check_fits(asked, world_size)
+    check_fits(asked, world_size)
     return asked
 
 
-def _check_fits(asked: Request, world_size: int) -> None:
+def check_fits(asked: Request, world_size: int) -> None:
+    """Raise `ArgumentError` if this number of ranks can't do what is asked."""
     product = (asked.ulysses or 1) * (asked.ring or 1)
     degree = asked.sequence_parallel_degree or product
     if degree % product or (asked.ulysses and asked.ring and degree != product):

@@ -1,4 +1,4 @@
-"""Runs jobs on the ranks: starts the ranks, gives them work step by step, and replaces lost ones."""
+"""Runs jobs on the ranks of a group: starts the ranks, gives them work step by step, and replaces lost ones."""
 
 from __future__ import annotations
 
@@ -9,21 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from tacod.config import Config
-from tacod.execution.kept_steps import KeptSteps
+from tacod.execution.host import Host
 from tacod.execution.manifest import Manifest, Model
-from tacod.execution.memories import Memories
 from tacod.execution.paces import LONG_S
 from tacod.execution.records import Records
 from tacod.execution.residency import Residency
 from tacod.execution.scheduler import ON_MODEL, Job, Outcome, Scheduler, Verb
-from tacod.execution.store import Store
 from tacod.execution.work_item import Purpose, WorkItem
 from tacod.group.faults import Faults
 from tacod.group.group import Answer, GroupState, RankGroup
 from tacod.group.processes import GroupLost
 from tacod.group.restarts import RestartPolicy
 from tacod.group.work import Command, Evict, Forward, Loaded, MethodCall, SampleStep, Stepped, Unload
-from tacod.notify import notify
 from tacod_client.errors import ModelError, ModelNotFound, OutOfMemory, TacodError, Unavailable
 
 __all__ = ["Executor"]
@@ -35,29 +32,36 @@ LOOK_S = 0.01
 
 
 class Executor:
-    """Connects the scheduler with the ranks.
+    """Connects a group's scheduler with its ranks.
 
     ``on_progress`` is called for every step of a sampling job and for every progress of a load, ``on_end`` once at
-    every job's end, with the result of its last step if it has one.
+    every job's end, with the result of its last step if it has one. ``pass_on`` says whether another group goes
+    on with a job: with one that this group can't do any more, or with an unload that it has done.
     """
 
     def __init__(
         self,
         config: Config,
+        name: str,
         devices: list[str],
         preload: Iterable[Model],
         folder: Path,
+        host: Host,
         on_progress: Callable[[Job, dict[str, Any]], None],
-        on_end: Callable[[Job, Stepped | None], None],
+        on_end: Callable[[Executor, Job, Stepped | None], None],
+        pass_on: Callable[[Executor, Job], bool] = lambda executor, job: False,
+        beside: int = 0,
     ) -> None:
+        """``beside`` is how many ranks other groups have on this host."""
         self.config = config
-        self.manifest = Manifest(config.models.readable, config.group.device)
-        self.store = Store(config.limits.store_bytes)
-        self._kept = KeptSteps(self.store)
+        self.name = name
+        self.settings = config.group(name)
+        self.manifest = Manifest(config.models.readable, config.device)
+        self.store, self.memories, self._kept = host.store, host.memories, host.kept
         self.records = Records(self.manifest)
-        self.scheduler = Scheduler(config.limits.queue, config.group.retries)
-        self.group = RankGroup(config.group, devices, folder, config.comfyui.path)
-        self.memories = Memories(config.limits.shared_bytes, self.group.unmap)
+        self.scheduler = Scheduler(config.limits.queue, self.settings.retries)
+        self.group = RankGroup(self.settings, devices, folder, config.comfyui.path, beside)
+        self.memories.on_freed.append(self.group.unmap)
         self.residency = Residency(
             self.manifest, self.store, preload, len(devices), self.scheduler.begin_anew, self._keep_for_turns
         )
@@ -69,9 +73,10 @@ class Executor:
         """
         self.given_up: str | None = None
         """Why the ranks are not started again; None as long as they are."""
-        self._restarts = RestartPolicy(config.group.max_restarts, config.group.restart_window_s)
+        self._restarts = RestartPolicy(self.settings.max_restarts, self.settings.restart_window_s)
         self._on_progress = on_progress
         self._on_end = on_end
+        self._pass_on = pass_on
         self._spawn_at: float | None = time.monotonic()
         self._look_at: float | None = None
         """When jobs that are put off are looked at again."""
@@ -84,6 +89,16 @@ class Executor:
         if self.given_up is not None or (self.ready and self.group.state in (GroupState.DOWN, GroupState.STARTING)):
             return "degraded"
         return "ready" if self.ready else "starting"
+
+    @property
+    def _label(self) -> str:
+        """What a message about the ranks begins with, if there are several groups."""
+        return f"group {self.name}: " if len(self.config.groups) > 1 else ""
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the ranks could begin with another job now."""
+        return self.group.state is GroupState.IDLE and not self.scheduler.jobs and not self.residency.coming
 
     @property
     def loading(self) -> Model | None:
@@ -103,17 +118,15 @@ class Executor:
             self._plan_faults(config)
         if config.models.readable != self.config.models.readable:
             self.manifest.forget_evicted()
-        self.config = config
-        self.group.settings = config.group
+        self.config, self.settings = config, config.group(self.name)
+        self.group.settings = self.settings
         self.manifest.roots = config.models.readable
-        self.store.limit = config.limits.store_bytes
-        self.memories.limit = config.limits.shared_bytes
-        self.scheduler.limit, self.scheduler.retries = config.limits.queue, config.group.retries
-        self._restarts.limit, self._restarts.window_s = config.group.max_restarts, config.group.restart_window_s
+        self.scheduler.limit, self.scheduler.retries = config.limits.queue, self.settings.retries
+        self._restarts.limit, self._restarts.window_s = self.settings.max_restarts, self.settings.restart_window_s
         self.residency.want(preload)
 
     def _plan_faults(self, config: Config) -> None:
-        self.group.faults = Faults(config.testing) if config.testing is not None else None
+        self.group.faults = Faults(config.testing, self.name) if config.testing is not None else None
         if config.testing is not None:
             log.warning("for tests alone: %d faults on purpose (testing.faults)", len(config.testing.faults))
 
@@ -126,22 +139,32 @@ class Executor:
     def close(self) -> None:
         """End the ranks."""
         self.group.close()
-        self.memories.close()
 
     # --- jobs -----------------------------------------------------------------------------------------------------
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: Job, others: int = 0) -> None:
         """Queue a job; the tensors that it names by digest stay in the store until its end.
 
-        If its model isn't loaded now, the tensors of that model's patches stay too. Raises `Unavailable` and
-        `QueueFull`.
+        If its model isn't loaded now, the tensors of that model's patches stay too. As many ``others``, jobs of other
+        groups, count towards the limit. Raises `Unavailable` and `QueueFull`.
         """
         if self.given_up is not None:
             raise Unavailable(self.given_up)
-        self.scheduler.submit(job)
+        self.scheduler.submit(job, others)
         self.store.pin(job.digests, job.verb is not Verb.SAMPLE)
         self.memories.pin(job.body)
         if job.model not in self.manifest and (model := self.residency.recall(job.model)) is not None:
+            self._keep_for_turns(model)
+
+    def adopt(self, job: Job, model: Model | None) -> None:
+        """Take over a job that another group had accepted; its tensors are pinned already.
+
+        The ranks don't hold its ``model``, if it is given, and load it for the job's turn.
+        """
+        job.begin_anew()
+        self.scheduler.adopt(job)
+        if model is not None:
+            self.manifest.remember(model)
             self._keep_for_turns(model)
 
     def check_model(self, model_id: str) -> None:
@@ -241,7 +264,7 @@ class Executor:
 
     def _lose_group(self, lost: GroupLost, now: float) -> None:
         reason = str(lost)
-        log.error("%s; ending all ranks", reason)
+        log.error("%s%s; ending all ranks", self._label, reason)
         item, self.current = self.current, None
         running = item.job if item is not None else None
         restoring = item.model if item is not None and item.purpose is Purpose.RESTORE else None
@@ -253,7 +276,7 @@ class Executor:
         self.group.kill()
         ended = self.scheduler.lose_group(reason, lost.error, lost.cause, counts=not shrunk)
         self._end(ended)
-        given_up = self.residency.lose_group(lost, self.config.group.retries, None if shrunk else restoring)
+        given_up = self.residency.lose_group(lost, self.settings.retries, None if shrunk else restoring)
         at_fault = running.id if running is not None else f"restore {restoring.id}" if restoring is not None else ""
         self._spawn_at = self._restarts.next_start(now, at_fault)
         if self._spawn_at is not None:
@@ -261,13 +284,14 @@ class Executor:
             if shrunk or given_up or any(map(_is_at_fault, ended)):
                 self._restarts.forgive(at_fault)
             return
-        limits = self.config.group
+        limits = self.settings
         self.given_up = (
-            f"the ranks failed more than {limits.max_restarts} times in {limits.restart_window_s:g} s "
+            f"{self._label}the ranks failed more than {limits.max_restarts} times in {limits.restart_window_s:g} s "
             f"(group.max_restarts); last: {reason}"
         )
         log.critical("%s", self.given_up)
-        self._end(self.scheduler.fail_all(Unavailable(self.given_up)))
+        left = [job for job in self.scheduler.release_all() if not self._pass_on(self, job)]
+        self._end([job.end(Outcome.FAILED, Unavailable(self.given_up)) for job in left])
 
     def _shrink_after(self, item: WorkItem, lost: GroupLost) -> bool:
         """After one rank alone ran out of memory, have new ranks hold fewer blocks; returns whether they can."""
@@ -287,8 +311,7 @@ class Executor:
             return
         if not self.ready:
             self.ready = True
-            log.info("ready with %d ranks", self.group.world_size)
-            notify("READY=1")
+            log.info("%sready with %d ranks", self._label, self.group.world_size)
         while (job := self.scheduler.next(time.monotonic(), self._is_put_off)) is not None:
             if (job.verb is Verb.LOAD) != (job.model in self.manifest):
                 self._start_step(job)
@@ -338,9 +361,9 @@ class Executor:
         if job is not None:
             evicts = self.residency.make_room(model, self.config.models, self._needed, (*evicts, job.evict_next))
             job.evict_next = ""
-        timeout_s = self.config.group.load_timeout_s
+        timeout_s = self.settings.load_timeout_s
         room = self.residency.room_for(model, self.config.models, evicts)
-        load = model.load(evicts, room, self.residency.fewer(model), self.config.group.asked_shares)
+        load = model.load(evicts, room, self.residency.fewer(model), self.settings.asked_shares)
         self._hand_out(WorkItem(purpose, load, timeout_s, job, model, evicts, model.digests))
 
     def _start_step(self, job: Job) -> None:
@@ -361,7 +384,7 @@ class Executor:
             # With their bytes: the ranks need them once, and would keep what they are sent by digest.
             record = list(map(self.store.get, job.record)) if job.begins else []
             command = SampleStep(job.id, job.step, job.body if job.begins else None, record)
-        item = WorkItem(Purpose.STEP, command, self.config.group.step_timeout_s, job, evicts=evicts)
+        item = WorkItem(Purpose.STEP, command, self.settings.step_timeout_s, job, evicts=evicts)
         item.digests = job.digests if job.begins else []
         item.watched = self.records.may_be_long(job)
         item.queue_s = time.monotonic() - (job.submitted_s if job.ready_s is None else job.ready_s)
@@ -397,7 +420,7 @@ class Executor:
             self.residency.note_unloaded([*item.evicts, job.model])
         else:
             step = self.records.note_step(job, answer, item.queue_s)
-            self._kept.keep(job, step, self.scheduler.jobs)
+            self._kept.keep(job, step)
             self.residency.note_used(job.model, job.session, now)
         ended = self.scheduler.finish_step()
         if job.verb is Verb.SAMPLE and step is not None and job.outcome in (None, Outcome.RESULT):
@@ -476,13 +499,15 @@ class Executor:
             self._load(Purpose.FETCH, known, job, self.residency.sharing(model))
         else:
             evict = Evict([cleared.id])
-            self._hand_out(WorkItem(Purpose.CLEAR, evict, self.config.group.step_timeout_s, job, evicts=evict.models))
+            self._hand_out(WorkItem(Purpose.CLEAR, evict, self.settings.step_timeout_s, job, evicts=evict.models))
         return True
 
     def _end(self, jobs: Iterable[Job], step: Stepped | None = None) -> None:
         """Every job passes here at its end, once."""
         for job in jobs:
             assert job.outcome is not None
+            if job.verb is Verb.UNLOAD and job.outcome is Outcome.RESULT and self._pass_on(self, job):
+                continue
             self.records.metrics.jobs_total[job.outcome.value] += 1
             self.store.unpin(job.digests, job.verb is not Verb.SAMPLE)
             self.memories.unpin(job.body)
@@ -490,7 +515,7 @@ class Executor:
             self._kept.drop(job)
             if job.verb is Verb.SAMPLE and job.outcome is not Outcome.RESULT:
                 self.group.forget(job.id)
-            self._on_end(job, step)
+            self._on_end(self, job, step)
 
 
 def _loaded(answer: Answer) -> Loaded:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 
 from tacod.execution.scheduler import Job, Verb
 from tacod.execution.store import Store
@@ -28,17 +27,17 @@ class KeptSteps:
         self._keeping = False
         store.make_way = self._make_way
 
-    def keep(self, job: Job, step: Stepped, jobs: Iterable[Job]) -> None:
+    def keep(self, job: Job, step: Stepped) -> None:
         """Keep a step that is just done, if the ranks have told what its forwards gave, and there is room.
 
-        All ``jobs`` may need half of the store for that. Once a step isn't kept, none of its run is.
+        All runs may need half of the store for that. Once a step isn't kept, none of its run is.
         """
         if job.verb is not Verb.SAMPLE or job.kept != job.step:
             return
         if not step.record:
             self.drop(job)
             return
-        held = [digest for each in jobs for digest in each.record]
+        held = [digest for each in self._runs.values() for digest in each.record]
         more = sum(each.nbytes for each in step.record)
         nbytes = self._store.size_of(held) + more
         self._keeping = True

@@ -116,6 +116,12 @@ class Model:
             rates=None if self.shares is None else list(self.rates),
         )
 
+    def unloaded(self) -> Model:
+        """The same model as its load request describes it, for ranks that know nothing of it."""
+        base = None if self.base is None else self.base.unloaded()
+        kept = {name: getattr(self, name) for name in ("patches", "files", "asked_weights", "asked_name", "asked")}
+        return Model(self.id, self.path, self.identity, self.dtype, **kept, base=base, weight_bytes=self.weight_bytes)
+
     @property
     def file_paths(self) -> list[str]:
         """The real paths of the model's own file or folder, and of its patches' files."""
@@ -203,6 +209,11 @@ class Manifest:
     def __iter__(self) -> Iterator[Model]:
         return iter(list(self._models.values()))
 
+    @property
+    def known(self) -> list[Model]:
+        """The loaded models, and the remembered ones."""
+        return [*self._evicted.values(), *self._models.values()]
+
     def __contains__(self, model_id: str) -> bool:
         return model_id in self._models
 
@@ -287,7 +298,11 @@ class Manifest:
 
     def evict(self, model_id: str) -> None:
         """A model is no longer resident; remember how to load it again, as far as there is room for that."""
-        self._evicted[model_id] = self._models.pop(model_id)
+        self.remember(self._models.pop(model_id))
+
+    def remember(self, model: Model) -> None:
+        """Remember how to load a model that isn't resident, as far as there is room for that."""
+        self._evicted[model.id] = model
         tensors = [sum(1 for _ in tensors_of(each.patches)) for each in self._evicted.values()]
         while len(tensors) > EVICTED or sum(tensors) > EVICTED_TENSORS:
             self._evicted.popitem(last=False)

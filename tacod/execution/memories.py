@@ -29,15 +29,16 @@ class _Held:
 
 
 class Memories:
-    """Makes and frees memories. ``on_freed`` is called with the id of each that is freed.
+    """Makes and frees memories.
 
     All together have at most ``limit`` bytes. A session may take half of what the others leave, so there is always room
     for one more.
     """
 
-    def __init__(self, limit: int, on_freed: Callable[[int], None]) -> None:
+    def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._on_freed = on_freed
+        self.on_freed: list[Callable[[int], None]] = []
+        """Called with the id of each that is freed."""
         self._held: dict[int, _Held] = {}
         self._made = 0
 
@@ -114,7 +115,8 @@ class Memories:
         if held.revoked and not held.jobs:
             del self._held[held.memory.id]
             held.memory.free()
-            self._on_freed(held.memory.id)
+            for tell in self.on_freed:
+                tell(held.memory.id)
 
 
 def check_places(memory: SharedMemory, latents: list[Tensor], room: list[int] | None) -> None:

@@ -108,6 +108,10 @@ class Residency:
         going = self._manifest.to_evict(model, limits.memory_bytes, limits.variants, needed)
         return any(now < self._stays_until.get(each, 0.0) and is_in_use(each) for each in going)
 
+    def has_room(self, model: Model, limits: Models) -> bool:
+        """Whether a model can be loaded without others having to go, as far as that is known before."""
+        return not self._manifest.to_evict(model, limits.memory_bytes, limits.variants)
+
     def make_room(self, model: Model, limits: Models, needed: Sequence[str], first: Iterable[str] = ()) -> list[str]:
         """The models to evict for the load of ``model``: the ``first`` ones in any case, if they are resident."""
         gone = [each for each in first if each in self._manifest]

@@ -121,8 +121,8 @@ class Scheduler:
         longest = max(map(len, queues), default=0)
         return running + [queue[turn] for turn in range(longest) for queue in queues if turn < len(queue)]
 
-    def submit(self, job: Job) -> None:
-        """Queue a job behind its session's others.
+    def submit(self, job: Job, others: int = 0) -> None:
+        """Queue a job behind its session's others. As many ``others``, of other groups, count towards the limit.
 
         Raises `Unavailable` while draining and `QueueFull` at the limit.
         """
@@ -131,12 +131,28 @@ class Scheduler:
                 "tacod is draining: it ends what it has and takes no new work; ask again after its restart",
                 stopping=True,
             )
-        if len(self.jobs) >= self.limit:
+        count = len(self.jobs) + others
+        if count >= self.limit:
             raise QueueFull(
-                f"{len(self.jobs)} jobs are queued, which is the limit (limits.queue); wait for one to end",
+                f"{count} jobs are queued, which is the limit (limits.queue); wait for one to end",
                 limit=self.limit,
             )
+        self.adopt(job)
+
+    def adopt(self, job: Job) -> None:
+        """Queue a job that another group had accepted."""
         self._queues.setdefault(job.session, deque()).append(job)
+
+    def release(self, job: Job) -> None:
+        """Give a waiting job to another group."""
+        self._remove(job)
+
+    def release_all(self) -> list[Job]:
+        """Give all jobs to other groups; none is running."""
+        assert self.running is None
+        jobs = self.jobs
+        self._queues.clear()
+        return jobs
 
     def next(self, now: float, is_put_off: Callable[[Job], bool] = lambda job: False) -> Job | None:
         """Start a step of the next session's first job; None if a step is running or no job can start.

@@ -13,8 +13,9 @@ __all__ = ["Faults"]
 class Faults:
     """Counts the work that goes to the ranks. The supervisor does this, because ranks that fail lose their counts."""
 
-    def __init__(self, testing: Testing) -> None:
-        self._faults = testing.faults
+    def __init__(self, testing: Testing, group: str) -> None:
+        """Those of the ranks of a ``group``."""
+        self._faults = [fault for fault in testing.faults if fault.group in (None, group)]
         self._seen: Counter[str] = Counter()
 
     def due(self, at: str) -> Fault | None:

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import ClassVar
 
 from tacod import prctl
 
@@ -88,6 +89,9 @@ class ForkServer:
     ``cpu``.
     """
 
+    _forking: ClassVar[set[ForkServer]] = set()
+    """All servers that were asked for ranks: as long as there is one, orphans are this process's."""
+
     def __init__(self, device: str, folder: Path, environment: Mapping[str, str]) -> None:
         self.pid = 0
         """The last one's."""
@@ -108,7 +112,7 @@ class ForkServer:
             self._start()
         assert self._socket is not None
         # Before the process in between can end.
-        prctl.adopt_orphans(True)
+        self._adopt(True)
         self._asked.add(rank)
         # If it has died, `poll` says so.
         with suppress(OSError):
@@ -138,7 +142,7 @@ class ForkServer:
             self._asked.discard(rank)
             found.append((rank, Child(pid)))
         if not self._asked:
-            prctl.adopt_orphans(False)
+            self._adopt(False)
         return found
 
     def poll(self) -> int | None:
@@ -170,8 +174,17 @@ class ForkServer:
             while True:
                 os.waitpid(-group, 0)
         self._asked.clear()
-        prctl.adopt_orphans(False)
+        self._adopt(False)
         self._forget()
+
+    def _adopt(self, forking: bool) -> None:
+        if forking:
+            self._forking.add(self)
+        elif self not in self._forking:
+            return
+        else:
+            self._forking.remove(self)
+        prctl.adopt_orphans(bool(self._forking))
 
     def _forget(self) -> None:
         assert self._socket is not None

@@ -108,8 +108,13 @@ class RankGroup:
     The owner polls `sources`, calls `receive` and `check`, and acts on `GroupLost`.
     """
 
-    def __init__(self, settings: config.Group, devices: list[str], folder: Path, comfyui: str | None = None) -> None:
-        """``comfyui`` is the folder of the ComfyUI whose networks the ranks may run."""
+    def __init__(
+        self, settings: config.Group, devices: list[str], folder: Path, comfyui: str | None = None, beside: int = 0
+    ) -> None:
+        """``comfyui`` is the folder of the ComfyUI whose networks the ranks may run.
+
+        ``beside`` is how many ranks of other groups use the same cores.
+        """
         self.settings = settings
         self.state = GroupState.DOWN
         self.restarts = 0
@@ -125,7 +130,7 @@ class RankGroup:
         self._mapped: set[int] = set()
         """Ids of the memories shared with clients that the ranks have."""
         self._unmapped: list[int] = []
-        self._processes = Processes(devices, folder, comfyui)
+        self._processes = Processes(devices, folder, comfyui, beside)
 
     @property
     def world_size(self) -> int:

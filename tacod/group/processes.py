@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import json
 import logging
 import os
@@ -90,13 +91,14 @@ class GroupLost(Exception):
         """What would happen again with the same work, without numbers that vary; empty for a cause from outside."""
 
 
-def devices(group: config.Group) -> list[str]:
-    """The ranks' devices: ``cpu:0`` …, or GPUs by the index or UUID that nvidia-smi shows.
+def devices(groups: Sequence[config.Group]) -> list[list[str]]:
+    """The devices of each group's ranks: ``cpu:0`` …, or GPUs by the index or UUID that nvidia-smi shows.
 
-    Raises `config.ConfigError` for a GPU that isn't there, or if there is not a share for each.
+    Raises `config.ConfigError` for a GPU that isn't there or that two groups have, or if there is not a share for each.
     """
-    if group.device == "cpu":
-        return [f"cpu:{index}" for index in range(group.ranks)]
+    if groups[0].device == "cpu":
+        numbers = itertools.count()
+        return [[f"cpu:{next(numbers)}" for _ in range(group.ranks)] for group in groups]
     import pynvml
 
     try:
@@ -110,26 +112,38 @@ def devices(group: config.Group) -> list[str]:
         uuids = [pynvml.nvmlDeviceGetUUID(handle) for handle in handles]
     finally:
         pynvml.nvmlShutdown()
-    wanted = group.gpus if group.gpus is not None else list(range(len(uuids)))
-    for gpu in wanted:
-        if gpu not in uuids and not (isinstance(gpu, int) and gpu < len(uuids)):
-            raise config.ConfigError(f"group.gpus: no GPU {gpu!r}; nvidia-smi shows 0 to {len(uuids) - 1}")
+    found = []
+    for group in groups:
+        key = "group" if len(groups) == 1 else f"group.{group.name}"
+        wanted = group.gpus if group.gpus is not None else list(range(len(uuids)))
+        for gpu in wanted:
+            if gpu not in uuids and not (isinstance(gpu, int) and gpu < len(uuids)):
+                raise config.ConfigError(f"{key}.gpus: no GPU {gpu!r}; nvidia-smi shows 0 to {len(uuids) - 1}")
+        try:
+            group.check_shares(len(wanted))
+        except ValueError as error:
+            raise config.ConfigError(f"{key}: {error}") from None
+        found.append(wanted)
+    named = [(gpu, group.name) for group, wanted in zip(groups, found, strict=True) for gpu in wanted]
     try:
-        group.check_shares(len(wanted))
+        # One of them may go by its index here, and by its UUID there.
+        config.check_apart([uuids[gpu] if isinstance(gpu, int) else gpu for gpu, _ in named], named)
     except ValueError as error:
         raise config.ConfigError(f"group: {error}") from None
-    return [str(gpu) for gpu in wanted]
+    return [[str(gpu) for gpu in wanted] for wanted in found]
 
 
 class Processes:
     """The rank processes, one generation after the other. Each generation has an epoch, and leaves nothing behind.
 
     ``folder`` is where the ranks of a generation find each other, ``comfyui`` the ComfyUI whose networks they may run.
+    They share the host's cores with the ranks of other groups, so many ``beside`` them.
     """
 
-    def __init__(self, devices: list[str], folder: Path, comfyui: str | None = None) -> None:
+    def __init__(self, devices: list[str], folder: Path, comfyui: str | None = None, beside: int = 0) -> None:
         self.devices = devices
         self._comfyui = comfyui
+        self._beside = beside
         self.ranks: list[Rank] = []
         self.arena: Arena | None = None
         """The memory that they share with the supervisor, as long as they run."""
@@ -174,6 +188,7 @@ class Processes:
                 *(() if settings.peer_memory else ("--no-peer-memory",)),
                 *(() if settings.warm_up else ("--no-warm-up",)),
                 *("--prefix-bytes", str(settings.prefix_bytes)),
+                *(() if not self._beside else ("--beside", str(self._beside), "--label", f"group {settings.name}, ")),
                 *(() if self._comfyui is None else ("--comfyui", self._comfyui)),
                 *(("--fault", json.dumps(fault.body())) if fault is not None else ()),
             ]

@@ -10,7 +10,7 @@ import platform
 import socket
 import socketserver
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from tacod.config import ConfigError
 from tacod.observe.metrics import Metrics
 from tacod.serving.unix_socket import PathTaken, UnixSocket
 
-__all__ = ["STATES", "Exporter", "Reading", "families"]
+__all__ = ["STATES", "Exporter", "GroupReading", "Reading", "families"]
 
 STATES = ("starting", "ready", "degraded", "draining")
 EVERY_S = 1.0
@@ -41,8 +41,8 @@ PATIENCE_S = 5.0
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What one moment's `status` says, the totals of `stats`, and the two histograms behind them."""
+class GroupReading:
+    """What one moment's `status` and `stats` say of a group, and the two histograms behind them."""
 
     status: Mapping[str, Any]
     totals: Mapping[str, Any]
@@ -51,9 +51,18 @@ class Reading:
     loads: Metric
 
     @classmethod
-    def take(cls, status: Mapping[str, Any], totals: Mapping[str, Any], metrics: Metrics) -> Reading:
+    def take(cls, status: Mapping[str, Any], totals: Mapping[str, Any], metrics: Metrics) -> GroupReading:
         """Copy what still changes."""
         return cls(status, totals, dict(metrics.part_seconds), _copy(metrics.steps), _copy(metrics.loads))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one moment's `status` says, the totals of `stats`, and the same of each group."""
+
+    status: Mapping[str, Any]
+    totals: Mapping[str, Any]
+    groups: Sequence[GroupReading]
 
 
 def _copy(histogram: Histogram) -> Metric:
@@ -64,9 +73,12 @@ def _copy(histogram: Histogram) -> Metric:
 
 
 def families(reading: Reading) -> Iterator[Metric]:
-    """Everything that is exported, in base units; labels take only values of which there are few."""
+    """Everything that is exported, in base units; labels take only values of which there are few.
+
+    What is of a group has its name as the label ``group``, if there are several groups.
+    """
     status, stats = reading.status, reading.totals
-    group, queue, store = status["group"], status["queue"], stats["store"]
+    store = stats["store"]
 
     build = {"version": status["version"], "python": platform.python_version()}
     yield InfoMetricFamily("tacod_build", "The daemon's version, and Python's.", build)
@@ -77,38 +89,79 @@ def families(reading: Reading) -> Iterator[Metric]:
         state.add_metric([name], float(status["state"] == name))
     yield state
     yield _gauge("clients", "Connected clients.", status["clients"])
-    yield _gauge("models", "Loaded models, patched ones and their bases each counted.", len(status["models"]))
-    jobs = GaugeMetricFamily("tacod_queue_jobs", "Jobs that run or wait now.", labels=["state"])
-    for name in ("running", "queued"):
-        jobs.add_metric([name], queue[name])
-    yield jobs
-
-    yield _counter("forwards", "Forwards done.", stats["forwards_total"])
-    yield _counter("parallel_forwards", "Forwards done on several ranks.", stats["parallel_forwards_total"])
-    yield _counter("skipped_forwards", "Forwards that a step cache mostly skipped.", stats["skipped_forwards_total"])
-    yield _counter("prefix_hits", "Forwards that found their prefix computed.", stats["prefix"]["hits"])
-    yield _counter("prefix_misses", "Forwards for which a prefix was computed.", stats["prefix"]["misses"])
-    yield _counter("retried_forwards", "Steps begun again because the ranks were lost.", stats["retried_forwards"])
-    ended = CounterMetricFamily("tacod_jobs", "Jobs ended, by outcome.", labels=["outcome"])
-    for outcome, count in sorted(stats["jobs_total"].items()):
-        ended.add_metric([outcome], count)
-    yield ended
-    yield reading.steps
-    parts = CounterMetricFamily("tacod_step_part_seconds", "Seconds of all steps, by part.", labels=["part"])
-    for part, seconds in reading.part_seconds.items():
-        parts.add_metric([part.removesuffix("_s")], seconds)
-    yield parts
-    yield reading.loads
-
     yield _counter("received_bytes", "Bytes from clients.", stats["rx_bytes"])
     yield _counter("sent_bytes", "Bytes to clients.", stats["tx_bytes"])
     yield _gauge("store_bytes", "Client tensors kept in host memory.", store["bytes"])
     yield _counter("store_hits", "Tensors named by digest that the store had.", store["hits"])
     yield _counter("store_misses", "Tensors named by digest that it lacked.", store["misses"])
+    yield from _of_groups(reading.groups)
 
-    yield _counter("group_restarts", "Times that all ranks were replaced.", stats["group_restarts"])
-    yield _gauge("world_size", "Ranks that there are to be.", group["world_size"])
-    yield _gauge("ranks", "Rank processes that live now.", len(group["ranks"]))
+
+def _of_groups(groups: Sequence[GroupReading]) -> Iterator[Metric]:
+    """What each group has of its own."""
+    own = ["group"] if len(groups) > 1 else []
+    names = [[each.status["name"]] if own else [] for each in groups]
+    statuses, totals = [each.status for each in groups], [each.totals for each in groups]
+
+    def gauge(name: str, text: str, values: Iterable[float]) -> Metric:
+        return _filled(GaugeMetricFamily(f"tacod_{name}", text, labels=own), zip(names, values, strict=True))
+
+    def counter(name: str, text: str, values: Iterable[float]) -> Metric:
+        return _filled(CounterMetricFamily(f"tacod_{name}", text, labels=own), zip(names, values, strict=True))
+
+    yield gauge(
+        "models",
+        "Loaded models, patched ones and their bases each counted.",
+        (len(each["models"]) for each in statuses),
+    )
+    jobs = GaugeMetricFamily("tacod_queue_jobs", "Jobs that run or wait now.", labels=["state", *own])
+    yield _filled(
+        jobs,
+        (
+            ([key, *name], each["queue"][key])
+            for name, each in zip(names, statuses, strict=True)
+            for key in ("running", "queued")
+        ),
+    )
+
+    for name, text in (
+        ("forwards", "Forwards done."),
+        ("parallel_forwards", "Forwards done on several ranks."),
+        ("skipped_forwards", "Forwards that a step cache mostly skipped."),
+    ):
+        yield counter(name, text, (each[f"{name}_total"] for each in totals))
+    for key, text in (
+        ("hits", "Forwards that found their prefix computed."),
+        ("misses", "Forwards for which a prefix was computed."),
+    ):
+        yield counter(f"prefix_{key}", text, (each["prefix"][key] for each in totals))
+    retried = (each["retried_forwards"] for each in totals)
+    yield counter("retried_forwards", "Steps begun again because the ranks were lost.", retried)
+    ended = CounterMetricFamily("tacod_jobs", "Jobs ended, by outcome.", labels=["outcome", *own])
+    yield _filled(
+        ended,
+        (
+            ([outcome, *name], count)
+            for name, each in zip(names, totals, strict=True)
+            for outcome, count in sorted(each["jobs_total"].items())
+        ),
+    )
+    yield _joined(names, [each.steps for each in groups])
+    parts = CounterMetricFamily("tacod_step_part_seconds", "Seconds of all steps, by part.", labels=["part", *own])
+    yield _filled(
+        parts,
+        (
+            ([part.removesuffix("_s"), *name], seconds)
+            for name, each in zip(names, groups, strict=True)
+            for part, seconds in each.part_seconds.items()
+        ),
+    )
+    yield _joined(names, [each.loads for each in groups])
+
+    restarts = (each["group_restarts"] for each in totals)
+    yield counter("group_restarts", "Times that all ranks were replaced.", restarts)
+    yield gauge("world_size", "Ranks that there are to be.", (each["world_size"] for each in statuses))
+    yield gauge("ranks", "Rank processes that live now.", (len(each["ranks"]) for each in statuses))
     for key, name, text in (
         (
             "memory_used_bytes",
@@ -120,11 +173,34 @@ def families(reading: Reading) -> Iterator[Metric]:
         ("memory_total_bytes", "device_memory_total_bytes", "Memory of a rank's device."),
         ("utilization", "rank_utilization_ratio", "How busy the device is; on a CPU, the rank's share of all cores."),
     ):
-        family = GaugeMetricFamily(f"tacod_{name}", text, labels=["rank", "device"])
-        for rank in group["ranks"]:
-            if rank[key] is not None:
-                family.add_metric([str(rank["rank"]), rank["device"]], rank[key])
-        yield family
+        family = GaugeMetricFamily(f"tacod_{name}", text, labels=["rank", "device", *own])
+        yield _filled(
+            family,
+            (
+                ([str(rank["rank"]), rank["device"], *of_group], rank[key])
+                for of_group, each in zip(names, statuses, strict=True)
+                for rank in each["ranks"]
+                if rank[key] is not None
+            ),
+        )
+
+
+def _filled(family: GaugeMetricFamily | CounterMetricFamily, values: Iterable[tuple[list[str], float]]) -> Metric:
+    for labels, value in values:
+        family.add_metric(labels, value)
+    return family
+
+
+def _joined(names: Sequence[list[str]], histograms: Sequence[Metric]) -> Metric:
+    """One histogram with the samples of all, under the names of their groups."""
+    first = histograms[0]
+    joined = Metric(first.name, first.documentation, first.type)
+    joined.samples = [
+        sample._replace(labels={**sample.labels, **dict(zip(["group"], name, strict=False))})
+        for name, histogram in zip(names, histograms, strict=True)
+        for sample in histogram.samples
+    ]
+    return joined
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter, deque
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -35,6 +36,18 @@ class StepTimes:
 PARTS = tuple(part.name for part in fields(StepTimes))
 
 
+COUNTS = (
+    "forwards_total",
+    "parallel_forwards_total",
+    "skipped_forwards_total",
+    "prefix_hits",
+    "prefix_misses",
+    "retried_forwards",
+    "steps_total",
+)
+"""Counts that add up over groups."""
+
+
 class Metrics:
     """Totals since the daemon's start, and the times of the last `WINDOW` steps."""
 
@@ -51,7 +64,6 @@ class Metrics:
         """Forwards that found their prefix computed, and those for which it was computed."""
         self.retried_forwards = 0
         self.jobs_total: Counter[str] = Counter(result=0, failed=0, cancelled=0)
-        self.rx_bytes = 0
         self.steps_total = 0
         self.steps = _histogram("tacod_step_seconds", "Seconds of a step, waiting included.", self.STEP_BOUNDS)
         """Seconds of every step."""
@@ -60,6 +72,20 @@ class Metrics:
         self.part_seconds = dict.fromkeys(PARTS, 0.0)
         """Seconds of all steps, by part."""
         self._recent: deque[StepTimes] = deque(maxlen=self.WINDOW)
+
+    @classmethod
+    def sum(cls, parts: Iterable[Metrics]) -> Metrics:
+        """Those of several groups together, but for their histograms."""
+        whole = cls()
+        whole._recent = deque()
+        for part in parts:
+            for name in COUNTS:
+                setattr(whole, name, getattr(whole, name) + getattr(part, name))
+            whole.jobs_total.update(part.jobs_total)
+            for name, seconds in part.part_seconds.items():
+                whole.part_seconds[name] += seconds
+            whole._recent.extend(part._recent)
+        return whole
 
     def add_step(
         self,
@@ -91,7 +117,6 @@ class Metrics:
             "skipped_forwards_total": self.skipped_forwards_total,
             "prefix": {"hits": self.prefix_hits, "misses": self.prefix_misses},
             "jobs_total": dict(self.jobs_total),
-            "rx_bytes": self.rx_bytes,
             "retried_forwards": self.retried_forwards,
         }
 

@@ -62,12 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     channel = socket.socket(fileno=args.channel)
     _die_with_the_supervisor(channel)
     keep_freed_memory()
-    logs.configure(os.environ.get("TACOD_LOG_LEVEL", "info"), prefix=f"rank {args.rank}: ")
+    logs.configure(os.environ.get("TACOD_LOG_LEVEL", "info"), prefix=f"{args.label}rank {args.rank}: ")
     if args.fault is not None:
         inject(args.fault, "before", args.rank)
     device = torch.device("cuda", args.rank) if args.device == "cuda" else torch.device("cpu")
     if device.type == "cpu":
-        torch.set_num_threads(max(1, int(usable_cores() / args.world_size)))
+        torch.set_num_threads(max(1, int(usable_cores() / (args.world_size + args.beside))))
     else:
         torch.cuda.set_device(device)
         # fp32 means fp32, in the one convolution too.
@@ -81,7 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         device, topology, not args.no_cuda_graphs, not args.no_warm_up, args.prefix_bytes, comfyui=args.comfyui
     )
     selftest(engine)
-    serve(engine, channel, Arena(args.arena))
+    # Where every rank of the host may keep a core to itself, and as many are left.
+    busy_polls = device.type == "cuda" and usable_cores() > 2 * (args.world_size + args.beside)
+    serve(engine, channel, Arena(args.arena), busy_polls)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -97,6 +99,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-peer-memory", action="store_true")
     parser.add_argument("--no-warm-up", action="store_true")
     parser.add_argument("--prefix-bytes", type=int, required=True, help="limit for the prefixes that are kept")
+    parser.add_argument("--beside", type=int, default=0, help="how many ranks of other groups use this host's cores")
+    parser.add_argument("--label", default="", help="what its log lines begin with, if there are several groups")
     parser.add_argument("--comfyui", help="folder of the ComfyUI whose networks may be run")
     parser.add_argument("--fault", type=lambda text: Fault(**json.loads(text)), help="a fault on purpose, as JSON")
     return parser.parse_args(arguments)
@@ -118,11 +122,9 @@ def _die_with_the_supervisor(channel: socket.socket) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def serve(engine: Engine, channel: socket.socket, arena: Arena) -> None:
+def serve(engine: Engine, channel: socket.socket, arena: Arena, busy_polls: bool = False) -> None:
     """Do commands as long as the supervisor lives. Between two commands the rank waits here, never in a collective."""
     channel.send(arena.pack(report_message(Ready(engine.memory_used_bytes))))
-    # Where every rank may keep a core to itself, and as many are left.
-    busy_polls = engine.device.type == "cuda" and usable_cores() > 2 * engine.topology.world_size
     while True:
         packet, descriptors = (_busy_poll(channel) if busy_polls else None) or _receive(channel)
         if not packet:

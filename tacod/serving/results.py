@@ -8,6 +8,7 @@ from tacod.execution.executor import Executor
 from tacod.execution.manifest import Model
 from tacod.execution.scheduler import Job
 from tacod.group.work import Stepped
+from tacod.serving.report import loaded
 from tacod.serving.sessions import Sessions
 from tacod_client import wire
 from tacod_client.wire import Message
@@ -23,7 +24,10 @@ def send_progress(sessions: Sessions, job: Job, body: dict[str, Any]) -> None:
 
 
 def send_end(sessions: Sessions, executor: Executor, job: Job, step: Stepped | None) -> None:
-    """Send an ended job's error or result; a forward's or a sampling run's result is in its last ``step``."""
+    """Send a job's error or result, with which it has ended in the group of an ``executor``.
+
+    A forward's or a sampling run's result is in its last ``step``.
+    """
     session = sessions.get(job.session)
     if session is None:
         return
@@ -35,8 +39,7 @@ def send_end(sessions: Sessions, executor: Executor, job: Job, step: Stepped | N
 
 def _result(executor: Executor, job: Job, step: Stepped | None) -> dict[str, Any]:
     if isinstance(job.body, Model):
-        model = executor.manifest.find(job.model)
-        return {"model": model.planned(job.body.asked, executor.group.world_size).to_wire()}
+        return loaded(executor, job.body)
     if step is None:
         return {"model": job.model}
     return {

@@ -48,22 +48,22 @@ class Server:
         poller = zmq.Poller()
         memory = state.listener.memory
         sources = memory.sources if memory is not None else []
-        for source in (self._socket, self._access.socket, wakeup, *sources, *state.executor.group.sources):
+        for source in (self._socket, self._access.socket, wakeup, *sources, *state.groups.sources):
             poller.register(source, zmq.POLLIN)
         poller.poll(self._patience_ms())
         self._access.poll()
         self._receive()
         if memory is not None:
             memory.poll(state.share)
-        state.executor.poll()
+        state.groups.poll()
         self._probe()
         for session in state.sessions.flush():
             log.info("client %s (pid %d, %s) is gone", session.name, session.pid, session.user)
             state.end_session(session)
-        self._leftovers.attend(time.monotonic(), state.executor.records.metrics.rx_bytes + state.sessions.tx_bytes)
+        self._leftovers.attend(time.monotonic(), state.sessions.rx_bytes + state.sessions.tx_bytes)
 
     def _patience_ms(self) -> int:
-        moments = (self._next_probe_s, *self._state.executor.wakes_at)
+        moments = (self._next_probe_s, *self._state.groups.wakes_at)
         wait_s = min(1.0, *(moment - time.monotonic() for moment in moments))
         if self._state.sessions.pending:
             wait_s = min(wait_s, 0.01)
@@ -84,7 +84,7 @@ class Server:
                 return
             peer, *frames = received
             buffers = [frame.buffer for frame in frames]
-            self._state.executor.records.metrics.rx_bytes += sum(len(buffer) for buffer in buffers)
+            self._state.sessions.rx_bytes += sum(len(buffer) for buffer in buffers)
             self._on_message(peer.bytes, buffers, lambda first=peer: self._admit(first))  # type: ignore[misc]
 
     def _admit(self, first: zmq.Frame) -> tuple[User | None, int]:

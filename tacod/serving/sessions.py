@@ -62,7 +62,8 @@ class Sessions:
         self.limit_per_user = limit_per_user
         self.unsent_bytes = unsent_bytes
         self._sessions: dict[bytes, Session] = {}
-        self.tx_bytes = 0
+        self.rx_bytes = self.tx_bytes = 0
+        """Bytes from clients and to clients since the start."""
 
     def __len__(self) -> int:
         return len(self._sessions)

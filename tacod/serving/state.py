@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tacod.config import Config
-from tacod.execution.executor import Executor
+from tacod.execution.groups import Groups
 from tacod.execution.manifest import Model
 from tacod.group.shared_memory import SharedMemory
 from tacod.observe.monitor import Monitor
@@ -33,7 +33,7 @@ class State:
     """On the monotonic clock."""
     listener: Listener
     sessions: Sessions
-    executor: Executor
+    groups: Groups
     monitor: Monitor
     uploads: Uploads
     guard: Guard
@@ -41,7 +41,7 @@ class State:
     def end_session(self, session: Session) -> None:
         """Forget a client, and end its queued jobs."""
         self.sessions.close(session)
-        self.executor.drop(session.token)
+        self.groups.drop(session.token)
         self.uploads.release(session.token)
 
     def share(self, token: bytes, user: User, nbytes: int) -> SharedMemory:
@@ -52,16 +52,16 @@ class State:
         session = self.sessions.get(token)
         if session is None or session.user.uid is None or session.user != user:
             raise NotAllowed(f"{user} has no such session; say hello on the socket of clients, and send its token")
-        return self.executor.memories.make(token, nbytes)
+        return self.groups.host.memories.make(token, nbytes)
 
-    def apply_config(self, config: Config, preload: Iterable[Model], keys: Keys | None) -> None:
+    def apply_config(self, config: Config, preload: Sequence[Iterable[Model]], keys: Keys | None) -> None:
         """Apply another configuration whose fixed keys (`lifecycle.FIXED`) are the same."""
         self.config = config
         self.sessions.limit, self.sessions.limit_per_user = config.limits.clients, config.limits.clients_per_user
         self.sessions.unsent_bytes = config.limits.share_bytes
         self.guard.limit = config.limits.held_bytes
         self.uploads.apply_config(config.models.uploads, config.models.upload_bytes)
-        self.executor.apply_config(config, preload)
+        self.groups.apply_config(config, preload)
         access = self.listener.access
         old, access.keys = access.keys, keys
         for session in self.sessions:

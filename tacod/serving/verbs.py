@@ -10,6 +10,8 @@ from typing import Any
 
 from tacod import __version__
 from tacod.config import ConfigError
+from tacod.execution.executor import Executor
+from tacod.execution.manifest import Manifest, Model
 from tacod.execution.memories import check_places
 from tacod.execution.scheduler import Job, Verb, Work
 from tacod.execution.store import COUNT, digests_of, tensors_of, without_claims
@@ -119,7 +121,7 @@ class Verbs:
         for tensor in body.tensors:
             if tensor.frames is None:
                 raise ArgumentError("tensors: a tensor to keep must come with its bytes", argument="tensors")
-        return {"digests": self.state.executor.store.put_all(body.tensors, session.token, time.monotonic())}
+        return {"digests": self.state.groups.host.store.put_all(body.tensors, session.token, time.monotonic())}
 
     def begin_upload(self, session: Session, request: int, body: messages.BeginUpload) -> dict[str, Any]:
         """Announce a model file."""
@@ -141,26 +143,28 @@ class Verbs:
 
     def load(self, session: Session, request: int, body: messages.Load) -> dict[str, Any] | None:
         """Queue the load of a model."""
-        manifest = self.state.executor.manifest
-        world_size = self.state.executor.group.world_size
         for path in (body.path, *(patch.get("path") for patch in body.patches or () if isinstance(patch, dict))):
             if isinstance(path, str):
                 self.state.uploads.check(path)
-        model = manifest.describe(body.path, body.dtype, body.patches, body.plan, world_size, body.weights)
+
+        def describe(manifest: Manifest, ranks: int) -> Model:
+            return manifest.describe(body.path, body.dtype, body.patches, body.plan, ranks, body.weights)
+
+        executor, model = self.state.groups.place(session.token, describe)
         reply = None
-        if model.id in manifest:
-            self.state.executor.residency.note_used(model.id, session.token, time.monotonic())
-            reply = {"model": manifest.find(model.id).planned(model.asked, world_size).to_wire()}
+        if model.id in executor.manifest:
+            executor.residency.note_used(model.id, session.token, time.monotonic())
+            reply = report.loaded(executor, model)
         else:
             stored = replace(model, patches=self._stored(session, model.patches))
-            self._submit(session, request, Verb.LOAD, model.id, stored, stored.patches)
+            self._submit(session, request, Verb.LOAD, model.id, stored, stored.patches, executor=executor)
         # Unless its patches' tensors are to come first.
-        self.state.uploads.note_load(self.state.executor.files.intersection(model.file_paths))
+        self.state.uploads.note_load(self.state.groups.files.intersection(model.file_paths))
         return reply
 
     def _stored(self, session: Session, patches: Any) -> Any:
         """Patches whose tensors are all in the store, and named by digest: a model may be kept for long."""
-        store, now = self.state.executor.store, time.monotonic()
+        store, now = self.state.groups.host.store, time.monotonic()
         inline = [tensor for tensor in tensors_of(patches) if tensor.frames is not None]
         named = map_tensors(patches, lambda each: each.with_digest().without_bytes())
         if inline:
@@ -170,12 +174,12 @@ class Verbs:
 
     def unload(self, session: Session, request: int, body: messages.Unload) -> None:
         """Queue the unloading of a model."""
-        self.state.executor.check_model(body.model)
+        self.state.groups.check_model(body.model)
         self._submit(session, request, Verb.UNLOAD, body.model, Unload(body.model), dict(body))
 
     def forward(self, session: Session, request: int, body: messages.Forward) -> None:
         """Queue a forward."""
-        self.state.executor.check_model(body.model)
+        self.state.groups.check_model(body.model)
         self._check_memory(session, body)
         forward = Forward(body.model, body.plan, body.arguments, session.token, body.memory, body.room)
         self._submit(session, request, Verb.FORWARD, body.model, forward, dict(body))
@@ -187,23 +191,23 @@ class Verbs:
         if any(each.offset is not None for each in rest):
             raise ArgumentError("arguments: only x may lie in shared memory; send others as frames", argument="x")
         if body.memory is not None:
-            check_places(self.state.executor.memories.find(session.token, body.memory), latents, body.room)
+            check_places(self.state.groups.host.memories.find(session.token, body.memory), latents, body.room)
         elif body.room is not None or any(each.offset is not None for each in latents):
             raise ArgumentError("memory: missing, though the message has places in one", argument="memory")
 
     def unshare(self, session: Session, request: int, body: messages.Unshare) -> dict[str, Any]:
         """Take a shared memory back."""
-        self.state.executor.memories.give_back(session.token, body.memory)
+        self.state.groups.host.memories.give_back(session.token, body.memory)
         return {}
 
     def call(self, session: Session, request: int, body: messages.Call) -> None:
         """Queue a call of a network's method outside of the forward."""
-        self.state.executor.check_model(body.model)
+        self.state.groups.check_model(body.model)
         self._submit(session, request, Verb.CALL, body.model, MethodCall(**dict(body)), dict(body))
 
     def sample(self, session: Session, request: int, body: messages.Sample) -> None:
         """Queue a sampling run."""
-        self.state.executor.check_model(body.model)
+        self.state.groups.check_model(body.model)
         if len(body.sigmas.shape) != 1 or body.sigmas.shape[0] < 2:
             raise ArgumentError(
                 f"sigmas: expected shape [steps + 1] with at least 1 step, got {list(body.sigmas.shape)}",
@@ -223,9 +227,13 @@ class Verbs:
         body: Work,
         named: Any,
         steps: int = 1,
+        executor: Executor | None = None,
     ) -> None:
-        """Queue a job, or reply with those tensors of ``named`` that the store lacks."""
-        store = self.state.executor.store
+        """Queue a job, or reply with those tensors of ``named`` that the store lacks.
+
+        A load goes to the group of ``executor``.
+        """
+        store = self.state.groups.host.store
         named = list(tensors_of(named))
         digests = digests_of(named)
         store.check_fits(named)
@@ -258,7 +266,7 @@ class Verbs:
             digests=digests,
             submitted_s=time.monotonic(),
         )
-        self.state.executor.submit(job)
+        self.state.groups.submit(job, executor)
         if verb is Verb.SAMPLE:
             session.post(wire.encode(Message("accepted", {"job": job.id, "total": steps}, request)))
 
@@ -267,12 +275,12 @@ class Verbs:
 
         Raises `QueueFull`.
         """
-        executor = self.state.executor
-        mine = {each for job in executor.scheduler.jobs if job.session == session.token for each in job.digests}
+        store = self.state.groups.host.store
+        mine = {each for job in self.state.groups.jobs if job.session == session.token for each in job.digests}
         if not mine or mine.issuperset(digests):
             return
         all_of = mine.union(digests)
-        held, limit = executor.store.size_of(all_of), executor.store.limit // 2
+        held, limit = store.size_of(all_of), store.limit // 2
         if held > limit or len(all_of) > COUNT // 2:
             raise QueueFull(
                 f"this client's jobs would need {held} bytes and {len(all_of)} tensors of the store, and may need half "
@@ -283,7 +291,7 @@ class Verbs:
     def _check_room(self, nbytes: int) -> None:
         """Raise `QueueFull` if queued jobs' own tensors and this many bytes more exceed their share of the memory."""
         limit = self.state.config.limits.share_bytes
-        queued = sum(job.nbytes for job in self.state.executor.scheduler.jobs)
+        queued = sum(job.nbytes for job in self.state.groups.jobs)
         if queued and queued + nbytes > limit:
             raise QueueFull(
                 f"queued jobs hold {queued} bytes of tensors, and {nbytes} more are over their share of "
@@ -292,24 +300,22 @@ class Verbs:
             )
 
     def _jobs_of(self, user: User) -> int:
-        owners = (self.state.sessions.get(job.session) for job in self.state.executor.scheduler.jobs)
+        owners = (self.state.sessions.get(job.session) for job in self.state.groups.jobs)
         return sum(owner is not None and owner.user == user for owner in owners)
 
     def cancel(self, session: Session, request: int, body: messages.Cancel) -> dict[str, Any]:
         """Cancel a job; another user's only for an admin."""
         job_id = body.job
-        for job in self.state.executor.scheduler.jobs:
+        for job in self.state.groups.jobs:
             owner = self.state.sessions.get(job.session)
             if job.id == job_id and owner is not None and owner.user != session.user:
                 self._check_admin(session, f"cancel a job of {owner.user}")
         if job_id is None:
             mine = (session.token, body.request)
-            job_id = next(
-                (job.id for job in self.state.executor.scheduler.jobs if (job.session, job.request) == mine), None
-            )
+            job_id = next((job.id for job in self.state.groups.jobs if (job.session, job.request) == mine), None)
         if job_id is None:
             raise JobNotFound(f"request {body.request} is neither queued nor running", request=body.request)
-        done = self.state.executor.cancel(job_id)
+        done = self.state.groups.cancel(job_id)
         return {"job": job_id, "state": "cancelled" if done else "cancelling"}
 
     def _check_admin(self, session: Session, what: str) -> None:
@@ -333,30 +339,11 @@ class Verbs:
 
     def models(self, session: Session, request: int, body: messages.Empty) -> dict[str, Any]:
         """The loaded models."""
-        return {"models": [model.to_wire() for model in self.state.executor.manifest]}
+        return {"models": report.models(self.state)}
 
     def ps(self, session: Session, request: int, body: messages.Empty) -> dict[str, Any]:
-        """The running job and the queued ones."""
-        scheduler, blocks = self.state.executor.scheduler, self.state.executor.group.blocks
-        jobs = []
-        for job in scheduler.jobs:
-            far = blocks if job is scheduler.running else None
-            owner = self.state.sessions.get(job.session)
-            jobs.append(
-                {
-                    "job": job.id,
-                    "verb": job.verb.value,
-                    "state": "running" if job is scheduler.running else "queued",
-                    "model": job.model,
-                    "step": job.step,
-                    "total": job.steps,
-                    "block": far.done if far is not None else None,
-                    "blocks": far.total if far is not None else None,
-                    "client": f"{owner.name} (pid {owner.pid}, {owner.user})" if owner else None,
-                    "age_s": round(time.monotonic() - job.submitted_s, 3),
-                }
-            )
-        return {"jobs": jobs}
+        """The running jobs and the queued ones."""
+        return {"jobs": report.jobs(self.state)}
 
     def status(self, session: Session, request: int, body: messages.Empty) -> dict[str, Any]:
         """The state of the daemon now."""

@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     findings += _packages()
     findings += _groups()
     findings += _comfyui(config)
-    if config.group.device == "cuda":
-        findings += doctor_gpus.look(config.group, _status(args.endpoint or config.endpoint), not args.no_bandwidth)
+    if config.device == "cuda":
+        findings += doctor_gpus.look(config.groups, _status(args.endpoint or config.endpoint), not args.no_bandwidth)
     if known:
         findings += _models(config)
     findings += _memory(config)
@@ -68,14 +68,8 @@ def _configuration(path: str | None, endpoint: str | None) -> tuple[Config, bool
         found = warn("config", f"no {DEFAULT_CONFIG}; checked with the defaults", "pass --config FILE")
         if status is None:
             return Config.model_validate({}), False, [found]
-        group = status["group"]
-        values: dict[str, Any] = {"device": group["device"]}
-        if group["device"] == "cpu":
-            values["ranks"] = group["world_size"]
-        else:
-            names = [rank["device"] for rank in group["ranks"]]
-            values["gpus"] = [int(name) if name.isdigit() else name for name in names] or None
-        config = Config.model_validate({"endpoint": status["endpoint"], "group": values})
+        groups = [_as_configured(group) for group in status.get("groups") or [status["group"]]]
+        config = Config.model_validate({"endpoint": status["endpoint"], "group": groups})
         message = f"no {DEFAULT_CONFIG}; looked with the running daemon's devices"
         return config, False, [found._replace(message=message)]
     path = path or DEFAULT_CONFIG
@@ -87,9 +81,21 @@ def _configuration(path: str | None, endpoint: str | None) -> tuple[Config, bool
             f"mend it; `tacod --config {path} --check-config` looks again. The rest was looked at with the defaults"
         )
         return Config.model_validate({}), False, [fail("config", line, advice) for line in lines]
-    group = config.group
-    what = f"gpus {group.gpus or 'all'}" if group.device == "cuda" else f"{group.ranks} ranks"
-    return config, True, [ok("config", f"{path}: {group.device}, {what}")]
+    each = [
+        f"gpus {group.gpus or 'all'}" if group.device == "cuda" else f"{group.ranks} ranks" for group in config.groups
+    ]
+    if len(each) > 1:
+        each = [f"group {group.name}: {what}" for group, what in zip(config.groups, each, strict=True)]
+    return config, True, [ok("config", f"{path}: {config.device}, {'; '.join(each)}")]
+
+
+def _as_configured(group: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a group as far as its status tells it."""
+    values: dict[str, Any] = {key: group[key] for key in ("name", "device") if key in group}
+    if group["device"] == "cpu":
+        return {**values, "ranks": group["world_size"]}
+    names = [rank["device"] for rank in group["ranks"]]
+    return {**values, "gpus": [int(name) if name.isdigit() else name for name in names] or None}
 
 
 def _status(endpoint: str) -> dict[str, Any] | None:
@@ -187,7 +193,7 @@ def _models(config: Config) -> Iterator[Finding]:
             )
         else:
             yield ok("models", f"{root} can be read")
-    manifest = Manifest(settings.readable, config.group.device)
+    manifest = Manifest(settings.readable, config.device)
     for path in settings.preload:
         try:
             model = manifest.describe(path, None, None, "auto", 1)

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,16 +40,17 @@ class Gpu:
     capability: tuple[int, int]
 
 
-def look(group: Group, status: Mapping[str, Any] | None, measure: bool) -> Iterator[Finding]:
-    """Driver and CUDA, the GPUs that are there and configured, their memory, and the links between them.
+def look(groups: Sequence[Group], status: Mapping[str, Any] | None, measure: bool) -> Iterator[Finding]:
+    """Driver and CUDA, the GPUs that are there and configured, their memory, and the links between those of a group.
 
     ``status`` is a running daemon's: its memory is no fault, and its work is not disturbed.
     """
     try:
-        wanted = devices(group)
+        of_groups = devices(groups)
     except ConfigError as error:
         yield fail("gpus", str(error), "`nvidia-smi` shows the GPUs that there are; group.gpus names those to use")
         return
+    wanted = [gpu for of_group in of_groups for gpu in of_group]
     yield from _driver()
     gpus = _find(wanted)
     yield ok("gpus", f"{_count()} seen, {len(wanted)} wanted: {', '.join(wanted)}")
@@ -67,7 +68,8 @@ def look(group: Group, status: Mapping[str, Any] | None, measure: bool) -> Itera
     for name, effect in SLOWED_BY.items():
         if os.environ.get(name, "0") not in ("", "0"):
             yield warn(name, f"is set: {effect}", "unset it where tacod starts, unless it is meant")
-    if len(wanted) < 2:
+    linked = [of_group for of_group in of_groups if len(of_group) > 1]
+    if not linked:
         return
     if not measure:
         yield ok("links", "not measured")
@@ -78,7 +80,8 @@ def look(group: Group, status: Mapping[str, Any] | None, measure: bool) -> Itera
             "links", "not measured: a GPU has less than 2 GiB free", "`tacoctl unload` a model, and run this again"
         )
     else:
-        yield from _links(wanted)
+        for of_group in linked:
+            yield from _links(of_group)
 
 
 def _int8(gpus: list[Gpu]) -> Finding:

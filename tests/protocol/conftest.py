@@ -65,7 +65,7 @@ def peer(tmp_path: Path) -> Iterator[Peer]:
         }
     )
     with ExitStack() as ending, zmq.Context() as context, context.socket(zmq.DEALER) as socket:
-        state, server, _ = assemble(config, "", ["cpu:0"], [], tmp_path, None, ending)
+        state, server, _ = assemble(config, "", [["cpu:0"]], [[]], tmp_path, None, ending)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.IDENTITY, PEER)
         socket.setsockopt(zmq.RCVHWM, 0)

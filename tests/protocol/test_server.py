@@ -30,7 +30,7 @@ from .test_mutations import VALID, damage
 PING = 123456789
 
 
-@pytest.mark.parametrize("part", ["UnixSocket", "Sessions", "Executor", "Monitor", "Uploads", "Guard", "Verbs"])
+@pytest.mark.parametrize("part", ["UnixSocket", "Sessions", "Groups", "Monitor", "Uploads", "Guard", "Verbs"])
 def test_a_server_that_cannot_be_made_leaves_nothing(
     tmp_path: Path, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -43,7 +43,7 @@ def test_a_server_that_cannot_be_made_leaves_nothing(
     make = zmq.Context
     monkeypatch.setattr(listener.zmq, "Context", lambda: contexts.append(make()) or contexts[-1])
     with ExitStack() as ending, pytest.raises(OSError, match="Too many open files"):
-        assemble(config, "", ["cpu:0"], [], tmp_path, None, ending)
+        assemble(config, "", [["cpu:0"]], [[]], tmp_path, None, ending)
     assert [context.closed for context in contexts] == [True]
     assert list(tmp_path.iterdir()) == []
 
@@ -89,7 +89,7 @@ def test_each_fault_has_its_own_error(peer: Peer) -> None:
 
 def test_jobs_that_wait_hold_their_share_of_the_memory(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is within limits.message_bytes, and the queue has room."""
-    peer.state.executor.manifest.add(Model("m", "/models/m", "i", None))
+    peer.state.groups.executors[0].manifest.add(Model("m", "/models/m", "i", None))
     monkeypatch.setattr(type(peer.state.config.limits), "share_bytes", 3000)
     large = Tensor("U8", (2000,), (bytes(2000),))
     body = {"model": "m", "plan": "auto", "arguments": {"x": large}}
@@ -100,20 +100,20 @@ def test_jobs_that_wait_hold_their_share_of_the_memory(peer: Peer, monkeypatch: 
     # What is small still finds room, and so does what comes alone.
     peer.send(Message("forward", {**body, "arguments": {}}, 12, peer.session))
     assert peer.ask("ping").type == "done"
-    assert [job.nbytes for job in peer.state.executor.scheduler.jobs] == [2000, 0]
+    assert [job.nbytes for job in peer.state.groups.jobs] == [2000, 0]
 
 
 def test_tensors_that_come_with_a_load_are_the_stores(peer: Peer, tmp_path: Path) -> None:
     """They stay as long as the model does, so they count."""
     file = FLUX.save(tmp_path)
-    peer.state.executor.manifest.roots = [str(tmp_path)]
+    peer.state.groups.executors[0].manifest.roots = [str(tmp_path)]
     up, alpha = Tensor("F32", (2048,), (bytes(8192),)), Tensor("F32", (), (bytes(4),))
     patch = {"key": "img_in.weight", "kind": "lora", "up": up, "down": up, "alpha": alpha}
     body = {"path": str(file), "dtype": None, "patches": [patch], "plan": "auto"}
     peer.send(Message("load", body, 10, peer.session))
-    (job,) = peer.state.executor.scheduler.jobs
+    (job,) = peer.state.groups.jobs
     assert job.digests == [up.with_digest().digest, alpha.with_digest().digest]
-    assert peer.state.executor.store.nbytes == 8192 + 4
+    assert peer.state.groups.host.store.nbytes == 8192 + 4
 
 
 def test_errors_hold_nothing_of_their_messages(peer: Peer) -> None:

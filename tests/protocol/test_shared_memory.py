@@ -30,8 +30,8 @@ X = Tensor("F32", (4, 4), None, offset=0)
 @pytest.fixture
 def sharing(peer: Peer) -> Peer:
     """A client of this user, which computes with a model."""
-    peer.state.executor.memories.limit = LIMIT
-    peer.state.executor.manifest.add(Model("m", "/models/m", "i", None))
+    peer.state.groups.host.memories.limit = LIMIT
+    peer.state.groups.executors[0].manifest.add(Model("m", "/models/m", "i", None))
     (session,) = peer.state.sessions
     session.user = MINE
     return peer
@@ -106,7 +106,7 @@ def test_a_memory_has_the_size_that_was_asked_for_and_keeps_it(sharing: Peer) ->
             mapped[:2] = b"ab"
     finally:
         os.close(fd)
-    assert sharing.state.executor.memories.nbytes == 5000
+    assert sharing.state.groups.host.memories.nbytes == 5000
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_lie_gets_an_error_and_no_memory(sharing: Peer, said: bytes, code: str
             end.send(said)
             look(sharing)
             assert end.recv(1) == b""
-    assert sharing.state.executor.memories.nbytes == 0
+    assert sharing.state.groups.host.memories.nbytes == 0
     assert sharing.ask("ping").type == "done"
 
 
@@ -153,7 +153,7 @@ def test_a_session_has_few_and_leaves_half_to_others(sharing: Peer) -> None:
     assert refusal(sharing, packet({"nbytes": LIMIT // 2 + 1}, sharing.session)) == "QueueFull"
     share(sharing, LIMIT // 4)
     assert refusal(sharing, packet({"nbytes": LIMIT // 4 + 1}, sharing.session)) == "QueueFull"
-    memories = sharing.state.executor.memories
+    memories = sharing.state.groups.host.memories
     memories.make(b"other", 3 * LIMIT // 8)
     assert memories.nbytes == 5 * LIMIT // 8
     for _ in range(COUNT - 1):
@@ -164,7 +164,7 @@ def test_a_session_has_few_and_leaves_half_to_others(sharing: Peer) -> None:
 def test_what_is_given_back_is_free_for_others(sharing: Peer) -> None:
     number = share(sharing, LIMIT // 2)
     assert sharing.ask("unshare", {"memory": number}).type == "done"
-    assert sharing.state.executor.memories.nbytes == 0
+    assert sharing.state.groups.host.memories.nbytes == 0
     for gone in (number, 99, -1):
         assert sharing.ask("unshare", {"memory": gone}).body["code"] == "ArgumentError"
     share(sharing, LIMIT // 2)
@@ -196,7 +196,7 @@ def test_descriptors_that_nobody_reads_are_few(sharing: Peer) -> None:
         ends.append(connect(sharing))
         ends[-1].send(packet({"nbytes": 4096}, sharing.session))
         look(sharing)
-        for number in list(sharing.state.executor.memories._held):
+        for number in list(sharing.state.groups.host.memories._held):
             assert sharing.ask("unshare", {"memory": number}).type == "done"
     assert refusal(sharing, packet({"nbytes": 4096}, sharing.session)) == "QueueFull"
     _, descriptors, _, _ = socket.recv_fds(ends[0], wire.SHARE_BYTES, 1)
@@ -234,11 +234,11 @@ def memory(sharing: Peer) -> int:
 def test_places_out_of_range_are_refused(sharing: Peer, memory: int, x: Any, room: Any, argument: str) -> None:
     told = sharing.ask("forward", forward(x, memory=memory, room=room))
     assert (told.body["code"], told.body["details"]) == ("ArgumentError", {"argument": argument})
-    assert sharing.state.executor.scheduler.jobs == []
+    assert sharing.state.groups.jobs == []
 
 
 def test_places_without_their_memory_are_refused(sharing: Peer, memory: int) -> None:
-    other = sharing.state.executor.memories.make(b"other", 4096).id
+    other = sharing.state.groups.host.memories.make(b"other", 4096).id
     for body in (
         forward(X),
         forward(X, memory=None),
@@ -270,7 +270,7 @@ def test_an_offset_that_is_none_is_no_tensor(sharing: Peer, memory: int, offset:
 
 
 def test_a_memory_that_is_given_back_stays_for_the_forward_that_names_it(sharing: Peer, memory: int) -> None:
-    memories = sharing.state.executor.memories
+    memories = sharing.state.groups.host.memories
     sharing.send(Message("forward", forward(X, memory=memory, room=[64, 64]), 10, sharing.session))
     assert sharing.ask("unshare", {"memory": memory}).type == "done"
     assert memories.nbytes == 4096
@@ -283,7 +283,7 @@ def test_a_memory_that_is_given_back_stays_for_the_forward_that_names_it(sharing
 def test_a_sessions_memories_end_with_it(sharing: Peer, memory: int) -> None:
     sharing.send(Message("forward", forward(X, memory=memory), 10, sharing.session))
     sharing.send(Message("bye", {}, 11, sharing.session))
-    assert sharing.state.executor.memories.nbytes == 0
+    assert sharing.state.groups.host.memories.nbytes == 0
     assert refusal(sharing, packet({"nbytes": 8}, sharing.session)) == "NotAllowed"
 
 

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from tacod.config import Config, ConfigError, Fault, load_config, to_toml
+from tacod.config import Config, ConfigError, Fault, Group, load_config, to_toml
+from tacod.group.processes import devices
 from tacod.shares import EQUAL, Shares
 
 Load = Callable[[str], Config]
@@ -36,7 +37,7 @@ def test_empty_file_gives_the_defaults(load: Load) -> None:
     assert config == Config()
     assert config.endpoint == "ipc:///run/tacod/tacod.sock"
     assert config.socket_path == Path("/run/tacod/tacod.sock")
-    assert (config.group.device, config.group.gpus, config.group.retries) == ("cuda", None, 2)
+    assert (config.groups[0].device, config.groups[0].gpus, config.groups[0].retries) == ("cuda", None, 2)
     assert (config.models.roots, config.models.preload) == ([], [])
 
 
@@ -55,18 +56,18 @@ def test_values_are_taken(load: Load) -> None:
         queue = 3
         """
     )
-    assert config.group.gpus == [3, 4, "GPU-b5"]
-    assert (config.heartbeat_s, config.group.step_timeout_s, config.limits.queue) == (2.0, 7.5, 3)
+    assert config.groups[0].gpus == [3, 4, "GPU-b5"]
+    assert (config.heartbeat_s, config.groups[0].step_timeout_s, config.limits.queue) == (2.0, 7.5, 3)
     assert (config.models.roots, config.models.preload) == (["/models"], ["flux.safetensors"])
 
 
 def test_shares_are_auto_or_one_for_each_rank(load: Load) -> None:
-    assert Config().group.asked_shares is None
-    group = load("[group]\ngpus = [0, 1, 2]\nshares = [4, 2, 2]\n").group
+    assert Config().groups[0].asked_shares is None
+    group = load("[group]\ngpus = [0, 1, 2]\nshares = [4, 2, 2]\n").groups[0]
     assert group.asked_shares == Shares((2, 1, 1))
-    assert load("[group]\ngpus = [0, 1]\nshares = [3, 3]\n").group.asked_shares == EQUAL
+    assert load("[group]\ngpus = [0, 1]\nshares = [3, 3]\n").groups[0].asked_shares == EQUAL
     # How many GPUs there are is known at the start.
-    assert load("[group]\nshares = [2, 1]\n").group.shares == [2, 1]
+    assert load("[group]\nshares = [2, 1]\n").groups[0].shares == [2, 1]
 
 
 def test_configuration_is_frozen() -> None:
@@ -93,7 +94,18 @@ FAULTS = {
     "drain_timeout_s = inf": "drain_timeout_s: Input should be a finite number",
     "drain_timeout_s = nan": "drain_timeout_s: Input should be",
     'log_level = "INFO"': "log_level: Input should be 'debug', 'info', 'warning' or 'error'",
-    "group = 3": "group: Input should be a valid dictionary",
+    "group = []": "group: expected a table, [group], or several",
+    "group = [3]": "group.0: Input should be a valid dictionary",
+    "[[group]]\ngpus = [0]\n[[group]]": "group: group '1' has no gpus; with several groups, each must name its own",
+    "[[group]]\ngpus = [0, 1]\n[[group]]\ngpus = [2, 1]": "group: group '1': GPU 1 is in group '0' too; leave it",
+    '[[group]]\ngpus = [0]\n[[group]]\ndevice = "cpu"': "group: all groups must have the same device",
+    '[[group]]\ngpus = [0]\n[[group]]\nname = "0"\ngpus = [1]': "group: 2 groups are named '0'",
+    '[[group]]\nname = "a"\ngpus = [0]\n[[group]]\ngpus = [1]\ncolour = 1': "group.1.colour: unknown key",
+    '[[group]]\nname = "a"\ngpus = [-1]\n[[group]]\ngpus = [1]': "group.a.gpus.0: Input should be greater than",
+    '[group]\nname = ""': "group.name: expected 1 to 32 letters, digits, - and _, got ''",
+    '[group]\nname = "a.b"': "group.name: expected 1 to 32 letters, digits, - and _, got 'a.b'",
+    '[group]\nname = "a\\n"': "group.name: expected 1 to 32 letters, digits, - and _",
+    "group = 3": "group: expected a table, [group], or several, [[group]]",
     '[group]\ndevice = "tpu"': "group.device: Input should be 'cuda' or 'cpu'",
     "[group]\ngpus = []": "group: gpus must name each device once, and at least one",
     "[group]\ngpus = [3, 3]": "group: gpus must name each device once, and at least one",
@@ -211,15 +223,75 @@ def test_cpu_configuration_comes_back_from_its_toml(load: Load) -> None:
     assert load(to_toml(config)) == config
 
 
-TABLES = ("group", "models", "limits", "comfyui", "metrics")
+TABLES = ("models", "limits", "comfyui", "metrics")
 
 
 def test_toml_shows_every_key() -> None:
     text = to_toml(Config.model_validate({"group": {"device": "cpu"}}))
     shown = {line.removeprefix("# ").split()[0] for line in text.splitlines() if line and line[0] != "["}
-    sections = [Config, *(type(getattr(Config(), name)) for name in TABLES)]
+    sections = [Config, Group, *(type(getattr(Config(), name)) for name in TABLES)]
     keys = {key for section in sections for key in section.model_fields}
-    assert keys - shown == {*TABLES, "gpus"}
+    assert keys - shown == {"groups", *TABLES, "gpus"}
+
+
+SEVERAL = """
+[[group]]
+name = "large"
+gpus = [0, 1, 2]
+max_restarts = 1
+[[group]]
+gpus = [3, "GPU-b5"]
+step_timeout_s = 7.5
+"""
+
+
+def test_several_groups_have_names_and_settings_of_their_own(load: Load) -> None:
+    config = load(SEVERAL)
+    assert [(group.name, group.gpus) for group in config.groups] == [("large", [0, 1, 2]), ("1", [3, "GPU-b5"])]
+    assert [(group.max_restarts, group.step_timeout_s) for group in config.groups] == [(1, 120.0), (5, 7.5)]
+    assert config.group("1") is config.groups[1]
+    assert load(to_toml(config)) == config
+
+
+def test_one_group_of_an_array_is_a_group(load: Load) -> None:
+    one = load('[[group]]\ndevice = "cpu"\nranks = 2\n')
+    assert one == load('[group]\ndevice = "cpu"\nranks = 2\n')
+    assert "[group]\n" in to_toml(one)
+
+
+def test_groups_on_cpus_have_ranks_of_their_own(load: Load) -> None:
+    config = load('[[group]]\ndevice = "cpu"\nranks = 2\n[[group]]\ndevice = "cpu"\n')
+    assert devices(config.groups) == [["cpu:0", "cpu:1"], ["cpu:2"]]
+    assert load(to_toml(config)) == config
+
+
+UUIDS = ["GPU-a0", "GPU-b1", "GPU-c2"]
+
+
+@pytest.fixture
+def three_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a driver that shows three GPUs."""
+    pynvml = pytest.importorskip("pynvml")
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlShutdown", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: len(UUIDS))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUUID", UUIDS.__getitem__)
+
+
+@pytest.mark.usefixtures("three_gpus")
+def test_gpus_are_found_by_index_and_by_uuid() -> None:
+    def of(*gpus: list[int | str]) -> list[list[str]]:
+        return devices(Config.model_validate({"group": [{"gpus": each} for each in gpus]}).groups)
+
+    assert devices(Config().groups) == [["0", "1", "2"]]
+    assert of([2, 0], ["GPU-b1"]) == [["2", "0"], ["GPU-b1"]]
+    with pytest.raises(ConfigError, match=r"group '1': GPU 'GPU-c2' is in group '0' too .there 2.; leave it to one"):
+        of([2, 0], ["GPU-c2"])
+    with pytest.raises(ConfigError, match=r"group\.1\.gpus: no GPU 7; nvidia-smi shows 0 to 2"):
+        of([0], [7])
+    with pytest.raises(ConfigError, match=r"group: group '0' has GPU 'GPU-a0' twice .also as 0.; name it once"):
+        of([0, "GPU-a0"])
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

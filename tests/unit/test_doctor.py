@@ -243,7 +243,7 @@ def test_gpus_without_a_driver_fail_with_what_to_do() -> None:
 
     if torch.cuda.is_available():
         pytest.skip("this machine has GPUs")
-    (found,) = devices.look(Config.model_validate({}).group, None, True)
+    (found,) = devices.look(Config.model_validate({}).groups, None, True)
     assert (found.check, found.state) == ("gpus", "fail")
     assert 'set group.device = "cpu"' in found.message
 
@@ -254,7 +254,7 @@ GPUS = [devices.Gpu(name, "RTX", 20 << 30, 24 << 30, (9, 0)) for name in ("3", "
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, doctor.Finding]]:
     """Look at two GPUs of a machine with six, and at links that were measured so."""
-    monkeypatch.setattr(devices, "devices", lambda group: ["3", "5"])
+    monkeypatch.setattr(devices, "devices", lambda groups: [["3", "5"]])
     monkeypatch.setattr(devices, "_driver", lambda: iter(()))
     monkeypatch.setattr(devices, "_count", lambda: 6)
 
@@ -269,7 +269,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, doctor.Find
         real = subprocess.run
         monkeypatch.setattr(devices, "_find", lambda wanted: found)
         monkeypatch.setattr(subprocess, "run", lambda command, **options: real([sys.executable, "-c", code], **options))
-        findings = devices.look(Config.model_validate({}).group, told, measure)
+        findings = devices.look(Config.model_validate({}).groups, told, measure)
         return {finding.check: finding for finding in findings}
 
     return look

@@ -21,6 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tacod.config import Config, Models
 from tacod.execution.executor import Executor
+from tacod.execution.host import Host
 from tacod.execution.manifest import Model
 from tacod.execution.scheduler import ON_MODEL, Job, Outcome, Verb
 from tacod.group.board import Blocks
@@ -100,13 +101,16 @@ class Events(RuleBasedStateMachine):
     def begin(self, loaded: bool) -> None:
         model = Model("m", "/models/m", "i", None)
         devices = [f"cpu:{index}" for index in range(RANKS)]
-        self.executor = Executor(CONFIG, devices, [model] if loaded else [], self.folder, self.on_progress, self.on_end)
+        preload = [model] if loaded else []
+        host = Host(CONFIG.limits)
+        self.stack.callback(host.memories.close)
+        self.executor = Executor(CONFIG, "0", devices, preload, self.folder, host, self.on_progress, self.on_end)
         self.executor.poll()
 
     def on_progress(self, job: Job, body: dict[str, Any]) -> None:
         assert all(job is not each for each in self.ended), "progress after the end"
 
-    def on_end(self, job: Job, step: Stepped | None) -> None:
+    def on_end(self, executor: Executor, job: Job, step: Stepped | None) -> None:
         assert all(job is not each for each in self.ended), "a job ended twice"
         assert (job.error is None) == (job.outcome is Outcome.RESULT)
         if job.outcome is Outcome.RESULT and job.verb is Verb.LOAD:
@@ -344,8 +348,17 @@ class Walk:
         self.clock = stack.enter_context(fakes())
         self.ended: list[Job] = []
         devices = [f"cpu:{index}" for index in range(RANKS)]
+        self.host = Host(config.limits)
+        stack.callback(self.host.memories.close)
         self.executor = Executor(
-            config, devices, list(preload), folder, lambda *told: None, lambda job, _: self.ended.append(job)
+            config,
+            "0",
+            devices,
+            list(preload),
+            folder,
+            self.host,
+            lambda *told: None,
+            lambda executor, job, step: self.ended.append(job),
         )
         stack.callback(self.executor.close)
         self.executor.poll()
@@ -762,7 +775,7 @@ def test_a_rank_that_hangs_up_and_lives_on_is_out_of_time_at_last(walk: Walk) ->
     assert len(before - set(walk.executor.group.sources)) == 1
     assert walk.executor.group.state is GroupState.BUSY
     gone = walk.alive
-    walk.clock.now += CONFIG.group.load_timeout_s + 1
+    walk.clock.now += CONFIG.groups[0].load_timeout_s + 1
     walk.executor.poll()
     assert all(rank.reaped for rank in gone)
 
@@ -814,12 +827,12 @@ def test_each_forward_of_a_step_has_its_own_time(walk: Walk, verb: Verb) -> None
     for _ in range(3):
         for rank in ranks:
             rank.say("begun", {}, walk.work.id)
-        pass_by(walk, CONFIG.group.step_timeout_s - 1)
+        pass_by(walk, CONFIG.groups[0].step_timeout_s - 1)
     # Launched early, as on a GPU: their times follow one another.
     for rank in ranks:
         for _ in range(2):
             rank.say("begun", {}, walk.work.id)
-    pass_by(walk, 3 * CONFIG.group.step_timeout_s)
+    pass_by(walk, 3 * CONFIG.groups[0].step_timeout_s)
     assert walk.executor.group.state is GroupState.BUSY
     walk.answer()
     assert walk.ended[-1].outcome is Outcome.RESULT
@@ -830,7 +843,7 @@ def test_a_rank_that_hangs_in_a_later_forward_is_found(walk: Walk) -> None:
     ranks = busy_with(walk, Verb.SAMPLE)
     for rank in ranks:
         rank.say("begun", {}, walk.work.id)
-    pass_by(walk, 2 * CONFIG.group.step_timeout_s - 1)
+    pass_by(walk, 2 * CONFIG.groups[0].step_timeout_s - 1)
     assert walk.executor.group.state is GroupState.BUSY
     pass_by(walk, 2)
     assert all(rank.reaped for rank in ranks)
@@ -844,7 +857,7 @@ def test_a_rank_that_hangs_is_found_although_the_others_go_on(walk: Walk) -> Non
             rank.say("begun", {}, walk.work.id)
     walk.executor.poll()
     ranks[2].answer("done", ANSWERS["sample"])
-    pass_by(walk, CONFIG.group.step_timeout_s + 1)
+    pass_by(walk, CONFIG.groups[0].step_timeout_s + 1)
     assert all(rank.reaped for rank in ranks)
 
 
@@ -860,14 +873,14 @@ def test_the_time_limit_of_a_long_forward_follows_its_blocks(walk: Walk) -> None
     for done in range(6):
         for rank in ranks[:2]:
             tell(walk, rank, done)
-        pass_by(walk, CONFIG.group.step_timeout_s - 1)
+        pass_by(walk, CONFIG.groups[0].step_timeout_s - 1)
     assert walk.executor.group.blocks == Blocks(0, 5, 40)
-    pass_by(walk, 19 * (CONFIG.group.step_timeout_s - 1))
+    pass_by(walk, 19 * (CONFIG.groups[0].step_timeout_s - 1))
     assert walk.executor.group.state is GroupState.BUSY
     tell(walk, ranks[0], 30)
     pass_by(walk, 1)
     assert walk.executor.group.blocks == Blocks(0, 5, 40)
-    pass_by(walk, CONFIG.group.step_timeout_s)
+    pass_by(walk, CONFIG.groups[0].step_timeout_s)
     assert all(rank.reaped for rank in ranks)
 
 
@@ -921,7 +934,7 @@ def test_cancel_asks_for_a_stop_of_a_watched_forward(walk: Walk) -> None:
 
 def test_a_cancelled_forward_that_hangs_ends_in_time(walk: Walk) -> None:
     """Its blocks took long, so without the cancel the next one would have 20 times as long."""
-    ranks, block_s = busy_with(walk, Verb.FORWARD), CONFIG.group.step_timeout_s - 1
+    ranks, block_s = busy_with(walk, Verb.FORWARD), CONFIG.groups[0].step_timeout_s - 1
     for done in range(3):
         for rank in ranks:
             tell(walk, rank, done)
@@ -943,7 +956,7 @@ def test_a_load_that_gets_on_has_all_the_time(walk: Walk) -> None:
         for rank in ranks:
             rank.say("progress", {"done": done, "total": 6}, walk.work.id)
         walk.executor.poll()
-        pass_by(walk, CONFIG.group.load_timeout_s - 1)
+        pass_by(walk, CONFIG.groups[0].load_timeout_s - 1)
         assert walk.executor.group.state is GroupState.BUSY
     for rank in ranks[:-1]:
         rank.say("progress", {"done": 6, "total": 6}, walk.work.id)
@@ -1383,7 +1396,7 @@ class Turns(RuleBasedStateMachine):
     def executor(self) -> Executor:
         return self.walk.executor
 
-    def on_end(self, job: Job, step: Stepped | None) -> None:
+    def on_end(self, executor: Executor, job: Job, step: Stepped | None) -> None:
         assert self.asked.pop(job.session) is job
         if isinstance(job.error, ModelNotFound):
             self.reloads += 1

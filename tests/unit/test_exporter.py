@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from tacod.config import ConfigError
-from tacod.observe.exporter import SCRAPES, STATES, Exporter, Reading
+from tacod.observe.exporter import SCRAPES, STATES, Exporter, GroupReading, Reading
 from tacod.observe.metrics import Metrics, StepTimes
 
 OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
@@ -30,14 +30,13 @@ NOT_BASE_UNITS = re.compile(
 )
 
 
-def reading(models: int = 0, clients: int = 2) -> Reading:
-    """What a daemon with three ranks would publish."""
+def reading(models: int = 0, clients: int = 2, names: Sequence[str] = ("0",)) -> Reading:
+    """What a daemon would publish whose groups have three ranks each."""
     metrics = Metrics()
     metrics.add_step(StepTimes(queue_s=0.25, wire_s=0.5, compute_s=1.0, collective_s=2.0), forwards=2, ranks=RANKS)
     metrics.add_step(StepTimes(0.0, 0.0, 0.01, 0.0), forwards=1, ranks=1, prefix_hits=3, prefix_misses=4)
     metrics.loads.observe(7.0)
     metrics.jobs_total["failed"] += 1
-    metrics.rx_bytes = 1000
     rank = {
         "device_name": "cpu",
         "memory_used_bytes": 10,
@@ -51,20 +50,21 @@ def reading(models: int = 0, clients: int = 2) -> Reading:
         "version": "1.2.3",
         "uptime_s": 12.5,
         "clients": clients,
+    }
+    group = {
         "models": [{"id": str(index)} for index in range(models)],
         "queue": {"running": 1, "queued": 4},
-        "group": {
-            "world_size": RANKS,
-            "ranks": [{**rank, "rank": index, "device": f"cpu:{index}"} for index in range(RANKS)],
-        },
+        "world_size": RANKS,
+        "ranks": [{**rank, "rank": index, "device": f"cpu:{index}"} for index in range(RANKS)],
     }
     stats = {
-        **metrics.totals(),
+        "rx_bytes": 1000,
         "tx_bytes": 2000,
         "store": {"bytes": 5, "hits": 6, "misses": 7},
-        "group_restarts": 8,
     }
-    return Reading.take(status, stats, metrics)
+    totals = {**metrics.totals(), "group_restarts": 8}
+    groups = [GroupReading.take({**group, "name": name}, totals, metrics) for name in names]
+    return Reading(status, stats, groups)
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +113,32 @@ def test_names_follow_the_rules(exporter: Exporter) -> None:
             assert names == {f"{family.name}_{part}" for part in ("bucket", "sum", "count")}
         for unit in UNITS:
             assert unit not in family.name or family.name.endswith((unit, "_info")), f"{family.name}: unit last"
+
+
+def test_what_is_of_a_group_has_its_name_where_there_are_several(exporter: Exporter) -> None:
+    one = samples(scrape(exporter))
+    exporter.publish(reading(names=["a", "b"]))
+    two = samples(scrape(exporter))
+    of_host = {
+        "build_info",
+        "state",
+        "clients",
+        "received_bytes",
+        "sent_bytes",
+        "store_bytes",
+        "store_hits",
+        "store_misses",
+    }
+    for (name, *labels), value in one.items():
+        if name.removeprefix("tacod_").removesuffix("_total") in of_host or name.startswith("tacod_process_"):
+            assert (name, *labels) in two
+        else:
+            assert (name, *labels) not in two
+            # In a bucket's labels the group comes before the bound or behind it.
+            for group in "ab":
+                assert value in [
+                    told for (each, *more), told in two.items() if each == name and set(more) == {*labels, group}
+                ]
 
 
 def test_labels_take_few_values(exporter: Exporter) -> None:
@@ -171,7 +197,7 @@ def test_values_are_those_of_stats(exporter: Exporter) -> None:
 
 def test_what_is_not_known_is_left_out(exporter: Exporter) -> None:
     told = reading()
-    told.status["group"]["ranks"][0]["utilization"] = None
+    told.groups[0].status["ranks"][0]["utilization"] = None
     exporter.publish(told)
     series = [key for key in samples(scrape(exporter)) if key[0] == "tacod_rank_utilization_ratio"]
     assert len(series) == RANKS - 1

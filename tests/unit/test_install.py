@@ -57,7 +57,7 @@ def test_installed_and_taken_away(tmp_path: Path, said: list[str], service: Call
     assert {f"etc/tacod/examples/{path.name}" for path in (SOURCE / "examples").iterdir()} < set(here)
     assert f"ExecStart={TACOD} --config /etc/tacod/config.toml" in here[UNIT]
     assert "/usr/bin/tacod" not in "".join(here.values())
-    assert load_config(tmp_path / CONFIG).group.gpus == [3, 4, "GPU-12ab"]
+    assert load_config(tmp_path / CONFIG).groups[0].gpus == [3, 4, "GPU-12ab"]
     for path in here:
         assert path == RECORD or f"wrote    {tmp_path / path}" in said, "it says what it did"
     uninstall(service())
@@ -72,7 +72,7 @@ def test_the_comfyui_whose_networks_run(tmp_path: Path, service: Callable[..., S
     assert load_config(tmp_path / CONFIG).comfyui.path == str(COMFYUI)
     install(service(), ["4"])
     config = load_config(tmp_path / CONFIG)
-    assert (config.comfyui.path, config.group.gpus) == (str(COMFYUI), [4])
+    assert (config.comfyui.path, config.groups[0].gpus) == (str(COMFYUI), [4])
     for path in ("comfy", str(tmp_path), str(COMFYUI / "comfy")):
         with pytest.raises(RequestError, match="is no ComfyUI; give the absolute path"):
             install(service(), None, path)
@@ -124,15 +124,15 @@ def test_a_configuration_that_was_there_before_is_kept(tmp_path: Path, service: 
     (tmp_path / CONFIG).write_bytes(b"# caf\xe9\n")
     install(service(), ["0"])
     assert (tmp_path / CONFIG).read_bytes() == b"# caf\xe9\n"
-    assert load_config(tmp_path / f"{CONFIG}.new").group.gpus == [0]
+    assert load_config(tmp_path / f"{CONFIG}.new").groups[0].gpus == [0]
 
 
 def test_an_unedited_configuration_is_brought_up_to_date(tmp_path: Path, service: Callable[..., Service]) -> None:
     install(service())
     install(service(), ["1"])
-    assert load_config(tmp_path / CONFIG).group.gpus == [1]
+    assert load_config(tmp_path / CONFIG).groups[0].gpus == [1]
     install(service())
-    assert load_config(tmp_path / CONFIG).group.gpus == [1], "an upgrade doesn't take other GPUs"
+    assert load_config(tmp_path / CONFIG).groups[0].gpus == [1], "an upgrade doesn't take other GPUs"
     assert not (tmp_path / f"{CONFIG}.new").exists()
 
 
@@ -229,7 +229,7 @@ def test_what_the_shipped_configuration_leaves_out_can_be_put_in(tmp_path: Path)
     text = re.sub(r"^# (\w+ = )", r"\1", (SOURCE / "config.toml").read_text(), flags=re.MULTILINE)
     (tmp_path / "config.toml").write_text(text)
     config = load_config(tmp_path / "config.toml")
-    assert config.group.gpus == [3, 4, 5]
+    assert config.groups[0].gpus == [3, 4, 5]
     assert config.models.preload
 
 

@@ -31,23 +31,23 @@ def step(*record: Tensor) -> Stepped:
 def test_a_step_is_kept_if_all_before_it_are() -> None:
     store, job = Store(100), run()
     kept = KeptSteps(store)
-    kept.keep(job, step(tensor(1, 10)), [job])
+    kept.keep(job, step(tensor(1, 10)))
     job.step = 1
-    kept.keep(job, step(tensor(2, 10), tensor(3, 10)), [job])
+    kept.keep(job, step(tensor(2, 10), tensor(3, 10)))
     assert (job.kept, len(job.record)) == (2, 3)
     job.step = 2
-    kept.keep(job, step(), [job])
+    kept.keep(job, step())
     assert (job.kept, job.record) == (0, [])
     job.step = 3
-    kept.keep(job, step(tensor(4, 10)), [job])
+    kept.keep(job, step(tensor(4, 10)))
     assert (job.kept, job.record) == (0, [])
 
 
 def test_half_of_the_store_is_for_other_things() -> None:
     store, job, other = Store(100), run(), run()
     kept = KeptSteps(store)
-    kept.keep(job, step(tensor(1, 30)), [job, other])
-    kept.keep(other, step(tensor(2, 30)), [job, other])
+    kept.keep(job, step(tensor(1, 30)))
+    kept.keep(other, step(tensor(2, 30)))
     assert (job.kept, other.kept) == (1, 0)
 
 
@@ -57,10 +57,10 @@ def test_patches_of_loaded_models_stay() -> None:
     patch = store.put(tensor(1, 70))
     store.hold([patch])
     kept = KeptSteps(store)
-    kept.keep(job, step(tensor(2, 40)), [job])
+    kept.keep(job, step(tensor(2, 40)))
     assert job.kept == 0
     assert patch in store
-    kept.keep(job, step(tensor(2, 20)), [job])
+    kept.keep(job, step(tensor(2, 20)))
     assert job.kept == 1
     assert patch in store
 
@@ -70,8 +70,8 @@ def test_kept_steps_make_way_for_uploads() -> None:
     store, small, large = Store(100), run(), run()
     large.id = "2"
     kept = KeptSteps(store)
-    kept.keep(small, step(tensor(1, 15)), [small, large])
-    kept.keep(large, step(tensor(2, 15), tensor(3, 15)), [small, large])
+    kept.keep(small, step(tensor(1, 15)))
+    kept.keep(large, step(tensor(2, 15), tensor(3, 15)))
     store.put(tensor(4, 60), b"client")
     assert (small.kept, large.kept, large.record) == (1, 0, [])
     assert not store.lacks(small.record)
@@ -84,7 +84,7 @@ def test_kept_steps_make_way_before_patches_and_others_uploads_do() -> None:
     for protect in ("hold", "claim"):
         store, job = Store(100), run()
         kept = KeptSteps(store)
-        kept.keep(job, step(tensor(1, 40)), [job])
+        kept.keep(job, step(tensor(1, 40)))
         other = store.put(tensor(2, 40), b"other", now=0.0)
         if protect == "hold":
             store.hold([other])
@@ -99,7 +99,7 @@ def test_what_nobody_needs_goes_first() -> None:
     store, job = Store(100), run()
     kept = KeptSteps(store)
     spare = store.put(tensor(1, 40))
-    kept.keep(job, step(tensor(2, 40)), [job])
+    kept.keep(job, step(tensor(2, 40)))
     store.put(tensor(3, 60), b"client")
     assert job.kept == 1
     assert spare not in store
@@ -109,9 +109,9 @@ def test_a_run_takes_no_room_from_another_ones_steps() -> None:
     store, job, other = Store(100), run(), run()
     other.id = "2"
     kept = KeptSteps(store)
-    kept.keep(job, step(tensor(1, 30)), [job, other])
+    kept.keep(job, step(tensor(1, 30)))
     store.claim(b"client", [store.put(tensor(2, 60), b"client", now=0.0)], now=0.0)
-    kept.keep(other, step(tensor(3, 20)), [job, other])
+    kept.keep(other, step(tensor(3, 20)))
     assert (job.kept, other.kept) == (1, 0)
 
 

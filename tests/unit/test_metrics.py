@@ -74,10 +74,21 @@ def test_forwards_of_a_step_are_counted_and_those_on_several_ranks_apart() -> No
 def test_totals_are_told_as_they_were_counted() -> None:
     metrics = Metrics()
     metrics.jobs_total["failed"] += 2
-    metrics.rx_bytes += 5
     metrics.retried_forwards += 1
     told = metrics.to_wire()
-    assert (told["jobs_total"]["failed"], told["rx_bytes"], told["retried_forwards"]) == (2, 5, 1)
+    assert (told["jobs_total"]["failed"], told["retried_forwards"]) == (2, 1)
+
+
+def test_groups_add_up() -> None:
+    one, two = of(1.0, 3.0), of(8.0)
+    two.jobs_total["result"] += 2
+    two.add_step(StepTimes(0.0, 1.0, 2.0, 1.0), forwards=3, ranks=2, skipped=1, prefix_hits=4, prefix_misses=5)
+    told = Metrics.sum([one, two]).to_wire()
+    assert told["step_s"] == {"mean": 4.0, "p50": 3.0, "p95": 8.0, "count": 4}
+    assert told["forwards_total"] == one.forwards_total + two.forwards_total
+    assert (told["parallel_forwards_total"], told["skipped_forwards_total"]) == (two.parallel_forwards_total, 1)
+    assert (told["prefix"], told["jobs_total"]["result"]) == ({"hits": 4, "misses": 5}, 2)
+    assert Metrics.sum([one]).to_wire() == one.to_wire()
 
 
 @given(st.lists(SECONDS, max_size=30))

@@ -211,11 +211,11 @@ class Events(RuleBasedStateMachine):
     def begin(self) -> None:
         devices = [f"cpu:{index}" for index in range(RANKS)]
         models = [Model("m", "/models/m", "i", None)]
-        self.state, self.server, _ = assemble(CONFIG, "", devices, models, self.folder, None, self.ending)
+        self.state, self.server, _ = assemble(CONFIG, "", [devices], [models], self.folder, None, self.ending)
         self.turn()
         self.all_report_ready()
         self.all_finish()
-        assert self.state.executor.ready
+        assert self.state.groups.ready
 
     def turn(self) -> None:
         self.server.turn(0)
@@ -373,13 +373,13 @@ class Events(RuleBasedStateMachine):
         waiting = {work.id for rank in self.alive for work in rank.unanswered}
         assert len(waiting) <= 1
         if waiting:
-            assert self.state.executor.group.state is GroupState.BUSY
+            assert self.state.groups.executors[0].group.state is GroupState.BUSY
 
     @invariant()
     def bounds_are_kept(self) -> None:
         if not hasattr(self, "state"):
             return
-        sessions, jobs = list(self.state.sessions), self.state.executor.scheduler.jobs
+        sessions, jobs = list(self.state.sessions), self.state.groups.jobs
         assert len(jobs) <= QUEUE
         assert len(sessions) <= CLIENTS
         for user in {session.user for session in sessions}:
@@ -391,7 +391,7 @@ class Events(RuleBasedStateMachine):
     @invariant()
     def nobody_else_has_jobs(self) -> None:
         if hasattr(self, "state"):
-            executor = self.state.executor
+            executor = self.state.groups.executors[0]
             tokens = {session.token for session in self.state.sessions}
             assert all(job.session in tokens or job.cancelling for job in executor.scheduler.jobs)
 
@@ -400,7 +400,7 @@ class Events(RuleBasedStateMachine):
         """A request of a live session was answered once, waits in its outbox, or is a job on its way."""
         if not hasattr(self, "state"):
             return
-        jobs = {(job.session, job.request) for job in self.state.executor.scheduler.jobs}
+        jobs = {(job.session, job.request) for job in self.state.groups.jobs}
         for peer in self.connected:
             session = self.state.sessions.get(peer.token) if peer.token else None
             if session is None or peer.cut:
@@ -425,7 +425,7 @@ class Events(RuleBasedStateMachine):
                 self.clock.now += 6  # the next sign of life finds that they are gone
                 self.turn()
                 self.turn()
-                executor = self.state.executor
+                executor = self.state.groups.executors[0]
                 assert len(self.state.sessions) == 0
                 assert executor.scheduler.jobs == []
                 assert not executor.store._pins
@@ -439,7 +439,7 @@ class Events(RuleBasedStateMachine):
     def settle(self) -> None:
         """Ranks that behave do what is left."""
         for _ in range(100):
-            if not self.state.executor.scheduler.jobs:
+            if not self.state.groups.jobs:
                 return
             self.clock.now += 0 if self.alive else 40
             self.turn()

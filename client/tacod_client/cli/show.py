@@ -36,11 +36,15 @@ __all__ = [
     "counting",
     "duration",
     "glyph",
+    "groups",
+    "heads",
     "jobs",
     "live",
     "loading",
     "models",
     "ms",
+    "name",
+    "of_groups",
     "out",
     "progress",
     "size",
@@ -49,6 +53,8 @@ __all__ = [
     "text",
 ]
 
+SHOWN_PARTS = ("queue_s", "compute_s", "collective_s")
+"""Parts of a step that are shown for each group."""
 _PIPE_WIDTH = 100_000
 _LEAST_WIDTH = 24
 """Least width of a terminal: an id has 16 letters. A narrower one breaks lines itself."""
@@ -155,22 +161,63 @@ def counting(total: int, quiet: bool = False) -> Iterator[Callable[[], None]]:
 
 def status(reply: dict[str, Any]) -> Any:
     """``tacoctl status``."""
-    group, queue = reply["group"], reply["queue"]
+    group, queue, several = reply["group"], reply["queue"], groups(reply)
     lines = [
         (
             "tacod",
             f"{reply['state']}, version {reply['version']}, pid {reply['pid']}, up {duration(reply['uptime_s'])}",
         ),
         ("endpoint", reply["endpoint"]),
-        ("group", f"{group['world_size']} ranks on {group['device']}, {group['restarts']} restarts"),
+        (
+            "groups" if several else "group",
+            (f"{len(several)}, with " if several else "")
+            + f"{group['world_size']} ranks on {group['device']}, {group['restarts']} restarts",
+        ),
         ("queue", f"{queue['running']} running, {queue['queued']} queued"),
         ("clients", str(reply["clients"])),
     ]
     ranks = Columns(
-        ("rank", "pid", "device", "memory"),
-        ((rank["rank"], rank["pid"], rank["device"], _memory(rank)) for rank in group["ranks"]),
+        (*heads(several), "rank", "pid", "device", "memory"),
+        ((*name(rank, several), rank["rank"], rank["pid"], rank["device"], _memory(rank)) for rank in group["ranks"]),
     )
-    return Group(Facts(lines), Text(), ranks, Text(), models(reply["models"]))
+    if not several:
+        return Group(Facts(lines), Text(), ranks, Text(), models(reply["models"]))
+    loaded = [{**model, "groups": [each["name"]]} for each in several for model in each["models"]]
+    return Group(Facts(lines), Text(), of_groups(several), Text(), ranks, Text(), models(loaded))
+
+
+def groups(reply: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The groups in the reply to ``status``, if there are several; none otherwise, and from an older daemon."""
+    found: list[dict[str, Any]] = reply.get("groups") or []
+    return found if len(found) > 1 else []
+
+
+def of_groups(several: Sequence[dict[str, Any]]) -> Any:
+    """A table with a line for each group."""
+    return Columns(
+        ("group", "state", "ranks", "running", "queued", "restarts"),
+        (
+            (
+                each["name"],
+                each["state"],
+                f"{len(each['ranks'])} of {each['world_size']}",
+                each["queue"]["running"],
+                each["queue"]["queued"],
+                each["restarts"],
+            )
+            for each in several
+        ),
+    )
+
+
+def heads(shown: object) -> tuple[str, ...]:
+    """The head of a column of groups, if it is shown."""
+    return ("group",) if shown else ()
+
+
+def name(row: Mapping[str, Any], shown: object) -> tuple[str, ...]:
+    """The name of what a row is of, for a column of groups, if that is shown."""
+    return (", ".join(row.get("groups") or [str(row.get("group", ""))]),) if shown else ()
 
 
 def _memory(rank: dict[str, Any]) -> str:
@@ -210,10 +257,12 @@ def models(reply: list[dict[str, Any]]) -> Any:
     """``tacoctl models``."""
     if not reply:
         return Text("no model is loaded")
+    grouped = any("groups" in model for model in reply)
     return Columns(
-        ("model", "name", "family", "parameters", "memory", "patches", "dtype", "loaded in", "plan"),
+        (*heads(grouped), "model", "name", "family", "parameters", "memory", "patches", "dtype", "loaded in", "plan"),
         (
             (
+                *name(model, grouped),
                 model["id"],
                 model["name"],
                 model["family"],
@@ -240,10 +289,12 @@ def jobs(reply: list[dict[str, Any]]) -> Any:
     """``tacoctl ps``."""
     if not reply:
         return Text("nothing is running or queued")
+    grouped = any("group" in job for job in reply)
     return Columns(
-        ("job", "verb", "state", "step", "model", "client", "age"),
+        (*heads(grouped), "job", "verb", "state", "step", "model", "client", "age"),
         (
             (
+                *name(job, grouped),
                 job["job"],
                 job["verb"],
                 job["state"],
@@ -284,7 +335,22 @@ def stats(reply: dict[str, Any]) -> Any:
         ("of a step", "mean", "share"),
         ((name, ms(seconds), f"{100 * seconds / whole:.1f} %") for name, seconds in parts),
     )
-    return Group(Facts(lines), Text(), split)
+    several = groups(reply)
+    if not several:
+        return Group(Facts(lines), Text(), split)
+    each_group = Columns(
+        ("group", "forwards", "step", "queue", "compute", "collective", "restarts"),
+        (
+            (
+                each["name"],
+                each["forwards_total"],
+                *(ms(seconds) for seconds in (each["step_s"]["mean"], *map(each.get, SHOWN_PARTS))),
+                each["group_restarts"],
+            )
+            for each in several
+        ),
+    )
+    return Group(Facts(lines), Text(), split, Text(), each_group)
 
 
 def _beside(row: dict[str, Any]) -> tuple[str, str, str]:

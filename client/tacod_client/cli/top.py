@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -99,11 +99,15 @@ def frame(look: dict[str, Any]) -> Any:
         head = Text.assemble(("tacod", "bold"), "  ", ("not reachable, trying", "bold red"), f"  {clock}")
         return Group(head, show.text(look["error"]))
     status, stats = look["status"], look["stats"]
-    parts = [_head(status, clock), Text(), _ranks(status["group"]), Text(), *_work(status, stats, look["rates"])]
+    several = show.groups(status)
+    parts = [_head(status, clock), Text()]
+    if several:
+        parts += [show.of_groups(several), Text()]
+    parts += [_ranks(status["group"], several), Text(), *_work(status, stats, look["rates"])]
     if look["jobs"]:
-        parts += [Text(), _jobs(look["jobs"])]
+        parts += [Text(), _jobs(look["jobs"], several)]
     if status["models"]:
-        parts += [Text(), _models(status["models"])]
+        parts += [Text(), _models(status["models"], several)]
     return Group(*parts)
 
 
@@ -118,16 +122,17 @@ def _head(status: dict[str, Any], clock: str) -> Text:
     )
 
 
-def _ranks(group: dict[str, Any]) -> Any:
+def _ranks(group: dict[str, Any], several: Sequence[Any]) -> Any:
     if not group["ranks"]:
         return Text(f"no rank is running; {group['world_size']} are configured", style="red")
-    heads = ("rank", "pid", "device", "tensors", "device memory", "", "busy", "")
+    heads = (*show.heads(several), "rank", "pid", "device", "tensors", "device memory", "", "busy", "")
     rows = []
     for rank in group["ranks"]:
         used, total = rank.get("device_memory_used_bytes"), rank.get("memory_total_bytes")
         busy = rank.get("utilization")
         name = rank.get("device_name")
         row = (
+            *show.name(rank, several),
             rank["rank"],
             rank["pid"],
             rank["device"] if name in (None, "cpu") else f"{rank['device']} {name}",
@@ -174,24 +179,30 @@ def _split(stats: dict[str, Any]) -> Any:
     return Group(bar, show.Wrapped(legend)) if sys.stdout.isatty() else show.Wrapped(legend)
 
 
-def _jobs(jobs: list[dict[str, Any]]) -> Any:
+def _jobs(jobs: list[dict[str, Any]], several: Sequence[Any]) -> Any:
     rows = []
     for job in jobs:
         progress = show.steps(job)
         within = job["block"] / job["blocks"] if job.get("blocks") else 0.0
         share = (job["step"] + within) / job["total"] if job["total"] else None
         client = job["client"] or "gone"
-        rows.append((job["job"], job["verb"], job["state"], progress, _bar(share), client, show.duration(job["age_s"])))
-    return show.Columns(("job", "verb", "state", "step", "", "client", "age"), rows, long=("client",))
+        row = (job["job"], job["verb"], job["state"], progress, _bar(share), client, show.duration(job["age_s"]))
+        rows.append((*show.name(job, several), *row))
+    return show.Columns(
+        (*show.heads(several), "job", "verb", "state", "step", "", "client", "age"), rows, long=("client",)
+    )
 
 
-def _models(models: list[dict[str, Any]]) -> Any:
+def _models(models: list[dict[str, Any]], several: Sequence[Any]) -> Any:
     rows = []
     for model in models:
         weights = show.held(model)
         patched = f" + {model['patches']} patches" if model["patches"] else ""
-        rows.append((model["name"] + patched, model["family"], weights, show.computed_in(model), model["plan"]))
-    return show.Columns(("model", "family", "memory", "dtype", "plan"), rows, long=("model", "plan"))
+        row = (model["name"] + patched, model["family"], weights, show.computed_in(model), model["plan"])
+        rows.append((*show.name(model, several), *row))
+    return show.Columns(
+        (*show.heads(several), "model", "family", "memory", "dtype", "plan"), rows, long=("model", "plan")
+    )
 
 
 def _bar(share: float | None) -> Text:
