@@ -86,7 +86,7 @@ class Groups:
     def given_up(self) -> str | None:
         """Why no group's ranks are started again; None as long as those of one are."""
         reasons = [each.given_up for each in self]
-        return None if None in reasons else reasons[-1]
+        return None if None in reasons else "; ".join(map(str, reasons))
 
     @property
     def jobs(self) -> list[Job]:

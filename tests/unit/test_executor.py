@@ -891,7 +891,7 @@ def test_a_long_forward_that_hangs_is_found_sooner(walk: Walk) -> None:
     walk.ready()
     walk.submit(Verb.LOAD, BASE, "load")
     walk.answer()
-    executor.config = executor.config.model_copy(update={"group": executor.group.settings})
+    executor.settings = executor.group.settings
     walk.submit(Verb.FORWARD, BASE, "work")
     ranks = walk.alive
     for done in range(4):
