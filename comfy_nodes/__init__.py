@@ -15,7 +15,7 @@ from . import hooks
 
 hooks.tell_missing()
 
-from . import origin, shell  # noqa: E402
+from . import origin, routes, shell  # noqa: E402
 from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS  # noqa: E402
 
 __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS", "WEB_DIRECTORY"]
@@ -24,3 +24,4 @@ WEB_DIRECTORY = "./web"
 
 origin.watch_loaders()
 shell.refuse_bypass()
+routes.register()

@@ -7,7 +7,7 @@ from tacod_client.endpoint import find_endpoint
 
 from . import hooks
 
-__all__ = ["client_of"]
+__all__ = ["client_of", "endpoints"]
 
 _clients: dict[str, Client] = {}
 
@@ -22,6 +22,11 @@ def client_of(endpoint: str) -> Client:
     if where not in _clients:
         _clients[where] = Client(where, on_wait=_raise_if_interrupted)
     return _clients[where]
+
+
+def endpoints() -> list[str]:
+    """The default endpoint, and after it those that nodes of this process have named."""
+    return list(dict.fromkeys((find_endpoint(), *_clients)))
 
 
 def _raise_if_interrupted() -> None:

@@ -145,6 +145,10 @@ class RemoteDiT(torch.nn.Module):
         model = self.shell() if self.shell is not None else None
         return model.current_patcher if model is not None else None
 
+    def begin(self) -> None:
+        """A sampling begins."""
+        self.record.begin(self.remote.client.endpoint, self.remote.source.name, self.remote.family)
+
     # --- the forward ----------------------------------------------------------------------------------------------
 
     # Nothing here can be compiled; TorchCompileModel behind the loader would try.

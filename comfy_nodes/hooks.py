@@ -95,6 +95,7 @@ HOOKS = (
     ),
     Hook("comfy.utils.ProgressBar", "loading shows no bar", ("node_id",)),
     Hook("server.PromptServer.send_progress_text", "loading shows no text in the node's body"),
+    Hook("server.PromptServer.instance.routes", "there is no TACO-DiT tab in the sidebar"),
     Hook("comfy_execution.utils.get_executing_context", "the sampler's body doesn't show how far a long step is"),
 )
 

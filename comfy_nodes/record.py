@@ -7,13 +7,14 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from tacod_client import Call, Model
 from tacod_client.stats import PARTS
 
-__all__ = ["Record", "Run", "Totals"]
+__all__ = ["Latest", "Record", "Run", "Totals", "latest"]
 
 
 class Run:
@@ -59,13 +60,20 @@ class Run:
 
     def to_stats(self) -> dict[str, Any]:
         """The run in numbers; times in seconds, and those of the forwards as sums over them."""
-        calls, steps = self.calls, sorted(self.steps_s)
-        alone = [call.single_rank_s for call in calls]
+        steps = sorted(self.steps_s)
         return {
             "steps": len(steps),
             "seconds": self.seconds,
             "step_mean_s": statistics.fmean(steps) if steps else 0.0,
             "step_p95_s": steps[math.ceil(0.95 * len(steps)) - 1] if steps else 0.0,
+            **self.forwards(),
+        }
+
+    def forwards(self) -> dict[str, Any]:
+        """Its forwards so far in numbers; times in seconds, as sums."""
+        calls = list(self.calls)
+        alone = [call.single_rank_s for call in calls]
+        return {
             "forwards": len(calls),
             "parallel_forwards": sum(call.ranks > 1 for call in calls),
             "forward_s": sum(call.seconds for call in calls),
@@ -77,15 +85,38 @@ class Run:
         }
 
 
+@dataclass(frozen=True)
+class Latest:
+    """The last run of a model in a daemon, which may still go on."""
+
+    model: str
+    family: str
+    run: Run
+
+    def to_wire(self) -> dict[str, Any]:
+        """The run so far, for the sidebar."""
+        return {"model": self.model, "family": self.family, **self.run.forwards()}
+
+
+latest: dict[str, Latest] = {}
+"""The last run in each daemon, by its endpoint."""
+
+
 class Record:
     """The runs under way through one network."""
 
     def __init__(self) -> None:
         self._runs: list[Run] = []
+        self._latest: Run | None = None
+
+    def begin(self, endpoint: str, model: str, family: str) -> None:
+        """A sampling begins: it is the last run in the daemon from now on."""
+        self._latest = Run()
+        latest[endpoint] = Latest(model, family, self._latest)
 
     def add(self, model: Model) -> None:
         """Note the model's last call in every run that is under way."""
-        for run in self._runs:
+        for run in (*self._runs, *([self._latest] if self._latest is not None else [])):
             assert model.stats.last is not None
             run.calls.append(model.stats.last)
 

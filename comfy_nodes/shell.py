@@ -12,7 +12,7 @@ from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher
 
 from . import hooks
-from .dit import RemoteDiT
+from .dit import RemoteDiT, remote_of
 from .errors import Refused
 from .patches import PREFIX
 
@@ -85,6 +85,9 @@ class RemotePatcher(ModelPatcher):
         """See ComfyUI's; this is before the first step, so what can't be honoured is refused here."""
         check_honourable(self)
         super().pre_run()
+        network = remote_of(self)
+        if network is not None:
+            network.begin()
 
     def patch_hooks(self, hooks: Any) -> None:
         """Note which hooks' patches apply; the network sends them with its next call."""

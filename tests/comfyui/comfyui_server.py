@@ -75,6 +75,8 @@ class ComfyUI:
         self.path, self.python, self.endpoint, self.models, self.options = path, python, endpoint, models, options
         self.on_gpu = False
         """Whether it has a GPU; else it runs on the CPU."""
+        self.has_page = False
+        """Whether it has its own page; most tests need none."""
         self.packs: list[Path] = []
         """Other packs of nodes that it has."""
         self.process: subprocess.Popen[bytes] | None = None
@@ -109,7 +111,8 @@ class ComfyUI:
             self.port = free.getsockname()[1]
         command = [self.python, "main.py", "--disable-api-nodes", *([] if self.on_gpu else ["--cpu"])]
         command += ["--port", str(self.port), "--base-directory", str(self.base), "--preview-method", "latent2rgb"]
-        command += ["--front-end-root", str(self.base / "page")]
+        if not self.has_page:
+            command += ["--front-end-root", str(self.base / "page")]
         # By default it is in the checkout, which may be read-only or another ComfyUI's, too.
         command += ["--database-url", f"sqlite:///{self.base / 'comfyui.db'}"]
         environment = {**os.environ, "TACOD_ENDPOINT": self.endpoint, "OMP_WAIT_POLICY": "passive"}
