@@ -50,6 +50,8 @@ def instructions() -> dict[str, list[Instruction]]:
 
 STAGES = instructions()
 IMAGES = ["tacod", "comfyui"]
+MONITORING = ["prometheus", "grafana"]
+"""Services of the profile, by images of others."""
 
 
 def all_of(stage: str, word: str) -> list[str]:
@@ -165,8 +167,9 @@ def variables(text: str) -> set[str]:
 
 
 def test_services_are_built_from_the_stages() -> None:
-    assert set(SERVICES) == set(IMAGES)
-    for name, service in SERVICES.items():
+    assert set(SERVICES) == {*IMAGES, *MONITORING}
+    for name in IMAGES:
+        service = SERVICES[name]
         build = service["build"]
         assert (CONTAINERS / build["context"]).resolve() == ROOT
         assert (ROOT / build["dockerfile"]).is_file()
@@ -175,9 +178,9 @@ def test_services_are_built_from_the_stages() -> None:
 
 
 def test_gpus_are_split_by_uuid() -> None:
-    own = {name: variables(service["environment"]["NVIDIA_VISIBLE_DEVICES"]) for name, service in SERVICES.items()}
+    own = {name: variables(SERVICES[name]["environment"]["NVIDIA_VISIBLE_DEVICES"]) for name in IMAGES}
     assert own == {"tacod": {"TACOD_GPUS"}, "comfyui": {"COMFYUI_GPUS"}}
-    for service in SERVICES.values():
+    for service in (SERVICES[name] for name in IMAGES):
         assert service["runtime"] == "nvidia"
         assert ":?" in service["environment"]["NVIDIA_VISIBLE_DEVICES"], "compose says what is missing"
 
@@ -190,7 +193,34 @@ def test_both_share_the_socket_and_nothing_else_but_models() -> None:
     assert SERVICES["comfyui"]["depends_on"] == {"tacod": {"condition": "service_healthy"}}
     for name in named:
         if name.startswith("."):
-            assert (CONTAINERS / name).is_file()
+            assert (CONTAINERS / name).exists()
+
+
+def test_monitoring_is_asked_for_and_names_what_there_is() -> None:
+    config = load_config(CONTAINERS / "config.toml")
+    scraped = yaml.safe_load((CONTAINERS / "prometheus.yml").read_text())
+    ((target,),) = [each["targets"] for job in scraped["scrape_configs"] for each in job["static_configs"]]
+    assert config.metrics.listen is not None
+    assert target == f"tacod:{config.metrics.listen.rpartition(':')[2]}"
+    for name in MONITORING:
+        assert SERVICES[name]["profiles"] == ["monitoring"]
+        assert re.fullmatch(r"docker\.io/\w+/\w+:v?\d+\.\d+\.\d+", SERVICES[name]["image"])
+        # Compose looks at these for everyone, whoever asks for the profile.
+        assert ":?" not in json.dumps(SERVICES[name])
+    assert "profiles" not in SERVICES["tacod"]
+    grafana = SERVICES["grafana"]
+    (source,) = yaml.safe_load((CONTAINERS / "grafana/provisioning/datasources/prometheus.yaml").read_text())[
+        "datasources"
+    ]
+    assert source["url"] == f"http://prometheus:{SERVICES['prometheus']['ports'][0].rpartition(':')[2]}"
+    assert source["jsonData"]["timeInterval"] == scraped["global"]["scrape_interval"]
+    (provider,) = yaml.safe_load((CONTAINERS / "grafana/provisioning/dashboards/tacod.yaml").read_text())["providers"]
+    folder = provider["options"]["path"]
+    assert folder in targets("grafana")
+    home = grafana["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    (mounted,) = (each.split(":")[0] for each in grafana["volumes"] if each.split(":")[1] == folder)
+    assert (CONTAINERS / mounted / Path(home).relative_to(folder)).is_file()
+    assert grafana["environment"]["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Viewer"
 
 
 def test_nothing_listens_to_other_machines_and_nobody_becomes_root() -> None:
@@ -209,7 +239,7 @@ def test_the_page_says_what_the_files_have() -> None:
         (given,) = set(re.findall(rf"\$\{{{name}(?::[-?]([^}}]*))\}}", text))
         wanted = "must be set" if f"${{{name}:?" in text else given or "none"
         assert default == wanted, name
-    for name in re.findall(r"`(containers/[\w.]+)`", PAGE):
+    for name in re.findall(r"`(containers/[\w./]+)`", PAGE):
         assert (ROOT / name).exists() or name == "containers/.env"
     assert f"`shm_size` is {SERVICES['tacod']['shm_size'].removesuffix('gb')} GB" in PAGE
     assert f"`stop_grace_period` is {SERVICES['tacod']['stop_grace_period'].removesuffix('s')} s" in PAGE
