@@ -90,9 +90,10 @@ def choose(browser: Browser, endpoint: str) -> None:
 
 def use(comfyui: ComfyUI, daemon: Daemon, steps: int = 2) -> None:
     """Run a workflow in the daemon."""
-    run = Pair(FLUX, {"taco": (2, daemon.endpoint)})
+    run = Pair(FLUX)
     run.load(endpoint=daemon.endpoint)
-    run.sample(steps=steps)
+    # ComfyUI keeps what it has computed; another seed is computed.
+    run.sample(steps=steps, seed=run.run)
     outcome = comfyui.run(run.alone("taco"))
     assert outcome.kind == "success", outcome.error
 
