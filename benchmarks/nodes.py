@@ -27,10 +27,10 @@ SIZES = ((1, 2, 2), (1, 32, 32), (1, 64, 64), (1, 128, 128), (4, 64, 64))
 """Batch, height and width of the latent. The first is almost no work."""
 
 
-def step_ms(
+def steps_ms(
     comfyui: ComfyUI, size: tuple[int, int, int], branch: str, steps: int, seed: int, endpoint: str
-) -> tuple[float, Outcome]:
-    """Median of a run's steps, without the first, and the run."""
+) -> tuple[list[float], Outcome]:
+    """A run's steps, without the first, and the run."""
     pair = Pair(FLUX, endpoint=endpoint)
     pair.nodes["latent"]["inputs"] |= dict(zip(("batch", "height", "width"), size, strict=True))
     pair.load()
@@ -49,8 +49,7 @@ def step_ms(
 
     outcome = comfyui.run(graph, hear)
     assert outcome.kind == "success", outcome.error
-    times = [1e3 * (after - before) for before, after in itertools.pairwise(ended)]
-    return statistics.median(times), outcome
+    return [1e3 * (after - before) for before, after in itertools.pairwise(ended)], outcome
 
 
 def told_ms(outcome: Outcome, part: str) -> float:
@@ -85,8 +84,9 @@ def main() -> None:
                 rows = []
                 for turn in range(args.rounds + 1):
                     given = (args.steps, 100 + turn, daemon.endpoint)
-                    stock, _ = step_ms(comfyui, size, "stock", *given)
-                    ours, outcome = step_ms(comfyui, size, "taco", *given)
+                    stock = statistics.median(steps_ms(comfyui, size, "stock", *given)[0])
+                    steps, outcome = steps_ms(comfyui, size, "taco", *given)
+                    ours = statistics.median(steps)
                     parts = [told_ms(outcome, part) for part in ("compute", "wire", "client", "queue")]
                     if turn:
                         rows.append((stock, ours, ours - stock, *parts))

@@ -7,6 +7,7 @@ neither ComfyUI's event loop nor a step waits for it.
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -47,7 +48,7 @@ class Panel:
         self._client: Client | None = None
         self._asking: asyncio.Task[dict[str, Any]] | None = None
         """The last time that the daemon was asked, or is."""
-        self._asked_s = 0.0
+        self._asked_s = -math.inf
         self._closing: asyncio.TimerHandle | None = None
         self._unloading: set[str] = set()
 
@@ -72,7 +73,7 @@ class Panel:
             await _in_thread(lambda: self._unload(model))
         finally:
             self._unloading.discard(model)
-            self._asked_s = 0.0
+            self._asked_s = -math.inf
 
     def _unload(self, model: str) -> None:
         # On a connection of its own: an unload may wait for minutes.

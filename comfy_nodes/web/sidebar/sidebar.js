@@ -64,6 +64,11 @@ class Tab {
         } catch {
             return { problem: t("comfyui.gone") };
         }
+        if (reply.status === 404 && this.endpoint) {
+            // ComfyUI was restarted, and no node has named that daemon since: the default one is known.
+            this.endpoint = "";
+            return this.ask(signal);
+        }
         const error = await reply.json().then((body) => body.error.message, () => null);
         return { problem: error ?? t("comfyui.old", { status: reply.status }) };
     }
