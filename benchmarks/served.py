@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -30,7 +31,7 @@ NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 @contextmanager
 def daemon(
     gpus: Sequence[str],
-    ranks: int,
+    ranks: int | Sequence[int],
     root: str,
     command: Sequence[str] = ("-m", "tacod.daemon", "--config"),
     memory_bytes: int | None = None,
@@ -38,14 +39,20 @@ def daemon(
 ) -> Iterator[str]:
     """A tacod on these GPUs, or on so many CPU ranks if there are none; gives its endpoint.
 
+    Several numbers of ``ranks`` are of as many groups, which take the GPUs in their order.
     ``more`` is what else its configuration says.
     """
     with tempfile.TemporaryDirectory(prefix="tacod-") as folder:
         endpoint, config, log = f"ipc://{folder}/s", Path(folder, "c.toml"), Path(folder, "log")
-        named = json.dumps([int(gpu) if gpu.isdigit() else gpu for gpu in gpus])
-        group = f'device = "cuda"\ngpus = {named}' if gpus else f'device = "cpu"\nranks = {ranks}'
+        named = iter(int(gpu) if gpu.isdigit() else gpu for gpu in gpus)
+        groups = ""
+        for count in (len(gpus) or ranks,) if isinstance(ranks, int) else ranks:
+            of_group = json.dumps(list(itertools.islice(named, count)))
+            groups += "[[group]]\n" + (
+                f'device = "cuda"\ngpus = {of_group}\n' if gpus else f'device = "cpu"\nranks = {count}\n'
+            )
         limit = "" if memory_bytes is None else f"memory_bytes = {memory_bytes}\n"
-        config.write_text(f'endpoint = "{endpoint}"\n[group]\n{group}\n[models]\nroots = ["{root}"]\n{limit}{more}')
+        config.write_text(f'endpoint = "{endpoint}"\n{groups}[models]\nroots = ["{root}"]\n{limit}{more}')
         with log.open("wb") as output:
             process = subprocess.Popen([sys.executable, *command, str(config)], stderr=output)
         try:

@@ -112,6 +112,7 @@ def _info(made: Converted) -> dict[str, Any]:
     """What TACO_DIT_INFO holds."""
     with errors_explained():
         status = made.client.status()
+    group = made.model.group_in(status)
     remote = made.network.remote
     ages = version_text(status["version"], __version__)
     if ages:
@@ -131,8 +132,9 @@ def _info(made: Converted) -> dict[str, Any]:
         "placement": made.model.weights,
         "resident_bytes": list(made.model.resident_bytes),
         "streamed_bytes": list(made.model.streamed_bytes),
-        "world_size": status["group"]["world_size"],
-        "devices": [rank["device"] for rank in status["group"]["ranks"]],
+        "group": made.model.group,
+        "world_size": group["world_size"],
+        "devices": [rank["device"] for rank in group["ranks"]],
         "version": status["version"],
         "state": status["state"],
         "endpoint": made.client.endpoint,

@@ -27,7 +27,7 @@ def info_text(info: Mapping[str, Any]) -> str:
     devices = ", ".join(info["devices"])
     lines = [
         f"Model: {info['name']} ({info['family']}, {_count(info['parameters'])} parameters, {info['dtype']})",
-        f"Ranks: {info['world_size']} ({devices})",
+        f"Ranks: {info['world_size']} ({devices})" + (f" of group {info['group']}" if info.get("group") else ""),
         f"Plan: {info['plan']}",
         f"Weights: {info['weights']}",
         *([f"Memory: {_memory(info)}"] if any(info["streamed_bytes"]) else []),

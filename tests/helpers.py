@@ -81,16 +81,17 @@ class Daemon:
     """A tacod of one's own, in a folder of its own; at its end it must have left nothing behind.
 
     Settings are configuration keys such as ``{"limits.queue": 2}``; ``sections`` is TOML that comes after them. With
-    ``gpus`` the ranks are on as many of the GPUs that CUDA_VISIBLE_DEVICES shows.
+    ``gpus`` the ranks are on as many of the GPUs that CUDA_VISIBLE_DEVICES shows. Several numbers of ``ranks`` are of
+    as many groups, ``gpus`` too, and settings of ``group`` are then of each.
     """
 
     def __init__(
         self,
-        ranks: int = 1,
+        ranks: int | Sequence[int] = 1,
         roots: Sequence[Path] = (),
         settings: Mapping[str, Any] | None = None,
         environment: Mapping[str, str] | None = None,
-        gpus: int = 0,
+        gpus: int | Sequence[int] = 0,
         sections: str = "",
         wait: bool = True,
     ) -> None:
@@ -100,14 +101,14 @@ class Daemon:
         self.endpoint = f"ipc://{self.socket}"
         self.log_path = self.folder / "log"
         self.config = self.folder / "config.toml"
-        values = {
-            "endpoint": self.endpoint,
-            **(_on_gpus(gpus) if gpus else _on_cpu(ranks)),
-            "models.roots": [str(root) for root in roots],
-            **(settings or {}),
-        }
-        lines = [f"{key} = {json.dumps(value)}\n" for key, value in values.items()]
-        self.config.write_text("".join(lines) + sections)
+        values = {"endpoint": self.endpoint, "models.roots": [str(root) for root in roots], **(settings or {})}
+        groups = _on_gpus(gpus) if gpus else _on_cpu(ranks)
+        if len(groups) == 1:
+            values = {**groups[0], **values}
+        else:
+            of_each = {key: values.pop(key) for key in list(values) if key.startswith("group.")}
+            sections = "".join(f"[[group]]\n{_lines({**group, **of_each}, 'group.')}" for group in groups) + sections
+        self.config.write_text(_lines(values) + sections)
         self.waits = wait
         # Threads that spin while they wait are slow where the machine has other work too.
         self.environment = {**os.environ, "OMP_WAIT_POLICY": "passive", **(environment or {})}
@@ -269,13 +270,24 @@ def package_with(family: Path, folder: Path) -> Path:
     return folder
 
 
-def _on_gpus(count: int) -> dict[str, Any]:
-    """Of a daemon on so many GPUs; paces are not measured, as other tests use the GPUs at the same time."""
-    return {"group.device": "cuda", "group.gpus": _visible_gpus()[:count], "group.shares": [1] * count}
+def _lines(values: Mapping[str, Any], within: str = "") -> str:
+    """Settings as TOML, within a table of this name."""
+    return "".join(f"{key.removeprefix(within)} = {json.dumps(value)}\n" for key, value in values.items())
 
 
-def _on_cpu(ranks: int) -> dict[str, Any]:
-    return {"group.device": "cpu", "group.ranks": ranks}
+def _on_gpus(counts: int | Sequence[int]) -> list[dict[str, Any]]:
+    """Groups on so many GPUs each; paces are not measured, as other tests use the GPUs at the same time."""
+    gpus = iter(_visible_gpus())
+    counts = [counts] if isinstance(counts, int) else counts
+    return [
+        {"group.device": "cuda", "group.gpus": [next(gpus) for _ in range(count)], "group.shares": [1] * count}
+        for count in counts
+    ]
+
+
+def _on_cpu(ranks: int | Sequence[int]) -> list[dict[str, Any]]:
+    counts = [ranks] if isinstance(ranks, int) else ranks
+    return [{"group.device": "cpu", "group.ranks": count} for count in counts]
 
 
 def _visible_gpus() -> list[int]:

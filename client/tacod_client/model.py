@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -63,6 +63,8 @@ class Model:
         self.plan: str = described["plan"]
         self.notes: tuple[str, ...] = tuple(described.get("notes", ()))
         """What was left out of the patches, and why; a line each."""
+        self.group: str = described.get("group", "")
+        """The group of ranks that loaded it, if the daemon has several; its forwards may go to others."""
         self.network: str = described.get("network", "")
         """In words, whose network it is and how it is shared out, if it is none of the daemon's own families."""
         self.shares_tokens: bool = described.get("shares_tokens", True)
@@ -78,6 +80,11 @@ class Model:
 
     def __repr__(self) -> str:
         return f"<Model {self.id} {self.family} {self.name}>"
+
+    def group_in(self, status: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Its group, as `Client.status` has it; all ranks if the daemon has one group, or is an older one."""
+        groups: Sequence[Mapping[str, Any]] = status.get("groups", ())
+        return next((each for each in groups if each["name"] == self.group), status["group"])
 
     def with_plan(self, plan: Any) -> Model:
         """The same model with another ``plan``, as `Client.load` takes it, and with stats of its own."""

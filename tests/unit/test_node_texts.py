@@ -85,7 +85,7 @@ def test_one_version() -> None:
     assert f'version = "{__version__}"' in (NODES / "pyproject.toml").read_text()
 
 
-INFO = {
+INFO: dict[str, Any] = {
     "enabled": True,
     "name": "flux",
     "family": "flux",
@@ -106,6 +106,13 @@ INFO = {
     "resident_bytes": [12 << 30] * 3,
     "streamed_bytes": [0] * 3,
 }
+
+
+def test_info_says_which_group() -> None:
+    text = runpy.run_path(str(NODES / "text.py"))["info_text"]
+    assert "Ranks: 3 (cuda:0)" in text(INFO).splitlines()
+    assert "Ranks: 3 (cuda:0)" in text({**INFO, "group": ""}).splitlines()
+    assert "Ranks: 3 (cuda:0) of group large" in text({**INFO, "group": "large"}).splitlines()
 
 
 @pytest.mark.parametrize(("kind", "where"), [("sharded", "with the other ranks"), ("host", "in the host's memory")])

@@ -203,6 +203,42 @@ def test_sizes(count: float, shown: str) -> None:
     assert show.size(count) == shown
 
 
+def test_groups_are_columns_where_there_are_several() -> None:
+    def shown(what: Any) -> str:
+        console = Console(width=200, file=io.StringIO(), highlight=False)
+        console.print(what)
+        return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+
+    rank = {"rank": 0, "pid": 7, "memory_used_bytes": 1024, "prefix_bytes": 0}
+    groups = [
+        {
+            "name": name,
+            "state": state,
+            "world_size": 1,
+            "restarts": restarts,
+            "queue": {"running": 1, "queued": 2},
+            "ranks": [{**rank, "device": f"cpu:{index}"}],
+            "models": [],
+        }
+        for index, (name, state, restarts) in enumerate((("fast", "ready", 0), ("spare", "degraded", 3)))
+    ]
+    whole = {"device": "cpu", "world_size": 2, "restarts": 3}
+    whole["ranks"] = [{**each["ranks"][0], "group": each["name"]} for each in groups]
+    told = {"state": "degraded", "version": "1", "pid": 1, "uptime_s": 1.0, "endpoint": "e", "clients": 1, "models": []}
+    told |= {"group": whole, "queue": {"running": 2, "queued": 4}}
+    one, two = shown(show.status({**told, "groups": groups[:1]})), shown(show.status({**told, "groups": groups}))
+    assert one == shown(show.status(told)), "an older daemon tells of no groups"
+    assert "group     2 ranks on cpu, 3 restarts" in one
+    assert "groups    2, with 2 ranks on cpu, 3 restarts" in two
+    lines = [line.split() for line in two.splitlines()]
+    assert ["spare", "degraded", "1", "of", "1", "1", "2", "3"] in lines
+    assert ["spare", "0", "7", "cpu:1", "1.0", "KiB"] in lines
+    job = {"job": "b-1", "verb": "sample", "state": "running", "step": 1, "total": 2, "model": "m", "client": "c"}
+    job["age_s"] = 1.0
+    assert shown(show.jobs([job])).split()[0] == "job"
+    assert shown(show.jobs([{**job, "group": "spare"}])).split()[0] == "group"
+
+
 @pytest.mark.parametrize(
     ("count", "shown"), [(999, "999"), (1000, "1.0 k"), (999_949, "999.9 k"), (999_999, "1.0 M"), (12e9, "12.0 B")]
 )

@@ -43,9 +43,10 @@ def run(args: argparse.Namespace) -> int:
     """Measure, and print the table."""
     quiet = "json" in args
     with Client(getattr(args, "endpoint", None)) as client:
-        group = client.status()["group"]
-        world_size, comfyui = group["world_size"], beside.find(os.environ)
+        comfyui = beside.find(os.environ)
         model = _find(client, args.model, quiet)
+        group = model.group_in(client.status())
+        world_size = group["world_size"]
         sizes = args.size or [(1024, 1024)]
         family = _family(model.path, world_size, sizes[0], args.batch, args.text)
         text, downscale = family["text"], family["downscale"]

@@ -194,7 +194,7 @@ def _daemon(status: dict[str, Any], stats: dict[str, Any]) -> Iterator[Finding]:
         yield ok("ranks", ranks)
     done, parallel = stats["forwards_total"], stats["parallel_forwards_total"]
     message = f"{parallel} of {done} forwards ran on several ranks"
-    if done and not parallel and group["world_size"] > 1:
+    if done and not parallel and any(each["world_size"] > 1 for each in status.get("groups") or [group]):
         yield warn("parallel", message, "clients ask for one rank, or images are small: `tacoctl plan FILE` says why")
     elif done:
         yield ok("parallel", message)
