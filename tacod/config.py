@@ -396,6 +396,14 @@ class Config(_Section):
         check_apart([gpu for gpu, _ in named], named)
         return groups
 
+    @model_validator(mode="after")
+    def _faults_of_groups(self) -> Config:
+        names = [group.name for group in self.groups]
+        for fault in self.testing.faults if self.testing is not None else ():
+            if fault.group not in (None, *names):
+                raise ValueError(f"testing.faults: no group is named {fault.group!r}; there are {', '.join(names)}")
+        return self
+
     @property
     def device(self) -> Literal["cuda", "cpu"]:
         """What the ranks of all groups run on."""

@@ -167,14 +167,6 @@ class Executor:
             self.manifest.remember(model)
             self._keep_for_turns(model)
 
-    def check_model(self, model_id: str) -> None:
-        """Check that a model is loaded, or can be loaded for a job's turn.
-
-        Raises `ModelNotFound`.
-        """
-        if self.residency.recall(model_id) is None:
-            self.manifest.find(model_id)
-
     def _keep_for_turns(self, model: Model) -> None:
         """A model was evicted: keep in the store what waiting jobs need to load it for their turns."""
         for job in self.scheduler.jobs:

@@ -94,11 +94,6 @@ class Groups:
         return [job for each in self for job in each.scheduler.jobs]
 
     @property
-    def models(self) -> dict[str, Model]:
-        """The loaded models by id; one that several groups hold as the first of them has it."""
-        return {model.id: model for each in reversed(self.executors) for model in each.manifest}
-
-    @property
     def files(self) -> set[str]:
         """The real paths of all files that are loaded, that will be loaded, or that jobs need."""
         return {path for each in self for path in each.files}
@@ -204,7 +199,8 @@ class Groups:
         return executor
 
     def _knowing(self, model_id: str) -> list[Executor]:
-        return [each for each in self.routes.live if each.manifest.recall(model_id) is not None]
+        """The groups that hold a model, or can load it again."""
+        return [each for each in self.routes.live if each.residency.recall(model_id) is not None]
 
     def cancel(self, job_id: str) -> bool:
         """Cancel a job; returns whether it has ended already. Raises `JobNotFound`."""

@@ -68,7 +68,9 @@ def _configuration(path: str | None, endpoint: str | None) -> tuple[Config, bool
         found = warn("config", f"no {DEFAULT_CONFIG}; checked with the defaults", "pass --config FILE")
         if status is None:
             return Config.model_validate({}), False, [found]
-        groups = [_as_configured(group) for group in status.get("groups") or [status["group"]]]
+        told = status.get("groups") or [status["group"]]
+        # Of ranks that are being replaced nobody knows the GPUs.
+        groups = [_as_configured(group) for group in [each for each in told if each["ranks"]] or told[:1]]
         config = Config.model_validate({"endpoint": status["endpoint"], "group": groups})
         message = f"no {DEFAULT_CONFIG}; looked with the running daemon's devices"
         return config, False, [found._replace(message=message)]

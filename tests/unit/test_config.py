@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from tacod.config import Config, ConfigError, Fault, Group, load_config, to_toml
+from tacod.config import I_KNOW, Config, ConfigError, Fault, Group, load_config, to_toml
 from tacod.group.processes import devices
 from tacod.shares import EQUAL, Shares
 
@@ -94,6 +94,7 @@ FAULTS = {
     "drain_timeout_s = inf": "drain_timeout_s: Input should be a finite number",
     "drain_timeout_s = nan": "drain_timeout_s: Input should be",
     'log_level = "INFO"': "log_level: Input should be 'debug', 'info', 'warning' or 'error'",
+    f'[testing]\ni_know = "{I_KNOW}"\n[[testing.faults]]\nkind = "exit"\ngroup = "b"': ": testing.faults: no group is",
     "group = []": "group: expected a table, [group], or several",
     "group = [3]": "group.0: Input should be a valid dictionary",
     "[[group]]\ngpus = [0]\n[[group]]": "group: group '1' has no gpus; with several groups, each must name its own",

@@ -128,6 +128,11 @@ class Host:
         self.groups.poll()
         return job
 
+    @property
+    def held(self) -> list[set[str]]:
+        """The models of each group."""
+        return [{model.id for model in each.manifest} for each in self.groups]
+
     def where(self, job: Job) -> Executor | None:
         """The group that has a job now."""
         found = [each for each in self.groups if any(job.id == known.id for known in each.scheduler.jobs)]
@@ -284,7 +289,7 @@ def test_unload_is_of_all_groups_and_told_once(host: Host) -> None:
     host.answer(host.large)
     assert work.outcome is Outcome.RESULT
     host.answer(host.large)
-    assert not host.groups.models
+    assert host.held == [set(), set()]
     assert [(job.id, job.outcome) for job, _ in host.ended if job.verb is Verb.UNLOAD] == [(unload.id, Outcome.RESULT)]
     assert sum(each.records.metrics.jobs_total["result"] for each in host.groups) == len(host.submitted)
     with pytest.raises(ModelNotFound):
@@ -301,7 +306,7 @@ def test_preloaded_models_are_in_all_groups() -> None:
             for executor in host.groups:
                 host.answer(executor)
         assert (host.groups.ready, host.groups.state) == (True, "ready")
-        assert [sorted(model.id for model in each.manifest) for each in host.groups] == [["m", "n"]] * 2
+        assert host.held == [{"m", "n"}] * 2
 
 
 def test_a_memory_is_unmapped_in_each_group_that_has_it(host: Host) -> None:
@@ -360,7 +365,7 @@ def test_models_of_a_group_that_is_given_up_are_known_to_others(host: Host) -> N
     for _ in range(2):
         host.answer(host.large)
     assert job.outcome is Outcome.RESULT
-    assert list(host.groups.models) == ["m"]
+    assert host.held == [set(), {"m"}]
 
 
 def test_when_all_are_given_up_work_is_refused(host: Host) -> None:
