@@ -444,12 +444,13 @@ def _line(path: str | os.PathLike[str], fault: Any, values: dict[str, Any]) -> s
         reason = "unknown key; `tacod --print-config` shows the known ones"
     elif fault["type"] == "missing" and key.startswith("curve."):
         reason = "required: TCP is for clients with CURVE keys on an allow-list; `tacoctl keygen` makes keys"
-    return f"{path}:{key}: {reason}"
+    # What two sections don't agree on names its key itself.
+    return f"{path}:{key}: {reason}" if key else f"{path}:{reason}"
 
 
 def _key(loc: Sequence[int | str], values: dict[str, Any]) -> Sequence[int | str]:
     """The place of a fault as the file has it: a single group's without a number, one of several by its name."""
-    if loc[0] != "group" or len(loc) < 2:
+    if len(loc) < 2 or loc[0] != "group":
         return loc
     groups, at = values["group"], loc[1]
     if not isinstance(groups, list):

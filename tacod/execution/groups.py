@@ -12,7 +12,7 @@ from tacod.config import Config, ConfigError
 from tacod.execution.executor import Executor
 from tacod.execution.host import Host
 from tacod.execution.manifest import Manifest, Model
-from tacod.execution.routes import Routes
+from tacod.execution.routes import Routes, fits
 from tacod.execution.scheduler import Job, Outcome, Verb
 from tacod.group.work import Stepped
 from tacod.notify import notify
@@ -244,9 +244,12 @@ class Groups:
         if not self.routes.live:
             return False
         if isinstance(job.body, Model):
-            choices = [(each, job.body) for each in self.routes.live]
-            self.routes.for_load(job.session, choices)[0].adopt(job, None)
-            return True
+            choices = [(each, job.body) for each in self.routes.live if fits(job, each)]
+            if choices:
+                executor, _ = self.routes.for_load(job.session, choices)
+                self.routes.settle(job.session, job.body, executor)
+                executor.adopt(job, None)
+            return bool(choices)
         if job.verb is Verb.UNLOAD:
             others = self._knowing(job.model)
             if others:

@@ -117,9 +117,9 @@ class Model:
         )
 
     def unloaded(self) -> Model:
-        """The same model as its load request describes it, for ranks that know nothing of it."""
+        """The same model for ranks of another group, which know nothing of it, and may be too few for its plan."""
         base = None if self.base is None else self.base.unloaded()
-        kept = {name: getattr(self, name) for name in ("patches", "files", "asked_weights", "asked_name", "asked")}
+        kept = {name: getattr(self, name) for name in ("patches", "files", "asked_weights", "asked_name")}
         return Model(self.id, self.path, self.identity, self.dtype, **kept, base=base, weight_bytes=self.weight_bytes)
 
     @property

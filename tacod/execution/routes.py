@@ -17,7 +17,7 @@ from tacod.group.work import Forward, Sample
 from tacod.plan import check_fits, parse_request
 from tacod_client.errors import ArgumentError
 
-__all__ = ["Routes"]
+__all__ = ["Routes", "fits"]
 
 HELD, BASE_HELD, HAS_ROOM, FULL = range(4)
 """What it costs a group to have a model: nothing, a merge of patches, a load, or a load in the place of others."""
@@ -62,7 +62,7 @@ class Routes:
 
     def for_job(self, job: Job, model: Model) -> Executor:
         """The group that gets a job which computes with a ``model``; at least one group is live."""
-        fit = [each for each in self.live if _fits(job, each)]
+        fit = [each for each in self.live if fits(job, each)]
         # A plan that no group can do is refused by the ranks.
         choices = fit or self.live
         home = self._home(job.session, model)
@@ -81,7 +81,7 @@ class Routes:
         """The first job that waits in another group and that these ``free`` ranks could begin, or None."""
         for executor in self._executors:
             for job in executor.scheduler.jobs if executor is not free else ():
-                if job.started_s is None and not _stays(job) and job.model in free.manifest and _fits(job, free):
+                if job.started_s is None and not _stays(job) and job.model in free.manifest and fits(job, free):
                     return executor, job
         return None
 
@@ -111,7 +111,7 @@ def _stays(job: Job) -> bool:
     return job.verb not in ON_MODEL or (isinstance(plan, dict) and bool(plan.get("step_cache")))
 
 
-def _fits(job: Job, executor: Executor) -> bool:
+def fits(job: Job, executor: Executor) -> bool:
     """Whether a group has enough ranks for what a job asks for."""
     ranks = executor.group.world_size
     with suppress(ArgumentError):

@@ -139,7 +139,7 @@ def replies(kind: str, to: str) -> list[str]:
 
 
 def test_stats_are_those_of_the_table() -> None:
-    of_the_server = {"tx_bytes", "store", "shared_bytes", "group_restarts"}
+    of_the_server = {"rx_bytes", "tx_bytes", "store", "shared_bytes", "group_restarts", "groups"}
     assert set(replies("done", "stats")) == set(Metrics().to_wire()) | of_the_server
 
 

@@ -94,7 +94,9 @@ FAULTS = {
     "drain_timeout_s = inf": "drain_timeout_s: Input should be a finite number",
     "drain_timeout_s = nan": "drain_timeout_s: Input should be",
     'log_level = "INFO"': "log_level: Input should be 'debug', 'info', 'warning' or 'error'",
-    f'[testing]\ni_know = "{I_KNOW}"\n[[testing.faults]]\nkind = "exit"\ngroup = "b"': ": testing.faults: no group is",
+    f'[testing]\ni_know = "{I_KNOW}"\n[[testing.faults]]\nkind = "exit"\ngroup = "b"': (
+        "testing.faults: no group is named 'b'; there are 0"
+    ),
     "group = []": "group: expected a table, [group], or several",
     "group = [3]": "group.0: Input should be a valid dictionary",
     "[[group]]\ngpus = [0]\n[[group]]": "group: group '1' has no gpus; with several groups, each must name its own",

@@ -357,6 +357,22 @@ def test_jobs_of_a_group_that_is_given_up_go_to_others(host: Host) -> None:
     assert host.load(b"c", M) is host.large
 
 
+def test_what_wants_more_ranks_than_are_left_is_told_so(host: Host) -> None:
+    both = {"sequence_parallel_degree": 2}
+    assert host.loaded(b"a", N, both) is host.large
+    assert host.load(b"a", M, both) is host.large
+    host.give_up(host.large)
+    (load,) = (job for job in host.submitted if job.model == "m")
+    assert isinstance(load.error, Unavailable)
+    with pytest.raises(ArgumentError, match="takes 2 ranks"):
+        host.load(b"a", N, both)
+    # A model that was loaded with such a plan has another one there.
+    job = host.submit(b"a", Verb.FORWARD, N)
+    for _ in range(2):
+        host.answer(host.small)
+    assert (job.outcome, host.held) == (Outcome.RESULT, [{"n"}, set()])
+
+
 def test_models_of_a_group_that_is_given_up_are_known_to_others(host: Host) -> None:
     assert host.loaded(b"a", M) is host.small
     host.give_up(host.small)
