@@ -192,7 +192,7 @@ class Groups:
             raise Unavailable(self.given_up)
         model = self._find(job.model)
         if job.verb is Verb.UNLOAD:
-            return next((each for each in self._knowing(job.model)), self.routes.live[0])
+            return (self._knowing(job.model) or self.routes.live)[0]
         executor = self.routes.for_job(job, model)
         if executor.residency.recall(job.model) is None:
             executor.manifest.remember(model.unloaded())
@@ -225,12 +225,14 @@ class Groups:
                 free.poll()
 
     def _inherit(self, gone: Executor) -> None:
-        """Others remember the models of a group that is given up, and load them for jobs that name them."""
-        heir = next(iter(self.routes.live), None)
-        for model in gone.manifest.known if heir is not None else ():
-            if heir is not None and not self._knowing(model.id):
-                heir.manifest.remember(model.unloaded())
+        """Another group remembers the models of one that is given up, and loads them for jobs that name them."""
+        if not self.routes.live:
+            return
+        for model in gone.manifest.known:
+            if not self._knowing(model.id):
+                self.routes.live[0].manifest.remember(model.unloaded())
             gone.residency.forget(model.id)
+        gone.residency.coming.clear()
 
     def _pass_on(self, done: Executor, job: Job) -> bool:
         """Whether another group than ``done`` goes on with a job: an unload to be repeated there, or a stranded job."""

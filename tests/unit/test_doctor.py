@@ -93,6 +93,9 @@ def test_socket_of_others_names_the_group_to_join(folder: Path, monkeypatch: pyt
         (status(state="starting"), (0, 0), ["warn", "ok"]),
         (status(group={"world_size": 2, "restarts": 3, "ranks": [{}, {}]}), (0, 0), ["ok", "warn"]),
         (status(group={"world_size": 2, "restarts": 0, "ranks": []}), (0, 0), ["ok", "warn"]),
+        # Two groups of one rank each have nothing to exchange.
+        (status(groups=[{"world_size": 1}, {"world_size": 1}]), (4, 0), ["ok", "ok", "ok"]),
+        (status(groups=[{"world_size": 1}, {"world_size": 2}]), (4, 0), ["ok", "ok", "warn"]),
     ],
 )
 def test_daemon(told: dict[str, Any], stats: tuple[int, int], expected: list[str]) -> None:
@@ -100,6 +103,28 @@ def test_daemon(told: dict[str, Any], stats: tuple[int, int], expected: list[str
     findings = list(doctor._daemon(told, {"forwards_total": done, "parallel_forwards_total": parallel}))
     assert states(findings) == expected
     assert all(bool(found.advice) == (found.state != "ok") for found in findings)
+
+
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        (["3", "5"], [("0", [3]), ("1", [5])]),
+        # One whose ranks are being replaced tells nothing of its GPUs.
+        (["3", ""], [("0", [3])]),
+        (["", ""], [("0", None)]),
+    ],
+)
+def test_a_running_daemon_tells_its_groups(
+    groups: list[str], expected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = [
+        {"name": str(at), "device": "cuda", "world_size": 1, "ranks": [{"device": gpu}] if gpu else []}
+        for at, gpu in enumerate(groups)
+    ]
+    monkeypatch.setattr(engine, "DEFAULT_CONFIG", "/nowhere/config.toml")
+    monkeypatch.setattr(engine, "_status", lambda endpoint: {"endpoint": endpoint, "groups": told})
+    config, _, _ = engine._configuration(None, "ipc:///run/s")
+    assert [(group.name, group.gpus) for group in config.groups] == expected
 
 
 def test_limits_are_the_daemons_if_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
