@@ -276,7 +276,7 @@ def test_nothing_that_is_told_becomes_html(page: Callable[..., Browser]) -> None
     assert "2.00 times as fast as one rank" in told["text"]
 
 
-def test_elements_are_changed_in_place(page: Callable[..., Browser]) -> None:
+def test_elements_are_changed_in_place(paged: ComfyUI, browser: Browser) -> None:
     """The part of the tab that puts descriptions into the page."""
     code = """
     (async () => {
@@ -294,7 +294,11 @@ def test_elements_are_changed_in_place(page: Callable[..., Browser]) -> None:
       return { kept, order: after.map((each) => each.textContent + each.title), first, second: root.innerHTML };
     })()
     """
-    told = page().run(code)
+    browser.open(f"http://127.0.0.1:{paged.port}/system_stats")
+    browser.until(
+        "location.pathname === '/system_stats' && document.readyState === 'complete'", "a page without anything"
+    )
+    told = browser.run(code)
     assert told["kept"]
     assert told["order"] == ["ctc", "ata", "dtd"]
     assert told["first"] == '<p hidden="">x<b>1</b></p>tail'

@@ -100,12 +100,13 @@ function ranks(t, group, index, several) {
         `ranks-${index}`,
         title,
         h("p", { class: "taco-dit-small" }, facts.filter(Boolean).join(" · ")),
-        h("ul", { class: "taco-dit-list" }, ...group.ranks.map((each) => rank(t, each))),
+        h("ul", { class: "taco-dit-list" }, ...group.ranks.map((each) => rank(t, each, group.device))),
     );
 }
 
-function rank(t, each) {
+function rank(t, each, kind) {
     const name = t("rank", { rank: each.rank, device: each.device });
+    const memory = t(kind === "cuda" ? "memory.gpu" : "memory");
     const held = each.device_memory_used_bytes;
     const whole = each.memory_total_bytes;
     const own = each.memory_used_bytes ?? null;
@@ -115,7 +116,7 @@ function rank(t, each) {
         { key: `rank-${each.rank}` },
         h("p", {}, h("strong", {}, name), each.device_name ? ` ${each.device_name}` : ""),
         whole > 0 && typeof held === "number"
-            ? meter(`${name}: ${t("memory")}`, t("memory"), held / whole, `${size(held)} / ${size(whole)}`)
+            ? meter(`${name}: ${memory}`, memory, held / whole, `${size(held)} / ${size(whole)}`)
             : null,
         use !== null ? meter(`${name}: ${t("use")}`, t("use"), use, percent(use)) : null,
         own !== null && h("p", { class: "taco-dit-small" }, t("own", { size: size(own) })),
