@@ -27,14 +27,14 @@ SIZES = ((1, 2, 2), (1, 32, 32), (1, 64, 64), (1, 128, 128), (4, 64, 64))
 """Batch, height and width of the latent. The first is almost no work."""
 
 
-def steps_ms(
-    comfyui: ComfyUI, size: tuple[int, int, int], branch: str, steps: int, seed: int, endpoint: str
-) -> tuple[list[float], Outcome]:
-    """A run's steps, without the first, and the run."""
+def steps(
+    comfyui: ComfyUI, size: tuple[int, int, int], branch: str, count: int, seed: int, endpoint: str
+) -> tuple[list[tuple[float, float]], Outcome]:
+    """Begin and end of each of a run's steps but the first, in seconds, and the run."""
     pair = Pair(FLUX, endpoint=endpoint)
     pair.nodes["latent"]["inputs"] |= dict(zip(("batch", "height", "width"), size, strict=True))
     pair.load()
-    pair.sample(steps=steps, seed=seed, cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0)
+    pair.sample(steps=count, seed=seed, cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0)
     pair.nodes["sampler_taco"]["class_type"] = "TACODiTKSampler"
     pair.nodes["sampler_taco"]["inputs"]["enable_taco_dit"] = True
     pair.add("stats", "TACODiTStatsDisplay", stats="@sampler_taco#1")
@@ -49,7 +49,12 @@ def steps_ms(
 
     outcome = comfyui.run(graph, hear)
     assert outcome.kind == "success", outcome.error
-    return [1e3 * (after - before) for before, after in itertools.pairwise(ended)], outcome
+    return list(itertools.pairwise(ended)), outcome
+
+
+def median_ms(steps: list[tuple[float, float]]) -> float:
+    """Of steps."""
+    return 1e3 * statistics.median(after - before for before, after in steps)
 
 
 def told_ms(outcome: Outcome, part: str) -> float:
@@ -84,9 +89,9 @@ def main() -> None:
                 rows = []
                 for turn in range(args.rounds + 1):
                     given = (args.steps, 100 + turn, daemon.endpoint)
-                    stock = statistics.median(steps_ms(comfyui, size, "stock", *given)[0])
-                    steps, outcome = steps_ms(comfyui, size, "taco", *given)
-                    ours = statistics.median(steps)
+                    stock = median_ms(steps(comfyui, size, "stock", *given)[0])
+                    ended, outcome = steps(comfyui, size, "taco", *given)
+                    ours = median_ms(ended)
                     parts = [told_ms(outcome, part) for part in ("compute", "wire", "client", "queue")]
                     if turn:
                         rows.append((stock, ours, ours - stock, *parts))

@@ -1,92 +1,100 @@
-"""A sampler's step through the nodes while browsers poll for the sidebar's tab, beside the same step without, on CPUs.
+"""A sampler's steps through the nodes while browsers poll for the sidebar's tab, and while they do not, on CPUs.
 
-    COMFYUI_PATH=… COMFYUI_PYTHON=… PYTHONPATH=tests:tests/comfyui python benchmarks/sidebar.py [--browsers N]
+    COMFYUI_PATH=… COMFYUI_PYTHON=… PYTHONPATH=tests:tests/comfyui python benchmarks/sidebar.py
 
-Both run in one ComfyUI with one daemon of one rank, in turn, on a tiny Flux.1 in fp32. A step's time is that between
-two of the progress messages that the page gets; each round has the median of its steps and their mean, in which
-single slow steps count. Each browser asks every two seconds, as the tab does.
+One ComfyUI runs workflows on a tiny Flux.1 in fp32, with one daemon of one rank. In turn for two seconds each, the
+browsers have the tab open or not; each asks every two seconds, as the tab does. A step's time is that between two
+progress messages to the page.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from pathlib import Path
 
 from comfyui_graphs import FLUX, save
 from comfyui_server import ComfyUI
 from helpers import Daemon
-from nodes import steps_ms
+from nodes import steps
 
 SIZES = ((1, 2, 2), (1, 64, 64), (1, 128, 128))
 """Batch, height and width of the latent. The first is almost no work."""
 PERIOD_S = 2.0
+STEPS = 50
+"""Of a run."""
 
 
-@contextmanager
-def polled(comfyui: ComfyUI, browsers: int) -> Iterator[list[int]]:
-    """Within, so many browsers have the tab open; the list gets how often the server has answered."""
-    over = threading.Event()
-    answers: list[int] = []
+class Browsers:
+    """So many that have the tab open in every other period, while the block lasts."""
 
-    def poll() -> None:
-        while not over.wait(PERIOD_S / browsers):
-            assert comfyui.get("/taco_dit/status")["status"]["state"] == "ready"
-            answers.append(1)
+    def __init__(self, comfyui: ComfyUI, count: int) -> None:
+        self.polls = 0
+        self._comfyui, self._count = comfyui, count
+        self._turns = [time.perf_counter()]
+        """When they closed the tab, opened it, closed it, …"""
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._browse)
 
-    thread = threading.Thread(target=poll)
-    thread.start()
-    try:
-        yield answers
-    finally:
-        over.set()
-        thread.join()
+    def __enter__(self) -> Browsers:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _browse(self) -> None:
+        while not self._over.wait(PERIOD_S):
+            self._turns.append(time.perf_counter())
+            for _ in range(self._count):
+                assert self._comfyui.get("/taco_dit/status")["status"]["state"] == "ready"
+                self.polls += 1
+                self._over.wait(PERIOD_S / self._count)
+            self._turns.append(time.perf_counter())
+
+    def had_open(self, begin: float, end: float) -> bool | None:
+        """Whether they had the tab open from one time to another; None if they opened or closed it in between."""
+        before, after = (sum(turn <= at for turn in self._turns) for at in (begin, end))
+        return before % 2 == 0 if before == after else None
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--browsers", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--seconds", type=float, default=60.0)
     args = parser.parse_args()
     path, python = os.environ["COMFYUI_PATH"], os.environ.get("COMFYUI_PYTHON", sys.executable)
     with tempfile.TemporaryDirectory(prefix="tacod-") as name:
         models = Path(name)
         (models / "diffusion_models").mkdir()
         save(FLUX, models / "diffusion_models")
+        seeds = itertools.count()
         with Daemon(1, [models]) as daemon, ComfyUI(path, python, daemon.endpoint, models) as comfyui:
+            print(f"{args.browsers} browsers, {args.seconds:g} s; without polls, and with\n")
             print(
-                f"{args.browsers} browsers; {args.rounds} rounds of {args.steps} steps: their median, least and most\n"
-            )
-            print(
-                "| latent | of steps | without ms | polled ms | ratio | polls |\n| --- | --- | --- | --- | --- | --- |"
+                "| latent | steps | median ms | ratio | mean ms | ratio | polls |\n| --- |" + " --- |" * 6, flush=True
             )
             for size in SIZES:
-                alone, beside, polls = [], [], 0
-                for turn in range(args.rounds + 1):
-                    quiet, _ = steps_ms(comfyui, size, "taco", args.steps, 2 * turn, daemon.endpoint)
-                    with polled(comfyui, args.browsers) as answers:
-                        busy, _ = steps_ms(comfyui, size, "taco", args.steps, 2 * turn + 1, daemon.endpoint)
-                    if turn:
-                        alone.append(quiet)
-                        beside.append(busy)
-                        polls += len(answers)
-                for name, of in (("median", statistics.median), ("mean", statistics.fmean)):
-                    rounds = [[of(steps) for steps in each] for each in (alone, beside)]
-                    middles = [statistics.median(each) for each in rounds]
-                    cells = [
-                        f"{middle:.2f} ({min(each):.2f} to {max(each):.2f})"
-                        for middle, each in zip(middles, rounds, strict=True)
-                    ]
-                    shown = (" × ".join(map(str, size)), name, *cells, f"{middles[1] / middles[0]:.3f}", str(polls))
-                    print(f"| {' | '.join(shown)} |", flush=True)
+                steps(comfyui, size, "taco", STEPS, next(seeds), daemon.endpoint)
+                times: dict[bool | None, list[float]] = {False: [], True: [], None: []}
+                with Browsers(comfyui, args.browsers) as browsers:
+                    until = time.perf_counter() + args.seconds
+                    while time.perf_counter() < until:
+                        for begin, end in steps(comfyui, size, "taco", STEPS, next(seeds), daemon.endpoint)[0]:
+                            times[browsers.had_open(begin, end)].append(1e3 * (end - begin))
+                shown = [" × ".join(map(str, size)), f"{len(times[False])}, {len(times[True])}"]
+                for of in (statistics.median, statistics.fmean):
+                    without, beside = of(times[False]), of(times[True])
+                    shown += [f"{without:.2f}, {beside:.2f}", f"{beside / without:.3f}"]
+                print(f"| {' | '.join(shown)} | {browsers.polls} |", flush=True)
 
 
 if __name__ == "__main__":

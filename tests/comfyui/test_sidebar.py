@@ -243,13 +243,13 @@ def test_nothing_that_is_told_becomes_html(page: Callable[..., Browser]) -> None
                      device_memory_used_bytes: 1, utilization: 0.5 };
       const group = { ...of(NAMES), world_size: 1, restarts: 1, ranks: [rank], queue: { running: 1, queued: 2 } };
       const model = { ...of(NAMES), id: evil, parameters: 1e9, weight_bytes: 1, patches: 1, network: evil,
-                      quantization: { [evil]: 1 }, streamed_bytes: [1] };
+                      quantization: { [evil]: 1 }, streamed_bytes: [1], groups: [evil, "b"] };
       const told = {
         endpoint: evil, endpoints: [evil, "b"], error: null,
         status: { ...of(NAMES), uptime_s: 1, groups: [group, { ...group, name: "b" }], group, models: [model],
                   queue: { running: 1, queued: 2 } },
         stats: { step_s: { count: 1, mean: 1, p95: 1 }, queue_s: 0.1, wire_s: 0.2, compute_s: 0.3, collective_s: 0.4 },
-        jobs: [{ ...of(NAMES), job: evil, model: evil, step: 1, total: 2, block: 1, blocks: 2, age_s: 1 }],
+        jobs: [{ ...of(NAMES), job: evil, model: evil, group: "b", step: 1, total: 2, block: 1, blocks: 2, age_s: 1 }],
         last_run: { ...of(NAMES), forwards: 2, parallel_forwards: 1, forward_s: 1, retries: 1, single_rank_s: 2 },
       };
       const root = document.createElement("div");
@@ -271,7 +271,8 @@ def test_nothing_that_is_told_becomes_html(page: Callable[..., Browser]) -> None
     assert told["found"] == 0
     assert not told["harmed"]
     assert told["text"].count(evil) > 15
-    assert f"Group {evil}" in told["text"]
+    assert told["text"].count(f"Group {evil}") == 2, "a heading, and the model's"
+    assert told["text"].count("Group b") == 3, "and the job's"
     assert "1 running, 2 waiting" in told["text"]
     assert "2.00 times as fast as one rank" in told["text"]
 

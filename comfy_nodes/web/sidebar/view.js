@@ -106,7 +106,7 @@ function ranks(t, group, index, several) {
 
 function rank(t, each, kind) {
     const name = t("rank", { rank: each.rank, device: each.device });
-    const memory = t(kind === "cuda" ? "memory.gpu" : "memory");
+    const memory = kind === "cuda" ? t("memory.gpu") : t("memory");
     const held = each.device_memory_used_bytes;
     const whole = each.memory_total_bytes;
     const own = each.memory_used_bytes ?? null;
@@ -168,6 +168,8 @@ function model(t, each, unloading, actions) {
         t("held", { size: size(each.weight_bytes) }),
         streamed ? t("fetched", { size: size(streamed) }) : null,
         each.patches ? t("patches", { count: each.patches }) : null,
+        // Told only where there are several groups.
+        ...(each.groups ?? []).map((name) => t("group", { name })),
     ];
     return h(
         "li",
@@ -207,7 +209,14 @@ function queue(t, status, jobs) {
 function job(t, each, names) {
     const steps = each.total ? t("job.step", { step: each.step, total: each.total }) : null;
     const blocks = each.blocks ? t("job.block", { block: each.block, blocks: each.blocks }) : null;
-    const facts = [t.or(`job.${each.state}`, each.state), steps, blocks, each.client ?? t("job.gone"), duration(each.age_s)];
+    const facts = [
+        t.or(`job.${each.state}`, each.state),
+        each.group === undefined ? null : t("group", { name: each.group }),
+        steps,
+        blocks,
+        each.client ?? t("job.gone"),
+        duration(each.age_s),
+    ];
     return h(
         "li",
         { key: each.job },
