@@ -1,11 +1,12 @@
 """Networks of ComfyUI's own through the daemon, on one to all GPUs, beside ComfyUI on one.
 
-    COMFYUI_PATH=… python benchmarks/networks.py [--models auraflow,ernie_image,omnigen2] [--ranks 1,2] [--rounds 5]
+    COMFYUI_PATH=… python benchmarks/networks.py [--models auraflow,ernie_image,mochi,…] [--ranks 1,2] [--rounds 5]
 
-These are networks that the daemon has no family of its own for (docs/comfyui-networks.md), in their published sizes at
-1024², with random weights, in bf16, for one image and for two. A process of its own makes the network's file and runs
-it by ComfyUI; then a daemon with that ComfyUI loads the file. Differences are relative to ComfyUI's output. On a CPU
-the networks are cut to one or two blocks, and the pictures are small.
+These are networks that the daemon has no family of its own for (docs/comfyui-networks.md), in their published sizes,
+with random weights, in bf16, for one image of 1024² and for two, or for one video and two: of Mochi 49 frames of 848 ×
+480, of Cosmos 1 (7B) 57 frames of 1280 × 704. A process of its own makes the network's file and runs it by ComfyUI;
+then a daemon with that ComfyUI loads the file. Differences are relative to ComfyUI's output. On a CPU the networks are
+cut to one or two blocks, and the pictures are small.
 """
 
 from __future__ import annotations
@@ -39,12 +40,14 @@ class Network:
     config: Mapping[str, Any]
     """What its class is made with; other arguments are as published by default."""
     x: tuple[int, ...]
-    """The latent of one image of 1024²."""
+    """The latent of one image or video."""
     context: tuple[int, int]
     cut: Mapping[str, Any]
     """What it is cut to on a CPU."""
     numbers: Mapping[str, int] = field(default_factory=dict)
     """What else a call has."""
+    mask: bool = False
+    """Whether it has a mask of its text."""
 
 
 NETWORKS = {
@@ -71,6 +74,28 @@ NETWORKS = {
         (256, 2048),
         {"num_layers": 1},
         {"num_tokens": 256},
+    ),
+    "mochi": Network(
+        "genmo.joint_model.asymm_models_joint.AsymmDiTJoint",
+        {"depth": 48, "num_heads": 24, "hidden_size_x": 3072, "hidden_size_y": 1536, "mlp_ratio_x": 4.0}
+        | {"mlp_ratio_y": 4.0, "learn_sigma": False, "in_channels": 12, "qk_norm": True, "qkv_bias": False}
+        | {"use_t5": True, "t5_feat_dim": 4096, "t5_token_length": 256, "timestep_scale": 1000.0},
+        (12, 9, 60, 106),
+        (256, 4096),
+        {"depth": 2},
+        {"num_tokens": 256},
+        mask=True,
+    ),
+    "cosmos": Network(
+        "cosmos.model.GeneralDIT",
+        {"image_model": "cosmos", "max_img_h": 240, "max_img_w": 240, "max_frames": 128, "in_channels": 16}
+        | {"out_channels": 16, "patch_spatial": 2, "patch_temporal": 1, "model_channels": 4096, "num_blocks": 28}
+        | {"num_heads": 32, "pos_emb_cls": "rope3d", "block_x_format": "THWBD", "affline_emb_norm": True}
+        | {"use_adaln_lora": True, "adaln_lora_dim": 256, "rope_t_extrapolation_ratio": 2.0}
+        | {"extra_per_block_abs_pos_emb": True, "extra_per_block_abs_pos_emb_type": "learnable"},
+        (16, 8, 88, 160),
+        (512, 1024),
+        {"num_blocks": 2},
     ),
 }
 
@@ -130,18 +155,24 @@ def by_comfyui(name: str, folder: Path, rounds: int) -> None:
     write_model(folder / f"{name}.safetensors", model.state_dict(), {"image_model": name, **config})
     found: list[dict[str, Any]] = []
     for images in (1, 2):
-        sides = [side if cuda else max(side // 8, 1) for side in network.x[1:]]
+        sides = [side if cuda else max(side // 16 * 2, 2) for side in network.x[1:]]
         x = torch.randn(images, network.x[0], *sides, generator=generator, device=device, dtype=dtype)
         context = torch.randn(images, *network.context, generator=generator, device=device, dtype=dtype)
         timestep = torch.full((images,), 0.7, device=device)
+        tensors = {"x": x, "timestep": timestep, "context": context}
+        if network.mask:
+            tensors["attention_mask"] = torch.ones(images, network.context[0], dtype=torch.int64, device=device)
 
-        def forward(x: Tensor = x, timestep: Tensor = timestep, context: Tensor = context) -> Tensor:
+        def forward(tensors: Mapping[str, Tensor] = tensors) -> Tensor:
+            named = dict(tensors)
             with torch.inference_mode():
-                out: Tensor = model(x, timestep, context=context, transformer_options={}, **network.numbers)
+                out: Tensor = model(
+                    named.pop("x"), named.pop("timestep"), transformer_options={}, **named, **network.numbers
+                )
             return out
 
         ms = times_of(forward, rounds)
-        given = {"x": x.cpu(), "timestep": timestep.cpu(), "context": context.cpu(), **network.numbers}
+        given = {**{name: each.cpu() for name, each in tensors.items()}, **network.numbers}
         found.append({"given": given, "out": forward().cpu(), "ms": ms})
     torch.save(found, folder / "comfyui.pt")
 

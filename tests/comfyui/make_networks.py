@@ -2,8 +2,8 @@
 
     PYTHONPATH=COMFYUI:tests/comfyui python tests/comfyui/make_networks.py FOLDER
 
-leaves for each a model's file, ``NAME.safetensors``, and ``NAME.pt`` with arguments and outputs of two images together,
-and of the first one alone.
+leaves for each a model's file, ``NAME.safetensors``, and ``NAME.pt`` with arguments and outputs of two images together
+(``inputs`` and ``both``), and of the first one alone (``first`` and ``alone``).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,10 @@ def main(folder: Path) -> None:
     for name, case in CASES.items():
         network = make(case)
         given = arguments(case)
-        alone = {key: value[:1] if isinstance(value, torch.Tensor) else value for key, value in given.items()}
+        alone = first(given)
         outs = [call(network, each) for each in (given, alone)]
-        torch.save({"inputs": given, "both": outs[0], "alone": outs[1]}, folder / f"{name}.pt")
-        state = {key: value.contiguous().clone() for key, value in network.state_dict().items()}
+        torch.save({"inputs": given, "first": alone, "both": outs[0], "alone": outs[1]}, folder / f"{name}.pt")
+        state = {case.prefix + key: value.contiguous().clone() for key, value in network.state_dict().items()}
         said = {"image_model": name, **case.config}
         save_file(state, folder / f"{name}.safetensors", metadata={"tacod.config": json.dumps(said)})
 
@@ -47,24 +48,47 @@ def make(case: NetworkCase) -> Any:
             weight.data = noise / weight[0].numel() ** 0.5
         else:
             weight.data = 1 + 0.2 * noise if name.endswith("weight") else 0.2 * noise
+    for name, buffer in network.named_buffers():
+        if name.endswith("inv_freq") and name in network.state_dict():
+            buffer.data = torch.rand(buffer.shape, generator=generator)
     return network.eval()
 
 
 def arguments(case: NetworkCase) -> dict[str, Any]:
     """Those of a call for two images."""
     generator = torch.Generator().manual_seed(1)
-    noise = {name: torch.randn(shape, generator=generator) for name, shape in case.inputs.items()}
-    masks = {name: torch.ones(2, length, dtype=torch.int64) for name, length in case.masks.items()}
-    return {**noise, **masks, **case.numbers, "timestep": torch.tensor([0.3, 0.8])}
+
+    def noise(shape: Any) -> Any:
+        return [noise(each) for each in shape] if isinstance(shape, list) else torch.randn(shape, generator=generator)
+
+    made = {name: noise(shape) for name, shape in case.inputs.items()}
+    for name, (length, hidden) in case.masks.items():
+        made[name] = torch.ones(2, length, dtype=torch.int64)
+        made[name][:, length - hidden :] = 0
+    return {**made, **case.numbers, "timestep": torch.tensor([0.3, 0.8])}
 
 
-def call(network: Any, given: dict[str, Any]) -> torch.Tensor:
+def first(value: Any) -> Any:
+    """The first image's arguments."""
+    return changed(value, lambda each: each[:1])
+
+
+def changed(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Arguments with every tensor changed."""
+    if isinstance(value, dict):
+        return {name: changed(each, change) for name, each in value.items()}
+    if isinstance(value, list):
+        return [changed(each, change) for each in value]
+    return change(value) if isinstance(value, torch.Tensor) else value
+
+
+def call(network: Any, given: dict[str, Any]) -> Any:
     """One forward, as ComfyUI's models call their networks; on copies, for some write to what they are given."""
-    copies = {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in given.items()}
-    x, timestep, context = (copies.pop(name) for name in ("x", "timestep", "context"))
+    copies = changed(given, torch.clone)
+    x, timestep, context = copies.pop("x"), copies.pop("timestep"), copies.pop("context", None)
     with torch.inference_mode():
-        out: torch.Tensor = network(x, timestep, context=context, control=None, transformer_options={}, **copies)
-    return out.contiguous()
+        out = network(x, timestep, context=context, control=None, transformer_options={}, **copies)
+    return out.contiguous() if isinstance(out, torch.Tensor) else [each.contiguous() for each in out]
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 __all__ = ["CASES", "NetworkCase"]
@@ -15,11 +15,15 @@ class NetworkCase:
     network: str
     """The class: its module under ``comfy.ldm``, and its name."""
     config: dict[str, Any]
-    inputs: dict[str, tuple[int, ...]]
-    """Shapes of noise for two images."""
-    masks: dict[str, int] = field(default_factory=dict)
-    """Lengths of masks that hide nothing."""
-    numbers: dict[str, int] = field(default_factory=dict)
+    inputs: dict[str, tuple[int, ...] | list[tuple[int, ...]]]
+    """Shapes of noise for two images, and lists of such."""
+    masks: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Lengths of masks, and how many of the last tokens they hide."""
+    numbers: dict[str, float] = field(default_factory=dict)
+    exact: bool = True
+    """Whether ComfyUI's torch and that of the ranks, which may be another version, compute the same to the bit."""
+    prefix: str = ""
+    """What the names in published files begin with."""
 
 
 CASES = {
@@ -49,6 +53,14 @@ CASES = {
         },
         {"x": (2, 16, 3, 10, 14), "context": (2, 13, 24)},
     ),
+    "cogvideox_ofs": NetworkCase(
+        "cogvideo.model.CogVideoXTransformer3DModel",
+        {"image_model": "cogvideox", "num_attention_heads": 5, "attention_head_dim": 16, "in_channels": 16}
+        | {"out_channels": 16, "time_embed_dim": 32, "text_embed_dim": 24, "num_layers": 2, "sample_width": 14}
+        | {"use_rotary_positional_embeddings": True, "max_text_seq_length": 13, "sample_height": 10}
+        | {"sample_frames": 9, "patch_size_t": 2, "ofs_embed_dim": 32},
+        {"x": (2, 16, 4, 10, 14), "context": (2, 13, 24), "ofs": (2,)},
+    ),
     "ernie_image": NetworkCase(
         "ernie.model.ErnieImageModel",
         {"image_model": "ernie", "hidden_size": 96, "num_attention_heads": 3, "num_layers": 2, "in_channels": 128}
@@ -65,7 +77,7 @@ CASES = {
             "encoder_hidden_states_t5": (2, 13, 32),
             "image_meta_size": (2, 6),
         },
-        masks={"text_embedding_mask": 11, "text_embedding_mask_t5": 13},
+        masks={"text_embedding_mask": (11, 0), "text_embedding_mask_t5": (13, 0)},
     ),
     "ideogram4": NetworkCase(
         "ideogram4.model.Ideogram4Transformer2DModel",
@@ -99,4 +111,139 @@ CASES = {
         {"x": (2, 16, 10, 14), "context": (2, 13, 24)},
         numbers={"num_tokens": 13},
     ),
+    "mochi": NetworkCase(
+        "genmo.joint_model.asymm_models_joint.AsymmDiTJoint",
+        {"depth": 2, "num_heads": 3, "hidden_size_x": 48, "hidden_size_y": 24, "mlp_ratio_x": 256.0}
+        | {"learn_sigma": False, "in_channels": 12, "qk_norm": True, "qkv_bias": False, "use_t5": True}
+        | {"t5_feat_dim": 32, "t5_token_length": 13, "timestep_scale": 1000.0},
+        {"x": (2, 12, 3, 10, 14), "context": (2, 13, 32)},
+        masks={"attention_mask": (13, 4)},
+        numbers={"num_tokens": 9},
+    ),
+    "cosmos": NetworkCase(
+        "cosmos.model.GeneralDIT",
+        {"image_model": "cosmos", "max_img_h": 32, "max_img_w": 32, "max_frames": 8, "in_channels": 16}
+        | {"out_channels": 16, "patch_spatial": 2, "patch_temporal": 1, "model_channels": 48, "num_blocks": 3}
+        | {"num_heads": 3, "crossattn_emb_channels": 24, "pos_emb_cls": "rope3d", "block_x_format": "THWBD"}
+        | {"affline_emb_norm": True, "use_adaln_lora": True, "adaln_lora_dim": 8}
+        | {"extra_per_block_abs_pos_emb": True, "extra_per_block_abs_pos_emb_type": "learnable"}
+        | {f"{name}_{side}_extrapolation_ratio": 2.0 for name in ("rope", "extra") for side in "hwt"},
+        {"x": (2, 16, 3, 10, 14), "context": (2, 13, 24)},
+        numbers={"fps": 24.0},
+        exact=False,
+    ),
+    "humo": NetworkCase(
+        "wan.model.HumoWanModel",
+        {"dim": 48, "ffn_dim": 64, "text_dim": 24, "num_heads": 3, "num_layers": 2, "freq_dim": 32} | {"text_len": 13},
+        {
+            "x": (2, 16, 3, 10, 14),
+            "context": (2, 13, 24),
+            "audio_embed": (2, 3, 8, 5, 1280),
+            "reference_latent": (2, 16, 1, 10, 14),
+        },
+    ),
+    "wan_s2v": NetworkCase(
+        "wan.model.WanModel_S2V",
+        {"dim": 48, "ffn_dim": 64, "text_dim": 24, "num_heads": 3, "num_layers": 3, "freq_dim": 32}
+        | {"text_len": 13, "audio_dim": 40, "audio_inject_layers": [0, 2], "framepack_drop_mode": "padd"},
+        {
+            "x": (2, 16, 3, 10, 14),
+            "context": (2, 13, 24),
+            "audio_embed": (2, 25, 40, 12),
+            "reference_latent": (2, 16, 1, 10, 14),
+            "control_video": (2, 16, 3, 10, 14),
+        },
+    ),
+    "wandancer": NetworkCase(
+        "wan.model_wandancer.WanDancerModel",
+        {"dim": 48, "ffn_dim": 64, "text_dim": 24, "num_heads": 3, "num_layers": 3, "freq_dim": 32, "in_dim": 36}
+        | {"text_len": 13, "audio_inject_layers": [0, 2], "music_dim": 32, "music_heads": 2, "music_latent_dim": 32},
+        {
+            "x": (2, 36, 3, 12, 16),
+            "context": (2, 13, 24),
+            "clip_fea": (2, 7, 1280),
+            "clip_fea_ref": (2, 7, 1280),
+            "audio_embed": (2, 11, 35),
+        },
+        numbers={"fps": 24.0, "audio_inject_scale": 0.7},
+    ),
+    "hunyuan3d2": NetworkCase(
+        "hunyuan3d.model.Hunyuan3Dv2",
+        {"in_channels": 8, "context_in_dim": 24, "hidden_size": 40, "num_heads": 5, "depth": 2}
+        | {"depth_single_blocks": 2, "guidance_embed": True},
+        {"x": (2, 8, 35), "context": (2, 13, 24), "guidance": (1,)},
+    ),
+    "hunyuan3d2_1": NetworkCase(
+        "hunyuan3dv2_1.hunyuandit.HunYuanDiTPlain",
+        {"in_channels": 8, "hidden_size": 48, "context_dim": 24, "depth": 4, "num_heads": 3, "num_moe_layers": 2}
+        | {"guidance_cond_proj_dim": None, "num_experts": 4, "image_model": "hunyuan3d2_1"},
+        {"x": (2, 8, 35), "context": (2, 13, 24), "guidance": (1,)},
+    ),
+    "triposplat": NetworkCase(
+        "triposplat.model.LatentSeqMMFlowModel",
+        {"image_model": "triposplat", "q_token_length": 29, "in_channels": 8, "model_channels": 48}
+        | {"cond_channels": 24, "out_channels": 8, "num_blocks": 2, "num_refiner_blocks": 1, "num_head_channels": 16}
+        | {"cond2_channels": 16},
+        {"x": [(2, 29, 8), (2, 1, 5)], "context": (2, 13, 24), "ref_latents": [(2, 16, 3, 3)]},
+    ),
+    "pixeldit": NetworkCase(
+        "pixeldit.model.PixDiT_T2I",
+        {"num_groups": 3, "hidden_size": 48, "pixel_hidden_size": 8, "pixel_attn_hidden_size": 32}
+        | {"image_model": "pixeldit_t2i", "pixel_num_groups": 2, "patch_depth": 2, "pixel_depth": 2, "patch_size": 4}
+        | {"txt_embed_dim": 24, "txt_max_length": 16},
+        {"x": (2, 3, 20, 28), "context": (2, 13, 24)},
+        prefix="core.",
+    ),
+    "pid": NetworkCase(
+        "pixeldit.pid.PidNet",
+        {"num_groups": 3, "hidden_size": 48, "pixel_hidden_size": 8, "pixel_attn_hidden_size": 32}
+        | {"image_model": "pid", "pixel_num_groups": 2, "patch_depth": 3, "pixel_depth": 1, "patch_size": 16}
+        | {"txt_embed_dim": 24, "txt_max_length": 16, "lq_latent_channels": 4, "lq_hidden_dim": 16}
+        | {"lq_num_res_blocks": 1, "lq_interval": 2, "sr_scale": 4, "latent_spatial_down_factor": 8},
+        {"x": (2, 3, 80, 112), "context": (2, 13, 24), "lq_latent": (2, 4, 5, 7), "degrade_sigma": (1,)},
+    ),
+    "zimage_pixel": NetworkCase(
+        "lumina.model.NextDiTPixelSpace",
+        {"image_model": "zimage_pixel", "patch_size": 4, "in_channels": 3, "dim": 48, "n_layers": 2, "n_heads": 3}
+        | {"n_refiner_layers": 1, "n_kv_heads": 3, "multiple_of": 16, "qk_norm": True, "cap_feat_dim": 24}
+        | {"axes_dims": [4, 6, 6], "pad_tokens_multiple": 4, "use_x0": True}
+        | {"decoder_hidden_size": 32, "decoder_num_res_blocks": 2, "decoder_in_channels": 48},
+        {"x": (2, 3, 20, 28), "context": (2, 13, 24)},
+        numbers={"num_tokens": 13},
+    ),
+    "ace_step15": NetworkCase(
+        "ace.ace_step15.AceStepConditionGenerationModel",
+        {"audio_model": "ace1.5", "in_channels": 24, "hidden_size": 48, "text_hidden_dim": 24}
+        | {"timbre_hidden_dim": 8, "audio_acoustic_hidden_dim": 8, "num_dit_layers": 2, "num_lyric_layers": 1}
+        | {"num_timbre_layers": 1, "num_tokenizer_layers": 1, "num_heads": 6, "num_kv_heads": 2, "head_dim": 8}
+        | {"intermediate_size": 64, "sliding_window": 3, "fsq_dim": 40, "encoder_hidden_size": 40}
+        | {"encoder_intermediate_size": 64, "encoder_num_heads": 4},
+        {"x": (2, 8, 41), "context": (2, 13, 24), "lyric_embed": (2, 7, 24), "refer_audio": (2, 8, 41)},
+        numbers={"is_covers": True},
+    ),
+    "stable_audio": NetworkCase(
+        "audio.dit.AudioDiffusionTransformer",
+        {"audio_model": "dit1.0", "io_channels": 8, "embed_dim": 96, "cond_token_dim": 32, "global_cond_dim": 24}
+        | {"project_cond_tokens": True, "depth": 2, "num_heads": 3, "global_cond_type": "adaLN"}
+        | {"num_memory_tokens": 5, "local_add_cond_dim": 9, "norm_type": "rms_norm", "global_cond_shared_embed": True}
+        | {"timestep_features_type": "expo", "attn_kwargs": {"qk_norm": "rms", "differential": True}},
+        {"x": (2, 8, 35), "context": (2, 13, 32), "global_embed": (2, 24), "local_add_cond": (2, 9, 35)},
+    ),
 }
+CASES |= {
+    f"{name}_{more}": replace(
+        CASES[name],
+        inputs={key: shape for key, shape in {**CASES[name].inputs, **inputs}.items() if shape},
+        masks={**CASES[name].masks, **masks},
+    )
+    for name, more, inputs, masks in (
+        ("boogu", "edit", {"ref_latents": [(2, 16, 9, 8), (2, 16, 6, 11)]}, {}),
+        ("ideogram4", "mask", {}, {"attention_mask": (13, 4)}),
+        ("ideogram4", "image", {"context": ()}, {}),
+        ("joyimage", "edit", {"ref_latents": [(2, 16, 1, 9, 8), (2, 16, 1, 6, 11)]}, {}),
+        ("lens", "mask", {}, {"attention_mask": (13, 4)}),
+        ("mage_flow", "edit", {"ref_latents": [(2, 128, 4, 3), (2, 128, 3, 5)]}, {"attention_mask": (13, 4)}),
+        ("omnigen2", "edit", {"ref_latents": [(2, 16, 9, 8), (2, 16, 6, 11)]}, {}),
+    )
+}
+"""What editing models are called with: references and masks."""

@@ -22,6 +22,7 @@ from network_cases import CASES
 from safetensors.torch import load_file, save_file
 
 from tacod.comfyui import lacking
+from tacod.rank.cores import usable_cores
 
 HERE = Path(__file__).parent
 Both = Callable[..., Outcome]
@@ -44,7 +45,8 @@ def files(tmp_path_factory: pytest.TempPathFactory, packages: dict[str, str]) ->
     """The tiny networks, and what ComfyUI computes with them."""
     folder = tmp_path_factory.mktemp("networks")
     paths = os.pathsep.join([PATH, str(HERE)])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    # As many threads as one rank has: sums are in another order with more.
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(max(1, int(usable_cores())))}
     subprocess.run([PYTHON, str(HERE / "make_networks.py"), str(folder)], check=True, env=environment)
     return folder
 
@@ -64,23 +66,27 @@ def networks(files: Path, packages: dict[str, str], comfyui_models: Path) -> Ite
         yield get
 
 
+def farthest(out: Any, expected: Any) -> float:
+    """The largest error of one latent or several."""
+    pairs = zip(out, expected, strict=True) if isinstance(expected, list) else [(out, expected)]
+    return max(relative_error(mine, theirs) for mine, theirs in pairs)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", CASES)
 def test_with_a_table(networks: Networks, files: Path, name: str, ranks: int) -> None:
     known: dict[str, Any] = torch.load(files / f"{name}.pt")
-    inputs = known["inputs"]
-    alone = {key: value[:1] if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
     with networks(ranks).client() as client:
         model = client.load(f"{name}.safetensors")
         assert model.network.endswith(f": {CASES[name].network.rpartition('.')[2]}"), model.network
-        out = model.forward(**alone)
+        out = model.forward(**known["first"])
         assert model.stats.last is not None
         assert (model.stats.last.ranks, model.stats.last.plan.startswith(f"sequence {ranks}")) == (ranks, True)
-        assert relative_error(out, known["alone"]) <= (0 if ranks == 1 else FP32)
-        assert relative_error(model.forward(**inputs), known["both"]) <= FP32
-        if ranks > 1:
+        assert farthest(out, known["alone"]) <= (0 if ranks == 1 and CASES[name].exact else FP32)
+        assert farthest(model.forward(**known["inputs"]), known["both"]) <= FP32
+        if ranks == 3:
             ring = client.load(f"{name}.safetensors", plan={"ring": ranks})
-            assert relative_error(ring.forward(**alone), known["alone"]) <= FP32
+            assert farthest(ring.forward(**known["first"]), known["alone"]) <= FP32
         client.unload(model.id)
 
 

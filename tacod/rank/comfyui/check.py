@@ -5,13 +5,14 @@ A new version of ComfyUI may change a network so that a table is no longer true.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from tacod.plan import Layout, Plan, Shape
 from tacod.rank.comfyui.network import Network
-from tacod.rank.comfyui.split import Ones
+from tacod.rank.comfyui.tables.base import Mask
 from tacod.rank.families.inputs import Inputs
 from tacod.rank.forward.run import Call, relative_difference, run
 from tacod.rank.oom import clear_tracebacks, describe_oom
@@ -31,22 +32,31 @@ def check_split(network: Network, topology: Topology, device: torch.device) -> N
     network.use_table()
     if topology.world_size == 1 or not network.is_split:
         return
+    for probe in network.probes:
+        if failed := _failure(network, probe, topology, device):
+            network.distrust(failed)
+            return
+
+
+def _failure(network: Network, probe: Mapping[str, Any], topology: Topology, device: torch.device) -> str:
+    """Why a table isn't true of a small forward; empty if it is. All ranks agree on whether it is."""
     try:
-        shape = Shape(network.heads, network.width, 1, network.lengths(small_inputs(network, device)))
+        shape = Shape(network.heads, network.width, 1, network.lengths(small_inputs(network, probe, device)))
         # Each forward has inputs of its own, for a network may write to them.
-        alone = run(Call(network, Plan(Layout(1, 1, 1), 1, shape), small_inputs(network, device)), Topology())
+        inputs = small_inputs(network, probe, device)
+        if reason := network.unchecked(inputs):
+            return f"its own small forward is none that may be split: {reason}"
+        alone = run(Call(network, Plan(Layout(1, 1, 1), 1, shape), inputs), Topology())
         failed = ""
     except Exception as error:  # whatever a network raises
         _reraise_lack_of_memory(error)
         failed = f"its own small forward failed ({type(error).__name__}: {error})"
     if not topology.everyone.agree(not failed):
-        network.distrust(failed or "its small forward failed on another rank")
-        return
+        return failed or "its small forward failed on another rank"
     for layout in _layouts(topology.world_size):
         try:
-            shared = run(
-                Call(network, Plan(layout, topology.world_size, shape), small_inputs(network, device)), topology
-            )
+            inputs = small_inputs(network, probe, device)
+            shared = run(Call(network, Plan(layout, topology.world_size, shape), inputs), topology)
             difference = relative_difference(shared, alone)
             # Of what is no number nothing is known.
             fits = difference <= LIMITS[network.dtype]
@@ -57,22 +67,25 @@ def check_split(network: Network, topology: Topology, device: torch.device) -> N
             failed = f"with {layout} a small forward failed ({type(error).__name__}: {error})"
             clear_tracebacks(error)
         if not topology.everyone.agree(not failed):
-            network.distrust(failed or f"with {layout} a small forward went wrong on another rank")
-            return
+            return failed or f"with {layout} a small forward went wrong on another rank"
+    return ""
 
 
-def small_inputs(network: Network, device: torch.device) -> Inputs:
-    """The arguments of a small forward of a network with a table, the same on every rank."""
-    assert network.table is not None
+def small_inputs(network: Network, probe: Mapping[str, Any], device: torch.device) -> Inputs:
+    """The arguments of a small forward, the same on every rank."""
     generator = torch.Generator().manual_seed(0)
-    values: dict[str, Any] = {"timestep": torch.full((1,), 0.5, device=device)}
-    for name, shape in network.table.probe(network.inner).items():
-        if isinstance(shape, int):
-            values[name] = shape
-        elif isinstance(shape, Ones):
-            values[name] = torch.ones(shape, dtype=torch.int64, device=device)
-        else:
-            values[name] = torch.randn(shape, generator=generator).to(device, network.dtype)
+
+    def made(value: Any) -> Any:
+        if isinstance(value, Mask):
+            mask = torch.ones(value.shape, dtype=torch.int64, device=device)
+            mask[..., value.shape[-1] - value.hidden :] = 0
+            return mask
+        if isinstance(value, tuple):
+            return torch.randn(value, generator=generator).to(device, network.dtype)
+        return [made(each) for each in value] if isinstance(value, list) else value
+
+    values = {"timestep": torch.full((1,), 0.5, device=device)}
+    values |= {name: made(value) for name, value in probe.items()}
     return Inputs(values, network.specs_for(values))
 
 

@@ -10,7 +10,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -20,7 +20,10 @@ from torch import Tensor, nn
 from tacod.checkpoint import TensorInfo
 from tacod.plan import Request
 from tacod.rank.comfyui.follow import count_blocks, followed
-from tacod.rank.comfyui.split import Misfit, Split, Table
+from tacod.rank.comfyui.split import Split
+from tacod.rank.comfyui.tables.base import Table
+from tacod.rank.comfyui.tables.calls import mismatch, shapes_of
+from tacod.rank.comfyui.tokens import Misfit
 from tacod.rank.families.base import DiT, Method, Output
 from tacod.rank.families.inputs import Anything, Inputs, Spec
 from tacod.rank.families.noise import Flow
@@ -91,11 +94,16 @@ class Network(DiT):
         self._table = table
         self._seed_of = seed_of
         self._split: Split | None = None
+        self.probes: list[dict[str, Any]] = []
+        """The arguments of the small forwards by which the table is checked; empty if it isn't taken up."""
         self.reason = "this version has no table of its blocks"
         """Why the tokens of an image aren't shared out; empty if they are."""
         self._parameters_of_call, self._passes_on = _signature(network)
         self._blocks = [
-            block for each in network.children() if isinstance(each, nn.ModuleList) and len(each) > 1 for block in each
+            block
+            for each in network.children()
+            if isinstance(each, nn.ModuleList | nn.ModuleDict) and len(each) > 1
+            for block in each.children()
         ]
         count_blocks(self._blocks)
 
@@ -150,16 +158,9 @@ class Network(DiT):
 
     def lengths(self, arguments: Mapping[str, Any]) -> tuple[int, ...]:
         """About how many tokens there are; one if that isn't known."""
-        if self._table is None or self._odd(arguments):
+        if self._table is None or all(mismatch(probe, arguments).unknown for probe in self.probes):
             return (1,)
-        shapes = {name: tuple(each.shape) for name, each in arguments.items() if hasattr(each, "shape")}
-        return self._table.lengths(self.inner, shapes)
-
-    def _odd(self, arguments: Mapping[str, Any]) -> list[str]:
-        """The tensors that the table was checked with, and that lack here or have other dimensions."""
-        assert self._table is not None
-        shapes = {name: each for name, each in self._table.probe(self.inner).items() if isinstance(each, tuple)}
-        return [name for name, each in shapes.items() if len(getattr(arguments.get(name), "shape", ())) != len(each)]
+        return self._table.lengths(self.inner, shapes_of(arguments))
 
     def limited(self, asked: Request, arguments: Mapping[str, Any]) -> Request:
         """See `DiT.limited`: without a table that was checked with such arguments an image stays on one rank."""
@@ -174,15 +175,18 @@ class Network(DiT):
                 f"plan: {self.name} is ComfyUI's, which chooses its own attention; leave flash_attention out",
                 argument="plan",
             )
-        if any(name in (arguments.get(OPTIONS) or {}) for name in _BY_CALL):
+        why = (
+            "reads of which condition an image is" if any(n in (arguments.get(OPTIONS) or {}) for n in _BY_CALL) else ""
+        )
+        if self._table is not None and self._table.together:
+            why = "looks at several images of a batch at once"
+        if why:
             if asked.cfg_parallel:
                 raise ArgumentError(
-                    f"plan: {self.name} reads of which condition an image is, so a batch stays together; leave "
-                    "cfg_parallel out",
-                    argument="plan",
+                    f"plan: {self.name} {why}, so a batch stays together; leave cfg_parallel out", argument="plan"
                 )
             asked = replace(asked, cfg_parallel=False)
-        reason = self.reason or self._unchecked(arguments)
+        reason = self.reason or self.unchecked(arguments)
         if not reason:
             return asked
         degrees = (asked.sequence_parallel_degree, asked.ulysses, asked.ring)
@@ -192,21 +196,15 @@ class Network(DiT):
             )
         return replace(asked, sequence_parallel_degree=1)
 
-    def _unchecked(self, arguments: Mapping[str, Any]) -> str:
+    def unchecked(self, arguments: Mapping[str, Any]) -> str:
         """What of a call's arguments the table wasn't checked with; empty if it was with all."""
         assert self._table is not None
-        known = {*self._table.probe(self.inner), "timestep"}
-        others = [
-            name
-            for name, value in arguments.items()
-            if name not in known and value is not None and not (isinstance(value, Mapping) and not value)
-        ]
-        if others:
-            return f"that was checked without {', '.join(others)}"
-        if left := [name for name in known if arguments.get(name) is None]:
-            return f"that was checked with {', '.join(left)}"
-        if odd := self._odd(arguments):
-            return f"that was checked with other dimensions of {', '.join(odd)}"
+        found = [mismatch(probe, arguments) for probe in self.probes]
+        nearest = min(found, key=lambda each: each.count)
+        if nearest.count:
+            return nearest.reason
+        if reason := self._table.unfit(self.inner, shapes_of(arguments)):
+            return reason
         return "" if min(self.lengths(arguments)) >= 1 else "there are too few"
 
     def refusal(self, error: Exception) -> TacodError | None:
@@ -245,7 +243,12 @@ class Network(DiT):
         values = dict(inputs)
         x, timestep, context = values.pop("x"), values.pop("timestep"), values.pop("context", None)
         options = dict(values.pop(OPTIONS, {}))
-        shared = nullcontext() if self._split is None or sequence.size == 1 else self._split.sharing(sequence, options)
+        shared: AbstractContextManager[None] = nullcontext()
+        if self._split is not None and self._table is not None and sequence.size > 1:
+            shared = self._split.sharing(sequence, options, self._table.frame(self.inner, shapes_of(inputs)))
+        if (forget := getattr(self.inner, "clear_kv_cache", None)) is not None:
+            # It keeps keys of former calls by the address of a tensor, which another call's may have now.
+            forget()
         with followed(len(self._blocks), watch), shared:
             out = self.inner(x, timestep, context=context, control=None, transformer_options=options, **values)
         outs = [out] if isinstance(out, Tensor) else list(out)
@@ -305,7 +308,8 @@ class Network(DiT):
         try:
             split = Split(self.inner, self._table)
             self.heads, self.width = self._table.heads(self.inner), self._table.width(self.inner)
-        except (Misfit, AttributeError) as error:
+            self.probes = self._table.probes(self.inner)
+        except (Misfit, AttributeError, LookupError, TypeError) as error:
             self.distrust(f"it isn't as this version's table says ({error})")
             return
         self._split, self.reason = split, ""

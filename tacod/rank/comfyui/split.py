@@ -11,70 +11,17 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tacod.rank.comfyui.tables.base import Blocks, Cut, Table, Window
+from tacod.rank.comfyui.tokens import Misfit, Tokens
 from tacod.rank.ops.qkv import QKV
 from tacod.rank.parallel.sequence import SequenceParallel
 
-__all__ = ["Blocks", "Cut", "Misfit", "Ones", "Split", "Table"]
-
-
-class Misfit(Exception):
-    """A network isn't as its table says; tells how."""
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Where an argument holds tokens: those of these runs, one behind the other, along a dimension."""
-
-    dim: int
-    runs: tuple[str, ...]
-
-
-class Ones(tuple[int, ...]):
-    """The shape of a mask that hides nothing."""
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """A list of blocks, and what they are called with."""
-
-    path: str
-    """Where the list is in the network."""
-    along: Mapping[str, Cut] = field(default_factory=dict)
-    """Arguments that each block gets whole, such as rotary tables; a rank's block gets its tokens'."""
-    attention: Mapping[str, tuple[str, ...] | None] = field(default_factory=dict)
-    """The runs that attend together in a module, by its path in the block; all of them in modules without an entry.
-    None is for cross-attention, whose keys every rank has."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """How a network's tokens are split: a few lines for a family."""
-
-    network: str
-    """The class: its module, without ``comfy.ldm.``, and its name."""
-    blocks: tuple[Blocks, ...]
-    """In the order in which they run, without anything between them that looks at several tokens."""
-    tokens: Mapping[str, Cut]
-    """The arguments of the first block that hold tokens; each rank's first block gets its chunk of each run."""
-    gather: tuple[str, tuple[str, ...]]
-    """The module whose result is made whole again, and the runs that it holds, one behind the other."""
-    heads: Callable[[Any], int]
-    """The network's attention heads."""
-    width: Callable[[Any], int]
-    """The network's channels of a token."""
-    lengths: Callable[[Any, Mapping[str, tuple[int, ...]]], tuple[int, ...]]
-    """About how many tokens there are of each run, the image's last, from the network and the arguments' shapes."""
-    probe: Callable[[Any], Mapping[str, tuple[int, ...] | int]]
-    """The shapes of a small forward's arguments (``x`` among them), or a number; calls with others aren't split."""
-    attention_names: tuple[str, ...] = ()
-    """Where the network's modules name ComfyUI's attention, if they don't hand it the options of a call: module and
-    name, without ``comfy.ldm.``."""
+__all__ = ["Split"]
 
 
 class Split:
@@ -86,21 +33,32 @@ class Split:
         Raises `Misfit` if it lacks what the table names.
         """
         self.table = table
-        self._sequence: SequenceParallel | None = None
-        self._lengths: dict[str, int] = {}
-        self._within: list[tuple[str, ...] | None] = []
+        self._tokens: Tokens | None = None
+        """Those of the forward that runs, until they are whole again."""
+        self._whole: Tensor | None = None
+        """With `Table.between`: the tensor in which a block's result is put back."""
+        self._within: list[tuple[str, ...] | int | None] = []
+        """What the modules that run say of their attention: its runs, a window, or that every rank has its keys."""
         self._named = [_place(name) for name in table.attention_names]
-        lists = [(blocks, self._list(network, blocks)) for blocks in table.blocks]
-        gathering = _module(network, table.gather[0])
+        path, runs = table.gather
+        lists = [(blocks, _blocks(network, blocks)) for blocks in table.blocks]
+        last = next((modules[-1] for blocks, modules in lists if blocks.path == path), None)
         for number, (blocks, modules) in enumerate(lists):
             for place, block in enumerate(modules):
-                self._watch(block, blocks, table.tokens if number == place == 0 else {})
-        gathering.register_forward_hook(self._gather())
+                first = number == place == 0
+                self._watch(block, blocks, table.tokens if first or (table.between and number == 0) else {}, first)
+                if table.between and number == 0 and block is not last:
+                    block.register_forward_hook(self._put_back())
+        cut = next((cut for cut in table.tokens.values() if cut.runs == runs), Cut(1, runs))
+        (_module(network, path) if last is None else last).register_forward_hook(self._gather(cut))
 
     @contextmanager
-    def sharing(self, sequence: SequenceParallel, options: dict[str, Any]) -> Iterator[None]:
-        """A context in which calls of the network split tokens; ``options`` of such a call get the attention."""
-        self._sequence, self._lengths, self._within = sequence, {}, []
+    def sharing(self, sequence: SequenceParallel, options: dict[str, Any], frame: int = 0) -> Iterator[None]:
+        """A context in which calls of the network split tokens; ``options`` of such a call get the attention.
+
+        ``frame`` is of how many tokens a frame is, if blocks look at frames.
+        """
+        self._tokens, self._within = Tokens(sequence, frame), []
         options["optimized_attention_override"] = self._attend
         replaced = [(module, name, getattr(module, name)) for module, name in self._named]
         for module, name, attention in replaced:
@@ -110,47 +68,53 @@ class Split:
         finally:
             for module, name, attention in replaced:
                 setattr(module, name, attention)
-            self._sequence = None
+            self._tokens = self._whole = None
 
     # --- hooks: plain functions, so that a copy of the network shares them --------------------------------------------
 
-    @staticmethod
-    def _list(network: nn.Module, blocks: Blocks) -> Sequence[nn.Module]:
-        found = _module(network, blocks.path)
-        if not isinstance(found, nn.ModuleList) or not len(found):
-            raise Misfit(f"{blocks.path} is no list of blocks")
-        for path in blocks.attention:
-            _module(found[0], path)
-        return list(found)
-
-    def _watch(self, block: nn.Module, blocks: Blocks, tokens: Mapping[str, Cut]) -> None:
-        signature = inspect.signature(block.forward)
-        absent = [name for name in (*tokens, *blocks.along) if name not in signature.parameters]
-        if absent:
-            raise Misfit(f"{blocks.path} has blocks that take no {', '.join(absent)}")
+    def _watch(self, block: nn.Module, blocks: Blocks, tokens: Mapping[str, Cut], first: bool) -> None:
+        crops = [cut.crop for cut in tokens.values() if cut.crop]
+        signature = _signature(block, blocks.path, (*tokens, *crops, *blocks.along, *blocks.counts))
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if self._sequence is None:
+            shared = self._tokens
+            if shared is None:
                 return None
             try:
                 bound = signature.bind(*args, **kwargs)
             except TypeError as error:
                 raise Misfit(f"a block of {blocks.path} is called otherwise: {error}") from None
-            if tokens:
-                self._begin(bound.arguments, tokens)
-            elif not self._lengths:
-                raise Misfit(f"a block of {blocks.path} runs before the first one")
+            given = bound.arguments
+            if first:
+                shared.begin(given, tokens)
+            elif not shared.runs:
+                # Before the first block tokens are whole.
+                return None
+            for name, cut in tokens.items():
+                if self.table.between:
+                    given[name] = self._whole = _own(given[name]) if first else given.get(name)
+                given[name] = shared.cut(given.get(name), cut, name)
             for name, cut in blocks.along.items():
-                bound.arguments[name] = self._cut(bound.arguments.get(name), cut, name)
+                given[name] = shared.cut(given.get(name), cut, name)
+            for name, run in blocks.counts.items():
+                given[name] = shared.count(given.get(name), run, name)
             return bound.args, bound.kwargs
 
         block.register_forward_pre_hook(before, with_kwargs=True)
         for path, runs in blocks.attention.items():
             self._mark(_module(block, path), runs)
 
-    def _mark(self, module: nn.Module, runs: tuple[str, ...] | None) -> None:
+    def _mark(self, module: nn.Module, attention: tuple[str, ...] | Window | None) -> None:
+        if isinstance(attention, Window):
+            size = getattr(module, attention.size)
+            if size is None:
+                return
+            if not isinstance(size, int):
+                raise Misfit(f"{attention.size} is no number of tokens")
+            attention = size
+
         def enter(module: nn.Module, args: Any) -> None:
-            self._within.append(runs)
+            self._within.append(attention)
 
         def leave(module: nn.Module, args: Any, out: Any) -> None:
             self._within.pop()
@@ -158,54 +122,38 @@ class Split:
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave)
 
-    def _gather(self) -> Callable[[nn.Module, Any, Any], Any]:
-        def gather(module: nn.Module, args: Any, out: Any) -> Any:
-            if self._sequence is None:
+    def _put_back(self) -> Callable[[nn.Module, Any, Any], Any]:
+        (cut,) = self.table.tokens.values()
+
+        def put_back(module: nn.Module, args: Any, out: Any) -> Any:
+            if self._tokens is None or self._whole is None:
                 return None
-            path, runs = self.table.gather
-            if not isinstance(out, Tensor) or not self._lengths:
-                raise Misfit(f"{path} comes before the blocks, or gives no tensor")
-            sizes = [self._mine(run) for run in runs]
-            if out.ndim < 3 or out.shape[1] != sum(sizes):
-                raise Misfit(f"{path} gives {list(out.shape)}, and {sum(sizes)} tokens were expected")
-            parts = zip(torch.split(out, sizes, dim=1), runs, strict=True)
-            whole = [self._sequence.gather(part.contiguous(), self._lengths[run]) for part, run in parts]
+            mine = self._tokens.cut(self._whole, cut, "a block's result")
+            if not isinstance(out, Tensor) or out.shape != mine.shape:
+                raise Misfit("a block's result isn't its tokens")
+            # A view, so this is where the next block finds them.
+            mine.copy_(out)
+            return self._whole
+
+        return put_back
+
+    def _gather(self, cut: Cut) -> Callable[[nn.Module, Any, Any], Any]:
+        path = self.table.gather[0]
+
+        def gather(module: nn.Module, args: Any, out: Any) -> Any:
+            if self._tokens is None:
+                return None
+            if not self._tokens.runs:
+                raise Misfit(f"{path} comes before the blocks")
+            out, *others = out if isinstance(out, tuple) and out else (out,)
+            whole = self._tokens.gather(out, cut, path)
+            if self._whole is not None:
+                whole = whole.reshape(self._whole.shape[: cut.dim + cut.dims] + whole.shape[cut.dim + cut.dims :])
             # What comes behind sees whole tokens.
-            self._lengths = {}
-            return whole[0] if len(whole) == 1 else torch.cat(whole, dim=1)
+            self._tokens = None
+            return (whole, *others) if others else whole
 
         return gather
-
-    # --- tokens -------------------------------------------------------------------------------------------------------
-
-    def _begin(self, arguments: dict[str, Any], tokens: Mapping[str, Cut]) -> None:
-        for name, cut in tokens.items():
-            value = arguments.get(name)
-            if not isinstance(value, Tensor) or value.ndim < 3 or len(cut.runs) != 1:
-                raise Misfit(f"the first block's {name} is no tensor of tokens")
-            self._lengths[cut.runs[0]] = value.shape[cut.dim]
-        for name, cut in tokens.items():
-            arguments[name] = self._cut(arguments[name], cut, name)
-
-    def _cut(self, value: Any, cut: Cut, name: str) -> Any:
-        """This rank's tokens of a tensor, or of each in a list."""
-        assert self._sequence is not None
-        if value is None:
-            return None
-        if isinstance(value, tuple | list):
-            return type(value)(self._cut(each, cut, name) for each in value)
-        lengths = [self._lengths[run] for run in cut.runs]
-        if not isinstance(value, Tensor) or value.ndim <= cut.dim or value.shape[cut.dim] != sum(lengths):
-            shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise Misfit(f"{name} is {shape}, and {sum(lengths)} tokens were expected along {cut.dim}")
-        parts = [self._sequence.shard(part, cut.dim) for part in torch.split(value, lengths, cut.dim)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, cut.dim)
-
-    def _mine(self, *runs: str) -> int:
-        """This rank's tokens of these runs."""
-        assert self._sequence is not None
-        places = [self._sequence.place(self._lengths[run]) for run in runs]
-        return sum(end - begin for begin, end in places)
 
     # --- attention ----------------------------------------------------------------------------------------------------
 
@@ -229,8 +177,22 @@ class Split:
         **options: Any,
     ) -> Any:
         """ComfyUI's attention, over the tokens of all ranks; by its own function before and behind the blocks."""
-        runs = self._within[-1] if self._within else tuple(self._lengths)
-        if self._sequence is None or not self._lengths or runs is None:
+        shared = self._tokens
+        names = self._within[-1] if self._within else () if shared is None else tuple(shared.runs)
+        if shared is None or not shared.runs or names is None:
+            return attention(
+                q,
+                k,
+                v,
+                heads,
+                mask=mask,
+                attn_precision=attn_precision,
+                skip_reshape=skip_reshape,
+                skip_output_reshape=skip_output_reshape,
+                **options,
+            )
+        if isinstance(names, int):
+            k, v, mask = _near(shared, q, k, v, names, 2 if skip_reshape else 1)
             return attention(
                 q,
                 k,
@@ -245,34 +207,76 @@ class Split:
         if skip_reshape:
             q, k, v = (each.transpose(1, 2).flatten(2) for each in (q, k, v))
         width = q.shape[-1] // heads
-        if not q.shape[1] == k.shape[1] == v.shape[1] == self._mine(*runs):
-            raise Misfit(
-                f"an attention of {q.shape[1]} tokens over {k.shape[1]}, where {self._mine(*runs)} were expected"
-            )
+        runs = [shared.runs[name] for name in names]
+        mine = shared.mine(runs)
+        if not q.shape[1] == k.shape[1] == v.shape[1] == mine:
+            raise Misfit(f"an attention of {q.shape[1]} tokens over {k.shape[1]}, where {mine} were expected")
         scale = options.get("scale")
         if k.shape[-1] % width or k.shape != v.shape or (scale is not None and not math.isclose(scale, width**-0.5)):
             raise Misfit("an attention with heads or a scale that aren't usual")
-        lengths = tuple(self._lengths[run] for run in runs)
-        ordered = None if mask is None else self._mask(mask, lengths)
+        lengths = tuple(run.size for run in runs for _ in range(run.frames))
+        ordered = None if mask is None else _mask(shared.sequence, mask, lengths)
         qkv = QKV((q.contiguous(), k.contiguous(), v.contiguous()), heads, kv_heads=k.shape[-1] // width)
-        out = self._sequence.attend([lambda: qkv], [lengths], ordered).wait().clone()
+        out = shared.sequence.attend([lambda: qkv], [lengths], ordered).wait().clone()
         return torch.unflatten(out, -1, (heads, width)).transpose(1, 2) if skip_output_reshape else out
 
-    def _mask(self, mask: Tensor, lengths: Sequence[int]) -> Tensor:
-        """A mask over all tokens, with those of keys in the order of ranks."""
-        assert self._sequence is not None
-        total = sum(lengths)
-        if mask.ndim == 4 and mask.shape[1] == 1:
-            mask = mask.squeeze(1)
-        if mask.ndim == 3 and mask.shape[1] == 1:
-            mask = mask.squeeze(1)
-        counts = [sum(each) for each in zip(*map(self._sequence.sizes, lengths), strict=True)]
-        if mask.ndim == 2 and mask.shape[1] == counts[self._sequence.whole.rank] != total:
-            # A mask that goes along, so each rank has that of its own keys.
-            return self._sequence.whole.gather(mask.contiguous(), counts, 1)[:, None, None]
-        if mask.shape[-1] != total or mask.ndim > 3 or (mask.ndim == 3 and mask.shape[1] != total):
-            raise Misfit(f"a mask of shape {list(mask.shape)} over {total} tokens")
-        return self._sequence.in_order_of_ranks(mask, lengths)
+
+def _near(shared: Tokens, q: Tensor, k: Tensor, v: Tensor, window: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values near this rank's tokens, along ``dim``, and the mask of those within the window."""
+    (run,) = shared.runs.values()
+    if run.frames > 1 or not q.shape[dim] == k.shape[dim] == v.shape[dim] == shared.mine([run]):
+        raise Misfit(f"an attention of {q.shape[dim]} tokens over {k.shape[dim]} near ones")
+    begin, end = shared.sequence.place(run.size)
+    first, last = max(begin - window, 0), min(end + window, run.size)
+    near = [shared.join(each, dim, run).narrow(dim, first, last - first) for each in (k, v)]
+    places = torch.arange(first, last, device=q.device)
+    apart = (torch.arange(begin, end, device=q.device)[:, None] - places).abs()
+    mask = torch.zeros(apart.shape, dtype=q.dtype, device=q.device)
+    return near[0], near[1], mask.masked_fill_(apart > window, torch.finfo(q.dtype).min)[None, None]
+
+
+def _mask(sequence: SequenceParallel, mask: Tensor, lengths: Sequence[int]) -> Tensor:
+    """A mask over all tokens, with those of keys in the order of ranks."""
+    total = sum(lengths)
+    if mask.ndim == 4 and mask.shape[1] == 1:
+        mask = mask.squeeze(1)
+    if mask.ndim == 3 and mask.shape[1] == 1:
+        mask = mask.squeeze(1)
+    counts = [sum(each) for each in zip(*map(sequence.sizes, lengths), strict=True)]
+    if mask.ndim == 2 and mask.shape[1] == counts[sequence.whole.rank] != total:
+        # A mask that goes along, so each rank has that of its own keys.
+        return sequence.whole.gather(mask.contiguous(), counts, 1)[:, None, None]
+    if mask.shape[-1] != total or mask.ndim > 3 or (mask.ndim == 3 and mask.shape[1] != total):
+        raise Misfit(f"a mask of shape {list(mask.shape)} over {total} tokens")
+    return sequence.in_order_of_ranks(mask, lengths)
+
+
+def _signature(block: nn.Module, path: str, names: Sequence[str]) -> inspect.Signature:
+    """A block's, in which these arguments have a place of their own."""
+    signature = inspect.signature(block.forward)
+    parameters = dict(signature.parameters)
+    others = [each.name for each in parameters.values() if each.kind is each.VAR_KEYWORD]
+    absent = [name for name in dict.fromkeys(names) if name not in parameters]
+    if absent and not others:
+        raise Misfit(f"{path} has blocks that take no {', '.join(absent)}")
+    taken = [parameters.pop(name) for name in others]
+    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in absent]
+    return signature.replace(parameters=[*parameters.values(), *added, *taken])
+
+
+def _own(tokens: Tensor) -> Tensor:
+    return tokens.clone(memory_format=torch.contiguous_format)
+
+
+def _blocks(network: nn.Module, blocks: Blocks) -> Sequence[nn.Module]:
+    """The modules of a list, or the one that isn't in a list."""
+    found = _module(network, blocks.path)
+    modules = list(found.children()) if isinstance(found, nn.ModuleList | nn.ModuleDict) else [found]
+    if not modules:
+        raise Misfit(f"{blocks.path} is an empty list of blocks")
+    for path in blocks.attention:
+        _module(modules[0], path)
+    return modules
 
 
 def _place(path: str) -> tuple[Any, str]:

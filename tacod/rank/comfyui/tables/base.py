@@ -1,0 +1,123 @@
+"""What a table says: where a network's tokens are, which of them attend together, and what a small forward needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+__all__ = ["Blocks", "Cut", "Mask", "Shapes", "Table", "Window", "any_of", "patches", "width_in"]
+
+Shapes = Mapping[str, Any]
+"""The shapes of a call's tensors by name, and lists of shapes for lists of tensors."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where an argument holds tokens: those of these runs, one behind the other, along a dimension."""
+
+    dim: int
+    runs: tuple[str, ...]
+    dims: int = 1
+    """Along how many dimensions tokens lie, from ``dim`` on. Blocks get theirs along the first; the others are 1."""
+    tail: bool = False
+    """Whether an argument with fewer tokens has the last ones of the run."""
+    crop: str = ""
+    """The argument that says how many of the first tokens count. Nothing looks at the others, and they are left out."""
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A mask of small forwards: ones, and behind them some zeros, as whole numbers."""
+
+    shape: tuple[int, ...]
+    hidden: int = 0
+    """How many zeros there are at the end of the last dimension."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Attention to near tokens alone: ranks gather keys and values, and each has the mask for its own tokens."""
+
+    size: str
+    """The module's attribute that says how far apart they may be; None there is for attention to all."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A list of blocks, or one module between them, and what they are called with."""
+
+    path: str
+    """Where it is in the network."""
+    along: Mapping[str, Cut] = field(default_factory=dict)
+    """Arguments that each block gets whole, such as rotary tables; a rank's block gets its tokens'."""
+    counts: Mapping[str, str] = field(default_factory=dict)
+    """Arguments that say how many of the first tokens of a run are meant; a rank's block gets how many it has."""
+    attention: Mapping[str, tuple[str, ...] | Window | None] = field(default_factory=dict)
+    """The runs that attend together in a module, by its path in the block; all of them in modules without an entry.
+    None is for cross-attention, whose keys every rank has."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """How a network's tokens are split: a few lines for a family."""
+
+    network: str
+    """The class: its module, without ``comfy.ldm.``, and its name."""
+    blocks: tuple[Blocks, ...]
+    """In the order in which they run, without anything between them that looks at several tokens."""
+    tokens: Mapping[str, Cut]
+    """The arguments of the first block that hold tokens; each rank's first block gets its chunk of each run."""
+    gather: tuple[str, tuple[str, ...]]
+    """The module whose result is made whole again, or the list whose last block's result is; and the runs that it
+    holds, one behind the other. Of several results that is the first, and nothing may look at the others."""
+    heads: Callable[[Any], int]
+    """The network's attention heads."""
+    width: Callable[[Any], int]
+    """The network's channels of a token."""
+    lengths: Callable[[Any, Shapes], tuple[int, ...]]
+    """About how many tokens there are of each run, the image's last, from the network and the arguments' shapes."""
+    probe: Callable[[Any], Mapping[str, Any]]
+    """The arguments of a small forward, ``x`` among them: shapes of noise, `Mask`, lists of these, or plain values."""
+    further: Callable[[Any], Sequence[Mapping[str, Any]]] = lambda network: ()
+    """What other small forwards have beside it, or lack if it is None. A call is split if it has the arguments of one
+    of them."""
+    attention_names: tuple[str, ...] = ()
+    """Where the network's modules name ComfyUI's attention, if they don't hand it the options of a call: module and
+    name, without ``comfy.ldm.``."""
+    frame: Callable[[Any, Shapes], int] = lambda network, shapes: 0
+    """Of how many tokens a frame is, if blocks look at frames; each rank then has its chunk of every frame. 0 if not.
+    """
+    between: bool = False
+    """Whether something between the blocks needs whole tensors. It gets them, with nothing of other ranks' tokens."""
+    unfit: Callable[[Any, Shapes], str] = lambda network, shapes: ""
+    """Why a call of these shapes can't be split, although its arguments are those of a small forward; or nothing."""
+    together: bool = False
+    """Whether the network looks at several images of a batch at once, so that it can't be shared out."""
+
+    def probes(self, network: Any) -> list[dict[str, Any]]:
+        """The arguments of all small forwards."""
+        base = self.probe(network)
+        made = [dict(base), *({**base, **more} for more in self.further(network))]
+        return [{name: value for name, value in each.items() if value is not None} for each in made]
+
+
+def any_of(**optional: Any) -> tuple[Mapping[str, Any], ...]:
+    """Small forwards with one or several of these arguments."""
+    counts = range(1, len(optional) + 1)
+    return tuple(dict(some) for count in counts for some in combinations(optional.items(), count))
+
+
+def patches(shape: tuple[int, ...], *sizes: int) -> int:
+    """How many patches of these sizes a latent has, along its last dimensions."""
+    count = 1
+    for side, size in zip(shape[-len(sizes) :], sizes, strict=True):
+        count *= -(-side // size)
+    return count
+
+
+def width_in(layer: Any) -> int:
+    """The input channels of a linear layer."""
+    channels: int = layer.in_features
+    return channels

@@ -1,0 +1,128 @@
+"""The tokens of one forward that ranks share: which of them this rank has, and how they become whole again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tacod.rank.comfyui.tables.base import Cut
+from tacod.rank.parallel.sequence import SequenceParallel
+
+__all__ = ["Misfit", "Run", "Tokens"]
+
+
+class Misfit(Exception):
+    """A network isn't as its table says; tells how."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Tokens that ranks share out: frames of so many tokens, and of each frame a rank has its chunk."""
+
+    frames: int
+    size: int
+
+    @property
+    def total(self) -> int:
+        """All its tokens."""
+        return self.frames * self.size
+
+
+class Tokens:
+    """Those of one forward.
+
+    Args:
+        sequence: The ranks.
+        frame: Of how many tokens a frame is, if blocks look at frames; 0 if they don't.
+    """
+
+    def __init__(self, sequence: SequenceParallel, frame: int) -> None:
+        self.sequence = sequence
+        self.runs: dict[str, Run] = {}
+        """By name; empty before the first block."""
+        self._frame = frame
+
+    def begin(self, arguments: dict[str, Any], tokens: Mapping[str, Cut]) -> None:
+        """Learn from the first block's arguments how many tokens there are, and leave out those that don't count."""
+        for name, cut in tokens.items():
+            value = arguments.get(name)
+            if not isinstance(value, Tensor) or value.ndim < 3 or len(cut.runs) != 1:
+                raise Misfit(f"the first block's {name} is no tensor of tokens")
+            length = math.prod(value.shape[cut.dim : cut.dim + cut.dims])
+            if cut.crop:
+                length = min(_number(arguments.get(cut.crop), cut.crop), length)
+                arguments[name] = value.narrow(cut.dim, 0, length)
+            size = self._frame or length
+            if length and length % size:
+                raise Misfit(f"the {length} tokens of {name} are no frames of {size}")
+            run = Run(length // size, size) if length else Run(1, 0)
+            if self.runs.setdefault(cut.runs[0], run) != run:
+                raise Misfit(f"the first block's {name} has {length} tokens, unlike another argument")
+
+    def cut(self, value: Any, cut: Cut, name: str) -> Any:
+        """This rank's tokens of a tensor, or of each in a list. Without frames and several runs it is a view."""
+        if value is None:
+            return None
+        if isinstance(value, tuple | list):
+            # A table may come with numbers.
+            return type(value)(each if isinstance(each, float) else self.cut(each, cut, name) for each in value)
+        runs = [self.runs[run] for run in cut.runs]
+        total = sum(run.total for run in runs)
+        last = cut.dim + cut.dims
+        if cut.tail and isinstance(value, Tensor) and value.ndim > cut.dim and value.shape[cut.dim] < total:
+            begin, end = (max(each - total + value.shape[cut.dim], 0) for each in self.sequence.place(total))
+            return value.narrow(cut.dim, begin, end - begin)
+        if not isinstance(value, Tensor) or value.ndim < last or math.prod(value.shape[cut.dim : last]) != total:
+            shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise Misfit(f"{name} is {shape}, and {total} tokens were expected along {cut.dim}")
+        if cut.dims > 1:
+            value = value.view(*value.shape[: cut.dim], total, *[1] * (cut.dims - 1), *value.shape[last:])
+        parts = zip(torch.split(value, [run.total for run in runs], cut.dim), runs, strict=True)
+        chunks = [self._chunk(part, cut.dim, run) for part, run in parts]
+        return chunks[0] if len(chunks) == 1 else torch.cat(chunks, cut.dim)
+
+    def _chunk(self, tokens: Tensor, dim: int, run: Run) -> Tensor:
+        if run.frames == 1:
+            return self.sequence.shard(tokens, dim)
+        return self.sequence.shard(tokens.unflatten(dim, (run.frames, run.size)), dim + 1).flatten(dim, dim + 1)
+
+    def gather(self, value: Any, cut: Cut, name: str) -> Tensor:
+        """All tokens of a tensor that has this rank's: the inverse of `cut`, with all along the first dimension."""
+        runs = [self.runs[run] for run in cut.runs]
+        sizes = [self.mine([run]) for run in runs]
+        if not isinstance(value, Tensor) or value.ndim < 3 or value.shape[cut.dim] != sum(sizes):
+            shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise Misfit(f"{name} gives {shape}, and {sum(sizes)} tokens were expected")
+        parts = zip(torch.split(value, sizes, dim=cut.dim), runs, strict=True)
+        wholes = [self.join(part, cut.dim, run) for part, run in parts]
+        return wholes[0] if len(wholes) == 1 else torch.cat(wholes, dim=cut.dim)
+
+    def join(self, tokens: Tensor, dim: int, run: Run) -> Tensor:
+        """A run's tokens, of each rank's."""
+        if run.frames == 1:
+            return self.sequence.gather(tokens.contiguous(), run.size, dim)
+        framed = tokens.contiguous().unflatten(dim, (run.frames, tokens.shape[dim] // run.frames))
+        return self.sequence.gather(framed, run.size, dim + 1).flatten(dim, dim + 1)
+
+    def mine(self, runs: Iterable[Run]) -> int:
+        """How many tokens of these runs this rank has."""
+        places = [(run.frames, *self.sequence.place(run.size)) for run in runs]
+        return sum(frames * (end - begin) for frames, begin, end in places)
+
+    def count(self, count: Any, run: str, name: str) -> int:
+        """How many of the first ``count`` tokens of a run this rank has."""
+        whole = self.runs[run]
+        frames, rest = divmod(min(_number(count, name), whole.total), whole.size or 1)
+        begin, end = self.sequence.place(whole.size)
+        return frames * (end - begin) + min(max(rest - begin, 0), end - begin)
+
+
+def _number(count: Any, name: str) -> int:
+    if not isinstance(count, int) or count < 0:
+        raise Misfit(f"{name} is no number of tokens")
+    return count

@@ -1,0 +1,148 @@
+"""What tables of ComfyUI's networks say: which calls they are for, and which tokens each rank gets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tacod.rank.comfyui.tables import TABLES
+from tacod.rank.comfyui.tables.base import Cut, Mask
+from tacod.rank.comfyui.tables.calls import mismatch, shapes_of
+from tacod.rank.comfyui.tokens import Misfit, Tokens
+from tacod.rank.parallel.sequence import SequenceParallel
+
+PROBE = {
+    "x": (1, 4, 6, 6),
+    "context": (1, 9, 8),
+    "mask": Mask((1, 9)),
+    "refs": [(1, 4, 2, 2)],
+    "count": 9,
+    "flag": True,
+}
+CALL: dict[str, Any] = {
+    "x": torch.zeros(2, 4, 8, 10),
+    "timestep": torch.zeros(2),
+    "context": torch.zeros(2, 13, 8),
+    "mask": torch.ones(2, 13),
+    "refs": [torch.zeros(2, 4, 3, 3), torch.zeros(2, 4, 5, 3)],
+    "count": 4,
+    "flag": True,
+}
+
+
+def test_a_call_may_differ_in_sizes_and_numbers() -> None:
+    assert mismatch(PROBE, {**CALL, "other": None, "map": {}, "list": []}).count == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"extra": torch.zeros(1)}, "that was checked without extra"),
+        ({"extra": 0}, "that was checked without extra"),
+        ({"mask": None}, "that was checked with mask"),
+        ({"refs": []}, "that was checked with refs"),
+        ({"context": torch.zeros(13, 8)}, "that was checked with other dimensions of context"),
+        ({"context": [torch.zeros(2, 13, 8)]}, "that was checked with other dimensions of context"),
+        ({"timestep": torch.zeros(2, 5)}, "that was checked with other dimensions of timestep"),
+        ({"refs": [torch.zeros(2, 4, 3, 3), torch.zeros(4)]}, "that was checked with other dimensions of refs"),
+        ({"flag": False}, "that was checked with other dimensions of flag"),
+        ({"flag": "word"}, "that was checked with other dimensions of flag"),
+        ({"count": torch.zeros(1)}, "that was checked with other dimensions of count"),
+    ],
+)
+def test_a_call_that_differs_in_anything_else_is_told(changed: dict[str, Any], reason: str) -> None:
+    found = mismatch(PROBE, {**CALL, **changed})
+    assert found.count == 1
+    assert found.reason == reason
+
+
+def test_shapes_are_those_of_tensors_and_lists_of_tensors() -> None:
+    shapes = shapes_of({**CALL, "words": ["a"]})
+    assert shapes["refs"] == [(2, 4, 3, 3), (2, 4, 5, 3)]
+    assert sorted(shapes) == ["context", "mask", "refs", "timestep", "x"]
+
+
+def test_each_class_has_one_table() -> None:
+    names = [table.network for table in TABLES]
+    assert len(set(names)) == len(names)
+
+
+class OneOf(SequenceParallel):
+    """One of several ranks, as far as it needs no other."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        super().__init__()
+        self.number, self.shares = rank, (1,) * ranks
+
+    def place(self, n: int) -> tuple[int, int]:
+        sizes = self.sizes(n)
+        begin = sum(sizes[: self.number])
+        return begin, begin + sizes[self.number]
+
+
+def begun(
+    value: Tensor, cut: Cut, rank: int, ranks: int, frame: int = 0, **others: Any
+) -> tuple[Tokens, dict[str, Any]]:
+    tokens, arguments = Tokens(OneOf(rank, ranks), frame), {"x": value, **others}
+    tokens.begin(arguments, {"x": cut})
+    return tokens, arguments
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("frame", [0, 1, 4, 6])
+def test_each_rank_has_its_chunk_of_every_frame(frame: int, ranks: int) -> None:
+    value, cut = torch.arange(24.0).reshape(1, 24, 1), Cut(1, ("video",))
+    of_frames = []
+    for rank in range(ranks):
+        tokens, arguments = begun(value, cut, rank, ranks, frame)
+        mine = tokens.cut(arguments["x"], cut, "x")
+        assert mine.shape[1] == tokens.mine(tokens.runs.values())
+        of_frames.append(mine.reshape(24 // frame if frame else 1, -1))
+        # Tokens lie in their order, so the first ones of the whole are the first ones here.
+        for count in range(30):
+            assert tokens.count(count, "video", "n") == int((mine < count).sum())
+    assert torch.equal(torch.cat(of_frames, dim=1).reshape(1, 24, 1), value)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_tokens_along_several_dimensions_and_at_the_end(ranks: int) -> None:
+    value, cut = torch.randn(2, 3, 4, 7), Cut(0, ("video",), dims=3)
+    added, tail = torch.randn(1, 20, 7), Cut(1, ("video",), tail=True)
+    chunks, ends = [], []
+    for rank in range(ranks):
+        tokens, arguments = begun(value, cut, rank, ranks)
+        chunks.append(tokens.cut(arguments["x"], cut, "x"))
+        assert chunks[-1].shape[1:] == (1, 1, 7)
+        assert chunks[-1].untyped_storage().data_ptr() == value.untyped_storage().data_ptr()
+        ends.append(tokens.cut(added, tail, "added"))
+        begin, end = tokens.sequence.place(24)
+        assert ends[-1].shape[1] == end - begin - max(min(end, 4) - begin, 0)
+    assert torch.equal(torch.cat(chunks).view(2, 3, 4, 7), value)
+    assert torch.equal(torch.cat(ends, dim=1), added)
+
+
+def test_tokens_that_do_not_count_are_left_out() -> None:
+    value, cut = torch.randn(1, 13, 7), Cut(1, ("text",), crop="n")
+    chunks = []
+    for rank in range(3):
+        tokens, arguments = begun(value, cut, rank, 3, n=10)
+        chunks.append(tokens.cut(arguments["x"], cut, "x"))
+        assert tokens.count(10, "text", "n") == chunks[-1].shape[1]
+    assert torch.equal(torch.cat(chunks, dim=1), value[:, :10])
+
+
+def test_a_misfit_is_told() -> None:
+    value, cut = torch.randn(1, 12, 7), Cut(1, ("text",))
+    with pytest.raises(Misfit, match="no frames of 5"):
+        begun(value, cut, 0, 2, frame=5)
+    with pytest.raises(Misfit, match="n is no number of tokens"):
+        begun(value, Cut(1, ("text",), crop="n"), 0, 2, n="4")
+    tokens, _ = begun(value, cut, 0, 2)
+    for odd in (torch.randn(1, 11, 7), torch.randn(12), "text", 3.0):
+        with pytest.raises(Misfit, match="12 tokens were expected"):
+            tokens.cut(odd, cut, "x")
+    with pytest.raises(Misfit, match="unlike another argument"):
+        tokens.begin({"y": value[:, 1:]}, {"y": cut})
