@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tacod.rank.comfyui.network import Network
 from tacod.rank.comfyui.tables import TABLES
 from tacod.rank.comfyui.tables.base import Cut, Mask
 from tacod.rank.comfyui.tables.calls import mismatch, shapes_of
 from tacod.rank.comfyui.tokens import Misfit, Tokens
+from tacod.rank.families.inputs import Inputs
 from tacod.rank.parallel.sequence import SequenceParallel
 
 PROBE = {
@@ -146,3 +149,48 @@ def test_a_misfit_is_told() -> None:
             tokens.cut(odd, cut, "x")
     with pytest.raises(Misfit, match="unlike another argument"):
         tokens.begin({"y": value[:, 1:]}, {"y": cut})
+
+
+WAN = SimpleNamespace(patch_size=(1, 2, 2))
+VIDEO, REFERENCE = (1, 16, 3, 10, 14), (1, 16, 1, 10, 14)
+
+
+@pytest.mark.parametrize(
+    ("network", "shapes", "fits"),
+    [
+        ("HumoWanModel", {"x": VIDEO, "audio_embed": (1, 3, 8, 5, 7), "reference_latent": REFERENCE}, True),
+        ("HumoWanModel", {"x": VIDEO, "audio_embed": (1, 5, 8, 5, 7)}, False),
+        ("HumoWanModel", {"x": VIDEO, "reference_latent": (1, 16, 1, 10, 12)}, False),
+        ("HumoWanModel", {"x": (1, 16, 3, 9, 14), "reference_latent": (1, 16, 1, 9, 14)}, False),
+        ("WanModel_S2V", {"x": VIDEO, "audio_embed": (1, 25, 7, 12)}, True),
+        ("WanModel_S2V", {"x": VIDEO, "audio_embed": (1, 25, 7, 30)}, True),
+        ("WanModel_S2V", {"x": VIDEO, "audio_embed": (1, 25, 7, 11)}, False),
+        ("WanDancerModel", {"x": VIDEO}, True),
+        ("WanDancerModel", {"x": VIDEO, "audio_embed": (1, 9, 35)}, False),
+        ("WanDancerModel", {"x": (1, 16, 3, 8, 16), "audio_embed": (1, 9, 35)}, True),
+    ],
+)
+def test_frames_that_the_network_would_confuse_are_not_split(network: str, shapes: dict[str, Any], fits: bool) -> None:
+    (table,) = (each for each in TABLES if each.network.endswith(f".{network}"))
+    assert (table.unfit(WAN, shapes) == "") is fits
+
+
+class Keeping(nn.Module):
+    """A network that keeps what it has made of a context for later calls."""
+
+    kept: Tensor | None = None
+
+    def forward(self, x: Tensor, timestep: Tensor, context: Tensor, **others: Any) -> Tensor:
+        self.kept = context.mean() if self.kept is None else self.kept
+        return x * self.kept
+
+    def clear_kv_cache(self) -> None:
+        self.kept = None
+
+
+def test_a_call_does_not_see_what_a_network_kept_of_another() -> None:
+    network = Network(Keeping(), torch.float32, "0")
+    for factor in (2.0, 3.0):
+        values = {"x": torch.ones(1, 4), "timestep": torch.ones(1), "context": torch.full((1, 5), factor)}
+        out = network.run(SequenceParallel(), Inputs(values, network.specs_for(values)))
+        assert torch.equal(out, torch.full((1, 4), factor))

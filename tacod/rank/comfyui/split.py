@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -179,31 +180,18 @@ class Split:
         """ComfyUI's attention, over the tokens of all ranks; by its own function before and behind the blocks."""
         shared = self._tokens
         names = self._within[-1] if self._within else () if shared is None else tuple(shared.runs)
+        theirs = partial(
+            attention,
+            attn_precision=attn_precision,
+            skip_reshape=skip_reshape,
+            skip_output_reshape=skip_output_reshape,
+            **options,
+        )
         if shared is None or not shared.runs or names is None:
-            return attention(
-                q,
-                k,
-                v,
-                heads,
-                mask=mask,
-                attn_precision=attn_precision,
-                skip_reshape=skip_reshape,
-                skip_output_reshape=skip_output_reshape,
-                **options,
-            )
+            return theirs(q, k, v, heads, mask=mask)
         if isinstance(names, int):
-            k, v, mask = _near(shared, q, k, v, names, 2 if skip_reshape else 1)
-            return attention(
-                q,
-                k,
-                v,
-                heads,
-                mask=mask,
-                attn_precision=attn_precision,
-                skip_reshape=skip_reshape,
-                skip_output_reshape=skip_output_reshape,
-                **options,
-            )
+            k, v, near = _near(shared, q, k, v, names, 2 if skip_reshape else 1)
+            return theirs(q, k, v, heads, mask=near)
         if skip_reshape:
             q, k, v = (each.transpose(1, 2).flatten(2) for each in (q, k, v))
         width = q.shape[-1] // heads

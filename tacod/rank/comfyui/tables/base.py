@@ -22,7 +22,7 @@ class Cut:
     dims: int = 1
     """Along how many dimensions tokens lie, from ``dim`` on. Blocks get theirs along the first; the others are 1."""
     tail: bool = False
-    """Whether an argument with fewer tokens has the last ones of the run."""
+    """Whether an argument with fewer tokens has the last ones of the run, which has no frames."""
     crop: str = ""
     """The argument that says how many of the first tokens count. Nothing looks at the others, and they are left out."""
 
@@ -55,8 +55,8 @@ class Blocks:
     counts: Mapping[str, str] = field(default_factory=dict)
     """Arguments that say how many of the first tokens of a run are meant; a rank's block gets how many it has."""
     attention: Mapping[str, tuple[str, ...] | Window | None] = field(default_factory=dict)
-    """The runs that attend together in a module, by its path in the block; all of them in modules without an entry.
-    None is for cross-attention, whose keys every rank has."""
+    """The runs that attend together in a module, by its path in the block; all of them in modules without an entry. A
+    `Window` is for near tokens alone, None for cross-attention, whose keys every rank has."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ def _wan_frame(net: Any, shapes: Shapes) -> int:
 
 def _wan_tokens(net: Any, shapes: Shapes) -> int:
     """Those of the video, and of the reference behind it."""
-    frames = shapes["x"][2] + (shapes["reference_latent"][2] if "reference_latent" in shapes else 0)
+    frames: int = shapes["x"][2] + (shapes["reference_latent"][2] if "reference_latent" in shapes else 0)
     return frames * _wan_frame(net, shapes)
 
 
