@@ -4,7 +4,8 @@
 
 One ComfyUI runs workflows on a tiny Flux.1 in fp32, with one daemon of one rank. In turn for two seconds each, the
 browsers have the tab open or not; each asks every two seconds, as the tab does. A step's time is that between two
-progress messages to the page.
+progress messages to the page. Where other work keeps the cores busy, these times say little; the processor time that
+polls take, of ComfyUI and of the supervisor while neither has anything else to do, is measured first.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 from comfyui_graphs import FLUX, save
 from comfyui_server import ComfyUI
 from helpers import Daemon
@@ -65,6 +67,37 @@ class Browsers:
         return before % 2 == 0 if before == after else None
 
 
+def busy_ms(comfyui: ComfyUI, daemon: Daemon) -> list[float]:
+    """Processor time that ComfyUI and the supervisor have used so far."""
+    assert comfyui.process is not None
+    times = (psutil.Process(pid).cpu_times() for pid in (comfyui.process.pid, daemon.pid))
+    return [1e3 * (each.user + each.system) for each in times]
+
+
+def print_idle(comfyui: ComfyUI, daemon: Daemon, browsers: int, seconds: float) -> None:
+    """What polls take where nothing else is done."""
+    used: dict[bool, list[float]] = {False: [0.0, 0.0], True: [0.0, 0.0]}
+    polls, took = 0, {False: 0.0, True: 0.0}
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        for polled in (False, True):
+            before, began = busy_ms(comfyui, daemon), time.perf_counter()
+            for _ in range(browsers):
+                if polled:
+                    comfyui.get("/taco_dit/status")
+                    polls += 1
+                time.sleep(PERIOD_S / browsers)
+            took[polled] += time.perf_counter() - began
+            after = busy_ms(comfyui, daemon)
+            used[polled] = [sum(each) for each in zip(used[polled], map(float.__sub__, after, before), strict=True)]
+    rates = {polled: [each / took[polled] for each in used[polled]] for polled in used}
+    print(
+        "processor time, ms a second; without polls, and with\n\n| ComfyUI | supervisor | polls |\n| --- | --- | --- |"
+    )
+    shown = [f"{without:.1f}, {beside:.1f}" for without, beside in zip(rates[False], rates[True], strict=True)]
+    print(f"| {' | '.join(shown)} | {polls} |\n", flush=True)
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -78,6 +111,8 @@ def main() -> None:
         save(FLUX, models / "diffusion_models")
         seeds = itertools.count()
         with Daemon(1, [models]) as daemon, ComfyUI(path, python, daemon.endpoint, models) as comfyui:
+            comfyui.get("/taco_dit/status")
+            print_idle(comfyui, daemon, args.browsers, args.seconds)
             print(f"{args.browsers} browsers, {args.seconds:g} s; without polls, and with\n")
             print(
                 "| latent | steps | median ms | ratio | mean ms | ratio | polls |\n| --- |" + " --- |" * 6, flush=True
