@@ -30,6 +30,7 @@ def main(folder: Path) -> None:
         outs = [call(network, each) for each in (given, alone)]
         torch.save({"inputs": given, "first": alone, "both": outs[0], "alone": outs[1]}, folder / f"{name}.pt")
         state = {case.prefix + key: value.contiguous().clone() for key, value in network.state_dict().items()}
+        state |= {key: torch.zeros(shape) for key, shape in case.beside.items()}
         said = {"image_model": name, **case.config}
         save_file(state, folder / f"{name}.safetensors", metadata={"tacod.config": json.dumps(said)})
 

@@ -22,6 +22,8 @@ class NetworkCase:
     numbers: dict[str, float] = field(default_factory=dict)
     exact: bool = True
     """Whether ComfyUI's torch and that of the ranks, which may be another version, compute the same to the bit."""
+    beside: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """What ComfyUI needs of a file beside the network."""
     prefix: str = ""
     """What the names in published files begin with."""
 
@@ -228,6 +230,10 @@ CASES = {
         | {"num_memory_tokens": 5, "local_add_cond_dim": 9, "norm_type": "rms_norm", "global_cond_shared_embed": True}
         | {"timestep_features_type": "expo", "attn_kwargs": {"qk_norm": "rms", "differential": True}},
         {"x": (2, 8, 35), "context": (2, 13, 32), "global_embed": (2, 24), "local_add_cond": (2, 9, 35)},
+        beside={
+            "conditioner.conditioners.seconds_total.embedder.embedding.1.weight": (768, 256),
+            "conditioner.conditioners.seconds_total.embedder.embedding.1.bias": (768,),
+        },
     ),
 }
 CASES |= {

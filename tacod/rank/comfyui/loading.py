@@ -39,6 +39,8 @@ _DTYPES = {
 """Torch's dtypes by safetensors' names for them."""
 _ON_HOST = ("comfy_quant", "scaled_fp8")
 """Last names of tensors that ComfyUI reads as text and numbers while it loads."""
+_BESIDE = "conditioner.conditioners."
+"""The beginning of names of tensors that ComfyUI makes a model of, beside its network."""
 _REFUSED = {
     **dict.fromkeys(("UNetModel", "StageB", "StageC"), "is no diffusion transformer: use ComfyUI's own loader"),
     **dict.fromkeys(("RTv4", "SAM3Model", "DepthAnything3Net"), "is no diffusion model"),
@@ -104,9 +106,15 @@ def find_network(
         name: torch.empty(info.shape, dtype=_DTYPES[info.dtype], device="meta") for name, info in raw.tensors.items()
     }
     prefix = detection.unet_prefix_from_state_dict(empty)
-    names = [name for name in empty if name.startswith(prefix)] or list(empty)
-    prefix = prefix if names[0].startswith(prefix) else ""
-    said = {name: each for name, each in (checkpoint.config or {}).items() if name != "image_model"}
+    names = [name for name in empty if name.startswith((prefix, _BESIDE))]
+    if all(name.startswith(_BESIDE) for name in names):
+        names = list(empty)
+    prefix = prefix if any(name.startswith(prefix) for name in names) else ""
+    said = dict(checkpoint.config or {})
+    models = getattr(installation.module("comfy.supported_models"), "models", ())
+    if said.get("image_model") not in {each.unet_config.get("image_model") for each in models}:
+        # It may be a name that only this version knows.
+        said.pop("image_model", None)
     refused = ModelUnsupported(f"{refusal}. The ComfyUI at {installation.path} doesn't know it either")
     if _detect(installation, {name.removeprefix(prefix): empty[name] for name in names}, header.texts, said) is None:
         raise refused
@@ -151,6 +159,7 @@ def load_network(
     kind = type(network).__name__
     if kind in _REFUSED:
         raise ModelUnsupported(f"{path}: ComfyUI's {kind} {_REFUSED[kind]}")
+    renamed = {name: each for name, each in renamed.items() if not name.startswith(_BESIDE)}
     theirs = {id(tensor): name for name, tensor in state.items()}
     names = {theirs[id(each)]: name for name, each in renamed.items() if theirs.get(id(each), name) != name}
     state.clear()

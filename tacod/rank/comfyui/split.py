@@ -106,16 +106,18 @@ class Split:
             self._mark(_module(block, path), runs)
 
     def _mark(self, module: nn.Module, attention: tuple[str, ...] | Window | None) -> None:
+        within: tuple[str, ...] | int | None = None
         if isinstance(attention, Window):
-            size = getattr(module, attention.size)
-            if size is None:
+            within = getattr(module, attention.size)
+            if within is None:
                 return
-            if not isinstance(size, int):
+            if not isinstance(within, int):
                 raise Misfit(f"{attention.size} is no number of tokens")
-            attention = size
+        else:
+            within = attention
 
         def enter(module: nn.Module, args: Any) -> None:
-            self._within.append(attention)
+            self._within.append(within)
 
         def leave(module: nn.Module, args: Any, out: Any) -> None:
             self._within.pop()

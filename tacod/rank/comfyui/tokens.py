@@ -89,7 +89,7 @@ class Tokens:
     def _chunk(self, tokens: Tensor, dim: int, run: Run) -> Tensor:
         if run.frames == 1:
             return self.sequence.shard(tokens, dim)
-        return self.sequence.shard(tokens.unflatten(dim, (run.frames, run.size)), dim + 1).flatten(dim, dim + 1)
+        return self.sequence.shard(torch.unflatten(tokens, dim, (run.frames, run.size)), dim + 1).flatten(dim, dim + 1)
 
     def gather(self, value: Any, cut: Cut, name: str) -> Tensor:
         """All tokens of a tensor that has this rank's: the inverse of `cut`, with all along the first dimension."""
@@ -106,7 +106,7 @@ class Tokens:
         """A run's tokens, of each rank's."""
         if run.frames == 1:
             return self.sequence.gather(tokens.contiguous(), run.size, dim)
-        framed = tokens.contiguous().unflatten(dim, (run.frames, tokens.shape[dim] // run.frames))
+        framed = torch.unflatten(tokens.contiguous(), dim, (run.frames, tokens.shape[dim] // run.frames))
         return self.sequence.gather(framed, run.size, dim + 1).flatten(dim, dim + 1)
 
     def mine(self, runs: Iterable[Run]) -> int:
