@@ -7,6 +7,9 @@ from typing import Any
 
 __all__ = ["CASES", "NetworkCase"]
 
+Shape = tuple[int, ...] | list[tuple[int, ...]]
+"""Of noise, or of each tensor in a list."""
+
 
 @dataclass(frozen=True)
 class NetworkCase:
@@ -15,20 +18,20 @@ class NetworkCase:
     network: str
     """The class: its module under ``comfy.ldm``, and its name."""
     config: dict[str, Any]
-    inputs: dict[str, tuple[int, ...] | list[tuple[int, ...]]]
+    inputs: dict[str, Shape]
     """Shapes of noise for two images, and lists of such."""
     masks: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Lengths of masks, and how many of the last tokens they hide."""
     numbers: dict[str, float] = field(default_factory=dict)
     exact: bool = True
-    """Whether ComfyUI's torch and that of the ranks, which may be another version, compute the same to the bit."""
+    """Whether ComfyUI computes the same to the bit in its own torch, which may be another version, by one thread."""
     beside: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """What ComfyUI needs of a file beside the network."""
     prefix: str = ""
     """What the names in published files begin with."""
 
 
-CASES = {
+CASES: dict[str, NetworkCase] = {
     "auraflow": NetworkCase(
         "aura.mmdit.MMDiT",
         {"max_seq": 144, "cond_seq_dim": 2048, "n_double_layers": 2, "n_layers": 4, "dim": 40, "n_heads": 5}
@@ -168,6 +171,7 @@ CASES = {
             "audio_embed": (2, 11, 35),
         },
         numbers={"fps": 24.0, "audio_inject_scale": 0.7},
+        exact=False,
     ),
     "hunyuan3d2": NetworkCase(
         "hunyuan3d.model.Hunyuan3Dv2",
@@ -180,6 +184,7 @@ CASES = {
         {"in_channels": 8, "hidden_size": 48, "context_dim": 24, "depth": 4, "num_heads": 3, "num_moe_layers": 2}
         | {"guidance_cond_proj_dim": None, "num_experts": 4, "image_model": "hunyuan3d2_1"},
         {"x": (2, 8, 35), "context": (2, 13, 24), "guidance": (1,)},
+        exact=False,
     ),
     "triposplat": NetworkCase(
         "triposplat.model.LatentSeqMMFlowModel",
@@ -194,6 +199,7 @@ CASES = {
         | {"image_model": "pixeldit_t2i", "pixel_num_groups": 2, "patch_depth": 2, "pixel_depth": 2, "patch_size": 4}
         | {"txt_embed_dim": 24, "txt_max_length": 16},
         {"x": (2, 3, 20, 28), "context": (2, 13, 24)},
+        exact=False,
         prefix="core.",
     ),
     "pid": NetworkCase(
@@ -203,6 +209,7 @@ CASES = {
         | {"txt_embed_dim": 24, "txt_max_length": 16, "lq_latent_channels": 4, "lq_hidden_dim": 16}
         | {"lq_num_res_blocks": 1, "lq_interval": 2, "sr_scale": 4, "latent_spatial_down_factor": 8},
         {"x": (2, 3, 80, 112), "context": (2, 13, 24), "lq_latent": (2, 4, 5, 7), "degrade_sigma": (1,)},
+        exact=False,
     ),
     "zimage_pixel": NetworkCase(
         "lumina.model.NextDiTPixelSpace",
@@ -236,20 +243,16 @@ CASES = {
         },
     ),
 }
-CASES |= {
-    f"{name}_{more}": replace(
-        CASES[name],
-        inputs={key: shape for key, shape in {**CASES[name].inputs, **inputs}.items() if shape},
-        masks={**CASES[name].masks, **masks},
-    )
-    for name, more, inputs, masks in (
-        ("boogu", "edit", {"ref_latents": [(2, 16, 9, 8), (2, 16, 6, 11)]}, {}),
-        ("ideogram4", "mask", {}, {"attention_mask": (13, 4)}),
-        ("ideogram4", "image", {"context": ()}, {}),
-        ("joyimage", "edit", {"ref_latents": [(2, 16, 1, 9, 8), (2, 16, 1, 6, 11)]}, {}),
-        ("lens", "mask", {}, {"attention_mask": (13, 4)}),
-        ("mage_flow", "edit", {"ref_latents": [(2, 128, 4, 3), (2, 128, 3, 5)]}, {"attention_mask": (13, 4)}),
-        ("omnigen2", "edit", {"ref_latents": [(2, 16, 9, 8), (2, 16, 6, 11)]}, {}),
-    )
-}
-"""What editing models are called with: references and masks."""
+MORE: tuple[tuple[str, str, dict[str, Shape], dict[str, tuple[int, int]]], ...] = (
+    ("boogu", "edit", {"ref_latents": [(2, 16, 9, 8), (2, 16, 6, 11)]}, {}),
+    ("ideogram4", "mask", {}, {"attention_mask": (13, 4)}),
+    ("ideogram4", "image", {"context": ()}, {}),
+    ("joyimage", "edit", {"ref_latents": [(2, 16, 1, 9, 8), (2, 16, 1, 6, 11)]}, {}),
+    ("lens", "mask", {}, {"attention_mask": (13, 4)}),
+    ("mage_flow", "edit", {"ref_latents": [(2, 128, 4, 3), (2, 128, 3, 5)]}, {"attention_mask": (13, 4)}),
+    ("omnigen2", "edit", {"ref_latents": [(2, 16, 9, 8), (2, 16, 6, 11)]}, {}),
+)
+"""What editing models are called with, references and masks: other shapes, none for what is left out, and masks."""
+for name, more, inputs, masks in MORE:
+    shapes = {key: shape for key, shape in {**CASES[name].inputs, **inputs}.items() if shape}
+    CASES[f"{name}_{more}"] = replace(CASES[name], inputs=shapes, masks={**CASES[name].masks, **masks})

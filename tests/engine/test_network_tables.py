@@ -9,13 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tacod.plan import Request
 from tacod.rank.comfyui.network import Network
 from tacod.rank.comfyui.tables import TABLES
 from tacod.rank.comfyui.tables.base import Cut, Mask
 from tacod.rank.comfyui.tables.calls import mismatch, shapes_of
 from tacod.rank.comfyui.tokens import Misfit, Tokens
 from tacod.rank.families.inputs import Inputs
+from tacod.rank.forward.run import plan_for
 from tacod.rank.parallel.sequence import SequenceParallel
+from tacod_client.errors import ArgumentError
 
 PROBE = {
     "x": (1, 4, 6, 6),
@@ -175,6 +178,16 @@ def test_frames_that_the_network_would_confuse_are_not_split(network: str, shape
     assert (table.unfit(WAN, shapes) == "") is fits
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_images_that_a_network_looks_at_together_stay_on_one_rank(together: bool) -> None:
+    network = Network(Keeping(), torch.float32, "0", together=together)
+    values = {"x": torch.ones(2, 4), "timestep": torch.ones(2), "context": torch.ones(2, 5)}
+    assert plan_for(network, Request(), 2, values).layout.ranks == (1 if together else 2)
+    if together:
+        with pytest.raises(ArgumentError, match="several images of a batch at once, so a batch stays together"):
+            plan_for(network, Request(cfg_parallel=True), 2, values)
+
+
 class Keeping(nn.Module):
     """A network that keeps what it has made of a context for later calls."""
 
@@ -193,4 +206,5 @@ def test_a_call_does_not_see_what_a_network_kept_of_another() -> None:
     for factor in (2.0, 3.0):
         values = {"x": torch.ones(1, 4), "timestep": torch.ones(1), "context": torch.full((1, 5), factor)}
         out = network.run(SequenceParallel(), Inputs(values, network.specs_for(values)))
+        assert isinstance(out, Tensor)
         assert torch.equal(out, torch.full((1, 4), factor))

@@ -14,7 +14,7 @@ from tacod.checkpoint import Checkpoint
 from tacod.checkpoint.safetensors import read_safetensors
 from tacod.rank.comfyui.installation import Installation, quiet
 from tacod.rank.comfyui.network import Network
-from tacod.rank.comfyui.tables import table_of
+from tacod.rank.comfyui.tables import keeps_together, table_of
 from tacod.rank.ops.packed.float8 import FLOAT8_DTYPES
 from tacod.rank.weights.reader import Reader, changed
 from tacod.rank.weights.remap import some
@@ -186,6 +186,7 @@ def load_network(
         names,
         table_of(network),
         installation.module("comfy.utils").string_to_seed,
+        keeps_together(network),
     )
     made.eval().requires_grad_(False)
     return made

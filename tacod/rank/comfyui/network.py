@@ -64,6 +64,7 @@ class Network(DiT):
         renamed: Its names of weights, by those of the file where they differ.
         table: How its tokens are split; None if nothing is known.
         seed_of: ComfyUI's seed for a weight's name, for weights that are rounded at random.
+        together: Whether it looks at several images of a batch at once, so that these can't be shared out.
     """
 
     family: ClassVar[str] = FAMILY
@@ -84,6 +85,7 @@ class Network(DiT):
         renamed: Mapping[str, str] | None = None,
         table: Table | None = None,
         seed_of: Callable[[str], int] = hash,
+        together: bool = False,
     ) -> None:
         super().__init__()
         self.inner = network
@@ -93,6 +95,7 @@ class Network(DiT):
         self._renamed = dict(renamed or {})
         self._table = table
         self._seed_of = seed_of
+        self._together = together
         self._split: Split | None = None
         self.probes: list[dict[str, Any]] = []
         """The arguments of the small forwards by which the table is checked; empty if it isn't taken up."""
@@ -178,7 +181,7 @@ class Network(DiT):
         why = (
             "reads of which condition an image is" if any(n in (arguments.get(OPTIONS) or {}) for n in _BY_CALL) else ""
         )
-        if self._table is not None and self._table.together:
+        if self._together:
             why = "looks at several images of a batch at once"
         if why:
             if asked.cfg_parallel:

@@ -14,15 +14,36 @@ from tacod.rank.comfyui.tables.shapes import SHAPES
 from tacod.rank.comfyui.tables.sounds import SOUNDS
 from tacod.rank.comfyui.tables.videos import VIDEOS
 
-__all__ = ["TABLES", "table_of"]
+__all__ = ["TABLES", "TOGETHER", "keeps_together", "table_of"]
 
 TABLES: tuple[Table, ...] = (*IMAGES, *PIXELS, *VIDEOS, *SHAPES, *SOUNDS)
 """One for each class."""
 _PREFIX = "comfy.ldm."
 
 
+TOGETHER = frozenset(
+    {
+        # The timbres of a batch all go to its first song.
+        "ace.ace_step15.AceStepConditionGenerationModel",
+        # They exchange the halves of a batch.
+        "hunyuan3dv2_1.hunyuandit.HunYuanDiTPlain",
+        "seedvr.model.NaDiT",
+    }
+)
+"""Classes that look at several images of a batch at once, so that these can't be shared out."""
+
+
 def table_of(network: nn.Module) -> Table | None:
     """The table of a network by its class; None if there is none."""
+    name = _name(network)
+    return next((each for each in TABLES if each.network == name), None)
+
+
+def keeps_together(network: nn.Module) -> bool:
+    """Whether the images of a batch must stay together."""
+    return _name(network) in TOGETHER
+
+
+def _name(network: nn.Module) -> str:
     kind = type(network)
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    return next((each for each in TABLES if f"{_PREFIX}{each.network}" == name), None)
+    return f"{kind.__module__}.{kind.__qualname__}".removeprefix(_PREFIX)

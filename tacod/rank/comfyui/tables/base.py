@@ -93,8 +93,6 @@ class Table:
     """Whether something between the blocks needs whole tensors. It gets them, with nothing of other ranks' tokens."""
     unfit: Callable[[Any, Shapes], str] = lambda network, shapes: ""
     """Why a call of these shapes can't be split, although its arguments are those of a small forward; or nothing."""
-    together: bool = False
-    """Whether the network looks at several images of a batch at once, so that it can't be shared out."""
 
     def probes(self, network: Any) -> list[dict[str, Any]]:
         """The arguments of all small forwards."""

@@ -30,8 +30,6 @@ SHAPES: tuple[Table, ...] = (
         probe=lambda net: {"x": (1, net.in_channels, 37), "context": (1, 9, net.context_dim)},
         further=lambda net: ({"guidance": (1,)},),
         attention_names=("hunyuan3dv2_1.hunyuandit.optimized_attention",),
-        # It exchanges the halves of a batch.
-        together=True,
     ),
     Table(
         network="triposplat.model.LatentSeqMMFlowModel",

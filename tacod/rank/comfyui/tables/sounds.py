@@ -42,8 +42,6 @@ SOUNDS: tuple[Table, ...] = (
             for text in ({}, {"replace_with_null_embeds": True})
         ),
         attention_names=("ace.ace_step15.optimized_attention",),
-        # The timbres of a batch all go to its first song.
-        together=True,
     ),
     Table(
         network="audio.dit.AudioDiffusionTransformer",
