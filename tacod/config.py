@@ -99,6 +99,19 @@ def _check_name(name: str) -> str:
     return name
 
 
+def _check_ray(address: str) -> str:
+    if address.startswith("ray://"):
+        raise ValueError(
+            "Ray's client (ray://) can't carry tensors to several hosts; have this machine join the cluster "
+            '(`ray start --address=HOST:6379 --num-gpus=0`), and set "auto"'
+        )
+    if address == "auto" or (":" in address and address.rpartition(":")[2].isdecimal() and "/" not in address):
+        return address
+    raise ValueError(
+        f'expected "auto" or the HOST:PORT of the cluster\'s head, such as "10.0.0.1:6379"; got {address!r}'
+    )
+
+
 class Group(_Section):
     """The ranks: which devices, and how long to wait for them."""
 
@@ -108,7 +121,14 @@ class Group(_Section):
     gpus: list[NonNegativeInt | str] | None = None
     """For ``cuda``: indexes as nvidia-smi shows them, or UUIDs; all GPUs if absent."""
     ranks: PositiveInt = Field(1, le=64)
-    """For ``cpu``: how many processes."""
+    """For ``cpu``: how many processes; for ``launcher = "ray"``: how many GPUs of the cluster, one for each rank."""
+    launcher: Literal["local", "ray"] = "local"
+    """What starts the ranks: tacod, on this machine, or Ray, on the hosts of a cluster that there is already."""
+    ray_address: Annotated[str, AfterValidator(_check_ray)] | None = None
+    """For ``ray``: the cluster, as HOST:PORT of its head, or ``auto`` for the one that this machine is in."""
+    min_ranks: PositiveInt | None = None
+    """For ``ray``: with how many ranks to go on when hosts of the cluster are lost, and to start; by default with one,
+    and to start only with all."""
     step_timeout_s: PositiveFloat = 120.0
     """Longest time that one forward may take before the ranks count as stuck; a step may have several."""
     load_timeout_s: PositiveFloat = 900.0
@@ -152,11 +172,34 @@ class Group(_Section):
             raise ValueError('gpus is for device = "cuda"; on "cpu" set ranks')
         if self.gpus is not None and (not self.gpus or len(set(self.gpus)) != len(self.gpus)):
             raise ValueError("gpus must name each device once, and at least one")
+        if self.launcher == "ray":
+            self._check_on_ray()
+            return self
+        if self.ray_address is not None or self.min_ranks is not None:
+            raise ValueError('ray_address and min_ranks are for launcher = "ray"; remove them, or set that')
         if self.device == "cuda" and "ranks" in self.model_fields_set:
             raise ValueError('ranks is for device = "cpu"; on "cuda" there is one rank for each of gpus')
         if self.device == "cpu" or self.gpus is not None:
             self.check_shares(self.ranks if self.gpus is None else len(self.gpus))
         return self
+
+    def _check_on_ray(self) -> None:
+        if self.gpus is not None:
+            raise ValueError('with launcher = "ray" the cluster chooses the GPUs; set ranks, their number')
+        if self.device == "cuda" and "ranks" not in self.model_fields_set:
+            raise ValueError('with launcher = "ray" set ranks: how many GPUs of the cluster')
+        if self.min_ranks is not None and self.min_ranks > self.ranks:
+            raise ValueError(f"min_ranks = {self.min_ranks} is more than ranks = {self.ranks}")
+        self.check_shares(self.ranks)
+        if self.shares != "auto" and self.min_ranks not in (None, self.ranks):
+            raise ValueError("shares has a number for each of ranks, so there can be no fewer: remove min_ranks")
+
+    @property
+    def fewest_ranks(self) -> int:
+        """On Ray, the number of ranks with which to go on when hosts are lost."""
+        if self.shares != "auto":
+            return self.ranks
+        return self.min_ranks or 1
 
 
 class Models(_Section):
@@ -389,8 +432,10 @@ class Config(_Section):
                 raise ValueError(f"{times} groups are named {name!r}; give each a name of its own")
         if len({group.device for group in groups}) > 1:
             raise ValueError("all groups must have the same device; run a second tacod for the others")
+        if len({group.launcher for group in groups}) > 1:
+            raise ValueError("all groups must have the same launcher; run a second tacod for the others")
         for group in groups:
-            if group.device == "cuda" and group.gpus is None:
+            if group.device == "cuda" and group.gpus is None and group.launcher == "local":
                 raise ValueError(f"group {group.name!r} has no gpus; with several groups, each must name its own")
         named = [(gpu, group.name) for group in groups for gpu in group.gpus or ()]
         check_apart([gpu for gpu, _ in named], named)
@@ -408,6 +453,16 @@ class Config(_Section):
     def device(self) -> Literal["cuda", "cpu"]:
         """What the ranks of all groups run on."""
         return self.groups[0].device
+
+    @property
+    def launcher(self) -> Literal["local", "ray"]:
+        """What starts the ranks of all groups."""
+        return self.groups[0].launcher
+
+    @property
+    def shared_bytes(self) -> int:
+        """Most bytes of memory that clients may share with the ranks: none with those that Ray has on other hosts."""
+        return 0 if self.launcher == "ray" else self.limits.shared_bytes
 
     def group(self, name: str) -> Group:
         """The group of this name, which must be there."""
@@ -467,7 +522,7 @@ def to_toml(config: Config) -> str:
     tables = {key: value for key, value in values.items() if isinstance(value, dict)}
     lines = [_line_of_toml(key, value) for key, value in values.items() if key not in tables]
     for group in groups:
-        del group["ranks" if config.device == "cuda" else "gpus"]
+        del group["ranks" if config.device == "cuda" and config.launcher == "local" else "gpus"]
     head = "[group]" if len(groups) == 1 else "[[group]]"
     for name, table in (
         *((head, group) for group in groups),

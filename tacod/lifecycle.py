@@ -36,6 +36,9 @@ FIXED = (
     "group.device",
     "group.gpus",
     "group.ranks",
+    "group.launcher",
+    "group.ray_address",
+    "group.min_ranks",
     "group.cuda_graphs",
     "group.prefix_bytes",
     "group.peer_memory",
@@ -107,7 +110,7 @@ class Lifecycle:
                 raise ConfigError(f"{self.config_path}:{key}: can't change while tacod runs; restart it for that")
         for executor in groups:
             try:
-                new.group(executor.name).check_shares(executor.group.world_size)
+                new.group(executor.name).check_shares(executor.group.asked)
             except ValueError as error:
                 raise ConfigError(f"{self.config_path}:{_key_of(new, executor.name)}: {error}") from None
         places.check(self.config_path, new)

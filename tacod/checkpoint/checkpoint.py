@@ -71,6 +71,8 @@ class Checkpoint:
     """JSON that publishers put beside a model (the metadata's ``config``); some families read it."""
     quantization: Mapping[str, Quantization] = field(default_factory=dict, repr=False)
     """How packed weights are packed, by their names. What lies beside them, such as scales, is among `tensors`."""
+    contents: str = field(default="", repr=False)
+    """The same for a copy elsewhere: a hash of names, sizes, headers and samples of contents."""
 
     @property
     def parameters(self) -> int:
@@ -159,6 +161,7 @@ def _read_file(path: str, prefix: str | None, whole: bool) -> Checkpoint:
         others=others,
         notes=header.texts.get("config"),
         quantization=quantization,
+        contents=_describe_contents(path, b"", [header]),
     )
 
 
@@ -184,6 +187,7 @@ def _read_folder(path: str) -> Checkpoint:
         {key: (entry.part,) for key, entry in entries.items()},
         diffusers=True,
         quantization=quantization,
+        contents=_describe_contents(path, folder.raw, headers),
     )
 
 
@@ -192,6 +196,15 @@ def _identify(path: str, raw: bytes, headers: Iterable[Header]) -> str:
     for header in headers:
         file = header.file
         state = f"{file.path}\0{file.size}\0{file.mtime_ns}\0"
+        hashed.update(state.encode(errors="surrogateescape") + header.digest)
+    return hashed.hexdigest()
+
+
+def _describe_contents(path: str, raw: bytes, headers: Iterable[Header]) -> str:
+    hashed = hashlib.sha256(hashlib.sha256(raw).digest())
+    for header in headers:
+        name = os.path.relpath(header.file.path, path) if os.path.isdir(path) else ""
+        state = f"{name}\0{header.file.size}\0"
         hashed.update(state.encode(errors="surrogateescape") + header.digest)
     return hashed.hexdigest()
 

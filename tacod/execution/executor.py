@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ __all__ = ["Executor"]
 
 log = logging.getLogger(__name__)
 
+QUIET_S = 5.0
+"""So long after the last job ranks may start anew to be more: a client that samples asks again before."""
 LOOK_S = 0.01
 """How often jobs that are put off are checked again while the ranks are idle."""
 
@@ -78,6 +81,8 @@ class Executor:
         self._on_end = on_end
         self._pass_on = pass_on
         self._spawn_at: float | None = time.monotonic()
+        self._grow_at = 0.0
+        """When the ranks may start anew to be more, if nobody has asked for anything until then."""
         self._look_at: float | None = None
         """When jobs that are put off are looked at again."""
 
@@ -133,7 +138,9 @@ class Executor:
     @property
     def wakes_at(self) -> list[float]:
         """The moments on the monotonic clock at which `poll` has something to do, whatever else happens."""
-        moments = (self.group.deadline, self._spawn_at, self._look_at, self.group.look_at)
+        may_grow = self.group.may_grow and self.group.state is GroupState.IDLE and not self.scheduler.jobs
+        grow_at = self._grow_at if may_grow else None
+        moments = (self.group.deadline, self._spawn_at, self._look_at, self.group.look_at, grow_at)
         return [moment for moment in moments if moment is not None]
 
     def close(self) -> None:
@@ -218,7 +225,7 @@ class Executor:
             if answer is not None:
                 self._take(answer)
             self.group.check(now)
-            if self.group.state is GroupState.IDLE:
+            if self.group.state is GroupState.IDLE and not self._renew_ranks(now):
                 self._dispatch()
         except GroupLost as lost:
             self._lose_group(lost, now)
@@ -296,7 +303,19 @@ class Executor:
         self.residency.regrow(model)
         return False
 
+    def _renew_ranks(self, now: float) -> bool:
+        """If new ranks would be more than there are, and nobody needs these now, start such; returns whether."""
+        if not self.group.may_grow or self.scheduler.jobs or now < self._grow_at:
+            return False
+        log.info("the cluster has room for more ranks: all start anew")
+        self.group.kill()
+        self.residency.lose_group(GroupLost("for more ranks"), self.settings.retries, None)
+        self.group.restarts += 1
+        self._spawn_at = now
+        return True
+
     def _dispatch(self) -> None:
+        self.residency.resize(self.group.world_size)
         model = self.residency.restore_next()
         if model is not None:
             self._load(Purpose.RESTORE, model, first=self.residency.in_the_way(model))
@@ -356,6 +375,7 @@ class Executor:
         timeout_s = self.settings.load_timeout_s
         room = self.residency.room_for(model, self.config.models, evicts)
         load = model.load(evicts, room, self.residency.fewer(model), self.settings.asked_shares)
+        load = replace(load, roots=list(self.manifest.roots))
         self._hand_out(WorkItem(purpose, load, timeout_s, job, model, evicts, model.digests))
 
     def _start_step(self, job: Job) -> None:
@@ -498,6 +518,7 @@ class Executor:
         """Every job passes here at its end, once."""
         for job in jobs:
             assert job.outcome is not None
+            self._grow_at = time.monotonic() + QUIET_S
             if job.verb is Verb.UNLOAD and job.outcome is Outcome.RESULT and self._pass_on(self, job):
                 continue
             self.records.metrics.jobs_total[job.outcome.value] += 1

@@ -43,7 +43,7 @@ class Groups:
         on_progress: Callable[[Job, dict[str, Any]], None],
         on_end: Callable[[Executor, Job, Stepped | None], None],
     ) -> None:
-        self.host = Host(config.limits)
+        self.host = Host(config)
         self.executors: list[Executor] = []
         self.routes = Routes(self.executors)
         self.ready = False
@@ -128,7 +128,7 @@ class Groups:
 
     def apply_config(self, config: Config, preload: Sequence[Iterable[Model]]) -> None:
         """Apply another configuration of the same groups; models that it adds to the preloaded ones are loaded next."""
-        self.host.apply_limits(config.limits)
+        self.host.apply_config(config)
         for executor, models in zip(self, preload, strict=True):
             executor.apply_config(config, models)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tacod.config import Limits
+from tacod.config import Config
 from tacod.execution.kept_steps import KeptSteps
 from tacod.execution.memories import Memories
 from tacod.execution.store import Store
@@ -13,12 +13,12 @@ __all__ = ["Host"]
 class Host:
     """Holds each tensor once, whichever group gets the jobs that name it."""
 
-    def __init__(self, limits: Limits) -> None:
-        self.store = Store(limits.store_bytes)
+    def __init__(self, config: Config) -> None:
+        self.store = Store(config.limits.store_bytes)
         self.kept = KeptSteps(self.store)
-        self.memories = Memories(limits.shared_bytes)
+        self.memories = Memories(config.shared_bytes)
 
-    def apply_limits(self, limits: Limits) -> None:
+    def apply_config(self, config: Config) -> None:
         """Apply other limits."""
-        self.store.limit = limits.store_bytes
-        self.memories.limit = limits.shared_bytes
+        self.store.limit = config.limits.store_bytes
+        self.memories.limit = config.shared_bytes

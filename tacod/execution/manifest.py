@@ -167,8 +167,16 @@ class Model:
             return self
         if not self.shares_tokens:
             asked = Request(sequence_parallel_degree=1, cfg_parallel=asked.cfg_parallel)
-        plan = make_plan(asked, world_size, self.shape, shares=self.shares or EQUAL)
-        return replace(self, plan=str(plan))
+        try:
+            return replace(self, plan=str(make_plan(asked, world_size, self.shape, shares=self.shares or EQUAL)))
+        except ArgumentError as error:
+            # It was asked for when there were more ranks.
+            return replace(self, plan=f"none ({error.message})")
+
+    def resized(self, world_size: int) -> Model:
+        """The same model for another number of ranks: nothing is known of how fast they are."""
+        base = None if self.base is None else self.base.resized(world_size)
+        return replace(self, base=base, shares=None, rates=()).planned(self.asked, world_size)
 
     def to_wire(self) -> dict[str, Any]:
         """The model as ``status --json`` shows it."""
@@ -295,6 +303,11 @@ class Manifest:
         """Forget a model."""
         self._models.pop(model_id, None)
         self._evicted.pop(model_id, None)
+
+    def resize(self, world_size: int) -> None:
+        """There is another number of ranks from now on."""
+        self._models = {name: model.resized(world_size) for name, model in self._models.items()}
+        self._evicted = OrderedDict((name, model.resized(world_size)) for name, model in self._evicted.items())
 
     def evict(self, model_id: str) -> None:
         """A model is no longer resident; remember how to load it again, as far as there is room for that."""

@@ -81,6 +81,13 @@ class Residency:
             self.forget(model.id)
         return None
 
+    def resize(self, world_size: int) -> None:
+        """The ranks are as many as this from now on; all models are to be loaded again."""
+        if world_size != self._world_size:
+            self._world_size = world_size
+            self._manifest.resize(world_size)
+            self.coming = [self._manifest.recall(each.id) or each.resized(world_size) for each in self.coming]
+
     # --- turns ----------------------------------------------------------------------------------------------------
 
     def recall(self, model_id: str) -> Model | None:

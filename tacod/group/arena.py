@@ -71,6 +71,14 @@ class Arena:
 
         Raises `ProtocolError` for a packet that `pack` can't have made.
         """
+        header, start, sizes, behind = self._read_head(packet)
+        contents = self._get(start, sizes)
+        # Who answers leaves alone what another one may still read.
+        self.end = max(self.end, behind)
+        return wire.decode([wire.PREAMBLE, header, *(map(bytes, contents) if copy else contents)])
+
+    def _read_head(self, packet: bytes) -> tuple[bytes, int, Sequence[int], int]:
+        """The header of a packet's message, where its contents begin, their sizes, and the end of what lies behind."""
         kind, head = packet[:1], packet[1:]
         behind = 0
         try:
@@ -84,11 +92,27 @@ class Arena:
             sizes = struct.unpack_from(f"<{count}Q", head, PLACE.size)
         except struct.error as error:
             raise ProtocolError(f"a packet of {len(packet)} bytes: {error}") from None
-        contents = self._get(start, sizes)
-        # Who answers leaves alone what another one may still read.
-        self.end = max(self.end, behind)
-        header = head[PLACE.size + 8 * count :]
-        return wire.decode([wire.PREAMBLE, header, *(map(bytes, contents) if copy else contents)])
+        return head[PLACE.size + 8 * count :], start, sizes, behind
+
+    def span(self, packet: bytes) -> tuple[int, int]:
+        """Where what a packet names begins and ends in this memory, for a copy to another one; equal if it is nothing.
+
+        Raises `ProtocolError` as `unpack` does.
+        """
+        _, start, sizes, behind = self._read_head(packet)
+        return start, max(_lay_out(start, sizes)[1], behind)
+
+    def read(self, start: int, stop: int) -> memoryview:
+        """The bytes of a `span`. Raises `ProtocolError` if the memory is shorter."""
+        if stop > os.fstat(self.fd).st_size:
+            raise ProtocolError(f"a packet names {stop - start} bytes at {start}, behind the shared memory")
+        return self._reach(stop)[start:stop]
+
+    def write(self, start: int, contents: Buffer) -> None:
+        """Put the bytes of another memory's `span` at the same place."""
+        flat = memoryview(contents).cast("B")
+        if flat.nbytes:
+            self._reach(start + flat.nbytes)[start : start + flat.nbytes] = flat
 
     def shrink(self) -> None:
         """Give back the memory of a large command; what was read is no longer valid."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 __all__ = ["BOARD_BYTES", "LAST_BLOCK", "Blocks", "Board"]
@@ -54,7 +55,30 @@ class Board:
         self._numbers.release()
         self._memory.close()
 
+    # --- copies on several hosts ------------------------------------------------------------------------------------
+
+    def copy(self, ranks: int) -> bytes:
+        """All numbers of so many ranks, for `take` on another host."""
+        return bytes(self._memory[: 8 * (_RANKS + _EACH * ranks)])
+
+    def take(self, copy: bytes, ranks: Iterable[int], stop: bool = False, decision: bool = False) -> None:
+        """Take the numbers of these ranks from a `copy`, and the supervisor's stop or rank 0's decision if asked to."""
+        numbers = memoryview(copy).cast("q")
+        for rank in ranks:
+            at = _RANKS + _EACH * rank
+            # In the order in which `tell` writes them.
+            for each in (_FORWARD, _DONE, _TOTAL, _ENVELOPE, _REACHED):
+                self._numbers[at + each] = numbers[at + each]
+        for place, wanted in ((_STOP, stop), (_DECISION, decision)):
+            if wanted:
+                self._numbers[place] = numbers[place]
+
     # --- the supervisor ---------------------------------------------------------------------------------------------
+
+    @property
+    def asked_to_stop(self) -> int:
+        """The last command whose stop was asked for."""
+        return self._numbers[_STOP]
 
     def ask_to_stop(self, envelope: int) -> None:
         """Have the ranks stop this command's forward at a block, if they are not past its last one."""

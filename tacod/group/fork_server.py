@@ -36,6 +36,8 @@ log = logging.getLogger("tacod.rank")
 MODULE = "tacod.group.fork_server"
 """This file, as it is on the server's command line."""
 REQUEST_BYTES = 64 << 10
+_DESCRIPTORS = ("--channel", "--arena", "--listening")
+"""A rank's options for the descriptors that come with a request, in order."""
 ANSWER_BYTES = 64
 
 
@@ -106,8 +108,11 @@ class ForkServer:
         """The file descriptors that become readable when it has forked a rank or ends."""
         return [self._socket.fileno()] if self._socket is not None else []
 
-    def fork(self, rank: int, arguments: Sequence[str], channel: int, arena: int) -> None:
-        """Ask for a rank with these arguments; the server has them followed by ``--channel`` and ``--arena``."""
+    def fork(self, rank: int, arguments: Sequence[str], channel: int, arena: int, *more: int) -> None:
+        """Ask for a rank with these arguments; the server has them followed by ``--channel`` and ``--arena``.
+
+        With one descriptor ``more``, ``--listening`` follows too.
+        """
         if self._socket is None:
             self._start()
         assert self._socket is not None
@@ -116,7 +121,7 @@ class ForkServer:
         self._asked.add(rank)
         # If it has died, `poll` says so.
         with suppress(OSError):
-            socket.send_fds(self._socket, [json.dumps([rank, *arguments]).encode()], [channel, arena])
+            socket.send_fds(self._socket, [json.dumps([rank, *arguments]).encode()], [channel, arena, *more])
 
     def _start(self) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -237,7 +242,7 @@ def _serve() -> list[str] | None:
     """Fork ranks until the supervisor ends. Returns in each rank, with its arguments, and at the end with None."""
     with socket.socket(fileno=0) as requests:
         while True:
-            request, fds, _, _ = socket.recv_fds(requests, REQUEST_BYTES, 2)
+            request, fds, _, _ = socket.recv_fds(requests, REQUEST_BYTES, len(_DESCRIPTORS))
             if not request:
                 return None
             if (between := os.fork()) == 0:
@@ -248,8 +253,8 @@ def _serve() -> list[str] | None:
                 _become(rank, parent, requests)
                 for fd in fds:
                     os.set_inheritable(fd, True)
-                channel, arena = map(str, fds)
-                return [*arguments, "--channel", channel, "--arena", arena]
+                given = zip(_DESCRIPTORS, map(str, fds), strict=False)
+                return [*arguments, *(word for each in given for word in each)]
             for fd in fds:
                 os.close(fd)
             _, status = os.waitpid(between, 0)

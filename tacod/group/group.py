@@ -9,7 +9,7 @@ import enum
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 from tacod import config
 from tacod.group.board import Blocks
 from tacod.group.faults import Faults
+from tacod.group.launcher import launcher
 from tacod.group.pace import Pace
-from tacod.group.processes import GroupLost, Processes, Rank
+from tacod.group.processes import GroupLost, Rank
 from tacod.group.shared_memory import SharedMemory
 from tacod.group.work import (
     Begun,
@@ -117,6 +118,8 @@ class RankGroup:
         """
         self.settings = settings
         self.state = GroupState.DOWN
+        self.asked = len(devices)
+        """The configured number of ranks."""
         self.restarts = 0
         self.faults: Faults | None = None
         """Faults on purpose, in tests."""
@@ -130,22 +133,32 @@ class RankGroup:
         self._mapped: set[int] = set()
         """Ids of the memories shared with clients that the ranks have."""
         self._unmapped: list[int] = []
-        self._processes = Processes(devices, folder, comfyui, beside)
+        self._launcher = launcher(settings, devices, folder, comfyui, beside)
 
     @property
     def world_size(self) -> int:
-        """The configured number of ranks."""
-        return len(self._processes.devices)
+        """The number of ranks that there are or are to be; on Ray fewer than configured, after a host was lost."""
+        return len(self._launcher.devices)
 
     @property
-    def ranks(self) -> list[Rank]:
+    def may_grow(self) -> bool:
+        """Whether new ranks would be more than there are."""
+        return self._launcher.room is not None
+
+    @property
+    def ranks(self) -> Sequence[Rank]:
         """The running ranks."""
-        return self._processes.ranks
+        return self._launcher.ranks
+
+    @property
+    def local_devices(self) -> list[tuple[int, str]]:
+        """Pid and device of each rank on this machine."""
+        return [(rank.process.pid, rank.device) for rank in self.ranks if not rank.host]
 
     @property
     def sources(self) -> list[int]:
         """File descriptors that become readable when a rank begins, reports or ends."""
-        return self._processes.sources
+        return self._launcher.sources
 
     def spawn(self) -> None:
         """Start a new epoch of ranks; they report when they are ready."""
@@ -154,13 +167,13 @@ class RankGroup:
         self._forgotten.clear()
         self._mapped.clear()
         self._unmapped.clear()
-        self._processes.spawn(self.settings, self.faults.due("start") if self.faults is not None else None)
+        self._launcher.spawn(self.settings, self.faults.due("start") if self.faults is not None else None)
         self.state = GroupState.STARTING
         self.deadline = time.monotonic() + self.settings.start_timeout_s
 
     def kill(self) -> None:
         """End all ranks at once; nothing of them remains."""
-        self._processes.kill()
+        self._launcher.kill()
         self.state = GroupState.DOWN
         self.deadline = None
         self._current = None
@@ -168,26 +181,25 @@ class RankGroup:
     def close(self) -> None:
         """End all ranks, and what they are forked from."""
         self.kill()
-        self._processes.close()
+        self._launcher.close()
 
     def check(self, now: float) -> None:
         """Raise `GroupLost` if a rank ended or is over its deadline."""
         broken = self._current.broken if self._current is not None else None
         self._follow_pace(now)
         # One that is broken ends too, and is not the cause of itself.
-        self._processes.check(rank for rank in self.ranks if broken is None or not self._has_answered(rank))
+        self._launcher.check(rank for rank in self.ranks if broken is None or not self._has_answered(rank))
         if self.deadline is not None and now > self.deadline:
             if broken is not None:
                 raise self._raised(*broken)
             missing = [rank for rank in self.ranks if not self._has_answered(rank)]
             names = ", ".join(f"rank {rank.index} (pid {rank.process.pid})" for rank in missing)
-            self._processes.log_stacks(missing)
+            self._launcher.log_stacks(missing)
             if self.state is GroupState.STARTING:
                 reason = f"not ready after {self.settings.start_timeout_s:g} s (group.start_timeout_s)"
                 if not names:
-                    server = self._processes.server_pid
                     names = f"{self.world_size} ranks"
-                    reason += f"; the process that forks them (tacod.group.fork_server, pid {server}) has not done so"
+                    reason += f"; {self._launcher.starter} has not done so"
                 raise GroupLost(f"{names} {reason}")
             current = self._current
             assert current is not None
@@ -204,7 +216,7 @@ class RankGroup:
 
     def _raised(self, index: int, report: Raised | Broken) -> GroupLost:
         """The loss of the group because of an error that a rank raised."""
-        reason = f"rank {index} ({self._processes.devices[index]}) raised:\n{report.traceback}"
+        reason = f"rank {index} ({self._launcher.devices[index]}) raised:\n{report.traceback}"
         return GroupLost(reason, cause=_NUMBERS.sub("#", report.what))
 
     def _has_answered(self, rank: Rank) -> bool:
@@ -242,11 +254,11 @@ class RankGroup:
             unmapped=self._unmapped,
         )
         self._forgotten, self._unmapped = [], []
-        assert self._processes.arena is not None
-        packet = self._processes.arena.pack(envelope.message())
+        assert self._launcher.arena is not None
+        packet = self._launcher.arena.pack(envelope.message())
         for rank in self.ranks:
             rank.progress, rank.begun = None, 0
-            rank.send(packet, [fresh.fd] if fresh is not None else [])
+        self._launcher.send(packet, command, watched, [fresh.fd] if fresh is not None else [])
         if fresh is not None:
             self._mapped.add(fresh.id)
         self.state = GroupState.BUSY
@@ -285,19 +297,17 @@ class RankGroup:
 
         Raises `GroupLost` if they disagree, or if one says that it is broken.
         """
-        self._processes.admit()
-        for rank in self.ranks:
-            while (packet := rank.receive()) is not None:
-                answer = self._on_message(rank, packet)
-                if answer is not None:
-                    return answer
+        for rank, packet in self._launcher.receive():
+            answer = self._on_message(rank, packet)
+            if answer is not None:
+                return answer
         return None
 
     def _on_message(self, rank: Rank, packet: bytes) -> Answer | None:
-        assert self._processes.arena is not None
+        assert self._launcher.arena is not None
         current = self._current
         try:
-            message = self._processes.arena.unpack(packet, copy=True)
+            message = self._launcher.arena.unpack(packet, copy=True)
             report = read_report(message, current.command if current is not None else None)
         except ProtocolError as error:
             raise GroupLost(f"rank {rank.index} sent what can't be read ({error.message})") from None
@@ -329,10 +339,10 @@ class RankGroup:
         If they hang, they have `group.step_timeout_s` for it, or the time of three blocks where those take longer.
         """
         current = self._current
-        if current is None or current.stopping or self._processes.arena is None:
+        if current is None or current.stopping or self._launcher.arena is None:
             return
         current.stopping = True
-        self._processes.arena.board.ask_to_stop(current.id)
+        self._launcher.arena.board.ask_to_stop(current.id)
         if self.deadline is not None:
             limit_s = max(self.settings.step_timeout_s, 3 * current.pace.longest_s)
             self.deadline = min(self.deadline, time.monotonic() + limit_s)
@@ -346,7 +356,7 @@ class RankGroup:
     @property
     def blocks(self) -> Blocks | None:
         """How far the slowest rank is with a watched forward; None before one has begun, and if there is none."""
-        current, arena = self._current, self._processes.arena
+        current, arena = self._current, self._launcher.arena
         if current is None or not current.watched or arena is None:
             return None
         told = (arena.board.blocks(rank.index, current.id) for rank in self.ranks if not self._has_answered(rank))
@@ -411,8 +421,8 @@ class RankGroup:
             raise self._raised(*current.broken)
         self.state = GroupState.IDLE
         self.deadline = None
-        if self._processes.arena is not None:
-            self._processes.arena.shrink()
+        if self._launcher.arena is not None:
+            self._launcher.arena.shrink()
         self._current = None
         return self._agree(current, time.monotonic() - current.started_s)
 

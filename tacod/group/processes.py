@@ -11,17 +11,19 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 from tacod import config
 from tacod.group.arena import PACKET_BYTES, Arena
 from tacod.group.fork_server import Child, ForkServer
-from tacod.group.work import Fault, Progress
+from tacod.group.ray.version import check_installed
+from tacod.group.work import Command, Fault, Progress
 from tacod_client.errors import TacodError
 
-__all__ = ["ON_GPUS", "GroupLost", "Processes", "Rank", "devices"]
+__all__ = ["ON_GPUS", "GroupLost", "Launcher", "LocalRank", "Processes", "Rank", "World", "cause", "devices", "ending"]
 
 log = logging.getLogger(__name__)
 
@@ -37,19 +39,28 @@ ON_GPUS = {
 """Environment variables of a GPU's rank."""
 
 
+class Process(Protocol):
+    """What a rank's process is to those that look after it."""
+
+    @property
+    def pid(self) -> int:
+        """Its number on its host."""
+
+    def poll(self) -> int | None:
+        """Its exit code, or a signal's number below zero; None while it runs."""
+
+
 @dataclass
 class Rank:
     """One process and its last reports."""
 
     index: int
     device: str
-    process: Child
-    channel: socket.socket
-    """One end of a pair of unix sockets; the rank has the other."""
+    process: Process
+    host: str = ""
+    """The name of the machine that it runs on; empty for this one."""
     ready: bool = False
     """Whether it has reported that it is ready."""
-    mute: bool = False
-    """Whether its end of the channel is closed, which happens when it ends."""
     memory_used_bytes: int = 0
     prefix_bytes: int = 0
     """Of these, bytes of the prefixes that it keeps."""
@@ -57,6 +68,84 @@ class Rank:
     """Of the load that it works on."""
     begun: int = 0
     """Forwards of its work item that it has begun, after the first."""
+
+
+class Launcher(Protocol):
+    """What starts the ranks of a group, carries packets to and from them, and ends them: `Processes`, or on Ray."""
+
+    devices: list[str]
+    """Of each rank that there is or is to be."""
+    arena: Arena | None
+    """The memory of commands and reports, as long as the ranks run."""
+    room: int | None
+    """How many ranks there could be, if new ones could be more than there are; else None."""
+
+    @property
+    def ranks(self) -> Sequence[Rank]:
+        """Those that have begun, in order."""
+
+    @property
+    def sources(self) -> list[int]:
+        """File descriptors that become readable when ranks begin, report or end."""
+
+    @property
+    def starter(self) -> str:
+        """In words, the process that starts the ranks."""
+
+    def spawn(self, settings: config.Group, fault: Fault | None = None) -> None:
+        """Start a new generation of ranks, with a ``fault`` on purpose. They report when they are ready."""
+
+    def send(self, packet: bytes, command: Command, watched: bool, descriptors: Sequence[int] = ()) -> None:
+        """Send every rank the packet of a command, with descriptors, without waiting.
+
+        Raises `GroupLost` if one can't take it.
+        """
+
+    def receive(self) -> Iterator[tuple[Rank, bytes]]:
+        """Take in the ranks that have begun, and give the packets that have come from them."""
+
+    def check(self, ranks: Iterable[Rank]) -> None:
+        """Raise `GroupLost` if one of these has ended, or what starts them before they were all there."""
+
+    def log_stacks(self, ranks: Iterable[Rank]) -> None:
+        """Log where these ranks hang."""
+
+    def kill(self) -> None:
+        """End all ranks at once; nothing of this generation remains."""
+
+    def close(self) -> None:
+        """After `kill`, end what starts the ranks."""
+
+
+class World(NamedTuple):
+    """All ranks of a group that several hosts have, seen from one of the hosts."""
+
+    hosts: tuple[int, ...]
+    """The number of the host of each rank."""
+    host: int
+    """This one's number."""
+    rendezvous: str
+    """``tcp://`` address at which rank 0 listens."""
+    interface: str
+    """The network interface by which the other hosts reach this one; empty to leave that to NCCL and gloo."""
+    listening: int | None = None
+    """On rank 0's host, the descriptor of the socket that listens there."""
+
+    @property
+    def indexes(self) -> list[int]:
+        """The ranks of this host."""
+        return [rank for rank, host in enumerate(self.hosts) if host == self.host]
+
+
+@dataclass
+class LocalRank(Rank):
+    """A rank that is a child of this process."""
+
+    process: Child
+    channel: socket.socket = field(kw_only=True)
+    """One end of a pair of unix sockets; the rank has the other."""
+    mute: bool = False
+    """Whether its end of the channel is closed, which happens when it ends."""
 
     def send(self, packet: bytes, descriptors: Sequence[int] = ()) -> None:
         """Send it a packet, with descriptors, without waiting. Raises `GroupLost` if it can't take one."""
@@ -94,8 +183,12 @@ class GroupLost(Exception):
 def devices(groups: Sequence[config.Group]) -> list[list[str]]:
     """The devices of each group's ranks: ``cpu:0`` …, or GPUs by the index or UUID that nvidia-smi shows.
 
-    Raises `config.ConfigError` for a GPU that isn't there or that two groups have, or if there is not a share for each.
+    For Ray, as many names as ranks: it chooses the devices. Raises `config.ConfigError` for a GPU that isn't there or
+    that two groups have, or if there is not a share for each.
     """
+    if groups[0].launcher == "ray":
+        check_installed()
+        return [[f"ray:{index}" for index in range(group.ranks)] for group in groups]
     if groups[0].device == "cpu":
         numbers = itertools.count()
         return [[f"cpu:{next(numbers)}" for _ in range(group.ranks)] for group in groups]
@@ -137,27 +230,32 @@ class Processes:
     """The rank processes, one generation after the other. Each generation has an epoch, and leaves nothing behind.
 
     ``folder`` is where the ranks of a generation find each other, ``comfyui`` the ComfyUI whose networks they may run.
-    They share the host's cores with the ranks of other groups, so many ``beside`` them.
+    They share the host's cores with the ranks of other groups, so many ``beside`` them. See `Launcher`.
     """
+
+    room: int | None = None
+    """As many ranks as devices, always."""
 
     def __init__(self, devices: list[str], folder: Path, comfyui: str | None = None, beside: int = 0) -> None:
         self.devices = devices
         self._comfyui = comfyui
         self._beside = beside
-        self.ranks: list[Rank] = []
+        self.ranks: list[LocalRank] = []
         self.arena: Arena | None = None
         """The memory that they share with the supervisor, as long as they run."""
         self._folder = folder
         self._epoch = ""
         """Part of the names of the ranks' files, so that one generation doesn't see what an earlier one left."""
         self._server: ForkServer | None = None
+        self._devices: dict[int, str] = {}
+        """Of this generation's ranks."""
         self._channels: dict[int, socket.socket] = {}
         """Those of the ranks that are not there yet."""
 
     @property
-    def server_pid(self) -> int:
-        """Of the process that ranks are forked from; 0 if there was none yet."""
-        return self._server.pid if self._server is not None else 0
+    def starter(self) -> str:
+        """The process that ranks are forked from."""
+        return f"the process that forks them (tacod.group.fork_server, pid {self._server.pid if self._server else 0})"
 
     @property
     def sources(self) -> list[int]:
@@ -166,24 +264,31 @@ class Processes:
         server = self._server.sources if self._server is not None else []
         return [*channels, *(rank.process.fd for rank in self.ranks), *server]
 
-    def spawn(self, settings: config.Group, fault: Fault | None = None) -> None:
-        """Start a new epoch of ranks, with a ``fault`` on purpose.
+    def spawn(self, settings: config.Group, fault: Fault | None = None, world: World | None = None) -> None:
+        """Start a new epoch of ranks, with a ``fault`` on purpose; with a ``world``, those of it that this host has.
 
         `admit` takes them in as they begin; they report when they are ready.
         """
         assert not self.ranks
         self._check_server()
         if self._server is None:
-            self._server = ForkServer(settings.device, self._folder, _environment(settings.device, self.devices))
+            environment = _environment(settings.device, self.devices, "lo" if world is None else world.interface)
+            self._server = ForkServer(settings.device, self._folder, environment)
         self._epoch = secrets.token_hex(8)
         self.arena = Arena()
-        for index in range(len(self.devices)):
+        indexes = range(len(self.devices)) if world is None else world.indexes
+        self._devices = dict(zip(indexes, self.devices, strict=True))
+        listening = [] if world is None or world.listening is None else [world.listening]
+        for index in indexes:
             self._channels[index], other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             for end in (self._channels[index], other):
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * PACKET_BYTES)
+            hosts = [0] * len(self.devices) if world is None else world.hosts
             arguments = [
-                *("--rank", str(index), "--world-size", str(len(self.devices)), "--device", settings.device),
-                *("--rendezvous", str(self._rendezvous), "--stacks", str(self._stacks(index))),
+                *("--rank", str(index), "--world-size", str(len(hosts)), "--device", settings.device),
+                *("--rendezvous", str(self._rendezvous) if world is None else world.rendezvous),
+                *("--stacks", str(self._stacks(index))),
+                *(() if world is None else ("--hosts", ",".join(map(str, hosts)))),
                 *(() if settings.cuda_graphs else ("--no-cuda-graphs",)),
                 *(() if settings.peer_memory else ("--no-peer-memory",)),
                 *(() if settings.warm_up else ("--no-warm-up",)),
@@ -193,14 +298,27 @@ class Processes:
                 *(("--fault", json.dumps(fault.body())) if fault is not None else ()),
             ]
             with other:
-                self._server.fork(index, arguments, other.fileno(), self.arena.fd)
+                more = listening if index == 0 else []
+                self._server.fork(index, arguments, other.fileno(), self.arena.fd, *more)
         log.info("starting %d ranks on %s", len(self.devices), ", ".join(self.devices))
         self.admit()
+
+    def send(self, packet: bytes, command: Command | None, watched: bool, descriptors: Sequence[int] = ()) -> None:
+        """See `Launcher.send`."""
+        for rank in self.ranks:
+            rank.send(packet, descriptors)
+
+    def receive(self) -> Iterator[tuple[Rank, bytes]]:
+        """See `Launcher.receive`."""
+        self.admit()
+        for rank in self.ranks:
+            while (packet := rank.receive()) is not None:
+                yield rank, packet
 
     def admit(self) -> None:
         """Take in the ranks that have begun."""
         for index, process in self._server.forked() if self._server is not None else ():
-            rank = Rank(index, self.devices[index], process, self._channels.pop(index))
+            rank = LocalRank(index, self._devices[index], process, channel=self._channels.pop(index))
             bisect.insort(self.ranks, rank, key=lambda each: each.index)
 
     def kill(self) -> None:
@@ -217,7 +335,7 @@ class Processes:
             for channel in self._channels.values():
                 channel.close()
             self._channels.clear()
-        for index in range(len(self.devices)):
+        for index in self._devices:
             self._stacks(index).unlink(missing_ok=True)
         if self.arena is not None:
             self.arena.close()
@@ -237,25 +355,34 @@ class Processes:
         if ended:
             # Those that exit may have fallen over one that a signal ended.
             rank, code = min(ended, key=lambda each: each[1] >= 0)
-            reason = f"rank {rank.index} ({rank.device}, pid {rank.process.pid}) {_ending(code)}"
-            raise GroupLost(reason, cause=_cause(code))
+            reason = f"rank {rank.index} ({rank.device}, pid {rank.process.pid}) {ending(code)}"
+            raise GroupLost(reason, cause=cause(code))
 
     def _check_server(self) -> None:
         if self._server is None or (code := self._server.poll()) is None:
             return
-        reason = f"the process that ranks are forked from (pid {self._server.pid}) {_ending(code)}"
+        reason = f"the process that ranks are forked from (pid {self._server.pid}) {ending(code)}"
         if self._channels:
-            raise GroupLost(reason, cause=_cause(code))
+            raise GroupLost(reason, cause=cause(code))
         log.warning("%s; the next start of ranks takes longer", reason)
 
     def log_stacks(self, ranks: Iterable[Rank]) -> None:
         """Log where these ranks hang. Each writes to a file of its own, so that their lines don't mix."""
-        for rank in ranks:
+        for index, stacks in self.stacks([rank.index for rank in ranks]).items():
+            log.error("rank %d: %s", index, stacks)
+
+    def stacks(self, indexes: Iterable[int]) -> dict[int, str]:
+        """Where these ranks hang, by index; takes `STACKS_S`."""
+        hanging = [rank for rank in self.ranks if rank.index in {*indexes}]
+        for rank in hanging:
             rank.process.send_signal(signal.SIGUSR1)
         time.sleep(STACKS_S)
-        for rank in ranks:
-            stacks = self._stacks(rank.index).read_text(errors="replace") if self._stacks(rank.index).exists() else ""
-            log.error("rank %d: %s", rank.index, stacks.rstrip() or "no stacks: it is stopped, or has not begun")
+        found = {}
+        for rank in hanging:
+            path = self._stacks(rank.index)
+            stacks = path.read_text(errors="replace").rstrip() if path.exists() else ""
+            found[rank.index] = stacks or "no stacks: it is stopped, or has not begun"
+        return found
 
     def _stacks(self, index: int) -> Path:
         return self._folder / f"stacks-{self._epoch}-{index}"
@@ -272,19 +399,19 @@ _NOT_INHERITED = {
 }
 
 
-def _environment(kind: str, devices: Sequence[str]) -> dict[str, str]:
-    """A rank's environment: it has the group's devices, and no settings meant for other programs.
+def _environment(kind: str, devices: Sequence[str], interface: str = "lo") -> dict[str, str]:
+    """A rank's environment: it has the devices of its host's ranks, and no settings meant for other programs.
 
-    Each rank uses the device at its own index; it sees the others so that it can write into their memory.
+    Each rank uses the device at its own place; it sees the others so that it can write into their memory.
     """
     env = {key: value for key, value in os.environ.items() if key not in _NOT_INHERITED}
     if kind == "cuda":
         env.update(ON_GPUS, CUDA_VISIBLE_DEVICES=",".join(devices))
     else:
         env.update(CUDA_VISIBLE_DEVICES="")
-    # All ranks are on this machine; the name of its network interface, or a lack of one, is no concern of theirs.
-    for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
-        env.setdefault(variable, "lo")
+    # If all ranks are on this machine, its network's interfaces, or a lack of one, are no concern of theirs.
+    for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME") if interface else ():
+        env.setdefault(variable, interface)
     return env
 
 
@@ -292,12 +419,13 @@ _FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Signals by which people and the kernel end a process that did nothing wrong."""
 
 
-def _cause(code: int) -> str:
+def cause(code: int) -> str:
     """The cause of a loss by such an exit code, if it would come again."""
-    return "" if -code in _FROM_OUTSIDE else _ending(code)
+    return "" if -code in _FROM_OUTSIDE else ending(code)
 
 
-def _ending(code: int) -> str:
+def ending(code: int) -> str:
+    """In words, how a process with this exit code has ended; a signal's number is below zero."""
     if code >= 0:
         return f"exited with code {code}"
     try:

@@ -90,6 +90,10 @@ class Load(Part):
     """Whether an earlier load has measured them; otherwise the configuration asks for them."""
     rates: list[float] | None = None
     """The `DeviceRates` that an earlier load has found, empty if it found none; None to measure them."""
+    roots: list[str] = field(default_factory=list)
+    """The folders in which files may lie, for ranks on other hosts than the supervisor's."""
+    refused: dict[str, Any] | None = None
+    """Why ranks refuse it, as a `TacodError` on the wire: one of their hosts lacks a file."""
 
 
 @dataclass(frozen=True)

@@ -65,24 +65,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logs.configure(os.environ.get("TACOD_LOG_LEVEL", "info"), prefix=f"{args.label}rank {args.rank}: ")
     if args.fault is not None:
         inject(args.fault, "before", args.rank)
-    device = torch.device("cuda", args.rank) if args.device == "cuda" else torch.device("cpu")
+    # Of this host's ranks.
+    place, neighbours = args.hosts[: args.rank].count(args.hosts[args.rank]), args.hosts.count(args.hosts[args.rank])
+    device = torch.device("cuda", place) if args.device == "cuda" else torch.device("cpu")
     if device.type == "cpu":
-        torch.set_num_threads(max(1, int(usable_cores() / (args.world_size + args.beside))))
+        torch.set_num_threads(max(1, int(usable_cores() / (neighbours + args.beside))))
     else:
         torch.cuda.set_device(device)
         # fp32 means fp32, in the one convolution too.
         torch.backends.cudnn.allow_tf32 = False
-    make_group = process_groups.join(device, args.rank, args.world_size, args.rendezvous, device.index or 0)
+    make_group = process_groups.join(
+        device, args.rank, args.world_size, args.rendezvous, device.index or 0, args.listening
+    )
     # What was imported stays; to look for garbage in it would take a tenth of a second at every load.
     gc.freeze()
     by = reach if device.type == "cuda" and not args.no_peer_memory else None
-    topology = Topology(args.rank, args.world_size, make_group, by)
+    topology = Topology(args.rank, args.world_size, make_group, by, args.hosts)
     engine = Engine(
         device, topology, not args.no_cuda_graphs, not args.no_warm_up, args.prefix_bytes, comfyui=args.comfyui
     )
     selftest(engine)
     # Where every rank of the host may keep a core to itself, and as many are left.
-    busy_polls = device.type == "cuda" and usable_cores() > 2 * (args.world_size + args.beside)
+    busy_polls = device.type == "cuda" and usable_cores() > 2 * (neighbours + args.beside)
     serve(engine, channel, Arena(args.arena), busy_polls)
 
 
@@ -92,7 +96,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--world-size", type=int, required=True)
     parser.add_argument("--device", choices=["cuda", "cpu"], required=True)
     parser.add_argument("--channel", type=int, required=True, help="file descriptor of the socket to the supervisor")
-    parser.add_argument("--rendezvous", required=True)
+    parser.add_argument("--rendezvous", required=True, help="path of a file, or tcp://HOST:PORT of rank 0")
+    parser.add_argument("--listening", type=int, help="of rank 0: descriptor of the socket that listens there")
+    parser.add_argument("--hosts", type=_hosts, help="the number of each rank's host, such as 0,0,1; one by default")
     parser.add_argument("--arena", type=int, required=True, help="file descriptor of the shared memory")
     parser.add_argument("--stacks", type=argparse.FileType("w"), required=True, help="where SIGUSR1 writes them")
     parser.add_argument("--no-cuda-graphs", action="store_true")
@@ -103,7 +109,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--label", default="", help="what its log lines begin with, if there are several groups")
     parser.add_argument("--comfyui", help="folder of the ComfyUI whose networks may be run")
     parser.add_argument("--fault", type=lambda text: Fault(**json.loads(text)), help="a fault on purpose, as JSON")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    args.hosts = args.hosts or (0,) * args.world_size
+    return args
+
+
+def _hosts(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
 
 
 def _die_with_the_supervisor(channel: socket.socket) -> None:

@@ -47,7 +47,7 @@ from tacod.rank.shared_memory import MappedMemories, MappedMemory
 from tacod.rank.weights.sizes import SMALLEST
 from tacod.shares import Shares
 from tacod_client import wire
-from tacod_client.errors import ArgumentError, ModelNotFound, OutOfMemory
+from tacod_client.errors import ArgumentError, ModelNotFound, OutOfMemory, TacodError
 from tacod_client.tensors import from_wire, to_wire
 from tacod_client.wire import CHANGING
 
@@ -212,6 +212,8 @@ class Engine:
         shares: Sequence[int] | None = None,
         shares_measured: bool = False,
         rates: Sequence[float] | None = None,
+        roots: Sequence[str] = (),
+        refused: Mapping[str, Any] | None = None,
     ) -> Loaded:
         """Make a model resident under the id ``model``; does nothing if it is resident already.
 
@@ -220,11 +222,14 @@ class Engine:
         ``memory_bytes`` how many each rank may hold, and ``fewer`` by how many blocks it stays below that (`choose`).
         ``shares`` are the ranks' of its forwards; None to measure their paces, where a load warms up. ``rates`` are
         the numbers of the `DeviceRates` that an earlier load found, none if it found none; None to measure them too.
-        Runs of evicted models continue when those are loaded again.
+        Runs of evicted models continue when those are loaded again. With ``refused``, an error on the wire, a model is
+        not loaded: that is raised once others are evicted.
         """
         for evicted in evict_models:
             self._evict(evicted)
         self._give_memory_back()
+        if refused is not None:
+            raise TacodError.from_wire(refused)
         plain = self.models.get(base or model)
         if plain is None:
             given = None if shares is None else Shares.of(shares, shares_measured)

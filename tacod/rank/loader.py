@@ -191,6 +191,7 @@ class Loader:
             wanted.fewer,
             lambda: self._links,
             self._devices_are_alike,
+            self._topology.spans_hosts,
         )
         try:
             with self._memory_errors("unload a model (`tacoctl unload`)"), streaming:

@@ -6,6 +6,7 @@ Where there are several groups, what is of one says so: ``group`` has its name.
 from __future__ import annotations
 
 import os
+import socket
 import time
 from typing import Any
 
@@ -16,6 +17,7 @@ from tacod.execution.scheduler import Job
 from tacod.group.processes import Rank
 from tacod.observe.exporter import GroupReading, Reading
 from tacod.observe.metrics import Metrics
+from tacod.observe.monitor import Load
 from tacod.serving.state import State
 
 __all__ = ["jobs", "loaded", "models", "reading", "stats", "status", "totals"]
@@ -36,6 +38,7 @@ def status(state: State) -> dict[str, Any]:
         "group": {
             "device": state.config.device,
             "world_size": sum(each["world_size"] for each in groups),
+            "asked_ranks": sum(each["asked_ranks"] for each in groups),
             "restarts": state.groups.restarts,
             "ranks": ranks,
         },
@@ -53,6 +56,7 @@ def _group(state: State, executor: Executor) -> dict[str, Any]:
         "state": executor.state,
         "device": state.config.device,
         "world_size": executor.group.world_size,
+        "asked_ranks": executor.group.asked,
         "restarts": executor.group.restarts,
         "ranks": [_rank(state, rank) for rank in executor.group.ranks],
         "queue": {"running": int(scheduler.running is not None), "queued": len(scheduler)},
@@ -61,9 +65,11 @@ def _group(state: State, executor: Executor) -> dict[str, Any]:
 
 
 def _rank(state: State, rank: Rank) -> dict[str, Any]:
-    load = state.monitor.load(rank.process.pid)
+    # Those on other hosts are not measured here.
+    load = Load() if rank.host else state.monitor.load(rank.process.pid)
     return {
         "rank": rank.index,
+        "host": rank.host or socket.gethostname(),
         "pid": rank.process.pid,
         "device": rank.device,
         "device_name": load.name,

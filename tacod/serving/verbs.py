@@ -104,7 +104,8 @@ class Verbs:
             "version": __version__,
             "limits": {"message_bytes": limits.message_bytes, "store_bytes": limits.store_bytes, "queue": limits.queue},
         }
-        if session.user.uid is not None and self.state.listener.memory is not None and limits.shared_bytes:
+        has_memory = self.state.listener.memory is not None and self.state.groups.host.memories.limit
+        if session.user.uid is not None and has_memory:
             welcome["memory"] = wire.MEMORY_SOCKET
         session.post(wire.encode(Message("welcome", welcome, request)))
 

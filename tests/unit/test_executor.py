@@ -102,7 +102,7 @@ class Events(RuleBasedStateMachine):
         model = Model("m", "/models/m", "i", None)
         devices = [f"cpu:{index}" for index in range(RANKS)]
         preload = [model] if loaded else []
-        host = Host(CONFIG.limits)
+        host = Host(CONFIG)
         self.stack.callback(host.memories.close)
         self.executor = Executor(CONFIG, "0", devices, preload, self.folder, host, self.on_progress, self.on_end)
         self.executor.poll()
@@ -348,7 +348,7 @@ class Walk:
         self.clock = stack.enter_context(fakes())
         self.ended: list[Job] = []
         devices = [f"cpu:{index}" for index in range(RANKS)]
-        self.host = Host(config.limits)
+        self.host = Host(config)
         stack.callback(self.host.memories.close)
         self.executor = Executor(
             config,

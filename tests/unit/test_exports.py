@@ -28,6 +28,8 @@ def modules() -> list[str]:
 
 
 def offered(name: str) -> tuple[ModuleType, list[str]]:
+    if name == "tacod.group.ray.bridge":
+        pytest.importorskip("ray", reason="Ray is not installed: pip install 'taco-dit[ray]'")
     module = importlib.import_module(name)
     return module, getattr(module, "__all__", [])
 

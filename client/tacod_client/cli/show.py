@@ -171,14 +171,26 @@ def status(reply: dict[str, Any]) -> Any:
         (
             "groups" if several else "group",
             (f"{len(several)}, with " if several else "")
-            + f"{group['world_size']} ranks on {group['device']}, {group['restarts']} restarts",
+            + f"{_ranks(group)} on {group['device']}, {group['restarts']} restarts",
         ),
         ("queue", f"{queue['running']} running, {queue['queued']} queued"),
         ("clients", str(reply["clients"])),
     ]
+    hosts = [str(rank.get("host", "")) for rank in group["ranks"]]
+    spread = len(set(hosts)) > 1
     ranks = Columns(
-        (*heads(several), "rank", "pid", "device", "memory"),
-        ((*name(rank, several), rank["rank"], rank["pid"], rank["device"], _memory(rank)) for rank in group["ranks"]),
+        (*heads(several), "rank", *(["host"] if spread else []), "pid", "device", "memory"),
+        (
+            (
+                *name(rank, several),
+                rank["rank"],
+                *([printable(host)] if spread else []),
+                rank["pid"],
+                rank["device"],
+                _memory(rank),
+            )
+            for rank, host in zip(group["ranks"], hosts, strict=True)
+        ),
     )
     if not several:
         return Group(Facts(lines), Text(), ranks, Text(), models(reply["models"]))
@@ -218,6 +230,12 @@ def heads(shown: object) -> tuple[str, ...]:
 def name(row: Mapping[str, Any], shown: object) -> tuple[str, ...]:
     """The name of what a row is of, for a column of groups, if that is shown."""
     return (", ".join(row.get("groups") or [str(row.get("group", ""))]),) if shown else ()
+
+
+def _ranks(group: dict[str, Any]) -> str:
+    """How many ranks there are; if hosts of a cluster are lost, of how many."""
+    there, asked = group["world_size"], group.get("asked_ranks", group["world_size"])
+    return f"{there} ranks" if there == asked else f"{there} of {asked} ranks"
 
 
 def _memory(rank: dict[str, Any]) -> str:

@@ -34,19 +34,26 @@ _USED = ("GroupCoordinator", "get_world_group", "init_distributed_environment")
 """The names that are used of xfuser's module; without one of them it counts as not importable."""
 
 
-def join(device: torch.device, rank: int, world_size: int, rendezvous: str, local_rank: int = 0) -> MakeGroup:
+def join(
+    device: torch.device,
+    rank: int,
+    world_size: int,
+    rendezvous: str,
+    local_rank: int = 0,
+    listening: int | None = None,
+) -> MakeGroup:
     """Join the group as ``rank`` of ``world_size``; returns what makes further groups of its ranks.
 
-    ``rendezvous`` is the path of a file by which they find each other; with torch's ``file://`` URLs, a # would end it.
-    ``local_rank`` is the device's index among those that the process sees. Blocks until all ranks have joined.
+    ``rendezvous`` is where they find each other: the path of a file, as with torch's ``file://`` URLs a # would end it,
+    or ``tcp://HOST:PORT`` of rank 0, which has the descriptor of a socket that is ``listening`` there. ``local_rank``
+    is the device's index among those that the process sees. Blocks until all ranks have joined.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     # A transfer that is to hide behind a matrix product must not wait for the product's last block.
     os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     reason = why_not_xfuser(device)
     if not dist.is_initialized():
-        store = dist.FileStore(os.fsencode(rendezvous), world_size)  # type: ignore[attr-defined, arg-type]
-        store.set_timeout(JOIN_TIMEOUT)
+        store = _store(rendezvous, rank, world_size, listening)
         dist.init_process_group(backend, store=store, world_size=world_size, rank=rank)
         # Groups are made in the same order by all ranks, so that all of them have xfuser's or none.
         store.set(f"why not xfuser/{rank}", reason)
@@ -58,6 +65,18 @@ def join(device: torch.device, rank: int, world_size: int, rendezvous: str, loca
             torch.cuda.set_device(local_rank)
         return _torch_groups(rank, world_size, backend)
     return _xfuser_groups(_parallel_state(device.type == "cuda"), rank, world_size, backend, local_rank)
+
+
+def _store(rendezvous: str, rank: int, world_size: int, listening: int | None) -> Any:
+    address = rendezvous.removeprefix("tcp://")
+    if address != rendezvous:
+        host, _, port = address.rpartition(":")
+        return dist.TCPStore(  # type: ignore[attr-defined]
+            host.strip("[]"), int(port), world_size, rank == 0, JOIN_TIMEOUT, False, master_listen_fd=listening
+        )
+    store = dist.FileStore(os.fsencode(rendezvous), world_size)  # type: ignore[attr-defined, arg-type]
+    store.set_timeout(JOIN_TIMEOUT)
+    return store
 
 
 def why_not_xfuser(device: torch.device) -> str:

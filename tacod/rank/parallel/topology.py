@@ -54,10 +54,16 @@ class Topology:
         world_size: int = 1,
         make_group: MakeGroup | None = None,
         reach: Callable[[Group], Transport] | None = None,
+        hosts: Sequence[int] = (),
     ) -> None:
-        """``reach`` finds the transport of a Ulysses group; without it, that is collectives."""
+        """Make it of all ranks.
+
+        ``reach`` finds the transport of a Ulysses group within a host; without it, and across hosts, that is
+        collectives. ``hosts`` has the number of each rank's host, by default one for all.
+        """
         self.rank = rank
         self.world_size = world_size
+        self.hosts = tuple(hosts) or (0,) * world_size
         self.clock = Clock()
         self._make_group = make_group
         self._groups: dict[tuple[tuple[int, ...], ...], Group] = {}
@@ -80,10 +86,15 @@ class Topology:
         # Its waits are no later step's.
         self.clock.take_s()
 
+    @property
+    def spans_hosts(self) -> bool:
+        """Whether the ranks are on several hosts."""
+        return len(set(self.hosts)) > 1
+
     @cached_property
     def reaches(self) -> bool:
         """Whether all ranks reach each other's memory, and may. All of them ask at once."""
-        if self.world_size == 1:
+        if self.world_size == 1 or self.spans_hosts:
             return False
         if self.reach is None:
             # Ranks on CPUs share the host's memory; those on GPUs are told to use collectives alone.
@@ -108,7 +119,9 @@ class Topology:
         whole, ulysses, ring, batch = (self._group(parts) for parts in (wholes, runs, rings, across))
         if self.rank not in members:
             return None
-        if self.reach is not None and ulysses.size > 1 and ulysses not in self._transports:
+        run = next(run for run in runs if self.rank in run)
+        near = len({self.hosts[rank] for rank in run}) == 1
+        if self.reach is not None and near and ulysses.size > 1 and ulysses not in self._transports:
             self._transports[ulysses] = self.reach(ulysses)
         return Seat(batch, whole, ulysses, ring, self._transports.get(ulysses), layout.group_shares(batch.rank))
 

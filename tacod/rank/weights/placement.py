@@ -12,7 +12,7 @@ from functools import cached_property
 from tacod.rank.parallel.modulation import owners
 from tacod_client.errors import ArgumentError, OutOfMemory
 
-__all__ = ["Links", "Placement", "Sizes", "alternatives", "choose", "in_words"]
+__all__ = ["Links", "Placement", "Sizes", "alternatives", "choose", "choose_whole", "in_words"]
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,27 @@ def choose(
         lowered = [max(sizes.least, held - fewer * sizes.largest) for held in chosen.device_bytes]
         chosen = _filled(sizes, lowered, reaches, links)
     return replace(chosen, can_shrink=max(chosen.device_bytes) > sizes.least)
+
+
+def choose_whole(asked: str, sizes: Sizes, budgets: Sequence[int | None]) -> Placement:
+    """The placement on several hosts: every rank holds all weights, as memory of another host can't be read.
+
+    Raises `ArgumentError` for another one, `OutOfMemory` if ``auto`` finds no room within the budgets.
+    """
+    if asked not in ("auto", "replicated"):
+        raise ArgumentError(
+            f'weights: ranks on several hosts hold all weights each, so {asked!r} can\'t be; use "auto", or a group on '
+            "one host",
+            argument="weights",
+        )
+    least = min((budget for budget in budgets if budget is not None), default=sizes.total)
+    if asked == "auto" and least < sizes.total:
+        raise OutOfMemory(
+            f"these weights take {in_words(sizes.total)}, and {in_words(least)} are allowed; ranks on several "
+            "hosts hold all weights each: raise models.memory_bytes, load a file of fewer bits, or use a group on one "
+            "host, whose ranks share them"
+        )
+    return choose("replicated", sizes, budgets, reaches=False)
 
 
 def alternatives(asked: str, sizes: Sizes, ranks: int, reaches: bool) -> str:

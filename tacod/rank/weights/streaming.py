@@ -14,7 +14,7 @@ from tacod.rank.families.base import DiT
 from tacod.rank.ops.packed.base import PackedLinear
 from tacod.rank.parallel.modulation import owners
 from tacod.rank.weights.depot import Depot, HostSlabs, MakeSlab, Owner, PeerSlabs
-from tacod.rank.weights.placement import Links, Placement, Sizes, alternatives, choose, in_words
+from tacod.rank.weights.placement import Links, Placement, Sizes, alternatives, choose, choose_whole, in_words
 from tacod.rank.weights.sizes import SMALLEST
 from tacod.rank.weights.skeleton import Skeleton
 from tacod.rank.weights.stage import Buffers, Stage, Unit, assign, owner_of
@@ -49,6 +49,7 @@ class Streaming:
         links: Tells how fast ranks fetch; all ask at once.
         alike: Whether all devices are of one kind. Otherwise layers that one rank packs may not suit another's device,
             and each rank reads all of the file.
+        whole: Whether every rank has to hold all weights, as ranks on several hosts do.
     """
 
     placement: Placement
@@ -65,6 +66,7 @@ class Streaming:
         fewer: int = 0,
         links: Callable[[], Links] = Links,
         alike: bool = True,
+        whole: bool = False,
     ) -> None:
         self._group = group
         self._device = device
@@ -75,6 +77,7 @@ class Streaming:
         self._ask_links = links
         self._links = Links()
         self._alike = alike
+        self._whole = whole
         self.smallest = smallest
         self._sizes: Sizes | None = None
         """Known with `placement`."""
@@ -89,10 +92,13 @@ class Streaming:
 
         Raises `OutOfMemory` if there is none.
         """
-        fits = all(budget is None or budget >= sizes.total for budget in self._budgets) and not self._fewer
-        if self._asked != "replicated" and not (self._asked == "auto" and fits):
-            self._links = self._ask_links()
-        self.placement = choose(self._asked, sizes, self._budgets, self._reaches, self._fewer, self._links)
+        if self._whole:
+            self.placement = choose_whole(self._asked, sizes, self._budgets)
+        else:
+            fits = all(budget is None or budget >= sizes.total for budget in self._budgets) and not self._fewer
+            if self._asked != "replicated" and not (self._asked == "auto" and fits):
+                self._links = self._ask_links()
+            self.placement = choose(self._asked, sizes, self._budgets, self._reaches, self._fewer, self._links)
         self._sizes = sizes
         self._blocks = frozenset(sizes.blocks)
         if not self.placement.streams:

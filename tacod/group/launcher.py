@@ -1,0 +1,20 @@
+"""How a group's ranks are started: as children of the supervisor, or by Ray on the hosts of a cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tacod import config
+from tacod.group.processes import Launcher, Processes
+from tacod.group.ray.launcher import RayLauncher
+
+__all__ = ["launcher"]
+
+
+def launcher(
+    settings: config.Group, devices: list[str], folder: Path, comfyui: str | None = None, beside: int = 0
+) -> Launcher:
+    """What starts ranks on these ``devices``; see `Processes` and `RayLauncher`."""
+    if settings.launcher == "ray":
+        return RayLauncher(settings, folder, comfyui)
+    return Processes(devices, folder, comfyui, beside)

@@ -1,0 +1,115 @@
+"""Ranks on the hosts of a Ray cluster: the same numbers, the same promises."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Cluster
+from helpers import FP32, OFTEN, SOON_S, Daemon, eventually, read_golden, relative_error
+
+LONG_S = 120.0
+"""Longer than any start of ranks on a busy machine."""
+GOLDENS = ("flux_dev", "sd35_large")
+
+
+SLOW = """[testing]
+i_know = "this daemon fails on purpose"
+[[testing.faults]]
+kind = "slow"
+seconds = 30.0
+"""
+"""In which the first forward takes so long, unless its ranks are lost."""
+
+
+def running(daemon: Daemon) -> bool:
+    with daemon.client() as client:
+        return bool(client.status()["queue"]["running"])
+
+
+def tacoctl(daemon: Daemon, *words: str) -> str:
+    code = "import sys; from tacod_client.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "--endpoint", daemon.endpoint, *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def on_ray(cluster: Cluster, ranks: int, roots: list[Path], **settings: Any) -> Daemon:
+    return Daemon(
+        ranks,
+        roots,
+        {**OFTEN, "group.launcher": "ray", "group.ray_address": cluster.address, **settings},
+        wait=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def goldens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("goldens")
+    for name in GOLDENS:
+        read_golden(name).save(folder / f"{name}.safetensors")
+    return folder
+
+
+def wait_for_ready(daemon: Daemon) -> None:
+    eventually(daemon._is_ready, LONG_S, "tacod is ready", every_s=0.2)
+
+
+def check(daemon: Daemon, name: str, ranks: int) -> None:
+    golden = read_golden(name)
+    with daemon.client() as client:
+        model = client.load(f"{name}.safetensors")
+        assert relative_error(model.forward(**golden.inputs), golden.out) <= FP32
+        assert model.stats.ranks == ranks
+
+
+def test_three_ranks_on_two_hosts(cluster: Cluster, goldens: Path) -> None:
+    with on_ray(cluster, 3, [goldens]) as daemon:
+        wait_for_ready(daemon)
+        for name in GOLDENS:
+            check(daemon, name, 3)
+
+
+def test_a_lost_host_costs_time_and_not_the_result(cluster: Cluster, goldens: Path) -> None:
+    golden = read_golden("flux_dev")
+    with on_ray(cluster, 4, [goldens]) as daemon:
+        wait_for_ready(daemon)
+        with daemon.client() as client:
+            group = client.status()["group"]
+            assert len({rank["host"] for rank in group["ranks"]}) == 2
+            assert (group["world_size"], group["asked_ranks"]) == (4, 4)
+            # Ranks on other hosts share no memory with clients.
+            assert client.stats()["shared_bytes"] == 0
+            check(daemon, "sd35_large", 4)
+            model = client.load("flux_dev.safetensors")
+            for layout in ({"ulysses": 2, "ring": 2}, "auto"):
+                again = client.load("flux_dev.safetensors", plan=layout)
+                assert relative_error(again.forward(**golden.inputs), golden.out) <= FP32
+                assert again.stats.ranks == 4
+            with daemon.changed({}, SLOW), ThreadPoolExecutor() as others:
+                forward = others.submit(lambda: model.forward(**golden.inputs))
+                eventually(lambda: running(daemon), SOON_S * 10, "the forward runs")
+                cluster.kill(cluster.second)
+                out = forward.result()
+            assert relative_error(out, golden.out) <= FP32
+            group = client.status()["group"]
+            assert (group["world_size"], group["asked_ranks"]) == (2, 4)
+            assert len({rank["host"] for rank in group["ranks"]}) == 1
+            assert "fewer than group.ranks = 4" in daemon.log
+            assert "2 of 4 ranks on cpu" in tacoctl(daemon, "status")
+            cluster.second = cluster.add()
+            eventually(lambda: client.status()["group"]["world_size"] == 4, LONG_S, "the host's ranks are back", 0.2)
+            out = model.forward(**golden.inputs)
+            assert relative_error(out, golden.out) <= FP32
+            assert model.stats.ranks == 4
+
+
+def test_a_cluster_that_is_too_small_is_a_wrong_configuration(cluster: Cluster) -> None:
+    with on_ray(cluster, 64, []) as daemon:
+        assert daemon.wait(LONG_S) == 78
+        assert "is too small: 4 of 4 CPUs free" in daemon.log
+        assert "group.ranks asks for 64" in daemon.log
+        daemon.check_leavings()
