@@ -238,9 +238,14 @@ def _refused(reason: str) -> ArgumentError:
 
 @functools.lru_cache(maxsize=64)
 def make_plan(
-    asked: Request, world_size: int, shape: Shape, rates: DeviceRates | None = None, shares: Shares = EQUAL
+    asked: Request,
+    world_size: int,
+    shape: Shape,
+    rates: DeviceRates | None = None,
+    shares: Shares = EQUAL,
+    hosts: tuple[int, ...] = (),
 ) -> Plan:
-    """The cheapest layout that does what was asked, in which the ranks have these ``shares``.
+    """The cheapest layout that does what was asked, in which the ranks have these ``shares``, on these ``hosts``.
 
     With measured ``rates`` it may leave ranks idle, the slowest ones, if that is faster; without them, it leaves as few
     idle as possible. With both measured, unequal ranks may take equal shares, as one with more tokens exchanges more.
@@ -254,7 +259,7 @@ def make_plan(
     policy = AttentionPolicy(asked.flash_attention is not False, exchange, asked.attention or "exact")
 
     def price(layout: Layout) -> float:
-        return cost(layout, shape, rates or USUAL, policy.exchange, shares)
+        return cost(layout, shape, rates or USUAL, policy.exchange, shares, hosts)
 
     best = busiest = min(allowed, key=lambda layout: (-layout.ranks, price(layout), layout.ring))
     slowdown = None

@@ -81,6 +81,9 @@ class Model:
     rates: tuple[float, ...] = ()
     """What plans of its forwards count with, as `Facts.rates`; new ranks keep to these too, and so to the plans."""
 
+    hosts: tuple[int, ...] = ()
+    """The number of each rank's host; empty for one host."""
+
     @property
     def name(self) -> str:
         """The file's name."""
@@ -148,6 +151,7 @@ class Model:
             shape=Shape(facts.heads, facts.width),
             shares=Shares.of(facts.shares, facts.shares_measured),
             rates=tuple(facts.rates),
+            hosts=tuple(facts.hosts),
         ).planned(self.asked, world_size)
 
     def placed(self, facts: Facts) -> Model:
@@ -167,8 +171,9 @@ class Model:
             return self
         if not self.shares_tokens:
             asked = Request(sequence_parallel_degree=1, cfg_parallel=asked.cfg_parallel)
+        shares = self.shares or EQUAL
         try:
-            return replace(self, plan=str(make_plan(asked, world_size, self.shape, shares=self.shares or EQUAL)))
+            return replace(self, plan=str(make_plan(asked, world_size, self.shape, None, shares, self.hosts)))
         except ArgumentError as error:
             # It was asked for when there were more ranks.
             return replace(self, plan=f"none ({error.message})")
@@ -176,7 +181,7 @@ class Model:
     def resized(self, world_size: int) -> Model:
         """The same model for another number of ranks: nothing is known of how fast they are."""
         base = None if self.base is None else self.base.resized(world_size)
-        return replace(self, base=base, shares=None, rates=()).planned(self.asked, world_size)
+        return replace(self, base=base, shares=None, rates=(), hosts=()).planned(self.asked, world_size)
 
     def to_wire(self) -> dict[str, Any]:
         """The model as ``status --json`` shows it."""

@@ -274,6 +274,8 @@ class Facts(Part):
     """Whether that was measured."""
     rates: list[float] = field(default_factory=list)
     """The `DeviceRates` that plans of its forwards count with; empty if none were measured."""
+    hosts: list[int] = field(default_factory=list)
+    """The number of each rank's host; empty for one host."""
 
 
 @dataclass(frozen=True)

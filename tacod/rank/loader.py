@@ -166,6 +166,7 @@ class Loader:
                 self._report,
             )
             network = load_network(installation, found, checkpoint.path, DTYPES[chosen], self._device)
+            network.hosts = self._topology.hosts if self._topology.spans_hosts else ()
             check_split(network, self._topology, self._device)
         facts = self._facts(network, checkpoint, chosen, streaming)
         shapes = {name: tuple(each.shape) for name, each in network.named_weights().items()}
@@ -205,6 +206,7 @@ class Loader:
                     streaming=streaming,
                 )
             loaded.shares = wanted.shares or EQUAL
+            loaded.hosts = self._topology.hosts if self._topology.spans_hosts else ()
             # Before it is resident: a load that fails here leaves nothing behind.
             if self._device.type == "cuda" and self._warm:
                 hint = (
@@ -240,6 +242,7 @@ class Loader:
             shares=[*loaded.shares.each],
             shares_measured=loaded.shares.measured,
             rates=[] if loaded.rates is None else [*astuple(loaded.rates)],
+            hosts=[*loaded.hosts],
             network=loaded.network,
             shares_tokens=loaded.shares_tokens,
         )

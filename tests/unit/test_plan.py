@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tacod.layout import layouts
 from tacod.plan import (
     AUTO,
     DeviceRates,
@@ -22,7 +23,7 @@ from tacod.plan import (
     measured_rates,
     parse_request,
 )
-from tacod.shares import Shares
+from tacod.shares import EQUAL, Shares
 from tacod_client.errors import ArgumentError
 
 FLUX = Shape(24, 3072, 1, (512, 4096))
@@ -334,3 +335,21 @@ def test_rates_of_unequal_ranks_say_what_was_measured(layout: Layout) -> None:
     assert cost(Layout(1, 1, 1), FLUX, rates, shares=FAST_FIRST) == pytest.approx(0.12), "rank 0 alone"
     assert cost(Layout(1, 1, 1, (0, 1, 0)), FLUX, rates, shares=FAST_FIRST) == pytest.approx(0.192)
     assert cost(layout, FLUX, rates, shares=FAST_FIRST) == pytest.approx(0.06, rel=0.2)
+
+
+def test_between_hosts_a_ring_or_batch_groups_or_nothing() -> None:
+    """Of four ranks on two hosts; a long video has time to hide a ring's transfers, which an image's tokens have not."""
+    video, two = Shape(40, 5120, 1, (75600,)), (0, 0, 1, 1)
+    assert make_plan(AUTO, 4, video, DeviceRates()).layout == Layout(1, 4, 1)
+    assert make_plan(AUTO, 4, video, DeviceRates(), EQUAL, two).layout == Layout(1, 2, 2)
+    assert make_plan(AUTO, 4, FLUX_CFG, DeviceRates(network_bytes=1e9), EQUAL, two).layout == Layout(2, 2, 1)
+    assert make_plan(AUTO, 4, FLUX, DeviceRates(), EQUAL, two).layout == Layout(1, 2, 1)
+    assert make_plan(AUTO, 4, FLUX, DeviceRates(network_bytes=5e10), EQUAL, two).layout == Layout(1, 4, 1)
+
+
+@given(hosts=st.lists(st.integers(0, 2), min_size=4, max_size=4), batch=st.integers(1, 3))
+def test_a_network_never_makes_it_faster(hosts: list[int], batch: int) -> None:
+    shape, far = Shape(24, 3072, batch, (512, 4096)), tuple(sorted(hosts))
+    rates = DeviceRates()
+    for layout in layouts(4, batch, ()):
+        assert cost(layout, shape, rates, hosts=far) >= cost(layout, shape, rates) - 1e-12

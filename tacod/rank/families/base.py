@@ -156,6 +156,8 @@ class DiT(nn.Module, abc.ABC):
     """Fetches the weights that this rank lacks; None if it has all."""
     rates: DeviceRates | None = None
     """Measured on these devices by the warm-up."""
+    hosts: tuple[int, ...] = ()
+    """The number of each rank's host; empty for one host."""
     shares: Shares = EQUAL
     """How much of its forwards each rank takes."""
 

@@ -73,7 +73,7 @@ def plan_for(dit: DiT, asked: Request, world_size: int, arguments: Mapping[str, 
     images = (x[0] if isinstance(x, list) else x).shape[0]
     asked = dit.limited(asked, arguments)
     shape = Shape(dit.heads, dit.width, images, dit.lengths(arguments))
-    return make_plan(asked, world_size, shape, dit.rates, dit.shares)
+    return make_plan(asked, world_size, shape, dit.rates, dit.shares, dit.hosts)
 
 
 def run(

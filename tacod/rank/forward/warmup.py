@@ -64,18 +64,18 @@ def warm_up(
         if layout not in took:
             took[layout] = _shortest_s(forwards, Call(dit, Plan(layout, world, shape), inputs, conditioning="warm-up"))
 
-    shared = make_plan(Request(cfg_parallel=False), world, shape, shares=shares).layout
+    shared = make_plan(Request(cfg_parallel=False), world, shape, shares=shares, hosts=dit.hosts).layout
     run_in(shared)
-    run_in(make_plan(AUTO, world, shape, shares=shares).layout)
+    run_in(make_plan(AUTO, world, shape, shares=shares, hosts=dit.hosts).layout)
     if known is None:
         rates = None
         if seconds is not None:
             shared_s = forwards.topology.everyone.numbers(took[shared])[0]
             alone_s = seconds[fastest_alone(shares).members[0]]
-            rates = measured_rates(alone_s, shared, shared_s, shape, shares)
+            rates = measured_rates(alone_s, shared, shared_s, shape, shares, dit.hosts)
         known = Measured(rates, shares)
     # As users' forwards will be, which may leave ranks idle.
-    run_in(make_plan(AUTO, world, shape, known.rates, shares).layout)
+    run_in(make_plan(AUTO, world, shape, known.rates, shares, dit.hosts).layout)
     forwards.prefixes.drop(dit)
     return known
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Cluster
 from helpers import FP32, OFTEN, SOON_S, Daemon, eventually, read_golden, relative_error
+from ray_cluster import Cluster
 
 LONG_S = 120.0
 """Longer than any start of ranks on a busy machine."""
