@@ -338,7 +338,7 @@ def test_rates_of_unequal_ranks_say_what_was_measured(layout: Layout) -> None:
 
 
 def test_between_hosts_a_ring_or_batch_groups_or_nothing() -> None:
-    """Of four ranks on two hosts; a long video has time to hide a ring's transfers, which an image's tokens have not."""
+    """Of four ranks on two hosts; a long video has time to hide a ring's transfers, an image has not."""
     video, two = Shape(40, 5120, 1, (75600,)), (0, 0, 1, 1)
     assert make_plan(AUTO, 4, video, DeviceRates()).layout == Layout(1, 4, 1)
     assert make_plan(AUTO, 4, video, DeviceRates(), EQUAL, two).layout == Layout(1, 2, 2)
