@@ -193,7 +193,11 @@ def assemble(
         on_end=lambda executor, job, step: send_end(sessions, executor, job, step),
     )
     ending.callback(groups.close)
-    monitor = Monitor(config.device, lambda: [each for executor in groups for each in executor.group.local_devices])
+    # Ranks on other hosts aren't measured here, where there may be no GPU.
+    monitor = Monitor(
+        "cpu" if config.launcher == "ray" else config.device,
+        lambda: [each for executor in groups for each in executor.group.local_devices],
+    )
     ending.callback(monitor.close)
     uploads = Uploads(config.models.uploads, config.models.upload_bytes, lambda: groups.files)
     guard = Guard(limits.held_bytes, listener.addresses, sessions.sockets)

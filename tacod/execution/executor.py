@@ -19,7 +19,7 @@ from tacod.execution.scheduler import ON_MODEL, Job, Outcome, Scheduler, Verb
 from tacod.execution.work_item import Purpose, WorkItem
 from tacod.group.faults import Faults
 from tacod.group.group import Answer, GroupState, RankGroup
-from tacod.group.processes import GroupLost
+from tacod.group.ranks import GroupLost
 from tacod.group.restarts import RestartPolicy
 from tacod.group.work import Command, Evict, Forward, Loaded, MethodCall, SampleStep, Stepped, Unload
 from tacod_client.errors import ModelError, ModelNotFound, OutOfMemory, TacodError, Unavailable

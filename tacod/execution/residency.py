@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from tacod.config import Models
 from tacod.execution.manifest import Manifest, Model
 from tacod.execution.store import Store
-from tacod.group.processes import GroupLost
+from tacod.group.ranks import GroupLost
 from tacod.group.work import Loaded
 from tacod_client.errors import OutOfMemory, RankFailed, TacodError
 

@@ -19,7 +19,7 @@ from tacod.group.board import Blocks
 from tacod.group.faults import Faults
 from tacod.group.launcher import launcher
 from tacod.group.pace import Pace
-from tacod.group.processes import GroupLost, Rank
+from tacod.group.ranks import GroupLost, Rank
 from tacod.group.shared_memory import SharedMemory
 from tacod.group.work import (
     Begun,

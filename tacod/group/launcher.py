@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from tacod import config
-from tacod.group.processes import Launcher, Processes
+from tacod.group.processes import Processes
+from tacod.group.ranks import Launcher
 from tacod.group.ray.launcher import RayLauncher
 
 __all__ = ["launcher"]

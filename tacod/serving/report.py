@@ -14,7 +14,7 @@ from tacod import __version__
 from tacod.execution.executor import Executor
 from tacod.execution.manifest import Model
 from tacod.execution.scheduler import Job
-from tacod.group.processes import Rank
+from tacod.group.ranks import Rank
 from tacod.observe.exporter import GroupReading, Reading
 from tacod.observe.metrics import Metrics
 from tacod.observe.monitor import Load

@@ -84,7 +84,10 @@ def _configuration(path: str | None, endpoint: str | None) -> tuple[Config, bool
         )
         return Config.model_validate({}), False, [fail("config", line, advice) for line in lines]
     each = [
-        f"gpus {group.gpus or 'all'}" if group.device == "cuda" else f"{group.ranks} ranks" for group in config.groups
+        f"gpus {group.gpus or 'all'}"
+        if group.device == "cuda" and group.launcher == "local"
+        else f"{group.ranks} ranks" + (" on Ray" if group.launcher == "ray" else "")
+        for group in config.groups
     ]
     if len(each) > 1:
         each = [f"group {group.name}: {what}" for group, what in zip(config.groups, each, strict=True)]

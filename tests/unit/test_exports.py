@@ -28,7 +28,7 @@ def modules() -> list[str]:
 
 
 def offered(name: str) -> tuple[ModuleType, list[str]]:
-    if name == "tacod.group.ray.bridge":
+    if name in [f"tacod.group.ray.{module}" for module in ("bridge", "cluster", "generation")]:
         pytest.importorskip("ray", reason="Ray is not installed: pip install 'taco-dit[ray]'")
     module = importlib.import_module(name)
     return module, getattr(module, "__all__", [])

@@ -18,7 +18,8 @@ from tacod.checkpoint import read_checkpoint
 from tacod.config import Config, ConfigError, Group, load_config, to_toml
 from tacod.group.arena import Arena
 from tacod.group.board import Blocks
-from tacod.group.processes import GroupLost, devices
+from tacod.group.processes import devices
+from tacod.group.ranks import GroupLost
 from tacod.group.ray.files import find_files, look_for, use_found
 from tacod.group.ray.launcher import CONTROL, MESSAGE_BYTES, RANK, RayLauncher
 from tacod.group.ray.placement import Node, describe, place

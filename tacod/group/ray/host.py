@@ -19,7 +19,8 @@ import psutil
 
 from tacod import __version__, config, logs
 from tacod.group.arena import Arena
-from tacod.group.processes import GroupLost, Processes, World
+from tacod.group.processes import Processes, World
+from tacod.group.ranks import GroupLost
 from tacod.group.ray.files import FoundFile, NamedFile, look_for, use_found
 from tacod.group.work import Fault
 from tacod_client.errors import ProtocolError

@@ -21,7 +21,8 @@ from typing import Any
 
 from tacod import config
 from tacod.group.arena import PACKET_BYTES, Arena
-from tacod.group.processes import GroupLost, Rank, cause, ending
+from tacod.group.processes import cause, ending
+from tacod.group.ranks import GroupLost, Rank
 from tacod.group.work import Command, Fault, Load
 
 __all__ = ["CONTROL", "LOAD", "MODULE", "PACKET", "RANK", "WATCHED", "RayLauncher"]
