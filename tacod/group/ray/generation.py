@@ -79,6 +79,8 @@ class Generation:
         """Ranks that have not answered the watched command."""
         self._following: dict[str, asyncio.Task[None]] = {}
         """What keeps the boards alike meanwhile, by node, and what looks for a stop."""
+        self._copies = 0
+        """Of the supervisor's board, so far."""
         self._over = False
         self._tasks = [asyncio.create_task(self._guarded(self._begin()))]
 
@@ -278,8 +280,11 @@ class Generation:
                 await self._spread_board(self._agents)
 
     async def _spread_board(self, agents: list[Agent]) -> None:
-        copy = self._arena.board.copy(sum(agent.count for agent in self._agents))
-        await asyncio.gather(*(self._ask(agent, "take_board", self._epoch, copy) for agent in agents))
+        ranks = sum(agent.count for agent in self._agents)
+        # Calls may overtake each other: a host takes no copy that is older than one that it has.
+        self._copies += 1
+        number, copy = self._copies, self._arena.board.copy(ranks)
+        await asyncio.gather(*(self._ask(agent, "take_board", self._epoch, number, copy) for agent in agents))
 
     def ask_for_stacks(self, ranks: list[int]) -> None:
         """Have the supervisor told where these ranks hang."""

@@ -53,6 +53,8 @@ class Host:
         self._ended: set[int] = set()
         self._known: set[int] = set()
         """Ranks that have begun."""
+        self._taken = 0
+        """The last copy of the board that was taken."""
 
     async def describe(self) -> dict[str, Any]:
         """This host's name, its version of tacod, and the devices that Ray has given to this actor."""
@@ -87,7 +89,7 @@ class Host:
             _interface(ray.util.get_node_ip_address()),
             self._listening.fileno() if self._listening is not None else None,
         )
-        self._ended, self._known = set(), set()
+        self._ended, self._known, self._taken = set(), set(), 0
         fault = Fault.read(start["fault"]) if start["fault"] is not None else None
         self._processes.spawn(settings, fault, self._world)
         self._close_listening()
@@ -159,10 +161,11 @@ class Host:
             found.append(("lost", -1, str(lost), lost.cause))
         return found
 
-    async def take_board(self, epoch: int, board: bytes) -> None:
-        """Take the other hosts' numbers from a copy of the board."""
+    async def take_board(self, epoch: int, number: int, board: bytes) -> None:
+        """Take the other hosts' numbers from a copy of the board, unless a copy with a higher number came first."""
         arena, world = self._arena(epoch), self._world
-        if arena is not None and world is not None:
+        if arena is not None and world is not None and number > self._taken:
+            self._taken = number
             others = [rank for rank, host in enumerate(world.hosts) if host != world.host]
             arena.board.take(board, others, stop=True, decision=0 in others)
 
