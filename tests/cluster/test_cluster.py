@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import FP32, OFTEN, SOON_S, Daemon, eventually, read_golden, relative_error
+from helpers import FLUX, FP32, OFTEN, SOON_S, Daemon, Tiny, eventually, read_golden, relative_error
 from ray_cluster import Cluster
+
+from tacod_client import Cancelled
 
 LONG_S = 120.0
 """Longer than any start of ranks on a busy machine."""
@@ -24,6 +27,9 @@ kind = "slow"
 seconds = 30.0
 """
 """In which the first forward takes so long, unless its ranks are lost."""
+SLOW_BLOCKS = SLOW.replace("30.0", "2.0") + 'when = "block"\nalways = true\n'
+DEEP = Tiny("deep_flux", {**FLUX.config, "depth": 3, "depth_single_blocks": 27})
+"""Of which a forward with slow blocks takes longer than a test may."""
 
 
 def running(daemon: Daemon) -> bool:
@@ -67,10 +73,30 @@ def check(daemon: Daemon, name: str, ranks: int) -> None:
 
 
 def test_three_ranks_on_two_hosts(cluster: Cluster, goldens: Path) -> None:
+    DEEP.save(goldens)
     with on_ray(cluster, 3, [goldens]) as daemon:
         wait_for_ready(daemon)
         for name in GOLDENS:
             check(daemon, name, 3)
+        check_cancel(daemon)
+
+
+def check_cancel(daemon: Daemon) -> None:
+    """A long forward stops before the same block on both hosts, and the ranks live on."""
+    inputs, pids = DEEP.inputs(), daemon.rank_pids()
+    with daemon.client() as client, daemon.client() as watcher, ThreadPoolExecutor() as others:
+        model = client.load(DEEP.file)
+        with daemon.changed({}, SLOW_BLOCKS):
+            forward = others.submit(lambda: model.forward(**inputs))
+            (job,) = eventually(lambda: [each for each in watcher.jobs() if each["block"]], LONG_S, "it is in a block")
+            began_s = time.monotonic()
+            assert watcher.cancel(job["job"]) == "cancelling"
+            with pytest.raises(Cancelled):
+                forward.result()
+            # All of its 30 blocks would take a minute.
+            assert time.monotonic() - began_s < 40
+        assert relative_error(model.forward(**inputs), DEEP.forward(**inputs)) <= FP32
+    assert daemon.rank_pids() == pids
 
 
 def test_a_lost_host_costs_time_and_not_the_result(cluster: Cluster, goldens: Path) -> None:

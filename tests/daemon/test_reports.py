@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -25,13 +26,14 @@ def test_status_has_what_others_read(daemon: Daemon, client: Client) -> None:
     assert (told["pid"], told["endpoint"], told["boot_id"]) == (daemon.pid, daemon.endpoint, client.boot_id)
     assert told["uptime_s"] > 0
     group = told["group"]
-    assert (group["device"], group["world_size"]) == ("cpu", 2)
+    assert (group["device"], group["world_size"], group["asked_ranks"]) == ("cpu", 2, 2)
     assert group["restarts"] == client.stats()["group_restarts"]
     required = {"rank", "pid", "device", "memory_used_bytes"}
-    added = {"prefix_bytes", "device_name", "memory_total_bytes", "device_memory_used_bytes", "utilization"}
+    added = {"host", "prefix_bytes", "device_name", "memory_total_bytes", "device_memory_used_bytes", "utilization"}
     assert [set(rank) for rank in group["ranks"]] == [required | added] * 2
     assert [(rank["rank"], rank["device"]) for rank in group["ranks"]] == [(0, "cpu:0"), (1, "cpu:1")]
     for rank in group["ranks"]:
+        assert rank["host"] == socket.gethostname()
         assert psutil.Process(rank["pid"]).ppid() == daemon.pid
         assert rank["memory_used_bytes"] > 0
     one = next(one for one in told["models"] if one["id"] == model.id)

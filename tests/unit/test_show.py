@@ -233,6 +233,10 @@ def test_groups_are_columns_where_there_are_several() -> None:
     lines = [line.split() for line in two.splitlines()]
     assert ["spare", "degraded", "1", "of", "1", "1", "2", "3"] in lines
     assert ["spare", "0", "7", "cpu:1", "1.0", "KiB"] in lines
+    whole["ranks"] = [{**each, "host": host} for each, host in zip(whole["ranks"], ("gpu-a", "gpu-b"), strict=True)]
+    spread = shown(show.status({**told, "group": {**whole, "asked_ranks": 4}}))
+    assert "2 of 4 ranks on cpu, 3 restarts" in spread
+    assert ["0", "gpu-b", "7", "cpu:1", "1.0", "KiB"] in [line.split() for line in spread.splitlines()]
     job = {"job": "b-1", "verb": "sample", "state": "running", "step": 1, "total": 2, "model": "m", "client": "c"}
     job["age_s"] = 1.0
     assert shown(show.jobs([job])).split()[0] == "job"
