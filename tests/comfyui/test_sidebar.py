@@ -257,7 +257,8 @@ def test_nothing_that_is_told_becomes_html(page: Callable[..., Browser]) -> None
       const t = await texts("en");
       const actions = { choose() {}, unload() {}, dismiss() {} };
       for (const error of [null, { code: evil, message: evil }]) {
-        const shown = { told: { ...told, error }, problem: error && evil, failed: evil, unloading: new Set(), actions };
+        const unloads = () => !error;
+        const shown = { told: { ...told, error }, problem: error && evil, failed: evil, unloads, actions };
         patch(root, view(t, shown).filter(Boolean));
       }
       await new Promise((done) => setTimeout(done, 300));
@@ -274,6 +275,7 @@ def test_nothing_that_is_told_becomes_html(page: Callable[..., Browser]) -> None
     assert told["text"].count(f"Group {evil}") == 2, "a heading, and the model's"
     assert told["text"].count("Group b") == 3, "and the job's"
     assert "1 running, 2 waiting" in told["text"]
+    assert f"{evil}Unload" in told["text"], "the second time it can be unloaded"
     assert "2.00 times as fast as one rank" in told["text"]
 
 

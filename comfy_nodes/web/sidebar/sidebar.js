@@ -50,8 +50,12 @@ class Tab {
         if (this.asking !== asking || this.stopped) return;
         Object.assign(this, answer);
         this.asking = null;
-        await this.show();
-        if (!this.stopped && this.asking === null) this.timer = setTimeout(this.look, PERIOD_MS);
+        try {
+            await this.show();
+        } finally {
+            // Whatever can't be shown now may be followed by what can.
+            if (!this.stopped && this.asking === null) this.timer = setTimeout(this.look, PERIOD_MS);
+        }
     }
 
     async ask(signal) {
@@ -81,15 +85,16 @@ class Tab {
 
     async show() {
         const t = await this.words();
-        const { told, problem, failed, unloading, actions } = this;
-        const shown = [h("h2", { key: "title" }, "TACO-DiT"), ...view(t, { told, problem, failed, unloading, actions })];
+        const { told, problem, failed, actions } = this;
+        const unloads = (model) => this.unloading.has(unloadKey(told.endpoint, model));
+        const shown = [h("h2", { key: "title" }, "TACO-DiT"), ...view(t, { told, problem, failed, unloads, actions })];
         patch(this.root, shown.filter(Boolean));
         this.root.lang = t.language;
     }
 
     choose(endpoint) {
         this.endpoint = endpoint;
-        this.told = this.failed = null;
+        this.failed = null;
         this.poll();
     }
 
@@ -101,16 +106,22 @@ class Tab {
     async unload(model) {
         const t = await this.words();
         const { endpoint } = this.told;
-        if (this.unloading.has(model.id) || !(await confirmed(t, model))) return;
+        const key = unloadKey(endpoint, model);
+        if (this.unloading.has(key) || !(await confirmed(t, model))) return;
         this.failed = null;
-        this.unloading.add(model.id);
+        this.unloading.add(key);
         await this.show();
         const reason = await unload(endpoint, model.id);
-        this.unloading.delete(model.id);
+        this.unloading.delete(key);
         if (reason) this.failed = t("unload.failed", { name: model.name, reason });
         await this.show();
         await this.poll();
     }
+}
+
+// Daemons that hold the same model give it the same id.
+function unloadKey(endpoint, model) {
+    return `${endpoint} ${model.id}`;
 }
 
 async function confirmed(t, model) {

@@ -6,8 +6,9 @@ export const PARTS = ["queue", "wire", "compute", "collective"];
 const UNREACHABLE = new Set(["ConnectionFailed", "ConnectionLost", "Unavailable"]);
 
 // told: a reply of /taco_dit/status, or null before the first one. problem: a text that says why there is no newer one.
-// failed: a text about the last button. actions: choose(endpoint), unload(model), dismiss(). unloading: ids of models.
-export function view(t, { told, problem, failed, unloading, actions }) {
+// failed: a text about the last button. actions: choose(endpoint), unload(model), dismiss(). unloads(model): whether it is
+// being unloaded.
+export function view(t, { told, problem, failed, unloads, actions }) {
     const status = told?.status;
     return [
         head(t, told, problem, actions),
@@ -18,7 +19,7 @@ export function view(t, { told, problem, failed, unloading, actions }) {
         ...(status
             ? [
                   ...groups(status).map((group, index, all) => ranks(t, group, index, all.length)),
-                  models(t, status.models, unloading, actions),
+                  models(t, status.models, unloads, actions),
                   queue(t, status, told.jobs),
                   lastRun(t, told.last_run),
                   step(t, told.stats),
@@ -146,19 +147,19 @@ function meter(label, name, share, text) {
     );
 }
 
-function models(t, all, unloading, actions) {
+function models(t, all, unloads, actions) {
     return section(
         t,
         "models",
         t("models"),
         all.length
-            ? h("ul", { class: "taco-dit-list" }, ...all.map((each) => model(t, each, unloading, actions)))
+            ? h("ul", { class: "taco-dit-list" }, ...all.map((each) => model(t, each, unloads, actions)))
             : h("p", { class: "taco-dit-small" }, t("models.none")),
     );
 }
 
-function model(t, each, unloading, actions) {
-    const busy = unloading.has(each.id);
+function model(t, each, unloads, actions) {
+    const busy = unloads(each);
     const streamed = Math.max(0, ...(each.streamed_bytes ?? []));
     const facts = [
         each.family,
