@@ -139,3 +139,12 @@ def test_a_cluster_that_is_too_small_is_a_wrong_configuration(cluster: Cluster) 
         assert "is too small: 4 of 4 CPUs free" in daemon.log
         assert "group.ranks asks for 64" in daemon.log
         daemon.check_leavings()
+
+
+def test_where_no_cluster_answers(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'taco-dit[ray]'")
+    nowhere = {"group.launcher": "ray", "group.ray_address": "127.0.0.9:1", "group.max_restarts": 0}
+    with Daemon(2, [tmp_path], nowhere, wait=False) as daemon:
+        assert daemon.wait(LONG_S) == 1
+        assert "no Ray cluster answers at 127.0.0.9:1 (group.ray_address)" in daemon.log
+        daemon.check_leavings()

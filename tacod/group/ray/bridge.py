@@ -23,6 +23,9 @@ from tacod.group.ray.launcher import CONTROL, MESSAGE_BYTES
 
 __all__ = ["main"]
 
+CONNECT_S = 10.0
+"""How long the cluster's head has to take a connection."""
+
 
 class Bridge:
     """Does what the supervisor asks for, one request after the other."""
@@ -79,6 +82,10 @@ class Bridge:
 def _connect(address: str) -> None:
     """Join the cluster as a client. Raises `Lost`."""
     try:
+        if address != "auto":
+            # Ray itself would try for minutes.
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
         ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING, include_dashboard=False)
     except (ConnectionError, OSError, TimeoutError) as error:
         raise Lost(
