@@ -76,7 +76,10 @@ def _check_origin(request: Any) -> None:
         # A proxy may change the host, but not this.
         allowed = site == "same-origin"
     else:
-        allowed = origin is None or urlsplit(origin).netloc == request.headers.get("Host")
+        try:
+            allowed = origin is None or urlsplit(origin).netloc == request.headers.get("Host")
+        except ValueError:  # it is no address
+            allowed = False
     if not allowed:
         raise _Refused(403, "only ComfyUI's own page may unload models; open ComfyUI there")
 

@@ -283,6 +283,7 @@ def test_a_model_is_unloaded(routes: Any, daemon: Daemon, headers: dict[str, str
         (403, request(headers={"Host": "comfy:8188", "Origin": "http://evil.example"})),
         (403, request(headers={"Host": "comfy:8188", "Origin": "http://comfy:9999"})),
         (403, request(headers={"Host": "comfy:8188", "Origin": "null"})),
+        (403, request(headers={"Host": "comfy:8188", "Origin": "http://[comfy:8188"})),
         (415, request(kind="text/plain")),
         (415, request(kind="application/x-www-form-urlencoded")),
         (413, request(length=None)),
