@@ -88,6 +88,22 @@ def test_with_a_table(networks: Networks, files: Path, name: str, ranks: int) ->
         client.unload(model.id)
 
 
+@pytest.mark.parametrize("name", ["mage_flow", "mochi"])
+def test_a_text_of_fewer_tokens_than_ranks(networks: Networks, files: Path, name: str) -> None:
+    """Their blocks can't compute on no tokens."""
+    inputs: dict[str, Any] = torch.load(files / f"{name}.pt")["first"]
+    inputs["context"] = inputs["context"][:, :2]
+    inputs |= {key: torch.ones(1, 2, dtype=torch.int64) for key in ("attention_mask",) if key in inputs}
+    inputs |= {key: 2 for key in ("num_tokens",) if key in inputs}
+    with networks(4).client() as client:
+        model = client.load(f"{name}.safetensors")
+        out = model.forward(**inputs)
+        assert model.stats.retries == 0
+        alone = client.load(f"{name}.safetensors", plan={"sequence_parallel_degree": 1})
+        assert torch.equal(out, alone.forward(**inputs))
+        client.unload(model.id)
+
+
 def test_a_changed_comfyui_is_found_out(files: Path, packages: dict[str, str], tmp_path: Path) -> None:
     """AuraFlow's attention no longer gets to see the options of a call, and so can't be exchanged."""
     folder = tmp_path / "ComfyUI"

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from tacod.plan import Request
 from tacod.rank.comfyui.network import Network
+from tacod.rank.comfyui.split import Split
 from tacod.rank.comfyui.tables import TABLES
-from tacod.rank.comfyui.tables.base import Cut, Mask
+from tacod.rank.comfyui.tables.base import Blocks, Cut, Mask, Table
 from tacod.rank.comfyui.tables.calls import mismatch, shapes_of
 from tacod.rank.comfyui.tokens import Misfit, Tokens
 from tacod.rank.families.inputs import Inputs
@@ -152,6 +153,67 @@ def test_a_misfit_is_told() -> None:
             tokens.cut(odd, cut, "x")
     with pytest.raises(Misfit, match="unlike another argument"):
         tokens.begin({"y": value[:, 1:]}, {"y": cut})
+
+
+class Step(nn.Module):
+    """A block that can't compute on no tokens."""
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        if not x.shape[1] or not y.shape[1]:
+            raise ValueError("nothing to compute")
+        return x + 1, y + 1
+
+
+class Steps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList((Step(), Step()))
+        self.head = nn.Identity()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        for block in self.blocks:
+            x, y = block(x, y)
+        out: Tensor = self.head(x)
+        return out
+
+
+def test_with_fewer_tokens_than_ranks_each_rank_computes_all() -> None:
+    """An error that some ranks meet and others don't costs all of them: the others wait in an exchange."""
+    network = Steps()
+    unused: Any = None
+    table = Table(
+        "made_up.Steps",
+        (Blocks("blocks"),),
+        {"x": Cut(1, ("image",)), "y": Cut(1, ("text",))},
+        ("head", ("image",)),
+        *[unused] * 4,
+    )
+    split = Split(network, table)
+    x, y = torch.zeros(1, 9, 4), torch.zeros(1, 3, 4)
+    for rank in range(4):
+        with split.sharing(OneOf(rank, 4), {}):
+            assert torch.equal(network(x, y), x + 2)
+        assert not split.has_split
+    with split.sharing(SequenceParallel(), {}):
+        assert torch.equal(network(x, y), x + 2)
+    assert split.has_split
+
+
+@pytest.mark.parametrize("window", [None, 3, 128])
+def test_small_forwards_have_tokens_that_are_far_apart(window: int | None) -> None:
+    """Where near tokens are all of them, a load would not notice a window of another size."""
+    (table,) = (each for each in TABLES if each.network.endswith(".AceStepConditionGenerationModel"))
+    layers = [SimpleNamespace(self_attn=SimpleNamespace(sliding_window=each)) for each in (None, window)]
+    layer = SimpleNamespace(in_features=8)
+    network = SimpleNamespace(
+        decoder=SimpleNamespace(patch_size=2, layers=layers),
+        tokenizer=SimpleNamespace(audio_acoustic_proj=layer),
+        encoder=SimpleNamespace(text_projector=layer, lyric_encoder=SimpleNamespace(embed_tokens=layer)),
+    )
+    for probe in table.probes(network):
+        assert probe["x"] == probe["refer_audio"]
+        (tokens,) = table.lengths(network, probe)
+        assert tokens > 2 * (window or 0) + 16
 
 
 WAN = SimpleNamespace(patch_size=(1, 2, 2))

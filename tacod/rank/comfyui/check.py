@@ -61,6 +61,8 @@ def _failure(network: Network, probe: Mapping[str, Any], topology: Topology, dev
             # Of what is no number nothing is known.
             fits = difference <= LIMITS[network.dtype]
             failed = "" if fits else f"with {layout} a small forward differed by {difference:.1e} from one rank's"
+            if not network.has_split:
+                failed = f"its small forward has too few tokens for {topology.world_size} ranks"
         except Exception as error:  # such as a table that misfits, on all ranks alike
             _reraise_lack_of_memory(error)
             topology.begin_anew()

@@ -328,6 +328,11 @@ class Network(DiT):
         return self._split is not None
 
     @property
+    def has_split(self) -> bool:
+        """Whether the tokens of the last forward that asked for it were shared out; they may have been too few."""
+        return self._split is not None and self._split.has_split
+
+    @property
     def table(self) -> Table | None:
         """How its tokens are split; None if this version doesn't know."""
         return self._table

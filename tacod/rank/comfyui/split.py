@@ -34,6 +34,9 @@ class Split:
         Raises `Misfit` if it lacks what the table names.
         """
         self.table = table
+        self.has_split = False
+        """Whether the last forward's tokens were shared out. Where a run has fewer than there are ranks, each rank has
+        computed all of it."""
         self._tokens: Tokens | None = None
         """Those of the forward that runs, until they are whole again."""
         self._whole: Tensor | None = None
@@ -59,7 +62,7 @@ class Split:
 
         ``frame`` is of how many tokens a frame is, if blocks look at frames.
         """
-        self._tokens, self._within = Tokens(sequence, frame), []
+        self._tokens, self._within, self.has_split = Tokens(sequence, frame), [], False
         options["optimized_attention_override"] = self._attend
         replaced = [(module, name, getattr(module, name)) for module, name in self._named]
         for module, name, attention in replaced:
@@ -88,6 +91,10 @@ class Split:
             given = bound.arguments
             if first:
                 shared.begin(given, tokens)
+                self.has_split = shared.suffice
+                if not self.has_split:
+                    self._tokens = None
+                    return None
             elif not shared.runs:
                 # Before the first block tokens are whole.
                 return None

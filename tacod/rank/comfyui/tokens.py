@@ -64,6 +64,11 @@ class Tokens:
             if self.runs.setdefault(cut.runs[0], run) != run:
                 raise Misfit(f"the first block's {name} has {length} tokens, unlike another argument")
 
+    @property
+    def suffice(self) -> bool:
+        """Whether each rank has some of every run. Not every network can compute on none."""
+        return all(min(self.sequence.sizes(run.size)) > 0 for run in self.runs.values())
+
     def cut(self, value: Any, cut: Cut, name: str) -> Any:
         """This rank's tokens of a tensor, or of each in a list. Without frames and several runs it is a view."""
         if value is None:

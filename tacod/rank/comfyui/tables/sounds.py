@@ -14,6 +14,12 @@ def _stable_audio_tokens(net: Any, shapes: Shapes) -> int:
     return int(shapes["x"][2]) // int(net.patch_size)
 
 
+def _ace_step_length(net: Any) -> int:
+    """How long the sound of a small forward is: near tokens must not be all of them."""
+    widest = max(layer.self_attn.sliding_window or 0 for layer in net.decoder.layers)
+    return int(net.decoder.patch_size) * 2 * int(widest) + 37
+
+
 SOUNDS: tuple[Table, ...] = (
     Table(
         network="ace.ace_step15.AceStepConditionGenerationModel",
@@ -30,10 +36,10 @@ SOUNDS: tuple[Table, ...] = (
         width=lambda net: int(net.decoder.layers[0].self_attn.hidden_size),
         lengths=lambda net, shapes: (-(-shapes["x"][2] // net.decoder.patch_size),),
         probe=lambda net: {
-            "x": (1, width_in(net.tokenizer.audio_acoustic_proj), 37),
+            "x": (1, width_in(net.tokenizer.audio_acoustic_proj), _ace_step_length(net)),
             "context": (1, 9, width_in(net.encoder.text_projector)),
             "lyric_embed": (1, 7, width_in(net.encoder.lyric_encoder.embed_tokens)),
-            "refer_audio": (1, width_in(net.tokenizer.audio_acoustic_proj), 37),
+            "refer_audio": (1, width_in(net.tokenizer.audio_acoustic_proj), _ace_step_length(net)),
         },
         further=lambda net: tuple(
             {**source, **text}

@@ -89,9 +89,9 @@ VIDEOS: tuple[Table, ...] = (
         ),
         probe=lambda net: {
             "x": (1, net.in_channels, 2, 14, 22),
-            "context": (1, 9, net.t5_feat_dim),
-            "attention_mask": Mask((1, 9), hidden=2),
-            "num_tokens": 7,
+            "context": (1, 11, net.t5_feat_dim),
+            "attention_mask": Mask((1, 11), hidden=2),
+            "num_tokens": 9,
         },
     ),
     Table(
