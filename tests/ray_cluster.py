@@ -22,8 +22,12 @@ class Cluster:
         self._hosts = 0
         self._cluster: Any = RayCluster(initialize_head=True, head_node_args=self._options(2, include_dashboard=False))
         self.address: str = self._cluster.address
-        self.second = self.add()
-        """The host that is no head."""
+        try:
+            self.second = self.add()
+            """The host that is no head."""
+        except BaseException:
+            self.close()
+            raise
 
     def _options(self, cpus: int, **more: Any) -> dict[str, Any]:
         self._hosts += 1
