@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import select
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -302,3 +304,29 @@ def test_a_command_goes_out_once(bridge: Bridge) -> None:
     assert bridge._socket.recv(MESSAGE_BYTES) == b"lpacket"
     with pytest.raises(BlockingIOError):
         bridge._socket.recv(MESSAGE_BYTES)
+
+
+NOT_JOINED = """
+import json, socket
+channel = socket.socket(fileno=0)
+epoch = json.loads(channel.recv(1 << 20)[1:])["epoch"]
+told = {"what": "lost", "epoch": epoch, "reason": "no cluster answers", "cause": "", "joined": False}
+channel.send(b"c" + json.dumps(told).encode())
+channel.recv(1)
+"""
+"""What the bridge does where no cluster answers."""
+
+
+def test_each_start_tries_to_join_the_cluster_anew(tmp_path: Path) -> None:
+    launcher = RayLauncher(on_ray(ranks=3), tmp_path)
+    launcher._command = [sys.executable, "-c", NOT_JOINED]
+    try:
+        for _ in range(3):
+            launcher.spawn(on_ray(ranks=3))
+            assert select.select(launcher.sources, [], [], 60.0)[0]
+            assert not list(launcher.receive())
+            with pytest.raises(GroupLost, match="no cluster answers"):
+                launcher.check([])
+            launcher.kill()
+    finally:
+        launcher.close()

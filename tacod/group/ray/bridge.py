@@ -110,7 +110,7 @@ def main() -> None:
         message = supervisor.recv(MESSAGE_BYTES)
         if message:
             epoch = json.loads(message[1:])["epoch"]
-            told = {"reason": str(lost), "cause": lost.cause, "configuration": lost.configuration}
+            told = {"reason": str(lost), "cause": lost.cause, "configuration": lost.configuration, "joined": False}
             Supervisor(supervisor).tell("lost", epoch, **told)
             supervisor.recv(1)
         return

@@ -75,6 +75,8 @@ class RayLauncher:
         self._hosts: list[str] = []
         self._stacks: dict[str, str] | None = None
         self._lost: Exception | None = None
+        self._joined = True
+        """Whether the bridge may be in the cluster; one that could not join it is of no more use."""
         self._has_run = False
         """Whether there were ranks before."""
 
@@ -118,7 +120,7 @@ class RayLauncher:
             self._process = subprocess.Popen(
                 self._command, env={**environment, **_ENVIRONMENT}, stdin=theirs.fileno(), start_new_session=True
             )
-        self._killed = self._epoch
+        self._killed, self._joined = self._epoch, True
 
     def _tell(self, request: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
         self._send(CONTROL + json.dumps(request).encode(), descriptors)
@@ -172,6 +174,7 @@ class RayLauncher:
                 if rank.index == told["rank"] and isinstance(rank.process, RemoteProcess):
                     rank.process.code = told["code"]
         elif what == "lost":
+            self._joined = told.get("joined", True)
             # Not at a later start: then it is no fault of the configuration's, which has served before.
             wrong = told.get("configuration", False) and not self._has_run
             self._lost = (
@@ -224,8 +227,10 @@ class RayLauncher:
         if self._socket is not None and self.arena is not None:
             for _ in self.receive():
                 pass
-            if self._killed < self._epoch - 1 or (self._process is not None and self._process.poll() is not None):
-                # It doesn't even end the generation before. Ray ends the actors of a client that is gone.
+            ended = self._process is not None and self._process.poll() is not None
+            if self._killed < self._epoch - 1 or not self._joined or ended:
+                # It doesn't even end the generation before, or has nothing to end. Ray ends the actors of a client
+                # that is gone.
                 self._end_bridge(0.0)
             else:
                 self._tell({"verb": "kill", "epoch": self._epoch})
