@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
 import json
 import os
 import select
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from tacod.group.arena import Arena
 from tacod.group.board import Blocks
 from tacod.group.processes import devices
 from tacod.group.ranks import GroupLost
+from tacod.group.ray import host
 from tacod.group.ray.files import find_files, look_for, use_found
 from tacod.group.ray.launcher import CONTROL, MESSAGE_BYTES, RANK, RayLauncher
 from tacod.group.ray.placement import Node, describe, place
@@ -330,3 +333,19 @@ def test_each_start_tries_to_join_the_cluster_anew(tmp_path: Path) -> None:
             launcher.kill()
     finally:
         launcher.close()
+
+
+def test_a_start_that_its_end_has_overtaken_starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(host.logs, "configure", lambda level: None)
+    monkeypatch.setattr(host, "Processes", lambda *told: pytest.fail("ranks are started"))
+
+    async def start_late() -> None:
+        late = host.Host()
+        await late.kill(2)
+        world = {"hosts": [0], "host": 0, "rendezvous": "tcp://127.0.0.1:1"}
+        await late.start(2, world, {"settings": {"device": "cpu"}, "comfyui": None, "fault": None})
+        await late.close()
+
+    asyncio.run(start_late())
+    assert not list(tmp_path.iterdir())

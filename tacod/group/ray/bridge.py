@@ -49,6 +49,8 @@ class Bridge:
                 continue
             request = json.loads(message[1:])
             if request["verb"] == "start":
+                # The supervisor doesn't wait, so its word that the one before is over may not have come.
+                await self._end_generation()
                 self._generation = Generation(self._cluster, self._supervisor, request, Arena(descriptors[0]))
             elif request["verb"] == "stacks" and self._generation is not None:
                 self._generation.ask_for_stacks(request["ranks"])

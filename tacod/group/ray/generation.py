@@ -81,6 +81,8 @@ class Generation:
         """What keeps the boards alike meanwhile, by node, and what looks for a stop."""
         self._copies = 0
         """Of the supervisor's board, so far."""
+        self._stop_told = 0
+        """The last stop that the hosts were told of."""
         self._over = False
         self._tasks = [asyncio.create_task(self._guarded(self._begin()))]
 
@@ -272,12 +274,12 @@ class Generation:
 
     async def _follow_stop(self) -> None:
         """Tell the hosts that the supervisor asks for a stop."""
-        told = self._arena.board.asked_to_stop
         while self._unanswered:
-            await asyncio.sleep(STOP_S)
-            if (asked := self._arena.board.asked_to_stop) != told:
-                told = asked
+            # The supervisor may have asked before it came to this.
+            if (asked := self._arena.board.asked_to_stop) != self._stop_told:
+                self._stop_told = asked
                 await self._spread_board(self._agents)
+            await asyncio.sleep(STOP_S)
 
     async def _spread_board(self, agents: list[Agent]) -> None:
         ranks = sum(agent.count for agent in self._agents)

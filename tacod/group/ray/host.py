@@ -49,6 +49,8 @@ class Host:
         self._processes: Processes | None = None
         self._listening: socket.socket | None = None
         self._epoch = 0
+        self._over = 0
+        """The last epoch that was ended; calls may overtake each other, so its start may come later."""
         self._world: World | None = None
         self._ended: set[int] = set()
         self._known: set[int] = set()
@@ -75,9 +77,11 @@ class Host:
 
     async def start(self, epoch: int, world: Mapping[str, Any], start: Mapping[str, Any]) -> None:
         """Start this host's ranks of a ``world`` (`World`'s fields), with the settings and the fault in ``start``."""
+        if epoch <= self._over:
+            return
         import ray
 
-        await self.kill(self._epoch, keep_listening=True)
+        self._end_ranks()
         self._epoch = epoch
         settings = config.Group.model_validate(start["settings"])
         if self._processes is None:
@@ -189,13 +193,17 @@ class Host:
         """Where these ranks hang."""
         return await asyncio.to_thread(self._processes.stacks, ranks) if self._processes is not None else {}
 
-    async def kill(self, epoch: int, keep_listening: bool = False) -> None:
-        """End this host's ranks; the fork server stays."""
-        if epoch == self._epoch and self._processes is not None:
-            self._epoch = 0
-            self._processes.kill()
-        if not keep_listening:
+    async def kill(self, epoch: int) -> None:
+        """End this host's ranks of an epoch, and never start any of it again; the fork server stays."""
+        self._over = max(self._over, epoch)
+        if epoch == self._epoch:
+            self._end_ranks()
             self._close_listening()
+
+    def _end_ranks(self) -> None:
+        self._epoch = 0
+        if self._processes is not None:
+            self._processes.kill()
 
     async def close(self) -> None:
         """End everything, and leave nothing."""

@@ -1,0 +1,108 @@
+"""What the bridge does with a generation of ranks, by actors that only note what they are asked."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray", reason="Ray is not installed: pip install 'taco-dit[ray]'")
+
+from tacod.group.arena import Arena
+from tacod.group.ray import bridge as bridges
+from tacod.group.ray.cluster import Agent
+from tacod.group.ray.generation import Generation, Supervisor
+from tacod.group.ray.launcher import CONTROL, WATCHED
+from tacod.group.work import Envelope, Unload
+
+REQUEST = {
+    "verb": "start",
+    "epoch": 1,
+    "least": 1,
+    "settings": {"device": "cpu", "ranks": 1},
+    "comfyui": None,
+    "fault": None,
+}
+
+
+class Actor:
+    """Answers to no call but `take_board`, and keeps the copies that come with it."""
+
+    def __init__(self) -> None:
+        self.boards: list[bytes] = []
+
+    def __getattr__(self, method: str) -> Any:
+        async def answer(*arguments: Any) -> None:
+            if method != "take_board":
+                await asyncio.Event().wait()
+            self.boards.append(arguments[-1])
+
+        return type("Method", (), {"remote": staticmethod(answer)})
+
+
+async def eventually(true: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if true():
+            return
+        await asyncio.sleep(0.01)
+    pytest.fail("not in 10 s")
+
+
+def test_a_stop_that_comes_right_behind_a_command_reaches_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def nothing(self: Generation) -> None:
+        pass
+
+    monkeypatch.setattr(Generation, "_begin", nothing)
+
+    async def stop() -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        arena, actor = Arena(), Actor()
+        generation = Generation(None, Supervisor(theirs), REQUEST, arena)  # type: ignore[arg-type]
+        generation._agents = [Agent("node", 1, actor, ranks=[0])]
+        packet = arena.pack(Envelope(7, Unload("m")).message())
+        arena.board.ask_to_stop(7)
+        generation.deliver(WATCHED, packet)
+        await eventually(lambda: bool(actor.boards))
+        for task in (*generation._tasks, *generation._following.values()):
+            task.cancel()
+        copied = Arena()
+        copied.board.take(actor.boards[0], [], stop=True)
+        assert copied.board.asked_to_stop == 7
+        for end in (ours, theirs, arena, copied):
+            end.close()
+
+    asyncio.run(stop())
+
+
+def test_a_start_ends_the_ranks_before_whatever_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+
+    class Noted:
+        def __init__(self, cluster: Any, supervisor: Any, request: dict[str, Any], arena: Arena) -> None:
+            self.epoch = request["epoch"]
+            self.arena = arena
+
+        async def end(self) -> None:
+            ended.append(self.epoch)
+            self.arena.close()
+
+    monkeypatch.setattr(bridges, "Generation", Noted)
+
+    async def start_twice() -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        bridge = bridges.Bridge(theirs, "auto")
+        for epoch in (1, 2):
+            bridge._requests.put_nowait((CONTROL + json.dumps({**REQUEST, "epoch": epoch}).encode(), [Arena().fd]))
+        bridge._requests.put_nowait((b"", []))
+        await bridge.run()
+        assert ended == [1]
+        await bridge.close()
+        assert ended == [1, 2]
+        ours.close()
+        theirs.close()
+
+    asyncio.run(start_twice())
