@@ -160,8 +160,7 @@ class Executor:
         self.scheduler.submit(job, others)
         self.store.pin(job.digests, job.verb is not Verb.SAMPLE)
         self.memories.pin(job.body)
-        if job.model not in self.manifest and (model := self.residency.recall(job.model)) is not None:
-            self._keep_for_turns(model)
+        self._keep_patches_of(job.model)
 
     def adopt(self, job: Job, model: Model | None) -> None:
         """Take over a job that another group had accepted; its tensors are pinned already.
@@ -172,6 +171,11 @@ class Executor:
         self.scheduler.adopt(job)
         if model is not None:
             self.manifest.remember(model)
+        self._keep_patches_of(job.model)
+
+    def _keep_patches_of(self, model_id: str) -> None:
+        """If a model isn't loaded, keep in the store what jobs need to load it for their turns."""
+        if model_id not in self.manifest and (model := self.residency.recall(model_id)) is not None:
             self._keep_for_turns(model)
 
     def _keep_for_turns(self, model: Model) -> None:

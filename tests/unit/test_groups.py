@@ -28,6 +28,7 @@ from tacod.group.group import GroupState
 from tacod.group.work import Forward, Stepped, Unload
 from tacod.plan import parse_request
 from tacod_client.errors import ArgumentError, JobNotFound, ModelNotFound, QueueFull, Unavailable
+from tacod_client.wire import Tensor
 
 from .fake_ranks import FACTS, FakeRank, body_of, fakes, step
 
@@ -382,6 +383,27 @@ def test_models_of_a_group_that_is_given_up_are_known_to_others(host: Host) -> N
         host.answer(host.large)
     assert job.outcome is Outcome.RESULT
     assert host.held == [set(), {"m"}]
+
+
+def test_a_job_that_goes_to_another_group_keeps_what_its_model_needs_there(host: Host) -> None:
+    store = host.groups.host.store
+    patch = Tensor("U8", (8,), (b"12345678",)).with_digest()
+    store.put_all([patch], b"a", host.clock.now)
+    patched = replace(PATCHED, patches=[{"diff": patch.without_bytes()}])
+    assert host.loaded(b"a", patched) is host.small
+    # Large had it before, and it made room there.
+    host.large.manifest.remember(patched.unloaded())
+    job = host.submit(b"a", Verb.SAMPLE, patched, steps=2)
+    assert host.where(job) is host.small
+    host.give_up(host.small)
+    assert host.where(job) is host.large
+    store.limit = patch.nbytes
+    with pytest.raises(QueueFull):
+        store.put_all([Tensor("U8", (8,), (b"87654321",)).with_digest()], b"b", host.clock.now)
+    for _ in range(4):
+        host.answer(host.large)
+    assert job.outcome is Outcome.RESULT
+    assert not store._pins
 
 
 def test_when_all_are_given_up_work_is_refused(host: Host) -> None:
