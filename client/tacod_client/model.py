@@ -63,8 +63,9 @@ class Model:
         self.plan: str = described["plan"]
         self.notes: tuple[str, ...] = tuple(described.get("notes", ()))
         """What was left out of the patches, and why; a line each."""
-        self.group: str = described.get("group", "")
-        """The group of ranks that loaded it, if the daemon has several; its forwards may go to others."""
+        self.group: str = described.get("group") or next(iter(described.get("groups", ())), "")
+        """The group of ranks that loaded it, or the first that holds one that was found, if the daemon has several; its
+        forwards may go to others."""
         self.network: str = described.get("network", "")
         """In words, whose network it is and how it is shared out, if it is none of the daemon's own families."""
         self.shares_tokens: bool = described.get("shares_tokens", True)

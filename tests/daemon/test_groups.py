@@ -163,6 +163,8 @@ def test_unload_is_everywhere_and_patches_follow_their_base(two: list[Client], m
     loaded = in_both(two, FLUX.file)
     patched = two[1].load(FLUX.file, patches=lora)
     assert patched.group == "1"
+    found = two[0].model(patched.id)
+    assert found.group_in(two[0].status())["world_size"] == RANKS[1]
     assert {each["id"]: each["groups"] for each in two[0].models()} == {loaded[0].id: ["0", "1"], patched.id: ["1"]}
     assert [{model["id"] for model in each["models"]} for each in of_groups(two[0]).values()] == [
         {loaded[0].id},
