@@ -18,6 +18,7 @@ import pytest
 from helpers import FLUX, SD3
 from pydantic import ValidationError
 
+from tacod import logs
 from tacod.checkpoint import read_checkpoint
 from tacod.config import Config, ConfigError, Group, load_config, to_toml
 from tacod.group.arena import Arena
@@ -337,7 +338,7 @@ def test_each_start_tries_to_join_the_cluster_anew(tmp_path: Path) -> None:
 
 def test_a_start_that_its_end_has_overtaken_starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(host.logs, "configure", lambda level: None)
+    monkeypatch.setattr(logs, "configure", lambda level: None)
     monkeypatch.setattr(host, "Processes", lambda *told: pytest.fail("ranks are started"))
 
     async def start_late() -> None:
