@@ -125,6 +125,7 @@ def test_that_is_so_too_after_a_forward_of_the_same_kind_came_as_frames() -> Non
         rates = None
         heads = width = 1
         shares = EQUAL
+        hosts = ()
 
         def specs_for(self, given: Any) -> dict[str, Any]:
             return {"x": Anything(True, tensor=True)}
