@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 import torch
-from helpers import FLUX, SD3, START_S, Daemon, eventually, stopped
+from helpers import FLUX, SD3, SOON_S, START_S, Daemon, eventually, stopped
 
 from tacod_client import Client
 from tacod_client.stats import PARTS
@@ -30,7 +30,7 @@ def test_under_a_forward(sturdy: Daemon, client: Client, rank: int) -> None:
             forward = pool.submit(FLUX.check, model)
             eventually(lambda: watcher.status()["queue"]["running"], 3, "the forward runs")
             os.kill(victim, signal.SIGKILL)
-        eventually(lambda: watcher.status()["state"] == "degraded", 1, "the death is noticed")
+        eventually(lambda: watcher.status()["state"] == "degraded", SOON_S, "the death is noticed")
         forward.result(START_S)
     assert model.stats.retries == 1
     after = client.status()["group"]
