@@ -95,9 +95,10 @@ def _connect(address: str) -> None:
             "`ray start --head`, and have this machine join it with `ray start --address=HOST:PORT --num-gpus=0`"
         ) from None
     except Exception as error:
-        # A cluster of another version, for example, is a RuntimeError with the two versions in it.
         text = " ".join(str(error).split())
-        raise Lost(f"the Ray cluster {address} can't be joined: {text:.500}", configuration="ersion" in text) from None
+        # So Ray words that the cluster has another version, of itself or of Python.
+        wrong = "version mismatch" in text.lower()
+        raise Lost(f"the Ray cluster {address} can't be joined: {text:.500}", configuration=wrong) from None
 
 
 def main() -> None:

@@ -56,14 +56,13 @@ class Cluster:
         self._lost: dict[str, float] = {}
         """When the actors of nodes were lost."""
 
-    def nodes(self, resource: str) -> list[Node]:
+    async def nodes(self, resource: str) -> list[Node]:
         """The hosts that can be had, with the devices that actors here hold counted as free."""
-        from ray._private.state import available_resources_per_node
-
-        free = available_resources_per_node()
+        # The cluster's head may be slow to tell, and packets are not to wait for it.
+        known, free = await asyncio.to_thread(_told_by_head)
         now = time.monotonic()
         found = []
-        for node in ray.nodes():
+        for node in known:
             node_id = node["NodeID"]
             if not node["Alive"] or now < self._lost.get(node_id, 0.0) + LOST_S:
                 continue
@@ -107,3 +106,10 @@ class Cluster:
             await asyncio.wait([asyncio.ensure_future(end) for end in ends], timeout=CLOSE_S)
         for node in list(self.agents):
             self.drop(node)
+
+
+def _told_by_head() -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
+    """All nodes, and what is free on each by its id."""
+    from ray._private.state import available_resources_per_node
+
+    return ray.nodes(), available_resources_per_node()

@@ -135,7 +135,7 @@ class Generation:
         what = "GPUs" if self._resource == "GPU" else "CPUs"
         here = ray.get_runtime_context().get_node_id()
         while True:
-            nodes = self._cluster.nodes(self._resource)
+            nodes = await self._cluster.nodes(self._resource)
             room = sum(node.free for node in nodes)
             # What is there and not free may become free: that of ranks before.
             coming = min(self._asked, sum(node.total for node in nodes))
@@ -213,7 +213,8 @@ class Generation:
         """Tell when there could be more ranks."""
         while True:
             await asyncio.sleep(LOOK_S)
-            room = min(self._asked, sum(node.free for node in self._cluster.nodes(self._resource)))
+            nodes = await self._cluster.nodes(self._resource)
+            room = min(self._asked, sum(node.free for node in nodes))
             if room > ranks:
                 self._supervisor.tell("room", self._epoch, ranks=room)
                 return
