@@ -231,7 +231,7 @@ def test_unequal_shares(models: Path, way: str) -> None:
             outs = [model.forward(**golden.inputs) for _ in range(4)]
             alone = client.load(f"{name}.safetensors", dtype="fp32", plan=ONE).forward(**golden.inputs)
             assert relative_error(outs[0], alone) <= FP32, f"{name}: {relative_error(outs[0], alone):.1e}"
-            assert all(torch.equal(out, outs[0]) for out in outs[1:]), name
+            assert all(relative_error(out, outs[0]) == 0 for out in outs[1:]), name
             assert "rank 0 takes 3 times as much" in model.stats.plan, model.stats.plan
         inputs = FLUX.inputs(batch=3)
         batch = client.load(FLUX.file, dtype="fp32", plan={"cfg_parallel": True})
