@@ -119,7 +119,7 @@ def drop_in(*lines: str) -> Iterator[None]:
 def configured(old: str, new: str) -> Iterator[None]:
     """Within, the configuration reads otherwise."""
     text = CONFIG.read_text()
-    assert old in text
+    assert text.count(old) == 1
     CONFIG.write_text(text.replace(old, new))
     try:
         yield
@@ -272,7 +272,7 @@ def test_a_stop_lets_work_end_however_long_that_takes(request: pytest.FixtureReq
 
 def test_a_bad_configuration_is_not_tried_again() -> None:
     succeed("systemctl", "stop", "tacod")
-    with journal() as find, configured("[group]", "nonsense = 1\n[group]"):
+    with journal() as find, configured("\n[group]\n", "\nnonsense = 1\n[group]\n"):
         assert run("systemctl", "start", "tacod").returncode == 1
         time.sleep(5)
         assert (show("ActiveState"), show("ExecMainStatus"), show("NRestarts")) == ("failed", "78", "0")
@@ -282,8 +282,8 @@ def test_a_bad_configuration_is_not_tried_again() -> None:
 
 
 def test_ranks_that_never_start_end_in_failure_and_say_why() -> None:
-    settings = "[group]\nstart_timeout_s = 0.1\nmax_restarts = 0"
-    with journal() as find, configured("[group]", settings), drop_in("RestartSec=100ms"):
+    settings = "\n[group]\nstart_timeout_s = 0.1\nmax_restarts = 0\n"
+    with journal() as find, configured("\n[group]\n", settings), drop_in("RestartSec=100ms"):
         run("systemctl", "reset-failed", "tacod")
         assert run("systemctl", "start", "tacod").returncode == 1
         eventually(lambda: show("ActiveState") == "failed", 60, "systemd gives up too")
