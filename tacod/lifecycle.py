@@ -39,6 +39,7 @@ FIXED = (
     "group.launcher",
     "group.ray_address",
     "group.min_ranks",
+    "group.model_cache",
     "group.cuda_graphs",
     "group.prefix_bytes",
     "group.peer_memory",

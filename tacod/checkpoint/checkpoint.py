@@ -72,7 +72,7 @@ class Checkpoint:
     quantization: Mapping[str, Quantization] = field(default_factory=dict, repr=False)
     """How packed weights are packed, by their names. What lies beside them, such as scales, is among `tensors`."""
     contents: str = field(default="", repr=False)
-    """The same for a copy elsewhere: a hash of names, sizes, headers and samples of contents."""
+    """The same for a copy elsewhere: a hash of configuration and index, sizes, headers and samples of contents."""
 
     @property
     def parameters(self) -> int:
@@ -161,7 +161,7 @@ def _read_file(path: str, prefix: str | None, whole: bool) -> Checkpoint:
         others=others,
         notes=header.texts.get("config"),
         quantization=quantization,
-        contents=_describe_contents(path, b"", [header]),
+        contents=_describe_contents(b"", [header]),
     )
 
 
@@ -187,7 +187,7 @@ def _read_folder(path: str) -> Checkpoint:
         {key: (entry.part,) for key, entry in entries.items()},
         diffusers=True,
         quantization=quantization,
-        contents=_describe_contents(path, folder.raw, headers),
+        contents=_describe_contents(folder.raw, headers),
     )
 
 
@@ -200,12 +200,11 @@ def _identify(path: str, raw: bytes, headers: Iterable[Header]) -> str:
     return hashed.hexdigest()
 
 
-def _describe_contents(path: str, raw: bytes, headers: Iterable[Header]) -> str:
+def _describe_contents(raw: bytes, headers: Iterable[Header]) -> str:
     hashed = hashlib.sha256(hashlib.sha256(raw).digest())
     for header in headers:
-        name = os.path.relpath(header.file.path, path) if os.path.isdir(path) else ""
-        state = f"{name}\0{header.file.size}\0"
-        hashed.update(state.encode(errors="surrogateescape") + header.digest)
+        # Neither names nor places: the index has the names, and a copy has no links.
+        hashed.update(f"{header.file.size}\0".encode() + header.digest)
     return hashed.hexdigest()
 
 

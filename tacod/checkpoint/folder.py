@@ -45,6 +45,8 @@ class Folder:
     """The index: which shard holds each tensor; None where there is one file."""
     files: tuple[str, ...]
     """Every file that the model is made of."""
+    names: tuple[str, ...]
+    """The names of these in the folder, from which links may lead to files with others."""
     raw: bytes = field(repr=False)
     """The configuration's and the index's bytes."""
 
@@ -114,15 +116,18 @@ def open_folder(path: str) -> Folder:
         if not os.path.isfile(weights):
             raise ModelCorrupt(f"{weights} is no regular file")
         shards = [os.path.realpath(weights)]
-        return Folder(path, tuple(shards), config, None, (os.path.realpath(config_path), *shards), raw)
+        files = (os.path.realpath(config_path), *shards)
+        return Folder(path, tuple(shards), config, None, files, ("config.json", os.path.basename(weights)), raw)
     index_path = weights
     raw_index, index = _read_json(index_path)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelCorrupt(f"{index_path}: weight_map is no object; download it again")
-    shards = [_shard(path, name) for name in sorted({*weight_map.values()}, key=str)]
+    in_order = sorted({*weight_map.values()}, key=str)
+    shards = [_shard(path, name) for name in in_order]
     files = (os.path.realpath(config_path), os.path.realpath(index_path), *shards)
-    return Folder(path, tuple(shards), config, weight_map, files, raw + b"\0" + raw_index)
+    names = ("config.json", os.path.basename(index_path), *in_order)
+    return Folder(path, tuple(shards), config, weight_map, files, names, raw + b"\0" + raw_index)
 
 
 def _find_transformer(path: str) -> str:

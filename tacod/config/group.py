@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from tacod.config.section import Section
+from tacod.config.section import Section, check_absolute
 from tacod.shares import MOST, Shares
 
 __all__ = ["Group", "check_apart"]
@@ -41,6 +41,10 @@ def _check_ray(address: str) -> str:
     )
 
 
+def _check_cache(folder: str) -> str:
+    return folder if folder.startswith("~/") and "\0" not in folder else check_absolute(folder)
+
+
 class Group(Section):
     """The ranks: which devices, and how long to wait for them."""
 
@@ -58,6 +62,11 @@ class Group(Section):
     min_ranks: PositiveInt | None = None
     """For ``ray``: with how many ranks to go on when hosts of the cluster are lost, and to start; by default with one,
     and to start only with all."""
+    model_cache: Annotated[str, AfterValidator(_check_cache)] = "~/.cache/tacod/models"
+    """For ``ray``: the folder on each host for model files that it lacks and tacod's host sends; ``~`` is the home of
+    the user that Ray runs as."""
+    model_cache_bytes: NonNegativeInt = 200 << 30
+    """Most bytes of that folder; the least recently used models leave. With 0 none are sent, and such loads refused."""
     step_timeout_s: PositiveFloat = 120.0
     """Longest time that one forward may take before the ranks count as stuck; a step may have several."""
     load_timeout_s: PositiveFloat = 900.0

@@ -205,9 +205,11 @@ class Executor:
         self._stop_if_cancelling()
 
     def _stop_if_cancelling(self) -> None:
-        """If the running job is being cancelled, stop its forward, if that is long."""
+        """If the running job is being cancelled, stop its forward, if that is long, or the sending of its file."""
         item = self.current
-        if item is not None and item.watched and item.job is not None and item.job.cancelling:
+        if item is None or item.job is None or not item.job.cancelling:
+            return
+        if item.watched or (item.job.verb is Verb.LOAD and item.purpose is Purpose.STEP):
             self.group.stop()
 
     def abort(self, error: TacodError) -> None:

@@ -297,10 +297,13 @@ class RankGroup:
 
         Raises `GroupLost` if they disagree, or if one says that it is broken.
         """
+        before = self._launcher.sent
         for rank, packet in self._launcher.receive():
             answer = self._on_message(rank, packet)
             if answer is not None:
                 return answer
+        if self._launcher.sent != before:
+            self._extend(time.monotonic() + self.settings.load_timeout_s)
         return None
 
     def _on_message(self, rank: Rank, packet: bytes) -> Answer | None:
@@ -336,13 +339,16 @@ class RankGroup:
     def stop(self) -> None:
         """Have the ranks stop a watched forward before its next block; they then report `Cancelled`.
 
-        If they hang, they have `group.step_timeout_s` for it, or the time of three blocks where those take longer.
+        If they hang, they have `group.step_timeout_s` for it, or the time of three blocks where those take longer. A
+        load stops if its files are still being sent to other hosts; else it goes on.
         """
         current = self._current
         if current is None or current.stopping or self._launcher.arena is None:
             return
-        current.stopping = True
         self._launcher.arena.board.ask_to_stop(current.id)
+        if not current.watched:
+            return
+        current.stopping = True
         if self.deadline is not None:
             limit_s = max(self.settings.step_timeout_s, 3 * current.pace.longest_s)
             self.deadline = min(self.deadline, time.monotonic() + limit_s)
@@ -373,9 +379,11 @@ class RankGroup:
 
     @property
     def progress(self) -> Progress | None:
-        """The progress of the slowest rank's load; None until all have reported."""
+        """The progress of the slowest rank's load, or before that, of sending its files; None until there is any."""
         known = [rank.progress for rank in self.ranks if rank.progress is not None]
-        return min(known, key=lambda each: (each.done, each.total)) if known and len(known) == len(self.ranks) else None
+        if len(known) < len(self.ranks):
+            return self._launcher.sent
+        return min(known, key=lambda each: (each.done, each.total), default=None)
 
     def _on_progress(self, rank: Rank, report: Progress) -> None:
         before, rank.progress = self.progress, report

@@ -21,7 +21,7 @@ from tacod.group.arena import PACKET_BYTES, Arena
 from tacod.group.fork_server import Child, ForkServer
 from tacod.group.ranks import GroupLost, Rank
 from tacod.group.ray.version import check_installed
-from tacod.group.work import Command, Fault
+from tacod.group.work import Command, Fault, Progress
 
 __all__ = ["ON_GPUS", "LocalRank", "Processes", "World", "cause", "devices", "ending"]
 
@@ -146,6 +146,8 @@ class Processes:
 
     room: int | None = None
     """As many ranks as devices, always."""
+    sent: Progress | None = None
+    """All read the same file."""
 
     def __init__(self, devices: list[str], folder: Path, comfyui: str | None = None, beside: int = 0) -> None:
         self.devices = devices

@@ -54,6 +54,8 @@ class Launcher(Protocol):
     """The memory of commands and reports, as long as the ranks run."""
     room: int | None
     """How many ranks there could be, if new ones could be more than there are; else None."""
+    sent: Progress | None
+    """How much of a load's files has been sent to hosts that lack them; None if none were since the last command."""
 
     @property
     def ranks(self) -> Sequence[Rank]:

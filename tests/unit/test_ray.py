@@ -10,27 +10,25 @@ import select
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import FLUX, SD3
 from pydantic import ValidationError
 
 from tacod import logs
-from tacod.checkpoint import read_checkpoint
 from tacod.config import Config, ConfigError, Group, load_config, to_toml
 from tacod.group.arena import Arena
 from tacod.group.board import Blocks
+from tacod.group.group import GroupState, RankGroup
 from tacod.group.processes import devices
 from tacod.group.ranks import GroupLost
 from tacod.group.ray import host
-from tacod.group.ray.files import find_files, look_for, use_found
 from tacod.group.ray.launcher import CONTROL, MESSAGE_BYTES, RANK, RayLauncher
 from tacod.group.ray.placement import Node, describe, place
-from tacod.group.work import Envelope, Load, Unload, read_envelope
-from tacod_client.errors import ModelNotAllowed, ModelNotFound, TacodError
+from tacod.group.work import Load, Progress, Unload
 from tacod_client.wire import Message, Tensor
 
 # --- placement --------------------------------------------------------------------------------------------------------
@@ -117,59 +115,6 @@ def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", version)
     with pytest.raises(ConfigError, match="Ray is not installed"):
         devices([on_ray(ranks=2)])
-
-
-# --- files on several hosts -------------------------------------------------------------------------------------------
-
-
-def load(path: Path) -> Load:
-    return Load("m", str(path), read_checkpoint(str(path)).identity, None, None, None, [])
-
-
-def test_a_copy_elsewhere_is_the_same_file(tmp_path: Path) -> None:
-    first, second = tmp_path / "first", tmp_path / "second"
-    for folder in (first, second):
-        folder.mkdir()
-        FLUX.save(folder)
-    command = load(first / FLUX.file)
-    (named,) = find_files(command)
-    os.utime(second / FLUX.file, (1, 1))
-    # As a root that is a link to another place on that host.
-    link = tmp_path / "link"
-    link.symlink_to(second)
-    (found,) = look_for([{**named, "path": str(link / FLUX.file)}], [str(link)])
-    assert found["error"] is None
-    assert found["there"] == str(second / FLUX.file)
-    message = use_found(Envelope(7, command).message(), [{**found, "path": command.path}], None)
-    changed = read_envelope(message).command
-    assert isinstance(changed, Load)
-    assert (changed.path, changed.identity) == (found["there"], read_checkpoint(found["there"]).identity)
-
-
-def test_a_host_that_lacks_the_file_or_has_another_one(tmp_path: Path) -> None:
-    FLUX.save(tmp_path)
-    SD3.save(tmp_path)
-    (named,) = find_files(load(tmp_path / FLUX.file))
-    roots = [str(tmp_path)]
-    for path, roots_there, kind in (
-        (tmp_path / "none.safetensors", roots, ModelNotFound),
-        (tmp_path / SD3.file, roots, ModelNotFound),
-        (tmp_path / FLUX.file, ["/nowhere"], ModelNotAllowed),
-    ):
-        (found,) = look_for([{**named, "path": str(path)}], roots_there)
-        error = TacodError.from_wire(found["error"])
-        assert type(error) is kind
-        assert socket.gethostname() in error.message
-        refused = read_envelope(use_found(Envelope(7, load(tmp_path / FLUX.file)).message(), [found], found["error"]))
-        assert isinstance(refused.command, Load)
-        assert refused.command.refused == found["error"]
-
-
-def test_a_file_that_has_changed_is_left_to_the_ranks(tmp_path: Path) -> None:
-    FLUX.save(tmp_path)
-    command = load(tmp_path / FLUX.file)
-    os.utime(tmp_path / FLUX.file, (1, 1))
-    assert find_files(command) == []
 
 
 # --- memory on several hosts ------------------------------------------------------------------------------------------
@@ -308,6 +253,34 @@ def test_a_command_goes_out_once(bridge: Bridge) -> None:
     assert bridge._socket.recv(MESSAGE_BYTES) == b"lpacket"
     with pytest.raises(BlockingIOError):
         bridge._socket.recv(MESSAGE_BYTES)
+
+
+def test_a_load_has_time_as_long_as_its_file_is_sent(bridge: Bridge, tmp_path: Path) -> None:
+    settings = on_ray(ranks=3, load_timeout_s=500.0)
+    group = RankGroup(settings, ["ray:0"], tmp_path)
+    group._launcher, group.state = bridge.launcher, GroupState.IDLE
+    bridge.asked()
+    bridge.begin()
+    assert group.receive() is None
+    group.run(Load("m", "p", "i", None, None, None, []), [], 10.0)
+    assert group.progress is None
+    bridge.tell("sent", sent=3, total=9)
+    before_s = time.monotonic()
+    assert group.receive() is None
+    assert group.progress == Progress(3, 9)
+    assert group.deadline is not None
+    assert group.deadline >= before_s + 500
+    # A cancel is told to the bridge; if ranks read already, they have as long as before.
+    deadline = group.deadline
+    group.stop()
+    assert bridge.launcher.arena is not None
+    assert bridge.launcher.arena.board.asked_to_stop == 1
+    assert group.deadline == deadline
+    bridge.tell("sent", sent=9, total=9)
+    assert group.receive() is None
+    assert group.deadline > deadline
+    bridge.launcher.send(b"packet", Unload("m"), False)
+    assert group.progress is None
 
 
 NOT_JOINED = """

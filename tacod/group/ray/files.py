@@ -1,28 +1,43 @@
-"""Model files on several hosts: each host reads its own, if that is what the supervisor's host has.
+"""Model files on several hosts: each host reads its own, if that is what the supervisor's host has, or is sent that.
 
 A file is known by its contents (`Checkpoint.contents`), not by times, which copies change.
 """
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypedDict
 
-from tacod.checkpoint import locate, read_checkpoint
+from tacod.checkpoint import is_gguf, locate, read_checkpoint
+from tacod.checkpoint.folder import is_folders, open_folder
+from tacod.group.ray.cache import ModelCache, Piece
 from tacod.group.work import Load, read_envelope
 from tacod_client.errors import ModelError, ModelNotFound, TacodError
 from tacod_client.wire import Message
 
-__all__ = ["FoundFile", "NamedFile", "find_files", "look_for", "use_found"]
+__all__ = ["FoundFile", "NamedFile", "Part", "find_files", "look_for", "problem", "use_found"]
+
+
+class Part(Piece):
+    """One of a model's files, as the supervisor's host has it."""
+
+    source: str
+    """Its real path."""
 
 
 class NamedFile(TypedDict):
-    """A file of a load, as the supervisor's host has it."""
+    """A file of a load, or a folder, as the supervisor's host has it."""
 
     path: str
+    identity: str
     contents: str
+    main: str
+    """The name of the file that is opened; empty for a folder."""
+    parts: list[Part]
+    """What it is made of."""
 
 
 class FoundFile(TypedDict):
@@ -44,35 +59,59 @@ def find_files(load: Load) -> list[NamedFile]:
     for path, identity in {load.path: load.identity, **load.files}.items():
         try:
             checkpoint = read_checkpoint(path)
-        except ModelError:
+            if checkpoint.identity != identity:
+                return []
+            main, parts = _parts(path)
+        except (ModelError, OSError):
             return []
-        if checkpoint.identity != identity:
-            return []
-        named.append({"path": path, "contents": checkpoint.contents})
+        named.append(
+            {"path": path, "identity": identity, "contents": checkpoint.contents, "main": main, "parts": parts}
+        )
     return named
 
 
-def look_for(files: Sequence[NamedFile], roots: Sequence[str]) -> list[FoundFile]:
-    """Where this host has these files: at the same path, within the same roots once links are resolved here."""
-    return [_look_for(file, roots) for file in files]
+def _parts(path: str) -> tuple[str, list[Part]]:
+    """The name of the file that is opened, and what a model is made of."""
+    if is_folders(path):
+        folder = open_folder(path)
+        main = "" if os.path.isdir(path) else os.path.basename(path)
+        files = zip(folder.names, folder.files, strict=True)
+    else:
+        # Clients may have chosen its own name.
+        main = "model.gguf" if is_gguf(path) else "model.safetensors"
+        files = zip([main], [path], strict=True)
+    return main, [{"name": name, "size": os.stat(source).st_size, "source": source} for name, source in files]
 
 
-def _look_for(file: NamedFile, roots: Sequence[str]) -> FoundFile:
-    found: FoundFile = {"path": file["path"], "there": "", "identity": "", "error": None}
-    what = f"host {socket.gethostname()}: {file['path']}"
+def look_for(files: Sequence[NamedFile], roots: Sequence[str], cache: ModelCache) -> list[FoundFile]:
+    """Where this host has these files: at the same path, within the same roots once links are resolved here.
+
+    Else where they are in its ``cache``, in which they stay until the next call.
+    """
+    cache.release()
+    return [_look_for(file, roots, cache) for file in files]
+
+
+def _look_for(file: NamedFile, roots: Sequence[str], cache: ModelCache) -> FoundFile:
+    error: TacodError
     try:
         there = locate(file["path"], roots)
         checkpoint = read_checkpoint(there)
-    except TacodError as error:
-        problem = type(error)(f"{what}: {error.message}; each host of the group reads its own: copy it there")
-        return {**found, "error": problem.to_wire()}
-    if checkpoint.contents != file["contents"]:
-        different = ModelNotFound(
-            f"{what} is another file than on tacod's host, by size, header or samples of its contents; copy that one "
-            "there, or keep both on one file system"
-        )
-        return {**found, "error": different.to_wire()}
-    return {**found, "there": there, "identity": checkpoint.identity}
+        if checkpoint.contents == file["contents"]:
+            return {"path": file["path"], "there": there, "identity": checkpoint.identity, "error": None}
+        error = ModelNotFound("it is another file than on tacod's host, by size, header or samples of its contents")
+    except TacodError as caught:
+        error = caught
+    if (cached := cache.find(file["contents"], file["main"])) is not None:
+        return {"path": file["path"], "there": cached, "identity": read_checkpoint(cached).identity, "error": None}
+    return problem(file["path"], error)
+
+
+def problem(path: str, error: TacodError) -> FoundFile:
+    """A file that this host can't use, and why."""
+    advice = "copy the file there, or keep models on a file system that all hosts have"
+    told = type(error)(f"host {socket.gethostname()} can't use {path}: {error.message}, or {advice}")
+    return {"path": path, "there": "", "identity": "", "error": told.to_wire()}
 
 
 def use_found(message: Message, found: Sequence[FoundFile], refused: dict[str, Any] | None) -> Message:

@@ -7,7 +7,7 @@ import json
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from tacod.group.ray.cluster import Agent, Cluster, Lost
 from tacod.group.ray.files import FoundFile, find_files
 from tacod.group.ray.launcher import CONTROL, LOAD, PACKET, RANK, WATCHED
 from tacod.group.ray.placement import describe, place
+from tacod.group.ray.sending import Refused, send_missing
 from tacod.group.work import Begun, Load, Progress, read_envelope, read_report
 from tacod_client.text import shortened
 
@@ -241,11 +242,10 @@ class Generation:
     async def _deliver(self, kind: bytes, packet: bytes) -> None:
         start, stop = self._arena.span(packet)
         contents: Any = np.frombuffer(self._arena.read(start, stop), np.uint8)
-        found: list[list[FoundFile] | None] = [None] * len(self._agents)
+        found: Sequence[list[FoundFile] | None] = [None] * len(self._agents)
         refused = None
         if kind == LOAD:
-            found = await self._find_files(packet)
-            refused = next((file["error"] for files in found for file in files or () if file["error"]), None)
+            found, refused = await self._find_files(packet)
         # Small ones go with the call, large ones once to each host.
         contents = ray.put(contents) if stop - start > INLINE_BYTES else contents.tobytes()
         await asyncio.gather(
@@ -255,13 +255,28 @@ class Generation:
             )
         )
 
-    async def _find_files(self, packet: bytes) -> list[list[FoundFile] | None]:
-        """Where each host has the files of a load."""
-        command = read_envelope(self._arena.unpack(packet)).command
+    async def _find_files(self, packet: bytes) -> tuple[list[list[FoundFile]], dict[str, Any] | None]:
+        """Where each host has the files of a load, which are sent to those that lack them; or why ranks refuse it."""
+        envelope = read_envelope(self._arena.unpack(packet))
+        command = envelope.command
         assert isinstance(command, Load)
         files = await asyncio.to_thread(find_files, command)
-        found = await asyncio.gather(*(self._ask(agent, "find", files, command.roots) for agent in self._agents))
-        return list(found)
+        found = list(await asyncio.gather(*(self._ask(agent, "find", files, command.roots) for agent in self._agents)))
+
+        def ask(agent: Agent, method: str, *arguments: Any) -> Awaitable[Any]:
+            return self._ask(agent, method, self._epoch, *arguments)
+
+        def tell(sent: int, total: int) -> None:
+            self._supervisor.tell("sent", self._epoch, sent=sent, total=total)
+
+        def is_stopped() -> bool:
+            return self._arena.board.is_asked_to_stop(envelope.id)
+
+        try:
+            await send_missing(files, self._agents, found, ask, ray.put, tell, is_stopped)
+        except Refused as refused:
+            return found, refused.error
+        return found, None
 
     async def _follow_board(self, agent: Agent) -> None:
         """Pass on what a host's ranks write on their board while a watched command runs."""

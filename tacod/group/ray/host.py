@@ -12,18 +12,20 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import psutil
 
 from tacod import __version__, config, logs
+from tacod.checkpoint import read_checkpoint
 from tacod.group.arena import Arena
 from tacod.group.processes import Processes, World
 from tacod.group.ranks import GroupLost
-from tacod.group.ray.files import FoundFile, NamedFile, look_for, use_found
+from tacod.group.ray.cache import Copy, ModelCache, Piece
+from tacod.group.ray.claims import make_folder, remove_leavings
+from tacod.group.ray.files import FoundFile, NamedFile, look_for, problem, use_found
 from tacod.group.work import Fault
-from tacod_client.errors import ProtocolError
+from tacod_client.errors import Cancelled, ProtocolError, TacodError
 
 __all__ = ["Host"]
 
@@ -44,8 +46,9 @@ class Host:
 
     def __init__(self) -> None:
         logs.configure(os.environ.get("TACOD_LOG_LEVEL", "info"))
-        _remove_leavings()
-        self._folder = Path(tempfile.mkdtemp(prefix=f"{_FOLDER}{os.getpid()}-"))
+        # Of actors that were killed.
+        remove_leavings(tempfile.gettempdir(), _FOLDER)
+        self._folder, self._lock = make_folder(tempfile.gettempdir(), _FOLDER)
         self._processes: Processes | None = None
         self._listening: socket.socket | None = None
         self._epoch = 0
@@ -57,6 +60,11 @@ class Host:
         """Ranks that have begun."""
         self._taken = 0
         """The last copy of the board that was taken."""
+        self._cache = ModelCache("~", 0)
+        self._copy: Copy | None = None
+        """The model's file that tacod's host sends."""
+        self._sent = ""
+        """Its path there."""
 
     async def describe(self) -> dict[str, Any]:
         """This host's name, its version of tacod, and the devices that Ray has given to this actor."""
@@ -84,6 +92,8 @@ class Host:
         self._end_ranks()
         self._epoch = epoch
         settings = config.Group.model_validate(start["settings"])
+        self._cache.release()
+        self._cache = ModelCache(settings.model_cache, settings.model_cache_bytes)
         if self._processes is None:
             self._processes = Processes(_devices(), self._folder, start["comfyui"])
         self._world = World(
@@ -186,8 +196,59 @@ class Host:
         return seen
 
     async def find(self, files: Sequence[NamedFile], roots: Sequence[str]) -> list[FoundFile]:
-        """Where this host has these files, within the same roots."""
-        return await asyncio.to_thread(look_for, files, roots)
+        """Where this host has these files, within the same roots or in its cache."""
+        return await asyncio.to_thread(look_for, files, roots, self._cache)
+
+    # A file comes by `begin_file`, `write_file` and `end_file`, or is given up by `drop_file`. They return an error.
+
+    async def begin_file(self, epoch: int, path: str, contents: str, pieces: Sequence[Piece]) -> dict[str, Any] | None:
+        """Make room in the cache for what lies at a ``path`` on tacod's host."""
+        self._drop_copy()
+        self._sent = path
+        try:
+            copy = await asyncio.to_thread(self._cache.begin, contents, pieces)
+        except TacodError as error:
+            return problem(path, error)["error"]
+        self._copy = copy
+        if self._arena(epoch) is None:  # it has ended meanwhile
+            self._drop_copy()
+        return None
+
+    async def write_file(self, epoch: int, piece: int, start: int, chunk: Any) -> dict[str, Any] | None:
+        """Take a part of one of its files."""
+
+        def write(copy: Copy) -> None:
+            with self._cache.explained():
+                copy.write(piece, start, chunk)
+
+        if self._arena(epoch) is not None and self._copy is not None:
+            try:
+                await asyncio.to_thread(write, self._copy)
+            except TacodError as error:
+                return problem(self._sent, error)["error"]
+        return None
+
+    async def end_file(self, epoch: int, main: str) -> FoundFile:
+        """Put it into the cache, and find it there."""
+        copy, self._copy = self._copy, None
+        if self._arena(epoch) is None or copy is None:
+            return problem(self._sent, Cancelled("its ranks have ended"))
+        try:
+            there = await asyncio.to_thread(self._cache.add, copy, main)
+            return {"path": self._sent, "there": there, "identity": read_checkpoint(there).identity, "error": None}
+        except TacodError as error:
+            return problem(self._sent, error)
+
+    async def drop_file(self, epoch: int) -> None:
+        """Give up what has come of a file."""
+        if epoch == self._epoch:
+            self._drop_copy()
+
+    def _drop_copy(self) -> None:
+        copy, self._copy = self._copy, None
+        if copy is not None:
+            # Not here: it waits for a thread that writes.
+            asyncio.get_running_loop().run_in_executor(None, copy.discard)
 
     async def stacks(self, ranks: Sequence[int]) -> dict[int, str]:
         """Where these ranks hang."""
@@ -202,6 +263,7 @@ class Host:
 
     def _end_ranks(self) -> None:
         self._epoch = 0
+        self._drop_copy()
         if self._processes is not None:
             self._processes.kill()
 
@@ -211,6 +273,7 @@ class Host:
         if self._processes is not None:
             self._processes.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+        os.close(self._lock)
 
     def _arena(self, epoch: int) -> Arena | None:
         """The arena of a generation, as long as it runs."""
@@ -253,12 +316,3 @@ def _interface(address: str) -> str:
         if any(each.address.partition("%")[0] == address for each in addresses):
             return name
     return ""
-
-
-def _remove_leavings() -> None:
-    """Remove the folders of actors that were killed."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"):
-        with suppress(OSError, ValueError):
-            pid = int(folder.name.removeprefix(_FOLDER).partition("-")[0])
-            if folder.stat().st_uid == os.getuid() and not Path(f"/proc/{pid}").exists():
-                shutil.rmtree(folder, ignore_errors=True)

@@ -23,7 +23,7 @@ from tacod import config
 from tacod.group.arena import PACKET_BYTES, Arena
 from tacod.group.processes import cause, ending
 from tacod.group.ranks import GroupLost, Rank
-from tacod.group.work import Command, Fault, Load
+from tacod.group.work import Command, Fault, Load, Progress
 
 __all__ = ["CONTROL", "LOAD", "MODULE", "PACKET", "RANK", "WATCHED", "RayLauncher"]
 
@@ -62,6 +62,7 @@ class RayLauncher:
         self.ranks: list[Rank] = []
         self.arena: Arena | None = None
         self.room: int | None = None
+        self.sent: Progress | None = None
         self._command = [sys.executable, "-m", MODULE, settings.ray_address or "auto", str(folder)]
         self._comfyui = comfyui
         self._asked = settings.ranks
@@ -96,7 +97,7 @@ class RayLauncher:
         if self._socket is None:
             self._start_bridge()
         self._epoch += 1
-        self._lost, self.room = None, None
+        self._lost, self.room, self.sent = None, None, None
         self.devices, self._hosts = ["a device of the cluster"] * self._asked, []
         self.arena = Arena()
         request = {
@@ -134,6 +135,7 @@ class RayLauncher:
     def send(self, packet: bytes, command: Command | None, watched: bool, descriptors: Sequence[int] = ()) -> None:
         """See `Launcher.send`; descriptors stay on this machine, so there can be none."""
         assert not descriptors
+        self.sent = None
         self._send((LOAD if isinstance(command, Load) else WATCHED if watched else PACKET) + packet)
 
     def receive(self) -> Iterator[tuple[Rank, bytes]]:
@@ -184,6 +186,8 @@ class RayLauncher:
             )
         elif what == "room":
             self.room = told["ranks"]
+        elif what == "sent":
+            self.sent = Progress(told["sent"], told["total"])
         elif what == "stacks":
             self._stacks = told["stacks"]
 

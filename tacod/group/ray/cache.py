@@ -1,0 +1,270 @@
+"""Model files that a host has from tacod's host, in a folder of limited size: the least recently used ones leave.
+
+A model's files lie in ``SHA-256 of its contents/model/``; they come there whole, or not at all. Names of clients are no
+part of a path. Several actors of a host may share the folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TypedDict
+
+from tacod.checkpoint import read_checkpoint
+from tacod.group.ray.claims import claim, make_folder, remove_leavings
+from tacod_client.errors import ModelError, ModelNotFound, ModelUnsupported
+from tacod_client.wire import Buffer
+
+__all__ = ["Copy", "ModelCache", "Piece"]
+
+_MODEL = "model"
+_UNFINISHED = "unfinished-"
+_ENTRY = re.compile(r"[0-9a-f]{64}")
+_GIB = 1 << 30
+
+
+class Piece(TypedDict):
+    """One of the files that a model is made of."""
+
+    name: str
+    """In the model's folder; no path."""
+    size: int
+
+
+class Copy:
+    """A model's files while they come. `ModelCache.add` puts them in place; else `discard` removes them."""
+
+    def __init__(self, folder: Path, lock: int, contents: str) -> None:
+        self.folder, self.contents, self._lock = folder, contents, lock
+        self._files: list[int] = []
+        self._one = threading.Lock()
+        """Held while files are written or closed: threads do both."""
+
+    def make(self, pieces: Sequence[Piece]) -> None:
+        """Make the files in their full size. Raises `OSError`, on a full disk at once."""
+        (self.folder / _MODEL).mkdir()
+        for piece in pieces:
+            path = self.folder / _MODEL / piece["name"]
+            self._files.append(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            if piece["size"]:
+                os.posix_fallocate(self._files[-1], 0, piece["size"])
+
+    def write(self, piece: int, start: int, contents: Buffer) -> None:
+        """Write part of a file. Raises `OSError`."""
+        room = memoryview(contents).cast("B")
+        with self._one:
+            while room and self._files:
+                count = os.pwrite(self._files[piece], room, start)
+                room, start = room[count:], start + count
+
+    def finish(self) -> None:
+        """Have the files on the disk. Raises `OSError`."""
+        with self._one:
+            for file in self._files:
+                os.fsync(file)
+
+    def close(self) -> None:
+        """Close the files, and give up the claim; what is written from now on is lost."""
+        with self._one:
+            for file in self._files:
+                os.close(file)
+            self._files.clear()
+            if self._lock >= 0:
+                os.close(self._lock)
+                self._lock = -1
+
+    def discard(self) -> None:
+        """Remove what has come."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.close()
+
+
+class ModelCache:
+    """A folder of models, as one process sees it."""
+
+    def __init__(self, folder: str, limit_bytes: int) -> None:
+        """``folder`` may begin with ``~``. With a limit of 0 bytes nothing is added."""
+        self._folder = Path(folder)
+        with suppress(RuntimeError):  # there is no home; `begin` says so
+            self._folder = self._folder.expanduser()
+        self._limit_bytes = limit_bytes
+        self._held: list[int] = []
+
+    def find(self, contents: str, main: str) -> str | None:
+        """The path of a model with these `Checkpoint.contents`, or of its file ``main``; None if there is none.
+
+        It stays there until `release`.
+        """
+        entry = self._entry(contents)
+        if not entry.is_dir() or (lock := claim(entry, shared=True)) is None:
+            return None
+        self._held.append(lock)
+        path = str(entry / _MODEL / main)
+        try:
+            if read_checkpoint(path).contents == contents:
+                os.utime(entry)
+                return path
+        except (ModelError, OSError):
+            pass
+        # Somebody has changed it.
+        self._held.remove(lock)
+        os.close(lock)
+        _remove(entry)
+        return None
+
+    def release(self) -> None:
+        """Let go of all models that were found or added: they may make room for others."""
+        while self._held:
+            os.close(self._held.pop())
+
+    def begin(self, contents: str, pieces: Sequence[Piece]) -> Copy:
+        """Make room for a model, and its files in their full size.
+
+        Raises `ModelNotFound` if there is no room, and `ModelUnsupported` for names that are no files' names.
+        """
+        for piece in pieces:
+            if piece["name"] in ("", ".", "..") or "/" in piece["name"] or "\0" in piece["name"]:
+                raise ModelUnsupported(f"{piece['name']!r:.80} is no file's name")
+        size = sum(piece["size"] for piece in pieces)
+        if not self._limit_bytes:
+            raise ModelNotFound("sending files is turned off (group.model_cache_bytes = 0)")
+        if size > self._limit_bytes:
+            raise ModelNotFound(
+                f"its {_gib(size)} are more than group.model_cache_bytes = {self._limit_bytes} allow; raise that"
+            )
+        with self.explained(size):
+            self._make_folder()
+            lock = self._lock()
+            try:
+                remove_leavings(self._folder, _UNFINISHED)
+                self._make_room(size)
+                copy = Copy(*make_folder(self._folder, _UNFINISHED), contents)
+                try:
+                    copy.make(pieces)
+                except BaseException:
+                    copy.discard()
+                    raise
+                return copy
+            finally:
+                os.close(lock)
+
+    def add(self, copy: Copy, main: str) -> str:
+        """Put a copy in place whose files have all come; returns the path to open, which stays there until `release`.
+
+        Raises `ModelNotFound` if it isn't what was to come, or can't be put there; then it is discarded.
+        """
+        try:
+            with self.explained():
+                copy.finish()
+                if read_checkpoint(str(copy.folder / _MODEL / main)).contents != copy.contents:
+                    raise ModelNotFound("what has come is not what was to be sent; load it again")
+                with suppress(OSError):  # another actor of this host may have been faster
+                    copy.folder.rename(self._entry(copy.contents))
+        except BaseException:
+            copy.discard()
+            raise
+        if copy.folder.exists():
+            copy.discard()
+        else:
+            copy.close()
+        found = self.find(copy.contents, main)
+        if found is None:
+            raise ModelNotFound(f"it was removed from {self._folder} at once; load it again")
+        return found
+
+    def _entry(self, contents: str) -> Path:
+        assert _ENTRY.fullmatch(contents)
+        return self._folder / contents
+
+    def _make_folder(self) -> None:
+        if not self._folder.is_absolute():
+            raise ModelNotFound(f"group.model_cache: {self._folder} needs a home folder; set an absolute path")
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = self._folder.stat()
+        if state.st_uid != os.geteuid() or state.st_mode & 0o022:
+            raise ModelNotFound(
+                f"group.model_cache: {self._folder} belongs to another user, or others may write there; use a folder "
+                "of the user that Ray runs as"
+            )
+
+    def _lock(self) -> int:
+        """Wait until no other process makes room."""
+        lock = os.open(self._folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except BaseException:
+            os.close(lock)
+            raise
+        return lock
+
+    def _make_room(self, size: int) -> None:
+        """Remove the least recently used models that nobody reads, until there is room in limit and on the disk."""
+        entries = [each for each in self._folder.iterdir() if _ENTRY.fullmatch(each.name)]
+        used = sum(map(_size, self._folder.glob(f"*/{_MODEL}/*")))
+        free = shutil.disk_usage(self._folder).free
+        if size > free + used:
+            # To remove any would be in vain.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        for entry in sorted(entries, key=lambda each: each.stat().st_mtime_ns):
+            if used + size <= self._limit_bytes and size <= free:
+                return
+            freed = sum(map(_size, entry.glob(f"{_MODEL}/*")))
+            if _remove(entry):
+                used, free = used - freed, shutil.disk_usage(self._folder).free
+        if used + size > self._limit_bytes:
+            raise ModelNotFound(
+                f"its {_gib(size)} and the {_gib(used)} that are in use in {self._folder} are more than "
+                f"group.model_cache_bytes = {self._limit_bytes} allow; raise that, or unload other models"
+            )
+
+    @contextmanager
+    def explained(self, size: int = 0) -> Iterator[None]:
+        """Within, errors of the file system become `ModelNotFound`."""
+        try:
+            yield
+        except OSError as error:
+            where = self._folder
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                free = f"{_gib(_free(where))} of the {_gib(size)} that it needs are free" if size else "nothing is free"
+                raise ModelNotFound(
+                    f"the disk of {where} (group.model_cache) is full: {free}; make room, or set another folder"
+                ) from None
+            raise ModelNotFound(f"{error.filename or where} (group.model_cache): {error.strerror}") from None
+
+
+def _remove(entry: Path) -> bool:
+    """Remove a model that nobody holds; returns whether it is gone."""
+    if (lock := claim(entry)) is None:
+        return False
+    try:
+        shutil.rmtree(entry)
+    except OSError:
+        return False
+    finally:
+        os.close(lock)
+    return True
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _free(folder: Path) -> int:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return 0
+
+
+def _gib(count: int) -> str:
+    return f"{count / _GIB:.1f} GiB" if count >= _GIB // 10 else f"{count / (1 << 20):.1f} MiB"
