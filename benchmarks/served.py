@@ -36,11 +36,13 @@ def daemon(
     command: Sequence[str] = ("-m", "tacod.daemon", "--config"),
     memory_bytes: int | None = None,
     more: str = "",
+    ray_address: str = "",
 ) -> Iterator[str]:
     """A tacod on these GPUs, or on so many CPU ranks if there are none; gives its endpoint.
 
     Several numbers of ``ranks`` are of as many groups, which take the GPUs in their order.
-    ``more`` is what else its configuration says.
+    ``more`` is what else its configuration says. With a ``ray_address`` there are as many ranks on that cluster, which
+    chooses the GPUs.
     """
     with tempfile.TemporaryDirectory(prefix="tacod-") as folder:
         endpoint, config, log = f"ipc://{folder}/s", Path(folder, "c.toml"), Path(folder, "log")
@@ -48,9 +50,9 @@ def daemon(
         groups = ""
         for count in (len(gpus) or ranks,) if isinstance(ranks, int) else ranks:
             of_group = json.dumps(list(itertools.islice(named, count)))
-            groups += "[[group]]\n" + (
-                f'device = "cuda"\ngpus = {of_group}\n' if gpus else f'device = "cpu"\nranks = {count}\n'
-            )
+            groups += f'[[group]]\ndevice = "{"cuda" if gpus else "cpu"}"\n'
+            groups += f"gpus = {of_group}\n" if gpus and not ray_address else f"ranks = {count}\n"
+            groups += f'launcher = "ray"\nray_address = "{ray_address}"\n' if ray_address else ""
         limit = "" if memory_bytes is None else f"memory_bytes = {memory_bytes}\n"
         config.write_text(f'endpoint = "{endpoint}"\n{groups}[models]\nroots = ["{root}"]\n{limit}{more}')
         with log.open("wb") as output:
