@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["QUIET", "Cluster"]
+from helpers import FP32, Daemon, eventually, read_golden, relative_error
+
+__all__ = ["GOLDENS", "LONG_S", "QUIET", "SLOW", "Cluster", "check", "running", "wait_for_ready"]
+
+LONG_S = 120.0
+"""Longer than any start of ranks on a busy machine."""
+GOLDENS = ("flux_dev", "sd35_large")
+SLOW = """[testing]
+i_know = "this daemon fails on purpose"
+[[testing.faults]]
+kind = "slow"
+seconds = 30.0
+"""
+"""In which the first forward takes so long, unless its ranks are lost."""
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -46,3 +59,23 @@ class Cluster:
     def close(self) -> None:
         """End all of it."""
         self._cluster.shutdown()
+
+
+def running(daemon: Daemon) -> bool:
+    """Whether it computes now."""
+    with daemon.client() as client:
+        return bool(client.status()["queue"]["running"])
+
+
+def wait_for_ready(daemon: Daemon) -> None:
+    """Wait until its ranks have started on the cluster."""
+    eventually(daemon._is_ready, LONG_S, "tacod is ready", every_s=0.2)
+
+
+def check(daemon: Daemon, name: str, ranks: int) -> None:
+    """A golden on so many ranks is what ComfyUI computed."""
+    golden = read_golden(name)
+    with daemon.client() as client:
+        model = client.load(f"{name}.safetensors")
+        assert relative_error(model.forward(**golden.inputs), golden.out) <= FP32
+        assert model.stats.ranks == ranks

@@ -17,5 +17,5 @@ def launcher(
 ) -> Launcher:
     """What starts ranks on these ``devices``; see `Processes` and `RayLauncher`."""
     if settings.launcher == "ray":
-        return RayLauncher(settings, folder, comfyui)
+        return RayLauncher(settings, folder, comfyui, beside)
     return Processes(devices, folder, comfyui, beside)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from ray_cluster import QUIET, Cluster
+from helpers import read_golden
+from ray_cluster import GOLDENS, QUIET, Cluster
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +22,12 @@ def cluster() -> Iterator[Cluster]:
             yield made
         finally:
             made.close()
+
+
+@pytest.fixture(scope="module")
+def goldens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the goldens' models."""
+    folder = tmp_path_factory.mktemp("goldens")
+    for name in GOLDENS:
+        read_golden(name).save(folder / f"{name}.safetensors")
+    return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 import time
@@ -11,30 +12,13 @@ from typing import Any
 
 import pytest
 from helpers import FLUX, FP32, OFTEN, SOON_S, Daemon, Tiny, eventually, read_golden, relative_error
-from ray_cluster import Cluster
+from ray_cluster import GOLDENS, LONG_S, SLOW, Cluster, check, running, wait_for_ready
 
 from tacod_client import Cancelled
 
-LONG_S = 120.0
-"""Longer than any start of ranks on a busy machine."""
-GOLDENS = ("flux_dev", "sd35_large")
-
-
-SLOW = """[testing]
-i_know = "this daemon fails on purpose"
-[[testing.faults]]
-kind = "slow"
-seconds = 30.0
-"""
-"""In which the first forward takes so long, unless its ranks are lost."""
 SLOW_BLOCKS = SLOW.replace("30.0", "2.0") + 'when = "block"\nalways = true\n'
 DEEP = Tiny("deep_flux", {**FLUX.config, "depth": 3, "depth_single_blocks": 27})
 """Of which a forward with slow blocks takes longer than a test may."""
-
-
-def running(daemon: Daemon) -> bool:
-    with daemon.client() as client:
-        return bool(client.status()["queue"]["running"])
 
 
 def tacoctl(daemon: Daemon, *words: str) -> str:
@@ -50,26 +34,6 @@ def on_ray(cluster: Cluster, ranks: int, roots: list[Path], **settings: Any) -> 
         {**OFTEN, "group.launcher": "ray", "group.ray_address": cluster.address, **settings},
         wait=False,
     )
-
-
-@pytest.fixture(scope="module")
-def goldens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("goldens")
-    for name in GOLDENS:
-        read_golden(name).save(folder / f"{name}.safetensors")
-    return folder
-
-
-def wait_for_ready(daemon: Daemon) -> None:
-    eventually(daemon._is_ready, LONG_S, "tacod is ready", every_s=0.2)
-
-
-def check(daemon: Daemon, name: str, ranks: int) -> None:
-    golden = read_golden(name)
-    with daemon.client() as client:
-        model = client.load(f"{name}.safetensors")
-        assert relative_error(model.forward(**golden.inputs), golden.out) <= FP32
-        assert model.stats.ranks == ranks
 
 
 def test_three_ranks_on_two_hosts(cluster: Cluster, goldens: Path) -> None:
@@ -131,6 +95,49 @@ def test_a_lost_host_costs_time_and_not_the_result(cluster: Cluster, goldens: Pa
             out = model.forward(**golden.inputs)
             assert relative_error(out, golden.out) <= FP32
             assert model.stats.ranks == 4
+
+
+def test_groups_that_start_at_once_take_a_host_each(cluster: Cluster, goldens: Path) -> None:
+    settings = {**OFTEN, "group.launcher": "ray", "group.ray_address": cluster.address}
+    with Daemon([2, 2], [goldens], settings, wait=False) as daemon:
+        wait_for_ready(daemon)
+        with daemon.client() as client:
+            hosts = [{rank["host"] for rank in group["ranks"]} for group in client.status()["groups"]]
+        # Each host has two devices, so they are on two.
+        assert [len(each) for each in hosts] == [1, 1]
+        assert "not given" not in daemon.log
+        assert "ending all ranks" not in daemon.log
+        check(daemon, GOLDENS[0], 2)
+
+
+def test_devices_of_a_host_are_held_once(cluster: Cluster) -> None:
+    import ray
+
+    from tacod.group.ray.cluster import Cluster as Client
+
+    async def take() -> None:
+        first, second = Client(cluster.address), Client(cluster.address)
+        a, b = sorted(node.id for node in await first.nodes("CPU"))
+        assert await first.hold({b: 2}, "CPU") is not None
+        # It gets neither, and keeps nothing of the one that is free.
+        assert await second.hold({a: 2, b: 2}, "CPU") is None
+        assert not second.agents
+        assert await first.hold({b: 2, a: 2}, "CPU") is not None
+        assert [agent.node for agent in first.agents.values()] == [b, a]
+        await first.close()
+        for _ in range(20):
+            if await second.hold({a: 2, b: 1}, "CPU") is not None:
+                break
+        assert {node: agent.count for node, agent in second.agents.items()} == {a: 2, b: 1}
+        told = await asyncio.wait_for(second.agents[b].actor.describe.remote(), LONG_S)
+        assert told["devices"] == ["cpu:0"]
+        await second.close()
+
+    ray.init(address=cluster.address, log_to_driver=False)
+    try:
+        asyncio.run(take())
+    finally:
+        ray.shutdown()
 
 
 def test_a_cluster_that_is_too_small_is_a_wrong_configuration(cluster: Cluster) -> None:

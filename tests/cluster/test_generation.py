@@ -25,6 +25,7 @@ REQUEST = {
     "least": 1,
     "settings": {"device": "cpu", "ranks": 1},
     "comfyui": None,
+    "beside": 0,
     "fault": None,
 }
 
@@ -62,7 +63,7 @@ def test_a_stop_that_comes_right_behind_a_command_reaches_the_hosts(monkeypatch:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         arena, actor = Arena(), Actor()
         generation = Generation(None, Supervisor(theirs), REQUEST, arena)  # type: ignore[arg-type]
-        generation._agents = [Agent("node", 1, actor, ranks=[0])]
+        generation._agents = [Agent("node", 1, actor, None, ranks=[0])]
         packet = arena.pack(Envelope(7, Unload("m")).message())
         arena.board.ask_to_stop(7)
         generation.deliver(WATCHED, packet)

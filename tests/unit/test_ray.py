@@ -23,6 +23,7 @@ from tacod.config import Config, ConfigError, Group, load_config, to_toml
 from tacod.group.arena import Arena
 from tacod.group.board import Blocks
 from tacod.group.group import GroupState, RankGroup
+from tacod.group.launcher import launcher
 from tacod.group.processes import devices
 from tacod.group.ranks import GroupLost
 from tacod.group.ray import host
@@ -218,6 +219,17 @@ def test_at_first_all_ranks_are_needed_and_later_fewer_do(bridge: Bridge) -> Non
     assert not launcher.ranks
 
 
+def test_groups_know_of_each_others_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be on the same hosts, and share the cores there."""
+    settings = on_ray(ranks=2)
+    made = launcher(settings, ["ray:0", "ray:1"], tmp_path, beside=3)
+    assert isinstance(made, RayLauncher)
+    bridge = Bridge(made, monkeypatch)
+    made.spawn(settings)
+    assert bridge.asked()["beside"] == 3
+    bridge.close()
+
+
 def test_a_rank_that_ends_is_told_with_its_host(bridge: Bridge) -> None:
     bridge.begin()
     bridge.tell("ended", rank=1, code=-9)
@@ -317,7 +329,7 @@ def test_a_start_that_its_end_has_overtaken_starts_nothing(tmp_path: Path, monke
     async def start_late() -> None:
         late = host.Host()
         await late.kill(2)
-        world = {"hosts": [0], "host": 0, "rendezvous": "tcp://127.0.0.1:1"}
+        world = {"hosts": [0], "host": 0, "rendezvous": "tcp://127.0.0.1:1", "beside": 0}
         await late.start(2, world, {"settings": {"device": "cpu"}, "comfyui": None, "fault": None})
         await late.close()
 

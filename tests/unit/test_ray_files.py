@@ -24,7 +24,7 @@ from tacod.config import Group
 from tacod.group.arena import Arena
 from tacod.group.ray import claims, sending
 from tacod.group.ray import host as hosts
-from tacod.group.ray.cache import ModelCache
+from tacod.group.ray.cache import ModelCache, Piece
 from tacod.group.ray.files import FoundFile, NamedFile, find_files, look_for, use_found
 from tacod.group.ray.sending import Refused, send_missing
 from tacod.group.work import Envelope, Load, read_envelope
@@ -205,7 +205,7 @@ def test_a_full_disk_is_told_before_anything_is_removed(
     first, second = saved(tmp_path, 2)
     put(cache, first)
     cache.release()
-    huge = [{**part, "size": 1 << 29} for part in second["parts"]]
+    huge: list[Piece] = [{"name": "model.safetensors", "size": 1 << 29}]
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
         with pytest.raises(ModelNotFound, match=r"is full: 1\.0 MiB of the 0\.5 GiB that it needs are free"):

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from tacod.group.ray.host import Host
 from tacod.group.ray.placement import Node
 
-__all__ = ["Agent", "Cluster", "Lost"]
+__all__ = ["LOST_S", "SILENT_S", "Agent", "Cluster", "Lost"]
 
 LOST_S = 30.0
 """How long a host whose actor was lost is left out, unless Ray says sooner that it is gone."""
+SILENT_S = 120.0
+"""The same for a host that doesn't answer; Ray itself takes a minute to say so."""
+RESERVE_S = 5
+"""How long Ray has to reserve a host's devices; if they are free, it takes well below a second."""
 CLOSE_S = 3.0
 """How long the actors have to leave nothing behind."""
 
@@ -41,6 +47,8 @@ class Agent:
     count: int
     """How many devices it holds."""
     actor: Any
+    reserved: PlacementGroup
+    """What holds them."""
     name: str = ""
     devices: list[str] = field(default_factory=list)
     ranks: list[int] = field(default_factory=list)
@@ -53,8 +61,8 @@ class Cluster:
         self.address = address
         self.agents: dict[str, Agent] = {}
         """By node."""
-        self._lost: dict[str, float] = {}
-        """When the actors of nodes were lost."""
+        self._out: dict[str, float] = {}
+        """Until when nodes are left out."""
 
     async def nodes(self, resource: str) -> list[Node]:
         """The hosts that can be had, with the devices that actors here hold counted as free."""
@@ -64,7 +72,7 @@ class Cluster:
         found = []
         for node in known:
             node_id = node["NodeID"]
-            if not node["Alive"] or now < self._lost.get(node_id, 0.0) + LOST_S:
+            if not node["Alive"] or now < self._out.get(node_id, 0.0):
                 continue
             held = self.agents[node_id].count if node_id in self.agents else 0
             total = int(node["Resources"].get(resource, 0))
@@ -72,32 +80,44 @@ class Cluster:
             found.append(Node(node_id, node["NodeManagerHostname"], min(free_now, total), total))
         return found
 
-    def agent(self, node: str, count: int, resource: str) -> Agent:
-        """The actor that holds so many devices of a node: the one that is there, or a new one."""
-        known = self.agents.get(node)
-        if known is not None and known.count == count:
-            return known
-        if known is not None:
-            self.drop(node)
-        options: dict[str, Any] = {"num_gpus": count} if resource == "GPU" else {"num_cpus": count}
-        made = ray.remote(Host).options(
-            **{"num_cpus": 0, **options},
-            max_restarts=0,
-            max_concurrency=1000,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-        )
-        self.agents[node] = Agent(node, count, made.remote())
-        return self.agents[node]
+    async def hold(self, counts: Mapping[str, int], resource: str) -> list[Agent] | None:
+        """The actors that hold so many devices of each node, in this order: those that are there, or new ones.
 
-    def drop(self, node: str, lost: bool = False) -> None:
-        """End a node's actor; one that was lost makes its node be left out for a while."""
+        None if something else has taken some of the devices; then no new ones hold any.
+        """
+        for node in [each for each, agent in self.agents.items() if counts.get(each) != agent.count]:
+            self.drop(node)
+        reserved: dict[str, PlacementGroup] = {}
+        try:
+            # In the same order for all groups: so no two of them wait for each other.
+            for node in sorted({*counts}.difference(self.agents)):
+                reserved[node] = await asyncio.to_thread(_reserve, node, {resource: counts[node]})
+        except _Taken:
+            for held in reserved.values():
+                remove_placement_group(held)
+            return None
+        for node, held in reserved.items():
+            options: dict[str, Any] = {"num_gpus": counts[node]} if resource == "GPU" else {"num_cpus": counts[node]}
+            made = ray.remote(Host).options(
+                **{"num_cpus": 0, **options},
+                max_restarts=0,
+                max_concurrency=1000,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(held),
+            )
+            self.agents[node] = Agent(node, counts[node], made.remote(), held)
+        return [self.agents[node] for node in counts]
+
+    def drop(self, node: str, out_s: float = 0.0) -> None:
+        """End a node's actor, and leave the node out for so long."""
         agent = self.agents.pop(node, None)
         if agent is None:
             return
-        if lost:
-            self._lost[node] = time.monotonic()
+        if out_s:
+            self._out[node] = time.monotonic() + out_s
         with suppress(RayError, ValueError):
             ray.kill(agent.actor)
+        with suppress(RayError, ValueError):
+            remove_placement_group(agent.reserved)
 
     async def close(self) -> None:
         """End all actors, which leave nothing behind."""
@@ -106,6 +126,19 @@ class Cluster:
             await asyncio.wait([asyncio.ensure_future(end) for end in ends], timeout=CLOSE_S)
         for node in list(self.agents):
             self.drop(node)
+
+
+class _Taken(Exception):
+    """Devices are not free."""
+
+
+def _reserve(node: str, bundle: dict[str, float]) -> PlacementGroup:
+    """Reserve devices of a node. Raises `_Taken` if they are not free."""
+    held = placement_group([bundle], bundle_label_selector=[{"ray.io/node-id": node}])
+    if not held.wait(RESERVE_S):
+        remove_placement_group(held)
+        raise _Taken
+    return held
 
 
 def _told_by_head() -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:

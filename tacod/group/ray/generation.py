@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import random
 import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -18,7 +19,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from tacod import __version__
 from tacod.group.arena import Arena
-from tacod.group.ray.cluster import Agent, Cluster, Lost
+from tacod.group.ray.cluster import LOST_S, SILENT_S, Agent, Cluster, Lost
 from tacod.group.ray.files import FoundFile, find_files
 from tacod.group.ray.launcher import CONTROL, LOAD, PACKET, RANK, WATCHED
 from tacod.group.ray.placement import describe, place
@@ -38,6 +39,8 @@ LOOK_S = 2.0
 """How often to look whether fewer ranks than asked for could be more."""
 BEGIN_S = 60.0
 """How long an actor has to begin; it imports Ray and this package."""
+PING_S, ANSWER_S = 5.0, 30.0
+"""How often hosts are asked whether they are there, and how long they have to answer."""
 KILL_S = 5.0
 """How long a host has to end its ranks before its actor is ended."""
 STOP_S = 0.05
@@ -74,6 +77,9 @@ class Generation:
         self._start = {key: request[key] for key in ("settings", "comfyui", "fault")}
         self._asked: int = self._settings.get("ranks", 1)
         self._resource = "GPU" if self._settings.get("device", "cuda") == "cuda" else "CPU"
+        self._others: int = request["beside"]
+        self._beside: dict[str, int] = {}
+        """How many ranks of tacod's other groups there may be on a node at most."""
         self._arena = arena
         self._agents: list[Agent] = []
         self._unanswered: set[int] = set()
@@ -106,10 +112,7 @@ class Generation:
             self._supervisor.tell("lost", self._epoch, reason=reason, cause=cause, configuration=configuration)
 
     async def _begin(self) -> None:
-        counts = await self._place()
-        for node in {*self._cluster.agents}.difference(counts):
-            self._cluster.drop(node)
-        self._agents = [self._cluster.agent(node, count, self._resource) for node, count in counts.items()]
+        self._agents = await self._hold()
         told = await asyncio.gather(*(self._describe(agent) for agent in self._agents))
         hosts = [number for number, agent in enumerate(self._agents) for _ in range(agent.count)]
         for number, agent in enumerate(self._agents):
@@ -124,15 +127,30 @@ class Generation:
         )
         rendezvous = await self._ask(self._agents[0], "listen", self._epoch)
         for number, agent in enumerate(self._agents):
-            world = {"hosts": hosts, "host": number, "rendezvous": rendezvous}
+            world = {"hosts": hosts, "host": number, "rendezvous": rendezvous, "beside": self._beside[agent.node]}
             await self._ask(agent, "start", self._epoch, world, self._start)
             self._tasks.append(asyncio.create_task(self._guarded(self._follow(agent))))
+            self._tasks.append(asyncio.create_task(self._guarded(self._ping(agent))))
         if len(hosts) < self._asked:
             self._tasks.append(asyncio.create_task(self._guarded(self._look_for_room(len(hosts)))))
 
-    async def _place(self) -> dict[str, int]:
-        """Which nodes have how many of the ranks."""
+    async def _hold(self) -> list[Agent]:
+        """The actors that hold the devices of all ranks."""
         until = time.monotonic() + ROOM_S
+        while True:
+            counts = await self._place(until)
+            if (agents := await self._cluster.hold(counts, self._resource)) is not None:
+                return agents
+            # Another group that started at the same time chose them too, or they are about to be given back.
+            log.info("devices on the chosen hosts are taken: looking again")
+            if time.monotonic() > until:
+                raise Lost(
+                    f"no {self._resource}s of the Ray cluster {self._cluster.address} stayed free for {ROOM_S:g} s"
+                )
+            await asyncio.sleep(random.uniform(0.1, 0.5))
+
+    async def _place(self, until: float) -> dict[str, int]:
+        """Which nodes have how many of the ranks; waits for room until this moment."""
         what = "GPUs" if self._resource == "GPU" else "CPUs"
         here = ray.get_runtime_context().get_node_id()
         while True:
@@ -143,7 +161,11 @@ class Generation:
             if room >= coming or (time.monotonic() > until and room >= self._least):
                 if room < self._least:
                     break
-                return place(min(self._asked, room), nodes, here)
+                counts = place(min(self._asked, room), nodes, here)
+                self._beside = {
+                    node.id: min(self._others, node.total - counts[node.id]) for node in nodes if node.id in counts
+                }
+                return counts
             if time.monotonic() > until:
                 break
             await asyncio.sleep(0.2)
@@ -160,7 +182,7 @@ class Generation:
         try:
             told: dict[str, Any] = await asyncio.wait_for(self._ask(agent, "describe"), BEGIN_S)
         except asyncio.TimeoutError:
-            self._cluster.drop(agent.node, lost=True)
+            self._cluster.drop(agent.node, out_s=LOST_S)
             what = f"{agent.count} {self._resource}s of node {agent.node[:8]}"
             raise Lost(f"{what} were not given within {BEGIN_S:g} s; something else may have taken them") from None
         if told["version"] != __version__:
@@ -179,7 +201,7 @@ class Generation:
         except RayTaskError as error:
             raise Lost(f"host {name}: {error.cause!r}", cause=repr(error.cause)) from None
         except RayActorError as error:
-            self._cluster.drop(agent.node, lost=True)
+            self._cluster.drop(agent.node, out_s=LOST_S)
             reason = first_line(error)
             if "ModuleNotFoundError" in str(error):
                 reason = (
@@ -201,6 +223,16 @@ class Generation:
                     self._supervisor.tell("ended", self._epoch, rank=rank, code=rest[0])
                 else:
                     raise Lost(f"host {agent.name}: {rest[0]}", cause=rest[1])
+
+    async def _ping(self, agent: Agent) -> None:
+        """Notice that a host has fallen silent, as when its network ends without a word."""
+        while True:
+            await asyncio.sleep(PING_S)
+            try:
+                await asyncio.wait_for(self._ask(agent, "describe"), ANSWER_S)
+            except asyncio.TimeoutError:
+                self._cluster.drop(agent.node, out_s=SILENT_S)
+                raise Lost(f"host {agent.name} was lost: it has not answered for {ANSWER_S:g} s") from None
 
     def _pass_on(self, rank: int, packet: bytes, start: int, contents: Any) -> None:
         self._arena.write(start, contents)
@@ -333,7 +365,7 @@ class Generation:
             try:
                 await asyncio.wait_for(self._ask(agent, "kill", self._epoch), KILL_S)
             except (Lost, asyncio.TimeoutError):
-                self._cluster.drop(agent.node, lost=True)
+                self._cluster.drop(agent.node, out_s=LOST_S)
 
         await asyncio.gather(*map(end, self._agents))
         self._arena.close()

@@ -84,7 +84,10 @@ class Host:
         return f"tcp://{shown}:{self._listening.getsockname()[1]}"
 
     async def start(self, epoch: int, world: Mapping[str, Any], start: Mapping[str, Any]) -> None:
-        """Start this host's ranks of a ``world`` (`World`'s fields), with the settings and the fault in ``start``."""
+        """Start this host's ranks of a ``world``, with the settings and the fault in ``start``.
+
+        ``world`` has `World`'s fields, and how many ranks of other groups may be ``beside`` them.
+        """
         if epoch <= self._over:
             return
         import ray
@@ -95,7 +98,7 @@ class Host:
         self._cache.release()
         self._cache = ModelCache(settings.model_cache, settings.model_cache_bytes)
         if self._processes is None:
-            self._processes = Processes(_devices(), self._folder, start["comfyui"])
+            self._processes = Processes(_devices(), self._folder, start["comfyui"], world["beside"])
         self._world = World(
             tuple(world["hosts"]),
             world["host"],

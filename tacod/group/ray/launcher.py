@@ -57,7 +57,8 @@ class RemoteProcess:
 class RayLauncher:
     """See `Launcher`. One bridge serves one generation after the other, and keeps the hosts' fork servers warm."""
 
-    def __init__(self, settings: config.Group, folder: Path, comfyui: str | None = None) -> None:
+    def __init__(self, settings: config.Group, folder: Path, comfyui: str | None = None, beside: int = 0) -> None:
+        """``beside`` is how many ranks other groups have on the cluster."""
         self.devices = ["a device of the cluster"] * settings.ranks
         self.ranks: list[Rank] = []
         self.arena: Arena | None = None
@@ -65,6 +66,7 @@ class RayLauncher:
         self.sent: Progress | None = None
         self._command = [sys.executable, "-m", MODULE, settings.ray_address or "auto", str(folder)]
         self._comfyui = comfyui
+        self._beside = beside
         self._asked = settings.ranks
         self._least = settings.min_ranks or settings.ranks
         """Fewer ranks are no group; at first all are asked for, and later what `Group.fewest_ranks` says."""
@@ -106,6 +108,7 @@ class RayLauncher:
             "least": settings.fewest_ranks if self._has_run else self._least,
             "settings": settings.model_dump(exclude_unset=True),
             "comfyui": self._comfyui,
+            "beside": self._beside,
             "fault": fault.body() if fault is not None else None,
         }
         log.info("starting %d ranks on the Ray cluster %s", self._asked, settings.ray_address or "auto")
