@@ -7,7 +7,7 @@ through daemon and client, by the plan that tacod chooses and by Ulysses over al
 machine, so NCCL exchanges through their links, as if hosts had a network as fast; what Ray itself costs is left.
 `--sockets` has NCCL use sockets, as between hosts without InfiniBand. A case is a model, a size and, behind another x,
 how many images a batch has: two are the halves of CFG. Models have random weights, and on CPUs a block or two; there
-each host's ranks count on all cores, so times say little. TMPDIR holds the files. Needs Ray: `pip install "taco-dit[ray]"`.
+each host's ranks count on all cores, so times say little. TMPDIR holds the files. Needs Ray (`taco-dit[ray]`).
 """
 
 from __future__ import annotations

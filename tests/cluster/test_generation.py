@@ -6,7 +6,7 @@ import asyncio
 import json
 import socket
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -14,7 +14,8 @@ pytest.importorskip("ray", reason="Ray is not installed: pip install 'taco-dit[r
 
 from tacod.group.arena import Arena
 from tacod.group.ray import bridge as bridges
-from tacod.group.ray.cluster import Agent
+from tacod.group.ray import generation as generations
+from tacod.group.ray.cluster import SILENT_S, Agent
 from tacod.group.ray.generation import Generation, Supervisor
 from tacod.group.ray.launcher import CONTROL, WATCHED
 from tacod.group.work import Envelope, Unload
@@ -77,6 +78,37 @@ def test_a_stop_that_comes_right_behind_a_command_reaches_the_hosts(monkeypatch:
             end.close()
 
     asyncio.run(stop())
+
+
+def test_a_host_that_does_not_answer_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when its network has ended, and no connection with it."""
+
+    async def nothing(self: Generation) -> None:
+        pass
+
+    monkeypatch.setattr(Generation, "_begin", nothing)
+    monkeypatch.setattr(generations, "PING_S", 0.01)
+    monkeypatch.setattr(generations, "ANSWER_S", 0.05)
+
+    class Noted:
+        left_out: ClassVar[list[tuple[str, float]]] = []
+
+        def drop(self, node: str, out_s: float = 0.0) -> None:
+            self.left_out.append((node, out_s))
+
+    async def ping() -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        arena = Arena()
+        generation = Generation(Noted(), Supervisor(theirs), REQUEST, arena)  # type: ignore[arg-type]
+        await generation._guarded(generation._ping(Agent("node", 1, Actor(), None, "b")))
+        told = json.loads(ours.recv(1 << 20)[1:])
+        assert (told["what"], told["reason"]) == ("lost", "host b was lost: it has not answered for 0.05 s")
+        # Longer than Ray takes to say so.
+        assert Noted.left_out == [("node", SILENT_S)]
+        for end in (ours, theirs, arena):
+            end.close()
+
+    asyncio.run(ping())
 
 
 def test_a_start_ends_the_ranks_before_whatever_was_told(monkeypatch: pytest.MonkeyPatch) -> None:

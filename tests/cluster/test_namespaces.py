@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from helpers import FP32, OFTEN, SOON_S, Daemon, eventually, read_golden, relative_error
+from ray_cluster import GOLDENS, SLOW, check, running, wait_for_ready
 from ray_namespaces import NamespaceCluster, NamespaceHost, why_not
-from test_cluster import GOLDENS, SLOW, check, running, wait_for_ready
 
 SILENT_S = 150.0
 """A host that fell silent is missed after 35 s, and new ranks take their time on a busy machine."""

@@ -104,11 +104,16 @@ def test_a_host_that_lacks_the_file_or_has_another_one(tmp_path: Path, cache: Mo
         assert (found["there"], found["error"]) == (there, None)
 
 
-def test_a_file_that_has_changed_is_left_to_the_ranks(tmp_path: Path) -> None:
+def test_a_file_that_has_changed_is_refused(tmp_path: Path) -> None:
+    """Ranks whose host has it would say another thing than those whose host lacks it."""
     FLUX.save(tmp_path)
     command = load(tmp_path / FLUX.file)
     os.utime(tmp_path / FLUX.file, (1, 1))
-    assert find_files(command) == []
+    with pytest.raises(ModelCorrupt, match="has changed since it was asked for"):
+        find_files(command)
+    (tmp_path / FLUX.file).unlink()
+    with pytest.raises(ModelNotFound):
+        find_files(command)
 
 
 def save_folder(folder: Path) -> Path:

@@ -63,6 +63,8 @@ class Cluster:
         """By node."""
         self._out: dict[str, float] = {}
         """Until when nodes are left out."""
+        self._one = asyncio.Lock()
+        """One start after the other reserves devices."""
 
     async def nodes(self, resource: str) -> list[Node]:
         """The hosts that can be had, with the devices that actors here hold counted as free."""
@@ -83,8 +85,13 @@ class Cluster:
     async def hold(self, counts: Mapping[str, int], resource: str) -> list[Agent] | None:
         """The actors that hold so many devices of each node, in this order: those that are there, or new ones.
 
-        None if something else has taken some of the devices; then no new ones hold any.
+        None if something else has taken some of the devices; then no new ones hold any. It isn't to be cancelled, as
+        devices that it has reserved by then would be lost.
         """
+        async with self._one:
+            return await self._hold(counts, resource)
+
+    async def _hold(self, counts: Mapping[str, int], resource: str) -> list[Agent] | None:
         for node in [each for each, agent in self.agents.items() if counts.get(each) != agent.count]:
             self.drop(node)
         reserved: dict[str, PlacementGroup] = {}
@@ -92,9 +99,11 @@ class Cluster:
             # In the same order for all groups: so no two of them wait for each other.
             for node in sorted({*counts}.difference(self.agents)):
                 reserved[node] = await asyncio.to_thread(_reserve, node, {resource: counts[node]})
-        except _Taken:
+        except (RayError, _Taken) as error:
             for held in reserved.values():
                 remove_placement_group(held)
+            if isinstance(error, RayError):
+                raise
             return None
         for node, held in reserved.items():
             options: dict[str, Any] = {"num_gpus": counts[node]} if resource == "GPU" else {"num_cpus": counts[node]}

@@ -15,7 +15,7 @@ from tacod.checkpoint import is_gguf, locate, read_checkpoint
 from tacod.checkpoint.folder import is_folders, open_folder
 from tacod.group.ray.cache import ModelCache, Piece
 from tacod.group.work import Load, read_envelope
-from tacod_client.errors import ModelError, ModelNotFound, TacodError
+from tacod_client.errors import ModelCorrupt, ModelNotFound, TacodError
 from tacod_client.wire import Message
 
 __all__ = ["FoundFile", "NamedFile", "Part", "find_files", "look_for", "problem", "use_found"]
@@ -54,16 +54,19 @@ class FoundFile(TypedDict):
 
 
 def find_files(load: Load) -> list[NamedFile]:
-    """The files that a load names, and their contents; empty if one has changed or gone: ranks will say so."""
+    """The files that a load names, and their contents.
+
+    Raises `ModelCorrupt` if one is no longer what it was when it was asked for, and what `read_checkpoint` does.
+    """
     named: list[NamedFile] = []
     for path, identity in {load.path: load.identity, **load.files}.items():
+        checkpoint = read_checkpoint(path)
+        if checkpoint.identity != identity:
+            raise ModelCorrupt(f"{path} has changed since it was asked for; load it again when it is complete")
         try:
-            checkpoint = read_checkpoint(path)
-            if checkpoint.identity != identity:
-                return []
             main, parts = _parts(path)
-        except (ModelError, OSError):
-            return []
+        except OSError as error:
+            raise ModelNotFound(f"{error.filename or path}: {error.strerror}; load it again") from None
         named.append(
             {"path": path, "identity": identity, "contents": checkpoint.contents, "main": main, "parts": parts}
         )

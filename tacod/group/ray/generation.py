@@ -25,6 +25,7 @@ from tacod.group.ray.launcher import CONTROL, LOAD, PACKET, RANK, WATCHED
 from tacod.group.ray.placement import describe, place
 from tacod.group.ray.sending import Refused, send_missing
 from tacod.group.work import Begun, Load, Progress, read_envelope, read_report
+from tacod_client.errors import TacodError
 from tacod_client.text import shortened
 
 __all__ = ["Generation", "Supervisor", "first_line"]
@@ -139,7 +140,7 @@ class Generation:
         until = time.monotonic() + ROOM_S
         while True:
             counts = await self._place(until)
-            if (agents := await self._cluster.hold(counts, self._resource)) is not None:
+            if (agents := await asyncio.shield(self._cluster.hold(counts, self._resource))) is not None:
                 return agents
             # Another group that started at the same time chose them too, or they are about to be given back.
             log.info("devices on the chosen hosts are taken: looking again")
@@ -292,7 +293,10 @@ class Generation:
         envelope = read_envelope(self._arena.unpack(packet))
         command = envelope.command
         assert isinstance(command, Load)
-        files = await asyncio.to_thread(find_files, command)
+        try:
+            files = await asyncio.to_thread(find_files, command)
+        except TacodError as error:
+            return [[] for _ in self._agents], error.to_wire()
         found = list(await asyncio.gather(*(self._ask(agent, "find", files, command.roots) for agent in self._agents)))
 
         def ask(agent: Agent, method: str, *arguments: Any) -> Awaitable[Any]:

@@ -212,9 +212,10 @@ class Host:
             copy = await asyncio.to_thread(self._cache.begin, contents, pieces)
         except TacodError as error:
             return problem(path, error)["error"]
-        self._copy = copy
-        if self._arena(epoch) is None:  # it has ended meanwhile
-            self._drop_copy()
+        if self._arena(epoch) is None:  # its ranks have ended meanwhile
+            copy.discard()
+        else:
+            self._copy = copy
         return None
 
     async def write_file(self, epoch: int, piece: int, start: int, chunk: Any) -> dict[str, Any] | None:
