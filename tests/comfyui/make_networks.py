@@ -27,6 +27,9 @@ def main(folder: Path) -> None:
         network = make(case)
         given = arguments(case)
         alone = first(given)
+        if case.conditions:
+            given["transformer_options"] = {"cond_or_uncond": [1, 0]}
+            alone["transformer_options"] = {"cond_or_uncond": [0]}
         outs = [call(network, each) for each in (given, alone)]
         torch.save({"inputs": given, "first": alone, "both": outs[0], "alone": outs[1]}, folder / f"{name}.pt")
         state = {case.prefix + key: value.contiguous().clone() for key, value in network.state_dict().items()}
@@ -87,8 +90,9 @@ def call(network: Any, given: dict[str, Any]) -> Any:
     """One forward, as ComfyUI's models call their networks; on copies, for some write to what they are given."""
     copies = changed(given, torch.clone)
     x, timestep, context = copies.pop("x"), copies.pop("timestep"), copies.pop("context", None)
+    options = copies.pop("transformer_options", {})
     with torch.inference_mode():
-        out = network(x, timestep, context=context, control=None, transformer_options={}, **copies)
+        out = network(x, timestep, context=context, control=None, transformer_options=options, **copies)
     return out.contiguous() if isinstance(out, torch.Tensor) else [each.contiguous() for each in out]
 
 

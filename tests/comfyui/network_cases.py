@@ -27,9 +27,22 @@ class NetworkCase:
     """Whether ComfyUI computes the same to the bit in its own torch, which may be another version, by one thread."""
     beside: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """What ComfyUI needs of a file beside the network."""
+    conditions: bool = False
+    """Whether it is told which condition each image of a batch is of."""
     prefix: str = ""
     """What the names in published files begin with."""
 
+
+SEEDVR2: dict[str, Any] = {"image_model": "seedvr2", "vid_dim": 24, "txt_in_dim": 32, "heads": 5, "head_dim": 16}
+SEEDVR2 |= {"num_layers": 4, "mm_layers": 2, "rope_dim": 12, "norm_eps": 1e-5, "mlp_type": "swiglu", "expand_ratio": 2}
+SEEDVR2 |= {"vid_out_norm": True}
+SEEDVR2_CALL: dict[str, Shape] = {
+    "x": (2, 16, 4, 42, 44),
+    "condition": (2, 17, 4, 42, 44),
+    "context": (2, 13, 32),
+}
+SEEDVR2_NAMES: dict[str, tuple[int, ...]] = {"blocks.31.mlp.all.proj_in_gate.weight": (1, 1)}
+"""By which ComfyUI knows a file; the network has fewer blocks."""
 
 CASES: dict[str, NetworkCase] = {
     "auraflow": NetworkCase(
@@ -147,6 +160,14 @@ CASES: dict[str, NetworkCase] = {
             "reference_latent": (2, 16, 1, 10, 14),
         },
     ),
+    "seedvr2": NetworkCase("seedvr.model.NaDiT", SEEDVR2, SEEDVR2_CALL, conditions=True, beside=SEEDVR2_NAMES),
+    "seedvr2_rope3d": NetworkCase(
+        "seedvr.model.NaDiT",
+        {**SEEDVR2, "rope_type": "rope3d", "mlp_type": "normal", "vid_out_norm": None, "mm_layers": 4},
+        SEEDVR2_CALL,
+        conditions=True,
+        beside=SEEDVR2_NAMES,
+    ),
     "wan_s2v": NetworkCase(
         "wan.model.WanModel_S2V",
         {"dim": 48, "ffn_dim": 64, "text_dim": 24, "num_heads": 3, "num_layers": 3, "freq_dim": 32}
@@ -219,6 +240,16 @@ CASES: dict[str, NetworkCase] = {
         | {"decoder_hidden_size": 32, "decoder_num_res_blocks": 2, "decoder_in_channels": 48},
         {"x": (2, 3, 20, 28), "context": (2, 13, 24)},
         numbers={"num_tokens": 13},
+    ),
+    "ace_step": NetworkCase(
+        "ace.model.ACEStepTransformer2DModel",
+        {"audio_model": "ace", "inner_dim": 40, "attention_head_dim": 8, "num_attention_heads": 5, "num_layers": 3}
+        | {"mlp_ratio": 2.5, "speaker_embedding_dim": 12, "text_embedding_dim": 24, "lyric_encoder_vocab_size": 9}
+        | {"ssl_latent_dims": [8, 8], "max_position": 64},
+        {"x": (2, 8, 16, 41), "context": (2, 13, 24), "speaker_embeds": (2, 12)},
+        masks={"lyric_token_idx": (7, 3)},
+        numbers={"lyrics_strength": 0.8},
+        exact=False,
     ),
     "ace_step15": NetworkCase(
         "ace.ace_step15.AceStepConditionGenerationModel",

@@ -27,6 +27,7 @@ from typing import Any
 from unittest import mock
 
 import made_up
+import made_up_exchanges
 import torch
 import torch.distributed as dist
 from attention_cases import largest_error
@@ -563,6 +564,11 @@ class Rank:
 
     def made_up(self, layout: Layout, **case: Any) -> float:
         return made_up.error(self.topology, layout, **case)
+
+    def exchanged(self, layout: Layout, **case: Any) -> Any:
+        """See `made_up_exchanges.error`."""
+        sequence = self._sequence(layout)
+        return None if sequence is None else made_up_exchanges.error(sequence, **case)
 
     def variant(self, layout: Layout, sharing: bool, **case: Any) -> float | None:
         sequence = self._sequence(layout, sharing)

@@ -6,23 +6,27 @@ block does by token needs no change, and attention is exchanged (Ulysses, arXiv:
 
 from __future__ import annotations
 
+import copy
 import inspect
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tacod.rank.comfyui.tables.base import Blocks, Cut, Table, Window
+from tacod.rank.comfyui.attention import attend, attend_near
+from tacod.rank.comfyui.exchanges import Sums, exchange_edges, exchange_heads
+from tacod.rank.comfyui.tables.base import Attention, Blocks, Cut, Heads, LinearAttention, Table, Window
 from tacod.rank.comfyui.tokens import Misfit, Tokens
-from tacod.rank.ops.qkv import QKV
 from tacod.rank.parallel.sequence import SequenceParallel
 
 __all__ = ["Split"]
+
+_OPTIONS = ("mask", "attn_precision", "skip_reshape", "skip_output_reshape")
+"""What ComfyUI's attention takes by place behind the heads."""
 
 
 class Split:
@@ -35,8 +39,12 @@ class Split:
         """
         self.table = table
         self.has_split = False
-        """Whether the last forward's tokens were shared out. Where a run has fewer than there are ranks, each rank has
-        computed all of it."""
+        """Whether the last forward's tokens were shared out. Where a run has fewer than there are ranks, or attention
+        fewer heads that are exchanged, each rank has computed all of it."""
+        self._sums = Sums(lambda: self._tokens)
+        self._has_sums = False
+        self._fewest_heads: int | None = None
+        """Of attentions whose heads are exchanged for tokens; None if there are none."""
         self._tokens: Tokens | None = None
         """Those of the forward that runs, until they are whole again."""
         self._whole: Tensor | None = None
@@ -63,12 +71,14 @@ class Split:
         ``frame`` is of how many tokens a frame is, if blocks look at frames.
         """
         self._tokens, self._within, self.has_split = Tokens(sequence, frame), [], False
+        self._sums.reset()
         options["optimized_attention_override"] = self._attend
         replaced = [(module, name, getattr(module, name)) for module, name in self._named]
         for module, name, attention in replaced:
             setattr(module, name, self._replacement(attention))
         try:
-            yield
+            with self._sums if self._has_sums else nullcontext():
+                yield
         finally:
             for module, name, attention in replaced:
                 setattr(module, name, attention)
@@ -78,7 +88,8 @@ class Split:
 
     def _watch(self, block: nn.Module, blocks: Blocks, tokens: Mapping[str, Cut], first: bool) -> None:
         crops = [cut.crop for cut in tokens.values() if cut.crop]
-        signature = _signature(block, blocks.path, (*tokens, *crops, *blocks.along, *blocks.counts))
+        counted = [name.partition(".")[0] for name in blocks.counts]
+        signature = _signature(block, blocks.path, (*tokens, *crops, *blocks.along, *counted))
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             shared = self._tokens
@@ -91,7 +102,7 @@ class Split:
             given = bound.arguments
             if first:
                 shared.begin(given, tokens)
-                self.has_split = shared.suffice
+                self.has_split = shared.suffice and self._heads_suffice(shared.sequence)
                 if not self.has_split:
                     self._tokens = None
                     return None
@@ -105,16 +116,35 @@ class Split:
             for name, cut in blocks.along.items():
                 given[name] = shared.cut(given.get(name), cut, name)
             for name, run in blocks.counts.items():
-                given[name] = shared.count(given.get(name), run, name)
+                argument, _, part = name.partition(".")
+                value = given.get(argument)
+                if part:
+                    given[argument] = copy.copy(value)
+                    setattr(given[argument], part, shared.count(getattr(value, part, None), run, name))
+                else:
+                    given[argument] = shared.count(value, run, name)
             return bound.args, bound.kwargs
 
         block.register_forward_pre_hook(before, with_kwargs=True)
         for path, runs in blocks.attention.items():
             self._mark(_module(block, path), runs)
+        for path in blocks.convolutions:
+            exchange_edges(_module(block, path), lambda: self._tokens)
+        for each in blocks.within:
+            self._watch(_module(block, each.path), each, {}, False)
 
-    def _mark(self, module: nn.Module, attention: tuple[str, ...] | Window | None) -> None:
+    def _heads_suffice(self, sequence: SequenceParallel) -> bool:
+        return self._fewest_heads is None or min(sequence.sizes(self._fewest_heads)) > 0
+
+    def _mark(self, module: nn.Module, attention: Attention) -> None:
         within: tuple[str, ...] | int | None = None
-        if isinstance(attention, Window):
+        if isinstance(attention, LinearAttention):
+            self._has_sums = True
+            self._sums.add_in(module)
+        elif isinstance(attention, Heads):
+            heads = exchange_heads(module, attention, lambda: self._tokens)
+            self._fewest_heads = min(heads, self._fewest_heads or heads)
+        elif isinstance(attention, Window):
             within = getattr(module, attention.size)
             if within is None:
                 return
@@ -174,78 +204,19 @@ class Split:
         return replaced
 
     def _attend(
-        self,
-        attention: Callable[..., Any],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        heads: int,
-        mask: Tensor | None = None,
-        attn_precision: Any = None,
-        skip_reshape: bool = False,
-        skip_output_reshape: bool = False,
-        **options: Any,
+        self, attention: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **options: Any
     ) -> Any:
         """ComfyUI's attention, over the tokens of all ranks; by its own function before and behind the blocks."""
         shared = self._tokens
-        names = self._within[-1] if self._within else () if shared is None else tuple(shared.runs)
-        theirs = partial(
-            attention,
-            attn_precision=attn_precision,
-            skip_reshape=skip_reshape,
-            skip_output_reshape=skip_output_reshape,
-            **options,
-        )
-        if shared is None or not shared.runs or names is None:
-            return theirs(q, k, v, heads, mask=mask)
-        if isinstance(names, int):
-            k, v, near = _near(shared, q, k, v, names, 2 if skip_reshape else 1)
-            return theirs(q, k, v, heads, mask=near)
-        if skip_reshape:
-            q, k, v = (each.transpose(1, 2).flatten(2) for each in (q, k, v))
-        width = q.shape[-1] // heads
-        runs = [shared.runs[name] for name in names]
-        mine = shared.mine(runs)
-        if not q.shape[1] == k.shape[1] == v.shape[1] == mine:
-            raise Misfit(f"an attention of {q.shape[1]} tokens over {k.shape[1]}, where {mine} were expected")
-        scale = options.get("scale")
-        if k.shape[-1] % width or k.shape != v.shape or (scale is not None and not math.isclose(scale, width**-0.5)):
-            raise Misfit("an attention with heads or a scale that aren't usual")
-        lengths = tuple(run.size for run in runs for _ in range(run.frames))
-        ordered = None if mask is None else _mask(shared.sequence, mask, lengths)
-        qkv = QKV((q.contiguous(), k.contiguous(), v.contiguous()), heads, kv_heads=k.shape[-1] // width)
-        out = shared.sequence.attend([lambda: qkv], [lengths], ordered).wait().clone()
-        return torch.unflatten(out, -1, (heads, width)).transpose(1, 2) if skip_output_reshape else out
-
-
-def _near(shared: Tokens, q: Tensor, k: Tensor, v: Tensor, window: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values near this rank's tokens, along ``dim``, and the mask of those within the window."""
-    (run,) = shared.runs.values()
-    if run.frames > 1 or not q.shape[dim] == k.shape[dim] == v.shape[dim] == shared.mine([run]):
-        raise Misfit(f"an attention of {q.shape[dim]} tokens over {k.shape[dim]} near ones")
-    begin, end = shared.sequence.place(run.size)
-    first, last = max(begin - window, 0), min(end + window, run.size)
-    near = [shared.join(each, dim, run).narrow(dim, first, last - first) for each in (k, v)]
-    places = torch.arange(first, last, device=q.device)
-    apart = (torch.arange(begin, end, device=q.device)[:, None] - places).abs()
-    mask = torch.zeros(apart.shape, dtype=q.dtype, device=q.device)
-    return near[0], near[1], mask.masked_fill_(apart > window, torch.finfo(q.dtype).min)[None, None]
-
-
-def _mask(sequence: SequenceParallel, mask: Tensor, lengths: Sequence[int]) -> Tensor:
-    """A mask over all tokens, with those of keys in the order of ranks."""
-    total = sum(lengths)
-    if mask.ndim == 4 and mask.shape[1] == 1:
-        mask = mask.squeeze(1)
-    if mask.ndim == 3 and mask.shape[1] == 1:
-        mask = mask.squeeze(1)
-    counts = [sum(each) for each in zip(*map(sequence.sizes, lengths), strict=True)]
-    if mask.ndim == 2 and mask.shape[1] == counts[sequence.whole.rank] != total:
-        # A mask that goes along, so each rank has that of its own keys.
-        return sequence.whole.gather(mask.contiguous(), counts, 1)[:, None, None]
-    if mask.shape[-1] != total or mask.ndim > 3 or (mask.ndim == 3 and mask.shape[1] != total):
-        raise Misfit(f"a mask of shape {list(mask.shape)} over {total} tokens")
-    return sequence.in_order_of_ranks(mask, lengths)
+        within = self._within[-1] if self._within else () if shared is None else tuple(shared.runs)
+        if shared is None or not shared.runs or within is None:
+            return attention(q, k, v, heads, *args, **options)
+        options |= dict(zip(_OPTIONS, args, strict=False))
+        if isinstance(within, int):
+            options.pop("mask", None)
+            theirs = partial(attention, **options)
+            return attend_near(shared, theirs, q, k, v, heads, within, 2 if options.get("skip_reshape") else 1)
+        return attend(shared, [shared.runs[name] for name in within], q, k, v, heads, **options)
 
 
 def _signature(block: nn.Module, path: str, names: Sequence[str]) -> inspect.Signature:

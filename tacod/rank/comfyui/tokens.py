@@ -51,7 +51,7 @@ class Tokens:
         """Learn from the first block's arguments how many tokens there are, and leave out those that don't count."""
         for name, cut in tokens.items():
             value = arguments.get(name)
-            if not isinstance(value, Tensor) or value.ndim < 3 or len(cut.runs) != 1:
+            if not isinstance(value, Tensor) or value.ndim <= cut.dim + cut.dims or len(cut.runs) != 1:
                 raise Misfit(f"the first block's {name} is no tensor of tokens")
             length = math.prod(value.shape[cut.dim : cut.dim + cut.dims])
             if cut.crop:
@@ -100,7 +100,7 @@ class Tokens:
         """All tokens of a tensor that has this rank's: the inverse of `cut`, with all along the first dimension."""
         runs = [self.runs[run] for run in cut.runs]
         sizes = [self.mine([run]) for run in runs]
-        if not isinstance(value, Tensor) or value.ndim < 3 or value.shape[cut.dim] != sum(sizes):
+        if not isinstance(value, Tensor) or value.ndim <= cut.dim or value.shape[cut.dim] != sum(sizes):
             shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise Misfit(f"{name} gives {shape}, and {sum(sizes)} tokens were expected")
         parts = zip(torch.split(value, sizes, dim=cut.dim), runs, strict=True)
@@ -114,14 +114,45 @@ class Tokens:
         framed = torch.unflatten(tokens.contiguous(), dim, (run.frames, tokens.shape[dim] // run.frames))
         return self.sequence.gather(framed, run.size, dim + 1).flatten(dim, dim + 1)
 
+    def with_edges(self, tokens: Tensor, dim: int, reach: int) -> tuple[Tensor, int]:
+        """This rank's tokens with up to ``reach`` of other ranks' on either side, and how many are on the left.
+
+        There are fewer at the ends of the sequence. A chunk may be shorter than ``reach``.
+        """
+        runs = list(self.runs.values())
+        if len(runs) != 1 or runs[0].frames > 1 or tokens.shape[dim] != self.mine(runs):
+            raise Misfit(f"{tokens.shape[dim]} tokens beside each other, where {self.mine(runs)} were expected")
+        sizes, me, length = self.sequence.sizes(runs[0].size), self.sequence.whole.rank, tokens.shape[dim]
+        edges = [min(size, reach) for size in sizes]
+        ends = (tokens.narrow(dim, 0, edges[me]), tokens.narrow(dim, length - edges[me], edges[me]))
+        everyones = self.sequence.whole.gather(torch.cat(ends, dim), [2 * edge for edge in edges], dim)
+        pieces = torch.split(everyones, [edge for edge in edges for _ in range(2)], dim)
+        # Of ranks on the left the last tokens, of those on the right the first ones.
+        nothing = tokens.narrow(dim, 0, 0)
+        left = torch.cat((nothing, *pieces[1 : 2 * me : 2]), dim)
+        right = torch.cat((nothing, *pieces[2 * me + 2 :: 2]), dim)
+        begin = max(left.shape[dim] - reach, 0)
+        left = left.narrow(dim, begin, left.shape[dim] - begin)
+        right = right.narrow(dim, 0, min(right.shape[dim], reach))
+        return torch.cat((left, tokens, right), dim), left.shape[dim]
+
     def mine(self, runs: Iterable[Run]) -> int:
         """How many tokens of these runs this rank has."""
         places = [(run.frames, *self.sequence.place(run.size)) for run in runs]
         return sum(frames * (end - begin) for frames, begin, end in places)
 
-    def count(self, count: Any, run: str, name: str) -> int:
-        """How many of the first ``count`` tokens of a run this rank has."""
+    def count(self, count: Any, run: str, name: str) -> int | Tensor:
+        """How many of the first ``count`` tokens of a run this rank has.
+
+        For a tensor of the lengths of images that lie one behind the other, one of how many of each it has.
+        """
         whole = self.runs[run]
+        if isinstance(count, Tensor):
+            if count.ndim != 1 or count.is_floating_point() or whole.frames > 1:
+                raise Misfit(f"{name} has no lengths of images")
+            ends = count.cumsum(0)
+            begin, end = self.sequence.place(whole.size)
+            return ends.clamp(begin, end) - (ends - count).clamp(begin, end)
         frames, rest = divmod(min(_number(count, name), whole.total), whole.size or 1)
         begin, end = self.sequence.place(whole.size)
         return frames * (end - begin) + min(max(rest - begin, 0), end - begin)

@@ -7,7 +7,20 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-__all__ = ["Blocks", "Cut", "Mask", "Shapes", "Table", "Window", "any_of", "patches", "width_in"]
+__all__ = [
+    "Attention",
+    "Blocks",
+    "Cut",
+    "Heads",
+    "LinearAttention",
+    "Mask",
+    "Shapes",
+    "Table",
+    "Window",
+    "any_of",
+    "patches",
+    "width_in",
+]
 
 Shapes = Mapping[str, Any]
 """The shapes of a call's tensors by name, and lists of shapes for lists of tensors."""
@@ -45,6 +58,33 @@ class Window:
 
 
 @dataclass(frozen=True)
+class LinearAttention:
+    """Attention by sums over tokens: ranks add up theirs. The first matrix product in the module gives the sums."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention that needs all tokens in their places, such as in windows: ranks exchange tokens for heads around it.
+
+    Tokens are one packed sequence, [S, C]. Between the two modules a rank has all tokens and its heads of them.
+    """
+
+    begin: str
+    """The module within whose result has queries, keys and values of the tokens, side by side. Of several results the
+    others are of tokens that every rank has, such as a text's."""
+    end: str
+    """The module within that gets what attention gives, in the same order."""
+    count: str
+    """The attribute that says how many heads there are."""
+    parts: int = 3
+    """How many tensors lie side by side."""
+
+
+Attention = tuple[str, ...] | Window | LinearAttention | Heads | None
+"""What a module's attention is over: see `Blocks.attention`."""
+
+
+@dataclass(frozen=True)
 class Blocks:
     """A list of blocks, or one module between them, and what they are called with."""
 
@@ -53,10 +93,15 @@ class Blocks:
     along: Mapping[str, Cut] = field(default_factory=dict)
     """Arguments that each block gets whole, such as rotary tables; a rank's block gets its tokens'."""
     counts: Mapping[str, str] = field(default_factory=dict)
-    """Arguments that say how many of the first tokens of a run are meant; a rank's block gets how many it has."""
-    attention: Mapping[str, tuple[str, ...] | Window | None] = field(default_factory=dict)
+    """Arguments that say how many of the first tokens of a run are meant, or tensors of how many each image of a packed
+    sequence has; a rank's block gets how many it has. ``name.part`` is an attribute of an argument."""
+    attention: Mapping[str, Attention] = field(default_factory=dict)
     """The runs that attend together in a module, by its path in the block; all of them in modules without an entry. A
     `Window` is for near tokens alone, None for cross-attention, whose keys every rank has."""
+    convolutions: tuple[str, ...] = ()
+    """Convolutions over neighbouring tokens, by their paths in the block. Ranks send each other the edges of chunks."""
+    within: tuple[Blocks, ...] = ()
+    """Modules in each block that get such arguments too; their paths are in the block."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tacod.rank.comfyui.tables.base import Blocks, Cut, Mask, Shapes, Table, Window, width_in
+from tacod.rank.comfyui.tables.base import Blocks, Cut, LinearAttention, Mask, Shapes, Table, Window, patches, width_in
 
 __all__ = ["SOUNDS"]
 
@@ -21,6 +21,30 @@ def _ace_step_length(net: Any) -> int:
 
 
 SOUNDS: tuple[Table, ...] = (
+    Table(
+        network="ace.model.ACEStepTransformer2DModel",
+        blocks=(
+            Blocks(
+                "transformer_blocks",
+                along={"rotary_freqs_cis": Cut(0, ("sound",))},
+                attention={"attn": LinearAttention(), "cross_attn": None},
+                convolutions=("ff.depth_conv.conv",),
+            ),
+        ),
+        tokens={"hidden_states": Cut(1, ("sound",))},
+        gather=("transformer_blocks", ("sound",)),
+        heads=lambda net: int(net.num_attention_heads),
+        width=lambda net: int(net.inner_dim),
+        lengths=lambda net, shapes: (patches(shapes["x"], *net.patch_size),),
+        probe=lambda net: {
+            "x": (1, net.in_channels, net.patch_size[0], 37 * net.patch_size[1]),
+            "context": (1, 9, width_in(net.genre_embedder)),
+            # Tokens are whole numbers, as a mask is.
+            "lyric_token_idx": Mask((1, 7), hidden=2),
+            "speaker_embeds": (1, width_in(net.speaker_embedder)),
+            "lyrics_strength": 0.9,
+        },
+    ),
     Table(
         network="ace.ace_step15.AceStepConditionGenerationModel",
         blocks=(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from tacod.rank.comfyui.tables.base import Blocks, Cut, Mask, Shapes, Table, any_of, patches, width_in
+from tacod.rank.comfyui.tables.base import Blocks, Cut, Heads, Mask, Shapes, Table, any_of, patches, width_in
 
 __all__ = ["VIDEOS"]
 
@@ -34,6 +35,21 @@ def _wan_unfit(shapes: Shapes, sounds: int, frames: int) -> str:
 def _music(net: Any, fps: float) -> Mapping[str, Any]:
     """WanDancer's music."""
     return {"audio_embed": (1, 11, width_in(net.music_projection)), "fps": fps, "audio_inject_scale": 0.7}
+
+
+def _seedvr2_call(net: Any, conditions: list[int]) -> Mapping[str, Any]:
+    """A call of SeedVR2 for images of these conditions; it exchanges the halves of those that are of both."""
+    images, channels = len(conditions), width_in(net.vid_in.proj) // math.prod(net.vid_in.patch_size)
+    text = width_in(net.txt_in) if hasattr(net.txt_in, "in_features") else width_in(net.emb_in.proj_hid)
+    latent = net.vid_out.proj.out_features // math.prod(net.vid_out.patch_size)
+    # Large enough for several windows along each side.
+    return {
+        "x": (images, latent, 3, 40, 44),
+        "timestep": (images,),
+        "condition": (images, channels - latent, 3, 40, 44),
+        "context": (images, 9, text),
+        "transformer_options": {"cond_or_uncond": conditions},
+    }
 
 
 VIDEOS: tuple[Table, ...] = (
@@ -93,6 +109,24 @@ VIDEOS: tuple[Table, ...] = (
             "attention_mask": Mask((1, 11), hidden=2),
             "num_tokens": 9,
         },
+    ),
+    Table(
+        network="seedvr.model.NaDiT",
+        blocks=(
+            Blocks(
+                "blocks",
+                # Its windows are of all tokens, and other ones in each block; its text is on each rank.
+                attention={"attn": Heads("proj_qkv", "proj_out", "heads")},
+                within=(Blocks("ada", counts={"hid_len.vid": "video"}),),
+            ),
+        ),
+        tokens={"vid": Cut(0, ("video",))},
+        gather=("vid_out.proj", ("video",)),
+        heads=lambda net: int(net.blocks[0].attn.heads),
+        width=lambda net: int(net.vid_out.proj.in_features),
+        lengths=lambda net, shapes: (patches(shapes["x"], *net.vid_in.patch_size),),
+        probe=lambda net: _seedvr2_call(net, [0]),
+        further=lambda net: (_seedvr2_call(net, [1, 0]),),
     ),
     Table(
         network="wan.model.HumoWanModel",
