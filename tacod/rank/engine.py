@@ -319,7 +319,7 @@ class Engine:
         out = self.forwards(Call(dit, chosen, inputs, (session, conditioning), conditioning))
         return Stepped(
             out=self._result(out, shared, room),
-            plan=str(chosen),
+            plan=dit.told(chosen),
             ranks=chosen.layout.ranks,
             forwards=1,
             record=[],

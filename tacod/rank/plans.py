@@ -38,7 +38,8 @@ class Plans:
         Raises `ArgumentError` for arguments that the model doesn't take, and for a plan that can't be.
         """
         made = self._made.setdefault(dit, OrderedDict())
-        kind = _describe(asked), _describe(arguments)
+        # A network of ComfyUI's may stop sharing tokens.
+        kind = dit.shares_tokens, _describe(asked), _describe(arguments)
         known = made.get(kind)
         if known is None:
             known = made[kind] = self._make(dit, asked, arguments)

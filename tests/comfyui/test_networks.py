@@ -99,6 +99,8 @@ def test_a_text_of_fewer_tokens_than_ranks(networks: Networks, files: Path, name
         model = client.load(f"{name}.safetensors")
         out = model.forward(**inputs)
         assert model.stats.retries == 0
+        assert model.stats.last is not None
+        assert model.stats.last.plan == "sequence 1 on each rank, not sequence 4: text has 2 tokens"
         alone = client.load(f"{name}.safetensors", plan={"sequence_parallel_degree": 1})
         assert torch.equal(out, alone.forward(**inputs))
         client.unload(model.id)

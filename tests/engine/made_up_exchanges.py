@@ -158,4 +158,4 @@ def error(sequence: SequenceParallel, kind: str, arguments: list[int]) -> tuple[
     with split.sharing(sequence, {}):
         out = network(*tokens, **others)
     heads = getattr(network.blocks[0].attn, "heads", HEADS)
-    return relative_difference(out, expected), split.has_split, int(heads)
+    return relative_difference(out, expected), not split.unshared, int(heads)

@@ -27,6 +27,7 @@ from typing import Any
 from unittest import mock
 
 import made_up
+import made_up_attention
 import made_up_exchanges
 import torch
 import torch.distributed as dist
@@ -569,6 +570,14 @@ class Rank:
         """See `made_up_exchanges.error`."""
         sequence = self._sequence(layout)
         return None if sequence is None else made_up_exchanges.error(sequence, **case)
+
+    def called(self, layout: Layout, **case: Any) -> Any:
+        """See `made_up_attention.called`."""
+        return made_up_attention.called(self.topology, layout, **case)
+
+    def checked(self, layout: Layout, **case: Any) -> Any:
+        """See `made_up_attention.checked`."""
+        return made_up_attention.checked(self.topology, **case)
 
     def variant(self, layout: Layout, sharing: bool, **case: Any) -> float | None:
         sequence = self._sequence(layout, sharing)

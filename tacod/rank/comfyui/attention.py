@@ -11,9 +11,12 @@ from torch import Tensor
 
 from tacod.rank.comfyui.tokens import Misfit, Run, Tokens
 from tacod.rank.ops.qkv import QKV
-from tacod.rank.parallel.sequence import SequenceParallel
 
 __all__ = ["attend", "attend_near"]
+
+
+_NOTHING_TO_DO = ("transformer_options", "low_precision_attention", "_inside_attn_wrapper")
+"""Options that don't change what exact attention gives: a call's own, leave to be inexact, and a mark of ComfyUI's."""
 
 
 def attend(
@@ -24,27 +27,46 @@ def attend(
     v: Tensor,
     heads: int,
     mask: Tensor | None = None,
+    attn_precision: torch.dtype | None = None,
     skip_reshape: bool = False,
     skip_output_reshape: bool = False,
+    enable_gqa: bool = False,
+    scale: float | None = None,
     **options: Any,
 ) -> Tensor:
     """The attention of this rank's tokens of these runs over those of all ranks, called as ComfyUI's own is.
 
-    Raises `Misfit` for what can't be exchanged, before anything is.
+    Queries, keys and values are [B, S, H * D], or [B, H, S, D] with ``skip_reshape``; with ``enable_gqa`` there may be
+    fewer heads of keys and values. The result is [B, S, H * D], or [B, H, S, D] with ``skip_output_reshape``.
+    ``mask`` is added to the scores, or says as bool who attends to whom: [S or 1, S], [B or 1, S or 1, S] or
+    [B or 1, 1, S or 1, S], over all tokens, or with a rank's own keys. ``attn_precision`` may ask for fp32. Raises
+    `Misfit` for what can't be exchanged, before anything is.
     """
+    unknown = [name for name, value in options.items() if name not in _NOTHING_TO_DO and value is not None]
+    if unknown:
+        raise Misfit(f"an attention with {', '.join(unknown)}, which isn't known here")
+    if not all(isinstance(each, Tensor) for each in (q, k, v)):
+        raise Misfit(f"an attention of a {type(q).__name__}")
     if skip_reshape:
         q, k, v = (each.transpose(1, 2).flatten(2) for each in (q, k, v))
     width = q.shape[-1] // heads
     mine = shared.mine(runs)
     if not q.shape[1] == k.shape[1] == v.shape[1] == mine:
         raise Misfit(f"an attention of {q.shape[1]} tokens over {k.shape[1]}, where {mine} were expected")
-    scale = options.get("scale")
-    if k.shape[-1] % width or k.shape != v.shape or (scale is not None and not math.isclose(scale, width**-0.5)):
-        raise Misfit("an attention with heads or a scale that aren't usual")
+    kv_heads, rest = divmod(k.shape[-1], width)
+    if rest or k.shape != v.shape or heads % kv_heads or (kv_heads != heads and not enable_gqa):
+        raise Misfit(f"an attention of {heads} heads of {width}, with {k.shape[-1]} channels of keys")
+    dtype = v.dtype
+    if attn_precision is not None:
+        q, k, v = (each.to(torch.promote_types(each.dtype, attn_precision)) for each in (q, k, v))
+    if scale is not None and not math.isclose(scale, width**-0.5):
+        # Kernels divide by the root of the width.
+        q = q * (scale * width**0.5)
     lengths = tuple(run.size for run in runs for _ in range(run.frames))
-    ordered = None if mask is None else _mask(shared.sequence, mask, lengths)
-    qkv = QKV((q.contiguous(), k.contiguous(), v.contiguous()), heads, kv_heads=k.shape[-1] // width)
-    out = shared.sequence.attend([lambda: qkv], [lengths], ordered).wait().clone()
+    ordered = None if mask is None else _mask(shared, mask, lengths)
+    qkv = QKV((q.contiguous(), k.contiguous(), v.contiguous()), heads, kv_heads=kv_heads)
+    shared.meet()
+    out = shared.sequence.attend([lambda: qkv], [lengths], ordered).wait().to(dtype, copy=True)
     return torch.unflatten(out, -1, (heads, width)).transpose(1, 2) if skip_output_reshape else out
 
 
@@ -68,17 +90,21 @@ def attend_near(
     return theirs(q, *near, heads, mask=mask)
 
 
-def _mask(sequence: SequenceParallel, mask: Tensor, lengths: Sequence[int]) -> Tensor:
-    """A mask over all tokens, with those of keys in the order of ranks."""
-    total = sum(lengths)
-    if mask.ndim == 4 and mask.shape[1] == 1:
-        mask = mask.squeeze(1)
-    if mask.ndim == 3 and mask.shape[1] == 1:
-        mask = mask.squeeze(1)
+def _mask(shared: Tokens, mask: Tensor, lengths: Sequence[int]) -> Tensor:
+    """A mask over all tokens, with those of keys in the order of ranks: [B or 1, 1, S or 1, S]."""
+    sequence, total, shape = shared.sequence, sum(lengths), list(mask.shape)
+    if mask.ndim == 4 and (mask.shape[1] == 1 or mask.stride(1) == 0):
+        mask = mask[:, 0]
+    elif mask.ndim == 2:
+        mask = mask[None]
+    if mask.ndim != 3:
+        raise Misfit(f"a mask of shape {shape}, of each head")
+    rows, keys = mask.shape[1:]
     counts = [sum(each) for each in zip(*map(sequence.sizes, lengths), strict=True)]
-    if mask.ndim == 2 and mask.shape[1] == counts[sequence.whole.rank] != total:
+    if rows == 1 and keys == counts[sequence.whole.rank] != total:
         # A mask that goes along, so each rank has that of its own keys.
-        return sequence.whole.gather(mask.contiguous(), counts, 1)[:, None, None]
-    if mask.shape[-1] != total or mask.ndim > 3 or (mask.ndim == 3 and mask.shape[1] != total):
-        raise Misfit(f"a mask of shape {list(mask.shape)} over {total} tokens")
-    return sequence.in_order_of_ranks(mask, lengths)
+        shared.meet()
+        return sequence.whole.gather(mask.contiguous(), counts, 2)[:, None]
+    if keys != total or rows not in (1, total):
+        raise Misfit(f"a mask of shape {shape} over {total} tokens")
+    return sequence.in_order_of_ranks(mask[:, 0] if rows == 1 else mask, lengths)

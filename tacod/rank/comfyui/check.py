@@ -17,6 +17,7 @@ from tacod.rank.families.inputs import Inputs
 from tacod.rank.forward.run import Call, relative_difference, run
 from tacod.rank.oom import clear_tracebacks, describe_oom
 from tacod.rank.parallel.topology import Topology
+from tacod_client.text import encodable
 
 __all__ = ["LIMITS", "check_split", "small_inputs"]
 
@@ -38,8 +39,12 @@ def check_split(network: Network, topology: Topology, device: torch.device) -> N
             return
 
 
+class _FailedElsewhere(Exception):
+    """Another rank has failed, so nobody goes on to the next exchange."""
+
+
 def _failure(network: Network, probe: Mapping[str, Any], topology: Topology, device: torch.device) -> str:
-    """Why a table isn't true of a small forward; empty if it is. All ranks agree on whether it is."""
+    """Why a table isn't true of a small forward, the same on all ranks; empty if it is."""
     try:
         shape = Shape(network.heads, network.width, 1, network.lengths(small_inputs(network, probe, device)))
         # Each forward has inputs of its own, for a network may write to them.
@@ -51,26 +56,47 @@ def _failure(network: Network, probe: Mapping[str, Any], topology: Topology, dev
     except Exception as error:  # whatever a network raises
         _reraise_lack_of_memory(error)
         failed = f"its own small forward failed ({type(error).__name__}: {error})"
-    if not topology.everyone.agree(not failed):
-        return failed or "its small forward failed on another rank"
+    if failed := _said(topology, failed):
+        return failed
+
+    def meet() -> None:
+        # A rank that has failed says so in place of its next exchange, and others wait for it here.
+        if not topology.everyone.agree(True):
+            raise _FailedElsewhere
+
     for layout in _layouts(topology.world_size):
+        elsewhere = False
         try:
             inputs = small_inputs(network, probe, device)
-            shared = run(Call(network, Plan(layout, topology.world_size, shape), inputs), topology)
+            with network.meeting(meet):
+                shared = run(Call(network, Plan(layout, topology.world_size, shape), inputs), topology)
             difference = relative_difference(shared, alone)
             # Of what is no number nothing is known.
             fits = difference <= LIMITS[network.dtype]
             failed = "" if fits else f"with {layout} a small forward differed by {difference:.1e} from one rank's"
-            if not network.has_split:
-                failed = f"its small forward has too few tokens for {topology.world_size} ranks"
-        except Exception as error:  # such as a table that misfits, on all ranks alike
+            if network.unshared:
+                failed = f"{topology.world_size} ranks can't share its small forward: {network.unshared}"
+        except _FailedElsewhere:
+            elsewhere = True
+        except Exception as error:  # such as a table that misfits, on all ranks or on this one
             _reraise_lack_of_memory(error)
-            topology.begin_anew()
             failed = f"with {layout} a small forward failed ({type(error).__name__}: {error})"
             clear_tracebacks(error)
-        if not topology.everyone.agree(not failed):
-            return failed or f"with {layout} a small forward went wrong on another rank"
+        if failed := _said(topology, failed, elsewhere):
+            topology.begin_anew()
+            return failed
     return ""
+
+
+def _said(topology: Topology, failed: str, elsewhere: bool = False) -> str:
+    """What one of the ranks that ``failed`` says of it, on all ranks; empty if none has.
+
+    Those that know already that it was ``elsewhere`` have agreed on that.
+    """
+    if not elsewhere and topology.everyone.agree(not failed):
+        return ""
+    told = topology.everyone.tell(encodable(failed).encode())
+    return next(filter(None, told)).decode()
 
 
 def small_inputs(network: Network, probe: Mapping[str, Any], device: torch.device) -> Inputs:

@@ -59,6 +59,7 @@ class Sums(TorchFunctionMode):
         mine = shared.mine(shared.runs.values())
         if len(args) != 2 or args[0].shape[-1] != mine or args[1].shape[-2] != mine:
             raise Misfit(f"a linear attention whose first matrix product isn't over its {mine} tokens")
+        shared.meet()
         return shared.sequence.whole.sum(out.float()).to(out.dtype)
 
 
@@ -118,6 +119,7 @@ def exchange_heads(module: nn.Module, how: Heads, shared: Shared) -> int:
             return None
         mine, *whole = out if isinstance(out, tuple) else (out,)
         total, sequence = _packed(tokens, mine, how.parts * heads), tokens.sequence
+        tokens.meet()
         everyones = to_heads(sequence, mine, total, how.parts, heads)
         texts = [_chosen(sequence, each, how.parts, heads) for each in whole]
         return (everyones, *texts) if texts else everyones
@@ -128,6 +130,7 @@ def exchange_heads(module: nn.Module, how: Heads, shared: Shared) -> int:
         sequence = tokens.sequence
         sizes = sequence.sizes(heads)
         mine, *whole = args
+        tokens.meet()
         width = mine.shape[-1] // sizes[sequence.whole.rank]
         texts = [sequence.whole.gather(each.contiguous(), [width * size for size in sizes], 1) for each in whole]
         return (to_tokens(sequence, mine, heads), *texts)

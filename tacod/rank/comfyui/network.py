@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tacod.checkpoint import TensorInfo
-from tacod.plan import Request
+from tacod.plan import Layout, Plan, Request
 from tacod.rank.comfyui.follow import count_blocks, followed
 from tacod.rank.comfyui.split import Split
 from tacod.rank.comfyui.tables.base import Table
@@ -97,6 +97,9 @@ class Network(DiT):
         self._seed_of = seed_of
         self._together = together
         self._split: Split | None = None
+        self._meet: Callable[[], None] | None = None
+        self._refused = ""
+        """What of a call, after the small forwards, misfitted the table."""
         self.probes: list[dict[str, Any]] = []
         """The arguments of the small forwards by which the table is checked; empty if it isn't taken up."""
         self.reason = "this version has no table of its blocks"
@@ -243,20 +246,54 @@ class Network(DiT):
         watch: BlockWatch | None = None,
     ) -> Output:
         """See `DiT.run`: one call of the network, with what ComfyUI passes to it."""
+        shares = self._split is not None and sequence.size > 1
+        with followed(len(self._blocks), watch):
+            try:
+                # It may write to its arguments, and be called once more.
+                out = self._call(inputs.clone(), sequence) if shares else self._call(inputs)
+            except Misfit as misfit:
+                if not shares or self._meet is not None:
+                    raise
+                # All ranks come here, for they call alike, and each of them can compute all of it.
+                self.distrust(f"a call wasn't as the small forwards are: {misfit}")
+                self._refused = str(misfit)
+                out = self._call(inputs)
+        outs = [out] if isinstance(out, Tensor) else list(out)
+        # As ComfyUI, which packs several latents and takes a list of one as it is.
+        return outs[0].contiguous() if len(outs) == 1 else [each.contiguous() for each in outs]
+
+    def _call(self, inputs: Inputs, sequence: SequenceParallel | None = None) -> Any:
+        """What the network gives, with an image's tokens shared out over a ``sequence`` if there is one."""
         values = dict(inputs)
         x, timestep, context = values.pop("x"), values.pop("timestep"), values.pop("context", None)
         options = dict(values.pop(OPTIONS, {}))
         shared: AbstractContextManager[None] = nullcontext()
-        if self._split is not None and self._table is not None and sequence.size > 1:
-            shared = self._split.sharing(sequence, options, self._table.frame(self.inner, shapes_of(inputs)))
+        if sequence is not None and self._split is not None and self._table is not None:
+            frame = self._table.frame(self.inner, shapes_of(inputs))
+            shared = self._split.sharing(sequence, options, frame, self._meet or (lambda: None))
         if (forget := getattr(self.inner, "clear_kv_cache", None)) is not None:
             # It keeps keys of former calls by the address of a tensor, which another call's may have now.
             forget()
-        with followed(len(self._blocks), watch), shared:
-            out = self.inner(x, timestep, context=context, control=None, transformer_options=options, **values)
-        outs = [out] if isinstance(out, Tensor) else list(out)
-        # As ComfyUI, which packs several latents and takes a list of one as it is.
-        return outs[0].contiguous() if len(outs) == 1 else [each.contiguous() for each in outs]
+        with shared:
+            return self.inner(x, timestep, context=context, control=None, transformer_options=options, **values)
+
+    @contextmanager
+    def meeting(self, meet: Callable[[], None]) -> Iterator[None]:
+        """A context in which ranks call ``meet`` before each exchange, and a call that misfits the table fails."""
+        self._meet = meet
+        try:
+            yield
+        finally:
+            self._meet = None
+
+    def told(self, plan: Plan) -> str:
+        """See `DiT.told`: where tokens weren't shared out as planned, that and why."""
+        if self._refused:
+            return f"{plan}; tokens are not shared out: {self._refused}"
+        if plan.layout.sequence == 1 or self._split is None or not self._split.unshared:
+            return str(plan)
+        alone = Layout(plan.layout.batch, 1, 1)
+        return f"{alone} on each rank, not sequence {plan.layout.sequence}: {self._split.unshared}"
 
     # --- weights ------------------------------------------------------------------------------------------------------
 
@@ -328,9 +365,9 @@ class Network(DiT):
         return self._split is not None
 
     @property
-    def has_split(self) -> bool:
-        """Whether the tokens of the last forward that asked for it were shared out; they may have been too few."""
-        return self._split is not None and self._split.has_split
+    def unshared(self) -> str:
+        """Why each rank computed all tokens of the last forward that was to share them; empty if it didn't."""
+        return self.reason if self._split is None else self._split.unshared
 
     @property
     def table(self) -> Table | None:

@@ -38,9 +38,9 @@ class Split:
         Raises `Misfit` if it lacks what the table names.
         """
         self.table = table
-        self.has_split = False
-        """Whether the last forward's tokens were shared out. Where a run has fewer than there are ranks, or attention
-        fewer heads that are exchanged, each rank has computed all of it."""
+        self.unshared = ""
+        """Why each rank has computed all tokens of the last forward; empty if they were shared out. A run may have
+        fewer than there are ranks, or attention fewer heads that are exchanged."""
         self._sums = Sums(lambda: self._tokens)
         self._has_sums = False
         self._fewest_heads: int | None = None
@@ -65,12 +65,18 @@ class Split:
         (_module(network, path) if last is None else last).register_forward_hook(self._gather(cut))
 
     @contextmanager
-    def sharing(self, sequence: SequenceParallel, options: dict[str, Any], frame: int = 0) -> Iterator[None]:
+    def sharing(
+        self,
+        sequence: SequenceParallel,
+        options: dict[str, Any],
+        frame: int = 0,
+        meet: Callable[[], None] = lambda: None,
+    ) -> Iterator[None]:
         """A context in which calls of the network split tokens; ``options`` of such a call get the attention.
 
-        ``frame`` is of how many tokens a frame is, if blocks look at frames.
+        ``frame`` is of how many tokens a frame is, if blocks look at frames. ``meet`` is called before each exchange.
         """
-        self._tokens, self._within, self.has_split = Tokens(sequence, frame), [], False
+        self._tokens, self._within, self.unshared = Tokens(sequence, frame, meet), [], "it doesn't come to its blocks"
         self._sums.reset()
         options["optimized_attention_override"] = self._attend
         replaced = [(module, name, getattr(module, name)) for module, name in self._named]
@@ -102,8 +108,8 @@ class Split:
             given = bound.arguments
             if first:
                 shared.begin(given, tokens)
-                self.has_split = shared.suffice and self._heads_suffice(shared.sequence)
-                if not self.has_split:
+                self.unshared = shared.scarce or self._scarce_heads(shared.sequence)
+                if self.unshared:
                     self._tokens = None
                     return None
             elif not shared.runs:
@@ -133,8 +139,9 @@ class Split:
         for each in blocks.within:
             self._watch(_module(block, each.path), each, {}, False)
 
-    def _heads_suffice(self, sequence: SequenceParallel) -> bool:
-        return self._fewest_heads is None or min(sequence.sizes(self._fewest_heads)) > 0
+    def _scarce_heads(self, sequence: SequenceParallel) -> str:
+        few = self._fewest_heads
+        return "" if few is None or all(sequence.sizes(few)) else f"attention has {few} heads"
 
     def _mark(self, module: nn.Module, attention: Attention) -> None:
         within: tuple[str, ...] | int | None = None

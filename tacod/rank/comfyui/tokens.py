@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,10 +39,12 @@ class Tokens:
     Args:
         sequence: The ranks.
         frame: Of how many tokens a frame is, if blocks look at frames; 0 if they don't.
+        meet: Called before each exchange; it raises if another rank has failed.
     """
 
-    def __init__(self, sequence: SequenceParallel, frame: int) -> None:
+    def __init__(self, sequence: SequenceParallel, frame: int, meet: Callable[[], None] = lambda: None) -> None:
         self.sequence = sequence
+        self.meet = meet
         self.runs: dict[str, Run] = {}
         """By name; empty before the first block."""
         self._frame = frame
@@ -65,9 +67,15 @@ class Tokens:
                 raise Misfit(f"the first block's {name} has {length} tokens, unlike another argument")
 
     @property
-    def suffice(self) -> bool:
-        """Whether each rank has some of every run. Not every network can compute on none."""
-        return all(min(self.sequence.sizes(run.size)) > 0 for run in self.runs.values())
+    def scarce(self) -> str:
+        """Which run is so short that some rank has none of it; empty if there is none.
+
+        Not every network can compute on no tokens.
+        """
+        short = [
+            f"{name} has {run.size} tokens" for name, run in self.runs.items() if not all(self.sequence.sizes(run.size))
+        ]
+        return short[0] if short else ""
 
     def cut(self, value: Any, cut: Cut, name: str) -> Any:
         """This rank's tokens of a tensor, or of each in a list. Without frames and several runs it is a view."""
@@ -109,6 +117,7 @@ class Tokens:
 
     def join(self, tokens: Tensor, dim: int, run: Run) -> Tensor:
         """A run's tokens, of each rank's."""
+        self.meet()
         if run.frames == 1:
             return self.sequence.gather(tokens.contiguous(), run.size, dim)
         framed = torch.unflatten(tokens.contiguous(), dim, (run.frames, tokens.shape[dim] // run.frames))
@@ -125,6 +134,7 @@ class Tokens:
         sizes, me, length = self.sequence.sizes(runs[0].size), self.sequence.whole.rank, tokens.shape[dim]
         edges = [min(size, reach) for size in sizes]
         ends = (tokens.narrow(dim, 0, edges[me]), tokens.narrow(dim, length - edges[me], edges[me]))
+        self.meet()
         everyones = self.sequence.whole.gather(torch.cat(ends, dim), [2 * edge for edge in edges], dim)
         pieces = torch.split(everyones, [edge for edge in edges for _ in range(2)], dim)
         # Of ranks on the left the last tokens, of those on the right the first ones.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tacod.checkpoint import TensorInfo
-from tacod.plan import DeviceRates, Request
+from tacod.plan import DeviceRates, Plan, Request
 from tacod.rank.families.inputs import Argument, Inputs, Residuals, Spec
 from tacod.rank.families.kit.attention import find
 from tacod.rank.families.kit.modulation import Modulation
@@ -223,6 +223,10 @@ class DiT(nn.Module, abc.ABC):
     def refusal(self, error: Exception) -> TacodError | None:
         """What ranks that didn't meet this error of a forward are told; None for one that ends this rank."""
         return error if isinstance(error, ArgumentError) else None
+
+    def told(self, plan: Plan) -> str:
+        """In words, how the last forward was split, which was planned like this."""
+        return str(plan)
 
     def methods(self) -> Mapping[str, Method]:
         """What the network does outside of a forward, by ComfyUI's names of these methods.

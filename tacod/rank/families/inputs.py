@@ -222,6 +222,10 @@ class Inputs(Mapping[str, Any]):
         """What a CUDA graph depends on: shapes and dtypes of tensors, and all other values."""
         return tuple((name, _key(value)) for name, value in sorted(self._values.items()))
 
+    def clone(self) -> Inputs:
+        """The same values, with tensors of their own."""
+        return Inputs(_map(self._values, torch.clone), self.specs)
+
     def replace(self, **values: Any) -> Inputs:
         """The same with other values; None removes one."""
         return Inputs({**self._values, **values}, self.specs)

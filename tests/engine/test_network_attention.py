@@ -1,0 +1,83 @@
+"""Every way in which ComfyUI's networks call attention: exchanged, or refused with the image on one rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from helpers import FP32
+from made_up_attention import HOW, REFUSED, TEXT
+from rank_worker import WORLD, Ranks
+
+LAYOUTS = [(1, 3, 1), (1, 1, 2), (1, 2, 2)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("how", [each for each in HOW if each not in REFUSED])
+def test_it_gives_what_all_tokens_give(ranks: Ranks, how: str, layout: tuple[int, ...]) -> None:
+    for error, reason, told in ranks.run(layout, "called", how=how, text=TEXT, dtype="float32")[
+        : layout[1] * layout[2]
+    ]:
+        assert (error <= FP32, reason) == (True, "")
+        assert told.startswith(f"sequence {layout[1] * layout[2]} (")
+
+
+def test_attention_in_fp32_is_in_fp32(ranks: Ranks) -> None:
+    exact, rounded = (
+        ranks.run((1, 2, 1), "called", how=how, text=TEXT, dtype="bfloat16")[0][0] for how in ("in fp32", "plain")
+    )
+    assert exact <= rounded <= 2e-2
+
+
+@pytest.mark.parametrize("how", REFUSED)
+def test_what_a_small_forward_does_not_show_puts_the_image_on_one_rank(ranks: Ranks, how: str) -> None:
+    """It is right all the same, although the network has written to its arguments by then."""
+    for error, reason, told in ranks.run((1, 3, 1), "called", how=how, text=TEXT, dtype="float32")[:3]:
+        assert error == 0
+        assert reason.startswith("a call wasn't as the small forwards are: ")
+        assert REFUSED[how] in reason
+        assert "; tokens are not shared out: " in told
+        assert REFUSED[how] in told
+
+
+@pytest.mark.parametrize("how", REFUSED)
+def test_what_a_small_forward_shows_is_found_out_at_load(ranks: Ranks, how: str) -> None:
+    found = ranks.run((1, 1, 1), "checked", how=how, failing=-1, place=0)
+    assert len({reason for reason, _ in found}) == 1
+    assert REFUSED[how] in found[0][0]
+
+
+# --- what is said of a forward ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layout", "text", "said"),
+    [
+        ((1, 3, 1), 2, "sequence 1 on each rank, not sequence 3: text has 2 tokens"),
+        ((2, 2, 1), 1, "batch 2 × sequence 1 on each rank, not sequence 2: text has 1 tokens"),
+        ((1, 3, 1), 3, "sequence 3 (ulysses; "),
+    ],
+)
+def test_a_text_that_is_too_short_for_so_many_ranks_is_told(
+    ranks: Ranks, layout: tuple[int, ...], text: int, said: str
+) -> None:
+    for error, reason, told in ranks.run(layout, "called", how="plain", text=text, dtype="float32")[:3]:
+        assert (error <= FP32, reason) == (True, "")
+        assert told.startswith(said)
+
+
+# --- a load in which one rank fails -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("failing", [0, 3])
+@pytest.mark.parametrize("place", range(4))
+def test_all_ranks_hear_at_once_of_an_error_of_one(ranks: Ranks, place: int, failing: int) -> None:
+    """Otherwise the others would wait for it in an exchange, for as long as a load may take."""
+    found: list[Any] = ranks.run((1, 1, 1), "checked", how="plain", failing=failing, place=place)
+    reason = f"with sequence {WORLD} (ulysses) a small forward failed (ValueError: this rank is angry)"
+    assert [each for each, _ in found] == [reason] * WORLD
+    # Gloo's own limit is 60 s here.
+    assert max(seconds for _, seconds in found) < 30
+    # And they still meet each other at the same exchanges.
+    found = ranks.run((1, 1, 1), "checked", how="plain", failing=-1, place=0)
+    assert [each for each, _ in found] == [""] * WORLD
