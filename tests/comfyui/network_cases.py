@@ -85,6 +85,21 @@ CASES: dict[str, NetworkCase] = {
         | {"ffn_hidden_size": 64, "out_channels": 128, "text_in_dim": 24, "rope_axes_dim": [8, 12, 12]},
         {"x": (2, 128, 5, 7), "context": (2, 13, 24)},
     ),
+    "hidream_o1": NetworkCase(
+        "hidream_o1.model.HiDreamO1Transformer",
+        {
+            "image_model": "hidream_o1",
+            "text_config_overrides": {"vocab_size": 8, "hidden_size": 48, "intermediate_size": 64, "head_dim": 8}
+            | {"num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2, "rope_dims": [2, 1, 1]},
+            "vision_config_overrides": {"hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "depth": 1}
+            | {"num_position_embeddings": 16},
+        },
+        # Of all images the positions are the same.
+        {"x": (2, 3, 96, 160), "position_ids": (1, 3, 28)},
+        masks={"input_ids": (13, 4), "vinput_mask": (28, 13), "token_types": (28, 0)},
+        numbers={"ar_len": 12},
+        exact=False,
+    ),
     "hunyuan_dit": NetworkCase(
         "hydit.models.HunYuanDiT",
         {"image_model": "hydit", "depth": 6, "hidden_size": 40, "num_heads": 5, "mlp_ratio": 2.0, "text_len": 11}

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from tacod.rank.comfyui.split import Split
 from tacod.rank.comfyui.tables.base import Blocks, Cut, Heads, LinearAttention, Table
+from tacod.rank.comfyui.tokens import Tokens
 from tacod.rank.forward.run import relative_difference
 from tacod.rank.parallel.sequence import SequenceParallel
 
@@ -108,6 +109,31 @@ class WindowBlock(nn.Module):
         return video + mine, text + theirs
 
 
+class CausalBlock(nn.Module):
+    """Attention that it is given, with fewer heads of keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+        q = torch.unflatten(self.q(x), -1, (HEADS, -1)).transpose(1, 2)
+        k, v = (torch.unflatten(each, -1, (HEADS // 2, -1)).transpose(1, 2) for each in self.kv(x).chunk(2, dim=-1))
+        return x + attend(q, k, v, HEADS, mask=None, skip_reshape=True, enable_gqa=True)
+
+
+def causal_first(text: int) -> Callable[..., Tensor]:
+    """Attention that is causal among the first tokens, while the others attend to all."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, **options: Any) -> Tensor:
+        hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool)
+        hidden[:text] = hidden[:text].tril()
+        k, v = (each.repeat_interleave(2, dim=1) for each in (k, v))
+        return functional.scaled_dot_product_attention(q, k, v, hidden).transpose(1, 2).flatten(2)
+
+    return attend
+
+
 class Network(nn.Module):
     """Blocks one after the other, and a head."""
 
@@ -149,13 +175,20 @@ def windows(*images: int) -> tuple[Network, Table, tuple[Tensor, ...], dict[str,
     return Network(WindowBlock), table, (torch.randn(total, WIDTH), torch.randn(7, WIDTH)), others
 
 
+def causal(text: int, image: int) -> tuple[Network, Table, tuple[Tensor, ...], dict[str, Any]]:
+    """A network whose text attends causally."""
+    runs = ("text", "image")
+    table = Table("", (Blocks("blocks", causal="attend"),), {"x": Cut(1, runs)}, ("head", runs), *[UNUSED] * 4)
+    return Network(CausalBlock), table, (torch.randn(2, text + image, WIDTH),), {"attend": causal_first(text)}
+
+
 def error(sequence: SequenceParallel, kind: str, arguments: list[int]) -> tuple[float, bool, int]:
     """How far a forward of shared tokens is from a whole one, whether any were shared, and the heads afterwards."""
     torch.manual_seed(0)
-    network, table, tokens, others = {"sums": sums, "windows": windows}[kind](*arguments)
+    network, table, tokens, others = {"sums": sums, "windows": windows, "causal": causal}[kind](*arguments)
     split = Split(network, table)
     expected = network(*tokens, **others)
-    with split.sharing(sequence, {}):
+    with split.sharing(Tokens(sequence, leading=arguments[0]), {}):
         out = network(*tokens, **others)
-    heads = getattr(network.blocks[0].attn, "heads", HEADS)
-    return relative_difference(out, expected), not split.unshared, int(heads)
+    heads = int(network.blocks[0].attn.heads) if kind == "windows" else HEADS
+    return relative_difference(out, expected), not split.unshared, heads

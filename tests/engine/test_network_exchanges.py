@@ -17,7 +17,7 @@ from tacod.rank.comfyui.exchanges import Sums as Summing
 from tacod.rank.comfyui.exchanges import exchange_edges, exchange_heads
 from tacod.rank.comfyui.split import Split
 from tacod.rank.comfyui.tables.base import Heads
-from tacod.rank.comfyui.tokens import Misfit
+from tacod.rank.comfyui.tokens import Misfit, Tokens
 from tacod.rank.parallel.sequence import SequenceParallel
 
 LAYOUTS = [(1, 2, 1), (1, 1, 3), (1, 2, 2), (1, 5, 1), (1, 3, 1, (0, 3, 1, 2, 0))]
@@ -32,6 +32,8 @@ LAYOUTS = [(1, 2, 1), (1, 1, 3), (1, 2, 2), (1, 5, 1), (1, 3, 1, (0, 3, 1, 2, 0)
         ("sums", [11, 5, 3]),
         ("windows", [23]),
         ("windows", [11, 4, 17]),
+        ("causal", [9, 23]),
+        ("causal", [23, 6]),
     ],
 )
 def test_shared_tokens_give_what_whole_ones_give(
@@ -54,7 +56,7 @@ def test_an_error_within_leaves_the_number_of_heads() -> None:
     split, attention = Split(network, table), network.blocks[0].attn
     seen = []
     attention.proj_in.register_forward_pre_hook(lambda module, args: seen.append(attention.heads))
-    with split.sharing(OneOf(0, 2), {}), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+    with split.sharing(Tokens(OneOf(0, 2)), {}), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         network(video, text[:, 1:], **others)
     assert seen == [HEADS // 2]
     assert attention.heads == HEADS
@@ -88,6 +90,24 @@ def test_attention_that_does_not_fit(how: Heads) -> None:
         exchange_heads(made_up_exchanges.Windows(), how, lambda: None)
 
 
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"mask": torch.zeros(1, 32)}, "with a mask"),
+        ({"is_causal": True}, "with is_causal"),
+        ({"enable_gqa": False}, "an attention of 6 heads of 2, with 6 channels of keys"),
+    ],
+)
+def test_causal_attention_that_does_not_fit(changed: dict[str, Any], words: str) -> None:
+    network, table, tokens, others = made_up_exchanges.causal(9, 23)
+    split, given = Split(network, table), Tokens(SequenceParallel(), leading=9)
+    block = network.blocks[0]
+    plain = block.forward
+    block.forward = lambda x, attend: plain(x, lambda *args, **options: attend(*args, **{**options, **changed}))
+    with split.sharing(given, {}), pytest.raises(Misfit, match=words):
+        network(*tokens, **others)
+
+
 class Otherwise(Sums):
     """Linear attention that sums something else first, or nothing."""
 
@@ -106,11 +126,11 @@ def test_linear_attention_that_does_not_fit(product: bool, words: str) -> None:
     network, table, tokens, _ = made_up_exchanges.sums(23)
     network.blocks[1].attn = Otherwise(product)
     split = Split(network, table)
-    with pytest.raises(Misfit, match=words), split.sharing(SequenceParallel(), {}):
+    with pytest.raises(Misfit, match=words), split.sharing(Tokens(SequenceParallel()), {}):
         network(*tokens)
     # Nothing is left of it for the next forward.
     network.blocks[1].attn = Sums()
-    with split.sharing(SequenceParallel(), {}):
+    with split.sharing(Tokens(SequenceParallel()), {}):
         network(*tokens)
     assert not split.unshared
 

@@ -141,10 +141,44 @@ def test_tokens_that_do_not_count_are_left_out() -> None:
     assert torch.equal(torch.cat(chunks, dim=1), value[:, :10])
 
 
+@pytest.mark.parametrize(("leading", "scarce"), [(4, ""), (0, "text has 0 tokens"), (12, "image has 0 tokens")])
+def test_two_runs_in_one_tensor(leading: int, scarce: str) -> None:
+    value, cut = torch.randn(1, 12, 7), Cut(1, ("text", "image"))
+    chunks = []
+    for rank in range(3):
+        tokens = Tokens(OneOf(rank, 3), leading=leading)
+        tokens.begin({"x": value}, {"x": cut})
+        assert tokens.scarce == scarce
+        chunks.append(tokens.cut(value, cut, "x"))
+    parts = [
+        torch.split(chunk, [len(range(leading)[rank::3]), chunk.shape[1] - len(range(leading)[rank::3])], dim=1)
+        for rank, chunk in enumerate(chunks)
+    ]
+    assert torch.equal(torch.cat([each for both in zip(*parts, strict=True) for each in both], dim=1), value)
+
+
+@pytest.mark.parametrize("lengths", [[20], [7, 13], [1, 2, 17], [0, 20]])
+def test_lengths_of_images_that_lie_one_behind_the_other(lengths: list[int]) -> None:
+    value, cut, given = torch.randn(20, 7), Cut(0, ("video",)), torch.tensor(lengths)
+    found = []
+    for rank in range(3):
+        tokens, _ = begun(value, cut, rank, 3)
+        mine = tokens.count(given, "video", "lengths")
+        assert isinstance(mine, torch.Tensor)
+        assert int(mine.sum()) == tokens.mine(tokens.runs.values())
+        found.append(mine)
+    assert torch.equal(torch.stack(found).sum(dim=0), given)
+    for odd in (given.float(), given[:, None]):
+        with pytest.raises(Misfit, match="no lengths of images"):
+            tokens.count(odd, "video", "lengths")
+
+
 def test_a_misfit_is_told() -> None:
     value, cut = torch.randn(1, 12, 7), Cut(1, ("text",))
     with pytest.raises(Misfit, match="no frames of 5"):
         begun(value, cut, 0, 2, frame=5)
+    with pytest.raises(Misfit, match="the first run is no number of tokens"):
+        Tokens(OneOf(0, 2), leading=-1).begin({"x": value}, {"x": Cut(1, ("text", "image"))})
     with pytest.raises(Misfit, match="n is no number of tokens"):
         begun(value, Cut(1, ("text",), crop="n"), 0, 2, n="4")
     tokens, _ = begun(value, cut, 0, 2)
@@ -191,10 +225,10 @@ def test_with_fewer_tokens_than_ranks_each_rank_computes_all() -> None:
     split = Split(network, table)
     x, y = torch.zeros(1, 9, 4), torch.zeros(1, 3, 4)
     for rank in range(4):
-        with split.sharing(OneOf(rank, 4), {}):
+        with split.sharing(Tokens(OneOf(rank, 4)), {}):
             assert torch.equal(network(x, y), x + 2)
         assert split.unshared
-    with split.sharing(SequenceParallel(), {}):
+    with split.sharing(Tokens(SequenceParallel()), {}):
         assert torch.equal(network(x, y), x + 2)
     assert not split.unshared
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from tacod.rank.comfyui.tokens import Misfit, Run, Tokens
 from tacod.rank.ops.qkv import QKV
 
-__all__ = ["attend", "attend_near"]
+__all__ = ["attend", "attend_causally", "attend_near"]
 
 
 _NOTHING_TO_DO = ("transformer_options", "low_precision_attention", "_inside_attn_wrapper")
@@ -42,21 +42,8 @@ def attend(
     [B or 1, 1, S or 1, S], over all tokens, or with a rank's own keys. ``attn_precision`` may ask for fp32. Raises
     `Misfit` for what can't be exchanged, before anything is.
     """
-    unknown = [name for name, value in options.items() if name not in _NOTHING_TO_DO and value is not None]
-    if unknown:
-        raise Misfit(f"an attention with {', '.join(unknown)}, which isn't known here")
-    if not all(isinstance(each, Tensor) for each in (q, k, v)):
-        raise Misfit(f"an attention of a {type(q).__name__}")
-    if skip_reshape:
-        q, k, v = (each.transpose(1, 2).flatten(2) for each in (q, k, v))
+    q, k, v, kv_heads, dtype = _by_tokens(shared, runs, q, k, v, heads, skip_reshape, enable_gqa, options)
     width = q.shape[-1] // heads
-    mine = shared.mine(runs)
-    if not q.shape[1] == k.shape[1] == v.shape[1] == mine:
-        raise Misfit(f"an attention of {q.shape[1]} tokens over {k.shape[1]}, where {mine} were expected")
-    kv_heads, rest = divmod(k.shape[-1], width)
-    if rest or k.shape != v.shape or heads % kv_heads or (kv_heads != heads and not enable_gqa):
-        raise Misfit(f"an attention of {heads} heads of {width}, with {k.shape[-1]} channels of keys")
-    dtype = v.dtype
     if attn_precision is not None:
         q, k, v = (each.to(torch.promote_types(each.dtype, attn_precision)) for each in (q, k, v))
     if scale is not None and not math.isclose(scale, width**-0.5):
@@ -68,6 +55,67 @@ def attend(
     shared.meet()
     out = shared.sequence.attend([lambda: qkv], [lengths], ordered).wait().to(dtype, copy=True)
     return torch.unflatten(out, -1, (heads, width)).transpose(1, 2) if skip_output_reshape else out
+
+
+def attend_causally(
+    shared: Tokens,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    mask: Tensor | None = None,
+    skip_reshape: bool = False,
+    enable_gqa: bool = False,
+    **options: Any,
+) -> Tensor:
+    """The attention of this rank's tokens of two runs, [B, S, H * D]: in the first causal, in the other over both.
+
+    Raises `Misfit` as `attend` does.
+    """
+    runs = list(shared.runs.values())
+    if mask is not None or len(runs) != 2 or any(run.frames > 1 for run in runs):
+        raise Misfit("a causal attention with a mask, or not of two runs")
+    q, k, v, kv_heads, _ = _by_tokens(shared, runs, q, k, v, heads, skip_reshape, enable_gqa, options)
+    first, rest = runs
+    causal = torch.ones(1, first.size, first.size, dtype=torch.bool, device=q.device).tril()
+    ordered = shared.sequence.in_order_of_ranks(causal, (first.size,))
+    sizes = [shared.mine([run]) for run in runs]
+    parts = zip(*(torch.split(each, sizes, dim=1) for each in (q, k, v)), strict=True)
+    one, other = (QKV(tuple(each.contiguous() for each in part), heads, kv_heads=kv_heads) for part in parts)
+    shared.meet()
+    leading = shared.sequence.attend([lambda: one], [first.size], ordered, keep=True)
+    outs = [leading.wait().clone()]
+    shared.meet()
+    outs.append(shared.sequence.attend([lambda: other], [rest.size], before=leading.kept).wait())
+    return torch.cat(outs, dim=1)
+
+
+def _by_tokens(
+    shared: Tokens,
+    runs: Sequence[Run],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    by_heads: bool,
+    grouped: bool,
+    options: Mapping[str, Any],
+) -> tuple[Tensor, Tensor, Tensor, int, torch.dtype]:
+    """Queries, keys and values of this rank's tokens, [B, S, H * D], the heads of keys, and the result's dtype."""
+    unknown = [name for name, value in options.items() if name not in _NOTHING_TO_DO and value is not None]
+    if unknown:
+        raise Misfit(f"an attention with {', '.join(unknown)}, which isn't known here")
+    if not all(isinstance(each, Tensor) for each in (q, k, v)):
+        raise Misfit(f"an attention of a {type(q).__name__}")
+    if by_heads:
+        q, k, v = (each.transpose(1, 2).flatten(2) for each in (q, k, v))
+    width, mine = q.shape[-1] // heads, shared.mine(runs)
+    if not q.shape[1] == k.shape[1] == v.shape[1] == mine:
+        raise Misfit(f"an attention of {q.shape[1]} tokens over {k.shape[1]}, where {mine} were expected")
+    kv_heads, rest = divmod(k.shape[-1], width)
+    if rest or k.shape != v.shape or heads % kv_heads or (kv_heads != heads and not grouped):
+        raise Misfit(f"an attention of {heads} heads of {width}, with {k.shape[-1]} channels of keys")
+    return q, k, v, kv_heads, v.dtype
 
 
 def attend_near(

@@ -23,7 +23,7 @@ from tacod.rank.comfyui.follow import count_blocks, followed
 from tacod.rank.comfyui.split import Split
 from tacod.rank.comfyui.tables.base import Table
 from tacod.rank.comfyui.tables.calls import mismatch, shapes_of
-from tacod.rank.comfyui.tokens import Misfit
+from tacod.rank.comfyui.tokens import Misfit, Tokens
 from tacod.rank.families.base import DiT, Method, Output
 from tacod.rank.families.inputs import Anything, Inputs, Spec
 from tacod.rank.families.noise import Flow
@@ -269,8 +269,9 @@ class Network(DiT):
         options = dict(values.pop(OPTIONS, {}))
         shared: AbstractContextManager[None] = nullcontext()
         if sequence is not None and self._split is not None and self._table is not None:
-            frame = self._table.frame(self.inner, shapes_of(inputs))
-            shared = self._split.sharing(sequence, options, frame, self._meet or (lambda: None))
+            frame, leading = self._table.frame(self.inner, shapes_of(inputs)), self._table.leading(self.inner, inputs)
+            tokens = Tokens(sequence, frame, leading, self._meet or (lambda: None))
+            shared = self._split.sharing(tokens, options)
         if (forget := getattr(self.inner, "clear_kv_cache", None)) is not None:
             # It keeps keys of former calls by the address of a tensor, which another call's may have now.
             forget()

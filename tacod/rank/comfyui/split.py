@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tacod.rank.comfyui.attention import attend, attend_near
+from tacod.rank.comfyui.attention import attend, attend_causally, attend_near
 from tacod.rank.comfyui.exchanges import Sums, exchange_edges, exchange_heads
 from tacod.rank.comfyui.tables.base import Attention, Blocks, Cut, Heads, LinearAttention, Table, Window
 from tacod.rank.comfyui.tokens import Misfit, Tokens
@@ -65,18 +65,9 @@ class Split:
         (_module(network, path) if last is None else last).register_forward_hook(self._gather(cut))
 
     @contextmanager
-    def sharing(
-        self,
-        sequence: SequenceParallel,
-        options: dict[str, Any],
-        frame: int = 0,
-        meet: Callable[[], None] = lambda: None,
-    ) -> Iterator[None]:
-        """A context in which calls of the network split tokens; ``options`` of such a call get the attention.
-
-        ``frame`` is of how many tokens a frame is, if blocks look at frames. ``meet`` is called before each exchange.
-        """
-        self._tokens, self._within, self.unshared = Tokens(sequence, frame, meet), [], "it doesn't come to its blocks"
+    def sharing(self, tokens: Tokens, options: dict[str, Any]) -> Iterator[None]:
+        """A context in which a call of the network splits its ``tokens``; the call's ``options`` get the attention."""
+        self._tokens, self._within, self.unshared = tokens, [], "it doesn't come to its blocks"
         self._sums.reset()
         options["optimized_attention_override"] = self._attend
         replaced = [(module, name, getattr(module, name)) for module, name in self._named]
@@ -95,7 +86,9 @@ class Split:
     def _watch(self, block: nn.Module, blocks: Blocks, tokens: Mapping[str, Cut], first: bool) -> None:
         crops = [cut.crop for cut in tokens.values() if cut.crop]
         counted = [name.partition(".")[0] for name in blocks.counts]
-        signature = _signature(block, blocks.path, (*tokens, *crops, *blocks.along, *counted))
+        given_attention = [blocks.causal] if blocks.causal else []
+        names = (*tokens, *crops, *blocks.along, *counted, *given_attention)
+        signature = _signature(block, blocks.path, names)
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             shared = self._tokens
@@ -129,6 +122,8 @@ class Split:
                     setattr(given[argument], part, shared.count(getattr(value, part, None), run, name))
                 else:
                     given[argument] = shared.count(value, run, name)
+            for name in given_attention:
+                given[name] = partial(attend_causally, shared)
             return bound.args, bound.kwargs
 
         block.register_forward_pre_hook(before, with_kwargs=True)

@@ -39,32 +39,44 @@ class Tokens:
     Args:
         sequence: The ranks.
         frame: Of how many tokens a frame is, if blocks look at frames; 0 if they don't.
+        leading: How many tokens the first of two runs has that are one tensor.
         meet: Called before each exchange; it raises if another rank has failed.
     """
 
-    def __init__(self, sequence: SequenceParallel, frame: int, meet: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        sequence: SequenceParallel,
+        frame: int = 0,
+        leading: int = 0,
+        meet: Callable[[], None] = lambda: None,
+    ) -> None:
         self.sequence = sequence
         self.meet = meet
         self.runs: dict[str, Run] = {}
         """By name; empty before the first block."""
-        self._frame = frame
+        self._frame, self._leading = frame, leading
 
     def begin(self, arguments: dict[str, Any], tokens: Mapping[str, Cut]) -> None:
         """Learn from the first block's arguments how many tokens there are, and leave out those that don't count."""
         for name, cut in tokens.items():
             value = arguments.get(name)
-            if not isinstance(value, Tensor) or value.ndim <= cut.dim + cut.dims or len(cut.runs) != 1:
+            if not isinstance(value, Tensor) or value.ndim <= cut.dim + cut.dims:
                 raise Misfit(f"the first block's {name} is no tensor of tokens")
             length = math.prod(value.shape[cut.dim : cut.dim + cut.dims])
             if cut.crop:
                 length = min(_number(arguments.get(cut.crop), cut.crop), length)
                 arguments[name] = value.narrow(cut.dim, 0, length)
-            size = self._frame or length
-            if length and length % size:
-                raise Misfit(f"the {length} tokens of {name} are no frames of {size}")
-            run = Run(length // size, size) if length else Run(1, 0)
-            if self.runs.setdefault(cut.runs[0], run) != run:
-                raise Misfit(f"the first block's {name} has {length} tokens, unlike another argument")
+            leading = [min(_number(self._leading, "the first run"), length)] if len(cut.runs) > 1 else []
+            for each, size in zip(cut.runs, (*leading, length - sum(leading)), strict=True):
+                self._begin(each, size, name)
+
+    def _begin(self, name: str, length: int, argument: str) -> None:
+        size = self._frame or length
+        if length and length % size:
+            raise Misfit(f"the {length} tokens of {argument} are no frames of {size}")
+        run = Run(length // size, size) if length else Run(1, 0)
+        if self.runs.setdefault(name, run) != run:
+            raise Misfit(f"the first block's {argument} has {length} tokens, unlike another argument")
 
     @property
     def scarce(self) -> str:

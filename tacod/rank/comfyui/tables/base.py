@@ -28,7 +28,10 @@ Shapes = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Cut:
-    """Where an argument holds tokens: those of these runs, one behind the other, along a dimension."""
+    """Where an argument holds tokens: those of these runs, one behind the other, along a dimension.
+
+    The first block's hold those of one run each, or of two of which `Table.leading` tells where they meet.
+    """
 
     dim: int
     runs: tuple[str, ...]
@@ -98,6 +101,9 @@ class Blocks:
     attention: Mapping[str, Attention] = field(default_factory=dict)
     """The runs that attend together in a module, by its path in the block; all of them in modules without an entry. A
     `Window` is for near tokens alone, None for cross-attention, whose keys every rank has."""
+    causal: str = ""
+    """The argument by which blocks are given their attention, if it is causal among the first run's tokens, while
+    the other run's attend to all."""
     convolutions: tuple[str, ...] = ()
     """Convolutions over neighbouring tokens, by their paths in the block. Ranks send each other the edges of chunks."""
     within: tuple[Blocks, ...] = ()
@@ -134,6 +140,8 @@ class Table:
     frame: Callable[[Any, Shapes], int] = lambda network, shapes: 0
     """Of how many tokens a frame is, if blocks look at frames; each rank then has its chunk of every frame. 0 if not.
     """
+    leading: Callable[[Any, Mapping[str, Any]], int] = lambda network, arguments: 0
+    """How many tokens the first of two runs has, from the network and a call's arguments."""
     between: bool = False
     """Whether something between the blocks needs whole tensors. It gets them, with nothing of other ranks' tokens."""
     unfit: Callable[[Any, Shapes], str] = lambda network, shapes: ""

@@ -88,6 +88,35 @@ IMAGES: tuple[Table, ...] = (
         attention_names=("ernie.model.optimized_attention",),
     ),
     Table(
+        network="hidream_o1.model.HiDreamO1Transformer",
+        blocks=(
+            Blocks(
+                "language_model.layers",
+                along={"freqs_cis": Cut(1, ("text", "image"))},
+                causal="optimized_attention",
+            ),
+        ),
+        tokens={"x": Cut(1, ("text", "image"))},
+        leading=lambda net, arguments: int(arguments["ar_len"]),
+        gather=("language_model.layers", ("text", "image")),
+        heads=lambda net: int(net.text_config.num_attention_heads),
+        width=lambda net: int(net.hidden_size),
+        # The last token of the text, which tells the time, attends as the image does.
+        lengths=lambda net, shapes: (
+            shapes["input_ids"][1] - 1,
+            1 + patches(shapes["x"], net.patch_size, net.patch_size),
+        ),
+        probe=lambda net: {
+            "x": (1, net.in_channels, 3 * net.patch_size, 5 * net.patch_size),
+            "input_ids": Mask((1, 9), hidden=2),
+            "position_ids": (1, 3, 9 + 15),
+            "token_types": Mask((1, 9 + 15)),
+            "vinput_mask": Mask((1, 9 + 15), hidden=9),
+            "ar_len": 8,
+        },
+        further=lambda net: any_of(context=(1, 9, 1)),
+    ),
+    Table(
         network="hydit.models.HunYuanDiT",
         blocks=(Blocks("blocks", along={"freq_cis_img": Cut(0, ("image",))}, attention={"attn2": None}),),
         tokens={"x": Cut(1, ("image",))},
