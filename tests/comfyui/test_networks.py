@@ -100,7 +100,7 @@ def test_a_text_of_fewer_tokens_than_ranks(networks: Networks, files: Path, name
         out = model.forward(**inputs)
         assert model.stats.retries == 0
         assert model.stats.last is not None
-        assert model.stats.last.plan == "sequence 1 on each rank, not sequence 4: text has 2 tokens"
+        assert model.stats.last.plan == "sequence 1 on each rank, not sequence 4: only 2 tokens of text"
         alone = client.load(f"{name}.safetensors", plan={"sequence_parallel_degree": 1})
         assert torch.equal(out, alone.forward(**inputs))
         client.unload(model.id)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional
 from tacod.plan import Layout, Plan, Shape
 from tacod.rank.comfyui.check import check_split
 from tacod.rank.comfyui.network import Network
-from tacod.rank.comfyui.tables.base import Blocks, Cut, Table
+from tacod.rank.comfyui.tables.base import Attention, Blocks, Cut, Table
 from tacod.rank.families.inputs import Inputs
 from tacod.rank.forward.run import Call, relative_difference, run
 from tacod.rank.parallel.sequence import SequenceParallel
@@ -157,12 +158,14 @@ class Attending(nn.Module):
 UNUSED: Any = None
 
 
-def network(how: int = 0, dtype: torch.dtype = torch.float32) -> Network:
+def network(
+    how: int = 0, dtype: torch.dtype = torch.float32, over: Mapping[str, Attention] = MappingProxyType({})
+) -> Network:
     """The network with its table, whose small forward attends in one of the ways."""
     torch.manual_seed(0)
     table = Table(
         network="",
-        blocks=(Blocks("blocks"),),
+        blocks=(Blocks("blocks", attention=over),),
         tokens={"text": Cut(1, ("text",)), "image": Cut(1, ("image",))},
         gather=("head", ("image",)),
         heads=lambda net: HEADS,

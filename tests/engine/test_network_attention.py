@@ -6,8 +6,13 @@ from typing import Any
 
 import pytest
 from helpers import FP32
-from made_up_attention import HOW, REFUSED, TEXT
+from made_up_attention import HOW, REFUSED, TEXT, inputs, network
 from rank_worker import WORLD, Ranks
+
+from tacod.plan import Request
+from tacod.rank.comfyui.tables.base import LinearAttention
+from tacod.rank.forward.run import plan_for
+from tacod_client.errors import ArgumentError
 
 LAYOUTS = [(1, 3, 1), (1, 1, 2), (1, 2, 2)]
 
@@ -47,14 +52,27 @@ def test_what_a_small_forward_shows_is_found_out_at_load(ranks: Ranks, how: str)
     assert REFUSED[how] in found[0][0]
 
 
+def test_an_exchange_in_8_bits_is_refused_where_there_is_none() -> None:
+    asked = Request(exchange="int8", ulysses=3)
+    for over in ({}, {"qkv": LinearAttention()}):
+        made = network(over=over)
+        made.use_table()
+        given = inputs(made, 0, TEXT)
+        if not over:
+            assert "exchanged in 8 bits" in str(plan_for(made, asked, 3, given))
+            continue
+        with pytest.raises(ArgumentError, match="exchanges what has no encoding in 8 bits; leave exchange out"):
+            plan_for(made, asked, 3, given)
+
+
 # --- what is said of a forward ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("layout", "text", "said"),
     [
-        ((1, 3, 1), 2, "sequence 1 on each rank, not sequence 3: text has 2 tokens"),
-        ((2, 2, 1), 1, "batch 2 × sequence 1 on each rank, not sequence 2: text has 1 tokens"),
+        ((1, 3, 1), 2, "sequence 1 on each rank, not sequence 3: only 2 tokens of text"),
+        ((2, 2, 1), 1, "batch 2 × sequence 1 on each rank, not sequence 2: only 1 tokens of text"),
         ((1, 3, 1), 3, "sequence 3 (ulysses; "),
     ],
 )

@@ -12,8 +12,8 @@ from made_up_exchanges import HEADS, WIDTH, Sums
 from rank_worker import Ranks
 from test_network_tables import OneOf
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack
 
-from tacod.rank.comfyui.exchanges import Sums as Summing
 from tacod.rank.comfyui.exchanges import exchange_edges, exchange_heads
 from tacod.rank.comfyui.split import Split
 from tacod.rank.comfyui.tables.base import Heads
@@ -135,7 +135,12 @@ def test_linear_attention_that_does_not_fit(product: bool, words: str) -> None:
     assert not split.unshared
 
 
-def test_products_elsewhere_are_no_sums() -> None:
-    mode = Summing(lambda: pytest.fail("nobody asked for it"))
-    with mode:
-        assert torch.equal(torch.matmul(torch.eye(2), torch.eye(2)), torch.eye(2))
+def test_an_error_in_linear_attention_leaves_nothing_on() -> None:
+    network, table, tokens, _ = made_up_exchanges.sums(23)
+    split = Split(network, table)
+    with split.sharing(Tokens(SequenceParallel()), {}), pytest.raises(RuntimeError, match="shapes cannot be"):
+        network(tokens[0][..., 1:])
+    assert _get_current_function_mode_stack() == []
+    expected = network(*tokens)
+    with split.sharing(Tokens(SequenceParallel()), {}):
+        assert torch.equal(network(*tokens), expected)

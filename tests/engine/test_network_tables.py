@@ -141,7 +141,7 @@ def test_tokens_that_do_not_count_are_left_out() -> None:
     assert torch.equal(torch.cat(chunks, dim=1), value[:, :10])
 
 
-@pytest.mark.parametrize(("leading", "scarce"), [(4, ""), (0, "text has 0 tokens"), (12, "image has 0 tokens")])
+@pytest.mark.parametrize(("leading", "scarce"), [(4, ""), (0, "only 0 tokens of text"), (12, "only 0 tokens of image")])
 def test_two_runs_in_one_tensor(leading: int, scarce: str) -> None:
     value, cut = torch.randn(1, 12, 7), Cut(1, ("text", "image"))
     chunks = []

@@ -23,31 +23,34 @@ _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.b
 class Sums(TorchFunctionMode):
     """Adds up over ranks what linear attention (Katharopoulos et al., 2020, arXiv:2006.16236) sums over tokens.
 
-    It sums keys × values in one matrix product, the first one in its module. The rest is by token. While this mode is
-    on, the first product in each module of `add_in` is a rank's part of the sum, and becomes the whole.
+    It sums keys × values in one matrix product, the first one in its module. The rest is by token. In each module of
+    `add_in` this mode is on, and the first product there, a rank's part of the sum, becomes the whole.
     """
 
     def __init__(self, shared: Shared) -> None:
         super().__init__()
         self._shared = shared
-        self._awaited = False
+        self._is_on = self._awaited = False
 
     def add_in(self, module: nn.Module) -> None:
-        """Take part in a module of linear attention; it raises `Misfit` if it sums no tokens."""
+        """Take part in a module of linear attention; a forward raises `Misfit` if it sums no tokens."""
 
         def enter(module: nn.Module, args: Any) -> None:
-            self._awaited = self._shared() is not None
+            if self._shared() is not None and not self._is_on:
+                self._is_on = self._awaited = True
+                self.__enter__()
 
         def leave(module: nn.Module, args: Any, out: Any) -> None:
-            if self._awaited:
+            if not self._is_on:
+                return
+            self._is_on = False
+            self.__exit__(None, None, None)
+            # After an error there is no result, and nothing more to say.
+            if self._awaited and out is not None:
                 raise Misfit("a linear attention without a matrix product")
 
         module.register_forward_pre_hook(enter)
-        module.register_forward_hook(leave)
-
-    def reset(self) -> None:
-        """Forget a forward that has failed."""
-        self._awaited = False
+        module.register_forward_hook(leave, always_call=True)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one of torch's functions, and add up what it gives if that is a sum."""
@@ -130,8 +133,11 @@ def exchange_heads(module: nn.Module, how: Heads, shared: Shared) -> int:
         sequence = tokens.sequence
         sizes = sequence.sizes(heads)
         mine, *whole = args
+        total, here = sum(run.total for run in tokens.runs.values()), sizes[sequence.whole.rank]
+        if not isinstance(mine, Tensor) or mine.ndim != 2 or len(mine) != total or mine.shape[1] % here:
+            raise Misfit(f"{how.end} gets no {total} tokens of {here} heads")
         tokens.meet()
-        width = mine.shape[-1] // sizes[sequence.whole.rank]
+        width = mine.shape[1] // here
         texts = [sequence.whole.gather(each.contiguous(), [width * size for size in sizes], 1) for each in whole]
         return (to_tokens(sequence, mine, heads), *texts)
 

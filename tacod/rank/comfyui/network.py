@@ -194,6 +194,10 @@ class Network(DiT):
             asked = replace(asked, cfg_parallel=False)
         reason = self.reason or self.unchecked(arguments)
         if not reason:
+            if asked.exchange == "int8" and self._table is not None and self._table.exchanges_exactly:
+                raise ArgumentError(
+                    f"plan: {self.name} exchanges what has no encoding in 8 bits; leave exchange out", argument="plan"
+                )
             return asked
         degrees = (asked.sequence_parallel_degree, asked.ulysses, asked.ring)
         if any(degree is not None and degree > 1 for degree in degrees):

@@ -10,7 +10,7 @@ import copy
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -42,7 +42,6 @@ class Split:
         """Why each rank has computed all tokens of the last forward; empty if they were shared out. A run may have
         fewer than there are ranks, or attention fewer heads that are exchanged."""
         self._sums = Sums(lambda: self._tokens)
-        self._has_sums = False
         self._fewest_heads: int | None = None
         """Of attentions whose heads are exchanged for tokens; None if there are none."""
         self._tokens: Tokens | None = None
@@ -68,14 +67,12 @@ class Split:
     def sharing(self, tokens: Tokens, options: dict[str, Any]) -> Iterator[None]:
         """A context in which a call of the network splits its ``tokens``; the call's ``options`` get the attention."""
         self._tokens, self._within, self.unshared = tokens, [], "it doesn't come to its blocks"
-        self._sums.reset()
         options["optimized_attention_override"] = self._attend
         replaced = [(module, name, getattr(module, name)) for module, name in self._named]
         for module, name, attention in replaced:
             setattr(module, name, self._replacement(attention))
         try:
-            with self._sums if self._has_sums else nullcontext():
-                yield
+            yield
         finally:
             for module, name, attention in replaced:
                 setattr(module, name, attention)
@@ -136,12 +133,11 @@ class Split:
 
     def _scarce_heads(self, sequence: SequenceParallel) -> str:
         few = self._fewest_heads
-        return "" if few is None or all(sequence.sizes(few)) else f"attention has {few} heads"
+        return "" if few is None or all(sequence.sizes(few)) else f"only {few} heads to attend"
 
     def _mark(self, module: nn.Module, attention: Attention) -> None:
         within: tuple[str, ...] | int | None = None
         if isinstance(attention, LinearAttention):
-            self._has_sums = True
             self._sums.add_in(module)
         elif isinstance(attention, Heads):
             heads = exchange_heads(module, attention, lambda: self._tokens)

@@ -84,10 +84,10 @@ class Tokens:
 
         Not every network can compute on no tokens.
         """
-        short = [
-            f"{name} has {run.size} tokens" for name, run in self.runs.items() if not all(self.sequence.sizes(run.size))
-        ]
-        return short[0] if short else ""
+        for name, run in self.runs.items():
+            if not all(self.sequence.sizes(run.size)):
+                return f"only {run.size} tokens of {name}{' in a frame' if run.frames > 1 else ''}"
+        return ""
 
     def cut(self, value: Any, cut: Cut, name: str) -> Any:
         """This rank's tokens of a tensor, or of each in a list. Without frames and several runs it is a view."""

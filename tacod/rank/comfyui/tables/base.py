@@ -147,6 +147,12 @@ class Table:
     unfit: Callable[[Any, Shapes], str] = lambda network, shapes: ""
     """Why a call of these shapes can't be split, although its arguments are those of a small forward; or nothing."""
 
+    @property
+    def exchanges_exactly(self) -> bool:
+        """Whether ranks exchange something for which there is no encoding in 8 bits."""
+        kinds = [each for blocks in self.blocks for each in blocks.attention.values()]
+        return any(isinstance(each, LinearAttention | Heads | Window) for each in kinds)
+
     def probes(self, network: Any) -> list[dict[str, Any]]:
         """The arguments of all small forwards."""
         base = self.probe(network)

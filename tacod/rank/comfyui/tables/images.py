@@ -97,7 +97,7 @@ IMAGES: tuple[Table, ...] = (
             ),
         ),
         tokens={"x": Cut(1, ("text", "image"))},
-        leading=lambda net, arguments: int(arguments["ar_len"]),
+        leading=lambda net, arguments: arguments["ar_len"],
         gather=("language_model.layers", ("text", "image")),
         heads=lambda net: int(net.text_config.num_attention_heads),
         width=lambda net: int(net.hidden_size),
