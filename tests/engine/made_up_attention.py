@@ -188,7 +188,7 @@ def called(topology: Topology, layout: Layout, how: str, text: int, dtype: str) 
     """How far a call is from that of one rank, why tokens aren't shared out afterwards, and what is said of it."""
     index = list(HOW).index(how)
     made = network(dtype=getattr(torch, dtype))
-    made.use_table()
+    made.use_table(topology.world_size)
     expected = made.run(SequenceParallel(), inputs(made, index, text))
     plan = Plan(layout, topology.world_size, Shape(HEADS, WIDTH, 2, (text, IMAGE)))
     out = run(Call(made, plan, inputs(made, index, text)), topology)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -37,12 +38,22 @@ def test_attention_in_fp32_is_in_fp32(ranks: Ranks) -> None:
 @pytest.mark.parametrize("how", REFUSED)
 def test_what_a_small_forward_does_not_show_puts_the_image_on_one_rank(ranks: Ranks, how: str) -> None:
     """It is right all the same, although the network has written to its arguments by then."""
-    for error, reason, told in ranks.run((1, 3, 1), "called", how=how, text=TEXT, dtype="float32")[:3]:
+    for error, reason, told in ranks.run((1, WORLD, 1), "called", how=how, text=TEXT, dtype="float32"):
         assert error == 0
         assert reason.startswith("a call wasn't as the small forwards are: ")
         assert REFUSED[how] in reason
         assert "; tokens are not shared out: " in told
         assert REFUSED[how] in told
+
+
+@pytest.mark.parametrize("layout", [(2, 2, 1), (1, 3, 1)], ids=str)
+def test_ranks_that_do_not_all_know_of_it_go_on_to_plan_alike(ranks: Ranks, layout: tuple[int, ...]) -> None:
+    """One is idle here."""
+    found = ranks.run(layout, "called", how="causal", text=TEXT, dtype="float32")
+    busy = math.prod(layout)
+    assert [error <= FP32 for error, _, _ in found[:busy]] == [True] * busy
+    assert [reason for _, reason, _ in found] == [""] * WORLD
+    assert "; tokens are not shared out: an attention with is_causal" in found[0][2]
 
 
 @pytest.mark.parametrize("how", REFUSED)
@@ -56,7 +67,7 @@ def test_an_exchange_in_8_bits_is_refused_where_there_is_none() -> None:
     asked = Request(exchange="int8", ulysses=3)
     for over in ({}, {"qkv": LinearAttention()}):
         made = network(over=over)
-        made.use_table()
+        made.use_table(3)
         given = inputs(made, 0, TEXT)
         if not over:
             assert "exchanged in 8 bits" in str(plan_for(made, asked, 3, given))

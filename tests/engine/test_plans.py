@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from helpers import FLUX, SD3
 
+from tacod.plan import Request
 from tacod.rank import arguments as arguments_module
 from tacod.rank import plans as plans_module
 from tacod.rank.arguments import SMALL_BYTES, SMALL_TENSORS, Kept, check_arguments, load_arguments
@@ -126,6 +128,7 @@ def test_that_is_so_too_after_a_forward_of_the_same_kind_came_as_frames() -> Non
         heads = width = 1
         shares = EQUAL
         hosts = ()
+        shares_tokens = True
 
         def specs_for(self, given: Any) -> dict[str, Any]:
             return {"x": Anything(True, tensor=True)}
@@ -190,3 +193,30 @@ def test_few_small_tensors_are_kept_and_large_ones_by_name_alone() -> None:
     kept.clear()
     assert not kept._small
     assert not kept._named
+
+
+def test_a_network_that_stops_sharing_tokens_is_planned_anew() -> None:
+    """A call may misfit a table that the small forwards fitted."""
+
+    class Stopping:
+        family = "comfyui"
+        rates = None
+        heads = width = 4
+        shares = EQUAL
+        hosts = ()
+        shares_tokens = True
+
+        def specs_for(self, given: Any) -> dict[str, Any]:
+            return {"x": Anything(True, tensor=True)}
+
+        def limited(self, asked: Request, arguments: Any) -> Request:
+            return asked if self.shares_tokens else replace(asked, sequence_parallel_degree=1)
+
+        def lengths(self, arguments: Any) -> tuple[int, ...]:
+            return (9,)
+
+    plans, network = Plans(2), Stopping()
+    arguments = {"x": Tensor("F32", (1, 4), (bytes(16),))}
+    assert plans.find(network, "auto", arguments)[2].layout.sequence == 2  # type: ignore[arg-type]
+    network.shares_tokens = False
+    assert plans.find(network, "auto", arguments)[2].layout.sequence == 1  # type: ignore[arg-type]

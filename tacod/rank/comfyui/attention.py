@@ -113,7 +113,7 @@ def _by_tokens(
     if not q.shape[1] == k.shape[1] == v.shape[1] == mine:
         raise Misfit(f"an attention of {q.shape[1]} tokens over {k.shape[1]}, where {mine} were expected")
     kv_heads, rest = divmod(k.shape[-1], width)
-    if rest or k.shape != v.shape or heads % kv_heads or (kv_heads != heads and not grouped):
+    if rest or not kv_heads or k.shape != v.shape or heads % kv_heads or (kv_heads != heads and not grouped):
         raise Misfit(f"an attention of {heads} heads of {width}, with {k.shape[-1]} channels of keys")
     return q, k, v, kv_heads, v.dtype
 

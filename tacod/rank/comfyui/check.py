@@ -30,7 +30,7 @@ def check_split(network: Network, topology: Topology, device: torch.device) -> N
 
     All ranks call this at once, and come to the same result. The network's `Network.reason` says it.
     """
-    network.use_table()
+    network.use_table(topology.world_size)
     if topology.world_size == 1 or not network.is_split:
         return
     for probe in network.probes:

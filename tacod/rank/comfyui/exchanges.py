@@ -38,13 +38,13 @@ class Sums(TorchFunctionMode):
         def enter(module: nn.Module, args: Any) -> None:
             if self._shared() is not None and not self._is_on:
                 self._is_on = self._awaited = True
-                self.__enter__()
+                self.__enter__()  # type: ignore[no-untyped-call]
 
         def leave(module: nn.Module, args: Any, out: Any) -> None:
             if not self._is_on:
                 return
             self._is_on = False
-            self.__exit__(None, None, None)
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             # After an error there is no result, and nothing more to say.
             if self._awaited and out is not None:
                 raise Misfit("a linear attention without a matrix product")

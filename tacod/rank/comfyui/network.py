@@ -98,8 +98,9 @@ class Network(DiT):
         self._together = together
         self._split: Split | None = None
         self._meet: Callable[[], None] | None = None
+        self._ranks = 0
         self._refused = ""
-        """What of a call, after the small forwards, misfitted the table."""
+        """What of the last call misfitted the table, although the small forwards didn't."""
         self.probes: list[dict[str, Any]] = []
         """The arguments of the small forwards by which the table is checked; empty if it isn't taken up."""
         self.reason = "this version has no table of its blocks"
@@ -251,6 +252,8 @@ class Network(DiT):
     ) -> Output:
         """See `DiT.run`: one call of the network, with what ComfyUI passes to it."""
         shares = self._split is not None and sequence.size > 1
+        if self._split is not None:
+            self._refused = ""
         with followed(len(self._blocks), watch):
             try:
                 # It may write to its arguments, and be called once more.
@@ -258,9 +261,11 @@ class Network(DiT):
             except Misfit as misfit:
                 if not shares or self._meet is not None:
                     raise
-                # All ranks come here, for they call alike, and each of them can compute all of it.
-                self.distrust(f"a call wasn't as the small forwards are: {misfit}")
+                # All ranks of the sequence come here, for they call alike, and each of them can compute all of it.
                 self._refused = str(misfit)
+                if sequence.size == self._ranks:
+                    # No rank is elsewhere, and would go on to plan otherwise.
+                    self.distrust(f"a call wasn't as the small forwards are: {misfit}")
                 out = self._call(inputs)
         outs = [out] if isinstance(out, Tensor) else list(out)
         # As ComfyUI, which packs several latents and takes a list of one as it is.
@@ -346,8 +351,12 @@ class Network(DiT):
 
     # --- the split ----------------------------------------------------------------------------------------------------
 
-    def use_table(self) -> None:
-        """Take up the table, if there is one and the network is as it says. It is to be checked then (`trust`)."""
+    def use_table(self, ranks: int) -> None:
+        """Take up the table, if there is one and the network is as it says. It is to be checked then (`check_split`).
+
+        ``ranks`` is how many there are.
+        """
+        self._ranks = ranks
         if self._table is None:
             return
         try:
