@@ -96,6 +96,19 @@ def test_without_a_table_ranks_share_the_images(networks: Networks, outs: Any, r
         assert model.stats.last.plan.startswith("sequence 1")
 
 
+def test_a_text_of_fewer_tokens_than_ranks_is_told_of(client: Client) -> None:
+    """Each rank computes all tokens then, and so the same as one alone."""
+    model, given = client.load("aura.safetensors"), inputs("aura", 1)
+    given["context"] = given["context"][:, :1]
+    out = model.forward(**given)
+    assert model.stats.last is not None
+    assert model.stats.last.plan == "sequence 1 on each rank, not sequence 2: only 1 tokens of text"
+    alone = client.load("aura.safetensors", plan={"sequence_parallel_degree": 1})
+    assert torch.equal(alone.forward(**given), out)
+    assert alone.stats.last is not None
+    assert alone.stats.last.plan.startswith("sequence 1 (")
+
+
 def test_arguments_without_a_check_keep_an_image_on_one_rank(client: Client) -> None:
     model = client.load("aura.safetensors")
     plain = model.forward(**inputs("aura", 1))
@@ -235,6 +248,24 @@ def test_a_changed_network_is_found_out_and_runs_whole(
         assert out.isfinite().all()
         assert model.stats.last is not None
         assert model.stats.last.ranks == 1
+
+
+def test_an_error_of_one_rank_alone_costs_a_load_no_time(files: Path, tmp_path: Path) -> None:
+    """The others would wait for it in an exchange, and all ranks end when a load takes too long."""
+    before = "        return c + self.text(text)"
+    # Of the nine tokens of the small forward's text the second rank has four.
+    after = f"        if c.shape[1] == 4:\n            raise ValueError('this rank is angry')\n{before}"
+    folder = changed(tmp_path, "comfy/ldm/aura/mmdit.py", before, after)
+    with Daemon(2, [files], {"comfyui.path": str(folder)}) as daemon, daemon.client() as client:
+        pids = daemon.rank_pids()
+        model = client.load("aura.safetensors")
+        reason = r"with sequence 2 \(ulysses\) a small forward failed \(ValueError: this rank is angry\)"
+        assert re.search(reason, model.network)
+        for _ in range(2):
+            assert model.forward(**inputs("aura", 1)).isfinite().all()
+        assert model.stats.last is not None
+        assert model.stats.last.ranks == 1
+        assert daemon.rank_pids() == pids
 
 
 @pytest.mark.parametrize(
