@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import gc
 import itertools
 import json
 import math
@@ -727,6 +728,8 @@ def main(rendezvous: str, *numbers: str) -> None:
     # gloo reports its connections on stdout.
     os.dup2(2, 1)
     places = [(int(read), int(write)) for read, write in zip(numbers[::2], numbers[1::2], strict=True)]
+    # As the fork server of a daemon does: no collection visits what was imported.
+    gc.freeze()
     for rank, (read, write) in enumerate(places):
         if os.fork() == 0:
             for number in {each for place in places for each in place} - {read, write}:
