@@ -306,7 +306,8 @@ def _first(queue: Sequence[str], sizes: Sizes) -> list[str]:
 def _take_away(model: DiT, tensors: Mapping[str, Tensor]) -> None:
     """Leave nothing but shapes in the places of tensors."""
     for name, tensor in tensors.items():
-        assign(*owner_of(model, name), torch.empty_like(tensor, device="meta"))
+        # Not `empty_like`: on the meta device it is computed in Python, and imports PyTorch's compiler.
+        assign(*owner_of(model, name), torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
 
 
 def _is_shared(base: DiT, patched: DiT, name: str) -> bool:
