@@ -129,10 +129,10 @@ class Names:
 
     def knows(self, name: str) -> bool:
         """Whether a table has this name of diffusers'."""
-        return any(pattern in self._known for pattern, _, _ in _patterns(name))
+        return not self._known.isdisjoint(_spellings(name))
 
     def _has(self, name: str) -> bool:
-        return any(pattern in self._by_theirs for pattern, _, _ in _patterns(name))
+        return not self._by_theirs.keys().isdisjoint(_spellings(name))
 
     def _table(self, theirs: Collection[str]) -> Names:
         """The table to use for a file with these names."""
@@ -175,6 +175,12 @@ def _patterns(name: str) -> list[tuple[str, str, str]]:
                 if part.isdigit():
                     found.append((".".join([*parts[:at], "*", *parts[at + 1 :]]), part, kind))
     return found
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _spellings(name: str) -> tuple[str, ...]:
+    """The patterns of `_patterns` alone."""
+    return tuple(pattern for pattern, _, _ in _patterns(name))
 
 
 def _rows(rule: _Rule, rows: int, inputs: int) -> tuple[int, int] | None:
