@@ -125,13 +125,13 @@ def test_no_rank_has_the_whole_sequence(ranks: Ranks, family: str, everything: b
     assert bool(found) == (family in HOLDS_ALL), found
 
 
-@pytest.mark.parametrize("layout", [(1, 1, 1), (1, 2, 1)], ids=str)
 @FAMILY
-def test_kernels_equal_plain_operations(ranks: Ranks, family: str, layout: tuple[int, ...]) -> None:
-    """In Triton's interpreter, a whole forward."""
-    for error, called in ranks.run(layout, "kernels", family=family)[: layout[1]]:
-        assert error <= FP32
-        assert called
+def test_kernels_equal_plain_operations(ranks: Ranks, family: str) -> None:
+    """In Triton's interpreter, a whole forward on two ranks; test_kernels.py has the kernels by themselves."""
+    layout = (1, 2, 1)
+    told = ranks.run(layout, "kernels", family=family)
+    assert max(error for error, _ in told) <= FP32
+    assert [called > 0 for _, called in told] == [rank == 1 for rank in range(WORLD)]
 
 
 @pytest.mark.parametrize("layout", [(1, 1, 3), (2, 2, 1), (2, 1, 1, (0, 2, 0, 1, 0))], ids=str)
