@@ -242,11 +242,13 @@ def test_nothing_that_is_told_becomes_html(page: Callable[..., Browser]) -> None
       const rank = { ...of(NAMES), rank: 0, device_name: evil, memory_used_bytes: 1, memory_total_bytes: 2,
                      device_memory_used_bytes: 1, utilization: 0.5 };
       const group = { ...of(NAMES), world_size: 1, restarts: 1, ranks: [rank], queue: { running: 1, queued: 2 } };
+      const spread = { ...group, name: "b", restarts: 2, world_size: 2,
+                       ranks: [{ ...rank, host: "one", device: "0" }, { ...rank, rank: 1, host: evil }] };
       const model = { ...of(NAMES), id: evil, parameters: 1e9, weight_bytes: 1, patches: 1, network: evil,
                       quantization: { [evil]: 1 }, streamed_bytes: [1], groups: [evil, "b"] };
       const told = {
         endpoint: evil, endpoints: [evil, "b"], error: null,
-        status: { ...of(NAMES), uptime_s: 1, groups: [group, { ...group, name: "b" }], group, models: [model],
+        status: { ...of(NAMES), uptime_s: 1, groups: [group, spread], group, models: [model],
                   queue: { running: 1, queued: 2 } },
         stats: { step_s: { count: 1, mean: 1, p95: 1 }, queue_s: 0.1, wire_s: 0.2, compute_s: 0.3, collective_s: 0.4 },
         jobs: [{ ...of(NAMES), job: evil, model: evil, group: "b", step: 1, total: 2, block: 1, blocks: 2, age_s: 1 }],
@@ -274,6 +276,10 @@ def test_nothing_that_is_told_becomes_html(page: Callable[..., Browser]) -> None
     assert told["text"].count(evil) > 15
     assert told["text"].count(f"Group {evil}") == 2, "a heading, and the model's"
     assert told["text"].count("Group b") == 3, "and the job's"
+    assert f"Rank 0 on {evil}" in told["text"], "on one host: without it"
+    assert "Rank 0 on one, 0" in told["text"]
+    assert f"Rank 1 on {evil}, {evil}" in told["text"]
+    assert told["text"].count("restarted once") == told["text"].count("restarted 2 times") == 1
     assert "1 running, 2 waiting" in told["text"]
     assert f"{evil}Unload" in told["text"], "the second time it can be unloaded"
     assert "2.00 times as fast as one rank" in told["text"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from tacod_client.cli import bench, show
+from tacod_client.errors import ArgumentError
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "x": {"shape": ["B", 16, "H", "W"], "required": True, "usual": True},
@@ -112,3 +114,15 @@ def test_the_table_tells_a_line_for_each_size() -> None:
         assert all(word in line for word in ("100.0 ms", "2.50", "1.5e-07", "90.0 ms", "7.0 ms", "computing"))
     assert any("flux.safetensors, flux, bf16" in line for line in lines)
     assert any("3 ranks" in line for line in lines)
+
+
+@pytest.mark.parametrize("groups", [{}, {"groups": ["0"]}])
+def test_without_a_name_it_takes_the_model_that_was_used_last(groups: dict[str, Any]) -> None:
+    """Several groups tell theirs one after the other, so that only a single model is the last one."""
+    told = [{"id": "a1", "name": "flux.safetensors", **groups}, {"id": "b2", "name": "sd3.safetensors", **groups}]
+    client: Any = SimpleNamespace(models=lambda: told, model=lambda known: known)
+    if groups:
+        with pytest.raises(ArgumentError, match=r"name the one .*: a1 \(flux\.safetensors\), b2 \(sd3\.safetensors\)$"):
+            bench._find(client, None, True)
+        del told[1:]
+    assert bench._find(client, None, True) == told[-1]["id"]

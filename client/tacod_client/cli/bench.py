@@ -21,7 +21,7 @@ from tacod_client.cli import beside, loaded, show
 from tacod_client.cli.output import document
 from tacod_client.client import Client
 from tacod_client.dtypes import of_numbers
-from tacod_client.errors import ModelNotFound, RequestError
+from tacod_client.errors import ArgumentError, ModelNotFound, RequestError
 from tacod_client.model import Model
 from tacod_client.stats import PARTS, Call
 
@@ -87,12 +87,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _find(client: Client, name: str | None, quiet: bool) -> Model:
-    """A model by the start of its id, by its file, or the one that was used last."""
+    """A model by the start of its id, by its file, or the one that was used last.
+
+    Raises `ArgumentError` where several groups hold models, as none says which of all was used last.
+    """
     if name is not None:
         return loaded.find_or_load(client, name, quiet)
     models = client.models()
     if not models:
         raise ModelNotFound("no model is loaded; name a file, or load one by `tacoctl load`")
+    if len(models) > 1 and "groups" in models[0]:
+        # Each group's are in the order of their use, one group's after another's.
+        known = ", ".join(f"{each['id']} ({each['name']})" for each in models)
+        raise ArgumentError(f"several groups hold models; name the one to measure: {known}", argument="model")
     return client.model(models[-1]["id"])
 
 

@@ -90,9 +90,10 @@ function help(t, told) {
 
 function ranks(t, group, index, several) {
     const title = several > 1 ? t("group", { name: group.name ?? index }) : t("ranks");
+    const spread = new Set(group.ranks.map((each) => each.host)).size > 1;
     const facts = [
         t("ranks.count", { count: group.ranks.length, all: group.world_size, device: group.device }),
-        group.restarts ? t("restarts", { count: group.restarts }) : null,
+        group.restarts ? t(group.restarts === 1 ? "restarts.once" : "restarts", { count: group.restarts }) : null,
         several > 1 && group.state ? t.or(`state.${group.state}`, group.state) : null,
         several > 1 && group.queue ? t("queue.counts", group.queue) : null,
     ];
@@ -101,12 +102,13 @@ function ranks(t, group, index, several) {
         `ranks-${index}`,
         title,
         h("p", { class: "taco-dit-small" }, facts.filter(Boolean).join(" · ")),
-        h("ul", { class: "taco-dit-list" }, ...group.ranks.map((each) => rank(t, each, group.device))),
+        h("ul", { class: "taco-dit-list" }, ...group.ranks.map((each) => rank(t, each, group.device, spread))),
     );
 }
 
-function rank(t, each, kind) {
-    const name = t("rank", { rank: each.rank, device: each.device });
+// Ranks that are spread over hosts are told with theirs.
+function rank(t, each, kind, spread) {
+    const name = t(spread ? "rank.host" : "rank", { rank: each.rank, device: each.device, host: each.host });
     const memory = kind === "cuda" ? t("memory.gpu") : t("memory");
     const held = each.device_memory_used_bytes;
     const whole = each.memory_total_bytes;
