@@ -16,6 +16,8 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,18 @@ from helpers import Daemon
 
 SIZES = ((1, 2, 2), (1, 32, 32), (1, 64, 64), (1, 128, 128), (4, 64, 64))
 """Batch, height and width of the latent. The first is almost no work."""
+
+
+@contextmanager
+def started(*options: str) -> Iterator[tuple[ComfyUI, Daemon]]:
+    """The ComfyUI in COMFYUI_PATH with these options, and a daemon of one rank; both have a tiny Flux.1."""
+    path, python = os.environ["COMFYUI_PATH"], os.environ.get("COMFYUI_PYTHON", sys.executable)
+    with tempfile.TemporaryDirectory(prefix="tacod-") as name:
+        models = Path(name)
+        (models / "diffusion_models").mkdir()
+        save(FLUX, models / "diffusion_models")
+        with Daemon(1, [models]) as daemon, ComfyUI(path, python, daemon.endpoint, models, *options) as comfyui:
+            yield comfyui, daemon
 
 
 def steps(
@@ -71,32 +85,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
-    path, python = os.environ["COMFYUI_PATH"], os.environ.get("COMFYUI_PYTHON", sys.executable)
-    with tempfile.TemporaryDirectory(prefix="tacod-") as name:
-        models = Path(name)
-        (models / "diffusion_models").mkdir()
-        save(FLUX, models / "diffusion_models")
-        # The attention that the ranks have too: ComfyUI's own for CPUs is many times slower on long sequences.
-        kernel = "--use-pytorch-cross-attention"
-        with Daemon(1, [models]) as daemon, ComfyUI(path, python, daemon.endpoint, models, kernel) as comfyui:
-            version = comfyui.get("/system_stats")["system"]["comfyui_version"]
-            print(f"ComfyUI {version}, medians of {args.rounds} rounds of {args.steps} steps\n")
-            print(
-                "| latent | ComfyUI ms | through the nodes ms | more ms | compute | wire | client | queue |\n| --- |"
-                + " --- |" * 7
-            )
-            for size in SIZES:
-                rows = []
-                for turn in range(args.rounds + 1):
-                    given = (args.steps, 100 + turn, daemon.endpoint)
-                    stock = median_ms(steps(comfyui, size, "stock", *given)[0])
-                    ended, outcome = steps(comfyui, size, "taco", *given)
-                    ours = median_ms(ended)
-                    parts = [told_ms(outcome, part) for part in ("compute", "wire", "client", "queue")]
-                    if turn:
-                        rows.append((stock, ours, ours - stock, *parts))
-                cells = [f"{statistics.median(column):.2f}" for column in zip(*rows, strict=True)]
-                print(f"| {size[0]} × {size[1]} × {size[2]} | {' | '.join(cells)} |", flush=True)
+    # The attention that the ranks have too: ComfyUI's own for CPUs is many times slower on long sequences.
+    with started("--use-pytorch-cross-attention") as (comfyui, daemon):
+        version = comfyui.get("/system_stats")["system"]["comfyui_version"]
+        print(f"ComfyUI {version}, medians of {args.rounds} rounds of {args.steps} steps\n")
+        print(
+            "| latent | ComfyUI ms | through the nodes ms | more ms | compute | wire | client | queue |\n| --- |"
+            + " --- |" * 7
+        )
+        for size in SIZES:
+            rows = []
+            for turn in range(args.rounds + 1):
+                given = (args.steps, 100 + turn, daemon.endpoint)
+                stock = median_ms(steps(comfyui, size, "stock", *given)[0])
+                ended, outcome = steps(comfyui, size, "taco", *given)
+                ours = median_ms(ended)
+                parts = [told_ms(outcome, part) for part in ("compute", "wire", "client", "queue")]
+                if turn:
+                    rows.append((stock, ours, ours - stock, *parts))
+            cells = [f"{statistics.median(column):.2f}" for column in zip(*rows, strict=True)]
+            print(f"| {size[0]} × {size[1]} × {size[2]} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

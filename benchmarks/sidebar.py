@@ -12,19 +12,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import statistics
-import sys
-import tempfile
 import threading
 import time
-from pathlib import Path
 
 import psutil
-from comfyui_graphs import FLUX, save
 from comfyui_server import ComfyUI
 from helpers import Daemon
-from nodes import steps
+from nodes import started, steps
 
 SIZES = ((1, 2, 2), (1, 64, 64), (1, 128, 128))
 """Batch, height and width of the latent. The first is almost no work."""
@@ -104,32 +99,25 @@ def main() -> None:
     parser.add_argument("--browsers", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=60.0)
     args = parser.parse_args()
-    path, python = os.environ["COMFYUI_PATH"], os.environ.get("COMFYUI_PYTHON", sys.executable)
-    with tempfile.TemporaryDirectory(prefix="tacod-") as name:
-        models = Path(name)
-        (models / "diffusion_models").mkdir()
-        save(FLUX, models / "diffusion_models")
-        seeds = itertools.count()
-        with Daemon(1, [models]) as daemon, ComfyUI(path, python, daemon.endpoint, models) as comfyui:
-            comfyui.get("/taco_dit/status")
-            print_idle(comfyui, daemon, args.browsers, args.seconds)
-            print(f"{args.browsers} browsers, {args.seconds:g} s; without polls, and with\n")
-            print(
-                "| latent | steps | median ms | ratio | mean ms | ratio | polls |\n| --- |" + " --- |" * 6, flush=True
-            )
-            for size in SIZES:
-                steps(comfyui, size, "taco", STEPS, next(seeds), daemon.endpoint)
-                times: dict[bool | None, list[float]] = {False: [], True: [], None: []}
-                with Browsers(comfyui, args.browsers) as browsers:
-                    until = time.perf_counter() + args.seconds
-                    while time.perf_counter() < until:
-                        for begin, end in steps(comfyui, size, "taco", STEPS, next(seeds), daemon.endpoint)[0]:
-                            times[browsers.had_open(begin, end)].append(1e3 * (end - begin))
-                shown = [" × ".join(map(str, size)), f"{len(times[False])}, {len(times[True])}"]
-                for of in (statistics.median, statistics.fmean):
-                    without, beside = of(times[False]), of(times[True])
-                    shown += [f"{without:.2f}, {beside:.2f}", f"{beside / without:.3f}"]
-                print(f"| {' | '.join(shown)} | {browsers.polls} |", flush=True)
+    seeds = itertools.count()
+    with started() as (comfyui, daemon):
+        comfyui.get("/taco_dit/status")
+        print_idle(comfyui, daemon, args.browsers, args.seconds)
+        print(f"{args.browsers} browsers, {args.seconds:g} s; without polls, and with\n")
+        print("| latent | steps | median ms | ratio | mean ms | ratio | polls |\n| --- |" + " --- |" * 6, flush=True)
+        for size in SIZES:
+            steps(comfyui, size, "taco", STEPS, next(seeds), daemon.endpoint)
+            times: dict[bool | None, list[float]] = {False: [], True: [], None: []}
+            with Browsers(comfyui, args.browsers) as browsers:
+                until = time.perf_counter() + args.seconds
+                while time.perf_counter() < until:
+                    for begin, end in steps(comfyui, size, "taco", STEPS, next(seeds), daemon.endpoint)[0]:
+                        times[browsers.had_open(begin, end)].append(1e3 * (end - begin))
+            shown = [" × ".join(map(str, size)), f"{len(times[False])}, {len(times[True])}"]
+            for of in (statistics.median, statistics.fmean):
+                without, beside = of(times[False]), of(times[True])
+                shown += [f"{without:.2f}, {beside:.2f}", f"{beside / without:.3f}"]
+            print(f"| {' | '.join(shown)} | {browsers.polls} |", flush=True)
 
 
 if __name__ == "__main__":
