@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 COMFYUI = Path(__file__).parent / "made_up_comfyui"
-AURA: dict[str, Any] = {"dim": 40, "cond_seq_dim": 24, "blocks": [2, 2]}
-WAVES: dict[str, Any] = {"dim": 16, "channels": 6, "blocks": 3}
+AURA: dict[str, Any] = {"dim": 80, "cond_seq_dim": 24, "blocks": [2, 2]}
+WAVES: dict[str, Any] = {"dim": 64, "channels": 6, "blocks": 3}
 CLASSES = {"aura": ("comfy.ldm.aura.mmdit", "MMDiT", AURA), "waves": ("comfy.ldm.waves.model", "Waves", WAVES)}
 
 
@@ -54,6 +54,9 @@ def save(kind: str, folder: Path) -> str:
         name.replace("embed.weight", "wave_in.weight") if kind == "waves" else name: w
         for name, w in weights(kind).items()
     }
+    for name in [each for each in named if each.endswith(".text.weight")]:
+        both = [named.pop(name), named.pop(name.replace("text", "image"))]
+        named[name.replace("text", "both")] = torch.cat(both)
     save_file({f"model.diffusion_model.{name}": each for name, each in named.items()}, folder / f"{kind}.safetensors")
     return f"{kind}.safetensors"
 

@@ -16,7 +16,7 @@ from tacod.group.work import (
 )
 from tacod.rank.comfyui.check import check_split
 from tacod.rank.comfyui.installation import Installation
-from tacod.rank.comfyui.loading import find_network, load_network
+from tacod.rank.comfyui.loading import load_network
 from tacod.rank.families.base import DiT
 from tacod.rank.families.names import Place
 from tacod.rank.forward.graphs import Forwards
@@ -37,7 +37,7 @@ from tacod.rank.weights.load import (
 from tacod.rank.weights.lora import read_lora
 from tacod.rank.weights.patch_request import parse_patches
 from tacod.rank.weights.patches import Patch, apply, factors
-from tacod.rank.weights.placement import Links, Sizes
+from tacod.rank.weights.placement import Links
 from tacod.rank.weights.reader import changed
 from tacod.rank.weights.remap import identify
 from tacod.rank.weights.streaming import Streaming
@@ -144,30 +144,21 @@ class Loader:
         wanted: Wanted,
     ) -> Resident:
         """A file that no family here runs, by ComfyUI's own network."""
-        if wanted.weights not in ("auto", "replicated"):
-            raise ArgumentError(
-                f"weights: of ComfyUI's networks each rank holds all weights; {wanted.weights!r} is for this version's "
-                "own families, so use auto",
-                argument="weights",
-            )
         chosen = choose_dtype(checkpoint, wanted.dtype, self._device)
         if chosen == "fp8" or is_weight_only(chosen):
             raise ArgumentError(f"dtype: {chosen} is for this version's own families; use bf16", argument="dtype")
-        streaming = Streaming(
-            self._topology.everyone, self._device, "auto", self._budgets(wanted.memory_bytes), False, self._smallest
-        )
-        with self._memory_errors("unload a model (`tacoctl unload`)"):
-            found = find_network(
-                installation,
-                checkpoint,
-                refusal,
-                self._device,
-                lambda total: streaming.begin(None, Sizes({}, others=total)),
-                self._report,
-            )
-            network = load_network(installation, found, checkpoint.path, DTYPES[chosen], self._device)
+        streaming = self._streaming(wanted)
+        advice = "unload a model (`tacoctl unload`)"
+        try:
+            with self._memory_errors(advice), streaming:
+                network = load_network(
+                    installation, checkpoint, refusal, DTYPES[chosen], self._device, streaming, self._report
+                )
             network.hosts = self._topology.hosts if self._topology.spans_hosts else ()
-            check_split(network, self._topology, self._device)
+            with self._memory_errors(advice):
+                check_split(network, self._topology, self._device)
+        except OutOfMemory as error:
+            raise streaming.advised(error) from None
         facts = self._facts(network, checkpoint, chosen, streaming)
         shapes = {name: tuple(each.shape) for name, each in network.named_weights().items()}
         return Resident(network, {}, shapes, facts, streaming)
@@ -182,18 +173,7 @@ class Loader:
             raise ArgumentError(
                 f"dtype: {name} can't multiply in 8 bits (Ada and Hopper can); use bf16", argument="dtype"
             )
-        streaming = Streaming(
-            self._topology.everyone,
-            self._device,
-            wanted.weights,
-            self._budgets(wanted.memory_bytes),
-            self._topology.reaches,
-            self._smallest,
-            wanted.fewer,
-            lambda: self._links,
-            self._devices_are_alike,
-            self._topology.spans_hosts,
-        )
+        streaming = self._streaming(wanted)
         try:
             with self._memory_errors("unload a model (`tacoctl unload`)"), streaming:
                 loaded = load_model(
@@ -222,6 +202,21 @@ class Loader:
         facts = self._facts(loaded, checkpoint, chosen, streaming)
         with Unfilled():
             return Resident(loaded, family.lora_layout(config), family.shapes(config), facts, streaming)
+
+    def _streaming(self, wanted: Wanted) -> Streaming:
+        """What stores the weights of a load."""
+        return Streaming(
+            self._topology.everyone,
+            self._device,
+            wanted.weights,
+            self._budgets(wanted.memory_bytes),
+            self._topology.reaches,
+            self._smallest,
+            wanted.fewer,
+            lambda: self._links,
+            self._devices_are_alike,
+            self._topology.spans_hosts,
+        )
 
     def _facts(self, loaded: DiT, checkpoint: Checkpoint, dtype: str, streaming: Streaming) -> Facts:
         """What there is to report about a model. All ranks ask at once."""

@@ -20,7 +20,7 @@ from tacod_client import wire
 from tacod_client.cli import show
 from tacod_client.cli.ending import guarded
 from tacod_client.cli.output import document
-from tacod_client.errors import ArgumentError
+from tacod_client.errors import ArgumentError, ModelCorrupt, ModelUnsupported
 
 if TYPE_CHECKING:
     from tacod.rank.families.base import DiT
@@ -42,9 +42,49 @@ def _plan(argv: Sequence[str] | None) -> int:
     parser.add_argument("--text", type=int, help="text tokens; by default those of the family's usual forward")
     parser.add_argument("--memory", help="GiB of weights on each rank, or one number for each: 24,24,8")
     parser.add_argument("--shares", help="how much each rank takes, a whole number for each: 2,1,1")
+    parser.add_argument("--comfyui", help="the folder of the ComfyUI whose networks run where no family does")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(argv)
-    return _of_file(args, read_checkpoint(os.path.realpath(args.file)))
+    checkpoint = read_checkpoint(os.path.realpath(args.file))
+    try:
+        return _of_file(args, checkpoint)
+    except (ModelUnsupported, ModelCorrupt) as error:
+        if args.comfyui is None:
+            raise
+        return _of_network(args, checkpoint, error.message)
+
+
+def _of_network(args: argparse.Namespace, checkpoint: Checkpoint, refusal: str) -> int:
+    """The same for a network of ComfyUI's: where its weights lie. Its forwards are planned when they come."""
+    import torch
+
+    from tacod.rank.comfyui.installation import Installation
+    from tacod.rank.comfyui.loading import plan_weights
+    from tacod.rank.weights.placement import Links, choose
+
+    installation = Installation(os.path.realpath(args.comfyui), torch.device("cpu"))
+    network, weights = plan_weights(installation, checkpoint, refusal, torch.bfloat16)
+    placement = choose("auto", weights, _budgets(args.memory, args.ranks), reaches=args.ranks > 1)
+    if args.json:
+        report = {
+            "family": network.family,
+            "network": network.name,
+            "parameters": checkpoint.parameters,
+            "weight_bytes": weights.total,
+            "quantization": checkpoint.formats,
+            "plan": None,
+            "weights": placement.kind,
+            "resident_bytes": list(placement.device_bytes),
+            "streamed_bytes": list(placement.streamed_bytes),
+            "fetch_s": Links().seconds(placement),
+        }
+        document(report)
+    else:
+        held = f"{checkpoint.parameters / 1e9:.2f} B parameters, {show.size(weights.total)}"
+        show.out(f"ComfyUI's {network.name}, {held}; its forwards are planned by their arguments")
+        if args.memory is not None:
+            show.out(placement.describe(weights, Links()))
+    return 0
 
 
 def _of_file(args: argparse.Namespace, checkpoint: Checkpoint) -> int:

@@ -152,8 +152,8 @@ GOLDENS = (
 
 
 @pytest.fixture(scope="module")
-def errors(packages: dict[str, str]) -> dict[str, Any]:
-    """How far each golden is from what ComfyUI's network gives in a rank."""
+def reports(packages: dict[str, str]) -> dict[str, Any]:
+    """What run_goldens.py says of each golden."""
     paths = os.pathsep.join([*filter(None, sys.path), packages["PYTHONPATH"], str(HERE)])
     command = [sys.executable, str(HERE / "run_goldens.py"), PATH, *GOLDENS]
     environment = {**os.environ, **packages, "PYTHONPATH": paths}
@@ -163,10 +163,33 @@ def errors(packages: dict[str, str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", GOLDENS)
-def test_our_own_families_compute_what_comfyuis_networks_do(errors: dict[str, Any], name: str) -> None:
+def test_our_own_families_compute_what_comfyuis_networks_do(reports: dict[str, Any], name: str) -> None:
     """Other tests hold our own code to the same goldens, to the same bar."""
-    assert isinstance(errors[name], float), errors[name]
-    assert errors[name] <= FP32
+    assert isinstance(reports[name], dict), reports[name]
+    assert reports[name]["error"] <= FP32
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_weights_from_the_host_give_the_same_bits(reports: dict[str, Any], name: str) -> None:
+    """Quantized ones too, and patched ones."""
+    assert isinstance(reports[name], dict), reports[name]
+    assert (reports[name]["fetched"], reports[name]["patched"]) == (True, True)
+
+
+@pytest.mark.parametrize(("number", "name"), [*enumerate([*CASES][::3])])
+def test_weights_that_ranks_fetch(networks: Networks, files: Path, number: int, name: str) -> None:
+    """Of these small networks only the larger matrices are stored apart; some have none."""
+    where: Any = ("sharded", "host")[number % 2]
+    ranks = 2 + number % 2
+    given: dict[str, Any] = torch.load(files / f"{name}.pt")["first"]
+    with networks(ranks).client() as client:
+        whole, apart = (client.load(f"{name}.safetensors", weights=each) for each in ("replicated", where))
+        assert apart.network == whole.network
+        outs = [model.forward(**given) for model in (whole, apart, apart)]
+        for out in outs[1:]:
+            assert farthest(out, outs[0]) == 0
+        for model in (whole, apart):
+            client.unload(model.id)
 
 
 AURAFLOW = TinyModel(Tiny("auraflow", CASES["auraflow"].config), 2048, 0, channels=4, size=(9, 14))

@@ -134,12 +134,87 @@ def test_patches_apply_by_the_names_of_file_and_network(client: Client, tmp_path
 
 def test_a_patched_model_is_split_too(client: Client, tmp_path: Path) -> None:
     name = "double_layers.1.image.weight"
-    added = torch.randn(40, 40, generator=torch.Generator().manual_seed(5)) / 7
+    added = torch.randn(80, 80, generator=torch.Generator().manual_seed(5)) / 7
     patched = client.load("aura.safetensors", patches=[{"kind": "diff", "key": name, "diff": added}])
     (out,) = expected("aura", [inputs("aura", 1)], tmp_path, {name: weights("aura")[name] + added})
     assert relative_error(patched.forward(**inputs("aura", 1)), out) <= FP32
     assert patched.stats.last is not None
     assert patched.stats.last.ranks == 2
+
+
+# --- weights that aren't whole on each rank ---------------------------------------------------------------------------
+
+
+def described(client: Client, model: str) -> dict[str, Any]:
+    return next(each for each in client.status()["models"] if each["id"] == model)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("where", ["sharded", "host"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_ranks_fetch_give_the_same_bits(networks: Networks, kind: str, where: Any, ranks: int) -> None:
+    """With a table and without, whole images on each rank and shared ones."""
+    with networks(ranks).client() as client:
+        whole, apart = (client.load(f"{kind}.safetensors", weights=weights) for weights in ("replicated", where))
+        assert apart.network == whole.network
+        for images in (1, 2, 1):
+            assert apart.forward(**inputs(kind, images)).equal(whole.forward(**inputs(kind, images)))
+        told, other = described(client, apart.id), described(client, whole.id)
+        assert (other["weights"], other["streamed_bytes"]) == ("replicated", [0] * ranks)
+        assert told["weights"] == (where if ranks > 1 or where == "host" else "replicated")
+        if told["weights"] != "replicated":
+            assert min(told["streamed_bytes"]) > 0
+        client.unload(apart.id)
+
+
+@pytest.mark.parametrize("where", ["sharded", "host"])
+def test_patches_of_weights_that_ranks_fetch(client: Client, where: Any) -> None:
+    name = "double_layers.1.attn.qkv.weight"
+    added = torch.randn(240, 80, generator=torch.Generator().manual_seed(5)) / 9
+    patches = [{"kind": "diff", "key": name, "diff": added}]
+    base, given = client.load("aura.safetensors", weights=where), inputs("aura", 1)
+    before = base.forward(**given)
+    whole, apart = (client.load("aura.safetensors", patches=patches, weights=each) for each in ("replicated", where))
+    assert apart.forward(**given).equal(whole.forward(**given))
+    assert base.forward(**given).equal(before)
+    assert not apart.forward(**given).equal(before)
+    assert described(client, apart.id)["weight_bytes"] <= added.nbytes
+
+
+def test_a_budget_is_filled_and_models_take_turns(files: Path, outs: Any) -> None:
+    """Of the 460 kB of one network, and no room for two."""
+    budget = 300_000
+    settings = {"comfyui.path": str(COMFYUI), "models.memory_bytes": budget}
+    with Daemon(2, [files], settings) as daemon, daemon.client() as client:
+        model = client.load("aura.safetensors")
+        told = described(client, model.id)
+        assert told["weights"] in ("sharded", "host")
+        assert max(told["resident_bytes"]) <= budget
+        assert min(told["streamed_bytes"]) > 0
+        other = client.load("aura.safetensors", dtype="bf16")
+        assert [each["id"] for each in client.models()] == [other.id]
+        assert relative_error(model.forward(**inputs("aura", 1)), outs["aura"][0]) <= FP32
+
+
+def test_a_network_that_no_budget_holds_says_how_much_would(files: Path) -> None:
+    settings = {"comfyui.path": str(COMFYUI), "models.memory_bytes": 1000}
+    with Daemon(1, [files], settings) as daemon, daemon.client() as client:
+        with pytest.raises(OutOfMemory, match=r"at least .* on each device .* raise models\.memory_bytes"):
+            client.load("aura.safetensors")
+        assert client.models() == []
+
+
+def test_a_comfyui_that_looks_at_numbers_is_given_them(files: Path, tmp_path: Path, outs: Any) -> None:
+    """Where shapes alone don't do, ComfyUI gets the whole file."""
+    looks = """        assert all(float(each.float().abs().sum()) > 0 for each in state_dict.values())
+        found = {}
+"""
+    folder = changed(tmp_path, "comfy/supported_models.py", "        found = {}\n", looks)
+    with Daemon(2, [files], {"comfyui.path": str(folder)}) as daemon, daemon.client() as client:
+        model = client.load("aura.safetensors", weights="host")
+        assert "ComfyUI is given all weights at once" in daemon.log
+        assert min(described(client, model.id)["streamed_bytes"]) > 0
+        assert relative_error(model.forward(**inputs("aura", 1)), outs["aura"][0]) <= FP32
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -149,19 +224,6 @@ def test_without_a_comfyui_its_files_are_refused(client: Client, files: Path, mo
     (models / "waves.safetensors").write_bytes((files / "waves.safetensors").read_bytes())
     with daemon.client() as other, pytest.raises(ModelUnsupported, match="no family knows this file"):
         other.load("waves.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"weights": "sharded"}, "weights: of ComfyUI's networks each rank holds all weights"),
-        ({"weights": "host"}, "weights: of ComfyUI's networks each rank holds all weights"),
-        ({"dtype": "bf16_weight_only"}, "dtype: bf16_weight_only is for this version's own families"),
-    ],
-)
-def test_loads_that_it_does_not_have(client: Client, options: dict[str, Any], words: str) -> None:
-    with pytest.raises(ArgumentError, match=words):
-        client.load("waves.safetensors", **options)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +248,11 @@ def test_calls_that_it_does_not_have(client: Client, changes: dict[str, Any], pl
 def test_a_plan_may_ask_for_what_is_so_anyway(client: Client, outs: Any) -> None:
     model = client.load("waves.safetensors", plan={"attention": "exact", "step_cache": 0})
     assert torch.equal(model.forward(**inputs("waves", 1)), outs["waves"][0])
+
+
+def test_dtypes_that_it_does_not_have(client: Client) -> None:
+    with pytest.raises(ArgumentError, match="dtype: bf16_weight_only is for this version's own families"):
+        client.load("waves.safetensors", dtype="bf16_weight_only")
 
 
 def test_it_has_no_sampling(client: Client) -> None:

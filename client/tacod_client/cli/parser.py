@@ -187,6 +187,12 @@ def _add_plan(plan: argparse.ArgumentParser) -> None:
         metavar="N,N,…",
         help="how much each rank takes, as group.shares: 2,1,1; by default all take the same",
     )
+    plan.add_argument(
+        "--comfyui",
+        type=_given,
+        metavar="DIR",
+        help="the folder of a ComfyUI, as comfyui.path: its code says how large a network is that no family has",
+    )
 
 
 def _add_bench(bench: argparse.ArgumentParser) -> None:

@@ -178,7 +178,7 @@ def _sample(args: argparse.Namespace) -> None:
 def _plan(args: argparse.Namespace) -> int:
     width, height = args.size
     options = ["--ranks", args.ranks, "--size", f"{width}x{height}", "--batch", args.batch, "--text", args.text]
-    given = {"--memory": args.memory, "--shares": args.shares}
+    given = {"--memory": args.memory, "--shares": args.shares, "--comfyui": args.comfyui}
     options += [part for option, value in given.items() if value is not None for part in (option, value)]
     return _daemon_program("tacod.tools.plan", args, [*options, "--", args.file])
 

@@ -1,4 +1,7 @@
-"""A model file as ComfyUI loads it: its own detection, its own network, its own layers, filled from the file."""
+"""A model file as ComfyUI loads it: its own detection, its own network and its own layers.
+
+ComfyUI makes the network of shapes alone, as far as it can; weights are read afterwards, unit by unit.
+"""
 
 from __future__ import annotations
 
@@ -12,35 +15,22 @@ from torch import Tensor
 
 from tacod.checkpoint import Checkpoint
 from tacod.checkpoint.safetensors import read_safetensors
+from tacod.rank.comfyui.contents import BESIDE, DTYPES, ON_HOST, Contents, as_tensor
 from tacod.rank.comfyui.installation import Installation, quiet
 from tacod.rank.comfyui.network import Network
 from tacod.rank.comfyui.tables import keeps_together, table_of
+from tacod.rank.comfyui.units import find_units, sizes_of_units
 from tacod.rank.ops.packed.float8 import FLOAT8_DTYPES
+from tacod.rank.weights.placement import Sizes
 from tacod.rank.weights.reader import Reader, changed
 from tacod.rank.weights.remap import some
+from tacod.rank.weights.streaming import Streaming
 from tacod_client.errors import ModelCorrupt, ModelUnsupported
 
-__all__ = ["Found", "find_network", "load_network"]
+__all__ = ["load_network", "plan_weights"]
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    **FLOAT8_DTYPES,
-    "F8_E8M0": torch.float8_e8m0fnu,
-}
-"""Torch's dtypes by safetensors' names for them."""
-_ON_HOST = ("comfy_quant", "scaled_fp8")
-"""Last names of tensors that ComfyUI reads as text and numbers while it loads."""
-_BESIDE = "conditioner.conditioners."
-"""The beginning of names of tensors that ComfyUI makes a model of, beside its network."""
+_FEW = 4
+"""Tensors of so few numbers are scales, which ComfyUI may look at too."""
 _REFUSED = {
     **dict.fromkeys(("UNetModel", "StageB", "StageC"), "is no diffusion transformer: use ComfyUI's own loader"),
     **dict.fromkeys(("RTv4", "SAM3Model", "DepthAnything3Net"), "is no diffusion model"),
@@ -48,36 +38,36 @@ _REFUSED = {
 }
 """Networks of ComfyUI's that ranks don't run, by their classes' names, and why."""
 
+
+class _NotMade(ModelUnsupported):
+    """ComfyUI can't make a network of what it was given."""
+
+
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Found:
+class _Found:
     """What ComfyUI's detection says of a file."""
 
     config: Any
     """ComfyUI's ``model_config``."""
     tensors: dict[str, Tensor]
-    """The diffusion model's, by the file's names without a prefix."""
+    """The diffusion model's, by the file's names without a prefix; what isn't read yet is on the device meta."""
+    file: Checkpoint
+    """The file, under its own names."""
+    names: dict[int, str]
+    """The file's names of tensors that aren't read yet, by the ``id`` of each in ``tensors``."""
 
 
-def find_network(
-    installation: Installation,
-    checkpoint: Checkpoint,
-    refusal: str,
-    device: torch.device,
-    reserve: Callable[[int], None],
-    progress: Callable[[int, int], None],
-) -> Found:
-    """Have ComfyUI detect what a file holds, and read it onto the device.
+def _find(installation: Installation, checkpoint: Checkpoint, refusal: str, *, whole: bool = False) -> _Found:
+    """Have ComfyUI detect what a file holds.
 
     Args:
         installation: The ComfyUI.
         checkpoint: The file; only its path and identity are looked at, for ComfyUI has names of its own for all else.
         refusal: Why no family here runs it.
-        device: Where tensors go.
-        reserve: Hears how many bytes these will take, before any is read, and raises if there is no room.
-        progress: Hears how many bytes of how many are read.
+        whole: Whether to read all of the file into the host's memory, and not only what says how to read the others.
 
     Raises `ModelUnsupported` if ComfyUI doesn't know the file either, or ranks can't run it; `ModelCorrupt` if the file
     has changed or is cut short.
@@ -87,7 +77,7 @@ def find_network(
         raise ModelUnsupported(f"{refusal}. Of ComfyUI's networks tacod loads .safetensors files alone")
     detection, utils = (installation.module(name) for name in ("comfy.model_detection", "comfy.utils"))
     header = read_safetensors(path)
-    unknown = sorted({entry.info.dtype for entry in header.entries.values()} - _DTYPES.keys())
+    unknown = sorted({entry.info.dtype for entry in header.entries.values()} - DTYPES.keys())
     if unknown:
         raise ModelUnsupported(f"{refusal}. For ComfyUI's networks tacod doesn't read {', '.join(unknown)}")
     raw = Checkpoint(
@@ -103,11 +93,11 @@ def find_network(
         raise changed(path)
     # Its detection looks at names and shapes: only what it knows is read.
     empty = {
-        name: torch.empty(info.shape, dtype=_DTYPES[info.dtype], device="meta") for name, info in raw.tensors.items()
+        name: torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta") for name, info in raw.tensors.items()
     }
     prefix = detection.unet_prefix_from_state_dict(empty)
-    names = [name for name in empty if name.startswith((prefix, _BESIDE))]
-    if all(name.startswith(_BESIDE) for name in names):
+    names = [name for name in empty if name.startswith((prefix, BESIDE))]
+    if all(name.startswith(BESIDE) for name in names):
         names = list(empty)
     prefix = prefix if any(name.startswith(prefix) for name in names) else ""
     said = dict(checkpoint.config or {})
@@ -118,10 +108,11 @@ def find_network(
     refused = ModelUnsupported(f"{refusal}. The ComfyUI at {installation.path} doesn't know it either")
     if _detect(installation, {name.removeprefix(prefix): empty[name] for name in names}, header.texts, said) is None:
         raise refused
-    total = sum(part.stop - part.start for name in names for part in raw.parts[name])
-    reserve(total)
-    tensors = _read(raw, names, device, total, progress)
-    bare = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    read = [name for name in names if whole or _is_read_at_once(name, empty[name])]
+    with Reader(raw, torch.device("cpu")) as reader:
+        known = {name: as_tensor(raw, name, data) for name, data in zip(read, reader.read(read), strict=True)}
+        reader.check()
+    bare = {name.removeprefix(prefix): known.get(name, empty[name]) for name in names}
     try:
         with quiet():
             bare, texts = utils.convert_old_quants(bare, "", metadata=dict(header.texts))
@@ -130,21 +121,20 @@ def find_network(
     config = _detect(installation, bare, texts, said)
     if config is None:
         raise refused
-    return Found(config, bare)
+    return _Found(config, bare, raw, {id(empty[name]): name for name in names if name not in known})
 
 
-def load_network(
-    installation: Installation, found: Found, path: str, dtype: torch.dtype, device: torch.device
-) -> Network:
-    """The network, filled and without a split yet; ``found.tensors`` is empty afterwards.
+def _made_of(installation: Installation, found: _Found, dtype: torch.dtype) -> tuple[Network, Contents]:
+    """The network without weights and without a split, and what fills it.
 
-    Weights are in the compute ``dtype``, those that the file has in 8 bits as ComfyUI keeps them, and those that the
-    network itself wants in a dtype of their own in that.
+    Weights will be in the compute ``dtype``, those that the file has in 8 bits as ComfyUI keeps them, and those that
+    the network itself wants in a dtype of their own in that.
 
-    Raises `ModelUnsupported` for a network that ranks don't run, `ModelCorrupt`, naming them, if weights lack.
+    Raises `ModelUnsupported` for a network that ranks don't run, `ModelCorrupt`, naming them, if weights lack;
+    `_NotMade` if ComfyUI can't make it of this.
     """
-    config, state = found.config, found.tensors
-    packed = _packed_dtype(state) if config.quant_config is None else None
+    config, path = found.config, found.file.path
+    packed = _packed_dtype(found.tensors) if config.quant_config is None else None
     config.set_inference_dtype(packed or dtype, None if packed is None else dtype)
     if config.quant_config is not None:
         # It makes layers for numbers of this dtype beside the packed ones.
@@ -152,44 +142,87 @@ def load_network(
     try:
         with quiet():
             # On the host, where memory that nothing is written to costs nothing; buffers are computed here.
-            network = config.get_model(state, "").diffusion_model
-            renamed = config.process_unet_state_dict(dict(state))
+            network = config.get_model(dict(found.tensors), "").diffusion_model
+            contents = Contents(config.process_unet_state_dict, found.tensors, found.file, found.names)
     except Exception as error:  # whatever a network raises for a configuration that it can't be made of
-        raise ModelUnsupported(f"{path}: ComfyUI can't make its network: {type(error).__name__}: {error}") from error
+        raise _NotMade(f"{path}: ComfyUI can't make its network: {type(error).__name__}: {error}") from error
     kind = type(network).__name__
     if kind in _REFUSED:
         raise ModelUnsupported(f"{path}: ComfyUI's {kind} {_REFUSED[kind]}")
-    renamed = {name: each for name, each in renamed.items() if not name.startswith(_BESIDE)}
-    theirs = {id(tensor): name for name, tensor in state.items()}
-    names = {theirs[id(each)]: name for name, each in renamed.items() if theirs.get(id(each), name) != name}
-    state.clear()
-    own = dict(network.named_parameters())
-    for name, tensor in renamed.items():
-        if name in own and tensor.is_floating_point() and own[name].dtype != tensor.dtype:
-            renamed[name] = tensor.to(own[name].dtype)
+    contents.cast_to({name: each.dtype for name, each in network.named_parameters()})
     with quiet():
         try:
-            missing, unexpected = network.load_state_dict(renamed, strict=False, assign=True)
+            missing, unexpected = network.load_state_dict(contents.empty, strict=False, assign=True)
         except RuntimeError as error:
+            if found.names and "meta" in str(error):
+                raise _NotMade(f"{path}: ComfyUI's {kind} can't be filled: {error}") from None
             raise ModelCorrupt(f"{path} doesn't fit ComfyUI's {kind}: {error}; download it again") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelCorrupt(f"{path}: ComfyUI's {kind} can't be filled ({error}); download it again") from None
     if missing:
         raise ModelCorrupt(f"{path} lacks {some(missing)}, which ComfyUI's {kind} needs; download it again")
     if unexpected:
         # As in ComfyUI, which says so in its log too.
         log.warning("%s: ComfyUI's %s doesn't use %s", path, kind, some(unexpected))
-    network.to(device)
     network.eval().requires_grad_(False)
     made = Network(
         network,
         dtype,
         installation.version,
-        names,
+        contents.renamed,
+        find_units(network),
         table_of(network),
         installation.module("comfy.utils").string_to_seed,
         keeps_together(network),
     )
     made.eval().requires_grad_(False)
-    return made
+    return made, contents
+
+
+def load_network(
+    installation: Installation,
+    checkpoint: Checkpoint,
+    refusal: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    streaming: Streaming,
+    progress: Callable[[int, int], None],
+) -> Network:
+    """A file's network, filled, and without a split yet.
+
+    Args:
+        installation: The ComfyUI.
+        checkpoint: The file.
+        refusal: Why no family here runs it.
+        dtype: The compute dtype.
+        device: Where weights go.
+        streaming: Stores units that don't stay whole on each rank.
+        progress: Hears how many bytes of how many are read.
+
+    Raises `ModelUnsupported`, `ModelCorrupt` and `OutOfMemory`.
+    """
+    network, contents = _make(installation, checkpoint, refusal, dtype)
+    contents.fill(network, device, streaming, progress)
+    return network
+
+
+def plan_weights(
+    installation: Installation, checkpoint: Checkpoint, refusal: str, dtype: torch.dtype
+) -> tuple[Network, Sizes]:
+    """A file's network without weights, and how many bytes these would be; raises what `load_network` does."""
+    network, _ = _make(installation, checkpoint, refusal, dtype)
+    return network, sizes_of_units(network.inner, network.blocks_at)
+
+
+def _make(
+    installation: Installation, checkpoint: Checkpoint, refusal: str, dtype: torch.dtype
+) -> tuple[Network, Contents]:
+    """`_made_of` of shapes alone, or of the whole file if ComfyUI can't make it of these."""
+    try:
+        return _made_of(installation, _find(installation, checkpoint, refusal), dtype)
+    except _NotMade as error:
+        log.info("ComfyUI is given all weights at once, and not shapes alone: %s", error.message)
+    return _made_of(installation, _find(installation, checkpoint, refusal, whole=True), dtype)
 
 
 def _detect(
@@ -217,23 +250,9 @@ def _detect(
     return config
 
 
-def _read(
-    raw: Checkpoint, names: list[str], device: torch.device, total: int, progress: Callable[[int, int], None]
-) -> dict[str, Tensor]:
-    """The tensors of these names on the device, but for those that ComfyUI reads on the host."""
-    on_host = [name for name in names if name.rpartition(".")[2] in _ON_HOST]
-    others = [name for name in names if name not in on_host]
-    tensors: dict[str, Tensor] = {}
-    done = 0
-    for where, mine in ((torch.device("cpu"), on_host), (device, others)):
-        with Reader(raw, where) as reader:
-            for name, data in zip(mine, reader.read(mine), strict=True):
-                info = raw.tensors[name]
-                tensors[name] = data.view(_DTYPES[info.dtype]).reshape(info.shape)
-                done += data.nbytes
-                progress(done, total)
-            reader.check()
-    return {name: tensors[name] for name in names}
+def _is_read_at_once(name: str, tensor: Tensor) -> bool:
+    """Whether ComfyUI looks at a tensor's numbers while it makes a network."""
+    return name.startswith(BESIDE) or name.rpartition(".")[2] in ON_HOST or tensor.numel() <= _FEW
 
 
 def _packed_dtype(state: Mapping[str, Tensor]) -> torch.dtype | None:

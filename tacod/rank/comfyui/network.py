@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +32,8 @@ from tacod.rank.families.stream import ForwardPass
 from tacod.rank.families.trunk import BlockCache, BlockWatch
 from tacod.rank.oom import describe_oom
 from tacod.rank.parallel.sequence import SequenceParallel
+from tacod.rank.weights.called import Called
+from tacod.rank.weights.stage import Stage
 from tacod_client.errors import ArgumentError, Cancelled, EngineError, TacodError
 from tacod_client.text import encodable, shortened
 
@@ -62,6 +65,7 @@ class Network(DiT):
         dtype: The compute dtype.
         version: ComfyUI's, in words.
         renamed: Its names of weights, by those of the file where they differ.
+        units: The paths of modules that may be stored and fetched each by itself.
         table: How its tokens are split; None if nothing is known.
         seed_of: ComfyUI's seed for a weight's name, for weights that are rounded at random.
         together: Whether it looks at several images of a batch at once, so that these can't be shared out.
@@ -83,6 +87,7 @@ class Network(DiT):
         dtype: torch.dtype,
         version: str,
         renamed: Mapping[str, str] | None = None,
+        units: Sequence[str] = (),
         table: Table | None = None,
         seed_of: Callable[[str], int] = hash,
         together: bool = False,
@@ -93,6 +98,8 @@ class Network(DiT):
         self._dtype = dtype
         self._comfyui = version
         self._renamed = dict(renamed or {})
+        self._units = list(units)
+        self._called: Called | None = None
         self._table = table
         self._seed_of = seed_of
         self._together = together
@@ -237,8 +244,13 @@ class Network(DiT):
             if (function := getattr(self.inner, name, None)) is not None:
                 parameters = inspect.signature(function).parameters.items()
                 specs = {key: Anything(each.default is each.empty) for key, each in parameters}
-                found[name] = Method(specs, function)
+                found[name] = Method(specs, partial(self._with_weights, function))
         return found
+
+    def _with_weights(self, function: Callable[..., Output], *args: Any, **arguments: Any) -> Output:
+        """A method of the network's, with its weights."""
+        with self._fetching():
+            return function(*args, **arguments)
 
     # --- the forward --------------------------------------------------------------------------------------------------
 
@@ -284,7 +296,7 @@ class Network(DiT):
         if (forget := getattr(self.inner, "clear_kv_cache", None)) is not None:
             # It keeps keys of former calls by the address of a tensor, which another call's may have now.
             forget()
-        with shared:
+        with self._fetching(), shared:
             return self.inner(x, timestep, context=context, control=None, transformer_options=options, **values)
 
     @contextmanager
@@ -306,6 +318,19 @@ class Network(DiT):
         return f"{alone} on each rank, not sequence {plan.layout.sequence}: {self._split.unshared}"
 
     # --- weights ------------------------------------------------------------------------------------------------------
+
+    @property
+    def blocks_at(self) -> list[str]:
+        """See `DiT.blocks_at`: the modules that may be stored and fetched each by itself."""
+        return self._units
+
+    def _fetching(self) -> AbstractContextManager[None]:
+        """A context in which modules have their weights in place as they are called."""
+        if not isinstance(self.weights, Stage):
+            return nullcontext()
+        if self._called is None or self._called.stage is not self.weights:
+            self._called = Called(self.weights)
+        return self._called.forward()
 
     def get_submodule(self, target: str) -> nn.Module:
         """A module by the network's own name of it."""

@@ -21,10 +21,11 @@ from tacod.rank.ops.packed.fp8 import Fp8Linear
 from tacod.rank.ops.packed.gguf import dequantize_blocks
 from tacod.rank.weights.fp8 import quantize_block
 from tacod.rank.weights.packing import PACKED, Layer, pack, pack_plain
+from tacod.rank.weights.parts import assign, parts_of
 from tacod.rank.weights.reader import Reader
 from tacod.rank.weights.remap import identify, some
 from tacod.rank.weights.sizes import sizes_of
-from tacod.rank.weights.stage import Stage, assign
+from tacod.rank.weights.stage import Stage
 from tacod.rank.weights.streaming import Streaming, Turn
 from tacod.rank.weights.unfilled import Unfilled
 from tacod_client.dtypes import COMPUTE_DTYPES, of_numbers
@@ -353,18 +354,10 @@ def weight_bytes(*models: DiT) -> int:
         part
         for model in models
         for tensor in (*model.parameters(), *model.buffers(), *_held(model))
-        for part in _parts(tensor)
+        for _, part in parts_of(tensor)
     ]
     storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type != "meta"]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-def _parts(tensor: Tensor) -> list[Tensor]:
-    """The tensors that hold one of a class of its own, such as a packed one with its scales; else itself."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        return [tensor]
-    names, _ = tensor.__tensor_flatten__()
-    return [part for name in names for part in _parts(getattr(tensor, name))]
 
 
 def _held(model: DiT) -> list[Tensor]:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from tacod.rank.families.base import DiT
 from tacod.rank.ops.packed.base import PackedLinear
-from tacod.rank.weights.stage import assign, owner_of
+from tacod.rank.weights.parts import assign
+from tacod.rank.weights.stage import owner_of
 
 __all__ = ["Skeleton"]
 
@@ -27,7 +28,7 @@ class Skeleton:
     packed: Mapping[str, Mapping[str, Any]]
     """Layers that take the place of others, by their paths, as `_described`."""
     tensors: Mapping[str, Mapping[str, Any]]
-    """All tensors by their paths, as `_told`: the large ones without their bytes."""
+    """All tensors by their paths, as `_told`: the large ones without their bytes. Of a weight with parts its parts."""
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], packed: Mapping[str, PackedLinear], smallest: int) -> Skeleton:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from tacod.rank.weights.depot import Stored, aligned, copy_bytes
+from tacod.rank.weights.parts import assign
 
-__all__ = ["Buffers", "Stage", "Unit", "assign", "owner_of"]
+__all__ = ["BUFFERS", "Buffers", "Stage", "Staged", "Unit", "owner_of"]
 
 T = TypeVar("T")
 
@@ -34,7 +35,7 @@ class Unit:
 
     path: str
     tensors: Mapping[str, Stored]
-    """By the names of the module's parameters and buffers, with the module's own path before them."""
+    """By the names of the module's parameters and buffers, or of their parts, with the module's own path before."""
     modulates: bool = False
     """Whether the ranks share its computation out with that of others."""
 
@@ -107,11 +108,13 @@ class Buffers:
 
 
 @dataclass(frozen=True, eq=False)
-class _Staged:
+class Staged:
     """A unit in its buffer."""
 
     number: int
+    """The buffer's."""
     copies: Copies
+    """What fills it."""
     lacking: Sequence[tuple[Any, str, Stored]]
     """What is fetched, each with the module that has it, and its name there."""
 
@@ -121,7 +124,7 @@ class _Loop:
     """A loop over modules."""
 
     modules: Sequence[Any]
-    coming: deque[_Staged]
+    coming: deque[Staged]
     """Those of them that are still to be fetched."""
     used: set[int] = field(default_factory=set)
     """The buffers that have a module's weights, or get them."""
@@ -162,7 +165,9 @@ class Stage:
         """What `ahead` has begun, until it is looped over."""
         self._modulates = any(unit.modulates and missing for unit, missing in zip(units, lacking, strict=True))
         """Whether it fetches modulations too, which are needed before any block."""
-        self._staged: dict[int, _Staged] = {}
+        self._staged: dict[int, Staged] = {}
+        self.staged: dict[str, Staged] = {}
+        """The units that this rank fetches, by their paths, in the order of their use."""
         for unit, missing in zip(units, lacking, strict=True):
             number, at, copies, fetched = len(self._staged) % BUFFERS, 0, [], []
             for path, stored in unit.tensors.items():
@@ -179,7 +184,8 @@ class Stage:
                 # Each rank begins with the next one's pieces, so that not all read from the same rank at once.
                 copies.sort(key=lambda each: (each[0] - rank - 1) % len(resident))
                 ordered = [(source, target) for _, source, target in copies]
-                self._staged[id(model.get_submodule(unit.path))] = _Staged(number, ordered, fetched)
+                self.staged[unit.path] = Staged(number, ordered, fetched)
+                self._staged[id(model.get_submodule(unit.path))] = self.staged[unit.path]
 
     @contextmanager
     def ahead(self, modules: Iterable[Any]) -> Iterator[None]:
@@ -287,11 +293,3 @@ def owner_of(model: nn.Module, path: str) -> tuple[Any, str]:
     """The module that has a parameter or a buffer, and its name there."""
     module, _, leaf = path.rpartition(".")
     return model.get_submodule(module), leaf
-
-
-def assign(owner: Any, leaf: str, tensor: Tensor) -> None:
-    """Make a tensor a module's parameter, or its buffer if it has such a one."""
-    if leaf in owner._parameters:
-        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        owner._buffers[leaf] = tensor

@@ -14,10 +14,11 @@ from tacod.rank.families.base import DiT
 from tacod.rank.ops.packed.base import PackedLinear
 from tacod.rank.parallel.modulation import owners
 from tacod.rank.weights.depot import Depot, HostSlabs, MakeSlab, Owner, PeerSlabs
+from tacod.rank.weights.parts import assign, get, parts_of
 from tacod.rank.weights.placement import Links, Placement, Sizes, alternatives, choose, choose_whole, in_words
 from tacod.rank.weights.sizes import SMALLEST
 from tacod.rank.weights.skeleton import Skeleton
-from tacod.rank.weights.stage import Buffers, Stage, Unit, assign, owner_of
+from tacod.rank.weights.stage import Buffers, Stage, Unit, owner_of
 from tacod_client.errors import OutOfMemory, TacodError
 
 __all__ = ["Streaming", "Turn"]
@@ -87,8 +88,8 @@ class Streaming:
         self._holders: dict[str, int] = {}
         self._depot: Depot | None = None
 
-    def begin(self, model: DiT | None, sizes: Sizes) -> None:
-        """Choose the placement of a model without weights, which will have these sizes; None for one without blocks.
+    def begin(self, model: DiT, sizes: Sizes) -> None:
+        """Choose the placement of a model without weights, which will have these sizes.
 
         Raises `OutOfMemory` if there is none.
         """
@@ -110,7 +111,7 @@ class Streaming:
             return PeerSlabs(self._group) if sharded and gpu else HostSlabs(self._group, gpu, on_device=sharded)
 
         self._depot = Depot(self._group, slabs, host=gpu and not sharded)
-        if sharded and model is not None:
+        if sharded:
             whose = owners([layer.out_features for layer in model.modulating], self._group.size)
             self._holders = dict(zip(sizes.modulations, whose, strict=True))
 
@@ -273,12 +274,16 @@ class Streaming:
         return [self._units[path] for path in (*first, *model.blocks_at) if path in self._units]
 
     def _tensors(self, model: DiT, path: str) -> dict[str, Tensor]:
-        """The tensors of a unit by their paths: parameters and buffers, without those of other units within it."""
+        """The plain tensors of a unit by their paths: parameters, buffers and parts of them.
+
+        There are none of other units within it.
+        """
         return {
-            f"{name}.{leaf}": tensor
+            f"{name}.{leaf}{behind}": part
             for name, module in self._modules(model, path)
             for leaf, tensor in (*module._parameters.items(), *module._buffers.items())
             if tensor is not None
+            for behind, part in parts_of(tensor)
         }
 
     def _packed(self, model: DiT, path: str) -> dict[str, PackedLinear]:
@@ -315,8 +320,7 @@ def _is_shared(base: DiT, patched: DiT, name: str) -> bool:
     tensors = []
     for model in (base, patched):
         try:
-            owner, leaf = owner_of(model, name)
+            tensors.append(get(*owner_of(model, name)))
         except AttributeError:
             return False
-        tensors.append(owner._parameters.get(leaf, owner._buffers.get(leaf)))
     return tensors[0] is not None and tensors[0] is tensors[1]

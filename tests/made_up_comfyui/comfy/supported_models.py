@@ -34,8 +34,15 @@ class Model:
         return SimpleNamespace(diffusion_model=self.network(**self.unet_config))
 
     def process_unet_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Weights by the network's own names."""
-        return {name.replace("wave_in.", "embed."): each for name, each in state_dict.items()}
+        """Weights by the network's own names; of one that is for texts and images it makes two."""
+        found = {}
+        for name, each in state_dict.items():
+            if name.endswith(".both.weight"):
+                of_text, of_image = (part.contiguous() for part in each.chunk(2))
+                found[name.replace("both", "text")], found[name.replace("both", "image")] = of_text, of_image
+            else:
+                found[name.replace("wave_in.", "embed.")] = each
+        return found
 
 
 class AuraFlow(Model):
