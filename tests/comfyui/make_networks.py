@@ -63,12 +63,16 @@ def arguments(case: NetworkCase) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
 
     def noise(shape: Any) -> Any:
+        if shape is None:
+            return None
         return [noise(each) for each in shape] if isinstance(shape, list) else torch.randn(shape, generator=generator)
 
     made = {name: noise(shape) for name, shape in case.inputs.items()}
     for name, (length, hidden) in case.masks.items():
         made[name] = torch.ones(2, length, dtype=torch.int64)
         made[name][:, length - hidden :] = 0
+    if case.control:
+        made["control"] = {name: noise(shapes) for name, shapes in case.control.items()}
     return {**made, **case.numbers, "timestep": torch.tensor([0.3, 0.8])}
 
 
@@ -90,9 +94,10 @@ def call(network: Any, given: dict[str, Any]) -> Any:
     """One forward, as ComfyUI's models call their networks; on copies, for some write to what they are given."""
     copies = changed(given, torch.clone)
     x, timestep, context = copies.pop("x"), copies.pop("timestep"), copies.pop("context", None)
+    control = copies.pop("control", None)
     options = copies.pop("transformer_options", {})
     with torch.inference_mode():
-        out = network(x, timestep, context=context, control=None, transformer_options=options, **copies)
+        out = network(x, timestep, context=context, control=control, transformer_options=options, **copies)
     return out.contiguous() if isinstance(out, torch.Tensor) else [each.contiguous() for each in out]
 
 

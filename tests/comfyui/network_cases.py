@@ -23,6 +23,8 @@ class NetworkCase:
     masks: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Lengths of masks, and how many of the last tokens they hide."""
     numbers: dict[str, float] = field(default_factory=dict)
+    control: dict[str, list[tuple[int, ...] | None]] = field(default_factory=dict)
+    """Shapes of a ControlNet's residuals, by the name of ComfyUI's list."""
     exact: bool = True
     """Whether ComfyUI computes the same to the bit in its own torch, which may be another version, by one thread."""
     beside: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -303,3 +305,13 @@ MORE: tuple[tuple[str, str, dict[str, Shape], dict[str, tuple[int, int]]], ...] 
 for name, more, inputs, masks in MORE:
     shapes = {key: shape for key, shape in {**CASES[name].inputs, **inputs}.items() if shape}
     CASES[f"{name}_{more}"] = replace(CASES[name], inputs=shapes, masks={**CASES[name].masks, **masks})
+
+CONTROLLED: tuple[tuple[str, str, dict[str, list[tuple[int, ...] | None]]], ...] = (
+    ("hunyuan_dit", "control", {"output": [(2, 35, 40), (2, 35, 40)]}),
+    ("lens", "control", {"input": [(2, 35, 48), None]}),
+    ("lens_mask", "control", {"input": [(2, 17, 48), (2, 35, 48)]}),
+    ("mage_flow_edit", "control", {"input": [(2, 35, 48), (2, 9, 48)]}),
+)
+"""Networks with the residuals of a ControlNet, some of which are for the first tokens alone."""
+for name, more, control in CONTROLLED:
+    CASES[f"{name}_{more}"] = replace(CASES[name], control=control)

@@ -231,7 +231,7 @@ def test_without_a_comfyui_its_files_are_refused(client: Client, files: Path, mo
     [
         ({"x": torch.tensor(3.0)}, "auto", "x: expected a tensor or a list of tensors"),
         ({"x": [torch.ones(2, 3), torch.ones(1, 3)]}, "auto", "x: its tensors are for no one number of images"),
-        ({"control": {"tensors": []}}, "auto", "control: .* Waves runs without a ControlNet here"),
+        ({"control": {"tensors": []}}, "auto", "control: .* Waves takes no ControlNet's residuals"),
         ({"lyrics": [[[[[[[[[0]]]]]]]]]}, "auto", "more than 8 deep"),
         ({}, {"step_cache": 0.1}, "plan: step_cache is for this version's own families"),
         ({}, {"flash_attention": False}, "plan: Waves is ComfyUI's, which chooses its own attention"),

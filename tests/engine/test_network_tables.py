@@ -11,15 +11,18 @@ from torch import Tensor, nn
 
 from tacod.plan import Request
 from tacod.rank.comfyui.network import Network
+from tacod.rank.comfyui.residuals import ResidualList
 from tacod.rank.comfyui.split import Split
 from tacod.rank.comfyui.tables import TABLES
 from tacod.rank.comfyui.tables.base import Blocks, Cut, Mask, Table
 from tacod.rank.comfyui.tables.calls import mismatch, shapes_of
 from tacod.rank.comfyui.tokens import Misfit, Tokens
+from tacod.rank.families.control import Control
 from tacod.rank.families.inputs import Inputs
 from tacod.rank.forward.run import plan_for
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod_client.errors import ArgumentError
+from tacod_client.tensors import to_wire
 
 PROBE = {
     "x": (1, 4, 6, 6),
@@ -304,3 +307,34 @@ def test_a_call_does_not_see_what_a_network_kept_of_another() -> None:
         out = network.run(SequenceParallel(), Inputs(values, network.specs_for(values)))
         assert isinstance(out, Tensor)
         assert torch.equal(out, torch.full((1, 4), factor))
+
+
+def residuals(lengths: list[int | None], tokens: int, rank: int, ranks: int, whole: bool = False) -> ResidualList:
+    """Those of a rank, each with numbers of its own."""
+    made = [None if n is None else torch.arange(2.0 * n).reshape(1, n, 2) + i for i, n in enumerate(lengths)]
+    control = Control({"input": [None if each is None else to_wire(each, "control") for each in made]})
+    return ResidualList(control, "input", lambda: (OneOf(rank, ranks), tokens), whole, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_each_rank_adds_its_tokens_part_of_a_residual(ranks: int) -> None:
+    lists = [residuals([7, None, 4], 7, rank, ranks) for rank in range(ranks)]
+    assert [len(each) for each in lists] == [3] * ranks
+    for place, length in ((0, 7), (2, 4)):
+        parts = [each[place] for each in lists]
+        assert torch.equal(
+            torch.cat([part for part in parts if part is not None], dim=1),
+            torch.arange(2.0 * length).reshape(1, length, 2) + place,
+        )
+    assert lists[0][1] is None
+    last = [each.pop() for each in lists]
+    assert [len(each) for each in lists] == [2] * ranks
+    assert sum(part.shape[1] for part in last if part is not None) == 4
+
+
+@pytest.mark.parametrize(("length", "whole"), [(8, False), (8, True), (6, True)])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_residual_that_does_not_fit_is_refused_by_every_rank(length: int, whole: bool, rank: int) -> None:
+    """Also by one whose own tokens it fits."""
+    with pytest.raises(ArgumentError, match=rf"control.input\[0\]: it is for {length} tokens, but the image has 7"):
+        residuals([length], 7, rank, 2, whole)[0]

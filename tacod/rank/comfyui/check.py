@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from tacod.plan import Layout, Plan, Shape
-from tacod.rank.comfyui.network import Network
+from tacod.rank.comfyui.network import CONTROL, Network
 from tacod.rank.comfyui.tables.base import Mask
+from tacod.rank.families.control import Control
 from tacod.rank.families.inputs import Inputs
 from tacod.rank.forward.run import Call, relative_difference, run
 from tacod.rank.oom import clear_tracebacks, describe_oom
 from tacod.rank.parallel.topology import Topology
+from tacod_client.tensors import to_wire
 from tacod_client.text import encodable
 
 __all__ = ["LIMITS", "check_split", "small_inputs"]
@@ -112,8 +114,11 @@ def small_inputs(network: Network, probe: Mapping[str, Any], device: torch.devic
             return torch.randn(value, generator=generator).to(device, network.dtype)
         return [made(each) for each in value] if isinstance(value, list) else value
 
-    values = {"timestep": torch.full((1,), 0.5, device=device)}
-    values |= {name: made(value) for name, value in probe.items()}
+    def residuals(shapes: Mapping[str, Any]) -> Control:
+        return Control({name: [to_wire(each.cpu(), CONTROL) for each in made(some)] for name, some in shapes.items()})
+
+    values: dict[str, Any] = {"timestep": torch.full((1,), 0.5, device=device)}
+    values |= {name: residuals(value) if name == CONTROL else made(value) for name, value in probe.items()}
     return Inputs(values, network.specs_for(values))
 
 

@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from tacod.checkpoint import TensorInfo
 from tacod.plan import Layout, Plan, Request
 from tacod.rank.comfyui.follow import count_blocks, followed
+from tacod.rank.comfyui.residuals import ResidualList
 from tacod.rank.comfyui.split import Split
 from tacod.rank.comfyui.tables.base import Table
 from tacod.rank.comfyui.tables.calls import mismatch, shapes_of
 from tacod.rank.comfyui.tokens import Misfit, Tokens
 from tacod.rank.families.base import DiT, Method, Output
-from tacod.rank.families.inputs import Anything, Inputs, Spec
+from tacod.rank.families.control import Control
+from tacod.rank.families.inputs import Anything, Inputs, Residuals, Spec
 from tacod.rank.families.noise import Flow
 from tacod.rank.families.stream import ForwardPass
 from tacod.rank.families.trunk import BlockCache, BlockWatch
@@ -47,8 +49,8 @@ _BY_CALL = ("cond_or_uncond", "uuids")
 """Options that tell something of each part of a batch, so that it can't be shared out."""
 _CALLED = ("preprocess_text_embeds",)
 """Methods that ComfyUI calls outside of a forward."""
-_NOT_TAKEN = {"control": "a ControlNet"}
-"""Arguments of ComfyUI's that reach into the blocks, in words."""
+CONTROL = "control"
+"""ComfyUI's map of lists of a ControlNet's residuals."""
 LONGEST_NAME = 64
 LONGEST_ERROR = 400
 NETWORKS_OWN = 2
@@ -108,6 +110,8 @@ class Network(DiT):
         self._ranks = 0
         self._refused = ""
         """What of the last call misfitted the table, although the small forwards didn't."""
+        self._residuals: Residuals | None = None
+        """What it takes of a ControlNet; None if that isn't known."""
         self.probes: list[dict[str, Any]] = []
         """The arguments of the small forwards by which the table is checked; empty if it isn't taken up."""
         self.reason = "this version has no table of its blocks"
@@ -152,7 +156,9 @@ class Network(DiT):
     def arguments(self) -> dict[str, Spec]:
         """Those of the network's own signature."""
         named = {name: Anything(required) for name, required in self._parameters_of_call.items()}
-        return {"x": Anything(True, tensor=True), "timestep": Anything(True, tensor=True), **named, OPTIONS: Anything()}
+        added = {} if self._residuals is None else {CONTROL: self._residuals}
+        tensor = Anything(True, tensor=True)
+        return {"x": tensor, "timestep": tensor, **named, OPTIONS: Anything(), **added}
 
     def specs_for(self, given: Iterable[str]) -> dict[str, Spec]:
         """As ComfyUI does, a network that passes arguments on gets others too.
@@ -161,9 +167,9 @@ class Network(DiT):
         """
         specs = self.arguments()
         for name in given:
-            if name in _NOT_TAKEN:
+            if name == CONTROL and CONTROL not in specs:
                 raise ArgumentError(
-                    f"{name}: ComfyUI's own network {self.name} runs without {_NOT_TAKEN[name]} here; leave it out",
+                    f"{name}: ComfyUI's own network {self.name} takes no ControlNet's residuals; leave it out",
                     argument=name,
                 )
             if self._passes_on and isinstance(name, str) and name.isidentifier() and len(name) <= LONGEST_NAME:
@@ -287,7 +293,7 @@ class Network(DiT):
         """What the network gives, with an image's tokens shared out over a ``sequence`` if there is one."""
         values = dict(inputs)
         x, timestep, context = values.pop("x"), values.pop("timestep"), values.pop("context", None)
-        options = dict(values.pop(OPTIONS, {}))
+        options, control = dict(values.pop(OPTIONS, {})), self._control(values.pop(CONTROL, None), x)
         shared: AbstractContextManager[None] = nullcontext()
         if sequence is not None and self._split is not None and self._table is not None:
             frame, leading = self._table.frame(self.inner, shapes_of(inputs)), self._table.leading(self.inner, inputs)
@@ -297,7 +303,7 @@ class Network(DiT):
             # It keeps keys of former calls by the address of a tensor, which another call's may have now.
             forget()
         with self._fetching(), shared:
-            return self.inner(x, timestep, context=context, control=None, transformer_options=options, **values)
+            return self.inner(x, timestep, context=context, control=control, transformer_options=options, **values)
 
     @contextmanager
     def meeting(self, meet: Callable[[], None]) -> Iterator[None]:
@@ -316,6 +322,17 @@ class Network(DiT):
             return str(plan)
         alone = Layout(plan.layout.batch, 1, 1)
         return f"{alone} on each rank, not sequence {plan.layout.sequence}: {self._split.unshared}"
+
+    def _control(self, control: Control | None, x: Any) -> dict[str, Any] | None:
+        """A ControlNet's residuals as ComfyUI gives them."""
+        if control is None or self._residuals is None:
+            return None
+        whole, device = self._residuals.whole, (x[0] if isinstance(x, list) else x).device
+
+        def shared() -> Any:
+            return None if self._split is None else self._split.image
+
+        return {name: ResidualList(control, name, shared, whole, device) for name in control.residuals}
 
     # --- weights ------------------------------------------------------------------------------------------------------
 
@@ -385,8 +402,10 @@ class Network(DiT):
         if self._table is None:
             return
         try:
-            split = Split(self.inner, self._table)
             self.heads, self.width = self._table.heads(self.inner), self._table.width(self.inner)
+            if (added := self._table.control) is not None:
+                self._residuals = Residuals(self.width, {added.name: added.count(self.inner)}, added.whole)
+            split = Split(self.inner, self._table)
             self.probes = self._table.probes(self.inner)
         except (Misfit, AttributeError, LookupError, TypeError) as error:
             self.distrust(f"it isn't as this version's table says ({error})")

@@ -78,6 +78,12 @@ class Split:
                 setattr(module, name, attention)
             self._tokens = self._whole = None
 
+    @property
+    def image(self) -> tuple[SequenceParallel, int] | None:
+        """The ranks that share the image's tokens now, and how many there are; None if each rank has all of them."""
+        run = None if self._tokens is None else self._tokens.runs.get("image")
+        return None if run is None or self._tokens is None else (self._tokens.sequence, run.total)
+
     # --- hooks: plain functions, so that a copy of the network shares them --------------------------------------------
 
     def _watch(self, block: nn.Module, blocks: Blocks, tokens: Mapping[str, Cut], first: bool) -> None:

@@ -40,13 +40,14 @@ class Control:
             return
         if self._last is None or self._last[0] is not residual:
             self._last = None
-            self._last = residual, self._read(residual, sequence, n).to(tokens.device, tokens.dtype)
+            self._last = residual, self.read(residual, sequence, n).to(tokens.device, tokens.dtype)
         mine = self._last[1]
         if mine.shape[1]:
             # In place, as ComfyUI does it: the blocks' outputs are new tensors.
             tokens[:, : mine.shape[1]] += mine
 
-    def _read(self, residual: wire.Tensor, sequence: SequenceParallel, n: int) -> Tensor:
+    def read(self, residual: wire.Tensor, sequence: SequenceParallel, n: int) -> Tensor:
+        """The part [B or 1, S, width] of a residual that is for this rank's images and its tokens of ``n``."""
         batch, length, _ = residual.shape
         first, last = (min(at, length) for at in sequence.place(n))
         # A batch of 1 broadcasts.

@@ -8,6 +8,7 @@ from itertools import combinations
 from typing import Any
 
 __all__ = [
+    "Added",
     "Attention",
     "Blocks",
     "Cut",
@@ -111,6 +112,22 @@ class Blocks:
 
 
 @dataclass(frozen=True)
+class Added:
+    """What a ControlNet adds to the tokens of the run ``image``."""
+
+    name: str
+    """ComfyUI's name of the list of residuals."""
+    count: Callable[[Any], int]
+    """How many of them the network takes."""
+    whole: bool = False
+    """Whether each must be for all of the image's tokens; otherwise it may be for the first ones."""
+
+    def probe(self, network: Any, tokens: int, width: int) -> Mapping[str, Any]:
+        """Shapes of residuals for a small forward with so many tokens."""
+        return {self.name: [(1, tokens, width)] * self.count(network)}
+
+
+@dataclass(frozen=True)
 class Table:
     """How a network's tokens are split: a few lines for a family."""
 
@@ -142,6 +159,8 @@ class Table:
     """
     leading: Callable[[Any, Mapping[str, Any]], int] = lambda network, arguments: 0
     """How many tokens the first of two runs has, from the network and a call's arguments."""
+    control: Added | None = None
+    """What it takes of a ControlNet; None if it takes nothing."""
     between: bool = False
     """Whether something between the blocks needs whole tensors. It gets them, with nothing of other ranks' tokens."""
     unfit: Callable[[Any, Shapes], str] = lambda network, shapes: ""
@@ -157,6 +176,10 @@ class Table:
         """The arguments of all small forwards."""
         base = self.probe(network)
         made = [dict(base), *({**base, **more} for more in self.further(network))]
+        if self.control is not None:
+            shapes = {name: value for name, value in base.items() if isinstance(value, tuple)}
+            added = self.control.probe(network, self.lengths(network, shapes)[-1], self.width(network))
+            made += [{**each, "control": added} for each in made]
         return [{name: value for name, value in each.items() if value is not None} for each in made]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tacod.rank.comfyui.tables.base import Mask, Shapes
+from tacod.rank.families.control import Control
 
 __all__ = ["Mismatch", "mismatch", "shapes_of"]
 
@@ -74,6 +75,6 @@ def _kind(value: Any) -> Any:
         return f"{len(value)} dimensions"
     if isinstance(value, list):
         return tuple(sorted({str(_kind(each)) for each in value})) or None
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping | Control):
         return "a map" if value else None
     return "a number" if isinstance(value, int | float) and not isinstance(value, bool) else value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tacod.rank.comfyui.tables.base import Blocks, Cut, Mask, Shapes, Table, any_of, patches, width_in
+from tacod.rank.comfyui.tables.base import Added, Blocks, Cut, Mask, Shapes, Table, any_of, patches, width_in
 
 __all__ = ["IMAGES"]
 
@@ -133,6 +133,7 @@ IMAGES: tuple[Table, ...] = (
             "image_meta_size": (1, 6),
         },
         attention_names=("hydit.attn_layers.optimized_attention",),
+        control=Added("output", lambda net: int(net.depth) - int(net.depth) // 2 - 1, whole=True),
     ),
     Table(
         network="ideogram4.model.Ideogram4Transformer2DModel",
@@ -170,6 +171,7 @@ IMAGES: tuple[Table, ...] = (
         lengths=lambda net, shapes: (_text(shapes), patches(shapes["x"], 1, 1)),
         probe=lambda net: {"x": (1, net.in_channels, 7, 11), "context": (1, 9, width_in(net.txt_in))},
         further=lambda net: ({"attention_mask": Mask((1, 9), hidden=2)},),
+        control=Added("input", lambda net: len(net.transformer_blocks)),
     ),
     _joint(
         "mage_flow.model.MageFlowTransformer2DModel",
@@ -187,6 +189,7 @@ IMAGES: tuple[Table, ...] = (
             attention_mask=Mask((1, 9), hidden=2),
             ref_latents=[(1, net.in_channels, 5, 6), (1, net.in_channels, 7, 6)],
         ),
+        control=Added("input", lambda net: len(net.transformer_blocks)),
     ),
     Table(
         network="omnigen.omnigen2.OmniGen2Transformer2DModel",
