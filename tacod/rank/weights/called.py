@@ -88,8 +88,12 @@ class Called:
         self._weights = {path: _weights(staged) for path, staged in stage.staged.items()}
         self._after: dict[str | None, str] = dict(zip([None, *stage.staged], stage.staged, strict=False))
         """The unit that was called after each, in the forward before; at first as they lie in the network."""
-        self._now: str | None = None
-        """The unit that is in place."""
+        self._last: str | None = None
+        """The unit that was called last."""
+        self._calls: list[str | None] = []
+        """The units whose modules are being called, each within the one before; None for one that isn't fetched."""
+        self._present: str | None = None
+        """The unit that has its weights in place: only while a module of it is being called."""
         self._filled: list[str | None] = [None] * BUFFERS
         """Whose weights each buffer has, or gets."""
         self._addresses = {_address(each) for each in stage.buffers.memory if len(each)}
@@ -97,7 +101,7 @@ class Called:
     @contextmanager
     def forward(self) -> Iterator[None]:
         """A context in which the network runs once. Afterwards the weights are the views of its `Stage` again."""
-        self._now, self._filled = None, [None] * BUFFERS
+        self._last, self._calls, self._present, self._filled = None, [], None, [None] * BUFFERS
         for weights in self._weights.values():
             _put(weights, present=False)
         _running.append(self)
@@ -113,21 +117,40 @@ class Called:
                 _put(weights, present=True)
 
     def enter(self, path: str) -> None:
-        """Put a unit's weights in place, and begin to fetch those of the next one."""
-        if path == self._now or path not in self._weights:
-            return
-        if self._now is not None:
-            _put(self._weights[self._now], present=False)
-        number = self.stage.staged[path].number
-        self._fetch(path)
-        self.stage.buffers.fetcher.wait(number)
-        _put(self._weights[path], present=True)
-        self._after[self._now], self._now = path, path
-        self._fetch_after(path)
+        """A module of a unit is called: put its weights in place, and begin to fetch those of the next one."""
+        self._calls.append(path if path in self._weights else None)
+        self._show(self._calls[-1])
 
     def leave(self, out: Any) -> Any:
-        """What a module gives, without views into a buffer, which will have another unit's weights."""
+        """The call is over. Returns what it gave, without views into a buffer, which will have other weights."""
+        left = self._calls.pop()
+        if self._calls and self._calls[-1] == left:
+            return out
+        self._show(self._calls[-1] if self._calls else None)
         return tree_map_only(Tensor, lambda each: each.clone() if _address(each) in self._addresses else each, out)
+
+    def _show(self, path: str | None) -> None:
+        """Have this unit's weights in place, and no others."""
+        if path == self._present:
+            return
+        if self._present is not None:
+            _put(self._weights[self._present], present=False)
+        self._present = None
+        if path is None or self._is_taken(path):
+            return
+        self._fetch(path)
+        self.stage.buffers.fetcher.wait(self._number(path))
+        _put(self._weights[path], present=True)
+        self._present = path
+        if path != self._last:
+            self._after[self._last], self._last = path, path
+            if len({*self._calls}) == 1:
+                self._fetch_after(path)
+
+    def _is_taken(self, path: str) -> bool:
+        """Whether a unit that is being called may use what the buffer of this one has."""
+        others = {each for each in self._calls if each not in (None, path)}
+        return any(each is not None and self._number(each) == self._number(path) for each in others)
 
     def _fetch_after(self, path: str | None) -> None:
         """Begin to fetch the unit that came after another one, if that one's buffer isn't its own."""
@@ -154,7 +177,7 @@ def hook_units(model: nn.Module, paths: Iterable[str]) -> None:
     for path in paths:
         for module in model.get_submodule(path).modules():
             module.register_forward_pre_hook(_before(path))
-            module.register_forward_hook(_behind)
+            module.register_forward_hook(_behind, always_call=True)
 
 
 # Plain functions, so that copies share them.
@@ -186,7 +209,7 @@ def _weights(staged: Staged) -> Sequence[_Weight]:
 
 
 def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
 
 
 def _put(weights: Sequence[_Weight], *, present: bool) -> None:
