@@ -212,7 +212,7 @@ class ModelCache:
         if size > free + used:
             # To remove any would be in vain.
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        for entry in sorted(entries, key=lambda each: each.stat().st_mtime_ns):
+        for entry in sorted(entries, key=_used_at):
             if used + size <= self._limit_bytes and size <= free:
                 return
             freed = sum(map(_size, entry.glob(f"{_MODEL}/*")))
@@ -250,6 +250,13 @@ def _remove(entry: Path) -> bool:
     finally:
         os.close(lock)
     return True
+
+
+def _used_at(entry: Path) -> int:
+    try:
+        return entry.stat().st_mtime_ns
+    except OSError:  # it has just been removed
+        return 0
 
 
 def _size(path: Path) -> int:

@@ -184,8 +184,10 @@ class Generation:
             told: dict[str, Any] = await asyncio.wait_for(self._ask(agent, "describe"), BEGIN_S)
         except asyncio.TimeoutError:
             self._cluster.drop(agent.node, out_s=LOST_S)
-            what = f"{agent.count} {self._resource}s of node {agent.node[:8]}"
-            raise Lost(f"{what} were not given within {BEGIN_S:g} s; something else may have taken them") from None
+            reason = (
+                f"tacod's actor on node {agent.node[:8]} has not begun within {BEGIN_S:g} s; Ray's logs there say why"
+            )
+            raise Lost(reason) from None
         if told["version"] != __version__:
             raise Lost(
                 f"host {told['name']} has tacod {told['version']}, and this is {__version__}: install the same version "
