@@ -215,7 +215,8 @@ class Loader:
             wanted.fewer,
             lambda: self._links,
             self._devices_are_alike,
-            self._topology.spans_hosts,
+            self._topology.hosts,
+            self._topology.neighbours,
         )
 
     def _facts(self, loaded: DiT, checkpoint: Checkpoint, dtype: str, streaming: Streaming) -> Facts:
@@ -295,7 +296,13 @@ class Loader:
     @cached_property
     def _links(self) -> Links:
         """How fast ranks fetch weights; measured once."""
-        return measure_links(self._topology.everyone, self._device, self._topology.reaches)
+        links = measure_links(self._topology.neighbours, self._device, self._topology.reaches)
+        everyone = self._topology.everyone
+        return Links(
+            min(everyone.numbers(links.peer_bytes_s)),
+            min(everyone.numbers(links.host_bytes_s)),
+            all(everyone.numbers(int(links.measured))),
+        )
 
     def _budgets(self, limit: int | None) -> list[int | None]:
         """Bytes of weights for each rank's device: the limit, else what leaves some for what is computed.

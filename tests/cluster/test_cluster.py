@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers import FLUX, FP32, OFTEN, SOON_S, Daemon, Tiny, eventually, read_golden, relative_error
 from ray_cluster import GOLDENS, LONG_S, SLOW, Cluster, check, running, wait_for_ready
 
@@ -138,6 +139,30 @@ def test_devices_of_a_host_are_held_once(cluster: Cluster) -> None:
         asyncio.run(take())
     finally:
         ray.shutdown()
+
+
+def test_each_host_holds_weights_for_its_ranks(cluster: Cluster, goldens: Path) -> None:
+    FLUX.save(goldens)
+    key, inputs = "double_blocks.1.img_attn.qkv.weight", FLUX.inputs()
+    diff = torch.full(FLUX.model.state_dict()[key].shape, 0.01)
+    patch = {"key": f"diffusion_model.{key}", "kind": "diff", "diff": diff, "strength": 1.0}
+    outs = []
+    with on_ray(cluster, 4, [goldens]) as daemon:
+        wait_for_ready(daemon)
+        for weights in ("replicated", "sharded", "host"):
+            with daemon.client() as client:
+                model = client.load(FLUX.file, weights=weights)
+                patched = client.load(FLUX.file, [patch], weights=weights)
+                (told, *_) = client.models()
+                assert told["weights"] == weights
+                assert (min(told["streamed_bytes"]) > 0) is (weights != "replicated")
+                assert len(told["streamed_bytes"]) == 4
+                outs.append([each.forward(**inputs) for each in (model, patched, model)])
+                client.unload(model.id)
+    for each in outs[1:]:
+        assert all(map(torch.equal, each, outs[0]))
+    assert relative_error(outs[0][0], FLUX.forward(**inputs)) <= FP32
+    assert not torch.equal(outs[0][0], outs[0][1])
 
 
 def test_a_cluster_that_is_too_small_is_a_wrong_configuration(cluster: Cluster) -> None:

@@ -226,7 +226,7 @@ def joined(outs: Sequence[Any]) -> Any:
 
 def holding(counts: Sequence[int], asked: str, sizes: Sizes, *_: Any) -> Placement:
     """A placement in which each rank holds the first so many blocks whole."""
-    return _placed(asked, sizes, [frozenset([*sizes.blocks][:count]) for count in counts])
+    return _placed(asked, sizes, [frozenset([*sizes.blocks][:count]) for count in counts], (0,) * len(counts))
 
 
 Walk = tuple[list[Any], list[bool]]
@@ -342,14 +342,16 @@ class Rank:
         counts: Sequence[int] | None = None,
         fewer: int = 0,
         alike: bool = True,
+        hosts: Sequence[int] = (),
     ) -> tuple[bool, int, int, int] | None:
         """Whether a golden forward is the same to the bit if the ranks hold its weights, at ``path``, together.
 
         Also what this rank holds, what it was expected to hold, and what it fetches. The ranks are those of the layout,
         or ``everyone``. Each may hold the least that it has to, and its one of ``parts`` of what there is besides; or
-        it holds the first so many blocks whole, as ``counts`` say.
+        it holds the first so many blocks whole, as ``counts`` say. They may be on several ``hosts``.
         """
         sequence = self._sequence(layout)
+        near = self._neighbours(hosts)
         group = self.topology.everyone if everyone else sequence.whole if sequence is not None else None
         if group is None:
             return None
@@ -364,9 +366,12 @@ class Rank:
         with ExitStack() as held:
             if counts is not None:
                 held.enter_context(mock.patch("tacod.rank.weights.streaming.choose", partial(holding, counts)))
-            streaming = Streaming(group, cpu, weights, budgets, True, smallest=0, fewer=fewer, alike=alike)
+            streaming = Streaming(
+                group, cpu, weights, budgets, True, smallest=0, fewer=fewer, alike=alike, hosts=hosts, near=near
+            )
             held.enter_context(streaming)
             model = load_model(read_checkpoint(path), torch.float32, cpu, streaming=streaming)
+        fetched = streaming.streamed_bytes(model)[group.rank]
         if sequence is None:
             return None
         plain = saved_model(name, path)
@@ -379,7 +384,12 @@ class Rank:
             outs = [model.run(sequence, inputs) for _ in range(2)]
         same = all(equal(out, wanted) for out in outs)
         expected = streaming.placement.device_bytes[group.rank]
-        return same, weight_bytes(model), expected, streaming.streamed_bytes(model)[group.rank]
+        return same, weight_bytes(model), expected, fetched
+
+    def _neighbours(self, hosts: Sequence[int]) -> Group | None:
+        """The group of this rank's host, if the first ranks are on several; all ranks call it."""
+        of_each = [[rank for rank, each in enumerate(hosts) if each == host] for host in dict.fromkeys(hosts)]
+        return self.topology._group(sorted(of_each, key=len, reverse=True)) if hosts else None
 
     def reading_load(
         self, layout: Layout, path: str, weights: str, counts: Sequence[int] | None = None, alike: bool = True
@@ -415,13 +425,16 @@ class Rank:
             sum(each.nbytes for each in stored),
         )
 
-    def failing_load(self, layout: Layout, path: str, failing: int, what: str) -> str | None:
+    def failing_load(self, layout: Layout, path: str, failing: int, what: str, hosts: Sequence[int] = ()) -> str | None:
         """What a load of the file says, on one rank of which something fails some time, or the buffers do."""
         sequence = self._sequence(layout)
+        near = self._neighbours(hosts)
         if sequence is None:
             return None
         group = sequence.whole
-        streaming = Streaming(group, torch.device("cpu"), "sharded", [None] * group.size, True, smallest=0)
+        streaming = Streaming(
+            group, torch.device("cpu"), "sharded", [None] * group.size, True, smallest=0, hosts=hosts, near=near
+        )
         owner, name_of, moment, error = {
             "block": (streaming, "store", 2, MemoryError("none")),
             "corrupt": (streaming, "store", 2, ModelCorrupt("a scale isn't finite")),

@@ -152,6 +152,60 @@ def test_each_byte_is_read_once(
     assert stored <= held <= 1.1 * stored + (1 << 16)
 
 
+HOSTS = [(0, 1), (0, 0, 1), (0, 1, 1, 1), (0, 0, 1, 1, 2)]
+
+
+@pytest.mark.parametrize("weights", ["sharded", "host"])
+@pytest.mark.parametrize("hosts", HOSTS, ids=str)
+@pytest.mark.parametrize("name", ["hidream", "quantised/z_image_mxfp8"])
+def test_each_host_holds_all_weights(
+    ranks: Ranks, saved: Callable[[str], str], name: str, hosts: tuple[int, ...], weights: str
+) -> None:
+    told = ranks.run((1, len(hosts), 1), "streamed", name=name, path=saved(name), weights=weights, hosts=hosts)
+    assert len(told) == len(hosts)
+    for rank, (same, resident, expected, streamed) in enumerate(told):
+        assert same
+        takes_about(resident, expected)
+        # What lies on a rank's own device it doesn't fetch, and hosts of one rank each share nothing.
+        alone = hosts.count(hosts[rank]) == 1
+        assert (streamed > 0) is (weights == "host" or not alone)
+
+
+@pytest.mark.parametrize("layout", [(2, 2, 1), (1, 2, 1), (1, 1, 3), (1, 1, 1)], ids=str)
+def test_on_several_hosts_in_any_layout(ranks: Ranks, saved: Callable[[str], str], layout: tuple[int, ...]) -> None:
+    """Ranks compute modulations that another rank of their host holds."""
+    hosts = (0, 0, 1, 1, 1)
+    case: dict[str, Any] = {"path": saved("flux_dev"), "weights": "sharded", "hosts": hosts, "everyone": True}
+    told = ranks.run(layout, "streamed", name="flux_dev", **case)
+    assert len(told) == layout[0] * layout[1] * layout[2]
+    assert all(same for same, *_ in told)
+
+
+@pytest.mark.parametrize("parts", [(0.7, 0.4, 0.9), (1.0, 0.2, 0.2), (0.0, 0.6, 1.0)])
+@pytest.mark.parametrize("hosts", [(0, 0, 1), (0, 1, 2)], ids=str)
+def test_each_rank_of_several_hosts_fills_its_own_budget(
+    ranks: Ranks, saved: Callable[[str], str], parts: tuple[float, ...], hosts: tuple[int, ...]
+) -> None:
+    case: dict[str, Any] = {"path": saved("hidream"), "weights": "auto", "parts": parts, "hosts": hosts}
+    for same, resident, expected, _ in ranks.run((1, 3, 1), "streamed", name="hidream", **case):
+        assert same
+        takes_about(resident, expected)
+
+
+@pytest.mark.parametrize("what", ["block", "corrupt", "reserve", "buffers"])
+@pytest.mark.parametrize("failing", [0, 2])
+def test_one_rank_that_fails_makes_those_of_other_hosts_fail(
+    ranks: Ranks, saved: Callable[[str], str], failing: int, what: str
+) -> None:
+    path, hosts = saved("flux_dev"), (0, 0, 1, 1)
+    told = ranks.run((1, 4, 1), "failing_load", path=path, failing=failing, what=what, hosts=hosts)
+    kinds = {each.partition(":")[0] for rank, each in enumerate(told) if rank != failing}
+    assert kinds == {"ModelCorrupt" if what == "corrupt" else "OutOfMemory"}
+    # The ranks are in step again.
+    told = ranks.run((1, 4, 1), "streamed", name="flux_dev", path=path, weights="sharded", hosts=hosts)
+    assert all(same for same, *_ in told)
+
+
 @pytest.mark.parametrize("fewer", [1, 2, 100])
 def test_fewer_blocks_than_the_budget_allows(ranks: Ranks, saved: Callable[[str], str], fewer: int) -> None:
     case: dict[str, Any] = {"path": saved("hidream"), "weights": "auto", "parts": (0.9, 1.0)}

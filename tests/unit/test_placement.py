@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from tacod.checkpoint import read_checkpoint
 from tacod.execution.manifest import Manifest
-from tacod.rank.weights.placement import Links, Placement, Sizes, alternatives, choose
+from tacod.rank.parallel.modulation import owners
+from tacod.rank.weights.placement import Links, Placement, Sizes, alternatives, choose, holders
 from tacod.rank.weights.remap import identify
 from tacod.rank.weights.sizes import sizes_of
 from tacod_client.errors import ArgumentError, OutOfMemory
@@ -220,3 +221,40 @@ def test_auto_keeps_to_its_budgets(
         assert whole <= sizes.units.keys()
     by_size = sorted(chosen.resident, key=len)
     assert all(one <= other for one, other in itertools.pairwise(by_size))
+
+
+# --- on several hosts -------------------------------------------------------------------------------------------------
+
+
+def test_each_host_shares_out_among_its_own_ranks() -> None:
+    sizes = Sizes({str(n): 10 for n in range(12)}, {f"m{n}": 6 for n in range(6)}, 5)
+    one = choose("sharded", sizes, [None] * 2, True)
+    two = choose("sharded", sizes, [None] * 4, True, hosts=(0, 0, 1, 1))
+    assert two.streamed_bytes == one.streamed_bytes * 2
+    assert two.device_bytes == one.device_bytes * 2
+    # A rank that is alone on its host holds all of it.
+    mixed = choose("sharded", sizes, [None] * 3, True, hosts=(0, 0, 1))
+    assert mixed.device_bytes[2] >= sizes.total
+    assert mixed.streamed_bytes == (60, 60, 0)
+    assert choose("sharded", sizes, [None] * 2, True, hosts=(0, 1)).kind == "replicated"
+
+
+def test_auto_leaves_to_the_host_what_one_of_them_has_no_room_to_share() -> None:
+    sizes = Sizes({str(n): 10 for n in range(12)}, {}, 5)
+    assert choose("auto", sizes, [100] * 4, True, hosts=(0, 0, 1, 1)).kind == "sharded"
+    assert choose("auto", sizes, [100] * 3, True, hosts=(0, 0, 1)).kind == "host"
+    assert choose("auto", sizes, [100] * 2, True, hosts=(0, 1)).kind == "host"
+    assert choose("auto", sizes, [200] * 2, True, hosts=(0, 1)).kind == "replicated"
+
+
+@given(
+    sizes=st.lists(st.integers(1, 100), max_size=12),
+    hosts=st.lists(st.integers(0, 2), min_size=1, max_size=6),
+)
+def test_a_modulation_lies_with_the_rank_that_computes_it(sizes: list[int], hosts: list[int]) -> None:
+    hosts = sorted(hosts)
+    whose = owners(sizes, len(hosts))
+    for host in {*hosts}:
+        for holder, owner in zip(holders(sizes, hosts, host), whose, strict=True):
+            assert hosts[holder] == host
+            assert holder == owner or hosts[owner] != host

@@ -92,14 +92,24 @@ class Topology:
         return len(set(self.hosts)) > 1
 
     @cached_property
+    def neighbours(self) -> Group:
+        """The ranks of this rank's host, in their order. All ranks ask at once."""
+        if not self.spans_hosts:
+            return self.everyone
+        of_each = [[rank for rank, each in enumerate(self.hosts) if each == host] for host in dict.fromkeys(self.hosts)]
+        # A single rank is no group, and `_group` looks at the first one.
+        return self._group(sorted(of_each, key=len, reverse=True))
+
+    @cached_property
     def reaches(self) -> bool:
-        """Whether all ranks reach each other's memory, and may. All of them ask at once."""
-        if self.world_size == 1 or self.spans_hosts:
+        """Whether the ranks of each host reach each other's memory, and may. All of them ask at once."""
+        if self.world_size == 1:
             return False
         if self.reach is None:
             # Ranks on CPUs share the host's memory; those on GPUs are told to use collectives alone.
             return not self.everyone.on_gpu
-        return reach_peers(self.everyone) is not None
+        near = self.neighbours
+        return self.everyone.agree(near.size == 1 or reach_peers(near) is not None)
 
     def begin_anew(self) -> None:
         """After a failed forward, keep the next one from seeing what it left in shared memory.

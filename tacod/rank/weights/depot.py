@@ -29,6 +29,7 @@ __all__ = [
     "Depot",
     "HostSlabs",
     "MakeSlab",
+    "OwnSlabs",
     "Owner",
     "PeerSlabs",
     "Piece",
@@ -133,12 +134,16 @@ class Depot:
     the next call of the others raises the same: `OutOfMemory` if it doesn't tell what that is.
     """
 
-    def __init__(self, group: Group, slabs: Callable[[], MakeSlab], host: bool = False) -> None:
+    def __init__(
+        self, group: Group, slabs: Callable[[], MakeSlab], host: bool = False, near: Group | None = None
+    ) -> None:
         """``slabs`` gives what makes the slabs of one load; tensors of different loads share none.
 
-        ``host`` says that they lie in the host's memory, and not for a device's.
+        ``host`` says that they lie in the host's memory, and not for a device's. The ranks of a slab, and of an
+        `Owner`, are those of ``near``: all, or this host's. Then each host stores everything, and every rank has it.
         """
         self._group = group
+        self._near = near or group
         self._slabs = slabs
         self._make_slab = slabs()
         self._host = host
@@ -167,7 +172,7 @@ class Depot:
 
     def _store(self, units: Sequence[Sequence[Tensor]], whose: Sequence[Owner]) -> list[list[Stored]]:
         """Store units in one slab."""
-        ranks = self._group.size
+        ranks = self._near.size
         ends = [0] * ranks
         places: list[list[tuple[Piece, ...]]] = []
         for unit, owner in zip(units, whose, strict=True):
@@ -199,10 +204,10 @@ class Depot:
 
     def _put(self, tensor: Tensor, stored: Stored, owner: Owner) -> Stored:
         """Write a tensor's pieces: all of them if this rank alone has it, or those that it is to hold."""
-        if owner.loader in (None, self._group.rank):
+        if owner.loader in (None, self._near.rank):
             flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
             for rank, target, source in stored.copies(flat):
-                if owner.loader is not None or rank == self._group.rank:
+                if owner.loader is not None or rank == self._near.rank:
                     copy_bytes(source, target)
         return stored
 
@@ -332,6 +337,18 @@ class _Mapped:
 def _unmap(address: int) -> None:
     torch.cuda.synchronize()
     cuda_driver.unmap_host(address)
+
+
+class OwnSlabs:
+    """Slabs in the memory of a device that is alone on its host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __call__(self, sizes: Sequence[int]) -> Slab:
+        """See `MakeSlab`. Raises `RuntimeError` if there is no memory."""
+        (size,) = sizes
+        return Slab([torch.empty(size, dtype=torch.uint8, device=self._device)], True)
 
 
 class PeerSlabs:

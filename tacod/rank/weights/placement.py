@@ -12,7 +12,7 @@ from functools import cached_property
 from tacod.rank.parallel.modulation import owners
 from tacod_client.errors import ArgumentError, OutOfMemory
 
-__all__ = ["Links", "Placement", "Sizes", "alternatives", "choose", "choose_whole", "in_words"]
+__all__ = ["Links", "Placement", "Sizes", "alternatives", "choose", "holders", "in_words"]
 
 
 @dataclass(frozen=True)
@@ -126,25 +126,29 @@ def choose(
     reaches: bool,
     fewer: int = 0,
     links: Links = USUAL_LINKS,
+    hosts: Sequence[int] = (),
 ) -> Placement:
     """The placement that was asked for.
 
     Args:
         asked: ``replicated``, ``sharded`` or ``host``: every block is; or ``auto``: each rank holds as many blocks
             whole as its own budget allows. The others are shared out among the ranks if these reach each other's
-            memory, each has room for an even share, and that is fetched sooner; otherwise the host has them.
+            memory, each has room for an even share, and that is fetched sooner; otherwise the host has them. On several
+            hosts, the ranks of each share out among themselves, and each host has all of what isn't whole everywhere.
         sizes: The weights'.
         budgets: Bytes for weights on each rank's device; None for no limit.
-        reaches: Whether the ranks reach each other's memory.
+        reaches: Whether the ranks of a host reach each other's memory.
         fewer: For ``auto``, by how many of the largest block every rank stays below what it would hold.
         links: How fast weights are fetched.
+        hosts: The number of each rank's host; empty for one host.
 
     Raises `OutOfMemory` if ``auto`` finds no placement within the budgets, `ArgumentError` if ranks are to share that
     don't reach each other's memory.
     """
     ranks = len(budgets)
+    hosts = tuple(hosts) or (0,) * ranks
     everything = Placement("replicated", (frozenset(sizes.units),) * ranks, (sizes.total,) * ranks, (0,) * ranks)
-    if asked == "replicated" or (asked == "sharded" and ranks == 1):
+    if asked == "replicated" or (asked == "sharded" and len({*hosts}) == ranks):
         return everything
     if asked == "sharded" and not reaches:
         raise ArgumentError(
@@ -153,34 +157,13 @@ def choose(
             argument="weights",
         )
     if asked in ("sharded", "host"):
-        return _placed(asked, sizes, [frozenset()] * ranks)
+        return _placed(asked, sizes, [frozenset()] * ranks, hosts)
     limits = [sizes.total if budget is None else budget for budget in budgets]
-    chosen = everything if min(limits) >= sizes.total else _filled(sizes, limits, reaches, links)
+    chosen = everything if min(limits) >= sizes.total else _filled(sizes, limits, reaches, links, hosts)
     if fewer and max(chosen.device_bytes) > sizes.least:
         lowered = [max(sizes.least, held - fewer * sizes.largest) for held in chosen.device_bytes]
-        chosen = _filled(sizes, lowered, reaches, links)
+        chosen = _filled(sizes, lowered, reaches, links, hosts)
     return replace(chosen, can_shrink=max(chosen.device_bytes) > sizes.least)
-
-
-def choose_whole(asked: str, sizes: Sizes, budgets: Sequence[int | None]) -> Placement:
-    """The placement on several hosts: every rank holds all weights, as memory of another host can't be read.
-
-    Raises `ArgumentError` for another one, `OutOfMemory` if ``auto`` finds no room within the budgets.
-    """
-    if asked not in ("auto", "replicated"):
-        raise ArgumentError(
-            f'weights: ranks on several hosts hold all weights each, so {asked!r} can\'t be; use "auto", or a group on '
-            "one host",
-            argument="weights",
-        )
-    least = min((budget for budget in budgets if budget is not None), default=sizes.total)
-    if asked == "auto" and least < sizes.total:
-        raise OutOfMemory(
-            f"these weights take {in_words(sizes.total)}, and {in_words(least)} are allowed; ranks on several "
-            "hosts hold all weights each: raise models.memory_bytes, load a file of fewer bits, or use a group on one "
-            "host, whose ranks share them"
-        )
-    return choose("replicated", sizes, budgets, reaches=False)
 
 
 def alternatives(asked: str, sizes: Sizes, ranks: int, reaches: bool) -> str:
@@ -197,16 +180,16 @@ def alternatives(asked: str, sizes: Sizes, ranks: int, reaches: bool) -> str:
 
 def _shared(sizes: Sizes, ranks: int) -> int:
     """What the rank with the most takes if no block is whole anywhere."""
-    return max(_placed("sharded", sizes, [frozenset()] * ranks).device_bytes)
+    return max(_placed("sharded", sizes, [frozenset()] * ranks, (0,) * ranks).device_bytes)
 
 
-def _filled(sizes: Sizes, budgets: Sequence[int], reaches: bool, links: Links) -> Placement:
+def _filled(sizes: Sizes, budgets: Sequence[int], reaches: bool, links: Links, hosts: Sequence[int]) -> Placement:
     """The placement in which each rank's budget is full and the slowest rank fetches for the shortest time.
 
     Raises `OutOfMemory` if a budget is too little.
     """
-    kinds = ("sharded", "host") if len(budgets) > 1 and reaches else ("host",)
-    found = [placed for kind in kinds if (placed := _fill(kind, sizes, budgets)) is not None]
+    kinds = ("sharded", "host") if len({*hosts}) < len(budgets) and reaches else ("host",)
+    found = [placed for kind in kinds if (placed := _fill(kind, sizes, budgets, hosts)) is not None]
     if found:
         return min(found, key=lambda each: max(links.seconds(each)))
     rank, budget = min(enumerate(budgets), key=lambda each: each[1])
@@ -218,7 +201,7 @@ def _filled(sizes: Sizes, budgets: Sequence[int], reaches: bool, links: Links) -
     )
 
 
-def _fill(kind: str, sizes: Sizes, budgets: Sequence[int]) -> Placement | None:
+def _fill(kind: str, sizes: Sizes, budgets: Sequence[int], hosts: Sequence[int]) -> Placement | None:
     """Fill the budgets with whole units; None if one is too little for none.
 
     A rank with more room holds what those with less do, and more: what all hold needs no share. In the host's memory
@@ -233,7 +216,7 @@ def _fill(kind: str, sizes: Sizes, budgets: Sequence[int]) -> Placement | None:
         return known | {*more, *_spread([path for path in blocks if path not in known], count - len(more))}
 
     def fits(resident: Sequence[frozenset[str]], ranks: Sequence[int]) -> bool:
-        held = _placed(kind, sizes, resident).device_bytes
+        held = _placed(kind, sizes, resident, hosts).device_bytes
         return all(held[rank] <= budgets[rank] for rank in ranks)
 
     ranks, most = range(len(budgets)), len(first) + len(blocks)
@@ -243,40 +226,63 @@ def _fill(kind: str, sizes: Sizes, budgets: Sequence[int]) -> Placement | None:
     known = alike[-1]
     resident = [known] * len(ranks)
     # A rank that computes modulations for the others has less left of an equal budget.
-    owned = _owned(sizes.modulations, len(ranks)) if kind == "sharded" else [0] * len(ranks)
+    owned = _owned(sizes.modulations, hosts) if kind == "sharded" else [0] * len(ranks)
     for rank in sorted(ranks, key=lambda rank: budgets[rank] - owned[rank]):
         more = [units(known, n) for n in range(most - len(known) + 1)]
         known = [each for each in more if fits([*resident[:rank], each, *resident[rank + 1 :]], [rank])][-1]
         resident[rank] = known
-    return _placed(kind, sizes, resident)
+    return _placed(kind, sizes, resident, hosts)
 
 
-def _placed(kind: str, sizes: Sizes, resident: Sequence[frozenset[str]]) -> Placement:
+def _placed(kind: str, sizes: Sizes, resident: Sequence[frozenset[str]], hosts: Sequence[int]) -> Placement:
     """A placement in which each rank holds these units whole."""
     ranks = len(resident)
     everywhere = frozenset.intersection(*resident)
     shared = sum(size for path, size in sizes.blocks.items() if path not in everywhere)
-    owned = _owned(sizes.modulations, ranks)
+    owned = _owned(sizes.modulations, hosts)
     held, streamed = [], []
     for rank, whole in enumerate(resident):
         lacking = {path: size for path, size in sizes.units.items() if path not in whole}
         blocks = sum(size for path, size in lacking.items() if path in sizes.blocks)
         taken = sizes.total - sum(lacking.values()) + 2 * max(lacking.values(), default=0)
         if kind == "sharded":
-            held.append(taken + -(-shared // ranks) + owned[rank])
-            streamed.append(blocks - blocks // ranks)
+            near = hosts.count(hosts[rank])
+            held.append(taken + -(-shared // near) + owned[rank])
+            streamed.append(blocks - blocks // near)
         else:
             held.append(taken)
             streamed.append(blocks + (sum(lacking.values()) - blocks) // ranks)
     return Placement(kind, tuple(resident), tuple(held), tuple(streamed))
 
 
-def _owned(modulations: Mapping[str, int], ranks: int) -> list[int]:
-    """The bytes of those that each rank owns; their outputs are as their bytes."""
-    owned = [0] * ranks
-    for size, owner in zip(modulations.values(), owners(list(modulations.values()), ranks), strict=True):
-        owned[owner] += size
+def _owned(modulations: Mapping[str, int], hosts: Sequence[int]) -> list[int]:
+    """The bytes of those that each rank holds; their outputs are as their bytes."""
+    sizes = list(modulations.values())
+    owned = [0] * len(hosts)
+    for host in {*hosts}:
+        for size, rank in zip(sizes, holders(sizes, hosts, host), strict=True):
+            owned[rank] += size
     return owned
+
+
+def holders(sizes: Sequence[int], hosts: Sequence[int], host: int) -> list[int]:
+    """Which of a host's ranks holds each modulation, for their numbers of outputs.
+
+    It is the rank that computes it in a forward of all ranks. What ranks of other hosts compute then, which others may
+    compute in another layout, goes to the rank that holds least.
+    """
+    whose = owners(sizes, len(hosts))
+    held = {rank: 0 for rank, each in enumerate(hosts) if each == host}
+    for size, rank in zip(sizes, whose, strict=True):
+        if rank in held:
+            held[rank] += size
+    found = []
+    for size, rank in zip(sizes, whose, strict=True):
+        if rank not in held:
+            rank = min(held, key=held.__getitem__)
+            held[rank] += size
+        found.append(rank)
+    return found
 
 
 def in_words(count: int) -> str:

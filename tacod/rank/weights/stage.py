@@ -139,10 +139,12 @@ class Stage:
     Args:
         model: Has the units' modules, by their paths.
         units: In the order of their use.
-        resident: For each rank, the paths of the units that it holds whole besides; they are in the model.
-        rank: This rank.
+        resident: For each rank that holds the units too, those of this host, the paths of the units that it holds whole
+            besides; they are in the model.
+        rank: This one of these ranks.
         device: The model's.
         buffers: Those of a model that this one shares weights with, which are used if they are large enough.
+        sharing: How many ranks share the modulations' computation; those that hold the units, by default.
     """
 
     def __init__(
@@ -153,8 +155,10 @@ class Stage:
         rank: int,
         device: torch.device,
         buffers: Buffers | None = None,
+        sharing: int = 0,
     ) -> None:
         self.units = units
+        self._sharing = sharing or len(resident)
         self._resident, self._rank = resident, rank
         units = [unit for unit in units if unit.path not in resident[rank]]
         lacking = [unit.lacking(rank) for unit in units]
@@ -276,7 +280,7 @@ class Stage:
     def streamed_bytes(self, rank: int) -> int:
         """What a rank fetches of others' memory in a forward of all ranks."""
         return sum(
-            each.fetched(rank) // (len(self._resident) if unit.modulates else 1)
+            each.fetched(rank) // (self._sharing if unit.modulates else 1)
             for unit in self.units
             if unit.path not in self._resident[rank]
             for each in unit.tensors.values()

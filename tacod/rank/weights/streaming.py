@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from tacod.rank.comm.group import Group
 from tacod.rank.families.base import DiT
 from tacod.rank.ops.packed.base import PackedLinear
-from tacod.rank.parallel.modulation import owners
-from tacod.rank.weights.depot import Depot, HostSlabs, MakeSlab, Owner, PeerSlabs
+from tacod.rank.weights.depot import Depot, HostSlabs, MakeSlab, Owner, OwnSlabs, PeerSlabs
 from tacod.rank.weights.parts import assign, get, parts_of
-from tacod.rank.weights.placement import Links, Placement, Sizes, alternatives, choose, choose_whole, in_words
+from tacod.rank.weights.placement import Links, Placement, Sizes, alternatives, choose, holders, in_words
 from tacod.rank.weights.sizes import SMALLEST
 from tacod.rank.weights.skeleton import Skeleton
 from tacod.rank.weights.stage import Buffers, Stage, Unit, owner_of
@@ -50,7 +49,8 @@ class Streaming:
         links: Tells how fast ranks fetch; all ask at once.
         alike: Whether all devices are of one kind. Otherwise layers that one rank packs may not suit another's device,
             and each rank reads all of the file.
-        whole: Whether every rank has to hold all weights, as ranks on several hosts do.
+        hosts: The number of each rank's host; empty for one host. On several, each rank reads all of the file.
+        near: The ranks of this one's host.
     """
 
     placement: Placement
@@ -67,7 +67,8 @@ class Streaming:
         fewer: int = 0,
         links: Callable[[], Links] = Links,
         alike: bool = True,
-        whole: bool = False,
+        hosts: Sequence[int] = (),
+        near: Group | None = None,
     ) -> None:
         self._group = group
         self._device = device
@@ -77,8 +78,10 @@ class Streaming:
         self._fewer = fewer
         self._ask_links = links
         self._links = Links()
-        self._alike = alike
-        self._whole = whole
+        self._hosts = tuple(hosts) or (0,) * group.size
+        self._near = near or group
+        self._neighbours = [rank for rank, host in enumerate(self._hosts) if host == self._hosts[group.rank]]
+        self._alike = alike and len({*self._hosts}) == 1
         self.smallest = smallest
         self._sizes: Sizes | None = None
         """Known with `placement`."""
@@ -86,6 +89,7 @@ class Streaming:
         """The paths of the blocks."""
         self._units: dict[str, Unit] = {}
         self._holders: dict[str, int] = {}
+        """Which of the host's ranks holds a modulation, by its path."""
         self._depot: Depot | None = None
 
     def begin(self, model: DiT, sizes: Sizes) -> None:
@@ -93,13 +97,10 @@ class Streaming:
 
         Raises `OutOfMemory` if there is none.
         """
-        if self._whole:
-            self.placement = choose_whole(self._asked, sizes, self._budgets)
-        else:
-            fits = all(budget is None or budget >= sizes.total for budget in self._budgets) and not self._fewer
-            if self._asked != "replicated" and not (self._asked == "auto" and fits):
-                self._links = self._ask_links()
-            self.placement = choose(self._asked, sizes, self._budgets, self._reaches, self._fewer, self._links)
+        fits = all(budget is None or budget >= sizes.total for budget in self._budgets) and not self._fewer
+        if self._asked != "replicated" and not (self._asked == "auto" and fits):
+            self._links = self._ask_links()
+        self.placement = choose(self._asked, sizes, self._budgets, self._reaches, self._fewer, self._links, self._hosts)
         self._sizes = sizes
         self._blocks = frozenset(sizes.blocks)
         if not self.placement.streams:
@@ -108,12 +109,15 @@ class Streaming:
         sharded = self.placement.kind == "sharded"
 
         def slabs() -> MakeSlab:
-            return PeerSlabs(self._group) if sharded and gpu else HostSlabs(self._group, gpu, on_device=sharded)
+            if sharded and self._near.size == 1:
+                return OwnSlabs(self._device)
+            return PeerSlabs(self._near) if sharded and gpu else HostSlabs(self._near, gpu, on_device=sharded)
 
-        self._depot = Depot(self._group, slabs, host=gpu and not sharded)
+        self._depot = Depot(self._group, slabs, host=gpu and not sharded, near=self._near)
         if sharded:
-            whose = owners([layer.out_features for layer in model.modulating], self._group.size)
-            self._holders = dict(zip(sizes.modulations, whose, strict=True))
+            outs = [layer.out_features for layer in model.modulating]
+            whose = holders(outs, self._hosts, self._hosts[self._group.rank])
+            self._holders = dict(zip(sizes.modulations, map(self._neighbours.index, whose), strict=True))
 
     @property
     def units(self) -> Collection[str]:
@@ -216,7 +220,7 @@ class Streaming:
         held = max(self.placement.device_bytes)
         text = f"The model takes {in_words(held)} of each device"
         if self._asked != "auto":
-            return f"{text}: {alternatives(self._asked, self._sizes, self._group.size, self._reaches)}"
+            return f"{text}: {alternatives(self._asked, self._sizes, self._fewest_near, self._reaches)}"
         return f"{text}, and that can't be less" + (": it fetches all of its blocks" if self.placement.streams else "")
 
     def in_turn(self, base: DiT, patched: DiT, keys: Sequence[str]) -> Iterator[list[str]]:
@@ -256,9 +260,11 @@ class Streaming:
         patched.weights = stage
 
     def streamed_bytes(self, model: DiT) -> list[int]:
-        """What each rank fetches in a forward of a model that was loaded so, or of a patched one."""
+        """What each rank fetches in a forward of a model that was loaded so, or of a patched one. All ask at once."""
         stage = model.weights
-        return [stage.streamed_bytes(rank) if isinstance(stage, Stage) else 0 for rank in range(self._group.size)]
+        fetched = [stage.streamed_bytes(rank) if isinstance(stage, Stage) else 0 for rank in range(self._near.size)]
+        # Of other hosts' ranks only they know it.
+        return fetched if self._near.size == self._group.size else self._group.numbers(fetched[self._near.rank])
 
     def fetch_s(self, model: DiT) -> list[float]:
         """How long each rank fetches in a forward, at the speed of the links; empty if that wasn't measured."""
@@ -266,8 +272,14 @@ class Streaming:
             return []
         return self._links.seconds(replace(self.placement, streamed_bytes=tuple(self.streamed_bytes(model))))
 
+    @property
+    def _fewest_near(self) -> int:
+        """How many ranks the host with the fewest has."""
+        return min(map(self._hosts.count, self._hosts))
+
     def _stage(self, model: DiT, units: Sequence[Unit], buffers: Buffers | None = None) -> Stage:
-        return Stage(model, units, self.placement.resident, self._group.rank, self._device, buffers)
+        resident = [self.placement.resident[rank] for rank in self._neighbours]
+        return Stage(model, units, resident, self._near.rank, self._device, buffers, self._group.size)
 
     def _in_order(self, model: DiT) -> list[Unit]:
         first = [path for path in self._units if path not in model.blocks_at]
