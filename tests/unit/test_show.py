@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tacod_client.cli import show, top
+from tacod_client.cli import show, top, units
 from tacod_client.text import printable
 
 from .test_top import look
@@ -200,7 +200,7 @@ def test_prefixes_are_shown_where_there_are_any() -> None:
 )
 def test_sizes(count: float, shown: str) -> None:
     """A number that is rounded up to the next unit is shown in that."""
-    assert show.size(count) == shown
+    assert units.size(count) == shown
 
 
 def test_groups_are_columns_where_there_are_several() -> None:
@@ -247,4 +247,4 @@ def test_groups_are_columns_where_there_are_several() -> None:
     ("count", "shown"), [(999, "999"), (1000, "1.0 k"), (999_949, "999.9 k"), (999_999, "1.0 M"), (12e9, "12.0 B")]
 )
 def test_counts(count: float, shown: str) -> None:
-    assert show._count(count) == shown
+    assert units.short(count) == shown

@@ -25,7 +25,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from tacod_client.cli import show
+from tacod_client.cli import show, tables, units
 from tacod_client.cli.output import document
 from tacod_client.client import Client
 from tacod_client.endpoint import find_endpoint
@@ -92,10 +92,10 @@ def _lines(findings: list[Finding]) -> Any:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for found in findings:
-        text = show.text(found.message)
+        text = tables.text(found.message)
         if found.advice:
             text.append("\n" if sys.stdout.isatty() else " ")
-            text.append(f"{show.glyph('→', '->')} {show.text(found.advice).plain}", style="cyan")
+            text.append(f"{tables.glyph('→', '->')} {tables.text(found.advice).plain}", style="cyan")
         table.add_row(Text(found.state, style=STYLES[found.state]), found.check, text)
     counts = ", ".join(f"{sum(found.state == state for found in findings)} {state}" for state in STYLES)
     return Group(table, Text(counts))
@@ -175,7 +175,7 @@ def _user() -> str:
 def _daemon(status: dict[str, Any], stats: dict[str, Any]) -> Iterator[Finding]:
     """What a running daemon reports about itself."""
     group, state = status["group"], status["state"]
-    message = f"{state}, version {status['version']}, pid {status['pid']}, up {show.duration(status['uptime_s'])}"
+    message = f"{state}, version {status['version']}, pid {status['pid']}, up {units.duration(status['uptime_s'])}"
     advice = {
         "starting": "wait; a load of large files takes its time, and the log says what it is doing",
         "draining": "it ends its work and takes no more; start it again after that",
@@ -217,7 +217,7 @@ def _system(pid: int | None) -> Iterator[Finding]:
         locked = limits.get("Max locked memory", float("inf"))
         if locked < float("inf"):
             advice = "set LimitMEMLOCK=infinity in the unit: InfiniBand pins memory"
-            yield warn("locked memory", f"{whose} limit is {show.size(locked)}", advice)
+            yield warn("locked memory", f"{whose} limit is {units.size(locked)}", advice)
     yield from _shared_memory()
     built = Path(__file__).stat().st_mtime
     now = time.strftime("%Y-%m-%d %H:%M:%S %Z")
@@ -247,6 +247,6 @@ def _shared_memory() -> Iterator[Finding]:
     free = found.f_bavail * found.f_frsize
     if free < SHM_BYTES:
         advice = "give it 1 GiB or more (in a container: --shm-size=8g): without peer access NCCL goes through it"
-        yield warn("/dev/shm", f"{show.size(free)} free", advice)
+        yield warn("/dev/shm", f"{units.size(free)} free", advice)
     else:
-        yield ok("/dev/shm", f"{show.size(free)} free")
+        yield ok("/dev/shm", f"{units.size(free)} free")

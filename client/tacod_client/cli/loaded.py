@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from tacod_client.cli import show
+from tacod_client.cli import show, units
 from tacod_client.client import Client
 from tacod_client.errors import MessageTooLarge, ModelNotFound
 from tacod_client.model import Model
@@ -54,7 +54,7 @@ def check_size(client: Client, shapes: Sequence[Sequence[int]]) -> None:
     limit = client.limits["message_bytes"]
     if nbytes > limit:
         raise MessageTooLarge(
-            f"the inputs would take {show.size(nbytes)}, and the daemon takes {show.size(limit)} in a message "
+            f"the inputs would take {units.size(nbytes)}, and the daemon takes {units.size(limit)} in a message "
             "(limits.message_bytes); ask for a smaller size or batch",
             limit=limit,
         )

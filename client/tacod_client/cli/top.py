@@ -13,7 +13,7 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from tacod_client.cli import show
+from tacod_client.cli import show, tables, units
 from tacod_client.cli.output import document
 from tacod_client.client import Client
 from tacod_client.endpoint import find_endpoint
@@ -97,7 +97,7 @@ def frame(look: dict[str, Any]) -> Any:
     clock = time.strftime("%H:%M:%S", time.localtime(look["time"]))
     if look["error"] is not None:
         head = Text.assemble(("tacod", "bold"), "  ", ("not reachable, trying", "bold red"), f"  {clock}")
-        return Group(head, show.text(look["error"]))
+        return Group(head, tables.text(look["error"]))
     status, stats = look["status"], look["stats"]
     several = show.groups(status)
     parts = [_head(status, clock), Text()]
@@ -117,8 +117,9 @@ def _head(status: dict[str, Any], clock: str) -> Text:
         ("tacod", "bold"),
         f" {status['version']}  ",
         (state, STATES.get(state, "bold yellow")),
-        f"  pid {status['pid']}, up {show.duration(status['uptime_s'])}, {group['restarts']} group restarts  {clock}\n",
-        (show.text(status["endpoint"]).plain, "dim"),
+        f"  pid {status['pid']}, up {units.duration(status['uptime_s'])}, ",
+        f"{group['restarts']} group restarts  {clock}\n",
+        (tables.text(status["endpoint"]).plain, "dim"),
     )
 
 
@@ -136,14 +137,14 @@ def _ranks(group: dict[str, Any], several: Sequence[Any]) -> Any:
             rank["rank"],
             rank["pid"],
             rank["device"] if name in (None, "cpu") else f"{rank['device']} {name}",
-            show.size(rank["memory_used_bytes"]),
-            f"{show.size(used)} of {show.size(total)}" if used is not None and total else "not known",
+            units.size(rank["memory_used_bytes"]),
+            f"{units.size(used)} of {units.size(total)}" if used is not None and total else "not known",
             _bar(used / total if used is not None and total else None),
             f"{100 * busy:.0f} %" if busy is not None else "not known",
             _bar(busy),
         )
         rows.append(row)
-    return show.Columns(heads, rows, long=("device",))
+    return tables.Columns(heads, rows, long=("device",))
 
 
 def _work(status: dict[str, Any], stats: dict[str, Any], rates: dict[str, float] | None) -> Iterator[Any]:
@@ -156,11 +157,11 @@ def _work(status: dict[str, Any], stats: dict[str, Any], rates: dict[str, float]
     ]
     if rates is not None:
         now = f"{rates['forwards_per_s']:.1f} forwards/s"
-        traffic = f"{show.size(rates['rx_bytes_per_s'])}/s in, {show.size(rates['tx_bytes_per_s'])}/s out"
+        traffic = f"{units.size(rates['rx_bytes_per_s'])}/s in, {units.size(rates['tx_bytes_per_s'])}/s out"
         facts.append(("now", f"{now}, {traffic}"))
-    times = ", ".join(f"{name} {show.ms(step[name])}" for name in ("mean", "p50", "p95"))
+    times = ", ".join(f"{name} {units.ms(step[name])}" for name in ("mean", "p50", "p95"))
     facts.append(("step", f"{times}, {step['count']} in all"))
-    yield show.Facts(facts)
+    yield tables.Facts(facts)
     if step["count"]:
         yield _split(stats)
 
@@ -172,11 +173,11 @@ def _split(stats: dict[str, Any]) -> Any:
     end = 0.0
     for part, colour in PARTS:
         end += stats[part] / whole
-        bar.append(show.glyph("█", "#") * (round(end * SPLIT) - len(bar)), style=colour)
+        bar.append(tables.glyph("█", "#") * (round(end * SPLIT) - len(bar)), style=colour)
         legend.append(", " if legend else "")
         legend.append(part.removesuffix("_s"), style=colour)
-        legend.append(f" {show.ms(stats[part])} ({100 * stats[part] / whole:.0f} %)")
-    return Group(bar, show.Wrapped(legend)) if sys.stdout.isatty() else show.Wrapped(legend)
+        legend.append(f" {units.ms(stats[part])} ({100 * stats[part] / whole:.0f} %)")
+    return Group(bar, tables.Wrapped(legend)) if sys.stdout.isatty() else tables.Wrapped(legend)
 
 
 def _jobs(jobs: list[dict[str, Any]], several: Sequence[Any]) -> Any:
@@ -186,9 +187,9 @@ def _jobs(jobs: list[dict[str, Any]], several: Sequence[Any]) -> Any:
         within = job["block"] / job["blocks"] if job.get("blocks") else 0.0
         share = (job["step"] + within) / job["total"] if job["total"] else None
         client = job["client"] or "gone"
-        row = (job["job"], job["verb"], job["state"], progress, _bar(share), client, show.duration(job["age_s"]))
+        row = (job["job"], job["verb"], job["state"], progress, _bar(share), client, units.duration(job["age_s"]))
         rows.append((*show.name(job, several), *row))
-    return show.Columns(
+    return tables.Columns(
         (*show.heads(several), "job", "verb", "state", "step", "", "client", "age"), rows, long=("client",)
     )
 
@@ -200,7 +201,7 @@ def _models(models: list[dict[str, Any]], several: Sequence[Any]) -> Any:
         patched = f" + {model['patches']} patches" if model["patches"] else ""
         row = (model["name"] + patched, model["family"], weights, show.computed_in(model), model["plan"])
         rows.append((*show.name(model, several), *row))
-    return show.Columns(
+    return tables.Columns(
         (*show.heads(several), "model", "family", "memory", "dtype", "plan"), rows, long=("model", "plan")
     )
 
@@ -210,4 +211,6 @@ def _bar(share: float | None) -> Text:
     if share is None or not sys.stdout.isatty():
         return Text()
     done = round(min(max(share, 0.0), 1.0) * BAR)
-    return Text.assemble((show.glyph("━", "=") * done, "green"), (show.glyph("━", "-") * (BAR - done), "bright_black"))
+    return Text.assemble(
+        (tables.glyph("━", "=") * done, "green"), (tables.glyph("━", "-") * (BAR - done), "bright_black")
+    )
