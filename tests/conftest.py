@@ -1,20 +1,17 @@
-"""Daemons and models that tests share; each daemon starts when the first test asks for it."""
+"""Models that tests share, and how pytest-xdist shares out the tests."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import FLUX, OFTEN, SD3, Daemon
+from helpers import FLUX, SD3
 from hypothesis import HealthCheck, settings
 
 from tacod.rank.cores import usable_cores
-from tacod_client import Client
 
 # A machine that is busy with something else is no fault of a test's.
 settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -62,9 +59,6 @@ def folder_of(nodeid: str) -> str:
     return nodeid.partition("tests/")[2].partition("/")[0]
 
 
-Daemons = Callable[[int], Daemon]
-
-
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The models' root: two tiny models with random weights. Tests that need more put it there."""
@@ -72,30 +66,3 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for tiny in (FLUX, SD3):
         tiny.save(folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def daemons(models: Path) -> Iterator[Daemons]:
-    """The shared daemon with so many CPU ranks."""
-    started: dict[int, Daemon] = {}
-    with ExitStack() as stack:
-
-        def get(ranks: int) -> Daemon:
-            if ranks not in started:
-                started[ranks] = stack.enter_context(Daemon(ranks, [models], OFTEN))
-            return started[ranks]
-
-        yield get
-
-
-@pytest.fixture
-def daemon(daemons: Daemons) -> Daemon:
-    """The shared daemon with two ranks."""
-    return daemons(2)
-
-
-@pytest.fixture
-def client(daemon: Daemon) -> Iterator[Client]:
-    """A client of the shared daemon with two ranks."""
-    with daemon.client() as client:
-        yield client
