@@ -18,10 +18,12 @@ from tacod.checkpoint import Checkpoint
 from tacod.rank.comfyui.installation import quiet
 from tacod.rank.comfyui.network import Network
 from tacod.rank.comfyui.units import sizes_of_units
+from tacod.rank.oom import describe_oom
 from tacod.rank.ops.packed.float8 import FLOAT8_DTYPES
 from tacod.rank.weights.called import hook_units
 from tacod.rank.weights.reader import Reader
 from tacod.rank.weights.streaming import Streaming
+from tacod_client.errors import ModelUnsupported
 
 __all__ = ["BESIDE", "DTYPES", "ON_HOST", "Contents", "as_tensor"]
 
@@ -97,7 +99,8 @@ class Contents:
     ) -> None:
         """Read the weights into a network, unit by unit; ``streaming`` stores units that don't stay whole on each rank.
 
-        Raises `ModelCorrupt` if the file has changed, `OutOfMemory` if there is no room.
+        Raises `ModelCorrupt` if the file has changed, `OutOfMemory` if there is no room, `ModelUnsupported` for what
+        ComfyUI raises.
         """
         inner, units = network.inner, network.blocks_at
         streaming.begin(network, sizes_of_units(inner, units, streaming.smallest))
@@ -121,10 +124,8 @@ class Contents:
                         done += sizes[name]
                         # This rank's part of them stands for all.
                         progress(done * total // all_mine, total)
-                    weights = dict(self._weights(groups[path], read, device))
+                    self._load(inner, path, groups[path], read, device)
                     del read
-                    self._load(inner, path, weights)
-                    del weights
                 streaming.store(network, turn)
             reader.check()
         streaming.finish(network)
@@ -168,14 +169,23 @@ class Contents:
             on_host = name.rpartition(".")[2] in ON_HOST
             yield name, tensor if on_host else tensor.to(device, self._dtypes.get(name, tensor.dtype))
 
-    def _load(self, network: nn.Module, path: str, weights: State) -> None:
-        """Fill a unit, or with an empty path all that is in none."""
-        state = {name.removeprefix(f"{path}."): each for name, each in weights.items()}
-        if not path:
-            # A layer without a weight in the state takes it for lost, so the units' are given empty ones.
-            state = self.empty | state
-        with quiet():
-            network.get_submodule(path).load_state_dict(state, strict=False, assign=True)
+    def _load(
+        self, network: nn.Module, path: str, names: Iterable[str], read: Mapping[str, Tensor], device: torch.device
+    ) -> None:
+        """Fill a unit, or with an empty path all that is in none, by what is read of the file."""
+        try:
+            state = {name.removeprefix(f"{path}."): each for name, each in self._weights(names, read, device)}
+            if not path:
+                # A layer without a weight in the state takes it for lost, so the units' are given empty ones.
+                state = self.empty | state
+            with quiet():
+                network.get_submodule(path).load_state_dict(state, strict=False, assign=True)
+        except Exception as error:  # whatever ComfyUI raises, on a rank that loads this alone
+            if describe_oom(error) is not None:
+                raise
+            raise ModelUnsupported(
+                f"{self._file.path}: ComfyUI can't load {path or 'its network'}: {type(error).__name__}: {error}"
+            ) from error
 
 
 class _Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]

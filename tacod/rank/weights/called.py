@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tacod.rank.weights.depot import Stored
 from tacod.rank.weights.parts import SEPARATOR, replaced
@@ -48,9 +48,10 @@ class Absent(Tensor):
         if func is torch.ops.aten.to.dtype and args[1] == args[0].dtype and not (kwargs.get("copy") or any(args[3:4])):
             # As of any tensor, nothing has to be cast.
             return args[0]
-        for argument, value in zip(func._schema.arguments, args, strict=False):
+        for place, argument in enumerate(func._schema.arguments):
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
             written = argument.alias_info is not None and argument.alias_info.is_write
-            if written and isinstance(value, Absent):
+            if written and any(isinstance(each, Absent) for each in tree_leaves(value)):
                 raise RuntimeError("a forward changes weights of its network, and these are read only")
         read = tree_map_only(Absent, lambda each: each.stored.read(each.device), (args, kwargs))
         return func(*read[0], **read[1])
