@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -202,6 +204,18 @@ def test_a_network_that_no_budget_holds_says_how_much_would(files: Path) -> None
         with pytest.raises(OutOfMemory, match=r"at least .* on each device .* raise models\.memory_bytes"):
             client.load("aura.safetensors")
         assert client.models() == []
+
+
+def test_a_plan_says_how_much_each_rank_would_hold(files: Path) -> None:
+    """In a process of its own, for it imports the ComfyUI."""
+    options = ["--ranks", "2", "--memory", "0.0002", "--json", "--comfyui", str(COMFYUI)]
+    command = [sys.executable, "-m", "tacod.tools.plan", *options, str(files / "aura.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    report = json.loads(done.stdout)
+    assert (report["family"], report["network"]) == ("comfyui", "MMDiT")
+    assert report["weights"] in ("sharded", "host")
+    assert max(report["resident_bytes"]) <= 0.0002 * 2**30 < report["weight_bytes"]
+    assert min(report["streamed_bytes"]) > 0
 
 
 def test_a_comfyui_that_looks_at_numbers_is_given_them(files: Path, tmp_path: Path, outs: Any) -> None:
