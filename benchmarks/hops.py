@@ -1,12 +1,13 @@
 """When a forward is where, on its way from a client through the daemon to the ranks and back.
 
-    python benchmarks/hops.py [--ranks N] [--calls N] [--echo]
+    python benchmarks/hops.py [--ranks N] [--calls N] [--idle MS]
 
-This runs the embedded model on CPU ranks, to show what the daemon does; ``--echo`` sends what Flux.1 gets at 1024² to
-ranks that have no model (`echo_rank.py`). ``rivals.py --hops`` does the same for its daemon rows, on GPUs. In the
-client, the supervisor and rank 0, the functions that a forward passes are wrapped to note the time, on the one clock
-that all processes of a machine share. That costs some microseconds for each. Under the hops stands how long each
-process runs for a call, which other work on the machine changes less.
+This runs the embedded model on CPU ranks, to show what the daemon does. ``--idle 60`` sends what Flux.1 gets at 1024²
+to ranks that compute nothing (`idle_rank.py`): they sleep for so long, and meanwhile the cores' caches are swept, as
+other work would sweep them. ``rivals.py --hops`` does the same for its daemon rows, on GPUs. In the client, the
+supervisor and rank 0, the functions that a forward passes are wrapped to note the time, on the one clock that all
+processes of a machine share. That costs some microseconds for each. Under the hops stands how long each process runs
+for a call, which other work on the machine changes less.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,8 +31,11 @@ from unittest import mock
 NOTES = "TACOD_HOPS"
 """The environment variable that names the folder in which each process notes its times."""
 
-ECHO = "TACOD_HOPS_ECHO"
-"""The environment variable that has ranks without a model."""
+IDLE = "TACOD_HOPS_IDLE"
+"""The environment variable that has ranks sleep: for so many seconds a forward, and the pipe to write to meanwhile."""
+
+SWEPT_BYTES = 8 << 20
+"""What is copied on each core to sweep its caches."""
 
 HOPS: dict[str, tuple[str, str, str]] = {
     "called": ("client", "before", "tacod_client.model:Model.forward"),
@@ -110,10 +115,11 @@ def serve_ranks() -> None:
 
     def load_noting(device: str) -> Callable[[list[str]], None]:
         run = load(device)
-        if ECHO in os.environ:
-            import echo_rank
+        if IDLE in os.environ:
+            import idle_rank
 
-            run = echo_rank.run
+            seconds, _, pipe = os.environ[IDLE].partition(" ")
+            run = functools.partial(idle_rank.run, sleep_s=float(seconds), pipe=pipe)
 
         def run_noting(arguments: list[str]) -> None:
             if arguments[arguments.index("--rank") + 1] == "0":
@@ -207,42 +213,80 @@ def flux_inputs() -> dict[str, Any]:
     return {"x": randn(1, 16, 128, 128), "context": randn(1, 512, 4096), "y": randn(1, 768), **small}
 
 
+@contextmanager
+def idle_ranks(folder: Path, sleep_s: float) -> Iterator[None]:
+    """Within, daemons that this process starts by this file have ranks that sleep, and the caches are swept then."""
+    pipe = str(folder / "sweep")
+    os.mkfifo(pipe)
+    with mock.patch.dict(os.environ, {IDLE: f"{sleep_s} {pipe}"}):
+        sweeper = subprocess.Popen([sys.executable, __file__, "--sweep", pipe])
+        try:
+            yield
+        finally:
+            sweeper.kill()
+            sweeper.wait()
+
+
+def sweep(pipe: str) -> None:
+    """For each byte that comes, fill the caches of all cores with something else."""
+    import numpy as np
+
+    def copy(core: int) -> None:
+        os.sched_setaffinity(threading.get_native_id(), {core})
+        here, there = np.ones(SWEPT_BYTES, np.uint8), np.ones(SWEPT_BYTES, np.uint8)
+        while True:
+            asked[core].acquire()
+            here[:] = there
+
+    asked = {core: threading.Semaphore(0) for core in os.sched_getaffinity(0)}
+    for core in asked:
+        threading.Thread(target=copy, args=(core,), daemon=True).start()
+    with open(pipe, "rb", buffering=0) as file:
+        while file.read(1):
+            for each in asked.values():
+                each.release()
+
+
 def main() -> None:
     """Measure on CPU ranks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--calls", type=int, default=40)
-    parser.add_argument("--echo", action="store_true", help="ranks without a model, and Flux.1's tensors at 1024²")
+    parser.add_argument("--idle", type=float, metavar="MS", help="ranks that sleep, and Flux.1's tensors at 1024²")
     options = parser.parse_args()
     import wire
 
-    with noting() as notes, tempfile.TemporaryDirectory(prefix="tacod-") as folder:
-        if options.echo:
-            os.environ[ECHO] = "1"
+    with ExitStack() as stack:
+        notes = stack.enter_context(noting())
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tacod-"))
+        if options.idle is not None:
+            stack.enter_context(idle_ranks(Path(folder), options.idle / 1000))
             path, inputs = wire.save_echo(Path(folder)), flux_inputs()
         else:
             path, inputs = embedded_inputs()
         command = (__file__, "--daemon")
-        with wire.tacod(Path(folder, "d"), options.ranks, path.parent, *command) as client:
-            model = client.load(str(path))
-            for _ in range(5):
-                model.forward(**inputs)
-            status = client.status()
-            pids = {"client": os.getpid(), "supervisor": status["pid"], "rank 0": status["group"]["ranks"][0]["pid"]}
-            before = {name: cpu_ms(pid) for name, pid in pids.items()}
-            since_ns = time.monotonic_ns()
-            for _ in range(options.calls):
-                model.forward(**inputs)
-            ended_ns = time.monotonic_ns()
-            after = {name: cpu_ms(pid) for name, pid in pids.items()}
-            show(read(notes, since_ns, ended_ns))
-            for name in pids:
-                print(f"  {name:12}{'computes for a call, ms':33}{(after[name] - before[name]) / options.calls:9.3f}")
+        client = stack.enter_context(wire.tacod(Path(folder, "d"), options.ranks, path.parent, *command))
+        model = client.load(str(path))
+        for _ in range(5):
+            model.forward(**inputs)
+        status = client.status()
+        pids = {"client": os.getpid(), "supervisor": status["pid"], "rank 0": status["group"]["ranks"][0]["pid"]}
+        before = {name: cpu_ms(pid) for name, pid in pids.items()}
+        since_ns = time.monotonic_ns()
+        for _ in range(options.calls):
+            model.forward(**inputs)
+        ended_ns = time.monotonic_ns()
+        after = {name: cpu_ms(pid) for name, pid in pids.items()}
+        show(read(notes, since_ns, ended_ns))
+        for name in pids:
+            print(f"  {name:12}{'computes for a call, ms':33}{(after[name] - before[name]) / options.calls:9.3f}")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--daemon"]:
         sys.exit(serve_daemon(sys.argv[-1]))
+    elif sys.argv[1:2] == ["--sweep"]:
+        sweep(sys.argv[2])
     elif sys.argv[1:2] in (["cpu"], ["cuda"]):
         serve_ranks()
     else:

@@ -101,6 +101,8 @@ class Engine:
         """Those that clients share."""
         self._tensors: dict[bytes, wire.Tensor] = {}
         self._on_device = Kept()
+        self.keeps_arguments = device.type == "cuda"
+        """Whether tensors that forwards have in common stay on the device; on a CPU the wire's are as near."""
         self._plans = Plans(topology.world_size)
 
     @property
@@ -307,7 +309,7 @@ class Engine:
         shared = self.memories.get(memory)
         dit = self._resident(model).model
         specs, asked, chosen = self._plans.find(dit, plan, arguments)
-        kept = self._on_device if self.device.type == "cuda" else None
+        kept = self._on_device if self.keeps_arguments else None
         given = load_arguments(arguments, specs, dit.dtype, self.device, kept, shared)
         inputs = dit.prepare(given)
         if inputs is not given:
