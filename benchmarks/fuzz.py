@@ -31,6 +31,7 @@ WORDS = (
     *("offset", "memory", "room", "share", "nbytes"),
 )
 LARGEST = 4096
+INSTRUMENTED = ["msgpack", "tacod.serving.messages", "tacod_client.wire", "tacod_client.decoder"]
 
 
 def join(frames: Sequence[bytes]) -> bytes:
@@ -64,10 +65,11 @@ def mutate(args: argparse.Namespace) -> None:
     os.environ["MSGPACK_PUREPYTHON"] = "1"
     import atheris
 
-    with atheris.instrument_imports(include=["msgpack", "tacod.serving.messages", "tacod_client.wire"]):
+    with atheris.instrument_imports(include=INSTRUMENTED):
         import msgpack.fallback  # noqa: F401
 
         import tacod.serving.messages
+        import tacod_client.decoder
         import tacod_client.wire  # noqa: F401
     from faults.stranger import Stranger
     from protocol.test_mutations import VALID, check

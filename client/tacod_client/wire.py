@@ -135,6 +135,10 @@ class Message:
     body: dict[str, Any] = field(default_factory=dict)
     id: int = 0
     session: bytes = b""
+    form: Form | None = field(default=None, compare=False, repr=False)
+    """Of a message that was decoded."""
+    frames: Sequence[Buffer] = field(default=(), compare=False, repr=False)
+    """Of a message that was decoded: the tensors' bytes, in the order in which they came."""
 
 
 def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
@@ -196,12 +200,79 @@ def decode(frames: Sequence[Buffer]) -> Message:
         raise ProtocolError(f"a message has at least 2 frames, this one has {len(frames)}")
     _check_preamble(bytes(memoryview(frames[0])[:64]))
     header = _unpack_header(frames[1])
-    tensors = _read_tensors(header["tensors"], frames[2:])
+    tensors = [_read_description(item, f"tensors[{index}]") for index, item in enumerate(header["tensors"])]
     used = [0] * len(tensors)
-    body = _resolve(header["body"], tensors, used)
+    body, inline = _resolve(header["body"], tensors, used)
     if not all(count == 1 for count in used):
         raise ProtocolError("tensors: every tensor must stand in the body exactly once")
-    return Message(header["type"], body, header["id"], header["session"])
+    return Form(header["type"], header["session"], tensors, body, inline).fill(header["id"], frames[2:])
+
+
+class Form:
+    """What messages have in common that differ in their id and in their tensors' bytes alone: all else of a header.
+
+    ``known`` is for what a receiver has found out about such messages.
+    """
+
+    def __init__(self, kind: str, session: bytes, tensors: Sequence[Tensor], body: dict[str, Any], inline: Any) -> None:
+        """``body`` has all tensors as they are described; ``inline`` tells where those stand that have bytes."""
+        self.known: Any = None
+        self._type = kind
+        self._session = session
+        self._tensors = tensors
+        self._counts = [-(-each.nbytes // FRAME_BYTES) if each.frames is not None else 0 for each in tensors]
+        """How many frames each has."""
+        self._sizes: list[int] | None = None
+        """Those of all frames; None until as many have come."""
+        self._body = body
+        self._inline = inline
+
+    def fill(self, number: int, frames: Sequence[Buffer]) -> Message:
+        """The message with this id, and these frames as its tensors' bytes.
+
+        Raises `ProtocolError` if they don't have the sizes that the tensors' descriptions ask for.
+        """
+        if self._sizes is None or [len(memoryview(frame)) for frame in frames] != self._sizes:
+            self._sizes = self._check(frames)
+        tensors = list(self._tensors)
+        position = 0
+        for index, count in enumerate(self._counts):
+            described = tensors[index]
+            if described.frames is not None:
+                taken = tuple(frames[position : position + count])
+                position += count
+                tensors[index] = Tensor(described.dtype, described.shape, taken, described.digest)
+        return Message(self._type, _filled(self._body, self._inline, tensors), number, self._session, self, frames)
+
+    def _check(self, frames: Sequence[Buffer]) -> list[int]:
+        """The frames' sizes, which are those that the tensors ask for."""
+        position = 0
+        for index, (tensor, count) in enumerate(zip(self._tensors, self._counts, strict=True)):
+            if tensor.frames is None:
+                continue
+            sizes = frame_sizes(tensor.nbytes)
+            taken = frames[position : position + count]
+            if [len(memoryview(frame)) for frame in taken] != sizes:
+                raise ProtocolError(
+                    f"tensors[{index}]: {tensor.dtype} {list(tensor.shape)} takes {tensor.nbytes} bytes in "
+                    f"{len(sizes)} frame(s); the frames that came don't add up to that"
+                )
+            position += count
+        if position != len(frames):
+            raise ProtocolError(f"frames: {len(frames) - position} left over after the last tensor")
+        return [len(memoryview(frame)) for frame in frames]
+
+
+def _filled(value: Any, inline: Any, tensors: Sequence[Tensor]) -> Any:
+    """A part of a body with other tensors where `_resolve` found some; what has none is shared."""
+    if inline is None:
+        return value
+    if type(inline) is int:
+        return tensors[inline]
+    fresh = value.copy()
+    for key, each in inline:
+        fresh[key] = _filled(value[key], each, tensors)
+    return fresh
 
 
 def _check_preamble(preamble: bytes) -> None:
@@ -247,33 +318,14 @@ def _unpack_header(frame: Buffer) -> dict[str, Any]:
             raise ProtocolError(f"{name}: expected {kind.__name__}, got {type(header[name]).__name__}")
     if not 0 <= header["id"] < 1 << 63:
         raise ProtocolError("id: out of range")
+    if len(header["tensors"]) > MAX_TENSORS:
+        count = len(header["tensors"])
+        raise ProtocolError(f"tensors: {count} of them; at most {MAX_TENSORS} travel in one message")
     return header
 
 
-def _read_tensors(described: list[Any], frames: Sequence[Buffer]) -> list[Tensor]:
-    if len(described) > MAX_TENSORS:
-        raise ProtocolError(f"tensors: {len(described)} of them; at most {MAX_TENSORS} travel in one message")
-    tensors = []
-    position = 0
-    for index, item in enumerate(described):
-        tensor = _check_description(item, f"tensors[{index}]")
-        if tensor.offset is None and item.get("bytes", True):
-            sizes = frame_sizes(tensor.nbytes)
-            taken = frames[position : position + len(sizes)]
-            if [len(memoryview(frame)) for frame in taken] != sizes:
-                raise ProtocolError(
-                    f"tensors[{index}]: {tensor.dtype} {list(tensor.shape)} takes {tensor.nbytes} bytes in "
-                    f"{len(sizes)} frame(s); the frames that came don't add up to that"
-                )
-            position += len(sizes)
-            tensor = Tensor(tensor.dtype, tensor.shape, tuple(taken), tensor.digest)
-        tensors.append(tensor)
-    if position != len(frames):
-        raise ProtocolError(f"frames: {len(frames) - position} left over after the last tensor")
-    return tensors
-
-
-def _check_description(item: Any, where: str) -> Tensor:
+def _read_description(item: Any, where: str) -> Tensor:
+    """The tensor that is described; one whose bytes come in frames has none yet."""
     if not isinstance(item, dict) or not set(item) <= {"dtype", "shape", "digest", "bytes", "offset"}:
         raise ProtocolError(f"{where}: expected a map of dtype, shape and perhaps digest and bytes, or offset")
     dtype, shape, digest = item.get("dtype"), item.get("shape"), item.get("digest")
@@ -296,23 +348,40 @@ def _check_description(item: Any, where: str) -> Tensor:
             raise ProtocolError(f"{where}.offset: expected a multiple of {ALIGNED_BYTES} from 0 up, got {offset!r:.40}")
         if "digest" in item or "bytes" in item:
             raise ProtocolError(f"{where}.offset: a tensor in shared memory has neither digest nor bytes")
-    return Tensor(dtype, tuple(shape), None, digest, offset)
+    frames = () if offset is None and item.get("bytes", True) else None
+    return Tensor(dtype, tuple(shape), frames, digest, offset)
 
 
-def _resolve(value: Any, tensors: list[Tensor], used: list[int], depth: int = 0) -> Any:
+_PLAIN = frozenset({str, bytes, int, float, bool, type(None)})
+
+
+def _resolve(value: Any, tensors: Sequence[Tensor], used: list[int], depth: int = 0) -> tuple[Any, Any]:
+    """A part of a body with tensors in the place of indexes, and where in it those stand that have bytes.
+
+    That is a tensor's index, or of a map or list the keys of such parts, each with where in it they stand; None if
+    there are none.
+    """
     if depth > MAX_DEPTH:
         raise ProtocolError(f"body: nested deeper than {MAX_DEPTH}")
-    if isinstance(value, _TensorRef):
+    kind = type(value)
+    if kind in _PLAIN:
+        return value, None
+    if kind is _TensorRef:
         if value >= len(tensors):
             raise ProtocolError(f"body: refers to tensor {int(value)}, but there are {len(tensors)}")
         used[value] += 1
-        return tensors[value]
-    if isinstance(value, dict):
+        return tensors[value], None if tensors[value].frames is None else int(value)
+    if kind is dict:
         if not all(type(key) is str for key in value):
             raise ProtocolError("body: the keys of a map must be strings")
-        return {key: _resolve(item, tensors, used, depth + 1) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_resolve(item, tensors, used, depth + 1) for item in value]
-    if isinstance(value, (str, bytes, int, float, bool, type(None))):
-        return value
-    raise ProtocolError(f"body: {type(value).__name__} values are not allowed")
+        parts = value.items()
+    elif kind is list:
+        parts = enumerate(value)
+    else:
+        raise ProtocolError(f"body: {kind.__name__} values are not allowed")
+    inline = []
+    for key, item in parts:
+        value[key], where = _resolve(item, tensors, used, depth + 1)
+        if where is not None:
+            inline.append((key, where))
+    return value, inline or None

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgpack
+import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from tacod.execution.store import digests_of, tensors_of
 from tacod.serving.messages import REQUESTS, parse
+from tacod_client.decoder import Decoder
 from tacod_client.errors import ArgumentError, ProtocolError
 from tacod_client.wire import Message, Tensor, decode, encode, frame_sizes
 
@@ -75,6 +78,8 @@ VALID = [
 HEADER = 1
 MARKS = bytes([0x80, 0x8F, 0x90, 0xC0, 0xC1, 0xC4, 0xC7, 0xCA, 0xCF, 0xD3, 0xD6, 0xD9, 0xDC, 0xDD, 0xDF, 0xFF])
 """Bytes that mean something to msgpack."""
+KNOWING = Decoder("forward")
+"""Has heard all that was checked before."""
 KINDS = ("flip", "mark", "insert", "cut", "repeat", "cut off", "drop frame", "double frame", "move frame")
 
 
@@ -112,8 +117,12 @@ def check(frames: list[bytes]) -> bool:
     """
     try:
         message = decode(frames)
-    except ProtocolError:
+    except ProtocolError as error:
+        with pytest.raises(ProtocolError, match=f"^{re.escape(error.message)}$"):
+            KNOWING.decode(frames)
         return False
+    # A message that is known reads as one that isn't.
+    assert encode(KNOWING.decode(frames)) == encode(message)
     # Tensors hold what they say.
     for tensor in tensors_of(message.body):
         if tensor.frames is not None:
