@@ -1,8 +1,9 @@
 """Memory that the supervisor and its ranks share: a command's tensors, followed by those of rank 0's report.
 
 Through a socket, every rank would get its own copy of all tensors, though it reads only a part of the large ones. So a
-packet goes through the socket and says where the tensors lie. One command is under way at a time, so each starts at the
-same place, and nothing needs to be managed. The other ranks' reports fit in packets: they write nothing here.
+packet goes through the socket and says where the tensors lie; tensors that are small together travel in it. One command
+is under way at a time, so each starts at the same place, and nothing needs to be managed. The other ranks' reports fit
+in packets: they write nothing here.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 
 from tacod.group.board import BOARD_BYTES, Board
 from tacod_client import wire
+from tacod_client.decoder import Decoder
 from tacod_client.errors import ProtocolError
 from tacod_client.wire import Buffer, Message
 
@@ -21,8 +23,9 @@ __all__ = ["PACKET_BYTES", "Arena"]
 
 PACKET_BYTES = 32 << 10
 """The largest packet: a unix socket takes it whole, at once and without waiting."""
-HERE, THERE = b"\0", b"\1"
-"""How a packet begins: its contents follow, or lie in the memory because they are too long."""
+HERE, THERE, WHOLE = b"\0", b"\1", b"\2"
+"""How a packet begins: a head follows, or lies in the memory because it is too long; or a head and its tensors follow.
+"""
 PLACE = struct.Struct("<QQ")
 """Where something begins, and its size in bytes."""
 ALIGNED_BYTES = 64
@@ -44,6 +47,7 @@ class Arena:
         """Where the last message's contents end."""
         self.board = Board(self.fd)
         self._memory: mmap.mmap | None = None
+        self._decoder = Decoder("forward", "done")
 
     def close(self) -> None:
         """Unmap and close it."""
@@ -57,9 +61,16 @@ class Arena:
         The tensors are written there, from ``start`` on.
         """
         _, header, *contents = wire.encode(message)
+        return self.pack_frames(header, contents, start)
+
+    def pack_frames(self, header: Buffer, contents: Sequence[Buffer], start: int = BOARD_BYTES) -> bytes:
+        """As `pack`, of a message's header and its tensors' frames."""
         self.end = start
-        sizes = self._put(contents)
+        sizes = [len(memoryview(each)) for each in contents]
         head = PLACE.pack(start, len(sizes)) + struct.pack(f"<{len(sizes)}Q", *sizes) + header
+        if len(head) + sum(sizes) < PACKET_BYTES:
+            return b"".join((WHOLE, head, *contents))
+        self._put(contents)
         if len(head) < PACKET_BYTES:
             return HERE + head
         start = self.end
@@ -72,13 +83,20 @@ class Arena:
         Raises `ProtocolError` for a packet that `pack` can't have made.
         """
         header, start, sizes, behind = self._read_head(packet)
-        contents = self._get(start, sizes)
+        if packet[:1] == WHOLE:
+            header, *contents = _cut(header, sizes)
+            self.end = start
+        else:
+            contents = self._get(start, sizes)
         # Who answers leaves alone what another one may still read.
         self.end = max(self.end, behind)
-        return wire.decode([wire.PREAMBLE, header, *(map(bytes, contents) if copy else contents)])
+        return self._decoder.decode([wire.PREAMBLE, header, *(map(bytes, contents) if copy else contents)])
 
-    def _read_head(self, packet: bytes) -> tuple[bytes, int, Sequence[int], int]:
-        """The header of a packet's message, where its contents begin, their sizes, and the end of what lies behind."""
+    def _read_head(self, packet: bytes) -> tuple[Buffer, int, Sequence[int], int]:
+        """What a head says: the message's header, where its tensors begin, their frames' sizes, and the head's end.
+
+        In a whole packet the frames stand behind the header.
+        """
         kind, head = packet[:1], packet[1:]
         behind = 0
         try:
@@ -86,7 +104,7 @@ class Arena:
                 start, size = PLACE.unpack(head)
                 head = bytes(*self._get(start, [size]))
                 behind = self.end
-            elif kind != HERE:
+            elif kind not in (HERE, WHOLE):
                 raise ProtocolError(f"a packet of kind {kind!r}")
             start, count = PLACE.unpack_from(head)
             sizes = struct.unpack_from(f"<{count}Q", head, PLACE.size)
@@ -100,6 +118,8 @@ class Arena:
         Raises `ProtocolError` as `unpack` does.
         """
         _, start, sizes, behind = self._read_head(packet)
+        if packet[:1] == WHOLE:
+            return start, start
         return start, max(_lay_out(start, sizes)[1], behind)
 
     def read(self, start: int, stop: int) -> memoryview:
@@ -119,14 +139,13 @@ class Arena:
         if self._memory is not None and len(self._memory) > KEPT_BYTES:
             self._memory.madvise(mmap.MADV_REMOVE, KEPT_BYTES, len(self._memory) - KEPT_BYTES)
 
-    def _put(self, contents: Sequence[Buffer]) -> list[int]:
-        """Append contents; returns their sizes."""
+    def _put(self, contents: Sequence[Buffer]) -> None:
+        """Append contents."""
         sizes = [len(memoryview(each)) for each in contents]
         places, self.end = _lay_out(self.end, sizes)
         memory = self._reach(self.end)
         for place, size, each in zip(places, sizes, contents, strict=True):
             memory[place : place + size] = memoryview(each).cast("B")
-        return sizes
 
     def _get(self, start: int, sizes: Sequence[int]) -> list[memoryview]:
         """The contents from ``start`` on."""
@@ -145,6 +164,19 @@ class Arena:
             # The one before goes when nothing read from it is left.
             self._memory = mmap.mmap(self.fd, 0)
         return memoryview(self._memory)
+
+
+def _cut(packed: Buffer, sizes: Sequence[int]) -> list[memoryview]:
+    """A header and the frames behind it. Raises `ProtocolError` if there are fewer bytes than these sizes need."""
+    view = memoryview(packed)
+    position = len(view) - sum(sizes)
+    if position < 0:
+        raise ProtocolError(f"a packet lacks {-position} bytes of its tensors")
+    parts = [view[:position]]
+    for size in sizes:
+        parts.append(view[position : position + size])
+        position += size
+    return parts
 
 
 def _lay_out(start: int, sizes: Sequence[int]) -> tuple[list[int], int]:

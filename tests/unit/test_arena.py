@@ -12,12 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tacod.group.arena import PLACE, Arena
+from tacod.group.arena import PACKET_BYTES, PLACE, Arena
 from tacod_client.errors import ProtocolError
 from tacod_client.tensors import rows
 from tacod_client.wire import FRAME_BYTES, Message, Tensor, split
 
 MIB = 1 << 20
+MANY = PACKET_BYTES // 4
+"""So often repeated, a frame of a few bytes is too large for a packet."""
 
 
 @contextmanager
@@ -40,7 +42,10 @@ def contents(told: Message) -> list[bytes]:
     return [b"".join(tensor.frames) for tensor in told.body["all"]]
 
 
-@given(st.lists(st.binary(max_size=300), max_size=5), st.lists(st.binary(max_size=300), max_size=5))
+FRAMES = st.lists(st.builds(bytes.__mul__, st.binary(max_size=300), st.sampled_from([1, 1, 90, 200])), max_size=5)
+
+
+@given(FRAMES, FRAMES)
 def test_there_and_back(there: list[bytes], back: list[bytes]) -> None:
     """An answer lies behind what it answers: a rank that is still reading isn't disturbed."""
     with shared() as (mine, theirs):
@@ -62,17 +67,29 @@ def test_it_grows_while_something_of_it_is_still_read() -> None:
 def test_a_part_is_read_where_it_lies() -> None:
     """Of residuals a rank reads its own tokens."""
     with shared() as (mine, theirs):
-        told = theirs.unpack(mine.pack(Message("forward", {"x": Tensor("U8", (4, 2), split(b"aabbccdd"))})))
+        told = theirs.unpack(mine.pack(Message("forward", {"x": Tensor("U8", (4, MANY), split(b"abcd" * MANY))})))
         part = rows(told.body["x"], 1, 3)
-        mine.pack(Message("forward", {"x": Tensor("U8", (4, 2), split(b"eeffgghh"))}))
-        assert b"".join(part.frames or ()) == b"ffgg"
+        mine.pack(Message("forward", {"x": Tensor("U8", (4, MANY), split(b"efgh" * MANY))}))
+        assert b"".join(part.frames or ()) == b"efgh" * (MANY // 2)
+
+
+@pytest.mark.parametrize("contents", [b"small", b"large" * MANY])
+def test_small_tensors_travel_in_the_packet_itself(contents: bytes) -> None:
+    with shared() as (mine, theirs):
+        packet = mine.pack(message(contents))
+        start, stop = mine.span(packet)
+        is_small = contents == b"small"
+        assert (contents in packet, stop == start) == (is_small, is_small)
+        told = theirs.unpack(packet)
+        mine.pack(message(b"another"))
+        assert [b"".join(each.frames) for each in told.body["all"]] == [contents]
 
 
 def test_what_is_kept_is_a_copy() -> None:
     with shared() as (mine, theirs):
-        kept = theirs.unpack(mine.pack(message(b"one")), copy=True)
-        mine.pack(message(b"two"))
-        assert contents(kept) == [b"one"]
+        kept = theirs.unpack(mine.pack(message(b"one" * MANY)), copy=True)
+        mine.pack(message(b"two" * MANY))
+        assert contents(kept) == [b"one" * MANY]
 
 
 def test_memory_of_a_large_item_goes_back() -> None:
@@ -108,7 +125,21 @@ def test_a_packet_is_small_whatever_it_tells() -> None:
 @pytest.mark.parametrize(
     "packet",
     [
-        *(b"", b"\2", b"\0" * 9, b"\1" * 9, b"\1" + b"\xff" * 16, b"\1" + PLACE.pack(0, 1 << 40)),
+        *(
+            b"",
+            b"\2",
+            b"\3",
+            b"\2" + PLACE.pack(0, 1),
+            b"\2" + PLACE.pack(0, 1) + (9).to_bytes(8, "little") + b"12345678",
+        ),
+        *(
+            b"\2" + PLACE.pack(0, 1) + b"\xff" * 8,
+            b"\2" + PLACE.pack(0, 1 << 62),
+            b"\0" * 9,
+            b"\1" * 9,
+            b"\1" + b"\xff" * 16,
+            b"\1" + PLACE.pack(0, 1 << 40),
+        ),
         *(b"\0" + PLACE.pack(0, 1), b"\0" + PLACE.pack(0, 1 << 62), b"\0" + b"\xff" * 24),
         *(b"\0" + PLACE.pack(0, 1) + (1 << 40).to_bytes(8, "little"), b"\0" + PLACE.pack(1 << 40, 1) + bytes(8)),
     ],
@@ -122,6 +153,6 @@ def test_packets_that_it_cannot_have_made(packet: bytes) -> None:
 
 def test_places_that_do_not_fit_the_header() -> None:
     with shared() as (mine, theirs):
-        packet = mine.pack(message(b"x"))
+        packet = mine.pack(message(b"x" * PACKET_BYTES))
         with pytest.raises(ProtocolError, match=r"tensors\[0\]"):
             theirs.unpack(packet[: 1 + PLACE.size] + bytes(8) + packet[1 + PLACE.size + 8 :])
