@@ -334,7 +334,7 @@ class Manifest:
         """A model was just used, with this ``plan``."""
         model = self._models.pop(model_id, None)
         if model is not None:
-            self._models[model_id] = replace(model, plan=plan)
+            self._models[model_id] = model if model.plan == plan else replace(model, plan=plan)
 
     def patched(self, model_id: str) -> list[str]:
         """The ids of the models that are this one with patches; they are unloaded with it."""

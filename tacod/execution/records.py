@@ -9,7 +9,7 @@ from tacod.execution.paces import Paces
 from tacod.execution.scheduler import Job
 from tacod.group.group import Answer
 from tacod.group.work import Forward, Sample, Stepped
-from tacod.observe.baselines import Baselines, kind_of
+from tacod.observe.baselines import Baselines, shapes_of
 from tacod.observe.metrics import Metrics, StepTimes
 
 __all__ = ["Records"]
@@ -42,7 +42,7 @@ class Records:
         job.skipped = step.skipped + (job.skipped if job.step else 0)
         self.metrics.add_step(times, step.forwards, step.ranks, step.skipped, step.prefix_hits, step.prefix_misses)
         if isinstance(job.body, Forward) and step.ranks == 1 and not step.skipped and not step.prefix_misses:
-            self._baselines.note(self._kind_of(job), job.body.arguments, compute_s)
+            self._baselines.note(self._kind_of(job), _shapes(job.body), compute_s)
         if step.forwards:
             if not step.skipped:
                 # What a step cache skips is short, and tells nothing of the forward after it.
@@ -58,12 +58,11 @@ class Records:
         """What a job's forwards have in common with others that take as long."""
         body = job.body
         assert isinstance(body, Forward | Sample)
-        fields = body.arguments if isinstance(body, Forward) else vars(body)
-        return body.model, repr(body.plan), kind_of(self._kind_of(job), fields)
+        return body.model, repr(body.plan), _shapes(body)
 
     def single_rank_s(self, job: Job) -> float | None:
         """Seconds of a forward like this job's on one rank; None if there was none yet."""
-        return self._baselines.of(self._kind_of(job), job.body.arguments) if isinstance(job.body, Forward) else None
+        return self._baselines.of(self._kind_of(job), _shapes(job.body)) if isinstance(job.body, Forward) else None
 
     def _kind_of(self, job: Job) -> str:
         """The file and dtype: patches change no time."""
@@ -71,3 +70,10 @@ class Records:
             return job.model
         model = self._manifest.find(job.model)
         return f"{model.path} {model.dtype}"
+
+
+def _shapes(body: Forward | Sample) -> Any:
+    """The shapes of a forward's arguments, or of a run's."""
+    if isinstance(body, Sample):
+        return shapes_of(vars(body))
+    return shapes_of(body.arguments) if body.alike is None else body.alike.shapes

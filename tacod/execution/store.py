@@ -10,7 +10,7 @@ from typing import Any
 from tacod_client.errors import ArgumentError, QueueFull
 from tacod_client.wire import Tensor, map_tensors
 
-__all__ = ["Store", "digests_of", "tensors_of", "without_claims"]
+__all__ = ["Named", "Store", "digests_of", "tensors_of", "without_claims"]
 
 
 COUNT = 1 << 14
@@ -90,11 +90,11 @@ class Store:
         """Bytes that fit in without what is pinned, or held for loaded models, having to go."""
         return self.limit - self.size_of([*self._pins, *self._held])
 
-    def check(self, value: Any) -> None:
-        """Check that a body describes the stored tensors that it names as they are. Raises `ArgumentError`."""
-        for named in tensors_of(value):
+    def check(self, tensors: Iterable[Tensor]) -> None:
+        """Check that stored tensors are described as they are where they are named. Raises `ArgumentError`."""
+        for named in tensors:
             known = self._tensors.get(named.digest or b"")
-            if named.frames is not None or known is None:
+            if known is None:
                 continue
             if (named.dtype, named.shape) != (known.dtype, known.shape):
                 raise ArgumentError(
@@ -103,16 +103,13 @@ class Store:
                     argument="tensors",
                 )
 
-    def check_fits(self, value: Any) -> None:
-        """Check that a body's named tensors fit into the store together.
+    def check_fits(self, sizes: Sequence[int]) -> None:
+        """Check that named tensors of these sizes fit into the store together.
 
         Raises `QueueFull` if they never can.
         """
-        named = {
-            each.digest: each.nbytes for each in tensors_of(value) if each.digest is not None and each.frames is None
-        }
-        if max(named.values(), default=0) <= self.limit:
-            self._check_fits(sum(named.values()))
+        if max(sizes, default=0) <= self.limit:
+            self._check_fits(sum(sizes))
 
     def _check_fits(self, nbytes: int) -> None:
         if nbytes > self.limit:
@@ -227,6 +224,29 @@ class Store:
                     nbytes -= tensor.nbytes
                     count -= 1
         return going
+
+
+@dataclass(frozen=True, eq=False)
+class Named:
+    """The tensors of a request."""
+
+    tensors: Sequence[Tensor]
+    """Those that it names by digest."""
+    digests: list[bytes]
+    """Theirs, each once."""
+    sizes: Sequence[int]
+    """The bytes of each of ``digests``."""
+    nbytes: int
+    """Bytes of those that came with it."""
+
+    @staticmethod
+    def of(value: Any) -> Named:
+        """Those of a body."""
+        tensors = list(tensors_of(value))
+        named = [each for each in tensors if each.frames is None and each.digest is not None]
+        sizes = {each.digest: each.nbytes for each in named if each.digest is not None}
+        came = sum(each.nbytes for each in tensors if each.frames is not None)
+        return Named(named, [*sizes], [*sizes.values()], came)
 
 
 def tensors_of(value: Any) -> Iterator[Tensor]:

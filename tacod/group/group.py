@@ -6,6 +6,7 @@ The group is the unit of recovery. If a rank dies, hangs or disagrees, all ranks
 from __future__ import annotations
 
 import enum
+import operator
 import re
 import time
 from collections import OrderedDict
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tacod import config
+from tacod.group.arena import Arena
 from tacod.group.board import Blocks
 from tacod.group.faults import Faults
 from tacod.group.launcher import launcher
@@ -29,11 +31,14 @@ from tacod.group.work import (
     Envelope,
     Failed,
     Final,
+    Forward,
     Progress,
     Raised,
     Ready,
     read_report,
 )
+from tacod_client import wire
+from tacod_client.decoder import header_of, tail_of
 from tacod_client.errors import EngineError, ProtocolError, TacodError
 from tacod_client.wire import Tensor
 
@@ -255,7 +260,7 @@ class RankGroup:
         )
         self._forgotten, self._unmapped = [], []
         assert self._launcher.arena is not None
-        packet = self._launcher.arena.pack(envelope.message())
+        packet = _pack(envelope, self._launcher.arena)
         for rank in self.ranks:
             rank.progress, rank.begun = None, 0
         self._launcher.send(packet, command, watched, [fresh.fd] if fresh is not None else [])
@@ -287,7 +292,7 @@ class RankGroup:
 
     def _evict(self) -> list[bytes]:
         """Digests of the tensors that the ranks drop after this command, least recently used first."""
-        evicted = []
+        evicted: list[bytes] = []
         while sum(self._resident.values()) > self.settings.cache_bytes or len(self._resident) > CACHE_TENSORS:
             evicted.append(self._resident.popitem(last=False)[0])
         return evicted
@@ -449,6 +454,23 @@ class RankGroup:
             raise GroupLost(reason, current.error, cause=reason)
         first = current.answers[0]
         return Answer(elapsed_s, first if isinstance(first, Done) else None, current.error)
+
+
+def _pack(envelope: Envelope, arena: Arena) -> bytes:
+    """The packet of an envelope; those of alike forwards are described once."""
+    command = envelope.command
+    alike = command.alike if isinstance(command, Forward) and envelope.is_plain else None
+    if alike is None:
+        return arena.pack(envelope.message())
+    assert isinstance(command, Forward)
+    tail = alike.tails.get(envelope.watched)
+    if tail is not None:
+        return arena.pack_frames(header_of(command.verb, envelope.id, tail), command.frames)
+    _, header, *contents = wire.encode(envelope.message())
+    # Whoever lists tensors in another order than they stand in is packed anew each time.
+    if len(contents) == len(command.frames) and all(map(operator.is_, contents, command.frames)):
+        alike.tails[envelope.watched] = tail_of(bytes(header), command.verb)
+    return arena.pack_frames(header, contents)
 
 
 def _alike(answer: Final) -> tuple[Any, ...]:

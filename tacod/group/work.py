@@ -6,14 +6,16 @@ command's type is its verb, and its fields and the envelope's are keys of one bo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import struct
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
 from tacod_client.errors import ProtocolError, TacodError
-from tacod_client.wire import Message, Tensor, map_tensors
+from tacod_client.wire import Buffer, Form, Message, Tensor, map_tensors
 
 __all__ = [
+    "Alike",
     "Begun",
     "Broken",
     "Command",
@@ -43,6 +45,8 @@ __all__ = [
 ]
 
 PartType = TypeVar("PartType", bound="Part")
+NUMBERS = struct.Struct("<QddQ")
+"""The numbers of a `Done`."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,16 @@ class Evict(Part):
     models: list[str]
 
 
+@dataclass(eq=False)
+class Alike:
+    """What forwards have in common whose requests differ in tensors' bytes alone: it is found out once."""
+
+    shapes: Hashable
+    """Of their arguments."""
+    tails: dict[bool, bytes] = field(default_factory=dict)
+    """The `tail_of` their commands that bring nothing else, for those that are watched and for others."""
+
+
 @dataclass(frozen=True)
 class Forward(Part):
     """One forward with the meaning of ComfyUI's ``diffusion_model(x, timestep, …)``."""
@@ -127,6 +141,18 @@ class Forward(Part):
     """The id of the memory shared with the client in which latents with an offset lie."""
     room: list[int] | None = None
     """Offset and size of the place in it for the result."""
+    alike: Alike | None = field(default=None, compare=False, repr=False)
+    """In the supervisor, where a request like this one may come again."""
+    frames: Sequence[Buffer] = field(default=(), compare=False, repr=False)
+    """With ``alike``: the arguments' bytes, in the order in which they came."""
+    form: Form | None = field(default=None, compare=False, repr=False)
+    """In a rank: that of the command's message."""
+
+    def body(self) -> dict[str, Any]:
+        """The fields that ranks get."""
+        body = super().body()
+        del body["alike"], body["frames"], body["form"]
+        return body
 
 
 @dataclass(frozen=True)
@@ -215,6 +241,11 @@ class Envelope:
     unmapped: list[int] = field(default_factory=list)
     """Ids of such memories to drop before the command."""
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it brings its command and nothing else."""
+        return not (self.store or self.forget or self.evict or self.fault or self.mapped or self.unmapped)
+
     def message(self) -> Message:
         """The envelope as a message."""
         fault = self.fault.body() if self.fault is not None else None
@@ -227,7 +258,12 @@ def read_envelope(message: Message) -> Envelope:
     """The envelope that a message from the supervisor holds."""
     body = message.body
     fault = Fault.read(body["fault"]) if body["fault"] is not None else None
-    command = _COMMANDS[message.type].read(body)
+    command: Command
+    if message.type == Forward.verb:
+        names = ("model", "plan", "arguments", "session", "memory", "room")
+        command = Forward(**{name: body[name] for name in names}, form=message.form)
+    else:
+        command = _COMMANDS[message.type].read(body)
     names = ("store", "forget", "evict", "watched", "mapped", "unmapped")
     return Envelope(message.id, command, fault=fault, **{name: body[name] for name in names})
 
@@ -362,10 +398,27 @@ class Done(Part):
     """Bytes of the prefixes that the rank keeps."""
 
     def body(self) -> dict[str, Any]:
-        """The fields, the result's among them."""
-        body = super().body()
-        del body["result"]
-        return {**body, **(self.result.body() if self.result is not None else {})}
+        """The result's fields, and the numbers as bytes, so that reports of alike commands differ in bytes alone."""
+        numbers = NUMBERS.pack(self.memory_used_bytes, self.compute_s, self.collective_s, self.prefix_bytes)
+        result = self.result.body() if self.result is not None else {}
+        return {"numbers": Tensor("U8", (NUMBERS.size,), (numbers,)), **result}
+
+    @classmethod
+    def read_for(cls, message: Message, kind: type[Loaded | Stepped] | None) -> Done:
+        """The report in a message, with a result of this ``kind``."""
+        (numbers,) = message.body["numbers"].frames
+        memory_used_bytes, compute_s, collective_s, prefix_bytes = NUMBERS.unpack(numbers)
+        form = message.form
+        if kind is None or form is None:
+            result = None if kind is None else kind.read(message.body)
+        elif type(form.known) is kind:
+            result = form.known
+        else:
+            result = kind.read(message.body)
+            if len(message.frames) == 1:
+                # Nothing of it comes in frames.
+                form.known = result
+        return cls(memory_used_bytes, compute_s, collective_s, result, prefix_bytes)
 
 
 @dataclass(frozen=True)
@@ -426,10 +479,9 @@ def read_report(message: Message, command: Command | None) -> Report:
     if message.type not in _REPORTS:
         raise ProtocolError(f"unknown report {message.type!r:.40}")
     kind = _REPORTS[message.type]
-    result = _RESULTS.get(type(command)) if command is not None and kind is Done else None
     try:
-        if result is None:
-            return kind.read(message.body)
-        return Done.read({**message.body, "result": result.read(message.body)})
-    except (KeyError, TypeError) as error:
+        if kind is Done:
+            return Done.read_for(message, _RESULTS.get(type(command)) if command is not None else None)
+        return kind.read(message.body)
+    except (KeyError, TypeError, AttributeError, ValueError, struct.error) as error:
         raise ProtocolError(f"report {message.type!r} with wrong fields: {error}") from None

@@ -14,6 +14,7 @@ from tacod.serving.access import User
 from tacod.serving.guard import socket_of
 from tacod.serving.state import State
 from tacod_client import wire
+from tacod_client.decoder import Decoder
 from tacod_client.errors import TacodError
 from tacod_client.frames import receive, widen
 from tacod_client.wire import Message
@@ -40,6 +41,7 @@ class Server:
         self._socket = state.listener.socket
         self._access = state.listener.access
         self._leftovers = Leftovers()
+        self._decoder = Decoder("forward")
         self._next_probe_s = state.started_s + state.config.heartbeat_s
 
     def turn(self, wakeup: int) -> None:
@@ -98,7 +100,7 @@ class Server:
     def _on_message(self, peer: bytes, frames: Sequence[wire.Buffer], admit: Admit) -> None:
         request, token = 0, b""
         try:
-            message = wire.decode(frames)
+            message = self._decoder.decode(frames)
             request, token = message.id, message.session
             self._answer(peer, message, admit)
         except TacodError as error:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tacod import __version__
@@ -14,11 +13,13 @@ from tacod.execution.executor import Executor
 from tacod.execution.manifest import Manifest, Model
 from tacod.execution.memories import check_places
 from tacod.execution.scheduler import Job, Verb, Work
-from tacod.execution.store import COUNT, digests_of, tensors_of, without_claims
-from tacod.group.work import Forward, MethodCall, Sample, Unload
+from tacod.execution.store import Named, digests_of, tensors_of, without_claims
+from tacod.group.work import Alike, Forward, MethodCall, Sample, Unload
 from tacod.lifecycle import Lifecycle
+from tacod.observe.baselines import shapes_of
 from tacod.serving import messages, report
 from tacod.serving.access import User
+from tacod.serving.admission import check_admission
 from tacod.serving.server import Admit
 from tacod.serving.sessions import Session
 from tacod.serving.state import State
@@ -32,7 +33,7 @@ from tacod_client.errors import (
     ProtocolError,
     QueueFull,
 )
-from tacod_client.wire import MAX_STEPS, Message, Tensor, map_tensors
+from tacod_client.wire import MAX_STEPS, Message, map_tensors
 
 __all__ = ["Verbs"]
 
@@ -40,6 +41,17 @@ log = logging.getLogger(__name__)
 
 OUTBOX_MESSAGES = 256
 """Most unread replies of a client; requests beyond that are refused."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """What was found out about forwards of one form: whatever the daemon's state is, it stays so.
+
+    It holds nothing of their tensors' bytes.
+    """
+
+    named: Named
+    alike: Alike
 
 
 class Verbs:
@@ -52,34 +64,55 @@ class Verbs:
 
     def answer(self, peer: bytes, message: Message, admit: Admit) -> None:
         """Do what a client's message asks; raises a `TacodError` if it can't be done."""
+        known = message.form.known if message.form is not None else None
+        if isinstance(known, _Known):
+            # Its body was checked when the first one of its form came.
+            self._check_size(known.named.nbytes)
+            session = self._session(peer, message)
+            if session is not None:
+                self._forward(session, message, known)
+            return
         kind = messages.REQUESTS.get(message.type)
         if kind is None:
-            known = ", ".join(messages.REQUESTS)
-            raise ProtocolError(f"type: unknown message {message.type!r:.40}; known are {known}")
+            names = ", ".join(messages.REQUESTS)
+            raise ProtocolError(f"type: unknown message {message.type!r:.40}; known are {names}")
         tensors = list(tensors_of(message.body))
-        self._check_size(tensors)
-        claims = any(each.frames is not None and each.digest is not None for each in tensors)
-        body = messages.parse(kind, without_claims(message.body) if claims else message.body)
+        self._check_size(sum(tensor.nbytes for tensor in tensors if tensor.frames is not None))
+        if any(each.frames is not None and each.digest is not None for each in tensors):
+            message = replace(message, body=without_claims(message.body), form=None)
+        body = messages.parse(kind, message.body)
         if isinstance(body, messages.Hello):
             self.hello(peer, message.id, body, *admit())
             return
-        sessions = self.state.sessions
-        session = sessions.find(message.session, peer)
+        session = self._session(peer, message)
         if session is None:
-            unknown = Message("unknown_session", {"boot_id": self.state.boot_id}, message.id)
-            sessions.reply(peer, message.session, unknown)
             return
-        if len(session.outbox) >= OUTBOX_MESSAGES and message.type not in ("bye", "cancel"):
-            raise QueueFull(f"{len(session.outbox)} answers wait for this client to read them; read them first")
-        if not isinstance(body, messages.Forward) and any(each.offset is not None for each in tensors):
+        if isinstance(body, messages.Forward):
+            known = self._learn(session, body)
+            if message.form is not None:
+                message.form.known = known
+            self._forward(session, message, known)
+            return
+        if any(each.offset is not None for each in tensors):
             raise ProtocolError(f"{message.type}: no tensor of it may lie in shared memory; send it as frames")
         reply: dict[str, Any] | None = getattr(self, message.type)(session, message.id, body)
         if reply is not None:
             session.post(wire.encode(Message("done", reply, message.id)))
 
-    def _check_size(self, tensors: Sequence[Tensor]) -> None:
+    def _session(self, peer: bytes, message: Message) -> Session | None:
+        """The session of a message; None if there is none, which its client has been told then."""
+        sessions = self.state.sessions
+        session = sessions.find(message.session, peer)
+        if session is None:
+            unknown = Message("unknown_session", {"boot_id": self.state.boot_id}, message.id)
+            sessions.reply(peer, message.session, unknown)
+            return None
+        if len(session.outbox) >= OUTBOX_MESSAGES and message.type not in ("bye", "cancel"):
+            raise QueueFull(f"{len(session.outbox)} answers wait for this client to read them; read them first")
+        return session
+
+    def _check_size(self, size: int) -> None:
         limit = self.state.config.limits.message_bytes
-        size = sum(tensor.nbytes for tensor in tensors if tensor.frames is not None)
         if size > limit:
             raise MessageTooLarge(
                 f"a message of {size} bytes; limits.message_bytes is {limit}; send smaller batches or raise it",
@@ -158,7 +191,7 @@ class Verbs:
             reply = report.loaded(executor, model)
         else:
             stored = replace(model, patches=self._stored(session, model.patches))
-            self._submit(session, request, Verb.LOAD, model.id, stored, stored.patches, executor=executor)
+            self._submit(session, request, Verb.LOAD, model.id, stored, Named.of(stored.patches), executor=executor)
         # Unless its patches' tensors are to come first.
         self.state.uploads.note_load(self.state.groups.files.intersection(model.file_paths))
         return reply
@@ -176,25 +209,38 @@ class Verbs:
     def unload(self, session: Session, request: int, body: messages.Unload) -> None:
         """Queue the unloading of a model."""
         self.state.groups.check_model(body.model)
-        self._submit(session, request, Verb.UNLOAD, body.model, Unload(body.model), dict(body))
+        self._submit(session, request, Verb.UNLOAD, body.model, Unload(body.model), Named.of(None))
 
-    def forward(self, session: Session, request: int, body: messages.Forward) -> None:
-        """Queue a forward."""
+    def _learn(self, session: Session, body: messages.Forward) -> _Known:
+        """What holds for all forwards that differ from this one in tensors' bytes alone.
+
+        Raises `ArgumentError` for places in shared memory that can't be, and `ModelNotFound`.
+        """
         self.state.groups.check_model(body.model)
-        self._check_memory(session, body)
-        forward = Forward(body.model, body.plan, body.arguments, session.token, body.memory, body.room)
-        self._submit(session, request, Verb.FORWARD, body.model, forward, dict(body))
-
-    def _check_memory(self, session: Session, body: messages.Forward) -> None:
-        """Check the places in shared memory that a forward names. Raises `ArgumentError`."""
         latents = list(tensors_of(body.arguments.get("x")))
         rest = tensors_of({name: each for name, each in body.arguments.items() if name != "x"})
         if any(each.offset is not None for each in rest):
             raise ArgumentError("arguments: only x may lie in shared memory; send others as frames", argument="x")
         if body.memory is not None:
+            # A memory never changes its size, and no other one gets its id.
             check_places(self.state.groups.host.memories.find(session.token, body.memory), latents, body.room)
         elif body.room is not None or any(each.offset is not None for each in latents):
             raise ArgumentError("memory: missing, though the message has places in one", argument="memory")
+        alike = Alike(shapes_of(body.arguments))
+        return _Known(Named.of([body.plan, body.arguments]), alike)
+
+    def _forward(self, session: Session, message: Message, known: _Known) -> None:
+        """Queue a forward whose body has been checked."""
+        body = message.body
+        model, memory = body["model"], body.get("memory")
+        self.state.groups.check_model(model)
+        if memory is not None:
+            self.state.groups.host.memories.find(session.token, memory)
+        # Of a message without a form the tensors have been changed.
+        alike, frames = (None, ()) if message.form is None else (known.alike, message.frames)
+        room = body.get("room")
+        work = Forward(model, body["plan"], body["arguments"], session.token, memory, room, alike, frames)
+        self._submit(session, message.id, Verb.FORWARD, model, work, known.named)
 
     def unshare(self, session: Session, request: int, body: messages.Unshare) -> dict[str, Any]:
         """Take a shared memory back."""
@@ -204,7 +250,7 @@ class Verbs:
     def call(self, session: Session, request: int, body: messages.Call) -> None:
         """Queue a call of a network's method outside of the forward."""
         self.state.groups.check_model(body.model)
-        self._submit(session, request, Verb.CALL, body.model, MethodCall(**dict(body)), dict(body))
+        self._submit(session, request, Verb.CALL, body.model, MethodCall(**dict(body)), Named.of(dict(body)))
 
     def sample(self, session: Session, request: int, body: messages.Sample) -> None:
         """Queue a sampling run."""
@@ -217,7 +263,7 @@ class Verbs:
         steps = body.sigmas.shape[0] - 1
         if steps > MAX_STEPS:
             raise ArgumentError(f"sigmas: {steps} steps; give {MAX_STEPS} at most", argument="sigmas")
-        self._submit(session, request, Verb.SAMPLE, body.model, Sample(**dict(body)), dict(body), steps)
+        self._submit(session, request, Verb.SAMPLE, body.model, Sample(**dict(body)), Named.of(dict(body)), steps)
 
     def _submit(
         self,
@@ -226,34 +272,24 @@ class Verbs:
         verb: Verb,
         model: str,
         body: Work,
-        named: Any,
+        named: Named,
         steps: int = 1,
         executor: Executor | None = None,
     ) -> None:
-        """Queue a job, or reply with those tensors of ``named`` that the store lacks.
+        """Queue a job, or reply with those ``named`` tensors that the store lacks.
 
         A load goes to the group of ``executor``.
         """
         store = self.state.groups.host.store
-        named = list(tensors_of(named))
-        digests = digests_of(named)
-        store.check_fits(named)
-        missing = store.missing(digests)
+        store.check_fits(named.sizes)
+        missing = store.missing(named.digests)
         if missing:
-            store.claim(session.token, digests, time.monotonic())
+            store.claim(session.token, named.digests, time.monotonic())
             session.post(wire.encode(Message("missing", {"digests": missing}, request)))
             return
         store.disclaim(session.token)
-        store.check(named)
-        self._check_share(session, digests)
-        limit = self.state.config.limits.queue_per_user
-        if self._jobs_of(session.user) >= limit:
-            raise QueueFull(
-                f"{limit} jobs of {session.user} are queued, which is the limit (limits.queue_per_user); wait for one",
-                limit=limit,
-            )
-        nbytes = sum(tensor.nbytes for tensor in named if tensor.frames is not None)
-        self._check_room(nbytes)
+        store.check(named.tensors)
+        check_admission(self.state, session, named)
         self._jobs_made += 1
         job = Job(
             id=f"{self.state.boot_id[:4]}-{self._jobs_made}",
@@ -263,46 +299,13 @@ class Verbs:
             model=model,
             body=body,
             steps=steps,
-            nbytes=nbytes,
-            digests=digests,
+            nbytes=named.nbytes,
+            digests=named.digests,
             submitted_s=time.monotonic(),
         )
         self.state.groups.submit(job, executor)
         if verb is Verb.SAMPLE:
             session.post(wire.encode(Message("accepted", {"job": job.id, "total": steps}, request)))
-
-    def _check_share(self, session: Session, digests: list[bytes]) -> None:
-        """Check that one client's jobs leave room in the store: all but the first may need half of it together.
-
-        Raises `QueueFull`.
-        """
-        store = self.state.groups.host.store
-        mine = {each for job in self.state.groups.jobs if job.session == session.token for each in job.digests}
-        if not mine or mine.issuperset(digests):
-            return
-        all_of = mine.union(digests)
-        held, limit = store.size_of(all_of), store.limit // 2
-        if held > limit or len(all_of) > COUNT // 2:
-            raise QueueFull(
-                f"this client's jobs would need {held} bytes and {len(all_of)} tensors of the store, and may need half "
-                f"of it: {limit} bytes (limits.store_bytes) and {COUNT // 2} tensors; wait for one to end",
-                limit=limit,
-            )
-
-    def _check_room(self, nbytes: int) -> None:
-        """Raise `QueueFull` if queued jobs' own tensors and this many bytes more exceed their share of the memory."""
-        limit = self.state.config.limits.share_bytes
-        queued = sum(job.nbytes for job in self.state.groups.jobs)
-        if queued and queued + nbytes > limit:
-            raise QueueFull(
-                f"queued jobs hold {queued} bytes of tensors, and {nbytes} more are over their share of "
-                f"limits.memory_bytes, {limit}; wait for one to end",
-                limit=limit,
-            )
-
-    def _jobs_of(self, user: User) -> int:
-        owners = (self.state.sessions.get(job.session) for job in self.state.groups.jobs)
-        return sum(owner is not None and owner.user == user for owner in owners)
 
     def cancel(self, session: Session, request: int, body: messages.Cancel) -> dict[str, Any]:
         """Cancel a job; another user's only for an admin."""

@@ -13,7 +13,7 @@ from unittest import mock
 from tacod.execution.manifest import Model
 from tacod.execution.scheduler import Verb
 from tacod.group.arena import PACKET_BYTES, Arena
-from tacod.group.work import Forward, MethodCall, Sample, Unload
+from tacod.group.work import NUMBERS, Forward, MethodCall, Sample, Unload
 from tacod_client.wire import Message, Tensor
 
 __all__ = ["FACTS", "FakeRank", "body_of", "descriptors", "fakes", "step"]
@@ -88,6 +88,10 @@ class FakeForkServer:
             rank.wait()
 
 
+NUMBERED = "memory_used_bytes", "compute_s", "collective_s", "prefix_bytes"
+"""What stands in the bytes of a rank's report, in this order."""
+
+
 class FakeRank:
     """What `tacod.group.fork_server.Child` is: a process that speaks and ends when a test says so."""
 
@@ -135,7 +139,11 @@ class FakeRank:
         """Say what became of the work item."""
         for work in self.unanswered:
             self.answered = work.id
-            self.say(kind, {"memory_used_bytes": 1, **body}, work.id)
+            told = {"memory_used_bytes": 1, **body}
+            if kind == "done":
+                numbers = NUMBERS.pack(*(told.pop(name, 0) for name in NUMBERED))
+                told["numbers"] = Tensor("U8", (len(numbers),), (numbers,))
+            self.say(kind, told, work.id)
 
     def say(self, kind: str, body: dict[str, Any], work: int = 0) -> None:
         """Say whatever it may be."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tacod.execution import store as module
-from tacod.execution.store import Store, digests_of, tensors_of, without_claims
+from tacod.execution.store import Named, Store, digests_of, tensors_of, without_claims
 from tacod_client.errors import ArgumentError, QueueFull
 from tacod_client.wire import Tensor, digest_of
 
@@ -235,9 +235,9 @@ def test_nobody_claims_room_for_ever() -> None:
 
 def test_what_never_fits_together_is_told_before_it_is_sent() -> None:
     store = Store(30)
-    store.check_fits([tensor(content).with_digest().without_bytes() for content in (1, 2, 3, 3)])
+    store.check_fits(Named.of([tensor(content).with_digest().without_bytes() for content in (1, 2, 3, 3)]).sizes)
     with pytest.raises(QueueFull, match=r"40 bytes .* never fit"):
-        store.check_fits([tensor(content).with_digest().without_bytes() for content in (1, 2, 3, 4)])
+        store.check_fits(Named.of([tensor(content).with_digest().without_bytes() for content in (1, 2, 3, 4)]).sizes)
 
 
 def test_tensors_are_found_wherever_they_stand() -> None:
@@ -247,7 +247,11 @@ def test_tensors_are_found_wherever_they_stand() -> None:
 
 def test_digests_are_those_that_travelled_alone_each_once() -> None:
     whole, stored = tensor(1).with_digest(), tensor(2).with_digest().without_bytes()
-    assert digests_of({"a": [stored, whole, stored], "b": {"c": stored}}) == [digest(2)]
+    shared = Tensor("U8", (7,), None, offset=64)
+    body = {"a": [stored, whole, stored], "b": {"c": stored, "d": shared}}
+    assert digests_of(body) == [digest(2)]
+    named = Named.of(body)
+    assert (named.tensors, named.digests, named.sizes, named.nbytes) == ([stored] * 3, [digest(2)], [10], 10)
 
 
 class Uses(RuleBasedStateMachine):
@@ -324,10 +328,10 @@ def test_what_is_said_of_a_tensor_must_be_true() -> None:
     store = Store(1000)
     known = Tensor("F32", (2, 3), (bytes(24),)).with_digest()
     store.put(known)
-    store.check({"x": [known.without_bytes()], "new": Tensor("F32", (9,), None, b"?" * 32)})
+    store.check([known.without_bytes(), Tensor("F32", (9,), None, b"?" * 32)])
     for dtype, shape in (("F32", (3, 2)), ("I32", (2, 3)), ("F32", (6,))):
         with pytest.raises(ArgumentError, match=r"but the one of its digest is F32 \[2, 3\]"):
-            store.check({"x": [Tensor(dtype, shape, None, known.digest)]})
+            store.check([known.without_bytes(), Tensor(dtype, shape, None, known.digest)])
 
 
 def test_a_digest_beside_bytes_is_not_believed() -> None:
