@@ -26,6 +26,7 @@ from tacod.rank.families.inputs import Argument, Residuals
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.parallel.topology import Topology
 from tacod_client.tensors import to_wire
+from tacod_client.wire import Form
 
 
 class EchoEngine(Engine):
@@ -53,6 +54,7 @@ class EchoEngine(Engine):
         session: bytes,
         memory: int | None = None,
         room: Sequence[int] | None = None,
+        form: Form | None = None,
     ) -> Stepped:
         """The arguments as torch tensors, of residuals this rank's tokens, and x back."""
         specs = {name: Residuals(0, {}) if name == "control" else Argument(()) for name in arguments}

@@ -27,7 +27,7 @@ from tacod_client import wire
 from tacod_client.errors import ArgumentError
 from tacod_client.tensors import from_wire
 
-__all__ = ["Kept", "check_arguments", "check_names", "check_tokens", "digest", "load_arguments"]
+__all__ = ["Kept", "check_arguments", "check_names", "check_tokens", "digest", "is_fixed", "load_arguments"]
 
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -51,7 +51,7 @@ class Kept:
 
     def __init__(self) -> None:
         self._named: dict[tuple[bytes, torch.dtype | None], torch.Tensor] = {}
-        self._small: OrderedDict[tuple[bytes | None, torch.dtype | None], torch.Tensor] = OrderedDict()
+        self._small: OrderedDict[Hashable, torch.Tensor] = OrderedDict()
 
     def find(self, tensor: wire.Tensor, dtype: torch.dtype | None, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """A tensor in this ``dtype``, or in the one that it came in; ``make`` puts it on the device if it isn't there.
@@ -65,7 +65,7 @@ class Kept:
             return self._named[key]
         if tensor.nbytes > SMALL_BYTES:
             return make()
-        small = tensor.with_digest().digest, dtype
+        small = tensor.dtype, tensor.shape, b"".join(tensor.frames or ()), dtype
         if small not in self._small:
             self._small[small] = make()
             if len(self._small) > SMALL_TENSORS:
@@ -406,6 +406,20 @@ def load_arguments(
         return {name: put(path + name, value, specs[name]) for name, value in read.items() if value is not None}
 
     return Inputs(put_all(given, specs), specs)
+
+
+def is_fixed(name: str, value: Any, spec: Spec) -> bool:
+    """Whether an argument is the same on the device for all forwards whose messages differ in tensors' bytes alone.
+
+    A network that isn't ours may write to what it is given.
+    """
+    if name in wire.CHANGING or isinstance(spec, Anything | Residuals):
+        return False
+    if isinstance(value, Mapping):
+        return all(is_fixed(key, each, spec) for key, each in value.items())
+    if isinstance(value, list):
+        return all(is_fixed("", each, spec) for each in value)
+    return not isinstance(value, wire.Tensor) or value.digest is not None
 
 
 def digest(value: Any) -> Hashable:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -31,10 +32,11 @@ from tacod.group.work import (
     Unload,
     with_tensors,
 )
-from tacod.plan import DeviceRates, parse_request
-from tacod.rank.arguments import Kept, check_arguments, digest, load_arguments
+from tacod.plan import DeviceRates, Plan, Request, parse_request
+from tacod.rank.arguments import Kept, check_arguments, digest, is_fixed, load_arguments
 from tacod.rank.comfyui.installation import Installation
-from tacod.rank.families.base import Output
+from tacod.rank.families.base import DiT, Output
+from tacod.rank.families.inputs import Inputs, Spec
 from tacod.rank.forward.graphs import PREFIX_BYTES, Forwards
 from tacod.rank.forward.run import Call, plan_for
 from tacod.rank.forward.warmup import Measured
@@ -49,9 +51,27 @@ from tacod.shares import Shares
 from tacod_client import wire
 from tacod_client.errors import ArgumentError, ModelNotFound, OutOfMemory, TacodError
 from tacod_client.tensors import from_wire, to_wire
-from tacod_client.wire import CHANGING
+from tacod_client.wire import CHANGING, Form, map_tensors
 
 __all__ = ["Engine"]
+
+
+KINDS = 32
+"""Kinds of forward of which is remembered what was found out."""
+
+
+@dataclass(eq=False)
+class _Known:
+    """What was found out about forwards whose messages differ in tensors' bytes alone."""
+
+    specs: Mapping[str, Spec]
+    asked: Request
+    plan: Plan
+    dtype: torch.dtype
+    changing: Sequence[str]
+    """The arguments that come with each of them."""
+    fixed: Inputs = field(init=False)
+    """The others, on the device."""
 
 
 class Engine:
@@ -104,6 +124,9 @@ class Engine:
         self.keeps_arguments = device.type == "cuda"
         """Whether tensors that forwards have in common stay on the device; on a CPU the wire's are as near."""
         self._plans = Plans(topology.world_size)
+        self._known: OrderedDict[Form, _Known] = OrderedDict()
+        """What was found out about forwards that may come again with other bytes; nothing of what isn't here any more.
+        """
 
     @property
     def memory_used_bytes(self) -> int:
@@ -133,12 +156,14 @@ class Engine:
         try:
             inject("before")
             with self.memory_errors():
-                done = self._timed(with_tensors(envelope.command, self._kept))
+                done = self._timed(envelope.command)
             inject("after")
         except OutOfMemory as error:
             computing = self.models.get(self._model_of(envelope.command))
             raise error if computing is None else computing.streaming.advised(error) from None
         finally:
+            if envelope.evict:
+                self._known.clear()
             for digest in envelope.evict:
                 self._tensors.pop(digest, None)
                 self._on_device.drop(digest)
@@ -153,16 +178,18 @@ class Engine:
 
     def _timed(self, command: Command) -> Done:
         started = time.perf_counter()
-        methods: dict[type[Command], Callable[..., Result]] = {
-            Load: self.load,
-            Unload: self.unload,
-            Evict: self.evict,
-            Forward: self.forward,
-            MethodCall: self.call,
-            SampleStep: self.sample,
-        }
         with torch.inference_mode():
-            result = methods[type(command)](**vars(command))
+            if isinstance(command, Forward):
+                result: Result = self.forward(**command.body(), form=command.form)
+            else:
+                methods: dict[type[Command], Callable[..., Result]] = {
+                    Load: self.load,
+                    Unload: self.unload,
+                    Evict: self.evict,
+                    MethodCall: self.call,
+                    SampleStep: self.sample,
+                }
+                result = methods[type(command)](**vars(with_tensors(command, self._kept)))
             # Done while a GPU still computes.
             memory_used_bytes = self.memory_used_bytes
             if self.device.type == "cuda":
@@ -185,6 +212,7 @@ class Engine:
                 raise
             clear_tracebacks(error)
             self.forwards.clear()
+            self._known.clear()
             self._on_device.clear()
             self._give_memory_back()
             raise OutOfMemory(
@@ -277,6 +305,7 @@ class Engine:
     def _take(self, model: str) -> Resident | None:
         """Remove a model, and what is kept of its forwards."""
         gone = self.models.pop(model, None)
+        self._known.clear()
         if gone is not None:
             self.forwards.prefixes.drop(gone.model)
         return gone
@@ -299,21 +328,25 @@ class Engine:
         session: bytes,
         memory: int | None = None,
         room: Sequence[int] | None = None,
+        form: Form | None = None,
     ) -> Stepped:
         """One forward with the meaning of ComfyUI's ``diffusion_model(x, timestep, …)``.
 
         For the step cache, forwards of one ``session`` are steps of one run if they differ only in ``x``, ``timestep``
         and a ControlNet's residuals. Latents may lie in a ``memory`` shared with the client; the result is put there,
-        at ``room`` (offset and size), if it fits.
+        at ``room`` (offset and size), if it fits. Forwards of one ``form`` differ in tensors' bytes alone.
         """
         shared = self.memories.get(memory)
         dit = self._resident(model).model
-        specs, asked, chosen = self._plans.find(dit, plan, arguments)
-        kept = self._on_device if self.keeps_arguments else None
-        given = load_arguments(arguments, specs, dit.dtype, self.device, kept, shared)
-        inputs = dit.prepare(given)
+        if form is not None and form in self._known:
+            known = self._known[form]
+            self._known.move_to_end(form)
+        else:
+            known = self._learn(dit, plan, arguments, form)
+        given = known.fixed.replace(**self._load(arguments, known.changing, known, shared))
+        inputs, chosen = dit.prepare(given), known.plan
         if inputs is not given:
-            chosen = plan_for(dit, asked, self.topology.world_size, inputs)
+            chosen = plan_for(dit, known.asked, self.topology.world_size, inputs)
         conditioning: Hashable = None
         if chosen.step_cache or dit.has_prefix:
             conditioning = digest({name: each for name, each in arguments.items() if name not in CHANGING})
@@ -327,6 +360,26 @@ class Engine:
             record=[],
             **self._counts(before),
         )
+
+    def _learn(self, dit: DiT, plan: Any, arguments: Mapping[str, Any], form: Form | None) -> _Known:
+        """Check and plan a forward, and put what alike ones have in common on the device. Raises `ArgumentError`."""
+        specs, asked, chosen = self._plans.find(dit, plan, map_tensors(arguments, self._kept))
+        fixed = [name for name in arguments if self.keeps_arguments and is_fixed(name, arguments[name], specs[name])]
+        known = _Known(specs, asked, chosen, dit.dtype, [name for name in arguments if name not in fixed])
+        known.fixed = self._load(arguments, fixed, known)
+        if form is not None:
+            self._known[form] = known
+            if len(self._known) > KINDS:
+                self._known.popitem(last=False)
+        return known
+
+    def _load(
+        self, arguments: Mapping[str, Any], names: Sequence[str], known: _Known, memory: MappedMemory | None = None
+    ) -> Inputs:
+        """Some of the arguments on the device."""
+        some = {name: map_tensors(arguments[name], self._kept) for name in names}
+        kept = self._on_device if self.keeps_arguments else None
+        return load_arguments(some, known.specs, known.dtype, self.device, kept, memory)
 
     def _counts(self, before: Mapping[str, int] = MappingProxyType({})) -> dict[str, int]:
         """Counts of what forwards found here, less those ``before``."""
