@@ -85,6 +85,8 @@ class Connection:
         """The memory that this session shares with the ranks, where the daemon offers that."""
         self._context: zmq.Context[Any] = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
+        self._poller = zmq.Poller()
+        """Waits for messages on the socket."""
         self._session = b""
         self._ids = 0
         self._waiting: dict[int, Request] = {}
@@ -259,6 +261,8 @@ class Connection:
             raise ConnectionFailed("this client is closed; make a new one")
         if self._socket is None:
             self._socket = self._endpoint.open(self._context, self.timeout_s)
+            self._poller = zmq.Poller()
+            self._poller.register(self._socket, zmq.POLLIN)
             self._socket.setsockopt(zmq.SNDTIMEO, int(SILENCE_S * 1000))
             self._heard_s = self._pinged_s = time.monotonic()
             self._unanswered_s = None
@@ -336,7 +340,7 @@ class Connection:
 
     def _read(self, wait_s: float) -> None:
         socket = self._socket_now()
-        if not socket.poll(int(wait_s * 1000)):
+        if not self._poller.poll(int(wait_s * 1000)):
             return
         # What a message says may end the session, and the socket with it.
         while self._socket is socket:

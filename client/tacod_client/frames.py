@@ -20,10 +20,13 @@ SEND_BUFFER_BYTES = 2 << 20
 """What the kernel is to hold of a unix socket's unread bytes. By default it is less than half a latent, and for every
 piece of the rest both sides' threads have to wake."""
 
+# pyzmq's own are enums, with which Python takes a while to reckon.
+_POLLIN, _SNDMORE = int(zmq.POLLIN), int(zmq.SNDMORE)
+
 
 def receive(socket: zmq.Socket[bytes]) -> list[zmq.Frame] | None:
     """The next message, or None if there is none; without the check, ZeroMQ would raise an exception each time."""
-    if not int(socket.get(zmq.EVENTS)) & zmq.POLLIN:
+    if not int(socket.get(zmq.EVENTS)) & _POLLIN:
         return None
     try:
         return socket.recv_multipart(zmq.DONTWAIT, copy=False)
@@ -34,7 +37,11 @@ def receive(socket: zmq.Socket[bytes]) -> list[zmq.Frame] | None:
 def send(socket: zmq.Socket[bytes], frames: Sequence[Buffer], flags: int = 0) -> None:
     """Send a message. Large frames must not change until they are sent."""
     socket.copy_threshold = COPIED_BYTES
-    socket.send_multipart(frames, flags, copy=False)
+    *rest, last = frames
+    flags = int(flags)
+    for frame in rest:
+        socket.send(frame, flags | _SNDMORE, copy=False, track=False)
+    socket.send(last, flags, copy=False, track=False)
 
 
 def widen(frame: zmq.Frame) -> None:

@@ -87,7 +87,7 @@ def fill(room: memoryview, value: Any) -> None:
     there = torch.frombuffer(room, dtype=torch.uint8)
     if value.device.type == "cpu":
         # By one thread: to wake others takes longer than to copy a latent.
-        there.numpy()[:] = _flat(value).numpy()
+        there.numpy()[:] = _flat(value)
     else:
         there.view(value.dtype).view(value.shape).copy_(value.detach())
 
@@ -114,14 +114,17 @@ def _from_torch(tensor: torch.Tensor, argument: str) -> Tensor:
             f"{argument}: {tensor.dtype} ({tensor.layout}) doesn't travel; use one of {', '.join(_FROM_TORCH)}",
             argument=argument,
         )
-    return Tensor(dtype, tuple(tensor.shape), split(_flat(tensor).numpy().data))
+    return Tensor(dtype, tuple(tensor.shape), split(_flat(tensor).data))
 
 
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
+def _flat(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """The contents on the CPU as bytes, copied only if necessary."""
     import torch
 
-    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8)
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
+    raw: np.ndarray[Any, np.dtype[np.uint8]] = tensor.reshape(-1).view(torch.uint8).numpy(force=True)
+    return raw
 
 
 def from_wire(tensor: Tensor, kind: Kind, locked: bool = False) -> Any:

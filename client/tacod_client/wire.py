@@ -352,6 +352,7 @@ def _read_description(item: Any, where: str) -> Tensor:
     return Tensor(dtype, tuple(shape), frames, digest, offset)
 
 
+_STR = frozenset({str})
 _PLAIN = frozenset({str, bytes, int, float, bool, type(None)})
 
 
@@ -372,7 +373,7 @@ def _resolve(value: Any, tensors: Sequence[Tensor], used: list[int], depth: int 
         used[value] += 1
         return tensors[value], None if tensors[value].frames is None else int(value)
     if kind is dict:
-        if not all(type(key) is str for key in value):
+        if not _STR.issuperset(map(type, value)):
             raise ProtocolError("body: the keys of a map must be strings")
         parts = value.items()
     elif kind is list:

@@ -22,6 +22,7 @@ from tacod.group.group import Answer, GroupState, RankGroup
 from tacod.group.ranks import GroupLost
 from tacod.group.restarts import RestartPolicy
 from tacod.group.work import Command, Evict, Forward, Loaded, MethodCall, SampleStep, Stepped, Unload
+from tacod.observe.metrics import StepTimes
 from tacod_client.errors import ModelError, ModelNotFound, OutOfMemory, TacodError, Unavailable
 
 __all__ = ["Executor"]
@@ -432,12 +433,13 @@ class Executor:
             self._take_error(item, job, answer.error)
             return
         step: Stepped | None = None
+        times: StepTimes | None = None
         if item.model is not None:
             self._note_loaded(job, item.model, answer)
         elif job.verb is Verb.UNLOAD:
             self.residency.note_unloaded([*item.evicts, job.model])
         else:
-            step = self.records.note_step(job, answer, item.queue_s)
+            step, times = self.records.read_step(job, answer, item.queue_s)
             self._kept.keep(job, step)
             self.residency.note_used(job.model, job.session, now)
         ended = self.scheduler.finish_step()
@@ -447,6 +449,9 @@ class Executor:
             job.ready_s = time.monotonic()
         else:
             self._end([ended], step)
+        if step is not None and times is not None:
+            # Nobody waits for this.
+            self.records.note_step(job, answer, step, times)
 
     def _note_loaded(self, job: Job, model: Model, answer: Answer) -> None:
         self.records.metrics.loads.observe(answer.elapsed_s)

@@ -24,8 +24,11 @@ class Records:
         self._paces = Paces()
         self._manifest = manifest
 
-    def note_step(self, job: Job, answer: Answer, queue_s: float) -> Stepped:
-        """Record a finished step of a job that waited ``queue_s`` for its turn; returns its result."""
+    def read_step(self, job: Job, answer: Answer, queue_s: float) -> tuple[Stepped, StepTimes]:
+        """The result of a finished step of a job that waited ``queue_s`` for its turn, and its times.
+
+        What the job's client is told of them is noted.
+        """
         assert answer.done is not None
         step = answer.done.result
         assert isinstance(step, Stepped)
@@ -40,15 +43,18 @@ class Records:
             job.times[name] = job.times.get(name, 0.0) + seconds
         # A run that lost its ranks counts anew.
         job.skipped = step.skipped + (job.skipped if job.step else 0)
-        self.metrics.add_step(times, step.forwards, step.ranks, step.skipped, step.prefix_hits, step.prefix_misses)
         if isinstance(job.body, Forward) and step.ranks == 1 and not step.skipped and not step.prefix_misses:
             self._baselines.note(self._kind_of(job), _shapes(job.body), compute_s)
+        return step, times
+
+    def note_step(self, job: Job, answer: Answer, step: Stepped, times: StepTimes) -> None:
+        """Record a finished step in the metrics, and with its plan."""
+        self.metrics.add_step(times, step.forwards, step.ranks, step.skipped, step.prefix_hits, step.prefix_misses)
         if step.forwards:
             if not step.skipped:
                 # What a step cache skips is short, and tells nothing of the forward after it.
                 self._paces.note(self._work_of(job), answer.elapsed_s / step.forwards)
             self._manifest.note_plan(job.model, step.plan)
-        return step
 
     def may_be_long(self, job: Job) -> bool:
         """Whether the forwards of a job's next step are long, by those of this kind before; an unknown one may be."""

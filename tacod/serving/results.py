@@ -24,7 +24,7 @@ def send_progress(sessions: Sessions, job: Job, body: dict[str, Any]) -> None:
 
 
 def send_end(sessions: Sessions, executor: Executor, job: Job, step: Stepped | None) -> None:
-    """Send a job's error or result, with which it has ended in the group of an ``executor``.
+    """Send a job's error or result, with which it has ended in the group of an ``executor``: at once, if that can be.
 
     A forward's or a sampling run's result is in its last ``step``.
     """
@@ -35,6 +35,8 @@ def send_end(sessions: Sessions, executor: Executor, job: Job, step: Stepped | N
         session.post(wire.encode(Message("error", job.error.to_wire(), job.request)))
     else:
         session.post(wire.encode(Message("done", _result(executor, job, step), job.request)))
+    # That it is gone is noticed when all are looked at.
+    sessions.deliver(session)
 
 
 def _result(executor: Executor, job: Job, step: Stepped | None) -> dict[str, Any]:

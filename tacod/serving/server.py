@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 MESSAGES_A_TURN = 64
 """Most messages read in a turn, so that one client's flood can't keep the ranks waiting."""
 
+_Source = zmq.Socket[bytes] | int
 Admit = Callable[[], tuple[User | None, int]]
 """Admits a newcomer: its user, None if the key is no longer allowed, and its socket, 0 if that is gone."""
 AnswerMessage = Callable[[bytes, Message, Admit], None]
@@ -42,17 +43,22 @@ class Server:
         self._access = state.listener.access
         self._leftovers = Leftovers()
         self._decoder = Decoder("forward")
+        self._poller = zmq.Poller()
+        self._sources: list[_Source] = []
+        """What `_poller` waits for."""
         self._next_probe_s = state.started_s + state.config.heartbeat_s
 
     def turn(self, wakeup: int) -> None:
         """Wait for an event on the sockets, of a rank or at the file descriptor ``wakeup``, and act on it."""
         state = self._state
-        poller = zmq.Poller()
         memory = state.listener.memory
-        sources = memory.sources if memory is not None else []
-        for source in (self._socket, self._access.socket, wakeup, *sources, *state.groups.sources):
-            poller.register(source, zmq.POLLIN)
-        poller.poll(self._patience_ms())
+        own = memory.sources if memory is not None else []
+        sources: list[_Source] = [self._socket, self._access.socket, wakeup, *own, *state.groups.sources]
+        if sources != self._sources:
+            self._sources, self._poller = sources, zmq.Poller()
+            for source in sources:
+                self._poller.register(source, zmq.POLLIN)
+        self._poller.poll(self._patience_ms())
         self._access.poll()
         self._receive()
         if memory is not None:

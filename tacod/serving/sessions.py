@@ -119,21 +119,26 @@ class Sessions:
 
     def flush(self) -> list[Session]:
         """Send what can be sent without waiting. Returns the sessions whose clients are gone or no longer read."""
-        gone = []
-        for session in self:
-            while session.outbox:
-                key, frames = next(iter(session.outbox.items()))
-                try:
-                    self.send(session.peer, frames)
-                except zmq.Again:
-                    break
-                except zmq.ZMQError as error:
-                    if error.errno != zmq.EHOSTUNREACH:
-                        raise
-                    gone.append(session)
-                    break
-                del session.outbox[key]
+        gone = [session for session in self if session.outbox and not self.deliver(session)]
         return gone + self._slow([session for session in self if session.outbox and session not in gone])
+
+    def deliver(self, session: Session) -> bool:
+        """Send what waits for one client, as far as that can be done without waiting.
+
+        Returns whether the client is still there.
+        """
+        while session.outbox:
+            key, frames = next(iter(session.outbox.items()))
+            try:
+                self.send(session.peer, frames)
+            except zmq.Again:
+                break
+            except zmq.ZMQError as error:
+                if error.errno != zmq.EHOSTUNREACH:
+                    raise
+                return False
+            del session.outbox[key]
+        return True
 
     def _slow(self, sessions: Sequence[Session]) -> list[Session]:
         """Those of these sessions whose clients leave too much unread."""
