@@ -17,7 +17,7 @@ from tacod.plan import AUTO, cost
 from tacod.shares import EQUAL, MOST, Shares
 from tacod.tools.contents import HALF_BYTES, contents
 from tacod_client import wire
-from tacod_client.cli import show
+from tacod_client.cli import show, units
 from tacod_client.cli.ending import guarded
 from tacod_client.cli.output import document
 from tacod_client.errors import ArgumentError, ModelCorrupt, ModelUnsupported
@@ -80,7 +80,7 @@ def _of_network(args: argparse.Namespace, checkpoint: Checkpoint, refusal: str) 
         }
         document(report)
     else:
-        held = f"{checkpoint.parameters / 1e9:.2f} B parameters, {show.size(weights.total)}"
+        held = f"{checkpoint.parameters / 1e9:.2f} B parameters, {units.size(weights.total)}"
         show.out(f"ComfyUI's {network.name}, {held}; its forwards are planned by their arguments")
         if args.memory is not None:
             show.out(placement.describe(weights, Links()))
