@@ -73,6 +73,7 @@ def arguments(case: NetworkCase) -> dict[str, Any]:
         made[name][:, length - hidden :] = 0
     if case.control:
         made["control"] = {name: noise(shapes) for name, shapes in case.control.items()}
+    made |= {name: torch.tensor(values) for name, values in case.whole.items()}
     return {**made, **case.numbers, "timestep": torch.tensor([0.3, 0.8])}
 
 

@@ -25,6 +25,8 @@ class NetworkCase:
     numbers: dict[str, float] = field(default_factory=dict)
     control: dict[str, list[tuple[int, ...] | None]] = field(default_factory=dict)
     """Shapes of a ControlNet's residuals, by the name of ComfyUI's list."""
+    whole: dict[str, Any] = field(default_factory=dict)
+    """Whole numbers, in lists within each other."""
     exact: bool = True
     """Whether ComfyUI computes the same to the bit in its own torch, which may be another version, by one thread."""
     beside: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -91,15 +93,16 @@ CASES: dict[str, NetworkCase] = {
         "hidream_o1.model.HiDreamO1Transformer",
         {
             "image_model": "hidream_o1",
-            "text_config_overrides": {"vocab_size": 8, "hidden_size": 48, "intermediate_size": 64, "head_dim": 8}
+            "text_config_overrides": {"vocab_size": 151656, "hidden_size": 48, "intermediate_size": 64, "head_dim": 8}
             | {"num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2, "rope_dims": [2, 1, 1]},
             "vision_config_overrides": {"hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "depth": 1}
             | {"num_position_embeddings": 16},
         },
         # Of all images the positions are the same.
         {"x": (2, 3, 96, 160), "position_ids": (1, 3, 28)},
-        masks={"input_ids": (13, 4), "vinput_mask": (28, 13), "token_types": (28, 0)},
+        masks={"input_ids": (13, 4), "token_types": (28, 0)},
         numbers={"ar_len": 12},
+        whole={"vinput_mask": [[0] * 13 + [1] * 15] * 2},
         exact=False,
     ),
     "hunyuan_dit": NetworkCase(
@@ -292,6 +295,22 @@ CASES: dict[str, NetworkCase] = {
         },
     ),
 }
+CASES["hidream_o1_edit"] = replace(
+    CASES["hidream_o1"],
+    inputs={
+        "x": (2, 3, 96, 160),
+        "position_ids": (1, 3, 38),
+        "ref_pixel_values": (1, 24, 1536),
+        "ref_patches": (2, 6, 3072),
+    },
+    masks={"token_types": (38, 0)},
+    numbers={"ar_len": 16},
+    whole={
+        "input_ids": [[1, 1, 0, *[151655] * 6, 1, 0, 1, 1, 0, 1, 0, 1]] * 2,
+        "ref_image_grid_thw": [[[1, 4, 6]]],
+        "vinput_mask": [[0] * 17 + [1] * 21] * 2,
+    },
+)
 MORE: tuple[tuple[str, str, dict[str, Shape], dict[str, tuple[int, int]]], ...] = (
     ("boogu", "edit", {"ref_latents": [(2, 16, 9, 8), (2, 16, 6, 11)]}, {}),
     ("ideogram4", "mask", {}, {"attention_mask": (13, 4)}),

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from tacod.plan import Request
+from tacod.rank.comfyui.check import small_inputs
 from tacod.rank.comfyui.network import Network
 from tacod.rank.comfyui.residuals import ResidualList
 from tacod.rank.comfyui.split import Split
 from tacod.rank.comfyui.tables import TABLES
-from tacod.rank.comfyui.tables.base import Blocks, Cut, Mask, Table
+from tacod.rank.comfyui.tables.base import Blocks, Cut, Mask, Table, Whole
 from tacod.rank.comfyui.tables.calls import mismatch, shapes_of
 from tacod.rank.comfyui.tokens import Misfit, Tokens
 from tacod.rank.families.control import Control
@@ -67,6 +68,17 @@ def test_a_call_that_differs_in_anything_else_is_told(changed: dict[str, Any], r
     found = mismatch(PROBE, {**CALL, **changed})
     assert found.count == 1
     assert found.reason == reason
+
+
+def test_whole_numbers_of_a_small_forward() -> None:
+    ids, grid = Whole(((3, 1, 2),)), Whole((((1, 4, 6),),))
+    assert (ids.shape, grid.shape) == ((1, 3), (1, 1, 3))
+    network = Network(Keeping(), torch.float32, "0")
+    made = small_inputs(network, {"x": (1, 4), "ids": ids, "grid": grid}, torch.device("cpu"))
+    assert torch.equal(made["ids"], torch.tensor([[3, 1, 2]]))
+    assert torch.equal(made["grid"], torch.tensor([[[1, 4, 6]]]))
+    assert mismatch({"x": (1, 4), "ids": ids, "grid": grid}, made).count == 0
+    assert mismatch({"x": (1, 4), "ids": grid, "grid": grid}, made).reason.endswith("dimensions of ids")
 
 
 def test_shapes_are_those_of_tensors_and_lists_of_tensors() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from tacod.plan import Layout, Plan, Shape
 from tacod.rank.comfyui.network import CONTROL, Network
-from tacod.rank.comfyui.tables.base import Mask
+from tacod.rank.comfyui.tables.base import Mask, Whole
 from tacod.rank.families.control import Control
 from tacod.rank.families.inputs import Inputs
 from tacod.rank.forward.run import Call, relative_difference, run
@@ -110,6 +110,8 @@ def small_inputs(network: Network, probe: Mapping[str, Any], device: torch.devic
             mask = torch.ones(value.shape, dtype=torch.int64, device=device)
             mask[..., value.shape[-1] - value.hidden :] = 0
             return mask
+        if isinstance(value, Whole):
+            return torch.tensor(value.values, device=device)
         if isinstance(value, tuple):
             return torch.randn(value, generator=generator).to(device, network.dtype)
         return [made(each) for each in value] if isinstance(value, list) else value

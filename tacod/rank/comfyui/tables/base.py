@@ -17,6 +17,7 @@ __all__ = [
     "Mask",
     "Shapes",
     "Table",
+    "Whole",
     "Window",
     "any_of",
     "patches",
@@ -51,6 +52,23 @@ class Mask:
     shape: tuple[int, ...]
     hidden: int = 0
     """How many zeros there are at the end of the last dimension."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Whole numbers of small forwards, one by one, such as tokens that stand for an image."""
+
+    values: tuple[Any, ...]
+    """In tuples within each other, of as many dimensions as the tensor has."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's."""
+        sizes, each = [], self.values
+        while isinstance(each, tuple):
+            sizes.append(len(each))
+            each = each[0]
+        return tuple(sizes)
 
 
 @dataclass(frozen=True)

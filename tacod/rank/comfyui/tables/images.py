@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tacod.rank.comfyui.tables.base import Added, Blocks, Cut, Mask, Shapes, Table, any_of, patches, width_in
+from tacod.rank.comfyui.tables.base import Added, Blocks, Cut, Mask, Shapes, Table, Whole, any_of, patches, width_in
 
 __all__ = ["IMAGES"]
 
@@ -23,6 +23,34 @@ def _references(net: Any) -> tuple[Any, ...]:
     """OmniGen2's and Boogu's."""
     channels = width_in(net.x_embedder) // net.patch_size**2
     return ({"ref_latents": [(1, channels, 10, 12), (1, channels, 14, 12)]},)
+
+
+_HIDREAM_O1_IMAGE = 151655
+"""The token that stands for a piece of a reference image in HiDream-O1's texts."""
+
+
+def _hidream_o1_text(text: int, image: int) -> dict[str, Any]:
+    """What HiDream-O1 is told of so many tokens."""
+    return {
+        "input_ids": Mask((1, text), hidden=2),
+        "position_ids": (1, 3, text + image),
+        "token_types": Mask((1, text + image)),
+        # Which tokens become images.
+        "vinput_mask": Whole(((*[0] * text, *[1] * image),)),
+        "ar_len": text - 1,
+    }
+
+
+def _hidream_o1_reference(net: Any) -> dict[str, Any]:
+    """HiDream-O1's arguments with a reference image of four tokens of the text."""
+    side = 2 * int(net.visual.spatial_merge_size)
+    return {
+        **_hidream_o1_text(13, 15 + 6),
+        "input_ids": Whole(((1, 1, 1, *[_HIDREAM_O1_IMAGE] * 4, 1, 1, 1, 1, 0, 0),)),
+        "ref_pixel_values": (1, side**2, net.visual.patch_embed.proj.weight[0].numel()),
+        "ref_image_grid_thw": Whole((((1, side, side),),)),
+        "ref_patches": (1, 6, net.in_channels * net.patch_size**2),
+    }
 
 
 def _joint(network: str, blocks: Blocks, gather: str = "proj_out", **others: Any) -> Table:
@@ -104,17 +132,18 @@ IMAGES: tuple[Table, ...] = (
         # The last token of the text, which tells the time, attends as the image does.
         lengths=lambda net, shapes: (
             shapes["input_ids"][1] - 1,
-            1 + patches(shapes["x"], net.patch_size, net.patch_size),
+            1 + patches(shapes["x"], net.patch_size, net.patch_size) + shapes.get("ref_patches", (0, 0))[1],
         ),
         probe=lambda net: {
             "x": (1, net.in_channels, 3 * net.patch_size, 5 * net.patch_size),
-            "input_ids": Mask((1, 9), hidden=2),
-            "position_ids": (1, 3, 9 + 15),
-            "token_types": Mask((1, 9 + 15)),
-            "vinput_mask": Mask((1, 9 + 15), hidden=9),
-            "ar_len": 8,
+            **_hidream_o1_text(9, 15),
         },
-        further=lambda net: any_of(context=(1, 9, 1)),
+        further=lambda net: tuple(
+            {**reference, **text}
+            for reference in ({}, _hidream_o1_reference(net))
+            for text in ({}, {"context": (1, 9, 1)})
+            if reference or text
+        ),
     ),
     Table(
         network="hydit.models.HunYuanDiT",
