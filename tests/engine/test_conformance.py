@@ -112,8 +112,9 @@ def check_layout(ranks: Ranks, family: str, layout: tuple[Any, ...], data: st.Da
     assert max(errors) <= FP32
 
 
-@pytest.mark.parametrize("layout", [(1, 5, 1), (1, 1, 5)], ids=str)
-@pytest.mark.parametrize("everything", [False, True], ids=["required", "everything"])
+@pytest.mark.parametrize(
+    ("everything", "layout"), [(False, (1, 1, 5)), (True, (1, 5, 1))], ids=["required", "everything"]
+)
 @FAMILY
 def test_no_rank_has_the_whole_sequence(ranks: Ranks, family: str, everything: bool, layout: tuple[int, ...]) -> None:
     """But for latents and places, and within attention. A mask of all pairs of tokens is the client's."""
