@@ -85,11 +85,14 @@ def rows(shape: list[int]) -> list[float]:
     x, y, weight, bias = *torch.randn(2, *shape), torch.randn(width), torch.randn(width)
     segments = torch.arange(shape[1]) * 2 // shape[1]
     norms = [LAYER_NORM, Norm(epsilon=1e-5, weight=weight, bias=bias), Norm("rms"), Norm("rms", weight=weight)]
-    for images, norm, at in itertools.product({1, shape[0]}, norms, (None, segments) if shape[1] > 1 else (None,)):
+    for images, at in itertools.product({1, shape[0]}, (None, segments) if shape[1] > 1 else (None,)):
         gate, shift, scale = torch.randn(images, 1 if at is None else 2, 3 * width).chunk(3, dim=-1)
-        for modulation in ((shift, scale), (None, scale), (shift, None), (None, None)):
+        modulations = (shift, scale), (None, scale), (shift, None), (None, None)
+        for norm, modulation in itertools.product(norms, modulations):
             wanted = fused.add_gated_norm(x, gate, y, *modulation, norm=norm, segments=at)
             errors += map(relative_error, kernels.rows(x, (gate, y), norm, modulation, at), wanted)
+        # The kernel adds before it looks at norm and modulation: a norm alone needs no pair of the two.
+        for norm, modulation in zip(norms, modulations, strict=True):
             wanted_alone = fused.norm_modulate(x, *modulation, norm=norm, segments=at)
             errors.append(relative_error(kernels.rows(x, None, norm, modulation, at)[1], wanted_alone))
         errors.append(relative_error(kernels.rows(x, (gate, y), segments=at)[0], fused.add_gated(x, gate, y, at)))
@@ -111,7 +114,7 @@ def pack(
     by_head: bool = False,
 ) -> list[float]:
     """Largest errors by rank, of the kernel against PyTorch's operations; NaN where something was not written."""
-    tokens, kv_heads = 7, kv_heads or heads
+    tokens, kv_heads = 4, kv_heads or heads
     counts = [heads * width, kv_heads * width, kv_heads * width]
     norms = None
     if norm:
