@@ -91,9 +91,10 @@ function help(t, told) {
 function ranks(t, group, index, several) {
     const title = several > 1 ? t("group", { name: group.name ?? index }) : t("ranks");
     const spread = new Set(group.ranks.map((each) => each.host)).size > 1;
+    const once = group.restarts === 1;
     const facts = [
         t("ranks.count", { count: group.ranks.length, all: group.world_size, device: group.device }),
-        group.restarts ? t(group.restarts === 1 ? "restarts.once" : "restarts", { count: group.restarts }) : null,
+        group.restarts ? t(once ? "restarts.once" : "restarts", { count: group.restarts }) : null,
         several > 1 && group.state ? t.or(`state.${group.state}`, group.state) : null,
         several > 1 && group.queue ? t("queue.counts", group.queue) : null,
     ];
