@@ -129,6 +129,7 @@ def test_that_is_so_too_after_a_forward_of_the_same_kind_came_as_frames() -> Non
         shares = EQUAL
         hosts = ()
         shares_tokens = True
+        is_ours = False
 
         def specs_for(self, given: Any) -> dict[str, Any]:
             return {"x": Anything(True, tensor=True)}
@@ -205,6 +206,7 @@ def test_a_network_that_stops_sharing_tokens_is_planned_anew() -> None:
         shares = EQUAL
         hosts = ()
         shares_tokens = True
+        is_ours = False
 
         def specs_for(self, given: Any) -> dict[str, Any]:
             return {"x": Anything(True, tensor=True)}
