@@ -123,7 +123,7 @@ def _flat(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
     if tensor.is_neg():
         tensor = tensor.resolve_neg()
-    raw: np.ndarray[Any, np.dtype[np.uint8]] = tensor.reshape(-1).view(torch.uint8).numpy(force=True)
+    raw: np.ndarray[Any, np.dtype[np.uint8]] = tensor.contiguous().view(-1).view(torch.uint8).numpy(force=True)
     return raw
 
 

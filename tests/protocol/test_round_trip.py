@@ -157,6 +157,22 @@ def test_lazy_negation_and_gradients_arrive_as_values() -> None:
     assert torch.equal(from_wire(to_wire(torch.ones(2, requires_grad=True), "x"), "torch"), torch.ones(2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_views_of_any_strides_travel(dtype: torch.dtype) -> None:
+    whole = torch.arange(24).to(dtype)
+    views = [
+        whole[::2],
+        whole[5],
+        whole[:0],
+        whole.reshape(1, 12, 2)[:, :, 0],
+        whole.reshape(4, 6).t(),
+        whole[:3].expand(2, 3),
+        whole[3:4].expand(6),
+    ]
+    for view in views:
+        assert torch.equal(from_wire(to_wire(view, "x"), "torch"), view)
+
+
 def test_result_is_writable_and_the_callers_own() -> None:
     data = np.arange(4, dtype=np.float32)
     sent = to_wire(data, "x")
