@@ -12,8 +12,11 @@ import pytest
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'taco-dit[ray]'")
 
+from ray.exceptions import RaySystemError, RpcError
+
 from tacod.group.arena import Arena
 from tacod.group.ray import bridge as bridges
+from tacod.group.ray import cluster as clusters
 from tacod.group.ray import generation as generations
 from tacod.group.ray.cluster import SILENT_S, Agent
 from tacod.group.ray.generation import Generation, Supervisor
@@ -109,6 +112,67 @@ def test_a_host_that_does_not_answer_is_lost(monkeypatch: pytest.MonkeyPatch) ->
             end.close()
 
     asyncio.run(ping())
+
+
+def test_a_cluster_that_fails_while_devices_are_reserved_keeps_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would reserve them later, for nobody."""
+
+    class Group:
+        def __init__(self, node: str) -> None:
+            self.node = node
+
+        def wait(self, timeout_seconds: float) -> bool:
+            if self.node == "b":
+                raise RpcError("the head is gone")
+            return True
+
+    given_back: list[str] = []
+
+    def give_back(held: Group) -> None:
+        given_back.append(held.node)
+        raise RpcError("the head is gone")
+
+    def reserve(bundles: Any, bundle_label_selector: list[dict[str, str]]) -> Group:
+        return Group(bundle_label_selector[0]["ray.io/node-id"])
+
+    monkeypatch.setattr(clusters, "placement_group", reserve)
+    monkeypatch.setattr(clusters, "remove_placement_group", give_back)
+    cluster = clusters.Cluster("auto")
+    with pytest.raises(RpcError):
+        asyncio.run(cluster.hold({"a": 1, "b": 1}, "CPU"))
+    assert sorted(given_back) == ["a", "b"]
+    assert not cluster.agents
+
+
+def test_whatever_error_of_ray_comes_at_the_end_the_bridge_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def nothing(self: Generation) -> None:
+        pass
+
+    monkeypatch.setattr(Generation, "_begin", nothing)
+    dropped: list[str] = []
+
+    class Noted:
+        def drop(self, node: str, out_s: float = 0.0) -> None:
+            dropped.append(node)
+
+    class Failing:
+        def __getattr__(self, method: str) -> Any:
+            async def answer(*arguments: Any) -> None:
+                raise RaySystemError("the object's owner is gone")
+
+            return type("Method", (), {"remote": staticmethod(answer)})
+
+    async def end() -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        generation = Generation(Noted(), Supervisor(theirs), REQUEST, Arena())  # type: ignore[arg-type]
+        generation._agents = [Agent("node", 1, Failing(), None, ranks=[0])]  # type: ignore[arg-type]
+        await asyncio.sleep(0)  # it has begun
+        await generation.end()
+        assert dropped == ["node"]
+        ours.close()
+        theirs.close()
+
+    asyncio.run(end())
 
 
 def test_a_start_ends_the_ranks_before_whatever_was_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,12 +99,12 @@ class Cluster:
             # In the same order for all groups: so no two of them wait for each other.
             for node in sorted({*counts}.difference(self.agents)):
                 reserved[node] = await asyncio.to_thread(_reserve, node, {resource: counts[node]})
-        except (RayError, _Taken) as error:
+        except BaseException as error:
             for held in reserved.values():
-                remove_placement_group(held)
-            if isinstance(error, RayError):
-                raise
-            return None
+                _give_back(held)
+            if isinstance(error, _Taken):
+                return None
+            raise
         for node, held in reserved.items():
             options: dict[str, Any] = {"num_gpus": counts[node]} if resource == "GPU" else {"num_cpus": counts[node]}
             made = ray.remote(Host).options(
@@ -125,8 +125,7 @@ class Cluster:
             self._out[node] = time.monotonic() + out_s
         with suppress(RayError, ValueError):
             ray.kill(agent.actor)
-        with suppress(RayError, ValueError):
-            remove_placement_group(agent.reserved)
+        _give_back(agent.reserved)
 
     async def close(self) -> None:
         """End all actors, which leave nothing behind."""
@@ -144,10 +143,19 @@ class _Taken(Exception):
 def _reserve(node: str, bundle: dict[str, float]) -> PlacementGroup:
     """Reserve devices of a node. Raises `_Taken` if they are not free."""
     held = placement_group([bundle], bundle_label_selector=[{"ray.io/node-id": node}])
-    if not held.wait(RESERVE_S):
-        remove_placement_group(held)
-        raise _Taken
+    try:
+        if not held.wait(RESERVE_S):
+            raise _Taken
+    except BaseException:
+        # Or Ray would reserve them later, for nobody.
+        _give_back(held)
+        raise
     return held
+
+
+def _give_back(held: PlacementGroup) -> None:
+    with suppress(RayError, ValueError):
+        remove_placement_group(held)
 
 
 def _told_by_head() -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:

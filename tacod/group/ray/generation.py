@@ -370,7 +370,7 @@ class Generation:
         async def end(agent: Agent) -> None:
             try:
                 await asyncio.wait_for(self._ask(agent, "kill", self._epoch), KILL_S)
-            except (Lost, asyncio.TimeoutError):
+            except (Lost, RayError, asyncio.TimeoutError):
                 self._cluster.drop(agent.node, out_s=LOST_S)
 
         await asyncio.gather(*map(end, self._agents))
