@@ -9,6 +9,7 @@ import os
 import shutil
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers import FLUX, SD3
 
 from tacod import logs
@@ -24,7 +26,7 @@ from tacod.config import Group
 from tacod.group.arena import Arena
 from tacod.group.ray import claims, sending
 from tacod.group.ray import host as hosts
-from tacod.group.ray.cache import ModelCache, Piece
+from tacod.group.ray.cache import Copy, ModelCache, Piece
 from tacod.group.ray.files import FoundFile, NamedFile, find_files, look_for, use_found
 from tacod.group.ray.sending import Refused, send_missing
 from tacod.group.work import Envelope, Load, read_envelope
@@ -49,9 +51,13 @@ def cache(tmp_path: Path) -> Iterator[ModelCache]:
     made.release()
 
 
+def find(cache: ModelCache, file: NamedFile) -> str | None:
+    return cache.find(file["identity"], file["contents"], file["main"])
+
+
 def put(cache: ModelCache, file: NamedFile) -> str:
     """Have a file come to a host, as it is."""
-    copy = cache.begin(file["contents"], file["parts"])
+    copy = cache.begin(file["identity"], file["contents"], file["parts"])
     for number, part in enumerate(file["parts"]):
         copy.write(number, 0, Path(part["source"]).read_bytes())
     return cache.add(copy, file["main"])
@@ -174,15 +180,15 @@ def test_the_least_recently_used_leaves_and_what_is_in_use_stays(tmp_path: Path)
     for number, file in enumerate(files[:2]):
         os.utime(Path(put(cache, file)).parents[1], (number, number))
     cache.release()
-    assert cache.find(files[0]["contents"], files[0]["main"]) is not None
+    assert find(cache, files[0]) is not None
     cache.release()
     put(other, files[2])
     other.release()
-    kept = [cache.find(file["contents"], file["main"]) is not None for file in files]
+    kept = [find(cache, file) is not None for file in files]
     assert kept == [True, False, True, False]
     # `cache` holds both: nothing of them may leave.
     with pytest.raises(ModelNotFound, match=r"in use in .*group\.model_cache_bytes = \d+ allow"):
-        other.begin(files[3]["contents"], files[3]["parts"])
+        other.begin(files[3]["identity"], files[3]["contents"], files[3]["parts"])
     cache.release()
     put(other, files[3])
     other.release()
@@ -193,15 +199,17 @@ def test_what_has_no_room_or_no_name_is_refused(tmp_path: Path) -> None:
     parts, size = file["parts"], file["parts"][0]["size"]
     for limit, reason in ((0, "turned off"), (size - 1, "raise that")):
         with pytest.raises(ModelNotFound, match=reason):
-            ModelCache(str(tmp_path / "cache"), limit).begin(file["contents"], parts)
+            ModelCache(str(tmp_path / "cache"), limit).begin(file["identity"], file["contents"], parts)
     for name in ("../a", "/a", "..", ""):
         with pytest.raises(ModelUnsupported, match="no file's name"):
-            ModelCache(str(tmp_path / "cache"), GIB).begin(file["contents"], [{"name": name, "size": 1}])
+            ModelCache(str(tmp_path / "cache"), GIB).begin(
+                file["identity"], file["contents"], [{"name": name, "size": 1}]
+            )
     assert not (tmp_path / "cache").exists()
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache").chmod(0o777)
     with pytest.raises(ModelNotFound, match="others may write there"):
-        ModelCache(str(tmp_path / "cache"), GIB).begin(file["contents"], parts)
+        ModelCache(str(tmp_path / "cache"), GIB).begin(file["identity"], file["contents"], parts)
 
 
 def test_a_full_disk_is_told_before_anything_is_removed(
@@ -214,7 +222,7 @@ def test_a_full_disk_is_told_before_anything_is_removed(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
         with pytest.raises(ModelNotFound, match=r"is full: 1\.0 MiB of the 0\.5 GiB that it needs are free"):
-            cache.begin(second["contents"], huge)
+            cache.begin(second["identity"], second["contents"], huge)
 
     def fallocate(*told: Any) -> None:
         raise OSError(errno.ENOSPC, "no space")
@@ -222,38 +230,84 @@ def test_a_full_disk_is_told_before_anything_is_removed(
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", fallocate)
         with pytest.raises(ModelNotFound, match=r"\(group\.model_cache\) is full"):
-            cache.begin(second["contents"], second["parts"])
-    assert cache.find(first["contents"], first["main"]) is not None
-    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [".lock", first["contents"]]
+            cache.begin(second["identity"], second["contents"], second["parts"])
+    assert find(cache, first) is not None
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [".lock", first["identity"]]
 
 
 def test_what_is_not_whole_is_never_found(tmp_path: Path, cache: ModelCache) -> None:
     first, second = saved(tmp_path, 2)
-    copy = cache.begin(first["contents"], first["parts"])
+    copy = cache.begin(first["identity"], first["contents"], first["parts"])
     copy.write(0, 0, Path(second["parts"][0]["source"]).read_bytes())
-    assert cache.find(first["contents"], first["main"]) is None
+    assert find(cache, first) is None
     with pytest.raises(ModelNotFound, match="not what was to be sent"):
         cache.add(copy, first["main"])
     # As after a kill: nobody holds it any more.
-    left = cache.begin(first["contents"], first["parts"])
+    left = cache.begin(first["identity"], first["contents"], first["parts"])
     left.close()
     there = Path(put(cache, first))
-    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [".lock", first["contents"]]
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [".lock", first["identity"]]
     with there.open("r+b") as file:
         file.truncate(100)
     cache.release()
-    assert cache.find(first["contents"], first["main"]) is None
+    assert find(cache, first) is None
 
 
 def test_two_actors_of_a_host_may_get_the_same_file(tmp_path: Path, cache: ModelCache) -> None:
     (file,) = saved(tmp_path, 1)
     other = ModelCache(str(tmp_path / "cache"), GIB)
-    copies = [each.begin(file["contents"], file["parts"]) for each in (cache, other)]
+    copies = [each.begin(file["identity"], file["contents"], file["parts"]) for each in (cache, other)]
     for copy in copies:
         copy.write(0, 0, Path(file["parts"][0]["source"]).read_bytes())
     assert cache.add(copies[0], file["main"]) == other.add(copies[1], file["main"])
     assert len(list((tmp_path / "cache").glob("*"))) == 2
     other.release()
+
+
+def test_a_file_with_the_same_samples_is_another_one(tmp_path: Path, cache: ModelCache) -> None:
+    """`Checkpoint.contents` reads a part of a large file, and what is found must be all of it."""
+    from safetensors.torch import save_file
+
+    path, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_file({"weight": torch.zeros(4 << 20, dtype=torch.uint8)}, path)
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 100] = 1
+    other.write_bytes(whole)
+    first, second = named(path), named(other)
+    assert first["contents"] == second["contents"]
+    put(cache, first)
+    assert find(cache, second) is None
+    assert Path(put(cache, second)).read_bytes() == whole
+    assert find(cache, first) is not None
+
+
+def test_what_is_being_removed_is_not_found(tmp_path: Path, cache: ModelCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = saved(tmp_path, 2)
+    put(cache, files[0])
+    cache.release()
+    small, found = ModelCache(str(tmp_path / "cache"), files[1]["parts"][0]["size"]), []
+    rmtree = shutil.rmtree
+
+    def removing(path: Any, *told: Any, **more: Any) -> None:
+        # Its lock is a file that may leave before the others.
+        (Path(path) / ".lock").unlink(missing_ok=True)
+        found.append(find(cache, files[0]))
+        rmtree(path, *told, **more)
+
+    monkeypatch.setattr(shutil, "rmtree", removing)
+    copy = small.begin(files[1]["identity"], files[1]["contents"], files[1]["parts"])
+    assert found == [None]
+    copy.discard()
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_nothing_is_taken_from_a_folder_where_others_may_write(tmp_path: Path, cache: ModelCache) -> None:
+    (file,) = saved(tmp_path, 1)
+    put(cache, file)
+    (tmp_path / "cache").chmod(0o777)
+    assert find(cache, file) is None
+    (tmp_path / "cache").chmod(0o755)
+    assert find(cache, file) is not None
 
 
 # --- folders whose owners may be in other containers ------------------------------------------------------------------
@@ -435,17 +489,118 @@ def test_a_write_that_fails_names_the_host(tmp_path: Path, monkeypatch: pytest.M
     asyncio.run(run())
 
 
+def begun(file: NamedFile) -> tuple[str, str, str, list[Any]]:
+    """What `Host.begin_file` is told of a file."""
+    return file["path"], file["identity"], file["contents"], list(file["parts"])
+
+
+@pytest.mark.usefixtures("in_a_temporary_folder")
+def test_a_write_of_an_earlier_file_that_comes_late_is_lost(tmp_path: Path) -> None:
+    """As after a cancel: calls that were under way still arrive."""
+    first, second = saved(tmp_path, 2)
+    whole = np.fromfile(second["path"], np.uint8)
+
+    async def run() -> None:
+        actors = Actors(tmp_path)
+        host = actors.hosts["a"]
+        assert await host.begin_file(1, 1, *begun(first)) is None
+        await host.drop_file(1, 1)
+        assert await host.begin_file(1, 2, *begun(second)) is None
+        assert await host.write_file(1, 2, 0, 0, whole) is None
+        assert await host.write_file(1, 1, 0, 0, np.zeros(len(whole), np.uint8)) is None
+        await host.drop_file(1, 1)
+        assert (await host.end_file(1, 1, first["main"]))["error"] is not None
+        found = await host.end_file(1, 2, second["main"])
+        assert found["error"] is None
+        assert np.array_equal(np.fromfile(found["there"], np.uint8), whole)
+        await actors.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.usefixtures("in_a_temporary_folder")
+def test_a_file_that_is_given_up_while_room_is_made_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = saved(tmp_path, 2)
+
+    async def run() -> None:
+        actors = Actors(tmp_path)
+        host, makes, goes_on = actors.hosts["a"], threading.Event(), threading.Event()
+        make = Copy.make
+
+        def slowly(copy: Copy, pieces: Any) -> None:
+            makes.set()
+            assert goes_on.wait(60)
+            make(copy, pieces)
+
+        monkeypatch.setattr(Copy, "make", slowly)
+        beginning = asyncio.create_task(host.begin_file(1, 1, *begun(first)))
+        await asyncio.to_thread(makes.wait, 60)
+        await host.drop_file(1, 1)
+        goes_on.set()
+        assert await beginning is None
+        assert not actors.leavings()
+        assert await host.begin_file(1, 2, *begun(second)) is None
+        await host.drop_file(1, 2)
+        assert not actors.leavings()
+        await actors.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.usefixtures("in_a_temporary_folder")
+def test_ranks_that_have_ended_hold_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (file,) = saved(tmp_path, 1)
+    before = ModelCache(str(tmp_path / "a"), GIB)
+    put(before, file)
+    before.release()
+    entry = tmp_path / "a" / file["identity"]
+
+    def is_held() -> bool:
+        lock = claims.claim(entry)
+        if lock is not None:
+            os.close(lock)
+        return lock is None
+
+    async def run() -> None:
+        actors = Actors(tmp_path)
+        host, looks, goes_on = actors.hosts["a"], threading.Event(), threading.Event()
+        (found,) = await host.find([file], ["/nowhere"])
+        assert found["error"] is None
+        assert is_held()
+        await host.kill(1)
+        assert not is_held()
+
+        def slowly(*told: Any) -> list[FoundFile]:
+            looks.set()
+            assert goes_on.wait(60)
+            return look_for(*told)
+
+        # One that looks for a file while other ranks start.
+        monkeypatch.setattr(hosts, "look_for", slowly)
+        finding = asyncio.create_task(host.find([file], ["/nowhere"]))
+        await asyncio.to_thread(looks.wait, 60)
+        host._cache = ModelCache(str(tmp_path / "a"), GIB)
+        goes_on.set()
+        await finding
+        assert not is_held()
+        await actors.close()
+
+    asyncio.run(run())
+
+
 def test_the_ranks_end_while_a_file_comes(tmp_path: Path, in_a_temporary_folder: None) -> None:
     file = named(FLUX.save(tmp_path))
 
     async def run() -> None:
         actors = Actors(tmp_path)
         host = actors.hosts["a"]
-        assert await host.begin_file(1, file["path"], file["contents"], file["parts"]) is None
-        assert await host.write_file(1, 0, 0, np.zeros(10, np.uint8)) is None
+        assert await host.begin_file(1, 1, *begun(file)) is None
+        assert await host.write_file(1, 1, 0, 0, np.zeros(10, np.uint8)) is None
         await host.kill(1)
-        assert await host.write_file(1, 0, 0, np.zeros(10, np.uint8)) is None
-        assert (await host.end_file(1, file["main"]))["error"] is not None
+        assert await host.write_file(1, 1, 0, 0, np.zeros(10, np.uint8)) is None
+        assert (await host.end_file(1, 1, file["main"]))["error"] is not None
         await actors.close()
 
     asyncio.run(run())

@@ -1,7 +1,8 @@
 """Model files that a host has from tacod's host, in a folder of limited size: the least recently used ones leave.
 
-A model's files lie in ``SHA-256 of its contents/model/``; they come there whole, or not at all. Names of clients are no
-part of a path. Several actors of a host may share the folder.
+A model's files lie in ``KEY/model/``; they come there whole, or not at all. The key is its `Checkpoint.identity` on
+tacod's host. `Checkpoint.contents` would not do: it is a hash of samples, and two files may differ elsewhere. Names of
+clients are no part of a path. Several actors of a host may share the folder.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import errno
 import fcntl
 import os
 import re
+import secrets
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
@@ -41,8 +43,8 @@ class Piece(TypedDict):
 class Copy:
     """A model's files while they come. `ModelCache.add` puts them in place; else `discard` removes them."""
 
-    def __init__(self, folder: Path, lock: int, contents: str) -> None:
-        self.folder, self.contents, self._lock = folder, contents, lock
+    def __init__(self, folder: Path, lock: int, key: str, contents: str) -> None:
+        self.folder, self.key, self.contents, self._lock = folder, key, contents, lock
         self._files: list[int] = []
         self._one = threading.Lock()
         """Held while files are written or closed: threads do both."""
@@ -97,24 +99,22 @@ class ModelCache:
         self._limit_bytes = limit_bytes
         self._held: list[int] = []
 
-    def find(self, contents: str, main: str) -> str | None:
-        """The path of a model with these `Checkpoint.contents`, or of its file ``main``; None if there is none.
+    def find(self, key: str, contents: str, main: str) -> str | None:
+        """The path of the model with this key, or of its file ``main``; None if there is none.
 
-        It stays there until `release`.
+        It stays there until `release`. If its `Checkpoint.contents` are others, somebody has changed it: it is removed.
         """
-        entry = self._entry(contents)
-        if not entry.is_dir() or (lock := claim(entry, shared=True)) is None:
+        entry = self._entry(key)
+        if not entry.is_dir() or not self._is_safe() or (lock := claim(entry, shared=True)) is None:
             return None
-        self._held.append(lock)
         path = str(entry / _MODEL / main)
         try:
             if read_checkpoint(path).contents == contents:
                 os.utime(entry)
+                self._held.append(lock)
                 return path
         except (ModelError, OSError):
             pass
-        # Somebody has changed it.
-        self._held.remove(lock)
         os.close(lock)
         _remove(entry)
         return None
@@ -124,8 +124,8 @@ class ModelCache:
         while self._held:
             os.close(self._held.pop())
 
-    def begin(self, contents: str, pieces: Sequence[Piece]) -> Copy:
-        """Make room for a model, and its files in their full size.
+    def begin(self, key: str, contents: str, pieces: Sequence[Piece]) -> Copy:
+        """Make room for a model with this key and these `Checkpoint.contents`, and its files in their full size.
 
         Raises `ModelNotFound` if there is no room, and `ModelUnsupported` for names that are no files' names.
         """
@@ -145,7 +145,7 @@ class ModelCache:
             try:
                 remove_leavings(self._folder, _UNFINISHED)
                 self._make_room(size)
-                copy = Copy(*make_folder(self._folder, _UNFINISHED), contents)
+                copy = Copy(*make_folder(self._folder, _UNFINISHED), key, contents)
                 try:
                     copy.make(pieces)
                 except BaseException:
@@ -165,30 +165,35 @@ class ModelCache:
                 copy.finish()
                 if read_checkpoint(str(copy.folder / _MODEL / main)).contents != copy.contents:
                     raise ModelNotFound("what has come is not what was to be sent; load it again")
-                with suppress(OSError):  # another actor of this host may have been faster
-                    copy.folder.rename(self._entry(copy.contents))
-        except BaseException:
+                # Nobody may make room before it is held again.
+                lock = self._lock()
+                try:
+                    with suppress(OSError):  # another actor of this host may have been faster
+                        copy.folder.rename(self._entry(copy.key))
+                        copy.close()
+                    found = self.find(copy.key, copy.contents, main)
+                finally:
+                    os.close(lock)
+            if found is None:
+                raise ModelNotFound(f"it was removed from {self._folder} at once; load it again")
+            return found
+        finally:
             copy.discard()
-            raise
-        if copy.folder.exists():
-            copy.discard()
-        else:
-            copy.close()
-        found = self.find(copy.contents, main)
-        if found is None:
-            raise ModelNotFound(f"it was removed from {self._folder} at once; load it again")
-        return found
 
-    def _entry(self, contents: str) -> Path:
-        assert _ENTRY.fullmatch(contents)
-        return self._folder / contents
+    def _entry(self, key: str) -> Path:
+        assert _ENTRY.fullmatch(key)
+        return self._folder / key
+
+    def _is_safe(self) -> bool:
+        """Whether nobody but this process's user may write in the folder. Raises `OSError` if it is not there."""
+        state = self._folder.stat()
+        return state.st_uid == os.geteuid() and not state.st_mode & 0o022
 
     def _make_folder(self) -> None:
         if not self._folder.is_absolute():
             raise ModelNotFound(f"group.model_cache: {self._folder} needs a home folder; set an absolute path")
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        state = self._folder.stat()
-        if state.st_uid != os.geteuid() or state.st_mode & 0o022:
+        if not self._is_safe():
             raise ModelNotFound(
                 f"group.model_cache: {self._folder} belongs to another user, or others may write there; use a folder "
                 "of the user that Ray runs as"
@@ -243,13 +248,16 @@ def _remove(entry: Path) -> bool:
     """Remove a model that nobody holds; returns whether it is gone."""
     if (lock := claim(entry)) is None:
         return False
+    # Under another name first: its lock is a file in it, and once that file is gone somebody could claim what is left.
+    leaving = entry.with_name(_UNFINISHED + secrets.token_hex(8))
     try:
-        shutil.rmtree(entry)
+        entry.rename(leaving)
+        shutil.rmtree(leaving, ignore_errors=True)
     except OSError:
         return False
     finally:
         os.close(lock)
-    return True
+    return not leaving.exists()
 
 
 def _used_at(entry: Path) -> int:

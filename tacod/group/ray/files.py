@@ -105,8 +105,13 @@ def _look_for(file: NamedFile, roots: Sequence[str], cache: ModelCache) -> Found
         error = ModelNotFound("it is another file than on tacod's host, by size, header or samples of its contents")
     except TacodError as caught:
         error = caught
-    if (cached := cache.find(file["contents"], file["main"])) is not None:
-        return {"path": file["path"], "there": cached, "identity": read_checkpoint(cached).identity, "error": None}
+    try:
+        with cache.explained():
+            cached = cache.find(file["identity"], file["contents"], file["main"])
+        if cached is not None:
+            return {"path": file["path"], "there": cached, "identity": read_checkpoint(cached).identity, "error": None}
+    except TacodError as caught:
+        error = caught
     return problem(file["path"], error)
 
 

@@ -10,9 +10,9 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
@@ -30,6 +30,8 @@ from tacod_client.errors import Cancelled, ProtocolError, TacodError
 __all__ = ["Host"]
 
 log = logging.getLogger("tacod.ray")
+
+T = TypeVar("T")
 
 _FOLDER = "tacod-host-"
 BOARD_S = 0.5
@@ -65,6 +67,10 @@ class Host:
         """The model's file that tacod's host sends."""
         self._sent = ""
         """Its path there."""
+        self._transfer = 0
+        """The number of its transfer; 0 if no file comes."""
+        self._dropping: asyncio.Future[None] | None = None
+        """Removes a copy that was given up."""
 
     async def describe(self) -> dict[str, Any]:
         """This host's name, its version of tacod, and the devices that Ray has given to this actor."""
@@ -95,7 +101,6 @@ class Host:
         self._end_ranks()
         self._epoch = epoch
         settings = config.Group.model_validate(start["settings"])
-        self._cache.release()
         self._cache = ModelCache(settings.model_cache, settings.model_cache_bytes)
         if self._processes is None:
             self._processes = Processes(_devices(), self._folder, start["comfyui"], world["beside"])
@@ -200,59 +205,83 @@ class Host:
 
     async def find(self, files: Sequence[NamedFile], roots: Sequence[str]) -> list[FoundFile]:
         """Where this host has these files, within the same roots or in its cache."""
-        return await asyncio.to_thread(look_for, files, roots, self._cache)
+        return await self._with_cache(lambda cache: look_for(files, roots, cache))
+
+    async def _with_cache(self, work: Callable[[ModelCache], T]) -> T:
+        """Do something with the cache, in a thread."""
+        cache = self._cache
+        try:
+            return await asyncio.to_thread(work, cache)
+        finally:
+            if cache is not self._cache:  # other ranks have started meanwhile
+                cache.release()
 
     # A file comes by `begin_file`, `write_file` and `end_file`, or is given up by `drop_file`. They return an error.
+    # A write may come so late that the next file is under way. So each transfer has a number, from 1 on.
 
-    async def begin_file(self, epoch: int, path: str, contents: str, pieces: Sequence[Piece]) -> dict[str, Any] | None:
+    async def begin_file(
+        self, epoch: int, transfer: int, path: str, key: str, contents: str, pieces: Sequence[Piece]
+    ) -> dict[str, Any] | None:
         """Make room in the cache for what lies at a ``path`` on tacod's host."""
+        if self._arena(epoch) is None:
+            return None
         self._drop_copy()
-        self._sent = path
+        self._transfer, self._sent = transfer, path
         try:
-            copy = await asyncio.to_thread(self._cache.begin, contents, pieces)
+            copy = await self._with_cache(lambda cache: cache.begin(key, contents, pieces))
         except TacodError as error:
             return problem(path, error)["error"]
-        if self._arena(epoch) is None:  # its ranks have ended meanwhile
-            copy.discard()
-        else:
+        if self._transfer == transfer:
             self._copy = copy
+        else:  # it was given up meanwhile
+            await asyncio.to_thread(copy.discard)
         return None
 
-    async def write_file(self, epoch: int, piece: int, start: int, chunk: Any) -> dict[str, Any] | None:
+    async def write_file(self, epoch: int, transfer: int, piece: int, start: int, chunk: Any) -> dict[str, Any] | None:
         """Take a part of one of its files."""
 
         def write(copy: Copy) -> None:
             with self._cache.explained():
                 copy.write(piece, start, chunk)
 
-        if self._arena(epoch) is not None and self._copy is not None:
+        if self._arena(epoch) is not None and self._transfer == transfer and self._copy is not None:
             try:
                 await asyncio.to_thread(write, self._copy)
             except TacodError as error:
                 return problem(self._sent, error)["error"]
         return None
 
-    async def end_file(self, epoch: int, main: str) -> FoundFile:
+    async def end_file(self, epoch: int, transfer: int, main: str) -> FoundFile:
         """Put it into the cache, and find it there."""
-        copy, self._copy = self._copy, None
-        if self._arena(epoch) is None or copy is None:
-            return problem(self._sent, Cancelled("its ranks have ended"))
-        try:
-            there = await asyncio.to_thread(self._cache.add, copy, main)
-            return {"path": self._sent, "there": there, "identity": read_checkpoint(there).identity, "error": None}
-        except TacodError as error:
-            return problem(self._sent, error)
+        path, copy = self._sent, self._copy
+        if self._arena(epoch) is None or self._transfer != transfer or copy is None:
+            return problem(path, Cancelled("its ranks have ended"))
+        self._copy, self._transfer = None, 0
 
-    async def drop_file(self, epoch: int) -> None:
-        """Give up what has come of a file."""
-        if epoch == self._epoch:
+        def add(cache: ModelCache) -> FoundFile:
+            there = cache.add(copy, main)
+            return {"path": path, "there": there, "identity": read_checkpoint(there).identity, "error": None}
+
+        try:
+            return await self._with_cache(add)
+        except TacodError as error:
+            return problem(path, error)
+
+    async def drop_file(self, epoch: int, transfer: int) -> None:
+        """Give up what has come of a file, and wait until that is removed."""
+        if epoch == self._epoch and self._transfer == transfer:
             self._drop_copy()
+            await self._dropped()
 
     def _drop_copy(self) -> None:
-        copy, self._copy = self._copy, None
+        copy, self._copy, self._transfer = self._copy, None, 0
         if copy is not None:
             # Not here: it waits for a thread that writes.
-            asyncio.get_running_loop().run_in_executor(None, copy.discard)
+            self._dropping = asyncio.get_running_loop().run_in_executor(None, copy.discard)
+
+    async def _dropped(self) -> None:
+        if self._dropping is not None:
+            await self._dropping
 
     async def stacks(self, ranks: Sequence[int]) -> dict[int, str]:
         """Where these ranks hang."""
@@ -270,12 +299,14 @@ class Host:
         self._drop_copy()
         if self._processes is not None:
             self._processes.kill()
+        self._cache.release()
 
     async def close(self) -> None:
         """End everything, and leave nothing."""
         await self.kill(self._epoch)
         if self._processes is not None:
             self._processes.close()
+        await self._dropped()
         shutil.rmtree(self._folder, ignore_errors=True)
         os.close(self._lock)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -29,6 +30,9 @@ TELL_S = 0.2
 """The least time between two words of how far it is."""
 LOG_S = 10.0
 """The same in the log."""
+
+_transfers = itertools.count(1)
+"""The number of each file's transfer."""
 
 Ask = Callable[..., Awaitable[Any]]
 
@@ -65,13 +69,17 @@ async def send_missing(
     for number, places in lacking.items():
         if not places:
             continue
-        file, to = files[number], [agents[at] for at in places]
+        file, to, transfer = files[number], [agents[at] for at in places], next(_transfers)
         progress.begin(file, to)
+
+        def ask_about_it(agent: Agent, method: str, *arguments: Any, transfer: int = transfer) -> Awaitable[Any]:
+            return ask(agent, method, transfer, *arguments)
+
         try:
-            answers = await _send(file, to, ask, put, progress, is_stopped)
+            answers = await _send(file, to, ask_about_it, put, progress, is_stopped)
         except BaseException:
             with suppress(Exception):
-                await asyncio.gather(*(ask(agent, "drop_file") for agent in to))
+                await asyncio.gather(*(ask_about_it(agent, "drop_file") for agent in to))
             raise
         for at, answer in zip(places, answers, strict=True):
             found[at][number] = answer
@@ -117,7 +125,8 @@ async def _send(
     """Send one file, which may be a folder's several; returns what the hosts have found it to be."""
     began_s = time.monotonic()
     pieces = [{"name": part["name"], "size": part["size"]} for part in file["parts"]]
-    _check(await asyncio.gather(*(ask(agent, "begin_file", file["path"], file["contents"], pieces) for agent in to)))
+    begin = ("begin_file", file["path"], file["identity"], file["contents"], pieces)
+    _check(await asyncio.gather(*(ask(agent, *begin) for agent in to)))
 
     async def pass_on(number: int, source: str, start: int, count: int) -> None:
         chunk = await asyncio.to_thread(lambda: put(_read(source, start, count, file["path"])))
