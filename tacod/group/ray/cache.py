@@ -226,7 +226,7 @@ class ModelCache:
         if used + size > self._limit_bytes:
             raise ModelNotFound(
                 f"its {_gib(size)} and the {_gib(used)} that are in use in {self._folder} are more than "
-                f"group.model_cache_bytes = {self._limit_bytes} allow; raise that, or unload other models"
+                f"group.model_cache_bytes = {self._limit_bytes} allow; raise that"
             )
 
     @contextmanager

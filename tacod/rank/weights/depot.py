@@ -159,8 +159,8 @@ class Depot:
         """Store the tensors of units; returns where they lie.
 
         ``whose`` has the `Owner` of each unit; without it each is shared out, and every rank has all of its tensors.
-        What a rank doesn't have is on the device meta. Raises `OutOfMemory` on all ranks if one can't, or has called
-        `abandon`.
+        What a rank doesn't have is on the device meta. On several hosts a call stores one unit, as each host has own
+        holders. Raises `OutOfMemory` on all ranks if one can't, or has called `abandon`.
         """
         whose = whose or [Owner()] * len(units)
         stored: dict[int, list[Stored]] = {}
