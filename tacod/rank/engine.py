@@ -67,6 +67,8 @@ class _Known:
     specs: Mapping[str, Spec]
     asked: Request
     plan: Plan
+    shares_tokens: bool
+    """What the model's `shares_tokens` was: a network of ComfyUI's may stop, and then they are planned anew."""
     dtype: torch.dtype
     changing: Sequence[str]
     """The arguments that come with each of them."""
@@ -338,11 +340,11 @@ class Engine:
         """
         shared = self.memories.get(memory)
         dit = self._resident(model).model
-        if form is not None and form in self._known:
-            known = self._known[form]
-            self._known.move_to_end(form)
-        else:
+        known = None if form is None else self._known.get(form)
+        if known is None or known.shares_tokens != dit.shares_tokens:
             known = self._learn(dit, plan, arguments, form)
+        elif form is not None:
+            self._known.move_to_end(form)
         given = known.fixed.replace(**self._load(arguments, known.changing, known, shared))
         inputs, chosen = dit.prepare(given), known.plan
         if inputs is not given:
@@ -365,7 +367,8 @@ class Engine:
         """Check and plan a forward, and put what alike ones have in common on the device. Raises `ArgumentError`."""
         specs, asked, chosen = self._plans.find(dit, plan, map_tensors(arguments, self._kept))
         fixed = [name for name in arguments if self.keeps_arguments and is_fixed(name, arguments[name], specs[name])]
-        known = _Known(specs, asked, chosen, dit.dtype, [name for name in arguments if name not in fixed])
+        changing = [name for name in arguments if name not in fixed]
+        known = _Known(specs, asked, chosen, dit.shares_tokens, dit.dtype, changing)
         known.fixed = self._load(arguments, fixed, known)
         if form is not None:
             self._known[form] = known

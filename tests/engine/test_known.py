@@ -15,8 +15,10 @@ from safetensors.torch import save_file
 from tacod.checkpoint import read_checkpoint
 from tacod.group.arena import Arena
 from tacod.group.work import Envelope, Evict, Forward, Load, Stepped, Unload, read_envelope
+from tacod.plan import Request
 from tacod.rank.engine import Engine
 from tacod.rank.families.base import DiT
+from tacod.rank.families.flux import Flux
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.parallel.topology import Topology
 from tacod_client.errors import ArgumentError, OutOfMemory
@@ -122,6 +124,26 @@ def test_nothing_is_known_of_a_model_that_is_gone(rank: Rank, tmp_path: Path) ->
     rank.load()
     for seed in range(3):
         check(rank, seed, model=other)
+
+
+def test_a_model_that_stops_sharing_tokens_is_planned_anew(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a network of ComfyUI's does whose call misfits its table."""
+    for seed in range(3):
+        rank.forward(arguments(seed), CONTEXT)
+    planned = []
+    limited = Flux.limited
+
+    def noted(dit: Flux, asked: Request, given: Any) -> Request:
+        planned.append(dit.shares_tokens)
+        return limited(dit, asked, given)
+
+    monkeypatch.setattr(Flux, "limited", noted)
+    check(rank, 3)
+    assert not planned, "it is known"
+    monkeypatch.setattr(Flux, "shares_tokens", False)
+    check(rank, 4)
+    check(rank, 5)
+    assert planned == [False]
 
 
 def test_nothing_is_known_after_a_lack_of_memory(rank: Rank) -> None:
