@@ -26,7 +26,7 @@ from tacod.rank.families.inputs import Argument, Residuals
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.parallel.topology import Topology
 from tacod_client.tensors import to_wire
-from tacod_client.wire import Form
+from tacod_client.wire import Form, map_tensors
 
 
 class EchoEngine(Engine):
@@ -59,7 +59,7 @@ class EchoEngine(Engine):
         """The arguments as torch tensors, of residuals this rank's tokens, and x back."""
         specs = {name: Residuals(0, {}) if name == "control" else Argument(()) for name in arguments}
         shared = self.memories.get(memory)
-        values = load_arguments(arguments, specs, torch.float32, self.device, memory=shared)
+        values = load_arguments(map_tensors(arguments, self._kept), specs, torch.float32, self.device, memory=shared)
         control = values.get("control", Control({}))
         for name, each in control.residuals.items():
             for block, residual in enumerate(each):
