@@ -226,7 +226,7 @@ class Inputs(Mapping[str, Any]):
         """The same values, with tensors of their own."""
         return Inputs(_map(self._values, torch.clone), self.specs)
 
-    def replace(self, **values: Any) -> Inputs:
+    def replace(self, /, **values: Any) -> Inputs:
         """The same with other values; None removes one."""
         return Inputs({**self._values, **values}, self.specs)
 
