@@ -1,6 +1,6 @@
-"""A decoder that knows messages again: a step of a run asks the same as the step before, of other latents.
+"""A decoder that recognizes messages: a step of a run asks the same as the step before, of other latents.
 
-Code that has not run for some time is slow, so what counts is how little of it a known message needs.
+A known message runs little code. That counts between two steps, when the code is no longer in the CPU's caches.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _MORE_BYTES = {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8}
 
 
 class Decoder:
-    """Decodes messages; of some ``types``, one that has come before is known by its header's bytes.
+    """Decodes messages, and recognizes those of some ``types`` by their headers.
 
-    A header decides all of a message but its tensors' bytes. So one that has the same bytes as an earlier one, its
-    id's aside, is as sound as that, and has the same `Form`. Only the sizes of its frames are looked at.
+    A header decides all of a message but its tensors' bytes. So a header that equals an earlier one in all but the id
+    is valid too, and its message has the same `Form`. Only the sizes of its frames are checked.
     """
 
     def __init__(self, *types: str) -> None:

@@ -45,9 +45,9 @@ OUTBOX_MESSAGES = 256
 
 @dataclass(frozen=True, eq=False)
 class _Known:
-    """What was found out about forwards of one form: whatever the daemon's state is, it stays so.
+    """What was found out about forwards of one form. It doesn't depend on the daemon's state.
 
-    It holds nothing of their tensors' bytes.
+    It holds none of their tensors' bytes.
     """
 
     named: Named

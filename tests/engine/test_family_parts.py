@@ -339,4 +339,4 @@ def test_a_texts_mlp_runs_while_the_images_heads_travel(family: str, monkeypatch
 
 def test_an_input_may_have_any_name() -> None:
     """A network of ComfyUI's that passes arguments on takes any that clients send."""
-    assert Inputs({"x": 1}, {}).replace(**{"self": 2})["self"] == 2
+    assert Inputs({"x": 1}, {}).replace(self=2)["self"] == 2

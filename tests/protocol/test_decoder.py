@@ -1,4 +1,4 @@
-"""The decoder that knows messages again, and what it must not take for the same."""
+"""The decoder that recognizes messages, and what it must not take for the same."""
 
 from __future__ import annotations
 
