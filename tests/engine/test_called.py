@@ -14,11 +14,13 @@ from tacod.rank.comfyui.network import Network
 from tacod.rank.comfyui.units import find_units, sizes_of_units
 from tacod.rank.comm.group import Group
 from tacod.rank.families.inputs import Inputs
+from tacod.rank.families.trunk import BlockWatch
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.weights.called import Called, hook_units
 from tacod.rank.weights.load import get_weight, set_weight, share
 from tacod.rank.weights.stage import OnCPU, Stage
 from tacod.rank.weights.streaming import Streaming
+from tacod_client.errors import Cancelled
 
 DIM, BLOCKS = 16, 9
 
@@ -232,6 +234,23 @@ def test_a_forward_that_breaks_off_leaves_no_weights_away() -> None:
             network.run(SequenceParallel(), inputs(1))
         fails[0] = False
         assert all(type(each) is nn.Parameter for each in network.parameters())
+        assert torch.equal(network.run(SequenceParallel(), inputs(1)), wanted)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_stop_before_a_block_ends_its_call_too() -> None:
+    """The hook that counts blocks raises, and what always runs behind a call has nothing to add to that."""
+
+    class Stop(BlockWatch):
+        def before(self, block: int, blocks: int) -> None:
+            if block == 3:
+                raise Cancelled("stopped")
+
+    network, _ = fetched(whole("in order"))
+    with torch.inference_mode():
+        wanted = network.run(SequenceParallel(), inputs(1))
+        with pytest.raises(Cancelled):
+            network.run(SequenceParallel(), inputs(1), watch=Stop())
         assert torch.equal(network.run(SequenceParallel(), inputs(1)), wanted)  # type: ignore[arg-type]
 
 

@@ -177,7 +177,8 @@ def hook_units(model: nn.Module, paths: Iterable[str]) -> None:
     """Have every module of these units, in copies of the model too, put its unit's weights in place when called."""
     for path in paths:
         for module in model.get_submodule(path).modules():
-            module.register_forward_pre_hook(_before(path))
+            # The first of all: where another one raises, `_behind` is called, and ends what this has begun.
+            module.register_forward_pre_hook(_before(path), prepend=True)
             module.register_forward_hook(_behind, always_call=True)
 
 
