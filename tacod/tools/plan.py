@@ -55,13 +55,18 @@ def _plan(argv: Sequence[str] | None) -> int:
 
 
 def _of_network(args: argparse.Namespace, checkpoint: Checkpoint, refusal: str) -> int:
-    """The same for a network of ComfyUI's: where its weights lie. Its forwards are planned when they come."""
+    """The same for a network of ComfyUI's: where its weights lie. Its forwards are planned when they come.
+
+    Raises `ArgumentError` for shares, which its ranks don't take.
+    """
     import torch
 
     from tacod.rank.comfyui.installation import Installation
     from tacod.rank.comfyui.loading import plan_weights
     from tacod.rank.weights.placement import Links, choose
 
+    if args.shares is not None:
+        raise ArgumentError("--shares: ranks take equal shares of ComfyUI's networks; leave it out", argument="shares")
     installation = Installation(os.path.realpath(args.comfyui), torch.device("cpu"))
     network, weights = plan_weights(installation, checkpoint, refusal, torch.bfloat16)
     placement = choose("auto", weights, _budgets(args.memory, args.ranks), reaches=args.ranks > 1)

@@ -15,6 +15,7 @@ import torch
 from helpers import FP32, OFTEN, Daemon, relative_error
 from made_up_networks import COMFYUI, WAVES, changed, expected, image, inputs, save, weights
 
+from tacod.tools.plan import main as plan
 from tacod_client import ArgumentError, Client, EngineError, Model, ModelUnsupported, OutOfMemory
 
 KINDS = ("aura", "waves")
@@ -216,6 +217,12 @@ def test_a_plan_says_how_much_each_rank_would_hold(files: Path) -> None:
     assert report["weights"] in ("sharded", "host")
     assert max(report["resident_bytes"]) <= 0.0002 * 2**30 < report["weight_bytes"]
     assert min(report["streamed_bytes"]) > 0
+
+
+def test_a_plan_refuses_shares_that_no_network_takes(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--ranks", "2", "--shares", "2,1", "--comfyui", str(COMFYUI)]
+    assert plan([*options, str(files / "aura.safetensors")]) != 0
+    assert "--shares: ranks take equal shares of ComfyUI's networks; leave it out" in capsys.readouterr().err
 
 
 def test_a_comfyui_that_looks_at_numbers_is_given_them(files: Path, tmp_path: Path, outs: Any) -> None:
