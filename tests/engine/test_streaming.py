@@ -14,13 +14,15 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers import FLUX, golden_names, quantized_golden_names, read_golden
+from helpers import FLUX, GOLDEN, golden_names, quantized_golden_names, read_golden
 from rank_worker import Ranks
+from safetensors import safe_open
 
-from tacod.checkpoint import read_checkpoint
+from tacod.checkpoint import TensorInfo, read_checkpoint
 from tacod.group.work import Stepped
 from tacod.rank.comm.group import Group
 from tacod.rank.engine import Engine
+from tacod.rank.families import detect
 from tacod.rank.ops.packed.base import PackedLinear
 from tacod.rank.parallel.topology import Topology
 from tacod.rank.weights import links
@@ -76,6 +78,26 @@ def readers(told: list[Any]) -> Counter[int]:
 def takes_about(resident: int, expected: int) -> None:
     """Tensors begin at multiples of 256 bytes, which matters in models as small as these."""
     assert resident == pytest.approx(expected, rel=0.1, abs=1 << 16)
+
+
+def family_of(name: str) -> str:
+    """A golden's, by its header."""
+    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+        names = [key for key in file.keys() if key.startswith("weights.")]  # noqa: SIM118
+        shapes = {
+            key.removeprefix("weights."): TensorInfo("BF16", tuple(file.get_slice(key).get_shape())) for key in names
+        }
+        return detect(shapes, json.loads(file.metadata()["config"]))[0].family
+
+
+def test_each_family_has_weights_in_both_places() -> None:
+    """A golden that comes later may be the only one of its family, or change the turns of the others."""
+    found: dict[str, set[str]] = {}
+    for name, weights, _ in cases():
+        if not name.startswith("quantised/"):
+            found.setdefault(family_of(name), set()).add(weights)
+    assert len(found) > 15
+    assert [family for family, places in found.items() if len(places) < 2] == []
 
 
 @pytest.mark.parametrize(("name", "weights", "count"), [*cases()])
