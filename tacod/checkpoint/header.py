@@ -9,11 +9,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-__all__ = ["BLOCKS", "FLOAT8", "MAX_DIMS", "PLAIN", "Entry", "File", "Header", "Part", "TensorInfo", "sample"]
+__all__ = [
+    "BLOCKS",
+    "FLOAT8",
+    "MAX_DIMS",
+    "PLAIN",
+    "SAMPLE_BYTES",
+    "Entry",
+    "File",
+    "Header",
+    "Part",
+    "TensorInfo",
+    "sample",
+]
 
 MAX_DIMS = 64
 _SAMPLES = 32
-_SAMPLE_BYTES = 4096
+SAMPLE_BYTES = 4096
+"""Of each place that is looked at to tell files apart."""
 
 PLAIN = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Bytes of the dtypes that are computed with."""
@@ -93,7 +106,7 @@ def sample(file: int, start: int, stop: int) -> bytes:
     because a copy or an archive has set their times, without reading all of their bytes.
     """
     hashed = hashlib.sha256()
-    last = max(start, stop - _SAMPLE_BYTES)
+    last = max(start, stop - SAMPLE_BYTES)
     for place in sorted({start + (last - start) * number // (_SAMPLES - 1) for number in range(_SAMPLES)}):
-        hashed.update(os.pread(file, min(_SAMPLE_BYTES, stop - place), place))
+        hashed.update(os.pread(file, min(SAMPLE_BYTES, stop - place), place))
     return hashed.digest()

@@ -281,6 +281,27 @@ def test_a_file_with_the_same_samples_is_another_one(tmp_path: Path, cache: Mode
     assert find(cache, first) is not None
 
 
+def test_a_hosts_own_file_that_differs_in_one_tensor_alone_is_not_used(tmp_path: Path, cache: ModelCache) -> None:
+    from safetensors.torch import save_file
+
+    here, there = tmp_path / "here" / "a.safetensors", tmp_path / "there" / "a.safetensors"
+    weights = {"blocks.0.weight": torch.zeros(2 << 20), **{f"blocks.{n}.bias": torch.zeros(64) for n in range(1, 40)}}
+    for path in (here, there):
+        path.parent.mkdir()
+        save_file(weights, path)
+    file = {**named(here), "path": str(there)}
+    (found,) = look_for([file], [str(tmp_path)], cache)
+    assert found["there"] == str(there)
+    whole = bytearray(there.read_bytes())
+    part = read_checkpoint(str(there)).parts["blocks.10.bias"][0]
+    whole[part.start : part.stop] = torch.ones(64).numpy().tobytes()
+    there.write_bytes(whole)
+    assert read_checkpoint(str(there)).contents == file["contents"], "samples of the whole file don't see it"
+    (found,) = look_for([file], [str(tmp_path)], cache)
+    assert found["error"] is not None
+    assert "another file" in found["error"]["message"]
+
+
 def test_what_is_being_removed_is_not_found(tmp_path: Path, cache: ModelCache, monkeypatch: pytest.MonkeyPatch) -> None:
     files = saved(tmp_path, 2)
     put(cache, files[0])

@@ -1,6 +1,7 @@
 """Model files on several hosts: each host reads its own, if that is what the supervisor's host has, or is sent that.
 
-A file is known by its contents (`Checkpoint.contents`), not by times, which copies change.
+A host's own file is known by its contents (`Checkpoint.contents` and a sample of each tensor), not by times, which
+copies change.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class NamedFile(TypedDict):
     path: str
     identity: str
     contents: str
+    tensors: str
+    """`Checkpoint.sample_tensors` there."""
     main: str
     """The name of the file that is opened; empty for a folder."""
     parts: list[Part]
@@ -68,7 +71,14 @@ def find_files(load: Load) -> list[NamedFile]:
         except OSError as error:
             raise ModelNotFound(f"{error.filename or path}: {error.strerror}; load it again") from None
         named.append(
-            {"path": path, "identity": identity, "contents": checkpoint.contents, "main": main, "parts": parts}
+            {
+                "path": path,
+                "identity": identity,
+                "contents": checkpoint.contents,
+                "tensors": checkpoint.sample_tensors(),
+                "main": main,
+                "parts": parts,
+            }
         )
     return named
 
@@ -100,7 +110,7 @@ def _look_for(file: NamedFile, roots: Sequence[str], cache: ModelCache) -> Found
     try:
         there = locate(file["path"], roots)
         checkpoint = read_checkpoint(there)
-        if checkpoint.contents == file["contents"]:
+        if checkpoint.contents == file["contents"] and checkpoint.sample_tensors() == file["tensors"]:
             return {"path": file["path"], "there": there, "identity": checkpoint.identity, "error": None}
         error = ModelNotFound("it is another file than on tacod's host, by size, header or samples of its contents")
     except TacodError as caught:
