@@ -6,12 +6,14 @@ import math
 from typing import Any
 
 import pytest
+import torch
 from helpers import FP32
-from made_up_attention import HOW, REFUSED, TEXT, inputs, network
+from made_up_attention import HOW, REFUSED, TEXT, WIDTH, inputs, network
 from rank_worker import WORLD, Ranks
 
 from tacod.plan import Request
 from tacod.rank.comfyui.tables.base import LinearAttention
+from tacod.rank.families.inputs import Inputs
 from tacod.rank.forward.run import plan_for
 from tacod_client.errors import ArgumentError
 
@@ -74,6 +76,21 @@ def test_an_exchange_in_8_bits_is_refused_where_there_is_none() -> None:
             continue
         with pytest.raises(ArgumentError, match="exchanges what has no encoding in 8 bits; leave exchange out"):
             plan_for(made, asked, 3, given)
+
+
+@pytest.mark.parametrize("images", [0, 1, 2, 3])
+def test_a_call_of_tensors_for_other_numbers_of_images_stays_on_one_rank(images: int) -> None:
+    """Its error, in the middle of a forward that ranks share, would cost the ranks."""
+    made = network()
+    made.use_table(3)
+    given = inputs(made, 0, TEXT)
+    other = Inputs({**given, "context": torch.zeros(images, TEXT, WIDTH)}, given.specs)
+    plan = plan_for(made, Request(cfg_parallel=False), 3, other)
+    assert plan.layout.sequence == (3 if images in (1, 2) else 1)
+    if images in (0, 3):
+        assert made.unchecked(other) == "context is for another number of images"
+        with pytest.raises(ArgumentError, match="context is for another number of images; ask for auto"):
+            plan_for(made, Request(ulysses=3), 3, other)
 
 
 # --- what is said of a forward ----------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from tacod.rank.comfyui.follow import count_blocks, followed
 from tacod.rank.comfyui.residuals import ResidualList
 from tacod.rank.comfyui.split import Split
 from tacod.rank.comfyui.tables.base import Table
-from tacod.rank.comfyui.tables.calls import mismatch, shapes_of
+from tacod.rank.comfyui.tables.calls import mismatch, of_other_images, shapes_of
 from tacod.rank.comfyui.tokens import Misfit, Tokens
 from tacod.rank.families.base import DiT, Method, Output
 from tacod.rank.families.control import Control
@@ -227,6 +227,9 @@ class Network(DiT):
         nearest = min(found, key=lambda each: each.count)
         if nearest.count:
             return nearest.reason
+        if others := of_other_images(arguments):
+            # The network may fail in the middle, on each rank in other words, and ranks would be lost by that.
+            return f"{', '.join(others)} is for another number of images"
         if reason := self._table.unfit(self.inner, shapes_of(arguments)):
             return reason
         return "" if min(self.lengths(arguments)) >= 1 else "there are too few"

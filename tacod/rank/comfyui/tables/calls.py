@@ -9,7 +9,7 @@ from typing import Any
 from tacod.rank.comfyui.tables.base import Mask, Shapes
 from tacod.rank.families.control import Control
 
-__all__ = ["Mismatch", "mismatch", "shapes_of"]
+__all__ = ["Mismatch", "mismatch", "of_other_images", "shapes_of"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,18 @@ def shapes_of(arguments: Mapping[str, Any]) -> Shapes:
         for name, value in arguments.items()
         if hasattr(value, "shape") or (isinstance(value, list) and all(hasattr(each, "shape") for each in value))
     }
+
+
+def of_other_images(arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    """The tensors, or lists of such, that are neither for as many images as ``x`` nor for all of them alike."""
+
+    def counts(value: Any) -> set[int]:
+        if isinstance(value, list):
+            return set().union(*map(counts, value))
+        return {value.shape[0]} if len(getattr(value, "shape", ())) else set()
+
+    known = {1, *counts(arguments["x"])}
+    return tuple(name for name, value in arguments.items() if not counts(value) <= known)
 
 
 def _kind(value: Any) -> Any:
