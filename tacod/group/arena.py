@@ -46,7 +46,9 @@ class Arena:
         self.end = BOARD_BYTES
         """Where the last message's contents end."""
         self.board = Board(self.fd)
-        self._memory: mmap.mmap | None = None
+        # Mapped from the start, as a mapping takes a descriptor: a process has as many before its first large command
+        # as behind it.
+        self._memory: mmap.mmap | None = mmap.mmap(self.fd, 0)
         self._decoder = Decoder("forward", "done")
 
     def close(self) -> None:
