@@ -10,7 +10,6 @@ import logging
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,6 +95,8 @@ class ClientSocket:
         self.peers: dict[bytes, Peer] = {}
         self.inbox: deque[tuple[bytes, Message]] = deque()
         """What clients have sent."""
+        self.outgoing: list[bytes] = []
+        """The frames so far of the message that is being sent."""
 
     def setsockopt(self, option: int, value: int) -> None:
         pass
@@ -115,13 +116,21 @@ class ClientSocket:
         peer, message = self.inbox.popleft()
         return [zmq.Frame(peer), *(zmq.Frame(bytes(frame)) for frame in wire.encode(message))]
 
-    def send_multipart(self, frames: Sequence[Any], flags: int = 0, copy: bool = True) -> None:
-        peer = self.peers[bytes(frames[0])]
-        if peer.gone:
-            raise zmq.ZMQError(zmq.EHOSTUNREACH)
-        if peer.stalled:
-            raise zmq.Again
-        message = wire.decode([memoryview(bytes(frame)) for frame in frames[1:]])
+    def send(self, frame: Any, flags: int, copy: bool, track: bool) -> None:
+        """Take the next frame. What is wrong with a peer is said at its address, as ROUTER sockets do."""
+        if not self.outgoing:
+            peer = self.peers[bytes(frame)]
+            if peer.gone:
+                raise zmq.ZMQError(zmq.EHOSTUNREACH)
+            if peer.stalled:
+                raise zmq.Again
+        self.outgoing.append(bytes(frame))
+        if flags & zmq.SNDMORE:
+            return
+        address, *frames = self.outgoing
+        self.outgoing.clear()
+        peer = self.peers[address]
+        message = wire.decode([memoryview(each) for each in frames])
         told = peer.told.setdefault(message.id, [])
         if message.type != "alive":
             assert message.id in peer.asked, "an answer to nothing"
@@ -434,6 +443,8 @@ class Events(RuleBasedStateMachine):
                 assert self.alive == []
                 assert list(self.folder.iterdir()) == []
         finally:
+            # The next example listens at the same path.
+            self.ending.close()
             self.stack.close()
 
     def settle(self) -> None:
