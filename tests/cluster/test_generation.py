@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import threading
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -142,6 +143,34 @@ def test_a_cluster_that_fails_while_devices_are_reserved_keeps_none(monkeypatch:
         asyncio.run(cluster.hold({"a": 1, "b": 1}, "CPU"))
     assert sorted(given_back) == ["a", "b"]
     assert not cluster.agents
+
+
+def test_a_head_that_does_not_answer_holds_up_nobody_who_drops_an_actor(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers, told = threading.Event(), []
+
+    def tell_head(what: str) -> None:
+        assert answers.wait(60)
+        told.append(what)
+
+    monkeypatch.setattr(clusters.ray, "kill", tell_head)
+    monkeypatch.setattr(clusters, "remove_placement_group", tell_head)
+    monkeypatch.setattr(clusters, "_told_by_head", lambda: ([], {}))
+
+    async def drop() -> None:
+        cluster = clusters.Cluster("auto")
+        cluster.agents["node"] = Agent("node", 1, "actor", "devices")  # type: ignore[arg-type]
+        cluster.drop("node", out_s=SILENT_S)
+        assert not cluster.agents
+        assert not told
+        # Who looks for devices sees those that it had.
+        nodes = asyncio.create_task(cluster.nodes("CPU"))
+        await asyncio.sleep(0.05)
+        assert not nodes.done()
+        answers.set()
+        await nodes
+        assert told == ["actor", "devices"]
+
+    asyncio.run(drop())
 
 
 def test_whatever_error_of_ray_comes_at_the_end_the_bridge_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,11 +63,14 @@ class Cluster:
         """By node."""
         self._out: dict[str, float] = {}
         """Until when nodes are left out."""
+        self._ends: set[asyncio.Future[None]] = set()
+        """What ends actors that were dropped."""
         self._one = asyncio.Lock()
         """One start after the other reserves devices."""
 
     async def nodes(self, resource: str) -> list[Node]:
         """The hosts that can be had, with the devices that actors here hold counted as free."""
+        await self._ended()
         # The cluster's head may be slow to tell, and packets are not to wait for it.
         known, free = await asyncio.to_thread(_told_by_head)
         now = time.monotonic()
@@ -94,6 +97,7 @@ class Cluster:
     async def _hold(self, counts: Mapping[str, int], resource: str) -> list[Agent] | None:
         for node in [each for each, agent in self.agents.items() if counts.get(each) != agent.count]:
             self.drop(node)
+        await self._ended()
         reserved: dict[str, PlacementGroup] = {}
         try:
             # In the same order for all groups: so no two of them wait for each other.
@@ -101,7 +105,7 @@ class Cluster:
                 reserved[node] = await asyncio.to_thread(_reserve, node, {resource: counts[node]})
         except BaseException as error:
             for held in reserved.values():
-                _give_back(held)
+                await asyncio.to_thread(_give_back, held)
             if isinstance(error, _Taken):
                 return None
             raise
@@ -117,15 +121,22 @@ class Cluster:
         return [self.agents[node] for node in counts]
 
     def drop(self, node: str, out_s: float = 0.0) -> None:
-        """End a node's actor, and leave the node out for so long."""
+        """Have a node's actor end, and leave the node out for so long. It waits for nothing."""
         agent = self.agents.pop(node, None)
         if agent is None:
             return
         if out_s:
             self._out[node] = time.monotonic() + out_s
-        with suppress(RayError, ValueError):
-            ray.kill(agent.actor)
-        _give_back(agent.reserved)
+        # The cluster's head may not answer, and others are to hear at once that a host is lost.
+        self._ends.add(asyncio.get_running_loop().run_in_executor(None, _end, agent))
+
+    async def _ended(self) -> None:
+        """Wait until the devices of dropped actors have been given back."""
+        while self._ends:
+            done, _ = await asyncio.wait(self._ends)
+            self._ends -= done
+            for end in done:
+                end.result()
 
     async def close(self) -> None:
         """End all actors, which leave nothing behind."""
@@ -134,6 +145,7 @@ class Cluster:
             await asyncio.wait([asyncio.ensure_future(end) for end in ends], timeout=CLOSE_S)
         for node in list(self.agents):
             self.drop(node)
+        await self._ended()
 
 
 class _Taken(Exception):
@@ -151,6 +163,12 @@ def _reserve(node: str, bundle: dict[str, float]) -> PlacementGroup:
         _give_back(held)
         raise
     return held
+
+
+def _end(agent: Agent) -> None:
+    with suppress(RayError, ValueError):
+        ray.kill(agent.actor)
+    _give_back(agent.reserved)
 
 
 def _give_back(held: PlacementGroup) -> None:
