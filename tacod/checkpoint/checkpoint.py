@@ -78,21 +78,21 @@ class Checkpoint:
     def sample_tensors(self) -> str:
         """The SHA-256 of 4 KiB from the middle of each tensor: what `contents` doesn't see if a few tensors differ.
 
-        Raises `ModelCorrupt` if a file has gone.
+        Raises `ModelCorrupt` if a file can't be read.
         """
         hashed = hashlib.sha256()
         with ExitStack() as held:
             opened: dict[str, int] = {}
             for name in sorted(self.parts):
                 for part in self.parts[name]:
-                    if part.file not in opened:
-                        try:
-                            opened[part.file] = os.open(part.file, os.O_RDONLY | os.O_CLOEXEC)
-                        except OSError as error:
-                            raise ModelCorrupt(f"{part.file} can't be read ({error.strerror}); load it again") from None
-                        held.callback(os.close, opened[part.file])
                     middle = max(part.start, (part.start + part.stop - SAMPLE_BYTES) // 2)
-                    hashed.update(os.pread(opened[part.file], min(SAMPLE_BYTES, part.stop - middle), middle))
+                    try:
+                        if part.file not in opened:
+                            opened[part.file] = os.open(part.file, os.O_RDONLY | os.O_CLOEXEC)
+                            held.callback(os.close, opened[part.file])
+                        hashed.update(os.pread(opened[part.file], min(SAMPLE_BYTES, part.stop - middle), middle))
+                    except OSError as error:
+                        raise ModelCorrupt(f"{part.file} can't be read ({error.strerror}); load it again") from None
         return hashed.hexdigest()
 
     @property

@@ -122,6 +122,18 @@ def test_a_file_that_has_changed_is_refused(tmp_path: Path) -> None:
         find_files(command)
 
 
+def test_a_tensor_that_cant_be_read_is_the_files_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no error of the bridge's or of a host's, which would end all ranks."""
+    checkpoint = read_checkpoint(str(FLUX.save(tmp_path)))
+
+    def pread(*told: Any) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", pread)
+    with pytest.raises(ModelCorrupt, match=r"can't be read \(Input/output error\)"):
+        checkpoint.sample_tensors()
+
+
 def save_folder(folder: Path) -> Path:
     """A transformer in two shards, whose files are links to others' names, as in the hub's cache."""
     from safetensors.torch import save_file
