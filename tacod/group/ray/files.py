@@ -140,20 +140,16 @@ def use_found(message: Message, found: Sequence[FoundFile], refused: dict[str, A
     if refused is not None:
         return replace(envelope, command=replace(command, refused=refused)).message()
     places: Mapping[str, FoundFile] = {each["path"]: each for each in found}
-    if not places:
-        return message
-
-    def there(path: str) -> str:
-        return places[path]["there"] or path
-
     patches = command.patches
     if patches is not None:
-        patches = [{**patch, "path": there(patch["path"])} if "path" in patch else patch for patch in patches]
+        patches = [
+            {**patch, "path": places[patch["path"]]["there"]} if "path" in patch else patch for patch in patches
+        ]
     changed = replace(
         command,
-        path=there(command.path),
+        path=places[command.path]["there"],
         identity=places[command.path]["identity"],
         patches=patches,
-        files={there(path): places[path]["identity"] for path in command.files},
+        files={places[path]["there"]: places[path]["identity"] for path in command.files},
     )
     return replace(envelope, command=changed).message()
