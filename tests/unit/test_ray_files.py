@@ -378,7 +378,8 @@ class Actors:
 
     async def ask(self, agent: Any, method: str, *arguments: Any) -> Any:
         self.calls.append(method)
-        return await getattr(self.hosts[agent.name], method)(1, *arguments)
+        # As with Ray, a call goes on if nobody waits for it any more.
+        return await asyncio.shield(getattr(self.hosts[agent.name], method)(1, *arguments))
 
     async def send(self, files: list[NamedFile], **more: Any) -> list[list[FoundFile]]:
         found = [await each.find(files, ["/nowhere"]) for each in self.hosts.values()]
@@ -471,6 +472,28 @@ def test_a_cancel_ends_it_and_leaves_nothing(tmp_path: Path) -> None:
         assert not actors.leavings()
 
     asyncio.run(run())
+
+
+@pytest.mark.usefixtures("in_a_temporary_folder")
+def test_a_cancel_does_not_wait_for_another_actor_that_makes_room(tmp_path: Path) -> None:
+    file = named(FLUX.save(tmp_path))
+    (tmp_path / "a").mkdir(0o700)
+    lock = ModelCache(str(tmp_path / "a"), GIB)._lock()
+
+    async def run() -> None:
+        actors = Actors(tmp_path)
+        try:
+            with pytest.raises(Refused) as caught:
+                await asyncio.wait_for(actors.send([file], is_stopped=lambda: "begin_file" in actors.calls), 60)
+        finally:
+            os.close(lock)
+        assert type(TacodError.from_wire(caught.value.error)) is Cancelled
+        # What was asked of the host goes on there.
+        await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()}, timeout=60)
+        await actors.close()
+
+    asyncio.run(run())
+    assert sorted(path.name for name in "ab" for path in (tmp_path / name).iterdir()) == [".lock", ".lock"]
 
 
 @pytest.mark.usefixtures("in_a_temporary_folder")

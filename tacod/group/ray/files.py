@@ -142,9 +142,7 @@ def use_found(message: Message, found: Sequence[FoundFile], refused: dict[str, A
     places: Mapping[str, FoundFile] = {each["path"]: each for each in found}
     patches = command.patches
     if patches is not None:
-        patches = [
-            {**patch, "path": places[patch["path"]]["there"]} if "path" in patch else patch for patch in patches
-        ]
+        patches = [{**patch, "path": places[patch["path"]]["there"]} if "path" in patch else patch for patch in patches]
     changed = replace(
         command,
         path=places[command.path]["there"],

@@ -30,6 +30,8 @@ TELL_S = 0.2
 """The least time between two words of how far it is."""
 LOG_S = 10.0
 """The same in the log."""
+LOOK_S = 0.2
+"""How often to look for a cancel while hosts make room."""
 
 _transfers = itertools.count(1)
 """The number of each file's transfer."""
@@ -126,7 +128,15 @@ async def _send(
     began_s = time.monotonic()
     pieces = [{"name": part["name"], "size": part["size"]} for part in file["parts"]]
     begin = ("begin_file", file["path"], file["identity"], file["contents"], pieces)
-    _check(await asyncio.gather(*(ask(agent, *begin) for agent in to)))
+    beginning = asyncio.gather(*(ask(agent, *begin) for agent in to))
+    try:
+        # Another actor of a host may be long at making room there.
+        while not beginning.done():
+            _go_on(file, is_stopped)
+            await asyncio.wait([beginning], timeout=LOOK_S)
+        _check(await beginning)
+    finally:
+        beginning.cancel()
 
     async def pass_on(number: int, source: str, start: int, count: int) -> None:
         chunk = await asyncio.to_thread(lambda: put(_read(source, start, count, file["path"])))
@@ -137,8 +147,7 @@ async def _send(
     try:
         for number, part in enumerate(file["parts"]):
             for start in range(0, part["size"], CHUNK_BYTES):
-                if is_stopped():
-                    raise Refused(Cancelled(f"cancelled while {file['path']} was sent to other hosts").to_wire())
+                _go_on(file, is_stopped)
                 count = min(CHUNK_BYTES, part["size"] - start)
                 under_way.add(asyncio.create_task(pass_on(number, part["source"], start, count)))
                 if len(under_way) >= AHEAD:
@@ -163,6 +172,12 @@ async def _wait(tasks: set[asyncio.Task[None]], when: str) -> set[asyncio.Task[N
     for task in done:
         task.result()
     return rest
+
+
+def _go_on(file: NamedFile, is_stopped: Callable[[], bool]) -> None:
+    """Raises `Refused` if ``is_stopped`` says so."""
+    if is_stopped():
+        raise Refused(Cancelled(f"cancelled while {file['path']} was sent to other hosts").to_wire())
 
 
 def _check(errors: Sequence[dict[str, Any] | None]) -> None:
