@@ -134,7 +134,7 @@ class ModelCache:
                 raise ModelUnsupported(f"{piece['name']!r:.80} is no file's name")
         size = sum(piece["size"] for piece in pieces)
         if not self._limit_bytes:
-            raise ModelNotFound("sending files is turned off (group.model_cache_bytes = 0)")
+            raise ModelNotFound("sending files is turned off (group.model_cache_bytes = 0); raise that")
         if size > self._limit_bytes:
             raise ModelNotFound(
                 f"its {_gib(size)} are more than group.model_cache_bytes = {self._limit_bytes} allow; raise that"
@@ -241,7 +241,9 @@ class ModelCache:
                 raise ModelNotFound(
                     f"the disk of {where} (group.model_cache) is full: {free}; make room, or set another folder"
                 ) from None
-            raise ModelNotFound(f"{error.filename or where} (group.model_cache): {error.strerror}") from None
+            raise ModelNotFound(
+                f"{error.filename or where} (group.model_cache): {error.strerror}; set another folder"
+            ) from None
 
 
 def _remove(entry: Path) -> bool:

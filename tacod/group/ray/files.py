@@ -127,8 +127,8 @@ def _look_for(file: NamedFile, roots: Sequence[str], cache: ModelCache) -> Found
 
 def problem(path: str, error: TacodError) -> FoundFile:
     """A file that this host can't use, and why."""
-    advice = "copy the file there, or keep models on a file system that all hosts have"
-    told = type(error)(f"host {socket.gethostname()} can't use {path}: {error.message}, or {advice}")
+    advice = "it also helps to copy the file there, or to keep models on a file system that all hosts have"
+    told = type(error)(f"host {socket.gethostname()} can't use {path}: {error.message}; {advice}")
     return {"path": path, "there": "", "identity": "", "error": told.to_wire()}
 
 

@@ -146,7 +146,8 @@ class Generation:
             log.info("devices on the chosen hosts are taken: looking again")
             if time.monotonic() > until:
                 raise Lost(
-                    f"no {self._resource}s of the Ray cluster {self._cluster.address} stayed free for {ROOM_S:g} s"
+                    f"no {self._resource}s of the Ray cluster {self._cluster.address} stayed free for {ROOM_S:g} s; "
+                    "end what else takes them, or ask for fewer (group.ranks)"
                 )
             await asyncio.sleep(random.uniform(0.1, 0.5))
 
