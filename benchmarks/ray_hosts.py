@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from published import PUBLISHED, Size, build, make_inputs
@@ -170,25 +171,20 @@ def cluster(gpus: Sequence[str], ranks: int, environment: dict[str, str]) -> Ite
     from ray.cluster_utils import Cluster
 
     half = ranks // 2
-    before = dict(os.environ)
     made: Any = Cluster()
     try:
-        for number in range(2):
-            os.environ.update(environment)
-            resources = {"num_cpus": half}
-            if gpus:
-                # A raylet counts its GPUs from 0 on, within those that it sees.
-                os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[number * half : (number + 1) * half])
-                resources = {"num_cpus": 1, "num_gpus": half}
-            # Not 127.0.0.1, for which Ray puts the machine's own address.
-            more = {} if number else {"include_dashboard": False}
-            made.add_node(node_ip_address=f"127.0.0.{number + 2}", object_store_memory=1 << 30, **resources, **more)
-        os.environ.clear()
-        os.environ.update(before)
+        with mock.patch.dict(os.environ, environment):
+            for number in range(2):
+                resources = {"num_cpus": half}
+                if gpus:
+                    # A raylet counts its GPUs from 0 on, within those that it sees.
+                    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[number * half : (number + 1) * half])
+                    resources = {"num_cpus": 1, "num_gpus": half}
+                # Not 127.0.0.1, for which Ray puts the machine's own address.
+                more = {} if number else {"include_dashboard": False}
+                made.add_node(node_ip_address=f"127.0.0.{number + 2}", object_store_memory=1 << 30, **resources, **more)
         yield str(made.address)
     finally:
-        os.environ.clear()
-        os.environ.update(before)
         made.shutdown()
 
 
