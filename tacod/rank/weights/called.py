@@ -150,8 +150,9 @@ class Called:
 
     def _is_taken(self, path: str) -> bool:
         """Whether a unit that is being called may use what the buffer of this one has."""
-        others = {each for each in self._calls if each not in (None, path)}
-        return any(each is not None and self._number(each) == self._number(path) for each in others)
+        return any(
+            each is not None and each != path and self._number(each) == self._number(path) for each in self._calls
+        )
 
     def _fetch_after(self, path: str | None) -> None:
         """Begin to fetch the unit that came after another one, if that one's buffer isn't its own."""
