@@ -241,7 +241,8 @@ def sweep(pipe: str) -> None:
     asked = {core: threading.Semaphore(0) for core in os.sched_getaffinity(0)}
     for core in asked:
         threading.Thread(target=copy, args=(core,), daemon=True).start()
-    with open(pipe, "rb", buffering=0) as file:
+    # Open for writing too, the pipe has no end when a lost rank's end of it closes: the next one writes on.
+    with open(pipe, "r+b", buffering=0) as file:
         while file.read(1):
             for each in asked.values():
                 each.release()
