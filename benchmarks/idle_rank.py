@@ -14,6 +14,7 @@ from collections.abc import Hashable
 from typing import Any, ClassVar
 
 import torch
+from published import PUBLISHED
 
 from tacod.group.arena import Arena
 from tacod.group.work import Facts, Loaded
@@ -27,19 +28,6 @@ from tacod.rank.forward.graphs import Forwards
 from tacod.rank.forward.run import Call, clone
 from tacod.rank.loader import Resident
 from tacod.rank.parallel.topology import Topology
-
-CONFIG: dict[str, Any] = {
-    "image_model": "flux",
-    "in_channels": 16,
-    "vec_in_dim": 768,
-    "context_in_dim": 4096,
-    "hidden_size": 3072,
-    "num_heads": 24,
-    "depth": 19,
-    "depth_single_blocks": 38,
-    "axes_dim": [16, 56, 56],
-    "guidance_embed": True,
-}
 
 
 class IdleGraph(Graph):
@@ -88,7 +76,7 @@ class IdleEngine(Engine):
     def load(self, model: str, *args: Any, **work: Any) -> Loaded:
         """Make the model, which has no weights."""
         with torch.device("meta"):
-            dit: DiT = Flux(CONFIG).bfloat16()
+            dit: DiT = Flux(PUBLISHED["flux"].config).bfloat16()
         facts = Facts("flux", 0, 0, "bf16", dit.heads, dit.width, sampling={})
         self.models[model] = Resident(dit, {}, {}, facts, None)  # type: ignore[arg-type]
         return Loaded(facts, facts)
