@@ -150,9 +150,11 @@ class Forward(Part):
 
     def body(self) -> dict[str, Any]:
         """The fields that ranks get."""
-        body = super().body()
-        del body["alike"], body["frames"], body["form"]
-        return body
+        return {name: getattr(self, name) for name in _FORWARD}
+
+
+_FORWARD = [each.name for each in fields(Forward) if each.compare]
+"""The fields of a `Forward` that travel; the others are for the process that has it."""
 
 
 @dataclass(frozen=True)
@@ -260,8 +262,7 @@ def read_envelope(message: Message) -> Envelope:
     fault = Fault.read(body["fault"]) if body["fault"] is not None else None
     command: Command
     if message.type == Forward.verb:
-        names = ("model", "plan", "arguments", "session", "memory", "room")
-        command = Forward(**{name: body[name] for name in names}, form=message.form)
+        command = Forward(**{name: body[name] for name in _FORWARD}, form=message.form)
     else:
         command = _COMMANDS[message.type].read(body)
     names = ("store", "forget", "evict", "watched", "mapped", "unmapped")
