@@ -268,5 +268,4 @@ def without_claims(value: Any) -> Any:
 
 def digests_of(body: Any) -> list[bytes]:
     """The digests of the tensors that a body names without their bytes, each once."""
-    found = (tensor.digest for tensor in tensors_of(body) if tensor.frames is None and tensor.digest is not None)
-    return list(dict.fromkeys(found))
+    return Named.of(body).digests
