@@ -459,17 +459,16 @@ class RankGroup:
 def _pack(envelope: Envelope, arena: Arena) -> bytes:
     """The packet of an envelope; those of alike forwards are described once."""
     command = envelope.command
-    alike = command.alike if isinstance(command, Forward) and envelope.is_plain else None
-    if alike is None:
+    if not isinstance(command, Forward) or command.alike is None or not envelope.is_plain:
         return arena.pack(envelope.message())
-    assert isinstance(command, Forward)
-    tail = alike.tails.get(envelope.watched)
+    tails = command.alike.tails
+    tail = tails.get(envelope.watched)
     if tail is not None:
         return arena.pack_frames(header_of(command.verb, envelope.id, tail), command.frames)
     _, header, *contents = wire.encode(envelope.message())
     # Whoever lists tensors in another order than they stand in is packed anew each time.
     if len(contents) == len(command.frames) and all(map(operator.is_, contents, command.frames)):
-        alike.tails[envelope.watched] = tail_of(bytes(header), command.verb)
+        tails[envelope.watched] = tail_of(bytes(header), command.verb)
     return arena.pack_frames(header, contents)
 
 
