@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -60,7 +60,7 @@ KINDS = 32
 """Kinds of forward of which is remembered what was found out."""
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class _Known:
     """What was found out about forwards whose messages differ in tensors' bytes alone."""
 
@@ -72,7 +72,7 @@ class _Known:
     dtype: torch.dtype
     changing: Sequence[str]
     """The arguments that come with each of them."""
-    fixed: Inputs = field(init=False)
+    fixed: Inputs
     """The others, on the device."""
 
 
@@ -345,7 +345,7 @@ class Engine:
             known = self._learn(dit, plan, arguments, form)
         elif form is not None:
             self._known.move_to_end(form)
-        given = known.fixed.replace(**self._load(arguments, known.changing, known, shared))
+        given = known.fixed.replace(**self._load(arguments, known.changing, known.specs, known.dtype, shared))
         inputs, chosen = dit.prepare(given), known.plan
         if inputs is not given:
             chosen = plan_for(dit, known.asked, self.topology.world_size, inputs)
@@ -368,8 +368,8 @@ class Engine:
         specs, asked, chosen = self._plans.find(dit, plan, map_tensors(arguments, self._kept))
         fixed = [name for name in arguments if self.keeps_arguments and is_fixed(name, arguments[name], specs[name])]
         changing = [name for name in arguments if name not in fixed]
-        known = _Known(specs, asked, chosen, dit.shares_tokens, dit.dtype, changing)
-        known.fixed = self._load(arguments, fixed, known)
+        on_device = self._load(arguments, fixed, specs, dit.dtype)
+        known = _Known(specs, asked, chosen, dit.shares_tokens, dit.dtype, changing, on_device)
         if form is not None:
             self._known[form] = known
             if len(self._known) > KINDS:
@@ -377,12 +377,17 @@ class Engine:
         return known
 
     def _load(
-        self, arguments: Mapping[str, Any], names: Sequence[str], known: _Known, memory: MappedMemory | None = None
+        self,
+        arguments: Mapping[str, Any],
+        names: Sequence[str],
+        specs: Mapping[str, Spec],
+        dtype: torch.dtype,
+        memory: MappedMemory | None = None,
     ) -> Inputs:
         """Some of the arguments on the device."""
         some = {name: map_tensors(arguments[name], self._kept) for name in names}
         kept = self._on_device if self.keeps_arguments else None
-        return load_arguments(some, known.specs, known.dtype, self.device, kept, memory)
+        return load_arguments(some, specs, dtype, self.device, kept, memory)
 
     def _counts(self, before: Mapping[str, int] = MappingProxyType({})) -> dict[str, int]:
         """Counts of what forwards found here, less those ``before``."""
