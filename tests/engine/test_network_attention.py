@@ -10,9 +10,12 @@ import torch
 from helpers import FP32
 from made_up_attention import HOW, REFUSED, TEXT, WIDTH, inputs, network
 from rank_worker import WORLD, Ranks
+from test_network_tables import OneOf
 
 from tacod.plan import Request
-from tacod.rank.comfyui.tables.base import LinearAttention
+from tacod.rank.comfyui.attention import attend
+from tacod.rank.comfyui.tables.base import Cut, LinearAttention
+from tacod.rank.comfyui.tokens import Misfit, Tokens
 from tacod.rank.families.inputs import Inputs
 from tacod.rank.forward.run import plan_for
 from tacod_client.errors import ArgumentError
@@ -63,6 +66,23 @@ def test_what_a_small_forward_shows_is_found_out_at_load(ranks: Ranks, how: str)
     found = ranks.run((1, 1, 1), "checked", how=how, failing=-1, place=0)
     assert len({reason for reason, _ in found}) == 1
     assert REFUSED[how] in found[0][0]
+
+
+@pytest.mark.parametrize("own_keys", [False, True])
+def test_a_mask_as_long_as_the_keys_of_one_rank_is_exchanged_only_if_each_has_its_own(own_keys: bool) -> None:
+    """Of five tokens this rank has three; the other one has two, and would refuse the mask."""
+
+    class Meeting(Exception):
+        pass
+
+    def meet() -> None:
+        raise Meeting
+
+    tokens = Tokens(OneOf(0, 2), meet=meet)
+    tokens.begin({"x": torch.zeros(1, 5, WIDTH)}, {"x": Cut(1, ("all",))})
+    q = k = v = torch.zeros(1, 3, WIDTH)
+    with pytest.raises(Meeting if own_keys else Misfit):
+        attend(tokens, [*tokens.runs.values()], own_keys, q, k, v, 6, mask=torch.zeros(1, 1, 3))
 
 
 def test_an_exchange_in_8_bits_is_refused_where_there_is_none() -> None:

@@ -22,6 +22,7 @@ _NOTHING_TO_DO = ("transformer_options", "low_precision_attention", "_inside_att
 def attend(
     shared: Tokens,
     runs: Sequence[Run],
+    own_keys: bool,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -39,8 +40,8 @@ def attend(
     Queries, keys and values are [B, S, H * D], or [B, H, S, D] with ``skip_reshape``; with ``enable_gqa`` there may be
     fewer heads of keys and values. The result is [B, S, H * D], or [B, H, S, D] with ``skip_output_reshape``.
     ``mask`` is added to the scores, or says as bool who attends to whom: [S or 1, S], [B or 1, S or 1, S] or
-    [B or 1, 1, S or 1, S], over all tokens, or with a rank's own keys. ``attn_precision`` may ask for fp32. Raises
-    `Misfit` for what can't be exchanged, before anything is.
+    [B or 1, 1, S or 1, S], over all tokens, or, with ``own_keys``, for all of them over a rank's own keys.
+    ``attn_precision`` may ask for fp32. Raises `Misfit` for what can't be exchanged, before anything is.
     """
     q, k, v, kv_heads, dtype = _by_tokens(shared, runs, q, k, v, heads, skip_reshape, enable_gqa, options)
     width = q.shape[-1] // heads
@@ -50,7 +51,7 @@ def attend(
         # Kernels divide by the root of the width.
         q = q * (scale * width**0.5)
     lengths = tuple(run.size for run in runs for _ in range(run.frames))
-    ordered = None if mask is None else _mask(shared, mask, lengths)
+    ordered = None if mask is None else _mask(shared, mask, lengths, own_keys)
     qkv = QKV((q.contiguous(), k.contiguous(), v.contiguous()), heads, kv_heads=kv_heads)
     shared.meet()
     out = shared.sequence.attend([lambda: qkv], [lengths], ordered).wait().to(dtype, copy=True)
@@ -138,8 +139,12 @@ def attend_near(
     return theirs(q, *near, heads, mask=mask)
 
 
-def _mask(shared: Tokens, mask: Tensor, lengths: Sequence[int]) -> Tensor:
-    """A mask over all tokens, with those of keys in the order of ranks: [B or 1, 1, S or 1, S]."""
+def _mask(shared: Tokens, mask: Tensor, lengths: Sequence[int], own_keys: bool) -> Tensor:
+    """A mask over all tokens, with those of keys in the order of ranks: [B or 1, 1, S or 1, S].
+
+    By its length alone a rank can't know a mask of its ``own_keys``: one that is too short for all ranks may be as long
+    as the keys of one of them, and that one would exchange it without the others.
+    """
     sequence, total, shape = shared.sequence, sum(lengths), list(mask.shape)
     if mask.ndim == 4 and (mask.shape[1] == 1 or mask.stride(1) == 0):
         mask = mask[:, 0]
@@ -149,7 +154,7 @@ def _mask(shared: Tokens, mask: Tensor, lengths: Sequence[int]) -> Tensor:
         raise Misfit(f"a mask of shape {shape}, of each head")
     rows, keys = mask.shape[1:]
     counts = [sum(each) for each in zip(*map(sequence.sizes, lengths), strict=True)]
-    if rows == 1 and keys == counts[sequence.whole.rank] != total:
+    if own_keys and rows == 1 and keys == counts[sequence.whole.rank] != total:
         # A mask that goes along, so each rank has that of its own keys.
         shared.meet()
         return sequence.whole.gather(mask.contiguous(), counts, 2)[:, None]

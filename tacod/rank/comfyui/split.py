@@ -41,6 +41,7 @@ class Split:
         self.unshared = ""
         """Why each rank has computed all tokens of the last forward; empty if they were shared out. A run may have
         fewer than there are ranks, or attention fewer heads that are exchanged."""
+        self._masks_own_keys = table.masks_own_keys
         self._sums = Sums(lambda: self._tokens)
         self._fewest_heads: int | None = None
         """Of attentions whose heads are exchanged for tokens; None if there are none."""
@@ -220,7 +221,8 @@ class Split:
             options.pop("mask", None)
             theirs = partial(attention, **options)
             return attend_near(shared, theirs, q, k, v, heads, within, 2 if options.get("skip_reshape") else 1)
-        return attend(shared, [shared.runs[name] for name in within], q, k, v, heads, **options)
+        runs = [shared.runs[name] for name in within]
+        return attend(shared, runs, self._masks_own_keys, q, k, v, heads, **options)
 
 
 def _signature(block: nn.Module, path: str, names: Sequence[str]) -> inspect.Signature:

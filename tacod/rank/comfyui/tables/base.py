@@ -41,6 +41,8 @@ class Cut:
     """Along how many dimensions tokens lie, from ``dim`` on. Blocks get theirs along the first; the others are 1."""
     tail: bool = False
     """Whether an argument with fewer tokens has the last ones of the run, which has no frames."""
+    mask: bool = False
+    """Whether blocks attend by a mask that they make of it, so that each rank's has its own keys alone."""
     crop: str = ""
     """The argument that says how many of the first tokens count. Nothing looks at the others, and they are left out."""
 
@@ -189,6 +191,11 @@ class Table:
         """Whether ranks exchange something for which there is no encoding in 8 bits."""
         kinds = [each for blocks in self.blocks for each in blocks.attention.values()]
         return any(isinstance(each, LinearAttention | Heads | Window) for each in kinds)
+
+    @property
+    def masks_own_keys(self) -> bool:
+        """Whether a rank's blocks may attend by a mask of its own keys, which ranks have to put together."""
+        return any(cut.mask for blocks in self.blocks for cut in blocks.along.values())
 
     def probes(self, network: Any) -> list[dict[str, Any]]:
         """The arguments of all small forwards."""

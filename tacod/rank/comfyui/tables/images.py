@@ -194,7 +194,7 @@ IMAGES: tuple[Table, ...] = (
         "lens.model.LensTransformer2DModel",
         Blocks(
             "transformer_blocks",
-            along={"freqs_cis": Cut(2, ("image", "text")), "attention_mask": Cut(3, ("image", "text"))},
+            along={"freqs_cis": Cut(2, ("image", "text")), "attention_mask": Cut(3, ("image", "text"), mask=True)},
         ),
         heads=lambda net: int(net.transformer_blocks[0].attn.heads),
         lengths=lambda net, shapes: (_text(shapes), patches(shapes["x"], 1, 1)),
@@ -208,7 +208,7 @@ IMAGES: tuple[Table, ...] = (
             "transformer_blocks",
             along={
                 "image_rotary_emb": Cut(2, ("text", "image")),
-                "encoder_hidden_states_mask": Cut(1, ("text",)),
+                "encoder_hidden_states_mask": Cut(1, ("text",), mask=True),
             },
         ),
         heads=lambda net: int(net.transformer_blocks[0].attn.heads),
