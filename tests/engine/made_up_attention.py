@@ -155,9 +155,6 @@ class Attending(nn.Module):
         return out.mT
 
 
-UNUSED: Any = None
-
-
 def network(
     how: int = 0, dtype: torch.dtype = torch.float32, over: Mapping[str, Attention] = MappingProxyType({})
 ) -> Network:

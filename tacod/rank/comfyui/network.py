@@ -430,11 +430,6 @@ class Network(DiT):
         """Why each rank computed all tokens of the last forward that was to share them; empty if it didn't."""
         return self.reason if self._split is None else self._split.unshared
 
-    @property
-    def table(self) -> Table | None:
-        """How its tokens are split; None if this version doesn't know."""
-        return self._table
-
     # --- what there is none of ----------------------------------------------------------------------------------------
 
     @property

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tacod.rank.comfyui.tables.base import Mask, Shapes
+from tacod.rank.comfyui.tables.base import Shapes
 from tacod.rank.families.control import Control
 
 __all__ = ["Mismatch", "mismatch", "of_other_images", "shapes_of"]
@@ -81,7 +81,7 @@ def of_other_images(arguments: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _kind(value: Any) -> Any:
     """What must be alike in a call and in a small forward: dimensions, words and flags, but not sizes or numbers."""
-    if isinstance(value, Mask) or hasattr(value, "shape"):
+    if hasattr(value, "shape"):
         value = tuple(value.shape)
     if isinstance(value, tuple):
         return f"{len(value)} dimensions"
