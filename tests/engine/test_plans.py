@@ -119,27 +119,28 @@ def test_a_network_of_others_gets_no_latents_that_may_change() -> None:
         assert caught.value.argument == "memory"
 
 
+class Others:
+    """A network that isn't ours."""
+
+    family = "comfyui"
+    rates = None
+    heads = width = 4
+    shares = EQUAL
+    hosts = ()
+    shares_tokens = True
+    is_ours = False
+
+    def specs_for(self, given: Any) -> dict[str, Any]:
+        return {"x": Anything(True, tensor=True)}
+
+    def limited(self, asked: Request, arguments: Any) -> Request:
+        return asked if self.shares_tokens else replace(asked, sequence_parallel_degree=1)
+
+    def lengths(self, arguments: Any) -> tuple[int, ...]:
+        return (9,)
+
+
 def test_that_is_so_too_after_a_forward_of_the_same_kind_came_as_frames() -> None:
-    class Others:
-        """A network that isn't ours."""
-
-        family = "comfyui"
-        rates = None
-        heads = width = 1
-        shares = EQUAL
-        hosts = ()
-        shares_tokens = True
-        is_ours = False
-
-        def specs_for(self, given: Any) -> dict[str, Any]:
-            return {"x": Anything(True, tensor=True)}
-
-        def limited(self, asked: Any, arguments: Any) -> Any:
-            return asked
-
-        def lengths(self, arguments: Any) -> tuple[int, ...]:
-            return (1,)
-
     plans, network = Plans(1), Others()
     plans.find(network, "auto", {"x": Tensor("F32", (1, 4), (bytes(16),))})  # type: ignore[arg-type]
     with pytest.raises(ArgumentError) as caught:
@@ -198,26 +199,7 @@ def test_few_small_tensors_are_kept_and_large_ones_by_name_alone() -> None:
 
 def test_a_network_that_stops_sharing_tokens_is_planned_anew() -> None:
     """A call may misfit a table that the small forwards fitted."""
-
-    class Stopping:
-        family = "comfyui"
-        rates = None
-        heads = width = 4
-        shares = EQUAL
-        hosts = ()
-        shares_tokens = True
-        is_ours = False
-
-        def specs_for(self, given: Any) -> dict[str, Any]:
-            return {"x": Anything(True, tensor=True)}
-
-        def limited(self, asked: Request, arguments: Any) -> Request:
-            return asked if self.shares_tokens else replace(asked, sequence_parallel_degree=1)
-
-        def lengths(self, arguments: Any) -> tuple[int, ...]:
-            return (9,)
-
-    plans, network = Plans(2), Stopping()
+    plans, network = Plans(2), Others()
     arguments = {"x": Tensor("F32", (1, 4), (bytes(16),))}
     assert plans.find(network, "auto", arguments)[2].layout.sequence == 2  # type: ignore[arg-type]
     network.shares_tokens = False
