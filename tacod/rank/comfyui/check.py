@@ -48,9 +48,9 @@ class _FailedElsewhere(Exception):
 def _failure(network: Network, probe: Mapping[str, Any], topology: Topology, device: torch.device) -> str:
     """Why a table isn't true of a small forward, the same on all ranks; empty if it is."""
     try:
-        shape = Shape(network.heads, network.width, 1, network.lengths(small_inputs(network, probe, device)))
         # Each forward has inputs of its own, for a network may write to them.
         inputs = small_inputs(network, probe, device)
+        shape = Shape(network.heads, network.width, 1, network.lengths(inputs))
         if reason := network.unchecked(inputs):
             return f"its own small forward is none that may be split: {reason}"
         alone = run(Call(network, Plan(Layout(1, 1, 1), 1, shape), inputs), Topology())
