@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from helpers import FP32
-from made_up_attention import HOW, REFUSED, TEXT, WIDTH, inputs, network
+from made_up_attention import HOW, REFUSED, TEXT, WIDTH, attention, inputs, network
 from rank_worker import WORLD, Ranks
 from test_network_tables import OneOf
 
 from tacod.plan import Request
-from tacod.rank.comfyui.attention import attend
+from tacod.rank.comfyui.attention import attend, attend_near
 from tacod.rank.comfyui.tables.base import Cut, LinearAttention
 from tacod.rank.comfyui.tokens import Misfit, Tokens
 from tacod.rank.families.inputs import Inputs
@@ -83,6 +83,14 @@ def test_a_mask_as_long_as_the_keys_of_one_rank_is_exchanged_only_if_each_has_it
     q = k = v = torch.zeros(1, 3, WIDTH)
     with pytest.raises(Meeting if own_keys else Misfit):
         attend(tokens, [*tokens.runs.values()], own_keys, q, k, v, 6, mask=torch.zeros(1, 1, 3))
+
+
+def test_attention_to_near_tokens_of_two_kinds_misfits() -> None:
+    tokens, given = Tokens(OneOf(0, 2)), {name: torch.zeros(1, 6, WIDTH) for name in ("text", "image")}
+    tokens.begin({**given}, {name: Cut(1, (name,)) for name in given})
+    q = k = v = torch.zeros(1, 3, WIDTH)
+    with pytest.raises(Misfit, match="an attention of 3 tokens over 3 near ones"):
+        attend_near(tokens, attention, q, k, v, 6, 2, 1)
 
 
 def test_an_exchange_in_8_bits_is_refused_where_there_is_none() -> None:

@@ -43,8 +43,8 @@ def attend(
     [B or 1, 1, S or 1, S], over all tokens, or, with ``own_keys``, for all of them over a rank's own keys.
     ``attn_precision`` may ask for fp32. Raises `Misfit` for what can't be exchanged, before anything is.
     """
-    q, k, v, kv_heads, dtype = _by_tokens(shared, runs, q, k, v, heads, skip_reshape, enable_gqa, options)
-    width = q.shape[-1] // heads
+    q, k, v, kv_heads = _by_tokens(shared, runs, q, k, v, heads, skip_reshape, enable_gqa, options)
+    width, dtype = q.shape[-1] // heads, v.dtype
     if attn_precision is not None:
         q, k, v = (each.to(torch.promote_types(each.dtype, attn_precision)) for each in (q, k, v))
     if scale is not None and not math.isclose(scale, width**-0.5):
@@ -76,7 +76,7 @@ def attend_causally(
     runs = list(shared.runs.values())
     if mask is not None or len(runs) != 2 or any(run.frames > 1 for run in runs):
         raise Misfit("a causal attention with a mask, or not of two runs")
-    q, k, v, kv_heads, _ = _by_tokens(shared, runs, q, k, v, heads, skip_reshape, enable_gqa, options)
+    q, k, v, kv_heads = _by_tokens(shared, runs, q, k, v, heads, skip_reshape, enable_gqa, options)
     first, rest = runs
     causal = torch.ones(1, first.size, first.size, dtype=torch.bool, device=q.device).tril()
     ordered = shared.sequence.in_order_of_ranks(causal, (first.size,))
@@ -101,8 +101,8 @@ def _by_tokens(
     by_heads: bool,
     grouped: bool,
     options: Mapping[str, Any],
-) -> tuple[Tensor, Tensor, Tensor, int, torch.dtype]:
-    """Queries, keys and values of this rank's tokens, [B, S, H * D], the heads of keys, and the result's dtype."""
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Queries, keys and values of this rank's tokens, [B, S, H * D], and the heads of keys."""
     unknown = [name for name, value in options.items() if name not in _NOTHING_TO_DO and value is not None]
     if unknown:
         raise Misfit(f"an attention with {', '.join(unknown)}, which isn't known here")
@@ -116,7 +116,7 @@ def _by_tokens(
     kv_heads, rest = divmod(k.shape[-1], width)
     if rest or not kv_heads or k.shape != v.shape or heads % kv_heads or (kv_heads != heads and not grouped):
         raise Misfit(f"an attention of {heads} heads of {width}, with {k.shape[-1]} channels of keys")
-    return q, k, v, kv_heads, v.dtype
+    return q, k, v, kv_heads
 
 
 def attend_near(
@@ -126,8 +126,8 @@ def attend_near(
 
     Ranks gather keys and values. Raises `Misfit` if there are tokens of several kinds.
     """
-    (run,) = shared.runs.values()
-    if run.frames > 1 or not q.shape[dim] == k.shape[dim] == v.shape[dim] == shared.mine([run]):
+    run, *others = shared.runs.values()
+    if others or run.frames > 1 or not q.shape[dim] == k.shape[dim] == v.shape[dim] == shared.mine([run]):
         raise Misfit(f"an attention of {q.shape[dim]} tokens over {k.shape[dim]} near ones")
     begin, end = shared.sequence.place(run.size)
     first, last = max(begin - window, 0), min(end + window, run.size)
