@@ -184,7 +184,8 @@ class Contents:
             if describe_oom(error) is not None:
                 raise
             raise ModelUnsupported(
-                f"{self._file.path}: ComfyUI can't load {path or 'its network'}: {type(error).__name__}: {error}"
+                f"{self._file.path}: ComfyUI can't load {path or 'its network'}: {type(error).__name__}: {error}; "
+                "see whether that ComfyUI loads it by itself, and update it if not"
             ) from error
 
 

@@ -105,7 +105,7 @@ def _find(installation: Installation, checkpoint: Checkpoint, refusal: str, *, w
     if said.get("image_model") not in {each.unet_config.get("image_model") for each in models}:
         # It may be a name that only this version knows.
         said.pop("image_model", None)
-    refused = ModelUnsupported(f"{refusal}. The ComfyUI at {installation.path} doesn't know it either")
+    refused = ModelUnsupported(f"{refusal}. The ComfyUI at {installation.path} doesn't know it either; a later one may")
     if _detect(installation, {name.removeprefix(prefix): empty[name] for name in names}, header.texts, said) is None:
         raise refused
     read = [name for name in names if whole or _is_read_at_once(name, empty[name])]
