@@ -96,6 +96,8 @@ class Job:
     rounds: int
     dtype: str | None
     folder: str
+    tensors_on: str
+    """The device of the client's tensors."""
 
 
 class Bench:
@@ -462,7 +464,7 @@ def run_daemon(
 def serve(client: Client, job: Job, step: Step, notes: Path | None, started_s: float | None) -> dict[str, Any]:
     """One served row; with ``notes`` of every hop, where a call is when, with ``started_s`` of the start too."""
     pixels, row = step
-    inputs = load_file(Path(job.folder, f"{pixels}-inputs.safetensors"))
+    inputs = load_file(Path(job.folder, f"{pixels}-inputs.safetensors"), device=job.tensors_on)
     plan = ONE_RANK if row == "daemon-one" else "auto"
     restarts = client.status()["group"]["restarts"]
     model = client.load("model.safetensors", plan=plan, dtype=job.dtype)
@@ -483,7 +485,7 @@ def serve(client: Client, job: Job, step: Step, notes: Path | None, started_s: f
     times = [ms for ms, _ in calls]
     # The split of the call that took the median time adds up, as medians of parts need not.
     middle = sorted(calls[WARM_UPS:], key=lambda call: call[0])[job.rounds // 2]
-    save_file({"out": out.float().contiguous()}, Path(job.folder, f"{pixels}-{row}.safetensors"))
+    save_file({"out": out.cpu().float().contiguous()}, Path(job.folder, f"{pixels}-{row}.safetensors"))
     told = next(told for told in client.models() if told["id"] == model.id)
     return {
         **({"cold_s": answered_s - started_s} if started_s is not None else {}),
@@ -515,7 +517,9 @@ def run_model(name: str, options: argparse.Namespace, gpus: Sequence[str]) -> tu
     steps += [(sizes[0], "save")] if served else []
     results: dict[Step, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="rivals-", dir=_room(name, options)) as folder:
-        job = Job(name, tuple(sizes), tuple(steps), options.ranks, options.rounds, options.dtype, folder)
+        job = Job(
+            name, tuple(sizes), tuple(steps), options.ranks, options.rounds, options.dtype, folder, options.tensors_on
+        )
         about: dict[str, Any] = {}
         whole = False
         with suppress(KeyboardInterrupt):
@@ -564,6 +568,12 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--without", default="", metavar="ROWS", help="leave these out")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--reference", action="store_true", help="errors against fp32 too; Flux takes 48 GB for it")
+    parser.add_argument(
+        "--tensors-on",
+        default="cpu",
+        metavar="cuda:0",
+        help="the device of the client's tensors, as ComfyUI's have one",
+    )
     parser.add_argument("--hops", action="store_true", help="where a served call is when, process by process")
     parser.add_argument("--dtype", choices=DTYPES, help="default bf16 on GPUs, fp32 on a CPU")
     parser.add_argument("--folder", help="for the weights' file (default /dev/shm, or a temporary one)")

@@ -13,6 +13,7 @@ from tacod_client.errors import ArgumentError, JobNotFound, ModelNotFound
 from tacod_client.exchange import Uploads, pack
 from tacod_client.loading import Found, Loading
 from tacod_client.model import Model
+from tacod_client.tensors import to_wire
 from tacod_client.text import encodable
 from tacod_client.upload import PIECE_BYTES, digests_of_pieces, pieces
 from tacod_client.wire import Tensor, split
@@ -172,7 +173,7 @@ class Client:
             if isinstance(name, (str, os.PathLike)) and encodable(str(name)) != str(name):
                 raise ModelNotFound(f"{encodable(str(name))} is no UTF-8, and so no name that travels; rename the file")
         uploads: Uploads = {}
-        packed = pack(patches, "patches", uploads, Tensor.with_digest) if patches else None
+        packed = pack(patches, "patches", uploads, _address) if patches else None
         loading = Loading(str(path), dtype, packed, plan, uploads, weights)
         return Model(self._connection, loading, loading.run(self._connection, progress))
 
@@ -248,3 +249,8 @@ class Client:
         if encodable(model) != model:
             raise ModelNotFound(f"{model!r} is no model's id; `tacoctl models` lists them", model=model)
         self._connection.ask("unload", lambda: {"model": model})
+
+
+def _address(value: Any, name: str) -> Tensor:
+    """See `tacod_client.exchange.Address`: what a load brings doesn't come again."""
+    return to_wire(value, name).with_digest()

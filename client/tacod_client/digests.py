@@ -1,21 +1,29 @@
-"""Digests of tensors that come again: conditioning is the same at every step, and SHA-256 is slow."""
+"""Digests of tensors that come again: conditioning is the same at every step, and SHA-256 is slow.
+
+To copy conditioning from a GPU is slow too, so there it is compared with a copy on the same GPU.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from tacod_client.tensors import kind_of, to_wire
 from tacod_client.wire import Tensor, split
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
-__all__ = ["Digests", "Glance"]
+__all__ = ["Copies", "Digests", "Glance"]
 
 KEPT_BYTES = 128 << 20
 """Contents that are remembered; the least recently used go first."""
 KEPT_TENSORS = 64
+COPIED_BYTES = 64 << 20
+"""Most of what is copied on GPUs to recognize conditioning there; the least recently used go first."""
+COPIED_TENSORS = 16
 GLANCED_WORDS = 64
 """How many words of each frame a glance compares, some of them at its beginning."""
 
@@ -28,9 +36,27 @@ class Digests:
 
     def __init__(self, limit: int = KEPT_BYTES) -> None:
         self.limit = limit
+        self.copies = Copies()
+        """Those of what lies on GPUs."""
         self._kept: list[Tensor] = []
         """With their digests, in the order of use; the most recently used is last."""
         self._lock = threading.Lock()
+
+    def address(self, value: Any, name: str) -> Tensor:
+        """A torch tensor (any device) or numpy array of a caller's as a wire tensor with its digest.
+
+        Raises `ArgumentError`, naming the argument by ``name``.
+        """
+        known = self.copies.find(value)
+        if known is not None:
+            return known
+        copy = self.copies.make(value)
+        if copy is None:
+            return self.of(to_wire(value, name))
+        # Of the copy, as another thread may change what was copied.
+        known = self.of(to_wire(copy, name))
+        self.copies.keep(copy, known)
+        return known
 
     def of(self, tensor: Tensor) -> Tensor:
         """The same tensor with its digest; if it is remembered, with bytes of its own."""
@@ -61,6 +87,46 @@ class Digests:
         return used
 
 
+class Copies:
+    """Copies of conditioning on the GPU where it lies, each with what it is on the wire."""
+
+    def __init__(self, limit: int = COPIED_BYTES) -> None:
+        self.limit = limit
+        self._kept: list[tuple[torch.Tensor, Tensor]] = []
+        """In the order of use; the most recently used is last."""
+        self._lock = threading.Lock()
+
+    def find(self, value: Any) -> Tensor | None:
+        """What a caller's tensor is on the wire; None if it lies on no GPU, or no copy has the same bytes."""
+        if not _is_elsewhere(value):
+            return None
+        with self._lock:
+            for place, (copy, tensor) in enumerate(self._kept):
+                if _same_bytes(copy, value):
+                    self._kept.append(self._kept.pop(place))
+                    return tensor
+        return None
+
+    def make(self, value: Any) -> torch.Tensor | None:
+        """A copy of a caller's tensor; None if it lies on no GPU, is too large, or the GPU's memory is short."""
+        if not _is_elsewhere(value) or value.nbytes > self.limit:
+            return None
+        import torch
+
+        try:
+            copy: torch.Tensor = value.detach().clone(memory_format=torch.contiguous_format)
+        except torch.cuda.OutOfMemoryError:
+            return None
+        return copy
+
+    def keep(self, copy: torch.Tensor, tensor: Tensor) -> None:
+        """Remember a copy, and what it is on the wire."""
+        with self._lock:
+            self._kept.append((copy, tensor))
+            while sum(each.nbytes for _, each in self._kept) > self.limit or len(self._kept) > COPIED_TENSORS:
+                del self._kept[0]
+
+
 class Glance:
     """The digests of one request's tensors; known tensors are recognized at a glance.
 
@@ -74,19 +140,38 @@ class Glance:
         """Pairs of a remembered tensor and the one that was taken for it."""
         self._trusted = True
 
-    def of(self, tensor: Tensor) -> Tensor:
-        """As `Digests.of`; after a wrong guess it compares all bytes."""
-        known = self._digests.like(tensor) if self._trusted else None
+    def address(self, value: Any, name: str) -> Tensor:
+        """As `Digests.address`; of what lies on a CPU only a little is compared, until there was a wrong guess."""
+        if not self._trusted or _is_elsewhere(value):
+            return self._digests.address(value, name)
+        tensor = to_wire(value, name)
+        known = self._digests.like(tensor)
         if known is None:
             return self._digests.of(tensor)
         self._taken.append((known, tensor))
         return known
 
     def holds(self) -> bool:
-        """Whether all guesses were right. If not, ask `of` again for every tensor."""
+        """Whether all guesses were right. If not, ask `address` again for every tensor."""
         self._trusted = all(_equal(*pair) for pair in self._taken)
         self._taken.clear()
         return self._trusted
+
+
+def _is_elsewhere(value: Any) -> bool:
+    """Whether a tensor's bytes lie in no memory of the CPU's, as they are."""
+    return kind_of(value) == "torch" and value.device.type != "cpu" and not value.is_neg()
+
+
+def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are alike to the bit, compared on their device: [any shape], of any dtype."""
+    import torch
+
+    if (one.dtype, one.shape, one.device) != (other.dtype, other.shape, other.device):
+        return False
+    # As numbers, 0 would be -0, and NaN not itself.
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
+    return torch.equal(one.view(whole), other.detach().view(whole))
 
 
 def _equal(one: Tensor, other: Tensor, at_a_glance: bool = False) -> bool:

@@ -9,11 +9,11 @@ from typing import Any
 
 from tacod_client.connection import Connection
 from tacod_client.errors import ArgumentError, QueueFull, TacodError
-from tacod_client.tensors import kind_of, to_wire
+from tacod_client.tensors import description, kind_of, to_wire
 from tacod_client.text import encodable
 from tacod_client.wire import Message, Tensor, map_tensors, split
 
-__all__ = ["Uploads", "converse", "each_once", "own", "pack"]
+__all__ = ["Address", "Uploads", "converse", "each_once", "own", "pack"]
 
 BY_CONTENT_BYTES = 4096
 """Tensors from this size on are sent once and named by their digest after that."""
@@ -29,11 +29,16 @@ Uploads = dict[bytes, Tensor]
 """A request's tensors by digest, to be sent if the daemon lacks them."""
 
 
-def pack(value: Any, name: str, uploads: Uploads, address: Callable[[Tensor], Tensor] | None) -> Any:
+Address = Callable[[Any, str], Tensor]
+"""Gives a caller's tensor as a wire tensor with its digest. Raises `ArgumentError`, naming it by the second argument.
+"""
+
+
+def pack(value: Any, name: str, uploads: Uploads, address: Address | None) -> Any:
     """A value as it is sent; its large tensors are put into ``uploads`` and replaced by their digests.
 
-    ``address`` gives a tensor its digest; without it, all tensors are sent with their bytes. Raises `ArgumentError`,
-    naming the value, for what can't be sent.
+    Without ``address`` all tensors are sent with their bytes. Raises `ArgumentError`, naming the value, for what can't
+    be sent.
     """
     if isinstance(value, dict):
         if (odd := next((key for key in map(str, value) if encodable(key) != key), None)) is not None:
@@ -54,10 +59,10 @@ def pack(value: Any, name: str, uploads: Uploads, address: Callable[[Tensor], Te
             return value
         what = "number of over 64 bits" if isinstance(value, int) else type(value).__name__
         raise ArgumentError(f"{name}: a {what} can't be sent to the daemon", argument=name)
-    tensor = to_wire(value, name)
-    if address is None or tensor.nbytes < BY_CONTENT_BYTES:
-        return tensor
-    tensor = address(tensor)
+    described = description(value)
+    if address is None or described is None or described.nbytes < BY_CONTENT_BYTES:
+        return to_wire(value, name)
+    tensor = address(value, name)
     assert tensor.digest is not None
     uploads[tensor.digest] = tensor
     return tensor.without_bytes()

@@ -44,7 +44,7 @@ class ForwardRequest:
 
     def _pack(self) -> dict[str, Any]:
         return {
-            name: pack(value, name, self.uploads, None if name in CHANGING else self._glance.of)
+            name: pack(value, name, self.uploads, None if name in CHANGING else self._glance.address)
             for name, value in self._conditioning.items()
         }
 

@@ -158,7 +158,9 @@ class Model:
             raise ArgumentError("context: missing, or neither a torch tensor nor a numpy array", argument="context")
         uploads: Uploads = {}
         packed = {
-            name: pack(value, name, uploads, self._digests.of) for name, value in arguments.items() if value is not None
+            name: pack(value, name, uploads, self._digests.address)
+            for name, value in arguments.items()
+            if value is not None
         }
         body = {"method": method, "arguments": packed}
         *_, reply = self._converse("call", lambda: body, uploads)
@@ -195,7 +197,7 @@ class Model:
 
         def condition(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
             return {
-                key: pack(value, f"{name}.{key}", uploads, self._digests.of)
+                key: pack(value, f"{name}.{key}", uploads, self._digests.address)
                 for key, value in given.items()
                 if value is not None
             }

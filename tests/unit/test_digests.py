@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tacod_client import wire
-from tacod_client.digests import Digests, Glance
+from tacod_client.digests import Copies, Digests, Glance
 from tacod_client.tensors import to_wire
 from tacod_client.wire import FRAME_BYTES
 
@@ -60,10 +61,10 @@ def test_what_a_glance_overlooks_does_not_hold(place: int) -> None:
     digests.of(to_wire(array, "context"))
     array[place] = 1
     glance = Glance(digests)
-    changed = glance.of(to_wire(array, "context"))
+    changed = glance.address(array, "context")
     assert glance.holds() == (place == 0), "the first words are looked at, and then it is another tensor at once"
     if place != 0:
-        changed = glance.of(to_wire(array, "context"))
+        changed = glance.address(array, "context")
         assert glance.holds()
     assert b"".join(changed.frames or ()) == array.tobytes()
     assert changed.digest == to_wire(array, "context").with_digest().digest
@@ -75,7 +76,7 @@ def test_what_comes_again_is_known_at_a_glance() -> None:
     known = digests.of(to_wire(array, "context"))
     glance = Glance(digests)
     with mock.patch.object(wire, "digest_of") as hashed:
-        assert glance.of(to_wire(array.copy(), "context")) is known
+        assert glance.address(array.copy(), "context") is known
     assert glance.holds()
     assert not hashed.called
 
@@ -121,5 +122,58 @@ def test_of_several_that_look_alike_none_is_guessed() -> None:
     first, second = (digests.of(to_wire(each, "context")) for each in arrays)
     assert digests.like(to_wire(arrays[0], "context")) is None
     glance = Glance(digests)
-    assert [glance.of(to_wire(each, "context")).digest for each in arrays] == [first.digest, second.digest]
+    assert [glance.address(each, "context").digest for each in arrays] == [first.digest, second.digest]
     assert glance.holds()
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's tensors on the CPU count as those of a GPU."""
+    monkeypatch.setattr("tacod_client.digests._is_elsewhere", lambda value: isinstance(value, torch.Tensor))
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_what_comes_again_on_a_gpu_is_not_copied_from_it() -> None:
+    digests = Digests()
+    first, second = torch.randn(2, 300, 41).bfloat16()
+    with mock.patch("tacod_client.digests.to_wire", side_effect=to_wire) as read:
+        for _ in range(3):
+            glance = Glance(digests)
+            for each in (first.clone(), second.mT.contiguous().mT):
+                assert glance.address(each, "context").digest == to_wire(each, "context").with_digest().digest
+            assert glance.holds()
+    assert read.call_count == 2
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda each: each.index_fill(0, torch.tensor(7), 1.0),
+        lambda each: each.index_fill(0, torch.tensor(7), -0.0),
+        lambda each: each.view(20, 50),
+        lambda each: each.view(torch.int32),
+    ],
+    ids=["a number", "a sign", "shape", "dtype"],
+)
+def test_on_a_gpu_every_bit_counts(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    digests, before = Digests(), torch.zeros(1000)
+    digests.address(before, "context")
+    after = change(before)
+    assert digests.address(after, "context").digest == to_wire(after, "context").with_digest().digest
+    unknown = torch.full((1000,), torch.nan)
+    assert digests.address(unknown, "context") is digests.address(unknown.clone(), "context")
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_copies_on_a_gpu_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = Copies(limit=100)
+    digests = Digests()
+    digests.copies = copies
+    for value in range(40):
+        digests.address(torch.full((value % 30 + 1,), value, dtype=torch.uint8), "context")
+    assert 0 < sum(copy.nbytes for copy, _ in copies._kept) <= 100
+    assert copies.make(torch.ones(101, dtype=torch.uint8)) is None
+    monkeypatch.setattr(torch.Tensor, "clone", mock.Mock(side_effect=torch.OutOfMemoryError("for the test")))
+    short = torch.ones(9, dtype=torch.uint8)
+    assert digests.address(short, "context").digest == to_wire(short, "context").with_digest().digest
