@@ -6,14 +6,12 @@ To copy conditioning from a GPU is slow too, so there it is compared with a copy
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from tacod_client.tensors import kind_of, to_wire
-from tacod_client.wire import Tensor, split
+from tacod_client.wire import Buffer, Tensor, split
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
 __all__ = ["Copies", "Digests", "Glance"]
@@ -25,7 +23,9 @@ COPIED_BYTES = 64 << 20
 """Most of what is copied on GPUs to recognize conditioning there; the least recently used go first."""
 COPIED_TENSORS = 16
 GLANCED_WORDS = 64
-"""How many words of each frame a glance compares, some of them at its beginning."""
+"""How many words of 8 bytes a glance compares at the beginning of each frame, and as many of the rest."""
+GLANCED_HEAD = 512
+"""Words at the beginning of a frame, as what differs mostly does so there."""
 
 
 class Digests:
@@ -78,7 +78,7 @@ class Digests:
         None also if there are several: a guess among them would often be wrong, and each wrong guess costs a forward.
         """
         with self._lock:
-            found = [place for place, each in enumerate(self._kept) if _equal(each, tensor, at_a_glance=True)]
+            found = [place for place, each in enumerate(self._kept) if _alike(each, tensor)]
             return self._use(found[0]) if len(found) == 1 else None
 
     def _use(self, place: int) -> Tensor:
@@ -174,24 +174,32 @@ def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one.view(whole), other.detach().view(whole))
 
 
-def _equal(one: Tensor, other: Tensor, at_a_glance: bool = False) -> bool:
+def _equal(one: Tensor, other: Tensor) -> bool:
     import numpy as np
 
+    return _alike(one, other) and all(
+        np.array_equal(np.frombuffer(a, np.uint64), np.frombuffer(b, np.uint64)) and rest == other_rest
+        for (a, rest), (b, other_rest) in zip(
+            map(_words, one.frames or ()), map(_words, other.frames or ()), strict=True
+        )
+    )
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors seem equal: a few words of each frame are compared, half of them at its beginning."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    for a, b in zip(_words(one), _words(other), strict=True):
-        step = max(1, len(a) // GLANCED_WORDS) if at_a_glance else 1
-        if not np.array_equal(a[::step], b[::step]):
-            return False
-    return True
+    return all(_glance(a) == _glance(b) for a, b in zip(one.frames or (), other.frames or (), strict=True))
 
 
-def _words(tensor: Tensor) -> Iterator[np.ndarray[tuple[int], np.dtype[np.generic]]]:
-    """The contents as 8-byte words and a rest: a little of each frame first, for what differs mostly does so there."""
-    import numpy as np
+def _glance(frame: Buffer) -> list[memoryview]:
+    words, rest = _words(frame)
+    parts = words[:GLANCED_HEAD], words[GLANCED_HEAD:]
+    return [*(each[:: max(1, len(each) // GLANCED_WORDS)] for each in parts), rest]
 
-    for frame in tensor.frames or ():
-        raw = np.frombuffer(frame, np.uint8)
-        whole = len(raw) // 8 * 8
-        words = raw[:whole].view(np.uint64)
-        yield from (words[:512], words[512:], raw[whole:])
+
+def _words(frame: Buffer) -> tuple[memoryview, memoryview]:
+    """A frame as words of 8 bytes, and the bytes behind them."""
+    raw = memoryview(frame).cast("B")
+    whole = len(raw) // 8 * 8
+    return raw[:whole].cast("Q"), raw[whole:]

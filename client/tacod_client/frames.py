@@ -21,27 +21,30 @@ SEND_BUFFER_BYTES = 2 << 20
 piece of the rest both sides' threads have to wake."""
 
 # pyzmq's own are enums, with which Python takes a while to reckon.
-_POLLIN, _SNDMORE = int(zmq.POLLIN), int(zmq.SNDMORE)
+_POLLIN, _SNDMORE, _DONTWAIT, _EVENTS = int(zmq.POLLIN), int(zmq.SNDMORE), int(zmq.DONTWAIT), int(zmq.EVENTS)
 
 
 def receive(socket: zmq.Socket[bytes]) -> list[zmq.Frame] | None:
     """The next message, or None if there is none; without the check, ZeroMQ would raise an exception each time."""
-    if not int(socket.get(zmq.EVENTS)) & _POLLIN:
+    if not int(socket.get(_EVENTS)) & _POLLIN:
         return None
     try:
-        return socket.recv_multipart(zmq.DONTWAIT, copy=False)
+        frames = [socket.recv(_DONTWAIT, copy=False)]
     except zmq.Again:
         return None
+    # A message comes whole.
+    while frames[-1].more:
+        frames.append(socket.recv(_DONTWAIT, copy=False))
+    return frames
 
 
 def send(socket: zmq.Socket[bytes], frames: Sequence[Buffer], flags: int = 0) -> None:
     """Send a message. Large frames must not change until they are sent."""
-    socket.copy_threshold = COPIED_BYTES
     *rest, last = frames
     flags = int(flags)
     for frame in rest:
-        socket.send(frame, flags | _SNDMORE, copy=False, track=False)
-    socket.send(last, flags, copy=False, track=False)
+        socket.send(frame, flags | _SNDMORE, copy=len(memoryview(frame)) < COPIED_BYTES, track=False)
+    socket.send(last, flags, copy=len(memoryview(last)) < COPIED_BYTES, track=False)
 
 
 def widen(frame: zmq.Frame) -> None:

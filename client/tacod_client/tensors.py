@@ -84,12 +84,13 @@ def fill(room: memoryview, value: Any) -> None:
         return
     import torch
 
-    there = torch.frombuffer(room, dtype=torch.uint8)
     if value.device.type == "cpu":
+        import numpy as np
+
         # By one thread: to wake others takes longer than to copy a latent.
-        there.numpy()[:] = _flat(value)
+        np.frombuffer(room, np.uint8)[:] = _flat(value)
     else:
-        there.view(value.dtype).view(value.shape).copy_(value.detach())
+        torch.frombuffer(room, dtype=value.dtype).view(value.shape).copy_(value.detach())
 
 
 def _from_numpy(array: np.ndarray[Any, Any], argument: str) -> Tensor:
@@ -121,9 +122,12 @@ def _flat(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """The contents on the CPU as bytes, copied only if necessary."""
     import torch
 
+    tensor = tensor.detach()
     if tensor.is_neg():
         tensor = tensor.resolve_neg()
-    raw: np.ndarray[Any, np.dtype[np.uint8]] = tensor.contiguous().view(-1).view(torch.uint8).numpy(force=True)
+    if tensor.device.type != "cpu":
+        tensor = tensor.cpu()
+    raw: np.ndarray[Any, np.dtype[np.uint8]] = tensor.contiguous().view(-1).view(torch.uint8).numpy()
     return raw
 
 
