@@ -160,7 +160,7 @@ class Glance:
 
 def _is_elsewhere(value: Any) -> bool:
     """Whether a tensor's bytes lie in no memory of the CPU's, as they are."""
-    return kind_of(value) == "torch" and value.device.type != "cpu" and not value.is_neg()
+    return kind_of(value) == "torch" and not value.is_cpu and not value.is_neg()
 
 
 def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:

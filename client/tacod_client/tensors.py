@@ -5,6 +5,7 @@ Each of them is used only if the caller uses it; importing this module imports n
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Iterable
@@ -41,8 +42,15 @@ TORCH_NAMES = {
 _NUMPY_NAMES = {
     wire: name for wire, name in TORCH_NAMES.items() if name not in ("bfloat16", "float8_e4m3fn", "float8_e5m2")
 }
-_FROM_TORCH = {f"torch.{name}": wire for wire, name in TORCH_NAMES.items()}
 _FROM_NUMPY = {name: wire for wire, name in _NUMPY_NAMES.items()}
+
+
+@functools.cache
+def _from_torch_dtypes() -> dict[torch.dtype, str]:
+    """The wire's names of dtypes by torch's."""
+    import torch
+
+    return {getattr(torch, name): wire for wire, name in TORCH_NAMES.items()}
 
 
 def kind_of(value: Any) -> Kind | None:
@@ -70,7 +78,7 @@ def description(value: Any) -> Tensor | None:
     else:
         import torch
 
-        dtype = _FROM_TORCH.get(str(value.dtype)) if value.layout is torch.strided else None
+        dtype = _from_torch_dtypes().get(value.dtype) if value.layout is torch.strided else None
     return Tensor(dtype, tuple(value.shape), None) if dtype is not None else None
 
 
@@ -84,7 +92,7 @@ def fill(room: memoryview, value: Any) -> None:
         return
     import torch
 
-    if value.device.type == "cpu":
+    if value.is_cpu:
         import numpy as np
 
         # By one thread: to wake others takes longer than to copy a latent.
@@ -109,10 +117,11 @@ def _from_numpy(array: np.ndarray[Any, Any], argument: str) -> Tensor:
 def _from_torch(tensor: torch.Tensor, argument: str) -> Tensor:
     import torch
 
-    dtype = _FROM_TORCH.get(str(tensor.dtype))
+    dtype = _from_torch_dtypes().get(tensor.dtype)
     if dtype is None or tensor.layout is not torch.strided:
         raise ArgumentError(
-            f"{argument}: {tensor.dtype} ({tensor.layout}) doesn't travel; use one of {', '.join(_FROM_TORCH)}",
+            f"{argument}: {tensor.dtype} ({tensor.layout}) doesn't travel; "
+            f"use one of {', '.join(map(str, _from_torch_dtypes()))}",
             argument=argument,
         )
     return Tensor(dtype, tuple(tensor.shape), split(_flat(tensor).data))
@@ -122,11 +131,13 @@ def _flat(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """The contents on the CPU as bytes, copied only if necessary."""
     import torch
 
-    tensor = tensor.detach()
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     if tensor.is_neg():
         tensor = tensor.resolve_neg()
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         tensor = tensor.cpu()
+    # In a row first: a last dimension of 1 may have any stride, and then its numbers can't be seen as bytes.
     raw: np.ndarray[Any, np.dtype[np.uint8]] = tensor.contiguous().view(-1).view(torch.uint8).numpy()
     return raw
 

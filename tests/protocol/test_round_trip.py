@@ -168,6 +168,12 @@ def test_views_of_any_strides_travel(dtype: torch.dtype) -> None:
         whole.reshape(4, 6).t(),
         whole[:3].expand(2, 3),
         whole[3:4].expand(6),
+        whole.reshape(1, 1, 24)[:, :, 3:4],
+        whole.reshape(6, 4)[:1, :1],
+        whole.reshape(6, 4)[2:3].mT[1:2],
+        whole.reshape(6, 4)[:1].t()[:1],
+        whole.reshape(2, 12)[1:, :1].expand(1, 1),
+        whole.as_strided((3, 1), (1, 4)),
     ]
     for view in views:
         assert torch.equal(from_wire(to_wire(view, "x"), "torch"), view)
