@@ -20,6 +20,7 @@ from tacod.checkpoint import Checkpoint, read_checkpoint
 from tacod.checkpoint.header import BLOCKS
 from tacod.checkpoint.quantization import DESCRIPTION
 from tacod_client.errors import TacodError
+from tacod_client.tensors import as_bytes
 
 from . import hooks
 from .errors import Refused
@@ -262,7 +263,7 @@ def _same_blocks(checkpoint: Checkpoint, key: str, weight: torch.Tensor) -> bool
         file.seek(part.start)
         theirs = file.read(min(4 * NUMBERS, part.stop - part.start))
     if getattr(weight, GGUF_TYPE, None) is not None:
-        ours = plain(weight).reshape(-1).view(torch.uint8)[: 4 * NUMBERS].cpu()
+        ours = as_bytes(plain(weight))[: 4 * NUMBERS].cpu()
         return ours.numpy().tobytes() == theirs
     # The pack has made numbers of it as it read the file (vectors).
     dtype = DTYPES.get(info.dtype)

@@ -20,7 +20,19 @@ if TYPE_CHECKING:
 
     Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
-__all__ = ["TORCH_NAMES", "Kind", "all_like", "description", "fill", "from_wire", "kind_of", "like", "rows", "to_wire"]
+__all__ = [
+    "TORCH_NAMES",
+    "Kind",
+    "all_like",
+    "as_bytes",
+    "description",
+    "fill",
+    "from_wire",
+    "kind_of",
+    "like",
+    "rows",
+    "to_wire",
+]
 
 Kind = Literal["torch", "numpy"]
 
@@ -129,17 +141,22 @@ def _from_torch(tensor: torch.Tensor, argument: str) -> Tensor:
 
 def _flat(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """The contents on the CPU as bytes, copied only if necessary."""
-    import torch
-
     if tensor.requires_grad:
         tensor = tensor.detach()
     if tensor.is_neg():
         tensor = tensor.resolve_neg()
     if not tensor.is_cpu:
         tensor = tensor.cpu()
-    # In a row first: a last dimension of 1 may have any stride, and then its numbers can't be seen as bytes.
-    raw: np.ndarray[Any, np.dtype[np.uint8]] = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    raw: np.ndarray[Any, np.dtype[np.uint8]] = as_bytes(tensor).numpy()
     return raw
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The contents of a strided tensor (any device) as uint8 [nbytes], copied only if necessary."""
+    import torch
+
+    # With any other stride than 1, which a tensor of one number may have, numbers can't be seen as bytes.
+    return tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def from_wire(tensor: Tensor, kind: Kind, locked: bool = False) -> Any:

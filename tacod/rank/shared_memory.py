@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tacod.rank.comm.cuda_driver import map_host, unmap_host
 from tacod_client import wire
-from tacod_client.tensors import TORCH_NAMES
+from tacod_client.tensors import TORCH_NAMES, as_bytes
 
 __all__ = ["MappedMemories", "MappedMemory"]
 
@@ -79,7 +79,7 @@ class MappedMemory:
         if position > start + nbytes:
             return None
         for out, place in zip(outs, places, strict=True):
-            flat = out.contiguous().view(-1).view(torch.uint8)
+            flat = as_bytes(out)
             there = self._bytes[place : place + out.nbytes]
             if out.device.type == "cpu":
                 # By one thread: to wake others takes longer than to copy a latent.

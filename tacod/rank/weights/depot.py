@@ -23,6 +23,7 @@ from tacod.rank.comm.group import Group
 from tacod.rank.comm.peers import SymmetricBlock
 from tacod.rank.weights.host_memory import free_bytes
 from tacod_client.errors import OutOfMemory, TacodError
+from tacod_client.tensors import as_bytes
 
 __all__ = [
     "ALIGNED",
@@ -205,7 +206,7 @@ class Depot:
     def _put(self, tensor: Tensor, stored: Stored, owner: Owner) -> Stored:
         """Write a tensor's pieces: all of them if this rank alone has it, or those that it is to hold."""
         if owner.loader in (None, self._near.rank):
-            flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+            flat = as_bytes(tensor.detach())
             for rank, target, source in stored.copies(flat):
                 if owner.loader is not None or rank == self._near.rank:
                     copy_bytes(source, target)

@@ -17,6 +17,7 @@ from tacod.rank.families.base import DiT
 from tacod.rank.ops.packed.base import PackedLinear
 from tacod.rank.weights.parts import assign
 from tacod.rank.weights.stage import owner_of
+from tacod_client.tensors import as_bytes
 
 __all__ = ["Skeleton"]
 
@@ -87,7 +88,7 @@ def _made(described: Mapping[str, Any]) -> PackedLinear:
 
 def _told(tensor: Tensor, whole: bool) -> dict[str, Any]:
     """A tensor's shape and dtype, and with ``whole`` its bytes."""
-    data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes() if whole else None
+    data = as_bytes(tensor.detach()).cpu().numpy().tobytes() if whole else None
     return {"shape": list(tensor.shape), "dtype": _name(tensor.dtype), "data": data}
 
 
