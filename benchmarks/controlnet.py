@@ -57,6 +57,7 @@ def measure(model: Model, rounds: int, **more: Any) -> dict[str, float]:
     model.stats = stages = Stages()
     for turn in range(rounds + 1):
         model.forward(**inputs)
+        model.settle()
         for name, seconds in stages.stages.items() if turn else ():
             times[name].append(1000 * seconds)
     return {name: statistics.median(each) for name, each in times.items()}

@@ -46,15 +46,21 @@ HOPS: dict[str, tuple[str, str, str]] = {
     "read": ("rank 0", "after", "tacod.group.arena:Arena.unpack"),
     "on the device": ("rank 0", "after", "tacod.rank.engine:load_arguments"),
     "launched": ("rank 0", "after", "tacod.rank.forward.graphs:Forwards.__call__"),
-    "computed, on the host": ("rank 0", "after", "tacod.rank.comm.clock:Clock.take_s"),
+    "computed, on the host": ("rank 0", "before", "tacod.rank.completion:Completion.send"),
+    "completed": ("rank 0", "after", "tacod.rank.completion:Completion.send"),
+    "back": ("client", "after", "tacod_client.shared:Shared.receive"),
+    "counted": ("rank 0", "after", "tacod.rank.comm.clock:Clock.take_s"),
     "timed": ("rank 0", "after", "tacod.rank.engine:Engine._timed"),
     "answered": ("rank 0", "after", "tacod.group.arena:Arena.pack"),
     "answered by all ranks": ("supervisor", "before", "tacod.group.group:RankGroup._agree"),
     "noted": ("supervisor", "before", "tacod.serving.sessions:Sessions.send"),
-    "back": ("client", "after", "tacod_client.frames:receive"),
+    "answer back": ("client", "after", "tacod_client.frames:receive"),
     "returned": ("client", "after", "tacod_client.model:Model.forward"),
 }
 """What has happened, in which process, and the function before or after which it has."""
+
+ANSWER = ("counted", "timed", "answered", "answered by all ranks", "noted")
+"""The way of the answer, which is beside the way of a forward whose client hears of a completion."""
 
 
 # --- in each process --------------------------------------------------------------------------------------------------
@@ -150,8 +156,15 @@ def read(folder: Path, since_ns: int, until_ns: int) -> dict[str, float]:
     begins = [at for at, number in notes if number == 0 and since_ns <= at < until_ns]
     reached: dict[int, list[float]] = {}
     ends = [*begins[1:], until_ns]
+    completed, answer = list(HOPS).index("completed"), [list(HOPS).index(name) for name in (*ANSWER, "answer back")]
     for begin, end in zip(begins, ends, strict=True):
-        for number, at in _course([each for each in notes if begin <= each[0] < end]).items():
+        course = _course([each for each in notes if begin <= each[0] < end])
+        if completed in course:
+            # The answer may be under way when the next call begins, and that of the call before was when this one did.
+            behind = [each for each in notes if each[0] > course[completed]]
+            first = {number: next((at for at, each in behind if each == number), None) for number in answer[:-1]}
+            course = {number: at for number, at in (course | first).items() if at is not None and number != answer[-1]}
+        for number, at in course.items():
             reached.setdefault(number, []).append((at - begin) / 1e6)
     return {name: statistics.median(reached[number]) for number, name in enumerate(HOPS) if number in reached}
 
@@ -175,14 +188,19 @@ def _course(notes: list[tuple[int, int]]) -> dict[int, int]:
 
 
 def show(hops: Mapping[str, float]) -> None:
-    """Print where a forward is when, and how long each hop took; nothing if none was noted."""
+    """Print where a forward is when, and how long each hop took; nothing if none was noted.
+
+    Behind a completion the answer has a way of its own, which stands below.
+    """
     if not hops:
         return
     print(f"  {'':12}{'':24}{'at ms':>9}{'took ms':>9}")
-    before = 0.0
-    for name, at in hops.items():
-        print(f"  {HOPS[name][0]:12}{name:24}{at:9.3f}{at - before:9.3f}")
-        before = at
+    beside = ANSWER if "completed" in hops else ()
+    for names in ([name for name in hops if name not in beside], [name for name in hops if name in beside]):
+        before = hops["completed"] if names and names[0] in beside else 0.0
+        for name in names:
+            print(f"  {HOPS[name][0]:12}{name:24}{hops[name]:9.3f}{hops[name] - before:9.3f}")
+            before = hops[name]
 
 
 def cpu_ms(pid: int) -> float:

@@ -107,6 +107,8 @@ class Record:
 
     def __init__(self) -> None:
         self._runs: list[Run] = []
+        self._models: list[Model] = []
+        """Whose calls were noted in them."""
         self._latest: Run | None = None
 
     def begin(self, endpoint: str, model: str, family: str) -> None:
@@ -115,10 +117,14 @@ class Record:
         latest[endpoint] = Latest(model, family, self._latest)
 
     def add(self, model: Model) -> None:
-        """Note the model's last call in every run that is under way."""
+        """Note the model's last call in every run that is under way.
+
+        The daemon may tell of its time while the next one is under way.
+        """
         for run in (*self._runs, *([self._latest] if self._latest is not None else [])):
-            assert model.stats.last is not None
-            run.calls.append(model.stats.last)
+            model.hear_last(run.calls.append)
+        if self._runs and model not in self._models:
+            self._models.append(model)
 
     @contextmanager
     def to(self, run: Run) -> Iterator[None]:
@@ -126,8 +132,12 @@ class Record:
         self._runs.append(run)
         try:
             yield
+            for model in self._models:
+                model.settle()
         finally:
             self._runs.remove(run)
+            if not self._runs:
+                self._models.clear()
 
 
 class Totals:

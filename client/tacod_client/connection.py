@@ -6,11 +6,11 @@ in a new session. That is safe, because a forward is a pure function and a load 
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -18,21 +18,26 @@ from typing import Any
 import zmq
 
 from tacod_client import frames, wire
+from tacod_client.decoder import Decoder
 from tacod_client.endpoint import Endpoint, find_endpoint
 from tacod_client.errors import (
     ConnectionFailed,
     ConnectionLost,
     MessageTooLarge,
     NotAllowed,
+    ProtocolError,
     TacodError,
     Unavailable,
 )
+from tacod_client.request import Request
 from tacod_client.shared import Shared
 from tacod_client.text import encodable
 from tacod_client.version import __version__
 from tacod_client.wire import Message
 
-__all__ = ["Connection", "Request"]
+__all__ = ["Connection"]
+
+log = logging.getLogger(__name__)
 
 PING_S = 0.5
 """After this long without a message from the daemon, it is pinged."""
@@ -42,20 +47,9 @@ SLICE_S = 0.02
 """How long one wait lasts before `on_wait` is called: a click on Cancel is noticed within this time."""
 STOPPING_S = 0.25
 """How often a daemon that is about to stop is asked again."""
+SETTLE_S = 1.0
+"""How long to wait for the answers that follow completions: they come at once, unless a rank hangs."""
 WORK = ("load", "forward", "call", "sample")
-
-
-class Request:
-    """A request under way: its replies as they come, and how to send it again."""
-
-    def __init__(self, kind: str, build: Callable[[], dict[str, Any]]) -> None:
-        self.kind = kind
-        self.build = build
-        """Makes the body, each time that the request is sent."""
-        self.id = 0
-        self.replies: deque[Message] = deque()
-        self.lost = False
-        """Whether the connection on which it was sent is gone."""
 
 
 class Connection:
@@ -86,7 +80,10 @@ class Connection:
         self._context: zmq.Context[Any] = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
         self._poller = zmq.Poller()
-        """Waits for messages on the socket."""
+        """Waits for messages on the socket, and for completions."""
+        self._polled: tuple[int, ...] = ()
+        """The descriptors of the completions for which it waits."""
+        self._decoder = Decoder("completion")
         self._session = b""
         self._ids = 0
         self._waiting: dict[int, Request] = {}
@@ -110,7 +107,7 @@ class Connection:
                     self._socket.send_multipart(wire.encode(Message("bye", {}, 0, self._session)), zmq.DONTWAIT)
                 self._endpoint.close(self._socket, linger_ms=200)
                 self._socket = None
-            self.shared = None
+            self._end_sharing()
             self._context.term()
 
     # --- requests -------------------------------------------------------------------------------------------------
@@ -118,8 +115,11 @@ class Connection:
     def ask(self, kind: str, build: Callable[[], dict[str, Any]] = dict) -> Message:
         """Send a request and wait for its one reply; it is sent again if the daemon is restarted in between.
 
-        Raises the `TacodError` that the daemon answers, `ConnectionFailed` or `ConnectionLost`.
+        What it asks about is as of after all forwards that have returned, if their answers come in time. Raises the
+        `TacodError` that the daemon answers, `ConnectionFailed` or `ConnectionLost`.
         """
+        if kind != "cancel":
+            self.settle()
         request = self.start(kind, build)
         answered = False
         try:
@@ -167,9 +167,24 @@ class Connection:
                 self._socket.send_multipart(wire.encode(Message(kind, body, 0, self._session)), zmq.DONTWAIT)
 
     def forget(self, request: Request) -> None:
-        """Ignore a request's further replies."""
+        """Ignore a request's further replies; if it is completed, its answer is still taken in."""
         with self._lock:
-            self._waiting.pop(request.id, None)
+            if not request.completed:
+                self._waiting.pop(request.id, None)
+
+    def settle(self) -> None:
+        """Take in the answers of completed requests, which are on their way; after `SETTLE_S` they come when they come.
+
+        Whoever waits for a reply takes them in too.
+        """
+        until = time.monotonic() + SETTLE_S
+        while True:
+            with self._lock:
+                if not any(each.completed for each in self._waiting.values()) or time.monotonic() > until:
+                    return
+                self._listen()
+            # Another thread that waits for the lock gets it now.
+            time.sleep(1e-4)
 
     def replies(self, request: Request) -> Iterator[Message]:
         """The replies to a request as they come, without end.
@@ -204,7 +219,7 @@ class Connection:
                 self.pause(STOPPING_S)
                 request.lost = True
             else:
-                self._has_worked |= reply.type == "done" and request.kind in WORK
+                self._has_worked |= reply.type in ("done", "completion") and request.kind in WORK
                 yield reply
 
     def _will_come_back(self, error: TacodError) -> bool:
@@ -261,8 +276,7 @@ class Connection:
             raise ConnectionFailed("this client is closed; make a new one")
         if self._socket is None:
             self._socket = self._endpoint.open(self._context, self.timeout_s)
-            self._poller = zmq.Poller()
-            self._poller.register(self._socket, zmq.POLLIN)
+            self._wait_for(())
             self._socket.setsockopt(zmq.SNDTIMEO, int(SILENCE_S * 1000))
             self._heard_s = self._pinged_s = time.monotonic()
             self._unanswered_s = None
@@ -310,17 +324,33 @@ class Connection:
         self.boot_id = reply.body["boot_id"]
         self.limits = reply.body["limits"]
         path = self._endpoint.memory_path(reply.body.get("memory"))
-        self.shared = Shared(path, self._session) if path is not None else None
+        completes = reply.body.get("completions") is True
+        self.shared = Shared(path, self._session, completes) if path is not None else None
 
     def _drop_session(self) -> None:
         """Give up the socket and the session; every open request is lost and will be sent again."""
         self._session = b""
-        self.shared = None
+        self._end_sharing()
         if self._socket is not None:
             self._endpoint.close(self._socket, linger_ms=0)
             self._socket = None
         for request in self._waiting.values():
             request.lost = True
+
+    def _end_sharing(self) -> None:
+        """What was shared in this session goes with it, and so do the answers of requests that are completed."""
+        if self.shared is not None:
+            self.shared.close()
+            self.shared = None
+        for request in [each for each in self._waiting.values() if each.completed]:
+            del self._waiting[request.id]
+            request.end(None)
+
+    def _wait_for(self, completions: tuple[int, ...]) -> None:
+        """From now on, wait for messages and for completions at these descriptors."""
+        self._polled, self._poller = completions, zmq.Poller()
+        for source in (self._socket, *completions):
+            self._poller.register(source, zmq.POLLIN)
 
     def _listen(self) -> None:
         """Wait one slice for messages, and check whether the daemon is still there."""
@@ -339,8 +369,14 @@ class Connection:
                 self._socket_now().send_multipart(ping, zmq.DONTWAIT)
 
     def _read(self, wait_s: float) -> None:
-        socket = self._socket_now()
-        if not self._poller.poll(int(wait_s * 1000)):
+        socket, shared = self._socket_now(), self.shared
+        if shared is not None and shared.completions is not self._polled:
+            self._wait_for(shared.completions)
+        ready = self._poller.poll(int(wait_s * 1000))
+        if shared is not None and any(source is not socket for source, _ in ready):
+            for packet in shared.receive():
+                self._complete(packet)
+        if not any(source is socket for source, _ in ready):
             return
         # What a message says may end the session, and the socket with it.
         while self._socket is socket:
@@ -357,5 +393,17 @@ class Connection:
     def _take(self, message: Message) -> None:
         if message.type == "unknown_session":
             self._drop_session()
-        elif message.id in self._waiting:
-            self._waiting[message.id].replies.append(message)
+        elif message.id in self._waiting and self._waiting[message.id].take(message):
+            del self._waiting[message.id]
+
+    def _complete(self, packet: bytes) -> None:
+        """Take in a completion. One that can't be read is no loss, as the answer comes too."""
+        head = len(wire.PREAMBLE)
+        try:
+            message = self._decoder.decode([packet[:head], packet[head:]])
+        except ProtocolError as error:
+            log.debug("a completion that can't be read: %s", error.message)
+            return
+        request = self._waiting.get(message.id)
+        if request is not None and message.type == "completion" and "out" in message.body:
+            request.complete(message)

@@ -105,7 +105,7 @@ def converse(
     uploads: Uploads,
     holds: Callable[[], bool] = lambda: True,
 ) -> Iterator[Message]:
-    """Send a request, with uploads as they prove needed, and yield its messages up to the last.
+    """Send a request, with uploads as they prove needed, and yield its messages up to the last, or to its completion.
 
     While others' loads and forwards fill the daemon's store, it waits, for as long as for a daemon that is away.
     ``holds`` says, when the request is under way, whether it may be; if not, it is cancelled and built and sent anew.
@@ -121,7 +121,7 @@ def converse(
             if not holds():
                 continue
             for reply in connection.replies(request):
-                ended = reply.type in ("done", "missing")
+                ended = reply.type in ("done", "completion", "missing")
                 if reply.type == "missing":
                     _upload(connection, reply.body["digests"], uploads)
                     break

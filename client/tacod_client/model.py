@@ -17,7 +17,8 @@ from tacod_client.forward import ForwardRequest
 from tacod_client.job import Job
 from tacod_client.latents import check_latents
 from tacod_client.loading import Loading
-from tacod_client.stats import ModelStats
+from tacod_client.request import Completion, Request
+from tacod_client.stats import Call, ModelStats
 from tacod_client.tensors import all_like, kind_of, like
 from tacod_client.wire import Message
 
@@ -45,8 +46,9 @@ class Model:
         self._describe(described)
         for note in self.notes:
             _log.warning("%s: a patch was left out: %s", self.name, note)
-        self.stats = ModelStats()
-        """Accumulated over this object's calls."""
+        self._stats = ModelStats()
+        self._last: Request | None = None
+        """That of the last forward, if it was completed before the daemon had told the split of its time."""
         self.on_blocks: Callable[[int, int], None] | None = None
         """Hears, during a forward of more than half a second, how many of the model's blocks are done, and of how many.
         """
@@ -79,6 +81,33 @@ class Model:
         self.streamed_bytes: tuple[int, ...] = tuple(described.get("streamed_bytes", ()))
         """What each rank fetches in a forward."""
 
+    @property
+    def stats(self) -> ModelStats:
+        """Accumulated over this object's calls, as of after `settle`. Others may be put in their place."""
+        self.settle()
+        return self._stats
+
+    @stats.setter
+    def stats(self, stats: ModelStats) -> None:
+        self._stats = stats
+
+    def settle(self) -> None:
+        """Wait for what the daemon has yet to tell of calls that have returned, for a second at most."""
+        self._connection.settle()
+
+    def hear_last(self, hear: Callable[[Call], None]) -> None:
+        """Have ``hear`` hear of the last call, at once or when the daemon has told the split of its time."""
+        stats = self._stats
+
+        def tell(answer: Message | None = None) -> None:
+            assert stats.last is not None
+            hear(stats.last)
+
+        if self._last is not None:
+            self._last.when_answered(tell)
+        else:
+            tell()
+
     def __repr__(self) -> str:
         return f"<Model {self.id} {self.family} {self.name}>"
 
@@ -92,7 +121,7 @@ class Model:
         other = copy.copy(self)
         other._load = replace(self._load, plan=plan)
         other._digests = Digests()
-        other.stats = ModelStats()
+        other._stats, other._last = ModelStats(), None
         return other
 
     def forward(self, /, **arguments: Any) -> Any:
@@ -120,12 +149,28 @@ class Model:
             answered = True
         finally:
             latents.close(answered)
-        self.stats.forwards += 1
-        self.stats.add(reply.body, time.perf_counter() - started)
+        self._count(reply, time.perf_counter() - started)
         return out
 
+    def _count(self, reply: Message, elapsed_s: float) -> None:
+        """Count a forward by its answer, or by the one that follows its completion."""
+        stats = self._stats
+        stats.forwards += 1
+        self._last = reply.request if isinstance(reply, Completion) else None
+        if self._last is None:
+            stats.add(reply.body, elapsed_s)
+            return
+
+        def count(answer: Message | None) -> None:
+            if answer is not None and answer.type == "done":
+                stats.add(answer.body, elapsed_s)
+            else:
+                stats.add_untold(elapsed_s)
+
+        self._last.when_answered(count)
+
     def _run(self, request: ForwardRequest) -> tuple[Any, Message]:
-        """The output of a forward, and the message that it came with."""
+        """The output of a forward, and the message that it came with: its answer, or its completion."""
         for reply in self._replies(request):
             if reply.type == "progress" and self.on_blocks is not None:
                 self.on_blocks(reply.body["block"], reply.body["blocks"])
@@ -216,7 +261,7 @@ class Model:
         # The job may be asked for again after this has returned, whatever its caller does with these tensors by then.
         kept = {digest: own(each) if each.nbytes > self._digests.limit else each for digest, each in uploads.items()}
         owned = own(asked)
-        return Job(self._converse("sample", lambda: owned, kept), noise, self.stats, self._cancel)
+        return Job(self._converse("sample", lambda: owned, kept), noise, self._stats, self._cancel)
 
     def _converse(
         self,

@@ -1,7 +1,8 @@
 """Memory that this client shares with the daemon's ranks.
 
-The daemon makes the memory and hands out its descriptor on a unix socket beside the first (docs/protocol.md). Whatever
-goes wrong here, tensors travel as frames: sharing only saves time.
+The daemon makes the memory and hands out its descriptor on a unix socket beside the first (docs/protocol.md). With it
+comes a socket on which a rank tells of completions: a result lies there. Whatever goes wrong here, tensors travel as
+frames, and answers come from the daemon: sharing only saves time.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ LEAST_MEMORY_BYTES = 1 << 20
 class Memory:
     """One memory and the places in it that are in use."""
 
-    def __init__(self, number: int, nbytes: int, fd: int) -> None:
+    def __init__(self, number: int, nbytes: int, fd: int, completions: socket.socket | None = None) -> None:
+        """It keeps the socket, and not the memory's descriptor ``fd``."""
+        self.completions = completions
         self.number = number
         self.nbytes = nbytes
         self.retired = False
@@ -64,8 +67,11 @@ class Memory:
 class Shared:
     """The memories of one session; usable from several threads."""
 
-    def __init__(self, path: bytes, session: bytes) -> None:
-        """``path`` is that of the socket that hands out memory."""
+    def __init__(self, path: bytes, session: bytes, completes: bool = False) -> None:
+        """``path`` is that of the socket that hands out memory, with completions if the daemon ``completes``."""
+        self.completions: tuple[int, ...] = ()
+        """The descriptors that become readable when a completion comes; another tuple whenever they change."""
+        self._completes = completes
         self._path = path
         self._session = session
         self._memories: list[Memory] = []
@@ -88,9 +94,10 @@ class Shared:
                 log.debug("no shared memory: %s", error)
                 self._ask_at_s = time.monotonic() + AGAIN_S
                 return None
-            for each in useless:
-                self._memories.remove(each)
             self._memories.append(memory)
+            for each in useless:
+                self._remove(each)
+            self._note_completions()
             offset = memory.take(nbytes)
             assert offset is not None
             return memory, offset, [each.number for each in useless]
@@ -104,16 +111,53 @@ class Shared:
             memory.retired = memory.retired or not answered
             memory.release(offset)
             if memory.retired and memory.idle and memory in self._memories:
-                self._memories.remove(memory)
+                self._remove(memory)
+                self._note_completions()
                 return [memory.number]
             return []
+
+    def receive(self) -> list[bytes]:
+        """The completions that have come, as packets. A socket that is closed is given up."""
+        packets = []
+        with self._lock:
+            for memory in self._memories:
+                end = memory.completions
+                try:
+                    while end is not None and (packet := end.recv(wire.COMPLETION_BYTES, socket.MSG_DONTWAIT)):
+                        packets.append(packet)
+                except BlockingIOError:
+                    continue
+                except OSError as error:
+                    log.debug("no more completions: %s", error)
+                if end is not None:
+                    end.close()
+                    memory.completions = None
+                    self._note_completions()
+        return packets
+
+    def close(self) -> None:
+        """Hear of no more completions; the session has ended."""
+        with self._lock:
+            for memory in list(self._memories):
+                self._remove(memory)
+            self._note_completions()
+
+    def _remove(self, memory: Memory) -> None:
+        self._memories.remove(memory)
+        if memory.completions is not None:
+            memory.completions.close()
+
+    def _note_completions(self) -> None:
+        ends = (each.completions for each in self._memories)
+        self.completions = tuple(end.fileno() for end in ends if end is not None)
 
     def _ask(self, nbytes: int) -> Memory:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
             asking.settimeout(ASK_S)
             asking.connect(self._path)
-            asking.send(b"".join(map(bytes, wire.encode(Message("share", {"nbytes": nbytes}, 0, self._session)))))
-            packet, descriptors, _, _ = socket.recv_fds(asking, wire.SHARE_BYTES, 1)
+            asked: dict[str, int] = {"nbytes": nbytes, **({"completions": True} if self._completes else {})}
+            asking.send(b"".join(map(bytes, wire.encode(Message("share", asked, 0, self._session)))))
+            packet, descriptors, _, _ = socket.recv_fds(asking, wire.SHARE_BYTES, 2)
         try:
             head = len(wire.PREAMBLE)
             reply = wire.decode([packet[:head], packet[head:]])
@@ -121,7 +165,10 @@ class Shared:
                 raise TacodError.from_wire(reply.body)
             if not descriptors or not nbytes <= reply.body["nbytes"] <= os.fstat(descriptors[0]).st_size:
                 raise ProtocolError("the daemon's answer brings no memory of that size")
-            return Memory(reply.body["memory"], reply.body["nbytes"], descriptors[0])
+            memory = Memory(reply.body["memory"], reply.body["nbytes"], descriptors[0])
+            if len(descriptors) > 1:
+                memory.completions = socket.socket(fileno=descriptors.pop())
+            return memory
         finally:
             for each in descriptors:
                 os.close(each)

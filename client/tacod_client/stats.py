@@ -57,6 +57,14 @@ class ModelStats:
     plan: str = ""
     last: Call | None = None
 
+    def add_untold(self, elapsed_s: float) -> None:
+        """Count a forward whose result came, while the daemon ended before it told the split of the time.
+
+        All of it counts as `client_s`, and the forward as one like the last.
+        """
+        timing = {f"{part}_s": 0.0 for part in DAEMONS}
+        self.add({"timing": timing, "steps": 1, "attempts": 1, "ranks": self.ranks, "plan": self.plan}, elapsed_s)
+
     def add(self, answer: Mapping[str, Any], elapsed_s: float) -> None:
         """Count one answered call."""
         timing = answer["timing"]

@@ -47,6 +47,8 @@ MEMORY_SOCKET = ".memory"
 """What is appended to the path of the daemon's unix socket for the one that hands out shared memory."""
 SHARE_BYTES = 4096
 """Largest packet on that socket."""
+COMPLETION_BYTES = 4096
+"""Largest packet on a socket by which a client hears of completions."""
 ALIGNED_BYTES = 64
 """Tensors in shared memory begin at multiples of this."""
 DIGEST_BYTES = 32

@@ -22,9 +22,9 @@ class Fault(Section):
     ``slow`` waits for `seconds` and goes on."""
     at: Literal["start", "load", "unload", "forward", "call", "sample"] = "forward"
     """In which work; each step of a sampling run is one."""
-    when: Literal["before", "after", "block"] = "before"
-    """Before the rank's part of the work, so that the others wait for it, after it, or before a block of a watched
-    forward."""
+    when: Literal["before", "after", "block", "written"] = "before"
+    """Before the rank's part of the work, so that the others wait for it, after it, before a block of a watched
+    forward, or in rank 0 between the writing of a result to a client's memory and its completion."""
     block: NonNegativeInt | None = None
     """With ``block``: before which one; each of them if absent."""
     seconds: PositiveFloat = 1.0
@@ -43,6 +43,8 @@ class Fault(Section):
             raise ValueError(f'at = "start" is before all work: no {self.kind} there, and nothing after it')
         if self.when == "block" and self.at not in ("forward", "sample"):
             raise ValueError(f'when = "block": there are none in {self.at}; use at = "forward" or "sample"')
+        if self.when == "written" and self.at != "forward":
+            raise ValueError(f'when = "written": no {self.at} writes to a client\'s memory; use at = "forward"')
         if self.block is not None and self.when != "block":
             raise ValueError('block is for when = "block" alone; remove it, or set that')
         return self

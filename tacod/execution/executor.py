@@ -150,6 +150,17 @@ class Executor:
 
     # --- jobs -----------------------------------------------------------------------------------------------------
 
+    @property
+    def unfinished(self) -> list[Job]:
+        """All jobs but a running one that is completed, which counts towards no limit."""
+        self._note_completion()
+        return [job for job in self.scheduler.jobs if not job.completed]
+
+    def _note_completion(self) -> None:
+        """Note whether the running job is completed, as of now: its client may have asked for the next one already."""
+        if self.scheduler.running is not None and self.group.has_completed:
+            self.scheduler.running.completed = True
+
     def submit(self, job: Job, others: int = 0) -> None:
         """Queue a job; the tensors that it names by digest stay in the store until its end.
 
@@ -158,6 +169,7 @@ class Executor:
         """
         if self.given_up is not None:
             raise Unavailable(self.given_up)
+        self._note_completion()
         self.scheduler.submit(job, others)
         self.store.pin(job.digests, job.verb is not Verb.SAMPLE)
         self.memories.pin(job.body)
@@ -193,6 +205,7 @@ class Executor:
 
     def cancel(self, job_id: str) -> bool:
         """Cancel a job; returns whether it has ended already. Raises `JobNotFound`."""
+        self._note_completion()
         ended = self.scheduler.cancel(job_id)
         self._end(ended)
         self._stop_if_cancelling()
@@ -201,6 +214,7 @@ class Executor:
     def drop(self, session: bytes) -> None:
         """End a session's jobs and its uploads, and take back the memory that it shares."""
         self.store.disclaim(session)
+        self._note_completion()
         self._end(self.scheduler.drop(session))
         self.memories.revoke(session)
         self._stop_if_cancelling()
@@ -214,10 +228,16 @@ class Executor:
             self.group.stop()
 
     def abort(self, error: TacodError) -> None:
-        """End all jobs with ``error``, and the ranks with them."""
-        self.group.kill()
+        """End all jobs with ``error``, and the ranks with them; one that is completed ends with its result."""
+        self._kill_ranks()
         self.current = None
         self._end(self.scheduler.fail_all(error))
+
+    def _kill_ranks(self) -> None:
+        """End all ranks. If rank 0 has completed the running job, that ends with its result, as if all had answered."""
+        answer = self.group.kill()
+        if answer is not None:
+            self._take(answer)
 
     # --- ranks ----------------------------------------------------------------------------------------------------
 
@@ -271,6 +291,7 @@ class Executor:
     def _lose_group(self, lost: GroupLost, now: float) -> None:
         reason = str(lost)
         log.error("%s%s; ending all ranks", self._label, reason)
+        self._kill_ranks()
         item, self.current = self.current, None
         running = item.job if item is not None else None
         restoring = item.model if item is not None and item.purpose is Purpose.RESTORE else None
@@ -279,7 +300,6 @@ class Executor:
             lost = GroupLost(reason)
         if running is not None and running.verb in ON_MODEL:
             self.records.metrics.retried_forwards += 1
-        self.group.kill()
         ended = self.scheduler.lose_group(reason, lost.error, lost.cause, counts=not shrunk)
         self._end(ended)
         given_up = self.residency.lose_group(lost, self.settings.retries, None if shrunk else restoring)
@@ -371,7 +391,9 @@ class Executor:
     def _hand_out(self, item: WorkItem) -> None:
         self.current, item.began_s = item, time.monotonic()
         memory = self.memories.named_by(item.command)
-        self.group.run(item.command, map(self.store.get, item.digests), item.timeout_s, item.watched, memory)
+        completes = memory is not None and memory.completions is not None
+        request = item.job.request if completes and item.job is not None else None
+        self.group.run(item.command, map(self.store.get, item.digests), item.timeout_s, item.watched, memory, request)
 
     def _load(self, purpose: Purpose, model: Model, job: Job | None = None, first: Iterable[str] = ()) -> None:
         """Load a model, in the place of others if it is for a job: of the ``first`` ones in any case."""

@@ -94,6 +94,11 @@ class Groups:
         return [job for each in self for job in each.scheduler.jobs]
 
     @property
+    def unfinished(self) -> list[Job]:
+        """The same without those that are completed: they count towards no limit."""
+        return [job for each in self for job in each.unfinished]
+
+    @property
     def files(self) -> set[str]:
         """The real paths of all files that are loaded, that will be loaded, or that jobs need."""
         return {path for each in self for path in each.files}
@@ -185,7 +190,7 @@ class Groups:
         """
         if executor is None:
             executor = self._route(job)
-        executor.submit(job, len(self.jobs) - len(executor.scheduler.jobs))
+        executor.submit(job, sum(len(each.unfinished) for each in self if each is not executor))
 
     def _route(self, job: Job) -> Executor:
         if self.given_up is not None:

@@ -47,8 +47,8 @@ class Memories:
         """Bytes of all memories, those among them that wait for a job's end."""
         return sum(held.memory.nbytes for held in self._held.values())
 
-    def make(self, owner: bytes, nbytes: int) -> SharedMemory:
-        """A memory for the session ``owner``.
+    def make(self, owner: bytes, nbytes: int, completions: int | None = None) -> SharedMemory:
+        """A memory for the session ``owner``, which takes over the descriptor ``completions`` (`completion_sockets`).
 
         Raises `QueueFull` at a limit, `Unavailable` if the kernel gives none.
         """
@@ -63,7 +63,7 @@ class Memories:
             )
         self._made += 1
         try:
-            memory = SharedMemory.make(self._made, nbytes)
+            memory = SharedMemory.make(self._made, nbytes, completions)
         except OSError as error:
             raise Unavailable(f"no memory to share: {error.strerror}; send tensors as frames") from None
         self._held[memory.id] = _Held(memory, owner)

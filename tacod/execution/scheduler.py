@@ -81,6 +81,9 @@ class Job:
     """What ended the ranks at its last attempt, as `GroupLost.cause` has it."""
     started_s: float | None = None
     cancelling: bool = False
+    completed: bool = False
+    """Whether its client may have its result already, though not all ranks have answered; then it can't be cancelled.
+    """
     outcome: Outcome | None = None
     error: TacodError | None = None
     times: dict[str, float] = field(default_factory=dict)
@@ -131,7 +134,7 @@ class Scheduler:
                 "tacod is draining: it ends what it has and takes no new work; ask again after its restart",
                 stopping=True,
             )
-        count = len(self.jobs) + others
+        count = sum(not each.completed for each in self.jobs) + others
         if count >= self.limit:
             raise QueueFull(
                 f"{count} jobs are queued, which is the limit (limits.queue); wait for one to end",
@@ -245,20 +248,21 @@ class Scheduler:
     def cancel(self, job_id: str) -> list[Job]:
         """Cancel a job: at once if it waits, at the end of its step if it runs.
 
-        Raises `JobNotFound`. Returns the ended jobs.
+        Raises `JobNotFound`, also for one that is completed. Returns the ended jobs.
         """
-        if self.running is not None and self.running.id == job_id:
-            self.running.cancelling = True
+        running = self.running
+        if running is not None and running.id == job_id and not running.completed:
+            running.cancelling = True
             return []
         for job in self.jobs:
-            if job.id == job_id:
+            if job.id == job_id and job is not running:
                 self._remove(job)
                 return [job.end(Outcome.CANCELLED, _cancelled(job))]
         raise JobNotFound(f"no job {job_id!r} is queued or running; `tacoctl ps` lists them", job=job_id)
 
     def drop(self, session: bytes) -> list[Job]:
         """Forget a session: its waiting jobs end now, its running one at the end of its step."""
-        if self.running is not None and self.running.session == session:
+        if self.running is not None and self.running.session == session and not self.running.completed:
             self.running.cancelling = True
         return [job.end(Outcome.CANCELLED, _cancelled(job)) for job in self._queues.pop(session, deque())]
 

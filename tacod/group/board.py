@@ -1,24 +1,32 @@
-"""Numbers that the supervisor and its ranks share, at the beginning of their arena: how far a forward is, and its stop.
+"""What the supervisor and its ranks share at the beginning of their arena: how far a forward is, its stop, its end.
 
 A rank writes how many blocks it has done; the supervisor reads that. The supervisor asks for a stop; rank 0 decides
 at which block, and every rank stops there. No rank begins a block before rank 0 has decided about it, so that all stop
 before the same one, whatever their pace. Each number is written by one process, and whole.
+
+Rank 0 notes here that it has completed a command before it tells the client. The supervisor reads that when ranks are
+lost: what is completed isn't done again.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["BOARD_BYTES", "LAST_BLOCK", "Blocks", "Board"]
+__all__ = ["BOARD_BYTES", "LAST_BLOCK", "REPORT_BYTES", "Blocks", "Board"]
 
-BOARD_BYTES = 16 << 10
-_STOP, _DECISION, _RANKS = 0, 8, 64
+BOARD_BYTES = 20 << 10
+REPORT_BYTES = 4 << 10
+"""The longest report of a completed command, which lies at the board's end."""
+_STOP, _DECISION, _COMPLETED, _RANKS = 0, 8, 16, 64
 """Places of the numbers of 8 bytes. What different processes write lies in different cache lines."""
 _EACH = 8
 _ENVELOPE, _FORWARD, _DONE, _TOTAL, _REACHED = range(5)
+_NUMBER, _AT, _SIZE = range(3)
+"""Of a completed command: its number, when it was completed, and the size of its report."""
 _BLOCK_BITS, _FORWARD_BITS = 16, 16
 LAST_BLOCK = (1 << _BLOCK_BITS) - 1
 """Stands for the end of a forward, behind all of its blocks."""
@@ -91,6 +99,17 @@ class Board:
             return None
         return Blocks(*(self._numbers[at + each] for each in (_FORWARD, _DONE, _TOTAL)))
 
+    def completed_s(self, envelope: int) -> float | None:
+        """When rank 0 completed this command, on the monotonic clock; None if it hasn't."""
+        if self._numbers[_COMPLETED + _NUMBER] != envelope:
+            return None
+        return self._numbers[_COMPLETED + _AT] / 1e9
+
+    @property
+    def report(self) -> bytes:
+        """Rank 0's report of the command that it completed last."""
+        return self._memory[BOARD_BYTES - REPORT_BYTES :][: self._numbers[_COMPLETED + _SIZE]]
+
     # --- a rank -----------------------------------------------------------------------------------------------------
 
     def tell(self, rank: int, envelope: int, blocks: Blocks) -> None:
@@ -100,6 +119,17 @@ class Board:
         self._numbers[at + _DONE] = blocks.done
         self._numbers[at + _TOTAL] = blocks.total
         self._numbers[at + _ENVELOPE] = envelope
+
+    def note_report(self, report: bytes) -> None:
+        """As rank 0, put down the report of a command that is about to be completed, of `REPORT_BYTES` at most."""
+        start = BOARD_BYTES - REPORT_BYTES
+        self._memory[start : start + len(report)] = report
+        self._numbers[_COMPLETED + _SIZE] = len(report)
+
+    def complete(self, envelope: int) -> None:
+        """Note, as rank 0, that this command is completed: its result is there, and its report was noted."""
+        self._numbers[_COMPLETED + _AT] = time.monotonic_ns()
+        self._numbers[_COMPLETED + _NUMBER] = envelope
 
     def reach(self, rank: int, envelope: int, forward: int, block: int) -> None:
         """Note which block this rank has come to."""

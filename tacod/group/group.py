@@ -11,13 +11,13 @@ import re
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tacod import config
 from tacod.group.arena import Arena
-from tacod.group.board import Blocks
+from tacod.group.board import Blocks, Board
 from tacod.group.faults import Faults
 from tacod.group.launcher import launcher
 from tacod.group.pace import Pace
@@ -35,6 +35,8 @@ from tacod.group.work import (
     Progress,
     Raised,
     Ready,
+    as_tensor,
+    read_done,
     read_report,
 )
 from tacod_client import wire
@@ -176,12 +178,29 @@ class RankGroup:
         self.state = GroupState.STARTING
         self.deadline = time.monotonic() + self.settings.start_timeout_s
 
-    def kill(self) -> None:
-        """End all ranks at once; nothing of them remains."""
+    def kill(self) -> Answer | None:
+        """End all ranks at once; nothing of them remains.
+
+        Returns the answer to the command that they had, if rank 0 completed it: the client may have the result.
+        """
+        current, self._current = self._current, None
+        # Until rank 0 has ended it may complete its command. The launcher then closes the arena.
+        board = Board(self._launcher.arena.fd) if current is not None and self._launcher.arena is not None else None
         self._launcher.kill()
         self.state = GroupState.DOWN
         self.deadline = None
-        self._current = None
+        if current is None or board is None:
+            return None
+        try:
+            return _completed(current, board)
+        finally:
+            board.close()
+
+    @property
+    def has_completed(self) -> bool:
+        """Whether rank 0 has completed the command under way: its client may have the result, and nothing undoes it."""
+        current, arena = self._current, self._launcher.arena
+        return current is not None and arena is not None and arena.board.completed_s(current.id) is not None
 
     def close(self) -> None:
         """End all ranks, and what they are forked from."""
@@ -236,10 +255,12 @@ class RankGroup:
         timeout_s: float,
         watched: bool = False,
         memory: SharedMemory | None = None,
+        request: int | None = None,
     ) -> None:
         """Give one command to every rank. ``tensors`` are the stored ones that it may name by digest.
 
-        The ranks get the descriptor of the ``memory`` shared with a client that it names, if they don't have it.
+        The ranks get the descriptors of the ``memory`` shared with a client that it names, if they don't have them.
+        With the id of the client's ``request``, rank 0 tells the client of the completion.
         The ranks have ``timeout_s`` for it. Where it is ``watched``, they have it for the first block of a forward, and
         then for each further one as long as `Pace` says. Raises `GroupLost` if a rank is gone.
         """
@@ -257,13 +278,14 @@ class RankGroup:
             watched=watched,
             mapped=[fresh.id, fresh.nbytes] if fresh is not None else None,
             unmapped=self._unmapped,
+            request=as_tensor(request) if request is not None else None,
         )
         self._forgotten, self._unmapped = [], []
         assert self._launcher.arena is not None
         packet = _pack(envelope, self._launcher.arena)
         for rank in self.ranks:
             rank.progress, rank.begun = None, 0
-        self._launcher.send(packet, command, watched, [fresh.fd] if fresh is not None else [])
+        self._launcher.send(packet, command, watched, fresh.descriptors if fresh is not None else [])
         if fresh is not None:
             self._mapped.add(fresh.id)
         self.state = GroupState.BUSY
@@ -432,12 +454,15 @@ class RankGroup:
             return None
         if current.broken is not None:
             raise self._raised(*current.broken)
+        arena = self._launcher.arena
+        assert arena is not None
+        answer = self._agree(current, time.monotonic() - current.started_s)
+        answer = _completed(current, arena.board) or answer
         self.state = GroupState.IDLE
         self.deadline = None
-        if self._launcher.arena is not None:
-            self._launcher.arena.shrink()
+        arena.shrink()
         self._current = None
-        return self._agree(current, time.monotonic() - current.started_s)
+        return answer
 
     def _agree(self, current: _Current, elapsed_s: float) -> Answer:
         if (raised := current.first(Raised)) is not None:
@@ -461,15 +486,32 @@ def _pack(envelope: Envelope, arena: Arena) -> bytes:
     command = envelope.command
     if not isinstance(command, Forward) or command.alike is None or not envelope.is_plain:
         return arena.pack(envelope.message())
-    tails = command.alike.tails
-    tail = tails.get(envelope.watched)
+    tails, kind = command.alike.tails, (envelope.watched, envelope.request is not None)
+    frames = [*command.frames, *(envelope.request.frames or () if envelope.request is not None else ())]
+    tail = tails.get(kind)
     if tail is not None:
-        return arena.pack_frames(header_of(command.verb, envelope.id, tail), command.frames)
+        return arena.pack_frames(header_of(command.verb, envelope.id, tail), frames)
     _, header, *contents = wire.encode(envelope.message())
     # Whoever lists tensors in another order than they stand in is packed anew each time.
-    if len(contents) == len(command.frames) and all(map(operator.is_, contents, command.frames)):
-        tails[envelope.watched] = tail_of(bytes(header), command.verb)
+    if len(contents) == len(frames) and all(map(operator.is_, contents, frames)):
+        tails[kind] = tail_of(bytes(header), command.verb)
     return arena.pack_frames(header, contents)
+
+
+def _completed(current: _Current, board: Board) -> Answer | None:
+    """The answer to a command that rank 0 has completed, whatever became of the ranks then; None if it hasn't.
+
+    Its time ends with the completion.
+    """
+    completed_s = board.completed_s(current.id)
+    if completed_s is None:
+        return None
+    elapsed_s = completed_s - current.started_s
+    done = current.answers.get(0)
+    if not isinstance(done, Done):
+        # Rank 0 had no time to say how long it computed.
+        done = replace(read_done(board.report, current.command), compute_s=elapsed_s)
+    return Answer(elapsed_s, done)
 
 
 def _alike(answer: Final) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
+from tacod_client import wire
 from tacod_client.errors import ProtocolError, TacodError
 from tacod_client.wire import Buffer, Form, Message, Tensor, map_tensors
 
@@ -38,6 +39,9 @@ __all__ = [
     "SampleStep",
     "Stepped",
     "Unload",
+    "as_tensor",
+    "pack_done",
+    "read_done",
     "read_envelope",
     "read_report",
     "report_message",
@@ -47,6 +51,7 @@ __all__ = [
 PartType = TypeVar("PartType", bound="Part")
 NUMBERS = struct.Struct("<QddQ")
 """The numbers of a `Done`."""
+_REQUEST = struct.Struct("<Q")
 
 
 @dataclass(frozen=True)
@@ -123,8 +128,9 @@ class Alike:
 
     shapes: Hashable
     """Of their arguments."""
-    tails: dict[bool, bytes] = field(default_factory=dict)
-    """The `tail_of` their commands that bring nothing else, for those that are watched and for others."""
+    tails: dict[tuple[bool, bool], bytes] = field(default_factory=dict)
+    """The `tail_of` their commands that bring nothing else, by whether they are watched, and whether rank 0 tells the
+    client of their completion."""
 
 
 @dataclass(frozen=True)
@@ -242,18 +248,35 @@ class Envelope:
     """Id and size of a memory shared with a client, whose descriptor comes with the envelope."""
     unmapped: list[int] = field(default_factory=list)
     """Ids of such memories to drop before the command."""
+    request: Tensor | None = None
+    """The id of the client's request, of which rank 0 tells the client when it is completed; None if it doesn't. It
+    travels as bytes, so that alike commands differ in bytes alone."""
 
     @property
     def is_plain(self) -> bool:
         """Whether it brings its command and nothing else."""
         return not (self.store or self.forget or self.evict or self.fault or self.mapped or self.unmapped)
 
+    @property
+    def request_id(self) -> int | None:
+        """The id of that request."""
+        if self.request is None:
+            return None
+        (packed,) = self.request.frames or ()
+        (number,) = _REQUEST.unpack(packed)
+        return int(number)
+
     def message(self) -> Message:
         """The envelope as a message."""
         fault = self.fault.body() if self.fault is not None else None
         envelope = {"store": self.store, "forget": self.forget, "evict": self.evict, "fault": fault}
-        envelope |= {"watched": self.watched, "mapped": self.mapped, "unmapped": self.unmapped}
+        envelope |= {"watched": self.watched, "mapped": self.mapped, "unmapped": self.unmapped, "request": self.request}
         return Message(self.command.verb, {**self.command.body(), **envelope}, self.id)
+
+
+def as_tensor(request: int) -> Tensor:
+    """The id of a request as `Envelope.request` has it."""
+    return Tensor("U8", (_REQUEST.size,), (_REQUEST.pack(request),))
 
 
 def read_envelope(message: Message) -> Envelope:
@@ -265,7 +288,7 @@ def read_envelope(message: Message) -> Envelope:
         command = Forward(**{name: body[name] for name in _FORWARD}, form=message.form)
     else:
         command = _COMMANDS[message.type].read(body)
-    names = ("store", "forget", "evict", "watched", "mapped", "unmapped")
+    names = ("store", "forget", "evict", "watched", "mapped", "unmapped", "request")
     return Envelope(message.id, command, fault=fault, **{name: body[name] for name in names})
 
 
@@ -473,6 +496,18 @@ _REPORTS: dict[str, type[Report]] = {each.kind: each for each in (Ready, Progres
 def report_message(report: Report, envelope: int = 0) -> Message:
     """A report as a message, about the envelope with this id."""
     return Message(report.kind, report.body(), envelope)
+
+
+def pack_done(done: Done) -> bytes:
+    """A report as one piece, which `read_done` reads. Its result has no tensors in frames."""
+    _, header, numbers = wire.encode(report_message(done))
+    return bytes(header) + bytes(numbers)
+
+
+def read_done(packed: bytes, command: Command) -> Done:
+    """The report that `pack_done` has packed, about this ``command``."""
+    frames = [wire.PREAMBLE, packed[: -NUMBERS.size], packed[-NUMBERS.size :]]
+    return Done.read_for(wire.decode(frames), _RESULTS[type(command)])
 
 
 def read_report(message: Message, command: Command | None) -> Report:

@@ -29,6 +29,7 @@ from tacod.group.work import (
     Failed,
     Fault,
     Final,
+    Forward,
     Progress,
     Ready,
     read_envelope,
@@ -37,6 +38,7 @@ from tacod.group.work import (
 from tacod.heap import keep_freed_memory
 from tacod.rank.comm import process_groups
 from tacod.rank.comm.select import reach
+from tacod.rank.completion import Completion
 from tacod.rank.cores import usable_cores
 from tacod.rank.engine import Engine
 from tacod.rank.failure import failure
@@ -150,6 +152,7 @@ def serve(engine: Engine, channel: socket.socket, arena: Arena, busy_polls: bool
         reporter = Reporter(channel, arena, envelope.id)
         engine.report, engine.forwards.begins = reporter.report_bytes, reporter.begin_forward
         engine.forwards.watch = _watch(engine, envelope, arena) if envelope.watched else None
+        engine.completion = _completion(engine, envelope, arena)
         report = _do(engine, envelope)
         reporter.send(report)
         if isinstance(report, Broken):
@@ -167,9 +170,22 @@ def _watch(engine: Engine, envelope: Envelope, arena: Arena) -> Watch:
     return Watch(arena.board, envelope.id, rank, world_size, engine.device.type == "cuda", before_block)
 
 
+def _completion(engine: Engine, envelope: Envelope, arena: Arena) -> Completion | None:
+    """How the client hears of a command's completion from this rank; None if it doesn't."""
+    command, fault = envelope.command, envelope.fault
+    if engine.topology.rank != 0 or envelope.request is None or not isinstance(command, Forward):
+        return None
+    memory = engine.memories.get(command.memory)
+    if memory is None or memory.completions is None:
+        return None
+    if fault is None:
+        return Completion(arena.board, envelope, memory.completions)
+    return Completion(arena.board, envelope, memory.completions, partial(inject, fault, rank=0, engine=engine))
+
+
 def _receive(channel: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
     """The next packet and the descriptors that came with it; an empty one when the supervisor has ended."""
-    packet, descriptors, _, _ = socket.recv_fds(channel, PACKET_BYTES, 1, flags)
+    packet, descriptors, _, _ = socket.recv_fds(channel, PACKET_BYTES, 2, flags)
     return packet, descriptors
 
 

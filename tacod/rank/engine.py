@@ -35,6 +35,7 @@ from tacod.group.work import (
 from tacod.plan import DeviceRates, Plan, Request, parse_request
 from tacod.rank.arguments import Kept, check_arguments, digest, is_fixed, load_arguments
 from tacod.rank.comfyui.installation import Installation
+from tacod.rank.completion import Completion
 from tacod.rank.families.base import DiT, Output
 from tacod.rank.families.inputs import Inputs, Spec
 from tacod.rank.forward.graphs import PREFIX_BYTES, Forwards
@@ -121,6 +122,8 @@ class Engine:
         )
         self.memories = MappedMemories(device)
         """Those that clients share."""
+        self.completion: Completion | None = None
+        """That of the command that is done now, if there may be one."""
         self._tensors: dict[bytes, wire.Tensor] = {}
         self._on_device = Kept()
         self.keeps_arguments = device.type == "cuda"
@@ -194,10 +197,14 @@ class Engine:
                 result = methods[type(command)](**vars(with_tensors(command, self._kept)))
             # Done while a GPU still computes.
             memory_used_bytes = self.memory_used_bytes
+            if self.completion is not None:
+                self.completion.prepare(result, memory_used_bytes)
             if self.device.type == "cuda":
                 self.topology.clock.wait()
+            busy = time.perf_counter() - started
+            if self.completion is not None:
+                self.completion.send()
         collective = self.topology.clock.take_s()
-        busy = time.perf_counter() - started
         compute = max(busy - collective, 0.0)
         return Done(memory_used_bytes, compute, min(collective, busy), result, self.forwards.prefix_bytes)
 

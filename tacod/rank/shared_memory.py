@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import mmap
 import os
+import socket
 from collections.abc import Sequence
 
 import torch
@@ -30,9 +31,11 @@ _WIRE_NAMES = {getattr(torch, name): wire_name for wire_name, name in TORCH_NAME
 class MappedMemory:
     """One memory, mapped here. On a GPU it is registered with CUDA, so that copies need no staging and no waiting."""
 
-    def __init__(self, fd: int, nbytes: int, device: torch.device) -> None:
-        """Takes over the descriptor ``fd`` of a memory of ``nbytes``."""
+    def __init__(self, fd: int, nbytes: int, device: torch.device, completions: int | None = None) -> None:
+        """Takes over the descriptor ``fd`` of a memory of ``nbytes``, and that of the socket for its completions."""
         self._device = device
+        self.completions = None if completions is None else socket.socket(fileno=completions)
+        """Where the client hears that a result lies here."""
         try:
             self._bytes = torch.frombuffer(mmap.mmap(fd, nbytes), dtype=torch.uint8)
         finally:
@@ -48,6 +51,8 @@ class MappedMemory:
 
     def close(self) -> None:
         """Let go of it, when nothing is copied any more."""
+        if self.completions is not None:
+            self.completions.close()
         if self.registered:
             torch.cuda.synchronize(self._device)
             unmap_host(self._bytes.data_ptr())
@@ -99,9 +104,9 @@ class MappedMemories:
         self._device = device
         self._mapped: dict[int, MappedMemory] = {}
 
-    def add(self, number: int, nbytes: int, fd: int) -> None:
-        """Map one; takes over its descriptor."""
-        self._mapped[number] = MappedMemory(fd, nbytes, self._device)
+    def add(self, number: int, nbytes: int, fd: int, completions: int | None = None) -> None:
+        """Map one; takes over its descriptors."""
+        self._mapped[number] = MappedMemory(fd, nbytes, self._device, completions)
 
     def drop(self, number: int) -> None:
         """Let go of one."""

@@ -16,7 +16,7 @@ def check_admission(state: State, session: Session, named: Named) -> None:
     A user may have ``limits.queue_per_user`` jobs. All of one client's jobs but the first may need half of the store
     together. The tensors that came with jobs have their share of the memory.
     """
-    jobs = state.groups.jobs
+    jobs = state.groups.unfinished
     if not jobs:
         # All limits leave room for one.
         return

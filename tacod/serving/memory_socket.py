@@ -1,6 +1,7 @@
 """The unix socket beside the clients' one, where a client gets memory that it shares with the ranks.
 
-ZeroMQ carries no descriptors. So a client connects here too, sends one packet and gets one, which brings a descriptor.
+ZeroMQ carries no descriptors. So a client connects here too, sends one packet and gets one, which brings a memory's
+descriptor, and if the client asks for it that of a socket on which it hears of completions.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import struct
 import termios
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from tacod.group.shared_memory import SharedMemory
+from tacod.group.shared_memory import SharedMemory, completion_sockets
 from tacod.serving.access import User
 from tacod.serving.unix_socket import UnixSocket
 from tacod_client import wire
@@ -31,13 +32,15 @@ log = logging.getLogger(__name__)
 WAITING = 16
 """Most connections that have sent nothing yet; the oldest ends for a new one."""
 UNREAD = 16
-"""Most descriptors on their way to one user's clients. The kernel counts those of all sockets against what the daemon
-may send, and it sends some to its ranks too."""
+"""Most answers with descriptors on their way to one user's clients. The kernel counts the descriptors of all sockets
+against what the daemon may send, and it sends some to its ranks too."""
 REST_S = 0.1
 """How long nobody is let in after the kernel could not."""
 
-Share = Callable[[bytes, User, int], SharedMemory]
-"""Makes a memory of so many bytes for the session of a token, asked for by a user. Raises a `TacodError`."""
+Share = Callable[[bytes, User, int, int | None], SharedMemory]
+"""Makes a memory of so many bytes for the session of a token, asked for by a user; it takes over the descriptor of the
+ranks' end of `completion_sockets`. Raises a `TacodError`.
+"""
 
 
 def memory_path(path: Path) -> Path | None:
@@ -126,42 +129,64 @@ class MemorySocket:
                     self._waiting.pop(0).close()
 
 
-def _refuse(token: bytes, user: User, nbytes: int) -> SharedMemory:
+def _refuse(token: bytes, user: User, nbytes: int, completions: int | None) -> SharedMemory:
     raise QueueFull(
-        f"{UNREAD} descriptors are on their way to {user}; read them, or send tensors as frames", limit=UNREAD
+        f"{UNREAD} answers with descriptors are on their way to {user}; read them, or send tensors as frames",
+        limit=UNREAD,
     )
 
 
 def _answer(end: socket.socket, packet: bytes, uid: int, share: Share) -> bool:
-    """Answer one packet; returns whether a descriptor is on its way."""
-    descriptors = []
-    try:
-        memory = share(*_read(packet, User(uid)))
-        reply = Message("done", {"memory": memory.id, "nbytes": memory.nbytes})
-        descriptors.append(memory.fd)
-    except TacodError as error:
-        reply = Message("error", error.to_wire())
-    except Exception as error:
-        # Nobody's message ends the others' daemon.
-        log.exception("a request for shared memory could not be answered")
-        reply = Message("error", Unavailable(f"tacod failed over this request ({type(error).__name__})").to_wire())
-    try:
-        socket.send_fds(end, [b"".join(map(bytes, wire.encode(reply)))], descriptors)
-    except OSError:
-        # To one that has gone, or doesn't read, nothing is sent; what was made for it goes with its session.
-        return False
+    """Answer one packet; returns whether descriptors are on their way."""
+    descriptors: list[int] = []
+    with ExitStack() as stack:
+        try:
+            reply = Message("done", _share(packet, User(uid), share, stack, descriptors))
+        except TacodError as error:
+            reply = Message("error", error.to_wire())
+        except Exception as error:
+            # Nobody's message ends the others' daemon.
+            log.exception("a request for shared memory could not be answered")
+            reply = Message("error", Unavailable(f"tacod failed over this request ({type(error).__name__})").to_wire())
+        try:
+            socket.send_fds(end, [b"".join(map(bytes, wire.encode(reply)))], descriptors)
+        except OSError:
+            # To one that has gone, or doesn't read, nothing is sent; what was made for it goes with its session.
+            return False
     return bool(descriptors)
 
 
-def _read(packet: bytes, user: User) -> tuple[bytes, User, int]:
-    """The session, the user and the bytes that a packet asks for. Raises `ProtocolError`."""
+def _share(packet: bytes, user: User, share: Share, stack: ExitStack, descriptors: list[int]) -> dict[str, int]:
+    """Make the memory that a packet asks for. Returns the fields of the answer, whose ``descriptors`` are added.
+
+    What of these is the client's alone is closed by the ``stack``. Raises a `TacodError`.
+    """
+    token, nbytes, completions = _read(packet)
+    ours = theirs = None
+    if completions:
+        # Without them the client waits for the daemon's message.
+        with suppress(OSError):
+            ours, theirs = map(stack.enter_context, completion_sockets())
+    memory = share(token, user, nbytes, ours.fileno() if ours is not None else None)
+    descriptors.append(memory.fd)
+    if ours is not None and theirs is not None:
+        # The memory has it now.
+        ours.detach()
+        descriptors.append(theirs.fileno())
+    return {"memory": memory.id, "nbytes": memory.nbytes}
+
+
+def _read(packet: bytes) -> tuple[bytes, int, bool]:
+    """The session, the bytes that a packet asks for, and whether with completions. Raises `ProtocolError`."""
     head = len(wire.PREAMBLE)
     message = wire.decode([packet[:head], packet[head:]])
-    nbytes = message.body.get("nbytes")
-    if message.type != "share" or set(message.body) != {"nbytes"}:
-        raise ProtocolError("expected a message 'share' whose body is a map of nbytes")
+    nbytes, completions = message.body.get("nbytes"), message.body.get("completions", False)
+    if message.type != "share" or not {"nbytes"} <= set(message.body) <= {"nbytes", "completions"}:
+        raise ProtocolError("expected a message 'share' whose body is a map of nbytes, and perhaps completions")
     if type(nbytes) is not int or not 0 < nbytes <= wire.MAX_TENSOR_BYTES:
         raise ProtocolError(f"nbytes: expected a whole number from 1 to {wire.MAX_TENSOR_BYTES}, got {nbytes!r:.40}")
+    if type(completions) is not bool:
+        raise ProtocolError(f"completions: expected true or false, got {completions!r:.40}")
     if not message.session:
         raise NotAllowed("memory is shared within a session; send its token")
-    return message.session, user, nbytes
+    return message.session, nbytes, completions

@@ -131,7 +131,7 @@ class Verbs:
         session = self.state.sessions.open(peer, name, body.pid, user, socket)
         log.info("client %s (pid %d, %s) is here", session.name, session.pid, user)
         limits = self.state.config.limits
-        welcome = {
+        welcome: dict[str, Any] = {
             "session": session.token,
             "boot_id": self.state.boot_id,
             "version": __version__,
@@ -140,6 +140,7 @@ class Verbs:
         has_memory = self.state.listener.memory is not None and self.state.groups.host.memories.limit
         if session.user.uid is not None and has_memory:
             welcome["memory"] = wire.MEMORY_SOCKET
+            welcome["completions"] = True
         session.post(wire.encode(Message("welcome", welcome, request)))
 
     def bye(self, session: Session, request: int, body: messages.Empty) -> None:

@@ -69,7 +69,8 @@ def sturdy(two_ranks: Daemon, grown: list[str]) -> Iterator[Daemon]:
     with two_ranks.client() as client:
         eventually(lambda: client.status()["state"] == "ready", START_S, "the ranks are back")
         eventually(lambda: client.status()["clients"] == 1, 10, "the test's clients are gone")
-        assert client.jobs() == []
+        # The last one may be completed, while the ranks are to agree.
+        eventually(lambda: client.jobs() == [], 10, "the test's jobs have ended")
         FLUX.check(client.load(FLUX.file), seed=99)
     assert len(two_ranks.processes()) == PROCESSES
     with suppress(AssertionError):

@@ -193,7 +193,7 @@ def test_given_back_under_a_forward(sturdy: Daemon, client: Client, inject: Inje
         forward = pool.submit(model.forward, **FLUX.inputs(5))
         eventually(lambda: watcher.status()["queue"]["running"], 3, "the forward runs")
         client._connection.unshare(shared, [memory.number])
-        shared._memories.clear()
+        shared.close()
         forward.result(START_S)
         eventually(lambda: watcher.stats()["shared_bytes"] == 0, 3, "it is freed")
     FLUX.check(model, 6)

@@ -6,7 +6,7 @@ import fcntl
 import mmap
 import os
 import socket
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 
 from tacod.execution.manifest import Model
 from tacod.execution.memories import COUNT
+from tacod.serving import memory_socket
 from tacod.serving.access import User
 from tacod.serving.memory_socket import UNREAD, WAITING
 from tacod_client import wire
@@ -64,7 +65,9 @@ def answer(peer: Peer, said: bytes) -> tuple[Message, int | None]:
         look(peer)
         got, descriptors, _, _ = socket.recv_fds(end, wire.SHARE_BYTES, 4)
         assert end.recv(1) == b"", "the connection ends"
-    assert len(descriptors) <= 1
+    for extra in descriptors[1:]:
+        os.close(extra)
+    assert len(descriptors) == 1 + (b"completions" in said) or decode([got[:5], got[5:]]).type == "error"
     return decode([got[:5], got[5:]]), descriptors[0] if descriptors else None
 
 
@@ -123,6 +126,9 @@ def test_a_memory_has_the_size_that_was_asked_for_and_keeps_it(sharing: Peer) ->
         (packet({"nbytes": 8.0}, b"{}"), "ProtocolError"),
         (packet({}, b"{}"), "ProtocolError"),
         (packet({"nbytes": 8, "colour": 1}, b"{}"), "ProtocolError"),
+        (packet({"nbytes": 8, "completions": 1}, b"{}"), "ProtocolError"),
+        (packet({"completions": True}, b"{}"), "ProtocolError"),
+        (packet({"nbytes": LIMIT, "completions": True}, b"{}"), "QueueFull"),
         (packet({"nbytes": 8}, b"{}", "hello"), "ProtocolError"),
         (packet({"nbytes": 8}, b""), "NotAllowed"),
         (packet({"nbytes": 8}, bytes(16)), "NotAllowed"),
@@ -209,6 +215,49 @@ def test_descriptors_that_nobody_reads_are_few(sharing: Peer) -> None:
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
+def test_a_memory_with_completions_has_a_socket_that_ends_with_it(sharing: Peer) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with connect(sharing) as end:
+        end.send(packet({"nbytes": 4096, "completions": True}, sharing.session))
+        look(sharing)
+        got, descriptors, _, _ = socket.recv_fds(end, wire.SHARE_BYTES, 4)
+    reply = decode([got[:5], got[5:]])
+    assert (reply.type, len(descriptors)) == ("done", 2)
+    os.close(descriptors[0])
+    with socket.socket(fileno=descriptors[1]) as theirs:
+        with pytest.raises(BrokenPipeError):
+            theirs.send(b"nobody reads it")
+        memory = sharing.state.groups.host.memories.find(sharing.session, reply.body["memory"])
+        assert memory.descriptors == [memory.fd, memory.completions]
+        assert memory.completions is not None
+        with socket.socket(fileno=os.dup(memory.completions)) as ours:
+            sent = 0
+            with suppress(BlockingIOError):
+                while sent < 1000:
+                    ours.send(bytes([sent % 256]), socket.MSG_DONTWAIT)
+                    sent += 1
+        assert 8 <= sent < 100, "what a client leaves unread is little"
+        assert [theirs.recv(9) for _ in range(sent)] == [bytes([each % 256]) for each in range(sent)]
+        assert sharing.ask("unshare", {"memory": memory.id}).type == "done"
+        assert theirs.recv(9) == b"", "the daemon's end is closed"
+    look(sharing)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_without_a_pair_of_sockets_it_is_a_memory_alone(sharing: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(memory_socket, "completion_sockets", fail)
+    with connect(sharing) as end:
+        end.send(packet({"nbytes": 4096, "completions": True}, sharing.session))
+        look(sharing)
+        got, descriptors, _, _ = socket.recv_fds(end, wire.SHARE_BYTES, 4)
+    assert decode([got[:5], got[5:]]).type == "done"
+    assert len(descriptors) == 1
+    os.close(descriptors[0])
+
+
 @pytest.fixture
 def memory(sharing: Peer) -> int:
     """The id of a memory of 4096 bytes."""
@@ -292,7 +341,7 @@ def test_who_gets_no_memory_is_not_told_of_it(peer: Peer) -> None:
         hello = [bytes(each) for each in encode(Message("hello", {"client": "t", "pid": 7, "version": "0"}, 1))]
         peer.server._on_message(PEER, hello, lambda user=user: (user, 0))  # type: ignore[misc]
         (welcome,) = peer.answers()
-        assert ("memory" in welcome.body) == offered
+        assert ("memory" in welcome.body) == ("completions" in welcome.body) == offered
 
 
 def test_the_socket_goes_with_the_daemon_and_is_its_groups(peer: Peer) -> None:

@@ -13,10 +13,10 @@ from unittest import mock
 from tacod.execution.manifest import Model
 from tacod.execution.scheduler import Verb
 from tacod.group.arena import PACKET_BYTES, Arena
-from tacod.group.work import NUMBERS, Forward, MethodCall, Sample, Unload
+from tacod.group.work import NUMBERS, Done, Forward, MethodCall, Sample, Stepped, Unload, pack_done
 from tacod_client.wire import Message, Tensor
 
-__all__ = ["FACTS", "FakeRank", "body_of", "descriptors", "fakes", "step"]
+__all__ = ["COMPLETED", "FACTS", "FakeRank", "body_of", "descriptors", "fakes", "step"]
 
 SESSION = b"s"
 TENSOR = Tensor("F32", (1,), (b"\0\0\0\0",))
@@ -31,6 +31,10 @@ FACTS = {
     "sampling": {"channels": 16, "prediction": "flow"},
 }
 """What a rank tells of a loaded model."""
+
+
+COMPLETED = Stepped("p", 1, 1, 0, out=Tensor("F32", (1,), None, offset=64))
+"""The result of a forward that is completed."""
 
 
 def body_of(verb: Verb, model: Model) -> Model | Unload | Forward | MethodCall | Sample:
@@ -144,6 +148,15 @@ class FakeRank:
                 numbers = NUMBERS.pack(*(told.pop(name, 0) for name in NUMBERED))
                 told["numbers"] = Tensor("U8", (len(numbers),), (numbers,))
             self.say(kind, told, work.id)
+
+    def complete(self) -> bool:
+        """As rank 0, note a forward's completion before the report; returns whether there is a forward."""
+        for work in self.unanswered:
+            if work.type == "forward":
+                self._arena.board.note_report(pack_done(Done(1, 0.0, 0.0, COMPLETED)))
+                self._arena.board.complete(work.id)
+                return True
+        return False
 
     def say(self, kind: str, body: dict[str, Any], work: int = 0) -> None:
         """Say whatever it may be."""

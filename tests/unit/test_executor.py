@@ -94,6 +94,8 @@ class Events(RuleBasedStateMachine):
         self.stack.callback(shutil.rmtree, self.folder)
         self.submitted: list[Job] = []
         self.ended: list[Job] = []
+        self.completed: dict[str, bool] = {}
+        """Of each job that rank 0 has completed before it reported: whether it was being cancelled then."""
         self.said: dict[int, set[str]] = {}
         """How ranks have answered each work item."""
 
@@ -117,7 +119,10 @@ class Events(RuleBasedStateMachine):
             assert job.model in self.executor.manifest
         if job.outcome is Outcome.RESULT and job.verb in ON_MODEL:
             assert step is not None
-        if job.outcome is Outcome.RESULT and self.alive[0].heard[-1].type == job.verb.value:
+        if job.id in self.completed:
+            expected = Outcome.CANCELLED if self.completed[job.id] else Outcome.RESULT
+            assert job.outcome is expected, "what is completed was undone"
+        elif job.outcome is Outcome.RESULT and self.alive[0].heard[-1].type == job.verb.value:
             assert self.said[self.executor.group._commands] == {"done"}, "the ranks don't agree on a result"
         self.ended.append(job)
 
@@ -132,7 +137,7 @@ class Events(RuleBasedStateMachine):
         body = body_of(verb, Model("m", "/models/m", "i", None))
         job = Job(str(len(self.submitted)), session, 0, verb, "m", body, steps if verb is Verb.SAMPLE else 1)
         refused = Unavailable if self.executor.given_up else QueueFull
-        if self.executor.given_up or len(self.executor.scheduler.jobs) == LIMIT:
+        if self.executor.given_up or len(self.unfinished) == LIMIT:
             with pytest.raises(refused):
                 self.executor.submit(job)
         else:
@@ -144,7 +149,7 @@ class Events(RuleBasedStateMachine):
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         job = data.draw(st.sampled_from(self.submitted))
-        if job.outcome is not None:
+        if job.outcome is not None or job.id in self.completed:
             with pytest.raises(JobNotFound):
                 self.executor.cancel(job.id)
         else:
@@ -174,6 +179,18 @@ class Events(RuleBasedStateMachine):
                 (work,) = rank.unanswered
                 self.said.setdefault(work.id, set()).add(kind)
                 rank.answer(kind, ANSWERS[work.type] if body is None else body)
+
+    @property
+    def unfinished(self) -> list[Job]:
+        return [job for job in self.executor.scheduler.jobs if job.id not in self.completed]
+
+    @rule()
+    def complete(self) -> None:
+        """Rank 0 tells a client of its result, and has yet to report."""
+        job = self.executor.scheduler.running
+        for rank in self.alive[:1]:
+            if rank.complete() and job is not None:
+                self.completed.setdefault(job.id, job.cancelling)
 
     @rule(index=RANK)
     def finish(self, index: int) -> None:
@@ -252,7 +269,7 @@ class Events(RuleBasedStateMachine):
                 rank.die(-9)
         self.executor.poll()
         self.none_outlives_it()
-        assert all(job.error is not None for job in self.ended[ended:])
+        assert all(job.error is not None or job.id in self.completed for job in self.ended[ended:])
 
     @rule(index=RANK, done=st.integers(0, 3))
     def go_on(self, index: int, done: int) -> None:
@@ -278,7 +295,7 @@ class Events(RuleBasedStateMachine):
         if hasattr(self, "executor"):
             here = self.executor.scheduler.jobs
             assert sorted(job.id for job in here + self.ended) == sorted(job.id for job in self.submitted)
-            assert len(here) <= LIMIT
+            assert len(self.unfinished) <= LIMIT
             assert all(job.attempts <= RETRIES + 1 for job in self.submitted)
             assert sum(self.executor.records.metrics.jobs_total.values()) == len(self.ended)
 

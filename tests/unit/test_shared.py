@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from tacod.group.shared_memory import SharedMemory
+from tacod.group.shared_memory import SharedMemory, completion_sockets
 from tacod_client import shared as shared_module
 from tacod_client import wire
 from tacod_client.errors import ArgumentError, ProtocolError, QueueFull
@@ -48,16 +48,26 @@ class Giver:
                 end, _ = self._end.accept()
                 with end:
                     said = end.recv(wire.SHARE_BYTES)
-                    nbytes = wire.decode([said[:5], said[5:]]).body["nbytes"]
+                    body = wire.decode([said[:5], said[5:]]).body
+                    nbytes, completions = body["nbytes"], body.get("completions", False)
                     fds = []
                     reply = self.says
                     if reply is None and nbytes <= self.limit:
-                        self.made.append(SharedMemory.make(len(self.made) + 1, nbytes))
-                        fds = [self.made[-1].fd]
+                        ours, theirs = completion_sockets() if completions else (None, None)
+                        made = SharedMemory.make(len(self.made) + 1, nbytes, ours.detach() if ours else None)
+                        self.made.append(made)
+                        fds = [made.fd, *([theirs.fileno()] if theirs else [])]
                         reply = Message("done", {"memory": self.made[-1].id, "nbytes": nbytes})
                     elif reply is None:
                         reply = Message("error", QueueFull("no").to_wire())
                     socket.send_fds(end, [b"".join(map(bytes, wire.encode(reply)))], fds)
+                    if len(fds) > 1:
+                        theirs.close()
+
+    def tell(self, packet: bytes, memory: int = 1) -> None:
+        """Send a completion on a memory's socket."""
+        with socket.socket(fileno=os.dup(self.made[memory - 1].descriptors[1])) as end:
+            end.send(packet)
 
     def close(self) -> None:
         self._end.shutdown(socket.SHUT_RDWR)
@@ -144,6 +154,38 @@ def test_a_refusal_is_asked_about_once(giver: Giver, says: Message, monkeypatch:
     assert giver.made == []
     monkeypatch.setattr(shared_module.time, "monotonic", lambda: 1e12)
     assert shared.take(PAGE) is not None
+
+
+def test_completions_of_all_memories_are_heard_until_they_are_given_back(giver: Giver) -> None:
+    shared = Shared(giver.path, b"s", completes=True)
+    assert shared.completions == ()
+    first, second = shared.take(LEAST_MEMORY_BYTES), shared.take(LEAST_MEMORY_BYTES)
+    assert first is not None
+    assert second is not None
+    both = shared.completions
+    assert len(both) == 2
+    assert shared.receive() == []
+    giver.tell(b"one")
+    giver.tell(b"two")
+    giver.tell(b"three", memory=2)
+    assert shared.receive() == [b"one", b"two", b"three"]
+    assert shared.completions is both
+    assert shared.release(second[0], second[1], answered=False) == [2]
+    assert shared.completions == both[:1]
+    giver.tell(b"four")
+    assert shared.receive() == [b"four"]
+    assert first[0].completions is not None
+    first[0].completions.shutdown(socket.SHUT_RDWR)
+    assert shared.receive() == []
+    assert shared.completions == (), "a socket that is closed would be readable for ever"
+    shared.close()
+
+
+def test_an_older_daemon_gives_a_memory_alone(giver: Giver) -> None:
+    shared = Shared(giver.path, b"s")
+    assert shared.take(PAGE) is not None
+    assert giver.made[0].completions is None
+    assert (shared.completions, shared.receive()) == ((), [])
 
 
 def test_a_memory_of_another_size_is_none(giver: Giver) -> None:

@@ -226,7 +226,7 @@ def test_the_last_run_is_that_of_its_daemon(nodes: Callable[[str], Any], panels:
         single_rank_s=3.0,
     )
     kept = record.Record()
-    model = SimpleNamespace(stats=SimpleNamespace(last=call))
+    model = SimpleNamespace(hear_last=lambda hear: hear(call))
     kept.add(model)  # no sampling has begun
     kept.begin(THERE, "flux.safetensors", "flux")
     kept.add(model)
