@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 
 QUIET_S = 5.0
 """So long after the last job ranks may start anew to be more: a client that samples asks again before."""
+AGREE_S = 0.05
+"""How soon ranks mostly have reported what rank 0 has completed. So long the client's next forward waits for them, even
+if others are free, which may round otherwise."""
 LOOK_S = 0.01
 """How often jobs that are put off are checked again while the ranks are idle."""
 
@@ -107,6 +110,12 @@ class Executor:
         return self.group.state is GroupState.IDLE and not self.scheduler.jobs and not self.residency.coming
 
     @property
+    def is_agreeing(self) -> bool:
+        """Whether the ranks are about to be free: a forward was completed just now, and they have yet to report it."""
+        completed_s = self.group.completed_s
+        return completed_s is not None and time.monotonic() - completed_s < AGREE_S
+
+    @property
     def loading(self) -> Model | None:
         """The model that the ranks are loading, for a client or after a restart."""
         return self.current.model if self.current is not None else None
@@ -158,7 +167,7 @@ class Executor:
 
     def _note_completion(self) -> None:
         """Note whether the running job is completed, as of now: its client may have asked for the next one already."""
-        if self.scheduler.running is not None and self.group.has_completed:
+        if self.scheduler.running is not None and self.group.completed_s is not None:
             self.scheduler.running.completed = True
 
     def submit(self, job: Job, others: int = 0) -> None:

@@ -72,7 +72,8 @@ class Routes:
                 key=lambda each: (_cost(each, model), self._others(job.session, each), len(each.scheduler.jobs)),
             )
             self.settle(job.session, model, home)
-        if (home.is_free and model.id in home.manifest) or _stays(job):
+        is_free = home.is_free or (home.is_agreeing and not home.unfinished)
+        if (is_free and model.id in home.manifest) or _stays(job):
             return home
         free = [each for each in choices if each.is_free and model.id in each.manifest]
         return min(free, key=lambda each: self._others(job.session, each), default=home)
@@ -80,7 +81,9 @@ class Routes:
     def waiting_for(self, free: Executor) -> tuple[Executor, Job] | None:
         """The first job that waits in another group and that these ``free`` ranks could begin, or None."""
         for executor in self._executors:
-            for job in executor.scheduler.jobs if executor is not free else ():
+            if executor is free or (executor.is_agreeing and len(executor.unfinished) == 1):
+                continue
+            for job in executor.scheduler.jobs:
                 if job.started_s is None and not _stays(job) and job.model in free.manifest and fits(job, free):
                     return executor, job
         return None

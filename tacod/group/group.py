@@ -197,10 +197,10 @@ class RankGroup:
             board.close()
 
     @property
-    def has_completed(self) -> bool:
-        """Whether rank 0 has completed the command under way: its client may have the result, and nothing undoes it."""
+    def completed_s(self) -> float | None:
+        """When rank 0 completed the command under way, whose client may have the result; None if it hasn't."""
         current, arena = self._current, self._launcher.arena
-        return current is not None and arena is not None and arena.board.completed_s(current.id) is not None
+        return arena.board.completed_s(current.id) if current is not None and arena is not None else None
 
     def close(self) -> None:
         """End all ranks, and what they are forked from."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,10 +21,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tacod.config import Config
-from tacod.execution.executor import Executor
+from tacod.execution.executor import AGREE_S, Executor
 from tacod.execution.groups import Groups
 from tacod.execution.manifest import Manifest, Model
 from tacod.execution.scheduler import ON_MODEL, Job, Outcome, Verb
+from tacod.group import board as board_module
 from tacod.group.group import GroupState
 from tacod.group.work import Forward, Stepped, Unload
 from tacod.plan import parse_request
@@ -223,6 +225,22 @@ def test_a_job_goes_home_or_to_free_ranks_or_waits_at_home(host: Host) -> None:
     assert [host.where(job) for job in (at_home, elsewhere, waits)] == [host.small, host.large, host.small]
     host.answer(host.small)
     assert host.small.scheduler.running is waits
+
+
+def test_a_forward_waits_at_home_for_ranks_that_are_to_agree(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client has the last one's result. Another group, with another number of ranks, might round otherwise."""
+    monkeypatch.setattr(board_module, "time", SimpleNamespace(monotonic_ns=lambda: int(host.clock.now * 1e9)))
+    both_hold(host)
+    host.submit(b"b", Verb.FORWARD, M)
+    assert host.ranks(host.large)[0].complete()
+    following = host.submit(b"b", Verb.FORWARD, M)
+    assert host.where(following) is host.large
+    assert host.where(host.submit(b"b", Verb.FORWARD, M)) is host.small, "it is not the next one"
+    host.answer(host.small)
+    assert host.where(following) is host.large
+    host.clock.now += 2 * AGREE_S
+    host.groups.poll()
+    assert host.where(following) is host.small, "a rank hangs"
 
 
 def test_free_ranks_take_what_waits_elsewhere(host: Host) -> None:
