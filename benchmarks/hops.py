@@ -46,10 +46,9 @@ HOPS: dict[str, tuple[str, str, str]] = {
     "read": ("rank 0", "after", "tacod.group.arena:Arena.unpack"),
     "on the device": ("rank 0", "after", "tacod.rank.engine:load_arguments"),
     "launched": ("rank 0", "after", "tacod.rank.forward.graphs:Forwards.__call__"),
-    "computed, on the host": ("rank 0", "before", "tacod.rank.completion:Completion.send"),
-    "completed": ("rank 0", "after", "tacod.rank.completion:Completion.send"),
+    "completed": ("rank 0", "before", "tacod.rank.completion:Completion.send"),
     "back": ("client", "after", "tacod_client.shared:Shared.receive"),
-    "counted": ("rank 0", "after", "tacod.rank.comm.clock:Clock.take_s"),
+    "computed, on the host": ("rank 0", "after", "tacod.rank.comm.clock:Clock.take_s"),
     "timed": ("rank 0", "after", "tacod.rank.engine:Engine._timed"),
     "answered": ("rank 0", "after", "tacod.group.arena:Arena.pack"),
     "answered by all ranks": ("supervisor", "before", "tacod.group.group:RankGroup._agree"),
@@ -57,9 +56,12 @@ HOPS: dict[str, tuple[str, str, str]] = {
     "answer back": ("client", "after", "tacod_client.frames:receive"),
     "returned": ("client", "after", "tacod_client.model:Model.forward"),
 }
-"""What has happened, in which process, and the function before or after which it has."""
+"""What has happened, in which process, and the function before or after which it has.
 
-ANSWER = ("counted", "timed", "answered", "answered by all ranks", "noted")
+A completion is noted before it is sent: behind that its client may be quicker than the rank.
+"""
+
+ANSWER = ("computed, on the host", "timed", "answered", "answered by all ranks", "noted")
 """The way of the answer, which is beside the way of a forward whose client hears of a completion."""
 
 

@@ -85,11 +85,18 @@ def check_parts(model: Model, forwards: int) -> None:
 def test_forwards_of_threads_end_with_completions(sturdy: Daemon, client: Client, completions: list[int]) -> None:
     model = client.load(FLUX.file)
     FLUX.check(model)
+    cases = [(inputs, model.forward(**inputs)) for inputs in map(FLUX.inputs, range(4))]
     results = client.stats()["jobs_total"]["result"]
+    completions.clear()
+
+    def check(case: int) -> None:
+        inputs, right = cases[case % len(cases)]
+        assert torch.equal(model.forward(**inputs), right)
+
     with ThreadPoolExecutor(2) as pool:
-        for future in [pool.submit(FLUX.check, model, seed) for seed in range(20)]:
+        for future in [pool.submit(check, case) for case in range(20)]:
             future.result(START_S)
-    check_parts(model, 21)
+    check_parts(model, 25)
     assert len(set(completions)) == len(completions)
     assert len(completions) > 5
     assert client.stats()["jobs_total"]["result"] == results + 20
@@ -228,15 +235,16 @@ def test_a_client_that(
     """What it does with its end is its own affair: it gets its results, and so do others."""
     with sturdy.client() as other, sturdy.client() as client:
         theirs = other.load(FLUX.file)
-        FLUX.check(theirs)
+        cases = [(inputs, theirs.forward(**inputs)) for inputs in map(FLUX.inputs, range(3))]
+        completions.clear()
         misuse(client, monkeypatch)
         model = client.load(FLUX.file)
-        for seed in range(30):
-            FLUX.check(model, seed)
-        assert bool(completions) == hears or len(completions) == 1
+        for inputs, right in 10 * cases:
+            assert torch.equal(model.forward(**inputs), right)
+        assert bool(completions) == hears
         check_parts(model, 30)
-        monkeypatch.undo()
-        FLUX.check(theirs, 1)
+        for inputs, right in cases:
+            assert torch.equal(theirs.forward(**inputs), right)
 
 
 def test_a_client_that_closes_its_end_under_a_forward(client: Client, inject: Inject) -> None:
@@ -326,11 +334,12 @@ def test_what_is_completed_counts_towards_no_limit(
     sturdy: Daemon, client: Client, inject: Inject, completions: list[int], limit: str
 ) -> None:
     model = client.load(FLUX.file)
-    FLUX.check(model)
-    inject({limit: 1}, kind="slow", at="forward", when="after", rank=1, seconds=1.0, times=3)
+    inputs = FLUX.inputs(8)
+    right = model.forward(**inputs)
+    inject({limit: 1}, kind="slow", at="forward", when="after", rank=1, seconds=0.5, times=3)
     completions.clear()
-    for seed in range(6):
-        FLUX.check(model, seed)
+    for _ in range(6):
+        assert torch.equal(model.forward(**inputs), right)
     assert len(completions) >= 3
 
 
