@@ -158,14 +158,20 @@ def read(folder: Path, since_ns: int, until_ns: int) -> dict[str, float]:
     begins = [at for at, number in notes if number == 0 and since_ns <= at < until_ns]
     reached: dict[int, list[float]] = {}
     ends = [*begins[1:], until_ns]
-    completed, answer = list(HOPS).index("completed"), [list(HOPS).index(name) for name in (*ANSWER, "answer back")]
+    places = {name: number for number, name in enumerate(HOPS)}
+    answer = [places[name] for name in ANSWER]
+    beside = {*answer, places["answer back"]}
     for begin, end in zip(begins, ends, strict=True):
-        course = _course([each for each in notes if begin <= each[0] < end])
-        if completed in course:
+        noted = [each for each in notes if begin <= each[0] < end]
+        course = _course([each for each in noted if each[1] not in beside])
+        if (completed := course.get(places["completed"])) is not None:
             # The answer may be under way when the next call begins, and that of the call before was when this one did.
-            behind = [each for each in notes if each[0] > course[completed]]
-            first = {number: next((at for at, each in behind if each == number), None) for number in answer[:-1]}
-            course = {number: at for number, at in (course | first).items() if at is not None and number != answer[-1]}
+            behind = [each for each in notes if each[0] > completed]
+            for number in answer:
+                times = [at for at, each in behind if each == number]
+                course |= {number: times[0]} if times else {}
+        else:
+            course = _course(noted)
         for number, at in course.items():
             reached.setdefault(number, []).append((at - begin) / 1e6)
     return {name: statistics.median(reached[number]) for number, name in enumerate(HOPS) if number in reached}
