@@ -105,9 +105,9 @@ def holdings(daemon: Daemon) -> Holdings:
 
 def descriptors(process: Path) -> list[str]:
     """A process's descriptors by number and name; a unix socket with the path that it is bound to."""
-    # A connection that was accepted has its listener's path.
-    rows = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
-    sockets = {f"socket:[{row[6]}]": " ".join(row[7:]) for row in rows}
+    # A connection that was accepted has its listener's path. A name that isn't a path may hold line breaks.
+    rows = [line.split() for line in Path("/proc/net/unix").read_text(errors="replace").splitlines()[1:]]
+    sockets = {f"socket:[{row[6]}]": " ".join(row[7:]) for row in rows if len(row) > 6}
 
     def tell(each: Path) -> str:
         name = str(each.readlink())
