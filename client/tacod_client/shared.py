@@ -76,6 +76,8 @@ class Shared:
         self._session = session
         self._memories: list[Memory] = []
         self._lock = threading.Lock()
+        self._hearing = threading.Lock()
+        """Held while completions are read, and while memories come and go; never while the daemon is asked."""
         self._ask_at_s = 0.0
 
     def take(self, nbytes: int) -> tuple[Memory, int, list[int]] | None:
@@ -94,10 +96,11 @@ class Shared:
                 log.debug("no shared memory: %s", error)
                 self._ask_at_s = time.monotonic() + AGAIN_S
                 return None
-            self._memories.append(memory)
+            with self._hearing:
+                self._memories.append(memory)
+                self._note_completions()
             for each in useless:
                 self._remove(each)
-            self._note_completions()
             offset = memory.take(nbytes)
             assert offset is not None
             return memory, offset, [each.number for each in useless]
@@ -112,14 +115,13 @@ class Shared:
             memory.release(offset)
             if memory.retired and memory.idle and memory in self._memories:
                 self._remove(memory)
-                self._note_completions()
                 return [memory.number]
             return []
 
     def receive(self) -> list[bytes]:
         """The completions that have come, as packets. A socket that is closed is given up."""
         packets = []
-        with self._lock:
+        with self._hearing:
             for memory in self._memories:
                 end = memory.completions
                 try:
@@ -140,12 +142,13 @@ class Shared:
         with self._lock:
             for memory in list(self._memories):
                 self._remove(memory)
-            self._note_completions()
 
     def _remove(self, memory: Memory) -> None:
-        self._memories.remove(memory)
-        if memory.completions is not None:
-            memory.completions.close()
+        with self._hearing:
+            self._memories.remove(memory)
+            if memory.completions is not None:
+                memory.completions.close()
+            self._note_completions()
 
     def _note_completions(self) -> None:
         ends = (each.completions for each in self._memories)
