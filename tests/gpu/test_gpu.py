@@ -28,6 +28,7 @@ from tacod.rank.ops.split_kv import whole_waves
 from tacod.rank.shared_memory import MappedMemories
 from tacod.rank.weights.reader import Reader
 from tacod_client import latents, wire
+from tacod_client.request import Request
 
 pytestmark = [
     pytest.mark.gpu,
@@ -300,7 +301,15 @@ def test_memory_shared_with_a_client_is_registered() -> None:
 
 @pytest.mark.parametrize("on_gpu", [False, True], ids=["of a client on the CPU", "of a client on the GPU"])
 def test_latents_in_shared_memory(gpu_daemon: Daemon, monkeypatch: pytest.MonkeyPatch, on_gpu: bool) -> None:
-    """The same bits as through frames, by graphs too, and after a rank was killed."""
+    """The same bits as through frames, by graphs too, and after a rank was killed; the client hears of completions."""
+    completed: list[int] = []
+    complete = Request.complete
+
+    def note(self: Request, message: wire.Message) -> None:
+        complete(self, message)
+        completed.append(message.id)
+
+    monkeypatch.setattr(Request, "complete", note)
     inputs = {name: each.cuda() if on_gpu else each for name, each in FLUX.inputs(4, size=(64, 64)).items()}
     with gpu_daemon.client() as client:
         model = client.load(FLUX.file, dtype="fp32", plan=everyone(gpu_daemon))
@@ -310,6 +319,7 @@ def test_latents_in_shared_memory(gpu_daemon: Daemon, monkeypatch: pytest.Monkey
         monkeypatch.setattr(latents, "LEAST_BYTES", 0)
         placed = [model.forward(**inputs) for _ in range(4)]
         assert client.stats()["shared_bytes"] > 0
+        assert completed
         assert "can't be registered" not in gpu_daemon.log
         os.kill(gpu_daemon.rank_pids()[0], signal.SIGKILL)
         placed += [model.forward(**inputs) for _ in range(4)]
