@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from tacod.execution.manifest import Model
 from tacod.execution.scheduler import Job
 from tacod.group.arena import Arena
 from tacod.group.group import _pack
-from tacod.group.work import Alike, Envelope, Forward, read_envelope
+from tacod.group.work import Alike, Envelope, Forward, as_tensor, read_envelope
 from tacod_client.wire import Message, Tensor, encode
 
 from .conftest import PEER, Peer
@@ -140,7 +141,8 @@ def test_what_is_known_holds_no_tensors_bytes(asking: Peer) -> None:
 
 
 @pytest.mark.parametrize("watched", [False, True])
-def test_ranks_get_of_a_known_forward_what_they_got_of_the_first(watched: bool) -> None:
+@pytest.mark.parametrize("completes", [False, True])
+def test_ranks_get_of_a_known_forward_what_they_got_of_the_first(watched: bool, completes: bool) -> None:
     mine = Arena()
     theirs = Arena(os.dup(mine.fd))
     try:
@@ -149,11 +151,14 @@ def test_ranks_get_of_a_known_forward_what_they_got_of_the_first(watched: bool) 
             arguments = forward(x)["arguments"]
             frames = [frame for each in arguments.values() for frame in each.frames or ()]
             command = Forward("m", "auto", arguments, b"session", alike=alike, frames=frames)
-            told = read_envelope(theirs.unpack(_pack(Envelope(number, command, watched=watched), mine), copy=True))
-            assert told == Envelope(number, command, watched=watched)
-            assert list(alike.tails) == [watched]
+            request = as_tensor(number << 40) if completes else None
+            envelope = Envelope(number, command, watched=watched, request=request)
+            told = read_envelope(theirs.unpack(_pack(envelope, mine), copy=True))
+            assert told == envelope
+            assert told.request_id == (number << 40 if completes else None)
+            assert list(alike.tails) == [(watched, completes)]
             # What brings more is described whole.
-            more = Envelope(number, command, evict=[b"d" * 32], watched=watched)
+            more = replace(envelope, evict=[b"d" * 32])
             assert read_envelope(theirs.unpack(_pack(more, mine), copy=True)) == more
     finally:
         theirs.close()
