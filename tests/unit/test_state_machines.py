@@ -95,6 +95,8 @@ class ClientSocket:
         self.peers: dict[bytes, Peer] = {}
         self.inbox: deque[tuple[bytes, Message]] = deque()
         """What clients have sent."""
+        self.incoming: deque[zmq.Frame] = deque()
+        """The frames still to come of the message that is being received."""
         self.outgoing: list[bytes] = []
         """The frames so far of the message that is being sent."""
 
@@ -110,11 +112,13 @@ class ClientSocket:
     def get(self, option: int) -> int:
         return zmq.POLLIN if self.inbox else 0
 
-    def recv_multipart(self, flags: int, copy: bool) -> list[zmq.Frame]:
-        if not self.inbox:
-            raise zmq.Again
-        peer, message = self.inbox.popleft()
-        return [zmq.Frame(peer), *(zmq.Frame(bytes(frame)) for frame in wire.encode(message))]
+    def recv(self, flags: int, copy: bool) -> zmq.Frame:
+        if not self.incoming:
+            peer, message = self.inbox.popleft()
+            self.incoming.extend(zmq.Frame(bytes(frame)) for frame in (peer, *wire.encode(message)))
+        frame = self.incoming.popleft()
+        frame.more = bool(self.incoming)
+        return frame
 
     def send(self, frame: Any, flags: int, copy: bool, track: bool) -> None:
         """Take the next frame. What is wrong with a peer is said at its address, as ROUTER sockets do."""
