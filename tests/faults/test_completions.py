@@ -262,6 +262,25 @@ def test_a_client_that_closes_its_end_under_a_forward(client: Client, inject: In
     check_parts(model, 3)
 
 
+def test_ranks_keep_no_descriptor_of_a_client_that_is_gone(sturdy: Daemon, client: Client) -> None:
+    model = client.load(FLUX.file)
+    inputs = FLUX.inputs(9)
+    model.forward(**inputs)
+
+    def descriptors() -> list[int]:
+        """Those of each rank; with a command ranks drop what is no longer there."""
+        model.forward(**inputs)
+        client.status()
+        return [len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in sturdy.rank_pids()]
+
+    before = descriptors()
+    for _ in range(4):
+        with sturdy.client() as other:
+            other.load(FLUX.file).forward(**inputs)
+            assert all(now > known for now, known in zip(descriptors(), before, strict=True))
+    eventually(lambda: descriptors() == before, 10, "the ranks have let go of all sockets and memories")
+
+
 def test_a_cancel_that_comes_behind_it(sturdy: Daemon, client: Client, inject: Inject, completions: list[int]) -> None:
     """The forward has ended well; its job is no more to be cancelled."""
     model = client.load(FLUX.file)
