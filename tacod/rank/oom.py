@@ -9,6 +9,8 @@ from typing import NamedTuple
 import psutil
 import torch
 
+from tacod_client.units import size
+
 __all__ = ["Shortage", "clear_tracebacks", "describe_oom"]
 
 
@@ -39,9 +41,9 @@ def describe_oom(error: Exception) -> Shortage | None:
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
         asked = re.search(r"tried to allocate (\d+) bytes", text)
         wanted_bytes = int(asked[1]) if asked else None
-        told = "an allocation failed" if wanted_bytes is None else f"tried to allocate {_gib(wanted_bytes)}"
+        told = "an allocation failed" if wanted_bytes is None else f"tried to allocate {size(wanted_bytes)}"
         free_bytes = psutil.virtual_memory().available
-        return _shortage(f"host out of memory: {told}, and {_gib(free_bytes)} are free", wanted_bytes, free_bytes, True)
+        return _shortage(f"host out of memory: {told}, and {size(free_bytes)} are free", wanted_bytes, free_bytes, True)
     # The driver's word, and cuBLAS's, to those that don't ask PyTorch for memory.
     if isinstance(error, RuntimeError) and ("out of memory" in text or "ALLOC_FAILED" in text):
         return Shortage(f"the GPU is out of memory ({text.splitlines()[0]})")
@@ -51,15 +53,11 @@ def describe_oom(error: Exception) -> Shortage | None:
 def _shortage(text: str, wanted: int | None, free: int | None, host: bool = False) -> Shortage:
     if wanted is None or free is None or wanted <= free:
         return Shortage(text, host=host)
-    return Shortage(f"{text}: {_gib(wanted - free)} lack", wanted - free, host)
+    return Shortage(f"{text}: {size(wanted - free)} lack", wanted - free, host)
 
 
 def _bytes(number: str, unit: str) -> int:
     return int(float(number) * _UNITS[unit])
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"
 
 
 def clear_tracebacks(error: Exception) -> None:

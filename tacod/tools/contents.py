@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tacod.checkpoint import Checkpoint
-from tacod_client.cli.units import size
+from tacod_client.units import size
 
 __all__ = ["HALF_BYTES", "contents"]
 

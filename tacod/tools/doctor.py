@@ -28,9 +28,9 @@ from tacod.tools import doctor_gpus
 from tacod.tools.contents import contents
 from tacod_client import Client
 from tacod_client.cli.doctor import Finding, fail, ok, warn
-from tacod_client.cli.units import size
 from tacod_client.endpoint import find_endpoint
 from tacod_client.errors import TacodError
+from tacod_client.units import size
 
 __all__ = ["main"]
 

@@ -13,7 +13,7 @@ from typing import Any
 from tacod.config import ConfigError, Group
 from tacod.group.processes import devices
 from tacod_client.cli.doctor import Finding, fail, ok, warn
-from tacod_client.cli.units import size
+from tacod_client.units import size
 
 __all__ = ["Gpu", "look"]
 

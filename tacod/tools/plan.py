@@ -16,8 +16,8 @@ from tacod.checkpoint import Checkpoint, read_checkpoint
 from tacod.plan import AUTO, cost
 from tacod.shares import EQUAL, MOST, Shares
 from tacod.tools.contents import HALF_BYTES, contents
-from tacod_client import wire
-from tacod_client.cli import show, units
+from tacod_client import units, wire
+from tacod_client.cli import show
 from tacod_client.cli.ending import guarded
 from tacod_client.cli.output import document
 from tacod_client.errors import ArgumentError, ModelCorrupt, ModelUnsupported

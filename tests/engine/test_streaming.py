@@ -491,7 +491,7 @@ def test_a_load_without_memory_says_by_how_much_and_what_takes_less(
         "free. Of the allocated memory"
     )
     monkeypatch.setattr(Streaming, "finish", Mock(side_effect=torch.OutOfMemoryError(text)))
-    with pytest.raises(OutOfMemory, match=r"1\.50 GiB lack; unload a model.*" + advice) as caught:
+    with pytest.raises(OutOfMemory, match=r"1\.5 GiB lack; unload a model.*" + advice) as caught:
         load(engine, FLUX.save(tmp_path), "fp32", None, weights)
     assert caught.value.details == {"lacking_bytes": 3 << 29, "host": False, "shrinks": shrinks}
     assert engine.models == {}

@@ -16,7 +16,7 @@ from tacod_client import Client, Model, OutOfMemory
 
 from .conftest import STEP_TIMEOUT_S, Inject
 
-ASKED = r"tried to allocate \d+\.\d\d GiB, and \d+\.\d\d GiB are free: \d+\.\d\d GiB lack; use a smaller image"
+ASKED = r"tried to allocate \d+\.\d GiB, and \d+\.\d GiB are free: \d+\.\d GiB lack; use a smaller image"
 LEAST = rf"{ASKED}.*can't be less: it fetches all of its blocks"
 
 

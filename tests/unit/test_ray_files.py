@@ -233,7 +233,7 @@ def test_a_full_disk_is_told_before_anything_is_removed(
     huge: list[Piece] = [{"name": "model.safetensors", "size": 1 << 29}]
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
-        with pytest.raises(ModelNotFound, match=r"is full: 1\.0 MiB of the 0\.5 GiB that it needs are free"):
+        with pytest.raises(ModelNotFound, match=r"is full: 1\.0 MiB of the 512\.0 MiB that it needs are free"):
             cache.begin(second["identity"], second["contents"], huge)
 
     def fallocate(*told: Any) -> None:

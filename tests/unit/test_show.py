@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tacod_client.cli import show, top, units
+from tacod_client import units
+from tacod_client.cli import show, top
 from tacod_client.text import printable
 
 from .test_top import look

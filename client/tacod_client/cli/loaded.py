@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from tacod_client.cli import show, units
+from tacod_client import units
+from tacod_client.cli import show
 from tacod_client.client import Client
 from tacod_client.errors import MessageTooLarge, ModelNotFound
 from tacod_client.model import Model

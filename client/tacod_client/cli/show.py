@@ -23,11 +23,11 @@ from rich.text import Text
 
 from tacod_client.cli.ending import mute
 from tacod_client.cli.tables import LEAST_WIDTH, Columns, Facts
-from tacod_client.cli.units import duration, ms, short, size
 from tacod_client.job import Job
 from tacod_client.stats import PARTS
 from tacod_client.streams import stdout
 from tacod_client.text import printable
+from tacod_client.units import duration, ms, short, size
 
 __all__ = [
     "bench",

@@ -13,7 +13,8 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from tacod_client.cli import show, tables, units
+from tacod_client import units
+from tacod_client.cli import show, tables
 from tacod_client.cli.output import document
 from tacod_client.client import Client
 from tacod_client.endpoint import find_endpoint

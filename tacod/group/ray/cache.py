@@ -21,6 +21,7 @@ from typing import TypedDict
 
 from tacod.checkpoint import read_checkpoint
 from tacod.group.ray.claims import claim, make_folder, remove_leavings
+from tacod_client import units
 from tacod_client.errors import ModelError, ModelNotFound, ModelUnsupported
 from tacod_client.wire import Buffer
 
@@ -29,7 +30,6 @@ __all__ = ["Copy", "ModelCache", "Piece"]
 _MODEL = "model"
 _UNFINISHED = "unfinished-"
 _ENTRY = re.compile(r"[0-9a-f]{64}")
-_GIB = 1 << 30
 
 
 class Piece(TypedDict):
@@ -137,7 +137,7 @@ class ModelCache:
             raise ModelNotFound("sending files is turned off (group.model_cache_bytes = 0); raise that")
         if size > self._limit_bytes:
             raise ModelNotFound(
-                f"its {_gib(size)} are more than group.model_cache_bytes = {self._limit_bytes} allow; raise that"
+                f"its {units.size(size)} are more than group.model_cache_bytes = {self._limit_bytes} allow; raise that"
             )
         with self.explained(size):
             self._make_folder()
@@ -225,7 +225,7 @@ class ModelCache:
                 used, free = used - freed, shutil.disk_usage(self._folder).free
         if used + size > self._limit_bytes:
             raise ModelNotFound(
-                f"its {_gib(size)} and the {_gib(used)} that are in use in {self._folder} are more than "
+                f"its {units.size(size)} and the {units.size(used)} that are in use in {self._folder} are more than "
                 f"group.model_cache_bytes = {self._limit_bytes} allow; raise that"
             )
 
@@ -237,7 +237,11 @@ class ModelCache:
         except OSError as error:
             where = self._folder
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                free = f"{_gib(_free(where))} of the {_gib(size)} that it needs are free" if size else "nothing is free"
+                free = (
+                    f"{units.size(_free(where))} of the {units.size(size)} that it needs are free"
+                    if size
+                    else "nothing is free"
+                )
                 raise ModelNotFound(
                     f"the disk of {where} (group.model_cache) is full: {free}; make room, or set another folder"
                 ) from None
@@ -281,7 +285,3 @@ def _free(folder: Path) -> int:
         return shutil.disk_usage(folder).free
     except OSError:
         return 0
-
-
-def _gib(count: int) -> str:
-    return f"{count / _GIB:.1f} GiB" if count >= _GIB // 10 else f"{count / (1 << 20):.1f} MiB"

@@ -24,6 +24,7 @@ from tacod.rank.comm.peers import SymmetricBlock
 from tacod.rank.weights.host_memory import free_bytes
 from tacod_client.errors import OutOfMemory, TacodError
 from tacod_client.tensors import as_bytes
+from tacod_client.units import size as in_words
 
 __all__ = [
     "ALIGNED",
@@ -190,7 +191,7 @@ class Depot:
             problem = str(error).splitlines()[0]
         self._agree(
             slab is not None,
-            f"no memory for {max(ends) / 2**20:.0f} MiB of weights {'in the host for' if self._host else 'on'} each "
+            f"no memory for {in_words(max(ends))} of weights {'in the host for' if self._host else 'on'} each "
             f"rank: {problem}; unload a model (`tacoctl unload`) or end another program",
             host=self._host,
         )
@@ -285,7 +286,7 @@ class HostSlabs:
         # Before any of them takes some.
         if not group.agree(lacking <= 0):
             raise OSError(
-                f"{lacking / 2**20:.0f} MiB lack in the host, by its own memory and its control groups' limits "
+                f"{in_words(lacking)} lack in the host, by its own memory and its control groups' limits "
                 "(MemoryMax=, --memory)"
                 if lacking > 0
                 else "another rank has none"

@@ -11,8 +11,9 @@ from functools import cached_property
 
 from tacod.rank.parallel.modulation import owners
 from tacod_client.errors import ArgumentError, OutOfMemory
+from tacod_client.units import size as in_words
 
-__all__ = ["Links", "Placement", "Sizes", "alternatives", "choose", "holders", "in_words"]
+__all__ = ["Links", "Placement", "Sizes", "alternatives", "choose", "holders"]
 
 
 @dataclass(frozen=True)
@@ -283,11 +284,6 @@ def holders(sizes: Sequence[int], hosts: Sequence[int], host: int) -> list[int]:
             held[rank] += size
         found.append(rank)
     return found
-
-
-def in_words(count: int) -> str:
-    """Bytes in words."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def in_ms(seconds: float) -> str:

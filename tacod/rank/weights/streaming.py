@@ -14,11 +14,12 @@ from tacod.rank.families.base import DiT
 from tacod.rank.ops.packed.base import PackedLinear
 from tacod.rank.weights.depot import Depot, HostSlabs, MakeSlab, Owner, OwnSlabs, PeerSlabs
 from tacod.rank.weights.parts import assign, get, parts_of
-from tacod.rank.weights.placement import Links, Placement, Sizes, alternatives, choose, holders, in_words
+from tacod.rank.weights.placement import Links, Placement, Sizes, alternatives, choose, holders
 from tacod.rank.weights.sizes import SMALLEST
 from tacod.rank.weights.skeleton import Skeleton
 from tacod.rank.weights.stage import Buffers, Stage, Unit, owner_of
 from tacod_client.errors import OutOfMemory, TacodError
+from tacod_client.units import size as in_words
 
 __all__ = ["Streaming", "Turn"]
 
