@@ -14,12 +14,13 @@ import re
 import secrets
 import shutil
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypedDict
 
-from tacod.checkpoint import read_checkpoint
+from tacod.checkpoint import Checkpoint, read_checkpoint
 from tacod.group.ray.claims import claim, make_folder, remove_leavings
 from tacod_client import units
 from tacod_client.errors import ModelError, ModelNotFound, ModelUnsupported
@@ -27,6 +28,10 @@ from tacod_client.wire import Buffer
 
 __all__ = ["Copy", "ModelCache", "Piece"]
 
+LOCK_S = 120.0
+"""How long to wait for another process that makes room. It removes files, which takes seconds."""
+LOOK_S = 0.05
+"""How often to look whether it is done."""
 _MODEL = "model"
 _UNFINISHED = "unfinished-"
 _ENTRY = re.compile(r"[0-9a-f]{64}")
@@ -99,20 +104,20 @@ class ModelCache:
         self._limit_bytes = limit_bytes
         self._held: list[int] = []
 
-    def find(self, key: str, contents: str, main: str) -> str | None:
-        """The path of the model with this key, or of its file ``main``; None if there is none.
+    def find(self, key: str, contents: str, main: str) -> Checkpoint | None:
+        """The model with this key, or its file ``main``; None if there is none.
 
         It stays there until `release`. If its `Checkpoint.contents` are others, somebody has changed it: it is removed.
         """
         entry = self._entry(key)
         if not entry.is_dir() or not self._is_safe() or (lock := claim(entry, shared=True)) is None:
             return None
-        path = str(entry / _MODEL / main)
         try:
-            if read_checkpoint(path).contents == contents:
+            checkpoint = read_checkpoint(str(entry / _MODEL / main))
+            if checkpoint.contents == contents:
                 os.utime(entry)
                 self._held.append(lock)
-                return path
+                return checkpoint
         except (ModelError, OSError):
             pass
         os.close(lock)
@@ -155,8 +160,8 @@ class ModelCache:
             finally:
                 os.close(lock)
 
-    def add(self, copy: Copy, main: str) -> str:
-        """Put a copy in place whose files have all come; returns the path to open, which stays there until `release`.
+    def add(self, copy: Copy, main: str) -> Checkpoint:
+        """Put a copy in place whose files have all come; returns the model, which stays there until `release`.
 
         Raises `ModelNotFound` if it isn't what was to come, or can't be put there; then it is discarded.
         """
@@ -200,14 +205,23 @@ class ModelCache:
             )
 
     def _lock(self) -> int:
-        """Wait until no other process makes room."""
+        """Wait until no other process makes room. Raises `ModelNotFound` if that takes longer than `LOCK_S`."""
         lock = os.open(self._folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            until = time.monotonic() + LOCK_S
+            while True:
+                with suppress(BlockingIOError):
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return lock
+                if time.monotonic() > until:
+                    raise ModelNotFound(
+                        f"another process has made room in {self._folder} (group.model_cache) for {LOCK_S:g} s: if it "
+                        f"hangs, end it (`fuser {self._folder}/.lock` names it), and load the model again"
+                    )
+                time.sleep(LOOK_S)
         except BaseException:
             os.close(lock)
             raise
-        return lock
 
     def _make_room(self, size: int) -> None:
         """Remove the least recently used models that nobody reads, until there is room in limit and on the disk."""

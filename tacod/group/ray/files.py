@@ -12,14 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypedDict
 
-from tacod.checkpoint import is_gguf, locate, read_checkpoint
+from tacod.checkpoint import Checkpoint, is_gguf, locate, read_checkpoint
 from tacod.checkpoint.folder import is_folders, open_folder
 from tacod.group.ray.cache import ModelCache, Piece
 from tacod.group.work import Load, read_envelope
 from tacod_client.errors import ModelCorrupt, ModelNotFound, TacodError
 from tacod_client.wire import Message
 
-__all__ = ["FoundFile", "NamedFile", "Part", "find_files", "look_for", "problem", "use_found"]
+__all__ = ["FoundFile", "NamedFile", "Part", "find_files", "found_at", "look_for", "problem", "use_found"]
 
 
 class Part(Piece):
@@ -111,7 +111,7 @@ def _look_for(file: NamedFile, roots: Sequence[str], cache: ModelCache) -> Found
         there = locate(file["path"], roots)
         checkpoint = read_checkpoint(there)
         if checkpoint.contents == file["contents"] and checkpoint.sample_tensors() == file["tensors"]:
-            return {"path": file["path"], "there": there, "identity": checkpoint.identity, "error": None}
+            return found_at(file["path"], checkpoint)
         error = ModelNotFound("it is another file than on tacod's host, by size, header or samples of its contents")
     except TacodError as caught:
         error = caught
@@ -119,14 +119,19 @@ def _look_for(file: NamedFile, roots: Sequence[str], cache: ModelCache) -> Found
         with cache.explained():
             cached = cache.find(file["identity"], file["contents"], file["main"])
         if cached is not None:
-            return {"path": file["path"], "there": cached, "identity": read_checkpoint(cached).identity, "error": None}
+            return found_at(file["path"], cached)
     except TacodError as caught:
         error = caught
-    return problem(file["path"], error)
+    return {"path": file["path"], "there": "", "identity": "", "error": error.to_wire()}
+
+
+def found_at(path: str, checkpoint: Checkpoint) -> FoundFile:
+    """What lies at a ``path`` on tacod's host, where this host has it."""
+    return {"path": path, "there": checkpoint.path, "identity": checkpoint.identity, "error": None}
 
 
 def problem(path: str, error: TacodError) -> FoundFile:
-    """A file that this host can't use, and why."""
+    """A file that was to come to this host, and why it can't be used."""
     advice = "it also helps to copy the file there, or to keep models on a file system that all hosts have"
     told = type(error)(f"host {socket.gethostname()} can't use {path}: {error.message}; {advice}")
     return {"path": path, "there": "", "identity": "", "error": told.to_wire()}

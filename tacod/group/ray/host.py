@@ -17,13 +17,12 @@ from typing import Any, TypeVar
 import psutil
 
 from tacod import __version__, config, logs
-from tacod.checkpoint import read_checkpoint
 from tacod.group.arena import Arena
 from tacod.group.processes import Processes, World
 from tacod.group.ranks import GroupLost
 from tacod.group.ray.cache import Copy, ModelCache, Piece
 from tacod.group.ray.claims import make_folder, remove_leavings
-from tacod.group.ray.files import FoundFile, NamedFile, look_for, problem, use_found
+from tacod.group.ray.files import FoundFile, NamedFile, found_at, look_for, problem, use_found
 from tacod.group.work import Fault
 from tacod_client.errors import Cancelled, ProtocolError, TacodError
 
@@ -69,8 +68,8 @@ class Host:
         """Its path there."""
         self._transfer = 0
         """The number of its transfer; 0 if no file comes."""
-        self._dropping: asyncio.Future[None] | None = None
-        """Removes a copy that was given up."""
+        self._removal: asyncio.Future[None] | None = None
+        """Removes the last copy that was given up. There is none before it, as a new copy waits for its end."""
 
     async def describe(self) -> dict[str, Any]:
         """This host's name, its version of tacod, and the devices that Ray has given to this actor."""
@@ -227,6 +226,10 @@ class Host:
             return None
         self._drop_copy()
         self._transfer, self._sent = transfer, path
+        # What is being removed still takes room.
+        await self._removed()
+        if self._transfer != transfer:
+            return None
         try:
             copy = await self._with_cache(lambda cache: cache.begin(key, contents, pieces))
         except TacodError as error:
@@ -259,8 +262,7 @@ class Host:
         self._copy, self._transfer = None, 0
 
         def add(cache: ModelCache) -> FoundFile:
-            there = cache.add(copy, main)
-            return {"path": path, "there": there, "identity": read_checkpoint(there).identity, "error": None}
+            return found_at(path, cache.add(copy, main))
 
         try:
             return await self._with_cache(add)
@@ -271,17 +273,18 @@ class Host:
         """Give up what has come of a file, and wait until that is removed."""
         if epoch == self._epoch and self._transfer == transfer:
             self._drop_copy()
-            await self._dropped()
+            await self._removed()
 
     def _drop_copy(self) -> None:
         copy, self._copy, self._transfer = self._copy, None, 0
         if copy is not None:
             # Not here: it waits for a thread that writes.
-            self._dropping = asyncio.get_running_loop().run_in_executor(None, copy.discard)
+            self._removal = asyncio.get_running_loop().run_in_executor(None, copy.discard)
 
-    async def _dropped(self) -> None:
-        if self._dropping is not None:
-            await self._dropping
+    async def _removed(self) -> None:
+        """Wait until nothing is left of a copy that was given up."""
+        if self._removal is not None:
+            await self._removal
 
     async def stacks(self, ranks: Sequence[int]) -> dict[int, str]:
         """Where these ranks hang."""
@@ -306,7 +309,7 @@ class Host:
         await self.kill(self._epoch)
         if self._processes is not None:
             self._processes.close()
-        await self._dropped()
+        await self._removed()
         shutil.rmtree(self._folder, ignore_errors=True)
         os.close(self._lock)
 
