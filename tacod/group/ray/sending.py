@@ -31,7 +31,7 @@ TELL_S = 0.2
 LOG_S = 10.0
 """The same in the log."""
 LOOK_S = 0.2
-"""How often to look for a cancel while hosts make room."""
+"""How often to look for a cancel while hosts make room, or write what has come to their disks."""
 
 _transfers = itertools.count(1)
 """The number of each file's transfer."""
@@ -63,7 +63,7 @@ async def send_missing(
     meanwhile, or if ``is_stopped`` says so; then no host keeps a part of one.
     """
     lacking = {
-        number: [at for at, each in enumerate(found) if each[number]["error"] is not None]
+        number: {at: str(error["message"]) for at, each in enumerate(found) if (error := each[number]["error"])}
         for number in range(len(files))
     }
     total = sum(part["size"] for number, at in lacking.items() if at for part in files[number]["parts"])
@@ -72,13 +72,14 @@ async def send_missing(
         if not places:
             continue
         file, to, transfer = files[number], [agents[at] for at in places], next(_transfers)
-        progress.begin(file, to)
+        lacks = [*places.values()]
+        progress.begin(file, to, lacks)
 
         def ask_about_it(agent: Agent, method: str, *arguments: Any, transfer: int = transfer) -> Awaitable[Any]:
             return ask(agent, method, transfer, *arguments)
 
         try:
-            answers = await _send(file, to, ask_about_it, put, progress, is_stopped)
+            answers = await _send(file, to, lacks, ask_about_it, put, progress, is_stopped)
         except BaseException:
             with suppress(Exception):
                 await asyncio.gather(*(ask_about_it(agent, "drop_file") for agent in to))
@@ -96,12 +97,13 @@ class _Progress:
         self._what = ""
         self._tell_at = self._log_at = 0.0
 
-    def begin(self, file: NamedFile, to: Sequence[Agent]) -> None:
+    def begin(self, file: NamedFile, to: Sequence[Agent], lacks: Sequence[str]) -> None:
         """Log which file is being sent from now on."""
         size = sum(part["size"] for part in file["parts"])
         hosts = ", ".join(agent.name for agent in to)
         self._what = f"{file['path']} ({size / 1e9:.2f} GB) to {hosts}"
-        log.info("sending %s, which %s it", self._what, "lacks" if len(to) == 1 else "lack")
+        reasons = "; ".join(f"{agent.name}: {why}" for agent, why in zip(to, lacks, strict=True))
+        log.info("sending %s, as it isn't there (%s)", self._what, reasons)
         self._log_at = time.monotonic() + LOG_S
 
     def add(self, count: int) -> None:
@@ -119,28 +121,25 @@ class _Progress:
 async def _send(
     file: NamedFile,
     to: Sequence[Agent],
+    lacks: Sequence[str],
     ask: Ask,
     put: Callable[[Any], Any],
     progress: _Progress,
     is_stopped: Callable[[], bool],
 ) -> list[FoundFile]:
-    """Send one file, which may be a folder's several; returns what the hosts have found it to be."""
+    """Send one file, which may be a folder's several; returns what the hosts have found it to be.
+
+    ``lacks`` says of each host why it can't use what it has itself.
+    """
     began_s = time.monotonic()
     pieces = [{"name": part["name"], "size": part["size"]} for part in file["parts"]]
     begin = ("begin_file", file["path"], file["identity"], file["contents"], pieces)
-    beginning = asyncio.gather(*(ask(agent, *begin) for agent in to))
-    try:
-        # Another actor of a host may be long at making room there.
-        while not beginning.done():
-            _go_on(file, is_stopped)
-            await asyncio.wait([beginning], timeout=LOOK_S)
-        _check(await beginning)
-    finally:
-        beginning.cancel()
+    # Another actor of a host may be long at making room there.
+    _check(await _unless_stopped([ask(agent, *begin) for agent in to], file, is_stopped), lacks)
 
     async def pass_on(number: int, source: str, start: int, count: int) -> None:
         chunk = await asyncio.to_thread(lambda: put(_read(source, start, count, file["path"])))
-        _check(await asyncio.gather(*(ask(agent, "write_file", number, start, chunk) for agent in to)))
+        _check(await asyncio.gather(*(ask(agent, "write_file", number, start, chunk) for agent in to)), lacks)
         progress.add(count)
 
     under_way: set[asyncio.Task[None]] = set()
@@ -158,8 +157,9 @@ async def _send(
             task.cancel()
         await asyncio.gather(*under_way, return_exceptions=True)
     await asyncio.to_thread(_check_unchanged, file)
-    answers: list[FoundFile] = await asyncio.gather(*(ask(agent, "end_file", file["main"]) for agent in to))
-    _check([answer["error"] for answer in answers])
+    # So may a disk be that writes all of it.
+    answers = await _unless_stopped([ask(agent, "end_file", file["main"]) for agent in to], file, is_stopped)
+    _check([answer["error"] for answer in answers], lacks)
     log.info("sent %s in %.1f s", file["path"], time.monotonic() - began_s)
     return answers
 
@@ -174,17 +174,36 @@ async def _wait(tasks: set[asyncio.Task[None]], when: str) -> set[asyncio.Task[N
     return rest
 
 
+async def _unless_stopped(
+    calls: Sequence[Awaitable[Any]], file: NamedFile, is_stopped: Callable[[], bool]
+) -> list[Any]:
+    """What calls return. Raises `Refused` if ``is_stopped`` says so first; what was asked for goes on there."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    rest = {*tasks}
+    try:
+        while rest:
+            _go_on(file, is_stopped)
+            done, rest = await asyncio.wait(rest, timeout=LOOK_S, return_when=asyncio.FIRST_EXCEPTION)
+            for task in done:
+                task.result()
+        return [task.result() for task in tasks]
+    finally:
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 def _go_on(file: NamedFile, is_stopped: Callable[[], bool]) -> None:
     """Raises `Refused` if ``is_stopped`` says so."""
     if is_stopped():
         raise Refused(Cancelled(f"cancelled while {file['path']} was sent to other hosts").to_wire())
 
 
-def _check(errors: Sequence[dict[str, Any] | None]) -> None:
-    """Raises `Refused` by the first error, if there is one."""
-    for error in errors:
+def _check(errors: Sequence[dict[str, Any] | None], lacks: Sequence[str]) -> None:
+    """Raises `Refused` by the first host's error, if there is one, with why that host ``lacks`` the file."""
+    for error, why in zip(errors, lacks, strict=True):
         if error is not None:
-            raise Refused(error)
+            raise Refused({**error, "message": f"{error['message']} (what is there by itself: {why})"})
 
 
 def _read(source: str, start: int, count: int, path: str) -> Any:
