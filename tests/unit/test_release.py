@@ -199,7 +199,8 @@ def test_an_image_is_saved_if_an_engine_is_named(repository: Path) -> None:
     engine = repository.parent / "engine"
     engine.write_text(f"""#!/bin/sh
 case "$*" in
-  "build --file "*"/containers/Containerfile --tag tacod:{VERSION} "*) [ -f "$6/pyproject.toml" ] ;;
+  "build --file "*"/containers/Containerfile --tag tacod:{VERSION} "*)
+    [ -f "$6/pyproject.toml" ] && [ "$BUILDAH_FORMAT" = docker ] ;;
   "save --output "*" tacod:{VERSION}") echo image > "$3" ;;
   *) exit 5 ;;
 esac
