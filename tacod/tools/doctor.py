@@ -10,9 +10,10 @@ import importlib.metadata
 import json
 import os
 import shutil
+import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tacod import comfyui
 from tacod.checkpoint import read_checkpoint
 from tacod.config import Config, ConfigError, load_config
 from tacod.execution.manifest import Manifest
+from tacod.group.ray.version import check_installed
 from tacod.tools import doctor_gpus
 from tacod.tools.contents import contents
 from tacod_client import Client
@@ -38,6 +40,8 @@ DEFAULT_CONFIG = "/etc/tacod/config.toml"
 ENGINE = ("torch", "xfuser", "diffusers")
 """Packages that get a line of their own."""
 SPARE_BYTES = 4 << 30
+CONNECT_S = 5.0
+"""How long a cluster's head has to take a connection."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     findings += _packages()
     findings += _groups()
     findings += _comfyui(config)
-    if config.device == "cuda":
+    if config.launcher == "ray":
+        findings += _ray({group.ray_address or "auto" for group in config.groups})
+    elif config.device == "cuda":
         findings += doctor_gpus.look(config.groups, _status(args.endpoint or config.endpoint), not args.no_bandwidth)
     if known:
         findings += _models(config)
@@ -97,6 +103,9 @@ def _configuration(path: str | None, endpoint: str | None) -> tuple[Config, bool
 def _as_configured(group: dict[str, Any]) -> dict[str, Any]:
     """The configuration of a group as far as its status tells it."""
     values: dict[str, Any] = {key: group[key] for key in ("name", "device") if key in group}
+    here = socket.gethostname()
+    if any(rank.get("host", here) != here for rank in group["ranks"]):
+        return {**values, "launcher": "ray", "ranks": group["world_size"]}
     if group["device"] == "cpu":
         return {**values, "ranks": group["world_size"]}
     names = [rank["device"] for rank in group["ranks"]]
@@ -164,6 +173,28 @@ def _groups() -> Iterator[Finding]:
         yield warn("groups", f"{message}; xfuser's can't be imported: {reason}", advice)
     else:
         yield ok("groups", message)
+
+
+def _ray(addresses: Collection[str]) -> Iterator[Finding]:
+    """Whether there is a Ray that fits, and whether clusters answer; their hosts have the GPUs, not this machine."""
+    try:
+        version = check_installed()
+    except ConfigError as error:
+        reason, _, advice = str(error).partition("; ")
+        yield fail("ray", reason, advice)
+        return
+    for address in sorted(addresses):
+        if address == "auto":
+            yield ok("ray", f"{version}; GPUs are those of the cluster that this machine is in (`ray status`)")
+            continue
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+        except OSError as error:
+            reason = f"no Ray cluster answers at {address}: {error.strerror or error}"
+            yield fail("ray", reason, "start it there (`ray start --head`), or correct group.ray_address")
+        else:
+            yield ok("ray", f"{version}; a cluster answers at {address}, and GPUs are those of its hosts")
 
 
 def _comfyui(config: Config) -> Iterator[Finding]:

@@ -127,6 +127,15 @@ def test_a_running_daemon_tells_its_groups(
     assert [(group.name, group.gpus) for group in config.groups] == expected
 
 
+def test_ranks_on_other_hosts_are_on_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = [{"device": "0", "host": host} for host in (socket.gethostname(), "elsewhere")]
+    told = [{"device": "cuda", "world_size": 2, "ranks": ranks}]
+    monkeypatch.setattr(engine, "DEFAULT_CONFIG", "/nowhere/config.toml")
+    monkeypatch.setattr(engine, "_status", lambda endpoint: {"endpoint": endpoint, "groups": told})
+    config, _, _ = engine._configuration(None, "ipc:///run/s")
+    assert (config.launcher, config.groups[0].ranks) == ("ray", 2)
+
+
 def test_limits_are_the_daemons_if_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = doctor._limits(os.getpid())
     assert limits["Max open files"] > 0
@@ -209,6 +218,37 @@ def test_packages_that_are_missing_or_too_old_are_named(monkeypatch: pytest.Monk
     found = {found.check: found for found in engine._packages()}
     assert (found["xfuser"].state, found["xfuser"].message) == ("warn", "not installed")
     assert (found["torch"].state, found["torch"].message) == ("fail", "1.0, but >=2.9 is needed")
+
+
+def test_a_cluster_that_answers_and_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "check_installed", lambda: "2.60.0")
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        (found,) = engine._ray([address])
+        assert (found.state, found.message.partition(",")[0]) == ("ok", f"2.60.0; a cluster answers at {address}")
+    (found,) = engine._ray([address])
+    assert (found.state, found.message) == ("fail", f"no Ray cluster answers at {address}: Connection refused")
+    assert states(engine._ray(["auto"])) == ["ok"]
+
+
+def test_a_ray_that_is_missing_is_named_and_no_gpus_are_looked_at(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.metadata.version
+
+    def version(name: str) -> str:
+        if name == "ray":
+            raise importlib.metadata.PackageNotFoundError
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    path = folder / "config.toml"
+    path.write_text('[group]\nlauncher = "ray"\nranks = 2\n')
+    assert engine.main(["--config", str(path), "--endpoint", f"ipc://{folder}/s"]) == 0
+    found = {each["check"]: each for each in json.loads(capsys.readouterr().out)["findings"]}
+    assert (found["ray"]["state"], found["ray"]["message"]) == ("fail", "group.launcher: Ray is not installed")
+    assert found["ray"]["advice"].startswith("`pip install ")
+    assert "gpus" not in found
 
 
 def test_torchs_own_process_groups_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,8 @@ OLDEST = "2.60"
 """The oldest version of Ray that this was tested with."""
 
 
-def check_installed() -> None:
-    """Check that there is a version of Ray that does, without importing it. Raises `ConfigError`."""
+def check_installed() -> str:
+    """The version of Ray that is installed, which isn't imported. Raises `ConfigError` for none, or one too old."""
     try:
         found = importlib.metadata.version("ray")
     except importlib.metadata.PackageNotFoundError:
@@ -25,3 +25,4 @@ def check_installed() -> None:
             f'group.launcher: Ray {found} is too old; `pip install "taco-dit[ray]"` installs {OLDEST} or newer; all '
             "hosts of the cluster need the same version"
         )
+    return found
