@@ -194,7 +194,7 @@ def _ray(addresses: Collection[str]) -> Iterator[Finding]:
             reason = f"no Ray cluster answers at {address}: {error.strerror or error}"
             yield fail("ray", reason, "start it there (`ray start --head`), or correct group.ray_address")
         else:
-            yield ok("ray", f"{version}; a cluster answers at {address}, and GPUs are those of its hosts")
+            yield ok("ray", f"{version}; {address} answers, and GPUs are those of its cluster's hosts")
 
 
 def _comfyui(config: Config) -> Iterator[Finding]:
