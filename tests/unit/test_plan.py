@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -345,6 +347,44 @@ def test_between_hosts_a_ring_or_batch_groups_or_nothing() -> None:
     assert make_plan(AUTO, 4, FLUX_CFG, DeviceRates(network_bytes=1e9), EQUAL, two).layout == Layout(2, 2, 1)
     assert make_plan(AUTO, 4, FLUX, DeviceRates(), EQUAL, two).layout == Layout(1, 2, 1)
     assert make_plan(AUTO, 4, FLUX, DeviceRates(network_bytes=5e10), EQUAL, two).layout == Layout(1, 4, 1)
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
+SHAPES = {
+    "Flux.1 1024²": FLUX,
+    "Flux.1 1024², batch of two": FLUX_CFG,
+    "Wan 14B 480p": Shape(40, 5120, 1, (32760,)),
+    "Wan 14B 720p": Shape(40, 5120, 1, (75600,)),
+}
+CHOSEN = {
+    "two of one host": Layout(1, 2, 1),
+    "Ulysses 4": Layout(1, 4, 1),
+    "Ulysses 2 × ring 2": Layout(1, 2, 2),
+    "batch 2 × Ulysses 2": Layout(2, 2, 1),
+}
+
+
+@pytest.mark.parametrize(
+    "row", re.findall(r"^\| (\w.*, \d+ Gb/s) \| (.*) \|$", PAGE.read_text(), re.MULTILINE), ids=itemgetter(0)
+)
+def test_the_page_on_scaling_has_what_plans_count_with(row: tuple[str, str]) -> None:
+    what, gigabits = re.fullmatch(r"(.*), (\d+) Gb/s", row[0]).groups()  # type: ignore[union-attr]
+    shape, rates, two = SHAPES[what], DeviceRates(network_bytes=float(gigabits) / 8 * 1e9), (0, 0, 1, 1)
+    *told, chosen = row[1].split(" | ")
+    near = [layout for layout in layouts(4, shape.batch, ()) if layout.ranks == 2 and layout.ring == 1]
+    counted = [
+        cost(Layout(1, 1, 1), shape, rates),
+        min(cost(layout, shape, rates) for layout in near),
+        *(cost(layout, shape, rates, hosts=two) for layout in (Layout(1, 4, 1), Layout(1, 2, 2))),
+    ]
+    plan = make_plan(AUTO, 4, shape, rates, EQUAL, two)
+    chosen, _, taken = chosen.partition(": ")
+    assert plan.layout == CHOSEN[chosen]
+    shown = [*told, taken] if taken else told
+    assert [float(each) for each in shown] == [
+        float(f"{1e3 * seconds:.3g}")
+        for seconds in [*counted, cost(plan.layout, shape, rates, hosts=two)][: len(shown)]
+    ]
 
 
 @given(hosts=st.lists(st.integers(0, 2), min_size=4, max_size=4), batch=st.integers(1, 3))
