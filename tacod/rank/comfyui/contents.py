@@ -201,6 +201,11 @@ class _Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._held: list[Any] = []
         """So that no other tensor gets the same ``id``."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: to keep PyTorch's compiler out of a mode, PyTorch imports it, which takes seconds."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call one of PyTorch's operations."""
         out = func(*args, **(kwargs or {}))
