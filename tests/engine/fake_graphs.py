@@ -49,6 +49,10 @@ class Recording(TorchDispatchMode):
         super().__init__()
         self._graph = graph
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else its first operation imports PyTorch's compiler
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default):
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing")

@@ -34,6 +34,10 @@ class WholeSequences(TorchDispatchMode):
         self.found: set[str] = set()
         """The operations that made them, each with the line that asked for it."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else its first operation imports PyTorch's compiler
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
