@@ -205,7 +205,7 @@ def main() -> int:
         for name, burst in BURSTS.items():
             if args.burst and not any(word in name for word in args.burst):
                 continue
-            with Daemon(1, [Path(models)], settings) as daemon:
+            with Daemon(1, [Path(models)], settings, cold=True) as daemon:
                 with daemon.client() as client:
                     SD3.check(client.load(SD3.file))
                 time.sleep(1)

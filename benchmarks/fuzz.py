@@ -122,7 +122,7 @@ def watch(args: argparse.Namespace) -> int:
 
     with tempfile.TemporaryDirectory(prefix="tacod-") as models, folder(args.corpus) as corpus:
         FLUX.save(Path(models))
-        with Daemon(1, [Path(models)]) as daemon:
+        with Daemon(1, [Path(models)], cold=True) as daemon:
             supervisor = psutil.Process(daemon.pid)
             with daemon.client() as client:
                 model = client.load(FLUX.file)

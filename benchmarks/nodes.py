@@ -37,7 +37,10 @@ def started(*options: str) -> Iterator[tuple[ComfyUI, Daemon]]:
         models = Path(name)
         (models / "diffusion_models").mkdir()
         save(FLUX, models / "diffusion_models")
-        with Daemon(1, [models]) as daemon, ComfyUI(path, python, daemon.endpoint, models, *options) as comfyui:
+        with (
+            Daemon(1, [models], cold=True) as daemon,
+            ComfyUI(path, python, daemon.endpoint, models, *options) as comfyui,
+        ):
             yield comfyui, daemon
 
 

@@ -147,7 +147,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="tacod-") as models:
         for tiny in (FLUX, SD3):
             tiny.save(Path(models))
-        with Daemon(args.ranks, [Path(models)], settings) as daemon, daemon.client() as client:
+        with Daemon(args.ranks, [Path(models)], settings, cold=True) as daemon, daemon.client() as client:
             print(f"{args.ranks} CPU ranks, {os.cpu_count()} cores, {args.rounds} rounds\n")
             print("| from … | median | longest |\n| --- | --- | --- |")
             for name, measure in ROWS.items():

@@ -146,7 +146,7 @@ def soak(args: argparse.Namespace) -> bool:
     }
     with tempfile.TemporaryDirectory(prefix="tacod-") as models:
         FLUX.save(Path(models))
-        with Daemon(args.ranks, [Path(models)], settings) as daemon:
+        with Daemon(args.ranks, [Path(models)], settings, cold=True) as daemon:
             before = quiet(daemon)
             course.began_s = time.monotonic()
             limits = [("--forwards", str(share)) for share in shares]

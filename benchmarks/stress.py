@@ -42,7 +42,7 @@ def main() -> int:
     limit = ["--seconds", str(args.seconds), *(["--lora"] if args.loras else [])]
     with tempfile.TemporaryDirectory(prefix="tacod-") as models:
         FLUX.save(Path(models))
-        with Daemon(args.ranks, [Path(models)], settings) as daemon:
+        with Daemon(args.ranks, [Path(models)], settings, cold=True) as daemon:
             with clients(daemon.endpoint, [limit] * args.clients) as asking:
                 with daemon.client() as client:
                     before = client.stats()

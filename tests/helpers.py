@@ -24,6 +24,7 @@ import zmq
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from warm_tacod import WarmTacod, daemon_environment, warm_tacods
 
 import tacod
 from tacod.checkpoint import TensorInfo, read_checkpoint
@@ -82,7 +83,9 @@ class Daemon:
 
     Settings are configuration keys such as ``{"limits.queue": 2}``; ``sections`` is TOML that comes after them. With
     ``gpus`` the ranks are on as many of the GPUs that CUDA_VISIBLE_DEVICES shows. Several numbers of ``ranks`` are of
-    as many groups, ``gpus`` too, and settings of ``group`` are then of each.
+    as many groups, ``gpus`` too, and settings of ``group`` are then of each. It is forked from a process that has
+    imported what it needs (`warm_tacod`), unless it is started in an environment, in a folder or by a command of its
+    own, or on GPUs; or is to be ``cold``.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class Daemon:
         gpus: int | Sequence[int] = 0,
         sections: str = "",
         wait: bool = True,
+        cold: bool = False,
     ) -> None:
         # A unix socket's path may have about 100 bytes: pytest's own folders are too deep.
         self.folder = Path(tempfile.mkdtemp(prefix="tacod-"))
@@ -103,6 +107,7 @@ class Daemon:
         self.config = self.folder / "config.toml"
         values = {"endpoint": self.endpoint, "models.roots": [str(root) for root in roots], **(settings or {})}
         groups = _on_gpus(gpus) if gpus else _on_cpu(ranks)
+        self._groups, self._cold = len(groups), cold or bool(gpus)
         if len(groups) == 1:
             values = {**groups[0], **values}
         else:
@@ -110,13 +115,12 @@ class Daemon:
             sections = "".join(f"[[group]]\n{_lines({**group, **of_each}, 'group.')}" for group in groups) + sections
         self.config.write_text(_lines(values) + sections)
         self.waits = wait
-        # Threads that spin while they wait are slow where the machine has other work too.
-        self.environment = {**os.environ, "OMP_WAIT_POLICY": "passive", **(environment or {})}
+        self.environment = daemon_environment(environment)
         self.wrapper: Sequence[str] = ()
         """A command that runs the daemon's, which comes behind it."""
         self.start_folder: Path | None = None
         """Where it is started; where the tests run, if it isn't said."""
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | WarmTacod | None = None
         self._shared_memory = shared_memory()
 
     def __enter__(self) -> Daemon:
@@ -136,15 +140,20 @@ class Daemon:
     def start(self, wait: bool = True) -> Daemon:
         """Start it, again if need be, and wait until it is ready."""
         assert not self.running
+        arguments = ["--config", str(self.config)]
+        cold = self._cold or self.wrapper or self.start_folder is not None
         with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen(
-                [*self.wrapper, sys.executable, "-m", "tacod.daemon", "--config", str(self.config)],
-                cwd=self.start_folder,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=self.environment,
-            )
+            if not cold and (warm := warm_tacods()).serves(self.environment):
+                self.process = warm.start(arguments, self.environment, log.fileno(), self._groups)
+            else:
+                self.process = subprocess.Popen(
+                    [*self.wrapper, sys.executable, "-m", "tacod.daemon", *arguments],
+                    cwd=self.start_folder,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=self.environment,
+                )
         if wait:
             # Each look is a client of its own, whose work the start would have to wait for.
             eventually(self._is_ready, START_S, "tacod is ready", every_s=0.1)

@@ -90,7 +90,7 @@ def test_stopped(sturdy: Daemon, client: Client, server: psutil.Process) -> None
 
 def test_ends_with_the_supervisor(models: Path) -> None:
     """Also one that is stopped while it imports; and by SIGTERM."""
-    with Daemon(1, [models], wait=False) as daemon:
+    with Daemon(1, [models], wait=False, cold=True) as daemon:
         server = running_server(daemon)
         eventually(lambda: server.memory_info().rss > 64 << 20, START_S, "it imports")
         with stopped(server.pid):

@@ -67,7 +67,8 @@ def test_draining_ends_in_time(models: Path) -> None:
 
 
 def test_while_the_ranks_start(models: Path) -> None:
-    with Daemon(2, [models], wait=False) as daemon:
+    # So that they take their time.
+    with Daemon(2, [models], wait=False, cold=True) as daemon:
         eventually(lambda: "starting 2 ranks" in daemon.log, START_S, "its ranks start")
         daemon.signal(signal.SIGTERM)
         assert daemon.wait(5) == 0

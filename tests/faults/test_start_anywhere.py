@@ -41,7 +41,7 @@ def listen_at(daemon: Daemon, socket: Path) -> None:
 
 
 def test_a_socket_in_a_folder_of_any_name(models: Path) -> None:
-    daemon = Daemon(2, [models])
+    daemon = Daemon(2, [models], cold=True)
     folder = daemon.folder / ODD
     socket = os.fsencode(folder / "s")
     listen_at(daemon, Path(os.fsdecode(socket.ljust(107, b"x"))))
