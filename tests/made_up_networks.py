@@ -1,6 +1,6 @@
 """Model files for the made-up ComfyUI, and what its networks give for them: computed by these alone, in a process.
 
-Run as a script, it reads a file and cases of inputs from a folder, and leaves the outputs there.
+Run as a script, it reads weights and cases of inputs from a folder, and leaves the outputs there.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -83,40 +84,50 @@ def image(given: Mapping[str, Any], index: int) -> dict[str, Any]:
     return {**parts, **({"refs": [each[one] for each in given["refs"]]} if "refs" in given else {})}
 
 
-def expected(
-    kind: str, calls: Sequence[Mapping[str, Any]], folder: Path, patched: Mapping[str, Tensor] | None = None
-) -> list[Tensor]:
-    """What the network itself gives for these calls, with some weights in place of its own."""
-    work = folder / f"calls-{kind}"
-    work.mkdir()
-    save_file({**weights(kind), **(patched or {})}, work / "weights.safetensors")
-    for index, call in enumerate(calls):
-        torch.save(dict(call), work / f"call-{index}.pt")
+@dataclass(frozen=True)
+class Calls:
+    """Calls of a network, with some weights in place of its own."""
+
+    kind: str
+    inputs: Sequence[Mapping[str, Any]]
+    patched: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def expected(calls: Mapping[str, Calls], folder: Path) -> dict[str, list[Tensor]]:
+    """What the networks themselves give, all in one process, as its imports take seconds."""
+    for name, each in calls.items():
+        work = folder / name
+        work.mkdir()
+        save_file({**weights(each.kind), **each.patched}, work / "weights.safetensors")
+        torch.save((each.kind, list(map(dict, each.inputs))), work / "calls.pt")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(COMFYUI), *filter(None, sys.path)])}
-    subprocess.run([sys.executable, __file__, kind, str(work)], check=True, env=environment)
-    outs = load_file(work / "out.safetensors")
-    shutil.rmtree(work)
-    return [outs[str(index)] for index in range(len(calls))]
+    subprocess.run([sys.executable, __file__, *(str(folder / name) for name in calls)], check=True, env=environment)
+    return {name: [*load_file(folder / name / "out.safetensors").values()] for name in calls}
 
 
-def main(kind: str, folder: Path) -> None:
+def compute(folder: Path) -> None:
     """Compute the calls of a folder."""
     import importlib
 
-    from comfy.cli_args import args
-
-    args.cpu = True
+    kind, calls = torch.load(folder / "calls.pt")
     module, name, config = CLASSES[kind]
     network = getattr(importlib.import_module(module), name)(**config, dtype=torch.float32)
     network.load_state_dict(load_file(folder / "weights.safetensors"))
     outs = {}
     with torch.inference_mode():
-        for path in folder.glob("call-*.pt"):
-            call = torch.load(path)
-            outs[path.stem.removeprefix("call-")] = network(
-                call.pop("x"), call.pop("timestep"), **{"context": None, **call}
-            ).contiguous()
+        for index, call in enumerate(calls):
+            given = {"context": None, **call}
+            outs[f"{index:03}"] = network(given.pop("x"), given.pop("timestep"), **given).contiguous()
     save_file(outs, folder / "out.safetensors")
+
+
+def main(folders: Sequence[str]) -> None:
+    """Compute the calls of these folders."""
+    from comfy.cli_args import args
+
+    args.cpu = True
+    for folder in folders:
+        compute(Path(folder))
 
 
 def changed(folder: Path, file: str, before: str, after: str) -> Path:
@@ -131,4 +142,4 @@ def changed(folder: Path, file: str, before: str, after: str) -> Path:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1:])

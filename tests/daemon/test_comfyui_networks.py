@@ -13,12 +13,16 @@ from typing import Any
 import pytest
 import torch
 from helpers import FP32, OFTEN, Daemon, relative_error
-from made_up_networks import COMFYUI, WAVES, changed, expected, image, inputs, save, weights
+from made_up_networks import COMFYUI, WAVES, Calls, changed, expected, image, inputs, save, weights
 
 from tacod.tools.plan import main as plan
 from tacod_client import ArgumentError, Client, EngineError, Model, ModelUnsupported, OutOfMemory
 
 KINDS = ("aura", "waves")
+LORA = torch.ones(WAVES["dim"], 2), torch.arange(2.0 * WAVES["channels"]).reshape(2, WAVES["channels"])
+LORA_STRENGTH = 0.5
+ADDED_TO = "double_layers.1.image.weight"
+ADDED = torch.randn(80, 80, generator=torch.Generator().manual_seed(5)) / 7
 Networks = Callable[[int], Daemon]
 
 
@@ -54,9 +58,12 @@ def client(networks: Networks) -> Iterator[Client]:
 
 @pytest.fixture(scope="module")
 def outs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[torch.Tensor]]:
-    """What each network itself gives for three images, one by one."""
-    folder = tmp_path_factory.mktemp("expected")
-    return {kind: expected(kind, [image(inputs(kind, 3), index) for index in range(3)], folder) for kind in KINDS}
+    """What each network itself gives for three images, one by one; and patched, for one."""
+    calls = {kind: Calls(kind, [image(inputs(kind, 3), index) for index in range(3)]) for kind in KINDS}
+    matrix = weights("waves")["embed.weight"] + LORA_STRENGTH * torch.matmul(*LORA)
+    calls["waves, patched"] = Calls("waves", [inputs("waves", 1)], {"embed.weight": matrix})
+    calls["aura, patched"] = Calls("aura", [inputs("aura", 1)], {ADDED_TO: weights("aura")[ADDED_TO] + ADDED})
+    return expected(calls, tmp_path_factory.mktemp("expected"))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -122,25 +129,19 @@ def test_arguments_without_a_check_keep_an_image_on_one_rank(client: Client) -> 
 
 
 @pytest.mark.parametrize("name", ["wave_in.weight", "embed.weight"])
-def test_patches_apply_by_the_names_of_file_and_network(client: Client, tmp_path: Path, name: str) -> None:
-    dim, channels, _ = WAVES.values()
-    up, down = torch.ones(dim, 2), torch.arange(2.0 * channels).reshape(2, channels)
+def test_patches_apply_by_the_names_of_file_and_network(client: Client, outs: Any, name: str) -> None:
+    up, down = LORA
     base = client.load("waves.safetensors")
     before = base.forward(**inputs("waves", 1))
-    patch = {"kind": "lora", "key": name, "strength": 0.5, "up": up, "down": down}
+    patch = {"kind": "lora", "key": name, "strength": LORA_STRENGTH, "up": up, "down": down}
     patched = client.load("waves.safetensors", patches=[patch])
-    wanted = weights("waves")["embed.weight"] + 0.5 * up @ down
-    (out,) = expected("waves", [inputs("waves", 1)], tmp_path, {"embed.weight": wanted})
-    assert relative_error(patched.forward(**inputs("waves", 1)), out) <= FP32
+    assert relative_error(patched.forward(**inputs("waves", 1)), outs["waves, patched"][0]) <= FP32
     assert torch.equal(base.forward(**inputs("waves", 1)), before)
 
 
-def test_a_patched_model_is_split_too(client: Client, tmp_path: Path) -> None:
-    name = "double_layers.1.image.weight"
-    added = torch.randn(80, 80, generator=torch.Generator().manual_seed(5)) / 7
-    patched = client.load("aura.safetensors", patches=[{"kind": "diff", "key": name, "diff": added}])
-    (out,) = expected("aura", [inputs("aura", 1)], tmp_path, {name: weights("aura")[name] + added})
-    assert relative_error(patched.forward(**inputs("aura", 1)), out) <= FP32
+def test_a_patched_model_is_split_too(client: Client, outs: Any) -> None:
+    patched = client.load("aura.safetensors", patches=[{"kind": "diff", "key": ADDED_TO, "diff": ADDED}])
+    assert relative_error(patched.forward(**inputs("aura", 1)), outs["aura, patched"][0]) <= FP32
     assert patched.stats.last is not None
     assert patched.stats.last.ranks == 2
 
