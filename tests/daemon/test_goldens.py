@@ -1,4 +1,7 @@
-"""ComfyUI's forwards and sampler runs through daemon and client, on one to four ranks."""
+"""ComfyUI's forwards and sampler runs through daemon and client, on one to four ranks in turn.
+
+tests/engine/test_spread.py has every golden in each kind of layout.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +44,7 @@ def load(models: Path) -> Load:
 
 @pytest.mark.parametrize(
     ("name", "ranks"),
-    # Three always; one, two or four in turn: tests/engine/test_spread.py has every golden in each kind of layout.
-    [(name, ranks) for place, name in enumerate(golden_names()) for ranks in (3, (1, 2, 4)[place % 3])],
+    [(name, RANKS[place % len(RANKS)]) for place, name in enumerate(golden_names())],
 )
 def test_equals_comfyui_at_any_rank_count(daemons: Callable[[int], Daemon], load: Load, name: str, ranks: int) -> None:
     with daemons(ranks).client() as client:
@@ -59,8 +61,7 @@ def test_equals_comfyui_at_any_rank_count(daemons: Callable[[int], Daemon], load
         client.unload(model.id)
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("name", FLUX)
+@pytest.mark.parametrize(("name", "ranks"), [*zip(FLUX, RANKS, strict=True)])
 def test_bf16_stays_close_to_comfyui(daemons: Callable[[int], Daemon], load: Load, name: str, ranks: int) -> None:
     with daemons(ranks).client() as client:
         model, golden = load(client, name, dtype="bf16")
