@@ -135,8 +135,19 @@ def test_kernels_equal_plain_operations(ranks: Ranks, family: str) -> None:
     assert [called > 0 for _, called in told] == [rank == 1 for rank in range(WORLD)]
 
 
-@pytest.mark.parametrize("layout", [(1, 1, 3), (2, 2, 1), (2, 1, 1, (0, 2, 0, 1, 0))], ids=str)
-@FAMILY
+SKIPPING = [(1, 1, 3), (2, 2, 1), (2, 1, 1, (0, 2, 0, 1, 0))]
+"""Layouts for a step cache; what they change of it is the engine's, so that families have one each, by turns."""
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        (family, layout)
+        for place, family in enumerate(FAMILIES)
+        for layout in (SKIPPING if family in ("flux", "ltxav") else SKIPPING[place % 3 :][:1])
+    ],
+    ids=str,
+)
 def test_all_ranks_skip_the_same_steps(ranks: Ranks, family: str, layout: tuple[Any, ...]) -> None:
     """Each group of the batch as one process does with its images; what is left idle gets the result too."""
     told = ranks.run(layout, "steps", family=family)
