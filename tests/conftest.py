@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ settings.load_profile("busy machine")
 
 ALONE = "faults"
 """The folder whose tests measure how soon something is noticed: they run one after the other on one worker."""
+GIVES_WAY = 5
+"""By how much the priority of all other tests is lower (nice(2)), as there is a worker more than cores."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,6 +35,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """For pytest-xdist: what takes longest comes first."""
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: (folder_of(item.nodeid) != ALONE, folder_of(item.nodeid) == "unit"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """For pytest-xdist: tests of `ALONE`, which come first, go before all others."""
+    if hasattr(item.config, "workerinput") and folder_of(item.nodeid) != ALONE:
+        give_way()
+
+
+@functools.cache
+def give_way() -> None:
+    """From now on, in this process and those that it starts."""
+    os.nice(GIVES_WAY)
 
 
 def pytest_collection_finish() -> None:
