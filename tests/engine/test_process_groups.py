@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -41,59 +42,39 @@ def digest(rank, rendezvous):
     return found.hexdigest()
 
 
-# Each rank in a process of its own, forked from one that has imported torch but no xfuser.
-folder, missing, *paths = sys.argv[1:]
-pids = []
-for rank, path in enumerate(paths):
-    if not (pid := os.fork()):
-        said = os.open(f"{folder}/{rank}", os.O_WRONLY | os.O_CREAT)
-        os.dup2(said, 2)
-        os.dup2(2, 1)  # gloo reports its connections on stdout
-        if path:
-            sys.path.insert(0, path)
-        if missing:
-            sys.modules["xfuser"] = None
-        with open(f"{folder}/{rank}.digest", "w") as file:
-            file.write(digest(rank, f"{folder}/rendezvous"))
-        os._exit(0)
-    pids.append(pid)
-sys.exit(any([os.waitpid(pid, 0)[1] for pid in pids]))
-"""
-WHY = """
-import os, sys
-import torch
-from tacod.rank.comm import process_groups
+def wait_for(pids):
+    return any([os.waitpid(pid, 0)[1] for pid in pids])
 
-# Each in a process of its own, forked from one that has imported torch.
-for path in sys.argv[1:]:
+
+# Each rank in a process of its own, forked from one that has imported torch but no xfuser.
+groups, broken = json.loads(sys.argv[1])
+failed = []
+for folder, missing, paths in groups:
+    pids = []
+    for rank, path in enumerate(paths):
+        if not (pid := os.fork()):
+            said = os.open(f"{folder}/{rank}", os.O_WRONLY | os.O_CREAT)
+            os.dup2(said, 2)
+            os.dup2(2, 1)  # gloo reports its connections on stdout
+            if path:
+                sys.path.insert(0, path)
+            if missing:
+                sys.modules["xfuser"] = None
+            with open(f"{folder}/{rank}.digest", "w") as file:
+                file.write(digest(rank, f"{folder}/rendezvous"))
+            os._exit(0)
+        pids.append(pid)
+    failed.append(wait_for(pids))
+for path in broken:
     if not (pid := os.fork()):
         sys.path.insert(0, path)
-        print(process_groups.why_not_xfuser(torch.device("cpu")), flush=True)
+        with open(f"{path}/why", "w") as file:
+            file.write(process_groups.why_not_xfuser(torch.device("cpu")))
         os._exit(0)
-    os.waitpid(pid, 0)
+    failed.append(wait_for([pid]))
+print(failed)
 """
 WARNING = "torch's own process groups are in use"
-
-
-def two_ranks(folder: Path, paths: tuple[Path | None, Path | None], missing: str = "") -> tuple[set[str], list[str]]:
-    """The digests of two ranks' outputs, and what each said on stderr; each looks for xfuser first in its own path."""
-    folder.mkdir()
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(each for each in sys.path if each)
-    command = [sys.executable, "-c", RANKS, str(folder), missing, *(str(path or "") for path in paths)]
-    code = subprocess.run(command, env=environment, timeout=START_S * 2, check=False).returncode
-    said = [(folder / str(rank)).read_text() for rank in range(2)]
-    assert code == 0, said
-    return {(folder / f"{rank}.digest").read_text() for rank in range(2)}, said
-
-
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """The digest with xfuser's groups."""
-    digests, errors = two_ranks(tmp_path_factory.mktemp("xfuser") / "group", (None, None))
-    assert len(digests) == 1
-    assert not any(WARNING in error for error in errors)
-    return digests
 
 
 def broken(folder: Path, files: dict[str, str]) -> Path:
@@ -118,41 +99,61 @@ BROKEN = {
 }
 
 
+GROUPS: dict[str, tuple[str, tuple[str, str]]] = {
+    "with xfuser": ("", ("", "")),
+    "without": ("missing", ("", "")),
+    "with another": ("", ("another", "another")),
+    "one without": ("", ("", "raises")),
+}
+"""Of two ranks each: what hides xfuser, and the broken one that each finds first."""
+
+
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What is said of each xfuser that is broken."""
-    folder = tmp_path_factory.mktemp("broken")
-    paths = [broken(folder / name, {"__init__.py": "", **files}) for name, (files, _) in BROKEN.items()]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(each for each in sys.path if each)}
-    command = [sys.executable, "-c", WHY, *map(str, paths)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return dict(zip(BROKEN, done.stdout.splitlines(), strict=True))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks of each group have left, and what is said of each xfuser that is broken; by one process."""
+    folder = tmp_path_factory.mktemp("groups")
+    paths = {name: str(broken(folder / name, {"__init__.py": "", **files})) for name, (files, _) in BROKEN.items()}
+    groups = []
+    for name, (missing, xfusers) in GROUPS.items():
+        (folder / name).mkdir()
+        groups.append((str(folder / name), missing, [paths.get(each, "") for each in xfusers]))
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(each for each in sys.path if each)
+    command = [sys.executable, "-c", RANKS, json.dumps([groups, list(paths.values())])]
+    done = subprocess.run(command, env=environment, timeout=2 * START_S, capture_output=True, text=True, check=False)
+    said = {str(path): path.read_text() for path in folder.glob("*/[01]")}
+    assert done.stdout == f"{[False] * (len(GROUPS) + len(BROKEN))}\n", (done, said)
+    return folder
+
+
+def digests(folder: Path, name: str) -> set[str]:
+    """Of the outputs of a group's ranks."""
+    return {(folder / name / f"{rank}.digest").read_text() for rank in range(2)}
+
+
+def said(folder: Path, name: str) -> list[str]:
+    """On stderr, by each of a group's ranks."""
+    return [(folder / name / str(rank)).read_text() for rank in range(2)]
+
+
+def test_xfusers_groups_compute_the_same_on_each_rank(folder: Path) -> None:
+    assert len(digests(folder, "with xfuser")) == 1
+    assert not any(WARNING in each for each in said(folder, "with xfuser"))
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_an_xfuser_that_is_broken_is_one_that_can_not_be_imported(name: str, told: dict[str, str]) -> None:
-    assert BROKEN[name][1] in told[name]
+def test_an_xfuser_that_is_broken_is_one_that_can_not_be_imported(folder: Path, name: str) -> None:
+    assert BROKEN[name][1] in (folder / name / "why").read_text()
 
 
-def test_torchs_groups_compute_the_same_without_xfuser(expected: set[str], tmp_path: Path) -> None:
-    digests, errors = two_ranks(tmp_path / "group", (None, None), "missing")
-    assert digests == expected
-    assert all(WARNING in error and "it is not installed" in error for error in errors)
-
-
-def test_torchs_groups_compute_the_same_with_an_xfuser_of_another_api(expected: set[str], tmp_path: Path) -> None:
-    files, reason = BROKEN["another"]
-    path = broken(tmp_path / "broken", {"__init__.py": "", **files})
-    digests, errors = two_ranks(tmp_path / "group", (path, path))
-    assert digests == expected
-    assert all(WARNING in error and reason in error for error in errors)
-
-
-def test_one_rank_that_lacks_xfuser_decides_for_all(expected: set[str], tmp_path: Path) -> None:
-    path = broken(tmp_path / "broken", BROKEN["raises"][0])
-    digests, errors = two_ranks(tmp_path / "group", (None, path))
-    assert digests == expected
-    assert all(WARNING in error and "no such kernel" in error for error in errors)
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("without", "it is not installed"), ("with another", BROKEN["another"][1]), ("one without", BROKEN["raises"][1])],
+)
+def test_torchs_groups_compute_the_same_and_say_why(folder: Path, name: str, reason: str) -> None:
+    """A rank that lacks xfuser decides for all."""
+    assert digests(folder, name) == digests(folder, "with xfuser")
+    assert all(WARNING in each and reason in each for each in said(folder, name))
 
 
 def test_ranks_wait_for_each_other_before_an_unused_group_ends(monkeypatch: pytest.MonkeyPatch) -> None:
