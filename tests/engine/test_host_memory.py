@@ -69,7 +69,7 @@ def test_weights_that_the_group_has_no_room_for_are_refused(tmp_path: Path, monk
     given = str(path), read_checkpoint(str(path)).identity, "fp32", None, None, []
     with monkeypatch.context() as patch:
         patch.setattr("tacod.rank.weights.depot.free_bytes", lambda: 1 << 10)
-        with pytest.raises(OutOfMemory, match=r"no memory for .* MiB .*: .* MiB lack in the host, .*control groups"):
+        with pytest.raises(OutOfMemory, match=r"no memory for .* KiB .*: .* KiB lack in the host, .*control groups"):
             engine.load("model", *given, weights="host")
     assert engine.models == {}
     engine.load("model", *given, weights="host")
