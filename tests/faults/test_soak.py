@@ -18,7 +18,7 @@ def test_results_are_equal_and_nothing_grows(tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "benchmarks" / "soak.py", "--forwards", "60", "--kills", "1", "--stops", "1"]
     done = subprocess.run(
         [*command, "--plot", plot],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
