@@ -237,12 +237,10 @@ class Connection:
 
     def _send(self, request: Request) -> None:
         self._ensure_session()
-        # What was said to an earlier session may name memory that went with it.
-        request.replies.clear()
         self._waiting.pop(request.id, None)
         self._ids += 1
-        request.id = self._ids
-        request.lost = False
+        # What was said to an earlier session may name memory that went with it.
+        request.send_as(self._ids)
         parts = wire.encode(Message(request.kind, request.build(), request.id, self._session))
         size = sum(len(memoryview(part)) for part in parts[2:])
         limit = self.limits.get("message_bytes", size)

@@ -29,13 +29,23 @@ class Request:
         """Whether the connection on which it was sent is gone."""
         self.completed = False
         """Whether a completion has come, and its answer has not."""
+        self.late = False
+        """Whether `Connection.settle` has waited for that answer in vain."""
+        self._answered = False
         self._answers: list[Message | None] = []
         self._hearers: deque[Callable[[Message | None], None]] = deque()
         self._lock = threading.RLock()
 
+    def send_as(self, number: int) -> None:
+        """It is sent now, perhaps anew, under this id; what was said to it before says nothing any more."""
+        self.id = number
+        self.lost = self.completed = self._answered = False
+        self.replies.clear()
+
     def take(self, message: Message) -> bool:
         """Take in a reply; returns whether it was the answer that follows a completion."""
         if not self.completed:
+            self._answered |= message.type in FINAL
             self.replies.append(message)
         elif message.type in FINAL:
             self.end(message)
@@ -43,10 +53,13 @@ class Request:
         return False
 
     def complete(self, message: Message) -> None:
-        """Take in a completion; it says nothing new behind the answer."""
-        if not self.completed and not any(each.type in FINAL for each in self.replies):
-            self.completed = True
-            self.replies.append(Completion(message.type, message.body, message.id, request=self))
+        """Take in a completion; it says nothing new behind the answer, whether that was read or not."""
+        if self.completed or self._answered:
+            return
+        self.completed = True
+        # It isn't sent again, so it lets go of what it was made of: tensors of its caller, perhaps on a GPU.
+        self.build = dict
+        self.replies.append(Completion(message.type, message.body, message.id, request=self))
 
     def end(self, message: Message | None) -> None:
         """Its answer has come behind the completion; None if none will come."""

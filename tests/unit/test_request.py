@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -50,6 +52,35 @@ def test_a_completion_behind_the_answer_says_nothing(request_: Request, answer: 
     request_.complete(COMPLETION)
     assert not request_.completed
     assert list(request_.replies) == [answer]
+
+
+@pytest.mark.parametrize("answer", [DONE, ERROR], ids=["done", "error"])
+def test_a_completion_behind_an_answer_that_was_read_says_nothing(request_: Request, answer: Message) -> None:
+    """One thread has taken the answer, and not yet forgotten the request, when another hears of the completion."""
+    request_.take(answer)
+    assert request_.replies.popleft() is answer
+    request_.complete(COMPLETION)
+    assert not request_.completed, "no answer would end that"
+    assert not request_.replies
+    request_.send_as(8)
+    request_.complete(replace(COMPLETION, id=8))
+    assert request_.completed, "it was sent anew"
+
+
+def test_what_is_completed_holds_no_tensors() -> None:
+    """A model and its connection remember the request until its answer is read, which may be long."""
+
+    class Body:
+        def build(self) -> dict[str, Any]:
+            return {}
+
+    body = Body()
+    held = weakref.ref(body)
+    request = Request("forward", body.build)
+    request.send_as(7)
+    request.complete(COMPLETION)
+    del body
+    assert held() is None
 
 
 @pytest.mark.parametrize("order", [*itertools.permutations(["first", "second", "answer"])], ids="-".join)
