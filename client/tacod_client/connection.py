@@ -97,7 +97,11 @@ class Connection:
         self._closed = False
 
     def close(self) -> None:
-        """Say goodbye and close the socket; the daemon cancels what this client still has queued."""
+        """Say goodbye and close the socket; the daemon cancels what this client still has queued.
+
+        Calls that have returned are settled before.
+        """
+        self.settle()
         with self._lock:
             if self._closed:
                 return
@@ -173,16 +177,22 @@ class Connection:
                 self._waiting.pop(request.id, None)
 
     def settle(self) -> None:
-        """Take in the answers of completed requests, which are on their way; after `SETTLE_S` they come when they come.
+        """Take in the answers of requests that are completed by now, which are on their way.
 
-        Whoever waits for a reply takes them in too.
+        Whoever waits for a reply takes them in too. What doesn't come within `SETTLE_S` is late: from then on this only
+        looks whether it is there.
         """
         until = time.monotonic() + SETTLE_S
-        while True:
+        with self._lock:
+            pending = [each for each in self._waiting.values() if each.completed]
+        while pending:
             with self._lock:
-                if not any(each.completed for each in self._waiting.values()) or time.monotonic() > until:
-                    return
                 self._listen()
+            pending = [each for each in pending if each.completed]
+            if time.monotonic() > until or all(each.late for each in pending):
+                for each in pending:
+                    each.late = True
+                return
             # Another thread that waits for the lock gets it now.
             time.sleep(1e-4)
 
