@@ -32,9 +32,10 @@ LEAST_MEMORY_BYTES = 1 << 20
 class Memory:
     """One memory and the places in it that are in use."""
 
-    def __init__(self, number: int, nbytes: int, fd: int, completions: socket.socket | None = None) -> None:
-        """It keeps the socket, and not the memory's descriptor ``fd``."""
-        self.completions = completions
+    def __init__(self, number: int, nbytes: int, fd: int) -> None:
+        """It doesn't keep the descriptor ``fd``."""
+        self.completions: socket.socket | None = None
+        """Where a rank tells of results that lie here; never waited at."""
         self.number = number
         self.nbytes = nbytes
         self.retired = False
@@ -125,7 +126,7 @@ class Shared:
             for memory in self._memories:
                 end = memory.completions
                 try:
-                    while end is not None and (packet := end.recv(wire.COMPLETION_BYTES, socket.MSG_DONTWAIT)):
+                    while end is not None and (packet := end.recv(wire.COMPLETION_BYTES)):
                         packets.append(packet)
                 except BlockingIOError:
                     continue
@@ -171,6 +172,8 @@ class Shared:
             memory = Memory(reply.body["memory"], reply.body["nbytes"], descriptors[0])
             if len(descriptors) > 1:
                 memory.completions = socket.socket(fileno=descriptors.pop())
+                # Whatever `socket.setdefaulttimeout` says in its caller's process.
+                memory.completions.setblocking(False)
             return memory
         finally:
             for each in descriptors:

@@ -181,6 +181,22 @@ def test_completions_of_all_memories_are_heard_until_they_are_given_back(giver: 
     shared.close()
 
 
+def test_nobody_waits_for_completions_whatever_sockets_do_by_default(giver: Giver) -> None:
+    """Programs set a timeout for all sockets, some packs of ComfyUI's among them."""
+    shared = Shared(giver.path, b"s", completes=True)
+    socket.setdefaulttimeout(0.5)
+    try:
+        assert shared.take(PAGE) is not None
+    finally:
+        socket.setdefaulttimeout(None)
+    giver.tell(b"one")
+    assert shared.receive() == [b"one"]
+    assert len(shared.completions) == 1, "a wait would have ended as a broken socket does"
+    giver.tell(b"two")
+    assert shared.receive() == [b"two"]
+    shared.close()
+
+
 def test_an_older_daemon_gives_a_memory_alone(giver: Giver) -> None:
     shared = Shared(giver.path, b"s")
     assert shared.take(PAGE) is not None
