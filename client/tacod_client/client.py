@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from tacod_client.connection import Connection
+from tacod_client.digests import Copies
 from tacod_client.errors import ArgumentError, JobNotFound, ModelNotFound
 from tacod_client.exchange import Uploads, pack
 from tacod_client.loading import Found, Loading
@@ -50,6 +51,7 @@ class Client:
         server_key: str | os.PathLike[str] | None = None,
     ) -> None:
         self._connection = Connection(endpoint, timeout_s, reconnect_s, on_wait, key, server_key)
+        self._copies = Copies()
 
     def __enter__(self) -> Client:
         return self
@@ -60,6 +62,7 @@ class Client:
     def close(self) -> None:
         """Close the connection; what is still queued for it is cancelled."""
         self._connection.close()
+        self._copies.clear()
 
     @property
     def endpoint(self) -> str:
@@ -175,7 +178,7 @@ class Client:
         uploads: Uploads = {}
         packed = pack(patches, "patches", uploads, _address) if patches else None
         loading = Loading(str(path), dtype, packed, plan, uploads, weights)
-        return Model(self._connection, loading, loading.run(self._connection, progress))
+        return Model(self._connection, loading, loading.run(self._connection, progress), self._copies)
 
     def model(self, model: str, plan: Any = "auto") -> Model:
         """A loaded model by its id, with the patches and the dtype that it was loaded with.
@@ -185,7 +188,7 @@ class Client:
         described = next((each for each in self.models() if each["id"] == model), None)
         if described is None:
             raise ModelNotFound(f"no model {model!r} is loaded; `tacoctl models` lists them", model=model)
-        return Model(self._connection, Found(described["path"], None, None, plan, {}), described)
+        return Model(self._connection, Found(described["path"], None, None, plan, {}), described, self._copies)
 
     def upload(
         self,

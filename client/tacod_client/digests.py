@@ -6,6 +6,7 @@ To copy conditioning from a GPU is slow too, so there it is compared with a copy
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from tacod_client.tensors import kind_of, to_wire
@@ -21,7 +22,7 @@ KEPT_BYTES = 128 << 20
 KEPT_TENSORS = 64
 COPIED_BYTES = 64 << 20
 """Most of what is copied on GPUs to recognize conditioning there; the least recently used go first."""
-COPIED_TENSORS = 16
+COPIED_TENSORS = 32
 GLANCED_WORDS = 64
 """How many words of 8 bytes a glance compares at the beginning of each frame, and as many of the rest."""
 GLANCED_HEAD = 512
@@ -34,10 +35,10 @@ class Digests:
     What is remembered is a copy, and a tensor is recognized only by equal bytes: its caller may change it in place.
     """
 
-    def __init__(self, limit: int = KEPT_BYTES) -> None:
+    def __init__(self, limit: int = KEPT_BYTES, copies: Copies | None = None) -> None:
+        """``copies`` are those of what lies on GPUs, which several may share; its own by default."""
         self.limit = limit
-        self.copies = Copies()
-        """Those of what lies on GPUs."""
+        self.copies = Copies() if copies is None else copies
         self._kept: list[Tensor] = []
         """With their digests, in the order of use; the most recently used is last."""
         self._lock = threading.Lock()
@@ -88,7 +89,10 @@ class Digests:
 
 
 class Copies:
-    """Copies of conditioning on the GPU where it lies, each with what it is on the wire."""
+    """Copies of conditioning on the GPU where it lies, each with what it is on the wire.
+
+    A client has one for all of its models: what is kept of a GPU's memory is bounded, however many these are.
+    """
 
     def __init__(self, limit: int = COPIED_BYTES) -> None:
         self.limit = limit
@@ -97,10 +101,13 @@ class Copies:
         self._lock = threading.Lock()
 
     def find(self, value: Any) -> Tensor | None:
-        """What a caller's tensor is on the wire; None if it lies on no GPU, or no copy has the same bytes."""
-        if not _is_elsewhere(value):
+        """What a caller's tensor is on the wire; None if it lies on no GPU, or no copy is known to have its bytes."""
+        if not _is_on_gpu(value):
             return None
-        with self._lock:
+        import torch
+
+        with self._lock, suppress(torch.cuda.OutOfMemoryError):
+            # To compare takes memory too.
             for place, (copy, tensor) in enumerate(self._kept):
                 if _same_bytes(copy, value):
                     self._kept.append(self._kept.pop(place))
@@ -109,7 +116,7 @@ class Copies:
 
     def make(self, value: Any) -> torch.Tensor | None:
         """A copy of a caller's tensor; None if it lies on no GPU, is too large, or the GPU's memory is short."""
-        if not _is_elsewhere(value) or value.nbytes > self.limit:
+        if not _is_on_gpu(value) or value.nbytes > self.limit:
             return None
         import torch
 
@@ -125,6 +132,11 @@ class Copies:
             self._kept.append((copy, tensor))
             while sum(each.nbytes for _, each in self._kept) > self.limit or len(self._kept) > COPIED_TENSORS:
                 del self._kept[0]
+
+    def clear(self) -> None:
+        """Let go of all of them."""
+        with self._lock:
+            self._kept.clear()
 
 
 class Glance:
@@ -142,7 +154,7 @@ class Glance:
 
     def address(self, value: Any, name: str) -> Tensor:
         """As `Digests.address`; of what lies on a CPU only a little is compared, until there was a wrong guess."""
-        if not self._trusted or _is_elsewhere(value):
+        if not self._trusted or _is_on_gpu(value):
             return self._digests.address(value, name)
         tensor = to_wire(value, name)
         known = self._digests.like(tensor)
@@ -158,9 +170,9 @@ class Glance:
         return self._trusted
 
 
-def _is_elsewhere(value: Any) -> bool:
-    """Whether a tensor's bytes lie in no memory of the CPU's, as they are."""
-    return kind_of(value) == "torch" and not value.is_cpu and not value.is_neg()
+def _is_on_gpu(value: Any) -> bool:
+    """Whether a tensor's bytes lie in the memory of a GPU of CUDA's or ROCm's, as they are."""
+    return kind_of(value) == "torch" and value.is_cuda and not value.is_neg()
 
 
 def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from tacod_client.connection import Connection
-from tacod_client.digests import Digests
+from tacod_client.digests import Copies, Digests
 from tacod_client.errors import ArgumentError, ModelNotFound
 from tacod_client.exchange import Uploads, converse, own, pack
 from tacod_client.forward import ForwardRequest
@@ -37,10 +37,13 @@ class Model:
     then, calls raise `ModelNotFound`.
     """
 
-    def __init__(self, connection: Connection, load: Loading, described: dict[str, Any]) -> None:
+    def __init__(
+        self, connection: Connection, load: Loading, described: dict[str, Any], copies: Copies | None = None
+    ) -> None:
+        """``copies`` are the client's."""
         self._connection = connection
         self._load = load
-        self._digests = Digests()
+        self._digests = Digests(copies=copies)
         self._shares = True
         """Whether its latents may lie in shared memory; learned from the daemon's refusal."""
         self._describe(described)
@@ -120,7 +123,7 @@ class Model:
         """The same model with another ``plan``, as `Client.load` takes it, and with stats of its own."""
         other = copy.copy(self)
         other._load = replace(self._load, plan=plan)
-        other._digests = Digests()
+        other._digests = Digests(copies=self._digests.copies)
         other._stats, other._last = ModelStats(), None
         return other
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -13,8 +14,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tacod_client import wire
+from tacod_client import Client, wire
 from tacod_client.digests import Copies, Digests, Glance
+from tacod_client.loading import Loading
 from tacod_client.tensors import to_wire
 from tacod_client.wire import FRAME_BYTES
 
@@ -127,12 +129,12 @@ def test_of_several_that_look_alike_none_is_guessed() -> None:
 
 
 @pytest.fixture
-def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch's tensors on the CPU count as those of a GPU."""
-    monkeypatch.setattr("tacod_client.digests._is_elsewhere", lambda value: isinstance(value, torch.Tensor))
+    monkeypatch.setattr("tacod_client.digests._is_on_gpu", lambda value: isinstance(value, torch.Tensor))
 
 
-@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.usefixtures("on_gpu")
 def test_what_comes_again_on_a_gpu_is_not_copied_from_it() -> None:
     digests = Digests()
     first, second = torch.randn(2, 300, 41).bfloat16()
@@ -145,7 +147,7 @@ def test_what_comes_again_on_a_gpu_is_not_copied_from_it() -> None:
     assert read.call_count == 2
 
 
-@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.usefixtures("on_gpu")
 @pytest.mark.parametrize(
     "change",
     [
@@ -165,7 +167,7 @@ def test_on_a_gpu_every_bit_counts(change: Callable[[torch.Tensor], torch.Tensor
     assert digests.address(unknown, "context") is digests.address(unknown.clone(), "context")
 
 
-@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.usefixtures("on_gpu")
 def test_copies_on_a_gpu_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     copies = Copies(limit=100)
     digests = Digests()
@@ -177,3 +179,33 @@ def test_copies_on_a_gpu_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "clone", mock.Mock(side_effect=torch.OutOfMemoryError("for the test")))
     short = torch.ones(9, dtype=torch.uint8)
     assert digests.address(short, "context").digest == to_wire(short, "context").with_digest().digest
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_a_gpu_without_room_to_compare_costs_no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    digests, tensor = Digests(), torch.ones(9, dtype=torch.uint8)
+    known = digests.address(tensor, "context")
+    monkeypatch.setattr(torch, "equal", mock.Mock(side_effect=torch.OutOfMemoryError("for the test")))
+    assert digests.address(tensor, "context").digest == known.digest
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_all_models_of_a_client_have_the_same_copies(tmp_path: Path) -> None:
+    """Otherwise a GPU's memory would be held for models that nobody uses any more."""
+    described = {"id": "m", "name": "m", "family": "flux", "path": "/m", "parameters": 1, "dtype": "fp32", "plan": ""}
+    with Client(f"ipc://{tmp_path}/s") as client:
+        with mock.patch.object(Loading, "run", return_value=described):
+            models = [client.load("m", dtype=dtype) for dtype in ("fp32", "bf16")]
+        models.append(models[0].with_plan("auto"))
+        tensor = torch.ones(9)
+        known = [model._digests.address(tensor, "context") for model in models]
+        assert known[0] is known[1] is known[2]
+        assert len(client._copies._kept) == 1
+    assert client._copies._kept == [], "they go with the client"
+
+
+def test_what_lies_on_no_gpu_is_not_copied() -> None:
+    """Nobody knows whether other devices can compare bits."""
+    for device in ("cpu", "meta"):
+        value = torch.ones(9, device=device)
+        assert Copies().make(value) is Copies().find(value) is None
