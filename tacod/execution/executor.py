@@ -31,9 +31,9 @@ log = logging.getLogger(__name__)
 
 QUIET_S = 5.0
 """So long after the last job ranks may start anew to be more: a client that samples asks again before."""
-AGREE_S = 0.05
-"""How soon ranks mostly have reported what rank 0 has completed. So long the client's next forward waits for them, even
-if others are free, which may round otherwise."""
+BEHIND_S = 0.05
+"""How far behind rank 0's completion the others' reports mostly are. So long the client's next forward waits for them,
+even if other groups are free, which may round otherwise."""
 LOOK_S = 0.01
 """How often jobs that are put off are checked again while the ranks are idle."""
 
@@ -112,8 +112,15 @@ class Executor:
     @property
     def is_agreeing(self) -> bool:
         """Whether the ranks are about to be free: a forward was completed just now, and they have yet to report it."""
+        return self._agrees_by is not None
+
+    @property
+    def _agrees_by(self) -> float | None:
+        """Until when the ranks count as about to be free; None if they don't."""
         completed_s = self.group.completed_s
-        return completed_s is not None and time.monotonic() - completed_s < AGREE_S
+        if completed_s is None or time.monotonic() >= completed_s + BEHIND_S:
+            return None
+        return completed_s + BEHIND_S
 
     @property
     def loading(self) -> Model | None:
@@ -150,7 +157,7 @@ class Executor:
         """The moments on the monotonic clock at which `poll` has something to do, whatever else happens."""
         may_grow = self.group.may_grow and self.group.state is GroupState.IDLE and not self.scheduler.jobs
         grow_at = self._grow_at if may_grow else None
-        moments = (self.group.deadline, self._spawn_at, self._look_at, self.group.look_at, grow_at)
+        moments = (self.group.deadline, self._spawn_at, self._look_at, self.group.look_at, self._agrees_by, grow_at)
         return [moment for moment in moments if moment is not None]
 
     def close(self) -> None:

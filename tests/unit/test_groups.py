@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tacod.config import Config
-from tacod.execution.executor import AGREE_S, Executor
+from tacod.execution.executor import BEHIND_S, Executor
 from tacod.execution.groups import Groups
 from tacod.execution.manifest import Manifest, Model
 from tacod.execution.scheduler import ON_MODEL, Job, Outcome, Verb
@@ -238,7 +238,10 @@ def test_a_forward_waits_at_home_for_ranks_that_are_to_agree(host: Host, monkeyp
     assert host.where(host.submit(b"b", Verb.FORWARD, M)) is host.small, "it is not the next one"
     host.answer(host.small)
     assert host.where(following) is host.large
-    host.clock.now += 2 * AGREE_S
+    ends_at = host.clock.now + BEHIND_S
+    assert min(host.groups.wakes_at) == pytest.approx(ends_at), "nothing else may happen"
+    host.clock.now = ends_at + 1e-6
+    assert all(moment > host.clock.now for moment in host.groups.wakes_at), "it isn't looked at for ever"
     host.groups.poll()
     assert host.where(following) is host.small, "a rank hangs"
 
