@@ -307,19 +307,21 @@ class Executor:
     def _lose_group(self, lost: GroupLost, now: float) -> None:
         reason = str(lost)
         log.error("%s%s; ending all ranks", self._label, reason)
+        item = self.current
         self._kill_ranks()
-        item, self.current = self.current, None
-        running = item.job if item is not None else None
+        self.current = None
+        job = item.job if item is not None else None
         restoring = item.model if item is not None and item.purpose is Purpose.RESTORE else None
+        # Also if rank 0 had completed the job: the next one would lose the ranks again.
         shrunk = item is not None and self._shrink_after(item, lost)
         if shrunk:
             lost = GroupLost(reason)
-        if running is not None and running.verb in ON_MODEL:
+        if job is not None and job is self.scheduler.running and job.verb in ON_MODEL:
             self.records.metrics.retried_forwards += 1
         ended = self.scheduler.lose_group(reason, lost.error, lost.cause, counts=not shrunk)
         self._end(ended)
         given_up = self.residency.lose_group(lost, self.settings.retries, None if shrunk else restoring)
-        at_fault = running.id if running is not None else f"restore {restoring.id}" if restoring is not None else ""
+        at_fault = job.id if job is not None else f"restore {restoring.id}" if restoring is not None else ""
         self._spawn_at = self._restarts.next_start(now, at_fault)
         if self._spawn_at is not None:
             self.group.restarts += 1

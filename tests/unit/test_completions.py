@@ -127,6 +127,24 @@ def test_ranks_that_disagree_behind_it_are_replaced(busy: Walk, other: tuple[str
     ended_well(busy)
 
 
+def test_a_rank_that_finds_no_memory_behind_it_has_new_ones_hold_fewer_blocks(busy: Walk) -> None:
+    """One that is left idle, say: otherwise each forward would cost a restart, and in the end the ranks."""
+    policy = busy.executor._restarts
+    for fewer in (1, 2):
+        busy.alive[0].complete()
+        busy.answer(ranks=1)
+        for rank in busy.alive[1:]:
+            rank.answer("failed", {"error": OutOfMemory("no memory", shrinks=True).to_wire()})
+        busy.executor.poll()
+        ended_well(busy)
+        assert not policy._starts, "it is no fault of the ranks"
+        busy.ready()
+        assert (busy.work.type, busy.work.body["fewer"]) == ("load", fewer)
+        busy.answer()
+        busy.submit(Verb.FORWARD, BASE, "f")
+        busy.ended.clear()
+
+
 @pytest.mark.parametrize("other", [("raised", raised()), ("failed", NO_MEMORY)], ids=["raised", "failed"])
 def test_an_error_of_all_behind_it_is_none(busy: Walk, other: tuple[str, Any]) -> None:
     ranks = busy.alive
