@@ -122,6 +122,9 @@ class Panels:
         panel = self._panel(endpoint or known[0], known)
         seen = await panel.snapshot()
         run = latest.get(panel.endpoint)
+        if run is not None:
+            # Nobody else asks for the last forward's time, once a sampler of ComfyUI's own has ended.
+            await _in_thread(run.run.settle)
         return {
             "endpoint": panel.endpoint,
             "endpoints": known,

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
+from weakref import ref
 
 from tacod_client import Call, Model
 from tacod_client.stats import PARTS
@@ -26,6 +27,8 @@ class Run:
         """Wall time of each step."""
         self.seconds = 0.0
         self._started_s = self._stepped_s = 0.0
+        self._model: ref[Model] | None = None
+        """The last one that was called; all that are called in a run are of one client."""
 
     def __enter__(self) -> Run:
         self._started_s = time.perf_counter()
@@ -33,6 +36,17 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.seconds = time.perf_counter() - self._started_s
+
+    def note(self, model: Model) -> None:
+        """Note the model's last call; the daemon may tell of its time while the next one is under way."""
+        self._model = ref(model)
+        model.hear_last(self.calls.append)
+
+    def settle(self) -> None:
+        """Wait for what the daemon has yet to tell of its calls; see `Model.settle`."""
+        model = self._model() if self._model is not None else None
+        if model is not None:
+            model.settle()
 
     def watch(
         self,
@@ -107,8 +121,6 @@ class Record:
 
     def __init__(self) -> None:
         self._runs: list[Run] = []
-        self._models: list[Model] = []
-        """Whose calls were noted in them."""
         self._latest: Run | None = None
 
     def begin(self, endpoint: str, model: str, family: str) -> None:
@@ -117,14 +129,9 @@ class Record:
         latest[endpoint] = Latest(model, family, self._latest)
 
     def add(self, model: Model) -> None:
-        """Note the model's last call in every run that is under way.
-
-        The daemon may tell of its time while the next one is under way.
-        """
+        """Note the model's last call in every run that is under way."""
         for run in (*self._runs, *([self._latest] if self._latest is not None else [])):
-            model.hear_last(run.calls.append)
-        if self._runs and model not in self._models:
-            self._models.append(model)
+            run.note(model)
 
     @contextmanager
     def to(self, run: Run) -> Iterator[None]:
@@ -132,12 +139,9 @@ class Record:
         self._runs.append(run)
         try:
             yield
-            for model in self._models:
-                model.settle()
+            run.settle()
         finally:
             self._runs.remove(run)
-            if not self._runs:
-                self._models.clear()
 
 
 class Totals:

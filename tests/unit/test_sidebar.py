@@ -226,7 +226,20 @@ def test_the_last_run_is_that_of_its_daemon(nodes: Callable[[str], Any], panels:
         single_rank_s=3.0,
     )
     kept = record.Record()
-    model = SimpleNamespace(hear_last=lambda hear: hear(call))
+
+    class Model:
+        """The daemon tells of its last call when that is asked for."""
+
+        def hear_last(self, hear: Callable[[Any], None]) -> None:
+            self.settle()
+            self.hear = hear
+
+        def settle(self) -> None:
+            if hasattr(self, "hear"):
+                self.hear(call)
+                del self.hear
+
+    model = Model()
     kept.add(model)  # no sampling has begun
     kept.begin(THERE, "flux.safetensors", "flux")
     kept.add(model)
