@@ -148,6 +148,8 @@ class Loader:
         if chosen == "fp8" or is_weight_only(chosen):
             raise ArgumentError(f"dtype: {chosen} is for this version's own families; use bf16", argument="dtype")
         streaming = self._streaming(wanted)
+        # Its small forwards run code that other networks have too.
+        self._forwards.forget_others()
         advice = "unload a model (`tacoctl unload`)"
         try:
             with self._memory_errors(advice), streaming:

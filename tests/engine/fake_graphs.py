@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tacod.rank.forward.graphs import Forwards
-from tacod.rank.forward.run import Call
+from tacod.rank.forward import captured, graphs
 
 
 class RecordedGraph:
@@ -61,16 +60,12 @@ class Recording(TorchDispatchMode):
         return out
 
 
-def may_be_captured(self: Forwards, call: Call) -> bool:
-    """As `Forwards._may_be_captured`, for tensors on a CPU."""
-    return self.graphs and call.inputs.control is None and not self._is_too_large(call.prefix)
-
-
 @contextmanager
 def graphs_on_cpu() -> Iterator[None]:
     """A context in which forwards on a CPU become graphs."""
     with ExitStack() as patches:
-        patches.enter_context(mock.patch.object(Forwards, "_may_be_captured", may_be_captured))
+        patches.enter_context(mock.patch.object(graphs, "_is_on_gpu", return_value=True))
+        patches.enter_context(mock.patch.object(captured, "_abandon"))
         for name, stand_in in (
             ("CUDAGraph", RecordedGraph),
             ("graph", Recording),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tacod.rank.comfyui.tokens import Misfit, Run, Tokens
+from tacod.rank.forward.side_effects import ours
 from tacod.rank.ops.qkv import QKV
 
 __all__ = ["attend", "attend_causally", "attend_near"]
@@ -54,7 +55,8 @@ def attend(
     ordered = None if mask is None else _mask(shared, mask, lengths, own_keys)
     qkv = QKV((q.contiguous(), k.contiguous(), v.contiguous()), heads, kv_heads=kv_heads)
     shared.meet()
-    out = shared.sequence.attend([lambda: qkv], [lengths], ordered).wait().to(dtype, copy=True)
+    with ours(q, k, v, *([] if ordered is None else [ordered])):
+        out = shared.sequence.attend([lambda: qkv], [lengths], ordered).wait().to(dtype, copy=True)
     return torch.unflatten(out, -1, (heads, width)).transpose(1, 2) if skip_output_reshape else out
 
 
@@ -84,11 +86,12 @@ def attend_causally(
     parts = zip(*(torch.split(each, sizes, dim=1) for each in (q, k, v)), strict=True)
     one, other = (QKV(tuple(each.contiguous() for each in part), heads, kv_heads=kv_heads) for part in parts)
     shared.meet()
-    leading = shared.sequence.attend([lambda: one], [first.size], ordered, keep=True)
-    outs = [leading.wait().clone()]
-    shared.meet()
-    outs.append(shared.sequence.attend([lambda: other], [rest.size], before=leading.kept).wait())
-    return torch.cat(outs, dim=1)
+    with ours(q, k, v, ordered):
+        leading = shared.sequence.attend([lambda: one], [first.size], ordered, keep=True)
+        outs = [leading.wait().clone()]
+        shared.meet()
+        outs.append(shared.sequence.attend([lambda: other], [rest.size], before=leading.kept).wait())
+        return torch.cat(outs, dim=1)
 
 
 def _by_tokens(

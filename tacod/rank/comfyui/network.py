@@ -32,6 +32,7 @@ from tacod.rank.families.inputs import Anything, Inputs, Residuals, Spec
 from tacod.rank.families.noise import Flow
 from tacod.rank.families.stream import ForwardPass
 from tacod.rank.families.trunk import BlockCache, BlockWatch
+from tacod.rank.forward.side_effects import SideEffects
 from tacod.rank.oom import describe_oom
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.weights.called import Called
@@ -81,6 +82,8 @@ class Network(DiT):
     process = Flow()
     shares_output = False
     is_ours = False
+    side_effects: SideEffects | None = None
+    """What its network's code runs in while it is captured as a CUDA graph."""
     unsampled = "what ComfyUI's own network asks of each step"
 
     def __init__(
@@ -280,7 +283,7 @@ class Network(DiT):
                 # It may write to its arguments, and be called once more.
                 out = self._call(inputs.clone(), sequence) if shares else self._call(inputs)
             except Misfit as misfit:
-                if not shares or self._meet is not None:
+                if not shares or self._meet is not None or self.side_effects is not None:
                     raise
                 # All ranks of the sequence come here, for they call alike, and each of them can compute all of it.
                 self._refused = str(misfit)
@@ -294,6 +297,9 @@ class Network(DiT):
 
     def _call(self, inputs: Inputs, sequence: SequenceParallel | None = None) -> Any:
         """What the network gives, with an image's tokens shared out over a ``sequence`` if there is one."""
+        effects = self.side_effects
+        if effects is not None:
+            effects.takes(inputs.tensors, own=sequence is not None)
         values = dict(inputs)
         x, timestep, context = values.pop("x"), values.pop("timestep"), values.pop("context", None)
         options, control = dict(values.pop(OPTIONS, {})), self._control(values.pop(CONTROL, None), x)
@@ -302,11 +308,18 @@ class Network(DiT):
             frame, leading = self._table.frame(self.inner, shapes_of(inputs)), self._table.leading(self.inner, inputs)
             tokens = Tokens(sequence, frame, leading, self._meet or (lambda: None))
             shared = self._split.sharing(tokens, options)
-        if (forget := getattr(self.inner, "clear_kv_cache", None)) is not None:
-            # It keeps keys of former calls by the address of a tensor, which another call's may have now.
-            forget()
-        with self._fetching(), shared:
+        with self._fetching(), shared, self._forgetting(), effects or nullcontext():
             return self.inner(x, timestep, context=context, control=control, transformer_options=options, **values)
+
+    @contextmanager
+    def _forgetting(self) -> Iterator[None]:
+        """A context for a call of a network of which nothing is kept for the next one."""
+        try:
+            yield
+        finally:
+            if (forget := getattr(self.inner, "clear_kv_cache", None)) is not None:
+                # It keeps keys by the address of a tensor, which another call's may have then.
+                forget()
 
     @contextmanager
     def meeting(self, meet: Callable[[], None]) -> Iterator[None]:
@@ -325,6 +338,17 @@ class Network(DiT):
             return str(plan)
         alone = Layout(plan.layout.batch, 1, 1)
         return f"{alone} on each rank, not sequence {plan.layout.sequence}: {self._split.unshared}"
+
+    @property
+    def outcome(self) -> tuple[str, str]:
+        """Why each rank has computed all tokens of the last forward, by the call and by the tokens; for `told`."""
+        return self._refused, "" if self._split is None else self._split.unshared
+
+    @outcome.setter
+    def outcome(self, outcome: tuple[str, str]) -> None:
+        self._refused, unshared = outcome
+        if self._split is not None:
+            self._split.unshared = unshared
 
     def _control(self, control: Control | None, x: Any) -> dict[str, Any] | None:
         """A ControlNet's residuals as ComfyUI gives them."""
@@ -434,8 +458,8 @@ class Network(DiT):
 
     @property
     def graphs(self) -> bool:
-        """Whether forwards may be CUDA graphs: nobody knows what the host does within one."""
-        return False
+        """Whether forwards may be CUDA graphs: not where modules fetch their weights as they are called."""
+        return self.weights is None
 
     @property
     def canvases(self) -> list[tuple[int | str, ...]]:

@@ -305,4 +305,5 @@ def _key(value: Any) -> Hashable:
         return tuple((name, _key(each)) for name, each in sorted(value.items()))
     if isinstance(value, list):
         return tuple(map(_key, value))
-    return (value,)
+    # To Python 1 == 1.0 == True and 0.0 == -0.0, but not to a network.
+    return type(value).__name__, repr(value)

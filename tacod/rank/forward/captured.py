@@ -55,6 +55,9 @@ class Captured:
             with holding() as tables, torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 yield graph
             self._tables += tables
+        except BaseException:
+            _abandon(self.pool)
+            raise
         finally:
             # A capture that fails doesn't leave its own.
             torch.cuda.set_stream(stream)
@@ -81,3 +84,17 @@ class Graph(Captured):
         self._load(call)
         self._graph.replay()
         return clone(self._out)
+
+
+def _abandon(pool: Any) -> None:
+    """Have PyTorch's allocator forget a capture that the driver has broken off.
+
+    `torch.cuda.graph` doesn't, and then nothing that was cached could be freed where memory is short, nor the pool.
+    """
+    device = torch.cuda.current_device()
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:
+        # It has ended in good order.
+        return
+    torch._C._cuda_releasePool(device, pool)

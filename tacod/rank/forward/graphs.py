@@ -10,30 +10,36 @@ Two kinds of forward have no graph: those of a model for which the host reads nu
 tokens an expert gets (`DiT.graphs`); and long ones, which are watched (`tacod.rank.forward.watch`): their launches hide
 behind what runs, and a graph can't be stopped.
 
+Of a network that isn't ours nobody knows what its code does. A forward is captured once a call of its kind has changed
+nothing that the network keeps, and only if the capture has no side effects (`tacod.rank.forward.side_effects`). The
+graph goes when the network keeps something else, or its tables have changed (`OthersGraph`).
+
 A family's prefix (`tacod.rank.forward.prefixes`) is computed before its forward and never within a graph. A graph has a
 copy of one prefix and overwrites it when a forward comes with another one.
 """
 
 from __future__ import annotations
 
-import enum
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 
 from tacod.rank.families.base import DiT, Output
+from tacod.rank.families.inputs import Inputs
 from tacod.rank.forward.captured import Captured, Graph
 from tacod.rank.forward.kernel_check import KernelCheck
+from tacod.rank.forward.others_graph import OthersGraph, state_of
 from tacod.rank.forward.prefixes import Prefix, Prefixes
 from tacod.rank.forward.run import Call, compute_prefix, equal, relative_difference, run
 from tacod.rank.forward.step_cache import StepCache, StepCaches
 from tacod.rank.forward.step_graph import StepGraph, compute_both
 from tacod.rank.forward.watch import Watch
+from tacod.rank.oom import clear_tracebacks
 from tacod.rank.parallel.topology import Topology
 from tacod_client.errors import TacodError
 
@@ -48,6 +54,9 @@ KINDS = 6
 """Most graphs of each model, one for each kind of forward."""
 PREFIX_BYTES = 4 << 30
 """The usual limit for prefixes."""
+TRIES = 8
+"""How often a kind of forward is to be captured of a network that keeps other things after it, before that is given up.
+"""
 
 
 class Forwards:
@@ -68,6 +77,10 @@ class Forwards:
         """For the forwards of a command that may be long."""
         self._kinds: WeakKeyDictionary[DiT, OrderedDict[Hashable, Captured | _Without]] = WeakKeyDictionary()
         self._pool: Any = None
+        self._has_others = False
+        """Whether there may be graphs of networks that aren't ours; alike on all ranks."""
+        self._said: WeakKeyDictionary[DiT, set[str]] = WeakKeyDictionary()
+        """Why such a network has no graph, as the log has it."""
 
     def __call__(self, call: Call) -> Output:
         """One forward, as `run` does it. Raises `ArgumentError` if a rank can't attend as the plan says."""
@@ -86,15 +99,70 @@ class Forwards:
         # Asked here, as a model may look at all of its layers for it: no replay waits for that.
         if not call.dit.graphs:
             return self._run(call)
+        if not call.dit.is_ours:
+            return self._run_others(call, kind)
         call = _splitting_keys(call)
         out = self._run(call)
         self._came(call, kind, lambda: self._capture(call, Graph, lambda graph: graph.replay(call), out))
         return out
 
+    def _run_others(self, call: Call, kind: Hashable) -> Output:
+        """A forward without a graph of a network that isn't ours; it is captured if it has changed nothing."""
+        known = self._known(call.dit, kind)
+        before = state_of(call) if isinstance(known, _Without) and known.may_come and self.watch is None else None
+        out = self._run(call)
+        changed = ""
+        if before is not None:
+            after = state_of(call)
+            changed = after.changed(before) or after.drew(before)
+        if before is not None and not self.topology.everyone.agree(not changed):
+            assert isinstance(known, _Without)
+            known.tries += 1
+            if not known.may_come:
+                self._say(call, changed or "another rank's call changes what its network keeps")
+            return out
+
+        def capture() -> Captured | _Without:
+            graph = self._capture(call, OthersGraph, lambda graph: graph.replay(call), out)
+            if isinstance(graph, OthersGraph) and isinstance(known, _Without):
+                graph.tries = known.tries
+                self._has_others = True
+            return graph
+
+        self._came(call, kind, capture)
+        return out
+
+    def forget_others(self) -> None:
+        """Drop the graphs of networks that aren't ours: code of theirs is to run outside of a forward.
+
+        They are captured anew.
+        """
+        if not self._has_others:
+            return
+        self._has_others = False
+        for kinds in self._kinds.values():
+            for kind, graph in list(kinds.items()):
+                if isinstance(graph, OthersGraph):
+                    kinds[kind] = _Without(graph.tries)
+
+    def _keep_true_ones(self) -> None:
+        """Drop these graphs if network code that has just run makes one of them untrue; networks share code.
+
+        All ranks come here at once.
+        """
+        if not self._has_others:
+            return
+        graphs = [graph for graph in self._captured() if isinstance(graph, OthersGraph)]
+        if self.topology.everyone.agree(all(graph.is_true() for graph in graphs)):
+            return
+        for graph in graphs:
+            graph.tries += 1
+        self.forget_others()
+
     def _may_be_captured(self, call: Call) -> bool:
         inputs = call.inputs
-        on_gpu = self.graphs and inputs.latents[0].is_cuda
-        return on_gpu and inputs.control is None and not self._is_too_large(call.prefix)
+        possible = self.graphs and _is_on_gpu(inputs)
+        return possible and inputs.control is None and not self._is_too_large(call.prefix)
 
     def _known(self, dit: DiT, kind: Hashable) -> Captured | _Without | None:
         """What there is of this kind of forward, as the one that was used last."""
@@ -109,10 +177,10 @@ class Forwards:
         known = kinds.get(kind)
         if known is None:
             # The first one makes what is made at first use: kernels, communicators, tables.
-            kinds[kind] = _Without.YET
+            kinds[kind] = _Without()
             while len(kinds) > KINDS:
                 kinds.popitem(last=False)
-        elif known is _Without.YET and self.watch is None:
+        elif isinstance(known, _Without) and known.may_come and self.watch is None:
             more = 0 if call.prefix is None else call.prefix.most_bytes
             while (
                 more + sum(each.most_bytes for each in kinds.values() if isinstance(each, Captured))
@@ -179,7 +247,15 @@ class Forwards:
 
     def _run(self, call: Call, cache: StepCache | None = None) -> Output:
         """A forward without a graph."""
-        return self._guarded(lambda: run(call, self.topology, cache, self.watch, listens=True))
+        try:
+            out = self._guarded(lambda: run(call, self.topology, cache, self.watch, listens=True))
+        except TacodError:
+            if not call.dit.is_ours:
+                self.forget_others()
+            raise
+        if not call.dit.is_ours:
+            self._keep_true_ones()
+        return out
 
     def _guarded(self, compute: Callable[[], T]) -> T:
         """Part of a forward; if it breaks off, nothing is left of earlier ones."""
@@ -197,6 +273,7 @@ class Forwards:
     def clear(self) -> None:
         """Free the memory of graphs, step caches and prefixes."""
         self._kinds.clear()
+        self._has_others = False
         self._pool = None
         self.step_caches.clear()
         self.prefixes.clear()
@@ -217,8 +294,9 @@ class Forwards:
         graph, reason = None, "another rank could not capture it"
         try:
             graph = make(call, self.topology, self._pool)
-        except RuntimeError as error:  # a lack of memory is one too
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # a lack of memory, or whatever a network raises that must not do something
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            clear_tracebacks(error)
             # One that a capture has failed in takes no other.
             self._pool = None
         if everyone.agree(graph is not None):
@@ -227,15 +305,32 @@ class Forwards:
             if everyone.agree(equal(out, expected)):
                 return graph
             reason = f"its replay differs by {relative_difference(out, expected):.1e}, or another rank's"
-        log.warning("no CUDA graph for %s: %s", call.plan, reason)
-        return _Without.EVER
+        self._say(call, reason)
+        return _Without(TRIES)
+
+    def _say(self, call: Call, reason: str) -> None:
+        """Have the log say why a kind of forward has no graph; of a network that isn't ours once for each reason."""
+        said = self._said.setdefault(call.dit, set())
+        if call.dit.is_ours or reason not in said:
+            log.warning("no CUDA graph for %s: %s", call.plan, reason)
+        said.add(reason)
 
 
-class _Without(enum.Enum):
-    """Why a kind of forward has no graph: it was seen once, or it can't have one."""
+@dataclass
+class _Without:
+    """A kind of forward that has no graph, yet or ever."""
 
-    YET = "yet"
-    EVER = "ever"
+    tries: int = 0
+    """How often it was to be captured; after `TRIES` it has none ever."""
+
+    @property
+    def may_come(self) -> bool:
+        """Whether it may be captured."""
+        return self.tries < TRIES
+
+
+def _is_on_gpu(inputs: Inputs) -> bool:
+    return inputs.latents[0].is_cuda
 
 
 def _splitting_keys(call: Call) -> Call:

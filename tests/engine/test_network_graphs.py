@@ -1,0 +1,371 @@
+"""Networks that aren't ours as CUDA graphs: what a replay would get wrong has none, and others give the same bits."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import made_up_habits
+import pytest
+import torch
+from fake_graphs import graphs_on_cpu
+from made_up_habits import BETWEEN_DEVICES, GRAPHS, NEVER, Habit, inputs
+from torch import Tensor, nn
+
+from tacod.plan import Layout, Plan, Shape
+from tacod.rank.comfyui.network import Network
+from tacod.rank.families.inputs import Inputs
+from tacod.rank.forward import graphs as module
+from tacod.rank.forward.captured import Captured
+from tacod.rank.forward.graphs import TRIES, Forwards
+from tacod.rank.forward.others_graph import OthersGraph
+from tacod.rank.forward.run import Call
+from tacod.rank.forward.side_effects import SideEffects, Uncapturable, ours
+from tacod.rank.forward.state import State
+from tacod.rank.parallel.topology import Topology
+
+PLAN = Plan(Layout(1, 1, 1), 1, Shape(1, 1))
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def on_cpu() -> Iterator[None]:
+    with graphs_on_cpu(), torch.inference_mode():
+        yield
+
+
+class Pair:
+    """A network with graphs, and a copy of it that runs without: each forward has to give the same."""
+
+    def __init__(self, made: nn.Module) -> None:
+        self.graphed, self.plain = (Network(each, torch.float32, "") for each in (made, copy.deepcopy(made)))
+        self.forwards, self.without = Forwards(Topology()), Forwards(Topology(), graphs=False)
+
+    def forward(self, given: dict[str, Any]) -> Tensor:
+        outs = []
+        for dit, forwards in ((self.graphed, self.forwards), (self.plain, self.without)):
+            mine = {name: each.clone() if isinstance(each, Tensor) else each for name, each in given.items()}
+            outs.append(forwards(Call(dit, PLAN, Inputs(mine, dit.specs_for(mine)))))
+        assert isinstance(outs[0], Tensor)
+        assert torch.equal(*outs)
+        return outs[0]
+
+    @property
+    def graphs(self) -> list[Captured]:
+        return list(self.forwards._captured())
+
+
+def pair(habit: str) -> Pair:
+    made_up_habits._known.clear()
+    made_up_habits.positions_once.cache_clear()
+    return Pair(made_up_habits.network(habit))
+
+
+@pytest.mark.parametrize("habit", GRAPHS)
+def test_it_is_captured_once_a_call_has_changed_nothing(habit: str) -> None:
+    both = pair(habit)
+    counts = []
+    for seed in range(5):
+        both.forward(inputs(seed))
+        counts.append(len(both.graphs))
+    assert counts == [0, 1, 1, 1, 1]
+    (graph,) = both.graphs
+    assert isinstance(graph, OthersGraph)
+    assert graph._graph.replays == 4  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("habit", [name for name in GRAPHS if name != "keeps_one_table"])
+def test_two_shapes_in_turn(habit: str) -> None:
+    both = pair(habit)
+    for seed in range(8):
+        both.forward(inputs(seed, 5 + seed % 2))
+    assert len(both.graphs) == (0 if habit == "uses_an_lru_cache" else 2)
+
+
+def test_a_table_that_is_replaced_each_time_has_no_graph(caplog: pytest.LogCaptureFixture) -> None:
+    both = pair("keeps_one_table")
+    for seed in range(2 * TRIES + 4):
+        both.forward(inputs(seed, 5 + seed % 2))
+    assert both.graphs == []
+    assert caplog.text.count("no CUDA graph") == 1, "of both shapes for one reason"
+
+
+@pytest.mark.parametrize("habit", ["keeps_one_table", "overwrites_its_table"])
+def test_a_graph_goes_when_another_shape_changes_its_table(habit: str) -> None:
+    both = pair(habit)
+    for _ in range(3):
+        for seed in range(4):
+            both.forward(inputs(seed, 5))
+        assert len(both.graphs) == 1
+        for seed in range(4):
+            both.forward(inputs(seed, 7))
+        assert len(both.graphs) == 1
+
+
+def test_a_graph_goes_when_what_nobody_sees_writes_to_its_table() -> None:
+    """Such as a kernel that PyTorch doesn't dispatch; the numbers are compared after each forward without a graph."""
+    both = pair("keeps_tables")
+    for seed in range(3):
+        both.forward(inputs(seed))
+    for dit in (both.graphed, both.plain):
+        dit.inner.tables[2, 5, made_up_habits.WIDTH].numpy()[:] = 3  # type: ignore[index]
+    both.forward(inputs(3, 6))
+    assert both.graphs == []
+    both.forward(inputs(4))
+
+
+@pytest.mark.parametrize("habit", NEVER)
+def test_what_has_no_graph_and_why(habit: str, caplog: pytest.LogCaptureFixture) -> None:
+    both = pair(habit)
+    dit, words = both.graphed, NEVER[habit][1]
+    for seed in range(TRIES + 3):
+        given = inputs(seed % 2)
+        if habit.startswith(("draws", "counts_in", "catches")):
+            # Random numbers are others in the other network.
+            both.forwards(Call(dit, PLAN, Inputs(given, dit.specs_for(given))))
+        else:
+            both.forward(given)
+    assert both.graphs == []
+    assert caplog.text.count("no CUDA graph") == 1
+    assert words in caplog.text
+
+
+def test_what_writes_to_its_input_has_no_graph(caplog: pytest.LogCaptureFixture) -> None:
+    both = pair("writes_to_its_input")
+    for seed in range(4):
+        both.forward(inputs(seed))
+    assert both.graphs == []
+    assert "it writes to its arguments" in caplog.text
+
+
+@pytest.mark.parametrize("habit", NEVER)
+def test_without_its_check_it_would_be_captured(habit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the cases above show what they are to show."""
+    monkeypatch.setattr(State, "changed", lambda self, before: "")
+    monkeypatch.setattr(State, "drew", lambda self, before: "")
+    monkeypatch.setattr(SideEffects, "_refuse", lambda self, reason: None)
+    monkeypatch.setattr(module, "equal", lambda one, other: True)
+    both = pair(habit)
+    dit = both.graphed
+    for seed in range(2):
+        given = inputs(seed)
+        both.forwards(Call(dit, PLAN, Inputs(given, dit.specs_for(given))))
+    # A read the fake refuses itself, as a GPU does.
+    assert len(both.graphs) == (habit not in ("reads_a_number", "decides_by_a_number"))
+
+
+def test_numbers_in_arguments_are_kinds() -> None:
+    both = pair("nothing")
+    for factor in (1, 1.0, True, 0.0, -0.0, 2.0):
+        for seed in range(3):
+            both.forward({**inputs(seed), "transformer_options": {"factor": factor}})
+    assert len(both.graphs) == 6
+
+
+def test_a_call_outside_of_a_forward_drops_them() -> None:
+    both = pair("keeps_tables")
+    for seed in range(3):
+        both.forward(inputs(seed))
+    both.forwards.forget_others()
+    assert both.graphs == []
+    for dit in (both.graphed, both.plain):
+        dit.methods()["preprocess_text_embeds"].run(torch.ones(1))
+    for seed in range(3):
+        both.forward(inputs(seed))
+    assert len(both.graphs) == 1
+
+
+def test_a_network_that_nobody_has_is_freed_with_its_graphs() -> None:
+    both = pair("keeps_tables")
+    for seed in range(3):
+        both.forward(inputs(seed))
+    left = weakref.ref(both.graphed.inner)
+    del both.graphed
+    gc.collect()
+    assert left() is None
+    assert both.graphs == []
+
+
+def test_a_graph_holds_the_tables_that_it_reads() -> None:
+    both = pair("keeps_tables")
+    for seed in range(3):
+        both.forward(inputs(seed))
+    (table,) = both.graphed.inner.tables.values()  # type: ignore[union-attr]
+    left = weakref.ref(table.untyped_storage())
+    both.graphed.inner.tables.clear()  # type: ignore[union-attr]
+    del table
+    gc.collect()
+    assert left() is not None
+
+
+def test_watched_forwards_and_fetched_weights_have_none() -> None:
+    both = pair("nothing")
+    both.forwards.watch = FakeWatch()  # type: ignore[assignment]
+    for seed in range(4):
+        both.forward(inputs(seed))
+    assert both.graphs == []
+    both.forwards.watch = None
+    both.graphed.weights = object()  # type: ignore[assignment]
+    assert not both.graphed.graphs
+
+
+class FakeWatch:
+    def begin(self) -> None: ...
+
+    def before(self, block: int, blocks: int) -> None: ...
+
+    def end(self) -> None: ...
+
+
+def test_an_error_in_a_capture_leaves_the_network_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fails(OthersGraph):
+        def __init__(self, *args: Any) -> None:
+            raise TypeError
+
+    monkeypatch.setattr(module, "OthersGraph", Fails)
+    both = pair("nothing")
+    for seed in range(4):
+        both.forward(inputs(seed))
+    assert both.graphs == []
+    assert both.graphed.side_effects is None
+
+
+# --- what a capture sees ----------------------------------------------------------------------------------------------
+
+
+def seen(habit: str, device: str = "cpu") -> SideEffects:
+    """What it sees of one call; tensors on the device meta stand for those on a GPU."""
+    net = made_up_habits.network(habit).to(device)
+    effects = SideEffects(torch.device(device), net.parameters())
+    given = inputs(0, device=device)
+    effects.takes(given.values(), own=False)
+    with effects:
+        net(**given)
+    return effects
+
+
+@pytest.mark.parametrize("habit", [name for name in BETWEEN_DEVICES if name != "makes_a_tensor_of_numbers"])
+def test_copies_between_devices_are_seen(habit: str) -> None:
+    with pytest.raises(Uncapturable, match=BETWEEN_DEVICES[habit][1]):
+        seen(habit, "meta")
+
+
+def test_numbers_of_the_host_that_become_a_tensor_are_seen() -> None:
+    made = torch.empty(2, device="meta")
+    with SideEffects(made.device, []), pytest.raises(Uncapturable, match="the host's numbers"):
+        # What `torch.tensor` calls in the end.
+        torch.ops.aten.lift_fresh(made)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.to("meta"),
+        lambda x: x.new_empty(3, device="meta").copy_(x[0, 0, :3]),
+        lambda x: x.sum().to("meta"),
+        lambda x: torch.zeros(3, device="meta")[torch.tensor([0, 1])],
+    ],
+)
+def test_other_ways_between_devices(function: Any) -> None:
+    with SideEffects(torch.device("meta"), []), pytest.raises(Uncapturable, match="copies between"):
+        function(torch.randn(2, 3, 16))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: bool(x.any()),
+        lambda x: x.tolist() if x.sum().item() else None,
+        lambda x: torch.equal(x, x),
+        lambda x: torch.allclose(x, x),
+        lambda x: x.nonzero(),
+        lambda x: x.masked_select(x > 0),
+        lambda x: x.unique(),
+        lambda x: torch.repeat_interleave(x, torch.tensor([1, 2]), dim=0),
+        lambda x: int(x[0, 0, 0]),
+        lambda x: torch.where(x > 0),
+        lambda x: list(range(x.argmax())),
+    ],
+)
+def test_reads_of_the_host_are_seen(function: Any) -> None:
+    with SideEffects(CPU, []) as effects, pytest.raises(Uncapturable, match="the host reads"):
+        function(torch.randn(2, 3, 16))
+    assert "the host reads" in effects.reason
+
+
+def test_what_a_graph_may_do() -> None:
+    x, weight, table = torch.randn(2, 3, 16), nn.Parameter(torch.randn(16, 16)), torch.randn(16)
+    with SideEffects(CPU, [weight]) as effects:
+        effects.takes([x], own=False)
+        y = nn.functional.linear(x, weight) * torch.tensor(2.0) + table[:8].repeat(2)
+        y[0] = 3
+        y[:, [0, 1]] += 1
+        y.add_(x.to(torch.float64).float()).masked_fill_(y > 0, 1.5)
+        nn.functional.scaled_dot_product_attention(y, y, y).clone().view(-1)[torch.arange(3)].zero_()
+        torch.repeat_interleave(x, torch.tensor([1, 2]), dim=0, output_size=3)
+    assert effects.reason == ""
+    assert [each.data_ptr() for each in effects.kept.values() if each.numel() > 2] == [table.data_ptr()]
+
+
+def test_exchanges_of_ours_write_to_memory_of_theirs() -> None:
+    room, table = torch.zeros(4), torch.ones(4)
+    with SideEffects(CPU, []) as effects:
+        with ours(table):
+            room.add_(table)
+        with pytest.raises(Uncapturable, match="a tensor that it keeps"):
+            room.add_(1)
+    assert table.untyped_storage()._cdata in effects.kept
+
+
+# --- what a network keeps ---------------------------------------------------------------------------------------------
+
+
+class Keeps(nn.Module):
+    shared: ClassVar[dict[str, int]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.things: dict[str, Any] = {"list": [1, [2]], "set": {1}, "object": Habit(made_up_habits.nothing)}
+        self.register_buffer("buffer", torch.zeros(2))
+        self.others = (nn.Linear(2, 2),)
+
+    def add(self, x: int, known: list[int] = []) -> None:  # noqa: B006
+        known.append(x)
+
+
+def renewed(net: Keeps) -> None:
+    net.buffer = net.buffer.clone()
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda net: net.things["list"][1].append(3), "things.list[1]"),
+        (lambda net: net.things["set"].add(2), "things.set"),
+        (lambda net: setattr(net.things["object"], "calls", 1), "things.object.calls"),
+        (lambda net: net.shared.update(a=1), "test_network_graphs.Keeps.shared"),
+        (lambda net: net.add(1), "test_network_graphs.Keeps.add.defaults[0]"),
+        (lambda net: setattr(net, "new", None), "new"),
+        (lambda net: setattr(net, "training", False), "training"),
+        (lambda net: setattr(net.others[0], "bias", None), "others[0].bias"),
+        (renewed, "buffer"),
+    ],
+)
+def test_changes_of_what_is_kept_are_seen(change: Any, name: str) -> None:
+    net = Keeps()
+    before = State(net, CPU)
+    assert State(net, CPU).changed(before) == ""
+    change(net)
+    assert name in State(net, CPU).changed(before)
+    Keeps.shared.clear()
+
+
+def test_weights_may_change() -> None:
+    """A graph reads them each time: a LoRA's strength is changed in place."""
+    net = Keeps()
+    before = State(net, CPU)
+    net.others[0].weight.data.add_(1)
+    assert State(net, CPU).changed(before) == ""
