@@ -133,14 +133,6 @@ def test_what_has_no_graph_and_why(habit: str, caplog: pytest.LogCaptureFixture)
     assert words in caplog.text
 
 
-def test_what_writes_to_its_input_has_no_graph(caplog: pytest.LogCaptureFixture) -> None:
-    both = pair("writes_to_its_input")
-    for seed in range(4):
-        both.forward(inputs(seed))
-    assert both.graphs == []
-    assert "it writes to its arguments" in caplog.text
-
-
 @pytest.mark.parametrize("habit", NEVER)
 def test_without_its_check_it_would_be_captured(habit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the cases above show what they are to show."""
@@ -241,7 +233,7 @@ def seen(habit: str, device: str = "cpu") -> SideEffects:
     net = made_up_habits.network(habit).to(device)
     effects = SideEffects(torch.device(device), net.parameters())
     given = inputs(0, device=device)
-    effects.takes(given.values(), own=False)
+    effects.takes(given.values())
     with effects:
         net(**given)
     return effects
@@ -299,7 +291,7 @@ def test_reads_of_the_host_are_seen(function: Any) -> None:
 def test_what_a_graph_may_do() -> None:
     x, weight, table = torch.randn(2, 3, 16), nn.Parameter(torch.randn(16, 16)), torch.randn(16)
     with SideEffects(CPU, [weight]) as effects:
-        effects.takes([x], own=False)
+        effects.takes([x])
         y = nn.functional.linear(x, weight) * torch.tensor(2.0) + table[:8].repeat(2)
         y[0] = 3
         y[:, [0, 1]] += 1

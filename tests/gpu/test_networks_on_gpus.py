@@ -77,7 +77,7 @@ def test_two_shapes_in_turn(habit: str) -> None:
     for seed in range(3 * FORWARDS):
         assert forward(seed, 100 + seed % 2)
         torch.full((1024, 1024), float("nan"), device="cuda")
-    assert graphs() == (2 if habit in ("nothing", "keeps_tables", "keeps_a_global_table") else 0)
+    assert graphs() == (2 if habit in ("nothing", "keeps_tables", "keeps_a_global_table", "writes_to_its_input") else 0)
 
 
 @pytest.mark.parametrize("habit", ["keeps_one_table", "overwrites_its_table"])
@@ -89,13 +89,13 @@ def test_a_graph_goes_with_the_table_that_it_reads(habit: str) -> None:
         assert graphs() == 1
 
 
-@pytest.mark.parametrize("habit", [*NEVER, *BETWEEN_DEVICES, "writes_to_its_input"])
+@pytest.mark.parametrize("habit", [*NEVER, *BETWEEN_DEVICES])
 def test_what_a_replay_would_get_wrong_has_no_graph(habit: str, caplog: pytest.LogCaptureFixture) -> None:
     forward, graphs = pair(habit)
     with caplog.at_level(logging.WARNING):
         assert all(forward(seed % 3, 100) for seed in range(TRIES + 3))
     assert graphs() == 0
-    words = {**NEVER, **BETWEEN_DEVICES, "writes_to_its_input": (None, "it writes to its arguments")}[habit][1]
+    words = {**NEVER, **BETWEEN_DEVICES}[habit][1]
     assert caplog.text.count("no CUDA graph") == 1
     assert words in caplog.text
 

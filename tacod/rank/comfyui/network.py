@@ -299,7 +299,7 @@ class Network(DiT):
         """What the network gives, with an image's tokens shared out over a ``sequence`` if there is one."""
         effects = self.side_effects
         if effects is not None:
-            effects.takes(inputs.tensors, own=sequence is not None)
+            effects.takes(inputs.tensors)
         values = dict(inputs)
         x, timestep, context = values.pop("x"), values.pop("timestep"), values.pop("context", None)
         options, control = dict(values.pop(OPTIONS, {})), self._control(values.pop(CONTROL, None), x)

@@ -108,29 +108,31 @@ class Forwards:
 
     def _run_others(self, call: Call, kind: Hashable) -> Output:
         """A forward without a graph of a network that isn't ours; it is captured if it has changed nothing."""
-        known = self._known(call.dit, kind)
-        before = state_of(call) if isinstance(known, _Without) and known.may_come and self.watch is None else None
-        out = self._run(call)
-        changed = ""
-        if before is not None:
-            after = state_of(call)
-            changed = after.changed(before) or after.drew(before)
-        if before is not None and not self.topology.everyone.agree(not changed):
-            assert isinstance(known, _Without)
-            known.tries += 1
-            if not known.may_come:
-                self._say(call, changed or "another rank's call changes what its network keeps")
+        known, device = self._known(call.dit, kind), call.inputs.latents[0].device
+        if not isinstance(known, _Without) or not known.may_come or self.watch is not None:
+            out = self._run(call)
+            self._came(call, kind, lambda: _Without(TRIES))
             return out
-
-        def capture() -> Captured | _Without:
-            graph = self._capture(call, OthersGraph, lambda graph: graph.replay(call), out)
-            if isinstance(graph, OthersGraph) and isinstance(known, _Without):
-                graph.tries = known.tries
-                self._has_others = True
-            return graph
-
-        self._came(call, kind, capture)
+        # It may write to its arguments.
+        again = replace(call, inputs=call.inputs.clone())
+        before = state_of(call.dit, device)
+        out = self._run(call)
+        after = state_of(call.dit, device)
+        changed = after.changed(before) or after.drew(before)
+        if self.topology.everyone.agree(not changed):
+            self._came(call, kind, lambda: self._capture_others(again, known.tries, out))
+            return out
+        known.tries += 1
+        if not known.may_come:
+            self._say(call, changed or "another rank's call changes what its network keeps")
         return out
+
+    def _capture_others(self, call: Call, tries: int, out: Output) -> Captured | _Without:
+        graph = self._capture(call, OthersGraph, lambda graph: graph.replay(call), out)
+        if isinstance(graph, OthersGraph):
+            graph.tries = tries
+            self._has_others = True
+        return graph
 
     def forget_others(self) -> None:
         """Drop the graphs of networks that aren't ours: code of theirs is to run outside of a forward.
@@ -145,19 +147,34 @@ class Forwards:
                 if isinstance(graph, OthersGraph):
                     kinds[kind] = _Without(graph.tries)
 
-    def _keep_true_ones(self) -> None:
+    def _keep_true_ones(self, device: torch.device) -> None:
         """Drop these graphs if network code that has just run makes one of them untrue; networks share code.
 
         All ranks come here at once.
         """
         if not self._has_others:
             return
-        graphs = [graph for graph in self._captured() if isinstance(graph, OthersGraph)]
-        if self.topology.everyone.agree(all(graph.is_true() for graph in graphs)):
+        untrue = [
+            graph
+            for dit, graphs in self._others().items()
+            for state in [state_of(dit, device)]
+            for graph in graphs
+            if not graph.is_true(state)
+        ]
+        if self.topology.everyone.agree(not untrue):
             return
-        for graph in graphs:
-            graph.tries += 1
+        for graphs in self._others().values():
+            for graph in graphs:
+                graph.tries += 1
         self.forget_others()
+
+    def _others(self) -> dict[DiT, list[OthersGraph]]:
+        """The graphs of networks that aren't ours."""
+        found = {
+            dit: [each for each in kinds.values() if isinstance(each, OthersGraph)]
+            for dit, kinds in self._kinds.items()
+        }
+        return {dit: graphs for dit, graphs in found.items() if graphs}
 
     def _may_be_captured(self, call: Call) -> bool:
         inputs = call.inputs
@@ -254,7 +271,7 @@ class Forwards:
                 self.forget_others()
             raise
         if not call.dit.is_ours:
-            self._keep_true_ones()
+            self._keep_true_ones(call.inputs.latents[0].device)
         return out
 
     def _guarded(self, compute: Callable[[], T]) -> T:

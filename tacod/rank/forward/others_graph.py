@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from tacod.rank.families.base import Output
+from tacod.rank.families.base import DiT, Output
 from tacod.rank.forward.captured import Graph
 from tacod.rank.forward.run import Call
 from tacod.rank.forward.side_effects import SideEffects, Uncapturable
@@ -31,9 +30,9 @@ class _Others(Protocol):
     """How its last forward went."""
 
 
-def state_of(call: Call) -> State:
-    """What a call's network keeps, as it is now."""
-    return State(cast(_Others, call.dit).inner, call.inputs.latents[0].device)
+def state_of(dit: DiT, device: torch.device) -> State:
+    """What a network that isn't ours keeps, as it is now."""
+    return State(cast(_Others, dit).inner, device)
 
 
 class OthersGraph(Graph):
@@ -47,7 +46,6 @@ class OthersGraph(Graph):
         others, device = cast(_Others, call.dit), call.inputs.latents[0].device
         if any(each.device != device for each in call.inputs.tensors):
             raise Uncapturable("an argument lies on another device")
-        self._device = device
         self._state = State(others.inner, device)
         effects = others.side_effects = SideEffects(device, others.inner.parameters())
         try:
@@ -63,7 +61,6 @@ class OthersGraph(Graph):
             raise Uncapturable(f"it reads more than {KEPT_BYTES >> 20} MiB of tables that it keeps")
         self._kept = [(each, each.clone()) for each in kept]
         self._outcome = others.outcome
-        self._network = weakref.ref(others.inner)
         self.tries = 0
         """How often such a graph was dropped."""
 
@@ -73,13 +70,9 @@ class OthersGraph(Graph):
         cast(_Others, call.dit).outcome = self._outcome
         return out
 
-    def is_true(self) -> bool:
-        """Whether the network keeps what it kept, and the tables that it reads are as they were."""
-        network = self._network()
-        if network is None:
-            return True
-        same = not State(network, self._device).changed(self._state)
-        return same and all(torch.equal(*each) for each in self._kept)
+    def is_true(self, state: State) -> bool:
+        """Whether the network, now in this ``state``, keeps what it kept, and its tables have the same numbers."""
+        return not state.changed(self._state) and all(torch.equal(*each) for each in self._kept)
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -63,12 +63,11 @@ class SideEffects(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Tensors that were read and were there before, one for each piece of memory; no inputs and no weights."""
         self._device = device
         self._weights = {_memory(each) for each in weights}
-        self._inputs: set[int] = set()
         self._made: set[int] = set()
 
-    def takes(self, inputs: Iterable[Tensor], own: bool) -> None:
-        """Tell what the call gets; it may write to these tensors only if they are its ``own``."""
-        (self._made if own else self._inputs).update(map(_memory, inputs))
+    def takes(self, inputs: Iterable[Tensor]) -> None:
+        """Tell what the call gets. It may write to these tensors, as each replay gets new ones."""
+        self._made.update(map(_memory, inputs))
 
     def __enter__(self) -> SideEffects:
         _active.append(self)
@@ -83,7 +82,7 @@ class SideEffects(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Note which of the tensors that something reads were there before."""
         for each in tensors:
             memory = _memory(each)
-            if memory not in self._made and memory not in self._inputs and memory not in self._weights:
+            if memory not in self._made and memory not in self._weights:
                 self.kept.setdefault(memory, each)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -115,8 +114,6 @@ class SideEffects(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if _copies(func, given, kwargs):
             self._refuse("it copies between the host and the device")
         written = set(map(_memory, _written(func, args, kwargs)))
-        if written & self._inputs:
-            self._refuse("it writes to its arguments")
         if written & self._weights:
             self._refuse("it writes to its weights")
         self.reads(given)

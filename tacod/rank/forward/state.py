@@ -81,7 +81,7 @@ class State:
             yield path, (type(value).__name__, repr(value))
         elif isinstance(value, Tensor):
             self._held.append(value)
-            yield path, (id(value), *_place(value), tuple(value.shape), value.dtype)
+            yield path, (*_place(value), tuple(value.shape), value.dtype)
         elif isinstance(value, _LRU):
             known = value.cache_info()
             yield path, (id(value), known.misses, known.currsize)
@@ -92,18 +92,15 @@ class State:
         elif isinstance(value, torch.Generator):
             yield path, value.get_state().numpy().tobytes()
         elif isinstance(value, _SETS):
-            yield path, (id(value), frozenset(map(self._key, value)))
+            yield path, (type(value).__name__, frozenset(map(self._key, value)))
         elif type(value).__module__ == "numpy" and hasattr(value, "tobytes"):
             yield path, (str(value.dtype), value.shape, value.tobytes())
         else:
             parts = self._parts(value)
-            if parts is None or isinstance(value, nn.Module | type | FunctionType):
-                # These are the network's, and would keep it alive.
-                yield path, (type(value).__name__, id(value))
-            else:
-                yield path, (type(value).__name__, id(value), tuple(parts))
-            if parts is None and not isinstance(value, nn.Module | type | FunctionType | ModuleType):
+            if parts is None:
+                # By its identity, which no other thing has while it is held.
                 self._held.append(value)
+            yield path, (type(value).__name__, id(value) if parts is None else tuple(parts))
             if parts and id(value) not in self._seen and depth < DEPTH:
                 self._seen.add(id(value))
                 for key, part in parts.items():
@@ -124,9 +121,12 @@ class State:
                 return None
             cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
             closed = {name: _contents(cell) for name, cell in cells}
-            return {**closed, "defaults": value.__defaults__, "named": value.__kwdefaults__, **vars(value)}
+            parts = {**closed, "defaults": value.__defaults__, "named": value.__kwdefaults__, **vars(value)}
+            return {name: part for name, part in parts.items() if part is not None}
         if isinstance(value, type):
-            return dict(vars(value)) if _package(value) in self._packages else None
+            if _package(value) not in self._packages:
+                return None
+            return {name: part for name, part in vars(value).items() if not name.startswith("__")}
         if isinstance(value, staticmethod | classmethod):
             return {"function": value.__func__}
         if isinstance(value, functools.partial):
@@ -169,7 +169,7 @@ def _place(tensor: Tensor) -> tuple[Hashable, ...]:
     """Where a tensor lies, and how often it was written to; weights may be, as a graph reads them each time."""
     try:
         counts = not (tensor.is_inference() or isinstance(tensor, nn.Parameter))
-        return tensor.data_ptr(), tensor._version if counts else 0
+        return tensor.data_ptr(), tensor.stride(), tensor._version if counts else 0
     except RuntimeError:
         # One that has no memory of its own, such as a quantized weight.
-        return ()
+        return (id(tensor),)
