@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from fake_graphs import graphs_on_cpu
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -16,6 +17,8 @@ from tacod.rank.comfyui.check import check_split
 from tacod.rank.comfyui.network import Network
 from tacod.rank.comfyui.tables.base import Attention, Blocks, Cut, Table
 from tacod.rank.families.inputs import Inputs
+from tacod.rank.forward.graphs import Forwards
+from tacod.rank.forward.others_graph import OthersGraph
 from tacod.rank.forward.run import Call, relative_difference, run
 from tacod.rank.parallel.sequence import SequenceParallel
 from tacod.rank.parallel.topology import Topology
@@ -190,6 +193,33 @@ def called(topology: Topology, layout: Layout, how: str, text: int, dtype: str) 
     plan = Plan(layout, topology.world_size, Shape(HEADS, WIDTH, 2, (text, IMAGE)))
     out = run(Call(made, plan, inputs(made, index, text)), topology)
     return relative_difference(out, expected), made.reason, made.told(plan)
+
+
+def graphed(topology: Topology, layout: Layout, how: str, breaking: int = -1) -> tuple[bool, list[int], list[str]]:
+    """Whether calls of two lengths of text are the same with graphs and without, replays, and what is said of each.
+
+    The network of the rank ``breaking`` keeps something else at each call.
+    """
+    index = list(HOW).index(how)
+    plan = Plan(layout, topology.world_size, Shape(HEADS, WIDTH, 2, (TEXT, IMAGE)))
+    outs: list[list[Any]] = []
+    said: list[str] = []
+    for graphs in (False, True):
+        made, forwards = network(), Forwards(topology, graphs)
+        made.use_table(topology.world_size)
+        with graphs_on_cpu():
+            outs.append([])
+            for call in (0, 1, 2, 3, 0, 1, 2, 3):
+                # Of the shorter one there are fewer tokens than ranks.
+                given = inputs(made, index, TEXT if call < 2 else 1)
+                given["x"].mul_(call + 1)
+                outs[-1].append(forwards(Call(made, plan, given)))
+                if graphs:
+                    said.append(made.told(plan))
+                if topology.rank == breaking:
+                    made.inner.calls = len(said)
+    replays = [each._graph.replays for each in forwards._captured() if isinstance(each, OthersGraph)]  # type: ignore[attr-defined]
+    return all(map(torch.equal, *outs)), replays, said
 
 
 def checked(topology: Topology, how: str, failing: int, place: int) -> tuple[str, float]:

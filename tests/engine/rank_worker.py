@@ -593,6 +593,11 @@ class Rank:
         """See `made_up_attention.checked`."""
         return made_up_attention.checked(self.topology, **case)
 
+    def network_graphs(self, layout: Layout, sharing: bool, **case: Any) -> Any:
+        """See `made_up_attention.graphed`."""
+        with torch.inference_mode():
+            return made_up_attention.graphed(self.sharing if sharing else self.topology, layout, **case)
+
     def variant(self, layout: Layout, sharing: bool, **case: Any) -> float | None:
         sequence = self._sequence(layout, sharing)
         return None if sequence is None else largest_error(sequence, **case)

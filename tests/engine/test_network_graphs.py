@@ -13,6 +13,7 @@ import pytest
 import torch
 from fake_graphs import graphs_on_cpu
 from made_up_habits import BETWEEN_DEVICES, GRAPHS, NEVER, Habit, inputs
+from rank_worker import Ranks
 from torch import Tensor, nn
 
 from tacod.plan import Layout, Plan, Shape
@@ -361,3 +362,24 @@ def test_weights_may_change() -> None:
     before = State(net, CPU)
     net.others[0].weight.data.add_(1)
     assert State(net, CPU).changed(before) == ""
+
+
+# --- several ranks ----------------------------------------------------------------------------------------------------
+
+
+# Of a ring's transfers the stand-in for graphs would wait for one before it begins the other.
+@pytest.mark.parametrize("sharing", [False, True], ids=["collectives", "memory"])
+@pytest.mark.parametrize(("layout", "how"), [((1, 2, 1), "plain"), ((1, 5, 1), "in fp32")], ids=str)
+def test_shared_tokens_are_exchanged_within_a_graph(
+    ranks: Ranks, layout: tuple[int, ...], how: str, sharing: bool
+) -> None:
+    found = ranks.run(layout, "network_graphs", how=how, sharing=sharing)
+    assert [(same, replays) for same, replays, _ in found] == [(True, [3, 3])] * len(found)
+    for _, _, said in found[: layout[1] * layout[2]]:
+        # A replay says what its capture did.
+        assert [" on each rank" in each for each in said] == [False, False, True, True] * 2
+
+
+def test_all_ranks_or_none_have_a_graph(ranks: Ranks) -> None:
+    found = ranks.run((1, 3, 1), "network_graphs", how="plain", sharing=False, breaking=1)
+    assert [(same, replays) for same, replays, _ in found] == [(True, [])] * len(found)
