@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -118,11 +119,29 @@ def copies_to_the_host(net: Habit, x: Tensor) -> Tensor:
     return x + x.abs().mean().cpu().to(x.device)
 
 
-def copies_without_blocking(net: Habit, x: Tensor) -> Tensor:
-    """From memory of the host whose numbers are others at each call."""
+def copies_what_it_keeps(net: Habit, x: Tensor) -> Tensor:
+    """From memory of the host that it writes to at each call."""
     net.pinned = torch.empty(1, pin_memory=x.is_cuda) if net.pinned is None else net.pinned
-    net.pinned.fill_(random.Random(int(x.shape[1])).random())
+    net.pinned.fill_(x.shape[1])
     return x + net.pinned.to(x.device, non_blocking=True)
+
+
+def copies_the_time(net: Habit, x: Tensor) -> Tensor:
+    return x + torch.tensor(time.perf_counter()).to(x.device)
+
+
+def copies_without_blocking(net: Habit, x: Tensor) -> Tensor:
+    """From memory of the host that others get after the call."""
+    table = torch.arange(x.shape[1], dtype=x.dtype)[:, None].sin()
+    return x + (table.pin_memory() if x.is_cuda else table).to(x.device, non_blocking=True)
+
+
+def copies_into_place(net: Habit, x: Tensor) -> Tensor:
+    x = x.contiguous()
+    x[:, 0].copy_(torch.linspace(0, 1, WIDTH))
+    made = x.new_tensor([1.0, 2.0])
+    made += 1
+    return x * made.sum() + torch.as_tensor([3.0], device=x.device)
 
 
 def makes_a_tensor_of_numbers(net: Habit, x: Tensor) -> Tensor:
@@ -173,9 +192,20 @@ def writes_to_its_input(net: Habit, x: Tensor) -> Tensor:
 
 GRAPHS: dict[str, Way] = {
     each.__name__: each
-    for each in (nothing, keeps_tables, keeps_a_global_table, uses_an_lru_cache, keeps_one_table, writes_to_its_input)
+    for each in (
+        nothing,
+        keeps_tables,
+        keeps_a_global_table,
+        uses_an_lru_cache,
+        keeps_one_table,
+        writes_to_its_input,
+    )
 }
 """Those that become graphs, if shapes don't alternate."""
+FROM_HOST: dict[str, Way] = {
+    each.__name__: each for each in (makes_a_tensor_of_numbers, copies_without_blocking, copies_into_place)
+}
+"""Those that do where the device isn't the host."""
 NEVER: dict[str, tuple[Way, str]] = {
     "counts_its_calls": (counts_its_calls, "what the network keeps: calls"),
     "counts_in_a_global": (counts_in_a_global, "what the network keeps: made_up_habits._calls"),
@@ -186,14 +216,14 @@ NEVER: dict[str, tuple[Way, str]] = {
     "draws": (draws, "draws random numbers of "),
     "draws_on_the_host": (draws_on_the_host, "draws random numbers of Python"),
     "draws_of_its_own": (draws_of_its_own, "what the network keeps: generator"),
+    "copies_what_it_keeps": (copies_what_it_keeps, "it writes to a tensor that it keeps"),
     "writes_to_its_weights": (writes_to_its_weights, "it writes to its weights"),
     "writes_to_a_buffer": (writes_to_a_buffer, "it writes to a tensor that it keeps"),
 }
 """Those that never do, and what the log says of them."""
 BETWEEN_DEVICES: dict[str, tuple[Way, str]] = {
     "copies_to_the_host": (copies_to_the_host, "it copies between the host and the device"),
-    "copies_without_blocking": (copies_without_blocking, "it copies between the host and the device"),
-    "makes_a_tensor_of_numbers": (makes_a_tensor_of_numbers, "it makes a tensor of the host's numbers"),
+    "copies_the_time": (copies_the_time, "it copies other tensors to the device at each call"),
 }
 """Those that never do, where the device isn't the host."""
 
@@ -201,7 +231,7 @@ BETWEEN_DEVICES: dict[str, tuple[Way, str]] = {
 def network(habit: str) -> Habit:
     """One of these, always of the same random weights."""
     torch.manual_seed(3)
-    ways = {**GRAPHS, **{name: way for name, (way, _) in {**NEVER, **BETWEEN_DEVICES}.items()}}
+    ways = {**GRAPHS, **FROM_HOST, **{name: way for name, (way, _) in {**NEVER, **BETWEEN_DEVICES}.items()}}
     ways["waits_for_the_device"] = waits_for_the_device
     ways["overwrites_its_table"] = overwrites_its_table
     return Habit(ways[habit]).requires_grad_(False).eval()

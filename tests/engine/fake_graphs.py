@@ -53,7 +53,8 @@ class Recording(TorchDispatchMode):
         return False  # else its first operation imports PyTorch's compiler
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default):
+        aten = torch.ops.aten
+        if func in (aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default):
             raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
         out = func(*args, **(kwargs or {}))
         self._graph.operations.append((func, args, kwargs or {}, out))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import weakref
@@ -12,9 +13,10 @@ import made_up_habits
 import pytest
 import torch
 from fake_graphs import graphs_on_cpu
-from made_up_habits import BETWEEN_DEVICES, GRAPHS, NEVER, Habit, inputs
+from made_up_habits import GRAPHS, NEVER, Habit, inputs
 from rank_worker import Ranks
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tacod.plan import Layout, Plan, Shape
 from tacod.rank.comfyui.network import Network
@@ -22,9 +24,10 @@ from tacod.rank.families.inputs import Inputs
 from tacod.rank.forward import graphs as module
 from tacod.rank.forward.captured import Captured
 from tacod.rank.forward.graphs import TRIES, Forwards
+from tacod.rank.forward.host_copies import Uncapturable
 from tacod.rank.forward.others_graph import OthersGraph
 from tacod.rank.forward.run import Call
-from tacod.rank.forward.side_effects import SideEffects, Uncapturable, ours
+from tacod.rank.forward.side_effects import SideEffects, ours
 from tacod.rank.forward.state import State
 from tacod.rank.parallel.topology import Topology
 
@@ -223,48 +226,33 @@ def test_an_error_in_a_capture_leaves_the_network_as_it_was(monkeypatch: pytest.
     for seed in range(4):
         both.forward(inputs(seed))
     assert both.graphs == []
-    assert both.graphed.side_effects is None
+    assert both.graphed.around is None
 
 
 # --- what a capture sees ----------------------------------------------------------------------------------------------
 
 
-def seen(habit: str, device: str = "cpu") -> SideEffects:
-    """What it sees of one call; tensors on the device meta stand for those on a GPU."""
-    net = made_up_habits.network(habit).to(device)
-    effects = SideEffects(torch.device(device), net.parameters())
-    given = inputs(0, device=device)
-    effects.takes(given.values())
-    with effects:
-        net(**given)
+def seen(function: Any, device: str = "cpu") -> SideEffects:
+    """What is seen of a function of a tensor; tensors on the device meta stand for those on a GPU."""
+    effects, x = SideEffects(torch.device(device), ()), torch.randn(2, 3, 16).to(device)
+    with contextlib.suppress(NotImplementedError, RuntimeError, TypeError), effects.around([x]):
+        function(x)
     return effects
-
-
-@pytest.mark.parametrize("habit", [name for name in BETWEEN_DEVICES if name != "makes_a_tensor_of_numbers"])
-def test_copies_between_devices_are_seen(habit: str) -> None:
-    with pytest.raises(Uncapturable, match=BETWEEN_DEVICES[habit][1]):
-        seen(habit, "meta")
-
-
-def test_numbers_of_the_host_that_become_a_tensor_are_seen() -> None:
-    made = torch.empty(2, device="meta")
-    with SideEffects(made.device, []), pytest.raises(Uncapturable, match="the host's numbers"):
-        # What `torch.tensor` calls in the end.
-        torch.ops.aten.lift_fresh(made)
 
 
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x: x.to("meta"),
-        lambda x: x.new_empty(3, device="meta").copy_(x[0, 0, :3]),
-        lambda x: x.sum().to("meta"),
-        lambda x: torch.zeros(3, device="meta")[torch.tensor([0, 1])],
+        lambda x: x.to("cpu"),
+        lambda x: x.cpu(),
+        lambda x: x.sum().cpu(),
+        lambda x: torch.empty(2, 3, 16).copy_(x),
+        lambda x: x[torch.tensor([0, 1])],
+        lambda x: x.to(dtype=torch.float16, device="cpu"),
     ],
 )
-def test_other_ways_between_devices(function: Any) -> None:
-    with SideEffects(torch.device("meta"), []), pytest.raises(Uncapturable, match="copies between"):
-        function(torch.randn(2, 3, 16))
+def test_copies_between_devices_are_seen(function: Any) -> None:
+    assert seen(function, "meta").reason == "it copies between the host and the device"
 
 
 @pytest.mark.parametrize(
@@ -284,32 +272,96 @@ def test_other_ways_between_devices(function: Any) -> None:
     ],
 )
 def test_reads_of_the_host_are_seen(function: Any) -> None:
-    with SideEffects(CPU, []) as effects, pytest.raises(Uncapturable, match="the host reads"):
-        function(torch.randn(2, 3, 16))
-    assert "the host reads" in effects.reason
+    assert "the host reads numbers of the device" in seen(function).reason
 
 
 def test_what_a_graph_may_do() -> None:
     x, weight, table = torch.randn(2, 3, 16), nn.Parameter(torch.randn(16, 16)), torch.randn(16)
-    with SideEffects(CPU, [weight]) as effects:
-        effects.takes([x])
+    effects = SideEffects(CPU, [weight])
+    with effects.around([x]):
         y = nn.functional.linear(x, weight) * torch.tensor(2.0) + table[:8].repeat(2)
         y[0] = 3
         y[:, [0, 1]] += 1
         y.add_(x.to(torch.float64).float()).masked_fill_(y > 0, 1.5)
         nn.functional.scaled_dot_product_attention(y, y, y).clone().view(-1)[torch.arange(3)].zero_()
         torch.repeat_interleave(x, torch.tensor([1, 2]), dim=0, output_size=3)
+        x.add_(1)
     assert effects.reason == ""
     assert [each.data_ptr() for each in effects.kept.values() if each.numel() > 2] == [table.data_ptr()]
 
 
+class Copies:
+    """What a network makes on the host for a device, by each way; meta stands for a GPU."""
+
+    def __init__(self) -> None:
+        self.first, self.outs = 1.0, list[Tensor]()
+
+    def __call__(self, x: Tensor) -> None:
+        host = torch.tensor([self.first, 2.0])
+        place = torch.empty(2, device="meta")
+        self.outs = [
+            host.to("meta"),
+            host.to(torch.device("meta"), torch.float16),
+            host.to(device="meta", non_blocking=True),
+            host.to(x),
+            torch.tensor([self.first], device="meta", dtype=torch.float64),
+            torch.as_tensor(host, device="meta"),
+            x.new_tensor([self.first, 3.0]),
+            place.copy_(host),
+        ]
+
+
+class Recorded(TorchDispatchMode):
+    """A list of what is done on the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.is_meta and "empty" not in func.name():
+            self.done.append(func)
+        return out
+
+
+def test_what_the_host_makes_is_a_constant_of_the_graph() -> None:
+    make, x, recorded = Copies(), torch.empty(2, 3, 16, device="meta"), Recorded()
+    effects = seen(make, "meta")
+    assert effects.reason == ""
+    noted = make.outs
+    with effects.copies.around([]), recorded:
+        make(x)
+    effects.copies.check()
+    assert [(each.shape, each.dtype) for each in make.outs] == [(each.shape, each.dtype) for each in noted]
+    # Each is a copy, as the network may write to it.
+    assert recorded.done == [torch.ops.aten.clone.default] * 7 + [torch.ops.aten.copy_.default]
+
+
+def test_other_numbers_of_the_host_are_no_constant() -> None:
+    make, x = Copies(), torch.empty(2, 3, 16, device="meta")
+    effects, fewer = seen(make, "meta"), seen(make, "meta")
+    make.first = -1.0
+    with effects.copies.around([]), pytest.raises(Uncapturable, match="other tensors to the device"):
+        make(x)
+    # The network may have caught that.
+    with pytest.raises(Uncapturable):
+        effects.copies.check()
+    with fewer.copies.around([]):
+        pass
+    with pytest.raises(Uncapturable):
+        fewer.copies.check()
+
+
 def test_exchanges_of_ours_write_to_memory_of_theirs() -> None:
     room, table = torch.zeros(4), torch.ones(4)
-    with SideEffects(CPU, []) as effects:
+    effects = SideEffects(CPU, [])
+    with effects.around([]):
         with ours(table):
             room.add_(table)
-        with pytest.raises(Uncapturable, match="a tensor that it keeps"):
-            room.add_(1)
+        assert effects.reason == ""
+        room.add_(1)
+    assert effects.reason == "it writes to a tensor that it keeps"
     assert table.untyped_storage()._cdata in effects.kept
 
 

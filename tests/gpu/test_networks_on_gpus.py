@@ -13,7 +13,7 @@ import made_up_networks
 import pytest
 import torch
 from helpers import Daemon
-from made_up_habits import BETWEEN_DEVICES, GRAPHS, NEVER, inputs
+from made_up_habits import BETWEEN_DEVICES, FROM_HOST, GRAPHS, NEVER, inputs
 from torch import Tensor
 
 from tacod.plan import Layout, Plan, Shape
@@ -30,7 +30,7 @@ pytestmark = [
 
 WORLDS = [count for count in (1, 2, 3, 4) if count <= torch.cuda.device_count()]
 PLAN = Plan(Layout(1, 1, 1), 1, Shape(1, 1))
-RANDOM = ("draws", "draws_on_the_host", "counts_in_a_global")
+RANDOM = ("draws", "draws_on_the_host", "counts_in_a_global", "copies_the_time")
 """What differs between two networks at the same call."""
 FORWARDS = 5
 """As they come, captured, and replayed."""
@@ -63,21 +63,21 @@ def pair(habit: str) -> tuple[Callable[[int, int], bool], Callable[[], int]]:
     return forward, lambda: len(list(forwards._captured()))
 
 
-@pytest.mark.parametrize("habit", GRAPHS)
+@pytest.mark.parametrize("habit", [*GRAPHS, *FROM_HOST])
 def test_replays_equal_calls(habit: str) -> None:
     forward, graphs = pair(habit)
     assert all(forward(seed, 100) for seed in range(FORWARDS))
     assert graphs() == 1
 
 
-@pytest.mark.parametrize("habit", [*GRAPHS, "overwrites_its_table"])
+@pytest.mark.parametrize("habit", [*GRAPHS, *FROM_HOST, "overwrites_its_table"])
 def test_two_shapes_in_turn(habit: str) -> None:
     """Memory that a table had is given to others in between."""
     forward, graphs = pair(habit)
     for seed in range(3 * FORWARDS):
         assert forward(seed, 100 + seed % 2)
         torch.full((1024, 1024), float("nan"), device="cuda")
-    assert graphs() == (2 if habit in ("nothing", "keeps_tables", "keeps_a_global_table", "writes_to_its_input") else 0)
+    assert graphs() == (0 if habit in ("uses_an_lru_cache", "keeps_one_table", "overwrites_its_table") else 2)
 
 
 @pytest.mark.parametrize("habit", ["keeps_one_table", "overwrites_its_table"])

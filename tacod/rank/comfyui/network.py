@@ -32,6 +32,7 @@ from tacod.rank.families.inputs import Anything, Inputs, Residuals, Spec
 from tacod.rank.families.noise import Flow
 from tacod.rank.families.stream import ForwardPass
 from tacod.rank.families.trunk import BlockCache, BlockWatch
+from tacod.rank.forward.host_copies import HostCopies
 from tacod.rank.forward.side_effects import SideEffects
 from tacod.rank.oom import describe_oom
 from tacod.rank.parallel.sequence import SequenceParallel
@@ -82,8 +83,8 @@ class Network(DiT):
     process = Flow()
     shares_output = False
     is_ours = False
-    side_effects: SideEffects | None = None
-    """What its network's code runs in while it is captured as a CUDA graph."""
+    around: SideEffects | HostCopies | None = None
+    """What its network's code runs in while its forward is made a CUDA graph."""
     unsampled = "what ComfyUI's own network asks of each step"
 
     def __init__(
@@ -283,7 +284,7 @@ class Network(DiT):
                 # It may write to its arguments, and be called once more.
                 out = self._call(inputs.clone(), sequence) if shares else self._call(inputs)
             except Misfit as misfit:
-                if not shares or self._meet is not None or self.side_effects is not None:
+                if not shares or self._meet is not None or (self.around is not None and self.around.captures):
                     raise
                 # All ranks of the sequence come here, for they call alike, and each of them can compute all of it.
                 self._refused = str(misfit)
@@ -297,9 +298,7 @@ class Network(DiT):
 
     def _call(self, inputs: Inputs, sequence: SequenceParallel | None = None) -> Any:
         """What the network gives, with an image's tokens shared out over a ``sequence`` if there is one."""
-        effects = self.side_effects
-        if effects is not None:
-            effects.takes(inputs.tensors)
+        around = nullcontext() if self.around is None else self.around.around(inputs.tensors)
         values = dict(inputs)
         x, timestep, context = values.pop("x"), values.pop("timestep"), values.pop("context", None)
         options, control = dict(values.pop(OPTIONS, {})), self._control(values.pop(CONTROL, None), x)
@@ -308,7 +307,7 @@ class Network(DiT):
             frame, leading = self._table.frame(self.inner, shapes_of(inputs)), self._table.leading(self.inner, inputs)
             tokens = Tokens(sequence, frame, leading, self._meet or (lambda: None))
             shared = self._split.sharing(tokens, options)
-        with self._fetching(), shared, self._forgetting(), effects or nullcontext():
+        with self._fetching(), shared, self._forgetting(), around:
             return self.inner(x, timestep, context=context, control=control, transformer_options=options, **values)
 
     @contextmanager

@@ -11,8 +11,8 @@ tokens an expert gets (`DiT.graphs`); and long ones, which are watched (`tacod.r
 behind what runs, and a graph can't be stopped.
 
 Of a network that isn't ours nobody knows what its code does. A forward is captured once a call of its kind has changed
-nothing that the network keeps, and only if the capture has no side effects (`tacod.rank.forward.side_effects`). The
-graph goes when the network keeps something else, or its tables have changed (`OthersGraph`).
+nothing that the network keeps, and only if one more has no side effects (`tacod.rank.forward.side_effects`). The graph
+goes when the network keeps something else, or its tables have changed (`OthersGraph`).
 
 A family's prefix (`tacod.rank.forward.prefixes`) is computed before its forward and never within a graph. A graph has a
 copy of one prefix and overwrites it when a forward comes with another one.
@@ -24,6 +24,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -33,9 +34,10 @@ from tacod.rank.families.base import DiT, Output
 from tacod.rank.families.inputs import Inputs
 from tacod.rank.forward.captured import Captured, Graph
 from tacod.rank.forward.kernel_check import KernelCheck
-from tacod.rank.forward.others_graph import OthersGraph, state_of
+from tacod.rank.forward.others_graph import OthersGraph, look_on, state_of
 from tacod.rank.forward.prefixes import Prefix, Prefixes
 from tacod.rank.forward.run import Call, compute_prefix, equal, relative_difference, run
+from tacod.rank.forward.side_effects import SideEffects
 from tacod.rank.forward.step_cache import StepCache, StepCaches
 from tacod.rank.forward.step_graph import StepGraph, compute_both
 from tacod.rank.forward.watch import Watch
@@ -128,11 +130,27 @@ class Forwards:
         return out
 
     def _capture_others(self, call: Call, tries: int, out: Output) -> Captured | _Without:
-        graph = self._capture(call, OthersGraph, lambda graph: graph.replay(call), out)
+        self.begins()
+        effects = self._look_on(call)
+        graph = self._capture(call, partial(OthersGraph, effects), lambda graph: graph.replay(call), out)
         if isinstance(graph, OthersGraph):
             graph.tries = tries
             self._has_others = True
         return graph
+
+    def _look_on(self, call: Call) -> SideEffects:
+        """See `look_on`. One rank that fails alone leaves the others waiting, so it can't go on without a graph."""
+        alone = self.topology.world_size == 1
+        try:
+            return look_on(call, self.topology) if alone else self._guarded(lambda: look_on(call, self.topology))
+        except Exception as error:
+            if not alone and not isinstance(error, TacodError):
+                raise
+            self.topology.settle()
+            effects = SideEffects(call.inputs.latents[0].device, ())
+            effects.reason = (str(error) or type(error).__name__).splitlines()[0]
+            clear_tracebacks(error)
+            return effects
 
     def forget_others(self) -> None:
         """Drop the graphs of networks that aren't ours: code of theirs is to run outside of a forward.

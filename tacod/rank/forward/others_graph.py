@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -9,22 +12,32 @@ from torch import Tensor, nn
 
 from tacod.rank.families.base import DiT, Output
 from tacod.rank.forward.captured import Graph
-from tacod.rank.forward.run import Call
-from tacod.rank.forward.side_effects import SideEffects, Uncapturable
+from tacod.rank.forward.host_copies import Uncapturable
+from tacod.rank.forward.run import Call, run
+from tacod.rank.forward.side_effects import SideEffects
 from tacod.rank.forward.state import State
 from tacod.rank.parallel.topology import Topology
 
-__all__ = ["OthersGraph", "state_of"]
+__all__ = ["OthersGraph", "look_on", "state_of"]
 
 KEPT_BYTES = 256 << 20
 """Most that a network's tables may take for a graph, which has a copy of them."""
+
+
+class _Around(Protocol):
+    """What a call of a network may run in."""
+
+    @property
+    def captures(self) -> bool: ...
+
+    def around(self, inputs: Iterable[Tensor]) -> AbstractContextManager[Any]: ...
 
 
 class _Others(Protocol):
     """A `DiT` whose network isn't ours."""
 
     inner: nn.Module
-    side_effects: SideEffects | None
+    around: _Around | None
     """What its network runs in."""
     outcome: Any
     """How its last forward went."""
@@ -35,30 +48,42 @@ def state_of(dit: DiT, device: torch.device) -> State:
     return State(cast(_Others, dit).inner, device)
 
 
+def look_on(call: Call, topology: Topology) -> SideEffects:
+    """The side effects of a call of a network that isn't ours, which runs once more for that; its result is dropped.
+
+    Raises what the call raises, on all ranks alike if that is a `TacodError`.
+    """
+    others = cast(_Others, call.dit)
+    effects = SideEffects(call.inputs.latents[0].device, others.inner.parameters())
+    with _within(others, effects):
+        run(replace(call, inputs=call.inputs.clone()), topology, listens=True)
+    return effects
+
+
 class OthersGraph(Graph):
     """A whole forward of a network that isn't ours.
 
     A replay runs none of the network's code. So it equals a call only while the network keeps what it kept when it was
-    captured: see `is_true`. Raises `Uncapturable` if a call has side effects that a replay would not have.
+    captured: see `is_true`. Raises `Uncapturable` if the call has ``effects`` that a replay would not have.
     """
 
-    def __init__(self, call: Call, topology: Topology, pool: Any) -> None:
+    def __init__(self, effects: SideEffects, call: Call, topology: Topology, pool: Any) -> None:
         others, device = cast(_Others, call.dit), call.inputs.latents[0].device
         if any(each.device != device for each in call.inputs.tensors):
             raise Uncapturable("an argument lies on another device")
-        self._state = State(others.inner, device)
-        effects = others.side_effects = SideEffects(device, others.inner.parameters())
-        try:
-            super().__init__(call, topology, pool)
-        finally:
-            others.side_effects = None
-        # The network may have caught what was raised.
-        after = State(others.inner, device)
-        if reason := effects.reason or after.changed(self._state) or after.drew(self._state):
-            raise Uncapturable(reason)
         kept = [_bytes(each) for each in effects.kept.values()]
-        if sum(each.nbytes for each in kept) > KEPT_BYTES:
+        if not effects.reason and sum(each.nbytes for each in kept) > KEPT_BYTES:
             raise Uncapturable(f"it reads more than {KEPT_BYTES >> 20} MiB of tables that it keeps")
+        if effects.reason:
+            raise Uncapturable(effects.reason)
+        self._state = State(others.inner, device)
+        with _within(others, effects.copies):
+            super().__init__(call, topology, pool)
+        effects.copies.check()
+        self._copies = effects.copies
+        after = State(others.inner, device)
+        if reason := after.changed(self._state) or after.drew(self._state):
+            raise Uncapturable(reason)
         self._kept = [(each, each.clone()) for each in kept]
         self._outcome = others.outcome
         self.tries = 0
@@ -73,6 +98,15 @@ class OthersGraph(Graph):
     def is_true(self, state: State) -> bool:
         """Whether the network, now in this ``state``, keeps what it kept, and its tables have the same numbers."""
         return not state.changed(self._state) and all(torch.equal(*each) for each in self._kept)
+
+
+@contextmanager
+def _within(others: _Others, around: _Around) -> Iterator[None]:
+    others.around = around
+    try:
+        yield
+    finally:
+        others.around = None
 
 
 def _bytes(tensor: Tensor) -> Tensor:

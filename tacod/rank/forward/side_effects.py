@@ -8,28 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["SideEffects", "Uncapturable", "ours"]
+from tacod.rank.forward.host_copies import HostCopies
+
+__all__ = ["SideEffects", "ours"]
 
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 _PLAIN = (Tensor, nn.Parameter)
 _INDEX = torch.ops.aten.index.Tensor
+_HOST = torch.device("cpu")
 _COMPOSITE = "CompositeImplicitAutograd"
 
 _ours = [0]
 """How many contexts of `ours` there are."""
 _active: list[SideEffects] = []
 """Those that look on now."""
-
-
-class Uncapturable(RuntimeError):
-    """A network's forward can't be a CUDA graph; tells why."""
 
 
 @contextmanager
@@ -45,29 +44,38 @@ def ours(*read: Tensor) -> Iterator[None]:
 
 
 class SideEffects(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A context for a network's code while it is captured.
+    """Looks on at a call of a network, and notes what a replay would not do again, or not in the same way.
 
-    An operation that a replay would not do again, or not in the same way, raises `Uncapturable` before it is done, so
-    that the capture ends in good order. It sees what PyTorch dispatches, and nothing of other kernels.
+    It sees what PyTorch dispatches, and nothing of other kernels. While it does, PyTorch chooses other kernels, so what
+    the call gives may differ in the last bit.
 
     Args:
         device: The device that computes; the host's numbers are no concern of a graph's.
         weights: What the model holds, which may be read and not written.
     """
 
+    captures: ClassVar[bool] = False
+    supports_higher_order_operators = True
+
     def __init__(self, device: torch.device, weights: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.reason = ""
-        """The first reason against a graph. It stays if the network goes on, for it may catch what is raised."""
+        """The first reason against a graph; empty if there is none."""
+        self.copies = HostCopies(device)
+        self.copies.made = self._makes
+        """What the host has made for the device."""
         self.kept: dict[int, Tensor] = {}
         """Tensors that were read and were there before, one for each piece of memory; no inputs and no weights."""
         self._device = device
         self._weights = {_memory(each) for each in weights}
         self._made: set[int] = set()
 
-    def takes(self, inputs: Iterable[Tensor]) -> None:
-        """Tell what the call gets. It may write to these tensors, as each replay gets new ones."""
+    @contextmanager
+    def around(self, inputs: Iterable[Tensor]) -> Iterator[None]:
+        """The context for a call with these inputs. It may write to them, as each replay gets new ones."""
         self._made.update(map(_memory, inputs))
+        with self, self.copies:
+            yield
 
     def __enter__(self) -> SideEffects:
         _active.append(self)
@@ -86,39 +94,51 @@ class SideEffects(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.kept.setdefault(memory, each)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation of PyTorch's if a graph may have it."""
+        """Run an operation of PyTorch's, and note what is against it."""
         kwargs = kwargs or {}
         if any(each not in _PLAIN for each in types):
             # Such as a quantized weight, whose own code runs next, and comes here with plain tensors.
             return NotImplemented
+        if not isinstance(func, torch._ops.OpOverload):
+            self._refuse(f"it uses {func}, of which nothing is known here")
+            return func(*args, **kwargs)
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE):
             # Made of other operations, which are looked at one by one.
             with self:
                 return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
         given = _tensors((args, kwargs))
         if not _ours[0]:
-            self._check(func, given, args, kwargs)
+            spared = self._check(func, given, args, kwargs)
+            if spared:
+                # What it keeps is to be written to once for each call.
+                args, kwargs = tree_map(lambda each: spared.get(id(each), each), (args, kwargs))
         out = func(*args, **kwargs)
         known = set(map(_memory, given))
         self._made.update(each for each in map(_memory, _tensors(out)) if each not in known)
         return out
 
-    def _check(self, func: Any, given: list[Tensor], args: Any, kwargs: Any) -> None:
+    def _makes(self, tensor: Tensor) -> None:
+        self._made.add(_memory(tensor))
+        self.kept.pop(_memory(tensor), None)
+
+    def _check(self, func: Any, given: list[Tensor], args: Any, kwargs: Any) -> dict[int, Tensor]:
+        """Note what is against an operation; returns what it may not write to, each with a copy that it may."""
         if func is torch.ops.aten.lift_fresh.default:
             # Numbers of Python's have just become this tensor.
             self._made.update(map(_memory, given))
-            if any(each.device == self._device and each.device.type != "cpu" for each in given):
+            if not self.copies.copying and any(each.device == self._device != _HOST for each in given):
                 self._refuse("it makes a tensor of the host's numbers")
         if self._reads(func, given, args, kwargs):
             self._refuse(f"the host reads numbers of the device ({func.overloadpacket.__name__})")
-        if _copies(func, given, kwargs):
+        if _copies(func, given, kwargs) and not self.copies.copying:
             self._refuse("it copies between the host and the device")
-        written = set(map(_memory, _written(func, args, kwargs)))
-        if written & self._weights:
-            self._refuse("it writes to its weights")
         self.reads(given)
-        if written & self.kept.keys():
+        spared = [each for each in _written(func, args, kwargs) if _memory(each) not in self._made]
+        if any(_memory(each) in self._weights for each in spared):
+            self._refuse("it writes to its weights")
+        elif spared:
             self._refuse("it writes to a tensor that it keeps")
+        return {id(each): each.clone() for each in spared}
 
     def _reads(self, func: Any, given: list[Tensor], args: Any, kwargs: Any) -> bool:
         """Whether the host waits for what the device has computed: a number, or how many there are."""
@@ -134,7 +154,6 @@ class SideEffects(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _refuse(self, reason: str) -> None:
         self.reason = self.reason or reason
-        raise Uncapturable(reason)
 
 
 def _copies(func: Any, given: list[Tensor], kwargs: Any) -> bool:
@@ -147,7 +166,9 @@ def _copies(func: Any, given: list[Tensor], kwargs: Any) -> bool:
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """The tensors that an operation writes to."""
+    """The tensors to whose memory an operation writes."""
+    if torch.Tag.inplace_view in func.tags:
+        return []
     written = [
         args[place] if place < len(args) else kwargs.get(each.name)
         for place, each in enumerate(func._schema.arguments)
@@ -162,4 +183,8 @@ def _tensors(values: Any) -> list[Tensor]:
 
 def _memory(tensor: Tensor) -> int:
     """What tells the memory of a tensor, and of its views, from others that are there at the same time."""
-    return int(tensor.untyped_storage()._cdata)
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        # One of several parts, such as a sparse one.
+        return id(tensor)
