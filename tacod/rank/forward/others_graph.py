@@ -17,6 +17,7 @@ from tacod.rank.forward.run import Call, run
 from tacod.rank.forward.side_effects import SideEffects
 from tacod.rank.forward.state import State
 from tacod.rank.parallel.topology import Topology
+from tacod.rank.weights.parts import parts_of
 
 __all__ = ["OthersGraph", "look_on", "state_of"]
 
@@ -54,7 +55,8 @@ def look_on(call: Call, topology: Topology) -> SideEffects:
     Raises what the call raises, on all ranks alike if that is a `TacodError`.
     """
     others = cast(_Others, call.dit)
-    effects = SideEffects(call.inputs.latents[0].device, others.inner.parameters())
+    weights = [part for each in others.inner.parameters() for _, part in parts_of(each)]
+    effects = SideEffects(call.inputs.latents[0].device, weights)
     with _within(others, effects):
         run(replace(call, inputs=call.inputs.clone()), topology, listens=True)
     return effects

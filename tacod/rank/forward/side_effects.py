@@ -102,7 +102,8 @@ class SideEffects(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not isinstance(func, torch._ops.OpOverload):
             self._refuse(f"it uses {func}, of which nothing is known here")
             return func(*args, **kwargs)
-        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), _COMPOSITE):
+        name: str = func.name()  # type: ignore[no-untyped-call]
+        if torch._C._dispatch_has_kernel_for_dispatch_key(name, _COMPOSITE):
             # Made of other operations, which are looked at one by one.
             with self:
                 return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
