@@ -5,8 +5,9 @@
 These are networks that the daemon has no family of its own for (docs/comfyui-networks.md), in their published sizes,
 with random weights, in bf16, for one image of 1024² and for two, or for one video and two: of Mochi 49 frames of 848 ×
 480, of Cosmos 1 (7B) 57 frames of 1280 × 704. A process of its own makes the network's file and runs it by ComfyUI;
-then a daemon with that ComfyUI loads the file. Differences are relative to ComfyUI's output. On a CPU the networks are
-cut to one or two blocks, and the pictures are small.
+then a daemon with that ComfyUI loads the file. Where its forwards became no CUDA graph, the table says so, and the
+daemon's log why. Differences are relative to ComfyUI's output. On a CPU the networks are cut to one or two blocks, and
+the pictures are small.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 from families import times_of
-from served import daemon, write_model
+from served import daemon, log_of, write_model
 from torch import Tensor
 
 from tacod.group.processes import ON_GPUS
@@ -194,14 +195,17 @@ def measure(name: str, folder: Path, counts: list[int], rounds: int) -> list[str
                 for row in cells:
                     row.append(error.message)
                 continue
+            graphs = 0
             for each, row, found in zip(known, cells, errors, strict=True):
                 ms = times_of(lambda each=each, model=model: model.forward(**each["given"]), rounds)  # type: ignore[misc]
                 out = model.forward(**each["given"]).float()
                 wanted = each["out"].float()
                 found.append(f"{float((out - wanted).norm() / wanted.norm()):.1e}")
-                row.append(f"{ms:.1f} ({each['ms'] / ms:.2f}×)")
+                graphs, before = log_of(endpoint).count("is a CUDA graph"), graphs
+                how = "" if graphs > before else ", no graph"
+                row.append(f"{ms:.1f} ({each['ms'] / ms:.2f}×{how})")
                 plan = model.stats.last and model.stats.last.plan
-                print(name, len(wanted), f"on {count}: {ms:.1f} ms, {plan}", flush=True)
+                print(name, len(wanted), f"on {count}: {ms:.1f} ms{how}, {plan}", flush=True)
             print(model.network, flush=True)
     return [f"| {' | '.join([*row, ', '.join(found)])} |" for row, found in zip(cells, errors, strict=True)]
 

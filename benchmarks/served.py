@@ -74,6 +74,11 @@ def daemon(
             print(*re.findall(r".*(?:warning|error).*\n", log.read_text(errors="replace"), re.I), file=sys.stderr)
 
 
+def log_of(endpoint: str) -> str:
+    """What a `daemon` has logged so far."""
+    return Path(endpoint.removeprefix("ipc://")).with_name("log").read_text(errors="replace")
+
+
 def _is_ready(endpoint: str) -> bool:
     if not os.path.exists(endpoint.removeprefix("ipc://")):
         return False

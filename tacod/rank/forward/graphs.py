@@ -136,6 +136,7 @@ class Forwards:
         if isinstance(graph, OthersGraph):
             graph.tries = tries
             self._has_others = True
+            log.info("%s is a CUDA graph: %s", call.plan, call.dit.network)
         return graph
 
     def _look_on(self, call: Call) -> SideEffects:
