@@ -174,6 +174,7 @@ class Shared:
                 memory.completions = socket.socket(fileno=descriptors.pop())
                 # Whatever `socket.setdefaulttimeout` says in its caller's process.
                 memory.completions.setblocking(False)
+                memory.completions.set_inheritable(False)
             return memory
         finally:
             for each in descriptors:

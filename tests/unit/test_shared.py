@@ -175,6 +175,7 @@ def test_completions_of_all_memories_are_heard_until_they_are_given_back(giver: 
     giver.tell(b"four")
     assert shared.receive() == [b"four"]
     assert first[0].completions is not None
+    assert not first[0].completions.get_inheritable(), "programs that its process starts get no descriptor of it"
     first[0].completions.shutdown(socket.SHUT_RDWR)
     assert shared.receive() == []
     assert shared.completions == (), "a socket that is closed would be readable for ever"
