@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from tacod import config
 from tacod.group.arena import PACKET_BYTES, Arena
+from tacod.group.descriptors import send_fds
 from tacod.group.fork_server import Child, ForkServer
 from tacod.group.ranks import GroupLost, Rank
 from tacod.group.ray.version import check_installed
@@ -73,7 +74,7 @@ class LocalRank(Rank):
         """Send it a packet, with descriptors, without waiting. Raises `GroupLost` if it can't take one."""
         try:
             if descriptors:
-                socket.send_fds(self.channel, [packet], list(descriptors), socket.MSG_DONTWAIT)
+                send_fds(self.channel, packet, descriptors, socket.MSG_DONTWAIT)
             else:
                 self.channel.send(packet, socket.MSG_DONTWAIT)
         except OSError as error:

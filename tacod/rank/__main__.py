@@ -22,6 +22,7 @@ import torch
 
 from tacod import logs, prctl
 from tacod.group.arena import PACKET_BYTES, Arena
+from tacod.group.descriptors import recv_fds
 from tacod.group.work import (
     Begun,
     Broken,
@@ -185,8 +186,7 @@ def _completion(engine: Engine, envelope: Envelope, arena: Arena) -> Completion 
 
 def _receive(channel: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
     """The next packet and the descriptors that came with it; an empty one when the supervisor has ended."""
-    packet, descriptors, _, _ = socket.recv_fds(channel, PACKET_BYTES, 2, flags)
-    return packet, descriptors
+    return recv_fds(channel, PACKET_BYTES, 2, flags)
 
 
 def _busy_poll(channel: socket.socket) -> tuple[bytes, list[int]] | None:

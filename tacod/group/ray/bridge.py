@@ -17,6 +17,7 @@ import ray
 
 from tacod import logs, prctl
 from tacod.group.arena import Arena
+from tacod.group.descriptors import recv_fds
 from tacod.group.ray.cluster import Cluster, Lost
 from tacod.group.ray.generation import Generation, Supervisor, first_line
 from tacod.group.ray.launcher import CONTROL, MESSAGE_BYTES
@@ -61,7 +62,7 @@ class Bridge:
     def _read(self) -> None:
         channel = self._supervisor.channel
         try:
-            message, descriptors, _, _ = socket.recv_fds(channel, MESSAGE_BYTES, 1, socket.MSG_DONTWAIT)
+            message, descriptors = recv_fds(channel, MESSAGE_BYTES, 1, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return
         except OSError:

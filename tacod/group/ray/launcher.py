@@ -21,6 +21,7 @@ from typing import Any
 
 from tacod import config
 from tacod.group.arena import PACKET_BYTES, Arena
+from tacod.group.descriptors import send_fds
 from tacod.group.processes import cause, ending
 from tacod.group.ranks import GroupLost, Rank
 from tacod.group.work import Command, Fault, Load, Progress
@@ -133,7 +134,7 @@ class RayLauncher:
         # If the bridge has died, `check` says so; one that doesn't read is told apart there too, by its deadline.
         with suppress(OSError):
             assert self._socket is not None
-            socket.send_fds(self._socket, [message], list(descriptors), socket.MSG_DONTWAIT)
+            send_fds(self._socket, message, descriptors, socket.MSG_DONTWAIT)
 
     def send(self, packet: bytes, command: Command | None, watched: bool, descriptors: Sequence[int] = ()) -> None:
         """See `Launcher.send`; descriptors stay on this machine, so there can be none."""
