@@ -22,8 +22,8 @@ from tacod.plan import Layout, Plan, Shape
 from tacod.rank.comfyui.network import Network
 from tacod.rank.families.inputs import Inputs
 from tacod.rank.forward import graphs as module
-from tacod.rank.forward.captured import Captured
-from tacod.rank.forward.graphs import TRIES, Forwards
+from tacod.rank.forward.captured import TRIES, Captured
+from tacod.rank.forward.graphs import Forwards
 from tacod.rank.forward.host_copies import Uncapturable
 from tacod.rank.forward.others_graph import OthersGraph
 from tacod.rank.forward.run import Call

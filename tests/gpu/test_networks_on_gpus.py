@@ -19,7 +19,8 @@ from torch import Tensor
 from tacod.plan import Layout, Plan, Shape
 from tacod.rank.comfyui.network import Network
 from tacod.rank.families.inputs import Inputs
-from tacod.rank.forward.graphs import TRIES, Forwards
+from tacod.rank.forward.captured import TRIES
+from tacod.rank.forward.graphs import Forwards
 from tacod.rank.forward.run import Call
 from tacod.rank.parallel.topology import Topology
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,10 @@ from tacod.rank.forward.run import Call, clone, run
 from tacod.rank.ops.table_cache import holding
 from tacod.rank.parallel.topology import Topology
 
-__all__ = ["Captured", "Graph"]
+__all__ = ["TRIES", "Captured", "Graph", "Without"]
+
+TRIES = 8
+"""How often a kind of forward is to be captured, of a network that keeps other things after it, before it is given up."""
 
 
 class Captured:
@@ -84,6 +87,19 @@ class Graph(Captured):
         self._load(call)
         self._graph.replay()
         return clone(self._out)
+
+
+@dataclass
+class Without:
+    """A kind of forward that has no graph, yet or ever."""
+
+    tries: int = 0
+    """How often it was to be captured; after `TRIES` it has none ever."""
+
+    @property
+    def may_come(self) -> bool:
+        """Whether it may be captured."""
+        return self.tries < TRIES
 
 
 def _abandon(pool: Any) -> None:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -32,12 +32,11 @@ import torch
 
 from tacod.rank.families.base import DiT, Output
 from tacod.rank.families.inputs import Inputs
-from tacod.rank.forward.captured import Captured, Graph
+from tacod.rank.forward.captured import TRIES, Captured, Graph, Without
 from tacod.rank.forward.kernel_check import KernelCheck
-from tacod.rank.forward.others_graph import OthersGraph, look_on, state_of
+from tacod.rank.forward.others_graph import OthersGraph, are_true, look_on, state_of
 from tacod.rank.forward.prefixes import Prefix, Prefixes
 from tacod.rank.forward.run import Call, compute_prefix, equal, relative_difference, run
-from tacod.rank.forward.side_effects import SideEffects
 from tacod.rank.forward.step_cache import StepCache, StepCaches
 from tacod.rank.forward.step_graph import StepGraph, compute_both
 from tacod.rank.forward.watch import Watch
@@ -56,9 +55,6 @@ KINDS = 6
 """Most graphs of each model, one for each kind of forward."""
 PREFIX_BYTES = 4 << 30
 """The usual limit for prefixes."""
-TRIES = 8
-"""How often a kind of forward is to be captured of a network that keeps other things after it, before that is given up.
-"""
 
 
 class Forwards:
@@ -77,7 +73,7 @@ class Forwards:
         """Called before each forward, also before the one that captures a graph."""
         self.watch: Watch | None = None
         """For the forwards of a command that may be long."""
-        self._kinds: WeakKeyDictionary[DiT, OrderedDict[Hashable, Captured | _Without]] = WeakKeyDictionary()
+        self._kinds: WeakKeyDictionary[DiT, OrderedDict[Hashable, Captured | Without]] = WeakKeyDictionary()
         self._pool: Any = None
         self._has_others = False
         """Whether there may be graphs of networks that aren't ours; alike on all ranks."""
@@ -111,9 +107,10 @@ class Forwards:
     def _run_others(self, call: Call, kind: Hashable) -> Output:
         """A forward without a graph of a network that isn't ours; it is captured if it has changed nothing."""
         known, device = self._known(call.dit, kind), call.inputs.latents[0].device
-        if not isinstance(known, _Without) or not known.may_come or self.watch is not None:
+        if not isinstance(known, Without) or not known.may_come or self.watch is not None:
             out = self._run(call)
-            self._came(call, kind, lambda: _Without(TRIES))
+            if known is None:
+                self._begin(call.dit, kind)
             return out
         # It may write to its arguments.
         again = replace(call, inputs=call.inputs.clone())
@@ -129,29 +126,17 @@ class Forwards:
             self._say(call, changed or "another rank's call changes what its network keeps")
         return out
 
-    def _capture_others(self, call: Call, tries: int, out: Output) -> Captured | _Without:
+    def _capture_others(self, call: Call, tries: int, out: Output) -> Captured | Without:
         self.begins()
-        effects = self._look_on(call)
+        effects = look_on(call, self.topology, self._guarded)
         graph = self._capture(call, partial(OthersGraph, effects), lambda graph: graph.replay(call), out)
         if isinstance(graph, OthersGraph):
             graph.tries = tries
             self._has_others = True
             log.info("%s is a CUDA graph: %s", call.plan, call.dit.network)
+        else:
+            self._keep_true_ones(call.inputs.latents[0].device)
         return graph
-
-    def _look_on(self, call: Call) -> SideEffects:
-        """See `look_on`. One rank that fails alone leaves the others waiting, so it can't go on without a graph."""
-        alone = self.topology.world_size == 1
-        try:
-            return look_on(call, self.topology) if alone else self._guarded(lambda: look_on(call, self.topology))
-        except Exception as error:
-            if not alone and not isinstance(error, TacodError):
-                raise
-            self.topology.settle()
-            effects = SideEffects(call.inputs.latents[0].device, ())
-            effects.reason = (str(error) or type(error).__name__).splitlines()[0]
-            clear_tracebacks(error)
-            return effects
 
     def forget_others(self) -> None:
         """Drop the graphs of networks that aren't ours: code of theirs is to run outside of a forward.
@@ -164,7 +149,7 @@ class Forwards:
         for kinds in self._kinds.values():
             for kind, graph in list(kinds.items()):
                 if isinstance(graph, OthersGraph):
-                    kinds[kind] = _Without(graph.tries)
+                    kinds[kind] = Without(graph.tries)
 
     def _keep_true_ones(self, device: torch.device) -> None:
         """Drop these graphs if network code that has just run makes one of them untrue; networks share code.
@@ -173,50 +158,32 @@ class Forwards:
         """
         if not self._has_others:
             return
-        untrue = [
-            graph
-            for dit, graphs in self._others().items()
-            for state in [state_of(dit, device)]
-            for graph in graphs
-            if not graph.is_true(state)
-        ]
-        if self.topology.everyone.agree(not untrue):
+        if self.topology.everyone.agree(are_true(self._kinds, device)):
             return
-        for graphs in self._others().values():
-            for graph in graphs:
+        for graph in self._captured():
+            if isinstance(graph, OthersGraph):
                 graph.tries += 1
         self.forget_others()
-
-    def _others(self) -> dict[DiT, list[OthersGraph]]:
-        """The graphs of networks that aren't ours."""
-        found = {
-            dit: [each for each in kinds.values() if isinstance(each, OthersGraph)]
-            for dit, kinds in self._kinds.items()
-        }
-        return {dit: graphs for dit, graphs in found.items() if graphs}
 
     def _may_be_captured(self, call: Call) -> bool:
         inputs = call.inputs
         possible = self.graphs and _is_on_gpu(inputs)
         return possible and inputs.control is None and not self._is_too_large(call.prefix)
 
-    def _known(self, dit: DiT, kind: Hashable) -> Captured | _Without | None:
+    def _known(self, dit: DiT, kind: Hashable) -> Captured | Without | None:
         """What there is of this kind of forward, as the one that was used last."""
         kinds = self._kinds.setdefault(dit, OrderedDict())
         if isinstance(kinds.get(kind), Captured):
             kinds.move_to_end(kind)
         return kinds.get(kind)
 
-    def _came(self, call: Call, kind: Hashable, capture: Callable[[], Captured | _Without]) -> None:
+    def _came(self, call: Call, kind: Hashable, capture: Callable[[], Captured | Without]) -> None:
         """A forward of this kind has come without a graph: its second one is captured, if it isn't long."""
         kinds = self._kinds.setdefault(call.dit, OrderedDict())
         known = kinds.get(kind)
         if known is None:
-            # The first one makes what is made at first use: kernels, communicators, tables.
-            kinds[kind] = _Without()
-            while len(kinds) > KINDS:
-                kinds.popitem(last=False)
-        elif isinstance(known, _Without) and known.may_come and self.watch is None:
+            self._begin(call.dit, kind)
+        elif isinstance(known, Without) and known.may_come and self.watch is None:
             more = 0 if call.prefix is None else call.prefix.most_bytes
             while (
                 more + sum(each.most_bytes for each in kinds.values() if isinstance(each, Captured))
@@ -224,6 +191,13 @@ class Forwards:
             ):
                 kinds.popitem(last=False)
             kinds[kind] = capture()
+
+    def _begin(self, dit: DiT, kind: Hashable) -> None:
+        """A first forward of this kind has made what is made at first use: kernels, communicators, tables."""
+        kinds = self._kinds.setdefault(dit, OrderedDict())
+        kinds[kind] = Without()
+        while len(kinds) > KINDS:
+            kinds.popitem(last=False)
 
     @property
     def prefix_bytes(self) -> int:
@@ -276,7 +250,7 @@ class Forwards:
         self._came(call, kind, lambda: self._capture_steps(call))
         return out
 
-    def _capture_steps(self, call: Call) -> Captured | _Without:
+    def _capture_steps(self, call: Call) -> Captured | Without:
         self.begins()
         expected = self._guarded(lambda: compute_both(call, self.topology))
         return self._capture(call, StepGraph, lambda graph: graph.both(call), expected)
@@ -320,7 +294,7 @@ class Forwards:
 
     def _capture(
         self, call: Call, make: Callable[[Call, Topology, Any], G], replay: Callable[[G], Output], expected: Output
-    ) -> G | _Without:
+    ) -> G | Without:
         """A graph whose first replay gives what is expected, on all ranks."""
         if all(graph.pool != self._pool for graph in self._captured()):
             # PyTorch ends a pool with the last graph in it.
@@ -342,7 +316,7 @@ class Forwards:
                 return graph
             reason = f"its replay differs by {relative_difference(out, expected):.1e}, or another rank's"
         self._say(call, reason)
-        return _Without(TRIES)
+        return Without(TRIES)
 
     def _say(self, call: Call, reason: str) -> None:
         """Have the log say why a kind of forward has no graph; of a network that isn't ours once for each reason."""
@@ -350,19 +324,6 @@ class Forwards:
         if call.dit.is_ours or reason not in said:
             log.warning("no CUDA graph for %s: %s", call.plan, reason)
         said.add(reason)
-
-
-@dataclass
-class _Without:
-    """A kind of forward that has no graph, yet or ever."""
-
-    tries: int = 0
-    """How often it was to be captured; after `TRIES` it has none ever."""
-
-    @property
-    def may_come(self) -> bool:
-        """Whether it may be captured."""
-        return self.tries < TRIES
 
 
 def _is_on_gpu(inputs: Inputs) -> bool:

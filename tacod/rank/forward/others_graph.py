@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, Protocol, cast
@@ -16,10 +16,12 @@ from tacod.rank.forward.host_copies import Uncapturable
 from tacod.rank.forward.run import Call, run
 from tacod.rank.forward.side_effects import SideEffects
 from tacod.rank.forward.state import State
+from tacod.rank.oom import clear_tracebacks
 from tacod.rank.parallel.topology import Topology
 from tacod.rank.weights.parts import parts_of
+from tacod_client.errors import TacodError
 
-__all__ = ["OthersGraph", "look_on", "state_of"]
+__all__ = ["OthersGraph", "are_true", "look_on", "state_of"]
 
 KEPT_BYTES = 256 << 20
 """Most that a network's tables may take for a graph, which has a copy of them."""
@@ -49,16 +51,40 @@ def state_of(dit: DiT, device: torch.device) -> State:
     return State(cast(_Others, dit).inner, device)
 
 
-def look_on(call: Call, topology: Topology) -> SideEffects:
+def are_true(kinds: Mapping[DiT, Mapping[Any, Any]], device: torch.device) -> bool:
+    """Whether all graphs of networks that aren't ours, among all there are, still do what the networks would."""
+    for dit, graphs in kinds.items():
+        mine = [each for each in graphs.values() if isinstance(each, OthersGraph)]
+        if mine:
+            state = state_of(dit, device)
+            if not all(each.is_true(state) for each in mine):
+                return False
+    return True
+
+
+def look_on(call: Call, topology: Topology, guarded: Callable[[Callable[[], Output]], Output]) -> SideEffects:
     """The side effects of a call of a network that isn't ours, which runs once more for that; its result is dropped.
 
-    Raises what the call raises, on all ranks alike if that is a `TacodError`.
+    It runs ``guarded`` if there are several ranks: one that fails alone leaves the others waiting, and can't go on
+    without a graph. Any other error is a reason against one.
     """
     others = cast(_Others, call.dit)
     weights = [part for each in others.inner.parameters() for _, part in parts_of(each)]
     effects = SideEffects(call.inputs.latents[0].device, weights)
-    with _within(others, effects):
-        run(replace(call, inputs=call.inputs.clone()), topology, listens=True)
+
+    def again() -> Output:
+        return run(replace(call, inputs=call.inputs.clone()), topology, listens=True)
+
+    alone = topology.world_size == 1
+    try:
+        with _within(others, effects):
+            again() if alone else guarded(again)
+    except Exception as error:
+        if not alone and not isinstance(error, TacodError):
+            raise
+        topology.settle()
+        effects.reason = effects.reason or (str(error) or type(error).__name__).splitlines()[0]
+        clear_tracebacks(error)
     return effects
 
 
