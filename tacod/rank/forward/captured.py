@@ -19,7 +19,7 @@ from tacod.rank.parallel.topology import Topology
 __all__ = ["TRIES", "Captured", "Graph", "Without"]
 
 TRIES = 8
-"""How often a kind of forward is to be captured, of a network that keeps other things after it, before it is given up."""
+"""How often a kind of forward is to be captured, of a network that keeps other things after it; then it is given up."""
 
 
 class Captured:
