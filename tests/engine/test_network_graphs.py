@@ -8,28 +8,34 @@ import gc
 import weakref
 from collections.abc import Iterator
 from typing import Any, ClassVar
+from unittest import mock
 
+import made_up
+import made_up_attention
 import made_up_habits
 import pytest
 import torch
 from fake_graphs import graphs_on_cpu
 from made_up_habits import GRAPHS, NEVER, Habit, inputs
 from rank_worker import Ranks
+from test_network_tables import OneOf
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tacod.plan import Layout, Plan, Shape
 from tacod.rank.comfyui.network import Network
+from tacod.rank.comfyui.tokens import Misfit
 from tacod.rank.families.inputs import Inputs
 from tacod.rank.forward import graphs as module
-from tacod.rank.forward.captured import TRIES, Captured
+from tacod.rank.forward.captured import TRIES, Captured, _abandon
 from tacod.rank.forward.graphs import Forwards
-from tacod.rank.forward.host_copies import Uncapturable
+from tacod.rank.forward.host_copies import HostCopies, Uncapturable
 from tacod.rank.forward.others_graph import OthersGraph
 from tacod.rank.forward.run import Call
 from tacod.rank.forward.side_effects import SideEffects, ours
 from tacod.rank.forward.state import State
 from tacod.rank.parallel.topology import Topology
+from tacod_client.exchange import pack
 
 PLAN = Plan(Layout(1, 1, 1), 1, Shape(1, 1))
 CPU = torch.device("cpu")
@@ -227,6 +233,64 @@ def test_an_error_in_a_capture_leaves_the_network_as_it_was(monkeypatch: pytest.
         both.forward(inputs(seed))
     assert both.graphs == []
     assert both.graphed.around is None
+
+
+def test_an_error_of_the_call_that_is_looked_on_costs_no_forward(caplog: pytest.LogCaptureFixture) -> None:
+    """What an iterator keeps can't be seen."""
+    calls = iter(range(10))
+
+    def way(net: Habit, x: Tensor) -> Tensor:
+        if next(calls) == 6:
+            raise ValueError("this network is angry")
+        return x
+
+    made = made_up_habits.network("nothing")
+    both = Pair(made)
+    made.way = way
+    for seed in range(3):
+        both.forward(inputs(seed, 5))
+    for seed in range(3):
+        both.forward(inputs(seed, 6))
+    assert len(both.graphs) == 1, "that of the other shape stays"
+    assert "angry" in caplog.text
+    assert both.graphed.around is None
+
+
+def test_a_table_that_misfits_only_in_a_capture_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The forward itself has shown that it fits."""
+    made = made_up_attention.network()
+    made.use_table(2)
+
+    def misfit(*args: Any) -> Tensor:
+        raise Misfit("there is no block")
+
+    monkeypatch.setattr(Network, "_call", misfit)
+    made.around = HostCopies(CPU)
+    with pytest.raises(Misfit):
+        made.run(OneOf(0, 2), made_up_attention.inputs(made, 0, 7))
+    assert made.is_split
+
+
+def test_a_method_of_a_network_drops_graphs_before_it_runs() -> None:
+    made = Network(made_up_habits.network("nothing"), torch.float32, "")
+    engine = made_up.engine_of(made, Topology())
+    with mock.patch.object(Forwards, "forget_others") as forget:
+        engine.call("m", "preprocess_text_embeds", pack({"embeds": torch.ones(1)}, "arguments", {}, None))
+    forget.assert_called_once_with()
+
+
+@pytest.mark.parametrize("broken_off", [True, False])
+def test_the_allocator_forgets_a_capture_that_the_driver_broke_off(
+    monkeypatch: pytest.MonkeyPatch, broken_off: bool
+) -> None:
+    ended = mock.Mock(side_effect=None if broken_off else RuntimeError("not currently recording to mempool_id"))
+    released = mock.Mock()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", ended, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", released, raising=False)
+    _abandon("pool")
+    ended.assert_called_once_with(1, "pool")
+    assert released.call_count == broken_off
 
 
 # --- what a capture sees ----------------------------------------------------------------------------------------------
