@@ -35,10 +35,12 @@ class Habit(nn.Module):
         self, x: Tensor, timestep: Tensor, context: Any = None, control: Any = None, transformer_options: Any = None
     ) -> Tensor:
         hidden = self.begin(x).tanh() * timestep[:, None, None] * self.scale
-        self.given = x
         factor = (transformer_options or {}).get("factor", 1.0)
-        out: Tensor = self.end(self.way(self, hidden) * factor)
-        del self.given
+        self.given = x
+        try:
+            out: Tensor = self.end(self.way(self, hidden) * factor)
+        finally:
+            del self.given
         return out
 
     def preprocess_text_embeds(self, embeds: Tensor) -> Tensor:
