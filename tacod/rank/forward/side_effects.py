@@ -93,6 +93,11 @@ class SideEffects(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if memory not in self._made and memory not in self._weights:
                 self.kept.setdefault(memory, each)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: to keep PyTorch's compiler out of a mode, PyTorch imports it, which takes seconds."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation of PyTorch's, and note what is against it."""
         kwargs = kwargs or {}
