@@ -27,7 +27,7 @@ from tacod.rank.comfyui.network import Network
 from tacod.rank.comfyui.tokens import Misfit
 from tacod.rank.families.inputs import Inputs
 from tacod.rank.forward import graphs as module
-from tacod.rank.forward.captured import TRIES, Captured, _abandon
+from tacod.rank.forward.captured import TRIES, Captured, _undone_if_it_breaks_off
 from tacod.rank.forward.graphs import Forwards
 from tacod.rank.forward.host_copies import HostCopies, Uncapturable
 from tacod.rank.forward.others_graph import OthersGraph
@@ -280,17 +280,23 @@ def test_a_method_of_a_network_drops_graphs_before_it_runs() -> None:
 
 
 @pytest.mark.parametrize("broken_off", [True, False])
-def test_the_allocator_forgets_a_capture_that_the_driver_broke_off(
-    monkeypatch: pytest.MonkeyPatch, broken_off: bool
-) -> None:
+def test_pytorch_forgets_a_capture_that_the_driver_broke_off(monkeypatch: pytest.MonkeyPatch, broken_off: bool) -> None:
     ended = mock.Mock(side_effect=None if broken_off else RuntimeError("not currently recording to mempool_id"))
     released = mock.Mock()
+    generator = mock.Mock()
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "default_generators", (None, generator))
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", ended, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_releasePool", released, raising=False)
-    _abandon("pool")
+    with _undone_if_it_breaks_off("pool"):
+        pass
+    assert not ended.called
+    assert not generator.graphsafe_set_state.called
+    with pytest.raises(ZeroDivisionError), _undone_if_it_breaks_off("pool"):
+        raise ZeroDivisionError
     ended.assert_called_once_with(1, "pool")
     assert released.call_count == broken_off
+    generator.graphsafe_set_state.assert_called_once_with(generator.clone_state.return_value)
 
 
 # --- what a capture sees ----------------------------------------------------------------------------------------------

@@ -55,12 +55,10 @@ class Captured:
         stream = torch.cuda.current_stream()
         try:
             # NCCL's own thread may look at events meanwhile.
-            with holding() as tables, torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            capture = torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local")
+            with holding() as tables, _undone_if_it_breaks_off(self.pool), capture:
                 yield graph
             self._tables += tables
-        except BaseException:
-            _abandon(self.pool)
-            raise
         finally:
             # A capture that fails doesn't leave its own.
             torch.cuda.set_stream(stream)
@@ -102,15 +100,25 @@ class Without:
         return self.tries < TRIES
 
 
-def _abandon(pool: Any) -> None:
-    """Have PyTorch's allocator forget a capture that the driver has broken off.
+@contextmanager
+def _undone_if_it_breaks_off(pool: Any) -> Iterator[None]:
+    """A context for a capture. If the driver breaks it off, PyTorch's allocator and random numbers forget it.
 
-    `torch.cuda.graph` doesn't, and then nothing that was cached could be freed where memory is short, nor the pool.
+    `torch.cuda.graph` leaves both as within a capture (pytorch/pytorch#171263): then nothing that was cached is freed
+    where memory is short, the pool stays, and to draw a random number is an error.
     """
     device = torch.cuda.current_device()
+    generator = torch.cuda.default_generators[device]
+    state = generator.clone_state()
     try:
-        torch._C._cuda_endAllocateToPool(device, pool)
-    except RuntimeError:
-        # It has ended in good order.
-        return
-    torch._C._cuda_releasePool(device, pool)
+        yield
+    except BaseException:
+        generator.graphsafe_set_state(state)
+        try:
+            torch._C._cuda_endAllocateToPool(device, pool)
+        except RuntimeError:
+            # The capture has ended in good order.
+            pass
+        else:
+            torch._C._cuda_releasePool(device, pool)
+        raise
