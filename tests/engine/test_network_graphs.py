@@ -167,6 +167,27 @@ def test_numbers_in_arguments_are_kinds() -> None:
     assert len(both.graphs) == 6
 
 
+def test_the_order_of_options_is_part_of_a_kind() -> None:
+    def way(net: Habit, x: Tensor) -> Tensor:
+        for name, each in net.options["parts"].items():
+            x = x * each if name == "times" else x + each
+        return x
+
+    class Ordered(Habit):
+        def forward(self, x: Tensor, timestep: Tensor, **given: Any) -> Tensor:
+            self.options = given["transformer_options"]
+            try:
+                return super().forward(x, timestep)
+            finally:
+                del self.options
+
+    both = Pair(Ordered(way).requires_grad_(False))
+    for seed in range(6):
+        parts = {"times": 2.0, "plus": 1.0} if seed < 3 else {"plus": 1.0, "times": 2.0}
+        both.forward({**inputs(seed), "transformer_options": {"parts": parts}})
+    assert len(both.graphs) == 2
+
+
 def test_a_call_outside_of_a_forward_drops_them() -> None:
     both = pair("keeps_tables")
     for seed in range(3):

@@ -302,7 +302,8 @@ def _key(value: Any) -> Hashable:
     if isinstance(value, Tensor):
         return tuple(value.shape), value.dtype
     if isinstance(value, Mapping):
-        return tuple((name, _key(each)) for name, each in sorted(value.items()))
+        # In its order, which is that of a network's loop over it.
+        return tuple((name, _key(each)) for name, each in value.items())
     if isinstance(value, list):
         return tuple(map(_key, value))
     # To Python 1 == 1.0 == True and 0.0 == -0.0, but not to a network.
