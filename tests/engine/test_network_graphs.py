@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import random
 import weakref
 from collections.abc import Iterator
 from typing import Any, ClassVar
 from unittest import mock
 
+import fake_graphs
 import made_up
 import made_up_attention
 import made_up_habits
+import numpy
 import pytest
 import torch
 from fake_graphs import graphs_on_cpu
-from made_up_habits import GRAPHS, NEVER, Habit, inputs
+from made_up_habits import GRAPHS, NEVER, Habit, inputs, nothing
 from rank_worker import Ranks
 from test_network_tables import OneOf
 from torch import Tensor, nn
@@ -497,6 +500,33 @@ def test_changes_of_what_is_kept_are_seen(change: Any, name: str) -> None:
     change(net)
     assert name in State(net, CPU).changed(before)
     Keeps.shared.clear()
+
+
+class Hides(dict[str, int]):
+    def items(self) -> Any:
+        raise ValueError
+
+
+def test_what_cannot_be_looked_at_is_against_a_graph(caplog: pytest.LogCaptureFixture) -> None:
+    both = pair("nothing")
+    for dit in (both.graphed, both.plain):
+        dit.inner.hidden = Hides()
+    for seed in range(TRIES + 3):
+        both.forward(inputs(seed))
+    assert both.graphs == []
+    assert "can't be" in caplog.text
+
+
+def test_random_states_of_its_own_are_seen() -> None:
+    net = Keeps()
+    net.things.update(numpy=numpy.random.default_rng(0), system=random.SystemRandom(), method=Habit(nothing).forward)
+    before = State(net, CPU)
+    assert State(net, CPU).changed(before) == ""
+    net.things["numpy"].random()
+    assert "things.numpy" in State(net, CPU).changed(before)
+    before = State(net, CPU)
+    net.things["method"].__self__.calls = 1
+    assert "things.method.object.calls" in State(net, CPU).changed(before)
 
 
 def test_weights_may_change() -> None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import random
 import sys
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping
-from types import FunctionType, ModuleType, SimpleNamespace
+from types import FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 __all__ = ["State"]
+
+log = logging.getLogger(__name__)
 
 MOST = 300_000
 """Most things that are compared."""
@@ -31,7 +34,7 @@ class State:
     """What can be seen of it now: attributes of modules, classes and objects, globals, closures, and random states.
 
     Containers and objects of the network's own packages are looked into. Of tensors the memory counts, not the numbers;
-    of what a C library or an iterator keeps nothing is known. It holds tensors and keeps no module alive.
+    of what a C library or an iterator keeps nothing is known. It holds tensors, and objects that it doesn't look into.
 
     Args:
         network: The network. What its packages' Python modules have is part of it.
@@ -43,20 +46,25 @@ class State:
         self._held: list[Any] = []
         self._seen: set[int] = set()
         self.complete = True
-        """False if there was too much to compare."""
+        """False if there was too much to compare, or something that can't be."""
         classes = {cls for each in network.modules() for cls in type(each).__mro__}
         self._packages = {_package(cls) for cls in classes} - {"torch", "builtins", "typing"}
         self._random = dict(_random(device))
-        for count, (path, value) in enumerate(itertools.chain(self._walk("", network, 0), self._globals())):
-            if count == MOST:
-                self.complete = False
-                return
-            self._found[path] = value
+        try:
+            for count, (path, value) in enumerate(itertools.chain(self._walk("", network, 0), self._globals())):
+                if count == MOST:
+                    self.complete = False
+                    return
+                self._found[path] = value
+        except Exception:
+            # Things that a network keeps run code of their own when they are looked at.
+            log.debug("what %s keeps can't be looked at", type(network).__name__, exc_info=True)
+            self.complete = False
 
     def changed(self, before: State) -> str:
         """What differs from an earlier state of the network, in words; empty if nothing does."""
         if not (self.complete and before.complete):
-            return "it keeps more than can be compared"
+            return "it keeps more than can be compared, or what can't be"
         names = self._found.keys() ^ before._found.keys() or (
             each for each, value in self._found.items() if before._found[each] != value
         )
@@ -87,8 +95,10 @@ class State:
             yield path, (id(value), known.misses, known.currsize)
         elif isinstance(value, itertools.count):
             yield path, repr(value)
-        elif isinstance(value, random.Random):
+        elif isinstance(value, random.Random) and not isinstance(value, random.SystemRandom):
             yield path, repr(value.getstate())
+        elif type(value).__module__.startswith("numpy.random") and hasattr(value, "bit_generator"):
+            yield path, repr(value.bit_generator.state)
         elif isinstance(value, torch.Generator):
             yield path, value.get_state().numpy().tobytes()
         elif isinstance(value, _SETS):
@@ -129,6 +139,8 @@ class State:
             return {name: part for name, part in vars(value).items() if not name.startswith("__")}
         if isinstance(value, staticmethod | classmethod):
             return {"function": value.__func__}
+        if isinstance(value, MethodType):
+            return {"function": value.__func__, "object": value.__self__}
         if isinstance(value, functools.partial):
             return {"function": value.func, "args": value.args, "named": value.keywords}
         if type(value) is SimpleNamespace or (_package(type(value)) in self._packages and hasattr(value, "__dict__")):
