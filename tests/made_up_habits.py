@@ -60,6 +60,10 @@ def positions_once(length: int, device: torch.device) -> Tensor:
     return torch.arange(length, device=device)[:, None].sin()
 
 
+def adds_positions(net: Habit, x: Tensor) -> Tensor:
+    return x + positions(x)
+
+
 def keeps_tables(net: Habit, x: Tensor) -> Tensor:
     if x.shape not in net.tables:
         net.tables[tuple(x.shape)] = positions(x)

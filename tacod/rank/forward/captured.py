@@ -32,6 +32,8 @@ class Captured:
         """The prefix that `_prefix` is a copy of."""
         self._inputs = call.inputs.map(torch.clone)
         self._tables: list[Tensor] = []
+        self.fault = ""
+        """Why it may not be used, although it was captured; empty if nothing is known against it."""
 
     @property
     def most_bytes(self) -> int:

@@ -37,6 +37,7 @@ from tacod.rank.forward.kernel_check import KernelCheck
 from tacod.rank.forward.others_graph import OthersGraph, are_true, look_on, state_of
 from tacod.rank.forward.prefixes import Prefix, Prefixes
 from tacod.rank.forward.run import Call, compute_prefix, equal, relative_difference, run
+from tacod.rank.forward.state import State
 from tacod.rank.forward.step_cache import StepCache, StepCaches
 from tacod.rank.forward.step_graph import StepGraph, compute_both
 from tacod.rank.forward.watch import Watch
@@ -119,17 +120,22 @@ class Forwards:
         after = state_of(call.dit, device)
         changed = after.changed(before) or after.drew(before)
         if self.topology.everyone.agree(not changed):
-            self._came(call, kind, lambda: self._capture_others(again, known.tries, out))
+            self._came(call, kind, lambda: self._capture_others(again, known.tries, out, after))
             return out
         known.tries += 1
         if not known.may_come:
             self._say(call, changed or "another rank's call changes what its network keeps")
         return out
 
-    def _capture_others(self, call: Call, tries: int, out: Output) -> Captured | Without:
+    def _capture_others(self, call: Call, tries: int, out: Output, state: State) -> Captured | Without:
+        """The graph of a call that has left its network in this ``state``."""
         self.begins()
-        effects = look_on(call, self.topology, self._guarded)
-        graph = self._capture(call, partial(OthersGraph, effects), lambda graph: graph.replay(call), out)
+        effects = look_on(call, self.topology, self._guarded, state)
+        graph: Captured | Without = Without(TRIES)
+        if self.topology.everyone.agree(not effects.reason):
+            graph = self._capture(call, partial(OthersGraph, effects), lambda graph: graph.replay(call), out)
+        else:
+            self._say(call, effects.reason or "another rank could not capture it")
         if isinstance(graph, OthersGraph):
             graph.tries = tries
             self._has_others = True
@@ -311,10 +317,11 @@ class Forwards:
             self._pool = None
         if everyone.agree(graph is not None):
             assert graph is not None
+            # Also one that has a fault: what its network has kept since the capture is computed by this.
             out = replay(graph)
-            if everyone.agree(equal(out, expected)):
+            if everyone.agree(not graph.fault and equal(out, expected)):
                 return graph
-            reason = f"its replay differs by {relative_difference(out, expected):.1e}, or another rank's"
+            reason = graph.fault or f"its replay differs by {relative_difference(out, expected):.1e}, or another rank's"
         self._say(call, reason)
         return Without(TRIES)
 

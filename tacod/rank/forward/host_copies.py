@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 __all__ = ["HostCopies", "Uncapturable"]
 
 _MAKERS = (torch.tensor, torch.as_tensor, torch.asarray)
+_OTHERS = "it copies other tensors to the device at each call"
 
 
 class Uncapturable(RuntimeError):
@@ -42,27 +43,40 @@ class HostCopies(TorchFunctionMode):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
-        self.reason = ""
-        """Why the capture isn't as what was noted."""
         self.copying = False
         """Whether a copy is under way."""
-        self.made: Callable[[Tensor], None] = lambda made: None
-        """Hears of tensors that were made of numbers."""
+        self._hears: Callable[[Tensor], None] | None = None
         self._device = device
         self._copies: list[_Copy] = []
         self._next: int | None = None
+        self._is_other = False
 
     def around(self, inputs: Iterable[Tensor]) -> AbstractContextManager[Any]:
         """The context for a call with these inputs to be captured."""
         self._next = 0
         return self
 
-    def check(self) -> None:
-        """Raise `Uncapturable` unless what was captured copied all that was noted; the network may have caught that."""
-        if not self.reason and self._next is not None and self._next < len(self._copies):
-            self.reason = "it copies other tensors to the device at each call"
-        if self.reason:
-            raise Uncapturable(self.reason)
+    @contextmanager
+    def hearing(self, made: Callable[[Tensor], None]) -> Iterator[None]:
+        """The context for a call to be noted; ``made`` hears of tensors that were made of numbers."""
+        self._hears = made
+        try:
+            with self:
+                yield
+        finally:
+            # Else the two would hold each other, and what a refused call has left would stay on the device.
+            self._hears = None
+
+    @property
+    def fault(self) -> str:
+        """Why what was captured isn't what was noted; empty if it is. The network may have caught `Uncapturable`."""
+        missing = self._next is not None and self._next < len(self._copies)
+        return _OTHERS if self._is_other or missing else ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copies on the device."""
+        return sum(each.result.nbytes for each in self._copies)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one of torch's functions; a copy to the device in its own way."""
@@ -70,14 +84,14 @@ class HostCopies(TorchFunctionMode):
         source = self._source(func, args, kwargs)
         if source is None or self._next is None:
             out = func(*args, **kwargs) if source is None else self._note(func, args, kwargs, source)
-            if func in (torch.tensor, Tensor.new_tensor):
-                self.made(out)
+            if self._hears is not None and func in (torch.tensor, Tensor.new_tensor):
+                self._hears(out)
             return out
         known = self._copies[self._next] if self._next < len(self._copies) else None
         self._next += 1
         if known is None or not _equal(known.source, source):
-            self.reason = "it copies other tensors to the device at each call"
-            raise Uncapturable(self.reason)
+            self._is_other = True
+            raise Uncapturable(_OTHERS)
         # It may be written to.
         return args[0].copy_(known.result) if func is Tensor.copy_ else known.result.clone()
 

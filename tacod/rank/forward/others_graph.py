@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from tacod.rank.families.base import DiT, Output
 from tacod.rank.forward.captured import Graph
-from tacod.rank.forward.host_copies import Uncapturable
 from tacod.rank.forward.run import Call, run
 from tacod.rank.forward.side_effects import SideEffects
 from tacod.rank.forward.state import State
@@ -24,7 +23,8 @@ from tacod_client.errors import TacodError
 __all__ = ["OthersGraph", "are_true", "look_on", "state_of"]
 
 KEPT_BYTES = 256 << 20
-"""Most that a network's tables may take for a graph, which has a copy of them."""
+"""Most bytes of a network's tables that a graph reads: those that the network keeps, of which the graph has a copy, and
+those that the host makes in each call."""
 
 
 class _Around(Protocol):
@@ -62,15 +62,18 @@ def are_true(kinds: Mapping[DiT, Mapping[Any, Any]], device: torch.device) -> bo
     return True
 
 
-def look_on(call: Call, topology: Topology, guarded: Callable[[Callable[[], Output]], Output]) -> SideEffects:
+def look_on(
+    call: Call, topology: Topology, guarded: Callable[[Callable[[], Output]], Output], state: State
+) -> SideEffects:
     """The side effects of a call of a network that isn't ours, which runs once more for that; its result is dropped.
 
     It runs ``guarded`` if there are several ranks: one that fails alone leaves the others waiting, and can't go on
-    without a graph. Any other error is a reason against one.
+    without a graph. Any other error is a reason against one. So is a change of the network's ``state``: a network that
+    knows tensors by their address keeps something new here, where it is computed, and not first in a capture.
     """
-    others = cast(_Others, call.dit)
+    others, device = cast(_Others, call.dit), call.inputs.latents[0].device
     weights = [part for each in others.inner.parameters() for _, part in parts_of(each)]
-    effects = SideEffects(call.inputs.latents[0].device, weights)
+    effects = SideEffects(device, weights)
 
     def again() -> Output:
         return run(replace(call, inputs=call.inputs.clone()), topology, listens=True)
@@ -85,33 +88,39 @@ def look_on(call: Call, topology: Topology, guarded: Callable[[Callable[[], Outp
         topology.settle()
         effects.reason = effects.reason or (str(error) or type(error).__name__).splitlines()[0]
         clear_tracebacks(error)
+    now = state_of(call.dit, device)
+    effects.reason = effects.reason or now.changed(state) or now.drew(state) or _lacks_room(effects, call)
     return effects
+
+
+def _lacks_room(effects: SideEffects, call: Call) -> str:
+    """Why the graph can't hold what it reads; empty if it can."""
+    device = call.inputs.latents[0].device
+    if any(each.device != device for each in call.inputs.tensors):
+        return "an argument lies on another device"
+    try:
+        nbytes = sum(_bytes(each).nbytes for each in effects.kept.values()) + effects.copies.nbytes
+    except (NotImplementedError, RuntimeError):
+        return "it keeps a tensor of several parts, such as a sparse one"
+    return f"it reads more than {KEPT_BYTES >> 20} MiB of tables" if nbytes > KEPT_BYTES else ""
 
 
 class OthersGraph(Graph):
     """A whole forward of a network that isn't ours.
 
     A replay runs none of the network's code. So it equals a call only while the network keeps what it kept when it was
-    captured: see `is_true`. Raises `Uncapturable` if the call has ``effects`` that a replay would not have.
+    captured: see `is_true`. The ``effects`` are those of a call that was looked on, without a reason against a graph.
     """
 
     def __init__(self, effects: SideEffects, call: Call, topology: Topology, pool: Any) -> None:
         others, device = cast(_Others, call.dit), call.inputs.latents[0].device
-        if any(each.device != device for each in call.inputs.tensors):
-            raise Uncapturable("an argument lies on another device")
         kept = [_bytes(each) for each in effects.kept.values()]
-        if not effects.reason and sum(each.nbytes for each in kept) > KEPT_BYTES:
-            raise Uncapturable(f"it reads more than {KEPT_BYTES >> 20} MiB of tables that it keeps")
-        if effects.reason:
-            raise Uncapturable(effects.reason)
         self._state = State(others.inner, device)
         with _within(others, effects.copies):
             super().__init__(call, topology, pool)
-        effects.copies.check()
         self._copies = effects.copies
         after = State(others.inner, device)
-        if reason := after.changed(self._state) or after.drew(self._state):
-            raise Uncapturable(reason)
+        self.fault = effects.copies.fault or after.changed(self._state) or after.drew(self._state)
         self._kept = [(each, each.clone()) for each in kept]
         self._outcome = others.outcome
         self.tries = 0

@@ -62,7 +62,6 @@ class SideEffects(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.reason = ""
         """The first reason against a graph; empty if there is none."""
         self.copies = HostCopies(device)
-        self.copies.made = self._makes
         """What the host has made for the device."""
         self.kept: dict[int, Tensor] = {}
         """Tensors that were read and were there before, one for each piece of memory; no inputs and no weights."""
@@ -74,7 +73,7 @@ class SideEffects(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def around(self, inputs: Iterable[Tensor]) -> Iterator[None]:
         """The context for a call with these inputs. It may write to them, as each replay gets new ones."""
         self._made.update(map(_memory, inputs))
-        with self, self.copies:
+        with self, self.copies.hearing(self._makes):
             yield
 
     def __enter__(self) -> SideEffects:
