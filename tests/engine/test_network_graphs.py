@@ -119,6 +119,21 @@ def test_a_graph_goes_when_another_shape_changes_its_table(habit: str) -> None:
         assert len(both.graphs) == 1
 
 
+def test_the_log_says_when_a_graph_has_gone_for_good(caplog: pytest.LogCaptureFixture) -> None:
+    both = pair("keeps_tables")
+    for other in range(TRIES):
+        for seed in range(3):
+            both.forward(inputs(seed, 5))
+        assert len(both.graphs) == 1
+        both.forward(inputs(other, 10 + other))
+    for seed in range(3):
+        both.forward(inputs(seed, 5))
+    assert both.graphs == []
+    assert caplog.text.count("no CUDA graph") == 1
+    assert "what the network keeps: tables[" in caplog.text
+    assert f"{TRIES} times" in caplog.text
+
+
 def test_a_graph_goes_when_what_nobody_sees_writes_to_its_table() -> None:
     """Such as a kernel that PyTorch doesn't dispatch; the numbers are compared after each forward without a graph."""
     both = pair("keeps_tables")

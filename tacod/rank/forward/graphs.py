@@ -30,11 +30,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from tacod.plan import Plan
 from tacod.rank.families.base import DiT, Output
 from tacod.rank.families.inputs import Inputs
 from tacod.rank.forward.captured import TRIES, Captured, Graph, Without
 from tacod.rank.forward.kernel_check import KernelCheck
-from tacod.rank.forward.others_graph import OthersGraph, are_true, look_on, state_of
+from tacod.rank.forward.others_graph import OthersGraph, look_on, state_of, what_is_untrue
 from tacod.rank.forward.prefixes import Prefix, Prefixes
 from tacod.rank.forward.run import Call, compute_prefix, equal, relative_difference, run
 from tacod.rank.forward.state import State
@@ -54,6 +55,7 @@ G = TypeVar("G", bound=Captured)
 
 KINDS = 6
 """Most graphs of each model, one for each kind of forward."""
+UNTRUE_ELSEWHERE = "another rank's call changes what its network keeps"
 PREFIX_BYTES = 4 << 30
 """The usual limit for prefixes."""
 
@@ -124,7 +126,7 @@ class Forwards:
             return out
         known.tries += 1
         if not known.may_come:
-            self._say(call, changed or "another rank's call changes what its network keeps")
+            self._say(call.dit, call.plan, changed or UNTRUE_ELSEWHERE)
         return out
 
     def _capture_others(self, call: Call, tries: int, out: Output, state: State) -> Captured | Without:
@@ -135,7 +137,7 @@ class Forwards:
         if self.topology.everyone.agree(not effects.reason):
             graph = self._capture(call, partial(OthersGraph, effects), lambda graph: graph.replay(call), out)
         else:
-            self._say(call, effects.reason or "another rank could not capture it")
+            self._say(call.dit, call.plan, effects.reason or "another rank could not capture it")
         if isinstance(graph, OthersGraph):
             graph.tries = tries
             self._has_others = True
@@ -164,11 +166,15 @@ class Forwards:
         """
         if not self._has_others:
             return
-        if self.topology.everyone.agree(are_true(self._kinds, device)):
+        reason = what_is_untrue(self._kinds, device)
+        if self.topology.everyone.agree(not reason):
             return
-        for graph in self._captured():
-            if isinstance(graph, OthersGraph):
-                graph.tries += 1
+        for dit, kinds in self._kinds.items():
+            for graph in kinds.values():
+                if isinstance(graph, OthersGraph):
+                    graph.tries += 1
+                    if graph.tries == TRIES:
+                        self._say(dit, graph.plan, f"{reason or UNTRUE_ELSEWHERE}, {TRIES} times")
         self.forget_others()
 
     def _may_be_captured(self, call: Call) -> bool:
@@ -322,14 +328,14 @@ class Forwards:
             if everyone.agree(not graph.fault and equal(out, expected)):
                 return graph
             reason = graph.fault or f"its replay differs by {relative_difference(out, expected):.1e}, or another rank's"
-        self._say(call, reason)
+        self._say(call.dit, call.plan, reason)
         return Without(TRIES)
 
-    def _say(self, call: Call, reason: str) -> None:
+    def _say(self, dit: DiT, plan: Plan, reason: str) -> None:
         """Have the log say why a kind of forward has no graph; of a network that isn't ours once for each reason."""
-        said = self._said.setdefault(call.dit, set())
-        if call.dit.is_ours or reason not in said:
-            log.warning("no CUDA graph for %s: %s", call.plan, reason)
+        said = self._said.setdefault(dit, set())
+        if dit.is_ours or reason not in said:
+            log.warning("no CUDA graph for %s: %s", plan, reason)
         said.add(reason)
 
 

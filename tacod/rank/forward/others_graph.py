@@ -20,7 +20,7 @@ from tacod.rank.parallel.topology import Topology
 from tacod.rank.weights.parts import parts_of
 from tacod_client.errors import TacodError
 
-__all__ = ["OthersGraph", "are_true", "look_on", "state_of"]
+__all__ = ["OthersGraph", "look_on", "state_of", "what_is_untrue"]
 
 KEPT_BYTES = 256 << 20
 """Most bytes of a network's tables that a graph reads: those that the network keeps, of which the graph has a copy, and
@@ -51,15 +51,18 @@ def state_of(dit: DiT, device: torch.device) -> State:
     return State(cast(_Others, dit).inner, device)
 
 
-def are_true(kinds: Mapping[DiT, Mapping[Any, Any]], device: torch.device) -> bool:
-    """Whether all graphs of networks that aren't ours, among all there are, still do what the networks would."""
+def what_is_untrue(kinds: Mapping[DiT, Mapping[Any, Any]], device: torch.device) -> str:
+    """Why a graph of a network that isn't ours, among all there are, no longer does what the network would.
+
+    Empty if all do.
+    """
     for dit, graphs in kinds.items():
         mine = [each for each in graphs.values() if isinstance(each, OthersGraph)]
         if mine:
             state = state_of(dit, device)
-            if not all(each.is_true(state) for each in mine):
-                return False
-    return True
+            if reason := next(filter(None, (each.what_is_untrue(state) for each in mine)), ""):
+                return reason
+    return ""
 
 
 def look_on(
@@ -109,7 +112,7 @@ class OthersGraph(Graph):
     """A whole forward of a network that isn't ours.
 
     A replay runs none of the network's code. So it equals a call only while the network keeps what it kept when it was
-    captured: see `is_true`. The ``effects`` are those of a call that was looked on, without a reason against a graph.
+    captured: see `what_is_untrue`. The ``effects`` are those of a call that was looked on, and no reason against it.
     """
 
     def __init__(self, effects: SideEffects, call: Call, topology: Topology, pool: Any) -> None:
@@ -123,6 +126,7 @@ class OthersGraph(Graph):
         self.fault = effects.copies.fault or after.changed(self._state) or after.drew(self._state)
         self._kept = [(each, each.clone()) for each in kept]
         self._outcome = others.outcome
+        self.plan = call.plan
         self.tries = 0
         """How often such a graph was dropped."""
 
@@ -132,9 +136,11 @@ class OthersGraph(Graph):
         cast(_Others, call.dit).outcome = self._outcome
         return out
 
-    def is_true(self, state: State) -> bool:
-        """Whether the network, now in this ``state``, keeps what it kept, and its tables have the same numbers."""
-        return not state.changed(self._state) and all(torch.equal(*each) for each in self._kept)
+    def what_is_untrue(self, state: State) -> str:
+        """What the network, now in this ``state``, keeps that it didn't keep, or other numbers; empty if nothing."""
+        if reason := state.changed(self._state):
+            return reason
+        return "" if all(torch.equal(*each) for each in self._kept) else "a table that it reads has other numbers"
 
 
 @contextmanager
