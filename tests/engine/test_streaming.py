@@ -350,7 +350,7 @@ def test_gpus_that_are_told_to_use_collectives_alone_share_no_memory(monkeypatch
 def test_plan_says_where_weights_would_lie(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = str(FLUX.save(tmp_path))
     assert plan([file, "--ranks", "3", "--memory", "0.001"]) == 0
-    where = r"\d+ of 4 blocks are whole there, the others in the host's memory, of which it fetches 0\.\d MiB"
+    where = r"\d+ of 4 blocks are whole there, the others in the host's memory, of which it fetches \d+\.\d KiB"
     said = capsys.readouterr().out
     assert re.search(rf"on each rank; {where}", said)
     cost = r"fetching takes 0\.\d ms at 40 GB/s \(assumed\), beside \d+\.\d ms of computing \(estimated\): "

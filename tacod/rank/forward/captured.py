@@ -25,6 +25,9 @@ TRIES = 8
 class Captured:
     """What the graphs of one kind of forward share: memory of their own for inputs, prefix and tables."""
 
+    fault = ""
+    """Why it may not be used, although it was captured; empty if nothing is known against it."""
+
     def __init__(self, call: Call, pool: Any) -> None:
         self.pool = pool
         self._prefix = call.prefix and replace(call.prefix, tensors=[each.clone() for each in call.prefix.tensors])
@@ -32,8 +35,6 @@ class Captured:
         """The prefix that `_prefix` is a copy of."""
         self._inputs = call.inputs.map(torch.clone)
         self._tables: list[Tensor] = []
-        self.fault = ""
-        """Why it may not be used, although it was captured; empty if nothing is known against it."""
 
     @property
     def most_bytes(self) -> int:
