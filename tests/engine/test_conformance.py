@@ -313,6 +313,8 @@ def test_a_batch_of_1_among_larger_ones(family: str, name: str) -> None:
 class FakeGraph:
     """What stands for a captured forward: it runs again, on the inputs that it was captured with."""
 
+    fault = ""
+
     def __init__(self, call: Call, topology: Topology, pool: Any) -> None:
         self._call, self._topology = replace(call, inputs=call.inputs.map(torch.clone)), topology
         self.most_bytes = self.prefix_bytes = 0
