@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -610,3 +611,19 @@ def animas_text() -> tuple[dict[str, Tensor], Tensor]:
         text, ids, weights = (file.get_tensor(f"pre.{name}") for name in ("cross_attn", "t5xxl_ids", "t5xxl_weights"))
         out = file.get_tensor("in.context")
     return {"context": text, "t5xxl_ids": ids[None], "t5xxl_weights": weights[None, :, None]}, out
+
+
+class Interrupted(Exception):
+    """What a client's `on_wait` raises in tests, as ComfyUI's does after a click on Cancel."""
+
+
+class Interruption:
+    """An `on_wait` that raises `Interrupted` once it is ``armed``."""
+
+    def __init__(self) -> None:
+        self.armed = threading.Event()
+
+    def __call__(self) -> None:
+        """Called by a client that waits."""
+        if self.armed.is_set():
+            raise Interrupted

@@ -85,12 +85,17 @@ class WarmTacoctl:
 
     def close(self) -> None:
         """End the process by closing its socket."""
-        self._socket.close()
-        with self._process:
-            try:
-                self._process.wait(10)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
+        close_down(self._process, self._socket)
+
+
+def close_down(process: subprocess.Popen[Any], channel: socket.socket) -> None:
+    """End a process that ends when its socket closes, or kill it."""
+    channel.close()
+    with process:
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def serve(number: int) -> None:

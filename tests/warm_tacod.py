@@ -26,6 +26,8 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 from unittest import mock
 
+from warm_tacoctl import close_down
+
 from tacod import prctl
 from tacod.group import fork_server
 
@@ -106,12 +108,7 @@ class WarmTacods:
 
     def close(self) -> None:
         """End the process by closing its socket."""
-        self._socket.close()
-        with self._process:
-            try:
-                self._process.wait(10)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
+        close_down(self._process, self._socket)
 
 
 @functools.cache

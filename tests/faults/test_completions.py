@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FLUX, START_S, Daemon, eventually
+from helpers import FLUX, START_S, Daemon, Interrupted, Interruption, eventually
 
 from tacod_client import Client, JobNotFound, Model, latents
 from tacod_client.request import Request
@@ -303,23 +302,16 @@ def test_a_cancel_that_comes_behind_it(sturdy: Daemon, client: Client, inject: I
 def test_a_completion_that_comes_behind_a_cancel(sturdy: Daemon, inject: Inject) -> None:
     """It is for nobody: the client has given up the request, and uses another place."""
 
-    class Interrupted(Exception):
-        pass
-
-    def interrupt() -> None:
-        if armed.is_set():
-            raise Interrupted
-
-    armed = threading.Event()
-    with sturdy.client(on_wait=interrupt) as client:
+    interruption = Interruption()
+    with sturdy.client(on_wait=interruption) as client:
         model = client.load(FLUX.file)
         FLUX.check(model)
         (before,) = memories(client)
         inject(kind="slow", at="forward", when="written", rank=0, seconds=0.5)
-        armed.set()
+        interruption.armed.set()
         with pytest.raises(Interrupted):
             model.forward(**FLUX.inputs(1))
-        armed.clear()
+        interruption.armed.clear()
         for seed in range(2, 6):
             FLUX.check(model, seed)
         (after,) = memories(client)

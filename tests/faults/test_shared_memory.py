@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import FLUX, FP32, SD3, START_S, Daemon, eventually, relative_error, stopped
+from helpers import FLUX, FP32, SD3, START_S, Daemon, Interrupted, Interruption, eventually, relative_error, stopped
 
 from tacod_client import ArgumentError, Client, latents
 from tacod_client import model as model_module
@@ -154,24 +154,17 @@ def test_a_client_writes_while_ranks_read(sturdy: Daemon, client: Client, plan: 
 def test_what_was_cancelled_is_not_written_over(sturdy: Daemon, inject: Inject) -> None:
     """The ranks may still be at it, so the next latents lie elsewhere."""
 
-    class Interrupted(Exception):
-        pass
-
-    def interrupt() -> None:
-        if armed.is_set():
-            raise Interrupted
-
-    armed = threading.Event()
-    with sturdy.client(on_wait=interrupt) as client:
+    interruption = Interruption()
+    with sturdy.client(on_wait=interruption) as client:
         model = client.load(FLUX.file)
         FLUX.check(model)
         assert client._connection.shared is not None
         (before,) = client._connection.shared._memories
         inject(kind="slow", at="forward", seconds=0.5, rank=1)
-        armed.set()
+        interruption.armed.set()
         with pytest.raises(Interrupted):
             model.forward(**FLUX.inputs(1))
-        armed.clear()
+        interruption.armed.clear()
         assert client._connection.shared._memories == []
         FLUX.check(model, 2)
         (after,) = client._connection.shared._memories
