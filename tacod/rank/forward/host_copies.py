@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from tacod_client.tensors import as_bytes
+
 __all__ = ["HostCopies", "Uncapturable"]
 
 _MAKERS = (torch.tensor, torch.as_tensor, torch.asarray)
@@ -148,4 +150,4 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of the host are equal to the bit."""
     if one.shape != other.shape or one.dtype != other.dtype or one.stride() != other.stride():
         return False
-    return one.reshape(-1).view(torch.uint8).equal(other.reshape(-1).view(torch.uint8))
+    return as_bytes(one).equal(as_bytes(other))
