@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
-import random
 import weakref
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 from unittest import mock
 
 import fake_graphs
 import made_up
 import made_up_attention
 import made_up_habits
-import numpy
 import pytest
 import torch
 from fake_graphs import graphs_on_cpu
-from made_up_habits import GRAPHS, NEVER, Habit, inputs, nothing
+from made_up_habits import GRAPHS, NEVER, Habit, inputs
 from rank_worker import Ranks
 from test_network_tables import OneOf
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tacod.plan import Layout, Plan, Shape
 from tacod.rank.comfyui.network import Network
@@ -33,10 +29,10 @@ from tacod.rank.forward import graphs as module
 from tacod.rank.forward import others_graph
 from tacod.rank.forward.captured import TRIES, Captured, _undone_if_it_breaks_off
 from tacod.rank.forward.graphs import Forwards
-from tacod.rank.forward.host_copies import HostCopies, Uncapturable
+from tacod.rank.forward.host_copies import HostCopies
 from tacod.rank.forward.others_graph import OthersGraph
 from tacod.rank.forward.run import Call
-from tacod.rank.forward.side_effects import SideEffects, ours
+from tacod.rank.forward.side_effects import SideEffects
 from tacod.rank.forward.state import State
 from tacod.rank.parallel.topology import Topology
 from tacod_client.exchange import pack
@@ -135,15 +131,42 @@ def test_the_log_says_when_a_graph_has_gone_for_good(caplog: pytest.LogCaptureFi
 
 
 def test_a_graph_goes_when_what_nobody_sees_writes_to_its_table() -> None:
-    """Such as a kernel that PyTorch doesn't dispatch; the numbers are compared after each forward without a graph."""
+    """Such as a kernel that PyTorch doesn't dispatch; after a forward without a graph the numbers are compared."""
     both = pair("keeps_tables")
     for seed in range(3):
         both.forward(inputs(seed))
+    (gone,) = both.graphs
     for dit in (both.graphed, both.plain):
         dit.inner.tables[2, 5, made_up_habits.WIDTH].numpy()[:] = 3  # type: ignore[index]
     both.forward(inputs(3, 6))
-    assert both.graphs == []
     both.forward(inputs(4))
+    assert gone not in both.graphs
+
+
+def test_only_a_replay_waits_until_what_is_kept_was_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sampling run with a ControlNet has no graph: its steps needn't care for those of others."""
+    looked: list[None] = []
+
+    def what_is_untrue(*args: Any) -> str:
+        looked.append(None)
+        return others_graph.what_is_untrue(*args)
+
+    monkeypatch.setattr(module, "what_is_untrue", what_is_untrue)
+    both = pair("nothing")
+    for seed in range(3):
+        both.forward(inputs(seed))
+    looked.clear()
+    for seed in range(4):
+        both.forward(inputs(seed))
+    assert not looked
+    both.forwards.watch = FakeWatch()  # type: ignore[assignment]
+    for seed in range(4):
+        both.forward(inputs(seed, 6))
+    assert not looked
+    both.forwards.watch = None
+    for seed in range(4):
+        both.forward(inputs(seed))
+    assert len(looked) == len(both.graphs) == 1
 
 
 @pytest.mark.parametrize("habit", NEVER)
@@ -365,17 +388,6 @@ def test_a_refusal_before_a_capture_leaves_the_pool_of_others() -> None:
     assert both.forwards._pool is pool is not None
 
 
-def test_a_refused_call_leaves_nothing_on_the_device() -> None:
-    effects = seen(lambda x: torch.tensor([1.0], device="meta") + x, "meta")
-    left = weakref.ref(effects.copies)
-    gc.disable()
-    try:
-        del effects
-        assert left() is None
-    finally:
-        gc.enable()
-
-
 @pytest.mark.parametrize("habit", ["keeps_tables", "copies_without_blocking"])
 def test_too_large_tables_have_no_graph(
     habit: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -433,183 +445,6 @@ def test_pytorch_forgets_a_capture_that_the_driver_broke_off(monkeypatch: pytest
     generator.graphsafe_set_state.assert_called_once_with(generator.clone_state.return_value)
 
 
-# --- what a capture sees ----------------------------------------------------------------------------------------------
-
-
-def seen(function: Any, device: str = "cpu") -> SideEffects:
-    """What is seen of a function of a tensor; tensors on the device meta stand for those on a GPU."""
-    effects, x = SideEffects(torch.device(device), ()), torch.randn(2, 3, 16).to(device)
-    with contextlib.suppress(NotImplementedError, RuntimeError, TypeError), effects.around([x]):
-        function(x)
-    return effects
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda x: x.to("cpu"),
-        lambda x: x.cpu(),
-        lambda x: x.sum().cpu(),
-        lambda x: torch.empty(2, 3, 16).copy_(x),
-        lambda x: x[torch.tensor([0, 1])],
-        lambda x: x.to(dtype=torch.float16, device="cpu"),
-    ],
-)
-def test_copies_between_devices_are_seen(function: Any) -> None:
-    assert seen(function, "meta").reason == "it copies between the host and the device"
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda x: bool(x.any()),
-        lambda x: x.tolist() if x.sum().item() else None,
-        lambda x: torch.equal(x, x),
-        lambda x: torch.allclose(x, x),
-        lambda x: x.nonzero(),
-        lambda x: x.masked_select(x > 0),
-        lambda x: x.unique(),
-        lambda x: torch.repeat_interleave(x, torch.tensor([1, 2]), dim=0),
-        lambda x: int(x[0, 0, 0]),
-        lambda x: torch.where(x > 0),
-        lambda x: list(range(x.argmax())),
-    ],
-)
-def test_reads_of_the_host_are_seen(function: Any) -> None:
-    assert "the host reads numbers of the device" in seen(function).reason
-
-
-def test_what_a_graph_may_do() -> None:
-    x, weight, table = torch.randn(2, 3, 16), nn.Parameter(torch.randn(16, 16)), torch.randn(16)
-    effects = SideEffects(CPU, [weight])
-    with effects.around([x]):
-        y = nn.functional.linear(x, weight) * torch.tensor(2.0) + table[:8].repeat(2)
-        y[0] = 3
-        y[:, [0, 1]] += 1
-        y.add_(x.to(torch.float64).float()).masked_fill_(y > 0, 1.5)
-        nn.functional.scaled_dot_product_attention(y, y, y).clone().view(-1)[torch.arange(3)].zero_()
-        torch.repeat_interleave(x, torch.tensor([1, 2]), dim=0, output_size=3)
-        x.add_(1)
-    assert effects.reason == ""
-    assert [each.data_ptr() for each in effects.kept.values() if each.numel() > 2] == [table.data_ptr()]
-
-
-class Copies:
-    """What a network makes on the host for a device, by each way; meta stands for a GPU."""
-
-    def __init__(self) -> None:
-        self.first, self.outs = 1.0, list[Tensor]()
-
-    def __call__(self, x: Tensor) -> None:
-        host = torch.tensor([self.first, 2.0])
-        place = torch.empty(2, device="meta")
-        self.outs = [
-            host.to("meta"),
-            host.to(torch.device("meta"), torch.float16),
-            host.to(device="meta", non_blocking=True),
-            host.to(x),
-            torch.tensor([self.first], device="meta", dtype=torch.float64),
-            torch.as_tensor(host, device="meta"),
-            x.new_tensor([self.first, 3.0]),
-            place.copy_(host),
-        ]
-
-
-class Recorded(TorchDispatchMode):
-    """A list of what is done on the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.done: list[Any] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and out.is_meta and "empty" not in func.name():
-            self.done.append(func)
-        return out
-
-
-def test_what_the_host_makes_is_a_constant_of_the_graph() -> None:
-    make, x, recorded = Copies(), torch.empty(2, 3, 16, device="meta"), Recorded()
-    effects = seen(make, "meta")
-    assert effects.reason == ""
-    noted = make.outs
-    with effects.copies.around([]), recorded:
-        make(x)
-    assert effects.copies.fault == ""
-    assert [(each.shape, each.dtype) for each in make.outs] == [(each.shape, each.dtype) for each in noted]
-    # Each is a copy, as the network may write to it.
-    assert recorded.done == [torch.ops.aten.clone.default] * 7 + [torch.ops.aten.copy_.default]
-
-
-def test_other_numbers_of_the_host_are_no_constant() -> None:
-    make, x = Copies(), torch.empty(2, 3, 16, device="meta")
-    effects, fewer = seen(make, "meta"), seen(make, "meta")
-    make.first = -1.0
-    with effects.copies.around([]), pytest.raises(Uncapturable, match="other tensors to the device"):
-        make(x)
-    # The network may have caught that.
-    assert "other tensors to the device" in effects.copies.fault
-    with fewer.copies.around([]):
-        pass
-    assert "other tensors to the device" in fewer.copies.fault
-
-
-def test_exchanges_of_ours_write_to_memory_of_theirs() -> None:
-    room, table = torch.zeros(4), torch.ones(4)
-    effects = SideEffects(CPU, [])
-    with effects.around([]):
-        with ours(table):
-            room.add_(table)
-        assert effects.reason == ""
-        room.add_(1)
-    assert effects.reason == "it writes to a tensor that it keeps"
-    assert table.untyped_storage()._cdata in effects.kept
-
-
-# --- what a network keeps ---------------------------------------------------------------------------------------------
-
-
-class Keeps(nn.Module):
-    shared: ClassVar[dict[str, int]] = {}
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.things: dict[str, Any] = {"list": [1, [2]], "set": {1}, "object": Habit(made_up_habits.nothing)}
-        self.register_buffer("buffer", torch.zeros(2))
-        self.others = (nn.Linear(2, 2),)
-
-    def add(self, x: int, known: list[int] = []) -> None:  # noqa: B006
-        known.append(x)
-
-
-def renewed(net: Keeps) -> None:
-    net.buffer = net.buffer.clone()
-
-
-@pytest.mark.parametrize(
-    ("change", "name"),
-    [
-        (lambda net: net.things["list"][1].append(3), "things.list[1]"),
-        (lambda net: net.things["set"].add(2), "things.set"),
-        (lambda net: setattr(net.things["object"], "calls", 1), "things.object.calls"),
-        (lambda net: net.shared.update(a=1), "test_network_graphs.Keeps.shared"),
-        (lambda net: net.add(1), "test_network_graphs.Keeps.add.defaults[0]"),
-        (lambda net: setattr(net, "new", None), "new"),
-        (lambda net: setattr(net, "training", False), "training"),
-        (lambda net: setattr(net.others[0], "bias", None), "others[0].bias"),
-        (renewed, "buffer"),
-    ],
-)
-def test_changes_of_what_is_kept_are_seen(change: Any, name: str) -> None:
-    net = Keeps()
-    before = State(net, CPU)
-    assert State(net, CPU).changed(before) == ""
-    change(net)
-    assert name in State(net, CPU).changed(before)
-    Keeps.shared.clear()
-
-
 class Hides(dict[str, int]):
     def items(self) -> Any:
         raise ValueError
@@ -623,26 +458,6 @@ def test_what_cannot_be_looked_at_is_against_a_graph(caplog: pytest.LogCaptureFi
         both.forward(inputs(seed))
     assert both.graphs == []
     assert "can't be" in caplog.text
-
-
-def test_random_states_of_its_own_are_seen() -> None:
-    net = Keeps()
-    net.things.update(numpy=numpy.random.default_rng(0), system=random.SystemRandom(), method=Habit(nothing).forward)
-    before = State(net, CPU)
-    assert State(net, CPU).changed(before) == ""
-    net.things["numpy"].random()
-    assert "things.numpy" in State(net, CPU).changed(before)
-    before = State(net, CPU)
-    net.things["method"].__self__.calls = 1
-    assert "things.method.object.calls" in State(net, CPU).changed(before)
-
-
-def test_weights_may_change() -> None:
-    """A graph reads them each time: a LoRA's strength is changed in place."""
-    net = Keeps()
-    before = State(net, CPU)
-    net.others[0].weight.data.add_(1)
-    assert State(net, CPU).changed(before) == ""
 
 
 # --- several ranks ----------------------------------------------------------------------------------------------------

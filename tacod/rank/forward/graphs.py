@@ -80,6 +80,8 @@ class Forwards:
         self._pool: Any = None
         self._has_others = False
         """Whether there may be graphs of networks that aren't ours; alike on all ranks."""
+        self._others_ran = False
+        """Whether code of such a network has run since its graphs were last known to be true; alike on all ranks."""
         self._said: WeakKeyDictionary[DiT, set[str]] = WeakKeyDictionary()
         """Why such a network has no graph, as the log has it."""
 
@@ -94,6 +96,8 @@ class Forwards:
         if not self._may_be_captured(call):
             return self._run(call)
         kind = (call.plan.layout, call.plan.attention, call.inputs.key)
+        if not call.dit.is_ours:
+            self._keep_true_ones(call, kind)
         known = self._known(call.dit, kind)
         if isinstance(known, Graph):
             return known.replay(call)
@@ -143,8 +147,6 @@ class Forwards:
             graph.tries = tries
             self._has_others = True
             log.info("%s is a CUDA graph: %s", call.plan, call.dit.network)
-        else:
-            self._keep_true_ones(call.inputs.latents[0].device)
         return graph
 
     def forget_others(self) -> None:
@@ -160,14 +162,16 @@ class Forwards:
                 if isinstance(graph, OthersGraph):
                     kinds[kind] = Without(graph.tries)
 
-    def _keep_true_ones(self, device: torch.device) -> None:
-        """Drop these graphs if network code that has just run makes one of them untrue; networks share code.
+    def _keep_true_ones(self, call: Call, kind: Hashable) -> None:
+        """Drop the graphs of networks that aren't ours if one of them no longer does what its network would.
 
-        All ranks come here at once.
+        That is found out before one is replayed, if code of such a network has run since: networks share code. To look
+        takes long, and forwards that have no graph, such as those with a ControlNet, don't wait for it.
         """
-        if not self._has_others:
+        if not self._others_ran or not isinstance(self._known(call.dit, kind), OthersGraph):
             return
-        reason = what_is_untrue(self._kinds, device)
+        self._others_ran = False
+        reason = what_is_untrue(self._kinds, call.inputs.latents[0].device)
         if self.topology.everyone.agree(not reason):
             return
         for dit, kinds in self._kinds.items():
@@ -276,8 +280,7 @@ class Forwards:
             if not call.dit.is_ours:
                 self.forget_others()
             raise
-        if not call.dit.is_ours:
-            self._keep_true_ones(call.inputs.latents[0].device)
+        self._others_ran |= not call.dit.is_ours
         return out
 
     def _guarded(self, compute: Callable[[], T]) -> T:
