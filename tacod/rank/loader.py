@@ -149,7 +149,7 @@ class Loader:
             raise ArgumentError(f"dtype: {chosen} is for this version's own families; use bf16", argument="dtype")
         streaming = self._streaming(wanted)
         # Its small forwards run code that other networks have too.
-        self._forwards.forget_others()
+        self._forwards.others_run()
         advice = "unload a model (`tacoctl unload`)"
         try:
             with self._memory_errors(advice), streaming:

@@ -106,13 +106,14 @@ def test_a_table_that_is_replaced_each_time_has_no_graph(caplog: pytest.LogCaptu
 @pytest.mark.parametrize("habit", ["keeps_one_table", "overwrites_its_table"])
 def test_a_graph_goes_when_another_shape_changes_its_table(habit: str) -> None:
     both = pair(habit)
-    for _ in range(3):
+    # One that is untrue goes before it would be replayed.
+    gone: list[Captured] = []
+    for length, count in zip((5, 7) * 3, (1, *[2] * 5), strict=True):
         for seed in range(4):
-            both.forward(inputs(seed, 5))
-        assert len(both.graphs) == 1
-        for seed in range(4):
-            both.forward(inputs(seed, 7))
-        assert len(both.graphs) == 1
+            both.forward(inputs(seed, length))
+        assert len(both.graphs) == count
+        assert both.graphs[-1] not in gone
+        gone += both.graphs
 
 
 def test_the_log_says_when_a_graph_has_gone_for_good(caplog: pytest.LogCaptureFixture) -> None:
@@ -147,11 +148,13 @@ def test_only_a_replay_waits_until_what_is_kept_was_compared(monkeypatch: pytest
     """A sampling run with a ControlNet has no graph: its steps needn't care for those of others."""
     looked: list[None] = []
 
-    def what_is_untrue(*args: Any) -> str:
-        looked.append(None)
-        return others_graph.what_is_untrue(*args)
+    look = OthersGraph.what_is_untrue
 
-    monkeypatch.setattr(module, "what_is_untrue", what_is_untrue)
+    def what_is_untrue(graph: OthersGraph, call: Call) -> str:
+        looked.append(None)
+        return look(graph, call)
+
+    monkeypatch.setattr(OthersGraph, "what_is_untrue", what_is_untrue)
     both = pair("nothing")
     for seed in range(3):
         both.forward(inputs(seed))
@@ -230,17 +233,17 @@ def test_the_order_of_options_is_part_of_a_kind() -> None:
     assert len(both.graphs) == 2
 
 
-def test_a_call_outside_of_a_forward_drops_them() -> None:
+@pytest.mark.parametrize("changes", [True, False])
+def test_a_call_outside_of_a_forward_may_change_what_is_kept(changes: bool) -> None:
     both = pair("keeps_tables")
     for seed in range(3):
         both.forward(inputs(seed))
-    both.forwards.forget_others()
-    assert both.graphs == []
-    for dit in (both.graphed, both.plain):
+    (graph,) = both.graphs
+    both.forwards.others_run()
+    for dit in (both.graphed, both.plain) if changes else ():
         dit.methods()["preprocess_text_embeds"].run(torch.ones(1))
-    for seed in range(3):
-        both.forward(inputs(seed))
-    assert len(both.graphs) == 1
+    both.forward(inputs(3))
+    assert (graph in both.graphs) == (not changes)
 
 
 def test_a_network_that_nobody_has_is_freed_with_its_graphs() -> None:
@@ -417,12 +420,12 @@ def test_a_table_that_misfits_only_in_a_capture_stays(monkeypatch: pytest.Monkey
     assert made.is_split
 
 
-def test_a_method_of_a_network_drops_graphs_before_it_runs() -> None:
+def test_graphs_are_looked_at_after_a_method_of_a_network() -> None:
     made = Network(made_up_habits.network("nothing"), torch.float32, "")
     engine = made_up.engine_of(made, Topology())
-    with mock.patch.object(Forwards, "forget_others") as forget:
+    with mock.patch.object(Forwards, "others_run") as run:
         engine.call("m", "preprocess_text_embeds", pack({"embeds": torch.ones(1)}, "arguments", {}, None))
-    forget.assert_called_once_with()
+    run.assert_called_once_with()
 
 
 @pytest.mark.parametrize("broken_off", [True, False])

@@ -11,8 +11,8 @@ tokens an expert gets (`DiT.graphs`); and long ones, which are watched (`tacod.r
 behind what runs, and a graph can't be stopped.
 
 Of a network that isn't ours nobody knows what its code does. A forward is captured once a call of its kind has changed
-nothing that the network keeps, and only if one more has no side effects (`tacod.rank.forward.side_effects`). The graph
-goes when the network keeps something else, or its tables have changed (`OthersGraph`).
+nothing that the network keeps, and only if one more has no side effects (`tacod.rank.forward.side_effects`). Before
+a replay the graph goes if the network keeps something else by now, or its tables have changed (`OthersGraph`).
 
 A family's prefix (`tacod.rank.forward.prefixes`) is computed before its forward and never within a graph. A graph has a
 copy of one prefix and overwrites it when a forward comes with another one.
@@ -35,7 +35,7 @@ from tacod.rank.families.base import DiT, Output
 from tacod.rank.families.inputs import Inputs
 from tacod.rank.forward.captured import TRIES, Captured, Graph, Without
 from tacod.rank.forward.kernel_check import KernelCheck
-from tacod.rank.forward.others_graph import OthersGraph, look_on, state_of, what_is_untrue
+from tacod.rank.forward.others_graph import OthersGraph, look_on, state_of
 from tacod.rank.forward.prefixes import Prefix, Prefixes
 from tacod.rank.forward.run import Call, compute_prefix, equal, relative_difference, run
 from tacod.rank.forward.state import State
@@ -78,10 +78,8 @@ class Forwards:
         """For the forwards of a command that may be long."""
         self._kinds: WeakKeyDictionary[DiT, OrderedDict[Hashable, Captured | Without]] = WeakKeyDictionary()
         self._pool: Any = None
-        self._has_others = False
-        """Whether there may be graphs of networks that aren't ours; alike on all ranks."""
-        self._others_ran = False
-        """Whether code of such a network has run since its graphs were last known to be true; alike on all ranks."""
+        self._others_ran = 0
+        """How often code of networks that aren't ours has run, but for replays; alike on all ranks."""
         self._said: WeakKeyDictionary[DiT, set[str]] = WeakKeyDictionary()
         """Why such a network has no graph, as the log has it."""
 
@@ -96,10 +94,8 @@ class Forwards:
         if not self._may_be_captured(call):
             return self._run(call)
         kind = (call.plan.layout, call.plan.attention, call.inputs.key)
-        if not call.dit.is_ours:
-            self._keep_true_ones(call, kind)
         known = self._known(call.dit, kind)
-        if isinstance(known, Graph):
+        if isinstance(known, Graph) and self._is_true(known, call, kind):
             return known.replay(call)
         # Asked here, as a model may look at all of its layers for it: no replay waits for that.
         if not call.dit.graphs:
@@ -137,6 +133,7 @@ class Forwards:
     def _capture_others(self, call: Call, tries: int, out: Output, state: State) -> Captured | Without:
         """The graph of a call that has left its network in this ``state``."""
         self.begins()
+        self.others_run()
         effects = look_on(call, self.topology, self._guarded, state)
         graph: Captured | Without = Without(TRIES)
         if self.topology.everyone.agree(not effects.reason):
@@ -144,43 +141,31 @@ class Forwards:
         else:
             self._say(call.dit, call.plan, effects.reason or "another rank could not capture it")
         if isinstance(graph, OthersGraph):
-            graph.tries = tries
-            self._has_others = True
+            graph.tries, graph.seen = tries, self._others_ran
             log.info("%s is a CUDA graph: %s", call.plan, call.dit.network)
         return graph
 
-    def forget_others(self) -> None:
-        """Drop the graphs of networks that aren't ours: code of theirs is to run outside of a forward.
+    def others_run(self) -> None:
+        """Code of networks that aren't ours runs, also outside of a forward: their graphs may be untrue from now on."""
+        self._others_ran += 1
 
-        They are captured anew.
+    def _is_true(self, graph: Graph, call: Call, kind: Hashable) -> bool:
+        """Whether a graph still does what its network would; one that doesn't is dropped, and captured anew.
+
+        That is found out if code of networks that aren't ours has run since it was last known: networks share code. To
+        look takes long, so it is done before a replay. Forwards that have no graph, such as those with a ControlNet,
+        don't wait for it.
         """
-        if not self._has_others:
-            return
-        self._has_others = False
-        for kinds in self._kinds.values():
-            for kind, graph in list(kinds.items()):
-                if isinstance(graph, OthersGraph):
-                    kinds[kind] = Without(graph.tries)
-
-    def _keep_true_ones(self, call: Call, kind: Hashable) -> None:
-        """Drop the graphs of networks that aren't ours if one of them no longer does what its network would.
-
-        That is found out before one is replayed, if code of such a network has run since: networks share code. To look
-        takes long, and forwards that have no graph, such as those with a ControlNet, don't wait for it.
-        """
-        if not self._others_ran or not isinstance(self._known(call.dit, kind), OthersGraph):
-            return
-        self._others_ran = False
-        reason = what_is_untrue(self._kinds, call.inputs.latents[0].device)
+        if not isinstance(graph, OthersGraph) or graph.seen == self._others_ran:
+            return True
+        graph.seen = self._others_ran
+        reason = graph.what_is_untrue(call)
         if self.topology.everyone.agree(not reason):
-            return
-        for dit, kinds in self._kinds.items():
-            for graph in kinds.values():
-                if isinstance(graph, OthersGraph):
-                    graph.tries += 1
-                    if graph.tries == TRIES:
-                        self._say(dit, graph.plan, f"{reason or UNTRUE_ELSEWHERE}, {TRIES} times")
-        self.forget_others()
+            return True
+        self._kinds[call.dit][kind] = Without(graph.tries + 1)
+        if graph.tries + 1 == TRIES:
+            self._say(call.dit, call.plan, f"{reason or UNTRUE_ELSEWHERE}, {TRIES} times")
+        return False
 
     def _may_be_captured(self, call: Call) -> bool:
         inputs = call.inputs
@@ -274,14 +259,9 @@ class Forwards:
 
     def _run(self, call: Call, cache: StepCache | None = None) -> Output:
         """A forward without a graph."""
-        try:
-            out = self._guarded(lambda: run(call, self.topology, cache, self.watch, listens=True))
-        except TacodError:
-            if not call.dit.is_ours:
-                self.forget_others()
-            raise
-        self._others_ran |= not call.dit.is_ours
-        return out
+        if not call.dit.is_ours:
+            self.others_run()
+        return self._guarded(lambda: run(call, self.topology, cache, self.watch, listens=True))
 
     def _guarded(self, compute: Callable[[], T]) -> T:
         """Part of a forward; if it breaks off, nothing is left of earlier ones."""
@@ -299,7 +279,6 @@ class Forwards:
     def clear(self) -> None:
         """Free the memory of graphs, step caches and prefixes."""
         self._kinds.clear()
-        self._has_others = False
         self._pool = None
         self.step_caches.clear()
         self.prefixes.clear()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, Protocol, cast
@@ -20,7 +20,7 @@ from tacod.rank.parallel.topology import Topology
 from tacod.rank.weights.parts import parts_of
 from tacod_client.errors import TacodError
 
-__all__ = ["OthersGraph", "look_on", "state_of", "what_is_untrue"]
+__all__ = ["OthersGraph", "look_on", "state_of"]
 
 KEPT_BYTES = 256 << 20
 """Most bytes of a network's tables that a graph reads: those that the network keeps, of which the graph has a copy, and
@@ -49,20 +49,6 @@ class _Others(Protocol):
 def state_of(dit: DiT, device: torch.device) -> State:
     """What a network that isn't ours keeps, as it is now."""
     return State(cast(_Others, dit).inner, device)
-
-
-def what_is_untrue(kinds: Mapping[DiT, Mapping[Any, Any]], device: torch.device) -> str:
-    """Why a graph of a network that isn't ours, among all there are, no longer does what the network would.
-
-    Empty if all do.
-    """
-    for dit, graphs in kinds.items():
-        mine = [each for each in graphs.values() if isinstance(each, OthersGraph)]
-        if mine:
-            state = state_of(dit, device)
-            if reason := next(filter(None, (each.what_is_untrue(state) for each in mine)), ""):
-                return reason
-    return ""
 
 
 def look_on(
@@ -126,9 +112,10 @@ class OthersGraph(Graph):
         self.fault = effects.copies.fault or after.changed(self._state) or after.drew(self._state)
         self._kept = [(each, each.clone()) for each in kept]
         self._outcome = others.outcome
-        self.plan = call.plan
         self.tries = 0
         """How often such a graph was dropped."""
+        self.seen = 0
+        """How often code of networks that aren't ours had run when it was last known to be true."""
 
     def replay(self, call: Call) -> Output:
         """See `Graph.replay`."""
@@ -136,9 +123,9 @@ class OthersGraph(Graph):
         cast(_Others, call.dit).outcome = self._outcome
         return out
 
-    def what_is_untrue(self, state: State) -> str:
-        """What the network, now in this ``state``, keeps that it didn't keep, or other numbers; empty if nothing."""
-        if reason := state.changed(self._state):
+    def what_is_untrue(self, call: Call) -> str:
+        """Why it no longer does what the call's network would: what that keeps is something else. Empty if it does."""
+        if reason := state_of(call.dit, call.inputs.latents[0].device).changed(self._state):
             return reason
         return "" if all(torch.equal(*each) for each in self._kept) else "a table that it reads has other numbers"
 
