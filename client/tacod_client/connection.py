@@ -45,11 +45,6 @@ SILENCE_S = 3.0
 """After this long without an answer, the connection counts as dead, and a new one is made."""
 SLICE_S = 0.02
 """How long one wait lasts before `on_wait` is called: a click on Cancel is noticed within this time."""
-LEAD_S = 0.0015
-LATE_S = 0.002
-"""From how long before a completion is due until how long after that it is polled for without sleeping."""
-MANY_CORES = 8
-"""Where there are fewer, the ranks may need the core that polls."""
 STOPPING_S = 0.25
 """How often a daemon that is about to stop is asked again."""
 SETTLE_S = 1.0
@@ -89,9 +84,6 @@ class Connection:
         self._polled: tuple[int, ...] = ()
         """The descriptors of the completions for which it waits."""
         self._decoder = Decoder("completion")
-        self._completed_in_s: float | None = None
-        """How long the last completion took: the next forward of a run takes as long."""
-        self._polls = (os.cpu_count() or 1) >= MANY_CORES
         self._session = b""
         self._ids = 0
         self._waiting: dict[int, Request] = {}
@@ -218,7 +210,7 @@ class Connection:
                 if self._closed and not request.replies:
                     raise ConnectionFailed("this client is closed; make a new one")
                 if not request.replies:
-                    self._listen(request)
+                    self._listen()
                 if request.lost:
                     self._resend(request, deadline)
                 elif self.boot_id != stopping:
@@ -368,11 +360,11 @@ class Connection:
         for source in (self._socket, *completions):
             self._poller.register(source, zmq.POLLIN)
 
-    def _listen(self, request: Request | None = None) -> None:
-        """Wait one slice for messages, such as those of a request, and check whether the daemon is still there."""
+    def _listen(self) -> None:
+        """Wait one slice for messages, and check whether the daemon is still there."""
         if self._socket is None:
             return
-        self._read(SLICE_S, None if request is None else self._due_s(request))
+        self._read(SLICE_S)
         now = time.monotonic()
         if self._unanswered_s is not None and now - self._unanswered_s > SILENCE_S:
             self._drop_session()
@@ -384,32 +376,11 @@ class Connection:
                 ping = wire.encode(Message("ping", {}, 0, self._session))
                 self._socket_now().send_multipart(ping, zmq.DONTWAIT)
 
-    def _due_s(self, request: Request) -> float | None:
-        """When a request's completion is due, by the monotonic clock; None if that isn't known, or no matter."""
-        if request.kind != "forward" or self._completed_in_s is None or not self._polls:
-            return None
-        return request.sent_s + self._completed_in_s
-
-    def _poll(self, wait_s: float, due_s: float | None) -> list[tuple[Any, int]]:
-        """What can be read within ``wait_s``. Around the time when a completion is due, this doesn't sleep.
-
-        To wake up from a sleep takes as long as the completion's whole way.
-        """
-        now = time.monotonic()
-        if due_s is None or now >= due_s + LATE_S:
-            return self._poller.poll(int(wait_s * 1000))
-        # In whole milliseconds; what is left of one is polled, too.
-        ready = self._poller.poll(int(max(0.0, min(wait_s, due_s - LEAD_S - now)) * 1000))
-        if time.monotonic() >= due_s - LEAD_S - 0.001:
-            while not ready and time.monotonic() < due_s + LATE_S:
-                ready = self._poller.poll(0)
-        return ready
-
-    def _read(self, wait_s: float, due_s: float | None = None) -> None:
+    def _read(self, wait_s: float) -> None:
         socket, shared = self._socket_now(), self.shared
         if shared is not None and shared.completions is not self._polled:
             self._wait_for(shared.completions)
-        ready = self._poll(wait_s, due_s)
+        ready = self._poller.poll(int(wait_s * 1000))
         if shared is not None and any(source is not socket for source, _ in ready):
             for packet in shared.receive():
                 self._complete(packet)
@@ -443,5 +414,4 @@ class Connection:
             return
         request = self._waiting.get(message.id)
         if request is not None and message.type == "completion" and "out" in message.body:
-            self._completed_in_s = time.monotonic() - request.sent_s
             request.complete(message)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,8 +24,6 @@ class Request:
         self.build = build
         """Makes the body, each time that the request is sent."""
         self.id = 0
-        self.sent_s = 0.0
-        """When it was sent last, by the monotonic clock."""
         self.replies: deque[Message] = deque()
         self.lost = False
         """Whether the connection on which it was sent is gone."""
@@ -41,7 +38,7 @@ class Request:
 
     def send_as(self, number: int) -> None:
         """It is sent now, perhaps anew, under this id; what was said to it before says nothing any more."""
-        self.id, self.sent_s = number, time.monotonic()
+        self.id = number
         self.lost = self.completed = self._answered = False
         self.replies.clear()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from helpers import FLUX, SD3, Daemon, eventually
+from helpers import FLUX, SD3, Daemon, Interrupted, Interruption, eventually
 
 from tacod_client import Cancelled, Client, JobNotFound
 
@@ -53,24 +53,16 @@ def test_a_queued_job_never_starts(sturdy: Daemon, client: Client) -> None:
 
 
 def test_an_interrupted_call_cancels_itself(sturdy: Daemon) -> None:
-    class Interrupted(Exception):
-        pass
-
-    clicked = False
-
-    def on_wait() -> None:
-        if clicked:
-            raise Interrupted
-
-    with sturdy.client(on_wait=on_wait) as client, sturdy.client() as watcher:
+    interruption = Interruption()
+    with sturdy.client(on_wait=interruption) as client, sturdy.client() as watcher:
         model = client.load(SD3.file)
         job = SD3.sample(model, 20000)
         next(iter(job))
-        clicked = True
+        interruption.armed.set()
         with pytest.raises(Interrupted):
             job.result()
         eventually(lambda: watcher.jobs() == [], 3, "the job is gone")
-        clicked = False
+        interruption.armed.clear()
         SD3.check(model)
 
 

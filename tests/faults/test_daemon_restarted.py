@@ -9,7 +9,7 @@ from pathlib import Path
 from threading import Event
 
 import pytest
-from helpers import FLUX, FP32, SD3, START_S, Daemon, eventually, relative_error, stopped
+from helpers import FLUX, FP32, SD3, START_S, Daemon, Interrupted, Interruption, eventually, relative_error, stopped
 from torch import Tensor
 
 from tacod_client import Model, Unavailable
@@ -75,20 +75,13 @@ def test_jobs_go_on_with_the_next_daemon(models: Path) -> None:
 def test_while_it_drains(models: Path) -> None:
     """Who has asked for nothing yet is refused at once; who waits for the next daemon can still cancel."""
 
-    class Interrupted(Exception):
-        pass
-
-    clicked = Event()
-
-    def on_wait() -> None:
-        if clicked.is_set():
-            raise Interrupted
+    interruption = Interruption()
 
     with (
         Daemon(1, [models]) as daemon,
         daemon.client() as busy,
         daemon.client() as late,
-        daemon.client(on_wait=on_wait) as client,
+        daemon.client(on_wait=interruption) as client,
     ):
         model = client.load(SD3.file)
         SD3.check(model)
@@ -104,9 +97,9 @@ def test_while_it_drains(models: Path) -> None:
             forward = pool.submit(SD3.check, model)
             time.sleep(0.5)
             assert not forward.done()
-            clicked.set()
+            interruption.armed.set()
             with pytest.raises(Interrupted):
                 forward.result(5)
-        clicked.clear()
+        interruption.armed.clear()
         assert job.result().isfinite().all()
         assert daemon.wait() == 0

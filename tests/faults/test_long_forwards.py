@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FLUX, START_S, Daemon, Tiny, eventually
+from helpers import FLUX, START_S, Daemon, Interruption, Tiny, eventually
 
 from tacod_client import Cancelled, Client, Job, Model
 
@@ -167,31 +167,24 @@ def test_cancel_takes_effect_between_blocks(
 def test_an_interrupted_client_stops_it(sturdy: Daemon, client: Client, slowly: Faults) -> None:
     """As a click on Cancel in ComfyUI, and as a client that goes away."""
 
-    class Interrupted(Exception):
-        pass
-
-    clicked = threading.Event()
-
-    def on_wait() -> None:
-        if clicked.is_set():
-            raise Interrupted
+    interruption = Interruption()
 
     model = client.load(DEEP.file)
     slowly(0.3)
     for ending in ("click", "bye"):
-        clicked.clear()
-        with sturdy.client(on_wait=on_wait) as other:
+        interruption.armed.clear()
+        with sturdy.client(on_wait=interruption) as other:
             theirs = other.load(DEEP.file)
             with under_way(theirs, **DEEP.inputs(text=new_text())) as ended:
                 eventually(lambda: (blocks_of(client) or (0, 0))[0] >= 1, START_S, "it is in its blocks")
                 begun = time.monotonic()
                 if ending == "click":
-                    clicked.set()
+                    interruption.armed.set()
                 else:
                     other.close()
                 eventually(lambda: client.jobs() == [], START_S, "the job is gone")
                 assert time.monotonic() - begun < SOON_S
-                clicked.set()
+                interruption.armed.set()
             assert "error" in ended
     slowly(0)
     DEEP.check(model)
