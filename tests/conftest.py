@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import goldens_cpu  # noqa: F401  # before torch
 import pytest
 import torch
 from helpers import FLUX, SD3
