@@ -352,6 +352,17 @@ def relative_error(out: Output, expected: Output) -> float:
     return float((out.float() - expected.float()).norm() / expected.float().norm())
 
 
+def assert_same_model(loaded: torch.nn.Module, model: torch.nn.Module, out: Output, expected: Output) -> None:
+    """Two models have the same parameters to the bit, and forwards of them are the same.
+
+    Their weights lie at other addresses, by which a CPU's sums may have another order.
+    """
+    weights, others = dict(loaded.named_parameters()), dict(model.named_parameters())
+    assert weights.keys() == others.keys()
+    assert [key for key, each in weights.items() if not torch.equal(each, others[key])] == []
+    assert relative_error(out, expected) <= FP32
+
+
 @dataclass(frozen=True)
 class Tiny:
     """A small model with random weights, whose one-process output is what the daemon must give."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FP32, in_diffusers, read_golden, relative_error
+from helpers import FP32, assert_same_model, in_diffusers, read_golden, relative_error
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
@@ -156,7 +156,7 @@ def test_a_diffusers_folder_is_the_same_model(tmp_path: Path) -> None:
     loaded = load_model(read_checkpoint(str(tmp_path)), torch.float32, torch.device("cpu"))
     assert isinstance(loaded, HiDream)
     given = inputs()
-    assert torch.equal(forward(loaded, given), forward(ours, given))
+    assert_same_model(loaded, ours, forward(loaded, given), forward(ours, given))
     with pytest.raises(ModelUnsupported, match=r"config\.json: patch_size is 1"):
         from_diffusers("here", {**config, "patch_size": 1}, {})
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FP32, in_diffusers, read_golden, relative_error
+from helpers import FP32, assert_same_model, in_diffusers, read_golden, relative_error
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -179,7 +179,7 @@ def test_a_diffusers_folder_is_the_same_model(tmp_path: Path, ours: dict[str, An
     assert isinstance(loaded, Kandinsky5)
     assert (loaded.axes, loaded.is_image) == (model.axes, model.is_image)
     given = inputs(model, *((6, 8) if ours else (3, 6, 8)))
-    assert torch.equal(forward(loaded, given), forward(model, given))
+    assert_same_model(loaded, model, forward(loaded, given), forward(model, given))
 
 
 @pytest.mark.parametrize(("key", "value"), [("patch_size", [1, 1, 1]), ("axes_dims", [16, 24, 24])])

@@ -31,8 +31,11 @@ def tensors(fill: float) -> dict[str, Tensor]:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
+    """A file of a second ago: two that are written within one tick of the kernel's clock have the same time."""
     path = tmp_path / "style.safetensors"
     save_file(tensors(1), path)
+    past = path.stat().st_mtime - 1
+    os.utime(path, (past, past))
     return path
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FP32
-from made_up_attention import HOW, REFUSED, TEXT, WIDTH, attention, inputs, network
+from helpers import FP32, relative_error
+from made_up_attention import HEADS, HOW, REFUSED, TEXT, WIDTH, attention, inputs, network
 from rank_worker import WORLD, Ranks
 from test_network_tables import OneOf
 
@@ -18,6 +18,7 @@ from tacod.rank.comfyui.tables.base import Cut, LinearAttention
 from tacod.rank.comfyui.tokens import Misfit, Tokens
 from tacod.rank.families.inputs import Inputs
 from tacod.rank.forward.run import plan_for
+from tacod.rank.parallel.sequence import SequenceParallel
 from tacod_client.errors import ArgumentError
 
 LAYOUTS = [(1, 3, 1), (1, 1, 2), (1, 2, 2)]
@@ -33,11 +34,24 @@ def test_it_gives_what_all_tokens_give(ranks: Ranks, how: str, layout: tuple[int
         assert told.startswith(f"sequence {layout[1] * layout[2]} (")
 
 
-def test_attention_in_fp32_is_in_fp32(ranks: Ranks) -> None:
-    exact, rounded = (
-        ranks.run((1, 2, 1), "called", how=how, text=TEXT, dtype="bfloat16")[0][0] for how in ("in fp32", "plain")
+def test_attention_in_fp32_is_in_fp32() -> None:
+    """Its result is rounded to bf16 once, at its end."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (3 * torch.randn(2, 9, WIDTH, generator=g).bfloat16() for _ in range(3))
+    tokens = Tokens(SequenceParallel())
+    tokens.begin({"x": q}, {"x": Cut(1, ("all",))})
+    whole, rounded = (
+        attend(tokens, [*tokens.runs.values()], False, q, k, v, HEADS, attn_precision=precision)
+        for precision in (torch.float32, None)
     )
-    assert exact <= rounded <= 2e-2
+    exact = attention(q.float(), k.float(), v.float(), HEADS).bfloat16()
+    assert relative_error(whole, exact) <= 2e-4 < relative_error(rounded, exact)
+
+
+def test_ranks_attend_in_fp32_to_tokens_in_bf16(ranks: Ranks) -> None:
+    for error, reason, told in ranks.run((1, 2, 1), "called", how="in fp32", text=TEXT, dtype="bfloat16")[:2]:
+        assert (error <= 2e-2, reason) == (True, "")
+        assert told.startswith("sequence 2 (")
 
 
 @pytest.mark.parametrize("how", REFUSED)

@@ -1,4 +1,4 @@
-"""Packed layers: ten formats as ComfyUI packs them, to the bit of what its own layers give on a CPU."""
+"""Packed layers: ten formats as ComfyUI packs them, against what its own layers give on a CPU."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ from tacod_client.errors import ModelCorrupt
 
 LAYERS = ("double_blocks.0.img_attn.qkv", "layers.0.feed_forward.w2", "single_blocks.0.linear2")
 BIT = [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+SUMS = 5e-7
+"""How far products in fp32 are apart at most whose sums have another order, as on another processor."""
 
 
 @pytest.fixture(params=FILES)
@@ -35,7 +37,7 @@ def golden(request: pytest.FixtureRequest) -> Golden:
 
 @pytest.mark.parametrize(("named", "dtype"), BIT)
 def test_a_layer_gives_what_comfyuis_gives(golden: Golden, named: str, dtype: torch.dtype) -> None:
-    """To the bit on a processor like the one they were made on, with 2 threads; else sums may have another order."""
+    """What is a sum of whole numbers is the same to the bit; of others it may have another order."""
     assert len(FILES) == 10
     for name in LAYERS:
         layer = golden.layer(name, dtype)
@@ -45,7 +47,7 @@ def test_a_layer_gives_what_comfyuis_gives(golden: Golden, named: str, dtype: to
         theirs = golden[f"{name}.y_{named}"].to(dtype)
         if isinstance(layer, IntegerLinear) and not isinstance(layer, Int4Linear):
             assert torch.equal(y, theirs), name
-        assert relative_error(y, theirs) <= (2e-7 if dtype == torch.float32 else 1e-3), name
+        assert relative_error(y, theirs) <= (SUMS if dtype == torch.float32 else 1e-3), name
 
 
 def test_a_weights_numbers_are_comfyuis(golden: Golden) -> None:
@@ -53,11 +55,13 @@ def test_a_weights_numbers_are_comfyuis(golden: Golden) -> None:
     assert found
     for name in found:
         layer = golden.layer(name, torch.float32)
-        assert torch.equal(layer.dequantized(torch.float32), golden[f"{name}.dequantised"]), name
+        numbers, theirs = layer.dequantized(torch.float32), golden[f"{name}.dequantised"]
+        # A rotation is a product.
+        rotated = isinstance(layer, IntegerLinear) and layer.group > 0
+        assert relative_error(numbers, theirs) <= SUMS if rotated else torch.equal(numbers, theirs), name
         # In bands, as large ones are.
         step = [layer.numbers(slice(row, row + 5), torch.float32) for row in range(0, layer.out_features, 5)]
-        # A rotation is a product, whose sums have another order for fewer rows.
-        assert relative_error(torch.cat(step), golden[f"{name}.dequantised"]) < 1e-6, name
+        assert relative_error(torch.cat(step), theirs) <= SUMS, name
 
 
 def test_activations_stay_as_they_are_if_asked(golden: Golden) -> None:
@@ -204,7 +208,7 @@ def test_a_lora_is_nearer_to_the_exact_merge_than_comfyuis(golden: Golden) -> No
         ours = relative_error(base.adapted(up, down)(x), exact)
         theirs = relative_error(golden[f"{name}.y_lora_fp32"], exact)
         assert ours < theirs, (name, ours, theirs)
-        assert relative_error(base(x), golden[f"{name}.y_fp32"]) <= 2e-7, "the base is as it was"
+        assert relative_error(base(x), golden[f"{name}.y_fp32"]) <= SUMS, "the base is as it was"
 
 
 def test_a_layer_of_the_compute_dtype_in_fp32(golden: Golden) -> None:

@@ -10,6 +10,12 @@ from conformance import FAMILIES, tiny
 from rank_worker import WORLD, Ranks
 
 MODELS = ["quantised/flux_dev_nvfp4", "quantised/flux2_klein_nvfp4", "quantised/z_image_mxfp8"]
+ROUNDED_APART = 3e-2
+"""How far two forwards of z_image_mxfp8 are where a number of an activation is rounded the other way.
+
+Noise of 6e-7 in what is rounded, as another order of sums gives, moves its output by 0.007 to 0.026; that it is
+rounded at all by 0.053.
+"""
 
 
 @pytest.mark.parametrize("layout", [(1, 2, 1), (1, 3, 1), (1, 1, 2)], ids=str)
@@ -17,7 +23,7 @@ MODELS = ["quantised/flux_dev_nvfp4", "quantised/flux2_klein_nvfp4", "quantised/
 def test_models_are_as_on_one_rank(ranks: Ranks, name: str, layout: tuple[int, ...]) -> None:
     errors = ranks.run(layout, "native", name=name, golden=True)
     assert len(errors) == WORLD
-    assert max(error for error, _ in errors) <= 1e-6
+    assert max(error for error, _ in errors) <= (ROUNDED_APART if "mxfp8" in name else 1e-6)
     # mxfp8 has a scale for each block of a token.
     assert min(own for _, own in errors) > 1e-2 or "mxfp8" in name
 

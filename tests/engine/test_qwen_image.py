@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conformance import CPU, required_inputs, tiny
-from helpers import FP32, in_diffusers, read_golden, relative_error
+from helpers import FP32, assert_same_model, in_diffusers, read_golden, relative_error
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -184,7 +184,7 @@ def test_a_diffusers_folder(config: dict[str, Any], told: dict[str, Any], method
     assert isinstance(loaded, QwenImage)
     assert (loaded.reference_method, loaded.layered) == (method, config["use_additional_t_cond"])
     given = {**inputs(), "ref_latents": [torch.randn(2, 4, 1, 4, 5)]}
-    assert torch.equal(run(loaded, **given), run(model, **given, ref_latents_method=method))
+    assert_same_model(loaded, model, run(loaded, **given), run(model, **given, ref_latents_method=method))
 
 
 # --- forwards ---------------------------------------------------------------------------------------------------------
