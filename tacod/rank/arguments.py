@@ -32,8 +32,8 @@ __all__ = ["Kept", "check_arguments", "check_names", "check_tokens", "digest", "
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 SMALL_BYTES = 4096
-SMALL_TENSORS = 64
-"""Most small tensors that are kept, such as a pooled text or a guidance; the least recently used goes first."""
+SMALL_TENSORS = 256
+"""Most small tensors that are kept: a pooled text, a guidance, a schedule's timesteps. The least recently used goes."""
 HIDDEN = -1e4
 """Added to an attention score, it hides the key in any dtype."""
 DEPTH = 8
@@ -359,8 +359,8 @@ def load_arguments(
     """The arguments as torch values on ``device``; those with an offset lie in ``memory``.
 
     Tensors are in the compute dtype, or in fp32 where the spec says so. Residuals stay in the host's memory, because a
-    rank needs only some of their tokens. Those that don't differ from step to step are put on the device once and stay
-    in ``kept``, if that can tell them.
+    rank needs only some of their tokens. Those that ``kept`` knows are not put on the device again: conditioning, and
+    the timesteps of a schedule, which the next run has too.
     """
     first = given.get("x")
     latents = first[0].dtype if isinstance(first, list) and first else getattr(first, "dtype", "")
@@ -397,7 +397,8 @@ def load_arguments(
         if value.offset is not None:
             assert memory is not None
             return memory.read(value, chosen)
-        if kept is None or name in wire.CHANGING:
+        # The same latents don't come again.
+        if kept is None or name == "x":
             return _on_device(value, chosen, device)
         return kept.find(value, chosen, lambda: _on_device(value, chosen, device))
 

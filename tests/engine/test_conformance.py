@@ -307,6 +307,16 @@ def test_a_batch_of_1_among_larger_ones(family: str, name: str) -> None:
     assert relative_error(*outs) <= FP32
 
 
+@FAMILY
+def test_a_forward_writes_to_none_of_its_inputs(family: str) -> None:
+    """Later forwards have the same tensors."""
+    dit = tiny(family)
+    given = everything(dit)
+    before = given.clone()
+    forward(dit, dit.prepare(given))
+    assert all(torch.equal(*each) for each in zip(given.tensors, before.tensors, strict=True))
+
+
 # --- graphs -----------------------------------------------------------------------------------------------------------
 
 
