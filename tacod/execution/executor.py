@@ -66,7 +66,9 @@ class Executor:
         self.manifest = Manifest(config.models.readable, config.device)
         self.store, self.memories, self._kept = host.store, host.memories, host.kept
         self.records = Records(self.manifest)
-        self.scheduler = Scheduler(config.limits.queue, self.settings.retries)
+        self.scheduler = Scheduler(
+            config.limits.queue, self.settings.retries, lambda: self.group.completed_s is not None
+        )
         self.group = RankGroup(self.settings, devices, folder, config.comfyui.path, beside)
         self.memories.on_freed.append(self.group.unmap)
         self.residency = Residency(
@@ -169,13 +171,7 @@ class Executor:
     @property
     def unfinished(self) -> list[Job]:
         """All jobs but a running one that is completed, which counts towards no limit."""
-        self._note_completion()
-        return [job for job in self.scheduler.jobs if not job.completed]
-
-    def _note_completion(self) -> None:
-        """Note whether the running job is completed, as of now: its client may have asked for the next one already."""
-        if self.scheduler.running is not None and self.group.completed_s is not None:
-            self.scheduler.running.completed = True
+        return self.scheduler.unfinished
 
     def submit(self, job: Job, others: int = 0) -> None:
         """Queue a job; the tensors that it names by digest stay in the store until its end.
@@ -185,7 +181,6 @@ class Executor:
         """
         if self.given_up is not None:
             raise Unavailable(self.given_up)
-        self._note_completion()
         self.scheduler.submit(job, others)
         self.store.pin(job.digests, job.verb is not Verb.SAMPLE)
         self.memories.pin(job.body)
@@ -221,7 +216,6 @@ class Executor:
 
     def cancel(self, job_id: str) -> bool:
         """Cancel a job; returns whether it has ended already. Raises `JobNotFound`."""
-        self._note_completion()
         ended = self.scheduler.cancel(job_id)
         self._end(ended)
         self._stop_if_cancelling()
@@ -230,7 +224,6 @@ class Executor:
     def drop(self, session: bytes) -> None:
         """End a session's jobs and its uploads, and take back the memory that it shares."""
         self.store.disclaim(session)
-        self._note_completion()
         self._end(self.scheduler.drop(session))
         self.memories.revoke(session)
         self._stop_if_cancelling()

@@ -81,9 +81,6 @@ class Job:
     """What ended the ranks at its last attempt, as `GroupLost.cause` has it."""
     started_s: float | None = None
     cancelling: bool = False
-    completed: bool = False
-    """Whether its client may have its result already, though not all ranks have answered; then it can't be cancelled.
-    """
     outcome: Outcome | None = None
     error: TacodError | None = None
     times: dict[str, float] = field(default_factory=dict)
@@ -105,7 +102,12 @@ class Job:
 class Scheduler:
     """Queues by session, and the one running job."""
 
-    def __init__(self, limit: int, retries: int) -> None:
+    def __init__(self, limit: int, retries: int, is_completed: Callable[[], bool] = lambda: False) -> None:
+        """``is_completed`` says whether the running job's client may have its result, before all ranks have answered.
+
+        Then the job counts towards no limit and can't be cancelled.
+        """
+        self._is_completed = is_completed
         self.limit = limit
         self.retries = retries
         self.draining = False
@@ -124,6 +126,16 @@ class Scheduler:
         longest = max(map(len, queues), default=0)
         return running + [queue[turn] for turn in range(longest) for queue in queues if turn < len(queue)]
 
+    @property
+    def unfinished(self) -> list[Job]:
+        """The `jobs` without a running one that is completed."""
+        return [job for job in self.jobs if job is not self.running or job is self._stoppable]
+
+    @property
+    def _stoppable(self) -> Job | None:
+        """The running job, unless it is completed."""
+        return None if self.running is None or self._is_completed() else self.running
+
     def submit(self, job: Job, others: int = 0) -> None:
         """Queue a job behind its session's others. As many ``others``, of other groups, count towards the limit.
 
@@ -134,7 +146,7 @@ class Scheduler:
                 "tacod is draining: it ends what it has and takes no new work; ask again after its restart",
                 stopping=True,
             )
-        count = sum(not each.completed for each in self.jobs) + others
+        count = len(self.unfinished) + others
         if count >= self.limit:
             raise QueueFull(
                 f"{count} jobs are queued, which is the limit (limits.queue); wait for one to end",
@@ -250,20 +262,21 @@ class Scheduler:
 
         Raises `JobNotFound`, also for one that is completed. Returns the ended jobs.
         """
-        running = self.running
-        if running is not None and running.id == job_id and not running.completed:
-            running.cancelling = True
-            return []
-        for job in self.jobs:
-            if job.id == job_id and job is not running:
-                self._remove(job)
-                return [job.end(Outcome.CANCELLED, _cancelled(job))]
+        for job in self.unfinished:
+            if job.id != job_id:
+                continue
+            if job is self.running:
+                job.cancelling = True
+                return []
+            self._remove(job)
+            return [job.end(Outcome.CANCELLED, _cancelled(job))]
         raise JobNotFound(f"no job {job_id!r} is queued or running; `tacoctl ps` lists them", job=job_id)
 
     def drop(self, session: bytes) -> list[Job]:
         """Forget a session: its waiting jobs end now, its running one at the end of its step."""
-        if self.running is not None and self.running.session == session and not self.running.completed:
-            self.running.cancelling = True
+        running = self._stoppable
+        if running is not None and running.session == session:
+            running.cancelling = True
         return [job.end(Outcome.CANCELLED, _cancelled(job)) for job in self._queues.pop(session, deque())]
 
     def fail_all(self, error: TacodError) -> list[Job]:
