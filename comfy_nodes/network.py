@@ -31,6 +31,8 @@ METHODS = ("offset", "index", "uxo")
 H3 = "MiniMaxH3Model"
 """MiniMax-H3's network is called so."""
 
+LUMINA = "NextDiT"
+"""Lumina 2's and Z-Image's network is called so."""
 QWEN = "QwenImageTransformer2DModel"
 AT_ZERO = "index_timestep_zero"
 """Places reference latents one behind the other, and takes them as clean: their timestep is 0."""
@@ -127,8 +129,16 @@ class Network:
         elif self.is_qwen and arguments.get("ref_latents"):
             # What this version found in the file, which an older one doesn't know of Edit-2511 and Layered.
             meanings["ref_latents_method"] = getattr(self.skeleton, "default_ref_method", "index")
-        if arguments.get("attention_mask") is not None and not self.applies_text_mask:
-            meanings["attention_mask"] = None
+        if arguments.get("attention_mask") is not None:
+            if type(self.skeleton).__name__ == LUMINA and "cap_mask = None" not in self._own:
+                # Since 0.11 it drops the mask, as the daemon does.
+                raise Refused(
+                    "a text with padding",
+                    "before 0.11 ComfyUI's network hides it from the rest of the text; update ComfyUI, or run it "
+                    "without the TACO-DiT nodes",
+                )
+            if not self.applies_text_mask:
+                meanings["attention_mask"] = None
         eps = self.qk_norm_eps(dtype)
         if eps is not None:
             meanings["qk_norm_eps"] = eps

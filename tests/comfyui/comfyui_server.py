@@ -59,6 +59,12 @@ class Outcome:
         return [event["data"] for event in self.events if event["type"] == kind]
 
 
+def has(source: str, word: str) -> bool:
+    """Whether a file of this version of ComfyUI has this word."""
+    path = Path(PATH, source)
+    return path.exists() and word in path.read_text()
+
+
 @cache
 def stand_ins(python: str) -> list[str]:
     """The folders of stand-ins for what an interpreter can't import."""
@@ -157,6 +163,11 @@ class ComfyUI:
         """The nodes that it has, and what they take."""
         nodes: dict[str, Any] = self.get("/object_info")
         return nodes
+
+    @cached_property
+    def version(self) -> tuple[int, ...]:
+        """The version of ComfyUI."""
+        return tuple(map(int, self.get("/system_stats")["system"]["comfyui_version"].split(".")))
 
     def get(self, path: str) -> Any:
         """A GET of its API."""

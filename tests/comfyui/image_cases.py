@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from comfyui_graphs import WEAKER
-from comfyui_server import PATH
+from comfyui_server import PATH, has
 from helpers import Golden, Tiny, read_golden
 from safetensors.torch import save_file
 
@@ -138,13 +138,17 @@ CASES = [
 ]
 
 
+_AV = "comfy/ldm/lightricks/av_model.py"
 NEWER = {
     "chroma_radiance": ("comfy/ldm/chroma_radiance/model.py", "use_sequential_txt_ids"),
     "cosmos_predict2_t2i": ("comfy/ldm/cosmos/predict2.py", "pad_to_patch_size"),
+    "hunyuan_video_i2v_replace": ("comfy/ldm/flux/layers.py", "d[2]:d[2] + 1"),
     "longcat_edit": ("comfy/supported_models.py", "class LongCatImage"),
+    "ltx23_av": (_AV, "preprocess_text_embeds"),
+    "ltx25_av": (_AV, "preprocess_text_embeds"),
     "qwen_layered": ("comfy/ldm/qwen_image/model.py", "use_additional_t_cond"),
 }
-"""What a case needs of ComfyUI's networks that they haven't always had: an option of its config, odd sizes."""
+"""What a case needs of ComfyUI's networks that they haven't always had: an option of its config, odd sizes, a batch."""
 
 
 def named(*goldens: str) -> list[Case]:
@@ -164,7 +168,7 @@ def write(case: Case, models: Path, file: str = "", golden: Golden | None = None
     if not Path(PATH, "comfy/ldm", case.module).is_dir():
         pytest.skip(f"this version of ComfyUI has no {case.module}")
     for name, (source, word) in NEWER.items():
-        if case.golden == name and word not in Path(PATH, source).read_text():
+        if case.golden == name and not has(source, word):
             pytest.skip(f"this version of ComfyUI lacks {word} in {source}")
     file = file or case.file
     path = models / "diffusion_models" / file

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from comfyui_graphs import Pair, refused
-from comfyui_server import PATH, ComfyUI, Outcome
+from comfyui_server import PATH, ComfyUI, Outcome, has
 from helpers import Daemon
 from image_cases import CASES, Case, Sizes, named, write
 
@@ -59,11 +59,14 @@ MASKED = ("lumina2", "z_image", "qwen_image", "qwen_edit", "qwen_edit_2511", "qw
 
 
 @pytest.mark.parametrize("case", named(*MASKED), indirect=True, ids=lambda case: case.golden)
-def test_a_text_with_padding(both: Both, run: Pair) -> None:
+def test_a_text_with_padding(comfyui: ComfyUI, both: Both, run: Pair, case: Case) -> None:
     for name in ("positive", "negative"):
         run.add(f"{name}_padded", "TestTextMask", conditioning=f"@{name}", hidden=4 if name == "positive" else 2)
     padded = {"positive": "@positive_padded", "negative": "@negative_padded"}
     run.load()
+    if case.module == "lumina" and not has("comfy/ldm/lumina/model.py", "cap_mask = None"):
+        assert "TACO-DiT can't honour a text with padding" in refused(comfyui, run, **padded)
+        return
     run.sample(save="_1", cfg=1.0, **padded)
     run.sample(save="_4", cfg=4.0, **padded)
     both(run, "_1", "_4")

@@ -47,14 +47,18 @@ def test_guides(comfyui: ComfyUI, both: Both, run: Pair) -> None:
     """Weaker ones, stronger ones, and one that is seen only where a mask shows it."""
     run.load()
     run.sample(save="_weak", cfg=3.0, **guided(run))
-    for name, more in {"strong": {"strength": 1.6}, "shown": {"attention_mask": ["area", 0], "strength": 0.8}}.items():
+    taken = comfyui.nodes["LTXVAddGuide"]["input"]
+    given: dict[str, dict[str, Any]] = {"strong": {"strength": min(1.6, taken["required"]["strength"][1]["max"])}}
+    if "attention_mask" in taken.get("optional", {}):
+        given["shown"] = {"attention_mask": ["area", 0], "strength": 0.8}
+    for name, more in given.items():
         run.add(name, "LTXVAddGuide", **{**run.nodes["guided"]["inputs"], **more})
         inputs = {"positive": f"@{name}", "negative": f"@{name}#1", "latent_image": f"@{name}#2"}
         run.sample(save=f"_{name}", cfg=1.0, **inputs)
-    both(run, "_weak", "_strong", "_shown")
-    plain, shown = (comfyui.latent(run.file("taco", save)) for save in ("_strong", "_shown"))
-    assert plain.shape[2] == 3 + 1 + 1
-    assert (plain - shown)[:, :, :3].norm() > 1e-3 * plain.norm()
+    both(run, "_weak", *(f"_{name}" for name in given))
+    plain, last = (comfyui.latent(run.file("taco", f"_{name}")) for name in ("strong", [*given][-1]))
+    assert plain.shape[2] > 3, "guides are further frames"
+    assert ((plain - last)[:, :, :3].norm() > 1e-3 * plain.norm()) == ("shown" in given)
 
 
 @models("ltxv_t2v")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from comfyui_graphs import AVPair, Pair
-from comfyui_server import PATH, ComfyUI
+from comfyui_server import PATH, ComfyUI, has
 from helpers import read_golden
 from image_cases import Case, Sizes
 
@@ -233,12 +233,18 @@ def _hunyuan(run: Pair, case: Case) -> None:
 
 
 def _ltx(run: Pair, case: Case) -> None:
-    """At 24 frames a second, with a sound of 10 steps; raw states of a text for LTX-2's connectors."""
+    """At 24 frames a second, with a sound of 10 steps; raw states of a text for LTX-2's connectors.
+
+    Before ComfyUI's network had connectors its text encoder did, whose states are for video and sound.
+    """
+    connects = has("comfy/ldm/lightricks/av_model.py", "preprocess_text_embeds")
     run.nodes["latent"]["inputs"]["frames"] = 3
     video = read_golden(case.golden).config["image_model"] == "ltxv"
-    raw = json.dumps({"unprocessed_ltxav_embeds": True})
+    raw = json.dumps({"unprocessed_ltxav_embeds": True} if connects else {})
     for name in ("positive", "negative"):
         run.nodes[f"{name}_text"] = run.nodes.pop(name)
+        if not video and not connects:
+            run.nodes[f"{name}_text"]["inputs"]["width"] *= 2
         # LTX-Video's network can't do without its text encoder's mask.
         given = {"hidden": 3} if video else {"values": raw}
         run.add(f"{name}_raw", "TestTextMask" if video else "TestValues", conditioning=f"@{name}_text", **given)
