@@ -33,6 +33,7 @@ H3 = "MiniMaxH3Model"
 
 LUMINA = "NextDiT"
 """Lumina 2's and Z-Image's network is called so."""
+
 QWEN = "QwenImageTransformer2DModel"
 AT_ZERO = "index_timestep_zero"
 """Places reference latents one behind the other, and takes them as clean: their timestep is 0."""
@@ -134,8 +135,8 @@ class Network:
                 # Since 0.11 it drops the mask, as the daemon does.
                 raise Refused(
                     "a text with padding",
-                    "before 0.11 ComfyUI's network hides it from the rest of the text; update ComfyUI, or run it "
-                    "without the TACO-DiT nodes",
+                    "this ComfyUI's network hides the padding from the rest of the text, and the daemon doesn't; "
+                    "update ComfyUI (0.11 or newer), or run it without the TACO-DiT nodes",
                 )
             if not self.applies_text_mask:
                 meanings["attention_mask"] = None

@@ -129,7 +129,8 @@ class Scheduler:
     @property
     def unfinished(self) -> list[Job]:
         """The `jobs` without a running one that is completed."""
-        return [job for job in self.jobs if job is not self.running or job is self._stoppable]
+        stoppable = self._stoppable
+        return [job for job in self.jobs if job is not self.running or job is stoppable]
 
     @property
     def _stoppable(self) -> Job | None:

@@ -135,7 +135,7 @@ def test_a_network_that_keeps_what_it_has_seen_is_refused(
     run.nodes["file"]["inputs"]["unet_name"] = name
     run.load(loader, **({"unet_name": name} if loader == "TACODiTUNETLoader" else {}))
     message = "TACO-DiT can't honour CausalWanModel: it keeps keys and values"
-    if not has("comfy/model_detection.py", "causal_ar"):
+    if not has("comfy/supported_models.py", "causal_ar"):
         # For this version it is a Wan 2.1.
         message = "config key 'causal_ar': Causal Forcing's network, which this version doesn't run"
     assert message in refused(comfyui, run, steps=2)

@@ -124,6 +124,7 @@ def test_a_file_loads_without_what_is_for_others(tmp_path: Path) -> None:
     weights = {f"net.{key}": value for key, value in {**model.state_dict(), **others}.items()}
     save_file(weights, path, {"tacod.config": json.dumps(TINY)})
     loaded = load_model(read_checkpoint(str(path)), torch.float32, torch.device("cpu"))
+    assert loaded.state_dict().keys() == model.state_dict().keys()
     assert isinstance(loaded, CosmosPredict2)
     given = inputs()
     assert_same_model(loaded, model, forward(loaded, given), forward(model, given))

@@ -48,6 +48,19 @@ def test_attention_in_fp32_is_in_fp32() -> None:
     assert relative_error(whole, exact) <= 2e-4 < relative_error(rounded, exact)
 
 
+def test_what_ranks_exchange_for_it_is_in_fp32() -> None:
+    class Meeting(OneOf):
+        def attend(self, projections: Any, lengths: Any, mask: Any = None) -> Any:
+            raise Misfit(f"{projections[0]().projected[0].dtype}")
+
+    tokens = Tokens(Meeting(0, 2))
+    tokens.begin({"x": torch.zeros(1, 6, WIDTH)}, {"x": Cut(1, ("all",))})
+    q = torch.zeros(1, 3, WIDTH).bfloat16()
+    for precision, exchanged in ((None, torch.bfloat16), (torch.float32, torch.float32)):
+        with pytest.raises(Misfit, match=str(exchanged)):
+            attend(tokens, [*tokens.runs.values()], False, q, q, q, HEADS, attn_precision=precision)
+
+
 def test_ranks_attend_in_fp32_to_tokens_in_bf16(ranks: Ranks) -> None:
     for error, reason, told in ranks.run((1, 2, 1), "called", how="in fp32", text=TEXT, dtype="bfloat16")[:2]:
         assert (error <= 2e-2, reason) == (True, "")

@@ -161,7 +161,7 @@ def test_small_tensors_are_known_by_their_contents() -> None:
         first, second = load(), load(y=to_wire(y.clone(), "y"))
         assert second["y"] is first["y"]
         assert second["guidance"] is first["guidance"]
-        # The latents and the context are large, and came without their digests.
+        # The latents are never kept, and the context is large and came without its digest.
         assert put.call_count == len(given) + 2
         assert second["x"] is not first["x"]
         assert second["timestep"] is first["timestep"]
