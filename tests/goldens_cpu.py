@@ -11,6 +11,9 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+INTEL = False
+"""Whether this is one. Two processes give the same bits then only where tensors lie alike, by which MKL orders sums."""
 with suppress(OSError):
-    if "GenuineIntel" in Path("/proc/cpuinfo").read_text():
-        os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
+    INTEL = "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+if INTEL:
+    os.environ.setdefault("MKL_CBWR", "COMPATIBLE")

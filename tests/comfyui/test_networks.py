@@ -17,6 +17,7 @@ import pytest
 import torch
 from comfyui_graphs import Pair, TinyModel
 from comfyui_server import PATH, PYTHON, ComfyUI, Outcome
+from goldens_cpu import INTEL
 from helpers import FP32, Daemon, Tiny, relative_error
 from network_cases import CASES
 from safetensors.torch import load_file, save_file
@@ -80,7 +81,8 @@ def test_with_a_table(networks: Networks, files: Path, name: str, ranks: int) ->
         out = model.forward(**known["first"])
         assert model.stats.last is not None
         assert (model.stats.last.ranks, model.stats.last.plan.startswith(f"sequence {ranks}")) == (ranks, True)
-        assert farthest(out, known["alone"]) <= (0 if ranks == 1 and CASES[name].exact else FP32)
+        same_bits = ranks == 1 and CASES[name].exact and not INTEL
+        assert farthest(out, known["alone"]) <= (0 if same_bits else FP32)
         assert farthest(model.forward(**known["inputs"]), known["both"]) <= FP32
         if ranks == 3:
             ring = client.load(f"{name}.safetensors", plan={"ring": ranks})
