@@ -64,13 +64,19 @@ NEWEST = (0, 33)
 """The newest ComfyUI that is tested: nothing that tests ask for is too new for it."""
 
 
+@cache
+def version() -> tuple[int, ...]:
+    """The version of the ComfyUI in `PATH`."""
+    (found,) = re.findall(r"__version__ = \"([\d.]+)\"", Path(PATH, "comfyui_version.py").read_text())
+    return tuple(map(int, found.split(".")))
+
+
 def has(source: str, word: str) -> bool:
     """Whether a file of this version of ComfyUI has this word; the newest must have it, or tests would be skipped."""
     path = Path(PATH, source)
     if path.exists() and word in path.read_text():
         return True
-    (version,) = re.findall(r"__version__ = \"([\d.]+)\"", Path(PATH, "comfyui_version.py").read_text())
-    assert tuple(map(int, version.split("."))) < NEWEST, f"{source} of ComfyUI {version} has no {word!r} any more"
+    assert version() < NEWEST, f"{source} of ComfyUI {version()} has no {word!r} any more"
     return False
 
 
@@ -172,11 +178,6 @@ class ComfyUI:
         """The nodes that it has, and what they take."""
         nodes: dict[str, Any] = self.get("/object_info")
         return nodes
-
-    @cached_property
-    def version(self) -> tuple[int, ...]:
-        """The version of ComfyUI."""
-        return tuple(map(int, self.get("/system_stats")["system"]["comfyui_version"].split(".")))
 
     def get(self, path: str) -> Any:
         """A GET of its API."""

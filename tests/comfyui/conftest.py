@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from comfyui_graphs import MODELS, Pair, TinyModel, save
-from comfyui_server import NEWEST, PATH, PYTHON, ComfyUI, Outcome
+from comfyui_server import NEWEST, PATH, PYTHON, ComfyUI, Outcome, version
 from fidelity_table import Measured, write_version
 from helpers import Daemon, relative_error
 from image_cases import Case, write
@@ -102,7 +102,7 @@ def both(comfyui: ComfyUI, request: pytest.FixtureRequest) -> Callable[..., Outc
     def run(pair: Pair, *saves: str, most: float = 1e-5, server: ComfyUI = comfyui) -> Outcome:
         lacking = {node["class_type"] for node in pair.nodes.values()} - server.nodes.keys()
         lacking = {name for name in lacking if not name.startswith(("TACODiT", "Test"))}
-        if lacking and server.version < NEWEST:
+        if lacking and version() < NEWEST:
             pytest.skip(f"this version of ComfyUI has no {', '.join(sorted(lacking))}")
         outcome = server.run(pair.nodes)
         assert outcome.kind == "success", outcome.error
