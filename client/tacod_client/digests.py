@@ -172,7 +172,11 @@ class Glance:
 
 def _is_on_gpu(value: Any) -> bool:
     """Whether a tensor's bytes lie in the memory of a GPU of CUDA's or ROCm's, as they are."""
-    return kind_of(value) == "torch" and value.is_cuda and not value.is_neg()
+    if kind_of(value) != "torch" or not value.is_cuda:
+        return False
+    import torch
+
+    return value.layout is torch.strided and not value.is_neg()
 
 
 def _same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:

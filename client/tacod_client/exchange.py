@@ -9,7 +9,7 @@ from typing import Any
 
 from tacod_client.connection import Connection
 from tacod_client.errors import ArgumentError, QueueFull, TacodError
-from tacod_client.tensors import description, kind_of, to_wire
+from tacod_client.tensors import kind_of, nbytes_of, to_wire
 from tacod_client.text import encodable
 from tacod_client.wire import Message, Tensor, map_tensors, split
 
@@ -40,6 +40,13 @@ def pack(value: Any, name: str, uploads: Uploads, address: Address | None) -> An
     Without ``address`` all tensors are sent with their bytes. Raises `ArgumentError`, naming the value, for what can't
     be sent.
     """
+    if kind_of(value) is not None:
+        if address is None or nbytes_of(value) < BY_CONTENT_BYTES:
+            return to_wire(value, name)
+        tensor = address(value, name)
+        assert tensor.digest is not None
+        uploads[tensor.digest] = tensor
+        return tensor.without_bytes()
     if isinstance(value, dict):
         if (odd := next((key for key in map(str, value) if encodable(key) != key), None)) is not None:
             raise ArgumentError(
@@ -48,24 +55,16 @@ def pack(value: Any, name: str, uploads: Uploads, address: Address | None) -> An
         return {key: pack(item, f"{name}.{key}", uploads, address) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [pack(item, name, uploads, address) for item in value]
-    if kind_of(value) is None:
-        if isinstance(value, str) and encodable(value) != value:
-            raise ArgumentError(
-                f"{name}: {value!r:.80} is not valid Unicode, and can't be sent to the daemon", argument=name
-            )
-        if value is None or isinstance(value, (str, float, bool)):
-            return value
-        if isinstance(value, int) and -(2**63) <= value < 2**64:
-            return value
-        what = "number of over 64 bits" if isinstance(value, int) else type(value).__name__
-        raise ArgumentError(f"{name}: a {what} can't be sent to the daemon", argument=name)
-    described = description(value)
-    if address is None or described is None or described.nbytes < BY_CONTENT_BYTES:
-        return to_wire(value, name)
-    tensor = address(value, name)
-    assert tensor.digest is not None
-    uploads[tensor.digest] = tensor
-    return tensor.without_bytes()
+    if isinstance(value, str) and encodable(value) != value:
+        raise ArgumentError(
+            f"{name}: {value!r:.80} is not valid Unicode, and can't be sent to the daemon", argument=name
+        )
+    if value is None or isinstance(value, (str, float, bool)):
+        return value
+    if isinstance(value, int) and -(2**63) <= value < 2**64:
+        return value
+    what = "number of over 64 bits" if isinstance(value, int) else type(value).__name__
+    raise ArgumentError(f"{name}: a {what} can't be sent to the daemon", argument=name)
 
 
 def own(value: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 from tacod_client.connection import Connection
@@ -54,15 +53,13 @@ class Latents:
         return self._packed, self._fields
 
     def _put(self, shared: Shared) -> None:
-        described = [description(each) for each in self._given]
-        tensors = [each for each in described if each is not None and each.nbytes]
-        if len(tensors) < len(described):
+        tensors = [each for each in map(description, self._given) if each is not None]
+        sizes = [each.nbytes for each in tensors]
+        if len(tensors) < len(self._given) or not all(sizes) or sum(sizes) < LEAST_BYTES:
             return
-        if sum(each.nbytes for each in tensors) < LEAST_BYTES:
-            return
-        places, size = _lay_out([each.nbytes for each in tensors])
+        places, size = _lay_out(sizes)
         # A result has the latents' shapes, or fewer channels, and four bytes a number at most.
-        room = _lay_out([max(each.nbytes, 4 * math.prod(each.shape)) for each in tensors])[1]
+        room = _lay_out([max(each, 4 * math.prod(its.shape)) for each, its in zip(sizes, tensors, strict=True)])[1]
         taken = shared.take(len(MARK) + size + room)
         if taken is None:
             return
@@ -71,13 +68,12 @@ class Latents:
         memory.view[offset : offset + len(MARK)] = MARK
         offset += len(MARK)
         try:
-            x = [replace(each, offset=offset + place) for each, place in zip(tensors, places, strict=True)]
-            for each, given in zip(x, self._given, strict=True):
-                assert each.offset is not None
-                fill(memory.view[each.offset : each.offset + each.nbytes], given)
+            for given, place, nbytes in zip(self._given, places, sizes, strict=True):
+                fill(memory.view[offset + place : offset + place + nbytes], given)
         except BaseException:
             self.close(answered=True)
             raise
+        x = [Tensor(its.dtype, its.shape, None, None, offset + at) for its, at in zip(tensors, places, strict=True)]
         self._packed = x if self._is_list else x[0]
         self._fields = {"memory": memory.number, "room": [offset + size, room]}
         self._connection.unshare(shared, useless)
@@ -92,10 +88,10 @@ class Latents:
             if tensor.offset is None:
                 return tensor
             start, size = self._fields.get("room", (0, 0))
-            if self._place is None or not start <= tensor.offset <= start + size - tensor.nbytes:
+            end = tensor.offset + tensor.nbytes
+            if self._place is None or not start <= tensor.offset <= end <= start + size:
                 raise ProtocolError("the daemon's output lies where none was asked for")
-            view = self._place[1].view[tensor.offset : tensor.offset + tensor.nbytes]
-            return replace(tensor, frames=(view,), offset=None)
+            return Tensor(tensor.dtype, tensor.shape, (self._place[1].view[tensor.offset : end],))
 
         return map_tensors(out, found)
 

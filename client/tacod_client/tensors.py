@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 from tacod_client.errors import ArgumentError, ProtocolError
@@ -30,6 +29,7 @@ __all__ = [
     "from_wire",
     "kind_of",
     "like",
+    "nbytes_of",
     "rows",
     "to_wire",
 ]
@@ -71,6 +71,11 @@ def kind_of(value: Any) -> Kind | None:
     if numpy is not None and isinstance(value, numpy.ndarray):
         return "numpy"
     return "torch" if torch is not None and isinstance(value, torch.Tensor) else None
+
+
+def nbytes_of(value: Any) -> int:
+    """The bytes of a torch tensor's or numpy array's numbers; of a sparse tensor's all of them."""
+    return int(value.nbytes if kind_of(value) == "numpy" else value.numel() * value.element_size())
 
 
 def to_wire(value: Any, argument: str) -> Tensor:
@@ -139,7 +144,7 @@ def _from_torch(tensor: torch.Tensor, argument: str) -> Tensor:
     return Tensor(dtype, tuple(tensor.shape), split(_flat(tensor).data))
 
 
-def _flat(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _flat(tensor: torch.Tensor) -> Bytes:
     """The contents on the CPU as bytes, copied only if necessary."""
     if tensor.requires_grad:
         tensor = tensor.detach()
@@ -147,7 +152,7 @@ def _flat(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
         tensor = tensor.resolve_neg()
     if not tensor.is_cpu:
         tensor = tensor.cpu()
-    raw: np.ndarray[Any, np.dtype[np.uint8]] = as_bytes(tensor).numpy()
+    raw: Bytes = as_bytes(tensor).numpy()
     return raw
 
 
@@ -155,8 +160,11 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The contents of a strided tensor (any device) as uint8 [nbytes], copied only if necessary."""
     import torch
 
-    # With any other stride than 1, which a tensor of one number may have, numbers can't be seen as bytes.
-    return tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+    tensor = tensor.contiguous()
+    if not tensor.dim() or tensor.stride(-1) != 1:
+        # Where the last dimension has one number, its stride may be any; numbers can be seen as bytes only with 1.
+        tensor = tensor.as_strided((tensor.numel(),), (1,))
+    return tensor.view(torch.uint8).view(-1)
 
 
 def from_wire(tensor: Tensor, kind: Kind, locked: bool = False) -> Any:
@@ -170,32 +178,36 @@ def from_wire(tensor: Tensor, kind: Kind, locked: bool = False) -> Any:
     import numpy as np
 
     if kind == "numpy":
-        return _as_numpy(_fill(np.empty(tensor.nbytes, np.uint8), tensor.frames), tensor)
+        return _as_numpy(_joined(tensor), tensor)
     import torch
 
     dtype: torch.dtype = getattr(torch, TORCH_NAMES[tensor.dtype])
     if not math.prod(tensor.shape):
         return torch.empty(tensor.shape, dtype=dtype, device="cpu")
     if not locked:
-        # numpy asks for huge pages: of 64 MiB it makes a copy in a third of the time.
-        raw = torch.from_numpy(_fill(np.empty(tensor.nbytes, np.uint8), tensor.frames))
-        return raw.view(dtype).reshape(tensor.shape)
+        return torch.from_numpy(_joined(tensor)).view(dtype).view(tensor.shape)
     room = torch.empty(tensor.shape, dtype=dtype, device="cpu", pin_memory=True)
-    _fill(room.reshape(-1).view(torch.uint8).numpy(), tensor.frames)
+    np.concatenate(_views(tensor), out=as_bytes(room).numpy())
     return room
 
 
-def _fill(room: Bytes, frames: Iterable[Buffer]) -> Bytes:
+def _joined(tensor: Tensor) -> Bytes:
+    """A copy of a wire tensor's contents: [nbytes]. numpy asks for huge pages, so 64 MiB take a third of the time."""
     import numpy as np
 
-    position = 0
-    for frame in frames:
-        size = len(memoryview(frame))
-        room[position : position + size] = np.frombuffer(frame, dtype=np.uint8)
-        position += size
-    if position != len(room):
-        raise ValueError(f"a tensor of {len(room)} bytes came with {position}")
-    return room
+    first, *others = _views(tensor)
+    return np.concatenate((first, *others)) if others else first.copy()
+
+
+def _views(tensor: Tensor) -> list[Bytes]:
+    """A wire tensor's frames as numpy sees them. Raises `ValueError` if they aren't all of its bytes."""
+    import numpy as np
+
+    views = [np.frombuffer(frame, np.uint8) for frame in tensor.frames or ()] or [np.empty(0, np.uint8)]
+    came = sum(map(len, views))
+    if came != tensor.nbytes:
+        raise ValueError(f"a tensor of {tensor.nbytes} bytes came with {came}")
+    return views
 
 
 def rows(tensor: Tensor, start: int, stop: int) -> Tensor:
@@ -228,7 +240,10 @@ def like(tensor: Tensor, example: Any) -> Any:
 
         there = torch.frombuffer(frames[0], dtype=getattr(torch, TORCH_NAMES[tensor.dtype]))
         return there.view(tensor.shape).to(device=example.device).to(dtype=example.dtype)
-    return from_wire(tensor, "torch").to(device=example.device, dtype=example.dtype)
+    made = from_wire(tensor, "torch")
+    if (made.dtype, example.device.type) == (example.dtype, "cpu"):
+        return made
+    return made.to(device=example.device, dtype=example.dtype)
 
 
 def all_like(out: Any, examples: Any) -> Any:

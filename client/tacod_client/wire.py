@@ -117,6 +117,8 @@ def digest_of(dtype: str, shape: Sequence[int], frames: Iterable[Buffer]) -> byt
 def split(buffer: Buffer) -> tuple[Buffer, ...]:
     """Cut contiguous bytes into frames of at most `FRAME_BYTES`; no bytes give no frames."""
     view = memoryview(buffer).cast("B")
+    if 0 < len(view) <= FRAME_BYTES:
+        return (view,)
     return tuple(view[start : start + FRAME_BYTES] for start in range(0, len(view), FRAME_BYTES))
 
 

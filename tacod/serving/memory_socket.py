@@ -69,6 +69,11 @@ class MemorySocket:
         rests = time.monotonic() < self._rests_until_s
         return [*(() if rests else (self._unix.socket.fileno(),)), *(each.fileno() for each in self._waiting)]
 
+    @property
+    def is_unread(self) -> bool:
+        """Whether a client has yet to read its descriptor, which nothing at `sources` tells."""
+        return bool(self._unread)
+
     def close(self) -> None:
         """End all connections, and remove the socket."""
         for end in (self._unix.socket, *self._waiting, *(each for _, each in self._unread)):

@@ -58,10 +58,12 @@ class Server:
             self._sources, self._poller = sources, zmq.Poller()
             for source in sources:
                 self._poller.register(source, zmq.POLLIN)
-        self._poller.poll(self._patience_ms())
-        self._access.poll()
-        self._receive()
-        if memory is not None:
+        ready = {source for source, _ in self._poller.poll(self._patience_ms())}
+        if self._access.socket in ready:
+            self._access.poll()
+        if self._socket in ready:
+            self._receive()
+        if memory is not None and (memory.is_unread or not ready.isdisjoint(own)):
             memory.poll(state.share)
         state.groups.poll()
         self._probe()
