@@ -39,8 +39,8 @@ SWEPT_BYTES = 8 << 20
 
 HOPS: dict[str, tuple[str, str, str]] = {
     "called": ("client", "before", "tacod_client.model:Model.forward"),
-    "sent": ("client", "after", "tacod_client.frames:send"),
-    "taken in": ("supervisor", "after", "tacod.serving.server:receive"),
+    "sent": ("client", "after", "tacod_client.connection:Connection.start"),
+    "taken in": ("supervisor", "before", "tacod.serving.server:Server._on_message"),
     "checked and queued": ("supervisor", "after", "tacod.serving.server:Server._on_message"),
     "with the ranks": ("supervisor", "after", "tacod.group.group:RankGroup.run"),
     "read": ("rank 0", "after", "tacod.group.arena:Arena.unpack"),

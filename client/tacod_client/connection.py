@@ -82,7 +82,7 @@ class Connection:
         self._poller = zmq.Poller()
         """Waits for messages on the socket, and for completions."""
         self._polled: tuple[int, ...] = ()
-        """The descriptors of the completions for which it waits."""
+        """The descriptors of the channels at which it waits for completions."""
         self._decoder = Decoder("completion")
         self._session = b""
         self._ids = 0
@@ -251,7 +251,8 @@ class Connection:
         self._ids += 1
         # What was said to an earlier session may name memory that went with it.
         request.send_as(self._ids)
-        parts = wire.encode(Message(request.kind, request.build(), request.id, self._session))
+        body = request.build()
+        parts = wire.encode(Message(request.kind, body, request.id, self._session))
         size = sum(len(memoryview(part)) for part in parts[2:])
         limit = self.limits.get("message_bytes", size)
         if size > limit:
@@ -261,6 +262,8 @@ class Connection:
                 limit=limit,
             )
         self._waiting[request.id] = request
+        if self.shared is not None and "memory" in body and self.shared.send(body["memory"], parts):
+            return
         try:
             frames.send(self._socket_now(), parts)
         except zmq.Again:
@@ -332,8 +335,8 @@ class Connection:
         self.boot_id = reply.body["boot_id"]
         self.limits = reply.body["limits"]
         path = self._endpoint.memory_path(reply.body.get("memory"))
-        completes = reply.body.get("completions") is True
-        self.shared = Shared(path, self._session, completes) if path is not None else None
+        offers = [reply.body.get(each) is True for each in ("completions", "requests")]
+        self.shared = Shared(path, self._session, *offers) if path is not None else None
 
     def _drop_session(self) -> None:
         """Give up the socket and the session; every open request is lost and will be sent again."""
@@ -354,10 +357,10 @@ class Connection:
             del self._waiting[request.id]
             request.end(None)
 
-    def _wait_for(self, completions: tuple[int, ...]) -> None:
+    def _wait_for(self, channels: tuple[int, ...]) -> None:
         """From now on, wait for messages and for completions at these descriptors."""
-        self._polled, self._poller = completions, zmq.Poller()
-        for source in (self._socket, *completions):
+        self._polled, self._poller = channels, zmq.Poller()
+        for source in (self._socket, *channels):
             self._poller.register(source, zmq.POLLIN)
 
     def _listen(self) -> None:
@@ -378,8 +381,8 @@ class Connection:
 
     def _read(self, wait_s: float) -> None:
         socket, shared = self._socket_now(), self.shared
-        if shared is not None and shared.completions is not self._polled:
-            self._wait_for(shared.completions)
+        if shared is not None and shared.channels is not self._polled:
+            self._wait_for(shared.channels)
         ready = self._poller.poll(int(wait_s * 1000))
         if shared is not None and any(source is not socket for source, _ in ready):
             for packet in shared.receive():

@@ -1,8 +1,8 @@
 """Memory that this client shares with the daemon's ranks.
 
 The daemon makes the memory and hands out its descriptor on a unix socket beside the first (docs/protocol.md). With it
-comes a socket on which a rank tells of completions: a result lies there. Whatever goes wrong here, tensors travel as
-frames, and answers come from the daemon: sharing only saves time.
+comes a channel, a socket: on it a rank tells of completions (a result lies there), and forwards go to the daemon, past
+ZeroMQ's threads. Whatever goes wrong here, tensors travel as frames, and messages by ZeroMQ: sharing only saves time.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Sequence
 
 from tacod_client import wire
 from tacod_client.errors import ProtocolError, TacodError
@@ -34,8 +35,8 @@ class Memory:
 
     def __init__(self, number: int, nbytes: int, fd: int) -> None:
         """It doesn't keep the descriptor ``fd``."""
-        self.completions: socket.socket | None = None
-        """Where a rank tells of results that lie here; never waited at."""
+        self.channel: socket.socket | None = None
+        """Where a rank tells of results that lie here, and forwards that lie here may be sent; never waited at."""
         self.number = number
         self.nbytes = nbytes
         self.retired = False
@@ -68,17 +69,21 @@ class Memory:
 class Shared:
     """The memories of one session; usable from several threads."""
 
-    def __init__(self, path: bytes, session: bytes, completes: bool = False) -> None:
-        """``path`` is that of the socket that hands out memory, with completions if the daemon ``completes``."""
-        self.completions: tuple[int, ...] = ()
+    def __init__(self, path: bytes, session: bytes, completes: bool = False, hears: bool = False) -> None:
+        """``path`` is that of the socket that hands out memory, with channels if the daemon ``completes``.
+
+        If the daemon ``hears``, it reads there.
+        """
+        self.channels: tuple[int, ...] = ()
         """The descriptors that become readable when a completion comes; another tuple whenever they change."""
         self._completes = completes
+        self._hears = hears
         self._path = path
         self._session = session
         self._memories: list[Memory] = []
         self._lock = threading.Lock()
         self._hearing = threading.Lock()
-        """Held while completions are read, and while memories come and go; never while the daemon is asked."""
+        """Held while channels are used, and while memories come and go; never while the daemon is asked."""
         self._ask_at_s = 0.0
 
     def take(self, nbytes: int) -> tuple[Memory, int, list[int]] | None:
@@ -99,7 +104,7 @@ class Shared:
                 return None
             with self._hearing:
                 self._memories.append(memory)
-                self._note_completions()
+                self._note_channels()
             for each in useless:
                 self._remove(each)
             offset = memory.take(nbytes)
@@ -124,7 +129,7 @@ class Shared:
         packets = []
         with self._hearing:
             for memory in self._memories:
-                end = memory.completions
+                end = memory.channel
                 try:
                     while end is not None and (packet := end.recv(wire.COMPLETION_BYTES)):
                         packets.append(packet)
@@ -134,12 +139,25 @@ class Shared:
                     log.debug("no more completions: %s", error)
                 if end is not None:
                     end.close()
-                    memory.completions = None
-                    self._note_completions()
+                    memory.channel = None
+                    self._note_channels()
         return packets
 
+    def send(self, number: int, frames: Sequence[wire.Buffer]) -> bool:
+        """Send a forward by the channel of the memory that it names; returns whether that could be done at once."""
+        if not self._hears or sum(len(memoryview(each)) + wire.SIZE_BYTES for each in frames) > wire.REQUEST_BYTES:
+            return False
+        with self._hearing:
+            end = next((each.channel for each in self._memories if each.number == number), None)
+            try:
+                return end is not None and end.send(wire.join(frames), socket.MSG_NOSIGNAL) > 0
+            except OSError as error:
+                # The daemon is slow to read, or has ended the session.
+                log.debug("a forward doesn't go by its memory's channel: %s", error)
+                return False
+
     def close(self) -> None:
-        """Hear of no more completions; the session has ended."""
+        """Use the channels no more; the session has ended."""
         with self._lock:
             for memory in list(self._memories):
                 self._remove(memory)
@@ -147,13 +165,13 @@ class Shared:
     def _remove(self, memory: Memory) -> None:
         with self._hearing:
             self._memories.remove(memory)
-            if memory.completions is not None:
-                memory.completions.close()
-            self._note_completions()
+            if memory.channel is not None:
+                memory.channel.close()
+            self._note_channels()
 
-    def _note_completions(self) -> None:
-        ends = (each.completions for each in self._memories)
-        self.completions = tuple(end.fileno() for end in ends if end is not None)
+    def _note_channels(self) -> None:
+        ends = (each.channel for each in self._memories)
+        self.channels = tuple(end.fileno() for end in ends if end is not None)
 
     def _ask(self, nbytes: int) -> Memory:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as asking:
@@ -171,10 +189,10 @@ class Shared:
                 raise ProtocolError("the daemon's answer brings no memory of that size")
             memory = Memory(reply.body["memory"], reply.body["nbytes"], descriptors[0])
             if len(descriptors) > 1:
-                memory.completions = socket.socket(fileno=descriptors.pop())
+                memory.channel = socket.socket(fileno=descriptors.pop())
                 # Whatever `socket.setdefaulttimeout` says in its caller's process.
-                memory.completions.setblocking(False)
-                memory.completions.set_inheritable(False)
+                memory.channel.setblocking(False)
+                memory.channel.set_inheritable(False)
             return memory
         finally:
             for each in descriptors:

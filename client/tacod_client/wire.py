@@ -47,8 +47,12 @@ MEMORY_SOCKET = ".memory"
 """What is appended to the path of the daemon's unix socket for the one that hands out shared memory."""
 SHARE_BYTES = 4096
 """Largest packet on that socket."""
+REQUEST_BYTES = 16 << 10
+"""Largest packet on a memory's channel to the daemon: a forward whose latents lie in that memory."""
+SIZE_BYTES = 4
+"""Of a frame's size in such a packet."""
 COMPLETION_BYTES = 4096
-"""Largest packet on a socket by which a client hears of completions."""
+"""Largest packet on a channel to the client: a completion."""
 ALIGNED_BYTES = 64
 """Tensors in shared memory begin at multiples of this."""
 DIGEST_BYTES = 32
@@ -193,6 +197,21 @@ def _describe(tensor: Tensor) -> dict[str, Any]:
     if tensor.frames is None:
         described["bytes"] = False
     return described
+
+
+def join(frames: Sequence[Buffer]) -> bytes:
+    """Frames as one packet: each behind its size, a little-endian number of `SIZE_BYTES`."""
+    return b"".join([part for each in frames for part in (len(memoryview(each)).to_bytes(SIZE_BYTES, "little"), each)])
+
+
+def cut(packet: bytes) -> list[memoryview]:
+    """The frames of a packet that `join` has made; none of any other one."""
+    view, frames, position = memoryview(packet), [], 0
+    while position < len(view):
+        start = position + SIZE_BYTES
+        position = start + int.from_bytes(view[position:start], "little")
+        frames.append(view[start:position])
+    return frames if position == len(view) else []
 
 
 def decode(frames: Sequence[Buffer]) -> Message:

@@ -402,7 +402,7 @@ class Executor:
     def _hand_out(self, item: WorkItem) -> None:
         self.current, item.began_s = item, time.monotonic()
         memory = self.memories.named_by(item.command)
-        completes = memory is not None and memory.completions is not None
+        completes = memory is not None and memory.channel is not None
         request = item.job.request if completes and item.job is not None else None
         self.group.run(item.command, map(self.store.get, item.digests), item.timeout_s, item.watched, memory, request)
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Container
+from contextlib import suppress
 from dataclasses import dataclass
 
 from tacod.group.shared_memory import SharedMemory
 from tacod.group.work import Forward
 from tacod_client.errors import ArgumentError, QueueFull, Unavailable
-from tacod_client.wire import ALIGNED_BYTES, Tensor
+from tacod_client.wire import ALIGNED_BYTES, REQUEST_BYTES, Tensor
 
 __all__ = ["Memories", "check_places"]
 
 COUNT = 4
 """Most memories of one session."""
+REQUESTS = 4
+"""Most requests that are taken from one channel at a time."""
 
 
 @dataclass
@@ -24,6 +28,8 @@ class _Held:
     owner: bytes
     jobs: int = 0
     """Queued and running jobs that name it."""
+    hears: bool = True
+    """Whether its client has not closed its end of the channel."""
     revoked: bool = False
     """Whether its owner gave it back or is gone; it is freed when no job names it."""
 
@@ -47,8 +53,8 @@ class Memories:
         """Bytes of all memories, those among them that wait for a job's end."""
         return sum(held.memory.nbytes for held in self._held.values())
 
-    def make(self, owner: bytes, nbytes: int, completions: int | None = None) -> SharedMemory:
-        """A memory for the session ``owner``, which takes over the descriptor ``completions`` (`completion_sockets`).
+    def make(self, owner: bytes, nbytes: int, channel: int | None = None) -> SharedMemory:
+        """A memory for the session ``owner``, which takes over the descriptor ``channel`` (`make_channel`).
 
         Raises `QueueFull` at a limit, `Unavailable` if the kernel gives none.
         """
@@ -63,11 +69,35 @@ class Memories:
             )
         self._made += 1
         try:
-            memory = SharedMemory.make(self._made, nbytes, completions)
+            memory = SharedMemory.make(self._made, nbytes, channel)
         except OSError as error:
             raise Unavailable(f"no memory to share: {error.strerror}; send tensors as frames") from None
         self._held[memory.id] = _Held(memory, owner)
         return memory
+
+    @property
+    def sources(self) -> list[int]:
+        """The channels by which requests may come, as file descriptors."""
+        return [each.memory.channel for each in self._held.values() if each.memory.channel is not None and each.hears]
+
+    def receive(self, ready: Container[object]) -> list[tuple[bytes, bytes]]:
+        """The requests at those `sources` that are ``ready``: of each its session and its packet."""
+        requests = []
+        for held in self._held.values():
+            channel = held.memory.channel
+            if channel is None or channel not in ready or not held.hears:
+                continue
+            with suppress(BlockingIOError):
+                for _ in range(REQUESTS):
+                    try:
+                        packet = os.read(channel, REQUEST_BYTES)
+                    except ConnectionResetError:  # its client has ended and left completions unread
+                        packet = b""
+                    if not packet:
+                        held.hears = False
+                        break
+                    requests.append((held.owner, packet))
+        return requests
 
     def find(self, owner: bytes, number: int) -> SharedMemory:
         """A session's memory by its id. Raises `ArgumentError`."""

@@ -1,7 +1,7 @@
 """Memory that a client shares with the ranks: the supervisor makes it, hands it out and takes it back.
 
-With it may go a pair of sockets. By these rank 0 tells the client of completions: of each result that it has put into
-the memory.
+With it may go a channel, a pair of sockets: by it the client sends forwards whose latents lie in the memory to the
+supervisor, and rank 0 tells the client of completions, of each result that it has put there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import socket
 from dataclasses import dataclass
 
-__all__ = ["SharedMemory", "completion_sockets"]
+__all__ = ["SharedMemory", "make_channel"]
 
 COMPLETIONS_BYTES = 16 << 10
 """What the kernel is to keep of a client's unread completions: a dozen, as it counts."""
@@ -29,17 +29,17 @@ class SharedMemory:
     id: int
     nbytes: int
     fd: int
-    completions: int | None = None
-    """The ranks' end of the `completion_sockets`; None if the client wants no completions."""
+    channel: int | None = None
+    """The daemon's end of its channel, at which the supervisor reads and rank 0 writes; None if it has none."""
 
     @property
     def descriptors(self) -> list[int]:
         """What the ranks get."""
-        return [self.fd] if self.completions is None else [self.fd, self.completions]
+        return [self.fd] if self.channel is None else [self.fd, self.channel]
 
     @staticmethod
-    def make(number: int, nbytes: int, completions: int | None = None) -> SharedMemory:
-        """A memory of zeros, which takes over the descriptor ``completions``. Raises `OSError` if there can be none."""
+    def make(number: int, nbytes: int, channel: int | None = None) -> SharedMemory:
+        """A memory of zeros, which takes over the descriptor ``channel``. Raises `OSError` if there can be none."""
         fd = os.memfd_create("tacod-client", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, nbytes)
@@ -47,24 +47,20 @@ class SharedMemory:
         except BaseException:
             os.close(fd)
             raise
-        return SharedMemory(number, nbytes, fd, completions)
+        return SharedMemory(number, nbytes, fd, channel)
 
     def free(self) -> None:
         """Free its pages now, though others may still have it mapped, and close it."""
         with mmap.mmap(self.fd, self.nbytes) as mapped:
             mapped.madvise(mmap.MADV_REMOVE)
         os.close(self.fd)
-        if self.completions is not None:
-            os.close(self.completions)
+        if self.channel is not None:
+            os.close(self.channel)
 
 
-def completion_sockets() -> tuple[socket.socket, socket.socket]:
-    """The ranks' end of a pair of sockets, and the client's, which can only receive.
-
-    Raises `OSError` if there can be none.
-    """
+def make_channel() -> tuple[socket.socket, socket.socket]:
+    """The daemon's end of a channel, at which nobody waits, and the client's. Raises `OSError` if there can be none."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    # Nobody reads what a client would send, so it can't.
-    ours.shutdown(socket.SHUT_RD)
+    ours.setblocking(False)
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, COMPLETIONS_BYTES)
     return ours, theirs

@@ -177,11 +177,11 @@ def _completion(engine: Engine, envelope: Envelope, arena: Arena) -> Completion 
     if engine.topology.rank != 0 or envelope.request is None or not isinstance(command, Forward):
         return None
     memory = engine.memories.get(command.memory)
-    if memory is None or memory.completions is None:
+    if memory is None or memory.channel is None:
         return None
     if fault is None:
-        return Completion(arena.board, envelope, memory.completions)
-    return Completion(arena.board, envelope, memory.completions, partial(inject, fault, rank=0, engine=engine))
+        return Completion(arena.board, envelope, memory.channel)
+    return Completion(arena.board, envelope, memory.channel, partial(inject, fault, rank=0, engine=engine))
 
 
 def _receive(channel: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:

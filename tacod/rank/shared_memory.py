@@ -31,10 +31,10 @@ _WIRE_NAMES = {getattr(torch, name): wire_name for wire_name, name in TORCH_NAME
 class MappedMemory:
     """One memory, mapped here. On a GPU it is registered with CUDA, so that copies need no staging and no waiting."""
 
-    def __init__(self, fd: int, nbytes: int, device: torch.device, completions: int | None = None) -> None:
-        """Takes over the descriptor ``fd`` of a memory of ``nbytes``, and that of the socket for its completions."""
+    def __init__(self, fd: int, nbytes: int, device: torch.device, channel: int | None = None) -> None:
+        """Takes over the descriptor ``fd`` of a memory of ``nbytes``, and that of its ``channel``."""
         self._device = device
-        self.completions = None if completions is None else socket.socket(fileno=completions)
+        self.channel = None if channel is None else socket.socket(fileno=channel)
         """Where the client hears that a result lies here."""
         try:
             self._bytes = torch.frombuffer(mmap.mmap(fd, nbytes), dtype=torch.uint8)
@@ -51,8 +51,8 @@ class MappedMemory:
 
     def close(self) -> None:
         """Let go of it, when nothing is copied any more."""
-        if self.completions is not None:
-            self.completions.close()
+        if self.channel is not None:
+            self.channel.close()
         if self.registered:
             torch.cuda.synchronize(self._device)
             unmap_host(self._bytes.data_ptr())
@@ -104,9 +104,9 @@ class MappedMemories:
         self._device = device
         self._mapped: dict[int, MappedMemory] = {}
 
-    def add(self, number: int, nbytes: int, fd: int, completions: int | None = None) -> None:
+    def add(self, number: int, nbytes: int, fd: int, channel: int | None = None) -> None:
         """Map one; takes over its descriptors."""
-        self._mapped[number] = MappedMemory(fd, nbytes, self._device, completions)
+        self._mapped[number] = MappedMemory(fd, nbytes, self._device, channel)
 
     def drop(self, number: int) -> None:
         """Let go of one."""

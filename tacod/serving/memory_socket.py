@@ -1,7 +1,7 @@
 """The unix socket beside the clients' one, where a client gets memory that it shares with the ranks.
 
 ZeroMQ carries no descriptors. So a client connects here too, sends one packet and gets one, which brings a memory's
-descriptor, and if the client asks for it that of a socket on which it hears of completions.
+descriptor, and if the client asks for it that of its channel.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-from tacod.group.shared_memory import SharedMemory, completion_sockets
+from tacod.group.shared_memory import SharedMemory, make_channel
 from tacod.serving.access import User
 from tacod.serving.unix_socket import UnixSocket
 from tacod_client import wire
@@ -39,7 +39,7 @@ REST_S = 0.1
 
 Share = Callable[[bytes, User, int, int | None], SharedMemory]
 """Makes a memory of so many bytes for the session of a token, asked for by a user; it takes over the descriptor of the
-ranks' end of `completion_sockets`. Raises a `TacodError`.
+daemon's end of its channel. Raises a `TacodError`.
 """
 
 
@@ -134,7 +134,7 @@ class MemorySocket:
                     self._waiting.pop(0).close()
 
 
-def _refuse(token: bytes, user: User, nbytes: int, completions: int | None) -> SharedMemory:
+def _refuse(token: bytes, user: User, nbytes: int, channel: int | None) -> SharedMemory:
     raise QueueFull(
         f"{UNREAD} answers with descriptors are on their way to {user}; read them, or send tensors as frames",
         limit=UNREAD,
@@ -169,9 +169,9 @@ def _share(packet: bytes, user: User, share: Share, stack: ExitStack, descriptor
     token, nbytes, completions = _read(packet)
     ours = theirs = None
     if completions:
-        # Without them the client waits for the daemon's message.
+        # Without one the client's forwards and their answers go through ZeroMQ.
         with suppress(OSError):
-            ours, theirs = map(stack.enter_context, completion_sockets())
+            ours, theirs = map(stack.enter_context, make_channel())
     memory = share(token, user, nbytes, ours.fileno() if ours is not None else None)
     descriptors.append(memory.fd)
     if ours is not None and theirs is not None:

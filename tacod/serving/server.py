@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import suppress
 
 import zmq
@@ -15,7 +15,7 @@ from tacod.serving.guard import socket_of
 from tacod.serving.state import State
 from tacod_client import wire
 from tacod_client.decoder import Decoder
-from tacod_client.errors import TacodError
+from tacod_client.errors import ProtocolError, TacodError
 from tacod_client.frames import receive, widen
 from tacod_client.wire import Message
 
@@ -29,8 +29,10 @@ MESSAGES_A_TURN = 64
 _Source = zmq.Socket[bytes] | int
 Admit = Callable[[], tuple[User | None, int]]
 """Admits a newcomer: its user, None if the key is no longer allowed, and its socket, 0 if that is gone."""
-AnswerMessage = Callable[[bytes, Message, Admit], None]
-"""Answers a message of the client at an address. Raises a `TacodError` to refuse it."""
+AnswerMessage = Callable[[bytes, Message, Admit | None], None]
+"""Answers a message of the client at an address, which by a channel can be no newcomer's. Raises a `TacodError` to
+refuse it.
+"""
 
 
 class Server:
@@ -53,7 +55,8 @@ class Server:
         state = self._state
         memory = state.listener.memory
         own = memory.sources if memory is not None else []
-        sources: list[_Source] = [self._socket, self._access.socket, wakeup, *own, *state.groups.sources]
+        channels = state.groups.host.memories.sources
+        sources: list[_Source] = [self._socket, self._access.socket, wakeup, *own, *channels, *state.groups.sources]
         if sources != self._sources:
             self._sources, self._poller = sources, zmq.Poller()
             for source in sources:
@@ -61,6 +64,7 @@ class Server:
         ready = {source for source, _ in self._poller.poll(self._patience_ms())}
         if self._access.socket in ready:
             self._access.poll()
+        self._receive_by_channels(ready)
         if self._socket in ready:
             self._receive()
         if memory is not None and (memory.is_unread or not ready.isdisjoint(own)):
@@ -97,6 +101,14 @@ class Server:
             self._state.sessions.rx_bytes += sum(len(buffer) for buffer in buffers)
             self._on_message(peer.bytes, buffers, lambda first=peer: self._admit(first))  # type: ignore[misc]
 
+    def _receive_by_channels(self, ready: Container[object]) -> None:
+        sessions = self._state.sessions
+        for owner, packet in self._state.groups.host.memories.receive(ready):
+            session = sessions.get(owner)
+            if session is not None:
+                sessions.rx_bytes += len(packet)
+                self._on_message(session.peer, wire.cut(packet), None)
+
     def _admit(self, first: zmq.Frame) -> tuple[User | None, int]:
         """Make room for what is sent to a newcomer, known by the ``first`` frame that it sent."""
         widen(first)
@@ -105,11 +117,14 @@ class Server:
             number = socket_of(int(first.get(zmq.SRCFD)))
         return self._access.user_of(first), number
 
-    def _on_message(self, peer: bytes, frames: Sequence[wire.Buffer], admit: Admit) -> None:
+    def _on_message(self, peer: bytes, frames: Sequence[wire.Buffer], admit: Admit | None) -> None:
+        """Have a message answered, or one that came by a memory's channel if it can't ``admit`` a newcomer."""
         request, token = 0, b""
         try:
             message = self._decoder.decode(frames)
             request, token = message.id, message.session
+            if admit is None and message.type != "forward":
+                raise ProtocolError(f"{message.type}: only forwards come by a memory's channel; send it through ZeroMQ")
             self._answer(peer, message, admit)
         except TacodError as error:
             self._refuse(peer, token, request, error)

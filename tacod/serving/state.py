@@ -44,15 +44,15 @@ class State:
         self.groups.drop(session.token)
         self.uploads.release(session.token)
 
-    def share(self, token: bytes, user: User, nbytes: int, completions: int | None) -> SharedMemory:
-        """Make a memory that a session shares with the ranks; it takes over the descriptor ``completions``.
+    def share(self, token: bytes, user: User, nbytes: int, channel: int | None) -> SharedMemory:
+        """Make a memory that a session shares with the ranks; it takes over the descriptor ``channel``.
 
         Raises `NotAllowed` if the session isn't that user's, and what `Memories.make` raises.
         """
         session = self.sessions.get(token)
         if session is None or session.user.uid is None or session.user != user:
             raise NotAllowed(f"{user} has no such session; say hello on the socket of clients, and send its token")
-        return self.groups.host.memories.make(token, nbytes, completions)
+        return self.groups.host.memories.make(token, nbytes, channel)
 
     def apply_config(self, config: Config, preload: Sequence[Iterable[Model]], keys: Keys | None) -> None:
         """Apply another configuration whose fixed keys (`lifecycle.FIXED`) are the same."""

@@ -62,7 +62,7 @@ class Verbs:
         self.lifecycle = lifecycle
         self._jobs_made = 0
 
-    def answer(self, peer: bytes, message: Message, admit: Admit) -> None:
+    def answer(self, peer: bytes, message: Message, admit: Admit | None) -> None:
         """Do what a client's message asks; raises a `TacodError` if it can't be done."""
         known = message.form.known if message.form is not None else None
         if isinstance(known, _Known):
@@ -82,6 +82,7 @@ class Verbs:
             message = replace(message, body=without_claims(message.body), form=None)
         body = messages.parse(kind, message.body)
         if isinstance(body, messages.Hello):
+            assert admit is not None
             self.hello(peer, message.id, body, *admit())
             return
         session = self._session(peer, message)
@@ -140,7 +141,7 @@ class Verbs:
         has_memory = self.state.listener.memory is not None and self.state.groups.host.memories.limit
         if session.user.uid is not None and has_memory:
             welcome["memory"] = wire.MEMORY_SOCKET
-            welcome["completions"] = True
+            welcome["completions"] = welcome["requests"] = True
         session.post(wire.encode(Message("welcome", welcome, request)))
 
     def bye(self, session: Session, request: int, body: messages.Empty) -> None:

@@ -20,6 +20,7 @@ from helpers import FLUX, FP32, SD3, START_S, Daemon, Interrupted, Interruption,
 
 from tacod_client import ArgumentError, Client, latents
 from tacod_client import model as model_module
+from tacod_client.shared import Shared
 from tacod_client.wire import MEMORY_SOCKET, Message
 
 from .conftest import Inject
@@ -62,6 +63,34 @@ def test_threads_share_one_memory(sturdy: Daemon, client: Client) -> None:
     assert all(memory.idle for memory in shared._memories)
     with sturdy.client() as other:
         assert other.stats()["shared_bytes"] == sum(memory.nbytes for memory in shared._memories)
+
+
+def test_forwards_go_past_zeromq(sturdy: Daemon, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the memory's channel, from many threads, also if they are cancelled; some go through ZeroMQ between them."""
+    restarts, by_channel = client.status()["group"]["restarts"], []
+    send = Shared.send
+
+    def note(self: Shared, number: int, frames: Any) -> bool:
+        by_channel.append(bool(len(by_channel) % 5) and send(self, number, frames))
+        return by_channel[-1]
+
+    monkeypatch.setattr(Shared, "send", note)
+    interruption = Interruption()
+    with sturdy.client(on_wait=interruption) as other, ThreadPoolExecutor(6) as pool:
+        theirs, model = other.load(FLUX.file), client.load(FLUX.file)
+        FLUX.check(theirs)
+        for future in [pool.submit(FLUX.check, model, seed) for seed in range(30)]:
+            future.result(START_S)
+        interruption.armed.set()
+        for seed in range(20):
+            with pytest.raises(Interrupted):
+                theirs.forward(**FLUX.inputs(seed))
+        interruption.armed.clear()
+        FLUX.check(theirs, 9)
+        eventually(lambda: not client.status()["queue"]["queued"], 5, "what was cancelled is gone")
+    assert by_channel.count(True) > 30
+    assert by_channel.count(False) == -(-len(by_channel) // 5)
+    assert client.status()["group"]["restarts"] == restarts
 
 
 def test_a_batch_of_any_size_is_right(client: Client) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tacod_client import wire
 from tacod_client.errors import ArgumentError
 from tacod_client.tensors import from_wire, kind_of, to_wire
-from tacod_client.wire import DTYPES, Message, Tensor, decode, encode
+from tacod_client.wire import DTYPES, Message, Tensor, cut, decode, encode, join
 
 TORCH = {
     "F64": torch.float64,
@@ -50,6 +50,17 @@ SCALARS = (
     | st.text(max_size=20)
     | st.binary(max_size=20)
 )
+
+
+@given(st.lists(st.binary(max_size=300), max_size=9))
+def test_frames_in_a_packet_come_out_as_they_were(frames: list[bytes]) -> None:
+    assert cut(join(frames)) == frames
+
+
+@given(st.binary(max_size=400))
+def test_any_packet_is_frames_or_none(packet: bytes) -> None:
+    frames = cut(packet)
+    assert not frames or join(frames) == packet
 
 
 def travelled(tensor: Tensor) -> Tensor:

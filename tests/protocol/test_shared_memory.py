@@ -14,7 +14,7 @@ import msgpack
 import pytest
 
 from tacod.execution.manifest import Model
-from tacod.execution.memories import COUNT
+from tacod.execution.memories import COUNT, REQUESTS
 from tacod.serving import memory_socket
 from tacod.serving.access import User
 from tacod.serving.memory_socket import UNREAD, WAITING
@@ -215,22 +215,31 @@ def test_descriptors_that_nobody_reads_are_few(sharing: Peer) -> None:
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
-def test_a_memory_with_completions_has_a_socket_that_ends_with_it(sharing: Peer) -> None:
-    before = len(list(Path("/proc/self/fd").iterdir()))
-    with connect(sharing) as end:
-        end.send(packet({"nbytes": 4096, "completions": True}, sharing.session))
-        look(sharing)
+def channel(peer: Peer) -> tuple[int, socket.socket]:
+    """The id of a memory of 4096 bytes, and the client's end of its channel."""
+    with connect(peer) as end:
+        end.send(packet({"nbytes": 4096, "completions": True}, peer.session))
+        look(peer)
         got, descriptors, _, _ = socket.recv_fds(end, wire.SHARE_BYTES, 4)
     reply = decode([got[:5], got[5:]])
     assert (reply.type, len(descriptors)) == ("done", 2)
     os.close(descriptors[0])
-    with socket.socket(fileno=descriptors[1]) as theirs:
-        with pytest.raises(BrokenPipeError):
-            theirs.send(b"nobody reads it")
-        memory = sharing.state.groups.host.memories.find(sharing.session, reply.body["memory"])
-        assert memory.descriptors == [memory.fd, memory.completions]
-        assert memory.completions is not None
-        with socket.socket(fileno=os.dup(memory.completions)) as ours:
+    return reply.body["memory"], socket.socket(fileno=descriptors[1])
+
+
+def hear(peer: Peer) -> None:
+    """Have the server read what has come by channels."""
+    peer.server._receive_by_channels(set(peer.state.groups.host.memories.sources))
+
+
+def test_a_channel_ends_with_its_memory(sharing: Peer) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    number, theirs = channel(sharing)
+    with theirs:
+        memory = sharing.state.groups.host.memories.find(sharing.session, number)
+        assert memory.descriptors == [memory.fd, memory.channel]
+        assert memory.channel is not None
+        with socket.socket(fileno=os.dup(memory.channel)) as ours:
             sent = 0
             with suppress(BlockingIOError):
                 while sent < 1000:
@@ -240,15 +249,95 @@ def test_a_memory_with_completions_has_a_socket_that_ends_with_it(sharing: Peer)
         assert [theirs.recv(9) for _ in range(sent)] == [bytes([each % 256]) for each in range(sent)]
         assert sharing.ask("unshare", {"memory": memory.id}).type == "done"
         assert theirs.recv(9) == b"", "the daemon's end is closed"
+        with pytest.raises(BrokenPipeError):
+            theirs.send(b"nobody reads it")
+        hear(sharing)
     look(sharing)
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_a_forward_by_a_channel_is_one_like_others(sharing: Peer) -> None:
+    number, theirs = channel(sharing)
+    timestep = Tensor("F32", (1,), (bytes(4),))
+    body = {"model": "m", "plan": "auto", "arguments": {"x": X, "timestep": timestep}, "memory": number}
+    with theirs:
+        for request in (5, 6):
+            theirs.send(wire.join(encode(Message("forward", body, request, sharing.session))))
+        hear(sharing)
+        jobs = sharing.state.groups.jobs
+        assert [(each.session, each.request, each.model) for each in jobs] == [
+            (sharing.session, request, "m") for request in (5, 6)
+        ]
+        assert [bytes(*each.body.arguments["timestep"].frames) for each in jobs] == 2 * [bytes(4)]
+        theirs.send(wire.join(encode(Message("forward", {**body, "room": [0, 64]}, 7, sharing.session))))
+        hear(sharing)
+        (told,) = sharing.answers()
+        assert (told.id, told.body["code"]) == (7, "ArgumentError")
+        theirs.send(wire.join(encode(Message("forward", body, 8, sharing.session))))
+        hear(sharing)
+        (told,) = sharing.answers()
+        assert (told.id, told.body["code"]) == (8, "QueueFull")
+
+
+@pytest.mark.parametrize("kind", ["hello", "bye", "ping", "put", "unshare", "cancel", "sample", "drain", "nonsense"])
+def test_nothing_but_forwards_comes_by_a_channel(sharing: Peer, kind: str) -> None:
+    number, theirs = channel(sharing)
+    with theirs:
+        theirs.send(wire.join(encode(Message(kind, {"memory": number}, 5, sharing.session))))
+        hear(sharing)
+        (told,) = sharing.answers()
+    assert (told.id, told.body["code"]) == (5, "ProtocolError")
+    assert sharing.state.groups.host.memories.find(sharing.session, number)
+    assert sharing.ask("ping").type == "done"
+
+
+def test_junk_in_a_channel_gets_an_error(sharing: Peer) -> None:
+    number, theirs = channel(sharing)
+    whole = wire.join(encode(Message("forward", forward(X, memory=number), 5, sharing.session)))
+    with theirs:
+        for junk in (b"x", bytes(4), bytes(400), b"\xff" * 99, whole[:-1], whole + b"x", bytes(2 * wire.REQUEST_BYTES)):
+            theirs.send(junk)
+            hear(sharing)
+            (told,) = sharing.answers()
+            assert told.body["code"] == "ProtocolError"
+        with open(os.devnull) as file:
+            before = len(list(Path("/proc/self/fd").iterdir()))
+            socket.send_fds(theirs, [whole], [file.fileno()] * 50)
+            hear(sharing)
+        assert len(list(Path("/proc/self/fd").iterdir())) == before - 1
+        assert len(sharing.state.groups.jobs) == 1
+
+
+def test_a_channel_serves_its_session_alone(sharing: Peer) -> None:
+    number, theirs = channel(sharing)
+    other = sharing.state.sessions.open(b"other", "test", 8, MINE)
+    with theirs:
+        theirs.send(wire.join(encode(Message("forward", forward(X, memory=number), 5, other.token))))
+        hear(sharing)
+        (told,) = sharing.answers()
+    assert (told.type, told.id) == ("unknown_session", 5)
+    assert sharing.state.groups.jobs == []
+
+
+def test_a_flood_in_a_channel_waits_and_a_closed_one_is_left_alone(sharing: Peer) -> None:
+    memories = sharing.state.groups.host.memories
+    _, theirs = channel(sharing)
+    with theirs:
+        for _ in range(3 * REQUESTS):
+            theirs.send(b"x")
+        for _ in range(3):
+            assert len(memories.receive(memories.sources)) == REQUESTS
+        assert memories.receive([]) == memories.receive(memories.sources) == []
+        assert len(memories.sources) == 1
+    assert memories.receive(memories.sources) == []
+    assert memories.sources == [], "its end would be readable for ever"
 
 
 def test_without_a_pair_of_sockets_it_is_a_memory_alone(sharing: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(memory_socket, "completion_sockets", fail)
+    monkeypatch.setattr(memory_socket, "make_channel", fail)
     with connect(sharing) as end:
         end.send(packet({"nbytes": 4096, "completions": True}, sharing.session))
         look(sharing)

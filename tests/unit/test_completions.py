@@ -17,7 +17,7 @@ from tacod.execution.scheduler import Job, Outcome, Verb
 from tacod.group import board as board_module
 from tacod.group.board import REPORT_BYTES, Board
 from tacod.group.group import AGREE_S
-from tacod.group.shared_memory import completion_sockets
+from tacod.group.shared_memory import make_channel
 from tacod.group.work import Done, Envelope, Forward, Stepped, as_tensor, pack_done, read_done
 from tacod.rank.completion import Completion
 from tacod_client import wire
@@ -213,7 +213,7 @@ def board() -> Iterator[Board]:
 @pytest.fixture
 def ends() -> Iterator[tuple[socket.socket, socket.socket]]:
     """The ranks' end and the client's."""
-    ours, theirs = completion_sockets()
+    ours, theirs = make_channel()
     with ours, theirs:
         theirs.setblocking(False)
         yield ours, theirs

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from tacod.group.shared_memory import SharedMemory, completion_sockets
+from tacod.group.shared_memory import SharedMemory, make_channel
 from tacod_client import shared as shared_module
 from tacod_client import wire
 from tacod_client.errors import ArgumentError, ProtocolError, QueueFull
@@ -53,7 +53,7 @@ class Giver:
                     fds = []
                     reply = self.says
                     if reply is None and nbytes <= self.limit:
-                        ours, theirs = completion_sockets() if completions else (None, None)
+                        ours, theirs = make_channel() if completions else (None, None)
                         made = SharedMemory.make(len(self.made) + 1, nbytes, ours.detach() if ours else None)
                         self.made.append(made)
                         fds = [made.fd, *([theirs.fileno()] if theirs else [])]
@@ -68,6 +68,10 @@ class Giver:
         """Send a completion on a memory's socket."""
         with socket.socket(fileno=os.dup(self.made[memory - 1].descriptors[1])) as end:
             end.send(packet)
+
+    def hear(self, memory: int) -> bytes:
+        """What comes next by a memory's channel."""
+        return os.read(self.made[memory - 1].descriptors[1], 1 << 20)
 
     def close(self) -> None:
         self._end.shutdown(socket.SHUT_RDWR)
@@ -158,27 +162,27 @@ def test_a_refusal_is_asked_about_once(giver: Giver, says: Message, monkeypatch:
 
 def test_completions_of_all_memories_are_heard_until_they_are_given_back(giver: Giver) -> None:
     shared = Shared(giver.path, b"s", completes=True)
-    assert shared.completions == ()
+    assert shared.channels == ()
     first, second = shared.take(LEAST_MEMORY_BYTES), shared.take(LEAST_MEMORY_BYTES)
     assert first is not None
     assert second is not None
-    both = shared.completions
+    both = shared.channels
     assert len(both) == 2
     assert shared.receive() == []
     giver.tell(b"one")
     giver.tell(b"two")
     giver.tell(b"three", memory=2)
     assert shared.receive() == [b"one", b"two", b"three"]
-    assert shared.completions is both
+    assert shared.channels is both
     assert shared.release(second[0], second[1], answered=False) == [2]
-    assert shared.completions == both[:1]
+    assert shared.channels == both[:1]
     giver.tell(b"four")
     assert shared.receive() == [b"four"]
-    assert first[0].completions is not None
-    assert not first[0].completions.get_inheritable(), "programs that its process starts get no descriptor of it"
-    first[0].completions.shutdown(socket.SHUT_RDWR)
+    assert first[0].channel is not None
+    assert not first[0].channel.get_inheritable(), "programs that its process starts get no descriptor of it"
+    first[0].channel.shutdown(socket.SHUT_RDWR)
     assert shared.receive() == []
-    assert shared.completions == (), "a socket that is closed would be readable for ever"
+    assert shared.channels == (), "a socket that is closed would be readable for ever"
     shared.close()
 
 
@@ -192,17 +196,54 @@ def test_nobody_waits_for_completions_whatever_sockets_do_by_default(giver: Give
         socket.setdefaulttimeout(None)
     giver.tell(b"one")
     assert shared.receive() == [b"one"]
-    assert len(shared.completions) == 1, "a wait would have ended as a broken socket does"
+    assert len(shared.channels) == 1, "a wait would have ended as a broken socket does"
     giver.tell(b"two")
     assert shared.receive() == [b"two"]
     shared.close()
 
 
-def test_an_older_daemon_gives_a_memory_alone(giver: Giver) -> None:
-    shared = Shared(giver.path, b"s")
+def test_forwards_go_by_the_channel_of_their_memory(giver: Giver) -> None:
+    shared = Shared(giver.path, b"s", completes=True, hears=True)
+    first, second = shared.take(LEAST_MEMORY_BYTES), shared.take(LEAST_MEMORY_BYTES)
+    assert first is not None
+    assert second is not None
+    assert shared.send(2, [b"head", b"", memoryview(b"body")])
+    assert shared.send(1, [b"other"])
+    assert wire.cut(giver.hear(2)) == [b"head", b"", b"body"]
+    assert wire.cut(giver.hear(1)) == [b"other"]
+    longest = wire.REQUEST_BYTES - wire.SIZE_BYTES
+    assert shared.send(1, [bytes(longest)])
+    assert len(giver.hear(1)) == wire.REQUEST_BYTES
+    assert not shared.send(1, [bytes(longest + 1)]), "it would be cut off"
+    assert not shared.send(3, [b"of another session"])
+    sent = 0
+    while shared.send(1, [bytes(longest)]):
+        sent += 1
+    assert sent > 4, "what the daemon is slow to read goes through ZeroMQ"
+    shared.release(second[0], second[1], answered=False)
+    assert not shared.send(2, [b"given back"])
+    shared.close()
+    assert not shared.send(1, [b"the session has ended"])
+
+
+def test_a_forward_to_a_closed_channel_is_not_sent(giver: Giver) -> None:
+    shared = Shared(giver.path, b"s", completes=True, hears=True)
     assert shared.take(PAGE) is not None
-    assert giver.made[0].completions is None
-    assert (shared.completions, shared.receive()) == ((), [])
+    giver.made.pop().free()
+    assert not shared.send(1, [b"whatever a program does at SIGPIPE"])
+    shared.close()
+
+
+def test_an_older_daemon_gives_a_memory_alone_or_hears_nothing_there(giver: Giver) -> None:
+    shared = Shared(giver.path, b"s", hears=True)
+    assert shared.take(PAGE) is not None
+    assert giver.made[0].channel is None
+    assert (shared.channels, shared.receive()) == ((), [])
+    assert not shared.send(1, [b"head"])
+    deaf = Shared(giver.path, b"s", completes=True)
+    assert deaf.take(PAGE) is not None
+    assert not deaf.send(2, [b"head"])
+    deaf.close()
 
 
 def test_a_memory_of_another_size_is_none(giver: Giver) -> None:
