@@ -185,7 +185,7 @@ def from_wire(tensor: Tensor, kind: Kind, locked: bool = False) -> Any:
     if not math.prod(tensor.shape):
         return torch.empty(tensor.shape, dtype=dtype, device="cpu")
     if not locked:
-        return torch.from_numpy(_joined(tensor)).view(dtype).view(tensor.shape)
+        return torch.frombuffer(_joined(tensor), dtype=dtype).view(tensor.shape)
     room = torch.empty(tensor.shape, dtype=dtype, device="cpu", pin_memory=True)
     np.concatenate(_views(tensor), out=as_bytes(room).numpy())
     return room
