@@ -5,6 +5,7 @@ The ranks are fakes. Everything between a submitted job and its end is the real 
 
 from __future__ import annotations
 
+import gc
 import logging
 import shutil
 import tempfile
@@ -78,6 +79,12 @@ CONFIG = Config.model_validate(
 def raised(place: str = "a.py:1", exchanges: int = 1) -> dict[str, Any]:
     """What a rank tells of an error that it didn't expect."""
     return {"traceback": "Traceback", "what": "TypeError: 3", "place": place, "exchanges": exchanges}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_is_left_in_circles() -> None:
+    """What earlier tests left there closes its descriptors now, and not between two counts."""
+    gc.collect()
 
 
 class Events(RuleBasedStateMachine):
