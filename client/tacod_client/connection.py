@@ -262,7 +262,8 @@ class Connection:
                 limit=limit,
             )
         self._waiting[request.id] = request
-        if self.shared is not None and "memory" in body and self.shared.send(body["memory"], parts):
+        by_channel = request.kind == "forward" and self.shared is not None and "memory" in body
+        if by_channel and self.shared is not None and self.shared.send(body["memory"], parts):
             return
         try:
             frames.send(self._socket_now(), parts)

@@ -36,7 +36,7 @@ class Memory:
     def __init__(self, number: int, nbytes: int, fd: int) -> None:
         """It doesn't keep the descriptor ``fd``."""
         self.channel: socket.socket | None = None
-        """Where a rank tells of results that lie here, and forwards that lie here may be sent; never waited at."""
+        """Where a rank tells of results that lie here, and forwards go whose latents lie here; never waited at."""
         self.number = number
         self.nbytes = nbytes
         self.retired = False
@@ -72,12 +72,13 @@ class Shared:
     def __init__(self, path: bytes, session: bytes, completes: bool = False, hears: bool = False) -> None:
         """``path`` is that of the socket that hands out memory, with channels if the daemon ``completes``.
 
-        If the daemon ``hears``, it reads there.
+        ``hears`` says whether it takes forwards by channels.
         """
         self.channels: tuple[int, ...] = ()
         """The descriptors that become readable when a completion comes; another tuple whenever they change."""
         self._completes = completes
         self._hears = hears
+        self._pid = os.getpid()
         self._path = path
         self._session = session
         self._memories: list[Memory] = []
@@ -145,7 +146,9 @@ class Shared:
 
     def send(self, number: int, frames: Sequence[wire.Buffer]) -> bool:
         """Send a forward by the channel of the memory that it names; returns whether that could be done at once."""
-        if not self._hears or sum(len(memoryview(each)) + wire.SIZE_BYTES for each in frames) > wire.REQUEST_BYTES:
+        nbytes = sum(len(memoryview(each)) + wire.SIZE_BYTES for each in frames)
+        if not self._hears or nbytes > wire.REQUEST_BYTES or os.getpid() != self._pid:
+            # A child of this process has the channel too, but not the session.
             return False
         with self._hearing:
             end = next((each.channel for each in self._memories if each.number == number), None)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Container
+import logging
+import socket
+from collections.abc import Callable, Container, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -14,10 +15,14 @@ from tacod_client.wire import ALIGNED_BYTES, REQUEST_BYTES, Tensor
 
 __all__ = ["Memories", "check_places"]
 
+log = logging.getLogger(__name__)
+
 COUNT = 4
 """Most memories of one session."""
 REQUESTS = 4
-"""Most requests that are taken from one channel at a time."""
+"""Most requests that are taken from one channel in a turn."""
+UNREAD = 1024
+"""More than the kernel keeps of a channel's unread requests."""
 
 
 @dataclass
@@ -29,7 +34,7 @@ class _Held:
     jobs: int = 0
     """Queued and running jobs that name it."""
     hears: bool = True
-    """Whether its client has not closed its end of the channel."""
+    """Whether requests may still come by its channel: no more once the client has closed its end."""
     revoked: bool = False
     """Whether its owner gave it back or is gone; it is freed when no job names it."""
 
@@ -53,8 +58,8 @@ class Memories:
         """Bytes of all memories, those among them that wait for a job's end."""
         return sum(held.memory.nbytes for held in self._held.values())
 
-    def make(self, owner: bytes, nbytes: int, channel: int | None = None) -> SharedMemory:
-        """A memory for the session ``owner``, which takes over the descriptor ``channel`` (`make_channel`).
+    def make(self, owner: bytes, nbytes: int, channel: socket.socket | None = None) -> SharedMemory:
+        """A memory for the session ``owner``, which takes over the daemon's end of a ``channel`` (`make_channel`).
 
         Raises `QueueFull` at a limit, `Unavailable` if the kernel gives none.
         """
@@ -78,26 +83,23 @@ class Memories:
     @property
     def sources(self) -> list[int]:
         """The channels by which requests may come, as file descriptors."""
-        return [each.memory.channel for each in self._held.values() if each.memory.channel is not None and each.hears]
+        return [each.memory.channel.fileno() for each in self._held.values() if each.memory.channel and each.hears]
 
-    def receive(self, ready: Container[object]) -> list[tuple[bytes, bytes]]:
-        """The requests at those `sources` that are ``ready``: of each its session and its packet."""
-        requests = []
-        for held in self._held.values():
+    def receive(self, ready: Container[object], most: int) -> list[tuple[bytes, bytes]]:
+        """Some requests of those `sources` that are ``ready``, ``most`` of all: of each its session and its packet."""
+        requests: list[tuple[bytes, bytes]] = []
+        for number, held in list(self._held.items()):
             channel = held.memory.channel
-            if channel is None or channel not in ready or not held.hears:
-                continue
-            with suppress(BlockingIOError):
-                for _ in range(REQUESTS):
-                    try:
-                        packet = os.read(channel, REQUEST_BYTES)
-                    except ConnectionResetError:  # its client has ended and left completions unread
-                        packet = b""
-                    if not packet:
-                        held.hears = False
-                        break
-                    requests.append((held.owner, packet))
+            if channel is not None and channel.fileno() in ready and len(requests) < most:
+                requests += ((held.owner, packet) for packet in _read(held, REQUESTS))
+                # Others come first in the next turn.
+                self._held[number] = self._held.pop(number)
         return requests
+
+    def receive_of(self, owner: bytes) -> list[tuple[bytes, bytes]]:
+        """All requests that a session has sent by now, as `receive` gives them."""
+        mine = [held for held in self._held.values() if held.owner == owner]
+        return [(owner, packet) for held in mine for packet in _read(held, UNREAD)]
 
     def find(self, owner: bytes, number: int) -> SharedMemory:
         """A session's memory by its id. Raises `ArgumentError`."""
@@ -147,6 +149,30 @@ class Memories:
             held.memory.free()
             for tell in self.on_freed:
                 tell(held.memory.id)
+
+
+def _read(held: _Held, most: int) -> Iterator[bytes]:
+    """Packets that have come by a memory's channel."""
+    channel = held.memory.channel
+    if channel is None or not held.hears:
+        return
+    for _ in range(most):
+        try:
+            packet = channel.recv(REQUEST_BYTES)
+        except BlockingIOError:
+            return
+        except ConnectionResetError:  # it was closed with completions unread; what had been sent before comes next
+            continue
+        except OSError as error:
+            log.warning("a client's channel is given up: %s", error.strerror)
+            packet = b""
+        if not packet:
+            held.hears = False
+            # What would come from now on goes through ZeroMQ.
+            with suppress(OSError):
+                channel.shutdown(socket.SHUT_RD)
+            return
+        yield packet
 
 
 def check_places(memory: SharedMemory, latents: list[Tensor], room: list[int] | None) -> None:

@@ -9,8 +9,22 @@ from __future__ import annotations
 import array
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 
-__all__ = ["recv_fds", "send_fds"]
+__all__ = ["recv_fds", "refuse_fds", "send_fds"]
+
+SO_PASSRIGHTS = 83
+"""Whether a unix socket takes descriptors; since Linux 6.16."""
+
+
+def refuse_fds(end: socket.socket) -> None:
+    """Have the kernel refuse descriptors that are sent to a socket, if it can.
+
+    Otherwise this process would have to close those that it doesn't take, and their sender says how long that may last
+    (``SO_LINGER``).
+    """
+    with suppress(OSError):
+        end.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
 
 
 def send_fds(end: socket.socket, packet: bytes, descriptors: Sequence[int], flags: int = 0) -> None:

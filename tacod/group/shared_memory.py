@@ -10,7 +10,10 @@ import fcntl
 import mmap
 import os
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
+
+from tacod.group.descriptors import refuse_fds
 
 __all__ = ["SharedMemory", "make_channel"]
 
@@ -29,17 +32,17 @@ class SharedMemory:
     id: int
     nbytes: int
     fd: int
-    channel: int | None = None
+    channel: socket.socket | None = None
     """The daemon's end of its channel, at which the supervisor reads and rank 0 writes; None if it has none."""
 
     @property
     def descriptors(self) -> list[int]:
         """What the ranks get."""
-        return [self.fd] if self.channel is None else [self.fd, self.channel]
+        return [self.fd] if self.channel is None else [self.fd, self.channel.fileno()]
 
     @staticmethod
-    def make(number: int, nbytes: int, channel: int | None = None) -> SharedMemory:
-        """A memory of zeros, which takes over the descriptor ``channel``. Raises `OSError` if there can be none."""
+    def make(number: int, nbytes: int, channel: socket.socket | None = None) -> SharedMemory:
+        """A memory of zeros, which takes over the ``channel``. Raises `OSError` if there can be none."""
         fd = os.memfd_create("tacod-client", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, nbytes)
@@ -55,12 +58,16 @@ class SharedMemory:
             mapped.madvise(mmap.MADV_REMOVE)
         os.close(self.fd)
         if self.channel is not None:
-            os.close(self.channel)
+            # Ranks have it until their next command. For the client it ends now.
+            with suppress(OSError):
+                self.channel.shutdown(socket.SHUT_RDWR)
+            self.channel.close()
 
 
 def make_channel() -> tuple[socket.socket, socket.socket]:
     """The daemon's end of a channel, at which nobody waits, and the client's. Raises `OSError` if there can be none."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setblocking(False)
+    refuse_fds(ours)
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, COMPLETIONS_BYTES)
     return ours, theirs

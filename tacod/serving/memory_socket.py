@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from tacod.group.descriptors import refuse_fds
 from tacod.group.shared_memory import SharedMemory, make_channel
 from tacod.serving.access import User
 from tacod.serving.unix_socket import UnixSocket
@@ -37,9 +38,9 @@ against what the daemon may send, and it sends some to its ranks too."""
 REST_S = 0.1
 """How long nobody is let in after the kernel could not."""
 
-Share = Callable[[bytes, User, int, int | None], SharedMemory]
-"""Makes a memory of so many bytes for the session of a token, asked for by a user; it takes over the descriptor of the
-daemon's end of its channel. Raises a `TacodError`.
+Share = Callable[[bytes, User, int, socket.socket | None], SharedMemory]
+"""Makes a memory of so many bytes for the session of a token, asked for by a user, and takes over the daemon's end of
+its channel. Raises a `TacodError`.
 """
 
 
@@ -58,6 +59,7 @@ class MemorySocket:
     def __init__(self, path: Path) -> None:
         self._unix = UnixSocket(path, socket.SOCK_SEQPACKET)
         self._unix.socket.setblocking(False)
+        refuse_fds(self._unix.socket)
         self._waiting: list[socket.socket] = []
         self._unread: list[tuple[int, socket.socket]] = []
         """Users, and connections whose client hasn't read its descriptor yet."""
@@ -134,7 +136,7 @@ class MemorySocket:
                     self._waiting.pop(0).close()
 
 
-def _refuse(token: bytes, user: User, nbytes: int, channel: int | None) -> SharedMemory:
+def _refuse(token: bytes, user: User, nbytes: int, channel: socket.socket | None) -> SharedMemory:
     raise QueueFull(
         f"{UNREAD} answers with descriptors are on their way to {user}; read them, or send tensors as frames",
         limit=UNREAD,
@@ -171,13 +173,15 @@ def _share(packet: bytes, user: User, share: Share, stack: ExitStack, descriptor
     if completions:
         # Without one the client's forwards and their answers go through ZeroMQ.
         with suppress(OSError):
-            ours, theirs = map(stack.enter_context, make_channel())
-    memory = share(token, user, nbytes, ours.fileno() if ours is not None else None)
-    descriptors.append(memory.fd)
-    if ours is not None and theirs is not None:
-        # The memory has it now.
-        ours.detach()
-        descriptors.append(theirs.fileno())
+            ours, theirs = make_channel()
+            stack.enter_context(theirs)
+    try:
+        memory = share(token, user, nbytes, ours)
+    except BaseException:
+        if ours is not None:
+            ours.close()
+        raise
+    descriptors += [memory.fd, *([theirs.fileno()] if theirs is not None else [])]
     return {"memory": memory.id, "nbytes": memory.nbytes}
 
 

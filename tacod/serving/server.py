@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 
 import zmq
@@ -24,14 +24,17 @@ __all__ = ["Admit", "AnswerMessage", "Server"]
 log = logging.getLogger(__name__)
 
 MESSAGES_A_TURN = 64
-"""Most messages read in a turn, so that one client's flood can't keep the ranks waiting."""
+"""Most messages read in a turn, and most that come by channels, so that a client's flood can't keep the ranks waiting.
+"""
+BEHIND = ("cancel", "unshare", "bye")
+"""What a client says after forwards, which may wait in a channel."""
 
 _Source = zmq.Socket[bytes] | int
 Admit = Callable[[], tuple[User | None, int]]
 """Admits a newcomer: its user, None if the key is no longer allowed, and its socket, 0 if that is gone."""
 AnswerMessage = Callable[[bytes, Message, Admit | None], None]
-"""Answers a message of the client at an address, which by a channel can be no newcomer's. Raises a `TacodError` to
-refuse it.
+"""Answers a message of the client at an address; there is no `Admit` for one that came by a channel. Raises a
+`TacodError` to refuse it.
 """
 
 
@@ -64,7 +67,7 @@ class Server:
         ready = {source for source, _ in self._poller.poll(self._patience_ms())}
         if self._access.socket in ready:
             self._access.poll()
-        self._receive_by_channels(ready)
+        self._hear(state.groups.host.memories.receive(ready, MESSAGES_A_TURN))
         if self._socket in ready:
             self._receive()
         if memory is not None and (memory.is_unread or not ready.isdisjoint(own)):
@@ -101,9 +104,10 @@ class Server:
             self._state.sessions.rx_bytes += sum(len(buffer) for buffer in buffers)
             self._on_message(peer.bytes, buffers, lambda first=peer: self._admit(first))  # type: ignore[misc]
 
-    def _receive_by_channels(self, ready: Container[object]) -> None:
+    def _hear(self, requests: Iterable[tuple[bytes, bytes]]) -> None:
+        """Answer packets that came by channels, each with its session."""
         sessions = self._state.sessions
-        for owner, packet in self._state.groups.host.memories.receive(ready):
+        for owner, packet in requests:
             session = sessions.get(owner)
             if session is not None:
                 sessions.rx_bytes += len(packet)
@@ -118,13 +122,15 @@ class Server:
         return self._access.user_of(first), number
 
     def _on_message(self, peer: bytes, frames: Sequence[wire.Buffer], admit: Admit | None) -> None:
-        """Have a message answered, or one that came by a memory's channel if it can't ``admit`` a newcomer."""
+        """Have a message answered; ``admit`` is None for one that came by a channel."""
         request, token = 0, b""
         try:
             message = self._decoder.decode(frames)
             request, token = message.id, message.session
             if admit is None and message.type != "forward":
                 raise ProtocolError(f"{message.type}: only forwards come by a memory's channel; send it through ZeroMQ")
+            if message.type in BEHIND:
+                self._hear(self._state.groups.host.memories.receive_of(message.session))
             self._answer(peer, message, admit)
         except TacodError as error:
             self._refuse(peer, token, request, error)

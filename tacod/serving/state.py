@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -44,8 +45,8 @@ class State:
         self.groups.drop(session.token)
         self.uploads.release(session.token)
 
-    def share(self, token: bytes, user: User, nbytes: int, channel: int | None) -> SharedMemory:
-        """Make a memory that a session shares with the ranks; it takes over the descriptor ``channel``.
+    def share(self, token: bytes, user: User, nbytes: int, channel: socket.socket | None) -> SharedMemory:
+        """Make a memory that a session shares with the ranks; it takes over the daemon's end of a ``channel``.
 
         Raises `NotAllowed` if the session isn't that user's, and what `Memories.make` raises.
         """

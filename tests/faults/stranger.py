@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
 import zmq
 from protocol.test_mutations import TOKEN
 
-from tacod_client.wire import Message, decode, encode
+from tacod_client.shared import Shared
+from tacod_client.wire import MEMORY_SOCKET, Message, decode, encode, join
 
 PING = 123456789
 PATIENCE = 50
@@ -20,7 +23,10 @@ AGAIN_MS = 1000
 
 
 class Stranger:
-    """Says whatever frames it is given, under a session that the daemon knows, until the block ends."""
+    """Says whatever frames it is given, under a session that the daemon knows, until the block ends.
+
+    It says them through ZeroMQ and by the channel of a memory.
+    """
 
     def __init__(self, endpoint: str) -> None:
         self._context: zmq.Context[Any] = zmq.Context()
@@ -28,13 +34,17 @@ class Stranger:
         self._socket.linger = 0
         self._socket.connect(endpoint)
         self._session = b""
-        self.said = 0
+        self._memories = os.fsencode(endpoint.removeprefix("ipc://") + MEMORY_SOCKET)
+        self._shared: Shared | None = None
+        self.said = self.by_channel = 0
         self.settle()
 
     def __enter__(self) -> Stranger:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._shared is not None:
+            self._shared.close()
         self._socket.close()
         self._context.term()
 
@@ -42,7 +52,15 @@ class Stranger:
         """Send these frames, the stand-in for a session's token replaced by the real one."""
         if not frames:
             return
-        self._socket.send_multipart([frame.replace(TOKEN, self._session or TOKEN) for frame in frames])
+        frames = [frame.replace(TOKEN, self._session or TOKEN) for frame in frames]
+        self._socket.send_multipart(frames)
+        assert self._shared is not None
+        for memory in self._shared._memories:
+            assert memory.channel is not None
+            # The daemon may be slow to read, or the packet too large. Another message may have given the memory back.
+            with suppress(OSError):
+                memory.channel.send(join(frames))
+                self.by_channel += 1
         self.said += 1
         if self.said % PATIENCE == 0:
             self.settle()
@@ -54,6 +72,10 @@ class Stranger:
             # A hello that stayed sound has opened another session in the place of this one.
             welcome = self._ask(Message("hello", {"client": "stranger", "pid": 1, "version": "0"}, PING))
             self._session = welcome.body["session"]
+            if self._shared is not None:
+                self._shared.close()
+            self._shared = Shared(self._memories, self._session, completes=True, hears=True)
+            assert self._shared.take(1) is not None
             answer = self._ask(Message("ping", {}, PING, self._session))
         assert answer.type == "done", answer
 

@@ -143,6 +143,7 @@ def test_damage_in_thousands(sturdy: Daemon, client: Client) -> None:
                 frames = damage(frames, random.randbytes(4))
             stranger.say(frames)
         stranger.settle()
+        assert stranger.by_channel > DAMAGED / 2
     with unharmed(client):
         pass
 

@@ -65,7 +65,9 @@ def test_threads_share_one_memory(sturdy: Daemon, client: Client) -> None:
         assert other.stats()["shared_bytes"] == sum(memory.nbytes for memory in shared._memories)
 
 
-def test_forwards_go_past_zeromq(sturdy: Daemon, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forwards_go_past_zeromq(
+    sturdy: Daemon, client: Client, inject: Inject, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By the memory's channel, from many threads, also if they are cancelled; some go through ZeroMQ between them."""
     restarts, by_channel = client.status()["group"]["restarts"], []
     send = Shared.send
@@ -81,13 +83,18 @@ def test_forwards_go_past_zeromq(sturdy: Daemon, client: Client, monkeypatch: py
         FLUX.check(theirs)
         for future in [pool.submit(FLUX.check, model, seed) for seed in range(30)]:
             future.result(START_S)
+        cancelled = client.stats()["jobs_total"]["cancelled"]
+        inject(kind="slow", at="forward", seconds=1.0, rank=1)
+        slow = pool.submit(FLUX.check, model, 30)
+        eventually(lambda: client.status()["queue"]["running"], 5, "the slow one runs")
         interruption.armed.set()
-        for seed in range(20):
+        for seed in range(8):
             with pytest.raises(Interrupted):
                 theirs.forward(**FLUX.inputs(seed))
         interruption.armed.clear()
         FLUX.check(theirs, 9)
-        eventually(lambda: not client.status()["queue"]["queued"], 5, "what was cancelled is gone")
+        slow.result(START_S)
+        assert client.stats()["jobs_total"]["cancelled"] == cancelled + 8
     assert by_channel.count(True) > 30
     assert by_channel.count(False) == -(-len(by_channel) // 5)
     assert client.status()["group"]["restarts"] == restarts

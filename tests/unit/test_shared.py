@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import signal
 import socket
 import tempfile
 import threading
@@ -54,7 +55,7 @@ class Giver:
                     reply = self.says
                     if reply is None and nbytes <= self.limit:
                         ours, theirs = make_channel() if completions else (None, None)
-                        made = SharedMemory.make(len(self.made) + 1, nbytes, ours.detach() if ours else None)
+                        made = SharedMemory.make(len(self.made) + 1, nbytes, ours)
                         self.made.append(made)
                         fds = [made.fd, *([theirs.fileno()] if theirs else [])]
                         reply = Message("done", {"memory": self.made[-1].id, "nbytes": nbytes})
@@ -230,7 +231,21 @@ def test_a_forward_to_a_closed_channel_is_not_sent(giver: Giver) -> None:
     shared = Shared(giver.path, b"s", completes=True, hears=True)
     assert shared.take(PAGE) is not None
     giver.made.pop().free()
-    assert not shared.send(1, [b"whatever a program does at SIGPIPE"])
+    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        assert not shared.send(1, [b"which would end this process"])
+    finally:
+        signal.signal(signal.SIGPIPE, before)
+    shared.close()
+
+
+def test_a_forked_child_sends_nothing_by_its_parents_channel(giver: Giver, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = Shared(giver.path, b"s", completes=True, hears=True)
+    assert shared.take(PAGE) is not None
+    monkeypatch.setattr(shared_module.os, "getpid", lambda: 1)
+    assert not shared.send(1, [b"head"])
+    monkeypatch.undo()
+    assert shared.send(1, [b"head"])
     shared.close()
 
 
