@@ -168,11 +168,6 @@ class Executor:
 
     # --- jobs -----------------------------------------------------------------------------------------------------
 
-    @property
-    def unfinished(self) -> list[Job]:
-        """All jobs but a running one that is completed, which counts towards no limit."""
-        return self.scheduler.unfinished
-
     def submit(self, job: Job, others: int = 0) -> None:
         """Queue a job; the tensors that it names by digest stay in the store until its end.
 

@@ -96,7 +96,7 @@ class Groups:
     @property
     def unfinished(self) -> list[Job]:
         """The same without those that are completed: they count towards no limit."""
-        return [job for each in self for job in each.unfinished]
+        return [job for each in self for job in each.scheduler.unfinished]
 
     @property
     def files(self) -> set[str]:
@@ -190,7 +190,7 @@ class Groups:
         """
         if executor is None:
             executor = self._route(job)
-        executor.submit(job, sum(len(each.unfinished) for each in self if each is not executor))
+        executor.submit(job, sum(len(each.scheduler.unfinished) for each in self if each is not executor))
 
     def _route(self, job: Job) -> Executor:
         if self.given_up is not None:

@@ -72,7 +72,7 @@ class Routes:
                 key=lambda each: (_cost(each, model), self._others(job.session, each), len(each.scheduler.jobs)),
             )
             self.settle(job.session, model, home)
-        is_free = home.is_free or (home.is_agreeing and not home.unfinished)
+        is_free = home.is_free or (home.is_agreeing and not home.scheduler.unfinished)
         if (is_free and model.id in home.manifest) or _stays(job):
             return home
         free = [each for each in choices if each.is_free and model.id in each.manifest]
@@ -81,7 +81,7 @@ class Routes:
     def waiting_for(self, free: Executor) -> tuple[Executor, Job] | None:
         """The first job that waits in another group and that these ``free`` ranks could begin, or None."""
         for executor in self._executors:
-            if executor is free or (executor.is_agreeing and len(executor.unfinished) == 1):
+            if executor is free or (executor.is_agreeing and len(executor.scheduler.unfinished) == 1):
                 continue
             for job in executor.scheduler.jobs:
                 if job.started_s is None and not _stays(job) and job.model in free.manifest and fits(job, free):

@@ -191,9 +191,9 @@ def test_it_counts_towards_no_limit(busy: Walk) -> None:
     limit = busy.executor.scheduler.limit
     for number in range(limit - 1):
         busy.submit(Verb.FORWARD, BASE, f"waits {number}")
-    assert len(busy.executor.unfinished) == limit
+    assert len(busy.executor.scheduler.unfinished) == limit
     busy.alive[0].complete()
-    assert len(busy.executor.unfinished) == limit - 1
+    assert len(busy.executor.scheduler.unfinished) == limit - 1
     busy.submit(Verb.FORWARD, BASE, "one more")
     assert len(busy.executor.scheduler.jobs) == limit + 1
 

@@ -416,7 +416,7 @@ class Events(RuleBasedStateMachine):
         if hasattr(self, "state"):
             executor = self.state.groups.executors[0]
             tokens = {session.token for session in self.state.sessions}
-            assert all(job.session in tokens or job.cancelling for job in executor.unfinished)
+            assert all(job.session in tokens or job.cancelling for job in executor.scheduler.unfinished)
 
     @invariant()
     def what_was_asked_is_answered_or_still_to_be(self) -> None:
