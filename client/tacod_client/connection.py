@@ -336,7 +336,7 @@ class Connection:
         self.boot_id = reply.body["boot_id"]
         self.limits = reply.body["limits"]
         path = self._endpoint.memory_path(reply.body.get("memory"))
-        offers = [reply.body.get(each) is True for each in ("completions", "requests")]
+        offers = [reply.body.get(each) is True for each in ("completions", "forwards")]
         self.shared = Shared(path, self._session, *offers) if path is not None else None
 
     def _drop_session(self) -> None:

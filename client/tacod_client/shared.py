@@ -1,7 +1,7 @@
 """Memory that this client shares with the daemon's ranks.
 
 The daemon makes the memory and hands out its descriptor on a unix socket beside the first (docs/protocol.md). With it
-comes a channel, a socket: on it a rank tells of completions (a result lies there), and forwards go to the daemon, past
+comes an end of a channel: by it a rank tells of completions (a result lies there), and forwards go to the daemon, past
 ZeroMQ's threads. Whatever goes wrong here, tensors travel as frames, and messages by ZeroMQ: sharing only saves time.
 """
 
@@ -69,15 +69,15 @@ class Memory:
 class Shared:
     """The memories of one session; usable from several threads."""
 
-    def __init__(self, path: bytes, session: bytes, completes: bool = False, hears: bool = False) -> None:
+    def __init__(self, path: bytes, session: bytes, completes: bool = False, forwards: bool = False) -> None:
         """``path`` is that of the socket that hands out memory, with channels if the daemon ``completes``.
 
-        ``hears`` says whether it takes forwards by channels.
+        ``forwards`` says whether it takes them by channels.
         """
         self.channels: tuple[int, ...] = ()
         """The descriptors that become readable when a completion comes; another tuple whenever they change."""
         self._completes = completes
-        self._hears = hears
+        self._forwards = forwards
         self._pid = os.getpid()
         self._path = path
         self._session = session
@@ -147,7 +147,7 @@ class Shared:
     def send(self, number: int, frames: Sequence[wire.Buffer]) -> bool:
         """Send a forward by the channel of the memory that it names; returns whether that could be done at once."""
         nbytes = sum(len(memoryview(each)) + wire.SIZE_BYTES for each in frames)
-        if not self._hears or nbytes > wire.REQUEST_BYTES or os.getpid() != self._pid:
+        if not self._forwards or nbytes > wire.FORWARD_BYTES or os.getpid() != self._pid:
             # A child of this process has the channel too, but not the session.
             return False
         with self._hearing:

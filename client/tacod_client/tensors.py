@@ -74,7 +74,7 @@ def kind_of(value: Any) -> Kind | None:
 
 
 def nbytes_of(value: Any) -> int:
-    """The bytes of a torch tensor's or numpy array's numbers; of a sparse tensor's all of them."""
+    """The bytes of a torch tensor's or numpy array's numbers; of a sparse tensor as if it were dense."""
     return int(value.nbytes if kind_of(value) == "numpy" else value.numel() * value.element_size())
 
 

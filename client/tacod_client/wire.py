@@ -47,7 +47,7 @@ MEMORY_SOCKET = ".memory"
 """What is appended to the path of the daemon's unix socket for the one that hands out shared memory."""
 SHARE_BYTES = 4096
 """Largest packet on that socket."""
-REQUEST_BYTES = 16 << 10
+FORWARD_BYTES = 16 << 10
 """Largest packet on a memory's channel to the daemon: a forward whose latents lie in that memory."""
 SIZE_BYTES = 4
 """Of a frame's size in such a packet."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from tacod.group.shared_memory import SharedMemory
 from tacod.group.work import Forward
 from tacod_client.errors import ArgumentError, QueueFull, Unavailable
-from tacod_client.wire import ALIGNED_BYTES, REQUEST_BYTES, Tensor
+from tacod_client.wire import ALIGNED_BYTES, FORWARD_BYTES, Tensor
 
 __all__ = ["Memories", "check_places"]
 
@@ -19,10 +19,10 @@ log = logging.getLogger(__name__)
 
 COUNT = 4
 """Most memories of one session."""
-REQUESTS = 4
-"""Most requests that are taken from one channel in a turn."""
-UNREAD = 1024
-"""More than the kernel keeps of a channel's unread requests."""
+FORWARDS = 4
+"""Most forwards that are taken from one channel in a turn."""
+EARLIER = 64
+"""Most forwards that are taken from one channel before what is said behind them; docs/protocol.md has it."""
 
 
 @dataclass
@@ -34,9 +34,16 @@ class _Held:
     jobs: int = 0
     """Queued and running jobs that name it."""
     hears: bool = True
-    """Whether requests may still come by its channel: no more once the client has closed its end."""
+    """Whether forwards may still come by its channel."""
     revoked: bool = False
     """Whether its owner gave it back or is gone; it is freed when no job names it."""
+
+    def end_forwards(self) -> None:
+        """No more come by its channel: a client that sends one there is told by the kernel."""
+        self.hears = False
+        if self.memory.channel is not None:
+            with suppress(OSError):
+                self.memory.channel.shutdown(socket.SHUT_RD)
 
 
 class Memories:
@@ -82,24 +89,25 @@ class Memories:
 
     @property
     def sources(self) -> list[int]:
-        """The channels by which requests may come, as file descriptors."""
-        return [each.memory.channel.fileno() for each in self._held.values() if each.memory.channel and each.hears]
+        """The channels by which forwards may come, as file descriptors in order."""
+        hearing = [held.memory.channel for held in self._held.values() if held.hears]
+        return sorted(each.fileno() for each in hearing if each is not None)
 
     def receive(self, ready: Container[object], most: int) -> list[tuple[bytes, bytes]]:
-        """Some requests of those `sources` that are ``ready``, ``most`` of all: of each its session and its packet."""
-        requests: list[tuple[bytes, bytes]] = []
+        """Forwards that have come at those `sources` that are ``ready``: of each its session and its packet."""
+        forwards: list[tuple[bytes, bytes]] = []
         for number, held in list(self._held.items()):
             channel = held.memory.channel
-            if channel is not None and channel.fileno() in ready and len(requests) < most:
-                requests += ((held.owner, packet) for packet in _read(held, REQUESTS))
+            if channel is not None and channel.fileno() in ready and len(forwards) < most:
+                forwards += [(held.owner, packet) for packet in _read(held, min(FORWARDS, most - len(forwards)))]
                 # Others come first in the next turn.
                 self._held[number] = self._held.pop(number)
-        return requests
+        return forwards
 
     def receive_of(self, owner: bytes) -> list[tuple[bytes, bytes]]:
-        """All requests that a session has sent by now, as `receive` gives them."""
+        """The first `EARLIER` of each channel that a session has sent by now, as `receive` gives them."""
         mine = [held for held in self._held.values() if held.owner == owner]
-        return [(owner, packet) for held in mine for packet in _read(held, UNREAD)]
+        return [(owner, packet) for held in mine for packet in _read(held, EARLIER)]
 
     def find(self, owner: bytes, number: int) -> SharedMemory:
         """A session's memory by its id. Raises `ArgumentError`."""
@@ -141,6 +149,7 @@ class Memories:
 
     def _revoke(self, held: _Held) -> None:
         held.revoked = True
+        held.end_forwards()
         self._free_unused(held)
 
     def _free_unused(self, held: _Held) -> None:
@@ -158,7 +167,7 @@ def _read(held: _Held, most: int) -> Iterator[bytes]:
         return
     for _ in range(most):
         try:
-            packet = channel.recv(REQUEST_BYTES)
+            packet = channel.recv(FORWARD_BYTES)
         except BlockingIOError:
             return
         except ConnectionResetError:  # it was closed with completions unread; what had been sent before comes next
@@ -167,10 +176,7 @@ def _read(held: _Held, most: int) -> Iterator[bytes]:
             log.warning("a client's channel is given up: %s", error.strerror)
             packet = b""
         if not packet:
-            held.hears = False
-            # What would come from now on goes through ZeroMQ.
-            with suppress(OSError):
-                channel.shutdown(socket.SHUT_RD)
+            held.end_forwards()
             return
         yield packet
 

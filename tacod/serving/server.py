@@ -95,19 +95,20 @@ class Server:
                 session.post(wire.encode(Message("alive")), key="alive")
 
     def _receive(self) -> None:
-        for _ in range(MESSAGES_A_TURN):
+        left = MESSAGES_A_TURN
+        while left > 0:
             received = receive(self._socket)
             if received is None:
                 return
             peer, *frames = received
             buffers = [frame.buffer for frame in frames]
             self._state.sessions.rx_bytes += sum(len(buffer) for buffer in buffers)
-            self._on_message(peer.bytes, buffers, lambda first=peer: self._admit(first))  # type: ignore[misc]
+            left -= self._on_message(peer.bytes, buffers, lambda first=peer: self._admit(first))  # type: ignore[misc]
 
-    def _hear(self, requests: Iterable[tuple[bytes, bytes]]) -> None:
+    def _hear(self, forwards: Iterable[tuple[bytes, bytes]]) -> None:
         """Answer packets that came by channels, each with its session."""
         sessions = self._state.sessions
-        for owner, packet in requests:
+        for owner, packet in forwards:
             session = sessions.get(owner)
             if session is not None:
                 sessions.rx_bytes += len(packet)
@@ -121,16 +122,21 @@ class Server:
             number = socket_of(int(first.get(zmq.SRCFD)))
         return self._access.user_of(first), number
 
-    def _on_message(self, peer: bytes, frames: Sequence[wire.Buffer], admit: Admit | None) -> None:
-        """Have a message answered; ``admit`` is None for one that came by a channel."""
-        request, token = 0, b""
+    def _on_message(self, peer: bytes, frames: Sequence[wire.Buffer], admit: Admit | None) -> int:
+        """Have a message answered, and the forwards that come before it; ``admit`` is None if it came by a channel.
+
+        Returns how many these are together.
+        """
+        request, token, answered = 0, b"", 1
         try:
             message = self._decoder.decode(frames)
             request, token = message.id, message.session
             if admit is None and message.type != "forward":
                 raise ProtocolError(f"{message.type}: only forwards come by a memory's channel; send it through ZeroMQ")
             if message.type in BEHIND:
-                self._hear(self._state.groups.host.memories.receive_of(message.session))
+                earlier = self._state.groups.host.memories.receive_of(message.session)
+                answered += len(earlier)
+                self._hear(earlier)
             self._answer(peer, message, admit)
         except TacodError as error:
             self._refuse(peer, token, request, error)
@@ -139,6 +145,7 @@ class Server:
             log.exception("a message could not be answered")
             info = f"tacod failed over this message ({type(error).__name__}); its log says where; please report it"
             self._refuse(peer, token, request, TacodError(info))
+        return answered
 
     def _refuse(self, peer: bytes, token: bytes, request: int, error: TacodError) -> None:
         self._state.sessions.reply(peer, token, Message("error", error.to_wire(), request))

@@ -141,7 +141,7 @@ class Verbs:
         has_memory = self.state.listener.memory is not None and self.state.groups.host.memories.limit
         if session.user.uid is not None and has_memory:
             welcome["memory"] = wire.MEMORY_SOCKET
-            welcome["completions"] = welcome["requests"] = True
+            welcome["completions"] = welcome["forwards"] = True
         session.post(wire.encode(Message("welcome", welcome, request)))
 
     def bye(self, session: Session, request: int, body: messages.Empty) -> None:

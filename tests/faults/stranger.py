@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -57,13 +56,25 @@ class Stranger:
         assert self._shared is not None
         for memory in self._shared._memories:
             assert memory.channel is not None
-            # The daemon may be slow to read, or the packet too large. Another message may have given the memory back.
-            with suppress(OSError):
+            # Another message may have given the memory back. Or the daemon is slow to read, or the packet too large.
+            try:
                 memory.channel.send(join(frames))
                 self.by_channel += 1
+            except BrokenPipeError:
+                self._share()
+                break
+            except OSError:
+                pass
         self.said += 1
         if self.said % PATIENCE == 0:
             self.settle()
+
+    def _share(self) -> None:
+        """Have a memory with a channel, if the daemon still knows the session."""
+        if self._shared is not None:
+            self._shared.close()
+        self._shared = Shared(self._memories, self._session, completes=True, forwards=True)
+        self._shared.take(1)
 
     def settle(self) -> None:
         """The daemon answers a good request, whatever it heard before; under a new session if need be."""
@@ -72,10 +83,9 @@ class Stranger:
             # A hello that stayed sound has opened another session in the place of this one.
             welcome = self._ask(Message("hello", {"client": "stranger", "pid": 1, "version": "0"}, PING))
             self._session = welcome.body["session"]
-            if self._shared is not None:
-                self._shared.close()
-            self._shared = Shared(self._memories, self._session, completes=True, hears=True)
-            assert self._shared.take(1) is not None
+            self._share()
+            assert self._shared is not None
+            assert self._shared._memories
             answer = self._ask(Message("ping", {}, PING, self._session))
         assert answer.type == "done", answer
 

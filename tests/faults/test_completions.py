@@ -209,7 +209,7 @@ def is_an_older_one(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """It doesn't know of them."""
     init = Shared.__init__
 
-    def without(self: Shared, path: bytes, session: bytes, completes: bool = False, hears: bool = False) -> None:
+    def without(self: Shared, path: bytes, session: bytes, completes: bool = False, forwards: bool = False) -> None:
         init(self, path, session)
 
     monkeypatch.setattr(Shared, "__init__", without)

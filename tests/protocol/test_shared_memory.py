@@ -6,8 +6,9 @@ import fcntl
 import mmap
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import msgpack
 import pytest
 
 from tacod.execution.manifest import Model
-from tacod.execution.memories import COUNT, REQUESTS
+from tacod.execution.memories import COUNT, EARLIER, FORWARDS
+from tacod.group.descriptors import SO_PASSRIGHTS
 from tacod.serving import memory_socket
 from tacod.serving.access import User
 from tacod.serving.memory_socket import UNREAD, WAITING
@@ -343,6 +345,45 @@ def test_the_server_looks_at_what_is_ready_alone(sharing: Peer, turn: Callable[[
     assert looked == [*3 * ["MemorySocket.poll"], "Server._receive"]
 
 
+def test_what_comes_before_a_cancel_has_its_limit(sharing: Peer) -> None:
+    """A turn ends with as many messages as it may have, by whichever way they came."""
+    number, theirs = channel(sharing)
+    memories = sharing.state.groups.host.memories
+    refused = Message("forward", {**forward(X, memory=number), "model": "none"}, 5, sharing.session)
+    cancel = {"job": None, "request": 5}
+    with theirs:
+        theirs.setblocking(False)
+        for _ in range(EARLIER + 2 * FORWARDS):
+            by_channel(theirs, refused)
+        sharing.send(Message("cancel", cancel, 6, sharing.session))
+        assert [each.id for each in sharing.answers(EARLIER + 1)] == [*EARLIER * [5], 6]
+        assert len(memories.receive_of(sharing.session)) == 2 * FORWARDS
+        for _ in range(EARLIER):
+            by_channel(theirs, refused)
+        for request in (7, 8):
+            sharing.socket.send_multipart(encode(Message("cancel", cancel, request, sharing.session)))
+        assert sharing.state.listener.socket.poll(5000)
+        time.sleep(0.1)
+        sharing.server._receive()
+        assert [each.id for each in sharing.answers(EARLIER + 1)] == [*EARLIER * [5], 7]
+        assert sharing.state.listener.socket.poll(0), "the next one waits for another turn"
+
+
+def test_a_revoked_memory_takes_no_more_forwards(sharing: Peer) -> None:
+    """Though a job has it still, and its completion may come."""
+    number, theirs = channel(sharing)
+    memory = sharing.state.groups.host.memories.find(sharing.session, number)
+    with theirs:
+        by_channel(theirs, Message("forward", forward(X, memory=number), 5, sharing.session))
+        assert sharing.ask("unshare", {"memory": number}).type == "done"
+        with pytest.raises(BrokenPipeError):
+            by_channel(theirs, Message("forward", forward(X, memory=number), 6, sharing.session))
+        assert memory.channel is not None
+        memory.channel.send(b"a completion")
+        assert theirs.recv(99) == b"a completion"
+        assert sharing.state.groups.host.memories.sources == []
+
+
 def test_a_channel_that_is_closed_with_completions_unread(sharing: Peer) -> None:
     """Its forwards are heard nevertheless, which the kernel gives behind the error."""
     number, theirs = channel(sharing)
@@ -373,18 +414,34 @@ def test_junk_in_a_channel_gets_an_error(sharing: Peer) -> None:
     number, theirs = channel(sharing)
     whole = wire.join(encode(Message("forward", forward(X, memory=number), 5, sharing.session)))
     with theirs:
-        for junk in (b"x", bytes(4), bytes(400), b"\xff" * 99, whole[:-1], whole + b"x", bytes(2 * wire.REQUEST_BYTES)):
+        for junk in (b"x", bytes(4), bytes(400), b"\xff" * 99, whole[:-1], whole + b"x", bytes(2 * wire.FORWARD_BYTES)):
             theirs.send(junk)
             hear(sharing)
             (told,) = sharing.answers()
             assert told.body["code"] == "ProtocolError"
-        before = len(list(Path("/proc/self/fd").iterdir()))
-        with open(os.devnull) as file, suppress(PermissionError):  # a newer kernel refuses descriptors
+
+
+def test_descriptors_that_nobody_asked_for_are_refused_or_closed(sharing: Peer) -> None:
+    """To close them takes as long as their sender likes, so kernels that can refuse them do."""
+    number, theirs = channel(sharing)
+    look(sharing)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as end:
+        try:
+            end.setsockopt(socket.SOL_SOCKET, SO_PASSRIGHTS, 0)
+            refused: Any = pytest.raises(PermissionError)
+        except OSError:
+            refused = nullcontext()
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with theirs, open(os.devnull) as file:
+        whole = wire.join(encode(Message("forward", forward(X, memory=number), 5, sharing.session)))
+        with refused:
             socket.send_fds(theirs, [whole], [file.fileno()] * 50)
-        theirs.send(whole)
+            theirs.send(b"")
+        with connect(sharing) as asking, refused:
+            socket.send_fds(asking, [packet({"nbytes": 8}, sharing.session)], [file.fileno()] * 50)
         hear(sharing)
-        assert len(list(Path("/proc/self/fd").iterdir())) == before
-        assert 1 <= len(sharing.state.groups.jobs) <= 2
+        look(sharing)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before - 1
 
 
 def test_a_channel_serves_its_session_alone(sharing: Peer) -> None:
@@ -402,10 +459,10 @@ def test_a_flood_in_a_channel_waits_and_a_closed_one_is_left_alone(sharing: Peer
     memories = sharing.state.groups.host.memories
     _, theirs = channel(sharing)
     with theirs:
-        for _ in range(3 * REQUESTS):
+        for _ in range(3 * FORWARDS):
             theirs.send(b"x")
         for _ in range(3):
-            assert len(memories.receive(memories.sources, 64)) == REQUESTS
+            assert len(memories.receive(memories.sources, 64)) == FORWARDS
         assert memories.receive([], 64) == memories.receive(memories.sources, 64) == []
         assert len(memories.sources) == 1
     assert memories.receive(memories.sources, 64) == []
@@ -417,9 +474,10 @@ def test_floods_in_channels_have_their_turns(sharing: Peer) -> None:
     with ExitStack() as stack:
         ends = [stack.enter_context(channel(sharing)[1]) for _ in range(3)]
         for number, theirs in enumerate(ends):
-            for _ in range(2 * REQUESTS):
+            for _ in range(2 * FORWARDS):
                 theirs.send(bytes([number]))
-        heard = [memories.receive(memories.sources, REQUESTS + 1) for _ in range(3)]
+        heard = [memories.receive(memories.sources, FORWARDS + 1) for _ in range(3)]
+    assert [len(each) for each in heard] == 3 * [FORWARDS + 1]
     assert [{packet for _, packet in each} for each in heard] == [{b"\0", b"\1"}, {b"\2", b"\0"}, {b"\1", b"\2"}]
 
 

@@ -204,7 +204,7 @@ def test_nobody_waits_for_completions_whatever_sockets_do_by_default(giver: Give
 
 
 def test_forwards_go_by_the_channel_of_their_memory(giver: Giver) -> None:
-    shared = Shared(giver.path, b"s", completes=True, hears=True)
+    shared = Shared(giver.path, b"s", completes=True, forwards=True)
     first, second = shared.take(LEAST_MEMORY_BYTES), shared.take(LEAST_MEMORY_BYTES)
     assert first is not None
     assert second is not None
@@ -212,9 +212,9 @@ def test_forwards_go_by_the_channel_of_their_memory(giver: Giver) -> None:
     assert shared.send(1, [b"other"])
     assert wire.cut(giver.hear(2)) == [b"head", b"", b"body"]
     assert wire.cut(giver.hear(1)) == [b"other"]
-    longest = wire.REQUEST_BYTES - wire.SIZE_BYTES
+    longest = wire.FORWARD_BYTES - wire.SIZE_BYTES
     assert shared.send(1, [bytes(longest)])
-    assert len(giver.hear(1)) == wire.REQUEST_BYTES
+    assert len(giver.hear(1)) == wire.FORWARD_BYTES
     assert not shared.send(1, [bytes(longest + 1)]), "it would be cut off"
     assert not shared.send(3, [b"of another session"])
     sent = 0
@@ -228,7 +228,7 @@ def test_forwards_go_by_the_channel_of_their_memory(giver: Giver) -> None:
 
 
 def test_a_forward_to_a_closed_channel_is_not_sent(giver: Giver) -> None:
-    shared = Shared(giver.path, b"s", completes=True, hears=True)
+    shared = Shared(giver.path, b"s", completes=True, forwards=True)
     assert shared.take(PAGE) is not None
     giver.made.pop().free()
     before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -240,7 +240,7 @@ def test_a_forward_to_a_closed_channel_is_not_sent(giver: Giver) -> None:
 
 
 def test_a_forked_child_sends_nothing_by_its_parents_channel(giver: Giver, monkeypatch: pytest.MonkeyPatch) -> None:
-    shared = Shared(giver.path, b"s", completes=True, hears=True)
+    shared = Shared(giver.path, b"s", completes=True, forwards=True)
     assert shared.take(PAGE) is not None
     monkeypatch.setattr(shared_module.os, "getpid", lambda: 1)
     assert not shared.send(1, [b"head"])
@@ -250,7 +250,7 @@ def test_a_forked_child_sends_nothing_by_its_parents_channel(giver: Giver, monke
 
 
 def test_an_older_daemon_gives_a_memory_alone_or_hears_nothing_there(giver: Giver) -> None:
-    shared = Shared(giver.path, b"s", hears=True)
+    shared = Shared(giver.path, b"s", forwards=True)
     assert shared.take(PAGE) is not None
     assert giver.made[0].channel is None
     assert (shared.channels, shared.receive()) == ((), [])
