@@ -262,8 +262,8 @@ class Connection:
                 limit=limit,
             )
         self._waiting[request.id] = request
-        by_channel = request.kind == "forward" and self.shared is not None and "memory" in body
-        if by_channel and self.shared is not None and self.shared.send(body["memory"], parts):
+        memory = body.get("memory") if request.kind == "forward" else None
+        if memory is not None and self.shared is not None and self.shared.send(memory, parts):
             return
         try:
             frames.send(self._socket_now(), parts)

@@ -25,8 +25,6 @@ __all__ = ["MappedMemories", "MappedMemory"]
 
 log = logging.getLogger(__name__)
 
-VIEWS = 64
-"""Most places of which is remembered how a tensor lies there."""
 _WIRE_NAMES = {getattr(torch, name): wire_name for wire_name, name in TORCH_NAMES.items()}
 
 
@@ -42,7 +40,6 @@ class MappedMemory:
             self._bytes = torch.frombuffer(mmap.mmap(fd, nbytes), dtype=torch.uint8)
         finally:
             os.close(fd)
-        self._views: dict[tuple[int, str, tuple[int, ...]], Tensor] = {}
         self.registered = False
         """Whether the GPU copies by itself; copies from and to other memory are staged by the driver."""
         if device.type == "cuda":
@@ -60,28 +57,17 @@ class MappedMemory:
             torch.cuda.synchronize(self._device)
             unmap_host(self._bytes.data_ptr())
             self.registered = False
-        del self._views, self._bytes
+        del self._bytes
 
     def read(self, tensor: wire.Tensor, dtype: torch.dtype) -> Tensor:
         """A copy on the device of a tensor that lies here, in this ``dtype``; on a GPU it may still be under way."""
-        there = self._view(tensor)
+        assert tensor.offset is not None
+        there = self._bytes[tensor.offset : tensor.offset + tensor.nbytes]
         if self._device.type == "cpu":
-            # By one thread: to wake others takes longer than to copy a latent.
-            copied = torch.frombuffer(as_bytes(there).numpy().copy(), dtype=there.dtype).view(there.shape)
+            copied = torch.from_numpy(there.numpy().copy())
         else:
             copied = there.to(self._device, non_blocking=self.registered)
-        return copied.to(dtype)
-
-    def _view(self, tensor: wire.Tensor) -> Tensor:
-        """A tensor that lies here, as it lies here; the last ones are kept, for latents mostly lie where others did."""
-        assert tensor.offset is not None
-        place = tensor.offset, tensor.dtype, tensor.shape
-        if place not in self._views:
-            there = self._bytes[tensor.offset : tensor.offset + tensor.nbytes]
-            if len(self._views) >= VIEWS:
-                self._views.clear()
-            self._views[place] = there.view(getattr(torch, TORCH_NAMES[tensor.dtype])).view(tensor.shape)
-        return self._views[place]
+        return copied.view(getattr(torch, TORCH_NAMES[tensor.dtype])).view(tensor.shape).to(dtype)
 
     def write(self, outs: Sequence[Tensor], room: Sequence[int]) -> list[wire.Tensor] | None:
         """Copy results to ``room``, an offset and a size, one behind the other; None if they don't fit there.
