@@ -74,10 +74,10 @@ def restarted(watcher: Client, before: int) -> None:
     eventually(is_back, START_S, "the ranks are new")
 
 
-def check_parts(model: Model, forwards: int) -> None:
+def check_parts(model: Model, forwards: int, retries: int = 0) -> None:
     """Its statistics are whole, and add up."""
     stats = model.stats
-    assert (stats.forwards, stats.steps, stats.retries) == (forwards, forwards, 0)
+    assert (stats.forwards, stats.steps, stats.retries) == (forwards, forwards, retries)
     assert sum(getattr(stats, f"{part}_s") for part in PARTS) == pytest.approx(stats.seconds)
 
 
@@ -104,28 +104,29 @@ def test_forwards_of_threads_end_with_completions(sturdy: Daemon, client: Client
 
 @pytest.mark.parametrize("kind", ["exit", "raise"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_is_lost_behind_it(
-    sturdy: Daemon, client: Client, inject: Inject, completions: list[int], kind: str, rank: int
-) -> None:
-    """The forward isn't done again, and nothing more is written to the client's memory."""
+def test_a_rank_is_lost_behind_it(sturdy: Daemon, client: Client, inject: Inject, kind: str, rank: int) -> None:
+    """The forward isn't done again, and nothing more is written to the client's memory.
+
+    Rank 1 may be lost while rank 0 is still to tell the client. Then the forward is done again, which has a completion
+    of its own; `test_a_rank_is_killed_behind_it` has the order for certain.
+    """
     model = client.load(FLUX.file)
     FLUX.check(model)
     inputs = FLUX.inputs(5)
     right = model.forward(**inputs)
     before = client.stats()
     inject(kind=kind, at="forward", when="after", rank=rank)
-    completions.clear()
     with sturdy.client() as watcher:
         restarts = watcher.status()["group"]["restarts"]
         assert torch.equal(model.forward(**inputs), right)
-        if rank == 0 or completions:
-            with untouched(client):
-                restarted(watcher, restarts)
-            assert watcher.stats()["retried_forwards"] == before["retried_forwards"]
-            check_parts(model, 3)
-            assert watcher.stats()["jobs_total"]["result"] == before["jobs_total"]["result"] + 1
-        else:
+        with untouched(client):
             restarted(watcher, restarts)
+        after = watcher.stats()
+    retries = model.stats.retries
+    assert retries <= rank
+    check_parts(model, 3, retries)
+    assert after["retried_forwards"] == before["retried_forwards"] + retries
+    assert after["jobs_total"]["result"] == before["jobs_total"]["result"] + 1
     assert torch.equal(model.forward(**inputs), right)
 
 
