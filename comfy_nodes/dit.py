@@ -31,12 +31,12 @@ __all__ = ["RemoteDiT", "refuse_weight_only", "remote_of"]
 Latents = torch.Tensor | list[torch.Tensor]
 """A network's latent, or a list where it has several."""
 Times = torch.Tensor | Sequence[torch.Tensor]
-VARIANTS = 4
-"""Sets of patches whose handle is kept: both sides of a comparison, and two more."""
+VARIANTS = 8
+"""Sets of patches whose handle is kept, as many as the daemon keeps by default (``models.variants``)."""
 _COPIED_LAYERS = ("x_embedder", "y_embedder")
 """Small layers that ControlNets copy from the model that they control."""
-_SHOWN_LAYERS = ("img_in", "patch_embedding", *_COPIED_LAYERS)
-"""Layers whose shapes ComfyUI looks at."""
+_SHOWN_LAYERS = ("img_in", "patch_embedding", "lq_proj", *_COPIED_LAYERS)
+"""Layers whose shapes and settings ComfyUI looks at."""
 _WITHOUT_WEIGHTS = ("process_img", "pe_embedder")
 _RUN_LAYERS = ("img_in", "txt_norm", "txt_in", "time_text_embed")
 """What Qwen-Image's Fun ControlNet runs of the model that it controls: methods without weights, and small layers."""
@@ -46,6 +46,8 @@ _OF_A_RUN = "reset_prefix_cache"
 """Qwen-Image-2.1's, called as a run begins and ends, for what the network keeps within it: nothing is kept here."""
 _SENT_OPTIONS = ("rope_options", "minimax_h3_sigma_shift_video", "minimax_h3_sigma_shift_audio")
 """Options that are arguments of the daemon's networks."""
+SOUND_TIMESTEP = "a_timestep"
+"""The name by which wrappers around LTX-2's network get the sound's timestep."""
 _WRAPPING = ("WrappersMP.DIFFUSION_MODEL", "get_all_wrappers", "WrapperExecutor.new_class_executor")
 
 
@@ -66,6 +68,8 @@ class RemoteDiT(torch.nn.Module):
         self.shown = Blocks()
         self.shell: weakref.ref[BaseModel] | None = None
         """The model around this one, set by who makes it."""
+        self.loaded: weakref.ref[ModelPatcher] | None = None
+        """The patcher whose patches ComfyUI would have merged into the weights now."""
         self._variants: OrderedDict[Any, Model] = OrderedDict()
         self._lent: dict[Any, torch.nn.Module] = {}
         self.network = network
@@ -141,9 +145,10 @@ class RemoteDiT(torch.nn.Module):
 
     @property
     def patcher(self) -> ModelPatcher | None:
-        """The patcher that samples now."""
+        """The patcher that samples now, or outside of a run the one that ComfyUI loaded last."""
         model = self.shell() if self.shell is not None else None
-        return model.current_patcher if model is not None else None
+        sampling = model.current_patcher if model is not None else None
+        return sampling if sampling is not None or self.loaded is None else self.loaded()
 
     def begin(self) -> None:
         """A sampling begins."""
@@ -165,22 +170,28 @@ class RemoteDiT(torch.nn.Module):
         if self.network.changes_latents:
             changed: Latents = type(self.network.skeleton).forward(self, x, timestep, **named)
             return changed
-        if not self.network.runs_wrappers:
+        wrapped, options = self.network.wrapped, named.get("transformer_options") or {}
+        if wrapped is None:
             return self._run(x, timestep, named)
-        # Wrappers find some arguments by their position, so they stand where the real network has them.
-        defaults = self.network.parameters
-        positional = [named.pop(name, default) for name, default in defaults.items()]
-
-        def run(x: Latents, timestep: Times, *values: Any, **rest: Any) -> Latents:
-            return self._run(x, timestep, {**dict(zip(defaults, values, strict=False)), **rest})
-
-        options = dict(zip(defaults, positional, strict=True)).get("transformer_options") or {}
         kind, all_of, executor = (hooks.find(f"comfy.patcher_extension.{name}") for name in _WRAPPING)
         if kind is None or all_of is None or executor is None:
             if (options.get("wrappers") or {}).get("diffusion_model"):
                 raise Refused("a wrapper around the network (EasyCache or the like)", hooks.UPDATE)
-            return run(x, timestep, *positional, **named)
-        out: Latents = executor(run, self, all_of(kind, options)).execute(x, timestep, *positional, **named)
+            return self._run(x, timestep, named)
+        # Wrappers find some arguments by their position, others by name: they get what the real network gives them.
+        positional = [named.pop(name, default) for name, default in wrapped.positional.items()]
+
+        is_pair = self.network.is_ltxav and not isinstance(timestep, torch.Tensor)
+        if is_pair:
+            # As LTX-2's network does before it runs them.
+            timestep, named[SOUND_TIMESTEP] = timestep
+
+        def run(x: Latents, timestep: Times, *values: Any, **rest: Any) -> Latents:
+            given = {**dict(zip(wrapped.positional, values, strict=False)), **rest}
+            return self._run(x, (timestep, given.pop(SOUND_TIMESTEP)) if is_pair else timestep, given)
+
+        calls = executor(run, self, all_of(kind, options))
+        out: Latents = calls.execute(x, timestep, *positional, **{**wrapped.named, **named})
         return out
 
     def _forward(
@@ -234,9 +245,8 @@ class RemoteDiT(torch.nn.Module):
             try:
                 return ask(model), model
             except ModelNotFound:
-                if not self.remote.was_sent(model):
-                    raise
-                # The weights have made room for others' in the daemon: send them again.
+                # It has made room for others in the daemon, which can't load it again: its weights were sent, or its
+                # file has changed since. Those of this MODEL are sent then.
                 self._variants = OrderedDict(each for each in self._variants.items() if each[1] is not model)
                 model = self._variant(dtype)
                 return ask(model), model

@@ -13,6 +13,7 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -39,6 +40,9 @@ AT_ZERO = "index_timestep_zero"
 """Places reference latents one behind the other, and takes them as clean: their timestep is 0."""
 METHODS_OF_QWEN = ("offset", "index", AT_ZERO, "negative_index")
 """Those that it has for Qwen-Image's network, which is called so."""
+
+_WRAPPERS = "WrappersMP.DIFFUSION_MODEL"
+"""Where a network asks for the wrappers around it."""
 
 _TEXT_MASK = "encoder_hidden_states_mask"
 
@@ -69,6 +73,16 @@ def _fill(module: torch.nn.Module, *args: Any) -> None:
     torch.nn.Module._load_from_state_dict(module, *args)
 
 
+@dataclass(frozen=True)
+class WrappedCall:
+    """What a network passes to the wrappers around it after latents and timestep: wrappers go by position and name."""
+
+    positional: Mapping[str, Any]
+    """The arguments by position, in order, with their defaults; None where there are none."""
+    named: Mapping[str, Any]
+    """Those by name, with theirs; all others that the network is called with are passed by name too."""
+
+
 class Network:
     """A stock network by its class and shapes; all its tensors are on the meta device, without contents."""
 
@@ -84,8 +98,8 @@ class Network:
         inner = getattr(kind, "_forward", kind.forward)
         self._inner = inner
         self._eps: dict[torch.dtype, float | None] = {}
-        self.runs_wrappers = "WrappersMP.DIFFUSION_MODEL" in inspect.getsource(kind.forward)
-        """Whether EasyCache and its like are run around it. Some of ComfyUI's networks leave them out."""
+        self.wrapped = _wrapped_call(kind)
+        """How it has EasyCache and its like run around it; None as some of ComfyUI's networks leave them out."""
         self.changes_latents = kind.__name__ == H3
         """Whether its forward changes latents around wrappers and network; it is run as it is then, on the latter."""
         self.parameters = {
@@ -148,7 +162,7 @@ class Network:
             meanings["joint_order"] = self.joint_order
         if getattr(self.skeleton, "time_r_in", None) is not None and not arguments.get("disable_time_r"):
             meanings |= _next_timestep(options, len(arguments["context"]))
-        if type(self.skeleton).__name__ == ltx.NETWORK:
+        if self.is_ltxav:
             meanings |= ltx.meanings(self.skeleton, options)
         return meanings
 
@@ -184,6 +198,11 @@ class Network:
     def is_qwen(self) -> bool:
         """Whether it is Qwen-Image's."""
         return type(self.skeleton).__name__ == QWEN
+
+    @property
+    def is_ltxav(self) -> bool:
+        """Whether it is LTX-2's."""
+        return type(self.skeleton).__name__ == ltx.NETWORK
 
     @functools.cached_property
     def applies_text_mask(self) -> bool:
@@ -221,6 +240,34 @@ def _next_timestep(options: Mapping[str, Any], images: int) -> dict[str, torch.T
     if not len(found):
         return {}
     return {"timestep_r": (1000.0 * levels[found[0] + 1].float()).repeat(images)}
+
+
+def _wrapped_call(kind: type) -> WrappedCall | None:
+    """Read from the forward that runs wrappers: the class's own, or the one that this hands on to."""
+    for each in kind.__mro__:
+        forward = vars(each).get("forward")
+        if forward is None:
+            continue
+        if _WRAPPERS not in inspect.getsource(forward):
+            if not any(_is_super(call.func) for call in _calls_in(forward, "forward")):
+                return None
+            continue
+        (call,) = _calls_in(forward, "execute")
+        defaults = {
+            name: None if parameter.default is parameter.empty else parameter.default
+            for name, parameter in inspect.signature(forward).parameters.items()
+        }
+        # An argument may be any expression; its place is then that of a name that nobody gives.
+        positional = [given.id if isinstance(given, ast.Name) else ast.unparse(given) for given in call.args[2:]]
+        named = [given.arg for given in call.keywords if given.arg is not None]
+        return WrappedCall(*({name: defaults.get(name) for name in names} for names in (positional, named)))
+    return None
+
+
+def _is_super(function: ast.expr) -> bool:
+    """Whether a method is called on ``super()``."""
+    owner = getattr(function, "value", None)
+    return isinstance(owner, ast.Call) and isinstance(owner.func, ast.Name) and owner.func.id == "super"
 
 
 def _calls_in(function: Any, method: str) -> list[ast.Call]:

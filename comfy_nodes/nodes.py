@@ -141,6 +141,12 @@ def _info(made: Converted) -> dict[str, Any]:
     }
 
 
+def _local(model: ModelPatcher) -> ModelPatcher:
+    """A MODEL of one's own that runs here; with what is on it, if it ran in the daemon."""
+    network = remote_of(model)
+    return model.clone() if network is None else carry_over(model, network.remote.source.local())
+
+
 class TACODiTModelLoader(_Loader):
     """A MODEL in, the same MODEL out, run by the daemon."""
 
@@ -166,7 +172,7 @@ class TACODiTModelLoader(_Loader):
     ) -> tuple[ModelPatcher, dict[str, Any]]:
         """The node's outputs."""
         if not enable_taco_dit:
-            local = model.clone()
+            local = _local(model)
             local.attachments[OFF] = True
             return local, {"enabled": False}
         wanted = Settings(**settings, endpoint=endpoint)
@@ -249,7 +255,7 @@ class TACODiTKSampler(hooks.find("nodes.KSampler") or object):  # type: ignore[m
                 "put TACO-DiT Model Loader before this node, or switch enable_taco_dit off here",
             )
         if network is not None and not enable_taco_dit:
-            model, network = carry_over(model, network.remote.source.local()), None
+            model, network = _local(model), None
         run = Run()
         watched = model.clone()
         if hooks.have(_WATCHING):

@@ -10,7 +10,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -35,7 +35,11 @@ _LOADERS = ("comfy.sd.load_diffusion_model", "comfy.sd.load_checkpoint_guess_con
 _WIDGETS = {"unet_name": "diffusion_models", "ckpt_name": "checkpoints"}
 _MAPS = "/proc/self/maps"
 NUMBERS = 64
-"""How many numbers of each weight are compared with the file's."""
+"""How many numbers are compared with the file's at each of these places in a weight."""
+PLACES = 6
+"""So many, evenly spread: what was merged into values alone may begin behind queries and keys, in one weight."""
+SAMPLE_BYTES = 4 * NUMBERS
+"""The same in a GGUF file, whose numbers are packed."""
 DEPTH = 64
 """How far up the graph to look for a loader."""
 
@@ -177,7 +181,7 @@ def _same_formats(header: Header, names: Names, state: State) -> bool:
 
 
 def _holds(path: str, names: Names, state: State) -> bool:
-    """Whether a file holds these weights: names, shapes, and the first numbers of each as ComfyUI rounds them.
+    """Whether a file holds these weights: names, shapes, and some numbers of each as ComfyUI rounds them.
 
     Of quantized layers the packed numbers, and what stands beside them: either side may leave out a scale of 1.
     """
@@ -190,7 +194,7 @@ def _holds(path: str, names: Names, state: State) -> bool:
             if key not in keys or file.get_slice(keys[key]).get_shape() != list(weight.shape):
                 return False
         for key, weight in weights.items():
-            if not _same_start(file.get_slice(keys[key]), weight, scaled):
+            if not _same_sample(file.get_slice(keys[key]), weight, scaled):
                 return False
         for key in {**beside, **keys}:
             layer, _, leaf = key.rpartition(".")
@@ -207,15 +211,15 @@ def _rounds_inputs(state: State, layer: str) -> bool:
     return layer in state.layers and state.layers[layer].quantizes
 
 
-def _same_start(stored: Any, weight: torch.Tensor, scaled: bool) -> bool:
-    """Whether the first numbers agree, and the model's dtype isn't one of those that lose more than a device's own.
+def _same_sample(stored: Any, weight: torch.Tensor, scaled: bool) -> bool:
+    """Whether some numbers agree, and the model's dtype isn't one of those that lose more than a device's own.
 
     Of a file of scaled weights ComfyUI 0.3.64 keeps more in 8 bit than the file does, and nobody asked for that.
     """
-    theirs = _start(stored, stored.get_shape())
+    theirs = _sample(stored, stored.get_shape())
     if weight.dtype.itemsize == 1 and weight.dtype != theirs.dtype and not scaled:
         return False
-    return _same_bytes(theirs.to(weight.dtype), _start(weight, weight.shape))
+    return _same_bytes(theirs.to(weight.dtype), _sample(weight, weight.shape))
 
 
 def _same_scales(stored: Any, ours: torch.Tensor | None) -> bool:
@@ -225,20 +229,24 @@ def _same_scales(stored: Any, ours: torch.Tensor | None) -> bool:
         return there.dtype.itemsize > 1 and bool((there == 1).all())
     if stored.get_shape() != list(ours.shape):
         return False
-    theirs, ours = _start(stored, stored.get_shape()), _start(ours, ours.shape)
+    theirs, ours = _sample(stored, stored.get_shape()), _sample(ours, ours.shape)
     if theirs.dtype.itemsize == 1 or ours.dtype.itemsize == 1:
         return theirs.dtype.itemsize == ours.dtype.itemsize and _same_bytes(theirs, ours)
     return _same_bytes(theirs.to(ours.dtype), ours)
 
 
-def _start(tensor: Any, shape: Sequence[int]) -> torch.Tensor:
-    """The first numbers of a tensor, or of one in a file: those of its first rows."""
+def _sample(tensor: Any, shape: Sequence[int]) -> torch.Tensor:
+    """Some numbers of a tensor, or of one in a file: those of its first rows, and of others throughout."""
     if not len(shape):
         whole: torch.Tensor = tensor[...]
         return whole.reshape(1)
     rows = -(-NUMBERS // max(math.prod(shape[1:]), 1))
-    start: torch.Tensor = tensor[:rows].flatten()[:NUMBERS]
-    return start
+    return torch.cat([tensor[place : place + rows].flatten()[:NUMBERS] for place in _places(shape[0])])
+
+
+def _places(length: int) -> list[int]:
+    """Where samples of so many rows, or bytes, begin."""
+    return [length * number // PLACES for number in range(PLACES)]
 
 
 def _same_bytes(theirs: torch.Tensor, ours: torch.Tensor) -> bool:
@@ -248,7 +256,7 @@ def _same_bytes(theirs: torch.Tensor, ours: torch.Tensor) -> bool:
 
 
 def _names_if_held_packed(path: str, state: State, config: Any) -> Names | None:
-    """As `_names_if_held`, for a GGUF file: names, shapes, and the first bytes or numbers of each weight."""
+    """As `_names_if_held`, for a GGUF file: names, shapes, and some bytes or numbers of each weight."""
     checkpoint = read_checkpoint(path)
     names = names_in_file(Header.of_gguf(checkpoint), config)
     held = all(key in names and _same_blocks(checkpoint, names[key], weight) for key, weight in state.items())
@@ -259,15 +267,24 @@ def _same_blocks(checkpoint: Checkpoint, key: str, weight: torch.Tensor) -> bool
     info, (part,) = checkpoint.tensors[key], checkpoint.parts[key]
     if info.shape != tuple(weight.shape):
         return False
+    # Whole numbers begin there.
+    places = [place // 8 * 8 for place in _places(part.stop - part.start)]
     with open(part.file, "rb") as file:
-        file.seek(part.start)
-        theirs = file.read(min(4 * NUMBERS, part.stop - part.start))
+        theirs = b"".join(_read_at(file, part.start + place, part.stop) for place in places)
     if getattr(weight, GGUF_TYPE, None) is not None:
-        ours = as_bytes(plain(weight))[: 4 * NUMBERS].cpu()
+        packed = as_bytes(plain(weight))
+        ours = torch.cat([packed[place : place + SAMPLE_BYTES] for place in places]).cpu()
         return ours.numpy().tobytes() == theirs
     # The pack has made numbers of it as it read the file (vectors).
     dtype = DTYPES.get(info.dtype)
     if dtype is None or info.dtype in BLOCKS:
         return False
     numbers = torch.frombuffer(bytearray(theirs), dtype=dtype)
-    return torch.equal(plain(weight).reshape(-1)[: len(numbers)].cpu(), numbers.to(weight.dtype))
+    flat, size = plain(weight).reshape(-1), dtype.itemsize
+    ours = torch.cat([flat[place // size : (place + SAMPLE_BYTES) // size] for place in places]).cpu()
+    return torch.equal(ours, numbers.to(weight.dtype))
+
+
+def _read_at(file: BinaryIO, start: int, stop: int) -> bytes:
+    file.seek(start)
+    return file.read(min(SAMPLE_BYTES, stop - start))

@@ -14,22 +14,19 @@ __all__ = ["arguments"]
 
 _ELSEWHERE = (
     *("patches", "patches_replace", "optimized_attention_override"),
-    *("wrappers", "callbacks", "prefetch_dynamic_vbars"),
+    *("wrappers", "callbacks", "prefetch_dynamic_vbars", "context_window"),
 )
-"""Options that are refused where they matter, that run around the network, or that are about this process's memory."""
+"""Options that are refused where they matter, that run around the network, or that are about this process's memory.
+
+Wan Animate 2 looks at the ``context_window`` beside a cache alone, which is refused."""
 
 
 def arguments(named: Mapping[str, Any], options: Mapping[str, Any], network: Network) -> dict[str, Any]:
     """The arguments of a call beside latents and timestep, and of its options those that the network looks at.
 
-    Raises `Refused` for code among them, and for a ControlNet.
+    Raises `Refused` for code among them.
     """
     sent = {name: _plain(name, value) for name, value in named.items() if value is not None}
-    if sent.pop("control", None) is not None:
-        raise Refused(
-            "a ControlNet on a network of ComfyUI's own",
-            "the daemon runs it without residuals in its blocks; take the ControlNet off",
-        )
     read = {name: value for name, value in options.items() if name not in _ELSEWHERE and network.reads(name)}
     if read:
         sent["transformer_options"] = {name: _plain(name, value) for name, value in read.items()}

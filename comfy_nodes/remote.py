@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -88,10 +87,6 @@ class Remote:
         self.note = f"{', '.join(taken)}: not for ComfyUI's own network ({model.network})"
         self.plan = {name: value for name, value in self.plan.items() if name not in taken} or "auto"
         return load(model.path)
-
-    def was_sent(self, model: Model) -> bool:
-        """Whether the daemon has this model's weights from here, and not from a file of its own."""
-        return self.uploaded is not None and PurePath(model.path).name == PurePath(self.uploaded).name
 
     def _upload(self, refused: TacodError | None, progress: Progress | None) -> str:
         report = None if progress is None else lambda done, total: progress("sending", done, total)

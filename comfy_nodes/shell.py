@@ -89,6 +89,14 @@ class RemotePatcher(ModelPatcher):
         if network is not None:
             network.begin()
 
+    def partially_load(self, *args: Any, **kwargs: Any) -> Any:
+        """See ComfyUI's; from now on the network computes with these patches, also outside of a run."""
+        loaded = super().partially_load(*args, **kwargs)
+        network = remote_of(self)
+        if network is not None:
+            network.loaded = weakref.ref(self)
+        return loaded
+
     def patch_hooks(self, hooks: Any) -> None:
         """Note which hooks' patches apply; the network sends them with its next call."""
         self.current_hooks = hooks

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+import pytest
 import torch
-from comfyui_server import ComfyUI
+from comfyui_server import ComfyUI, Outcome
 from helpers import Tiny
 from safetensors.torch import save_file
 
@@ -28,6 +29,8 @@ __all__ = [
     "AVPair",
     "Pair",
     "TinyModel",
+    "cached",
+    "differ",
     "refused",
     "save",
     "save_lora",
@@ -284,6 +287,26 @@ def refused(comfyui: ComfyUI, run: Pair, **inputs: Any) -> str:
     assert outcome.kind == "error"
     assert max((event["value"] for event in outcome.of("progress") if event["max"] < 100), default=0) == 0
     return outcome.error
+
+
+def differ(comfyui: ComfyUI, run: Pair, *saves: str, least: float = 1e-3) -> None:
+    """Assert that each of these runs through the daemon differs from the one before, in each of its latents."""
+    for one, other in itertools.pairwise(saves):
+        for part in run.parts:
+            first, second = (comfyui.latent(run.file("taco", f"{save}{part}")) for save in (one, other))
+            assert (first - second).norm() > least * first.norm(), (one, other, part)
+
+
+def cached(comfyui: ComfyUI, both: Callable[..., Outcome], run: Pair, **inputs: Any) -> None:
+    """Assert that a run in which EasyCache leaves steps out is stock's too."""
+    if "EasyCache" not in comfyui.nodes:
+        pytest.skip("this version of ComfyUI has no EasyCache")
+    run.load()
+    run.sample(save="_all", cfg=1.0, steps=8, **inputs)
+    run.on_model("EasyCache", reuse_threshold=3.0, start_percent=0.1, end_percent=0.95, verbose=False)
+    run.sample(save="_some", cfg=1.0, steps=8, **inputs)
+    both(run, "_all", "_some")
+    differ(comfyui, run, "_all", "_some", least=1e-4)
 
 
 def _of_branch(value: Any, branch: str) -> Any:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from comfyui_graphs import Pair, refused
+from comfyui_graphs import Pair, differ, refused
 from comfyui_server import ComfyUI, Outcome
 from image_cases import Case
-from video_cases import conditioned, differ, models
+from video_cases import conditioned, models
 
 Both = Callable[..., Outcome]
 SIDES = {"width": 48, "height": 64, "length": 9, "batch_size": 1}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comfyui_graphs import Pair, refused
+from comfyui_graphs import Pair, cached, refused
 from comfyui_server import PATH, ComfyUI, Outcome, version
 from helpers import Daemon
 from image_cases import CASES, Case, Sizes, named, write
@@ -42,6 +42,16 @@ def test_with_and_without_guidance_and_a_lora(comfyui: ComfyUI, both: Both, run:
     both(run, "_1", "_4", "_lora")
     plain, merged = (comfyui.latent(run.file("taco", save)) for save in ("_1", "_lora"))
     assert (plain - merged).norm() > 1e-3 * plain.norm()
+
+
+WRAPPED = [case for case in CASES if not case.golden.startswith("qwen_image_21")]
+"""Those whose networks let others wrap them."""
+
+
+@pytest.mark.parametrize("case", WRAPPED, indirect=True, ids=lambda case: case.golden)
+def test_easy_cache(comfyui: ComfyUI, both: Both, run: Pair) -> None:
+    """It finds what it needs by its place among the arguments that a network gives to what wraps it."""
+    cached(comfyui, both, run)
 
 
 def test_a_batch_and_a_mask(both: Both, run: Pair) -> None:
@@ -187,6 +197,15 @@ def test_a_controlnet_that_runs_layers_of_the_network(comfyui: ComfyUI, both: Bo
     both(run, "_without", "_with")
     without, led = (comfyui.latent(run.file("taco", save)) for save in ("_without", "_with"))
     assert (led - without).norm() > 1e-3 * without.norm()
+
+
+@pytest.mark.parametrize("case", named("qwen_image"), indirect=True, ids=lambda case: case.golden)
+def test_easy_cache_beside_a_controlnet(comfyui: ComfyUI, both: Both, run: Pair, case: Case) -> None:
+    """The network has its residuals behind what it gives by position."""
+    width = case.model().config["num_attention_heads"] * case.model().config["attention_head_dim"]
+    for prompt in ("positive", "negative"):
+        run.add(f"{prompt}_led", "TestControl", conditioning=f"@{prompt}", width=width, tokens=35)
+    cached(comfyui, both, run, positive="@positive_led", negative="@negative_led")
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.method], indirect=True, ids=lambda case: case.golden)

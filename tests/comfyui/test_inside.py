@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 
 import pytest
-from comfyui_graphs import FLUX, SD3, Pair, TinyModel
+from comfyui_graphs import FLUX, SD3, Pair, TinyModel, differ
 from comfyui_server import ComfyUI, Outcome
 
 Both = Callable[..., Outcome]
@@ -23,6 +23,16 @@ def test_residuals_of_a_controlnet(both: Both, pair: Pairs, model: TinyModel, cf
     run.load()
     run.sample(positive="@positive_led", negative="@negative_led", cfg=cfg)
     both(run)
+
+
+def test_a_guidance_that_is_disabled(comfyui: ComfyUI, both: Both, pair: Pairs) -> None:
+    run = pair(FLUX)
+    run.add("unguided", "FluxDisableGuidance", conditioning="@positive")
+    run.load()
+    run.sample(save="_with", cfg=1.0)
+    run.sample(save="_without", cfg=1.0, positive="@unguided")
+    both(run, "_with", "_without")
+    differ(comfyui, run, "_with", "_without")
 
 
 @pytest.mark.parametrize("size", [(7, 8), (5, 6)], ids=["native", "scaled"])

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from comfyui_graphs import Pair, refused
+from comfyui_graphs import Pair, differ, refused
 from comfyui_server import ComfyUI, Outcome
-from video_cases import KANDINSKY, conditioned, differ, models
+from video_cases import KANDINSKY, conditioned, models
 
 Both = Callable[..., Outcome]
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from comfyui_graphs import Pair
+from comfyui_graphs import Pair, differ
 from comfyui_server import ComfyUI, Outcome, has
 from image_cases import Case
 from safetensors.torch import load_file, save_file
-from video_cases import differ, models
+from video_cases import models
 
 Both = Callable[..., Outcome]
 COARSE = "coarse.safetensors"

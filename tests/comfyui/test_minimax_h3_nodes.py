@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
-from comfyui_graphs import Pair, refused
+from comfyui_graphs import Pair, cached, differ, refused
 from comfyui_server import ComfyUI, Outcome
 from image_cases import Case
-from video_cases import MINIMAX, differ, models
+from video_cases import MINIMAX, models
 
 Both = Callable[..., Outcome]
 STEP = 800
@@ -123,16 +122,7 @@ def test_a_shift_of_zero_is_no_missing_one(comfyui: ComfyUI, both: Both, run: Pa
 
 @models("minimax_h3_t2v")
 def test_easy_cache_sees_the_sound_at_its_own_noise_level(comfyui: ComfyUI, both: Both, run: Pair) -> None:
-    if "EasyCache" not in comfyui.nodes:
-        pytest.skip("this version of ComfyUI has no EasyCache")
-    settings = {"reuse_threshold": 3.0, "start_percent": 0.1, "end_percent": 0.95, "verbose": False}
-    run.load()
-    run.sample(save="_all", cfg=1.0, steps=12)
-    run.on_model("EasyCache", **settings)
-    run.sample(save="_some", cfg=1.0, steps=12)
-    both(run, "_all", "_some")
-    # Steps are left out.
-    differ(comfyui, run, "_all", "_some", least=1e-4)
+    cached(comfyui, both, run)
 
 
 @models("minimax_h3_t2v")

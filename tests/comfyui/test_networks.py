@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from comfyui_graphs import Pair, TinyModel
+from comfyui_graphs import Pair, TinyModel, differ, refused
 from comfyui_server import PATH, PYTHON, ComfyUI, Outcome
 from goldens_cpu import INTEL
 from helpers import FP32, Daemon, Tiny, relative_error
@@ -222,3 +222,25 @@ def test_through_the_nodes(networks: Networks, files: Path, comfyui_models: Path
     with networks(3).client() as client:
         (used, *_) = [each for each in client.status()["models"] if each["name"] == "auraflow.safetensors"]
     assert used["family"] == "comfyui"
+
+
+LENS = TinyModel(Tiny("lens", CASES["lens"].config), 48, 0, channels=128, size=(5, 7))
+
+
+def test_a_controlnet_through_the_nodes(
+    networks: Networks, files: Path, comfyui_models: Path, comfyui: ComfyUI, both: Both
+) -> None:
+    """Of a network that adds its residuals, and of one that would leave them out: the daemon refuses that by name."""
+    shutil.copy(files / "lens.safetensors", comfyui_models / "diffusion_models")
+    run = Pair(LENS, {"taco": (3, networks(3).endpoint), "net2": (2, networks(2).endpoint)})
+    run.add("led", "TestControl", conditioning="@positive", width=48, tokens=35, only="input")
+    run.load()
+    run.sample(save="_without", cfg=1.0)
+    run.sample(save="_with", cfg=1.0, positive="@led")
+    both(run, "_without", "_with")
+    differ(comfyui, run, "_without", "_with")
+    shutil.copy(files / "auraflow.safetensors", comfyui_models / "diffusion_models")
+    run = Pair(AURAFLOW, {"taco": (3, networks(3).endpoint)})
+    run.add("led", "TestControl", conditioning="@positive", width=48, tokens=35, only="input")
+    run.load()
+    assert "takes no ControlNet's residuals" in refused(comfyui, run, cfg=1.0, positive="@led")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from comfyui_graphs import Pair, refused
+from comfyui_graphs import Pair, cached, differ, refused
 from comfyui_server import ComfyUI, Outcome
 from image_cases import Case
-from video_cases import KANDINSKY, VIDEO, differ, models, stretched
+from video_cases import KANDINSKY, VIDEO, models, stretched
 
 Both = Callable[..., Outcome]
 BY_TEXT_ALONE = [golden for golden, case in VIDEO.items() if case.lora and not golden.startswith(("wan_", "ltx2"))]
@@ -37,6 +37,11 @@ def test_stretched_positions(comfyui: ComfyUI, both: Both, run: Pair) -> None:
     run.sample(save="_stretched", cfg=1.0)
     both(run, "_plain", "_stretched")
     differ(comfyui, run, "_plain", "_stretched")
+
+
+@models(*BY_TEXT_ALONE)
+def test_easy_cache(comfyui: ComfyUI, both: Both, run: Pair) -> None:
+    cached(comfyui, both, run)
 
 
 @models("wan21_t2v", "kandinsky5")

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comfyui_graphs import Pair, refused
+from comfyui_graphs import Pair, differ, refused
 from comfyui_server import ComfyUI, Outcome, has
 from helpers import Daemon
 from image_cases import Case
 from safetensors.torch import save_file
-from video_cases import conditioned, differ, models
+from video_cases import conditioned, models
 
 Both = Callable[..., Outcome]
 SIDES = {"width": 80, "height": 64, "length": 9, "batch_size": 1}

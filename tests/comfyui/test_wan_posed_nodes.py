@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from comfyui_graphs import Pair
+from comfyui_graphs import Pair, differ
 from comfyui_server import ComfyUI, Outcome
 from helpers import Daemon
 from image_cases import Case
-from video_cases import POSED, conditioned, differ, models, stretched
+from video_cases import POSED, conditioned, models, stretched
 
 Both = Callable[..., Outcome]
 SIDES = {"width": 96, "height": 64, "length": 9, "batch_size": 1}

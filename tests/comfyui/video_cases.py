@@ -5,7 +5,6 @@ Models are the goldens', but ComfyUI takes some only with the channels of publis
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,7 +27,6 @@ __all__ = [
     "VIDEO",
     "WAN",
     "conditioned",
-    "differ",
     "graph_of",
     "has_sound",
     "models",
@@ -291,14 +289,6 @@ def conditioned(run: Pair, kind: str, name: str = "given", **given: Any) -> dict
     chosen = {key: value for key, value in given.items() if value is not None}
     run.add(name, kind, positive="@positive", negative="@negative", vae="@vae", **chosen)
     return {"positive": f"@{name}", "negative": f"@{name}#1", "latent_image": f"@{name}#2"}
-
-
-def differ(comfyui: ComfyUI, run: Pair, *saves: str, least: float = 1e-3) -> None:
-    """Assert that each of these runs through the daemon differs from the one before, in each of its latents."""
-    for one, other in itertools.pairwise(saves):
-        for part in run.parts:
-            first, second = (comfyui.latent(run.file("taco", f"{save}{part}")) for save in (one, other))
-            assert (first - second).norm() > least * first.norm(), (one, other, part)
 
 
 def stretched(comfyui: ComfyUI, run: Pair) -> None:

@@ -478,7 +478,7 @@ def test_plan_tells_what_a_forward_takes(tacoctl: Run, models: Path) -> None:
     assert told["x"] == {"shape": ["B", 4, "H", "W"], "required": True, "usual": True}
     assert told["y"] == {"shape": ["B", 6], "required": False, "usual": True}
     assert told["timestep"] == {"shape": ["B"], "required": True, "usual": True, "value": pytest.approx(0.7)}
-    assert told["guidance"] == {"shape": ["B"], "required": True, "usual": True, "value": 3.5}
+    assert told["guidance"] == {"shape": ["B"], "required": False, "usual": True, "value": 3.5}
     assert not {"ref_latents", "attention_mask", "control", "rope_options"} & set(told)
 
 

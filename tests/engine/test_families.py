@@ -344,12 +344,14 @@ def test_each_way_to_place_references_differs() -> None:
     assert not any(torch.equal(outs[i], outs[j]) for i in range(len(outs)) for j in range(i))
 
 
-def test_guidance_is_asked_for_where_the_model_was_distilled_for_it() -> None:
-    plain = Flux({**TINY_FLUX, "guidance_embed": False})
-    assert Flux(TINY_FLUX).arguments()["guidance"].required
-    assert not plain.arguments()["guidance"].required
+def test_guidance_counts_where_the_model_was_distilled_for_it() -> None:
+    """It may be left out, as FluxDisableGuidance does; that isn't a guidance of 0."""
+    plain, distilled = Flux({**TINY_FLUX, "guidance_embed": False}), Flux(TINY_FLUX)
     inputs = flux_inputs()
     with torch.inference_mode():
+        none = distilled(SequenceParallel(), **{name: each for name, each in inputs.items() if name != "guidance"})
+        for guidance in (inputs["guidance"], torch.zeros_like(inputs["guidance"])):
+            assert not torch.equal(distilled(SequenceParallel(), **{**inputs, "guidance": guidance}), none)
         out = plain(SequenceParallel(), **inputs)
         del inputs["guidance"]
         assert torch.equal(plain(SequenceParallel(), **inputs), out)

@@ -18,7 +18,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "timestep": {"shape": ["B"], "required": True, "usual": True, "value": 0.7},
     "context": {"shape": ["B", "L", 32], "required": True, "usual": True},
     "y": {"shape": ["B", 8], "required": False, "usual": True},
-    "guidance": {"shape": ["B"], "required": True, "usual": True, "value": 3.5},
+    "guidance": {"shape": ["B"], "required": False, "usual": True, "value": 3.5},
     "c_size": {"shape": ["B", 2], "required": False, "usual": False},
 }
 LENGTHS = {"B": 2, "H": 12, "W": 20, "L": 7}

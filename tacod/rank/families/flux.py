@@ -88,7 +88,7 @@ class Flux(DiT):
         "guidance_embed": True,
     }
     clamps = True
-    usual_optional: ClassVar[tuple[str, ...]] = ("y",)
+    usual_optional: ClassVar[tuple[str, ...]] = ("y", "guidance")
     usual_values: ClassVar[Mapping[str, float]] = {"guidance": 3.5}
     diffusers: ClassVar[Mapping[str, Any]] = {
         "FluxTransformer2DModel": lambda c: {
@@ -189,8 +189,8 @@ class Flux(DiT):
     def arguments(self) -> dict[str, Spec]:
         """See `DiT.arguments`.
 
-        ``guidance`` is not used by models that are not distilled for it. ``attention_mask`` is added to the scores over
-        text and image. ``rope_options`` stretch and shift the positions of the image and its references, or of the
+        ``guidance`` is not used by models that are not distilled for it; those that are do without it too, as ComfyUI
+        has it. ``attention_mask`` is added to the scores over text and image. ``rope_options`` stretch and shift the positions of the image and its references, or of the
         image alone (``rope_options_for="image"``); those of LongCat-Image lie behind its text, as ComfyUI has it, if
         they don't say otherwise. ``qk_norm_eps`` is added to the mean square in the norms of queries
         and keys, by default `epsilon`.
@@ -201,7 +201,7 @@ class Flux(DiT):
             "timestep": Argument(("B",), fp32=True),
             "context": Argument(("B", "L", self.context_width)),
             "y": Unread() if self.pooled_width is None else Argument(("B", self.pooled_width), required=False),
-            "guidance": Argument(("B",), required=self.guided, fp32=True),
+            "guidance": Argument(("B",), required=False, fp32=True),
             "ref_latents": Argument(("B", self.channels, "h", "w"), required=False, many=True),
             "ref_latents_method": Argument(
                 None, required=False, choices=kit.REFERENCE_METHODS, also=_METHODS_OF_OTHERS

@@ -52,7 +52,7 @@ class Flux2(Flux):
         "axes_dim": [4, 4, 4, 4],
         "guidance_embed": True,
     }
-    usual_optional = ()
+    usual_optional = ("guidance",)
     usual_values: ClassVar[Mapping[str, float]] = {"guidance": 4.0}
     diffusers: ClassVar[Mapping[str, Any]] = {
         "Flux2Transformer2DModel": lambda c: {

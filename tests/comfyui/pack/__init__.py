@@ -195,17 +195,18 @@ class TestConcat:
 class Residuals(comfy.controlnet.ControlBase):
     """A ControlNet whose residuals are random, differ by step, and stand in several places, as real ones' do."""
 
-    def __init__(self, width: int, tokens: int) -> None:
+    def __init__(self, width: int, tokens: int, only: str = "") -> None:
         super().__init__()
-        self.width, self.tokens = width, tokens
+        self.width, self.tokens, self.only = width, tokens, only
 
     def get_control(self, x: torch.Tensor, t: torch.Tensor, *rest: Any) -> dict[str, Any]:
         random = torch.Generator().manual_seed(int(1000 * float(t[0])))
         one, two = (0.3 * torch.randn(len(x), self.tokens, self.width, generator=random) for _ in range(2))
-        return {"input": [one, two], "middle": [], "output": [two, None, one]}
+        lists = {"input": [one, two], "middle": [], "output": [two, None, one]}
+        return {name: each if self.only in ("", name) else [] for name, each in lists.items()}
 
     def copy(self) -> Residuals:
-        copied = Residuals(self.width, self.tokens)
+        copied = Residuals(self.width, self.tokens, self.only)
         self.copy_to(copied)
         return copied
 
@@ -223,10 +224,12 @@ class TestControl:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         whole = ("INT", {"default": 1, "min": 1, "max": 2**31})
-        return {"required": {"conditioning": ("CONDITIONING",), "width": whole, "tokens": whole}}
+        only = ("STRING", {"default": ""})
+        required = {"conditioning": ("CONDITIONING",), "width": whole, "tokens": whole}
+        return {"required": required, "optional": {"only": only}}
 
-    def make(self, conditioning: Any, width: int, tokens: int) -> tuple[Any]:
-        control = Residuals(width, tokens)
+    def make(self, conditioning: Any, width: int, tokens: int, only: str = "") -> tuple[Any]:
+        control = Residuals(width, tokens, only)
         return ([[context, {**values, "control": control}] for context, values in conditioning],)
 
 
