@@ -8,6 +8,7 @@ from typing import Any
 
 from comfyui_graphs import Pair, differ
 from comfyui_server import ComfyUI, Outcome, has
+from helpers import FP32, relative_error
 from image_cases import Case
 from safetensors.torch import load_file, save_file
 from video_cases import models
@@ -99,6 +100,25 @@ def test_a_lora_of_connectors_too(comfyui: ComfyUI, both: Both, run: Pair, case:
     run.sample(save="_lora", cfg=1.0)
     both(run, "_plain", "_lora")
     differ(comfyui, run, "_plain", "_lora")
+
+
+@models("ltx23_av")
+def test_contexts_outside_of_a_run(comfyui: ComfyUI, run: Pair, case: Case) -> None:
+    """By the connectors with the LoRA that is on the MODEL that ComfyUI has loaded last."""
+    run.load()
+    run.both("plain", "TestContexts", model="@model", conditioning="@positive")
+    run.on_model("LoraLoaderModelOnly", lora_name=case.file, strength_model=1.2)
+    run.both("lora", "TestContexts", model="@model", conditioning="@positive")
+    for branch in run.branches:
+        for name in ("plain", "lora"):
+            Pair.save(run, f"{name}_{branch}", branch, f"_{name}")
+    outcome = comfyui.run(run.nodes)
+    assert outcome.kind == "success", outcome.error
+    plain, changed = (comfyui.latent(run.file("stock", f"_{name}")) for name in ("plain", "lora"))
+    assert relative_error(changed, plain) > 1e-3
+    for branch in run.branches:
+        assert relative_error(comfyui.latent(run.file(branch, "_plain")), plain) <= FP32
+        assert relative_error(comfyui.latent(run.file(branch, "_lora")), changed) <= FP32
 
 
 @models("ltx23_av", "ltx25_av")

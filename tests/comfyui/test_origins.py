@@ -12,7 +12,7 @@ import torch
 from comfyui_graphs import FLUX, SD3, Pair, TinyModel, save
 from comfyui_server import ComfyUI, Outcome
 from helpers import Daemon, Tiny
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 Both = Callable[..., Outcome]
 Pairs = Callable[[TinyModel], Pair]
@@ -66,11 +66,14 @@ def sampled(model: TinyModel, endpoint: str, **loader: Any) -> Pair:
     return shown(run)
 
 
-def test_a_file_that_was_replaced(comfyui: ComfyUI, both: Both, comfyui_models: Path, taking: Daemon) -> None:
-    """ComfyUI still has the weights that were in it; so they are what is sent."""
+@pytest.mark.parametrize("what", ["all", "values"])
+def test_a_file_that_was_replaced(
+    comfyui: ComfyUI, both: Both, comfyui_models: Path, taking: Daemon, what: str
+) -> None:
+    """ComfyUI still has the weights that were in it; so they are what is sent. Values lie behind queries and keys."""
     models = comfyui_models / "diffusion_models"
-    first = TinyModel(Tiny("replaced", FLUX.tiny.config, seed=1), FLUX.width, FLUX.pooled)
-    second = TinyModel(Tiny("other", FLUX.tiny.config, seed=2), FLUX.width, FLUX.pooled)
+    first = TinyModel(Tiny(f"replaced_{what}", FLUX.tiny.config, seed=1), FLUX.width, FLUX.pooled)
+    second = TinyModel(Tiny("other", FLUX.tiny.config, seed=2 if what == "all" else 1), FLUX.width, FLUX.pooled)
     save(first, models)
     run = sampled(first, taking.endpoint)
     run.ranks["taco"] = 1
@@ -79,6 +82,11 @@ def test_a_file_that_was_replaced(comfyui: ComfyUI, both: Both, comfyui_models: 
     }
     assert comfyui.run(stock).kind == "success"
     save(second, models)
+    if what == "values":
+        state = load_file(models / second.tiny.file)
+        merged = state["double_blocks.0.img_attn.qkv.weight"]
+        merged[len(merged) // 3 * 2 :] *= 1.1
+        save_file(state, models / second.tiny.file, metadata={"tacod.config": json.dumps(FLUX.tiny.config)})
     # Another file in its place: the old one stays readable to those who have it open.
     (models / second.tiny.file).replace(models / first.tiny.file)
     outcome = both(run)

@@ -97,6 +97,43 @@ def test_a_file_that_changes_under_a_loaded_model(
     assert relative_error(after, before) > 1e-3
 
 
+def test_a_file_that_was_replaced_and_a_model_that_made_room(both: Both, comfyui_models: Path, tmp_path: Path) -> None:
+    """The daemon can't load it again; the weights are here, and the loader doesn't run again."""
+    folder = comfyui_models / "diffusion_models"
+    kept = TinyModel(Tiny("kept", FLUX.tiny.config, seed=10), FLUX.width, FLUX.pooled)
+    other = TinyModel(Tiny("newer", FLUX.tiny.config, seed=11), FLUX.width, FLUX.pooled)
+    for each in (kept, other):
+        save(each, folder)
+    with Daemon(1, [comfyui_models], {"models.uploads": str(tmp_path)}) as taking, taking.client() as client:
+        pair = Pair(kept, endpoint=taking.endpoint)
+        pair.ranks["taco"] = 1
+        pair.load()
+        pair.sample()
+        both(pair)
+        (folder / other.tiny.file).replace(folder / kept.tiny.file)
+        for model in client.models():
+            client.unload(model["id"])
+        for name, node in pair.nodes.items():
+            if name.startswith("sampler"):
+                node["inputs"]["seed"] += 1
+        both(pair)
+
+
+def test_a_loader_that_is_off_behind_one_that_is_on(comfyui: ComfyUI, comfyui_models: Path) -> None:
+    with Daemon(1, [comfyui_models]) as daemon, daemon.client() as client:
+        pair = Pair(FLUX, endpoint=daemon.endpoint)
+        pair.load()
+        settings = {**pair.nodes["loader"]["inputs"], "model": "@loader", "enable_taco_dit": False}
+        pair.add("off", "TACODiTModelLoader", **settings)
+        pair.on("taco", "off")
+        pair.sample()
+        outcome = comfyui.run(pair.nodes)
+        assert outcome.kind == "success", outcome.error
+        assert client.stats()["forwards_total"] == 0
+    stock, here = (comfyui.latent(pair.file(branch)) for branch in ("stock", "taco"))
+    assert torch.equal(stock, here)
+
+
 @pytest.mark.parametrize("before", [True, False], ids=["before the loader", "behind it"])
 def test_switched_off_with_another_compute_dtype(comfyui: ComfyUI, before: bool) -> None:
     pair = Pair(FLUX)

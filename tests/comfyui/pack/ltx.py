@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import comfy.model_management
 import comfy.model_patcher
 import torch
 from torch.nn import functional
@@ -128,4 +129,22 @@ class TestLatentUpscaler:
         return (Upscaler(),)
 
 
-NODES = (TestLtxVAE, TestLatentUpscaler)
+class TestContexts:
+    """What a MODEL's network makes of a text outside of a sampling run, as LTXVPredictDuration asks for it."""
+
+    RETURN_TYPES = ("LATENT",)
+    FUNCTION = "make"
+    CATEGORY = "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"model": ("MODEL",), "conditioning": ("CONDITIONING",)}}
+
+    def make(self, model: Any, conditioning: Any) -> tuple[Any]:
+        comfy.model_management.load_models_gpu([model])
+        network = model.model.diffusion_model
+        context = network.preprocess_text_embeds(conditioning[0][0].to(network.dtype), unprocessed=True)
+        return ({"samples": context.float()[None]},)
+
+
+NODES = (TestLtxVAE, TestLatentUpscaler, TestContexts)
