@@ -88,6 +88,7 @@ class Spelling(NamedTuple):
 
 OWN = {
     "kohya": Spelling("lora_unet_", True, KOHYA),
+    "Wan-Fun": Spelling("lora_unet__", True, KOHYA),
     "kohya's LoHa": Spelling("lora_unet_", True, loha),
     "kohya's LoKr": Spelling("lora_unet_", True, lokr),
     "ai-toolkit": Spelling("diffusion_model.", False, PEFT),

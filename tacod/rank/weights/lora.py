@@ -3,6 +3,7 @@
 A tensor's name is a container's prefix, a module, and the tensor's part in the module's change:
 
     lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight                  kohya: dots are underscores
+    lora_unet__blocks_0_cross_attn_k.lora_down.weight                        Wan-Fun: with one more
     transformer.transformer_blocks.0.attn.to_q.lora_A.weight                 diffusers, PEFT: their own module names
     diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight               ai-toolkit and others: the single file's
     lora_transformer_transformer_blocks_0_attn_to_q.lora_up.weight           OneTrainer
@@ -41,7 +42,7 @@ _log = logging.getLogger(__name__)
 
 _TEXT_ENCODERS = re.compile(r"lora_(prior_)?te\d?_|text_encoders?(_\d)?\.|(clip_[lgh]|t5xxl)\.|bundle_emb\.")
 _PREFIX = re.compile(
-    r"(lora_unet_|lora_transformer_|lycoris_)|((model\.)?diffusion_model\.|transformer\.|unet\.|base_model\.model\.)+"
+    r"(lora_unet__?|lora_transformer_|lycoris_)|((model\.)?diffusion_model\.|transformer\.|unet\.|base_model\.model\.)+"
 )
 _PART = re.compile(
     r"""(?P<module>.+?)(
@@ -277,7 +278,8 @@ def _last(place: Place, modules: Iterable[str]) -> list[str]:
     """
     own = place.key.removesuffix(".weight")
     flat = own.replace(".", "_")
-    turns = {own: 0, flat: 0, f"transformer.{own}": 0, f"lora_unet_{flat}": 1, f"diffusion_model.{own}": 2}
+    turns = {own: 0, flat: 0, f"transformer.{own}": 0, f"diffusion_model.{own}": 2}
+    turns |= {f"lora_unet_{flat}": 1, f"lora_unet__{flat}": 1}
     found = {module: turns.get(module, 3 if module.startswith("transformer.") else None) for module in modules}
     known = {turn: module for module, turn in found.items() if turn is not None}
     return [known[max(known)]] if len(known) == len(found) else list(found)
