@@ -130,12 +130,12 @@ def written(modules: Mapping[str, tuple[int, int]], spelling: Spelling) -> tuple
     return file, changes
 
 
-def merged(dit: DiT, file: Tensors, config: Mapping[str, Any] | None = None) -> Tensors:
+def merged(dit: DiT, file: Tensors, config: Mapping[str, Any] | None = None, notes: list[str] | None = None) -> Tensors:
     """The weights that a LoRA file changes, with it."""
     weights = dit.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     layout = type(dit).lora_layout(detect({}, dict(config or dit.tiny))[1])
-    patches = read_lora(file, layout, shapes, STRENGTH, dit.spellings)
+    patches = read_lora(file, layout, shapes, STRENGTH, dit.spellings, notes=notes)
     return {key: apply(weights[key], each, key) for key, each in patches.items()}
 
 
@@ -217,12 +217,27 @@ def test_names_of_loras_alone(family: str, module: str, layer: str, first: int, 
     check(found, {f"{layer}.weight": weight})
 
 
+def one_layer(dit: DiT, spelling: Spelling, *strange: str) -> Tensors:
+    """A file that changes one layer, and layers that the model lacks."""
+    name, layer = next((name, layer) for name, layer in dit.named_modules() if isinstance(layer, nn.Linear))
+    return written({name: tuple(layer.weight.shape), **dict.fromkeys(strange, (4, 4))}, spelling)[0]
+
+
 @pytest.mark.parametrize("name", OWN)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_matches_no_layer_is_refused_by_name(family: str, name: str) -> None:
+def test_what_matches_no_layer_is_left_out_by_name(family: str, name: str) -> None:
+    dit, notes = tiny(family), list[str]()
+    alone, file = one_layer(dit, OWN[name]), one_layer(dit, OWN[name], "no.such.layer")
+    check(merged(dit, file, notes=notes), merged(dit, alone))
+    [note] = notes
+    strange = next(name for name in file if name not in alone)
+    assert note == f"the LoRA: {len(file) - len(alone)} tensors match nothing in this model, {strange} among them"
+
+
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_lora_most_of_whose_layers_match_nothing_is_refused_by_name(family: str, name: str) -> None:
     dit = tiny(family)
-    layer = next(name for name, layer in dit.named_modules() if isinstance(layer, nn.Linear))
-    file, _ = written({layer: tuple(dit.get_submodule(layer).weight.shape), "no.such.layer": (4, 4)}, OWN[name])  # type: ignore[dict-item]
     with pytest.raises(ModelUnsupported, match=r"no[._]such[._]layer") as caught:
-        merged(dit, file)
+        merged(dit, one_layer(dit, OWN[name], "no.such.layer", "nor.such.layer"))
     assert all("such" in each for each in caught.value.details["unmatched"])

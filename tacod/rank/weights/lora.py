@@ -106,9 +106,10 @@ def read_lora(
 ) -> dict[str, list[Patch]]:
     """A LoRA file's patches by the single file's keys, as ComfyUI's loaders would make them.
 
-    Text encoders' tensors (`is_text_encoders`) are left out, with a line in the log. Modules of another shape than what
-    they patch, and such as lack what would make them a change, are left out if there are others. Of modules that patch
-    the same under several prefixes that one counts which ComfyUI reads last.
+    Text encoders' tensors (`is_text_encoders`) are left out, with a line in the log. Tensors that match nothing in the
+    model are left out unless most modules are among them. Modules of another shape than what they patch, and such as
+    lack what would make them a change, are left out if there are others. Of modules that patch the same under several
+    prefixes that one counts which ComfyUI reads last.
 
     Args:
         source: A safetensors file, whose path the caller has found to be allowed, or its tensors.
@@ -117,14 +118,14 @@ def read_lora(
         strength: Of every patch; at 0 there are none.
         spellings: What the family's `DiT.spellings` says.
         identity: The file's `Checkpoint.identity` when it was named; None for any.
-        notes: Takes a line for each module that is left out.
+        notes: Takes a line for each module that is left out, and one for all tensors that match nothing.
 
     Raises:
         ModelNotFound: The file can't be opened.
         ModelCorrupt: It is no whole safetensors file, lacks one of the tensors that belong together, or has changed
             since it was named.
-        ModelUnsupported: It has tensors that match nothing in the model (``unmatched`` in the details lists up to 256),
-            or are of a kind that this version doesn't apply, or none of its modules fits.
+        ModelUnsupported: More of its modules match nothing in the model than match (``unmatched`` in the details lists
+            up to 256 tensors), some are of a kind that this version doesn't apply, or none of them fits.
     """
     title = source if isinstance(source, str) else "the LoRA"
     tensors = _read(source, identity) if isinstance(source, str) else dict(source)
@@ -137,7 +138,10 @@ def read_lora(
     _refuse(mine, title)
 
     modules, unmatched = _match(mine, _places(layout, shapes, spellings))
-    if unmatched:
+    known = {part.module for parts in modules.values() for part in parts}
+    strange = {_module(name) for name in unmatched} - known
+    if len(known) < len(strange):
+        # It was trained for another model, and what matches does so by chance.
         raise ModelUnsupported(_stranger(title, unmatched, len(mine)), unmatched=unmatched[:_TOLD])
     patches: dict[str, list[Patch]] = {}
     left_out: list[_LeftOut] = []
@@ -158,6 +162,8 @@ def read_lora(
     if not strength:
         return {}
     if notes is not None:
+        if unmatched:
+            notes.append(f"{title}: {len(unmatched)} tensors match nothing in this model, {unmatched[0]} among them")
         notes += [*map(str, left_out), *replaced]
     return patches
 
@@ -254,6 +260,12 @@ def _part(name: str) -> _Part | None:
         "b_norm": _Part(bias, "diff", "diff"),
         "set_weight": _Part(module, "set", "value"),
     }[found["name"]]
+
+
+def _module(name: str) -> str:
+    """The module that a tensor seems to be of."""
+    part = _part(name)
+    return part.module if part is not None else name.rpartition(".")[0] or name
 
 
 def _plain(found: re.Match[str]) -> str:
