@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,106 @@ def test_one_that_counts_and_does_not_fit_is_not_replaced() -> None:
 def test_one_layer_under_names_of_no_known_order_is_refused(names: tuple[str, ...]) -> None:
     with pytest.raises(ModelUnsupported, match="more than once"):
         read(FLUX, each_under(names))
+
+
+# --- one layer's several changes --------------------------------------------------------------------------------------
+
+NAME = f"diffusion_model.{LAYER}"
+CHANGES: dict[str, Callable[[], dict[str, Tensor]]] = {
+    "another adapter": lambda: {".lora_A.other.weight": randn(2, 80), ".lora_B.other.weight": randn(80, 2)},
+    "adapter": lambda: {".lora_A.default.weight": randn(2, 80), ".lora_B.default.weight": randn(80, 2)},
+    "transformers": lambda: {
+        ".lora_linear_layer.down.weight": randn(2, 80),
+        ".lora_linear_layer.up.weight": randn(80, 2),
+    },
+    "without weight": lambda: {".lora_A": randn(2, 80), ".lora_B": randn(80, 2)},
+    "diffusers, old": lambda: {".lora.down.weight": randn(2, 80), ".lora.up.weight": randn(80, 2)},
+    "PEFT": lambda: {".lora_A.weight": randn(2, 80), ".lora_B.weight": randn(80, 2)},
+    "diffusers, older": lambda: {"_lora.down.weight": randn(2, 80), "_lora.up.weight": randn(80, 2)},
+    "kohya": lambda: {".lora_down.weight": randn(2, 80), ".lora_up.weight": randn(80, 2)},
+    "LoHa": lambda: {
+        ".hada_w1_a": randn(80, 2),
+        ".hada_w1_b": randn(2, 80),
+        ".hada_w2_a": randn(80, 2),
+        ".hada_w2_b": randn(2, 80),
+    },
+    "LoKr": lambda: {".lokr_w1": randn(4, 4), ".lokr_w2": randn(20, 20)},
+    "norm": lambda: {".w_norm": randn(80, 80)},
+    "difference": lambda: {".diff": randn(80, 80)},
+    "another weight": lambda: {".set_weight": randn(80, 80)},
+}
+"""What follows a layer's name, in the order in which ComfyUI reads it: each replaces those before it."""
+BOTH = [(first, last) for index, last in enumerate(CHANGES) for first in list(CHANGES)[:index]]
+
+
+def spelled(*changes: str) -> dict[str, Tensor]:
+    """A layer with these changes, and with what goes with any of them."""
+    file = {NAME + part: tensor for change in changes for part, tensor in CHANGES[change]().items()}
+    return file | {f"{NAME}.alpha": torch.tensor(3.0), f"{NAME}.dora_scale": 1 + torch.rand(80, 1)}
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize(("first", "last"), BOTH)
+def test_of_one_layers_changes_the_last_counts(first: str, last: str, backwards: bool) -> None:
+    """Last by ComfyUI's order; in the file they may have any."""
+    file, notes = spelled(first, last), list[str]()
+    replaced, counting = (
+        [name for name in file if name.removeprefix(NAME) in CHANGES[each]()] for each in (first, last)
+    )
+    if backwards:
+        file = dict(reversed(file.items()))
+    found = read_lora(file, layout_of(FLUX), shapes_of(FLUX), notes=notes)
+    wanted = read(FLUX, {name: tensor for name, tensor in file.items() if name not in replaced})
+    out, expected_weights = patched_weights(FLUX, found), patched_weights(FLUX, wanted)
+    assert all(torch.equal(out[key], expected_weights[key]) for key in out)
+    [note] = notes
+    assert note in {f"the LoRA: {left}: {right} patches the same" for left in replaced for right in counting}
+
+
+@pytest.mark.comfyui
+@pytest.mark.parametrize(("first", "last"), BOTH)
+def test_comfyui_reads_the_same_change_last(first: str, last: str, comfy: Any) -> None:
+    file = dict(reversed(spelled(first, last).items()))
+    wanted, out = comfyuis_weights(comfy, FLUX, file, 0.8), patched_weights(FLUX, read(FLUX, file, 0.8))
+    assert [key for key in out if not torch.equal(out[key], wanted[key])] == []
+
+
+def test_adapters_of_names_that_comfyui_does_not_know_are_refused_together() -> None:
+    file = spelled("another adapter")
+    file |= {name.replace(".other.", ".third."): tensor for name, tensor in file.items()}
+    with pytest.raises(ModelUnsupported, match=r"lora_A\.other\.weight and .*lora_A\.third\.weight patch"):
+        read(FLUX, file)
+    assert len(read(FLUX, {**file, **spelled("adapter")})) == 1
+
+
+def test_a_change_that_comfyui_does_not_see_replaces_none() -> None:
+    file, notes = spelled("PEFT"), list[str]()
+    more = {f"{NAME}.lora_down.weight": randn(2, 80), f"{NAME}.hada_w2_a": randn(80, 2)}
+    found = read_lora({**more, **file}, layout_of(FLUX), shapes_of(FLUX), notes=notes)
+    out, wanted = patched_weights(FLUX, found), patched_weights(FLUX, read(FLUX, file))
+    assert all(torch.equal(out[key], wanted[key]) for key in wanted)
+    assert len(notes) == 2
+
+
+def test_factors_of_two_spellings_are_not_put_together() -> None:
+    with pytest.raises(ModelCorrupt, match="no whole lora"):
+        read(FLUX, {f"{NAME}.lora_up.weight": randn(80, 2), f"{NAME}.lora_A.weight": randn(2, 80)})
+
+
+def test_of_a_biass_changes_the_last_counts() -> None:
+    value = randn(80)
+    others = {f"{NAME}.b_norm": randn(80), f"{NAME}.diff_b": randn(80), f"{NAME}.bias.diff": randn(80)}
+    [(key, [patch])] = read(FLUX, {f"{NAME}.bias.set_weight": value, **others}).items()
+    assert (key, patch.change.kind) == (f"{LAYER}.bias", "set")
+    [(_, [patch])] = read(FLUX, others).items()
+    assert torch.equal(patch.change.contents()["diff"], others[f"{NAME}.bias.diff"])
+
+
+def test_one_tensor_under_two_names_is_refused() -> None:
+    name = "double_blocks.0.processor.proj_lora1"
+    file = {f"{name}.up.weight": randn(80, 2), f"{name}.down.weight": randn(2, 80)}
+    with pytest.raises(ModelUnsupported, match="which are the same tensor"):
+        read(FLUX, {**file, f"{LAYER}.lora_up.weight": randn(80, 2)})
 
 
 # --- dtypes and places ------------------------------------------------------------------------------------------------

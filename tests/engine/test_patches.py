@@ -868,7 +868,6 @@ def test_a_lora_of_other_widths_is_told() -> None:
             ModelCorrupt,
             "alpha has shape",
         ),
-        ({"img_in.diff": (80, 16), "img_in.set_weight": (80, 16)}, ModelUnsupported, "as diff and set"),
         ({"img_in.diff": (80, 16), "x_embedder.diff": (80, 16)}, ModelUnsupported, "img_in and x_embedder patch"),
         ({"img_in.oft_blocks": (2, 2, 2)}, ModelUnsupported, "OFT"),
         ({"img_in.a1.weight": (2, 2)}, ModelUnsupported, "GLoRA"),

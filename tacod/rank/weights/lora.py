@@ -46,8 +46,8 @@ _PREFIX = re.compile(
 )
 _PART = re.compile(
     r"""(?P<module>.+?)(
-        (\.lora_|_lora\.|\.lora\.|\.lora_linear_layer\.)(?P<factor>up|down|mid)\.weight
-        |\.lora_(?P<letter>[AB])((\.[^.]+)?\.weight)?
+        (?P<before>\.lora_|_lora\.|\.lora\.|\.lora_linear_layer\.)(?P<factor>up|down|mid)\.weight
+        |\.lora_(?P<letter>[AB])(?P<after>((\.[^.]+)?\.weight)?)
         |\.(?P<name>alpha|dora_scale|diff|diff_b|w_norm|b_norm|set_weight)
         |\.hada_(?P<hada>w[12]_[ab]|t[12])
         |\.lokr_(?P<lokr>w[12](_[ab])?|t2)
@@ -88,6 +88,8 @@ class _Part(NamedTuple):
     module: str
     kind: str
     name: str
+    spelling: str
+    """The change that it is a part of: a module may have several, of one kind too. Empty for what goes with any."""
 
 
 def is_text_encoders(name: str) -> bool:
@@ -109,7 +111,7 @@ def read_lora(
     Text encoders' tensors (`is_text_encoders`) are left out, with a line in the log. Tensors that match nothing in the
     model are left out unless most modules are among them. Modules of another shape than what they patch, and such as
     lack what would make them a change, are left out if there are others. Of modules that patch the same under several
-    prefixes that one counts which ComfyUI reads last.
+    prefixes, and of several changes of one module, that one counts which ComfyUI reads last.
 
     Args:
         source: A safetensors file, whose path the caller has found to be allowed, or its tensors.
@@ -137,8 +139,8 @@ def read_lora(
         raise ModelUnsupported(f"{title} patches text encoders at most; there is nothing in it for a diffusion model")
     _refuse(mine, title)
 
-    modules, unmatched = _match(mine, _places(layout, shapes, spellings))
-    known = {part.module for parts in modules.values() for part in parts}
+    modules, unmatched = _match(title, mine, _places(layout, shapes, spellings))
+    known = {part.module for named in modules.values() for part in named}
     strange = {_module(name) for name in unmatched} - known
     if len(known) < len(strange):
         # It was trained for another model, and what matches does so by chance.
@@ -147,12 +149,12 @@ def read_lora(
     left_out: list[_LeftOut] = []
     replaced: list[str] = []
     for place, parts in modules.items():
-        named = {part.module for part in parts}
-        counting = _last(place, named)
-        replaced += [f"{title}: {module}: {counting[0]} patches the same" for module in sorted(named - {*counting})]
-        parts = {part: tensor for part, tensor in parts.items() if part.module in counting}
+        counting, others = _counting(title, place, parts)
+        replaced += others
         try:
-            patch = _patch(title, place, parts, shapes[place.key], strength)
+            patch = _patch(
+                title, place, {part: mine[name] for part, name in counting.items()}, shapes[place.key], strength
+            )
         except _LeftOut as module:
             left_out.append(module)
             continue
@@ -222,44 +224,44 @@ def _fused(layout: Mapping[str, Place]) -> dict[str, Place]:
 
 
 def _match(
-    tensors: Mapping[str, Tensor], places: Mapping[str, Place]
-) -> tuple[dict[Place, dict[_Part, Tensor]], list[str]]:
-    """The tensors by the place that they patch, and the names of those that match no place."""
-    matched: dict[Place, dict[_Part, Tensor]] = {}
+    title: str, names: Iterable[str], places: Mapping[str, Place]
+) -> tuple[dict[Place, dict[_Part, str]], list[str]]:
+    """The names of tensors by the place that they patch, and of those that match no place."""
+    matched: dict[Place, dict[_Part, str]] = {}
     unmatched = []
-    for name, tensor in tensors.items():
+    for name in names:
         part = _part(name)
         place = part and _find(part.module, places)
         if part is None or place is None:
             unmatched.append(name)
-        else:
-            matched.setdefault(place, {})[part] = tensor
+        elif matched.setdefault(place, {}).setdefault(part, name) != name:
+            raise ModelUnsupported(f"{title} has both {matched[place][part]} and {name}, which are the same tensor")
     return matched, unmatched
 
 
 def _part(name: str) -> _Part | None:
-    """What a tensor is for, by its name; ``kind`` is empty for what goes with any factored change."""
+    """What a tensor is for, by its name; ``kind`` and ``spelling`` are empty for what goes with any factored change."""
     name = _X_FLUX.sub(_plain, name)
     found = _PART.fullmatch(name)
     if found is None:
         return None
     module, factor, letter = found["module"], found["factor"], found["letter"]
-    if factor or letter:
-        return _Part(module, "lora", factor or {"A": "down", "B": "up"}[letter])
+    if factor:
+        return _Part(module, "lora", factor, f"{found['before']}up.weight")
+    if letter:
+        return _Part(module, "lora", {"A": "down", "B": "up"}[letter], f".lora_B{found['after']}")
     for kind, field in (("loha", found["hada"]), ("lokr", found["lokr"])):
         if field:
-            return _Part(module, kind, field)
-    if found["name"] in ("alpha", "dora_scale"):
-        return _Part(module, "", found["name"])
-    # Underscored names take an underscore before "bias"; places has both.
-    bias = f"{module}.bias" if "." in module else f"{module}_bias"
-    return {
-        "diff": _Part(module, "diff", "diff"),
-        "w_norm": _Part(module, "diff", "diff"),
-        "diff_b": _Part(bias, "diff", "diff"),
-        "b_norm": _Part(bias, "diff", "diff"),
-        "set_weight": _Part(module, "set", "value"),
-    }[found["name"]]
+            return _Part(module, kind, field, kind)
+    what = found["name"]
+    if what in ("alpha", "dora_scale"):
+        return _Part(module, "", what, "")
+    if what == "set_weight":
+        return _Part(module, "set", "value", what)
+    if what in ("diff_b", "b_norm"):
+        # Underscored names take an underscore before "bias"; places has both.
+        module = f"{module}.bias" if "." in module else f"{module}_bias"
+    return _Part(module, "diff", "diff", what)
 
 
 def _module(name: str) -> str:
@@ -280,6 +282,56 @@ def _plain(found: re.Match[str]) -> str:
 def _find(module: str, places: Mapping[str, Place]) -> Place | None:
     prefix = _PREFIX.match(module)
     return places.get(module) or (places.get(module[prefix.end() :]) if prefix else None)
+
+
+_FIRST = {
+    "lora": ("up",),
+    "loha": ("w1_a",),
+    "lokr": ("w1", "w2", "w1_a", "w2_a"),
+    "diff": ("diff",),
+    "set": ("value",),
+}
+"""The tensors by which ComfyUI finds a change; without one, it sees none of the others."""
+_TURNS = (
+    *(".lora_B.default.weight", ".lora_linear_layer.up.weight", ".lora_B", ".lora.up.weight", ".lora_B.weight"),
+    *("_lora.up.weight", ".lora_up.weight", "loha", "lokr", "b_norm", "w_norm", "diff_b", "diff", "set_weight"),
+)
+"""How the changes of one module are spelled, in the order in which ComfyUI takes each in the place of those before it.
+
+It doesn't know adapters of other names than ``default``.
+"""
+
+
+def _counting(title: str, place: Place, parts: Mapping[_Part, str]) -> tuple[dict[_Part, str], list[str]]:
+    """The parts of a place that ComfyUI reads last, and a line for each module and change that it replaces.
+
+    Raises `ModelUnsupported` if this isn't known.
+    """
+    changes: dict[tuple[str, str], list[_Part]] = {}
+    for part in parts:
+        if part.spelling:
+            changes.setdefault((part.module, part.spelling), []).append(part)
+    seen = [change for change, its in changes.items() if any(part.name in _FIRST[part.kind] for part in its)]
+    named = {part.module for part in parts}
+    modules = _last(place, {module for module, _ in seen} or named)
+    module, spelling = modules[0], ""
+    if own := [change for change in seen or changes if change[0] == module]:
+        turns = {each: _TURNS.index(each) if each in _TURNS else -1 for _, each in own}
+        spelling = max(turns, key=turns.__getitem__)
+        if turns[spelling] < 0 and len(turns) > 1:
+            modules = [parts[changes[change][0]] for change in own]
+    if len(modules) > 1:
+        raise ModelUnsupported(
+            f"{title}: {' and '.join(sorted(modules))} patch {place.key} more than once, and which one counts isn't "
+            "known; save the LoRA without the others",
+            key=place.key,
+        )
+    replaced = [f"{title}: {each}: {module} patches the same" for each in sorted(named - {module})]
+    for (each, other), its in changes.items():
+        if each == module and other != spelling:
+            replaced.append(f"{title}: {parts[its[0]]}: {parts[changes[module, spelling][0]]} patches the same")
+    counting = {part: name for part, name in parts.items() if part.module == module and part.spelling in ("", spelling)}
+    return counting, replaced
 
 
 def _last(place: Place, modules: Iterable[str]) -> list[str]:
@@ -329,38 +381,34 @@ def _stranger(title: str, unmatched: Sequence[str], total: int) -> str:
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 _KINDS: dict[str, type[Change]] = {change.kind: change for change in (LoRA, LoHa, LoKr, Diff, Set)}
-_FIRST = {"lora": "up", "loha": "w1_a"}
-"""The tensor by which ComfyUI finds a module; without it, it sees none of the others."""
 
 
 def _patch(title: str, place: Place, parts: Mapping[_Part, Tensor], shape: Sequence[int], strength: float) -> Patch:
     """What one module's tensors make of it."""
-    modules = sorted({part.module for part in parts})
-    kinds = sorted({part.kind for part in parts if part.kind})
-    if len(modules) > 1 or len(kinds) > 1:
-        what = f"{' and '.join(modules)} patch" + ("" if len(modules) > 1 else "es")
-        raise ModelUnsupported(f"{title}: {what} {place.key} more than once, as {' and '.join(kinds)}", key=place.key)
+    module = next(iter(parts)).module
+    kind = next((part.kind for part in parts if part.kind), "")
     fields: dict[str, Any] = {part.name: tensor for part, tensor in parts.items()}
     if "alpha" in fields:
-        fields["alpha"] = _scalar(fields["alpha"], modules[0], title)
-    if not kinds:
+        fields["alpha"] = _scalar(fields["alpha"], module, title)
+    if not kind:
         have = " and ".join(sorted(fields))
-        raise _LeftOut(ModelCorrupt(f"{title}: {modules[0]} has {have} and nothing that they are for"))
-    if kinds[0] in ("diff", "set"):
-        fields.pop("alpha", None)
+        raise _LeftOut(ModelCorrupt(f"{title}: {module} has {have} and nothing that they are for"))
+    if kind in ("diff", "set"):
+        # They have neither scaling nor magnitudes: these are of what they replace.
+        fields = {part.name: tensor for part, tensor in parts.items() if part.kind}
     try:
-        change = _KINDS[kinds[0]](**fields)
+        change = _KINDS[kind](**fields)
     except (ArgumentError, TypeError) as error:
         have = ", ".join(f"{part.name} {list(tensor.shape)}" for part, tensor in parts.items())
-        corrupt = ModelCorrupt(f"{title}: {modules[0]} has {have}, which make no whole {kinds[0]}")
-        unseen = _FIRST.get(kinds[0], "") not in ("", *fields)
+        corrupt = ModelCorrupt(f"{title}: {module} has {have}, which make no whole {kind}")
+        unseen = not any(name in fields for name in _FIRST[kind])
         raise (_LeftOut(corrupt) if isinstance(error, Misfit) or unseen else corrupt) from None
     offset = None if place.rows is None else (0, *place.rows)
     patch = Patch(change, strength, 1.0, offset, SWAP if place.swap else None)
     try:
         patch.check(shape, place.key)
     except ArgumentError as error:
-        unfit = ModelUnsupported(f"{title}: {modules[0]}: {error.message}", key=place.key)
+        unfit = ModelUnsupported(f"{title}: {module}: {error.message}", key=place.key)
         raise (_LeftOut(unfit) if isinstance(error, Misfit) else unfit) from None
     return patch
 
