@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -511,11 +512,31 @@ def test_scale_of_a_weight_that_is_not_stored_must_be_one_number(tmp_path: Path,
         load(tmp_path / "m")
 
 
-@pytest.mark.parametrize("name", ["img_in.weight_scale_2", "img_out.scale_weight", "img_in.norm", "lora.up"])
-def test_unknown_tensors_are_refused_by_name(tmp_path: Path, name: str) -> None:
-    save_file({**FLUX.model.state_dict(), name: torch.ones(1)}, tmp_path / "m", metadata=describe(FLUX))
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *(("img_in.weight_scale_2", 1), ("img_in.norm", 1), ("double_blocks.0.img_attn.scale", 0)),
+        *(("img_out.weight", 1), ("img_out.bias", 1), ("bias", 0), ("__x0__", 0)),
+        *(("lora.up", 2), ("model_type.Flux", 2)),
+    ],
+)
+def test_unknown_tensors_are_refused_by_name(tmp_path: Path, name: str, size: int) -> None:
+    save_file({**FLUX.model.state_dict(), name: torch.ones(size)}, tmp_path / "m", metadata=describe(FLUX))
     with pytest.raises(ModelUnsupported, match=name):
         load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("value", [torch.ones(1), torch.ones(()), torch.ones(0), torch.ones(1, 1, dtype=torch.int64)])
+@pytest.mark.parametrize("name", ["model_type.SkyReels-V2-T2V-14B-540P", "version", "trainer.step"])
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_notes_of_whoever_saved_the_file_are_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, prefix: str, name: str, value: Tensor
+) -> None:
+    weights = {prefix + key: each for key, each in {**FLUX.model.state_dict(), name: value}.items()}
+    save_file(weights, tmp_path / "m", metadata=describe(FLUX))
+    with caplog.at_level(logging.INFO):
+        assert same(load(tmp_path / "m"), FLUX.model)
+    assert f"1 tensors are no weights, and left out: {name}" in caplog.text
 
 
 def test_unknown_dtype_is_refused_by_name(tmp_path: Path) -> None:

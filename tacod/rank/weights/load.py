@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar
@@ -56,6 +57,8 @@ _TORCH = {
     **FLOAT8_DTYPES,
 }
 
+_MARK = re.compile("__.+__")
+
 _log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
@@ -95,8 +98,8 @@ def load_model(
 
     Linear layers of 8 bits or fewer are kept so, as `PackedLinear`; everything else is cast to ``dtype``, or to fp32
     where the family says so. With ``weight_only`` activations are never quantized. With ``fp8`` blocks are quantized
-    (`quantize_block`). ``streaming`` stores blocks that don't stay whole on each rank. Which tensors were left out as
-    other modules' is said in the log.
+    (`quantize_block`). ``streaming`` stores blocks that don't stay whole on each rank. Which tensors were left out, as
+    other modules' or as notes of whoever saved the file, is said in the log.
 
     Raises `ModelUnsupported` if the family or its weights are unknown, `ModelCorrupt` if tensors lack or don't fit, or
     if a file changes meanwhile.
@@ -175,7 +178,11 @@ def _check(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]], ignore
             )
         raise ModelCorrupt(f"{checkpoint.path} lacks {some(absent)}; download the file again")
     # Behind a prefix that was taken off, all is the model's.
-    unknown = [name for name in _unknown(checkpoint, wanted) if not name.startswith(ignored)]
+    strange = [name for name in _unknown(checkpoint, wanted) if not name.startswith(ignored)]
+    unknown = [name for name in strange if not _is_note(name, checkpoint.tensors[name], wanted)]
+    if len(unknown) < len(strange):
+        notes = [name for name in strange if name not in unknown]
+        _log.info("%s: %d tensors are no weights, and left out: %s", checkpoint.path, len(notes), some(notes))
     if unknown:
         raise ModelUnsupported(
             f"{checkpoint.path} has tensors that this family doesn't use: {some(unknown)}; "
@@ -210,6 +217,18 @@ def _unknown(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]]) -> l
     sides = checkpoint.sides
     unused = {beside(name, INPUT_SCALE) for name in wanted if checkpoint.tensors[name].dtype in FLOAT8}
     return [name for name in checkpoint.tensors if name not in wanted and name not in sides and name not in unused]
+
+
+def _is_note(name: str, info: TensorInfo, wanted: Iterable[str]) -> bool:
+    """Whether a tensor that nothing asks for says something of the file and changes no forward.
+
+    As SkyReels-V2's ``model_type.SkyReels-V2-T2V-14B-540P``. One in a module of the network may be its scale, and a
+    name like ``__x0__`` tells ComfyUI how to compute.
+    """
+    path, _, leaf = name.rpartition(".")
+    if info.size > 1 or leaf in ("weight", "bias") or _MARK.fullmatch(leaf):
+        return False
+    return not path or not any(each.startswith(f"{path}.") for each in wanted)
 
 
 def _decode(data: Tensor, info: TensorInfo) -> Tensor:
