@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from tacod.checkpoint import Checkpoint, read_checkpoint
-from tacod.rank.weights import lora
+from tacod.rank.weights import lora, reader
 from tacod.rank.weights.lora import read_lora
 from tacod.rank.weights.patches import Patch
 from tacod_client.errors import ModelCorrupt, ModelUnsupported
@@ -77,8 +79,8 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 def test_a_change_while_it_is_read_is_seen(path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
     named = identity(path)
 
-    def read_header(name: str) -> Checkpoint:
-        found = read_checkpoint(name)
+    def read_header(name: str, prefix: str, whole: bool) -> Checkpoint:
+        found = read_checkpoint(name, prefix, whole)
         CHANGES[change](path)
         return found
 
@@ -96,8 +98,52 @@ def test_nothing_of_it_is_looked_at_later(path: Path) -> None:
     assert down(patches).mean() == 1
 
 
+def described(path: Path, header: dict[str, Any], size: int) -> Path:
+    """A file with this header, and so many bytes that take no room."""
+    raw = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw)
+    os.truncate(path, 8 + len(raw) + size)
+    return path
+
+
 def test_numbers_that_torch_lacks_are_named(path: Path) -> None:
-    header = json.dumps({"a": {"dtype": "F4", "shape": [16], "data_offsets": [0, 8]}}).encode()
-    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
-    with pytest.raises(ModelUnsupported, match="has tensors of F4"):
+    name = f"{MODULE}.lora_up.weight"
+    with pytest.raises(ModelUnsupported, match=rf"{name} is F4, which"):
+        read(described(path, {name: {"dtype": "F4", "shape": [16, 1], "data_offsets": [0, 8]}}, 8), None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16], ids=str)
+def test_factors_that_have_scales_are_refused(path: Path, dtype: torch.dtype) -> None:
+    """ComfyUI takes them without."""
+    name = f"diffusion_model.{MODULE}.lora_up.weight"
+    save_file({**tensors(1), name: torch.ones(240, 4).to(dtype), f"{name}_scale": torch.ones(())}, path)
+    with pytest.raises(ModelUnsupported, match=rf"{name} is .*which this version doesn't read in a LoRA"):
         read(path, None)
+
+
+def test_no_more_of_it_is_read_than_counts(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What matches nothing, doesn't fit, or is replaced by another change of the layer may be of any size."""
+    shapes = {name: [*tensor.shape] for name, tensor in tensors(1).items()}
+    counting = sum(4 * tensor.numel() for tensor in tensors(1).values())
+    shapes |= {
+        f"diffusion_model.{MODULE}.lora_B.weight": [1 << 20, 4],
+        f"diffusion_model.{MODULE}.lora_A.weight": [4, 1 << 20],
+        "diffusion_model.double_blocks.1.img_attn.qkv.diff": [1 << 20],
+        "diffusion_model.no.such.layer.diff": [1 << 20],
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": [1 << 20],
+    }
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    count, pread = 0, os.preadv
+
+    def counted(file: int, rooms: list[memoryview], at: int) -> int:
+        nonlocal count
+        got = pread(file, rooms, at)
+        count += got
+        return got
+
+    monkeypatch.setattr(reader.os, "preadv", counted)
+    assert down(read(described(path, header, end), None)).shape == (4, 80)
+    assert count == counting

@@ -23,17 +23,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
-from safetensors.torch import load
+import torch
 from torch import Tensor
 
 from tacod.checkpoint import is_gguf, read_checkpoint
 from tacod.rank.families import families
 from tacod.rank.families.names import Place
+from tacod.rank.ops.packed.float8 import FLOAT8_DTYPES
 from tacod.rank.weights.changes import Change, Diff, LoHa, LoKr, LoRA, Set
 from tacod.rank.weights.misfit import Misfit
 from tacod.rank.weights.patches import SWAP, Patch
-from tacod.rank.weights.reader import changed, read_file
+from tacod.rank.weights.reader import Reader, changed
 from tacod_client.errors import ArgumentError, ModelCorrupt, ModelError, ModelNotFound, ModelUnsupported
 
 __all__ = ["is_text_encoders", "read_lora"]
@@ -69,6 +69,25 @@ _STRANGERS = {
     re.compile(r"joint_transformer_blocks[._]|double_layers[._]"): "AuraFlow",
 }
 """Marks of LoRA files for models that no family here runs; families' own marks are `DiT.lora_marks`."""
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    **FLOAT8_DTYPES,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
 _SHOWN = 8
 _TOLD = 256
 """How many unmatched names a message and its details list."""
@@ -111,7 +130,8 @@ def read_lora(
     Text encoders' tensors (`is_text_encoders`) are left out, with a line in the log. Tensors that match nothing in the
     model are left out unless most modules are among them. Modules of another shape than what they patch, and such as
     lack what would make them a change, are left out if there are others. Of modules that patch the same under several
-    prefixes, and of several changes of one module, that one counts which ComfyUI reads last.
+    prefixes, and of several changes of one module, that one counts which ComfyUI reads last. Of a file no more is read
+    than counts and fits.
 
     Args:
         source: A safetensors file, whose path the caller has found to be allowed, or its tensors.
@@ -130,11 +150,10 @@ def read_lora(
             up to 256 tensors), some are of a kind that this version doesn't apply, or none of them fits.
     """
     title = source if isinstance(source, str) else "the LoRA"
-    tensors = _read(source, identity) if isinstance(source, str) else dict(source)
-    skipped = [name for name in tensors if is_text_encoders(name)]
-    if skipped:
-        _log.info("%s: %d tensors are for text encoders, and left to them", title, len(skipped))
-    mine = {name: tensor for name, tensor in tensors.items() if not is_text_encoders(name)}
+    file = _File(source, identity) if isinstance(source, str) else _Held(source)
+    mine = [name for name in file.names if not is_text_encoders(name)]
+    if skipped := len(file.names) - len(mine):
+        _log.info("%s: %d tensors are for text encoders, and left to them", title, skipped)
     if not mine:
         raise ModelUnsupported(f"{title} patches text encoders at most; there is nothing in it for a diffusion model")
     _refuse(mine, title)
@@ -145,46 +164,95 @@ def read_lora(
     if len(known) < len(strange):
         # It was trained for another model, and what matches does so by chance.
         raise ModelUnsupported(_stranger(title, unmatched, len(mine)), unmatched=unmatched[:_TOLD])
-    patches: dict[str, list[Patch]] = {}
+    fitting: dict[Place, dict[_Part, str]] = {}
     left_out: list[_LeftOut] = []
     replaced: list[str] = []
     for place, parts in modules.items():
         counting, others = _counting(title, place, parts)
         replaced += others
+        shaped = {part: file.shaped(name) for part, name in counting.items()}
         try:
-            patch = _patch(
-                title, place, {part: mine[name] for part, name in counting.items()}, shapes[place.key], strength
-            )
+            _patch(title, place, shaped, shapes[place.key], strength)
         except _LeftOut as module:
             left_out.append(module)
-            continue
-        patches.setdefault(place.key, []).append(patch)
-    if left_out and not patches:
+        else:
+            fitting[place] = counting
+    if left_out and not fitting:
         raise left_out[0].error
     if not strength:
         return {}
     if notes is not None:
         if unmatched:
-            notes.append(f"{title}: {len(unmatched)} tensors match nothing in this model, {unmatched[0]} among them")
+            share = f"{len(unmatched)} of {len(mine)} tensors"
+            notes.append(f"{title}: {share} match nothing in this model, {unmatched[0]} among them")
         notes += [*map(str, left_out), *replaced]
+    tensors = file.read([name for counting in fitting.values() for name in counting.values()])
+    patches: dict[str, list[Patch]] = {}
+    for place, counting in fitting.items():
+        whole = {part: tensors[name] for part, name in counting.items()}
+        patches.setdefault(place.key, []).append(_patch(title, place, whole, shapes[place.key], strength))
     return patches
 
 
-def _read(path: str, identity: str | None) -> dict[str, Tensor]:
-    try:
-        if os.path.isdir(path) or is_gguf(path):
-            kind = "a folder" if os.path.isdir(path) else "a GGUF file"
-            raise ModelUnsupported(f"{path} is {kind}; this version reads LoRAs from safetensors files only")
-        checkpoint = read_checkpoint(path)
-        if identity not in (None, checkpoint.identity):
+class _Held:
+    """Tensors in memory."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.names = [*tensors]
+        self._tensors = tensors
+
+    def shaped(self, name: str) -> Tensor:
+        """A tensor's dtype and shape, without its numbers: one on no device."""
+        return self._tensors[name].to("meta")
+
+    def read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Tensors by their names."""
+        return {name: self._tensors[name] for name in names}
+
+
+class _File:
+    """A file's tensors, of which only its header is read before `read`."""
+
+    def __init__(self, path: str, identity: str | None) -> None:
+        try:
+            if os.path.isdir(path) or is_gguf(path):
+                kind = "a folder" if os.path.isdir(path) else "a GGUF file"
+                raise ModelUnsupported(f"{path} is {kind}; this version reads LoRAs from safetensors files only")
+        except OSError as error:
+            raise _unreadable(path, error) from None
+        self._file = read_checkpoint(path, prefix="", whole=True)
+        if identity not in (None, self._file.identity):
             raise changed(path)
-        return load(read_file(checkpoint.files[0]))
-    except KeyError as error:
-        raise ModelUnsupported(f"{path} has tensors of {error.args[0]}, which this version doesn't read") from None
-    except SafetensorError as error:
-        raise ModelCorrupt(f"{path}: {error}; download the file again") from None
-    except OSError as error:
-        raise ModelNotFound(f"{path}: {error.strerror}; tacod's user must be able to read it") from None
+        self.names = [*self._file.tensors]
+
+    def shaped(self, name: str) -> Tensor:
+        """See `_Held.shaped`."""
+        dtype, shape = self._file.tensors[name]
+        if dtype not in _DTYPES or name in self._file.quantization:
+            raise ModelUnsupported(
+                f"{self._file.path}: {name} is {dtype}"
+                + (" with a scale beside it" if dtype in _DTYPES else "")
+                + ", which this version doesn't read in a LoRA",
+                key=name,
+            )
+        return torch.empty(shape, dtype=_DTYPES[dtype], device="meta")
+
+    def read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """See `_Held.read`."""
+        tensors = {}
+        try:
+            with Reader(self._file, torch.device("cpu")) as reader:
+                for name, data in zip(names, reader.read(names), strict=True):
+                    dtype, shape = self._file.tensors[name]
+                    tensors[name] = data.view(_DTYPES[dtype]).reshape(shape)
+                reader.check()
+        except OSError as error:
+            raise _unreadable(self._file.path, error) from None
+        return tensors
+
+
+def _unreadable(path: str, error: OSError) -> ModelNotFound:
+    return ModelNotFound(f"{path}: {error.strerror}; tacod's user must be able to read it")
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -384,7 +452,7 @@ _KINDS: dict[str, type[Change]] = {change.kind: change for change in (LoRA, LoHa
 
 
 def _patch(title: str, place: Place, parts: Mapping[_Part, Tensor], shape: Sequence[int], strength: float) -> Patch:
-    """What one module's tensors make of it."""
+    """What one module's tensors make of it; ones on no device are looked at for their shapes."""
     module = next(iter(parts)).module
     kind = next((part.kind for part in parts if part.kind), "")
     fields: dict[str, Any] = {part.name: tensor for part, tensor in parts.items()}
@@ -416,4 +484,4 @@ def _patch(title: str, place: Place, parts: Mapping[_Part, Tensor], shape: Seque
 def _scalar(tensor: Tensor, module: str, title: str) -> float:
     if tensor.numel() != 1:
         raise ModelCorrupt(f"{title}: {module}.alpha has shape {list(tensor.shape)}; it should be one number")
-    return float(tensor.item())
+    return 1.0 if tensor.is_meta else float(tensor.item())

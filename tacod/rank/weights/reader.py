@@ -23,7 +23,7 @@ from tacod.checkpoint.header import File, Part
 from tacod.rank.weights.pinned import GpuMemory, Memory
 from tacod_client.errors import ModelCorrupt
 
-__all__ = ["Reader", "changed", "read_file"]
+__all__ = ["Reader", "changed"]
 
 _THREADS = 4
 """One thread alone copies out of the page cache more slowly than a GPU takes the data."""
@@ -114,15 +114,6 @@ class Reader:
             if count == 0:
                 raise changed(piece.file)
             room, at = room[count:], at + count
-
-
-def read_file(file: File) -> bytes:
-    """All bytes of a small file. Raises `ModelCorrupt` if it is no longer what its header said."""
-    with open(_open(file), "rb") as opened:
-        _check(file, opened.fileno())
-        data = opened.read()
-        _check(file, opened.fileno())
-    return data
 
 
 def changed(path: str) -> ModelCorrupt:
