@@ -19,29 +19,13 @@ from tacod.rank.comfyui.installation import quiet
 from tacod.rank.comfyui.network import Network
 from tacod.rank.comfyui.units import sizes_of_units
 from tacod.rank.oom import describe_oom
-from tacod.rank.ops.packed.float8 import FLOAT8_DTYPES
 from tacod.rank.weights.called import hook_units
-from tacod.rank.weights.reader import Reader
+from tacod.rank.weights.reader import Reader, as_tensor
 from tacod.rank.weights.streaming import Streaming
 from tacod_client.errors import ModelUnsupported
 
-__all__ = ["BESIDE", "DTYPES", "ON_HOST", "Contents", "as_tensor"]
+__all__ = ["BESIDE", "ON_HOST", "Contents"]
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    **FLOAT8_DTYPES,
-    "F8_E8M0": torch.float8_e8m0fnu,
-}
-"""Torch's dtypes by safetensors' names for them."""
 BESIDE = "conditioner.conditioners."
 """The beginning of names of tensors that ComfyUI makes a model of, beside its network."""
 
@@ -219,9 +203,3 @@ class _Origins(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def of(self, tensor: Any) -> frozenset[str]:
         """The names of the tensors of which one is made."""
         return self._names.get(id(tensor), frozenset())
-
-
-def as_tensor(file: Checkpoint, name: str, data: Tensor) -> Tensor:
-    """The tensor of a file of this name, of its bytes."""
-    info = file.tensors[name]
-    return data.view(DTYPES[info.dtype]).reshape(info.shape)

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from tacod.checkpoint import Checkpoint
 from tacod.checkpoint.safetensors import read_safetensors
-from tacod.rank.comfyui.contents import BESIDE, DTYPES, ON_HOST, Contents, as_tensor
+from tacod.rank.comfyui.contents import BESIDE, ON_HOST, Contents
 from tacod.rank.comfyui.installation import Installation, quiet
 from tacod.rank.comfyui.network import Network
 from tacod.rank.comfyui.tables import keeps_together, table_of
 from tacod.rank.comfyui.units import find_units, sizes_of_units
 from tacod.rank.ops.packed.float8 import FLOAT8_DTYPES
 from tacod.rank.weights.placement import Sizes
-from tacod.rank.weights.reader import Reader, changed
+from tacod.rank.weights.reader import DTYPES, Reader, as_tensor, changed
 from tacod.rank.weights.remap import some
 from tacod.rank.weights.streaming import Streaming
 from tacod_client.errors import ModelCorrupt, ModelUnsupported

@@ -29,11 +29,10 @@ from torch import Tensor
 from tacod.checkpoint import is_gguf, read_checkpoint
 from tacod.rank.families import families
 from tacod.rank.families.names import Place
-from tacod.rank.ops.packed.float8 import FLOAT8_DTYPES
 from tacod.rank.weights.changes import Change, Diff, LoHa, LoKr, LoRA, Set
 from tacod.rank.weights.misfit import Misfit
 from tacod.rank.weights.patches import SWAP, Patch
-from tacod.rank.weights.reader import Reader, changed
+from tacod.rank.weights.reader import DTYPES, Reader, as_tensor, changed
 from tacod_client.errors import ArgumentError, ModelCorrupt, ModelError, ModelNotFound, ModelUnsupported
 
 __all__ = ["is_text_encoders", "read_lora"]
@@ -69,25 +68,6 @@ _STRANGERS = {
     re.compile(r"joint_transformer_blocks[._]|double_layers[._]"): "AuraFlow",
 }
 """Marks of LoRA files for models that no family here runs; families' own marks are `DiT.lora_marks`."""
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    **FLOAT8_DTYPES,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-}
 _SHOWN = 8
 _TOLD = 256
 """How many unmatched names a message and its details list."""
@@ -228,23 +208,21 @@ class _File:
     def shaped(self, name: str) -> Tensor:
         """See `_Held.shaped`."""
         dtype, shape = self._file.tensors[name]
-        if dtype not in _DTYPES or name in self._file.quantization:
+        if dtype not in DTYPES or name in self._file.quantization:
             raise ModelUnsupported(
                 f"{self._file.path}: {name} is {dtype}"
-                + (" with a scale beside it" if dtype in _DTYPES else "")
+                + (" with a scale beside it" if dtype in DTYPES else "")
                 + ", which this version doesn't read in a LoRA",
                 key=name,
             )
-        return torch.empty(shape, dtype=_DTYPES[dtype], device="meta")
+        return torch.empty(shape, dtype=DTYPES[dtype], device="meta")
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
         """See `_Held.read`."""
-        tensors = {}
         try:
             with Reader(self._file, torch.device("cpu")) as reader:
-                for name, data in zip(names, reader.read(names), strict=True):
-                    dtype, shape = self._file.tensors[name]
-                    tensors[name] = data.view(_DTYPES[dtype]).reshape(shape)
+                read = zip(names, reader.read(names), strict=True)
+                tensors = {name: as_tensor(self._file, name, data) for name, data in read}
                 reader.check()
         except OSError as error:
             raise _unreadable(self._file.path, error) from None

@@ -20,11 +20,27 @@ from torch import Tensor
 
 from tacod.checkpoint import Checkpoint
 from tacod.checkpoint.header import File, Part
+from tacod.rank.ops.packed.float8 import FLOAT8_DTYPES
 from tacod.rank.weights.pinned import GpuMemory, Memory
 from tacod_client.errors import ModelCorrupt
 
-__all__ = ["Reader", "changed"]
+__all__ = ["DTYPES", "Reader", "as_tensor", "changed"]
 
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    **FLOAT8_DTYPES,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+"""Torch's dtypes by safetensors' names for them."""
 _THREADS = 4
 """One thread alone copies out of the page cache more slowly than a GPU takes the data."""
 _PIECE = 16 << 20
@@ -114,6 +130,12 @@ class Reader:
             if count == 0:
                 raise changed(piece.file)
             room, at = room[count:], at + count
+
+
+def as_tensor(file: Checkpoint, name: str, data: Tensor) -> Tensor:
+    """The tensor of a file of this name, of its bytes."""
+    info = file.tensors[name]
+    return data.view(DTYPES[info.dtype]).reshape(info.shape)
 
 
 def changed(path: str) -> ModelCorrupt:
