@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections import Counter
@@ -15,6 +14,7 @@ from typing import Any
 from tacod.checkpoint.folder import is_folders, open_folder
 from tacod.checkpoint.gguf import is_gguf, read_gguf
 from tacod.checkpoint.header import BLOCKS, FLOAT8, PLAIN, SAMPLE_BYTES, File, Header, Part, TensorInfo
+from tacod.checkpoint.json_text import parse_json
 from tacod.checkpoint.quantization import FLOAT8_FORMATS, FORMATS, Quantization, beside, read_quantization
 from tacod.checkpoint.safetensors import read_safetensors
 from tacod_client.errors import ModelCorrupt, ModelNotFound, ModelUnsupported
@@ -234,8 +234,8 @@ def _read_config(path: str, texts: Mapping[str, str]) -> Mapping[str, Any] | Non
     if text is None:
         return None
     try:
-        config = json.loads(text)
-    except (ValueError, TypeError, RecursionError) as error:
+        config = parse_json(text)
+    except (ValueError, RecursionError) as error:
         raise ModelCorrupt(f"{path}: the metadata's tacod.config is not JSON ({error})") from None
     if not isinstance(config, dict) or not isinstance(config.get("image_model"), str):
         raise ModelCorrupt(f"{path}: the metadata's tacod.config must be an object with image_model")

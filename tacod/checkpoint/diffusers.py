@@ -57,6 +57,13 @@ class DiffusersConfig:
         value = self.values.get(key)
         return default if value is None else bool(value)
 
+    def several(self, key: str, default: Sequence[float]) -> list[Any]:
+        """As many values as there are of ``default``; the family checks each."""
+        value = self.values.get(key, default)
+        if not isinstance(value, list | tuple) or len(value) != len(default):
+            raise ModelUnsupported(f"config.json: {key} is {value!r:.80}; expected {len(default)} numbers")
+        return list(value)
+
     def items(self, key: str, default: Sequence[int]) -> Any:
         """A list; a value that is none as it stands there, for the family to refuse."""
         value = self.values.get(key, default)

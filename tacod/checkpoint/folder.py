@@ -8,7 +8,6 @@ that has other names than diffusers', or something else beside it, is a file lik
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from typing import Any
 
 from tacod.checkpoint.diffusers import check_class, is_known_class
 from tacod.checkpoint.header import Entry, Header
+from tacod.checkpoint.json_text import parse_json
 from tacod.checkpoint.safetensors import read_safetensors
 from tacod_client.errors import ModelCorrupt, ModelError, ModelNotAllowed, ModelUnsupported
 from tacod_client.text import encodable
@@ -123,7 +123,9 @@ def open_folder(path: str) -> Folder:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelCorrupt(f"{index_path}: weight_map is no object; download it again")
-    in_order = sorted({*weight_map.values()}, key=str)
+    for name in weight_map.values():
+        _check_shard(path, name)
+    in_order = sorted({*weight_map.values()})
     shards = [_shard(path, name) for name in in_order]
     files = (os.path.realpath(config_path), os.path.realpath(index_path), *shards)
     names = ("config.json", os.path.basename(index_path), *in_order)
@@ -162,7 +164,7 @@ def _read_json(path: str) -> tuple[bytes, dict[str, Any]]:
     with open(path, "rb") as file:
         raw = file.read(MAX_JSON_BYTES + 1)
     try:
-        value = json.loads(raw.decode()) if len(raw) <= MAX_JSON_BYTES else None
+        value = parse_json(raw) if len(raw) <= MAX_JSON_BYTES else None
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
@@ -170,11 +172,14 @@ def _read_json(path: str) -> tuple[bytes, dict[str, Any]]:
     return raw, value
 
 
-def _shard(folder: str, name: Any) -> str:
+def _check_shard(folder: str, name: Any) -> None:
     if not isinstance(name, str) or "\0" in name or not name.endswith(".safetensors"):
         raise ModelUnsupported(f"{folder}: the index names {name!r:.80}; this version reads .safetensors shards")
     if os.path.basename(name) != name or "\\" in name:
         raise ModelNotAllowed(f"{folder}: the index names {name!r:.200}, which leads out of the folder")
+
+
+def _shard(folder: str, name: str) -> str:
     path = os.path.realpath(os.path.join(folder, name))
     if not os.path.isfile(path):
         raise ModelCorrupt(f"{folder} lacks the shard {name}; download it again")

@@ -7,7 +7,6 @@ Nothing here needs torch.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tacod.checkpoint.header import FLOAT8, PLAIN, Entry, TensorInfo
+from tacod.checkpoint.json_text import parse_json
 from tacod_client.errors import ModelCorrupt, ModelUnsupported
 
 __all__ = [
@@ -277,7 +277,7 @@ def descriptions(
 
 def _json(path: str, name: str, raw: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(raw.rstrip(b"\0").decode())
+        value = parse_json(raw.rstrip(b"\0"))
     except (ValueError, RecursionError) as error:
         raise ModelCorrupt(f"{path}: {name} is not JSON ({error}); download the file again") from None
     if not isinstance(value, dict):

@@ -6,13 +6,13 @@ https://github.com/huggingface/safetensors#format. Reading it needs neither torc
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import struct
 from typing import IO, Any
 
 from tacod.checkpoint.header import MAX_DIMS, Entry, File, Header, Part, TensorInfo, sample
+from tacod.checkpoint.json_text import parse_json
 from tacod_client.errors import ModelCorrupt
 
 __all__ = ["MAX_HEADER_BYTES", "read_safetensors"]
@@ -40,12 +40,11 @@ def read_safetensors(path: str) -> Header:
         data = 8 + len(raw)
         contents = sample(file.fileno(), data, stat.st_size)
     header = _parse_header(path, raw, stat.st_size - data)
-    metadata = header.pop("__metadata__", {})
+    texts = header.pop("__metadata__", None) or {}
     entries = {}
     for key, item in header.items():
         start, stop = item["data_offsets"]
         entries[key] = Entry(TensorInfo(item["dtype"], tuple(item["shape"])), Part(path, data + start, data + stop))
-    texts = metadata if isinstance(metadata, dict) else {}
     return Header(File(path, stat.st_size, stat.st_mtime_ns), entries, texts, hashlib.sha256(raw).digest() + contents)
 
 
@@ -59,11 +58,14 @@ def _read_header(path: str, file: IO[bytes], size: int) -> bytes:
 
 def _parse_header(path: str, raw: bytes, contents: int) -> dict[str, Any]:
     try:
-        header = json.loads(raw.decode())
+        header = parse_json(raw)
     except (ValueError, RecursionError) as error:
         raise ModelCorrupt(f"{path}: the header is not JSON ({error}); download the file again") from None
     if not isinstance(header, dict):
         raise ModelCorrupt(f"{path}: the header is not a JSON object; download the file again")
+    texts = header.get("__metadata__")
+    if texts is not None and not (isinstance(texts, dict) and all(isinstance(each, str) for each in texts.values())):
+        raise ModelCorrupt(f"{path}: the header's __metadata__ is no object of strings; download the file again")
     end = 0
     spans = sorted(_check_entry(path, key, item) for key, item in header.items() if key != "__metadata__")
     for start, stop in spans:

@@ -232,6 +232,14 @@ def test_a_diffusers_model_of_another_kind_is_refused_by_its_key(key: str, value
         family(found)
 
 
+@pytest.mark.parametrize("scale", [None, 2.0, "1.0", {}, [], [1.0, 1.0], [1.0, 1.0, 1.0, 1.0], [1.0, 1.0, "x"]])
+def test_scales_of_places_must_be_three_numbers(scale: Any) -> None:
+    tensors = {name: TensorInfo("F32", tuple(tensor.shape)) for name, tensor in in_diffusers(made()).items()}
+    config = {"_class_name": "CosmosTransformer3DModel", "num_layers": 2, "extra_pos_embed_type": None}
+    with pytest.raises(ModelUnsupported, match=r"rope_scale|rope_w_extrapolation_ratio"):
+        CosmosPredict2(detect({}, from_diffusers("here", {**config, "rope_scale": scale}, tensors))[1])
+
+
 # --- forwards ---------------------------------------------------------------------------------------------------------
 
 

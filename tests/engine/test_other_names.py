@@ -285,6 +285,14 @@ def test_what_may_be_of_the_network_stays_refused(prefix: str, name: str, tmp_pa
     refused(save(tmp_path / "m.safetensors", tensors), ModelUnsupported, "doesn't use: " + name.removeprefix(prefix))
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (385,), (1, 384)])
+@pytest.mark.parametrize("name", ["norm_out.linear.bias", "transformer_blocks.1.norm1_context.linear.bias"])
+def test_scale_and_shift_of_another_shape_are_refused(name: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    tensors = {**in_diffusers(SD3), name: torch.ones(shape)}
+    with pytest.raises(ModelError):
+        load(save(tmp_path / "m.safetensors", tensors, SD3.config))
+
+
 # --- what lies beside a file ------------------------------------------------------------------------------------------
 
 FLUX_JSON = {

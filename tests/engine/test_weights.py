@@ -322,14 +322,19 @@ def test_shard_that_is_a_link_out_of_the_roots_is_refused(
         locate(str(sharded), [str(sharded.parent)])
 
 
-@pytest.mark.parametrize("value", [3, None, "pickle.bin", "a\0.safetensors", ["x.safetensors"]])
+@pytest.mark.parametrize("value", [3, None, [], {}, "pickle.bin", "a\0.safetensors", ["x.safetensors"]])
 def test_index_must_name_shards(sharded: Path, value: Any) -> None:
-    if isinstance(value, list):
+    if value == ["x.safetensors"]:
         change_index(sharded, lambda index: index.update(weight_map=value))
         refused(sharded, ModelCorrupt, "weight_map")
     else:
         change_index(sharded, lambda index: index["weight_map"].update({"x_embedder.weight": value}))
         refused(sharded, ModelUnsupported, "the index names")
+
+
+def test_index_that_is_no_text_is_corrupt(sharded: Path) -> None:
+    change_index(sharded, lambda index: index["weight_map"].update({"x_embedder.weight": "\ud800.safetensors"}))
+    refused(sharded, ModelCorrupt, "is not a JSON object")
 
 
 def test_missing_shard_is_named(sharded: Path) -> None:

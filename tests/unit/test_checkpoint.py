@@ -266,6 +266,73 @@ def test_header_must_be_a_json_object(tmp_path: Path, raw: bytes, reason: str) -
         read_checkpoint(str(write(tmp_path / "m", raw)))
 
 
+@pytest.mark.parametrize("metadata", [3, "text", [], ["a"], {"a": None}, {"a": 3}, {"format": "pt", "config": {}}])
+def test_metadata_must_be_strings(tmp_path: Path, metadata: Any) -> None:
+    path = write(tmp_path / "m", {"__metadata__": metadata, "a": ENTRY}, 24)
+    with pytest.raises(ModelCorrupt, match="__metadata__ is no object of strings"):
+        read_checkpoint(str(path))
+    with pytest.raises(safetensors.SafetensorError):
+        safetensors.safe_open(path, "np").__enter__()
+
+
+def test_metadata_may_be_null(tmp_path: Path) -> None:
+    assert read_checkpoint(str(write(tmp_path / "m", {"__metadata__": None, "a": ENTRY}, 24))).tensors.keys() == {"a"}
+
+
+@pytest.mark.parametrize("upper", [False, True])
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"\ud800": ENTRY},
+        {"a\udfff": ENTRY},
+        {"__metadata__": {"a": "\ud800"}, "a": ENTRY},
+        {"__metadata__": {"\udc80": "a"}, "a": ENTRY},
+    ],
+)
+def test_half_a_surrogate_is_no_text(tmp_path: Path, header: Any, upper: bool) -> None:
+    raw = json.dumps(header)
+    path = write(tmp_path / "m", (raw.replace("\\ud", "\\uD") if upper else raw).encode(), 24)
+    with pytest.raises(ModelCorrupt, match="not JSON"):
+        read_checkpoint(str(path))
+
+
+def test_a_whole_surrogate_pair_is_text(tmp_path: Path) -> None:
+    assert read_checkpoint(str(write(tmp_path / "m", {"\U0001f44d": ENTRY}, 24))).tensors.keys() == {"\U0001f44d"}
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["layers", "a", "format", "image_model", "transformer"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+SAID = ("tacod.config", "config", "_quantization_metadata", "format", "scaled_fp8", "\ud800")
+
+
+@given(JSON | st.dictionaries(st.sampled_from(SAID), JSON | JSON.map(json.dumps), max_size=4))
+def test_whatever_the_metadata_says_costs_a_typed_error_at_most(
+    tmp_path_factory: pytest.TempPathFactory, metadata: Any
+) -> None:
+    path = write(tmp_path_factory.getbasetemp() / "any", {"__metadata__": metadata, "a.weight": ENTRY}, 24)
+    with contextlib.suppress(ModelError):
+        json.dumps(dict(read_checkpoint(str(path)).config or {}), ensure_ascii=False).encode()
+
+
+@given(JSON | st.dictionaries(st.text(max_size=3), JSON | st.just("a.safetensors"), max_size=4))
+def test_whatever_an_index_says_costs_a_typed_error_at_most(
+    tmp_path_factory: pytest.TempPathFactory, weight_map: Any
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "any_folder"
+    folder.mkdir(exist_ok=True)
+    write_tensors(folder / "a.safetensors", "a")
+    (folder / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with contextlib.suppress(ModelError):
+        read_checkpoint(str(folder))
+
+
 @pytest.mark.parametrize(
     "entry",
     [

@@ -132,7 +132,7 @@ class CosmosPredict2(DiT):
             "num_blocks": c.whole("num_layers", 28),
             "concat_padding_mask": c.get("concat_padding_mask", True),
             "extra_per_block_abs_pos_emb": c.get("extra_pos_embed_type", "learnable") is not None,
-            **dict(zip(_RATIOS, c.items("rope_scale", (2.0, 1.0, 1.0)), strict=False)),
+            **dict(zip(_RATIOS, c.several("rope_scale", (2.0, 1.0, 1.0)), strict=True)),
         }
     }
     usual: ClassVar[Mapping[str, int]] = {"B": 1, "T": 1, "H": 128, "W": 128, "L": 512}

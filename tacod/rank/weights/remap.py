@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Any
 from tacod.checkpoint import Checkpoint, TensorInfo, read_checkpoint
 from tacod.checkpoint.checkpoint import FEW
 from tacod.checkpoint.header import FLOAT8, Part
+from tacod.checkpoint.json_text import parse_json
 from tacod.checkpoint.quantization import INPUT_SCALE, Quantization, beside
 from tacod.rank.families import detect, diffusers_layout, from_diffusers, is_known
 from tacod.rank.families.base import DiT
@@ -49,7 +49,7 @@ def identify(checkpoint: Checkpoint) -> tuple[type[DiT], dict[str, Any], Checkpo
 def _read_notes(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """What a file's metadata says of the network, for some families. Raises `ModelCorrupt` if it can't be read."""
     try:
-        notes = json.loads(checkpoint.notes or "{}")
+        notes = parse_json(checkpoint.notes or "{}")
         found = notes.get("transformer", {})
     except (ValueError, AttributeError, RecursionError) as error:
         raise ModelCorrupt(f"{checkpoint.path}: the metadata's config is no JSON object ({error})") from None
@@ -208,8 +208,9 @@ def _order(checkpoint: Checkpoint, name: str, place: Place) -> tuple[Part, ...]:
     if not place.swap:
         return parts
     (whole,) = parts
-    if checkpoint.tensors[name].shape[0] % 2:
-        raise ModelCorrupt(f"{checkpoint.path}: {name} has an odd number of rows, which are no scale and shift")
+    shape = checkpoint.tensors[name].shape
+    if not shape or shape[0] % 2:
+        raise ModelCorrupt(f"{checkpoint.path}: {name} is {list(shape)}, whose rows are no scale and shift")
     middle = (whole.start + whole.stop) // 2
     return Part(whole.file, middle, whole.stop), Part(whole.file, whole.start, middle)
 
