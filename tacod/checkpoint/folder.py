@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tacod.checkpoint.diffusers import check_class, is_known_class
-from tacod.checkpoint.header import Entry, Header
+from tacod.checkpoint.header import Entry, Header, check_count
 from tacod.checkpoint.json_text import parse_json
 from tacod.checkpoint.safetensors import read_safetensors
 from tacod_client.errors import ModelCorrupt, ModelError, ModelNotAllowed, ModelUnsupported
@@ -53,15 +53,19 @@ class Folder:
     def read(self) -> tuple[list[Header], dict[str, Entry]]:
         """The shards' headers, and all tensors under their names in diffusers.
 
-        Raises `ModelCorrupt` if a shard is truncated, or the shards are not what the index says.
+        Raises `ModelCorrupt` if a shard is truncated, or the shards are not what the index says, `ModelUnsupported` if
+        they hold too many tensors.
         """
-        headers = [read_safetensors(shard) for shard in self.shards]
+        headers: list[Header] = []
         entries: dict[str, Entry] = {}
-        for header in headers:
+        for shard in self.shards:
+            header = read_safetensors(shard)
+            headers.append(header)
             doubled = next((name for name in header.entries if name in entries), None)
             if doubled is not None:
                 raise ModelCorrupt(f"{self.path}: two shards hold {doubled!r}; download the folder again")
             entries.update(header.entries)
+            check_count(self.path, len(entries))
         for name, shard in (self.weight_map or {}).items():
             if name not in entries or entries[name].part.file != os.path.realpath(os.path.join(self.path, shard)):
                 raise ModelCorrupt(f"{self.path}: {shard} lacks {name!r}, which the index places there")

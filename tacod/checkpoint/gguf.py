@@ -13,7 +13,7 @@ import struct
 from collections.abc import Mapping
 from typing import IO, Any
 
-from tacod.checkpoint.header import BLOCKS, MAX_DIMS, PLAIN, Entry, File, Header, Part, TensorInfo, sample
+from tacod.checkpoint.header import BLOCKS, MAX_DIMS, PLAIN, Entry, File, Header, Part, TensorInfo, check_count, sample
 from tacod_client.errors import ModelCorrupt, ModelUnsupported
 
 __all__ = ["KINDS", "MAX_HEADER_BYTES", "is_gguf", "read_gguf"]
@@ -51,7 +51,7 @@ def read_gguf(path: str) -> Header:
     """Read and check a GGUF file's header; its tensors' sizes are given in torch's order, rows first.
 
     Raises `ModelCorrupt` if the file is truncated or no GGUF file, `ModelUnsupported` if a tensor is of a kind that
-    isn't read, `OSError` if the file can't be read.
+    isn't read or if there are too many, `OSError` if the file can't be read.
     """
     with open(path, "rb") as file:
         stat = os.fstat(file.fileno())
@@ -72,6 +72,7 @@ def read_gguf(path: str) -> Header:
             if name in found:
                 raise cursor.corrupt(f"it holds {name!r} twice")
             found[name] = _read_tensor(cursor, name, metadata)
+            check_count(path, len(found))
         contents = sample(file.fileno(), cursor.position, stat.st_size)
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):

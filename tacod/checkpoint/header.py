@@ -9,10 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from tacod_client.errors import ModelUnsupported
+
 __all__ = [
     "BLOCKS",
     "FLOAT8",
     "MAX_DIMS",
+    "MAX_TENSORS",
     "PLAIN",
     "SAMPLE_BYTES",
     "Entry",
@@ -20,10 +23,13 @@ __all__ = [
     "Header",
     "Part",
     "TensorInfo",
+    "check_count",
     "sample",
 ]
 
 MAX_DIMS = 64
+MAX_TENSORS = 1 << 16
+"""Headers are read where clients are answered. Models of many small experts, each packed, have 30,000 at the most."""
 _SAMPLES = 32
 SAMPLE_BYTES = 4096
 """Of each place that is looked at to tell files apart."""
@@ -97,6 +103,12 @@ class Header:
     """The metadata's strings."""
     digest: bytes = field(repr=False)
     """SHA-256 of the header's bytes, and of a `sample` of the tensors'."""
+
+
+def check_count(path: str, count: int) -> None:
+    """Raise `ModelUnsupported` for a file, or a folder's files, of more than `MAX_TENSORS`."""
+    if count > MAX_TENSORS:
+        raise ModelUnsupported(f"{path} has more than {MAX_TENSORS:,} tensors, which is more than this version reads")
 
 
 def sample(file: int, start: int, stop: int) -> bytes:

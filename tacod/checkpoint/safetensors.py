@@ -11,7 +11,7 @@ import os
 import struct
 from typing import IO, Any
 
-from tacod.checkpoint.header import MAX_DIMS, Entry, File, Header, Part, TensorInfo, sample
+from tacod.checkpoint.header import MAX_DIMS, Entry, File, Header, Part, TensorInfo, check_count, sample
 from tacod.checkpoint.json_text import parse_json
 from tacod_client.errors import ModelCorrupt
 
@@ -32,7 +32,8 @@ _ITEM_BITS = {
 def read_safetensors(path: str) -> Header:
     """Read and check a safetensors file's header.
 
-    Raises `ModelCorrupt` if the file is truncated or no safetensors file, `OSError` if it can't be read.
+    Raises `ModelCorrupt` if the file is truncated or no safetensors file, `ModelUnsupported` if it has too many
+    tensors, `OSError` if it can't be read.
     """
     with open(path, "rb") as file:
         stat = os.fstat(file.fileno())
@@ -57,12 +58,15 @@ def _read_header(path: str, file: IO[bytes], size: int) -> bytes:
 
 
 def _parse_header(path: str, raw: bytes, contents: int) -> dict[str, Any]:
+    # Before so many objects are made.
+    check_count(path, raw.count(b'"data_offsets"'))
     try:
         header = parse_json(raw)
     except (ValueError, RecursionError) as error:
         raise ModelCorrupt(f"{path}: the header is not JSON ({error}); download the file again") from None
     if not isinstance(header, dict):
         raise ModelCorrupt(f"{path}: the header is not a JSON object; download the file again")
+    check_count(path, len(header) - ("__metadata__" in header))
     texts = header.get("__metadata__")
     if texts is not None and not (isinstance(texts, dict) and all(isinstance(each, str) for each in texts.values())):
         raise ModelCorrupt(f"{path}: the header's __metadata__ is no object of strings; download the file again")

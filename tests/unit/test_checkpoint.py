@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from tacod.checkpoint import TensorInfo, locate, read_checkpoint
 from tacod.checkpoint.gguf import KINDS
-from tacod.checkpoint.header import BLOCKS
+from tacod.checkpoint.header import BLOCKS, MAX_TENSORS
 from tacod_client.errors import ModelCorrupt, ModelError, ModelNotAllowed, ModelNotFound, ModelUnsupported
 
 ENTRY = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
@@ -396,6 +396,39 @@ def test_tensors_leave_no_hole_and_do_not_overlap(tmp_path: Path, start: int) ->
     header = {"a": ENTRY, "b": {**ENTRY, "data_offsets": [start, start + 24]}}
     with pytest.raises(ModelCorrupt, match="hole or an overlap at byte 24"):
         read_checkpoint(str(write(tmp_path / "m", header, start + 24)))
+
+
+def empties(count: int, name: str = "a") -> dict[str, Any]:
+    return {f"{name}.{number}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for number in range(count)}
+
+
+def test_more_tensors_than_any_model_has_are_refused(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "m", {"__metadata__": {"a": "b"}, **empties(MAX_TENSORS)}))
+    assert len(read_checkpoint(path).tensors) == MAX_TENSORS
+    header = json.dumps(empties(MAX_TENSORS + 1))
+    for raw in (header, header.replace("data_", "data\\u005f")):
+        write(tmp_path / "m", raw.encode())
+        with pytest.raises(ModelUnsupported, match=r"m has more than 65,536 tensors"):
+            read_checkpoint(path)
+
+
+def test_more_tensors_in_all_shards_than_any_model_has_are_refused(tmp_path: Path) -> None:
+    shards = {f"{name}.safetensors": empties(MAX_TENSORS // 2 + 1, name) for name in "ab"}
+    for name, header in shards.items():
+        write(tmp_path / name, header)
+    (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    index = {"weight_map": {next(iter(header)): name for name, header in shards.items()}}
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelUnsupported, match=r"has more than 65,536 tensors"):
+        read_checkpoint(str(tmp_path))
+
+
+def test_more_tensors_in_gguf_than_any_model_has_are_refused(tmp_path: Path) -> None:
+    count = MAX_TENSORS + 1
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf_bytes(number=count, tensors=b"".join(gguf_tensor(f"{i}", (0,), 0) for i in range(count))))
+    with pytest.raises(ModelUnsupported, match=r"more than 65,536 tensors"):
+        read_checkpoint(str(path))
 
 
 def test_missing_file_is_not_found(tmp_path: Path) -> None:
