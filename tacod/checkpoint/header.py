@@ -29,7 +29,7 @@ __all__ = [
 
 MAX_DIMS = 64
 MAX_TENSORS = 1 << 16
-"""Headers are read where clients are answered. Models of many small experts, each packed, have 30,000 at the most."""
+"""Headers are read where clients are answered. Packed models have a few for each layer, which makes thousands."""
 _SAMPLES = 32
 SAMPLE_BYTES = 4096
 """Of each place that is looked at to tell files apart."""

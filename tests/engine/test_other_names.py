@@ -15,8 +15,10 @@ from helpers import FLUX, SD3, Tiny
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tacod.checkpoint import locate, read_checkpoint
+from tacod.checkpoint import TensorInfo, locate, read_checkpoint
+from tacod.rank.families import is_known
 from tacod.rank.families.base import DiT
+from tacod.rank.weights import remap
 from tacod.rank.weights.load import choose_dtype, load_model
 from tacod.rank.weights.remap import identify
 from tacod_client.errors import ModelCorrupt, ModelError, ModelUnsupported
@@ -388,6 +390,25 @@ def refused(path: Path, error: type[ModelError], match: str) -> None:
     with pytest.raises(error, match=match) as caught:
         load(path)
     assert "download" not in caught.value.message
+
+
+def test_few_of_many_prefixes_are_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the most tensors is among them."""
+    tried = 0
+
+    def known(tensors: Mapping[str, TensorInfo]) -> bool:
+        nonlocal tried
+        tried += 1
+        return is_known(tensors)
+
+    monkeypatch.setattr(remap, "is_known", known)
+    many = {f"others.{i}.layers.{j}.weight": torch.ones(1) for i in range(200) for j in range(6)}
+    with pytest.raises(ModelUnsupported, match="no family knows this file"):
+        load(save(tmp_path / "m.safetensors", many))
+    assert tried <= 40
+    assert is_plain(
+        load(save(tmp_path / "m.safetensors", {**many, **behind("of.nobody.", SD3.model.state_dict())})), SD3
+    )
 
 
 def test_two_models_are_refused_by_their_prefixes(tmp_path: Path) -> None:

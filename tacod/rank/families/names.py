@@ -24,6 +24,8 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from tacod.checkpoint.header import MAX_TENSORS
+
 __all__ = ["FUSED_NAMES", "Names", "Place"]
 
 FUSED_NAMES = {
@@ -177,7 +179,7 @@ def _patterns(name: str) -> list[tuple[str, str, str]]:
     return found
 
 
-@functools.lru_cache(maxsize=1 << 14)
+@functools.lru_cache(MAX_TENSORS)
 def _spellings(name: str) -> tuple[str, ...]:
     """The patterns of `_patterns` alone."""
     return tuple(pattern for pattern, _, _ in _patterns(name))

@@ -21,6 +21,8 @@ __all__ = ["arrange", "identify", "rename", "some"]
 
 _DEPTH = 4
 """How many names of a prefix are tried, as in ``base_model.model.transformer.``."""
+_TRIED = 32
+"""How many prefixes are tried, those of the most tensors: all families are asked about each."""
 
 
 def identify(checkpoint: Checkpoint) -> tuple[type[DiT], dict[str, Any], Checkpoint]:
@@ -59,7 +61,10 @@ def _read_notes(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
 
 def _look_deeper(checkpoint: Checkpoint) -> Checkpoint:
-    """The same file without the one prefix behind which a family knows its tensors; unchanged if there is none."""
+    """The same file without the one prefix behind which a family knows its tensors; unchanged if there is none.
+
+    Only those of the most tensors are tried. Behind a model's lie all that lie behind its blocks'.
+    """
     whole = read_checkpoint(checkpoint.path, prefix="", whole=True)
     if whole.identity != checkpoint.identity:
         raise ModelCorrupt(f"{checkpoint.path} changed while it was being loaded; load it again")
@@ -71,7 +76,10 @@ def _look_deeper(checkpoint: Checkpoint) -> Checkpoint:
             if at < 0:
                 break
             behind.setdefault(name[: at + 1], {})[name[at + 1 :]] = info
-    found = [prefix for prefix, tensors in behind.items() if len(tensors) > FEW and is_known(tensors)]
+    largest = sorted(behind, key=lambda prefix: len(behind[prefix]), reverse=True)[:_TRIED]
+    found = [
+        prefix for prefix in behind if prefix in largest and len(behind[prefix]) > FEW and is_known(behind[prefix])
+    ]
     if len(found) > 1:
         several = ", ".join(repr(prefix)[:80] for prefix in found[:5])
         raise ModelUnsupported(
