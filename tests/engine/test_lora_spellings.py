@@ -231,7 +231,8 @@ def test_what_matches_no_layer_is_left_out_by_name(family: str, name: str) -> No
     check(merged(dit, file, notes=notes), merged(dit, alone))
     [note] = notes
     strange = next(name for name in file if name not in alone)
-    assert note == f"the LoRA: {len(file) - len(alone)} of {len(file)} tensors match nothing in this model, {strange} among them"
+    share = f"{len(file) - len(alone)} of {len(file)} tensors"
+    assert note == f"the LoRA: {share} match nothing in this model, {strange} among them"
 
 
 @pytest.mark.parametrize("name", OWN)
