@@ -96,7 +96,7 @@ def devices(groups: Sequence[config.Group]) -> list[list[str]]:
     """The devices of each group's ranks: ``cpu:0`` …, or GPUs by the index or UUID that nvidia-smi shows.
 
     For Ray, as many names as ranks: it chooses the devices. Raises `config.ConfigError` for a GPU that isn't there or
-    that two groups have, or if there is not a share for each.
+    that two groups have, if there is none at all, or not a share for each.
     """
     if groups[0].launcher == "ray":
         check_installed()
@@ -104,26 +104,20 @@ def devices(groups: Sequence[config.Group]) -> list[list[str]]:
     if groups[0].device == "cpu":
         numbers = itertools.count()
         return [[f"cpu:{next(numbers)}" for _ in range(group.ranks)] for group in groups]
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
+    uuids = _uuids()
+    if not uuids:
         raise config.ConfigError(
-            f'group.device: no NVIDIA driver answers ({error}); on a machine without GPUs set group.device = "cpu"'
-        ) from None
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        uuids = [pynvml.nvmlDeviceGetUUID(handle) for handle in handles]
-    finally:
-        pynvml.nvmlShutdown()
+            "group.gpus: the driver shows no GPU; if `nvidia-smi -L` lists some, let tacod see them (a container's or "
+            'service\'s devices), else set group.device = "cpu"'
+        )
     found = []
     for group in groups:
         key = "group" if len(groups) == 1 else f"group.{group.name}"
         wanted = group.gpus if group.gpus is not None else list(range(len(uuids)))
         for gpu in wanted:
             if gpu not in uuids and not (isinstance(gpu, int) and gpu < len(uuids)):
-                raise config.ConfigError(f"{key}.gpus: no GPU {gpu!r}; nvidia-smi shows 0 to {len(uuids) - 1}")
+                seen = f"0 to {len(uuids) - 1}" if len(uuids) > 1 else "0 alone"
+                raise config.ConfigError(f"{key}.gpus: no GPU {gpu!r}; nvidia-smi shows {seen}")
         try:
             group.check_shares(len(wanted))
         except ValueError as error:
@@ -136,6 +130,27 @@ def devices(groups: Sequence[config.Group]) -> list[list[str]]:
     except ValueError as error:
         raise config.ConfigError(f"group: {error}") from None
     return [[str(gpu) for gpu in wanted] for wanted in found]
+
+
+def _uuids() -> list[str]:
+    """The UUIDs of this machine's GPUs, in nvidia-smi's order. Raises `config.ConfigError` if the driver tells none."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        raise config.ConfigError(
+            f'group.device: no NVIDIA driver answers ({error}); on a machine without GPUs set group.device = "cpu"'
+        ) from None
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return [pynvml.nvmlDeviceGetUUID(handle) for handle in handles]
+    except pynvml.NVMLError as error:
+        raise config.ConfigError(
+            f"group.gpus: the driver can't tell which GPUs there are ({error}); `nvidia-smi` and `dmesg` say more"
+        ) from None
+    finally:
+        pynvml.nvmlShutdown()
 
 
 class Processes:

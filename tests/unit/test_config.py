@@ -297,6 +297,33 @@ def test_gpus_are_found_by_index_and_by_uuid() -> None:
         of([0, "GPU-a0"])
 
 
+@pytest.mark.usefixtures("three_gpus")
+@pytest.mark.parametrize("gpus", [None, [3, 4, 5], ["GPU-a0"]])
+def test_a_driver_without_gpus_is_refused(gpus: list[int | str] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pynvml.nvmlDeviceGetCount", lambda: 0)
+    with pytest.raises(ConfigError, match=r'^group\.gpus: the driver shows no GPU; .* set group\.device = "cpu"$'):
+        devices(Config.model_validate({"group": {"gpus": gpus}}).groups)
+
+
+@pytest.mark.usefixtures("three_gpus")
+def test_a_gpu_that_is_not_there_is_told_with_those_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pynvml.nvmlDeviceGetCount", lambda: 1)
+    with pytest.raises(ConfigError, match=r"^group\.gpus: no GPU 3; nvidia-smi shows 0 alone$"):
+        devices(Config.model_validate({"group": {"gpus": [0, 3]}}).groups)
+
+
+@pytest.mark.usefixtures("three_gpus")
+def test_a_gpu_that_is_lost_is_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pynvml
+
+    def lost(handle: int) -> str:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUUID", lost)
+    with pytest.raises(ConfigError, match=r"^group\.gpus: the driver can't tell which GPUs there are .GPU is lost"):
+        devices(Config().groups)
+
+
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     roots=st.lists(st.text(NO_ZEROS, max_size=20).map(lambda text: f"/{text}"), max_size=3), gpu=st.text(max_size=10)

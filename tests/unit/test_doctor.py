@@ -313,6 +313,14 @@ def test_gpus_without_a_driver_fail_with_what_to_do() -> None:
     assert 'set group.device = "cpu"' in found.message
 
 
+def test_a_driver_without_gpus_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, shown in (("nvmlInit", None), ("nvmlShutdown", None), ("nvmlDeviceGetCount", 0)):
+        monkeypatch.setattr(f"pynvml.{name}", lambda shown=shown: shown)
+    (found,) = devices.look(Config.model_validate({}).groups, None, True)
+    assert (found.check, found.state) == ("gpus", "fail")
+    assert found.message.startswith("group.gpus: the driver shows no GPU; ")
+
+
 GPUS = [devices.Gpu(name, "RTX", 20 << 30, 24 << 30, (9, 0)) for name in ("3", "5")]
 
 
