@@ -7,6 +7,7 @@ The files are ZeroMQ's own certificates (https://rfc.zeromq.org/spec/26/ describ
 from __future__ import annotations
 
 import os
+import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,15 @@ import zmq
 from zmq.utils import z85
 
 from tacod_client.errors import ConnectionFailed, RequestError
+from tacod_client.small_file import read_small
 
 __all__ = ["ClientKeys", "find_keys", "make_keys", "own_folder", "read_public_key", "read_secret_key"]
 
 PUBLIC = ".key"
 SECRET = ".key_secret"
+MOST_BYTES = 64 << 10
+"""Of a file; ZeroMQ's own have some hundred."""
+_KEY = re.compile(rb"^[ \t]*(public|secret)-key[ \t]*=[ \t\"']*([^\s\"']+)", re.MULTILINE)
 _FORMAT = """\
 # {title}
 metadata
@@ -121,15 +126,9 @@ def read_public_key(path: str | os.PathLike[str]) -> bytes:
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[bytes, bytes | None]:
-    # Only who comes over TCP needs it.
-    from zmq.auth import load_certificate
-
-    with open(path, "rb"):  # what can't be read raises by its name here
-        pass
-    try:
-        public, secret = load_certificate(path)
-    except ValueError:
-        public, secret = b"", None
+    # As `zmq.auth.load_certificate` does, which opens whatever is there and waits for it.
+    found = dict(_KEY.findall(read_small(path, MOST_BYTES)))
+    public, secret = found.get(b"public", b""), found.get(b"secret")
     if not _is_key(public):
         raise ValueError(f"{path} holds no CURVE public key; `tacoctl keygen` makes such files")
     return public, secret

@@ -17,8 +17,11 @@ else:
 
 from tacod.config.config import Config
 from tacod.config.section import ConfigError
+from tacod_client.small_file import read_small
 
 __all__ = ["load_config", "to_toml"]
+
+MOST_BYTES = 1 << 20
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:
@@ -27,12 +30,14 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     Raises `ConfigError` with a line for each fault.
     """
     try:
-        with open(path, "rb") as file:
-            values: dict[str, Any] = tomllib.load(file)
+        values: dict[str, Any] = tomllib.loads(read_small(path, MOST_BYTES).decode())
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; pass --config FILE") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not TOML: {error}") from None
+    except ValueError as error:
+        # Of a number that Python won't read, its message has advice that is for programmers.
+        raise ConfigError(f"{path}: not TOML: {str(error).partition('; use sys.')[0]}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: its arrays or tables are nested too deep; no key needs that") from None
     try:
         return Config.model_validate(values)
     except ValidationError as error:

@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, model_validator
 
-from tacod.config.section import Section, check_absolute
+from tacod.config.section import Count, CountOrZero, Section, check_absolute
 from tacod.shares import MOST, Shares
 
 __all__ = ["Group", "check_apart"]
@@ -51,35 +51,35 @@ class Group(Section):
     name: Annotated[str, AfterValidator(_check_name)] = "0"
     """What status, metrics and the log call the group; in an array of tables by default its place, from 0 on."""
     device: Literal["cuda", "cpu"] = "cuda"
-    gpus: list[NonNegativeInt | str] | None = None
+    gpus: list[CountOrZero | str] | None = None
     """For ``cuda``: indexes as nvidia-smi shows them, or UUIDs; all GPUs if absent."""
-    ranks: PositiveInt = Field(1, le=64)
+    ranks: Count = Field(1, le=64)
     """For ``cpu``: how many processes; for ``launcher = "ray"``: how many GPUs of the cluster, one for each rank."""
     launcher: Literal["local", "ray"] = "local"
     """What starts the ranks: tacod, on this machine, or Ray, on the hosts of a cluster that there is already."""
     ray_address: Annotated[str, AfterValidator(_check_ray)] | None = None
     """For ``ray``: the cluster, as HOST:PORT of its head, or ``auto`` for the one that this machine is in."""
-    min_ranks: PositiveInt | None = None
+    min_ranks: Count | None = None
     """For ``ray``: with how many ranks to go on when hosts of the cluster are lost, and to start; by default with one,
     and to start only with all."""
     model_cache: Annotated[str, AfterValidator(_check_cache)] = "~/.cache/tacod/models"
     """For ``ray``: the folder on each host for model files that it lacks and tacod's host sends; ``~`` is the home of
     the user that Ray runs as."""
-    model_cache_bytes: NonNegativeInt = 200 << 30
+    model_cache_bytes: CountOrZero = 200 << 30
     """Most bytes of that folder; the least recently used models leave. With 0 none are sent, and such loads refused."""
     step_timeout_s: PositiveFloat = 120.0
     """Longest time that one forward may take before the ranks count as stuck; a step may have several."""
     load_timeout_s: PositiveFloat = 900.0
     """Longest time without progress of a load."""
     start_timeout_s: PositiveFloat = 180.0
-    retries: NonNegativeInt = 2
+    retries: CountOrZero = 2
     """How many times a step is run again on new ranks before its job fails."""
-    max_restarts: NonNegativeInt = 5
+    max_restarts: CountOrZero = 5
     """More restarts of the group than this within `restart_window_s`, and tacod gives up."""
     restart_window_s: PositiveFloat = 600.0
-    cache_bytes: PositiveInt = 1 << 30
+    cache_bytes: Count = 1 << 30
     """Client tensors that each rank keeps, so that a prompt's embeddings travel once."""
-    prefix_bytes: NonNegativeInt = 4 << 30
+    prefix_bytes: CountOrZero = 4 << 30
     """Memory of each rank for what doesn't change from step to step, such as a text's keys and values (Qwen-Image-2.1);
     CUDA graphs may take as much again. With 0 it is computed at each step, and such a model has no CUDA graphs."""
     cuda_graphs: bool = True

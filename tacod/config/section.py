@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["ConfigError", "Count", "Section", "check_absolute", "check_address"]
+__all__ = ["ConfigError", "Count", "CountOrZero", "Section", "check_absolute", "check_address"]
 
 
 class ConfigError(Exception):
@@ -22,7 +22,8 @@ class Section(BaseModel):
 
 
 Count = Annotated[int, Field(gt=0, lt=1 << 63)]
-"""A bound that goes on the wire and to ZeroMQ."""
+CountOrZero = Annotated[int, Field(ge=0, lt=1 << 63)]
+"""Numbers that the wire, ZeroMQ and the ranks can hold. Python itself refuses to print far longer ones."""
 
 
 def check_absolute(path: str) -> str:

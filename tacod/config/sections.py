@@ -6,9 +6,9 @@ import ipaddress
 import os
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from tacod.config.section import Count, Section, check_absolute, check_address
+from tacod.config.section import Count, CountOrZero, Section, check_absolute, check_address
 from tacod_client.endpoint import UNIX_PATH_BYTES
 
 __all__ = ["ComfyUI", "Curve", "Limits", "Metrics", "Models"]
@@ -21,11 +21,11 @@ class Models(Section):
     preload: list[str] = Field(default_factory=list)
     uploads: Annotated[str, AfterValidator(check_absolute)] | None = None
     """A folder for model files that clients send because tacod can't read theirs; without it, uploads are off."""
-    upload_bytes: PositiveInt = 64 << 30
+    upload_bytes: Count = 64 << 30
     """Most bytes of the files in `uploads`; the least recently used make room."""
-    memory_bytes: PositiveInt | None = None
+    memory_bytes: Count | None = None
     """Most bytes of weights on each rank; the least recently used models make room. By default, what fits."""
-    variants: PositiveInt = 8
+    variants: Count = 8
     """Most patched models (LoRA) of each file; each takes the memory of the layers that its patches change. The least
     recently used make room."""
 
@@ -48,7 +48,7 @@ class Limits(Section):
     """Most bytes of client tensors stored by content in host memory."""
     message_bytes: Count = 512 << 20
     """Largest message, and largest tensor, from a client."""
-    shared_bytes: NonNegativeInt = 512 << 20
+    shared_bytes: CountOrZero = 512 << 20
     """Most bytes of memory that clients on this machine share with the ranks, beside `memory_bytes`; each takes half of
     what the others leave. 0 turns it off: then all tensors go through the socket."""
     memory_bytes: Count | None = None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
-from tacod.config.section import Section
+from tacod.config.section import CountOrZero, Section
 
 __all__ = ["I_KNOW", "Fault", "Testing"]
 
@@ -25,14 +25,14 @@ class Fault(Section):
     when: Literal["before", "after", "block", "written"] = "before"
     """Before the rank's part of the work, so that the others wait for it, after it, before a block of a watched
     forward, or in rank 0 between the writing of a result to a client's memory and its completion."""
-    block: NonNegativeInt | None = None
+    block: CountOrZero | None = None
     """With ``block``: before which one; each of them if absent."""
     seconds: PositiveFloat = 1.0
-    rank: NonNegativeInt | None = None
+    rank: CountOrZero | None = None
     """Which rank; all of them if absent."""
     group: str | None = None
     """In which group; in each of them if absent."""
-    skip: NonNegativeInt = 0
+    skip: CountOrZero = 0
     """How many times such work goes well first."""
     always: bool = False
     """Whether it happens every time from then on, not once."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -175,9 +176,17 @@ def test_sighup_reloads_too(own: Daemon) -> None:
     os.kill(own.pid, signal.SIGHUP)
     eventually(lambda: "reloaded" in own.log[begin:], 5, "it was reloaded")
     assert "limits.queue" in own.log[begin:]
-    rewrite(own, **{"limits.queue": "many"})
-    os.kill(own.pid, signal.SIGHUP)
-    eventually(lambda: "not reloaded" in own.log[begin:], 5, "it said why not")
+    text = own.config.read_text()
+    for wrong, why in (
+        ('limits.queue = "many"', "limits.queue"),
+        (f"limits.queue = {'9' * 5000}", "4300 digits"),
+        (f"limits.queue = {'[' * 100_000}", "nested too deep"),
+    ):
+        begin = len(own.log)
+        own.config.write_text(f"{wrong}\n")
+        os.kill(own.pid, signal.SIGHUP)
+        eventually(lambda begin=begin, why=why: re.search(f"not reloaded: .*{why}", own.log[begin:]), 5, "it said why")
+    own.config.write_text(text)
     with own.client() as client:
         assert client.status()["state"] == "ready"
 

@@ -19,7 +19,7 @@ import zmq
 from helpers import FLUX, SD3, Daemon, answered, eventually
 
 from tacod_client import Client, ConfigInvalid, ConnectionFailed, NotAllowed
-from tacod_client.curve import make_keys, read_public_key
+from tacod_client.curve import make_keys, read_public_key, read_secret_key
 from tacod_client.wire import Message, encode
 
 HEARTBEAT_S = 1.0
@@ -194,7 +194,7 @@ def hello_of(remote: Remote, name: str) -> zmq.Socket[bytes]:
     context: zmq.Context[Any] = zmq.Context.instance()
     socket = context.socket(zmq.DEALER)
     socket.linger = 0
-    public, secret = zmq.auth.load_certificate(remote.key(name))
+    public, secret = read_secret_key(remote.key(name))
     assert secret is not None
     socket.curve_publickey, socket.curve_secretkey = public, secret
     socket.curve_serverkey = read_public_key(remote.keys / "tacod.key")
@@ -214,6 +214,10 @@ def test_a_list_that_cannot_be_read_changes_nothing(remote: Remote) -> None:
             with pytest.raises(ConfigInvalid, match=said):
                 operator.reload()
             (remote.clients / name).unlink()
+        os.mkfifo(remote.clients / "pipe.key")
+        with pytest.raises(ConfigInvalid, match=r"curve\.clients: .*pipe\.key: Not a regular file"):
+            operator.reload()
+        (remote.clients / "pipe.key").unlink()
         (remote.clients / "carol.key").rename(remote.keys / "away")
         with pytest.raises(ConfigInvalid, match=r"curve\.admins: no carol\.key"):
             operator.reload()
@@ -278,6 +282,8 @@ def test_listen_stays_until_a_restart(remote: Remote) -> None:
         (lambda keys: (keys / "tacod.key_secret").chmod(0o644), "curve.secret_key: {keys}/tacod.key_secret is open to"),
         (lambda keys: (keys / "clients").rmdir(), "curve.clients: {keys}/clients: No such file"),
         (lambda keys: (keys / "clients" / "x.key").touch(), "curve.clients: {keys}/clients/x.key holds no CURVE"),
+        (lambda keys: os.mkfifo(keys / "clients" / "x.key"), "curve.clients: {keys}/clients/x.key: Not a regular file"),
+        (lambda keys: (keys / "clients" / "x.key").symlink_to("/dev/zero"), "curve.clients: {keys}/clients/x.key: Not"),
         (lambda keys: None, "curve.admins: no carol.key is among"),
     ],
 )

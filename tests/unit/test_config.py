@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from tacod.config import I_KNOW, Config, ConfigError, Fault, Group, load_config, to_toml
 from tacod.group.processes import devices
@@ -215,6 +216,45 @@ def test_missing_file_says_what_to_pass(tmp_path: Path) -> None:
         load_config(tmp_path / "none.toml")
     with pytest.raises(ConfigError, match="Is a directory"):
         load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a = " + "9" * 5000, r"not TOML: .*4300 digits.*"),
+        ("a = " + "[" * 100_000, "its arrays or tables are nested too deep; no key needs that"),
+        ("a = " + "{a = " * 100_000, "its arrays or tables are nested too deep; no key needs that"),
+        ("# " * (1 << 20), r"Larger than 1\.0 MiB; pass --config FILE"),
+    ],
+    ids=["number", "arrays", "tables", "size"],
+)
+def test_what_python_cannot_read_is_a_fault_as_any_other(load: Load, text: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=rf"config\.toml: {reason}$"):
+        load(text)
+
+
+@pytest.mark.timeout(30)
+def test_a_pipe_and_a_device_are_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(ConfigError, match=f"^{path}: Not a regular file; pass --config FILE$"):
+            load_config(path)
+
+
+def numbers(section: type[BaseModel]) -> list[str]:
+    """The keys of a section that a whole number may be given for."""
+    return [name for name, known in section.model_fields.items() if "int" in str(known.annotation)]
+
+
+def test_a_number_of_any_length_is_a_fault_as_any_other(load: Load) -> None:
+    known = {"": Config, "group": Group, **{name: type(getattr(Config(), name)) for name in ("models", "limits")}}
+    long = "0x" + "F" * 5000
+    keys = [(name, key) for name, section in known.items() for key in numbers(section)]
+    assert len(keys) > 10
+    for name, key in keys:
+        for value in (long, f"[{long}]"):
+            with pytest.raises(ConfigError, match=rf"config\.toml:{name}"):
+                load(f"[{name}]\n{key} = {value}\n" if name else f"{key} = {value}\n")
 
 
 def test_defaults_come_back_from_their_toml(load: Load) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,41 @@ def test_files_that_hold_no_key_are_refused_by_name(tmp_path: Path, text: str) -
     path.write_text(text)
     with pytest.raises(ValueError, match=r"k\.key holds no CURVE public key"):
         read_public_key(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("pipe", "Not a regular file"),
+        ("/dev/zero", "Not a regular file"),
+        ("socket", "No such device"),
+        ("folder", "Is a directory"),
+        ("large", "Larger than 64.0 KiB"),
+        ("none", "No such file"),
+    ],
+)
+@pytest.mark.timeout(30)
+def test_what_is_no_small_file_is_refused_at_once(home: Path, tmp_path: Path, name: str, reason: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "large").write_bytes(b"#" * ((64 << 10) + 1))
+    path = tmp_path / name
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        for read in (read_public_key, read_secret_key):
+            with pytest.raises(OSError, match=reason) as caught:
+                read(path)
+            assert str(caught.value.filename) == str(path)
+        with pytest.raises(ConnectionFailed, match=f"{path}: {reason}"):
+            find_keys(path, None)
+
+
+@pytest.mark.parametrize("line", ["public-key", "secret-key", "public-key =", "public-key = '' # none"])
+def test_a_line_without_its_key_is_no_crash(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "k.key_secret"
+    path.write_text(f"curve\n    {line}\n")
+    with pytest.raises(ValueError, match=r"k\.key_secret holds no CURVE public key"):
+        read_secret_key(path)
 
 
 def test_halves_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
