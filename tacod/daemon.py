@@ -26,7 +26,7 @@ from tacod.heap import keep_freed_memory
 from tacod.lifecycle import Lifecycle
 from tacod.observe.exporter import Exporter
 from tacod.observe.monitor import Monitor
-from tacod.serving import places, report
+from tacod.serving import checks, places, report
 from tacod.serving.access import Keys
 from tacod.serving.guard import Guard
 from tacod.serving.listener import Listener
@@ -58,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             # TOML is UTF-8 whatever the locale is.
             return _say(to_toml(config), encoding="utf-8")
         if args.check_config:
-            Keys.read(args.config, config.curve)
-            places.check(args.config, config)
+            if lines := [str(fault) for fault in checks.faults(args.config, config)]:
+                raise ConfigError("\n".join(lines))
             return _say(f"{encodable(args.config)}: ok\n")
         # A SIGABRT, such as systemd's watchdog sends, prints the loop's stack. Not the other threads': they run on
         # meanwhile, and reading a stack that changes can crash before this one is printed.

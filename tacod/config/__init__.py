@@ -6,7 +6,7 @@ Unknown keys are errors, and every error reads ``file:key: reason``.
 from tacod.config.config import Config
 from tacod.config.file import load_config, to_toml
 from tacod.config.group import Group, check_apart
-from tacod.config.section import ConfigError
+from tacod.config.section import ConfigError, ConfigUnreadable
 from tacod.config.sections import Curve, Models
 from tacod.config.testing import I_KNOW, Fault, Testing
 
@@ -14,6 +14,7 @@ __all__ = [
     "I_KNOW",
     "Config",
     "ConfigError",
+    "ConfigUnreadable",
     "Curve",
     "Fault",
     "Group",

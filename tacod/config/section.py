@@ -8,11 +8,15 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["ConfigError", "Count", "CountOrZero", "Section", "check_absolute", "check_address"]
+__all__ = ["ConfigError", "ConfigUnreadable", "Count", "CountOrZero", "Section", "check_absolute", "check_address"]
 
 
 class ConfigError(Exception):
     """The configuration can't be used; one line a fault, each ``file:key: reason``."""
+
+
+class ConfigUnreadable(ConfigError):
+    """This user may not read what the configuration names, which says nothing of tacod's own user."""
 
 
 class Section(BaseModel):

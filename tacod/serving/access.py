@@ -13,7 +13,7 @@ from typing import Any
 import zmq
 from zmq.utils import z85
 
-from tacod.config import ConfigError, Curve
+from tacod.config import ConfigError, ConfigUnreadable, Curve
 from tacod_client.curve import PUBLIC, read_public_key, read_secret_key
 from tacod_client.frames import receive
 
@@ -53,7 +53,7 @@ class Keys:
     def read(path: str, curve: Curve | None) -> Keys | None:
         """The keys that a configuration, whose file is ``path``, names.
 
-        Raises `ConfigError`.
+        Raises `ConfigError`; `ConfigUnreadable` if it is this user who may not read them.
         """
         if curve is None:
             return None
@@ -67,14 +67,16 @@ class Keys:
             if stranger is not None:
                 raise ValueError(f"no {stranger}{PUBLIC} is among curve.clients")
         except OSError as error:
-            raise ConfigError(f"{path}:curve.{key}: {error.filename}: {error.strerror}") from None
+            kind = ConfigUnreadable if isinstance(error, PermissionError) else ConfigError
+            raise kind(f"{path}:curve.{key}: {error.filename}: {error.strerror}") from None
         except ValueError as error:
             raise ConfigError(f"{path}:curve.{key}: {error}") from None
         return Keys(public, secret, clients, frozenset(curve.admins))
 
 
 def _read_clients(path: Path) -> dict[bytes, str]:
-    files = sorted(path.glob(f"*{PUBLIC}")) if path.is_dir() else [path]
+    # Not by `Path.glob`, to which a folder that it may not read is empty.
+    files = sorted(each for each in path.iterdir() if each.name.endswith(PUBLIC)) if path.is_dir() else [path]
     clients: dict[bytes, str] = {}
     for file in files:
         key = read_public_key(file)

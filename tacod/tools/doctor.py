@@ -23,9 +23,10 @@ from packaging.requirements import Requirement
 
 from tacod import comfyui
 from tacod.checkpoint import read_checkpoint
-from tacod.config import Config, ConfigError, load_config
+from tacod.config import Config, ConfigError, ConfigUnreadable, load_config
 from tacod.execution.manifest import Manifest
 from tacod.group.ray.version import check_installed
+from tacod.serving import checks
 from tacod.tools import doctor_gpus
 from tacod.tools.contents import contents
 from tacod_client import Client
@@ -97,7 +98,18 @@ def _configuration(path: str | None, endpoint: str | None) -> tuple[Config, bool
     ]
     if len(each) > 1:
         each = [f"group {group.name}: {what}" for group, what in zip(config.groups, each, strict=True)]
-    return config, True, [ok("config", f"{path}: {config.device}, {'; '.join(each)}")]
+    faults = list(_named(path, config))
+    return config, True, faults or [ok("config", f"{path}: {config.device}, {'; '.join(each)}")]
+
+
+def _named(path: str, config: Config) -> Iterator[Finding]:
+    """What is wrong with the keys and the paths that a configuration names."""
+    for fault in checks.faults(path, config):
+        if isinstance(fault, ConfigUnreadable):
+            yield warn("config", str(fault), "run this as tacod's own user, who is to be able to read it")
+            continue
+        for line in str(fault).splitlines():
+            yield fail("config", line, f"mend it; `tacod --config {path} --check-config` looks again")
 
 
 def _as_configured(group: dict[str, Any]) -> dict[str, Any]:
@@ -243,9 +255,11 @@ def _models(config: Config) -> Iterator[Finding]:
 
 
 def _disk(check: str, folder: Path, least: int) -> Iterator[Finding]:
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     free = shutil.disk_usage(there).free
-    if not os.access(there, os.W_OK):
+    if not there.is_dir():
+        yield fail(check, f"{there} is no folder", "move it away, or name another folder")
+    elif not os.access(there, os.W_OK):
         yield warn(check, f"{folder} can't be written by this user", "let tacod's user write it")
     elif free < least:
         yield warn(check, f"{folder}: {size(free)} free on its disk", "make room, or name another folder")

@@ -11,6 +11,8 @@ import pytest
 import zmq
 import zmq.auth
 
+from tacod.config import ConfigUnreadable, Curve
+from tacod.serving.access import Keys
 from tacod_client import Client, ConnectionFailed
 from tacod_client.cli.main import main
 from tacod_client.curve import find_keys, make_keys, read_public_key, read_secret_key
@@ -167,3 +169,21 @@ def test_nobody_at_a_port_is_told_at_once(home: Path) -> None:
     make_keys(home, "server")
     with Client("tcp://127.0.0.1:1") as client, pytest.raises(ConnectionFailed, match="Connection refused"):
         client.ping()
+
+
+def test_a_folder_of_clients_that_cannot_be_read_is_not_taken_for_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret, _ = make_keys(tmp_path, "tacod")
+    curve = Curve(listen="tcp://127.0.0.1:5555", secret_key=str(secret), clients=str(tmp_path))
+    keys = Keys.read("c", curve)
+    assert keys is not None
+    assert [*keys.clients.values()] == ["tacod"]
+
+    def shut(path: object) -> list[str]:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(os, name, shut)
+    with pytest.raises(ConfigUnreadable, match=rf"^c:curve\.clients: {tmp_path}: Permission denied$"):
+        Keys.read("c", curve)

@@ -21,10 +21,12 @@ import pytest
 from helpers import read_golden
 from made_up_networks import COMFYUI, changed
 
+from tacod import daemon
 from tacod.config import Config
 from tacod.tools import doctor as engine
 from tacod.tools import doctor_gpus as devices
 from tacod_client.cli import doctor, main
+from tacod_client.curve import make_keys
 
 OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
 
@@ -203,6 +205,56 @@ def test_a_bad_configuration_is_a_line_a_fault(folder: Path) -> None:
     _, known, findings = engine._configuration(str(path), None)
     assert (known, states(findings)) == (False, ["fail", "fail"])
     assert {found.message.split(":")[1] for found in findings} == {"colour", "heartbeat_s"}
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ('[curve]\nlisten = "tcp://127.0.0.1:5555"\nsecret_key = "/none"\nclients = "/none"\n', "curve.secret_key"),
+        ('endpoint = "ipc://{folder}/file"\n', "endpoint"),
+        ('[metrics]\nlisten = "unix:{folder}/s"\n', "metrics.listen"),
+        ('[models]\nuploads = "{folder}/file"\n', "models.uploads"),
+        ('[comfyui]\npath = "{folder}/file"\n', "comfyui.path"),
+        ('endpoint = "ipc://{folder}/file"\n[models]\nuploads = "{folder}/file"\n', "models.uploads"),
+        ("colour = 1\n", "colour"),
+    ],
+)
+def test_its_line_says_what_check_config_says(
+    folder: Path, text: str, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "file").write_text("years of work")
+    path = folder / "config.toml"
+    own = "" if "endpoint" in text else f'endpoint = "ipc://{folder}/s"\n'
+    path.write_text(own + text.format(folder=folder))
+    assert daemon.main(["--config", str(path), "--check-config"]) == 78
+    told = capsys.readouterr().err.splitlines()
+    assert f"{path}:{key}" in {line.partition(": ")[0] for line in told}
+    _, _, findings = engine._configuration(str(path), None)
+    assert [(found.state, found.message) for found in findings] == [("fail", line) for line in told]
+    assert all("--check-config` looks again" in found.advice for found in findings)
+
+
+def test_a_key_that_is_not_this_users_to_read_is_no_fault(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_keys(folder, "tacod")
+    path = folder / "config.toml"
+    path.write_text(
+        f'endpoint = "ipc://{folder}/file"\n[curve]\nlisten = "tcp://127.0.0.1:5555"\n'
+        f'secret_key = "{folder}/tacod.key_secret"\nclients = "{folder}/tacod.key"\n'
+    )
+    real = os.open
+
+    def shut(name: Any, *rest: Any, **options: Any) -> int:
+        if str(name).endswith(".key_secret"):
+            raise PermissionError(13, "Permission denied", name)
+        return real(name, *rest, **options)
+
+    monkeypatch.setattr(os, "open", shut)
+    config, known, (found,) = engine._configuration(str(path), None)
+    assert (known, config.curve is not None) == (True, True)
+    assert found.message == f"{path}:curve.secret_key: {folder}/tacod.key_secret: Permission denied"
+    assert (found.state, "as tacod's own user" in found.advice) == ("warn", True)
+    (folder / "file").write_text("years of work")
+    assert states(engine._configuration(str(path), None)[2]) == ["warn", "fail"]
 
 
 def test_packages_that_are_missing_or_too_old_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,6 +453,9 @@ def test_models_uploads_and_memory(folder: Path) -> None:
     assert states(engine._memory(config({}))) == ["ok"]
     assert states(engine._memory(config({"limits": {"store_bytes": 1 << 60}}))) == ["warn"]
     assert states(engine._disk("uploads", folder, 1 << 60)) == ["warn"]
+    for below in ("notes.txt", "notes.txt/uploads"):
+        (found,) = engine._disk("uploads", folder / below, 0)
+        assert (found.state, found.message) == ("fail", f"{folder}/notes.txt is no folder")
 
 
 def test_a_preloaded_models_file_is_told_of(folder: Path) -> None:
