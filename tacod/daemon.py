@@ -51,29 +51,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``tacod``; returns the exit code: 0 after a drain, 1 if the ranks were given up, 78 for a bad config."""
     streams.hold()
     args = _parser().parse_args(argv)
+    path = args.config
     try:
-        config = load_config(args.config)
+        config = load_config(path)
         level = args.log_level or config.log_level
         if args.print_config:
             # TOML is UTF-8 whatever the locale is.
             return _say(to_toml(config), encoding="utf-8")
         if args.check_config:
-            if lines := [str(fault) for fault in checks.faults(args.config, config)]:
+            if lines := [str(fault) for fault in checks.faults(path, config)]:
                 raise ConfigError("\n".join(lines))
-            return _say(f"{encodable(args.config)}: ok\n")
+            return _say(f"{encodable(path)}: ok\n")
         # A SIGABRT, such as systemd's watchdog sends, prints the loop's stack. Not the other threads': they run on
         # meanwhile, and reading a stack that changes can crash before this one is printed.
         faulthandler.enable(sys.__stderr__ or 2, all_threads=False)
         os.environ["TACOD_LOG_LEVEL"] = level
         logs.configure(level)
         keep_freed_memory()
-        config_path = _from_anywhere(args.config)
-        places.check(config_path, config)
+        path = _from_anywhere(path)
+        places.check(path, config)
         _leave_the_folder()
         with places.hold(config.socket_path) as folder:
-            return _serve(config, config_path, folder)
+            return _serve(config, path, folder)
     except ConfigError as error:
-        logs.complain(error)
+        # What fails only when it is used knows its key, and not the file.
+        text = str(error)
+        logs.complain(text if text.startswith(f"{path}:") else f"{path}:{text}")
         return EX_CONFIG
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -22,21 +24,30 @@ from tacod.config import load_config
         ("endpoint = 'tcp://0.0.0.0:5555'", "endpoint: TCP needs CURVE"),
         ("[models]\nroots = ['models']", "absolute path"),
         ("endpoint = 'ipc://{folder}/s'\n[group]\ndevice = 'cpu'\n[models]\npreload = ['x']", "models.preload: "),
-        ("endpoint = 'ipc:///proc/tacod/s'\n[group]\ndevice = 'cpu'", "/proc/tacod"),
+        ("endpoint = 'ipc:///proc/tacod/s'\n[group]\ndevice = 'cpu'", "endpoint: /proc/tacod"),
+        ("endpoint = 'ipc://{folder}/s'\n[group]\ngpus = ['none']", "group."),
+        (
+            "endpoint = 'ipc://{folder}/s'\n[group]\ndevice = 'cpu'\n[metrics]\nlisten = '127.0.0.1:{port}'\n",
+            "metrics.listen: 127.0.0.1:{port}: Address already in use",
+        ),
     ],
 )
 def test_exit_78_and_why(tmp_path: Path, text: str, words: str) -> None:
     config = tmp_path / "c"
-    config.write_text(text.replace("{folder}", str(tmp_path)))
-    done = subprocess.run(
-        [sys.executable, "-m", "tacod.daemon", "--config", str(config)],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+    with closing(socket.create_server(("127.0.0.1", 0))) as holder:
+        port = str(holder.getsockname()[1])
+        config.write_text(text.replace("{folder}", str(tmp_path)).replace("{port}", port))
+        done = subprocess.run(
+            [sys.executable, "-m", "tacod.daemon", "--config", str(config)],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
     assert done.returncode == os.EX_CONFIG, done.stderr
-    assert words in done.stderr
+    told = [line for line in done.stderr.splitlines() if words.replace("{port}", port) in line]
+    assert told
+    assert all(line.startswith(f"{config}:") for line in told)
     assert "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 

@@ -316,7 +316,7 @@ def test_a_port_that_is_taken_is_exit_78(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "tacod.daemon", "--config", str(config)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == os.EX_CONFIG
-    assert "curve.listen" in done.stderr
+    assert f"{config}:curve.listen: tcp://127.0.0.1:" in done.stderr
     assert "Address already in use" in done.stderr
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["clients", "config.toml", "tacod.key", "tacod.key_secret"], "no socket is"
