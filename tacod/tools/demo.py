@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from tacod import embedded
+from tacod.group.processes import ending
 from tacod_client import Client, ConnectionFailed, Model
 from tacod_client.cli import show
 from tacod_client.cli.ending import complain, guarded
@@ -164,7 +165,9 @@ def _daemon(ranks: int) -> Iterator[str]:
 
 def _wait_until_ready(endpoint: str, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline:
+        if (code := process.poll()) is not None:
+            raise ConnectionFailed(f"tacod {ending(code)} before it was ready; what it logged stands above")
         if os.path.exists(endpoint.removeprefix("ipc://")):
             try:
                 with Client(endpoint, timeout_s=2.0) as client:
