@@ -85,7 +85,7 @@ def _of_network(args: argparse.Namespace, checkpoint: Checkpoint, refusal: str) 
         }
         document(report)
     else:
-        held = f"{checkpoint.parameters / 1e9:.2f} B parameters, {units.size(weights.total)}"
+        held = f"{units.short(checkpoint.parameters)} parameters, {units.size(weights.total)}"
         show.out(f"ComfyUI's {network.name}, {held}; its forwards are planned by their arguments")
         if args.memory is not None:
             show.out(placement.describe(weights, Links()))
@@ -149,7 +149,7 @@ def _of_file(args: argparse.Namespace, checkpoint: Checkpoint) -> int:
         }
         document(report)
     else:
-        show.out(f"{family.family}, {checkpoint.parameters / 1e9:.2f} B parameters, {contents(checkpoint)}: {plan}")
+        show.out(f"{family.family}, {units.short(checkpoint.parameters)} parameters, {contents(checkpoint)}: {plan}")
         if args.memory is not None:
             show.out(placement.describe(weights, Links(), compute_s))
     return 0

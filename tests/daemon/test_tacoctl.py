@@ -21,7 +21,7 @@ from safetensors.torch import load, load_file, save, save_file
 from warm_tacoctl import WarmTacoctl
 
 from tacod.rank.families.krea2 import Krea2
-from tacod_client import ArgumentError, Client, ModelNotFound
+from tacod_client import ArgumentError, Client, ModelNotFound, units
 from tacod_client.cli.loaded import find_or_load
 from tacod_client.cli.sample import noise_levels
 
@@ -449,7 +449,10 @@ def test_plan_needs_no_daemon(tacoctl: Run, models: Path) -> None:
     told = as_json(tacoctl(*arguments, "--json", "--endpoint", "ipc:///nowhere"))
     assert (told["family"], told["batch"], told["ulysses"] * told["ring"]) == ("flux", 1, 3)
     assert told["tokens"] == [43 + 12, 43 + 12, 43 + 11]
-    assert told["plan"] in tacoctl(*arguments).stdout
+    text = tacoctl(*arguments).stdout
+    assert told["plan"] in text
+    # As `tacoctl models` says it.
+    assert f", {units.short(told['parameters'])} parameters, " in text
     assert told["shares"] == []
 
 

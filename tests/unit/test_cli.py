@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from safetensors.numpy import save_file
 
+from tacod.config import Group
 from tacod_client import errors
 from tacod_client.cli import bench, loaded, sample, verbs
 from tacod_client.cli.ending import EXIT_CODES
 from tacod_client.cli.main import main
-from tacod_client.cli.parser import parser
+from tacod_client.cli.parser import MOST_RANKS, parser
 from tacod_client.version import __version__
 
 VERBS = {
@@ -193,6 +195,12 @@ def test_version_is_told_without_a_daemon(tmp_path: Path, capsys: pytest.Capture
     assert json.loads(capsys.readouterr().out) == {"tacoctl": __version__, "tacod": None}
 
 
+def test_plans_and_demos_have_as_many_ranks_as_a_group_may_have() -> None:
+    Group.model_validate({"device": "cpu", "ranks": MOST_RANKS})
+    with pytest.raises(ValidationError, match="ranks"):
+        Group.model_validate({"device": "cpu", "ranks": MOST_RANKS + 1})
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
 def test_completion_knows_the_verbs(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", shell]) == 0
@@ -210,8 +218,9 @@ def test_completion_knows_the_verbs(shell: str, capsys: pytest.CaptureFixture[st
         (["plan", "x", "--ranks", "0"], "from 1 up, got '0'"),
         (["status", "--watch", "often"], "expected 0.1 to 3600 seconds, got 'often'"),
         (["status", "--watch", "inf"], "seconds, got 'inf'"),
-        (["plan", "x", "--ranks", "5000"], "expected a whole number from 1 to 4096, got '5000'"),
-        (["plan", "x", "--ranks", 5000 * "9"], "from 1 to 4096, got '999"),
+        (["plan", "x", "--ranks", "65"], "expected a whole number from 1 to 64, got '65'"),
+        (["demo", "--ranks", "65"], "expected a whole number from 1 to 64, got '65'"),
+        (["plan", "x", "--ranks", 5000 * "9"], "from 1 to 64, got '999"),
         (["plan", "x", "--ranks", "3", "--size", "99999999x64"], "each from 16 to 1048576"),
         (["plan", "x", "--ranks", "3", "--size", "²x²"], "expected WIDTHxHEIGHT"),
         (["plan", "x", "--ranks", "3", "--size", "64x64x64"], "expected WIDTHxHEIGHT"),

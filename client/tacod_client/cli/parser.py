@@ -18,7 +18,8 @@ MOST = 2**31 - 1
 """The largest count."""
 MOST_PIXELS = 2**20
 """The longest side of a picture."""
-MOST_RANKS = 4096
+MOST_RANKS = 64
+"""As many as ``group.ranks`` may be; a plan for many more takes minutes."""
 MOST_STEPS = 10_000
 
 EPILOG = """\
