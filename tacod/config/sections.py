@@ -89,7 +89,11 @@ def _check_listen(listen: str) -> str:
         if not os.path.isabs(path) or path.endswith("/") or "\0" in path or size > UNIX_PATH_BYTES:
             raise ValueError(f"expected unix:/absolute/path of {UNIX_PATH_BYTES} bytes at most, got {listen!r}")
         return listen
-    return check_address(listen, '"127.0.0.1:9464", "[::1]:9464" or "unix:/path"')
+    example = '"127.0.0.1:9464", "[::1]:9464" or "unix:/path"'
+    if "%" in listen:
+        # ZeroMQ can listen on an address with a scope ("%eth0"), the server of metrics can't.
+        raise ValueError(f"expected {example}, got {listen!r}")
+    return check_address(listen, example)
 
 
 def _check_tcp(listen: str) -> str:

@@ -151,6 +151,7 @@ FAULTS = {
     '[metrics]\nlisten = "[::]:9464"': "metrics: [::]:9464 can be reached from other machines",
     '[metrics]\nlisten = "localhost:9464"': 'metrics.listen: expected "127.0.0.1:9464"',
     '[metrics]\nlisten = "::1:9464"': 'metrics.listen: expected "127.0.0.1:9464"',
+    '[metrics]\nlisten = "[::1%lo]:9464"': 'metrics.listen: expected "127.0.0.1:9464"',
     '[metrics]\nlisten = "9464"': 'metrics.listen: expected "127.0.0.1:9464"',
     '[metrics]\nlisten = "127.0.0.1:"': 'metrics.listen: expected "127.0.0.1:9464"',
     '[metrics]\nlisten = "127.0.0.1:65536"': "metrics.listen: port 65536 is none of 0 to 65535",
