@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from tacod.checkpoint.diffusers import CLASSES
+from tacod.rank.comfyui.tables import TABLES
 from tacod.tools import families
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +44,27 @@ def test_writing_twice_changes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_readme_without_markers_is_refused() -> None:
     with pytest.raises(ValueError, match="substring"):
         families.insert("# TACO-DiT\n", families.table("README.md"))
+
+
+@pytest.mark.parametrize(("name", "words"), [("README.md", r"\[(\d+) of them\]"), ("README.zh.md", r"\[(\d+) 种\]")])
+def test_the_number_of_networks_whose_tokens_are_shared_out(name: str, words: str) -> None:
+    found = re.findall(words + re.escape("(docs/comfyui-networks.md)"), (ROOT / name).read_text(encoding="utf-8"))
+    assert found == [str(len(TABLES))]
+
+
+def test_troubles_are_the_same_ones_in_both_languages() -> None:
+    """By what stands in each row as code; words can't be compared."""
+    rows = []
+    for name, begin, end, in_words in (
+        ("README.md", "| `TACO-DiT not available: …`", "## More", "`file:key: reason`"),
+        ("README.zh.md", "| `TACO-DiT not available: …`", "## 更多", "`文件:键: 原因`"),
+    ):
+        text = (ROOT / name).read_text(encoding="utf-8").replace(in_words, "")
+        lines = text[text.index(begin) : text.index(end)].splitlines()
+        rows.append([sorted(re.findall(r"`[^`]+`", line)) for line in lines if line.startswith("| ")])
+    english, chinese = rows
+    assert len(english) > 20
+    assert chinese == english
 
 
 def test_every_benchmark_has_one_line() -> None:
