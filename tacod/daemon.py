@@ -7,6 +7,7 @@ import contextlib
 import faulthandler
 import logging
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -45,6 +46,9 @@ log = logging.getLogger("tacod")
 
 EX_CONFIG = 78
 DEFAULT_CONFIG = "/etc/tacod/config.toml"
+FILES = 64
+FILES_OF_RANK = 4
+"""How many files a start must be able to open, and how many more for each rank; what clients need is beside these."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         faulthandler.enable(sys.__stderr__ or 2, all_threads=False)
         os.environ["TACOD_LOG_LEVEL"] = level
         logs.configure(level)
+        if (lack := _lack_of_files(config)) is not None:
+            logs.complain(lack)
+            return EX_CONFIG
         keep_freed_memory()
         path = _from_anywhere(path)
         places.check(path, config)
@@ -117,6 +124,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tacod {__version__}")
     parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], help="more or fewer log lines")
     return parser
+
+
+def _lack_of_files(config: Config) -> str | None:
+    """What to say if the limit of open files is too low for a start; ZeroMQ and others end in their own ways then."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = FILES + FILES_OF_RANK * sum(
+        group.ranks if group.gpus is None else len(group.gpus) for group in config.groups
+    )
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return None
+    return (
+        f"the limit of open files is {soft}, and tacod needs {needed}: `ulimit -n 65536`, or LimitNOFILE= of its unit"
+    )
 
 
 def _from_anywhere(path: str) -> str:

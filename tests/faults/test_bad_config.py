@@ -52,6 +52,19 @@ def test_exit_78_and_why(tmp_path: Path, text: str, words: str) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
 
+@pytest.mark.parametrize("files", [8, 12, 16, 24, 75])
+def test_too_few_files_are_told_with_what_to_raise(tmp_path: Path, files: int) -> None:
+    config = tmp_path / "c"
+    config.write_text(f"endpoint = 'ipc://{tmp_path}/s'\n[group]\ndevice = 'cpu'\nranks = 3\n")
+    command = f'ulimit -n {files}; exec "$0" -m tacod.daemon --config "$1"'
+    done = subprocess.run(
+        ["bash", "-c", command, sys.executable, str(config)], capture_output=True, text=True, timeout=60, check=False
+    )
+    told = f"the limit of open files is {files}, and tacod needs 76: `ulimit -n 65536`, or LimitNOFILE= of its unit\n"
+    assert (done.returncode, done.stderr) == (os.EX_CONFIG, told)
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
 def test_no_file(tmp_path: Path) -> None:
     missing = tmp_path / "nowhere.toml"
     command = [sys.executable, "-m", "tacod.daemon", "--config", str(missing)]
