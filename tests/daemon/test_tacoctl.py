@@ -389,6 +389,7 @@ def test_sample_takes_its_noise_from_the_family(
     )
     assert relative_error(load_file(output)["latent"], job.result()) <= 1e-4
     assert "--shift is for flows" in tacoctl(*arguments, "--shift", 3, code=1).stderr
+    assert "--frames is for videos, and pixart makes none" in tacoctl(*arguments, "--frames", 3, code=1).stderr
     assert client.load(SD3.file).id
     told = next(one["sampling"] for one in client.models() if one["name"] == SD3.file)
     latent = {"latent": ["B", 4, "H", "W"], "downscale": 8}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -380,9 +381,16 @@ def test_the_shape_of_latents_is_what_the_daemon_tells(sampling: Any, channels: 
 
 
 def test_latents_of_a_video_have_the_frames_that_are_asked_for() -> None:
-    for latent, shape in ((["B", 16, "T", "H", "W"], (1, 16, 5, 96, 128)), (["B", 16, "H", "W"], (1, 16, 96, 128))):
-        model = with_process({"latent": latent, "downscale": 8})
-        assert sample.latent_shape(model, 1, (1024, 768), frames=5) == shape
+    model = with_process({"latent": ["B", 16, "T", "H", "W"], "downscale": 8})
+    assert sample.latent_shape(model, 1, (1024, 768), frames=5) == (1, 16, 5, 96, 128)
+
+
+@pytest.mark.parametrize("latent", [["B", 16, "H", "W"], ["B", 16, 1, "H", "W"], None])
+def test_frames_of_what_has_none_are_refused(latent: list[Any] | None) -> None:
+    model = with_process({"latent": latent, "channels": 16, "downscale": 8})
+    with pytest.raises(errors.RequestError, match=r"--frames is for videos, and .* makes none; leave it out"):
+        sample.latent_shape(model, 1, (1024, 768), frames=5)
+    assert math.prod(sample.latent_shape(model, 1, (1024, 768), frames=1)) == 16 * 96 * 128
 
 
 @pytest.mark.parametrize(

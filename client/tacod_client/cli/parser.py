@@ -165,7 +165,9 @@ def _add_sample(sample: argparse.ArgumentParser) -> None:
     sample.add_argument("--seed", type=_seed, default=0, help="of the noise, default 0")
     sample.add_argument("--size", type=_size, default=(1024, 1024), metavar="WxH", help="in pixels, default 1024x1024")
     sample.add_argument("--channels", type=_positive, help="of the latent, default the model's")
-    sample.add_argument("--frames", type=_positive, default=1, help="of a video's latent, default 1")
+    sample.add_argument(
+        "--frames", type=_positive, default=1, help="of a video's latent, default 1; for no other model"
+    )
     _add_attention(sample)
 
 

@@ -120,7 +120,7 @@ def latent_shape(
 
     Where latents have frames, there are so many. ``channels`` replaces the model's own.
 
-    Raises `RequestError` if the daemon doesn't say enough about the model.
+    Raises `RequestError` if the daemon doesn't say enough about the model, or if latents have no frames to be several.
     """
     sampling = model.sampling
     if len(sampling.get("latents", ())) > 1:
@@ -129,6 +129,8 @@ def latent_shape(
             "noise.1, … of your sizes into the inputs"
         )
     shape: list[int | str | None] = list(sampling.get("latent") or ("B", sampling.get("channels"), "H", "W"))
+    if frames != 1 and "T" not in shape:
+        raise RequestError(f"{model.name}: --frames is for videos, and {model.family} makes none; leave it out")
     width, height = (side // sampling.get("downscale", DOWNSCALE) for side in size)
     sizes = {"B": batch, "T": frames, "H": height, "W": width}
     shape[1] = channels or shape[1]
