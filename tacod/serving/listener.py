@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import time
@@ -39,6 +40,7 @@ class Listener:
             # Before the first client can come.
             self.access = Access(context, keys)
             made.callback(self.access.close)
+            _seed()
             self.socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
             made.callback(self.socket.close)
             self._configure(config.heartbeat_s)
@@ -112,3 +114,12 @@ class Listener:
     def close(self) -> None:
         """Close the sockets."""
         self._made.close()
+
+
+def _seed() -> None:
+    """Have a ROUTER socket that is made now begin to count its peers at a number that nobody knows.
+
+    Their addresses are numbers in order, and a peer may claim any address. One that claimed the next would have libzmq
+    end the daemon, as it then gives the same one twice. libzmq takes the first number from C's generator, unseeded.
+    """
+    ctypes.CDLL(None).srand(ctypes.c_uint(int.from_bytes(os.urandom(4), "little")))
