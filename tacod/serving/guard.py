@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tacod.heap import give_back
 
-__all__ = ["Guard", "own_bytes", "socket_of"]
+__all__ = ["Guard", "Socket", "own_bytes", "socket_of"]
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,20 @@ def socket_of(fd: int) -> int:
     except OSError:
         return 0
     return found.st_ino if stat.S_ISSOCK(found.st_mode) else 0
+
+
+@dataclass(frozen=True)
+class Socket:
+    """The daemon's end of a connection."""
+
+    fd: int
+    """libzmq's own descriptor, which may be closed and another's by now."""
+    number: int
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the connection is still there."""
+        return socket_of(self.fd) == self.number
 
 
 @dataclass(frozen=True)

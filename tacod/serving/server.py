@@ -11,7 +11,7 @@ import zmq
 
 from tacod.heap import Leftovers
 from tacod.serving.access import User
-from tacod.serving.guard import socket_of
+from tacod.serving.guard import Socket, socket_of
 from tacod.serving.state import State
 from tacod_client import wire
 from tacod_client.decoder import Decoder
@@ -30,8 +30,8 @@ BEHIND = ("cancel", "unshare", "bye")
 """What a client says after forwards, which may wait in a channel."""
 
 _Source = zmq.Socket[bytes] | int
-Admit = Callable[[], tuple[User | None, int]]
-"""Admits a newcomer: its user, None if the key is no longer allowed, and its socket, 0 if that is gone."""
+Admit = Callable[[], tuple[User | None, Socket | None]]
+"""Admits a newcomer: its user, None if the key is no longer allowed, and its socket, None if that is gone."""
 AnswerMessage = Callable[[bytes, Message, Admit | None], None]
 """Answers a message of the client at an address; there is no `Admit` for one that came by a channel. Raises a
 `TacodError` to refuse it.
@@ -114,13 +114,15 @@ class Server:
                 sessions.rx_bytes += len(packet)
                 self._on_message(session.peer, wire.cut(packet), None)
 
-    def _admit(self, first: zmq.Frame) -> tuple[User | None, int]:
+    def _admit(self, first: zmq.Frame) -> tuple[User | None, Socket | None]:
         """Make room for what is sent to a newcomer, known by the ``first`` frame that it sent."""
         widen(first)
-        number = 0
+        socket = None
         with suppress(zmq.ZMQError):
-            number = socket_of(int(first.get(zmq.SRCFD)))
-        return self._access.user_of(first), number
+            fd = int(first.get(zmq.SRCFD))
+            if number := socket_of(fd):
+                socket = Socket(fd, number)
+        return self._access.user_of(first), socket
 
     def _on_message(self, peer: bytes, frames: Sequence[wire.Buffer], admit: Admit | None) -> int:
         """Have a message answered, and the forwards that come before it; ``admit`` is None if it came by a channel.

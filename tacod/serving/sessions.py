@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import zmq
 
 from tacod.serving.access import User
+from tacod.serving.guard import Socket
 from tacod_client import wire
 from tacod_client.errors import QueueFull
 from tacod_client.frames import send
@@ -34,8 +35,8 @@ class Session:
     name: str
     pid: int
     user: User
-    socket: int = 0
-    """The number of its connection's socket (`socket_of`)."""
+    socket: Socket | None = None
+    """The daemon's end of its connection."""
     outbox: OrderedDict[object, Sequence[Buffer]] = field(default_factory=OrderedDict)
     """Messages by key, in order. Progress of a job has the job's key, so the latest replaces what was not sent."""
 
@@ -72,10 +73,10 @@ class Sessions:
         return iter(list(self._sessions.values()))
 
     def sockets(self) -> list[int]:
-        """The sockets of clients that have a session; another thread may ask for them."""
-        return [session.socket for session in self]
+        """The numbers of the sockets of clients that have a session; another thread may ask for them."""
+        return [session.socket.number for session in self if session.socket is not None]
 
-    def open(self, peer: bytes, name: str, pid: int, user: User, socket: int = 0) -> Session:
+    def open(self, peer: bytes, name: str, pid: int, user: User, socket: Socket | None = None) -> Session:
         """A new session for the client at ``peer``, which came by this ``socket``.
 
         Raises `QueueFull` at a limit.
@@ -127,6 +128,9 @@ class Sessions:
 
         Returns whether the client is still there.
         """
+        if session.outbox and session.socket is not None and not session.socket.is_open:
+            # Its address may be another peer's now.
+            return False
         while session.outbox:
             key, frames = next(iter(session.outbox.items()))
             try:

@@ -20,6 +20,7 @@ from tacod.observe.baselines import shapes_of
 from tacod.serving import messages, report
 from tacod.serving.access import User
 from tacod.serving.admission import check_admission
+from tacod.serving.guard import Socket
 from tacod.serving.server import Admit
 from tacod.serving.sessions import Session
 from tacod.serving.state import State
@@ -39,6 +40,8 @@ __all__ = ["Verbs"]
 
 log = logging.getLogger(__name__)
 
+ADDRESS_BYTES = 5
+"""Of an address that libzmq itself gives a peer: a zero and a number. Any other is what the peer says that it is."""
 OUTBOX_MESSAGES = 256
 """Most unread replies of a client; requests beyond that are refused."""
 
@@ -120,8 +123,13 @@ class Verbs:
                 limit=limit,
             )
 
-    def hello(self, peer: bytes, request: int, body: messages.Hello, user: User | None, socket: int) -> None:
+    def hello(self, peer: bytes, request: int, body: messages.Hello, user: User | None, socket: Socket | None) -> None:
         """Open a session; the only verb that needs none."""
+        if len(peer) != ADDRESS_BYTES or peer[0] != 0:
+            raise ProtocolError(
+                "hello: this client's ZeroMQ socket has a routing id of its own, which another client could have after "
+                "it; set no routing id"
+            )
         for old in self.state.sessions:
             if old.peer == peer:
                 self.state.end_session(old)

@@ -18,7 +18,8 @@ from tacod.serving.server import Server
 from tacod.serving.state import State
 from tacod_client.wire import Message, decode, encode
 
-PEER = b"peer"
+PEER = b"\0peer"
+"""An address of the form that libzmq itself gives."""
 
 
 class Peer:
@@ -34,7 +35,7 @@ class Peer:
 
     def send(self, message: Message) -> None:
         """Have the server hear a message, as from its socket."""
-        self.server._on_message(PEER, [bytes(frame) for frame in encode(message)], lambda: (User(0), 0))
+        self.server._on_message(PEER, [bytes(frame) for frame in encode(message)], lambda: (User(0), None))
 
     def ask(self, kind: str, body: dict[str, Any] | None = None, request: int = 9) -> Message:
         """A request and its one answer."""

@@ -117,11 +117,11 @@ def test_another_connection_gains_nothing_by_a_known_forward(asking: Peer) -> No
     asking.ask("put", {"tensors": [CONTEXT]})
     queue(asking, forward())
     frames = [bytes(each) for each in encode(Message("forward", forward(), 9, asking.session))]
-    asking.server._on_message(b"stranger", frames, lambda: (None, 0))
+    asking.server._on_message(b"stranger", frames, lambda: (None, None))
     assert asking.state.groups.jobs == []
     assert asking.ask("ping").type == "done"
     asking.send(Message("bye", {}, 1, asking.session))
-    asking.server._on_message(PEER, frames, lambda: (None, 0))
+    asking.server._on_message(PEER, frames, lambda: (None, None))
     assert [answer.type for answer in asking.answers()] == ["unknown_session"]
 
 
@@ -131,7 +131,7 @@ def test_what_is_known_holds_no_tensors_bytes(asking: Peer) -> None:
     held = weakref.ref(contents)
     body = {"model": "m", "plan": "auto", "arguments": {"x": Tensor("U8", (1 << 18,), (memoryview(contents),))}}
     frames = encode(Message("forward", body, 1, asking.session))
-    asking.server._on_message(PEER, frames, lambda: (None, 0))
+    asking.server._on_message(PEER, frames, lambda: (None, None))
     (job,) = asking.state.groups.jobs
     asking.state.groups.cancel(job.id)
     assert held() is not None

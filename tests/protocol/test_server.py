@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zmq
-from helpers import FLUX
+from helpers import FLUX, answered
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -57,7 +57,7 @@ def test_damage_costs_its_sender_an_error_and_nothing_else(
         frames = [frame.replace(bytes(range(16)), peer.session) for frame in frames]
     for start in range(0, len(accidents) - 3, 4):
         frames = damage(frames, accidents[start : start + 4])
-    peer.server._on_message(PEER, frames, lambda: (User(0), 0))
+    peer.server._on_message(PEER, frames, lambda: (User(0), None))
     peer.send(Message("ping", {}, PING, peer.session))
     said: list[Message] = []
     while not said or said[-1].id != PING:
@@ -123,7 +123,7 @@ def test_errors_hold_nothing_of_their_messages(peer: Peer) -> None:
     gc.disable()
     try:
         for frames in ([b"TACO\x01", contents], [b"TACO\x01", *encode(Message("ping", {}, 1))[1:], contents]):
-            peer.server._on_message(PEER, frames, lambda: (User(0), 0))
+            peer.server._on_message(PEER, frames, lambda: (User(0), None))
         assert len(peer.answers(2)) == 2
         del contents, frames
         assert left() is None
@@ -132,13 +132,13 @@ def test_errors_hold_nothing_of_their_messages(peer: Peer) -> None:
 
 
 def test_unreadable_message_is_answered_with_id_0(peer: Peer) -> None:
-    peer.server._on_message(PEER, [b"TACO\x01", b"\xc1"], lambda: (User(0), 0))
+    peer.server._on_message(PEER, [b"TACO\x01", b"\xc1"], lambda: (User(0), None))
     (answer,) = peer.answers()
     assert (answer.type, answer.id, answer.body["code"]) == ("error", 0, "ProtocolError")
 
 
 def test_wrong_version_is_answered_in_the_right_one(peer: Peer) -> None:
-    peer.server._on_message(PEER, [b"TACO\x09", b"whatever version 9 has here"], lambda: (User(0), 0))
+    peer.server._on_message(PEER, [b"TACO\x09", b"whatever version 9 has here"], lambda: (User(0), None))
     (answer,) = peer.answers()
     assert answer.body["details"] == {"version": 1}
 
@@ -179,3 +179,48 @@ def test_a_name_writes_one_line(peer: Peer) -> None:
     peer.send(Message("hello", {"client": "a\nb\x1b[31m\u202e c", "pid": 7, "version": "0"}, 1))
     (session,) = peer.state.sessions
     assert session.name == "a?b?[31m? c"
+
+
+HELLO = Message("hello", {"client": "test", "pid": 7, "version": "0"}, 1)
+
+
+def connected(peer: Peer, context: zmq.Context[Any], address: bytes, message: Message) -> zmq.Socket[bytes]:
+    """A bare socket that claims an address, after the server has heard a message from it."""
+    while True:
+        socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.ROUTING_ID, address)
+        socket.connect(peer.state.config.endpoint)
+        socket.send_multipart(encode(message))
+        if peer.state.listener.socket.poll(1000):
+            peer.server._receive()
+            return socket
+        # libzmq ignores it while it still takes leave of another with that address.
+        socket.close()
+
+
+@pytest.mark.parametrize("address", [b"mine", b"\0abc", b"\0abcde", b"12345"])
+def test_who_sets_a_routing_id_gets_no_session(peer: Peer, address: bytes) -> None:
+    """The next one who sets the same could get what is meant for the first."""
+    with zmq.Context() as context, connected(peer, context, address, HELLO) as socket:
+        answer = answered(socket, 10)
+    assert answer.type == "error"
+    assert answer.body["code"] == "ProtocolError"
+    assert "set no routing id" in answer.body["message"]
+    assert len(peer.state.sessions) == 1
+
+
+def test_what_is_meant_for_a_client_that_is_gone_goes_to_nobody(peer: Peer) -> None:
+    """Even if another connection has its address by now."""
+    address = b"\0gone"
+    with zmq.Context() as context:
+        connected(peer, context, address, HELLO).close()
+        _, session = peer.state.sessions
+        assert session.peer == address
+        with connected(peer, context, address, Message("ping", {}, PING, bytes(16))) as other:
+            assert answered(other, 10).type == "unknown_session"
+            session.post(encode(Message("done", {}, 2)))
+            assert peer.state.sessions.flush() == [session]
+            peer.state.sessions.close(session)
+            peer.state.sessions.send(address, encode(Message("done", {}, PING)))
+            assert answered(other, 10).id == PING

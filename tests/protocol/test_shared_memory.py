@@ -561,7 +561,7 @@ def test_an_offset_that_is_none_is_no_tensor(sharing: Peer, memory: int, offset:
     key = msgpack.packb("offset")
     bent = bytes(frame).replace(key + b"\0", key + msgpack.packb(offset))
     assert bent != frame
-    sharing.server._on_message(PEER, [wire.PREAMBLE, bent], lambda: (User(0), 0))
+    sharing.server._on_message(PEER, [wire.PREAMBLE, bent], lambda: (User(0), None))
     (told,) = sharing.answers()
     assert (told.body["code"], "tensors[0].offset" in told.body["message"]) == ("ProtocolError", True)
 
@@ -587,7 +587,7 @@ def test_a_sessions_memories_end_with_it(sharing: Peer, memory: int) -> None:
 def test_who_gets_no_memory_is_not_told_of_it(peer: Peer) -> None:
     for user, offered in ((User(0), True), (User(key=b"k", name="carol"), False)):
         hello = [bytes(each) for each in encode(Message("hello", {"client": "t", "pid": 7, "version": "0"}, 1))]
-        peer.server._on_message(PEER, hello, lambda user=user: (user, 0))  # type: ignore[misc]
+        peer.server._on_message(PEER, hello, lambda user=user: (user, None))  # type: ignore[misc]
         (welcome,) = peer.answers()
         assert ("memory" in welcome.body) == ("completions" in welcome.body) == offered
 
