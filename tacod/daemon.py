@@ -45,6 +45,8 @@ __all__ = ["assemble", "main"]
 log = logging.getLogger("tacod")
 
 EX_CONFIG = 78
+DESCRIPTORS = 1 << 14
+"""More than clients that connect as fast as they can take before they are ended."""
 DEFAULT_CONFIG = "/etc/tacod/config.toml"
 FILES = 64
 FILES_OF_RANK = 4
@@ -71,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         faulthandler.enable(sys.__stderr__ or 2, all_threads=False)
         os.environ["TACOD_LOG_LEVEL"] = level
         logs.configure(level)
+        _have_descriptors()
         if (lack := _lack_of_files(config)) is not None:
             logs.complain(lack)
             return EX_CONFIG
@@ -142,6 +145,21 @@ def _lack_of_files(config: Config) -> str | None:
 def _from_anywhere(path: str) -> str:
     """An absolute path; a link at its end stays a link, so that it may be changed."""
     return path if os.path.isabs(path) else str(Path(path).parent.resolve() / Path(path).name)
+
+
+def _have_descriptors() -> None:
+    """Have as many as the system lets us: a connection takes one, a shared memory two, and 1024 is a usual default."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # No more than the kernel has, whatever the limit says.
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    if most != resource.RLIM_INFINITY and most < DESCRIPTORS:
+        log.warning(
+            "tacod may have %d open files; a flood of connections can take so many and end it: allow %d "
+            "(LimitNOFILE of a service, `ulimit -Hn` of a shell)",
+            most,
+            DESCRIPTORS,
+        )
 
 
 def _leave_the_folder() -> None:

@@ -3,6 +3,9 @@
 Decoded and queued messages are counted where they are kept. But libzmq receives a whole message before anybody sees it,
 and limits each frame but not their number: a peer that never ends its message could fill the memory. This module sees
 that in the process's own memory, twenty times a second. Whose memory it was shows when a connection ends.
+
+Nor does libzmq limit how many connect, and where there is no descriptor left for the next one it ends the process. So
+this module ends connections without a session, too, beyond a number of them. It needs one descriptor for that.
 """
 
 from __future__ import annotations
@@ -15,10 +18,10 @@ import socket
 import stat
 import termios
 import threading
-from collections.abc import Callable, Collection, Iterable
-from contextlib import suppress
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from tacod.heap import give_back
 
@@ -29,10 +32,14 @@ log = logging.getLogger(__name__)
 LOOK_S = 0.05
 IN_VAIN_S = 1.0
 """How long no connection is ended after ending all of them did not help."""
+LOGGED_S = 1.0
+"""Strangers' ends are logged once in this time, so that strangers don't decide how much is logged."""
 GONE_S = 0.3
 """How long an ended connection's memory may take to be free."""
 STRANGERS = 256
 """Most connections without a session at the same time: each costs a descriptor and some memory."""
+FLOOD = 2 * STRANGERS
+"""Beyond so many, each further one ends as it is found, however young it is."""
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -65,13 +72,17 @@ class Socket:
         """Whether the connection is still there."""
         return socket_of(self.fd) == self.number
 
+    def end(self) -> None:
+        """End the connection; libzmq then frees all that it held for it."""
+        with suppress(OSError), _copy(self.fd) as (number, end):
+            if number == self.number:
+                end.shutdown(socket.SHUT_RDWR)
+
 
 @dataclass(frozen=True)
-class Connection:
-    """One client's connection, with a descriptor of our own for its socket."""
+class Connection(Socket):
+    """One client's connection."""
 
-    end: socket.socket
-    number: int
     busy: bool
     """Whether bytes wait in it: its client sends faster than tacod reads, or doesn't read."""
 
@@ -89,6 +100,7 @@ class Guard:
         self._addresses = addresses
         self._sessions = sessions
         self._base = own_bytes()
+        self._next_line_s = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="guard", daemon=True)
         self._thread.start()
@@ -106,9 +118,10 @@ class Guard:
     def _watch(self) -> None:
         while not self._stop.wait(LOOK_S):
             try:
+                while self._turn_strangers_away() and not self._stop.is_set():
+                    pass
                 if self.over > 0:
                     self._relieve()
-                self._turn_strangers_away()
             except Exception:
                 # It is tried again; and no work depends on it.
                 log.exception("the memory could not be looked at")
@@ -123,20 +136,16 @@ class Guard:
         strangers = [each for each in connections if each.number not in known]
         clients = [each for each in connections if each.number in known]
         groups = [strangers, *([each] for each in sorted(clients, key=lambda each: (not each.busy, -each.number)))]
-        try:
-            ended = 0
-            for group in groups:
-                for connection in group:
-                    _end(connection.end)
-                ended += len(group)
-                if group and self._is_relieved():
-                    break
-            log.warning("%d of %d connections ended, %d MiB over now", ended, len(connections), max(self.over, 0) >> 20)
-            if self.over > 0:
-                self._stop.wait(IN_VAIN_S)
-        finally:
-            for connection in connections:
-                connection.end.close()
+        ended = 0
+        for group in groups:
+            for connection in group:
+                connection.end()
+            ended += len(group)
+            if group and self._is_relieved():
+                break
+        log.warning("%d of %d connections ended, %d MiB over now", ended, len(connections), max(self.over, 0) >> 20)
+        if self.over > 0:
+            self._stop.wait(IN_VAIN_S)
 
     def _is_relieved(self) -> bool:
         """Whether ending connections was enough, after their memory had the time to become free."""
@@ -148,34 +157,39 @@ class Guard:
                 return True
         return False
 
-    def _turn_strangers_away(self) -> None:
+    def _turn_strangers_away(self) -> bool:
+        """End connections without a session if there are too many, the oldest first; returns whether there were."""
         known = set(self._sessions())
-        if len(_descriptors()) <= STRANGERS + len(known):
-            return
-        connections = self._connections()
-        strangers = sorted((each for each in connections if each.number not in known), key=lambda each: each.number)
-        if len(strangers) > STRANGERS:
-            log.warning("%d connections without a session: the oldest end", len(strangers))
-            for connection in strangers[: len(strangers) - STRANGERS // 2]:
-                _end(connection.end)
-        for connection in connections:
-            connection.end.close()
+        descriptors = _descriptors()
+        if len(descriptors) <= STRANGERS + len(known):
+            return False
+        strangers: list[Socket] = []
+        ended = 0
+        for each in descriptors:
+            with suppress(OSError), _copy(each) as (number, end):
+                if number in known or not self._is_clients(end):
+                    continue
+                if len(strangers) < FLOOD:
+                    strangers.append(Socket(each, number))
+                else:
+                    end.shutdown(socket.SHUT_RDWR)
+                    ended += 1
+        if len(strangers) <= STRANGERS:
+            return False
+        if (now := time.monotonic()) >= self._next_line_s:
+            self._next_line_s = now + LOGGED_S
+            log.warning("%d connections without a session: the oldest end", len(strangers) + ended)
+        for stranger in sorted(strangers, key=lambda each: each.number)[: len(strangers) - STRANGERS // 2]:
+            stranger.end()
+        return True
 
     def _connections(self) -> list[Connection]:
         found = []
         for each in _descriptors():
-            with suppress(OSError):
-                # libzmq may close it, and another thread open something else by its number: hence a copy, then a look.
-                fd = os.dup(each)
-                number = socket_of(fd)
-                end = socket.socket(fileno=fd) if number else None
-                if end is None:
-                    os.close(fd)
-                elif self._is_clients(end):
+            with suppress(OSError), _copy(each) as (number, end):
+                if self._is_clients(end):
                     busy = _waiting(end, termios.FIONREAD) or _waiting(end, termios.TIOCOUTQ)
-                    found.append(Connection(end, number, busy))
-                else:
-                    end.close()
+                    found.append(Connection(each, number, busy))
         return found
 
     def _is_clients(self, end: socket.socket) -> bool:
@@ -186,13 +200,25 @@ class Guard:
 
 
 def _descriptors() -> list[int]:
-    return [int(each.name) for each in Path("/proc/self/fd").iterdir()]
+    with os.scandir("/proc/self/fd") as found:
+        return [int(each.name) for each in found]
 
 
-def _end(end: socket.socket) -> None:
-    """End a connection by its descriptor; libzmq then frees all that it held for it."""
-    with suppress(OSError):
-        end.shutdown(socket.SHUT_RDWR)
+@contextmanager
+def _copy(fd: int) -> Iterator[tuple[int, socket.socket]]:
+    """The number of the socket behind a descriptor, and the socket by a descriptor of our own.
+
+    Raises `OSError`, also if it is no socket.
+    """
+    # libzmq may close it, and another thread open something else by its number: hence a copy, then a look.
+    copy = os.dup(fd)
+    try:
+        end = socket.socket(fileno=copy)
+    except OSError:
+        os.close(copy)
+        raise
+    with end:
+        yield socket_of(copy), end
 
 
 def _waiting(end: socket.socket, which: int) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import psutil
 import pytest
@@ -122,3 +124,17 @@ def test_more_strangers_than_there_may_be(small: Daemon, client: Client) -> None
         connections = psutil.Process(small.pid)
         eventually(lambda: connections.num_fds() < STRANGERS + 80, 20, "there are fewer")
     assert "connections without a session" in small.log
+
+
+def test_a_daemon_takes_all_the_descriptors_that_it_may_have(models: Path) -> None:
+    """A shell's default of 1024 is soon too few, and libzmq ends the process over the next connection then."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    daemon = Daemon(1, [models])
+    daemon.wrapper = ["prlimit", f"--nofile={STRANGERS}:{most}"]
+    with daemon, daemon.client() as client, ExitStack() as stack:
+        process = psutil.Process(daemon.pid)
+        assert process.rlimit(resource.RLIMIT_NOFILE) == (most, most)
+        for _ in range(STRANGERS + 100):
+            stack.enter_context(BarePeer(str(daemon.socket)))
+        eventually(lambda: process.num_fds() < STRANGERS + 80, 20, "there are fewer")
+        SD3.check(client.load(SD3.file))

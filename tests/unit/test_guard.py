@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 from helpers import eventually
 
+from tacod.serving import guard as guards
 from tacod.serving.guard import Guard, own_bytes, socket_of
 
 PLENTY = 1 << 40
@@ -77,11 +79,52 @@ def test_who_sends_ends_before_who_waits(stack: ExitStack, tmp_path: Path) -> No
     sends.client.send(b"more")
     guard = Guard(PLENTY, [str(tmp_path / "s"), str(tmp_path / "t")], lambda: [waits.number, sends.number])
     stack.callback(guard.close)
-    connections = guard._connections()
-    for each in connections:
-        each.end.close()
-    found = {each.number: each.busy for each in connections}
+    found = {each.number: each.busy for each in guard._connections()}
     assert found == {waits.number: False, sends.number: True}
+
+
+def crowd(stack: ExitStack, path: Path, count: int) -> list[Door]:
+    return [Door(stack, path / str(each)) for each in range(count)]
+
+
+@contextmanager
+def descriptors(more: int) -> Iterator[None]:
+    """Within, this process can have so many descriptors more than it has."""
+    with socket.socket() as probe:
+        least = probe.fileno()
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (least + more, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize("flood", [1000, 10], ids=["some", "a flood"])
+def test_strangers_beyond_a_number_end_where_few_descriptors_are_left(
+    stack: ExitStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flood: int
+) -> None:
+    """libzmq ends the process if it finds none for the next connection."""
+    monkeypatch.setattr(guards, "STRANGERS", 8)
+    monkeypatch.setattr(guards, "FLOOD", flood)
+    doors = crowd(stack, tmp_path, 40)
+    known = doors[3]
+    addresses = [str(tmp_path / str(each)) for each in range(40)]
+    with descriptors(3):
+        guard = Guard(PLENTY, addresses, lambda: [known.number])
+        stack.callback(guard.close)
+        eventually(lambda: sum(door.ended for door in doors) >= 35, 10, "strangers' connections end")
+    assert not known.ended
+
+
+def test_no_descriptor_stays_open_after_a_look(stack: ExitStack, tmp_path: Path) -> None:
+    crowd(stack, tmp_path, 3)
+    guard = Guard(PLENTY, [], list)
+    guard.close()
+    before = sorted(guards._descriptors())
+    guard._connections()
+    guard._turn_strangers_away()
+    assert sorted(guards._descriptors()) == before
 
 
 def test_what_is_no_socket(tmp_path: Path) -> None:
