@@ -65,6 +65,10 @@ class Endpoint:
             events = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
             self._monitor = socket.get_monitor_socket(events)
         socket.setsockopt(zmq.LINGER, 0)
+        # No limit: at one ZeroMQ would read no further, not even the daemon's heartbeats, and a client that doesn't
+        # look for a while would lose its connection and its jobs. What may wait is what was asked for, an answer to
+        # each request and a few hundred bytes for each step of a run, and an `alive` at every heartbeat: some MB a day.
+        socket.setsockopt(zmq.RCVHWM, 0)
         # Not IMMEDIATE: it would throw away what the daemon said last, if the daemon then went faster than we read.
         # As bytes: a path need not be UTF-8.
         socket.connect(os.fsencode(self.endpoint))  # type: ignore[arg-type]

@@ -10,10 +10,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import zmq
 
 from tacod_client import Client, ConnectionFailed, ProtocolError, TacodError
-from tacod_client.endpoint import DEFAULT_ENDPOINT, find_endpoint
+from tacod_client.endpoint import DEFAULT_ENDPOINT, Endpoint, find_endpoint
 
+MANY = 20_000
+"""More messages than a socket takes by default, and the kernel beside it."""
 ODD_NAMES = [
     b"#",
     b"?a=b",
@@ -120,6 +123,22 @@ def test_any_path_leads_to_its_socket(name: bytes) -> None:
             with theirs.accept()[0] as peer:
                 peer.settimeout(5)
                 assert peer.recv(10)[:1] == b"\xff", "and this is ZeroMQ's greeting"
+
+
+def test_a_client_that_does_not_look_takes_in_what_comes(tmp_path: Path) -> None:
+    """The steps of a long run whose job nobody iterates. Else the daemon couldn't see whether it is there."""
+    endpoint = f"ipc://{tmp_path}/s"
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as daemon:
+        daemon.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        daemon.linger, daemon.sndhwm, daemon.sndtimeo, daemon.rcvtimeo = 0, 16, 10_000, 10_000
+        daemon.bind(endpoint)
+        with Endpoint(endpoint, None, None).open(context, 1.0) as client:
+            client.send(b"here")
+            address, _ = daemon.recv_multipart()
+            for _ in range(MANY):
+                daemon.send_multipart([address, bytes(200)])
+            client.rcvtimeo = 10_000
+            assert client.recv() == bytes(200)
 
 
 def test_a_path_of_107_bytes_is_the_longest() -> None:
