@@ -565,7 +565,8 @@ class Executor:
             self.memories.unpin(job.body)
             self._unpin_restores(job)
             self._kept.drop(job)
-            if job.verb is Verb.SAMPLE and job.outcome is not Outcome.RESULT:
+            if job.verb is Verb.SAMPLE and job.outcome is not Outcome.RESULT and job.started_s is not None:
+                # Of others the ranks know nothing, and they may be many before the next command.
                 self.group.forget(job.id)
             self._on_end(self, job, step)
 

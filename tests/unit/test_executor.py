@@ -1137,6 +1137,24 @@ def test_a_run_whose_model_went_and_came_back_begins_anew(walk: Walk) -> None:
     assert walk.work.body["step"] == 0
 
 
+@pytest.mark.parametrize("begun", [True, False])
+def test_ranks_are_told_of_the_end_of_runs_that_they_have(walk: Walk, begun: bool) -> None:
+    """And of no others, of which there may be any number before the next command."""
+    walk.ready()
+    walk.submit(Verb.LOAD, BASE, "load")
+    walk.answer()
+    if not begun:
+        walk.submit(Verb.FORWARD, BASE, "forward")
+    run = Job("run", b"b", 1, Verb.SAMPLE, "base", body_of(Verb.SAMPLE, BASE), 3)
+    walk.executor.submit(run)
+    walk.executor.poll()
+    walk.executor.cancel("run")
+    walk.answer()
+    assert run.outcome is Outcome.CANCELLED
+    walk.submit(Verb.FORWARD, BASE, "next")
+    assert walk.work.body["forget"] == (["run"] if begun else [])
+
+
 # --- little room for many models --------------------------------------------------------------------------------------
 
 ONE_VARIANT = CONFIG.model_copy(update={"models": Models(variants=1)})
