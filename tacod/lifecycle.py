@@ -25,7 +25,7 @@ __all__ = ["FIXED", "Lifecycle"]
 log = logging.getLogger("tacod")
 
 FAREWELL_S = 5.0
-"""How long clients that read slowly have for their last messages, after draining."""
+"""How long clients that read slowly have for their last messages, after draining or when the ranks were given up."""
 STATUS_S = 1.0
 """The least time between two status messages to systemd."""
 PATIENCE_S = 60.0
@@ -59,6 +59,8 @@ class Lifecycle:
         self.state = state
         self.config_path = config_path
         self._drain_until: float | None = None
+        self._gone_by: float | None = None
+        """When the daemon ends at the latest, after its ranks were given up."""
         asked_s = watchdog_s()
         self._watched = asked_s is not None
         # Twice as often as asked, because a turn may take its second.
@@ -139,8 +141,10 @@ class Lifecycle:
         if (last or now >= self._next_status_s) and (status := self._describe()) != self._status:
             self._next_status_s, self._status = now + STATUS_S, status
             notify(f"STATUS={status}")
-        if groups.given_up is not None and not sessions.pending:
-            return 1
+        if groups.given_up is not None:
+            self._gone_by = self._gone_by or now + FAREWELL_S
+            if not sessions.pending or now >= self._gone_by:
+                return 1
         if self._drain_until is None:
             return None
         if now >= self._drain_until and groups.jobs:

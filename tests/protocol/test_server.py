@@ -15,8 +15,9 @@ import zmq
 from helpers import FLUX, answered
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from unit.fake_ranks import Clock
 
-from tacod import daemon
+from tacod import daemon, lifecycle
 from tacod.config import Config
 from tacod.daemon import assemble
 from tacod.execution.manifest import Model
@@ -224,3 +225,19 @@ def test_what_is_meant_for_a_client_that_is_gone_goes_to_nobody(peer: Peer) -> N
             peer.state.sessions.close(session)
             peer.state.sessions.send(address, encode(Message("done", {}, PING)))
             assert answered(other, 10).id == PING
+
+
+def test_who_does_not_read_keeps_no_daemon_without_ranks(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last message waits as long as after draining."""
+    clock = Clock()
+    monkeypatch.setattr(lifecycle, "time", clock)
+    life = lifecycle.Lifecycle(peer.state, "")
+    (session,) = peer.state.sessions
+    session.post(encode(Message("error", {}, 2)))
+    assert life.turn() is None
+    peer.state.groups.executors[0].given_up = "they failed too often"
+    assert life.turn() is None
+    clock.now += lifecycle.FAREWELL_S - 0.1
+    assert life.turn() is None
+    clock.now += 0.2
+    assert life.turn() == 1
