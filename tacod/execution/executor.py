@@ -304,8 +304,6 @@ class Executor:
         shrunk = item is not None and self._shrink_after(item, lost)
         if shrunk:
             lost = GroupLost(reason)
-        if job is not None and job is self.scheduler.running and job.verb in ON_MODEL:
-            self.records.metrics.retried_forwards += 1
         ended = self.scheduler.lose_group(reason, lost.error, lost.cause, counts=not shrunk)
         self._end(ended)
         given_up = self.residency.lose_group(lost, self.settings.retries, None if shrunk else restoring)
@@ -315,6 +313,7 @@ class Executor:
             self.group.restarts += 1
             if shrunk or given_up or any(map(_is_at_fault, ended)):
                 self._restarts.forgive(at_fault)
+            self._count_retry(job)
             return
         limits = self.settings
         self.given_up = (
@@ -324,6 +323,12 @@ class Executor:
         log.critical("%s", self.given_up)
         left = [job for job in self.scheduler.release_all() if not self._pass_on(self, job)]
         self._end([job.end(Outcome.FAILED, Unavailable(self.given_up)) for job in left])
+        self._count_retry(job)
+
+    def _count_retry(self, job: Job | None) -> None:
+        """Count the job whose step was lost with the ranks, if it goes on."""
+        if job is not None and job.verb in ON_MODEL and job.outcome is None:
+            self.records.metrics.retried_forwards += 1
 
     def _shrink_after(self, item: WorkItem, lost: GroupLost) -> bool:
         """After one rank alone ran out of memory, have new ranks hold fewer blocks; returns whether they can."""

@@ -559,6 +559,45 @@ def test_jobs_that_end_the_ranks_each_time_are_not_held_against_them(walk: Walk)
     assert "group.max_restarts" in str(walk.executor.given_up)
 
 
+def retried(walk: Walk) -> int:
+    return walk.executor.records.metrics.retried_forwards
+
+
+def test_a_step_counts_as_retried_if_it_is_begun_again(walk: Walk) -> None:
+    walk.ready()
+    walk.submit(Verb.LOAD, BASE, "load")
+    walk.answer()
+    walk.submit(Verb.FORWARD, BASE, "fails")
+    for _ in range(RETRIES + 1):
+        walk.alive[1].die(-11)
+        walk.come_back()
+        walk.answer()  # the model, for the new ranks
+    assert walk.ended[-1].outcome is Outcome.FAILED
+    assert retried(walk) == RETRIES
+    walk.submit(Verb.FORWARD, BASE, "cancelled")
+    walk.executor.cancel("cancelled")
+    walk.alive[1].die(-9)
+    walk.come_back()
+    assert walk.ended[-1].outcome is Outcome.CANCELLED
+    assert retried(walk) == RETRIES
+
+
+def test_a_step_of_ranks_that_are_given_up_is_not_retried(walk: Walk) -> None:
+    walk.ready()
+    walk.submit(Verb.LOAD, BASE, "load")
+    walk.answer()
+    for _ in range(RESTARTS):
+        walk.alive[1].die(-9)
+        walk.come_back()
+        walk.answer()  # the model, for the new ranks
+    walk.submit(Verb.FORWARD, BASE, "job")
+    walk.alive[1].die(-9)
+    walk.executor.poll()
+    assert walk.executor.given_up is not None
+    assert walk.ended[-1].outcome is Outcome.FAILED
+    assert retried(walk) == 0
+
+
 def test_a_model_is_unloaded_with_what_was_made_of_it(walk: Walk) -> None:
     walk.ready()
     walk.submit(Verb.LOAD, PATCHED)
