@@ -387,12 +387,32 @@ class Executor:
         return job.body if isinstance(job.body, Model) else self.residency.recall(job.model)
 
     def _is_put_off(self, job: Job) -> bool:
-        """Whether a job waits for those who use what would make room for its model; see `Residency.is_put_off`."""
+        """Whether a job waits for others' jobs.
+
+        An unload waits for the runs that it would break off, and runs that have not begun wait for such an unload, or
+        there might always be one. A job also waits for those who use what would make room for its model; see
+        `Residency.is_put_off`.
+        """
+        if job.verb is Verb.UNLOAD:
+            return any(self._breaks_off(job, each) for each in self.scheduler.jobs if each.started_s is not None)
+        if job.verb is Verb.SAMPLE and job.started_s is None:
+            unloads = (each for each in self.scheduler.heads if each.verb is Verb.UNLOAD)
+            if any(self._breaks_off(each, job) and self._is_put_off(each) for each in unloads):
+                return True
         model = self._model_of(job)
-        if model is None or job.model in self.manifest or job.verb is Verb.UNLOAD:
+        if model is None or job.model in self.manifest:
             return False
         others = [each.model for each in self.scheduler.jobs if each.session != job.session]
         return self.residency.is_put_off(model, job.session, self.config.models, others, time.monotonic())
+
+    def _breaks_off(self, unload: Job, job: Job) -> bool:
+        """Whether an unload would take the model from another session's run, or what that is patched on."""
+        if job.verb is not Verb.SAMPLE or job.session == unload.session:
+            return False
+        model = self._model_of(job)
+        return unload.model == job.model or (
+            model is not None and model.base is not None and unload.model == model.base.id
+        )
 
     @property
     def _needed(self) -> list[str]:

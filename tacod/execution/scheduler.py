@@ -127,6 +127,11 @@ class Scheduler:
         return running + [queue[turn] for turn in range(longest) for queue in queues if turn < len(queue)]
 
     @property
+    def heads(self) -> list[Job]:
+        """The first waiting job of each session."""
+        return [queue[0] for queue in self._queues.values()]
+
+    @property
     def unfinished(self) -> list[Job]:
         """The `jobs` without a running one that is completed."""
         stoppable = self._stoppable

@@ -1158,22 +1158,77 @@ def test_a_model_that_came_meanwhile_is_not_loaded_again(walk: Walk) -> None:
     assert ids(walk) == ["base"]
 
 
-def test_a_run_whose_model_went_and_came_back_begins_anew(walk: Walk) -> None:
-    """The ranks know nothing of it any more."""
+def run_on(walk: Walk, model: Model, session: bytes, steps: int = 3) -> Job:
+    run = Job(f"run of {session.decode()}", session, 1, Verb.SAMPLE, model.id, body_of(Verb.SAMPLE, model), steps)
+    walk.executor.submit(run)
+    walk.executor.poll()
+    return run
+
+
+def ends(walk: Walk) -> list[str]:
+    """Have the ranks answer until they have nothing to do; returns how jobs have ended, in order."""
+    before = len(walk.ended)
+    for _ in range(50):
+        if walk.alive[0].unanswered:
+            walk.answer()
+        walk.executor.poll()
+    assert walk.executor.scheduler.jobs == []
+    return [f"{job.id}: {job.outcome.value}" for job in walk.ended[before:] if job.outcome is not None]
+
+
+@pytest.mark.parametrize("unloaded", [BASE, PATCHED])
+def test_an_unload_waits_for_others_runs_that_have_begun(walk: Walk, unloaded: Model) -> None:
+    """And their forwards go on beside. It would make the run begin anew, or end it."""
+    walk.ready()
+    walk.submit(Verb.LOAD, PATCHED, "load")
+    walk.answer()
+    run = run_on(walk, PATCHED, b"b")
+    walk.submit(Verb.UNLOAD, unloaded, "unload")
+    walk.submit(Verb.FORWARD, PATCHED, "forward", b"c")
+    assert ends(walk) == ["forward: result", "run of b: result", "unload: result"]
+    assert run.step == 3
+
+
+def test_an_unload_waits_for_no_run_that_has_not_begun(walk: Walk) -> None:
+    """Nor for its own client's, nor for one of another model."""
+    walk.ready()
+    for model in (BASE, OTHER):
+        walk.submit(Verb.LOAD, model, f"load {model.id}")
+        walk.answer()
+    walk.submit(Verb.FORWARD, OTHER, "forward")
+    walk.submit(Verb.UNLOAD, BASE, "unload")
+    run_on(walk, OTHER, b"b")
+    run_on(walk, BASE, b"c")
+    assert ends(walk) == ["forward: result", "unload: result", "run of c: failed", "run of b: result"]
+
+
+def test_runs_that_have_not_begun_wait_for_an_unload_that_waits(walk: Walk) -> None:
+    """Else clients whose runs overlap would keep it waiting for ever."""
     walk.ready()
     walk.submit(Verb.LOAD, BASE, "load")
     walk.answer()
-    run = Job("run", b"b", 1, Verb.SAMPLE, "base", body_of(Verb.SAMPLE, BASE), 3)
-    walk.executor.submit(run)
-    walk.executor.poll()
+    run_on(walk, BASE, b"b")
     walk.submit(Verb.UNLOAD, BASE, "unload")
-    walk.submit(Verb.LOAD, BASE, "again", b"c")
-    walk.answer()  # its first step
-    assert (walk.work.type, run.step) == ("unload", 1)
+    run_on(walk, BASE, b"c")
+    assert ends(walk) == ["run of b: result", "unload: result", "run of c: failed"]
+
+
+@pytest.mark.parametrize("way", ["cancelled", "dropped", "ranks lost"])
+def test_an_unload_waits_for_no_run_that_has_ended(walk: Walk, way: str) -> None:
+    walk.ready()
+    walk.submit(Verb.LOAD, BASE, "load")
     walk.answer()
-    while walk.work.type != "sample":
-        walk.answer()
-    assert walk.work.body["step"] == 0
+    run = run_on(walk, BASE, b"b")
+    walk.submit(Verb.UNLOAD, BASE, "unload")
+    if way == "cancelled":
+        walk.executor.cancel(run.id)
+    elif way == "dropped":
+        walk.executor.drop(b"b")
+    else:
+        walk.alive[1].die(-9)
+        walk.come_back()
+    outcome = "result" if way == "ranks lost" else "cancelled"
+    assert ends(walk) == [f"run of b: {outcome}", "unload: result"]
 
 
 @pytest.mark.parametrize("begun", [True, False])
