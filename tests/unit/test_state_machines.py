@@ -261,7 +261,7 @@ class Events(RuleBasedStateMachine):
     @precondition(lambda self: len(self.connected) < CLIENTS + 2)
     @rule(uid=st.integers(1, 2))
     def connect(self, uid: int) -> None:
-        peer = Peer(f"peer {len(self.peers)}".encode(), User(uid))
+        peer = Peer(b"\0" + len(self.peers).to_bytes(4, "big"), User(uid))
         self.peers.append(peer)
         self.context.clients.peers[peer.address] = peer
         before = list(self.state.sessions)
