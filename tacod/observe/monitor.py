@@ -60,12 +60,20 @@ class Monitor:
     def _watch(self) -> None:
         try:
             look = self._open()
-            while not self._stop.wait(EVERY_S):
-                self._loads = look(self._ranks())
         except Exception:
             # The numbers are for looking at; no work depends on them.
-            log.exception("the devices are no longer watched")
-            self._loads = {}
+            log.exception("the devices are not watched")
+            return
+        fails = False
+        while not self._stop.wait(EVERY_S):
+            try:
+                self._loads = look(self._ranks())
+                fails = False
+            except Exception:
+                # It is tried again: descriptors may be short, for one.
+                if not fails:
+                    log.exception("the devices can't be looked at now")
+                fails, self._loads = True, {}
 
 
 class _Cpus:
