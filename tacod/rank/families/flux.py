@@ -190,10 +190,10 @@ class Flux(DiT):
         """See `DiT.arguments`.
 
         ``guidance`` is not used by models that are not distilled for it; those that are do without it too, as ComfyUI
-        has it. ``attention_mask`` is added to the scores over text and image. ``rope_options`` stretch and shift the positions of the image and its references, or of the
-        image alone (``rope_options_for="image"``); those of LongCat-Image lie behind its text, as ComfyUI has it, if
-        they don't say otherwise. ``qk_norm_eps`` is added to the mean square in the norms of queries
-        and keys, by default `epsilon`.
+        has it. ``attention_mask`` is added to the scores over text and image. ``rope_options`` stretch and shift the
+        positions of the image and its references, or of the image alone (``rope_options_for="image"``); those of
+        LongCat-Image lie behind its text, as ComfyUI has it, if they don't say otherwise. ``qk_norm_eps`` is added to
+        the mean square in the norms of queries and keys, by default `epsilon`.
         """
         blocks = {"input": len(self.double_blocks), "output": len(self.single_blocks), "middle": 0}
         return {
