@@ -45,12 +45,12 @@ __all__ = ["assemble", "main"]
 log = logging.getLogger("tacod")
 
 EX_CONFIG = 78
-DESCRIPTORS = 1 << 14
-"""More than clients that connect as fast as they can take before they are ended."""
 DEFAULT_CONFIG = "/etc/tacod/config.toml"
 FILES = 64
 FILES_OF_RANK = 4
 """How many files a start must be able to open, and how many more for each rank; what clients need is beside these."""
+FILES_OF_FLOOD = 1 << 14
+"""More than clients that connect as fast as they can take before they are ended."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,8 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         faulthandler.enable(sys.__stderr__ or 2, all_threads=False)
         os.environ["TACOD_LOG_LEVEL"] = level
         logs.configure(level)
-        _have_descriptors()
-        if (lack := _lack_of_files(config)) is not None:
+        if (lack := _have_files(config)) is not None:
             logs.complain(lack)
             return EX_CONFIG
         keep_freed_memory()
@@ -129,37 +128,34 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _lack_of_files(config: Config) -> str | None:
-    """What to say if the limit of open files is too low for a start; ZeroMQ and others end in their own ways then."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+def _have_files(config: Config) -> str | None:
+    """Have as many open files as the system lets us; returns what to say if these are too few for a start.
+
+    A connection takes one and a shared memory two, and 1024 is a usual default. ZeroMQ and others end in their own ways
+    where there are none left.
+    """
+    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # No more than the kernel has, whatever the limit says.
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        soft = most
+    if soft == resource.RLIM_INFINITY or soft >= FILES_OF_FLOOD:
+        return None
     needed = FILES + FILES_OF_RANK * sum(
         group.ranks if group.gpus is None else len(group.gpus) for group in config.groups
     )
-    if soft == resource.RLIM_INFINITY or soft >= needed:
-        return None
-    return (
-        f"the limit of open files is {soft}, and tacod needs {needed}: `ulimit -n 65536`, or LimitNOFILE= of its unit"
+    cure = "`ulimit -Hn 65536` as root, or LimitNOFILE= of its unit"
+    if soft < needed:
+        return f"the limit of open files is {soft}, and tacod needs {needed}: {cure}"
+    log.warning(
+        "the limit of open files is %d, and a flood of connections can take so many and end tacod: %s", soft, cure
     )
+    return None
 
 
 def _from_anywhere(path: str) -> str:
     """An absolute path; a link at its end stays a link, so that it may be changed."""
     return path if os.path.isabs(path) else str(Path(path).parent.resolve() / Path(path).name)
-
-
-def _have_descriptors() -> None:
-    """Have as many as the system lets us: a connection takes one, a shared memory two, and 1024 is a usual default."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # No more than the kernel has, whatever the limit says.
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    if most != resource.RLIM_INFINITY and most < DESCRIPTORS:
-        log.warning(
-            "tacod may have %d open files; a flood of connections can take so many and end it: allow %d "
-            "(LimitNOFILE of a service, `ulimit -Hn` of a shell)",
-            most,
-            DESCRIPTORS,
-        )
 
 
 def _leave_the_folder() -> None:

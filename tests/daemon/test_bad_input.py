@@ -36,7 +36,7 @@ FORWARDS: list[tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]] = [
     ("timestep", lambda good: {"timestep": 0.5}),
     ("y", lambda good: {"y": good["y"][:, :5]}),
     ("y", lambda good: {"y": good["y"].long()}),
-    ("guidance", lambda good: {"guidance": None}),
+    ("guidance", lambda good: {"guidance": "3.5"}),
     ("guidance", lambda good: {"guidance": good["guidance"].repeat(2)}),
     ("ref_latents", lambda good: {"ref_latents": good["x"]}),
     ("ref_latents", lambda good: {"ref_latents": [good["x"][:, :3]]}),
