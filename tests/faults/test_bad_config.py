@@ -60,7 +60,8 @@ def test_too_few_files_are_told_with_what_to_raise(tmp_path: Path, files: int) -
     done = subprocess.run(
         ["bash", "-c", command, sys.executable, str(config)], capture_output=True, text=True, timeout=60, check=False
     )
-    told = f"the limit of open files is {files}, and tacod needs 76: `ulimit -Hn 65536` as root, or LimitNOFILE= of its unit\n"
+    cure = "`ulimit -Hn 65536` as root, or LimitNOFILE= of its unit"
+    told = f"the limit of open files is {files}, and tacod needs 76: {cure}\n"
     assert (done.returncode, done.stderr) == (os.EX_CONFIG, told)
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
