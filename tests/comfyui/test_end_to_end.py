@@ -222,7 +222,11 @@ def test_a_killed_rank_changes_nothing(comfyui: ComfyUI, own: Daemon) -> None:
     assert killed.is_set()
     assert outcome.kind == "success", outcome.error
     assert agrees(comfyui, pair)
-    assert "Retries: 1" in outcome.texts["stats"]
+    with own.client() as client:
+        assert client.status()["group"]["restarts"] == 1
+        # None, if it died between two steps.
+        retried = client.stats()["retried_forwards"]
+    assert ("Retries: 1 " in outcome.texts["stats"]) == (retried == 1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "restarted"])
