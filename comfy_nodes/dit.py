@@ -182,13 +182,14 @@ class RemoteDiT(torch.nn.Module):
         positional = [named.pop(name, default) for name, default in wrapped.positional.items()]
 
         is_pair = self.network.is_ltxav and not isinstance(timestep, torch.Tensor)
-        if is_pair:
+        if self.network.is_ltxav:
             # As LTX-2's network does before it runs them.
-            timestep, named[SOUND_TIMESTEP] = timestep
+            timestep, named[SOUND_TIMESTEP] = timestep if is_pair else (timestep, timestep)
 
         def run(x: Latents, timestep: Times, *values: Any, **rest: Any) -> Latents:
             given = {**dict(zip(wrapped.positional, values, strict=False)), **rest}
-            return self._run(x, (timestep, given.pop(SOUND_TIMESTEP)) if is_pair else timestep, given)
+            sound = given.pop(SOUND_TIMESTEP, timestep)
+            return self._run(x, (timestep, sound) if is_pair else timestep, given)
 
         calls = executor(run, self, all_of(kind, options))
         out: Latents = calls.execute(x, timestep, *positional, **{**wrapped.named, **named})

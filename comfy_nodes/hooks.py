@@ -49,6 +49,7 @@ _STEPS = "statistics have no steps"
 _LATER = "what can't be honoured is refused at the first step, and not by the node that asks for it"
 _SAVING = "merging or saving a MODEL of ours fails in ComfyUI's words"
 _COMPILED = "torch.compile before the loader is not taken off"
+_OUTSIDE = "LoRAs are left out where a node asks the network something outside of a run"
 _RELEASE = "weights that ComfyUI has on its GPU stay there until it needs the room"
 
 HOOKS = (
@@ -82,6 +83,7 @@ HOOKS = (
     Hook("comfy.patcher_extension.WrappersMP.OUTER_SAMPLE", _STEPS),
     Hook("comfy.model_patcher.ModelPatcher.add_wrapper_with_key", _STEPS),
     Hook("comfy.model_patcher.ModelPatcher.get_combined_hook_patches", _HOOKED),
+    Hook("comfy.model_patcher.ModelPatcher.partially_load", _OUTSIDE),
     Hook("comfy.model_patcher.ModelPatcher.add_object_patch", _LATER),
     Hook("comfy.model_patcher.ModelPatcher.add_weight_wrapper", _LATER),
     Hook("comfy.model_patcher.ModelPatcher.get_key_patches", _SAVING),

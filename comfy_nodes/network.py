@@ -252,7 +252,11 @@ def _wrapped_call(kind: type) -> WrappedCall | None:
             if not any(_is_super(call.func) for call in _calls_in(forward, "forward")):
                 return None
             continue
-        (call,) = _calls_in(forward, "execute")
+        calls = _calls_in(forward, "execute")
+        if len(calls) != 1:
+            # What stands where isn't known, and by their names wrappers find most of it.
+            return WrappedCall({}, {})
+        (call,) = calls
         defaults = {
             name: None if parameter.default is parameter.empty else parameter.default
             for name, parameter in inspect.signature(forward).parameters.items()

@@ -49,12 +49,14 @@ DEFAULT_CONFIG = "/etc/tacod/config.toml"
 FILES = 64
 FILES_OF_RANK = 4
 """How many files a start must be able to open, and how many more for each rank; what clients need is beside these."""
+MOST_FILES = 1 << 20
+"""As many as a kernel lets a process have by default. Some programs take time for each that they may have."""
 FILES_OF_FLOOD = 1 << 14
 """More than clients that connect as fast as they can take before they are ended."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``tacod``; returns the exit code: 0 after a drain, 1 if the ranks were given up, 78 for a bad config."""
+    """Run ``tacod``; returns the exit code: 0 after a drain, 1 if the ranks were given up, 78 if it can't start."""
     streams.hold()
     args = _parser().parse_args(argv)
     path = args.config
@@ -135,10 +137,11 @@ def _have_files(config: Config) -> str | None:
     where there are none left.
     """
     soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # No more than the kernel has, whatever the limit says.
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        soft = most
+    if 0 <= soft < MOST_FILES:
+        more = MOST_FILES if most == resource.RLIM_INFINITY else min(most, MOST_FILES)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (more, most))
+            soft = more
     if soft == resource.RLIM_INFINITY or soft >= FILES_OF_FLOOD:
         return None
     needed = FILES + FILES_OF_RANK * sum(

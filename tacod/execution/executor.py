@@ -71,9 +71,7 @@ class Executor:
         )
         self.group = RankGroup(self.settings, devices, folder, config.comfyui.path, beside)
         self.memories.on_freed.append(self.group.unmap)
-        self.residency = Residency(
-            self.manifest, self.store, preload, len(devices), self.scheduler.begin_anew, self._keep_for_turns
-        )
+        self.residency = Residency(self.manifest, self.store, preload, len(devices), self._keep_for_turns)
         self._plan_faults(config)
         self.current: WorkItem | None = None
         """What the ranks are working on."""

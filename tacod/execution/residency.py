@@ -31,8 +31,8 @@ BETWEEN_S = 0.25
 class Residency:
     """Decides which models are loaded and evicted, and notes it as work items (`WorkItem`) are handed out and done.
 
-    In the store, the patches' tensors of resident models make room only after all others. ``on_gone`` is called for
-    each model that the ranks no longer hold and that isn't remembered, ``on_evicted`` for each that makes room.
+    In the store, the patches' tensors of resident models make room only after all others. ``on_evicted`` is called for
+    each model that makes room.
     """
 
     def __init__(
@@ -41,7 +41,6 @@ class Residency:
         store: Store,
         preload: Iterable[Model],
         world_size: int,
-        on_gone: Callable[[str], None],
         on_evicted: Callable[[Model], None],
     ) -> None:
         self._manifest = manifest
@@ -49,7 +48,6 @@ class Residency:
         self.coming = list(preload)
         """Models to load without a client's request, in order; the first one stays here until it is loaded."""
         self._world_size = world_size
-        self._on_gone = on_gone
         self._on_evicted = on_evicted
         self._stays_until: dict[str, float] = {}
         self._losses: dict[str, tuple[int, str]] = {}
@@ -236,7 +234,6 @@ class Residency:
         self._anew.discard(model_id)
         if model_id in self._manifest:
             self._let_go(self._manifest.find(model_id))
-            self._on_gone(model_id)
         self._manifest.remove(model_id)
 
     def _let_go(self, model: Model) -> None:

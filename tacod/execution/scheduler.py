@@ -256,13 +256,6 @@ class Scheduler:
         self._put_back(job, first=True)
         return []
 
-    def begin_anew(self, model: str) -> None:
-        """The ranks no longer hold the progress of this model's waiting jobs: these begin again."""
-        for queue in self._queues.values():
-            for job in queue:
-                if job.model == model:
-                    job.begin_anew()
-
     def cancel(self, job_id: str) -> list[Job]:
         """Cancel a job: at once if it waits, at the end of its step if it runs.
 

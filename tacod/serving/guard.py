@@ -101,6 +101,8 @@ class Guard:
         self._sessions = sessions
         self._base = own_bytes()
         self._next_line_s = 0.0
+        self._ended: set[int] = set()
+        """The sockets of the strangers that were ended last."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="guard", daemon=True)
         self._thread.start()
@@ -118,13 +120,13 @@ class Guard:
     def _watch(self) -> None:
         while not self._stop.wait(LOOK_S):
             try:
-                while self._turn_strangers_away() and not self._stop.is_set():
+                while self._turn_strangers_away() and self.over <= 0 and not self._stop.is_set():
                     pass
                 if self.over > 0:
                     self._relieve()
             except Exception:
                 # It is tried again; and no work depends on it.
-                log.exception("the memory could not be looked at")
+                log.exception("memory and connections could not be looked at")
 
     def _relieve(self) -> None:
         give_back()
@@ -158,13 +160,16 @@ class Guard:
         return False
 
     def _turn_strangers_away(self) -> bool:
-        """End connections without a session if there are too many, the oldest first; returns whether there were."""
+        """End connections without a session if there are too many, the oldest first; returns whether there were others.
+
+        libzmq may keep one that was ended until what it has received is read.
+        """
         known = set(self._sessions())
         descriptors = _descriptors()
         if len(descriptors) <= STRANGERS + len(known):
             return False
         strangers: list[Socket] = []
-        ended = 0
+        ended = set()
         for each in descriptors:
             with suppress(OSError), _copy(each) as (number, end):
                 if number in known or not self._is_clients(end):
@@ -173,15 +178,18 @@ class Guard:
                     strangers.append(Socket(each, number))
                 else:
                     end.shutdown(socket.SHUT_RDWR)
-                    ended += 1
+                    ended.add(number)
         if len(strangers) <= STRANGERS:
             return False
         if (now := time.monotonic()) >= self._next_line_s:
             self._next_line_s = now + LOGGED_S
-            log.warning("%d connections without a session: the oldest end", len(strangers) + ended)
+            log.warning("%d connections without a session: the oldest end", len(strangers) + len(ended))
         for stranger in sorted(strangers, key=lambda each: each.number)[: len(strangers) - STRANGERS // 2]:
             stranger.end()
-        return True
+            ended.add(stranger.number)
+        others = ended - self._ended
+        self._ended = ended
+        return bool(others)
 
     def _connections(self) -> list[Connection]:
         found = []

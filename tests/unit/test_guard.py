@@ -127,6 +127,23 @@ def test_no_descriptor_stays_open_after_a_look(stack: ExitStack, tmp_path: Path)
     assert sorted(guards._descriptors()) == before
 
 
+def test_strangers_that_were_ended_and_are_still_there(
+    stack: ExitStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As libzmq keeps them while what they sent is unread: memory is looked at all the same."""
+    monkeypatch.setattr(guards, "STRANGERS", 1)
+    doors = [Door(stack, tmp_path / name) for name in ("a", "b", "c")]
+    addresses = [str(tmp_path / name) for name in ("a", "b", "c")]
+    guard = Guard(PLENTY, addresses, list)
+    stack.callback(guard.close)
+    eventually(lambda: all(door.ended for door in doors), 10, "they end")
+    looks: list[bool] = []
+    monkeypatch.setattr(guard, "_relieve", lambda: looks.append(True))
+    guard.limit = -PLENTY
+    eventually(lambda: looks, 10, "memory is looked at")
+    assert not guard._turn_strangers_away()
+
+
 def test_what_is_no_socket(tmp_path: Path) -> None:
     with (tmp_path / "file").open("w") as file:
         assert socket_of(file.fileno()) == 0

@@ -346,8 +346,7 @@ def test_a_file_whose_name_is_no_unicode_is_refused(manifest: Manifest, path: Pa
 
 def test_model_that_is_loaded_again_takes_what_the_ranks_report_then(manifest: Manifest) -> None:
     """After a loss of the ranks there may be more room for it than before, or less."""
-    ended: list[str] = []
-    residency = Residency(manifest, Store(1 << 20), [], 3, ended.append, lambda model: None)
+    residency = Residency(manifest, Store(1 << 20), [], 3, lambda model: None)
     for name in ("older", "flux"):
         manifest.add(Model(name, f"/{name}", "", None, weight_bytes=5, weights="sharded"))
     facts = Facts("flux", 12, 9, "bf16", 24, 3072, {}, weights="replicated", resident_bytes=[9, 9, 9])
