@@ -108,7 +108,9 @@ class Header:
 def check_count(path: str, count: int) -> None:
     """Raise `ModelUnsupported` for a file, or a folder's files, of more than `MAX_TENSORS`."""
     if count > MAX_TENSORS:
-        raise ModelUnsupported(f"{path} has more than {MAX_TENSORS:,} tensors, which is more than this version reads")
+        raise ModelUnsupported(
+            f"{path} has more than {MAX_TENSORS:,} tensors, more than any model; name a model's file"
+        )
 
 
 def sample(file: int, start: int, stop: int) -> bytes:

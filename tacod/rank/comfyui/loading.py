@@ -22,7 +22,7 @@ from tacod.rank.comfyui.tables import keeps_together, table_of
 from tacod.rank.comfyui.units import find_units, sizes_of_units
 from tacod.rank.ops.packed.float8 import FLOAT8_DTYPES
 from tacod.rank.weights.placement import Sizes
-from tacod.rank.weights.reader import DTYPES, Reader, as_tensor, changed
+from tacod.rank.weights.reader import FILE_DTYPES, Reader, as_tensor, changed
 from tacod.rank.weights.remap import some
 from tacod.rank.weights.streaming import Streaming
 from tacod_client.errors import ModelCorrupt, ModelUnsupported
@@ -77,7 +77,7 @@ def _find(installation: Installation, checkpoint: Checkpoint, refusal: str, *, w
         raise ModelUnsupported(f"{refusal}. Of ComfyUI's networks tacod loads .safetensors files alone")
     detection, utils = (installation.module(name) for name in ("comfy.model_detection", "comfy.utils"))
     header = read_safetensors(path)
-    unknown = sorted({entry.info.dtype for entry in header.entries.values()} - DTYPES.keys())
+    unknown = sorted({entry.info.dtype for entry in header.entries.values()} - FILE_DTYPES.keys())
     if unknown:
         raise ModelUnsupported(f"{refusal}. For ComfyUI's networks tacod doesn't read {', '.join(unknown)}")
     raw = Checkpoint(
@@ -93,7 +93,8 @@ def _find(installation: Installation, checkpoint: Checkpoint, refusal: str, *, w
         raise changed(path)
     # Its detection looks at names and shapes: only what it knows is read.
     empty = {
-        name: torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta") for name, info in raw.tensors.items()
+        name: torch.empty(info.shape, dtype=FILE_DTYPES[info.dtype], device="meta")
+        for name, info in raw.tensors.items()
     }
     prefix = detection.unet_prefix_from_state_dict(empty)
     names = [name for name in empty if name.startswith((prefix, BESIDE))]

@@ -23,7 +23,7 @@ from tacod.rank.ops.packed.gguf import dequantize_blocks
 from tacod.rank.weights.fp8 import quantize_block
 from tacod.rank.weights.packing import PACKED, Layer, pack, pack_plain
 from tacod.rank.weights.parts import assign, parts_of
-from tacod.rank.weights.reader import Reader
+from tacod.rank.weights.reader import FILE_DTYPES, Reader
 from tacod.rank.weights.remap import identify, some
 from tacod.rank.weights.sizes import sizes_of
 from tacod.rank.weights.stage import Stage
@@ -49,13 +49,8 @@ _NUMBERS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 DTYPES = {name: _NUMBERS[of_numbers(name)] for name in COMPUTE_DTYPES}
 """Torch's dtype of a model's numbers, by the compute dtype's name. For fp8 see also `tacod.rank.weights.fp8`."""
 _OF_FILE = {"F64": "fp32", "F32": "fp32", "BF16": "bf16", "F16": "fp16"}
-_TORCH = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    **FLOAT8_DTYPES,
-}
+_DECODED = {name: FILE_DTYPES[name] for name in (*_OF_FILE, *FLOAT8_DTYPES)}
+"""What numbers of a file are seen as; others are seen as bytes."""
 
 _MARK = re.compile("__.+__")
 
@@ -235,7 +230,7 @@ def _decode(data: Tensor, info: TensorInfo) -> Tensor:
     """The numbers of a tensor, in its own dtype; in fp32 if they are in blocks, as bytes if torch can't be sure."""
     if info.dtype in BLOCKS:
         return dequantize_blocks(data, info.dtype).reshape(info.shape)
-    return data.view(_TORCH.get(info.dtype, torch.uint8)).reshape(info.shape)
+    return data.view(_DECODED.get(info.dtype, torch.uint8)).reshape(info.shape)
 
 
 def _place(

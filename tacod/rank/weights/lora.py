@@ -32,7 +32,7 @@ from tacod.rank.families.names import Place
 from tacod.rank.weights.changes import Change, Diff, LoHa, LoKr, LoRA, Set
 from tacod.rank.weights.misfit import Misfit
 from tacod.rank.weights.patches import SWAP, Patch
-from tacod.rank.weights.reader import DTYPES, Reader, as_tensor, changed
+from tacod.rank.weights.reader import FILE_DTYPES, Reader, as_tensor, changed
 from tacod_client.errors import ArgumentError, ModelCorrupt, ModelError, ModelNotFound, ModelUnsupported
 
 __all__ = ["is_text_encoders", "read_lora"]
@@ -208,14 +208,14 @@ class _File:
     def shaped(self, name: str) -> Tensor:
         """See `_Held.shaped`."""
         dtype, shape = self._file.tensors[name]
-        if dtype not in DTYPES or name in self._file.quantization:
+        if dtype not in FILE_DTYPES or name in self._file.quantization:
             raise ModelUnsupported(
                 f"{self._file.path}: {name} is {dtype}"
-                + (" with a scale beside it" if dtype in DTYPES else "")
+                + (" with a scale beside it" if dtype in FILE_DTYPES else "")
                 + ", which this version doesn't read in a LoRA",
                 key=name,
             )
-        return torch.empty(shape, dtype=DTYPES[dtype], device="meta")
+        return torch.empty(shape, dtype=FILE_DTYPES[dtype], device="meta")
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
         """See `_Held.read`."""

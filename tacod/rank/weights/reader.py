@@ -24,9 +24,9 @@ from tacod.rank.ops.packed.float8 import FLOAT8_DTYPES
 from tacod.rank.weights.pinned import GpuMemory, Memory
 from tacod_client.errors import ModelCorrupt
 
-__all__ = ["DTYPES", "Reader", "as_tensor", "changed"]
+__all__ = ["FILE_DTYPES", "Reader", "as_tensor", "changed"]
 
-DTYPES = {
+FILE_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -135,7 +135,7 @@ class Reader:
 def as_tensor(file: Checkpoint, name: str, data: Tensor) -> Tensor:
     """The tensor of a file of this name, of its bytes."""
     info = file.tensors[name]
-    return data.view(DTYPES[info.dtype]).reshape(info.shape)
+    return data.view(FILE_DTYPES[info.dtype]).reshape(info.shape)
 
 
 def changed(path: str) -> ModelCorrupt:
